@@ -1,0 +1,1 @@
+"""Experiment records: one ml_collections file per run that is worth repeating."""

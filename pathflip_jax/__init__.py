@@ -1,0 +1,1 @@
+"""PathFLIP in JAX: vision-language models for whole slide images."""
