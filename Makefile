@@ -1,0 +1,55 @@
+# Everything from a fresh clone: `make demo`, `make test`. Both build the environment in .venv first;
+# a second run does only what is missing.
+
+# The first Python of a supported version; name another with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+# torch is for the tests that compare with PyTorch. TORCH_INDEX names an index of CPU builds where the
+# configured one has none; without a CPU build those tests are skipped, and say so.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# Test processes side by side.
+JOBS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+PACKAGING := setup.cfg pyproject.toml
+
+.PHONY: setup setup-test demo test test-slow lint clean
+
+setup: .venv/.demo
+
+setup-test: .venv/.test
+
+# Debian's Python may lack ensurepip: its pip then fills the environment from outside.
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or name it with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv/bin/python install --quiet pip; }
+
+.venv/.demo: .venv/bin/python $(PACKAGING) $(wildcard requirements/demo-*.txt)
+	@echo "Setting up .venv (about a minute)"
+	$(PIP) --no-deps --requirement requirements/demo-$(LOCK)
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/.test: .venv/.demo $(wildcard requirements/test-*.txt) requirements/torch_cpu.py
+	$(PIP) --no-deps --requirement requirements/test-$(LOCK)
+	$(BIN)/python requirements/torch_cpu.py $(TORCH) --index-url "$(TORCH_INDEX)"
+	@touch $@
+
+demo: setup
+	$(BIN)/pathflip demo --out demo
+
+test: setup-test
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
+
+test-slow: setup-test
+	$(BIN)/python -m pytest -m slow
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv demo build *.egg-info
