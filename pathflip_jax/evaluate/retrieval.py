@@ -1,0 +1,84 @@
+"""Slide <-> text retrieval: how high the right partner stands, with ties and cases counted honestly.
+
+Row i of the queries belongs to row i of the gallery. Other rows of the same case are neither right nor wrong: a
+report may well describe a patient's second slide too, so they leave that query's gallery, as they leave the
+losses (DESIGN section 4). Ties count as any order of the tied rows, all equally likely: a model that gives one
+embedding to everything scores chance, not 100%.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+TIE = 1e-6  # two cosines closer than this are equal: float32 noise decides no rank
+RECALLS = (1, 5, 10)
+
+
+class Ranks(NamedTuple):
+    """For each query, how many others of its gallery stand above the right one, equal to it, and in all."""
+
+    above: Int[np.ndarray, "n"]
+    tied: Int[np.ndarray, "n"]
+    others: Int[np.ndarray, "n"]
+
+
+def normalise(x: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
+    """Rows of unit length; a zero row stays zero."""
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def rank(queries: Float[np.ndarray, "n D"], gallery: Float[np.ndarray, "n D"], cases) -> Ranks:
+    """Rank each query's partner in the gallery by cosine; rows of the query's own case are masked."""
+    cosine = normalise(queries) @ normalise(gallery).T  # [n, n]
+    cases = np.unique(np.asarray(cases, dtype=str), return_inverse=True)[1]
+    other = cases[:, None] != cases[None, :]
+    margin = cosine - np.diagonal(cosine)[:, None]
+    above = (other & (margin > TIE)).sum(1)
+    tied = (other & (np.abs(margin) <= TIE)).sum(1)
+    return Ranks(above, tied, other.sum(1))
+
+
+def recall(ranks: Ranks, k: int, gallery: int | None = None) -> Float[np.ndarray, "n"]:
+    """The probability per query that the right one is among the first k.
+
+    With `gallery`, that of a gallery of this many rows, the right one and the rest drawn from the others: the exact
+    mean over all such draws (hypergeometric), so there is no seed. A split too small for it keeps its own size.
+    """
+    above, tied, others = (np.asarray(x) for x in ranks)
+    if gallery is None:
+        return np.clip((k - above) / (tied + 1), 0.0, 1.0)
+    drawn = np.minimum(gallery - 1, others)
+    found = np.empty(len(above))
+    for i in range(len(above)):  # over each place the right one can take among its ties
+        better = above[i] + np.arange(tied[i] + 1)
+        found[i] = stats.hypergeom.cdf(k - 1, others[i], better, drawn[i]).mean()
+    return found
+
+
+def expected_rank(ranks: Ranks, gallery: int | None = None) -> Float[np.ndarray, "n"]:
+    """The expected rank of the right one (1 = first) over the orders of its ties, and over the draws of a gallery."""
+    above, tied, others = (np.asarray(x, np.float64) for x in ranks)
+    better = above + tied / 2
+    if gallery is None:
+        return 1 + better
+    return 1 + better * np.minimum(gallery - 1, others) / np.maximum(others, 1)
+
+
+def chance(ranks: Ranks, k: int, gallery: int | None = None) -> float:
+    """R@k of a random order: k of the rows in the gallery, its mean over the queries."""
+    sizes = gallery_sizes(ranks, gallery)
+    return float(np.mean(np.minimum(k, sizes) / sizes))
+
+
+def chance_median_rank(ranks: Ranks, gallery: int | None = None) -> float:
+    """The median over the queries of the expected rank in a random order."""
+    return float(np.median((gallery_sizes(ranks, gallery) + 1) / 2))
+
+
+def gallery_sizes(ranks: Ranks, gallery: int | None = None) -> Int[np.ndarray, "n"]:
+    """Rows in each query's gallery, the right one included."""
+    sizes = np.asarray(ranks.others) + 1
+    return sizes if gallery is None else np.minimum(sizes, gallery)
