@@ -1,0 +1,207 @@
+"""Pictures of where a text is seen: patch scores painted over the slide.
+
+Everything is placed by level-0 pixels: a patch covers [x, x + patch_size) at level 0 whatever the level it was read
+at, and a thumbnail pixel covers `downsample` level-0 pixels. Neighbouring tools misplace heatmaps by mixing the
+two (STACK, "What users of the neighbours complain of"), so nothing here knows of levels or magnifications.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import openslide
+from jaxtyping import Float, Int, UInt8
+from matplotlib import colormaps, patheffects
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from pathflip_jax.grounding.outlines import Polygon
+
+COLORMAP = "inferno"  # perceptually even, readable in grey and by the colour-blind
+OPACITY = 0.62
+PANEL = 3.4  # inches
+INK, MUTED = "#1d2530", "#5b6673"
+HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
+
+
+class Canvas(NamedTuple):
+    """What a heatmap is painted on: a picture, and where its pixels lie on the slide (level 0)."""
+
+    picture: UInt8[np.ndarray, "h w 3"]
+    origin: tuple[float, float]
+    downsample: float
+
+
+def read_thumbnail(path, pixels: int = 1024) -> Canvas:
+    """Read a slide file as a picture of at most `pixels` on its longer side, on the slide's own background."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such slide file")
+    try:
+        with openslide.OpenSlide(path) as slide:
+            width = slide.dimensions[0]
+            picture = np.asarray(slide.get_thumbnail((pixels, pixels)).convert("RGB"))
+    except openslide.OpenSlideError as error:
+        raise ValueError(f"{path}: OpenSlide cannot read it ({error}); leave the picture out, or repair it") from error
+    return Canvas(picture, (0.0, 0.0), width / picture.shape[1])
+
+
+def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, height=0, pixels: int = 1024) -> Canvas:
+    """A white canvas for a slide with no file beside it: the whole slide when its size is known, else its patches."""
+    if width and height:
+        low, high = np.zeros(2), np.array([width, height], float)
+    else:
+        low, high = coords.min(0) - float(patch_size), coords.max(0) + 2.0 * patch_size
+    downsample = max((high - low).max() / pixels, 1e-6)
+    columns, rows = np.maximum(np.ceil((high - low) / downsample).astype(int), 1)
+    return Canvas(np.full((rows, columns, 3), 255, np.uint8), (float(low[0]), float(low[1])), float(downsample))
+
+
+def paint(
+    scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, canvas: Canvas
+) -> Float[np.ndarray, "h w"]:
+    """Spread patch scores over the canvas: the mean where patches overlap, NaN where there is none."""
+    rows, columns = canvas.picture.shape[:2]
+    low = (np.asarray(coords, np.float64) - canvas.origin) / canvas.downsample
+    high = np.round(low + patch_size / canvas.downsample).astype(int)
+    low = np.round(low).astype(int)
+    high = np.maximum(high, low + 1)  # a patch smaller than a pixel still shows
+    x0, x1 = (np.clip(side[:, 0], 0, columns) for side in (low, high))
+    y0, y1 = (np.clip(side[:, 1], 0, rows) for side in (low, high))
+
+    def cover(values):  # the sum over the patches that cover a pixel, by differences at their corners
+        corners = np.zeros((rows + 1, columns + 1))
+        for y, x, sign in ((y0, x0, 1), (y1, x1, 1), (y0, x1, -1), (y1, x0, -1)):
+            np.add.at(corners, (y, x), sign * values)
+        return corners.cumsum(0).cumsum(1)[:rows, :columns]
+
+    count = np.round(cover(np.ones(len(coords))))
+    shift = float(np.mean(scores)) if len(scores) else 0.0  # keeps the cumulative sums small
+    with np.errstate(invalid="ignore"):
+        return np.where(count > 0, cover(np.asarray(scores, np.float64) - shift) / np.maximum(count, 1) + shift, np.nan)
+
+
+def blend(
+    picture: UInt8[np.ndarray, "h w 3"], heat: Float[np.ndarray, "h w"], norm: Normalize
+) -> Float[np.ndarray, "h w 3"]:
+    """Lay the heat over the picture turned grey, so that colour means score and nothing else."""
+    grey = (picture @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
+    colours = colormaps[COLORMAP](norm(np.nan_to_num(heat, nan=norm.vmin)))[..., :3]
+    opacity = np.where(np.isfinite(heat), OPACITY, 0.0)[..., None]
+    return grey * (1 - opacity) + colours * opacity
+
+
+def draw_panels(
+    canvas: Canvas,
+    titles: Sequence[str],
+    scores: Float[np.ndarray, "C N"],
+    coords: Int[np.ndarray, "N 2"],
+    patch_size: float,
+    *,
+    mpp: float = 0.0,
+    outlines: Sequence[list[Polygon]] | None = None,
+    notes: Sequence[str] | None = None,
+    heading: str = "",
+    reference: bool = True,
+) -> Figure:
+    """Draw one heatmap per text side by side, true outlines as lines where given, after the slide itself.
+
+    Each text has its own colour scale (1st to 99th percentile): scores of two texts are no common measure.
+    """
+    if len(coords) == 0:
+        raise ValueError("a slide with no patches has nothing to draw")
+    rows, columns = canvas.picture.shape[:2]
+    panels = len(titles) + reference
+    across = min(panels, 4)
+    down = -(-panels // across)
+    height = PANEL * min(max(rows / columns, 0.4), 2.2)
+    figure = Figure(figsize=(PANEL * across, (height + 0.95) * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    if reference:
+        axes[0].imshow(canvas.picture, interpolation="antialiased")
+        axes[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
+        if outlines is not None:
+            for polygons in outlines:
+                _draw_outline(axes[0], polygons, canvas)
+    for i, (axis, title) in enumerate(zip(axes[reference:], titles, strict=False)):
+        heat = paint(scores[i], coords, patch_size, canvas)
+        low, high = np.quantile(scores[i], [0.01, 0.99])
+        norm = Normalize(low, high if high > low else low + 1e-6, clip=True)
+        axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
+        if outlines is not None:
+            _draw_outline(axis, outlines[i], canvas)
+        lines = textwrap.wrap(title, 34)[:3] or [""]
+        axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
+        if notes is not None:
+            axis.text(0, -0.015, notes[i], transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
+        _draw_colour_bar(figure, axis, norm)
+    for axis in axes[:panels]:
+        _draw_scale_bar(axis, canvas, mpp)
+    return figure
+
+
+def draw_grounding(grounding, picture, image=None, outlines: dict[str, list[Polygon]] | None = None) -> None:
+    """Write the PNG of a `Grounding`: every text over the thumbnail of `image`, or over white when there is none.
+
+    `outlines` holds true outlines by text, where they are known.
+    """
+    if image is not None:
+        canvas = read_thumbnail(image)
+    else:
+        canvas = blank_canvas(grounding.coords, grounding.patch_size, grounding.width, grounding.height)
+    figure = draw_panels(
+        canvas,
+        grounding.texts,
+        grounding.patch_scores,
+        grounding.coords,
+        grounding.patch_size,
+        mpp=grounding.mpp,
+        outlines=None if outlines is None else [outlines.get(text, []) for text in grounding.texts],
+        heading=grounding.slide_id,
+        reference=image is not None,
+    )
+    figure.savefig(picture, dpi=150, facecolor="white")
+
+
+def scale_bar(mpp: float, downsample: float, columns: int) -> tuple[float, str]:
+    """A round length near a quarter of the picture: its thumbnail pixels and its label (px when mpp is unknown)."""
+    unit = mpp * downsample if mpp > 0 else downsample  # of one thumbnail pixel
+    wanted = columns * unit / 4
+    power = 10 ** np.floor(np.log10(wanted))
+    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+    if mpp <= 0:
+        return length / unit, f"{length:g} px"
+    return length / unit, f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+
+
+def _draw_scale_bar(axis, canvas: Canvas, mpp: float) -> None:
+    rows, columns = canvas.picture.shape[:2]
+    length, label = scale_bar(mpp, canvas.downsample, columns)
+    x, y, thick = 0.03 * columns, rows - 0.035 * columns, 0.012 * columns
+    axis.add_patch(Rectangle((x, y), length, thick, facecolor="white", edgecolor="#10141a", linewidth=0.8))
+    text = axis.text(x + length / 2, y - 0.4 * thick, label, ha="center", va="bottom", fontsize=7.5, color="white")
+    text.set_path_effects(HALO)
+
+
+def _draw_outline(axis, polygons: list[Polygon], canvas: Canvas) -> None:
+    for polygon in polygons:
+        for ring in (polygon.ring, *polygon.holes):
+            x, y = ((np.asarray(ring) - canvas.origin) / canvas.downsample - 0.5).T
+            axis.plot(x, y, color="white", linewidth=1.3, path_effects=HALO, scalex=False, scaley=False)
+
+
+def _draw_colour_bar(figure: Figure, axis, norm: Normalize) -> None:
+    bar = axis.inset_axes((0.0, -0.1, 1.0, 0.025))
+    bar.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=COLORMAP, extent=(norm.vmin, norm.vmax, 0, 1))
+    bar.set_yticks([])
+    bar.set_xticks([norm.vmin, norm.vmax], [f"{norm.vmin:.3g}", f"{norm.vmax:.3g}"], fontsize=7, color=MUTED)
+    bar.get_xticklabels()[0].set_horizontalalignment("left")
+    bar.get_xticklabels()[1].set_horizontalalignment("right")
+    bar.tick_params(length=0, pad=2)
+    for side in bar.spines.values():
+        side.set_visible(False)

@@ -1,0 +1,91 @@
+"""Outlines: GeoJSON in and out, and which patches they hold."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pathflip_jax.grounding import outlines
+from pathflip_jax.grounding.outlines import Polygon
+
+SQUARE = np.array([[100, 100], [300, 100], [300, 300], [100, 300], [100, 100]], float)
+HOLE = np.array([[150, 150], [250, 150], [250, 250], [150, 250], [150, 150]], float)
+
+
+def feature(coordinates, name="tumor", kind="Polygon"):
+    return {
+        "type": "Feature",
+        "geometry": {"type": kind, "coordinates": coordinates},
+        "properties": {"objectType": "annotation", "classification": {"name": name, "color": [1, 2, 3]}},
+    }
+
+
+def test_round_trip(tmp_path):
+    written = {"tumor": [Polygon(SQUARE, (HOLE,)), Polygon(SQUARE + 500)], "fat": [Polygon(HOLE)]}
+    outlines.write_outlines(tmp_path / "a.geojson", written)
+    found = outlines.read_outlines(tmp_path / "a.geojson")
+    assert list(found) == ["tumor", "fat"]
+    assert np.array_equal(found["tumor"][0].holes[0], HOLE)
+    assert np.array_equal(found["tumor"][1].ring, SQUARE + 500)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: {"type": "FeatureCollection", "features": [f]}, lambda f: [f], lambda f: f])
+def test_collections_lists_and_single_features(tmp_path, wrap):
+    multi = feature([[SQUARE.tolist(), HOLE.tolist()], [(SQUARE + 500).tolist()]], kind="MultiPolygon")
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps(wrap(multi)), encoding="utf-8-sig")
+    (polygons,) = outlines.read_outlines(path).values()
+    assert len(polygons) == 2 and len(polygons[0].holes) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "not a GeoJSON"),
+        (json.dumps([{"type": "Feature"}]), "feature 0"),
+        (json.dumps([feature([SQUARE.tolist()], name=None)]), "no class"),
+        (json.dumps([feature([1, 2], kind="Point")]), "none of them a polygon"),
+        (json.dumps([feature([["x"]])]), "feature 0"),
+        (json.dumps([3]), "feature 0"),
+    ],
+)
+def test_faulty_files_name_the_fault(tmp_path, content, message):
+    path = tmp_path / "broken.geojson"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        outlines.read_outlines(path)
+    assert "broken.geojson" in str(error.value)
+
+
+def test_patch_centres_decide():
+    coords = np.array([[90, 90], [80, 90], [280, 100], [190, 190], [95, 295]])
+    found = outlines.patches_inside([Polygon(SQUARE, (HOLE,))], coords, 32)
+    assert found.tolist() == [True, False, True, False, False]
+
+
+def test_area_fraction_equals_the_overlap_of_rectangles():
+    rng = np.random.default_rng(0)
+    coords = rng.integers(0, 400, (200, 2))
+    found = outlines.area_fraction([Polygon(SQUARE)], coords, 64, samples=64)
+    low, high = np.maximum(coords, 100), np.minimum(coords + 64, 300)
+    expected = np.clip(high - low, 0, None).prod(1) / 64**2
+    assert np.abs(found - expected).max() < 0.04
+    assert outlines.area_fraction([Polygon(SQUARE)], coords[:0], 64).shape == (0,)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=3, max_size=8), st.integers(1, 9))
+def test_raster_agrees_with_points(corners, downsample):
+    """The raster of an outline is the point test at the centres of its pixels."""
+    corners = np.array(corners) + [0.37, 0.41]  # so that no pixel's centre lies on a line between lattice points
+    around = corners - corners.mean(0)
+    corners = corners[np.argsort(np.arctan2(around[:, 1], around[:, 0]), kind="stable")]  # a ring that does not cross
+    polygon = Polygon(np.concatenate([corners, corners[:1]]))
+    shape = (500 // downsample, 500 // downsample)
+    mask = outlines.rasterise([polygon], shape, (0, 0), downsample)
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    centres = (np.stack([columns.ravel(), rows.ravel()], 1) + 0.5) * downsample
+    points = outlines.contains([polygon], centres).reshape(shape)
+    assert (mask != points).sum() <= 3
