@@ -1,0 +1,51 @@
+"""The command line: every command explains itself, every example in a --help parses, wrong input is one line."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from pathflip_jax import cli
+
+
+def _commands() -> dict:
+    parser = cli.build_parser()
+    return next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
+
+
+@pytest.mark.parametrize("name", sorted(_commands()))
+def test_every_command_has_an_example_that_parses(name):
+    command = _commands()[name]
+    example = shlex.split(command.epilog.split("\n")[-1])
+    assert example[:2] == ["pathflip", name]
+    if name != "train":  # its options are settings of the config, read by ml_collections
+        cli.build_parser().parse_args(example[1:])
+
+
+@pytest.mark.parametrize("name", sorted(_commands()))
+def test_every_option_is_explained(name):
+    unexplained = [action.dest for action in _commands()[name]._actions if not action.help]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("shard", ["8/8", "-1/2", "1", "a/b"])
+def test_shard_outside_its_range_is_refused(shard, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["import", "features", "--out", "records", "--shard", shard])
+    assert shard in capsys.readouterr().err
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    missing = tmp_path / "nothing"
+    assert cli.main(["import", str(missing), "--out", str(tmp_path / "records")]) == cli.WRONG_INPUT
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and str(missing) in lines[0]
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    """`pathflip --help` answers at once: jax, torch and TensorFlow stay unloaded."""
+    code = (
+        "import sys, pathflip_jax.cli as c; c.build_parser(); print({'jax', 'torch', 'tensorflow'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -1,0 +1,44 @@
+"""The doctor names each fault with its cure, and its exit code says whether there is one."""
+
+import json
+
+from pathflip_jax import cli, doctor
+
+
+def _by_name(findings) -> dict:
+    return {finding.name: finding for finding in findings}
+
+
+def test_machine_is_described():
+    findings = _by_name(doctor.examine())
+    assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
+    assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
+
+
+def test_every_fault_or_note_has_a_cure(tmp_path):
+    findings = doctor.examine(records=tmp_path, texts=tmp_path / "absent.jsonl", configs=["no_such_config"])
+    for finding in findings:
+        assert finding.state in ("ok", "note", "fault")
+        if finding.state == "note":
+            assert finding.cure
+    faults = {finding.name for finding in findings if finding.state == "fault"}
+    assert faults == {"records", "texts", "config no_such_config"}
+
+
+def test_bundled_configs_are_sound():
+    for name in ("align_base", "align_large", "demo"):
+        finding = _by_name(doctor.examine(configs=[name]))[f"config {name}"]
+        assert finding.state == "ok", finding
+
+
+def test_a_flipped_byte_is_found(tiny_cohort, capsys):
+    records = tiny_cohort.copy_records()
+    assert cli.main(["doctor", "--records", str(records), "--texts", str(tiny_cohort.texts)]) == 0
+    shard = next(path for path in sorted(records.iterdir()) if "tfrecord" in path.name and path.suffix != ".idx")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    capsys.readouterr()
+    assert cli.main(["doctor", "--records", str(records), "--json"]) == cli.WRONG_INPUT
+    faults = [row for row in json.loads(capsys.readouterr().out) if row["state"] == "fault"]
+    assert len(faults) == 1 and shard.name in faults[0]["found"] and faults[0]["cure"]
