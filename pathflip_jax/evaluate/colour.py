@@ -1,0 +1,74 @@
+"""The mean-colour baselines: what a score is worth when the colour of the stain alone could earn it.
+
+They see labels or outlines of the training slides, which zero-shot models do not: a task on which they score well
+needs no pathology.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import openslide
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
+
+WHOLE_LEVEL = 20_000_000  # pixels of a level that may be read in one go
+NEIGHBOURS = 25  # of a patch: enough that the share of a concept among them ranks patches
+
+
+def slide_files(folder) -> dict[str, Path]:
+    """Slide files by slide id (file stem)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of slide files")
+    return {
+        path.stem: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and openslide.OpenSlide.detect_format(path) is not None
+    }
+
+
+def _on_white(picture) -> np.ndarray:
+    """RGB with what the scanner left out (transparent) as white glass."""
+    picture = np.asarray(picture, np.float64)
+    opacity = picture[..., 3:] / 255
+    return picture[..., :3] * opacity + 255 * (1 - opacity)
+
+
+def patch_colours(path, coords: Int[np.ndarray, "N 2"], patch_size: int) -> Float[np.ndarray, "N 3"]:
+    """The mean RGB of each patch, from the lowest level at which a patch still has 8 pixels."""
+    with openslide.OpenSlide(path) as slide:
+        level = slide.get_best_level_for_downsample(max(patch_size / 8, 1))
+        size = slide.level_dimensions[level]
+        scale = slide.dimensions[0] / size[0]
+        if size[0] * size[1] > WHOLE_LEVEL:  # a slide with no low level: patch by patch
+            edge = max(round(patch_size / scale), 1)
+            patches = (slide.read_region((int(x), int(y)), level, (edge, edge)) for x, y in coords)
+            return np.array([_on_white(patch).mean((0, 1)) for patch in patches]).reshape(-1, 3)
+        picture = _on_white(slide.read_region((0, 0), level, size))
+    total = np.pad(picture.cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+    limit = np.array(size)
+    low = np.clip(np.floor(coords / scale).astype(int), 0, limit - 1)
+    high = np.clip(np.ceil((coords + patch_size) / scale).astype(int), low + 1, limit)
+    (x0, y0), (x1, y1) = low.T, high.T
+    area = ((x1 - x0) * (y1 - y0))[:, None]
+    return (total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]) / area
+
+
+def nearest_class(
+    train: Float[np.ndarray, "m 3"], labels: Int[np.ndarray, "m"], test: Float[np.ndarray, "n 3"], classes: int
+) -> Float[np.ndarray, "n C"]:
+    """Belief in each class: 1 over (1 + distance to the nearest training slide of it), so the nearest one wins."""
+    belief = np.zeros((len(test), classes))
+    for c in np.unique(labels):
+        distance, _ = cKDTree(train[labels == c]).query(test)
+        belief[:, c] = 1 / (1 + distance)
+    return belief
+
+
+def concept_shares(
+    train: Float[np.ndarray, "m 3"], inside: np.ndarray, test: Float[np.ndarray, "n 3"]
+) -> Float[np.ndarray, "n C"]:
+    """The share of each concept among the training patches nearest in colour; `inside` is [m, C] of 0 and 1."""
+    k = min(NEIGHBOURS, len(train))
+    _, near = cKDTree(train).query(test, k=k)
+    return inside[near.reshape(len(test), k)].mean(1)

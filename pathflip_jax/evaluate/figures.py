@@ -1,0 +1,116 @@
+"""The figures of an evaluation, each a matplotlib Figure that the report embeds and the folder keeps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
+
+from pathflip_jax.evaluate import retrieval
+
+INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
+MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"
+
+
+def _axes(width: float, height: float, columns: int = 1):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(MUTED)
+        axis.tick_params(colors=MUTED, labelsize=8)
+        axis.xaxis.label.set(color=INK, fontsize=9)
+        axis.yaxis.label.set(color=INK, fontsize=9)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _title(axis, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
+
+
+def confusion(labels, predictions, names: Sequence[str]) -> Figure:
+    """Truth by prediction: counts in the cells, their share of the true class as shade."""
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (labels, predictions), 1)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 2.4 + 0.42 * len(names)
+    figure, (axis,) = _axes(side + 0.6, side)
+    axis.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
+    for i, j in np.ndindex(counts.shape):
+        if counts[i, j]:
+            shade = "white" if share[i, j] > 0.6 else INK
+            axis.text(j, i, counts[i, j], ha="center", va="center", fontsize=8, color=shade)
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.tick_params(length=0)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    _title(axis, "Slides by true and predicted class")
+    return figure
+
+
+def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:
+    """R@k over k in the whole gallery, each direction beside chance."""
+    figure, (axis,) = _axes(5.2, 3.4)
+    largest = int(max(retrieval.gallery_sizes(r).max() for r in ranks.values()))
+    ks = np.unique(np.round(np.geomspace(1, largest, 60)).astype(int))
+    for (name, found), colour in zip(ranks.items(), (MAIN, SECOND), strict=False):
+        axis.plot(ks, [retrieval.recall(found, k).mean() for k in ks], color=colour, linewidth=2, label=name)
+    chance = [retrieval.chance(found, k) for k in ks]
+    axis.plot(ks, chance, color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
+    axis.set_xscale("log")
+    axis.set_xticks([k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000) if k <= largest])
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_ylim(0, 1.02)
+    axis.grid(color=GRID)
+    axis.set_xlabel(f"k, in a gallery of {largest}")
+    axis.set_ylabel("right one among the first k")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    _title(axis, "Retrieval")
+    return figure
+
+
+def concept_dots(rows: list[dict], second: str | None) -> Figure:
+    """Each concept's AUC with its interval, beside the colour baseline and the compared run."""
+    rows = sorted(rows, key=lambda row: np.nan_to_num(row["auc"]["value"]))
+    figure, (axis,) = _axes(6.4, 1.1 + 0.34 * len(rows))
+    y = np.arange(len(rows))
+    axis.axvline(0.5, color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
+    if any("mean_colour" in row for row in rows):
+        colour = [row["mean_colour"] for row in rows]
+        axis.scatter(colour, y, marker="D", s=22, color=BASE, label="mean colour", zorder=3)
+    if second is not None:
+        axis.scatter([row["compared"] for row in rows], y, s=30, color=SECOND, label=second, zorder=3)
+    axis.hlines(y, [row["auc"]["low"] for row in rows], [row["auc"]["high"] for row in rows], color=MAIN, linewidth=2)
+    axis.scatter([row["auc"]["value"] for row in rows], y, s=38, color=MAIN, label="this run", zorder=4)
+    axis.set_yticks(y, [row["concept"] for row in rows])
+    axis.set_xlabel("ROC AUC of patch scores against the true outlines, 95% interval by patient")
+    axis.grid(color=GRID, axis="x")
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside upper left", ncols=4)
+    return figure
+
+
+def training_curves(history: list[dict]) -> Figure | None:
+    """Losses and validation scores over steps; None for a history that holds no figure over steps."""
+    keys = sorted({k for row in history for k, v in row.items() if isinstance(v, int | float) and k != "step"})
+    losses = [k for k in keys if "loss" in k][:6]
+    scores = [k for k in keys if k.startswith("val") and k not in losses][:6]
+    groups = [(title, names) for title, names in (("Loss", losses), ("Validation", scores)) if names]
+    if not groups:
+        return None
+    figure, axes = _axes(4.6 * len(groups), 3.1, len(groups))
+    palette = (MAIN, SECOND, "#5b4b9a", "#a8871c", "#3f7d3a", "#a33a5b")
+    for axis, (title, names) in zip(axes, groups, strict=True):
+        for name, colour in zip(names, palette, strict=False):
+            points = [(row["step"], row[name]) for row in history if name in row and "step" in row]
+            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=name)
+        axis.grid(color=GRID)
+        axis.set_xlabel("step")
+        axis.legend(frameon=False, fontsize=7.5, labelcolor=INK)
+        _title(axis, title)
+    return figure

@@ -1,0 +1,98 @@
+"""The files of an evaluation: scores.json, tables as CSV, figures as PNG, and one page that shows them all.
+
+The page stands alone (pictures and style inside it, no network), so it can be mailed and archived.
+"""
+
+import base64
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+from pathlib import Path
+
+import jax
+import jinja2
+from matplotlib.figure import Figure
+
+PACKAGES = ("pathflip-jax", "jax", "flax", "numpy", "scikit-learn", "openslide-python")
+METRICS = {
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "auc": "AUC (one against the rest)",
+    "weighted_f1": "F1, weighted",
+    "macro_f1": "F1, macro",
+}
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that a figure depends on, and the device that computed it."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    devices = jax.devices()
+    return found | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
+
+
+def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str, list[dict]], config: dict) -> dict:
+    """Write every file of an evaluation into `out` and return the scores as scores.json holds them."""
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        figure.savefig(out / "figures" / f"{name}.png", dpi=160, facecolor="white")
+    for name, rows in tables.items():
+        with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    scores = without_nan(scores)
+    text = json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False)
+    (out / "scores.json").write_text(text + "\n", encoding="utf-8")
+    images = {name: (out / "figures" / f"{name}.png").read_bytes() for name in pictures}
+    page = render(scores, images, config, [f"{name}.csv" for name in tables])
+    partial = out / "report.html.part"
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, out / "report.html")
+    return scores
+
+
+def without_nan(value):
+    """The same tree with None for every NaN: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def render(scores: dict, images: dict[str, bytes], config: dict, files: list[str]) -> str:
+    """The report as one HTML page; `images` are PNG by figure name."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"figure": _figure, "percent": _percent, "signed": _signed}
+    command = scores["command"]
+    return environment.get_template("report.html").render(
+        scores=scores,
+        images={name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()},
+        metrics=METRICS,
+        command=None if command is None else shlex.join(["pathflip", *command]),
+        config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
+        files=["scores.json", *files],
+    )
+
+
+def _figure(value, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _signed(value, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")

@@ -1,0 +1,257 @@
+"""One evaluation of one or several runs: what `pathflip evaluate` does, from records to report.
+
+The figures are worth what their protocol is worth: the split is the table's, no label or outline of it chooses
+anything, intervals draw patients, and every figure stands beside what knows nothing (DESIGN section 8).
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pathflip_jax.evaluate import colour, figures, grounding, report, retrieval, scores, summary, zero_shot
+from pathflip_jax.evaluate.cohort import Cohort, label_index, read_cohort, read_pairs
+from pathflip_jax.evaluate.summary import DIRECTIONS, Outcome, Tasks
+from pathflip_jax.grounding import heatmap, maps
+from pathflip_jax.grounding.outlines import read_outlines
+from pathflip_jax.inference import Predictor, load
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = {"good": 0.9, "typical": 0.5, "poor": 0.1}  # quantiles of the slides' AUC that the report shows
+
+
+def evaluate(
+    run_folder,
+    *,
+    records,
+    slides,
+    out,
+    split: str = "test",
+    texts=None,
+    prompts=None,
+    grounding=None,
+    outlines=None,
+    images=None,
+    compare_to=None,
+    seed: int = 0,
+    command: Sequence[str] | None = None,
+    method: str = maps.DEFAULT_METHOD,
+    window: int = maps.WINDOW,
+    context: int = maps.CONTEXT,
+) -> dict:
+    """Score a run on a split and write scores.json, CSVs, figures and report.html into `out`.
+
+    `texts` scores retrieval, `prompts` zero-shot classification, `grounding` with `outlines` grounding; `images`
+    (slide files) adds thumbnails and the mean-colour baselines; `compare_to` is a second run, compared slide by slide.
+    A list of run folders (seeds of one experiment) is scored as their mean, and `compare_to` is then a list too.
+    Returns what scores.json holds.
+    """
+    if (grounding is None) != (outlines is None):
+        raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
+    if texts is None and prompts is None and grounding is None:
+        raise ValueError("nothing to score: give texts (retrieval), prompts (zero-shot) or grounding with outlines")
+    folders, others = _as_list(run_folder), _as_list(compare_to)
+    if others and len(others) != len(folders):
+        raise ValueError(f"{len(folders)} runs cannot be paired with {len(others)} runs to compare to")
+    cohort = read_cohort(records, slides, split)
+    tasks = _read_tasks(cohort, texts, prompts, grounding, outlines)
+    labels = None
+    if tasks.prompts is not None:
+        labels = label_index(cohort, list(tasks.prompts.classes), prompts)
+    how = {"method": method, "window": window, "context": context}
+    predictors = [load(folder) for folder in folders]
+    outcomes = [_outcome(predictor, cohort, tasks, how) for predictor in predictors]
+    compared = [_outcome(load(folder), cohort, tasks, how) for folder in others]
+
+    found = {
+        "runs": [str(folder) for folder in folders],
+        "compared_to": [str(folder) for folder in others],
+        "split": split,
+        "slides": len(cohort.slide_ids),
+        "patients": len(set(cohort.patients)),
+        "interval": f"95%, bootstrap by patient, {scores.DRAWS} draws, seed {seed}",
+    }
+    pictures, tables = {}, {}
+    if tasks.pairs is not None:
+        case_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+        patients = [case_of[text.slide_ids[0]] for text in tasks.pairs]
+        found["retrieval"] = summary.score_retrieval(outcomes, compared, patients, seed)
+        pictures["retrieval"] = figures.recall_curves(
+            {name: outcomes[0].ranks[key] for key, name in DIRECTIONS.items()}
+        )
+        tables["ranks"] = _rank_rows(folders, outcomes, tasks.pairs, patients)
+    files = colour.slide_files(images) if images is not None else {}
+    if tasks.prompts is not None:
+        found["zero_shot"] = summary.score_zero_shot(outcomes, compared, cohort, tasks.prompts, labels, files, seed)
+        names = list(tasks.prompts.classes)
+        pictures["confusion"] = figures.confusion(labels, outcomes[0].probabilities.argmax(1), names)
+        tables["predictions"] = _prediction_rows(folders, outcomes, cohort, names)
+    if tasks.concepts is not None:
+        by_colour = summary.colour_aucs(cohort, tasks, files, outlines, seed)
+        found["grounding"] = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed) | {"how": how}
+        second = Path(others[0]).name if others else None
+        pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
+        tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
+        for kind, slide_id in _examples(outcomes[0].aucs, list(tasks.truth)).items():
+            pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
+    history = _history(folders[0])
+    if (curves := figures.training_curves(history)) is not None:
+        pictures["training"] = curves
+    for warning in cohort.warnings:
+        log.warning("%s", warning)
+    found["warnings"] = cohort.warnings
+    found["versions"] = report.versions()
+    found["command"] = list(command) if command is not None else None
+    return report.write(Path(out), found, pictures, tables, predictors[0].config)
+
+
+def _as_list(folders) -> list:
+    if folders is None:
+        return []
+    return [folders] if isinstance(folders, str | os.PathLike) else list(folders)
+
+
+def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines) -> Tasks:
+    pairs = read_pairs(texts, cohort) if texts is not None else None
+    classes = zero_shot.read_prompts(prompts) if prompts is not None else None
+    if concepts is None:
+        return Tasks(pairs, classes, None, None)
+    named = zero_shot.read_prompts(concepts).classes
+    if not Path(outlines).is_dir():
+        raise FileNotFoundError(f"{outlines}: no such folder of outlines (<slide_id>.geojson)")
+    outlined = [slide for slide in cohort.slide_ids if (Path(outlines) / f"{slide}.geojson").exists()]
+    if not outlined:
+        raise ValueError(f"{outlines}: no outlines of any slide of the split; expected {cohort.slide_ids[0]}.geojson")
+    if len(outlined) < len(cohort.slide_ids):
+        left = len(cohort.slide_ids) - len(outlined)
+        cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
+    truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named)) for slide in outlined}
+    if not any(inside.any() for inside, _ in truth.values()):
+        raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
+    return Tasks(pairs, classes, named, truth)
+
+
+def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict) -> Outcome:
+    """Let one run answer every question of every task."""
+    name = Path(predictor.name).name
+    features = (cohort.features(slide) for slide in cohort.slide_ids)
+    bar = tqdm(features, total=len(cohort.slide_ids), desc=f"{name}: slides", unit="slide", leave=False)
+    slides = np.stack([embedding.slide for embedding in predictor.encode_slides(bar)])
+    ranks = probabilities = aucs = None
+    if tasks.pairs is not None:
+        row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
+        images = [
+            slides[row[text.slide_ids[0]]]
+            if len(text.slide_ids) == 1
+            else predictor.encode_slide([cohort.features(slide) for slide in text.slide_ids]).slide
+            for text in tasks.pairs
+        ]
+        captions = predictor.encode_text([text.caption for text in tasks.pairs])
+        cases = [cohort.patients[row[text.slide_ids[0]]] for text in tasks.pairs]
+        ranks = {
+            "slide_to_text": retrieval.rank(np.stack(images), captions, cases),
+            "text_to_slide": retrieval.rank(captions, np.stack(images), cases),
+        }
+    if tasks.prompts is not None:
+        classes = zero_shot.class_embeddings(predictor.encode_text, tasks.prompts.classes)
+        probabilities = zero_shot.class_probabilities(slides, classes)
+    if tasks.concepts is not None:
+        aucs = np.stack(
+            [
+                grounding.concept_aucs(
+                    inside, grounding.concept_scores(predictor, cohort.features(slide), tasks.concepts, **how), counts
+                )
+                for slide, (inside, counts) in tqdm(
+                    tasks.truth.items(), desc=f"{name}: grounding", unit="slide", leave=False
+                )
+            ]
+        )
+    return Outcome(ranks, probabilities, aucs)
+
+
+def _examples(aucs: np.ndarray, slide_ids: list[str]) -> dict[str, str]:
+    """Slides to show, by their place among all: a good, a typical and a poor one, never only the best."""
+    means = summary.slide_means(aucs)
+    order = [i for i in np.argsort(means, kind="stable") if np.isfinite(means[i])]
+    chosen: dict[str, str] = {}
+    for kind, place in EXAMPLES.items():
+        slide_id = slide_ids[order[round(place * (len(order) - 1))]]
+        if slide_id not in chosen.values():  # a cohort of one or two slides
+            chosen[kind] = slide_id
+    return chosen
+
+
+def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how):
+    """The maps of the concepts present in a slide, the true outline on each."""
+    slide = cohort.features(slide_id)
+    inside, counts = tasks.truth[slide_id]
+    found = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    aucs = grounding.concept_aucs(inside, found, counts)
+    present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
+    names = list(tasks.concepts)
+    true = read_outlines(Path(outlines) / f"{slide_id}.geojson")
+    if slide_id in files:
+        canvas = heatmap.read_thumbnail(files[slide_id])
+    else:
+        canvas = heatmap.blank_canvas(slide.coords, slide.patch_size, slide.width, slide.height)
+    return heatmap.draw_panels(
+        canvas,
+        [f"“{tasks.concepts[names[c]][0]}”" for c in present],
+        found[present],
+        slide.coords,
+        slide.patch_size,
+        mpp=slide.mpp,
+        outlines=[true.get(names[c], []) for c in present],
+        notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
+        heading=slide_id,
+    )
+
+
+def _history(folder) -> list[dict]:
+    """The training metrics of a run, if it was trained here (a converted checkpoint was not)."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _rank_rows(names, outcomes: list[Outcome], pairs, patients) -> list[dict]:
+    rows = []
+    for name, outcome in zip(names, outcomes, strict=True):
+        places = {key: retrieval.expected_rank(ranks) for key, ranks in outcome.ranks.items()}
+        sizes = retrieval.gallery_sizes(outcome.ranks["slide_to_text"])
+        for i, (text, patient) in enumerate(zip(pairs, patients, strict=True)):
+            row = {"run": name, "slide_ids": " ".join(text.slide_ids), "patient_id": patient}
+            row |= {f"{key}_rank": float(places[key][i]) for key in DIRECTIONS}
+            rows.append(row | {"gallery": int(sizes[i])})
+    return rows
+
+
+def _prediction_rows(names, outcomes: list[Outcome], cohort: Cohort, classes: list[str]) -> list[dict]:
+    rows = []
+    for name, outcome in zip(names, outcomes, strict=True):
+        for i, slide_id in enumerate(cohort.slide_ids):
+            believed = outcome.probabilities[i]
+            row = {"run": name, "slide_id": slide_id, "patient_id": cohort.patients[i], "label": cohort.labels[i]}
+            row["predicted"] = classes[int(believed.argmax())]
+            rows.append(row | {f"p_{label}": round(float(p), 6) for label, p in zip(classes, believed, strict=True)})
+    return rows
+
+
+def _grounding_rows(names, outcomes: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour) -> list[dict]:
+    patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    rows = []
+    for name, outcome in zip(names, outcomes, strict=True):
+        for i, (slide_id, (inside, counts)) in enumerate(tasks.truth.items()):
+            for c, concept in enumerate(tasks.concepts):
+                if np.isfinite(outcome.aucs[i, c]):
+                    row = {"run": name, "slide_id": slide_id, "patient_id": patient[slide_id], "concept": concept}
+                    row |= {"patches": int(counts.sum()), "inside": int((inside[c] & counts).sum())}
+                    row["auc"] = round(float(outcome.aucs[i, c]), 6)
+                    rows.append(row if by_colour is None else row | {"mean_colour": round(float(by_colour[i, c]), 6)})
+    return rows

@@ -1,0 +1,169 @@
+"""What the answers of runs add up to: every figure with its interval, its baselines and the compared runs."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pathflip_jax.evaluate import colour, grounding, retrieval, scores, zero_shot
+from pathflip_jax.evaluate.cohort import Cohort
+
+GALLERY = 100
+DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}
+
+
+class Tasks(NamedTuple):
+    """What is to be scored on a cohort; a task without its input is None."""
+
+    pairs: list | None
+    prompts: zero_shot.Prompts | None
+    concepts: dict[str, list[str]] | None
+    truth: dict[str, tuple] | None  # slide id -> (inside [C, N], counts [N])
+
+
+class Outcome(NamedTuple):
+    """What one run did on every slide or text, before anything is averaged."""
+
+    ranks: dict[str, retrieval.Ranks] | None
+    probabilities: np.ndarray | None  # [n, C]
+    aucs: np.ndarray | None  # [slides with outlines, C], NaN where a concept is absent
+
+
+def _entry(ours: list, theirs: list, weights, **baselines) -> dict:
+    """A figure with its interval and baselines; with runs to compare to, theirs and the paired difference."""
+    statistic = scores.mean_over_runs(ours)
+    entry = scores.interval(statistic, weights)._asdict() | baselines
+    if len(ours) > 1:
+        entry["by_run"] = [scores.interval(one, weights).value for one in ours]
+    if theirs:
+        other = scores.mean_over_runs(theirs)
+        entry["compared"] = scores.interval(other, weights)._asdict()
+        entry["difference"] = scores.interval(scores.difference(statistic, other), weights)._asdict()
+    return entry
+
+
+def score_retrieval(outcomes: list[Outcome], compared: list[Outcome], patients: list[str], seed: int) -> dict:
+    """R@k and median rank both ways, in the whole gallery and in galleries of 100.
+
+    The gallery stays as it is in the bootstrap; the patients whose slides and texts ask are drawn.
+    """
+    weights = scores.patient_weights(patients, seed=seed)
+    found = {}
+    for key in DIRECTIONS:
+        ours, theirs = [o.ranks[key] for o in outcomes], [o.ranks[key] for o in compared]
+        sizes = retrieval.gallery_sizes(ours[0])
+        galleries = {"all": None} | ({f"of_{GALLERY}": GALLERY} if sizes.max() >= GALLERY else {})
+        found[key] = {}
+        for name, gallery in galleries.items():
+            block = {"gallery": int(retrieval.gallery_sizes(ours[0], gallery).max()), "queries": len(patients)}
+            for k in retrieval.RECALLS:
+                ones = [[scores.mean(retrieval.recall(r, k, gallery)) for r in side] for side in (ours, theirs)]
+                block[f"R@{k}"] = _entry(*ones, weights, chance=retrieval.chance(ours[0], k, gallery))
+            ones = [[scores.median(retrieval.expected_rank(r, gallery)) for r in side] for side in (ours, theirs)]
+            block["median_rank"] = _entry(*ones, weights, chance=retrieval.chance_median_rank(ours[0], gallery))
+            found[key][name] = block
+    return found
+
+
+def score_zero_shot(
+    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, prompts, labels, files: dict, seed: int
+) -> dict:
+    """The scores of the classification beside a guess, the majority class and the nearest colour."""
+    names = list(prompts.classes)
+    weights = scores.patient_weights(cohort.patients, seed=seed)
+    ours, theirs = (
+        [scores.classification(labels, o.probabilities.argmax(1), o.probabilities) for o in side]
+        for side in (outcomes, compared)
+    )
+    counted = [names.index(row["label"]) for row in cohort.train if row.get("label") in names]
+    majority = int(np.bincount(counted if counted else labels, minlength=len(names)).argmax())
+    blind = scores.baselines(labels, len(names), majority)
+    by_colour = colour_classes(cohort, names, labels, files)
+    metrics = {}
+    for metric in ours[0]:
+        baselines = {name: blind[name][metric] for name in blind}
+        if by_colour is not None:
+            baselines["mean_colour"] = scores.interval(by_colour[metric], weights)._asdict()
+        metrics[metric] = _entry([o[metric] for o in ours], [o[metric] for o in theirs], weights, **baselines)
+    first = outcomes[0].probabilities
+    return {
+        "task": prompts.task,
+        "classes": {name: int((labels == i).sum()) for i, name in enumerate(names)},
+        "texts": prompts.classes,
+        "majority_class": names[majority],
+        "majority_from": "train" if counted else "this split",
+        "metrics": metrics,
+        "per_class": scores.per_class(labels, first.argmax(1), first, names),
+    }
+
+
+def colour_classes(cohort: Cohort, names, labels, files) -> dict | None:
+    """The statistics of the nearest training slide by mean colour; None where there are no slide files for it."""
+    label_of = {row["slide_id"]: row.get("label") for row in cohort.train}
+
+    def mean(slide):
+        known = slide.slide_id in files and slide.coords is not None and slide.patch_size > 0
+        return colour.patch_colours(files[slide.slide_id], slide.coords, slide.patch_size).mean(0) if known else None
+
+    labelled = [(label_of[s.slide_id], mean(s)) for s in cohort.train_features()]
+    train = [(names.index(label), rgb) for label, rgb in labelled if label in names and rgb is not None]
+    test = [mean(cohort.features(slide)) for slide in cohort.slide_ids]
+    if not train or any(rgb is None for rgb in test):
+        return None
+    belief = colour.nearest_class(
+        np.stack([rgb for _, rgb in train]),
+        np.array([label for label, _ in train]),
+        np.stack(test),
+        len(names),
+    )
+    return scores.classification(labels, belief.argmax(1), belief)
+
+
+def colour_aucs(cohort: Cohort, tasks: Tasks, files, outlines, seed) -> np.ndarray | None:
+    """The AUCs of the mean-colour map, as an `Outcome` has them; None where there are no slide files for it."""
+    if not set(tasks.truth) <= set(files) or not cohort.train:
+        return None
+    colour_map = grounding.ColourMap(cohort.train_features(seed), files, outlines, list(tasks.concepts), seed)
+    return np.stack(
+        [
+            grounding.concept_aucs(inside, colour_map(cohort.features(slide)), counts)
+            for slide, (inside, counts) in tasks.truth.items()
+        ]
+    )
+
+
+def slide_means(aucs: np.ndarray) -> np.ndarray:
+    """The mean AUC of each slide over its concepts, NaN for a slide with none."""
+    known = np.isfinite(aucs)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, aucs, 0).sum(1) / known.sum(1)
+
+
+def score_grounding(
+    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed: int
+) -> dict:
+    """The AUC over slides and by concept; two runs are compared slide by slide."""
+    patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
+    ours, theirs = ([scores.mean(slide_means(o.aucs)) for o in side] for side in (outcomes, compared))
+    baselines = {"chance": 0.5}
+    if by_colour is not None:
+        baselines["mean_colour"] = scores.interval(scores.mean(slide_means(by_colour)), weights)._asdict()
+    rows = []
+    for c, concept in enumerate(tasks.concepts):
+        entry = {
+            "concept": concept,
+            "slides": int(np.isfinite(outcomes[0].aucs[:, c]).sum()),
+            "auc": _entry([scores.mean(o.aucs[:, c]) for o in outcomes], [], weights),
+        }
+        if compared:
+            others = scores.mean_over_runs([scores.mean(o.aucs[:, c]) for o in compared])
+            entry["compared"] = scores.interval(others, weights).value
+        if by_colour is not None:
+            entry["mean_colour"] = scores.interval(scores.mean(by_colour[:, c]), weights).value
+        rows.append(entry)
+    return {
+        "slides": int(np.isfinite(slide_means(outcomes[0].aucs)).sum()),
+        "texts": tasks.concepts,
+        "auc": _entry(ours, theirs, weights, **baselines),
+        "per_concept": [row for row in rows if row["slides"]],
+    }

@@ -1,0 +1,83 @@
+"""Zero-shot classification: a slide belongs to the class whose texts lie nearest.
+
+A class is described by several texts; their normalised embeddings are averaged (a prompt ensemble), which takes out
+some of the accident of one wording. No label is seen, none chooses a threshold.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from pathflip_jax.evaluate.retrieval import normalise
+
+TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
+
+
+class Prompts(NamedTuple):
+    """Texts of each class, in the order of the classes."""
+
+    task: str
+    classes: dict[str, list[str]]
+
+
+def read_prompts(path) -> Prompts:
+    """Read {"classes": {label: [texts]}}, with optional "task" and "templates".
+
+    A template holds `{}`, the place of the text; with templates every text is said in each of them. A bare
+    {label: [texts]} is taken too (texts of concepts for grounding). Raises ValueError naming the file for a class
+    given twice, a class without texts, or one text in two classes.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f'{path}: expected {{"classes": {{label: [texts]}}}}, found {type(content).__name__}')
+    listed = content.get("classes", content if "templates" not in content and "task" not in content else None)
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f'{path}: no classes; expected {{"classes": {{label: [texts]}}}}')
+    templates = content.get("templates", ["{}"]) if "classes" in content else ["{}"]
+    for template in templates:
+        if str(template).count("{}") != 1:
+            raise ValueError(f"{path}: the template {template!r} must hold {{}} once, the place of the text")
+    classes: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for label, texts in listed.items():
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise ValueError(f"{path}: class {label!r} needs a list of texts with words in them, found {texts!r}")
+        for text in texts:
+            if owner.setdefault(text.strip().lower(), label) != label:
+                raise ValueError(f"{path}: {text!r} stands for class {owner[text.strip().lower()]!r} and {label!r}")
+        classes[label] = [template.replace("{}", text) for text in texts for template in templates]
+    return Prompts(str(content.get("task", "")) if "classes" in content else "", classes)
+
+
+def _no_key_twice(pairs):
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} stands there twice; merge its texts into one list")
+        found[key] = value
+    return found
+
+
+def class_embeddings(encode_text, classes: dict[str, list[str]]) -> Float[np.ndarray, "C D"]:
+    """The unit embedding of each class: the mean of its texts' unit embeddings."""
+    texts = [text for listed in classes.values() for text in listed]
+    encoded = normalise(encode_text(texts))
+    ends = np.cumsum([len(listed) for listed in classes.values()])
+    return normalise(np.stack([part.mean(0) for part in np.split(encoded, ends[:-1])]))
+
+
+def class_probabilities(
+    slides: Float[np.ndarray, "n D"], classes: Float[np.ndarray, "C D"]
+) -> Float[np.ndarray, "n C"]:
+    """Softmax over classes of the cosines, at the temperature of training."""
+    logits = (normalise(slides) @ classes.T).astype(np.float64) / TEMPERATURE
+    logits -= logits.max(1, keepdims=True)
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -1,0 +1,90 @@
+"""Where on a slide a text is seen: ways to turn one trained model into a score per patch.
+
+The model is trained to attend from a subcaption to regions (DESIGN section 3.6); a map wants patches. The methods
+differ in how they get from one to the other:
+
+- `region`: the text-region attention of a region, on all of its patches.
+- `attention`: the same, refined inside the region by the patch cross-attention of the Region Q-Former.
+- `patch`: every patch, with its neighbours in a small window, is a region of its own; the text attends to those.
+- `similarity`: the same windows, but each alone before the text: the cosine of the text with the text-conditioned
+  embedding of a slide that has only this region. It is the quantity that the region loss pulls (DESIGN section 4).
+
+The first three are logarithms of attention over its uniform value: 0 means "no more than anywhere else".
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
+
+METHODS = ("region", "attention", "patch", "similarity")
+DEFAULT_METHOD = "similarity"
+WINDOW = 3
+CONTEXT = 256  # windows that go through the region transformer together
+
+
+class Grounding(NamedTuple):
+    """Scores of texts on one slide: per patch in the order of its `coords`, and per region of the run's cut."""
+
+    slide_id: str
+    texts: tuple[str, ...]
+    patch_scores: Float[np.ndarray, "C N"]
+    region_scores: Float[np.ndarray, "C R"]
+    coords: Int[np.ndarray, "N 2"]
+    patch_size: int
+    mpp: float
+    width: int
+    height: int
+    method: str
+
+
+def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int) -> Int[np.ndarray, "N S"]:
+    """The patches of each patch's window of `window` x `window` patch edges, itself first; -1 where there is none.
+
+    By distance, not by grid, so that overlapping patches and patches off the grid have neighbours too.
+    """
+    if window == 1:
+        return np.arange(len(coords), dtype=np.int32)[:, None]
+    tree = cKDTree(np.asarray(coords, np.float64))
+    _, found = tree.query(coords, k=window**2, p=np.inf, distance_upper_bound=patch_size * window / 2 - 1e-6)
+    return np.where(found == len(coords), -1, found).astype(np.int32)
+
+
+def window_regions(encode, coords, patch_size, window: int, context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
+    """The region embedding of each patch's window.
+
+    `encode` takes patch indices [B, R, S] and gives a `SlideEncoding`. Windows that are encoded together stand far
+    apart (every n-th), so that each pass sees the whole slide as its context, whatever its size.
+    """
+    slots = window_slots(coords, patch_size, window)  # [N, S]
+    passes = -(-len(slots) // context)
+    length = -(-len(slots) // passes)
+    padded = np.full((length * passes, slots.shape[1]), -1, np.int32)
+    padded[: len(slots)] = slots
+    strided = padded.reshape(length, passes, -1)  # window i is in pass i % passes
+    regions = [encode(strided[None, :, i]).regions[0, :length] for i in range(passes)]
+    return np.stack(regions, axis=1).reshape(length * passes, -1)[: len(slots)]
+
+
+def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):
+    """Give every patch the value of its region: [C, N]."""
+    region, column = np.nonzero(slots >= 0)
+    values = np.empty((len(region_values), patches), np.float32)
+    values[:, slots[region, column]] = region_values[:, region]
+    return values
+
+
+def patch_shares(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndarray, "R S"], patches: int):
+    """The Region Q-Former's attention to each patch, over heads and queries, 1 = its region's mean: [N]."""
+    region, column = np.nonzero(slots >= 0)
+    mean = attention.mean((0, 1))[: slots.shape[0], : slots.shape[1]]  # [R, S]
+    mean = mean * (slots >= 0) / np.maximum(mean.sum(1, keepdims=True), 1e-12)
+    shares = np.empty(patches, np.float32)
+    shares[slots[region, column]] = (mean * (slots >= 0).sum(1, keepdims=True))[region, column]
+    return shares
+
+
+def log_ratio(weights: Float[np.ndarray, "C n"]) -> Float[np.ndarray, "C n"]:
+    """Attention over its uniform value, as a logarithm."""
+    return np.log(np.maximum(weights * weights.shape[-1], 1e-9))

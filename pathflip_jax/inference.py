@@ -1,0 +1,295 @@
+"""A trained model at work: embeddings of slides and texts, and where on a slide a text is seen.
+
+Slides have any number of regions; XLA compiles once per shape. So regions and patch slots are padded to a few
+sizes (masked, hence without effect), and a cohort costs a handful of compilations.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from pathflip_jax.checkpoint import load_run
+from pathflip_jax.data.features import SlideFeatures, read_features
+from pathflip_jax.data.records import Records
+from pathflip_jax.data.regions import cut_regions
+from pathflip_jax.grounding import maps
+from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.model.pathflip import SlideEncoding
+
+SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
+
+
+class Embedding(NamedTuple):
+    """A slide in the joint space: itself, its regions, and where these lie (grid column and row; -1 in `scan`)."""
+
+    slide_id: str
+    slide: Float[np.ndarray, "D"]
+    regions: Float[np.ndarray, "R D"]
+    grid: Int[np.ndarray, "R 2"]
+
+
+@functools.partial(jax.jit, static_argnames="attention")
+def _encode_slides(model, patches, mask, attention):
+    return model.encode_slides(patches, mask, attention=attention)
+
+
+@jax.jit
+def _encode_texts(model, tokens, segments, positions, text_index):
+    return model.encode_texts(tokens, segments, positions, text_index)
+
+
+@jax.jit
+def _text_region_attention(model, texts, regions, mask):
+    return model.text_region_attention(texts, regions, mask)
+
+
+def bucket(n: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds n: at most a third is padding."""
+    power = 1 << max(n - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def region_slots(order: Int[np.ndarray, "N"], rows: Int[np.ndarray, "R+1"]) -> Int[np.ndarray, "R S"]:
+    """The patch in every slot of every region, -1 where a region has fewer than the fullest one."""
+    counts = np.diff(rows)
+    slots = np.full((len(counts), int(counts.max(initial=1))), -1, np.int32)
+    region = np.repeat(np.arange(len(counts)), counts)
+    slots[region, np.arange(rows[-1]) - np.repeat(rows[:-1], counts)] = order[: rows[-1]]
+    return slots
+
+
+class Bag(NamedTuple):
+    """The patches of a slide, or of all slides of a case, and which of them make each region."""
+
+    slide_id: str
+    features: Float[np.ndarray, "N F"]
+    slots: Int[np.ndarray, "R S"]
+    grid: Int[np.ndarray, "R 2"]
+
+
+class Predictor:
+    """A trained run: encodes slides and texts, and grounds texts on slides.
+
+    Takes `SlideFeatures` of any origin, cut into regions as the run's records were.
+    """
+
+    def __init__(self, model, config: dict, tokenizer, name: str = "") -> None:
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.name = name
+        data = config.get("data", {})
+        self.encoder = data.get("encoder") or ""
+        self.cut = data.get("cut") or "grid"
+        self.edge_um = float(data.get("edge_um") or 2048.0)
+        self.caption_length = int(data.get("caption_length") or 384)
+
+    def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> Bag:
+        """Cut slides into regions; several slides are one bag, their regions one after the other (DESIGN section 4).
+
+        Raises ValueError for features of another width or patch encoder than the run was trained on.
+        """
+        slides = [slides] if isinstance(slides, SlideFeatures) else list(slides)
+        width = self.model.config.feature_dim
+        slots, grids, start = [], [], 0
+        for slide in slides:
+            if slide.features.shape[1] != width:
+                raise ValueError(
+                    f"slide {slide.slide_id}: features are {slide.features.shape[1]} wide, {self.name or 'the model'} "
+                    f"was trained on {width}; extract them with its patch encoder {self.encoder or '(not recorded)'}"
+                )
+            if self.encoder and slide.encoder and slide.encoder != self.encoder:
+                raise ValueError(
+                    f"slide {slide.slide_id}: features come from {slide.encoder!r}, {self.name or 'the model'} was "
+                    f"trained on {self.encoder!r}; features of two encoders share no space, extract them again"
+                )
+            if len(slide.features) == 0:
+                raise ValueError(f"slide {slide.slide_id}: no patches, so there is nothing to encode; leave it out")
+            regions = cut_regions(slide, cut=self.cut, edge_um=self.edge_um)
+            cut = region_slots(regions.order, regions.rows)
+            slots.append(np.where(cut >= 0, cut + start, -1))
+            grids.append(regions.grid)
+            start += len(slide.features)
+        widest = max(cut.shape[1] for cut in slots)
+        slots = [np.pad(cut, ((0, 0), (0, widest - cut.shape[1])), constant_values=-1) for cut in slots]
+        features = slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides])
+        return Bag("+".join(s.slide_id for s in slides), features, np.concatenate(slots), np.concatenate(grids))
+
+    def _encode(self, features: Sequence[np.ndarray], slots: Sequence[np.ndarray], attention=False) -> SlideEncoding:
+        """Encode several bags of patch indices [R, S] in one padded call; arrays come back as NumPy, still padded."""
+        rows = bucket(max(s.shape[0] for s in slots))
+        columns = bucket(max(s.shape[1] for s in slots))
+        patches = np.zeros((len(slots), rows, columns, features[0].shape[1]), np.float16)
+        mask = np.zeros(patches.shape[:3], bool)
+        for i, (x, index) in enumerate(zip(features, slots, strict=True)):
+            valid = index >= 0
+            mask[i, : index.shape[0], : index.shape[1]] = valid
+            patches[i, : index.shape[0], : index.shape[1]][valid] = x[index[valid]]
+        return jax.device_get(_encode_slides(self.model, patches, mask, attention))
+
+    def encode_slide(self, slide: SlideFeatures | Sequence[SlideFeatures]) -> Embedding:
+        """Embed a slide with all its regions; a list of slides is embedded as one case."""
+        return next(self.encode_slides([slide]))
+
+    def encode_slides(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
+        """Embed slides (or lists of slides) in their order; those of one padded size share a call."""
+        slides = iter(slides)
+        while window := [self.bag(slide) for slide in islice(slides, 4 * batch_size)]:
+            sizes: dict[tuple[int, int], list[int]] = {}
+            for i, bag in enumerate(window):
+                sizes.setdefault((bucket(bag.slots.shape[0]), bucket(bag.slots.shape[1])), []).append(i)
+            found: dict[int, Embedding] = {}
+            for members in sizes.values():
+                for first in range(0, len(members), batch_size):
+                    batch = members[first : first + batch_size]
+                    filled = batch + [batch[0]] * (bucket(len(batch)) - len(batch))  # few batch sizes compile
+                    encoding = self._encode([window[i].features for i in filled], [window[i].slots for i in filled])
+                    for row, i in enumerate(batch):
+                        regions = encoding.regions[row, : len(window[i].slots)]
+                        found[i] = Embedding(window[i].slide_id, encoding.slide[row], regions, window[i].grid)
+            yield from (found[i] for i in range(len(window)))
+
+    def encode_text(self, texts: str | Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "n D"]:
+        """Embed texts, in their order. Raises ValueError for a text of no words."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for number, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(f"text {number} has no words: {text!r}; leave it out or write what to look for")
+        tokens = self.tokenizer.encode(texts, self.caption_length)
+        order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # texts of one length share a call
+        found = np.zeros((len(texts), self.model.config.embed_dim), np.float32)
+        for first in range(0, len(order), batch_size):
+            members = order[first : first + batch_size]
+            rows, length = bucket(len(members)), bucket(max(len(tokens[i]) for i in members))
+            length = min(length, self.model.config.max_positions)
+            ids, segments = np.zeros((1, rows, length), np.int32), np.zeros((1, rows, length), np.int32)
+            segments[:, :, 0] = 1  # rows without a text hold one padding token, so that no row is all masked
+            for row, i in enumerate(members):
+                ids[0, row, : len(tokens[i])] = tokens[i]
+                segments[0, row, : len(tokens[i])] = 1
+            positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+            starts = np.arange(rows, dtype=np.int32)[None] * length
+            encoded = _encode_texts(self.model, ids, segments, positions, starts)
+            found[members] = np.asarray(encoded, np.float32)[0, : len(members)]
+        return found
+
+    def ground(
+        self,
+        slide: SlideFeatures,
+        texts: str | Sequence[str],
+        *,
+        method: str = maps.DEFAULT_METHOD,
+        window: int = maps.WINDOW,
+        context: int = maps.CONTEXT,
+    ) -> Grounding:
+        """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are.
+
+        `window` (an odd number of patches) and `context` matter to the methods that look at patches one by one.
+        Raises ValueError for a slide without coordinates: there is no place to put a score.
+        """
+        if method not in maps.METHODS:
+            raise ValueError(f"method {method!r} is none of {', '.join(maps.METHODS)}")
+        if slide.coords is None:
+            raise ValueError(
+                f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
+                "extract features in a format that stores them (CLAM or TRIDENT h5)"
+            )
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        text = self.encode_text(texts)
+        bag = self.bag(slide)
+        patches, regions = len(slide.features), len(bag.slots)
+        encoding = self._encode([bag.features], [bag.slots], attention=method == "attention")
+        region_scores = maps.log_ratio(self._attend(text, encoding.regions[0, :regions]))
+        if method == "region":
+            scores = maps.spread(region_scores, bag.slots, patches)
+        elif method == "attention":
+            share = maps.patch_shares(encoding.region_attention[0], bag.slots, patches)
+            scores = maps.spread(region_scores, bag.slots, patches) + np.log(np.maximum(share, 1e-9))
+        else:
+            if slide.patch_size <= 0:
+                raise ValueError(
+                    f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
+                    "import it with --patch-size, or ground with method 'region'"
+                )
+            windows = maps.window_regions(
+                lambda slots: self._encode([bag.features], slots), slide.coords, slide.patch_size, window, context
+            )
+            if method == "patch":
+                scores = maps.log_ratio(self._attend(text, windows))
+            else:
+                scores = self._similarity(text, windows)
+        return Grounding(
+            slide_id=slide.slide_id,
+            texts=texts,
+            patch_scores=np.asarray(scores, np.float32),
+            region_scores=np.asarray(region_scores, np.float32),
+            coords=slide.coords,
+            patch_size=slide.patch_size,
+            mpp=slide.mpp,
+            width=slide.width,
+            height=slide.height,
+            method=method,
+        )
+
+    def _attend(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
+        """The attention of each text over the regions [C, R], mean over heads."""
+        count, size, rows = len(regions), bucket(len(regions)), bucket(len(texts))
+        keys = np.zeros((1, size, regions.shape[1]), np.float32)
+        keys[0, :count] = regions
+        queries = np.zeros((1, rows, regions.shape[1]), np.float32)
+        queries[0, : len(texts)] = texts
+        _, weights = _text_region_attention(self.model, queries, keys, np.arange(size)[None] < count)
+        return np.asarray(weights, np.float32)[0, : len(texts), :count]
+
+    def _similarity(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
+        """The cosine of each text with its text-conditioned embedding of each region alone [C, R].
+
+        One region takes all the attention whatever the text, so the embedding is the same for every text.
+        """
+        size = bucket(len(regions))
+        keys = np.zeros((size, 1, regions.shape[1]), np.float32)
+        keys[: len(regions), 0] = regions
+        alone, _ = _text_region_attention(self.model, jnp.zeros_like(keys), keys, np.ones((size, 1), bool))
+        alone = np.asarray(alone, np.float32)[: len(regions), 0]
+        alone /= np.maximum(np.linalg.norm(alone, axis=1, keepdims=True), 1e-12)
+        texts = texts / np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-12)
+        return texts @ alone.T
+
+
+def load(path, which: str | int = "best") -> Predictor:
+    """Load a run folder (trained here, or made by `pathflip convert`) for inference.
+
+    `which` is "best" (by validation), "latest" or a step.
+    """
+    model, config, tokenizer = load_run(Path(path), which=which)
+    return Predictor(model, config, tokenizer, name=str(path))
+
+
+def read_slide(path, slide_id: str | None = None) -> SlideFeatures:
+    """Read one slide's features: a feature file (CLAM, TRIDENT, SlideChat, STAMP, .pt), or a slide of records.
+
+    `slide_id` chooses from a folder or shard of records that holds several slides.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix.lower() in SLIDE_FILES:
+        raise ValueError(
+            f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records"
+        )
+    if not path.is_dir() and path.suffix != ".tfrecord":
+        return read_features(path)
+    records = Records(path if path.is_dir() else [path])
+    if slide_id is None:
+        if len(records.slides) != 1:
+            names = ", ".join(info.slide_id for info in records.slides[:3])
+            raise ValueError(f"{path}: holds {len(records.slides)} slides ({names}, ...); choose one by slide_id")
+        return records.read(0)
+    return records.read(records.position(slide_id))
