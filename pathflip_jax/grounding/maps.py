@@ -78,10 +78,11 @@ def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"
 def patch_shares(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndarray, "R S"], patches: int):
     """The Region Q-Former's attention to each patch, over heads and queries, 1 = its region's mean: [N]."""
     region, column = np.nonzero(slots >= 0)
-    mean = attention.mean((0, 1))[: slots.shape[0], : slots.shape[1]]  # [R, S]
-    mean = mean * (slots >= 0) / np.maximum(mean.sum(1, keepdims=True), 1e-12)
+    valid = slots >= 0
+    mean = attention.mean((0, 1))[: slots.shape[0], : slots.shape[1]] * valid  # [R, S]
+    share = mean * valid.sum(1, keepdims=True) / np.maximum(mean.sum(1, keepdims=True), 1e-12)
     shares = np.empty(patches, np.float32)
-    shares[slots[region, column]] = (mean * (slots >= 0).sum(1, keepdims=True))[region, column]
+    shares[slots[region, column]] = share[region, column]
     return shares
 
 
