@@ -1,0 +1,110 @@
+"""The ONE table of names: every tensor of the released PyTorch model, and where it lives here.
+
+Both directions of conversion, the parity command and the exporter read this table and nothing else.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from pathflip_jax.model.config import PathFLIPConfig
+
+
+class Name(NamedTuple):
+    """One parameter here, the torch tensor that holds it, and how: which third of a fused one, transposed or not."""
+
+    path: str
+    torch: str
+    form: Literal["same", "transpose", "leading_axis"] = "same"
+    third: int | None = None
+
+    def to_jax(self, tensor: np.ndarray) -> np.ndarray:
+        """The parameter out of the torch tensor."""
+        if self.third is not None:
+            size = tensor.shape[0] // 3
+            tensor = tensor[self.third * size : (self.third + 1) * size]
+        return {
+            "same": tensor,
+            "transpose": tensor.T,
+            "leading_axis": tensor[0] if self.form == "leading_axis" else tensor,
+        }[self.form]
+
+    def to_torch(self, parameter: np.ndarray) -> np.ndarray:
+        """The torch tensor, or its third, out of the parameter."""
+        return {"same": parameter, "transpose": parameter.T, "leading_axis": parameter[None]}[self.form]
+
+
+def _linear(path: str, torch: str) -> Iterator[Name]:
+    yield Name(f"{path}/kernel", f"{torch}.weight", "transpose")
+    yield Name(f"{path}/bias", f"{torch}.bias")
+
+
+def _norm(path: str, torch: str) -> Iterator[Name]:
+    yield Name(f"{path}/scale", f"{torch}.weight")
+    yield Name(f"{path}/bias", f"{torch}.bias")
+
+
+def _attention(path: str, torch: str) -> Iterator[Name]:
+    for name in ("query", "key", "value"):
+        yield from _linear(f"{path}/{name}", f"{torch}.self.{name}")
+    yield from _linear(f"{path}/output", f"{torch}.output.dense")
+    yield from _norm(f"{path}/norm", f"{torch}.output.LayerNorm")
+
+
+def _ffn(path: str, torch: str, suffix: str) -> Iterator[Name]:
+    yield from _linear(f"{path}/intermediate", f"{torch}.intermediate{suffix}.dense")
+    yield from _linear(f"{path}/output", f"{torch}.output{suffix}.dense")
+    yield from _norm(f"{path}/norm", f"{torch}.output{suffix}.LayerNorm")
+
+
+def _multihead(path: str, torch: str) -> Iterator[Name]:
+    for third, name in enumerate(("query", "key", "value")):
+        yield Name(f"{path}/{name}/kernel", f"{torch}.in_proj_weight", "transpose", third)
+        yield Name(f"{path}/{name}/bias", f"{torch}.in_proj_bias", "same", third)
+    yield from _linear(f"{path}/output", f"{torch}.out_proj")
+
+
+def bert_layer(path: str, torch: str) -> Iterator[Name]:
+    """The part of a Q-Former layer that any BERT has."""
+    yield from _attention(f"{path}/self_attention", f"{torch}.attention")
+    yield from _ffn(f"{path}/ffn", torch, "")
+
+
+def names(config: PathFLIPConfig) -> list[Name]:
+    """All parameters of a model of this config, each once."""
+    return list(_names(config))
+
+
+def _names(config: PathFLIPConfig) -> Iterator[Name]:
+    if config.patch_projection == "linear":
+        yield from _linear("patch_projection/linear", "path_encoder")
+    else:
+        yield from _linear("patch_projection/linear", "path_encoder.0")
+        yield from _norm("patch_projection/norm", "path_encoder.1")
+        yield from _linear("patch_projection/linear_out", "path_encoder.3")
+        yield from _norm("patch_projection/norm_out", "path_encoder.4")
+    embeddings = "Qformer.bert.embeddings"
+    yield Name("qformer/query_tokens", "query_tokens", "leading_axis")
+    yield Name("qformer/word_embeddings/embedding", f"{embeddings}.word_embeddings.weight")
+    yield Name("qformer/position_embeddings/embedding", f"{embeddings}.position_embeddings.weight")
+    yield from _norm("qformer/norm", f"{embeddings}.LayerNorm")
+    for number in range(config.layers):
+        path, torch = f"qformer/layers/{number}", f"Qformer.bert.encoder.layer.{number}"
+        yield from bert_layer(path, torch)
+        yield from _ffn(f"{path}/query_ffn", torch, "_query")
+        if number in config.cross_layers:
+            yield from _attention(f"{path}/cross_attention", f"{torch}.crossattention")
+    yield from _linear("slide_projection", "path_proj")
+    yield from _linear("text_projection", "text_proj")
+    for number in range(config.region_layers):
+        path, torch = f"region_layers/{number}", f"path_trans.layers.{number}"
+        yield from _multihead(f"{path}/attention", f"{torch}.self_attn")
+        yield from _norm(f"{path}/attention_norm", f"{torch}.norm1")
+        yield from _linear(f"{path}/intermediate", f"{torch}.linear1")
+        yield from _linear(f"{path}/output", f"{torch}.linear2")
+        yield from _norm(f"{path}/norm", f"{torch}.norm2")
+    for name, torch in (("query", "w_q"), ("key", "w_k"), ("value", "w_v")):
+        yield from _linear(f"text_region/{name}", f"fg_head.{torch}")
+    yield from _multihead("text_region/attention", "fg_head.attn")
+    yield Name("logit_scale", "logit_scale")
