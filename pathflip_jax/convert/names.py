@@ -24,15 +24,15 @@ class Name(NamedTuple):
         if self.third is not None:
             size = tensor.shape[0] // 3
             tensor = tensor[self.third * size : (self.third + 1) * size]
-        return {
-            "same": tensor,
-            "transpose": tensor.T,
-            "leading_axis": tensor[0] if self.form == "leading_axis" else tensor,
-        }[self.form]
+        if self.form == "transpose":
+            return tensor.T
+        return tensor[0] if self.form == "leading_axis" else tensor
 
     def to_torch(self, parameter: np.ndarray) -> np.ndarray:
         """The torch tensor, or its third, out of the parameter."""
-        return {"same": parameter, "transpose": parameter.T, "leading_axis": parameter[None]}[self.form]
+        if self.form == "transpose":
+            return parameter.T
+        return parameter[None] if self.form == "leading_axis" else parameter
 
 
 def _linear(path: str, torch: str) -> Iterator[Name]:
