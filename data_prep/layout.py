@@ -90,16 +90,17 @@ def _tissue(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray,
     pieces = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     shift = rng.uniform(-0.12, 0.12)
     boxes = {
-        1: [(0, 0, 0.93, 0.93)],
-        2: [(-0.5 + shift, 0, 0.46 + shift, 0.95), (0.5 + shift, 0, 0.46 - shift, 0.92)],
-        3: [(-0.5, -0.02, 0.45, 0.94), (0.5, -0.5, 0.45, 0.44), (0.5, 0.5, 0.45, 0.44)],
+        1: [(0, 0, 0.88, 0.88)],
+        2: [(-0.48 + shift, 0, 0.42 + shift, 0.88), (0.48 + shift, 0, 0.42 - shift, 0.86)],
+        3: [(-0.48, -0.02, 0.42, 0.88), (0.47, -0.47, 0.42, 0.42), (0.47, 0.47, 0.42, 0.42)],
     }[pieces]
     form = np.full((rows, cols), -9.0)
     for cx, cy, rx, ry in boxes:
         form = np.maximum(form, 1 - (np.abs((x - cx) / rx) ** 2.6 + np.abs((y - cy) / ry) ** 2.6) ** (1 / 2.6))
     form = form + 0.10 * _smooth(rng, rows, cols, rows / 12) + 0.025 * _smooth(rng, rows, cols, rows / 50)
-    edge = np.minimum(1 - np.abs(x), 1 - np.abs(y)) + 0.02 * _smooth(rng, rows, cols, rows / 30)
-    form = form - 6 * np.clip(0.13 - edge, 0, None)
+    edge = np.minimum(1 - np.abs(x), 1 - np.abs(y)) + 0.05 * _smooth(rng, rows, cols, rows / 15)
+    form = form - 6 * np.clip(0.10 - edge, 0, None)
+    form = np.where(np.minimum(1 - np.abs(x), 1 - np.abs(y)) < 0.03, -9, form)
     level = 0.0
     if (form > 0).mean() < 0.45:
         level = float(np.quantile(form, 0.55))
@@ -112,7 +113,10 @@ def _tissue(rng: np.random.Generator, rows: int, cols: int) -> tuple[np.ndarray,
 def _parcels(rng: np.random.Generator, mask: np.ndarray, edge: float) -> tuple[np.ndarray, np.ndarray]:
     """Divide the tissue into irregular parcels about `edge` cells wide: label 1, 2, ... per cell, and their middles."""
     rows, cols = mask.shape
-    warp = [_smooth(rng, rows, cols, edge / 5) * edge / 11 for _ in range(2)]
+    warp = [
+        _smooth(rng, rows, cols, edge / 5) * edge / 11 + _smooth(rng, rows, cols, edge / 22) * edge / 40
+        for _ in range(2)
+    ]
     label, middles = np.zeros(mask.shape, np.int32), []
     parts, count = ndimage.label(mask)
     for part in range(1, count + 1):

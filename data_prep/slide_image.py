@@ -23,7 +23,8 @@ TILE = 256
 # Optical density per unit of haematoxylin and of eosin in red, green, blue (Ruifrok and Johnston 2001, roughly).
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.16]], np.float32)
 # The amounts of stain that areas are drawn to, whatever they contain.
-_TARGET_H, _TARGET_E = (0.17, 0.36), (0.20, 0.42)
+_TARGET_H, _TARGET_E = (0.12, 0.34), (0.18, 0.46)
+_OWN = 0.2  # the share of an area's own colour that is kept, so that fat stays paler than a lymph follicle
 
 
 def render(layout: Layout, rng: np.random.Generator) -> np.ndarray:
@@ -76,7 +77,7 @@ def _stain(h: np.ndarray, e: np.ndarray, inside: np.ndarray, stains: np.ndarray,
             Image.fromarray(level.astype(np.float32)).resize(layer.shape[::-1], Image.Resampling.BICUBIC)
         )
     amounts = np.array([rng.uniform(*_TARGET_H), rng.uniform(*_TARGET_E)], np.float32)
-    wanted = np.exp(-amounts @ stains)[:2]
+    wanted = -(amounts @ stains)[:2]
     pick = inside[rng.integers(0, len(inside), 5000)] + rng.integers(0, STEP, (5000, 2))
     pick = np.minimum(pick, np.array(h.shape) - 1)
     sample = h[pick[:, 0], pick[:, 1]], e[pick[:, 0], pick[:, 1]]
@@ -84,9 +85,10 @@ def _stain(h: np.ndarray, e: np.ndarray, inside: np.ndarray, stains: np.ndarray,
     def miss(strength: np.ndarray) -> np.ndarray:
         new = [_restain(layer, s) for layer, s in zip(sample, strength, strict=True)]
         light = [np.exp(-(new[0] * stains[0, c] + new[1] * stains[1, c])).mean() for c in range(2)]
-        return np.log(np.array(light) / wanted)
+        return np.log(np.array(light)) - wanted
 
     strength = np.zeros(2)
+    wanted = wanted + _OWN * miss(strength)
     for _ in range(8):
         error = miss(strength)
         a, c = (miss(strength + [0.02, 0]) - error) / 0.02

@@ -216,28 +216,29 @@ def _along(field: Field, centres: np.ndarray, radii: np.ndarray, factor: float, 
 
 def background(field: Field) -> None:
     """Loose connective tissue, the ground that carries none of the concepts: faint mesh, few small nuclei."""
-    mesh = np.abs(field.noise(11)) + 0.6 * np.abs(field.noise(6))
-    field.e += 0.30 + 0.13 * _ramp(mesh, 0.9, 0.0) + 0.03 * field.noise(45)
+    mesh = np.minimum(np.abs(field.noise(16)), np.abs(field.noise(9)) + 0.1)
+    field.e += 0.27 + 0.16 * _ramp(mesh, 0.5, 0.0) + 0.03 * field.noise(30) + 0.02 * field.noise(4)
     field.h += 0.10
     field.nuclei("stellate", field.points(26, 0.5), gain=0.85)
-    vessels = field.points(120, 0.45)
+    vessels = field.points(130, 0.45)
     radii = _outlines(field, vessels, field.rng.uniform(6, 10, len(vessels)), 0.25)
-    wall = field.polygons(
-        _ring(vessels, radii, 1.0) + _ring(vessels, radii, 0.6), [1.0] * len(vessels) + [0.5] * len(vessels)
-    )
-    field.e += 0.25 * _ramp(wall, 0.55, 1.0) - 0.2 * (1 - np.abs(wall - 0.5) * 2) * (wall > 0.3)
-    xy, outward = _along(field, vessels, radii, 1.0, 14)
-    field.nuclei("flat", xy, outward + np.pi / 2, 0.9)
+    outer, lumen = _ring(vessels, radii, 1.0), _ring(vessels, radii, 0.65)
+    wall = field.polygons(outer, [1.0] * len(outer))
+    opening = field.polygons(lumen, [1.0] * len(lumen))
+    field.e += wall * 0.25 - opening * (field.e + 0.22)
+    field.h *= 1 - 0.7 * opening
+    xy, outward = _along(field, vessels, radii, 0.95, 9)
+    field.nuclei("flat", xy[::2], outward[::2] + np.pi / 2, 0.9)
 
 
 def glands(field: Field) -> None:
     """Round to oval glands: an open lumen, one row of basal columnar nuclei set radially, stroma between."""
     field.e += 0.42 + 0.07 * field.noise(7, 3)
     field.h += 0.08
-    centres = field.points(68, 0.13)
-    radius = field.rng.uniform(23, 33, len(centres)) * field.scale
-    radii = _outlines(field, centres, radius, 0.22)
-    outer, lumen = _ring(centres, radii, 1.0), _ring(centres, radii, 0.45)
+    centres = field.points(66, 0.17)
+    radius = field.rng.uniform(21, 31, len(centres)) * field.scale
+    radii = _outlines(field, centres, radius, 0.45)
+    outer, lumen = _ring(centres, radii, 1.0), _ring(centres, radii, 0.52)
     epithelium = field.polygons(outer + lumen, [1.0] * len(outer) + [0.0] * len(lumen))
     opening = field.polygons(lumen, [1.0] * len(lumen), soft=1.2)
     inside = np.maximum(epithelium, opening)
@@ -248,8 +249,8 @@ def glands(field: Field) -> None:
     field.h *= 1 - opening
     stroma = field.points(17, 0.45)
     field.nuclei("spindle", stroma[field.at(inside, stroma) < 0.05], gain=0.8)
-    for factor in (0.84, 0.72):
-        xy, outward = _along(field, centres, radii, factor, 6.0 if factor > 0.8 else 11.0)
+    for factor in (0.86, 0.76):
+        xy, outward = _along(field, centres, radii, factor, 6.0 if factor > 0.8 else 15.0)
         field.nuclei("columnar", xy, outward, 0.95)
 
 
@@ -320,9 +321,9 @@ def mucin_pools(field: Field) -> None:
     """Lakes of pale stringy mucin with floating strips and clusters of small cells, thin septa between."""
     _, distance = field.band(120 * field.scale)
     septum = _ramp(np.abs(distance), 5.5, 3.0)
-    turn = field.rng.uniform(0, np.pi)
-    wisps = _fibres(field, turn, 34.0, 60.0, 5.0, 60.0)
-    strings = _ramp(np.abs(wisps), 0.35, 0.0)
+    u, v = _fibre_axes(field, field.rng.uniform(0, np.pi), 34.0, 60.0)
+    wisps = _fibres(field, u, v, 9.0, 90.0)
+    strings = _ramp(np.abs(wisps), 0.4, 0.0)
     field.h += (1 - septum) * (0.10 + 0.20 * strings + 0.02 * field.noise(20)) + septum * 0.08
     field.e += (1 - septum) * (0.04 + 0.07 * strings) + septum * (0.50 + 0.06 * field.noise(5))
     xy = field.points(13, 0.4)
@@ -355,12 +356,12 @@ def lymphoid_aggregates(field: Field) -> None:
 
 def necrosis(field: Field) -> None:
     """Granular debris: shadows of cells, crumbs of chromatin, no whole nucleus anywhere."""
-    grain = field.noise(2.2) + 0.8 * field.noise(4.5)
-    clump = _ramp(field.noise(10) + 0.5 * field.noise(5), -0.2, 1.3)
+    grain = 0.8 * field.noise(2.6) + 0.8 * field.noise(5)
+    clump = _ramp(field.noise(11) + 0.6 * field.noise(6), -0.6, 1.4)
     _, edge = field.cells(15)
-    ghosts = _ramp(np.abs(edge - 3.2), 1.3, 0.2)
-    field.e += np.clip(0.42 + 0.13 * grain + 0.20 * clump + 0.10 * ghosts, 0.03, None)
-    field.h += 0.10 + 0.10 * clump + 0.03 * grain
+    ghosts = _ramp(np.abs(edge - 3.4), 1.5, 0.2)
+    field.e += np.clip(0.40 + 0.085 * grain + 0.24 * clump + 0.09 * ghosts, 0.08, None)
+    field.h += 0.10 + 0.08 * clump + 0.02 * grain
     xy = field.points(11, 0.5)
     dusty = field.at(clump, xy) > 0.35
     field.nuclei("debris", xy[dusty], gain=0.75)
@@ -371,7 +372,7 @@ def fat(field: Field) -> None:
     """Large empty polygonal cells in a net of thin membranes, nuclei pressed into the corners."""
     _, edge = field.cells(38)
     edge = edge + 0.4 * field.noise(12)
-    wall = _ramp(edge, 3.1, 1.7)
+    wall = _ramp(edge, 2.7, 1.5)
     corner = _ramp(edge, 1.2, 0.4)
     field.e += 0.03 + wall * (0.62 + 0.06 * field.noise(5)) + 0.1 * corner
     field.h += wall * 0.16
@@ -397,16 +398,21 @@ def _table() -> np.ndarray:
     return (table / table.std()).astype(np.float32)
 
 
-def _fibres(field: Field, turn: float, swing: float, reach: float, across: float, along: float) -> np.ndarray:
-    """Noise drawn out into wavy fibres: `across` px wide, `along` px long, swinging by `swing` px over `reach`."""
-    u, v = _fibre_axes(field, turn, swing, reach)
-    shift = field.rng.integers(0, 512, 2)
-    row = (u * (4.0 / across) + shift[0]).astype(np.int32) & 511
-    col = (v * (4.0 / along) + shift[1]).astype(np.int32) & 511
-    return _table()[row, col]
+def _fibres(field: Field, u: np.ndarray, v: np.ndarray, across: float, along: float) -> np.ndarray:
+    """Noise of unit variance drawn out into fibres about `across` px wide and `along` px long, on the axes (u, v)."""
+    shift = field.rng.uniform(0, 512, 2).astype(np.float32)
+    row, col = u * np.float32(4.0 / across) + shift[0], v * np.float32(4.0 / along) + shift[1]
+    top, left = row.astype(np.int32), col.astype(np.int32)
+    down, right = row - top, col - left
+    top, left = top & 511, left & 511
+    below, beside, table = (top + 1) & 511, (left + 1) & 511, _table()
+    upper = table[top, left] * (1 - right) + table[top, beside] * right
+    lower = table[below, left] * (1 - right) + table[below, beside] * right
+    return upper * (1 - down) + lower * down
 
 
 def _fibre_axes(field: Field, turn: float, swing: float, reach: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates across and along fibres that run at `turn` radians and swing by about `swing` px over `reach` px."""
     y, x = np.arange(field.rows, dtype=np.float32)[:, None], np.arange(field.cols, dtype=np.float32)
     warp = field.noise(reach * 2) * np.float32(swing / 1.5)
     u = x * np.float32(np.sin(turn)) - y * np.float32(np.cos(turn)) + warp
@@ -416,12 +422,10 @@ def _fibre_axes(field: Field, turn: float, swing: float, reach: float) -> tuple[
 
 def fibrous_stroma(field: Field) -> None:
     """Dense wavy bundles of collagen, all running one way, with thin nuclei that lie along them."""
-    turn = field.rng.uniform(0, np.pi)
-    u, v = _fibre_axes(field, turn, 16.0, 50.0)
-    table, shift = _table(), field.rng.integers(0, 512, 4)
-    bundle = table[(u * 0.30 + shift[0]).astype(np.int32) & 511, (v * 0.03 + shift[1]).astype(np.int32) & 511]
-    thread = table[(u * 1.1 + shift[2]).astype(np.int32) & 511, (v * 0.06 + shift[3]).astype(np.int32) & 511]
-    field.e += np.clip(0.52 + 0.15 * bundle + 0.08 * thread, 0.05, None)
+    u, v = _fibre_axes(field, field.rng.uniform(0, np.pi), 16.0, 50.0)
+    bundle = _fibres(field, u, v, 13.0, 130.0)
+    thread = _fibres(field, u, v, 3.6, 60.0)
+    field.e += np.clip(0.52 + 0.14 * bundle + 0.09 * thread, 0.05, None)
     field.e *= 1 - 0.7 * _ramp(-bundle, 1.3, 1.9)
     field.h += 0.08
     xy = field.points(17, 0.45)
