@@ -1,0 +1,320 @@
+"""Texts as token ids: any Hugging Face BERT vocabulary, and packing into rows of fixed shape (DESIGN section 5).
+
+Only the `tokenizers` package is used: importing the tokenizer classes of transformers imports torch where there is
+one, and `BertTokenizerFast(vocab_file=...)` turns every word into [UNK] without a word of warning.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+_log = logging.getLogger(__name__)
+
+
+class TextTokenizer:
+    """The WordPiece tokenizer of a Hugging Face BERT folder, with one id more for [DEC].
+
+    Reads `tokenizer.json`, or `vocab.txt` with the `do_lower_case` of tokenizer_config.json or config.json.
+    `vocab_size` counts [DEC], as the word table of the released model does. `truncated` counts the texts that
+    `encode` had to cut since the tokenizer was made.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._tokenizer = _load(self.folder)
+        self._tokenizer.no_truncation()  # tokenizer.json may carry both; a cut must be counted here
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        missing = [token for token in SPECIAL[:4] if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: the vocabulary of {len(vocabulary)} tokens lacks {', '.join(missing)}; "
+                "a BERT folder is needed (vocab.txt or tokenizer.json of a BertTokenizer)"
+            )
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (vocabulary[token] for token in SPECIAL[:4])
+        self.dec_id = vocabulary.get("[DEC]", max(vocabulary.values()) + 1)
+        self.vocab_size = max(self.dec_id, *vocabulary.values()) + 1
+        self.truncated = 0
+        parts = json.loads(self._tokenizer.to_str())
+        kinds = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
+        #: Whether the ids of two texts joined by a space are the ids of the one and then of the other. BERT cuts at
+        #: white space before all else, so there texts can be tokenised once, sentence by sentence.
+        self.concatenates = kinds == ["BertNormalizer", "BertPreTokenizer"]
+
+    def ids(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        """The ids of texts without [CLS] and [SEP], at any length."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def wrap(self, ids: Int[np.ndarray, "T"], max_length: int) -> Int[np.ndarray, "t"]:
+        """[CLS] ids [SEP], at most `max_length` in all: the end of a longer text is cut, not its [SEP]."""
+        return np.concatenate(([self.cls_id], ids[: max_length - 2], [self.sep_id])).astype(np.int32)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> list[Int[np.ndarray, "t"]]:
+        """The ids of each text with [CLS] and [SEP], at most `max_length` (3 or more) of them.
+
+        Texts that had to be cut are counted in `truncated` and logged as a warning: nothing is cut silently.
+        """
+        if max_length < 3:
+            raise ValueError(f"max_length {max_length} leaves no room between [CLS] and [SEP]; use at least 3")
+        found = self.ids(texts)
+        long = [len(ids) + 2 for ids in found if len(ids) + 2 > max_length]
+        if long:
+            self.truncated += len(long)
+            _log.warning(
+                "%d of %d texts are longer than %d tokens (the longest has %d); their ends are cut",
+                len(long), len(found), max_length, max(long),
+            )  # fmt: skip
+        return [self.wrap(ids, max_length) for ids in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out; for messages and tests."""
+        return self._tokenizer.decode([int(i) for i in ids if i != self.dec_id], skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a BERT folder (without weights) from which the same tokenizer can be read again."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+        if not (folder / "tokenizer.json").exists():
+            self._tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; copy the file again")
+    return found
+
+
+def _load(folder: Path) -> Tokenizer:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; a Hugging Face BERT folder is needed (with vocab.txt or tokenizer.json)"
+        )
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); copy the file again") from error
+    if not (folder / "vocab.txt").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(f"{folder}: neither tokenizer.json nor vocab.txt in it (found {found})")
+    lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
+    settings = _read_json(folder / "config.json") | _read_json(folder / "tokenizer_config.json")
+    if "do_lower_case" not in settings and sum(re.match(r"[A-Z][a-z]", word) is not None for word in vocabulary) > 100:
+        _log.warning(
+            '%s: the vocabulary has capitals, but no file says "do_lower_case": false; texts are lower-cased, as '
+            "transformers does. Add a tokenizer_config.json that says it if the weights were trained on cased text",
+            folder,
+        )
+    return _bert_tokenizer(
+        vocabulary,
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        chinese=settings.get("tokenize_chinese_chars", True),
+    )
+
+
+def _bert_tokenizer(vocabulary: dict[str, int], lowercase=True, strip_accents=None, chinese=True) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=chinese, strip_accents=strip_accents, lowercase=lowercase
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
+    if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
+        tokenizer.post_processor = processors.BertProcessing(
+            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+        )
+    return tokenizer
+
+
+def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 2000) -> None:
+    """Learn a lower-cased WordPiece vocabulary from texts and write it as a BERT folder without weights.
+
+    vocab.txt, tokenizer.json, tokenizer_config.json and config.json are what transformers expects. The same texts
+    give the same files byte for byte: the trainer of `tokenizers` numbers tokens in hash order, so it is not used.
+    Few texts may hold fewer pieces than `vocab_size`. Raises ValueError when the letters alone do not fit.
+    """
+    splitter = _bert_tokenizer({"[UNK]": 0})
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(w for w, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
+    if not words:
+        raise ValueError("no words to learn a vocabulary from: all texts are empty")
+    tokens = _learn_pieces(words, vocab_size - len(SPECIAL))
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *tokens])}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
+    _bert_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    config = {"model_type": "bert", "vocab_size": len(vocabulary), "max_position_embeddings": 512, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _learn_pieces(words: Counter[str], size: int) -> list[str]:
+    """At most `size` word pieces: the letters, then the pairs that occur most, merged one after the other.
+
+    Byte-pair counts decide, as in the trainer of `tokenizers`; ties go to the first in alphabetical order.
+    """
+    split = {word: [word[0], *(f"##{letter}" for letter in word[1:])] for word in sorted(words)}
+    letters = sorted({piece for pieces in split.values() for piece in pieces})
+    if len(letters) > size:
+        raise ValueError(
+            f"vocab_size {size + len(SPECIAL)} is below the {len(letters)} letters of the texts and the "
+            f"{len(SPECIAL)} special tokens; ask for more"
+        )
+    counts: Counter[tuple[str, str]] = Counter()
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for word, pieces in split.items():
+        for pair in zip(pieces, pieces[1:], strict=False):
+            counts[pair] += words[word]
+            holders[pair].add(word)
+    tokens = dict.fromkeys(letters)
+    while len(tokens) < size and counts:
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        if counts[best] < 2:
+            break
+        merged = best[0] + best[1].removeprefix("##")
+        tokens[merged] = None
+        for word in holders.pop(best):
+            old = split[word]
+            for pair in zip(old, old[1:], strict=False):
+                counts[pair] -= words[word]
+                holders[pair].discard(word)
+            new = []
+            for piece in old:
+                if new and (new[-1], piece) == best:
+                    new[-1] = merged
+                else:
+                    new.append(piece)
+            split[word] = new
+            for pair in zip(new, new[1:], strict=False):
+                counts[pair] += words[word]
+                holders[pair].add(word)
+        counts = +counts  # pairs that are gone
+    return list(tokens)
+
+
+class PackedText(NamedTuple):
+    """Texts laid end to end in rows. Segments count from 1 in each row; 0 is padding, as are its tokens."""
+
+    tokens: Int[np.ndarray, "P L"]
+    segments: Int[np.ndarray, "P L"]
+    positions: Int[np.ndarray, "P L"]
+    cls_index: Int[np.ndarray, "n"]
+
+
+class PackingOverflowError(ValueError):
+    """The texts need more rows than there are."""
+
+    def __init__(self, needed: int, rows: int, row_length: int) -> None:
+        super().__init__(
+            f"the texts need {needed} rows of {row_length} tokens, there are {rows}; raise text_rows, or leave it "
+            "out to have it measured"
+        )
+        self.needed = needed
+
+
+def place(lengths: Sequence[int], row_length: int) -> tuple[list[int], list[int], int]:
+    """First-fit decreasing: the row and the column of each text, and how many rows that takes.
+
+    Longest first, each into the first row with room; equal lengths in their order, so the outcome is determined.
+    Raises ValueError for a text longer than a row.
+    """
+    row_of, column_of = [0] * len(lengths), [0] * len(lengths)
+    filled: list[int] = []
+    first, previous = 0, 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[i]
+        if length > row_length:
+            raise ValueError(f"a text of {length} tokens is longer than a row of {row_length}; raise row_length")
+        first = first if length == previous else 0  # where one of this length did not fit, the next will not
+        previous = length
+        for row in range(first, len(filled)):
+            if filled[row] + length <= row_length:
+                break
+        else:
+            row = len(filled)
+            filled.append(0)
+        row_of[i], column_of[i], first = row, filled[row], row
+        filled[row] += length
+    return row_of, column_of, len(filled)
+
+
+def pack(texts: Sequence[Int[np.ndarray, "t"]], row_length: int, rows: int | None = None) -> PackedText:
+    """Pack texts into `rows` rows of `row_length` tokens (as many rows as it takes when None).
+
+    `cls_index[i]` is the place of the [CLS] of text i in the flattened rows. Positions start again in every text.
+    Raises PackingOverflowError when the rows do not suffice: nothing is left out.
+    """
+    lengths = np.array([len(text) for text in texts], np.int64)
+    row_of, column_of, needed = place(lengths.tolist(), row_length)
+    rows = max(needed, 1) if rows is None else rows
+    if needed > rows:
+        raise PackingOverflowError(needed, rows, row_length)
+    tokens, segments, positions = np.zeros((3, rows, row_length), np.int32)
+    starts = np.array(row_of, np.int64) * row_length + np.array(column_of, np.int64)
+    if len(lengths):
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        flat = np.repeat(starts, lengths) + within
+        order = np.empty(len(lengths), np.int64)
+        order[np.argsort(starts, kind="stable")] = np.arange(len(lengths))
+        ahead = np.zeros(rows, np.int64)  # texts in the rows before
+        ahead[1:] = np.cumsum(np.bincount(row_of, minlength=rows))[:-1]
+        tokens.reshape(-1)[flat] = np.concatenate(texts)
+        segments.reshape(-1)[flat] = np.repeat(order - ahead[row_of] + 1, lengths)
+        positions.reshape(-1)[flat] = within
+    return PackedText(tokens, segments, positions, starts.astype(np.int32))
+
+
+def bucket(n: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds n: few sizes, at most a third of it padding."""
+    power = 1 << max(n - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+class TextBatch(NamedTuple):
+    """Texts as the model's `encode_texts` takes them: one group, `text_index` the place of each text's [CLS]."""
+
+    tokens: Int[np.ndarray, "1 P L"]
+    segments: Int[np.ndarray, "1 P L"]
+    positions: Int[np.ndarray, "1 P L"]
+    text_index: Int[np.ndarray, "1 n"]
+
+
+def pack_texts(
+    tokenizer: TextTokenizer, texts: Sequence[str], *, max_length: int, row_length: int = 512, rows: int | None = None
+) -> TextBatch:
+    """Tokenise and pack texts for one call of `encode_texts`, in their order.
+
+    Without `rows`, the number of rows goes up to the next of few sizes, so that batches of about equal length
+    compile once.
+    """
+    encoded = tokenizer.encode(texts, min(max_length, row_length))
+    if rows is None:
+        rows = bucket(place([len(ids) for ids in encoded], row_length)[2])
+    return TextBatch(*(x[None] for x in pack(encoded, row_length, rows)))
