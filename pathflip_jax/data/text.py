@@ -1,0 +1,323 @@
+"""Texts of slides: captions, questions and slide tables, in every shape that they come in (DESIGN section 5).
+
+Features are written once; texts are tables beside them, keyed by slide id. The canonical table is JSON Lines, one
+text a line: {"slide_id": "a" or ["a", "b"], "case_id": "p", "caption": "...", "subcaptions": [...]}, of which only a
+caption and a slide_id or case_id are needed. SlideInstruct, WSI-Bench, WSI-VQA and SlideBench files are read as
+they are published.
+"""
+
+import json
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pathflip_jax.data.tables import Row, read_rows
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SPLITS |= {"test": "test", "testing": "test", "": ""}
+_SLIDE = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
+_CASE = ("case_id", "patient_id", "case", "patient")
+_CAPTION = ("caption", "report", "text")
+_EXTENSIONS = re.compile(
+    r"\.(h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|bif|dcm|svslide|png|jpe?g)$", re.IGNORECASE
+)
+_UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+_TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(?!\w)", re.IGNORECASE)
+_OPTION = re.compile(r"(?:^|\s)\(?([A-H])[).:]\s+")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SlideText:
+    """The text of a slide, or of the slides of a case as one bag.
+
+    `slide_ids` may be empty when the table names a case alone; `case_id` is empty where the table does not say (TCGA
+    barcodes do). `subcaptions` are those given with the caption; None = take them from its sentences.
+    """
+
+    slide_ids: tuple[str, ...]
+    case_id: str
+    caption: str
+    subcaptions: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a slide. With `options` (letter -> text) the answer is a letter, without it is free text."""
+
+    question_id: str
+    slide_ids: tuple[str, ...]
+    case_id: str
+    question: str
+    answer: str
+    options: dict[str, str] = field(default_factory=dict)
+    category: str = ""
+
+
+def read_texts(path: str | Path) -> list[SlideText]:
+    """The texts of a table of any supported shape, in its order; rows that repeat an earlier one are left out.
+
+    Raises ValueError with file and line for a row with no slide or with an empty caption, and for a table of
+    questions, which `read_questions` reads.
+    """
+    rows = read_rows(path)
+    texts = [_text(row) for row in rows]
+    kept = list(dict.fromkeys(texts))
+    if len(kept) < len(texts):
+        _log.warning(
+            "%s: %d of %d rows repeat an earlier one and are left out", path, len(texts) - len(kept), len(texts)
+        )
+    return kept
+
+
+def write_texts(path: str | Path, texts: Iterable[SlideText]) -> None:
+    """Write texts as the canonical JSON Lines; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8") as stream:
+        for text in texts:
+            ids = list(text.slide_ids)
+            row = {"slide_id": ids[0] if len(ids) == 1 else ids, "case_id": text.case_id, "caption": text.caption}
+            if text.subcaptions is not None:
+                row["subcaptions"] = list(text.subcaptions)
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a VQA table: SlideBench-VQA, WSI-VQA, WSI-Bench or SlideInstruct, or columns named alike.
+
+    Options that are empty are left out. Raises ValueError with file and line for a row without question or answer,
+    and for an answer that is none of its options.
+    """
+    questions = []
+    for number, row in enumerate(read_rows(path), 1):
+        slide_ids, case_id = _slides(row)
+        name = str(row.first("question_id", "id")) or str(number)
+        category = str(row.first("narrow category", "category", "broad category", "task", "type"))
+        if "conversations" in row.values:
+            turns = _turns(row)
+        else:
+            turns = [(str(row.first("question")), str(row.first("answer")))]
+        for turn, (asked, answer) in enumerate(turns):
+            if not asked or not answer:
+                raise ValueError(f"{row.place}: no {'answer' if asked else 'question'}; {_columns(row)}")
+            asked, options = _options(row, asked)
+            answer = _letter(row, answer, options) if options else answer
+            turn_name = name if len(turns) == 1 else f"{name}/{turn}"
+            questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category))
+    return questions
+
+
+def read_slide_table(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a slides table (CSV or JSON Lines) with at least a column slide_id.
+
+    Every row holds slide_id, case_id, patient_id (each stands in for the other; "" = unknown), label, split (train,
+    val, test or "") and the table's other columns as they are. Raises ValueError with file and line for a row
+    without a slide id, a slide listed twice and a split of another name.
+    """
+    found: list[dict[str, str]] = []
+    places: dict[str, str] = {}
+    for row in read_rows(path):
+        raw = row.first(*_SLIDE)
+        slide = clean_id(str(raw)) if isinstance(raw, str | int) else ""
+        if not slide:
+            raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {_columns(row)}")
+        if slide in places:
+            raise ValueError(
+                f"{row.place}: slide {slide} is listed more than once (first in {places[slide]}); remove one of the rows"
+            )
+        places[slide] = row.place
+        split = str(row.first("split")).lower()
+        if split not in SPLITS:
+            raise ValueError(f"{row.place}: split {split!r} of slide {slide}; expected train, val, test or nothing")
+        values = {name: "" if value is None else str(value).strip() for name, value in row.values.items()}
+        case = str(row.first("case_id", "patient_id", "case", "patient"))
+        patient = str(row.first("patient_id", "case_id", "patient", "case"))
+        known = {"slide_id": slide, "case_id": case, "patient_id": patient, "split": SPLITS[split]}
+        found.append({"label": ""} | values | known)
+    return found
+
+
+def match_texts(
+    texts: Sequence[SlideText], slide_ids: Sequence[str], case_ids: Sequence[str] | None = None
+) -> list[SlideText]:
+    """The texts of these slides, with their `slide_ids` spelt as the slides'.
+
+    An id matches the same id, then the same file name without folder, extension and case of its letters, then TCGA
+    ids of which one lacks the `.UUID`, where only one slide comes into question: DX1 is not DX10. A text of a case
+    (its id, or no slide at all) gets all slides of that case; `case_ids` names the case of each slide, else TCGA
+    barcodes do. What matches nothing is left out and logged with its count. Raises ValueError when nothing matches.
+    """
+    index = _Index(slide_ids, case_ids)
+    matched, lost, samples = [], 0, []
+    for text in texts:
+        found = list(dict.fromkeys(slide for name in text.slide_ids for slide in index.find(name)))
+        if not text.slide_ids:
+            found = index.cases.get(text.case_id, [])
+        missing = [name for name in text.slide_ids if not index.find(name)] or ([] if found else [text.case_id])
+        lost += len(missing)
+        samples += missing
+        if found:
+            matched.append(replace(text, slide_ids=tuple(found)))
+    if not matched:
+        raise ValueError(
+            f"none of the {len(texts)} texts belongs to any of the {len(slide_ids)} slides: the texts name "
+            f"{some(samples)}, the slides are {some(slide_ids)}; give the table that belongs to these slides, or "
+            "make its ids those of the slides (file names without extension)"
+        )
+    silent = sorted(set(slide_ids) - {slide for text in matched for slide in text.slide_ids})
+    if lost:
+        _log.warning("%d ids of the text table match no slide (%s) and are left out", lost, some(samples))
+    if silent:
+        _log.warning("%d of %d slides have no text (%s)", len(silent), len(slide_ids), some(silent))
+    return matched
+
+
+class _Index:
+    """Slides by every name that a table may give them. A name that two slides share finds neither."""
+
+    def __init__(self, slide_ids: Sequence[str], case_ids: Sequence[str] | None) -> None:
+        self.exact = set(slide_ids)
+        self.names: defaultdict[str, set[str]] = defaultdict(set)
+        self.bare: defaultdict[str, set[str]] = defaultdict(set)
+        self.cases: defaultdict[str, list[str]] = defaultdict(list)
+        for number, slide in enumerate(slide_ids):
+            name = clean_id(slide).lower()
+            self.names[name].add(slide)
+            self.bare[_UUID.sub("", name)].add(slide)
+            case = case_ids[number] if case_ids is not None else ""
+            for known in {case, tcga_case(slide)} - {""}:
+                self.cases[known].append(slide)
+
+    def find(self, name: str) -> list[str]:
+        if name in self.exact:
+            return [name]
+        clean = clean_id(name).lower()
+        found = self.names.get(clean)
+        if not found and not _UUID.search(clean):
+            found = self.bare.get(clean)
+        elif not found:  # the table knows the UUID: a slide of that name without one, never one with another UUID
+            found = self.names.get(_UUID.sub("", clean))
+        if found:
+            return list(found) if len(found) == 1 else []
+        return self.cases.get(name, [])
+
+
+def clean_id(name: str) -> str:
+    """A slide id from what a table gives: no folder, and no extension of a slide or feature file."""
+    return _EXTENSIONS.sub("", name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2])
+
+
+def tcga_case(slide_id: str) -> str:
+    """The patient in a TCGA barcode ("TCGA-A7-A0CJ-01Z-00-DX2" -> "TCGA-A7-A0CJ"), "" in other ids."""
+    match = _TCGA.match(slide_id)
+    return match.group(1).upper() if match else ""
+
+
+def some(names: Iterable[object], most: int = 3) -> str:
+    """A few names for a message, and how many more there are."""
+    names = [str(name) for name in names]
+    listed = ", ".join(names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
+def _text(row: Row) -> SlideText:
+    slide_ids, case_id = _slides(row)
+    if "conversations" in row.values:
+        turns = _turns(row)
+        if any(_OPTION.search(asked) and len(answer) <= 2 for asked, answer in turns):
+            raise ValueError(f"{row.place}: a multiple-choice question; read_questions reads tables of questions")
+        caption = "\n".join(answer for _, answer in turns)
+    else:
+        caption = row.first(*_CAPTION)
+        if not any(name in row.values for name in _CAPTION):
+            hint = "; read_questions reads tables of questions" if "answer" in row.values else ""
+            raise ValueError(f"{row.place}: no column caption, {_columns(row)}{hint}")
+    if not isinstance(caption, str) or not any(letter.isalnum() for letter in caption):
+        raise ValueError(
+            f"{row.place}: the caption of {some(slide_ids) or case_id} is empty ({str(caption)[:20]!r}); "
+            "write it or remove the row"
+        )
+    return SlideText(slide_ids, case_id, caption, _subcaptions(row))
+
+
+def _subcaptions(row: Row) -> tuple[str, ...] | None:
+    given = row.first("subcaptions")
+    if isinstance(given, str):
+        given = given.splitlines()
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise ValueError(f"{row.place}: subcaptions must be a list of texts (in CSV, one a line), not {given!r:.60}")
+    if not all(any(letter.isalnum() for letter in item) for item in given):
+        raise ValueError(f"{row.place}: an empty subcaption; write it or remove it")
+    return tuple(item.strip() for item in given) or None
+
+
+def _slides(row: Row) -> tuple[tuple[str, ...], str]:
+    """The slide ids and the case of a row; WSI-VQA names neither, only an `Id`, which is the patient."""
+    given = row.first(*_SLIDE)
+    case = str(row.first(*_CASE))
+    if not given and not case:
+        given = row.first("id")
+    if isinstance(given, str):
+        given = given.split(";")
+    given = given if isinstance(given, list) else [given]
+    if not all(isinstance(name, str | int) for name in given):
+        raise ValueError(f"{row.place}: slide ids must be texts, not {given!r:.60}")
+    slide_ids = tuple(dict.fromkeys(filter(None, (clean_id(str(name)) for name in given))))
+    if not slide_ids and not case:
+        raise ValueError(f"{row.place}: no slide; a column slide_id or case_id is needed, {_columns(row)}")
+    return slide_ids, case or (tcga_case(slide_ids[0]) if slide_ids else "")
+
+
+def _turns(row: Row) -> list[tuple[str, str]]:
+    """What is asked and answered in a conversation, in turn, without the image token."""
+    turns = row.values["conversations"]
+    try:
+        spoken = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in turns]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f'{row.place}: conversations must be a list of {{"from", "value"}}, found {turns!r:.80}'
+        ) from error
+    if [who for who, _ in spoken] != ["human", "gpt"] * (len(spoken) // 2) or not spoken:
+        raise ValueError(f"{row.place}: human and gpt must take turns, found {[who for who, _ in spoken]}")
+    return [(spoken[i][1], spoken[i + 1][1]) for i in range(0, len(spoken), 2)]
+
+
+def _options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
+    """The question without its options, and the options by letter: from columns, from a list, or from the question."""
+    given = row.first("choice", "choices", "options")
+    if isinstance(given, dict):
+        return asked, {str(letter).upper(): str(text).strip() for letter, text in given.items() if str(text).strip()}
+    if isinstance(given, list):
+        return asked, {chr(65 + i): str(text).strip() for i, text in enumerate(given) if str(text).strip()}
+    columns = {letter.upper(): str(row.first(letter)) for letter in "abcdefgh" if row.first(letter)}
+    if columns:
+        return asked, columns
+    found = list(_OPTION.finditer(asked))
+    if len(found) < 2 or [match.group(1) for match in found] != [chr(65 + i) for i in range(len(found))]:
+        return asked, {}
+    ends = [match.start() for match in found[1:]] + [len(asked)]
+    options = {m.group(1): asked[m.end() : end].strip() for m, end in zip(found, ends, strict=True)}
+    return asked[: found[0].start()].strip(), options
+
+
+def _letter(row: Row, answer: str, options: dict[str, str]) -> str:
+    """The letter of an answer given as "B", "B) text" or the text of an option."""
+    texts = {text.strip(" .").lower(): letter for letter, text in reversed(options.items())}
+    if answer.strip(" .").lower() in texts:
+        return texts[answer.strip(" .").lower()]
+    match = re.match(r"\(?([A-H])(?:[).:]|$)", answer.upper())
+    if match and match.group(1) in options:
+        return match.group(1)
+    raise ValueError(f"{row.place}: the answer {answer!r:.60} is none of the options {options}")
+
+
+def _columns(row: Row) -> str:
+    return f"found {', '.join(name or '(no name)' for name in row.values)}"
