@@ -1,93 +1,121 @@
 """Patch features of a slide, and the readers of the feature files that labs already have.
 
-One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat and STAMP files alike. Files are sniffed: what they hold
-decides, their extension only says which parser to try.
+One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP and plain HDF5 files alike. The first bytes of a file
+and what it holds decide who wrote it, never its extension alone.
 """
 
 import csv
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
-# Nominal micrometres per pixel of a scan at 1x; scanners differ from it by some percent.
+FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+# Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
 # Folders that lie beside features and hold none: coordinates, masks, pictures.
-NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "visualization"}
+NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlideFeatures:
-    """The patches of one slide: features [N, F] and where each lies.
+    """The patches of one slide, in any order: features [N, F] and where each lies.
 
     `coords` [N, 2] are x, y of a patch's top-left corner in pixels at level 0, None where the file has none;
     `patch_size` is a patch's edge in the same pixels, `mpp` micrometres per pixel at level 0, `width` and `height` the
-    slide's at level 0; 0 stands for unknown. Raises ValueError, naming the slide, for arrays that do not belong
-    together, for no patches, and for features that are not finite.
+    slide's at level 0; 0 stands for unknown. An empty `case_id` becomes that of the slide id (`case_of`). Raises
+    ValueError, naming the slide, for arrays that do not belong together, no patches, and features not finite.
     """
 
     slide_id: str
-    features: Float[np.ndarray, "N F"]
-    coords: Int[np.ndarray, "N 2"] | None = None
-    case_id: str = ""
+    case_id: str
+    features: Float[np.ndarray, "N F"] = field(repr=False)
+    coords: Int[np.ndarray, "N 2"] | None = field(default=None, repr=False)
     patch_size: int = 0
     mpp: float = 0.0
     width: int = 0
     height: int = 0
     encoder: str = ""
 
-    def __post_init__(self):
-        features, coords = np.asarray(self.features), self.coords
-        if features.ndim != 2 or not features.shape[1]:
-            raise ValueError(f"slide {self.slide_id}: features have shape {features.shape}, expected [patches, width]")
+    def __post_init__(self) -> None:
+        where, features = f"slide {self.slide_id}", self.features
+        if not self.slide_id:
+            raise ValueError("a slide without an id: texts are matched to slides by id, name it")
+        if features.ndim != 2 or (len(features) and not features.shape[1]):
+            found = "one vector: a slide embedding, not patches" if features.ndim == 1 else f"of shape {features.shape}"
+            raise ValueError(f"{where}: the features are {found}; expected [patches, feature width]")
         if not len(features):
-            raise ValueError(f"slide {self.slide_id}: no tissue, 0 patches; leave the slide out")
-        if coords is not None:
-            coords = np.asarray(coords)
-            if coords.shape != (len(features), 2):
-                found = f"{len(features)} features and coords of shape {coords.shape}"
-                raise ValueError(f"slide {self.slide_id}: {found}, expected one x, y per feature; extract it again")
-            if not np.all(np.isfinite(coords)) or np.abs(coords).max() >= 2**31:
-                raise ValueError(f"slide {self.slide_id}: coords are not pixels of a slide; extract it again")
-            object.__setattr__(self, "coords", np.ascontiguousarray(coords, np.int32))
-        bad = ~np.isfinite(features.astype(np.float32)).all(axis=1)
-        if bad.any():
-            rows = ", ".join(map(str, np.flatnonzero(bad)[:5]))
-            found = f"{bad.sum()} of {len(features)} patches hold NaN or infinity (rows {rows})"
-            raise ValueError(f"slide {self.slide_id}: {found}; extract the features again")
-        object.__setattr__(self, "features", features)
+            raise ValueError(f"{where}: no tissue: features of 0 patches; leave the slide out, or find its tissue anew")
+        if features.dtype not in FEATURE_DTYPES:
+            raise ValueError(f"{where}: features are {features.dtype}, expected float16, bfloat16 or float32")
+        finite = np.isfinite(features)
+        if not finite.all():
+            rows = np.flatnonzero(~finite.all(axis=1))
+            found = f"{len(rows)} of {len(features)} patches hold NaN or infinity (the first is patch {rows[0]})"
+            raise ValueError(f"{where}: {found}; extract the features again, in float32 where they overflow float16")
+        if self.coords is not None:
+            object.__setattr__(self, "coords", _checked_coords(self.coords, len(features), where))
+        if min(self.patch_size, self.width, self.height) < 0 or not 0 <= self.mpp < 1e4:
+            found = f"patch size {self.patch_size}, mpp {self.mpp}, slide {self.width} x {self.height}"
+            raise ValueError(f"{where}: {found}; expected numbers above 0, or 0 for unknown")
         object.__setattr__(self, "case_id", self.case_id or case_of(self.slide_id))
 
-    def replace(self, **changes) -> "SlideFeatures":
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+
+def _checked_coords(coords: np.ndarray, patches: int, where: str) -> np.ndarray:
+    coords = np.asarray(coords)
+    if coords.shape != (patches, 2):
+        found = f"{patches} features and coords of shape {coords.shape}"
+        raise ValueError(f"{where}: {found}, expected one x, y per feature; one was cut short, extract the slide again")
+    if not np.isfinite(coords).all() or np.abs(coords.astype(np.float64)).max() >= 2**31:
+        raise ValueError(f"{where}: coords hold NaN or numbers beyond 2^31, expected level-0 pixels; extract it again")
+    return np.ascontiguousarray(np.round(coords), np.int32)
 
 
 def case_of(slide_id: str) -> str:
-    """The patient a slide belongs to where nothing else says: TCGA's first 12 characters, else the slide itself."""
-    return slide_id[:12] if slide_id.startswith("TCGA-") and len(slide_id) > 12 else slide_id
+    """The patient that a slide's id names (TCGA, CPTAC), else the slide id itself."""
+    match = re.match(r"TCGA-\w{2}-\w{4}|C3[LN]-\d{5}", slide_id)
+    return match[0] if match else slide_id
+
+
+def slide_id_of(path: Path | str) -> str:
+    """The slide id in a feature file's name: no extension, no trailing `_features`, `_feats` or `_patches`.
+
+    What follows a dot stays: it is the UUID of a TCGA id.
+    """
+    return re.sub(r"[_.-](features|feats|patches)$", "", Path(path).stem, flags=re.IGNORECASE)
 
 
 def find_feature_files(folder: Path | str) -> list[Path]:
-    """The feature files below a folder of any of these tools, in order.
+    """The feature files below a folder of any of these tools, in order of slide id.
 
-    A CLAM folder holds every slide twice, as .h5 and .pt: the .h5 are taken, they have the coordinates. Raises
-    FileNotFoundError where there is no feature file at all.
+    A CLAM folder holds every slide twice, as .h5 and .pt: the .h5 are taken, they have the coordinates. Tables that
+    are no features, and the coordinate files in `patches/`, are passed over. Raises FileNotFoundError where there is
+    none, ValueError where a slide has several (the features of two encoders below one folder).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; name the folder that holds the feature files")
     found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in FEATURE_SUFFIXES and path.is_file()]
     found = [path for path in found if not NOT_FEATURES.intersection(path.relative_to(folder).parts[:-1])]
-    with_coords = {path.stem for path in found if path.suffix.lower() != ".pt"}
-    found = [path for path in found if path.suffix.lower() != ".pt" or path.stem not in with_coords]
+    found = [path for path in found if path.suffix.lower() != ".csv" or _is_feature_table(path)]
+    with_coords = {slide_id_of(path) for path in found if path.suffix.lower() != ".pt"}
+    found = [path for path in found if path.suffix.lower() != ".pt" or slide_id_of(path) not in with_coords]
     if not found:
         raise FileNotFoundError(f"{folder}: no feature files ({', '.join(FEATURE_SUFFIXES)}) found in it or below")
-    return found
+    slides: dict[str, Path] = {}
+    for path in found:
+        other = slides.setdefault(slide_id_of(path), path)
+        if other != path:
+            raise ValueError(
+                f"{folder}: slide {slide_id_of(path)} has two feature files, {other.relative_to(folder)} and "
+                f"{path.relative_to(folder)}; name the folder of one encoder, or take one file away"
+            )
+    return [slides[slide_id] for slide_id in sorted(slides)]
 
 
 def read_features(
@@ -99,120 +127,138 @@ def read_features(
     mpp: float | None = None,
     encoder: str | None = None,
 ) -> SlideFeatures:
-    """Read a feature file of CLAM, TRIDENT, SlideChat or STAMP.
+    """Read a feature file of CLAM, TRIDENT, SlideChat or STAMP, or any HDF5 of `features` and `coords`.
 
-    `patch_size` (level-0 pixels), `mpp` and `encoder` fill in what the file does not say. Raises OSError or
-    ValueError with the file, what was found and the cure.
+    `patch_size` (level-0 pixels), `mpp` and `encoder` win over what the file says. Without them, mpp is the nominal
+    one of the magnification where TRIDENT kept that, and the patch size the commonest gap between neighbours where
+    nothing else tells it. Raises OSError or ValueError with the file, what was found and the cure.
     """
     path = Path(path)
-    given = {"patch_size": patch_size or 0, "mpp": mpp or 0.0, "encoder": encoder or ""}
-    suffix = path.suffix.lower()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if suffix in (".h5", ".hdf5"):
-        fields = _read_h5(path, given)
-    elif suffix == ".pt":
+    if (patch_size is not None and patch_size <= 0) or (mpp is not None and not 0 < mpp < 1e4):
+        raise ValueError(f"patch_size={patch_size}, mpp={mpp}: expected numbers above 0; leave out what is not known")
+    given = {name: v for name, v in {"patch_size": patch_size, "mpp": mpp, "encoder": encoder}.items() if v}
+    with path.open("rb") as file:
+        start = file.read(8)
+    if h5py.is_hdf5(path) or (start and path.suffix.lower() in (".h5", ".hdf5")):
+        fields = _read_h5(path, mpp)
+    elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         fields = _read_pt(path)
-    elif suffix == ".csv":
-        fields = _read_csv(path)
+    elif not start:
+        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
+    elif b"\x00" in start:
+        raise ValueError(f"{path}: neither HDF5, nor a .pt tensor, nor a csv table; expected a slide's patch features")
     else:
-        raise ValueError(f"{path}: not a feature file; expected one of {', '.join(FEATURE_SUFFIXES)}")
-    fields = {name: value for name, value in given.items() if value} | {k: v for k, v in fields.items() if _known(v)}
-    coords = fields.get("coords")
-    if coords is not None and not fields.get("patch_size"):
-        fields["patch_size"] = _patch_size_from_gaps(coords)
+        fields = _read_csv(path)
+    fields |= given
+    if not fields.get("patch_size") and fields.get("coords") is not None and len(fields["coords"]):
+        fields["patch_size"] = _patch_size_from_gaps(fields["coords"], path)
+    if fields["features"].dtype == np.float64:
+        fields["features"] = fields["features"].astype(np.float32)
     try:
-        return SlideFeatures(slide_id=slide_id or path.stem, case_id=case_id, **fields)
+        return SlideFeatures(slide_id or slide_id_of(path), case_id, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _known(value) -> bool:
-    return value is not None and not (isinstance(value, (int, float, str)) and not value)
-
-
-def _read_h5(path: Path, given: dict) -> dict:
+def _read_h5(path: Path, mpp: float | None) -> dict:
     try:
         with h5py.File(path, "r") as file:
             if "feats" in file:
-                return _read_stamp(path, file, given)
-            if "features" not in file:
-                kind = "coordinates only: point at the features made from them" if "coords" in file else "another kind"
-                raise ValueError(f"{path}: holds {sorted(file)} and no 'features'; it is a file of {kind}")
-            fields = {"features": _rows(file["features"][()])}
-            encoder = _text(file["features"].attrs.get("encoder"))
-            if encoder and encoder != "None":
-                fields["encoder"] = encoder
+                return _stamp_fields(path, file, mpp)
+            if not isinstance(file.get("features"), h5py.Dataset):
+                cure = "it holds coordinates; name the features made from them" if "coords" in file else "it is foreign"
+                raise ValueError(f"{path}: datasets {sorted(file)}, expected 'features' [patches, width]; {cure}")
+            fields = {"features": _rows(file["features"][()]), "encoder": _text(file["features"].attrs.get("encoder"))}
             if "coords" in file:
                 fields["coords"] = _rows(file["coords"][()])
                 fields |= _grid_attributes(file["coords"].attrs)
-            fields |= {} if "patch_size" in fields else _sibling_attributes(path)
-            return fields
-    except (OSError, RuntimeError, KeyError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except (OSError, RuntimeError, KeyError, TypeError) as error:
         raise OSError(f"{path}: not a whole HDF5 file ({error}); copy or extract it again") from None
+    if "coords" in fields and "patch_size" not in fields:
+        fields |= _sibling_attributes(path)
+    return fields
 
 
 def _rows(array: np.ndarray) -> np.ndarray:
-    """TRIDENT and CLAM sometimes keep a leading axis of one, and write empty slides as a flat array."""
+    """Drop a leading axis of one; an empty slide may have been written flat."""
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
-    return array.reshape(0, 2) if array.size == 0 and array.ndim == 1 else array
+    return array.reshape(0, 2) if array.ndim == 1 and not array.size else array
 
 
 def _text(value) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else "" if value is None else str(value)
+    text = value.decode(errors="replace") if isinstance(value, bytes) else "" if value is None else str(value)
+    return "" if text == "None" else text
+
+
+def _number(attributes, name: str) -> float:
+    """An attribute as a number, the first one of several; 0 where it is absent or says nothing."""
+    try:
+        value = float(np.ravel(attributes[name])[0]) if name in attributes else 0.0
+    except (TypeError, ValueError, IndexError):
+        return 0.0
+    return value if 0 <= value < 2**31 else 0.0
 
 
 def _grid_attributes(attributes) -> dict:
     """Patch size, mpp and slide size out of the attributes that TRIDENT or CLAM put on `coords`.
 
-    Some versions store them as floats. CLAM's `patch_size` counts pixels of `patch_level`.
+    Some versions store them as floats. CLAM's `patch_size` counts pixels of `patch_level`, TRIDENT's pixels at the
+    target magnification; older TRIDENT has no `patch_size_level0`.
     """
     fields = {}
-
-    def whole(name):
-        return int(round(float(np.ravel(attributes[name])[0])))
-
-    if "patch_size_level0" in attributes:
-        fields["patch_size"] = whole("patch_size_level0")
-    elif "patch_size" in attributes:
-        downsample = float(np.ravel(attributes["downsample"])[0]) if "downsample" in attributes else 1.0
-        if "target_magnification" in attributes and "level0_magnification" in attributes:
-            downsample = float(attributes["level0_magnification"]) / float(attributes["target_magnification"])
-        fields["patch_size"] = int(round(whole("patch_size") * downsample))
-    if attributes.get("level0_magnification"):
-        fields["mpp"] = UM_TIMES_MAGNIFICATION / float(attributes["level0_magnification"])
-    if "level0_width" in attributes and "level0_height" in attributes:
-        fields |= {"width": whole("level0_width"), "height": whole("level0_height")}
-    elif whole("patch_level") == 0 if "patch_level" in attributes else False:
-        fields |= dict(zip(("width", "height"), map(int, attributes.get("level_dim", ())), strict=False))
-    return fields
+    downsample = _number(attributes, "downsample") or 1.0
+    level0, target = _number(attributes, "level0_magnification"), _number(attributes, "target_magnification")
+    patch_size = _number(attributes, "patch_size_level0")
+    patch_size = patch_size or _number(attributes, "patch_size") * (
+        level0 / target if level0 and target else downsample
+    )
+    if patch_size:
+        fields["patch_size"] = round(patch_size)
+    if level0:
+        fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
+    width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
+    size = np.ravel(attributes.get("level_dim", ()))
+    if len(size) == 2 and not width:
+        width, height = size * downsample
+    return fields | {"width": round(float(width)), "height": round(float(height))}
 
 
 def _sibling_attributes(path: Path) -> dict:
     """What the `patches/` folder beside a feature folder says of this slide (CLAM `X.h5`, TRIDENT `X_patches.h5`)."""
-    for parent in path.parents[1:3]:
-        for name in (f"{path.stem}.h5", f"{path.stem}_patches.h5"):
+    slide_id = slide_id_of(path)
+    for parent in path.resolve().parents[1:3]:
+        for name in (f"{slide_id}.h5", f"{slide_id}_patches.h5"):
             sibling = parent / "patches" / name
             if sibling.is_file():
-                with h5py.File(sibling, "r") as file:
-                    return _grid_attributes(file["coords"].attrs) if "coords" in file else {}
+                try:
+                    with h5py.File(sibling, "r") as file:
+                        return _grid_attributes(file["coords"].attrs)
+                except (OSError, RuntimeError, KeyError) as error:
+                    cure = "write it again, or pass the patch size"
+                    raise OSError(f"{sibling}: no patch coordinates can be read in it ({error}); {cure}") from None
     return {}
 
 
-def _read_stamp(path: Path, file: h5py.File, given: dict) -> dict:
+def _stamp_fields(path: Path, file: h5py.File, mpp: float | None) -> dict:
     fields = {"features": _rows(file["feats"][()]), "encoder": _text(file.attrs.get("extractor"))}
     if "coords" not in file:
         return fields
-    mpp = given["mpp"]
-    tile_um, tile_px = float(file.attrs.get("tile_size_um", 0)), float(file.attrs.get("tile_size_px", 0))
+    unit, tile_um = _text(file.attrs.get("unit")) or "um", _number(file.attrs, "tile_size_um")
+    if unit != "um" or not tile_um:
+        raise ValueError(
+            f"{path}: STAMP coordinates in {unit!r}, tile_size_um {tile_um:g}; expected um and the tile's size "
+            "there; extract it with STAMP 2"
+        )
     if not mpp:
-        found = f"coordinates in micrometres (tiles of {tile_um:g} um, {tile_px:g} px)"
-        raise ValueError(f"{path}: STAMP file with {found} and no level-0 mpp; pass it with --mpp, such as --mpp 0.25")
+        raise ValueError(
+            f"{path}: STAMP coordinates are in micrometres (tiles of {tile_um:g} um), and the file does not say the "
+            "slide's mpp; pass mpp, such as --mpp 0.25 for a 40x scan"
+        )
     fields["coords"] = np.round(_rows(file["coords"][()]).astype(np.float64) / mpp)
-    return fields | {"mpp": mpp, "patch_size": int(round(tile_um / mpp))}
+    return fields | {"patch_size": round(tile_um / mpp)}
 
 
 def _read_pt(path: Path) -> dict:
@@ -220,52 +266,71 @@ def _read_pt(path: Path) -> dict:
     try:
         import torch
     except ImportError:
-        raise ImportError(f"{path}: reading .pt files needs torch; `pip install pathflip-jax[torch]`") from None
+        cure = "install the extra `torch`, or use the .h5 beside it"
+        raise ImportError(f"{path}: reading a .pt file needs PyTorch; {cure}") from None
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for every way of being broken
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a tensor that can be read without running code ({reason})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: not a tensor that can be read without running code ({reason}); save it again"
+        ) from None
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{path}: holds a {type(tensor).__name__}, expected one tensor [patches, width]")
-    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        found = f"a {type(tensor).__name__}"
+        raise ValueError(f"{path}: holds {found}, expected one tensor [patches, width]; save the features alone")
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return {"features": _rows(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))}
     return {"features": _rows(tensor.numpy())}
+
+
+def _is_feature_table(path: Path) -> bool:
+    """Whether a csv's header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words."""
+    with path.open("rb") as file:
+        header = file.readline(1 << 20).decode("utf-8-sig", errors="replace").strip().split(",")
+    return len(header) > 1 and all(re.search(r"\d$", cell) for cell in header[:-1])
 
 
 def _read_csv(path: Path) -> dict:
     """SlideChat: a header, one float column a feature, and a last column with the patch's name, `x_y`."""
     features, coords = [], []
+    expected = "expected SlideChat's table: numbers and a last column x_y"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
-            header = next(rows, [])
-            if len(header) < 2:
-                raise ValueError(f"{path}: its header has {len(header)} columns, expected features and a patch name")
+            columns = len(next(rows, []))
+            if columns < 2:
+                raise ValueError(f"{path}: a header of {columns} columns; {expected}")
             for row in rows:
-                if len(row) != len(header):
-                    raise ValueError(f"{path}:{rows.line_num}: {len(row)} columns, expected {len(header)}")
-                features.append(np.array(row[:-1], np.float32))
-                x, y = Path(row[-1]).stem.split("_")[-2:]
+                if len(row) != columns:
+                    found = f"{len(row)} columns, the header has {columns}"
+                    raise ValueError(
+                        f"{path}: line {rows.line_num}: {found}; a cut-off or foreign file, write it again"
+                    )
+                try:
+                    features.append(np.array(row[:-1], np.float32))
+                    x, y = re.findall(r"\d+", re.sub(r"\.\w+$", "", row[-1]))[-2:]
+                except ValueError:
+                    raise ValueError(f"{path}: line {rows.line_num}: ends in {row[-1]!r}; {expected}") from None
                 coords.append((int(x), int(y)))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error})") from None
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        found = f"line {len(features) + 2} is not numbers and a patch name x_y ({error})"
-        raise ValueError(f"{path}: {found}; expected a SlideChat feature table") from None
-    if not features:
-        raise ValueError(f"{path}: no tissue, a header and no patches; leave the slide out")
-    return {"features": np.stack(features), "coords": np.array(coords)}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a csv table ({error}); {expected}") from None
+    return {"features": np.array(features, np.float32).reshape(-1, columns - 1), "coords": np.array(coords, np.int64)}
 
 
-def _patch_size_from_gaps(coords: np.ndarray) -> int:
-    """The smallest gap between neighbouring patches: their edge, when they do not overlap; 0 where there is none."""
+def _patch_size_from_gaps(coords: np.ndarray, path: Path) -> int:
+    """The commonest gap between neighbours of a row or column: the patches' edge, when they do not overlap.
 
-    def gaps() -> Iterator[int]:
-        for axis in (0, 1):
-            steps = np.diff(np.unique(coords[:, axis]))
-            if len(steps):
-                yield int(round(steps.min()))
-
-    return min(gaps(), default=0)
+    The commonest, not the smallest: the rows of two tissue pieces are seldom in step.
+    """
+    gaps = []
+    for axis in (0, 1):
+        order = np.lexsort((coords[:, axis], coords[:, 1 - axis]))
+        steps = np.diff(coords[order], axis=0)
+        gaps.append(steps[steps[:, 1 - axis] == 0, axis])
+    sizes, counts = np.unique(np.concatenate(gaps).astype(np.int64), return_counts=True)
+    sizes, counts = sizes[sizes > 0], counts[sizes > 0]
+    if not len(sizes):
+        found = f"{len(coords)} patches, no two of them side by side"
+        raise ValueError(f"{path}: the patch size is not in the file, nor to be told from {found}; pass patch_size")
+    return int(sizes[np.argmax(counts)])
