@@ -68,9 +68,8 @@ def read_texts(path: str | Path) -> list[SlideText]:
     texts = [_text(row) for row in rows]
     kept = list(dict.fromkeys(texts))
     if len(kept) < len(texts):
-        _log.warning(
-            "%s: %d of %d rows repeat an earlier one and are left out", path, len(texts) - len(kept), len(texts)
-        )
+        repeats = len(texts) - len(kept)
+        _log.warning("%s: %d of %d rows repeat an earlier one and are left out", path, repeats, len(texts))
     return kept
 
 
@@ -99,7 +98,7 @@ def read_questions(path: str | Path) -> list[Question]:
     questions = []
     for number, row in enumerate(read_rows(path), 1):
         slide_ids, case_id = _slides(row)
-        name = str(row.first("question_id", "id")) or str(number)
+        name = str(row.first("question_id") or (row.first(*_SLIDE, *_CASE) and row.first("id")) or number)
         category = str(row.first("narrow category", "category", "broad category", "task", "type"))
         if "conversations" in row.values:
             turns = _turns(row)
@@ -118,8 +117,8 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_slide_table(path: str | Path) -> list[dict[str, str]]:
     """The rows of a slides table (CSV or JSON Lines) with at least a column slide_id.
 
-    Every row holds slide_id, case_id, patient_id (each stands in for the other; "" = unknown), label, split (train,
-    val, test or "") and the table's other columns as they are. Raises ValueError with file and line for a row
+    Every row holds slide_id, case_id, patient_id (each stands in for the other, TCGA barcodes for both; "" =
+    unknown), label, split (train, val, test or "") and the table's other columns as they are. Raises ValueError with file and line for a row
     without a slide id, a slide listed twice and a split of another name.
     """
     found: list[dict[str, str]] = []
@@ -131,15 +130,16 @@ def read_slide_table(path: str | Path) -> list[dict[str, str]]:
             raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {_columns(row)}")
         if slide in places:
             raise ValueError(
-                f"{row.place}: slide {slide} is listed more than once (first in {places[slide]}); remove one of the rows"
+                f"{row.place}: slide {slide} is listed more than once (first in {places[slide]}); "
+                "a slide counts once, remove the others"
             )
         places[slide] = row.place
         split = str(row.first("split")).lower()
         if split not in SPLITS:
             raise ValueError(f"{row.place}: split {split!r} of slide {slide}; expected train, val, test or nothing")
         values = {name: "" if value is None else str(value).strip() for name, value in row.values.items()}
-        case = str(row.first("case_id", "patient_id", "case", "patient"))
-        patient = str(row.first("patient_id", "case_id", "patient", "case"))
+        case = str(row.first("case_id", "patient_id", "case", "patient")) or tcga_case(slide)
+        patient = str(row.first("patient_id", "case_id", "patient", "case")) or case
         known = {"slide_id": slide, "case_id": case, "patient_id": patient, "split": SPLITS[split]}
         found.append({"label": ""} | values | known)
     return found
@@ -310,6 +310,8 @@ def _options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
 
 def _letter(row: Row, answer: str, options: dict[str, str]) -> str:
     """The letter of an answer given as "B", "B) text" or the text of an option."""
+    if answer.upper() in options:
+        return answer.upper()
     texts = {text.strip(" .").lower(): letter for letter, text in reversed(options.items())}
     if answer.strip(" .").lower() in texts:
         return texts[answer.strip(" .").lower()]
