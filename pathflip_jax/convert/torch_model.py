@@ -317,7 +317,10 @@ class PathFLIP(nn.Module):
     def text_region_attention(
         self, texts: Tensor, regions: Tensor, region_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """For texts [B, C, D] and regions [B, R, D]: text-conditioned region embeddings [B, C, D], weights [B, C, R]."""
+        """The text-conditioned region embeddings [B, C, D] of texts [B, C, D] over regions [B, R, D].
+
+        With them, the weights [B, C, R] of the regions, mean of the heads.
+        """
         if region_mask is None:
             region_mask = torch.ones(regions.shape[:2], dtype=torch.bool, device=regions.device)
         return self.fg_head(texts, regions, region_mask)

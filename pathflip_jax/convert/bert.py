@@ -1,0 +1,109 @@
+"""Start the Q-Former from a BERT: any Hugging Face folder with weights (BioBERT, ClinicalBERT, MiniLM).
+
+Words, positions, self-attention and feed-forward networks come from the folder; queries get a copy of the latter, and
+cross-attention keeps its own initialisation (DESIGN section 3.2).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathflip_jax.checkpoint import abstract_params
+from pathflip_jax.convert.names import bert_names, query_copy
+from pathflip_jax.convert.pytorch import read_tensors
+from pathflip_jax.model.config import PathFLIPConfig
+
+WORDS, POSITIONS = "qformer/word_embeddings/embedding", "qformer/position_embeddings/embedding"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# What this architecture takes for granted; the values that transformers assumes when a config.json is silent.
+ASSUMED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
+
+
+def bert_settings(folder: str | Path) -> dict[str, Any]:
+    """The fields of PathFLIPConfig that a BERT folder decides, from its config.json.
+
+    Raises ValueError when it is not a BERT that the Q-Former can start from.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a Hugging Face BERT folder (config.json and weights)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        faults = [
+            f"{key} is {config[key]!r}, expected {value!r}"
+            for key, value in ASSUMED.items()
+            if config.get(key, value) != value
+        ]
+        settings = {
+            "hidden": config["hidden_size"],
+            "layers": config["num_hidden_layers"],
+            "heads": config["num_attention_heads"],
+            "intermediate": config["intermediate_size"],
+            "vocab_size": config["vocab_size"] + 1,
+            "max_positions": config["max_position_embeddings"],
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the JSON of a model config ({error}); copy the folder again") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: says nothing of {error}; it is not the config.json of a BERT") from error
+    if faults:
+        raise ValueError(f"{path}: not a BERT that the Q-Former can start from: {'; '.join(faults)}")
+    return settings
+
+
+def bert_parameters(
+    folder: str | Path, config: PathFLIPConfig, *, fold_token_types: bool = True
+) -> dict[str, np.ndarray]:
+    """The parameters of a Q-Former that BERT decides, by our names: `flatten(model) | bert_parameters(...)`.
+
+    The Q-Former knows no token types, but every BERT was trained with the embedding of type 0 added to each word:
+    folded into the positions, it gives exactly BERT's own features. `fold_token_types=False` drops it, as the released
+    code does. The row of [DEC] is the mean of the words. Raises ValueError listing all that does not fit the config.
+    """
+    folder = Path(folder)
+    settings = bert_settings(folder)
+    faults = [
+        f"model.{name} is {getattr(config, name)}, expected {settings[name]}"
+        for name in ("hidden", "layers", "heads", "intermediate")
+        if getattr(config, name) != settings[name]
+    ]
+    if faults:
+        raise ValueError(f"{folder}: this BERT and the model config differ: {'; '.join(faults)}")
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{folder}: neither {' nor '.join(WEIGHTS)} in it; download the weights too")
+    tensors = {_current_name(name): tensor for name, tensor in read_tensors(weights).items()}
+
+    shapes = abstract_params(config)
+    flat: dict[str, np.ndarray] = {}
+    for name in bert_names(config.layers):
+        expected = name.torch_shape(tuple(shapes[name.path].shape))
+        tensor = tensors.get(name.torch)
+        if name.path in (WORDS, POSITIONS):
+            rows = expected[0] - (name.path == WORDS)  # the row of [DEC] comes below
+            expected = (rows, *expected[1:])
+            tensor = None if tensor is None else tensor[:rows]  # some folders pad their tables
+        if tensor is None:
+            faults.append(f"{name.torch}: missing")
+        elif tensor.shape != expected:
+            faults.append(f"{name.torch}: has shape {tensors[name.torch].shape}, expected {expected}")
+        else:
+            flat[name.path] = np.array(name.to_jax(tensor), order="C")
+    types = tensors.get("embeddings.token_type_embeddings.weight")
+    if fold_token_types and (types is None or types.shape[1:] != (config.hidden,)):
+        faults.append("embeddings.token_type_embeddings.weight: missing, or of another width")
+    if faults:
+        raise ValueError(f"{weights}: {len(faults)} tensors do not fit the model config\n  " + "\n  ".join(faults))
+
+    flat[WORDS] = np.concatenate([flat[WORDS], flat[WORDS].mean(0, keepdims=True)])
+    if fold_token_types:
+        flat[POSITIONS] += types[0]
+    return flat | {copy: flat[path].copy() for path in flat if (copy := query_copy(path))}
+
+
+def _current_name(name: str) -> str:
+    """Without the prefix of models with a head, and LayerNorm's names since PyTorch."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -1,0 +1,386 @@
+"""Weights of the released PyTorch model to ours and back (DESIGN section 9).
+
+Checkpoints come from other people's machines: nothing of a file is ever executed, and what does not fit is said in
+one error that lists all of it. Safetensors files need no torch; for the others it is imported late.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pathflip_jax.convert.names import is_unused, names, unused
+from pathflip_jax.model.config import PathFLIPConfig
+
+PREFIXES = ("pathflip_align.", "pathflip_finetune.", "module.", "model.", "_orig_mod.")
+CONTAINERS = ("state_dict", "model", "module")  # Lightning, plain training scripts, DeepSpeed
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+
+StateDict = dict[str, np.ndarray]
+
+
+def read_tensors(path: str | Path) -> StateDict:
+    """Read every tensor of a .safetensors, .pt, .pth, .ckpt or .bin file; floats come as float32.
+
+    Raises ValueError for a file that is damaged, holds no tensors, or could only be read by running code in it;
+    ImportError where a format needs torch and there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin)")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        views = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+    tensors = {}
+    for name, view in views:
+        if view["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} is of type {view['dtype']}; expected one of {', '.join(DTYPES)}")
+        array = np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
+        tensors[name] = array if array.dtype.kind == "i" else array.astype(np.float32)
+    return tensors
+
+
+def import_torch(path: str | Path):
+    """The torch module, or an ImportError that says for which file and how to get it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: this format needs PyTorch; pip install 'pathflip-jax[torch]', or use .safetensors instead"
+        ) from error
+    return torch
+
+
+def _read_torch(path: Path) -> StateDict:
+    torch = import_torch(path)
+    from argparse import Namespace  # Lightning keeps the command line in the file; it is inert
+
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises weights_only=False, the one thing not to do with a file from elsewhere.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found.group(1) if found else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: holds more than tensors ({what}), or is damaged; only tensors are read, since anything else in "
+            "such a file can run code. Where it was written, keep the weights alone: "
+            'torch.save(checkpoint["state_dict"], "weights.pt")'
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a whole PyTorch file ({str(error).splitlines()[0] or type(error).__name__}); copy it again"
+        ) from error
+    for container in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state_dict (tensors by name)")
+    other = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
+    if other:
+        raise ValueError(
+            f"{path}: not a state_dict, since these are no tensors: {', '.join(other)}; save model.state_dict() alone"
+        )
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+        for name, tensor in content.items()
+    }
+
+
+def read_checkpoint(path: str | Path) -> StateDict:
+    """Read a checkpoint of the released model: its `state_dict`, without the prefixes that training code adds."""
+    stripped: StateDict = {}
+    origin: dict[str, str] = {}
+    for name, tensor in read_tensors(path).items():
+        short = name
+        while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None):
+            short = short.removeprefix(prefix)
+        if short in stripped and not is_unused(short):
+            raise ValueError(
+                f"{path}: holds two models, {origin[short]} and {name} both stand for {short}; save one of them alone"
+            )
+        stripped[short], origin[short] = tensor, name
+    return stripped
+
+
+def infer_config(state: Mapping[str, np.ndarray], heads: int | None = None) -> PathFLIPConfig:
+    """The config of a `state_dict`, from names and shapes.
+
+    Heads leave no trace in either: those of BERT are `heads`, or one per 64 of the hidden width as in every published
+    BERT of 768 or 1,024 (a MiniLM has one per 32), those of the region transformer and of the text-region attention
+    are the released 8. Raises ValueError listing the tensors without which nothing can be inferred.
+    """
+    bert = "Qformer.bert."
+    layer = re.compile(re.escape(bert) + r"encoder\.layer\.(\d+)\.(crossattention\.)?")
+    found = [match for match in map(layer.match, state) if match]
+    layers = {int(match[1]) for match in found}
+    cross = sorted({int(match[1]) for match in found if match[2]})
+    region_layers = {int(match[1]) for match in map(re.compile(r"path_trans\.layers\.(\d+)\.").match, state) if match}
+    mlp = "path_encoder.0.weight" in state
+    wanted = {
+        "path_encoder.0.weight" if mlp else "path_encoder.weight": 2,
+        "path_proj.weight": 2,
+        "query_tokens": 3,
+        f"{bert}embeddings.word_embeddings.weight": 2,
+        f"{bert}embeddings.position_embeddings.weight": 2,
+        f"{bert}encoder.layer.0.intermediate.dense.weight": 2,
+        f"{bert}encoder.layer.0.crossattention.self.query.weight": 2,
+    }
+    faults = [
+        f"{name}: {'missing' if name not in state else f'is {state[name].ndim}-dimensional, expected {axes}'}"
+        for name, axes in wanted.items()
+        if name not in state or state[name].ndim != axes
+    ]
+    if faults:
+        raise ValueError(_not_the_model(faults, state))
+    patch, projection, queries, words, positions, intermediate, _ = (state[name].shape for name in wanted)
+    hidden = queries[2]
+    if heads is None:
+        heads = max(hidden // 64, 1)
+    freq = cross[1] if len(cross) > 1 else max(layers) + 1
+    if cross != list(range(0, max(layers) + 1, freq)):
+        raise ValueError(
+            f"cross-attention stands in layers {cross} of {max(layers) + 1}; expected every n-th layer from 0 on"
+        )
+    return PathFLIPConfig(
+        feature_dim=patch[1],
+        embed_dim=projection[0],
+        hidden=hidden,
+        layers=max(layers) + 1,
+        heads=heads,
+        intermediate=intermediate[0],
+        num_queries=queries[1],
+        cross_attention_freq=freq,
+        vocab_size=words[0],
+        max_positions=positions[0],
+        patch_projection="mlp" if mlp else "linear",
+        region_layers=max(region_layers, default=-1) + 1,
+        logit_bias_init=float(state["logit_bias"]) if "logit_bias" in state else None,
+    )
+
+
+def _not_the_model(faults: list[str], state: Mapping[str, np.ndarray]) -> str:
+    return (
+        f"not a PathFLIP alignment model: {len(faults)} of its tensors do not fit ({len(state)} found)\n  "
+        + "\n  ".join(faults)
+    )
+
+
+def torch_shapes(config: PathFLIPConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the PyTorch model that is a parameter here."""
+    from pathflip_jax.checkpoint import abstract_params
+
+    shapes = abstract_params(config)
+    return {name.torch: name.torch_shape(tuple(shapes[name.path].shape)) for name in names(config)}
+
+
+def to_jax(state: Mapping[str, np.ndarray], config: PathFLIPConfig) -> dict[str, np.ndarray]:
+    """Parameters by our names, for `unflatten`, from a PyTorch `state_dict`.
+
+    Buffers and the language-model head are dropped, whether there or not. Raises ValueError that lists every other
+    tensor that is missing, unknown, of another shape, or not finite.
+    """
+    shapes = torch_shapes(config)
+    faults = [f"{name}: missing" for name in shapes if name not in state]
+    faults += [f"{name}: unknown" for name in state if name not in shapes and not is_unused(name)]
+    for name, shape in shapes.items():
+        if name in state and state[name].shape != shape:
+            faults.append(f"{name}: has shape {state[name].shape}, expected {shape}")
+        elif name in state and not np.isfinite(state[name]).all():
+            faults.append(f"{name}: holds NaN or infinite numbers")
+    if faults:
+        raise ValueError(_not_the_model(faults, state))
+    return {name.path: np.array(name.to_jax(state[name.torch]), order="C") for name in names(config)}
+
+
+def to_torch(flat: Mapping[str, Any], config: PathFLIPConfig) -> StateDict:
+    """The `state_dict` of parameters by our names, complete for `load_state_dict(strict=True)` of the released class.
+
+    What that class holds and nothing uses is filled (`names.unused`). A `logit_bias` has no counterpart there: it is
+    one entry more, which `torch_model` takes when the config has one and the released class refuses.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    for name in names(config):
+        parts.setdefault(name.torch, []).append(name.to_torch(np.asarray(flat[name.path], np.float32)))
+    tensors = {name: np.concatenate(thirds) if len(thirds) > 1 else thirds[0] for name, thirds in parts.items()}
+    tensors |= unused(config, tensors["Qformer.bert.embeddings.word_embeddings.weight"])
+    return {name: np.array(tensor, order="C") for name, tensor in sorted(tensors.items())}
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Write a `state_dict` as .safetensors, or as .pt with torch; the file appears whole or not at all."""
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"{path}: weights are written as .safetensors or .pt")
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.numpy.save_file(dict(state), temporary, metadata={"format": "pt"})
+        else:
+            torch = import_torch(path)
+            torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise OSError(
+            f"{path}: not written ({error}); free disk space or mend permissions, and run it again"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bert_folder: str | Path,
+    heads: int | None = None,
+    config: PathFLIPConfig | None = None,
+) -> None:
+    """Make a run folder of a released PyTorch checkpoint and the BERT folder whose tokenizer it was trained with.
+
+    Without a config it is inferred; BERT's heads are `heads`, else those of the folder's config.json, else one per 64
+    of the hidden width. Regions are cut by `scan`, as the released code cuts them. Raises ValueError when the
+    checkpoint is not a PathFLIP or the vocabulary is not its own.
+    """
+    from pathflip_jax.checkpoint import save_run
+    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.model.pathflip import unflatten
+
+    tokenizer = TextTokenizer(bert_folder)
+    state = read_checkpoint(source)
+    try:
+        if config is None:
+            config = infer_config(state, heads or _bert_heads(Path(bert_folder)))
+        model = unflatten(config, to_jax(state, config))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{source}: its word table has {config.vocab_size} rows, {bert_folder} has {tokenizer.vocab_size} words "
+            "with [DEC]; give the BERT folder that this checkpoint was trained with"
+        )
+    data = {"cut": "scan", "caption_length": 384, "subcaption_length": 192}
+    save_run(out, model, {"data": data, "converted_from": Path(source).name}, tokenizer)
+
+
+def _bert_heads(folder: Path) -> int | None:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("num_attention_heads") if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the BERT folder again") from error
+
+
+def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: bool = False) -> None:
+    """Write a run for PyTorch users: weights, config, BERT folder, the model's own code and a README.
+
+    Weights are model.safetensors, with `pt` (needs torch) also model.pt. The folder appears whole or not at all;
+    FileExistsError when there is one with content.
+    """
+    from pathflip_jax.checkpoint import load_run
+    from pathflip_jax.model.pathflip import flatten
+
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not empty; export to another folder, or remove it")
+    model, settings, tokenizer = load_run(run, which)
+    config = model.config
+    state = to_torch(flatten(model), config)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        tokenizer.save(part / "bert")
+        _complete_bert_folder(part / "bert", config)
+        write_checkpoint(part / "model.safetensors", state)
+        if pt:
+            write_checkpoint(part / "model.pt", state)
+        (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(Path(__file__).with_name("torch_model.py"), part / "torch_model.py")
+        (part / "README.md").write_text(_readme(config, settings), encoding="utf-8")
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _complete_bert_folder(folder: Path, config: PathFLIPConfig) -> None:
+    """Add what the released code reads of a BERT folder: vocab.txt and the sizes in config.json."""
+    if not (folder / "vocab.txt").exists():
+        vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        words = sorted(vocabulary, key=vocabulary.get)
+        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    sizes = {
+        "model_type": "bert",
+        "architectures": ["BertLMHeadModel"],
+        "vocab_size": config.vocab_size - 1,  # [DEC] is added by the code that reads the folder
+        "hidden_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.intermediate,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+
+
+def _readme(config: PathFLIPConfig, settings: dict) -> str:
+    encoder = settings.get("data", {}).get("encoder") or "not recorded"
+    bias = (
+        "\nThis model has a learned bias in its region loss, the entry `logit_bias`. The released class has none and "
+        "refuses the entry; without it every embedding and attention map is the same, only the probabilities of that "
+        "loss are not.\n"
+        if config.logit_bias_init is not None
+        else ""
+    )
+    return f"""# PathFLIP weights for PyTorch
+
+For research use only; not for diagnosis. Patch encoder: {encoder} ({config.feature_dim} numbers a patch). Its licence
+can bind what is trained on it.
+
+`model.safetensors` has the names of the released PyTorch model and loads there with `strict=True`.
+`torch_model.py` (needs torch and safetensors, no JAX) is a plain module for the same weights:
+
+```python
+from transformers import AutoTokenizer
+from torch_model import load
+
+model = load(".")                                  # this folder
+tokenizer = AutoTokenizer.from_pretrained("bert")
+slides = model.encode_slides(patches, patch_mask)  # [B, R, S, {config.feature_dim}], bool [B, R, S]
+ids = tokenizer(texts, padding=True, truncation=True, max_length=384, return_tensors="pt")
+texts = model.encode_texts(ids.input_ids, ids.attention_mask)
+pooled, weights = model.text_region_attention(texts[None].expand(len(slides.slide), -1, -1), *slides[1:3])
+```
+
+Regions are R groups of up to S patches of a slide. Compare slides and texts by the cosine of `slides.slide` and
+`texts`, regions and texts by that of `pooled` and `texts`; `weights` say where in the slide a text was found.
+{bias}"""
