@@ -118,8 +118,8 @@ def read_slide_table(path: str | Path) -> list[dict[str, str]]:
     """The rows of a slides table (CSV or JSON Lines) with at least a column slide_id.
 
     Every row holds slide_id, case_id, patient_id (each stands in for the other, TCGA barcodes for both; "" =
-    unknown), label, split (train, val, test or "") and the table's other columns as they are. Raises ValueError with file and line for a row
-    without a slide id, a slide listed twice and a split of another name.
+    unknown), label, split (train, val, test or "") and the table's other columns as they are. Raises ValueError with
+    file and line for a row without a slide id, a slide listed twice and a split of another name.
     """
     found: list[dict[str, str]] = []
     places: dict[str, str] = {}

@@ -59,7 +59,10 @@ class TextTokenizer:
 
     def wrap(self, ids: Int[np.ndarray, "T"], max_length: int) -> Int[np.ndarray, "t"]:
         """[CLS] ids [SEP], at most `max_length` in all: the end of a longer text is cut, not its [SEP]."""
-        return np.concatenate(([self.cls_id], ids[: max_length - 2], [self.sep_id])).astype(np.int32)
+        kept = ids[: max_length - 2]
+        wrapped = np.empty(len(kept) + 2, np.int32)
+        wrapped[0], wrapped[1:-1], wrapped[-1] = self.cls_id, kept, self.sep_id
+        return wrapped
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[Int[np.ndarray, "t"]]:
         """The ids of each text with [CLS] and [SEP], at most `max_length` (3 or more) of them.

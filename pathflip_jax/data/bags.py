@@ -1,0 +1,131 @@
+"""What training draws from: the slides of a cohort with their texts, tokenised once (DESIGN section 5).
+
+A bag is a slide, or the slides of a case that one text is about: their regions count as one slide's. Bags of one case
+carry one case number, so that the losses take none of them for another's negative.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pathflip_jax.data.captions import split_sentences
+from pathflip_jax.data.records import Records
+from pathflip_jax.data.text import SlideText, match_texts, some
+from pathflip_jax.data.tokens import TextTokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class TokenisedText(NamedTuple):
+    """A text ready to draw from: the caption's ids, and those of its sentences or of the subcaptions given with it.
+
+    `caption` has its [CLS] and [SEP], `pieces` have none, so that a merge of them is one after the other.
+    """
+
+    caption: np.ndarray
+    pieces: list[np.ndarray]
+    words: list[str]
+    given: bool
+
+
+class Bag(NamedTuple):
+    """Slides that are sampled as one; for each of their regions, where it is stored and how many patches it has."""
+
+    slides: tuple[str, ...]
+    case: int
+    texts: list[TokenisedText]
+    record: np.ndarray  # [regions] place of the region's slide in the records
+    region: np.ndarray  # [regions] the region's number in that slide
+    start: np.ndarray  # [regions] its first patch in that slide
+    count: np.ndarray  # [regions] its patches
+
+
+def collect_bags(
+    records: Records,
+    texts: Sequence[SlideText],
+    tokenizer: TextTokenizer,
+    slide_ids: Sequence[str] | None,
+    caption_length: int,
+    subcaption_length: int,
+) -> list[Bag]:
+    """The bags of the slides in `slide_ids` (None = all), in the order of the records.
+
+    Slides without a text are left out, with a warning that counts them. Raises ValueError for slides without a
+    record or without patches, and when no slide has a text.
+    """
+    infos = records.slides
+    position = {info.slide_id: i for i, info in enumerate(infos)}
+    wanted = set(position) if slide_ids is None else set(slide_ids)
+    missing = sorted(wanted - set(position))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} slides have no record ({some(missing)}); the records hold "
+            f"{some(position)}; prepare or import them, or take them out of the slide table"
+        )
+    empty = sorted(slide for slide in wanted if infos[position[slide]].num_patches == 0)
+    if empty:
+        raise ValueError(f"{len(empty)} slides have no patches ({some(empty)}); take them out of the slide table")
+    grouped: dict[tuple[str, ...], list[SlideText]] = {}
+    for text in match_texts(texts, [info.slide_id for info in infos], [info.case_id for info in infos]):
+        slides = tuple(sorted(wanted.intersection(text.slide_ids), key=position.get))
+        if slides:
+            grouped.setdefault(slides, []).append(text)
+    if not grouped:
+        raise ValueError(f"none of the {len(wanted)} slides ({some(sorted(wanted))}) has a text")
+    silent = sorted(wanted.difference(*grouped))
+    if silent and slide_ids is not None:  # otherwise matching has said so
+        _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), some(silent))
+    members = sorted(grouped, key=lambda slides: [position[slide] for slide in slides])
+    cases = _cases(members, grouped, {info.slide_id: info.case_id for info in infos})
+    flat = [text for slides in members for text in grouped[slides]]
+    ready = iter(_tokenise(flat, tokenizer, caption_length, subcaption_length))
+    bags = []
+    for slides, case in zip(members, cases, strict=True):
+        places = [position[slide] for slide in slides]
+        rows = [np.asarray(infos[i].region_rows) for i in places]
+        record = np.repeat(places, [len(row) - 1 for row in rows])
+        region = np.concatenate([np.arange(len(row) - 1) for row in rows])
+        start, count = np.concatenate([row[:-1] for row in rows]), np.concatenate([np.diff(row) for row in rows])
+        bags.append(Bag(slides, case, [next(ready) for _ in grouped[slides]], record, region, start, count))
+    return bags
+
+
+def _cases(members, grouped, case_of: dict[str, str]) -> list[int]:
+    """A number for each bag, equal where bags share a slide or a case, as the text table or the records name it."""
+    root: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def find(key):
+        while root.setdefault(key, key) != key:
+            key = root[key] = root[root[key]]
+        return key
+
+    for slides in members:
+        keys = [("slide", slide) for slide in slides]
+        keys += [("case", case_of[slide]) for slide in slides if case_of[slide] not in ("", slide)]
+        keys += [("case", text.case_id) for text in grouped[slides] if text.case_id]
+        for key in keys[1:]:
+            root[find(key)] = find(keys[0])
+    numbers: dict[tuple[str, str], int] = {}
+    return [numbers.setdefault(find(("slide", slides[0])), len(numbers)) for slides in members]
+
+
+def _tokenise(
+    texts: Sequence[SlideText], tokenizer: TextTokenizer, caption_length: int, subcaption_length: int
+) -> Iterator[TokenisedText]:
+    """Tokenise every text once, and say once how many captions and sentences are too long."""
+    captions = tokenizer.ids([text.caption for text in texts])
+    words = [list(text.subcaptions or split_sentences(text.caption)) for text in texts]
+    pieces = tokenizer.ids([sentence for sentences in words for sentence in sentences])
+    for what, found, most in (("captions", captions, caption_length), ("sentences", pieces, subcaption_length)):
+        long = [len(ids) + 2 for ids in found if len(ids) + 2 > most]
+        if long:
+            _log.warning(
+                "%d of %d %s are longer than %d tokens (the longest has %d); their ends are cut",
+                len(long), len(found), what, most, max(long),
+            )  # fmt: skip
+    upcoming = iter(pieces)
+    for text, caption, sentences in zip(texts, captions, words, strict=True):
+        own = [next(upcoming) for _ in sentences]
+        yield TokenisedText(tokenizer.wrap(caption, caption_length), own, sentences, bool(text.subcaptions))

@@ -1,0 +1,302 @@
+"""Training batches: a pure function of (seed, step), whatever the number of processes (DESIGN section 5).
+
+An epoch is a permutation of all bags (a slide, or the slides of a case that share a text), drawn from the seed and
+the number of the epoch, and cut into whole batches; what is left over, less than a batch, waits for another epoch,
+where another permutation leaves out others. Regions, patches and subcaptions come from (seed, step, place in the
+batch). So a run resumes on another number of processes with the same batches. grain reads ahead, in threads.
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float16, Int32
+
+from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags
+from pathflip_jax.data.captions import draw_given, draw_merges
+from pathflip_jax.data.records import Records
+from pathflip_jax.data.text import SlideText
+from pathflip_jax.data.tokens import PackedText, PackingOverflowError, TextTokenizer, pack, place
+
+_SIMULATED_GROUPS, _SIMULATED_SLIDES = 256, 8192
+_EPOCHS, _STEPS, _ROWS = 0, 1, 2  # what a random stream is for; the first word after the seed
+_log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """What a step sees. With several processes each holds its own slides and groups, in their order.
+
+    Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1; `text_index` is the place of each text's [CLS] in
+    the P*L tokens of its group, column 0 the caption, then the K subcaptions. Equal `case` = same case, no negatives.
+    `slide` is a number in `Batches.slides`. Segments count from 1, 0 is padding.
+    """
+
+    patches: Float16[np.ndarray, "B R S F"]
+    patch_mask: Bool[np.ndarray, "B R S"]
+    tokens: Int32[np.ndarray, "G P L"]
+    segments: Int32[np.ndarray, "G P L"]
+    positions: Int32[np.ndarray, "G P L"]
+    text_index: Int32[np.ndarray, "B 1+K"]
+    case: Int32[np.ndarray, "B"]
+    slide: Int32[np.ndarray, "B"]
+
+
+def make_batches(
+    records: Records,
+    texts: Sequence[SlideText],
+    tokenizer: TextTokenizer,
+    *,
+    batch_size: int,
+    regions: int = 24,
+    patch_slots: int | None = None,
+    subcaptions: int = 8,
+    caption_length: int = 384,
+    subcaption_length: int = 192,
+    row_length: int = 512,
+    text_rows: int | None = None,
+    text_groups: int = 1,
+    seed: int = 0,
+    slide_ids: Sequence[str] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    resident: bool = False,
+) -> "Batches":
+    """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
+
+    `patch_slots` None takes the most patches that a region has. `text_rows` None measures how many rows of
+    `row_length` the texts of a group take, by drawing them as training will. `resident` holds all features in memory:
+    for small cohorts. Raises ValueError for slides of which there are no records, for texts that match none, and for
+    sizes that do not divide.
+    """
+    if batch_size % text_groups or text_groups % process_count:
+        raise ValueError(
+            f"batch_size {batch_size}, text_groups {text_groups}, {process_count} processes: each must be a multiple "
+            "of the next, so that every process holds whole groups of slides"
+        )
+    if max(caption_length, subcaption_length) > row_length:
+        raise ValueError(
+            f"row_length {row_length} holds no text of caption_length {caption_length} and subcaption_length "
+            f"{subcaption_length}; raise row_length or lower them"
+        )
+    bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length)
+    if len(bags) < batch_size:
+        raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
+    widest = max(int(bag.count.max()) for bag in bags)
+    draws = _Draws(
+        batch_size, regions, patch_slots or widest, subcaptions, subcaption_length, row_length, text_groups, seed
+    )
+    batches = Batches(records, bags, tokenizer, draws, (process_index, process_count), threads)
+    batches.set_text_rows(text_rows)
+    if resident:
+        batches.load()
+    return batches
+
+
+class _Draws(NamedTuple):
+    """The settings on which batches depend."""
+
+    batch_size: int
+    regions: int
+    patch_slots: int
+    subcaptions: int
+    subcaption_length: int
+    row_length: int
+    text_groups: int
+    seed: int
+
+
+class Batches:
+    """The batches of a run; `batch(step)` can be asked in any order, from any thread.
+
+    `slides[i]` are the slides of bag i. `counts` says how often texts did not fit: "shortened" merges lost sentences
+    to stay below `subcaption_length`, "cut" single sentences lost their end, "overflows" groups did not fit in
+    `text_rows`, so that "redrawn" of their subcaptions became single sentences. A batch that is made twice is counted
+    twice.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        bags: list[Bag],
+        tokenizer: TextTokenizer,
+        draws: _Draws,
+        process: tuple[int, int],
+        threads: int,
+    ) -> None:
+        self.slides = [bag.slides for bag in bags]
+        self.steps_per_epoch = len(bags) // draws.batch_size
+        self.patch_slots = draws.patch_slots
+        self.text_rows = 0
+        self.counts: Counter[str] = Counter()
+        self._records, self._bags, self._tokenizer, self._draws = records, bags, tokenizer, draws
+        self._process, self._threads = process, threads
+        self._lock = threading.Lock()
+        self._features: np.ndarray | None = None
+        self._first_row: np.ndarray | None = None
+
+    def load(self) -> None:
+        """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
+        used = sorted({int(i) for bag in self._bags for i in bag.record})
+        parts = [self._records.read(i).features for i in used]
+        self._first_row = np.zeros(max(used) + 1, np.int64)
+        self._first_row[used] = 1 + np.cumsum([0] + [len(part) for part in parts[:-1]])
+        self._features = np.concatenate([np.zeros_like(parts[0][:1]), *parts])
+
+    def set_text_rows(self, text_rows: int | None) -> None:
+        """Fix P, the rows of a text group: as given, or the most that simulated groups take.
+
+        Raises ValueError when the longest captions would not fit with the shortest subcaptions: a batch of these
+        could not be packed at all.
+        """
+        size = self._draws.batch_size // self._draws.text_groups
+        least = sorted((self._least(bag) for bag in self._bags), key=sum, reverse=True)[:size]
+        floor = place([length for lengths in least for length in lengths], self._draws.row_length)[2]
+        if text_rows is None:
+            rng = np.random.default_rng([self._draws.seed, _ROWS])
+            groups = max(16, min(_SIMULATED_GROUPS, _SIMULATED_SLIDES // size))
+            text_rows = max(floor, *(self._simulated_rows(size, rng) for _ in range(groups)))
+        elif text_rows < floor:
+            raise ValueError(
+                f"text_rows {text_rows} is too few: {size} slides with the longest captions need {floor} rows of "
+                f"{self._draws.row_length} tokens; raise it, or leave it out to have it measured"
+            )
+        self.text_rows = text_rows
+
+    def _least(self, bag: Bag) -> list[int]:
+        """The lengths of a bag's texts at their shortest, for the longest of its captions."""
+        options = []
+        for text in bag.texts:
+            shortest = min(min(len(piece) for piece in text.pieces) + 2, self._draws.subcaption_length)
+            options.append([len(text.caption)] + [shortest] * self._draws.subcaptions)
+        return max(options, key=sum)
+
+    def _simulated_rows(self, size: int, rng: np.random.Generator) -> int:
+        lengths = []
+        for i in rng.permutation(len(self._bags))[:size]:
+            text = self._bags[i].texts[rng.integers(len(self._bags[i].texts))]
+            lengths.append(len(text.caption))
+            lengths += [len(self._subcaption(text, merge)) for merge in self._merges(text, rng)]
+        return place(lengths, self._draws.row_length)[2]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a global step: a function of (seed, step), cut to this process's slides."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self._bags))
+        batch_size, (process, processes) = self._draws.batch_size, self._process
+        share = batch_size // processes
+        places = range(process * share, (process + 1) * share)
+        chosen = order[within * batch_size :][places.start : places.stop]
+        bags = [self._bags[i] for i in chosen]
+        rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
+        patches, mask = self._patches(bags, rngs)
+        size = self._draws.batch_size // self._draws.text_groups
+        packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, share, size)]
+        tokens, segments, positions, index = (np.stack(arrays) for arrays in zip(*packed, strict=True))
+        case = np.array([bag.case for bag in bags], np.int32)
+        index = index.reshape(share, 1 + self._draws.subcaptions)
+        return Batch(patches, mask, tokens, segments, positions, index, case, chosen.astype(np.int32))
+
+    def __iter__(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from `start_step` on without end, made ahead in threads."""
+        steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._threads, 1))
+        return iter(steps.to_iter_dataset(options))
+
+    def _patches(self, bags: list[Bag], rngs: list[np.random.Generator]):
+        """Up to R regions of each bag, up to S patches of each region, both without replacement."""
+        R, S = self._draws.regions, self._draws.patch_slots
+        chosen = [rng.permutation(len(bag.count))[:R] for bag, rng in zip(bags, rngs, strict=True)]
+        mask = np.zeros((len(bags), R, S), bool)
+        index = np.zeros((len(bags), R, S), np.int64)  # the patch's number in its region
+        for b, (bag, regions, rng) in enumerate(zip(bags, chosen, rngs, strict=True)):
+            counts = bag.count[regions]
+            mask[b, : len(regions)] = np.arange(S) < counts[:, None]
+            index[b, : len(regions)] = np.arange(S)
+            large = np.flatnonzero(counts > S)
+            if len(large):
+                keys = rng.random((len(large), counts.max()))
+                keys[np.arange(counts.max()) >= counts[large, None]] = 2.0  # no such patch
+                index[b, large] = np.sort(np.argpartition(keys, S - 1, axis=1)[:, :S], axis=1)
+        if self._features is not None:
+            for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
+                first = self._first_row[bag.record[regions]] + bag.start[regions]
+                index[b, : len(regions)] += first[:, None]
+            index[~mask] = 0
+            return self._features[index], mask
+        patches = None
+        for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
+            for record in np.unique(bag.record[regions]):
+                rows = np.flatnonzero(bag.record[regions] == record)
+                read = self._records.read_regions(int(record), bag.region[regions[rows]].tolist())
+                for r, features in zip(rows, read, strict=True):
+                    if patches is None:
+                        patches = np.zeros((*mask.shape, features.shape[1]), features.dtype)
+                    n = min(len(features), S)
+                    patches[b, r, :n] = features if n == len(features) else features[index[b, r]]
+        return patches, mask
+
+    def _merges(self, text: TokenisedText, rng: np.random.Generator) -> list[tuple[int, ...]]:
+        draw = draw_given if text.given else draw_merges
+        return draw(len(text.pieces), self._draws.subcaptions, rng)
+
+    def _subcaption(self, text: TokenisedText, merge: tuple[int, ...], counts: Counter | None = None) -> np.ndarray:
+        """The ids of a merge with [CLS] and [SEP]: without its last sentences where it is too long."""
+        room = self._draws.subcaption_length - 2
+        kept = len(merge)
+        while kept > 1 and sum(len(text.pieces[i]) for i in merge[:kept]) > room:
+            kept -= 1
+        if kept > 1 and not self._tokenizer.concatenates:
+            ids = self._tokenizer.ids([" ".join(text.words[i] for i in merge[:kept])])[0]
+        else:
+            ids = text.pieces[merge[0]] if kept == 1 else np.concatenate([text.pieces[i] for i in merge[:kept]])
+        if counts is not None:
+            counts["shortened"] += kept < len(merge)
+            counts["cut"] += len(ids) > room
+        return self._tokenizer.wrap(ids, self._draws.subcaption_length)
+
+    def _pack(self, bags: list[Bag], rngs: list[np.random.Generator]) -> PackedText:
+        """The texts of a group, packed. Where they need too many rows, the longest become single sentences."""
+        counts: Counter[str] = Counter()
+        found: list[np.ndarray] = []
+        drawn: list[tuple[TokenisedText, tuple[int, ...]] | None] = []  # None: a caption, which stays whole
+        for bag, rng in zip(bags, rngs, strict=True):
+            text = bag.texts[rng.integers(len(bag.texts)) if len(bag.texts) > 1 else 0]
+            merges = self._merges(text, rng)
+            found += [text.caption, *(self._subcaption(text, merge, counts) for merge in merges)]
+            drawn += [None, *((text, merge) for merge in merges)]
+        while True:
+            try:
+                packed = pack(found, self._draws.row_length, self.text_rows)
+                break
+            except PackingOverflowError:
+                counts["overflows"] |= 1
+                if not self._shorten(found, drawn):
+                    raise
+                counts["redrawn"] += 1
+        self._count(counts)
+        return packed
+
+    def _shorten(self, found: list[np.ndarray], drawn: list) -> bool:
+        """Replace the longest subcaption of a group by its shortest sentence, or that by the shortest of the text."""
+        for i in sorted((i for i, source in enumerate(drawn) if source), key=lambda i: -len(found[i])):
+            text, merge = drawn[i]
+            sentence = min(merge if len(merge) > 1 else range(len(text.pieces)), key=lambda j: len(text.pieces[j]))
+            if merge != (sentence,):
+                drawn[i], found[i] = (text, (sentence,)), self._subcaption(text, (sentence,))
+                return True
+        return False
+
+    def _count(self, counts: Counter[str]) -> None:
+        with self._lock:
+            for name, explanation in (
+                ("shortened", "merged subcaptions longer than subcaption_length lose their last sentences"),
+                ("overflows", "texts of a group that do not fit in text_rows are redrawn as single sentences"),
+            ):
+                if counts[name] and not self.counts[name]:
+                    _log.warning("%s; counted, and not said again", explanation)
+            self.counts.update(counts)
