@@ -38,6 +38,7 @@ def region_edge(patch_size: int, mpp: float, edge_um: float = EDGE_UM, edge_px: 
         raise ValueError(f"patch size is {patch_size}, expected pixels at level 0; pass patch_size or edge_px")
     if edge_um <= 0:
         raise ValueError(f"edge_um is {edge_um}, expected a length in micrometres above 0")
+    mpp = float(np.float32(mpp))  # as records keep it, so that a slide is cut alike before and after
     patches = round(edge_um / (mpp * patch_size)) if mpp > 0 else PATCHES_PER_EDGE
     return patch_size * max(patches, 1)
 

@@ -1,0 +1,257 @@
+"""The index of a shard: what each record holds and where, so that opening a cohort reads no shard.
+
+It is made from the shard alone, by walking protobuf tags, so a shard of any writer can be indexed (DESIGN section 5).
+"""
+
+import errno
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Int
+
+from pathflip_jax.data.tfrecord import bytes_offsets, crc32c, frame, read_frames, whole_file
+
+DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+COORDS = np.dtype("<i4")
+KEYS = {
+    "slide_id", "case_id", "encoder", "feature_dtype", "feature_dim", "num_patches", "features", "coords", "patch_size",
+    "mpp", "width", "height", "region_rows", "region_grid", "region_crc32c",
+}  # fmt: skip
+INDEX_MAGIC, INDEX_VERSION = b"PATHFLIP", 1
+INDEX_HEAD = struct.Struct("<8sIQ")
+# Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
+# patches of 224 and 256 pixels differ by 14.
+SIZE_TOLERANCE = 0.1
+REBUILD = "delete it and the next opening builds it anew from the shard"
+REWRITE = "copy the shard again, or delete it and its .idx and run `pathflip prepare` or `import` again"
+
+
+@dataclass(frozen=True, eq=False)
+class SlideInfo:
+    """What the index knows of a slide: all of its record but features and coordinates, and where those lie.
+
+    `region_rows` [R+1], `region_grid` [R, 2] (column, row; -1 in `scan`), `region_crc32c` [R] as in the record.
+    """
+
+    slide_id: str
+    case_id: str
+    encoder: str
+    feature_dtype: str
+    feature_dim: int
+    num_patches: int
+    patch_size: int
+    mpp: float
+    width: int
+    height: int
+    features_offset: int
+    coords_offset: int
+    coords_bytes: int
+    coords_crc32c: int
+    region_rows: Int[np.ndarray, "R+1"] = field(repr=False)
+    region_grid: Int[np.ndarray, "R 2"] = field(repr=False)
+    region_crc32c: Int[np.ndarray, "R"] = field(repr=False)
+    shard: Path = field(default=Path())
+
+    @property
+    def num_regions(self) -> int:
+        """The number R of regions."""
+        return len(self.region_grid)
+
+    @property
+    def cut(self) -> str:
+        """How the regions were cut: `grid` or `scan`."""
+        return "scan" if (self.region_grid == -1).all() else "grid"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one patch's features."""
+        return self.feature_dim * DTYPES[self.feature_dtype].itemsize
+
+
+ARRAYS = {"region_rows": np.dtype("<i8"), "region_grid": np.dtype("<i4"), "region_crc32c": np.dtype("<u4")}
+SCALARS = [f.name for f in fields(SlideInfo) if f.name not in ARRAYS and f.name != "shard"]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of one shard: its slides, and the size and CRC32C of the whole file."""
+
+    shard_bytes: int
+    shard_crc32c: int
+    slides: tuple[SlideInfo, ...]
+
+
+def index_path(shard: Path | str) -> Path:
+    """Where the index of a shard lies."""
+    return Path(f"{shard}.idx")
+
+
+def slide_info(data: bytes, offset: int, shard: Path) -> SlideInfo:
+    """What the index keeps of a serialized record that starts at `offset`. Raises ValueError for a foreign one."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    where = f"{shard}: the record at byte {offset}"
+    try:
+        payloads = bytes_offsets(data)
+        feature = tf_example_pb2.Example.FromString(data).features.feature
+    except Exception as error:  # protobuf's DecodeError comes from a private module in some of its builds
+        raise ValueError(f"{where} is no tf.train.Example ({error}); expected PathFLIP records") from None
+    missing = sorted(KEYS - set(feature)) + sorted({"features", "coords"} & set(feature) - set(payloads))
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(missing)}, which every PathFLIP record has")
+    texts = {key: b"".join(feature[key].bytes_list.value).decode() for key in
+             ("slide_id", "case_id", "encoder", "feature_dtype")}  # fmt: skip
+    names = ("feature_dim", "num_patches", "patch_size", "width", "height")
+    numbers = {key: (list(feature[key].int64_list.value) or [0])[0] for key in names}
+    arrays = {key: np.array(feature[key].int64_list.value, np.int64).astype(ARRAYS[key]) for key in ARRAYS}
+    arrays["region_grid"] = arrays["region_grid"].reshape(-1, 2)
+    start, length = payloads["coords"]
+    info = SlideInfo(
+        **texts,
+        **numbers,
+        **arrays,
+        mpp=(list(feature["mpp"].float_list.value) or [0.0])[0],
+        features_offset=offset + payloads["features"][0],
+        coords_offset=offset + start,
+        coords_bytes=length,
+        coords_crc32c=crc32c(np.frombuffer(data, np.uint8, length, start)),
+        shard=shard,
+    )
+    rows, where = info.region_rows, f"{shard}: slide {info.slide_id}"
+    if info.feature_dtype not in DTYPES:
+        raise ValueError(f"{where} has features of {info.feature_dtype!r}, expected one of {', '.join(DTYPES)}")
+    if payloads["features"][1] != info.num_patches * info.row_bytes or length not in (0, 8 * info.num_patches):
+        found = f"{payloads['features'][1]} bytes of features and {length} of coords"
+        raise ValueError(f"{where} has {found} for {info.num_patches} patches of {info.row_bytes} bytes")
+    if not (len(rows) == len(info.region_grid) + 1 == len(info.region_crc32c) + 1 and rows[0] == 0
+            and rows[-1] == info.num_patches and (np.diff(rows) > 0).all()):  # fmt: skip
+        raise ValueError(f"{where} has regions that do not cover its {info.num_patches} patches; write it again")
+    return info
+
+
+def check_region(info: SlideInfo, region: int, crc: int) -> None:
+    """Raise ValueError, naming shard, slide and region, when a region's bytes are not those written."""
+    if crc != info.region_crc32c[region]:
+        found = f"CRC32C {crc:08x}, recorded {int(info.region_crc32c[region]):08x}"
+        raise ValueError(f"{info.shard}: slide {info.slide_id}, region {region}: a byte flipped ({found}); {REWRITE}")
+
+
+def build_index(shard: Path | str) -> Index:
+    """Build the index of a shard, written by this library or by TensorFlow, TFDS or Beam, from the shard alone.
+
+    Reads all of it and checks every CRC. Raises ValueError for a damaged or foreign shard, OSError for a truncated one.
+    """
+    shard = Path(shard)
+    infos, end, crc = [], 0, 0
+    for offset, data in read_frames(shard):
+        info = slide_info(data, offset, shard)
+        payload, start = np.frombuffer(data, np.uint8), info.features_offset - offset
+        features = payload[start : start + info.num_patches * info.row_bytes]
+        start = info.coords_offset - offset
+        coords = payload[start : start + info.coords_bytes]
+        for region in range(info.num_regions):
+            a, b = info.region_rows[region : region + 2]
+            found = crc32c(features[a * info.row_bytes : b * info.row_bytes], coords[8 * a : 8 * b])
+            check_region(info, region, found)
+        infos.append(info)
+        head, tail = frame(data)
+        end, crc = offset + len(data) + len(tail), crc32c(head, data, tail, start=crc)
+    if end != shard.stat().st_size:
+        raise OSError(f"{shard}: changed while it was read; try again once its writer is done")
+    return Index(end, crc, tuple(infos))
+
+
+def encode_index(index: Index) -> bytes:
+    """An index as it is stored: scalars as JSON, arrays raw behind it, a CRC32C at the end."""
+    slides = [{name: getattr(info, name) for name in SCALARS} | {"regions": info.num_regions} for info in index.slides]
+    head = json.dumps({"bytes": index.shard_bytes, "crc32c": index.shard_crc32c, "slides": slides}).encode()
+    parts = [INDEX_HEAD.pack(INDEX_MAGIC, INDEX_VERSION, len(head)), head]
+    parts += [getattr(info, name).astype(dtype).tobytes() for info in index.slides for name, dtype in ARRAYS.items()]
+    data = b"".join(parts)
+    return data + struct.pack("<I", crc32c(data))
+
+
+def save_index(shard: Path, index: Index) -> None:
+    """Write an index beside its shard, whole or not at all."""
+    with whole_file(index_path(shard)) as out:
+        out.write(encode_index(index))
+
+
+def read_index(shard: Path | str) -> Index:
+    """Load the index of a shard, building it where there is none.
+
+    Raises ValueError for an index that is damaged, of another version, or older than its shard; FileNotFoundError for
+    a shard that is not there.
+    """
+    shard = Path(shard)
+    path = index_path(shard)
+    if not shard.is_file():
+        raise FileNotFoundError(f"{shard}: no such shard; restore it, or write it again")
+    if not path.exists():
+        index = build_index(shard)
+        try:
+            save_index(shard, index)
+        except OSError as error:  # records are often on a disk that others may only read
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+        return index
+    data = path.read_bytes()
+    if len(data) < INDEX_HEAD.size + 4 or crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise ValueError(f"{path}: damaged or cut short, its CRC32C does not hold; {REBUILD}")
+    magic, version, length = INDEX_HEAD.unpack_from(data)
+    if magic != INDEX_MAGIC or version != INDEX_VERSION:
+        raise ValueError(f"{path}: index version {version} of {magic!r}, expected {INDEX_VERSION}; {REBUILD}")
+    start = INDEX_HEAD.size + length
+    head = json.loads(data[INDEX_HEAD.size : start])
+    if head["bytes"] != shard.stat().st_size:
+        found = f"of a shard of {head['bytes']} bytes, {shard.name} has {shard.stat().st_size}"
+        raise ValueError(f"{path}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}")
+    infos = []
+    for scalars in head["slides"]:
+        regions, arrays = scalars.pop("regions"), {}
+        for name, count in (("region_rows", regions + 1), ("region_grid", 2 * regions), ("region_crc32c", regions)):
+            arrays[name] = np.frombuffer(data, ARRAYS[name], count, start)
+            start += arrays[name].nbytes
+        arrays["region_grid"] = arrays["region_grid"].reshape(-1, 2)
+        infos.append(SlideInfo(**scalars, **arrays, shard=shard))
+    return Index(head["bytes"], head["crc32c"], tuple(infos))
+
+
+def check_cohort(slides: Sequence[SlideInfo]) -> None:
+    """Refuse slides that no one model can train on together (DESIGN section 5).
+
+    Raises ValueError naming two slides that differ in encoder, feature width or dtype, region cut or physical patch
+    size, or a slide that is there twice. Patch sizes are compared in micrometres, in pixels where an mpp is unknown.
+    """
+    seen: dict[str, Path] = {}
+    sized = None
+    for info in slides:
+        if info.slide_id in seen:
+            other = f" and {seen[info.slide_id]}" if seen[info.slide_id] != info.shard else ""
+            cure = "take one away; two files of one slide need two ids"
+            raise ValueError(f"{info.shard}{other}: slide {info.slide_id} is there twice; {cure}")
+        seen[info.slide_id] = info.shard
+        first = slides[0]
+        for name in ("encoder", "feature_dim", "feature_dtype", "cut"):
+            here, there = getattr(info, name), getattr(first, name)
+            if here != there:
+                raise ValueError(
+                    f"{info.shard}: slide {info.slide_id} has {name} {here!r}, slide {first.slide_id} in "
+                    f"{first.shard.name} has {there!r}; one cohort has one, write the others to a folder of their own"
+                )
+        if not info.patch_size:
+            continue
+        sized = sized or info
+        um = info.mpp and sized.mpp
+        here, there = (s.patch_size * (s.mpp if um else 1) for s in (info, sized))
+        if abs(here - there) > SIZE_TOLERANCE * there:
+            unit = "um" if um else "px (their mpp is not known: pass it)"
+            raise ValueError(
+                f"{info.shard}: slide {info.slide_id} has patches of {here:g}, slide {sized.slide_id} in "
+                f"{sized.shard.name} of {there:g} {unit}; one cohort has one physical size, extract one anew"
+            )

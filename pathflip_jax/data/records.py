@@ -1,0 +1,384 @@
+"""Slides as TFRecords: the writer, random access by region, and the folder as a whole (DESIGN section 5).
+
+One standard `tf.train.Example` per slide, patches stored region by region. `<shard>.idx` beside a shard says where its
+payloads lie, so a training step reads only the regions that it samples. The folder is a TFDS dataset too.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.index import (
+    COORDS,
+    DTYPES,
+    REBUILD,
+    REWRITE,
+    Index,
+    SlideInfo,
+    build_index,
+    check_cohort,
+    check_region,
+    encode_index,
+    index_path,
+    read_index,
+    save_index,
+    slide_info,
+)
+from pathflip_jax.data.regions import EDGE_UM, cut_regions, region_edge
+from pathflip_jax.data.tfds import dataset_info, feature_schema
+from pathflip_jax.data.tfrecord import crc32c, read_at, read_frames, whole_file
+
+LARGEST_EXAMPLE = 2**31 - 2**20  # protobuf holds 2 GiB; the small fields need some of it
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard. No total in it: tasks of a job array name theirs alone, TFDS is told the pattern."""
+    return f"pathflip-{number:05d}.tfrecord"
+
+
+def encode_slide(slide: SlideFeatures, *, cut: str, edge_um: float, edge_px: int | None, dtype: str) -> bytes:
+    """One slide as a serialized tf.train.Example, patches in the order of their regions.
+
+    Raises ValueError for features that the dtype cannot hold, and for more than an Example can.
+    """
+    # Late: it takes 0.4 s, and reading records does not need it.
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    if dtype not in DTYPES:
+        raise ValueError(f"records of {dtype!r}: expected one of {', '.join(DTYPES)}")
+    where = f"slide {slide.slide_id}"
+    size = slide.features.size * 2
+    if size > LARGEST_EXAMPLE:
+        found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
+        raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
+    regions = cut_regions(slide, cut, edge_um, edge_px)
+    with np.errstate(over="ignore"):
+        features = np.ascontiguousarray(slide.features[regions.order]).astype(DTYPES[dtype], copy=False)
+    if not np.isfinite(features).all():
+        found = f"features of up to {np.abs(slide.features.astype(np.float32)).max():.3g} overflow {dtype}"
+        raise ValueError(f"{where}: {found}; write the records with dtype bfloat16")
+    coords = (
+        np.zeros((0, 2), COORDS) if slide.coords is None else slide.coords[regions.order].astype(COORDS, copy=False)
+    )
+    rows = regions.rows
+    crcs = [crc32c(features[a:b].view(np.uint8), coords[a:b]) for a, b in zip(rows[:-1], rows[1:], strict=True)]
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    texts = {"slide_id": slide.slide_id, "case_id": slide.case_id, "encoder": slide.encoder, "feature_dtype": dtype}
+    for key, text in texts.items():
+        feature[key].bytes_list.value.append(text.encode())
+    feature["features"].bytes_list.value.append(features.tobytes())
+    feature["coords"].bytes_list.value.append(coords.tobytes())
+    numbers = {
+        "feature_dim": [features.shape[1]], "num_patches": [len(features)], "patch_size": [slide.patch_size],
+        "width": [slide.width], "height": [slide.height], "region_rows": rows.tolist(),
+        "region_grid": regions.grid.ravel().tolist(), "region_crc32c": crcs,
+    }  # fmt: skip
+    for key, values in numbers.items():
+        feature[key].int64_list.value.extend(values)
+    feature["mpp"].float_list.value.append(slide.mpp)
+    return example.SerializeToString(deterministic=True)
+
+
+def write_shard(
+    path: Path | str,
+    slides: Iterable[SlideFeatures],
+    *,
+    cut: str = "grid",
+    edge_um: float = EDGE_UM,
+    edge_px: int | None = None,
+    dtype: str = "float16",
+) -> list[SlideInfo]:
+    """Write slides as one shard and its index; both appear whole or not at all. Returns what the index knows of them.
+
+    `slides` may be a generator: one slide at a time is in memory; what it raises leaves no file behind. No slides make
+    an empty shard, so that the numbers of a job array have no gap. Raises ValueError for slides that do not belong in
+    one cohort, OSError on a full disk.
+    """
+    path = Path(path)
+    infos: dict[str, SlideInfo] = {}
+    with whole_file(path) as out:
+        for slide in slides:
+            data = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
+            info = slide_info(data, out.write_record(data), path)
+            if infos:
+                check_cohort([infos.get(info.slide_id, next(iter(infos.values()))), info])
+            infos[info.slide_id] = info
+        index_path(path).unlink(missing_ok=True)  # of an earlier shard of this name
+    save_index(path, Index(out.bytes, out.crc32c, tuple(infos.values())))
+    return list(infos.values())
+
+
+def write_index(shard: Path | str) -> Index:
+    """Write the index of a shard anew, from the shard alone; whoever wrote it (`build_index` says what it raises)."""
+    index = build_index(shard)
+    save_index(Path(shard), index)
+    return index
+
+
+def find_shards(folder: Path | str) -> list[Path]:
+    """The shards in a folder, in order of their names. Raises FileNotFoundError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; `pathflip prepare` or `import` writes records")
+    shards = sorted({*folder.glob("*.tfrecord"), *folder.glob("*.tfrecord-*-of-*[0-9]")})
+    if not shards:
+        raise FileNotFoundError(f"{folder}: no *.tfrecord in it; `pathflip prepare` or `import` writes records")
+    return shards
+
+
+class _Shard:
+    """An open shard; closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # else read-ahead fetches most of a record for one region
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Records:
+    """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
+
+    Takes a folder or a list of shards. Raises ValueError for slides that are no one cohort or are there twice.
+    """
+
+    def __init__(self, folder: Path | str | Sequence[Path | str], *, open_files: int = 64) -> None:
+        self.shards = find_shards(folder) if isinstance(folder, (str, Path)) else [Path(p) for p in folder]
+        self.indexes = [read_index(shard) for shard in self.shards]
+        self.slides = [info for index in self.indexes for info in index.slides]
+        self.where = str(folder) if isinstance(folder, (str, Path)) else ", ".join(map(str, self.shards[:3]))
+        if not self.slides:
+            raise ValueError(f"{self.where}: records of no slides; see failures.json there for why")
+        check_cohort(self.slides)
+        self._position = {info.slide_id: i for i, info in enumerate(self.slides)}
+        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+        self._open_files, self._lock = open_files, threading.Lock()
+
+    @property
+    def feature_dim(self) -> int:
+        """The width F of a patch feature."""
+        return self.slides[0].feature_dim
+
+    @property
+    def encoder(self) -> str:
+        """The patch encoder; empty when the feature files did not name it."""
+        return self.slides[0].encoder
+
+    @property
+    def cut(self) -> str:
+        """How the regions were cut: `grid` or `scan`."""
+        return self.slides[0].cut
+
+    @property
+    def patch_slots(self) -> int:
+        """The number S of patches in the fullest region of the cohort."""
+        return max(int(np.diff(info.region_rows).max()) for info in self.slides)
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def position(self, slide_id: str) -> int:
+        """The number of a slide. Raises ValueError for one that is not there."""
+        if slide_id not in self._position:
+            have = ", ".join(list(self._position)[:3])
+            raise ValueError(f"{self.where}: no slide {slide_id!r} among the {len(self)} there, such as {have}")
+        return self._position[slide_id]
+
+    def read(self, position: int) -> SlideFeatures:
+        """A whole slide, patches in the order of their regions, every region's CRC checked."""
+        info = self.slides[position]
+        features, coords = self._read(info, np.arange(info.num_regions))
+        return SlideFeatures(
+            info.slide_id,
+            info.case_id,
+            np.concatenate(features) if len(features) > 1 else features[0],
+            coords,
+            info.patch_size,
+            info.mpp,
+            info.width,
+            info.height,
+            info.encoder,
+        )
+
+    def read_regions(self, position: int, regions: Sequence[int]) -> list[Float[np.ndarray, "n F"]]:
+        """The features of some regions of a slide, one array each in the order asked for, their CRCs checked.
+
+        Reads these regions only: neighbours in one go. Raises ValueError for a flipped byte, naming shard, slide and
+        region; OSError for a shard cut short; IndexError for a region that the slide does not have.
+        """
+        return self._read(self.slides[position], np.asarray(regions, np.int64))[0]
+
+    def coords(self, position: int) -> Int[np.ndarray, "N 2"] | None:
+        """The top-left corners of a slide's patches in stored order, their CRC checked; None where it has none."""
+        info = self.slides[position]
+        if not info.coords_bytes:
+            return None
+        data = read_at(self._file(info.shard).fd, info.coords_bytes, info.coords_offset, info.shard)
+        if crc32c(data) != info.coords_crc32c:
+            raise ValueError(f"{info.shard}: slide {info.slide_id}: a byte flipped in its coordinates; {REWRITE}")
+        return data.view(COORDS).reshape(-1, 2)
+
+    def _file(self, shard: Path) -> _Shard:
+        with self._lock:
+            file = self._open.pop(shard, None) or _Shard(shard)
+            self._open[shard] = file
+            if len(self._open) > self._open_files:
+                self._open.popitem(last=False)
+            return file
+
+    def _read(self, info: SlideInfo, regions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The features of regions in the order asked for, and the coordinates of the extent that they span."""
+        if len(regions) == 0:
+            return [], None
+        low, high = int(regions.min()), int(regions.max())
+        if low < 0 or high >= info.num_regions:
+            found = f"regions {low} to {high} were asked for, it has {info.num_regions}"
+            raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
+        file, rows, width = self._file(info.shard), info.region_rows, info.row_bytes
+        wanted = np.unique(regions)
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
+        spans = [(int(rows[run[0]]), int(rows[run[-1] + 1])) for run in runs]
+        first, last = spans[0][0], spans[-1][1]
+        if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
+            for a, b in spans:
+                os.posix_fadvise(file.fd, info.features_offset + a * width, (b - a) * width, os.POSIX_FADV_WILLNEED)
+        coords = np.zeros(0, np.uint8)
+        if info.coords_bytes:
+            coords = read_at(file.fd, 8 * (last - first), info.coords_offset + 8 * first, info.shard)
+        found = {}
+        for run, (start, end) in zip(runs, spans, strict=True):
+            data = read_at(file.fd, (end - start) * width, info.features_offset + start * width, info.shard)
+            for region in run:
+                a, b = int(rows[region]), int(rows[region + 1])
+                part = data[(a - start) * width : (b - start) * width]
+                check_region(info, region, crc32c(part, coords[8 * (a - first) : 8 * (b - first)]))
+                found[region] = part.view(DTYPES[info.feature_dtype]).reshape(b - a, info.feature_dim)
+        coords = coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
+        return [found[region] for region in regions], coords
+
+
+def iter_examples(shard: Path | str) -> Iterator:
+    """The records of a shard as `tf.train.Example` messages, their CRCs checked, in order."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    for _, data in read_frames(Path(shard)):
+        yield tf_example_pb2.Example.FromString(data)
+
+
+def manifest_hash(folder: Path | str) -> str:
+    """A SHA-256 of what the shards of a folder hold, from their indexes; it changes with any byte of the data."""
+    shards = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in _indexes(folder)]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+
+def finish_folder(folder: Path | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:
+    """Make a folder of whole shards a data set: features.json and dataset_info.json for TFDS, manifest.json for us.
+
+    `edge_um` and `edge_px` are what the regions were cut with; a slide cut otherwise is refused. Safe to repeat; each
+    file is replaced whole, manifest.json last: it says that the folder is complete. Returns the manifest. Raises
+    ValueError for slides that are no one cohort and for a shard that is missing, FileNotFoundError for no shards.
+    """
+    folder = Path(folder)
+    records = Records(folder)
+    expected = [shard_name(number) for number in range(len(records.shards))]
+    names = [shard.name for shard in records.shards]
+    if names != expected:
+        missing = [name for name in expected if name not in names]
+        raise ValueError(f"{folder}: {missing[0]} is missing beside {names[-1]}; run the task that writes it first")
+    for position, info in enumerate(records.slides):
+        _check_edge(info, records.coords(position), edge_um, edge_px)
+    shards = [
+        {
+            "name": shard.name,
+            "bytes": index.shard_bytes,
+            "crc32c": f"{index.shard_crc32c:08x}",
+            "slides": [info.slide_id for info in index.slides],
+        }
+        for shard, index in zip(records.shards, records.indexes, strict=True)
+    ]
+    first = records.slides[0]
+    manifest = {
+        "version": 1,
+        "sha256": manifest_hash(folder),
+        "encoder": records.encoder,
+        "feature_dim": records.feature_dim,
+        "feature_dtype": first.feature_dtype,
+        "cut": records.cut,
+        "edge_um": edge_um,
+        "edge_px": edge_px,
+        "num_slides": len(records),
+        "num_patches": sum(info.num_patches for info in records.slides),
+        "shards": shards,
+    }
+    info = dataset_info([len(shard["slides"]) for shard in shards], sum(shard["bytes"] for shard in shards))
+    schema = feature_schema(records.feature_dim, first.feature_dtype)
+    for name, content in (("features.json", schema), ("dataset_info.json", info), ("manifest.json", manifest)):
+        with whole_file(folder / name) as out:
+            out.write((json.dumps(content, indent=1) + "\n").encode())
+    return manifest
+
+
+def _check_edge(info: SlideInfo, coords: np.ndarray | None, edge_um: float, edge_px: int | None) -> None:
+    if info.cut == "scan":
+        return
+    edge = region_edge(info.patch_size, info.mpp, edge_um, edge_px)
+    cells = np.repeat(info.region_grid, np.diff(info.region_rows), axis=0)
+    if coords is None or (np.maximum(coords, 0) // edge != cells).any():
+        expected = f"squares of {edge} px at level 0 (edge_um {edge_um:g}, edge_px {edge_px})"
+        raise ValueError(
+            f"{info.shard}: slide {info.slide_id} was not cut into {expected}; one cohort has one region cut: "
+            "pass the edge that it was written with, or write the slide again"
+        )
+
+
+def _indexes(folder: Path | str) -> list[tuple[Path, Index]]:
+    return [(shard, read_index(shard)) for shard in find_shards(folder)]
+
+
+def verify(folder: Path | str) -> list[str]:
+    """Every fault of a folder of records, each naming its file; none for a sound one. Reads every byte.
+
+    Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, and that
+    manifest.json describes what is there.
+    """
+    folder, faults, indexes = Path(folder), [], {}
+    for shard in find_shards(folder):
+        try:
+            indexes[shard.name] = built = build_index(shard)
+            if index_path(shard).exists() and encode_index(read_index(shard)) != encode_index(built):
+                faults.append(f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}")
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+    try:
+        check_cohort([info for index in indexes.values() for info in index.slides])
+    except ValueError as error:
+        faults.append(str(error))
+    faults += [f"{left}: left by a writer that was killed; delete it" for left in sorted(folder.glob("*.tmp"))]
+    path = folder / "manifest.json"
+    if not path.exists():
+        return [*faults, f"{path}: missing: the folder was not finished; run the command that writes it to its end"]
+    try:
+        listed = {shard["name"]: shard for shard in json.loads(path.read_bytes())["shards"]}
+    except (ValueError, KeyError, TypeError) as error:
+        return [*faults, f"{path}: not a manifest ({error}); delete it and run the command that writes it again"]
+    for name in sorted({*listed, *(shard.name for shard in find_shards(folder))}):
+        if name not in listed:
+            faults.append(f"{folder / name}: not in manifest.json; finish the folder again, or take the shard away")
+        elif not (folder / name).exists():
+            faults.append(f"{folder / name}: listed in manifest.json and not there; restore it, or write it again")
+        elif name in indexes and listed[name]["crc32c"] != f"{indexes[name].shard_crc32c:08x}":
+            faults.append(f"{folder / name}: another shard than manifest.json describes; finish the folder again")
+    return faults
