@@ -13,8 +13,9 @@ import tifffile
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from data_prep.drawing import Field
 from data_prep.layout import STEP, Layout
-from data_prep.tissue import TEXTURES, Field, background
+from data_prep.tissue import TEXTURES, background
 
 MPP = 0.5
 DOWNSAMPLES = (1, 4, 16)
@@ -34,7 +35,11 @@ def render(layout: Layout, rng: np.random.Generator) -> np.ndarray:
     scale = rng.uniform(0.92, 1.1)
     ground = Field(rng, layout.height, layout.width, scale)
     background(ground)
-    tissue = ground.grow(layout.tissue)
+    # What belongs to the whole slide is drawn before the areas, so that it does not depend on them.
+    thickness = np.clip((ground.grow(layout.tissue) - 0.42) / 0.16, 0, 1) * (1 + 0.06 * ground.noise(150))
+    white = rng.uniform(236, 250) - rng.uniform(0, 5, 3)
+    grain = rng.integers(-3, 4, (layout.height, layout.width), np.int8)
+    blur = rng.uniform(0.4, 0.8)
     _stain(ground.h, ground.e, np.argwhere(layout.tissue > 0.9) * STEP, stains, rng)
     for area in layout.areas:
         rows, cols = (np.flatnonzero((area.field > 0.05).any(axis)) for axis in (1, 0))
@@ -47,18 +52,13 @@ def render(layout: Layout, rng: np.random.Generator) -> np.ndarray:
         here = (slice(top * STEP, bottom * STEP), slice(left * STEP, right * STEP))
         ground.h[here] += cover * (field.h - ground.h[here])
         ground.e[here] += cover * (field.e - ground.e[here])
-    cover = np.clip((tissue - 0.42) / 0.16, 0, 1)
-    thickness = cover * (1 + 0.06 * ground.noise(150))
     ground.h *= thickness
     ground.e *= thickness
-    white = rng.uniform(236, 250) - rng.uniform(0, 5, 3)
-    grain = rng.integers(-3, 4, (layout.height, layout.width), np.int8)
     image = np.empty((layout.height, layout.width, 3), np.uint8)
     for channel in range(3):
         light = np.exp(-(ground.h * stains[0, channel] + ground.e * stains[1, channel])) * np.float32(white[channel])
         image[..., channel] = np.clip(light + grain, 0, 255)
-    blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.8)))
-    return np.asarray(blurred)
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))
 
 
 def _stain(h: np.ndarray, e: np.ndarray, inside: np.ndarray, stains: np.ndarray, rng: np.random.Generator) -> None:
