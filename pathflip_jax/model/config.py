@@ -25,6 +25,7 @@ class PathFLIPConfig:
     vocab_size: int = 30523  # the BERT vocabulary and `[DEC]`
     max_positions: int = 512
     patch_projection: Literal["linear", "mlp"] = "linear"
+    patch_hidden: int | None = None  # width inside the "mlp" patch projection; None: embed_dim
     region_layers: int = 2
     region_heads: int = 8
     text_region_heads: int = 8

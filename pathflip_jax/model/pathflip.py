@@ -1,55 +1,59 @@
-"""PathFLIP: slides and reports aligned as wholes, regions and sentences aligned in parts (DESIGN section 3).
+"""PathFLIP: slides and reports in one space, at the level of the slide and of its regions (DESIGN section 3).
 
-    B slides in the batch      F width of a patch feature       K subcaptions of a slide
-    R regions of a slide       D joint embedding width          Q query tokens
-    S patch slots of a region  H BERT hidden width              T text tokens
-    N patches of a slide, R*S with padding
+    B  slides in the batch            F  width of a patch feature
+    R  regions of a slide             D  joint embedding width
+    S  patch slots of a region        H  BERT hidden width
+    N  patches of a slide (R*S)       Q  query tokens
+    K  subcaptions of a slide         T  text tokens
+    C  texts shown to one slide       G  text groups: P rows of L tokens, n texts in each group
 
-Modules are pytrees: use them with `jax.jit` and `jax.value_and_grad` as they are. One key goes in for dropout, None
-for none.
+Padding is masked everywhere: a padded slide gives what the unpadded one gives, outputs and gradients.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import Key, MultiheadAttention, dropout, layer_norm, linear, subkey
+from pathflip_jax.model.attention import LayerNorm, Linear, MultiheadAttention, dropout, split_key
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.qformer import QFormer, projection_init
+from pathflip_jax.model.qformer import QFormer
 
-TORCH_EPSILON = 1e-5
+TORCH_EPS = 1e-5
 
 
 class SlideEncoding(NamedTuple):
-    """Embeddings of a batch of slides, before any normalisation; padded regions are zero.
+    """A batch of slides in the joint space; the attention maps are None unless asked for.
 
-    The attention maps, when asked for, are probabilities of the Q-Former's last cross-attention but one.
+    Padded regions are zero rows, False in `region_mask`.
     """
 
     slide: Float[Array, "B D"]
     regions: Float[Array, "B R D"]
     region_mask: Bool[Array, "B R"]
-    slide_attention: Float[Array, "B heads Q R S"] | None = None
-    region_attention: Float[Array, "B heads Q R S"] | None = None
+    slide_attention: Float[Array, "B heads Q R S"] | None
+    region_attention: Float[Array, "B heads Q R S"] | None
 
 
 class PatchProjection(nnx.Module):
     """Patch features F -> D: one Linear, or the MLP variant with two LayerNorms (DESIGN section 3.1)."""
 
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs):
-        init, dtype = projection_init(config), config.compute_dtype
-        self.linear = linear(config.feature_dim, config.embed_dim, init, dtype, rngs)
-        if config.patch_projection == "mlp":
-            self.norm = layer_norm(config.embed_dim, TORCH_EPSILON, dtype, rngs)
-            self.linear_out = linear(config.embed_dim, config.embed_dim, init, dtype, rngs)
-            self.norm_out = layer_norm(config.embed_dim, TORCH_EPSILON, dtype, rngs)
+    def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
+        F, D = config.feature_dim, config.embed_dim
         self.mlp = config.patch_projection == "mlp"
+        if self.mlp:
+            inner = config.patch_hidden or D
+            self.linear = Linear(F, inner, init, rngs)
+            self.norm = LayerNorm(inner, TORCH_EPS)
+            self.linear_out = Linear(inner, D, init, rngs)
+            self.norm_out = LayerNorm(D, TORCH_EPS)
+        else:
+            self.linear = Linear(F, D, init, rngs)
 
-    def __call__(self, features: Float[Array, "*batch F"]) -> Float[Array, "*batch D"]:
+    def __call__(self, features: Float[Array, "... F"]) -> Float[Array, "... D"]:
         """[..., F] -> [..., D]."""
         x = self.linear(features)
         return self.norm_out(self.linear_out(jax.nn.relu(self.norm(x)))) if self.mlp else x
@@ -58,99 +62,91 @@ class PatchProjection(nnx.Module):
 class RegionLayer(nnx.Module):
     """A post-LayerNorm encoder layer over [slide; regions], as torch.nn.TransformerEncoderLayer."""
 
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs):
-        width, dtype = config.embed_dim, config.compute_dtype
-        init = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
+        D = config.embed_dim
         self.rate = config.dropout
-        self.attention = MultiheadAttention(width, config.region_heads, dtype, rngs)
-        self.attention_norm = layer_norm(width, TORCH_EPSILON, dtype, rngs)
-        self.intermediate = linear(width, 4 * width, init, dtype, rngs)
-        self.output = linear(4 * width, width, init, dtype, rngs)
-        self.norm = layer_norm(width, TORCH_EPSILON, dtype, rngs)
+        self.attention = MultiheadAttention(D, config.region_heads, init, rngs)
+        self.attention_norm = LayerNorm(D, TORCH_EPS)
+        self.intermediate = Linear(D, 4 * D, init, rngs)
+        self.output = Linear(4 * D, D, init, rngs)
+        self.norm = LayerNorm(D, TORCH_EPS)
 
-    def __call__(self, x: Float[Array, "B R D"], mask: Bool[Array, "B R"], key: Key | None) -> Float[Array, "B R D"]:
+    def __call__(
+        self, x: Float[Array, "B 1+R D"], mask: Bool[Array, "B 1+R"], key: Array | None
+    ) -> Float[Array, "B 1+R D"]:
         """[B, 1+R, D] -> [B, 1+R, D]; masked rows are no keys."""
-        pooled, _ = self.attention(x, x, x, mask, self.rate, subkey(key, 0))
-        x = self.attention_norm(x + dropout(pooled, self.rate, subkey(key, 1)))
-        hidden = dropout(jax.nn.relu(self.intermediate(x)), self.rate, subkey(key, 2))
-        return self.norm(x + dropout(self.output(hidden), self.rate, subkey(key, 3)))
+        keys = split_key(key, 4)
+        pooled, _ = self.attention(x, x, x, mask, self.rate, keys[0])
+        x = self.attention_norm(x + dropout(pooled, self.rate, keys[1]))
+        inner = dropout(jax.nn.relu(self.intermediate(x)), self.rate, keys[2])
+        return self.norm(x + dropout(self.output(inner), self.rate, keys[3]))
 
 
 class TextRegionAttention(nnx.Module):
-    """Pool the regions of a slide once per text: the text-conditioned region embedding (DESIGN section 3.6)."""
+    """Pools the regions of each slide once per text: the text-conditioned region embedding.
 
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs):
-        width, dtype = config.embed_dim, config.compute_dtype
-        init = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.query = linear(width, width, init, dtype, rngs)
-        self.key = linear(width, width, init, dtype, rngs)
-        self.value = linear(width, width, init, dtype, rngs)
-        self.attention = MultiheadAttention(width, config.text_region_heads, dtype, rngs)
+    Each text asks "where am I in this slide?"; regions that answer weigh most (DESIGN section 3.6).
+    """
 
-    def __call__(self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], region_mask: Bool[Array, "B R"]):
-        """Text-conditioned region embeddings [B, C, D] and the weights [B, C, R], mean of the heads.
+    def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
+        D = config.embed_dim
+        self.query = Linear(D, D, init, rngs)
+        self.key = Linear(D, D, init, rngs)
+        self.value = Linear(D, D, init, rngs)
+        self.attention = MultiheadAttention(D, config.text_region_heads, init, rngs)
 
-        Each text asks "where am I in this slide?"; regions that answer weigh most.
-        """
-        pooled, weights = self.attention(self.query(texts), self.key(regions), self.value(regions), region_mask)
-        return pooled, jnp.mean(weights, axis=1)
+    def __call__(
+        self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], mask: Bool[Array, "B R"]
+    ) -> tuple[Float[Array, "B C D"], Float[Array, "B heads C R"]]:
+        """Pooled regions and the weights of each head."""
+        return self.attention(self.query(texts), self.key(regions), self.value(regions), mask)
 
 
 class PathFLIP(nnx.Module):
-    """Slide encoder, text encoder and text-region attention around one Q-Former."""
+    """The alignment model. A pytree of float32 parameters; use it with plain JAX transforms.
 
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs):
+    There is one Q-Former. A second attribute naming it would come untied under `jax.grad`.
+    """
+
+    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        init, dtype = projection_init(config), config.compute_dtype
-        self.patch_projection = PatchProjection(config, rngs)
-        # ONE Q-Former for slides, regions and texts: a second attribute would come untied under jax.grad.
+        # What is not BERT, the released code leaves to PyTorch's defaults.
+        init = "torch" if config.init == "bert" else config.init
+        self.patch_projection = PatchProjection(config, init, rngs)
         self.qformer = QFormer(config, rngs)
-        self.slide_projection = linear(config.hidden, config.embed_dim, init, dtype, rngs)
-        self.text_projection = linear(config.hidden, config.embed_dim, init, dtype, rngs)
-        self.region_layers = nnx.List([RegionLayer(config, rngs) for _ in range(config.region_layers)])
-        self.text_region = TextRegionAttention(config, rngs)
-        self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init))
-        bias = config.logit_bias_init
-        self.logit_bias = None if bias is None else nnx.Param(jnp.float32(bias))
+        self.slide_projection = Linear(config.hidden, config.embed_dim, init, rngs)
+        self.text_projection = Linear(config.hidden, config.embed_dim, init, rngs)
+        self.region_layers = nnx.List([RegionLayer(config, init, rngs) for _ in range(config.region_layers)])
+        self.text_region = TextRegionAttention(config, init, rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init, jnp.float32))
+        if config.logit_bias_init is None:
+            self.logit_bias = None
+        else:
+            self.logit_bias = nnx.Param(jnp.asarray(config.logit_bias_init, jnp.float32))
 
     def encode_slides(
         self,
         patches: Float[Array, "B R S F"],
         patch_mask: Bool[Array, "B R S"],
         *,
-        key: Key | None = None,
+        key: Array | None = None,
         attention: bool = False,
     ) -> SlideEncoding:
-        """Embed slides and their regions; `attention=True` adds the attention maps.
+        """Embed slides and their regions; a region without a valid patch counts as padding.
 
-        Padding (patch slots, regions) changes nothing, whatever it holds: it is set to zero before it enters.
+        Patches come in any float dtype. What stands in masked slots has no effect, NaN included.
         """
-        B, R, S, F = patches.shape
+        query_key, *layer_keys = split_key(key, 1 + len(self.region_layers))
         patches = jnp.where(patch_mask[..., None], patches, 0).astype(self.config.compute_dtype)
-        embedded = self.patch_projection(patches)  # [B, R, S, D]
-        D = embedded.shape[-1]
-
-        def queries(bags, mask, number):
-            x, weights = self.qformer.encode_patches(bags, mask, key=subkey(key, number), attention=attention)
-            return self.slide_projection(jnp.mean(x, axis=1)), weights
-
-        slide, slide_weights = queries(embedded.reshape(B, R * S, D), patch_mask.reshape(B, R * S), 0)
-        regions, region_weights = queries(embedded.reshape(B * R, S, D), patch_mask.reshape(B * R, S), 1)
-
-        region_mask = jnp.any(patch_mask, axis=-1)
-        x = jnp.concatenate([slide[:, None], regions.reshape(B, R, D)], axis=1)  # [B, 1+R, D]
-        keys = jnp.concatenate([jnp.ones((B, 1), bool), region_mask], axis=1)
-        for number, layer in enumerate(self.region_layers):
-            x = layer(x, keys, subkey(key, 2 + number))
-        x = x.astype(jnp.float32)
-        encoding = SlideEncoding(x[:, 0], jnp.where(region_mask[..., None], x[:, 1:], 0.0), region_mask)
-        if not attention:
-            return encoding
-        heads, Q = slide_weights.shape[1:3]
-        return encoding._replace(
-            slide_attention=slide_weights.reshape(B, heads, Q, R, S),
-            region_attention=region_weights.reshape(B, R, heads, Q, S).transpose(0, 2, 3, 1, 4),
-        )
+        states = self.qformer.read_patches(self.patch_projection(patches), patch_mask, query_key, attention)
+        pooled = jnp.concatenate([states.slide[:, None], states.regions], axis=1).mean(2)  # [B, 1+R, H]
+        x = self.slide_projection(pooled)  # [B, 1+R, D]
+        region_mask = patch_mask.any(-1)
+        mask = jnp.pad(region_mask, ((0, 0), (1, 0)), constant_values=True)
+        for layer, layer_key in zip(self.region_layers, layer_keys, strict=True):
+            x = layer(x, mask, layer_key)
+        x = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
+        return SlideEncoding(x[:, 0], x[:, 1:], region_mask, states.slide_attention, states.region_attention)
 
     def encode_texts(
         self,
@@ -159,45 +155,55 @@ class PathFLIP(nnx.Module):
         positions: Int[Array, "G P L"],
         text_index: Int[Array, "G n"],
         *,
-        key: Key | None = None,
+        key: Array | None = None,
     ) -> Float[Array, "G n D"]:
-        """Embed packed texts: the projected last hidden state of each text's [CLS].
+        """Embed packed texts: the state of each [CLS], whose place in the group's P*L tokens is `text_index`.
 
-        `text_index` [g, i] is the flat position, in the P*L tokens of group g, of the [CLS] of text i.
+        A row holds several texts, told apart by `segments` (0 is padding); `positions` restart with each.
         """
-        G, P, L = tokens.shape
-        rows = [x.reshape(G * P, L) for x in (tokens, segments, positions)]
-        hidden = self.qformer.encode_tokens(*rows, key=key).reshape(G, P * L, -1)
-        first = jnp.take_along_axis(hidden, text_index[..., None], axis=1)  # [G, n, H]
-        return self.text_projection(first).astype(jnp.float32)
+        rows = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
+        # Projected before they are gathered, so that a gather over a sharded batch moves D numbers, not H.
+        x = self.text_projection(self.qformer.read_text(*rows, key))
+        x = x.reshape(tokens.shape[0], -1, x.shape[-1])  # [G, P*L, D]
+        return jnp.take_along_axis(x, text_index[..., None], axis=1).astype(jnp.float32)
 
     def text_region_attention(
         self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], region_mask: Bool[Array, "B R"]
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B C R"]]:
-        """Text-conditioned region embeddings [B, C, D], and the share of each region in them [B, C, R]."""
-        pooled, weights = self.text_region(texts, regions, region_mask)
-        return pooled.astype(jnp.float32), weights
+        """The text-conditioned region embedding of every text, and its weights over the regions, mean of the heads."""
+        dtype = self.config.compute_dtype
+        pooled, weights = self.text_region(texts.astype(dtype), regions.astype(dtype), region_mask)
+        return pooled.astype(jnp.float32), weights.mean(1)
 
 
 def flatten(model: nnx.Module) -> dict[str, Array]:
-    """Every parameter by its name, such as "qformer/layers/0/self_attention/query/kernel".
+    """Parameters by name, such as "qformer/layers/0/self_attention/query/kernel".
 
-    The same names serve checkpoints, sharding rules, decay and freeze masks, and conversion.
+    These names serve checkpoints, conversion, sharding rules and masks alike. Optimizer moments, which are
+    trees of the same form, flatten the same way.
     """
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
-def unflatten(config: PathFLIPConfig, flat: dict[str, Array]) -> PathFLIP:
-    """The model that has these parameters; names or shapes of another config raise ValueError, listing them all."""
-    abstract = nnx.eval_shape(lambda: PathFLIP(config, nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    expected = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    faults = [f"missing {name}" for name in sorted(expected.keys() - flat.keys())]
-    faults += [f"unexpected {name}" for name in sorted(flat.keys() - expected.keys())]
-    for name in sorted(expected.keys() & flat.keys()):
-        if tuple(flat[name].shape) != tuple(expected[name].shape):
-            faults.append(f"{name} has shape {tuple(flat[name].shape)}, expected {tuple(expected[name].shape)}")
+def unflatten(template: PathFLIP | PathFLIPConfig, flat: Mapping[str, Array]) -> PathFLIP:
+    """Build the model of `template` (a config, a model, or its `jax.eval_shape`) from the parameters of `flatten`.
+
+    Raises ValueError with every name that is missing, unknown or of another shape.
+    """
+    if isinstance(template, PathFLIPConfig):
+        config = template
+        template = jax.eval_shape(lambda: PathFLIP(config, nnx.Rngs(0)))
+    graph, state = nnx.split(template)
+    wanted = nnx.to_flat_state(state)
+    names = {"/".join(map(str, path)): (path, variable) for path, variable in wanted}
+    faults = [f"missing {name}" for name in names if name not in flat]
+    faults += [f"unknown {name}" for name in flat if name not in names]
+    faults += [
+        f"{name} is {tuple(flat[name].shape)}, expected {tuple(variable.shape)}"
+        for name, (_, variable) in names.items()
+        if name in flat and tuple(flat[name].shape) != tuple(variable.shape)
+    ]
     if faults:
-        raise ValueError("these parameters are not of this model config:\n  " + "\n  ".join(faults))
-    leaves = {path: leaf.replace(flat["/".join(map(str, path))]) for path, leaf in nnx.to_flat_state(state)}
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
+        raise ValueError("parameters do not fit this model: " + "; ".join(faults))
+    filled = [(path, variable.replace(flat[name])) for name, (path, variable) in names.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

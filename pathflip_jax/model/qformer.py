@@ -1,136 +1,209 @@
-"""The Q-Former: a BERT whose learned queries look at patches in every `freq`-th layer.
+"""The Q-Former: a BERT whose learned queries read patches, and which reads text with the same weights.
 
-Queries and texts share embedding LayerNorm and self-attention, have feed-forward networks of their own, go through
-separate calls and never attend to each other (DESIGN section 3.2). Post-LayerNorm, exact GELU, as in BERT.
+Used for the slide, for its regions and for text (DESIGN section 3.2). Letters as in
+`pathflip_jax.model.pathflip`.
 """
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import (
-    Initializer,
-    Key,
-    PatchAttention,
-    SelfAttention,
-    dropout,
-    layer_norm,
-    linear,
-    subkey,
-)
+from pathflip_jax.model.attention import INITS, Embedding, LayerNorm, Linear, attend, dropout, softmax_where, split_key
 from pathflip_jax.model.config import PathFLIPConfig
 
-BERT_EPSILON = 1e-12
+BERT_EPS = 1e-12
 
 
-def projection_init(config: PathFLIPConfig) -> Initializer:
-    """How projections start: BERT's 0.02, or by fan-in, which lets small models learn at all."""
-    return initializers.normal(0.02) if config.init == "bert" else initializers.lecun_normal()
+class SelfAttention(nnx.Module):
+    """BERT self-attention with its output Linear, residual and LayerNorm; queries and text share it."""
+
+    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
+        self.heads, self.rate = config.heads, config.dropout
+        self.query = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.key = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.value = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.output = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
+
+    def __call__(
+        self, x: Float[Array, "... T H"], mask: Bool[Array, "... T T"] | None, key: Array | None
+    ) -> Float[Array, "... T H"]:
+        """[..., T, H] -> [..., T, H]; row t sees column u where the mask says so, all of them without one."""
+        keys = split_key(key, 2)
+        pooled, _ = attend(self.query(x), self.key(x), self.value(x), mask, self.heads, self.rate, keys[0])
+        return self.norm(x + dropout(self.output(pooled), self.rate, keys[1]))
+
+
+class CrossAttention(nnx.Module):
+    """Queries of the slide and of each region pool the patches, in the order of operations that costs least.
+
+    (W_k x)·q = x·(W_k^T q): absorbing the key projection into the queries turns them into Q*heads rows of width D
+    over the patch embeddings themselves, which slide, regions and heads share; the value projection follows the
+    pooling. Nothing of width H per patch is computed or kept. It is exact: the key bias adds the same to every
+    score of a row and cancels in the softmax; the value bias comes once per row, times the sum of its probabilities
+    (one, but for dropout, and zero where there is no patch).
+    """
+
+    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
+        self.heads, self.rate = config.heads, config.dropout
+        self.query = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.key = Linear(config.embed_dim, config.hidden, config.init, rngs)
+        self.value = Linear(config.embed_dim, config.hidden, config.init, rngs)
+        self.output = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
+
+    def __call__(
+        self,
+        x: Float[Array, "B 1+R Q H"],
+        patches: Float[Array, "B R S D"],
+        mask: Bool[Array, "B R S"],
+        key: Array | None,
+    ) -> tuple[Float[Array, "B 1+R Q H"], Float[Array, "B heads Q R*S"], Float[Array, "B R heads Q S"]]:
+        """The queries after looking, and where the slide and each region looked (before dropout)."""
+        keys = split_key(key, 3)
+        B, R, S, D = patches.shape
+        heads = (self.heads, -1)
+        query = self.query(x)
+        query = query.reshape(*query.shape[:-1], *heads) / math.sqrt(query.shape[-1] // self.heads)
+        key_kernel = self.key.kernel[...].astype(x.dtype).reshape(D, *heads)
+        rows = jnp.einsum("...qhd,Dhd->...hqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
+        rows = jnp.broadcast_to(rows, (B, 1 + R, *rows.shape[2:]))
+
+        pooled, total, slide = self._pool(rows[:, 0], patches.reshape(B, R * S, D), mask.reshape(B, R * S), keys[0])
+        region_pooled, region_total, regions = self._pool(rows[:, 1:], patches, mask, keys[1])
+        pooled = jnp.concatenate([pooled[:, None], region_pooled], axis=1)  # [B, 1+R, heads, Q, D]
+        total = jnp.concatenate([total[:, None], region_total], axis=1)  # [B, 1+R, heads, Q]
+
+        value_kernel = self.value.kernel[...].astype(x.dtype).reshape(D, *heads)
+        value_bias = self.value.bias[...].astype(x.dtype).reshape(heads)
+        context = jnp.einsum("bghqD,Dhd->bgqhd", pooled, value_kernel)
+        context += jnp.einsum("bghq,hd->bgqhd", total, value_bias)
+        context = context.reshape(*context.shape[:3], -1)  # [B, 1+R, Q, H]
+        return self.norm(x + dropout(self.output(context), self.rate, keys[2])), slide, regions
+
+    def _pool(self, rows: Array, patches: Array, mask: Array, key: Array | None) -> tuple[Array, Array, Array]:
+        """Softmax of all heads and queries over the patches: what they pool, total weight, probabilities."""
+        scores = jnp.einsum("...hqD,...nD->...hqn", rows, patches, preferred_element_type=jnp.float32)
+        weights = softmax_where(scores, mask[..., None, None, :])
+        kept = dropout(weights.astype(patches.dtype), self.rate, key)
+        return jnp.einsum("...hqn,...nD->...hqD", kept, patches), kept.sum(-1), weights
 
 
 class FeedForward(nnx.Module):
     """Linear, exact GELU, Linear, residual, LayerNorm."""
 
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs):
-        init, dtype = projection_init(config), config.compute_dtype
+    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.rate = config.dropout
-        self.intermediate = linear(config.hidden, config.intermediate, init, dtype, rngs)
-        self.output = linear(config.intermediate, config.hidden, init, dtype, rngs)
-        self.norm = layer_norm(config.hidden, BERT_EPSILON, dtype, rngs)
+        self.intermediate = Linear(config.hidden, config.intermediate, config.init, rngs)
+        self.output = Linear(config.intermediate, config.hidden, config.init, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
 
-    def __call__(self, x: Float[Array, "*batch H"], key: Key | None) -> Float[Array, "*batch H"]:
+    def __call__(self, x: Float[Array, "... H"], key: Array | None) -> Float[Array, "... H"]:
         """[..., H] -> [..., H]."""
-        hidden = jax.nn.gelu(self.intermediate(x), approximate=False)
-        return self.norm(x + dropout(self.output(hidden), self.rate, key))
+        inner = jax.nn.gelu(self.intermediate(x), approximate=False)
+        return self.norm(x + dropout(self.output(inner), self.rate, key))
 
 
-class QFormerLayer(nnx.Module):
-    """One layer: self-attention for both, then patches and `query_ffn` for queries, `ffn` for texts."""
+class Layer(nnx.Module):
+    """One BERT layer: self-attention for all, cross-attention for the queries, a feed-forward for each kind."""
 
-    def __init__(self, config: PathFLIPConfig, cross: bool, rngs: nnx.Rngs):
-        init, dtype = projection_init(config), config.compute_dtype
-        block = (config.heads, config.dropout, BERT_EPSILON, init, dtype, rngs)
-        self.self_attention = SelfAttention(config.hidden, *block)
-        self.cross_attention = PatchAttention(config.hidden, config.embed_dim, *block) if cross else None
+    def __init__(self, config: PathFLIPConfig, index: int, rngs: nnx.Rngs) -> None:
+        self.self_attention = SelfAttention(config, rngs)
+        if index in config.cross_layers:
+            self.cross_attention = CrossAttention(config, rngs)
         self.ffn = FeedForward(config, rngs)
-        # The queries' network starts as a copy of the texts' (in a pretrained BERT there is only one).
+        # A copy, as in the released code: queries start from what BERT does to words.
         self.query_ffn = jax.tree.map(jnp.copy, self.ffn)
 
-    def queries(
-        self, x: Float[Array, "n Q H"], patches: Float[Array, "n N D"], mask: Bool[Array, "n N"], key: Key | None
-    ):
-        """Queries one layer on [n, Q, H], and their attention to patches [n, heads, Q, N] (None without one)."""
-        x = self.self_attention(x, None, subkey(key, 0))
-        weights = None
-        if self.cross_attention is not None:
-            x, weights = self.cross_attention(x, patches, mask, subkey(key, 1))
-        return self.query_ffn(x, subkey(key, 2)), weights
+    def read_patches(
+        self, x: Array, patches: Array, mask: Array, key: Array | None
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Queries [B, 1+R, Q, H] through the layer, and what slide and regions attended to, if they did here."""
+        keys = split_key(key, 3)
+        x, maps = self.self_attention(x, None, keys[0]), None
+        if hasattr(self, "cross_attention"):
+            x, *maps = self.cross_attention(x, patches, mask, keys[1])
+        return self.query_ffn(x, keys[2]), maps
 
-    def texts(self, x: Float[Array, "n T H"], mask: Bool[Array, "n T T"], key: Key | None) -> Float[Array, "n T H"]:
-        """Texts one layer on; `mask` keeps packed texts apart."""
-        return self.ffn(self.self_attention(x, mask, subkey(key, 0)), subkey(key, 1))
+    def read_text(self, x: Array, mask: Array, key: Array | None) -> Array:
+        """Rows of tokens [P, L, H] through the layer."""
+        keys = split_key(key, 2)
+        return self.ffn(self.self_attention(x, mask, keys[0]), keys[1])
+
+
+class QueryStates(NamedTuple):
+    """Final query states, and the cross-attention of `PathFLIPConfig.map_layer`, None unless asked for."""
+
+    slide: Float[Array, "B Q H"]
+    regions: Float[Array, "B R Q H"]
+    slide_attention: Float[Array, "B heads Q R S"] | None
+    region_attention: Float[Array, "B heads Q R S"] | None
 
 
 class QFormer(nnx.Module):
-    """The one network behind slide embeddings, region embeddings and text embeddings."""
+    """One set of weights for slide, regions and text."""
 
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs):
+    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        dtype, normal = config.compute_dtype, initializers.normal(0.02)
-        embed = {"embedding_init": normal, "dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
-        self.query_tokens = nnx.Param(normal(rngs.params(), (config.num_queries, config.hidden), jnp.float32))
-        self.word_embeddings = nnx.Embed(config.vocab_size, config.hidden, **embed)
-        self.position_embeddings = nnx.Embed(config.max_positions, config.hidden, **embed)
-        self.norm = layer_norm(config.hidden, BERT_EPSILON, dtype, rngs)
-        self.layers = nnx.List(
-            [QFormerLayer(config, layer in config.cross_layers, rngs) for layer in range(config.layers)]
-        )
 
-    def encode_patches(
+        self.query_tokens = nnx.Param(INITS["bert"](rngs.params(), (config.num_queries, config.hidden), jnp.float32))
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden, rngs)
+        self.position_embeddings = Embedding(config.max_positions, config.hidden, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
+        self.layers = nnx.List([Layer(config, index, rngs) for index in range(config.layers)])
+
+    def read_patches(
         self,
-        patches: Float[Array, "n N D"],
-        mask: Bool[Array, "n N"],
-        *,
-        key: Key | None = None,
+        patches: Float[Array, "B R S D"],
+        mask: Bool[Array, "B R S"],
+        key: Array | None = None,
         attention: bool = False,
-    ) -> tuple[Float[Array, "n Q H"], Float[Array, "n heads Q N"] | None]:
-        """Queries after all layers over each bag of patches, and (when asked) the attention map.
+    ) -> QueryStates:
+        """Let the queries read all patches of each slide and, beside that, the patches of each of its regions.
 
-        The map is the cross-attention of `config.map_layer`, before dropout.
+        Both passes share every weight, so they run as one: set 0 of the queries is the slide's, sets 1..R are the
+        regions'.
         """
-        start = jnp.broadcast_to(self.query_tokens[...], (patches.shape[0], *self.query_tokens.shape))
-        x = dropout(self.norm(start.astype(patches.dtype)), self.config.dropout, subkey(key, self.config.layers))
-        kept = None
+        keys = split_key(key, len(self.layers) + 1)
+        B, R, S, _ = patches.shape
+        x = self.norm(self.query_tokens[...]).astype(patches.dtype)[None, None]
+        if key is not None:
+            # Without dropout all sets are equal until they see patches, and layer 0 broadcasts its rows itself.
+            x = dropout(jnp.broadcast_to(x, (B, 1 + R, *x.shape[2:])), self.config.dropout, keys[-1])
+        shown = None
+        for index, layer in enumerate(self.layers):
+            x, maps = self._run(Layer.read_patches, layer, x, patches, mask, keys[index])
+            if attention and index == self.config.map_layer:
+                shown = maps
+        slide_map = region_map = None
+        if shown is not None:
+            slide_map = shown[0].reshape(*shown[0].shape[:-1], R, S)
+            region_map = jnp.moveaxis(shown[1], 1, 3)
+        return QueryStates(x[:, 0], x[:, 1:], slide_map, region_map)
 
-        def step(layer, x, patches, mask, key):
-            return layer.queries(x, patches, mask, key)
-
-        step = jax.checkpoint(step) if self.config.remat else step
-        for number, layer in enumerate(self.layers):
-            x, weights = step(layer, x, patches, mask, subkey(key, number))
-            if attention and number == self.config.map_layer:
-                kept = weights
-        return x, kept
-
-    def encode_tokens(
+    def read_text(
         self,
         tokens: Int[Array, "P L"],
         segments: Int[Array, "P L"],
         positions: Int[Array, "P L"],
-        *,
-        key: Key | None = None,
+        key: Array | None = None,
     ) -> Float[Array, "P L H"]:
-        """Last hidden states of packed texts: each token sees the tokens of its own segment; segment 0 is padding."""
+        """Final states of all tokens; rows hold several texts, each seeing only its own segment.
+
+        Attention is bidirectional, although a BERT folder may say `is_decoder` (DESIGN section 3.2).
+        """
+        keys = split_key(key, len(self.layers) + 1)
         x = self.word_embeddings(tokens) + self.position_embeddings(positions)
-        x = dropout(self.norm(x), self.config.dropout, subkey(key, self.config.layers))
-        mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
-
-        def step(layer, x, mask, key):
-            return layer.texts(x, mask, key)
-
-        step = jax.checkpoint(step) if self.config.remat else step
-        for number, layer in enumerate(self.layers):
-            x = step(layer, x, mask, subkey(key, number))
+        x = self.norm(x).astype(self.config.compute_dtype)
+        x = dropout(x, self.config.dropout, keys[-1])
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # [P, 1, L, L]
+        for index, layer in enumerate(self.layers):
+            x = self._run(Layer.read_text, layer, x, mask, keys[index])
         return x
+
+    def _run(self, method, *arguments):
+        return (jax.checkpoint(method) if self.config.remat else method)(*arguments)
