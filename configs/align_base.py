@@ -1,0 +1,114 @@
+"""PathFLIP alignment with the released code's settings: the reference for every other config.
+
+Command    pathflip train --config align_base --config.data.records=RECORDS --config.data.texts=REPORTS.jsonl \\
+               --config.data.slides=SLIDES.csv --config.data.tokenizer=BERT --config.model.bert=BERT \\
+               --workdir runs/base
+Hardware   the paper names 8 RTX 4090; here: not run at scale yet
+Hours      not measured
+Result     not measured
+
+`align_base:smoke` shrinks everything to a few seconds on a laptop, to see that data and paths are right.
+This file lists every setting; a config that names another one is refused.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = ConfigDict()
+
+    config.data = ConfigDict()
+    config.data.records = ""  # folder of records: `pathflip prepare` or `pathflip import`
+    config.data.texts = ""  # text table: reports by slide id
+    config.data.slides = ""  # slide table with split train|val|test; without one, all slides train and none validate
+    config.data.tokenizer = ""  # BERT folder, or one of `pathflip vocabulary`; released: BioBERT cased v1.2
+    config.data.split = "train"
+    config.data.val_split = "val"
+    config.data.regions = 24  # drawn per slide and step
+    config.data.patch_slots = 0  # patches of a region; 0: as many as a full region holds
+    config.data.subcaptions = 8
+    config.data.caption_length = 384
+    config.data.subcaption_length = 192
+    config.data.row_length = 512  # of the rows that texts are packed into
+    config.data.text_rows = 0  # rows of a text group; 0: measured on the table
+    config.data.text_groups = 0  # 0: about four slides to a group
+    config.data.threads = 16  # reading ahead
+    config.data.resident = False  # hold all features in memory: for small cohorts
+
+    config.model = ConfigDict()
+    config.model.feature_dim = 0  # 0: as the records say
+    config.model.embed_dim = 256
+    config.model.hidden = 768
+    config.model.layers = 12
+    config.model.heads = 12
+    config.model.intermediate = 3072
+    config.model.num_queries = 8
+    config.model.cross_attention_freq = 2
+    config.model.vocab_size = 0  # 0: as the tokenizer says
+    config.model.max_positions = 512
+    config.model.patch_projection = "linear"
+    config.model.region_layers = 2
+    config.model.region_heads = 8
+    config.model.text_region_heads = 8
+    config.model.dropout = 0.1
+    config.model.logit_scale_init = 2.6592600369327783  # ln(1 / 0.07), not exponentiated
+    config.model.logit_bias_init = placeholder(float)  # None: no bias
+    config.model.init = "bert"
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = False
+    config.model.bert = ""  # Hugging Face BERT folder whose weights start the Q-Former; "": random
+
+    config.loss = ConfigDict()
+    config.loss.slide_weight = 1.0
+    config.loss.region_weight = 1.0
+    config.loss.temperature = 0.1
+    config.loss.label_smoothing = 0.1
+    # `released`, to repeat the published run: it is the released code's arithmetic at its batch of 8 slides, where the
+    # region loss starts at 5.5. It grows with the batch (44 at 64): with a larger one take `per_slide` (align_large).
+    config.loss.normaliser = "released"
+    config.loss.negative_weight = 1.0
+    config.loss.negatives_per_slide = placeholder(int)  # None: all other slides
+
+    config.optim = ConfigDict()
+    config.optim.preset = "released"  # all decays, cosine per epoch; "ours": no decay on biases, norms; per step
+    config.optim.learning_rate = 1e-4
+    config.optim.warmup_steps = 200
+    config.optim.warmup_learning_rate = 1e-6
+    config.optim.final_learning_rate = 5e-6
+    config.optim.weight_decay = 0.05
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.clip = 0.0  # global norm; 0: none, as released
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: all devices that fsdp leaves
+    config.mesh.fsdp = 1  # devices that share one copy of the parameters
+
+    config.train = ConfigDict()
+    config.train.batch_size = 8  # slides per step over all devices; released: 8 on each
+    config.train.accumulate = 1  # microbatches of a step; the loss still sees the whole batch
+    config.train.epochs = 10  # not published; the released default of 1 is a placeholder
+    config.train.steps = 0  # above 0: counts instead of epochs
+    config.train.seed = 0
+    config.train.eval_every = 500
+    config.train.save_every = 500
+    config.train.keep = 3  # checkpoints kept besides the best
+    config.train.select = "val/mean_reciprocal_rank"  # decides the best; smaller is better where the name says loss
+
+    return adapt(config, argument)
+
+
+def adapt(config: ConfigDict, argument: str) -> ConfigDict:
+    """Apply what stands after the colon of --config: nothing, or `smoke`, which shrinks everything."""
+    if argument == "smoke":
+        config.data.update(regions=4, subcaptions=2, caption_length=64, subcaption_length=32, row_length=128, threads=2)
+        config.data.patch_slots = 16
+        config.model.update(embed_dim=32, hidden=32, layers=2, heads=2, intermediate=64, num_queries=2)
+        config.model.update(region_layers=1, region_heads=2, text_region_heads=2, compute_dtype="float32", bert="")
+        config.train.update(batch_size=8, accumulate=1, steps=4, eval_every=2, save_every=2)
+        config.optim.warmup_steps = 2
+    elif argument:
+        raise ValueError(f"a config takes the argument 'smoke' or none, not {argument!r}")
+    return config

@@ -1,0 +1,309 @@
+"""Checkpoints: whole or absent, checked when read, restorable on any number of devices.
+
+A run folder holds config.json (all settings), model.json (the model's shape), tokenizer/ (a BERT folder),
+checkpoints/<step>/ (parameters, optimizer state, facts) and best/<step>/ (parameters and facts of the step that
+validated best). Arrays are flat dicts by parameter name: these names are the format (DESIGN section 6).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import flatten, unflatten
+
+CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
+
+
+def git_revision() -> str:
+    """The commit that this code stands at, with "+" where files differ from it; "unknown" outside a clone."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+        if commit.returncode:
+            return "unknown"
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+@jax.jit
+def checksums(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A uint32 per array that any one changed number changes.
+
+    A sum of the bits, each number weighed by an odd factor of its place, modulo 2**32: the same however the array is
+    cut over devices, so it is computed where the array lives and checked on any other mesh.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def flat_state(opt_state: Any) -> dict[str, jax.Array]:
+    """Optimizer state as a flat dict by path, such as "1/mu/qformer/query_tokens"."""
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file; ValueError names one that is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); it was not written by this program, restore a copy") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves in the background, restores the newest sound one."""
+
+    def __init__(self, workdir: Path, keep: int, facts: dict):
+        self.workdir = Path(workdir).resolve()
+        self.facts = facts
+        self._latest = _manager(self.workdir / CHECKPOINTS, max(keep, 2))  # two: a damaged one has one before it
+        self._best = _manager(self.workdir / BEST, 1)
+
+    def save(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
+        """Start saving; returns once the arrays are copied, so that the next step may overwrite them."""
+        arrays = {"params": params, "opt_state": flat_state(opt_state)}
+        self._save(self._latest, step, arrays, facts)
+
+    def save_best(self, step: int, params: dict, facts: dict) -> None:
+        """Keep these parameters as the best; a best of this or a later step, from before a restart, stays.
+
+        Waits for the checkpoint of the same step, so that a run that restarts never stands before its best.
+        """
+        self.wait()
+        if max(self._best.all_steps(), default=-1) < step:
+            self._save(self._best, step, {"params": params}, facts)
+
+    def best_step(self) -> int | None:
+        """The step of the best parameters kept on disk."""
+        return max(self._best.all_steps(), default=None)
+
+    def _save(self, manager: ocp.CheckpointManager, step: int, arrays: dict, facts: dict) -> None:
+        sums = {item: {k: int(v) for k, v in jax.device_get(checksums(tree)).items()} for item, tree in arrays.items()}
+        about = {"step": step, **self.facts, **facts, "checksums": sums}
+        items = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
+        with _clear_errors(manager, step):
+            manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items))
+
+    def restore(self, params: dict, opt_state: Any) -> tuple[int, dict, Any, dict] | None:
+        """Step, parameters, optimizer state and facts of the newest sound checkpoint; None where there is none.
+
+        `params` and `opt_state` say shapes and shardings (jax.ShapeDtypeStruct). A damaged checkpoint is named on
+        stdout and moved to damaged-<step>, and the one before is taken. Raises ValueError when none is sound.
+        """
+        wanted = {"params": params, "opt_state": flat_state(opt_state)}
+        faults = []
+        for step in sorted(self._latest.all_steps(), reverse=True):
+            folder = self.workdir / CHECKPOINTS / str(step)
+            try:
+                found, facts = _restore(folder, wanted)
+            except Exception as error:  # Orbax raises bare Exception for damaged files
+                faults.append(f"{folder}: {str(error).splitlines()[0]}")
+                continue
+            for fault in faults:
+                print(f"Damaged checkpoint, going back to step {step}: {fault}", flush=True)
+            self._set_aside(step)
+            state = jax.tree.unflatten(jax.tree.structure(opt_state), list(found["opt_state"].values()))
+            return step, found["params"], state, facts
+        if faults:
+            raise ValueError(
+                "no checkpoint of this run can be read; start anew in another --workdir:\n  " + "\n  ".join(faults)
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        """Move checkpoints newer than `step` out of the way of the steps that will be run again."""
+        newer = [s for s in self._latest.all_steps() if s > step]
+        if jax.process_index() == 0:
+            for s in newer:
+                aside = self.workdir / f"damaged-{s}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.workdir / CHECKPOINTS / str(s)).rename(aside)
+        if newer:
+            self._latest.reload()
+
+    def wait(self) -> None:
+        """Wait until what was saved stands on disk."""
+        for manager in (self._latest, self._best):
+            with _clear_errors(manager, manager.latest_step()):
+                manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for the last save and end its threads."""
+        self.wait()
+        self._latest.close()
+        self._best.close()
+
+
+def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+
+class _clear_errors:
+    """Say which checkpoint could not be written and what to do, whatever the storage library raised."""
+
+    def __init__(self, manager: ocp.CheckpointManager, step: int | None):
+        self.place = f"{manager.directory}/{step}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            raise OSError(
+                f"{self.place}: the checkpoint was not written ({str(error).splitlines()[0]}); the ones before it are "
+                "whole: free disk space or mend permissions, and run the same command again to resume"
+            ) from error
+
+
+def _restore(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
+    """Arrays and facts of one checkpoint; ValueError for arrays that are not the wanted ones, or were changed."""
+    about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
+    kept = about.pop("checksums")
+    arrays = {}
+    for item, tree in wanted.items():
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            metadata = reader.handler.metadata(folder / item)
+            found = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+            expected = {name: tuple(leaf.shape) for name, leaf in tree.items()}
+            if found != expected:
+                names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+                raise ValueError(f"its {item} are not of this model: {', '.join(names[:5])} ({len(names)} in all)")
+            restored = reader.restore(folder / item, args=ocp.args.StandardRestore(tree))
+        for name, value in jax.device_get(checksums(restored)).items():
+            if int(value) != kept[item][name]:
+                raise ValueError(f"the numbers of {name} are not those that were saved")
+        arrays[item] = {name: restored[name] for name in tree}
+    return arrays, about
+
+
+def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
+    """Write a run folder around a model that was not trained here, for `load_run` and training from it.
+
+    `config` is what config.json shall hold; settings that a later evaluation reads stand in its section "data".
+    Raises FileExistsError when the folder already holds a run.
+    """
+    workdir = Path(workdir)
+    if (workdir / MODEL).exists():
+        raise FileExistsError(f"{workdir}: holds a run already; write to another folder")
+    describe_run(workdir, model.config, config, tokenizer)
+    checkpoints = Checkpoints(workdir, keep=2, facts={"git": git_revision(), "config": config})
+    checkpoints.save_best(0, flatten(model), {})
+    checkpoints.close()
+    shutil.rmtree(workdir / CHECKPOINTS)
+
+
+def describe_run(workdir: Path, model: PathFLIPConfig, config: dict, tokenizer) -> None:
+    """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir / TOKENIZER)
+    write_json(workdir / CONFIG, config)
+    write_json(workdir / MODEL, model.to_dict())
+
+
+def load_run(workdir: str | Path, which: str | int = "best"):
+    """(model, config, tokenizer) of a run folder; `which` is "best" (by validation), "latest" or a step.
+
+    A run without validation has no best, its latest is taken. Raises FileNotFoundError when the folder holds no run
+    or not the checkpoint asked for, ValueError when it is damaged.
+    """
+    from pathflip_jax.data.tokens import TextTokenizer
+
+    workdir = Path(workdir).resolve()
+    for name in (MODEL, CONFIG):
+        if not (workdir / name).is_file():
+            raise FileNotFoundError(
+                f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
+                "of `pathflip convert`"
+            )
+    config = PathFLIPConfig.from_dict(read_json(workdir / MODEL))
+    folder, step = _find(workdir, which)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in abstract_params(config).items()
+    }
+    try:
+        params = _restore(folder / str(step), {"params": abstract})[0]["params"]
+    except Exception as error:  # Orbax raises bare Exception for damaged files
+        raise ValueError(
+            f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "
+            f"{sorted({*_steps(workdir / CHECKPOINTS), *_steps(workdir / BEST)})}"
+        ) from error
+    return unflatten(config, params), read_json(workdir / CONFIG), TextTokenizer(workdir / TOKENIZER)
+
+
+def abstract_params(config: PathFLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of every parameter; nothing is computed."""
+    from flax import nnx
+
+    from pathflip_jax.model.pathflip import PathFLIP
+
+    return jax.eval_shape(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))
+
+
+def _steps(folder: Path) -> list[int]:
+    """Whole checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(step) for step in ocp.utils.checkpoint_steps(folder))
+
+
+def _find(workdir: Path, which: str | int) -> tuple[Path, int]:
+    """Folder and step of the checkpoint asked for."""
+    best, latest = _steps(workdir / BEST), _steps(workdir / CHECKPOINTS)
+    if which == "best" and best:
+        return workdir / BEST, best[-1]
+    if which in ("best", "latest") and latest:
+        return workdir / CHECKPOINTS, latest[-1]
+    if which == "latest" and best:
+        return workdir / BEST, best[-1]
+    for folder, steps in ((CHECKPOINTS, latest), (BEST, best)):
+        if which in steps:
+            return workdir / folder, int(which)
+    there = sorted({*best, *latest})
+    raise FileNotFoundError(
+        f"{workdir}: no checkpoint {which!r}; " + (f"there are steps {there}" if there else "none was saved yet")
+    )
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two nested configs, as "train.steps: 100 in the run, 200 now"."""
+    found = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new and not (old != old and new != new):
+            found.append(f"{prefix}{name}: {old!r} in the run, {new!r} now")
+    return found

@@ -1,0 +1,126 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
+VALIDATION = "val/"
+BAR_REFRESH_SECONDS = 0.5
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}; delete that line") from None
+    return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the rows up to `step`: a resumed run writes the later ones again, and no step stands twice."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+class MetricsWriter:
+    """Writes the metrics of a run that goes on after `step`; only the first process writes, the others keep silent."""
+
+    def __init__(self, workdir: Path, *, step: int, steps: int, slides_per_step: int, primary: bool = True):
+        self.primary = primary
+        self.slides_per_step = slides_per_step
+        self._validation: dict[str, float] = {}
+        self._last = (time.monotonic(), step)
+        if not primary:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        truncate_metrics(workdir / METRICS, step)
+        self._file = open(workdir / METRICS, "a", encoding="utf-8")
+        self._events = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=30)
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", desc="train", mininterval=BAR_REFRESH_SECONDS, dynamic_ncols=True
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row: a step's losses, and the validation that follows it, if any."""
+        if not self.primary:
+            return
+        now, (then, before) = time.monotonic(), self._last
+        speed = (step - before) * self.slides_per_step / max(now - then, 1e-9)
+        self._last = (now, step)
+        row = {"step": step} | {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps(row | {"slides_per_second": round(speed, 2)}) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        self._validation |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
+        shown = {name: f"{row[name]:.3f}" for name in ("loss", "loss_slide", "loss_region") if name in row}
+        shown |= {name: f"{value:.3f}" for name, value in self._validation.items() if "recall_at_1" in name}
+        self._bar.set_postfix(shown | {"slides/s": f"{speed:.0f}"}, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        if self.primary:
+            self._bar.write(line)
+
+    def flush(self) -> None:
+        """Put every row on disk: done before a checkpoint, which must not be ahead of its metrics."""
+        if self.primary:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what is pending and end the bar."""
+        if self.primary:
+            self.flush()
+            self._file.close()
+            self._events.close()
+            self._bar.close()
+
+
+def plot(workdir: Path) -> list[Path]:
+    """Draw losses, learning rate and validation over steps into plots/; returns the pictures."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(workdir / METRICS)
+    names = {name for row in rows for name in row}
+    retrieval = sorted(name for name in names if name.startswith(VALIDATION) and "loss" not in name)
+    groups = {
+        "loss": (sorted(name for name in names if "loss" in name), "loss"),
+        "learning_rate": (["learning_rate"], "learning rate"),
+        "validation": (retrieval, "validation"),
+        "gradient_norm": (["gradient_norm"], "global gradient norm"),
+    }
+    folder = workdir / PLOTS
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for title, (columns, label) in groups.items():
+        columns = [column for column in columns if column in names]
+        if not columns:
+            continue
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        for column in columns:
+            points = [(row["step"], row[column]) for row in rows if column in row]
+            marker = "o" if column.startswith(VALIDATION) else None
+            axes.plot(*zip(*points, strict=True), label=column, marker=marker, markersize=3, linewidth=1)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        figure.savefig(folder / f"{title}.png", dpi=120)
+        pictures.append(folder / f"{title}.png")
+    return pictures

@@ -1,0 +1,75 @@
+"""AdamW with warm-up and cosine decay, and the released code's variant of it (DESIGN section 6)."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Biases, LayerNorm scales and the scalars of the region loss are not shrunk towards zero.
+NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Settings of the optimizer; `clip` is a global norm, 0 for none.
+
+    `preset="released"` is the released code's way: every parameter decays, the cosine moves once per epoch, and the
+    warm-up is no longer than an epoch.
+    """
+
+    preset: Literal["ours", "released"] = "ours"
+    learning_rate: float = 1e-4
+    warmup_steps: int = 200
+    warmup_learning_rate: float = 1e-6
+    final_learning_rate: float = 5e-6
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if self.preset not in ("ours", "released"):
+            raise ValueError(f"optim.preset={self.preset!r}: expected 'ours' or 'released'")
+
+
+def learning_rate(config: OptimConfig, steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Linear warm-up, then a half cosine down to the final rate: per step, or per epoch as released."""
+    warmup = config.warmup_steps
+    if config.preset == "released":
+        warmup = min(warmup, steps_per_epoch)
+    low, high, last = config.warmup_learning_rate, config.learning_rate, config.final_learning_rate
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        rising = low + (high - low) * step / max(warmup, 1)
+        if config.preset == "released":
+            epochs = -(-steps // steps_per_epoch)
+            done = jnp.floor(step / steps_per_epoch) / epochs
+        else:
+            done = (step - warmup) / max(steps - warmup, 1)
+        falling = last + (high - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0.0, 1.0)))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def decays(config: OptimConfig, params: dict[str, jax.Array]) -> dict[str, bool]:
+    """Which parameters weight decay shrinks, by name."""
+    return {name: config.preset == "released" or NO_DECAY.search(name) is None for name in params}
+
+
+def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW, over a flat dict of parameters."""
+    adamw = optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=lambda params: decays(config, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw

@@ -1,0 +1,141 @@
+"""Settings of a run, from a config file and the command line, checked before anything costs time.
+
+configs/align_base.py lists every setting: a config may set other values, never other names. What is wrong is said
+with the file, the name, and the name that was probably meant.
+"""
+
+import difflib
+import importlib.util
+import re
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+REFERENCE = "align_base"
+REQUIRED = {
+    "data.records": "a folder of records, made by `pathflip prepare` or `pathflip import`",
+    "data.texts": "a table of reports by slide id (JSONL, CSV or JSON)",
+    "data.tokenizer": "a Hugging Face BERT folder, or one made by `pathflip vocabulary`",
+}
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    folder = Path(importlib.util.find_spec("pathflip_jax.configs").origin).parent
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def find_config(name: str) -> tuple[Path, str]:
+    """File and argument of `PATH_OR_NAME[:ARGUMENT]`. Raises FileNotFoundError for neither a file nor a known name."""
+    name, _, argument = name.partition(":")
+    if Path(name).is_file():
+        return Path(name), argument
+    bundled = bundled_configs()
+    if name in bundled:
+        return bundled[name], argument
+    close = difflib.get_close_matches(Path(name).stem, bundled, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise FileNotFoundError(f"--config={name}: no such file, and the bundled configs are {', '.join(bundled)}{hint}")
+
+
+def load_config(name: str) -> ConfigDict:
+    """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours."""
+    path, argument = find_config(name)
+    config = _execute(path, argument)
+    reference = _flat(_execute(bundled_configs()[REFERENCE], ""))
+    found = _flat(config)
+    faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
+    faults += [f"{key} is missing" for key in reference if key not in found]
+    for key, value in found.items():
+        default = reference.get(key)
+        if default is None or value is None or isinstance(value, type(default)):
+            continue
+        if not (isinstance(default, float) and isinstance(value, int)):
+            faults.append(f"{key} is {value!r}, expected {type(default).__name__} as in {default!r}")
+    if faults:
+        raise ValueError(f"{path}: " + "; ".join(faults))
+    return config.lock()
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
+    """Settings and other options of `pathflip train`. Raises ValueError, naming what is wrong and what was meant."""
+    argv = _joined(argv)
+    names = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    if len(names) != 1:
+        raise ValueError(f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)}")
+    config = load_config(names[0])
+    known = _flat(config)
+    for argument in argv:
+        key = argument.partition("=")[0].removeprefix("--config.")
+        if argument.startswith("--config.") and key not in known:
+            raise ValueError(f"{argument}: {find_config(names[0])[0]} has no setting {key}{_meant(key, known)}")
+    values = flags.FlagValues()
+    rest = [argument for argument in argv if not argument.startswith("--config=")]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *rest])
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of the first process", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
+    try:
+        unused = values(["train", *rest])[1:]
+    except (flags.Error, TypeError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
+    if unused:
+        raise ValueError(f"{' '.join(unused)}: not an option; settings are given as --config.section.name=value")
+    if not values.workdir:
+        raise ValueError("--workdir is not given: name the folder that the run writes to")
+    return config, {name: values[name].value for name in ("workdir", "coordinator", "num_processes", "process_id")}
+
+
+def require(config: ConfigDict) -> None:
+    """Raise ValueError for a required setting that is empty, FileNotFoundError for a path that is not there."""
+    for key, what in REQUIRED.items():
+        if not _flat(config)[key]:
+            raise ValueError(f"{key} is not set: add --config.{key}=..., {what}")
+    for key in (*REQUIRED, "data.slides", "model.bert"):
+        value = _flat(config)[key]
+        if value and not Path(value).exists():
+            raise FileNotFoundError(
+                f"--config.{key}={value}: no such file or folder; expected {REQUIRED.get(key, key)}"
+            )
+
+
+def _execute(path: Path, argument: str) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("pathflip_config", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def _meant(key: str, known: dict) -> str:
+    """A guess at the setting that was meant: its whole name, or its last part in another section."""
+    last = {name.rpartition(".")[2]: name for name in known}
+    part = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7) or [
+        last[name] for name in difflib.get_close_matches(part, last, n=1, cutoff=0.7)
+    ]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--name value` as `--name=value`, so that every option is one string."""
+    joined, i = [], 0
+    while i < len(argv):
+        argument = re.sub(r"^-(?=\w)", "--", argv[i])
+        if argument.startswith("--") and "=" not in argument and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            argument, i = f"{argument}={argv[i + 1]}", i + 1
+        joined.append(argument)
+        i += 1
+    return joined

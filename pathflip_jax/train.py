@@ -1,0 +1,411 @@
+"""Training: from a config and a working folder to a trained, resumable, measured run.
+
+One loop for every stage (`stage.py` says what a stage is). All that happens is a function of config, data and seed: a
+run that is stopped, killed or moved goes on as if nothing had happened (DESIGN section 6).
+"""
+
+import hashlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from pathflip_jax import checkpoint, settings, sharding
+from pathflip_jax.losses import LossConfig
+from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+from pathflip_jax.stage import Params, Stage, alignment, make_step
+
+TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
+SLIDES_PER_TEXT_GROUP = (4, 2, 1)
+# Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
+MAY_CHANGE = {
+    "mesh": ("data", "fsdp"),
+    "data": ("records", "texts", "slides", "tokenizer", "threads", "text_groups", "text_rows"),
+    "model": ("bert",),
+    "train": ("keep",),
+}
+
+
+class Stopped(Exception):
+    """The run was told to stop (SIGTERM), has saved its state, and goes on when it is started again."""
+
+
+class Data(NamedTuple):
+    """The batches of a run, the tokenizer of its texts, and what the config shall record of them."""
+
+    train: Any
+    validation: Any | None
+    tokenizer: Any
+    facts: dict
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Train, or go on training, the run of this config in `workdir`; returns the last metrics.
+
+    Raises Stopped after SIGTERM, once the state is saved; ValueError and OSError for input that cannot be used, with
+    the cure; FloatingPointError when the loss is no longer a number.
+    """
+    settings.require(config)
+    workdir = Path(workdir).resolve()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    with jax.set_mesh(mesh):
+        data = open_data(config, mesh.size)
+        model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
+        steps = config.train.steps or config.train.epochs * data.train.steps_per_epoch
+        resolved = config.to_dict()
+        resolved["data"] |= data.facts
+        resolved["model"] |= model.to_dict()
+        resolved["train"]["steps"] = steps
+        claim(workdir, resolved, model, data.tokenizer)
+        return fit(alignment(LossConfig(**config.loss)), config, resolved, model, data, steps, mesh, workdir)
+
+
+def fit(
+    stage: Stage, config: ConfigDict, resolved: dict, model: PathFLIPConfig, data: Data, steps: int, mesh, workdir: Path
+) -> dict[str, float]:
+    """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
+    schedule = learning_rate(OptimConfig(**config.optim), steps, data.train.steps_per_epoch)
+    optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
+
+    # Shapes and places come first: nothing is computed before it is known whether there is a checkpoint.
+    shapes = checkpoint.abstract_params(model)
+    places = sharding.placements(mesh, shapes)
+    learns = {name for name in shapes if stage.trainable(name)}
+    opt_shapes = jax.eval_shape(optimizer.init, {name: shapes[name] for name in learns})
+    opt_places = sharding.placements(mesh, opt_shapes)
+    facts = {"config": resolved, "git": checkpoint.git_revision()}
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep, facts)
+    found = checkpoints.restore(_placed(shapes, places), _placed(opt_shapes, opt_places))
+    if found:
+        start, params, opt_state, facts = found
+        best = facts["best"]
+    else:
+        start, params, best = 0, initial_params(model, config.model.bert, config.train.seed, places), None
+    learned = {name: x for name, x in params.items() if name in learns}
+    frozen = {name: x for name, x in params.items() if name not in learns}
+    if not found:
+        opt_state = jax.jit(optimizer.init, out_shardings=opt_places)(learned)
+
+    def build(learned: Params, frozen: Params) -> PathFLIP:
+        return unflatten(model, learned | frozen)
+
+    compiled = 0
+    one_step = make_step(stage, build, optimizer, schedule, config.train.accumulate, config.train.seed)
+
+    def counted_step(*arguments):
+        nonlocal compiled
+        compiled += 1  # Python runs through here only to compile
+        return one_step(*arguments)
+
+    outputs = ({name: places[name] for name in learned}, opt_places, NamedSharding(mesh, P()))
+    step = jax.jit(counted_step, donate_argnums=(0, 2), out_shardings=outputs)
+    validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
+    primary = jax.process_index() == 0
+    writer = MetricsWriter(workdir, step=start, steps=steps, slides_per_step=config.train.batch_size, primary=primary)
+    if start:
+        writer.say(f"going on from step {start} of {steps}")
+    if best and best["step"] == start:  # it stopped between the two saves of a best step
+        checkpoints.save_best(start, learned | frozen, {"best": best})
+
+    row: dict[str, float] = {}
+    pending: tuple[int, dict] | None = None
+
+    def write(scores: dict[str, float] | None = None) -> None:
+        nonlocal pending, row
+        if pending is not None:
+            number, metrics = pending
+            pending, row = None, {name: float(x) for name, x in jax.device_get(metrics).items()} | (scores or {})
+            _refuse_nan(number, row["loss"], workdir)
+            writer.write(number, row)
+
+    try:
+        batches = data.train.__iter__(start)
+        batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
+        with StopSignal() as stop:
+            for done in range(start + 1, steps + 1):
+                learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1))
+                if done < steps:
+                    batch = sharding.place_batch(mesh, next(batches))
+                write()  # the step before: its numbers are there, and the device is busy with this one
+                pending = (done, metrics)
+                last, stopping, improved = done == steps, stop.requested(done), False
+                if validate and (last or done % config.train.eval_every == 0):
+                    scores = validate(learned, frozen)
+                    improved = _better(scores, best, config.train.select)
+                    if improved:
+                        best = {"step": done, "value": scores[config.train.select]}
+                    write(scores)
+                if last or stopping or improved or done % config.train.save_every == 0:
+                    write()
+                    writer.flush()  # a checkpoint is never ahead of the metrics
+                    checkpoints.save(done, learned | frozen, opt_state, {"best": best})
+                if improved:
+                    checkpoints.save_best(done, learned | frozen, {"best": best})
+                if stopping and not last:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped at step {done} of {steps}, saved; the same command goes on from there")
+        checkpoints.wait()
+    finally:
+        writer.close()
+        checkpoints.close()
+    if primary:
+        plot(workdir)
+        if start < steps:
+            print(f"{workdir}: {steps} steps done; the step was compiled {compiled} times", file=sys.stderr)
+    return read_metrics(workdir / METRICS)[-1]
+
+
+def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params], dict[str, float]]:
+    """validate(learned, frozen) -> losses and retrieval on held-out slides, named val/...
+
+    Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
+    split; slides of one case are no rivals.
+    """
+    from pathflip_jax.evaluate.retrieval import expected_rank, rank, recall
+
+    key = jax.random.key(0)
+    replicated = NamedSharding(mesh, P())
+
+    def measure(learned: Params, frozen: Params, batch):
+        model = build(learned, frozen)
+        embeddings = stage.encode(model, batch, None)
+        _, metrics = stage.objective(model, embeddings, batch, key)
+        return metrics, embeddings["slide"], embeddings["captions"], batch.case
+
+    measure = jax.jit(measure, out_shardings=replicated)
+
+    def validate(learned: Params, frozen: Params) -> dict[str, float]:
+        parts = []
+        for number in range(batches.steps_per_epoch):
+            parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number))))
+        metrics, slides, captions, cases = zip(*jax.device_get(parts), strict=True)
+        scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        slides, captions, cases = (np.concatenate(x) for x in (slides, captions, cases))
+        both = [rank(slides, captions, cases), rank(captions, slides, cases)]
+        for k in (1, 5):
+            scores[f"recall_at_{k}"] = float(np.mean([recall(ranks, k).mean() for ranks in both]))
+        scores["mean_reciprocal_rank"] = float(np.mean([(1 / expected_rank(ranks)).mean() for ranks in both]))
+        return {VALIDATION + name: value for name, value in scores.items()}
+
+    return validate
+
+
+def open_data(config: ConfigDict, shards: int) -> Data:
+    """Open records, texts and tokenizer, split the slides, and make the batches of training and validation."""
+    from pathflip_jax.data.pipeline import make_batches
+    from pathflip_jax.data.records import Records, manifest_hash
+    from pathflip_jax.data.text import read_slide_table, read_texts
+    from pathflip_jax.data.tokens import TextTokenizer
+
+    data = config.data
+    records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
+    there = {slide.slide_id for slide in records.slides}
+    ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
+    if data.slides:
+        for split in ids:
+            ids[split] = [row["slide_id"] for row in read_slide_table(data.slides) if row["split"] == split]
+            ids[split] = [slide for slide in ids[split] if slide in there]
+        if not ids[data.split]:
+            raise ValueError(
+                f"{data.slides}: no slide of split {data.split!r} is in {data.records}; check the columns slide_id and "
+                "split, or name another with --config.data.split"
+            )
+
+    def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
+        names = ("regions", "subcaptions", "caption_length", "subcaption_length", "row_length", "threads", "resident")
+        return make_batches(
+            records,
+            texts,
+            tokenizer,
+            batch_size=batch_size,
+            text_groups=groups,
+            seed=seed,
+            slide_ids=slide_ids,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **{name: data[name] for name in names},
+            **more,
+        )
+
+    size = config.train.batch_size
+    groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
+    layout = {"patch_slots": data.patch_slots or None, "text_rows": data.text_rows or None}
+    training = batches(ids[data.split], size, groups, config.train.seed, **layout)
+    layout["patch_slots"] = training.patch_slots
+    validation = None
+    if ids[data.val_split]:
+        count = len(batches(ids[data.val_split], shards, shards, 0, **layout).slides)
+        rounds = -(-count // size)
+        size = count // rounds // shards * shards
+        layout["text_rows"] = None
+        validation = batches(ids[data.val_split], size, choose_groups(size, shards), 0, **layout)
+    cut = checkpoint.read_json(Path(data.records) / "manifest.json")
+    facts = {
+        "encoder": records.encoder,
+        "feature_dim": records.feature_dim,
+        "cut": cut["cut"],
+        "edge_um": cut["edge_um"],
+        "patch_slots": training.patch_slots,
+        "hashes": {"records": manifest_hash(data.records)}
+        | {name: _hash(Path(data[name])) for name in ("texts", "slides") if data[name]}
+        | {"tokenizer": _hash(*sorted(Path(data.tokenizer).glob("vocab.txt")))},
+    }
+    return Data(training, validation, tokenizer, facts)
+
+
+def choose_groups(batch_size: int, pieces: int) -> int:
+    """How many text groups to cut a batch into, so that every device has whole groups of every microbatch.
+
+    Four slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
+    ValueError where the batch does not divide.
+    """
+    for slides in SLIDES_PER_TEXT_GROUP:
+        if batch_size % slides == 0 and batch_size // slides % pieces == 0:
+            return batch_size // slides
+    raise ValueError(
+        f"a batch of {batch_size} slides cannot be cut evenly into {pieces} (devices x train.accumulate); set "
+        f"--config.train.batch_size to a multiple of {pieces}"
+    )
+
+
+def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> PathFLIPConfig:
+    """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees."""
+    values = config.model.to_dict()
+    values.pop("bert")
+    for name, found in (("feature_dim", feature_dim), ("vocab_size", vocab_size)):
+        values[name] = values[name] or found
+    return PathFLIPConfig.from_dict(values)
+
+
+def check_config(name: str) -> int:
+    """The number of parameters of a config's model; raises ValueError for what is wrong in it. Computes nothing."""
+    config = settings.load_config(name)
+    OptimConfig(**config.optim), LossConfig(**config.loss)
+    return sum(math.prod(x.shape) for x in checkpoint.abstract_params(model_config(config)).values())
+
+
+def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) -> Params:
+    """Random parameters made where they live; with `bert`, the Q-Former starts from that Hugging Face folder."""
+    make = jax.jit(lambda key: flatten(PathFLIP(model, nnx.Rngs(key))), out_shardings=places)
+    params = make(jax.random.key(seed))
+    if bert:
+        from pathflip_jax.convert.bert import bert_parameters
+
+        params |= {name: jax.device_put(x, places[name]) for name, x in bert_parameters(bert, model).items()}
+    return params
+
+
+def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
+    """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another."""
+    if (workdir / checkpoint.CONFIG).exists():
+        before = checkpoint.read_json(workdir / checkpoint.CONFIG)
+        differing = checkpoint.differences(_fixed(before), _fixed(resolved))
+        if differing:
+            raise ValueError(
+                f"{workdir} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
+                "give that run's settings to go on with it, or another --workdir to start a new one"
+            )
+    elif jax.process_index() == 0:
+        checkpoint.describe_run(workdir, model, resolved, tokenizer)
+
+
+class StopSignal:
+    """Turns SIGTERM into a question that the loop asks after each step; several processes agree on the step."""
+
+    def __enter__(self):
+        self._asked = False
+        self._before = None
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop after this step."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def main(argv: list[str]) -> int:
+    """`pathflip train`: 0 done, 75 stopped by a signal and to be started again."""
+    if not argv or {"-h", "--help"}.intersection(argv):
+        print(HELP)
+        return 0
+    config, options = settings.parse(argv)
+    sharding.initialize_distributed(options["coordinator"], options["num_processes"], options["process_id"])
+    try:
+        train(config, options["workdir"])
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return TRY_AGAIN
+    return 0
+
+
+HELP = """Train a model, or go on with a run.
+
+usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
+
+  --config    a config file or the name of a bundled one (align_base, align_large, demo); `:smoke` shrinks it
+  --workdir   folder of the run; a run that is there goes on
+  --coordinator HOST:PORT --num_processes N --process_id I
+              join N processes; PATHFLIP_DISTRIBUTED=1 instead finds them on TPU pods, Slurm and Open MPI
+
+configs/align_base.py lists and explains every setting. Exit code 75: stopped by SIGTERM, saved, start it again.
+
+example:
+  pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\
+      --config.data.slides=slides.csv --config.data.tokenizer=bert --config.model.bert=bert --workdir runs/base"""
+
+
+def _placed(shapes, places):
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def _better(scores: dict[str, float], best: dict | None, select: str) -> bool:
+    if select not in scores:
+        raise ValueError(f"train.select={select!r} is not measured; choose one of {', '.join(sorted(scores))}")
+    if best is None:
+        return True
+    return scores[select] < best["value"] if "loss" in select else scores[select] > best["value"]
+
+
+def _refuse_nan(step: int, loss: float, workdir: Path) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"step {step}: the loss is {loss}; checkpoints in {workdir / checkpoint.CHECKPOINTS} are from before it. "
+            "Lower --config.optim.learning_rate or set --config.optim.clip=1.0, in another --workdir"
+        )
+
+
+def _fixed(resolved: dict) -> dict:
+    """The settings that make a run this run."""
+    return {
+        section: {name: x for name, x in values.items() if name not in MAY_CHANGE.get(section, ())}
+        for section, values in resolved.items()
+    }
+
+
+def _hash(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
