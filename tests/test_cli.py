@@ -32,7 +32,7 @@ def test_every_option_is_explained(name):
 @pytest.mark.parametrize("shard", ["8/8", "-1/2", "1", "a/b"])
 def test_shard_outside_its_range_is_refused(shard, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["import", "features", "--out", "records", "--shard", shard])
+        cli.main(["import", "features", "--out", "records", f"--shard={shard}"])
     assert shard in capsys.readouterr().err
 
 
@@ -44,7 +44,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_the_command_line_starts_without_heavy_imports():
-    """`pathflip --help` answers at once: jax, torch and TensorFlow stay unloaded."""
+    """`pathflip --help` answers at once: jax and torch stay unloaded."""
     code = (
         "import sys, pathflip_jax.cli as c; c.build_parser(); print({'jax', 'torch', 'tensorflow'} & set(sys.modules))"
     )

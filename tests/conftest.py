@@ -1,0 +1,72 @@
+"""A tiny cohort on disk, for tests of what reads a whole one: records, reports, slide table, vocabulary."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.records import finish_folder, shard_name, write_shard
+from pathflip_jax.data.tokens import train_wordpiece
+
+SENTENCES = (
+    "Glands infiltrate the stroma.",
+    "Necrosis is extensive.",
+    "Fat is seen at the edge.",
+    "No mucin is present.",
+    "Lymphoid aggregates are dense.",
+    "The tumor measures 1.8 cm.",
+)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Where the parts of a cohort lie. Tests that change files work on a copy."""
+
+    records: Path
+    texts: Path
+    slides: Path
+    vocabulary: Path
+    scratch: Path
+
+    def copy_records(self) -> Path:
+        """A copy of the records that a test may damage."""
+        return Path(shutil.copytree(self.records, self.scratch / f"copy{len(list(self.scratch.iterdir()))}"))
+
+    def settings(self) -> list[str]:
+        """The options of `pathflip train` that name this cohort."""
+        parts = {"records": self.records, "texts": self.texts, "slides": self.slides, "tokenizer": self.vocabulary}
+        return [f"--config.data.{name}={path}" for name, path in parts.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory) -> Cohort:
+    """24 slides of 16 wide random features; a third each for train, val and test; two slides to every sixth patient."""
+    folder = tmp_path_factory.mktemp("cohort")
+    rng = np.random.default_rng(0)
+    slides, texts, table = [], [], ["slide_id,patient_id,label,split"]
+    for number in range(24):
+        name, patient = f"S{number:02d}", f"P{number - (number % 6 == 1):02d}"
+        grid = np.stack(np.meshgrid(np.arange(6), np.arange(5)), axis=-1).reshape(-1, 2)
+        grid = grid[rng.random(len(grid)) < 0.8]
+        features = rng.normal(size=(len(grid), 16)).astype(np.float32)
+        place = {"coords": (grid * 64).astype(np.int32), "patch_size": 64, "mpp": 0.5, "width": 384, "height": 320}
+        slides.append(SlideFeatures(name, patient, features, encoder="tiny", **place))
+        caption = " ".join(rng.permutation(SENTENCES)[:5])
+        texts.append({"slide_id": name, "case_id": patient, "caption": caption})
+        split = ("train", "train", "val", "test")[number // 6]
+        table.append(f"{name},{patient},{'glandular' if number % 2 else 'solid'},{split}")
+    records = folder / "records"
+    records.mkdir()
+    for shard in range(2):
+        write_shard(records / shard_name(shard), slides[shard * 12 : shard * 12 + 12], edge_um=64.0)
+    finish_folder(records, edge_um=64.0)
+    (folder / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (folder / "slides.csv").write_text("\n".join(table) + "\n")
+    train_wordpiece([row["caption"] for row in texts], folder / "vocabulary", vocab_size=200)
+    (folder / "scratch").mkdir()
+    parts = ("records", "reports.jsonl", "slides.csv", "vocabulary", "scratch")
+    return Cohort(*(folder / part for part in parts))
