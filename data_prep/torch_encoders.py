@@ -93,7 +93,7 @@ class Timm:
         self._transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
         self.name = f"timm:{Path(model).resolve().name if local else model}"
         self._run = _Runner(network, half)
-        self.dim = int(network.num_features)
+        self.dim = self(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
 
     def __call__(self, patches: UInt8[np.ndarray, "n P P 3"]) -> Float[np.ndarray, "n F"]:
         """Encode a batch of patches."""
