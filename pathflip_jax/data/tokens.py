@@ -18,6 +18,12 @@ from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# How a setting is called in tokenizer.json, and in tokenizer_config.json.
+_NORMALIZER = (
+    ("lowercase", "do_lower_case"),
+    ("strip_accents", "strip_accents"),
+    ("handle_chinese_chars", "tokenize_chinese_chars"),
+)
 _FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 _log = logging.getLogger(__name__)
 
@@ -81,10 +87,6 @@ class TextTokenizer:
             )  # fmt: skip
         return [self.wrap(ids, max_length) for ids in found]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out; for messages and tests."""
-        return self._tokenizer.decode([int(i) for i in ids if i != self.dec_id], skip_special_tokens=True)
-
     def save(self, folder: str | Path) -> None:
         """Write a BERT folder (without weights) from which the same tokenizer can be read again."""
         folder = Path(folder)
@@ -113,36 +115,45 @@ def _load(folder: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{folder}: no such folder; a Hugging Face BERT folder is needed (with vocab.txt or tokenizer.json)"
         )
+    settings = _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        try:
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); copy the file again") from error
+        return _read_tokenizer(folder / "tokenizer.json", settings)
     if not (folder / "vocab.txt").is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{folder}: neither tokenizer.json nor vocab.txt in it (found {found})")
-    lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        raise FileNotFoundError(
+            f"{folder}: neither tokenizer.json nor vocab.txt in it (found {found}); copy the tokenizer's files there"
+        )
+    try:
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / 'vocab.txt'}: not UTF-8 (byte {error.start}); copy the file again") from error
     vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
-    settings = _read_json(folder / "config.json") | _read_json(folder / "tokenizer_config.json")
+    settings = _read_json(folder / "config.json") | settings
     if "do_lower_case" not in settings and sum(re.match(r"[A-Z][a-z]", word) is not None for word in vocabulary) > 100:
         _log.warning(
             '%s: the vocabulary has capitals, but no file says "do_lower_case": false; texts are lower-cased, as '
             "transformers does. Add a tokenizer_config.json that says it if the weights were trained on cased text",
             folder,
         )
-    return _bert_tokenizer(
-        vocabulary,
-        lowercase=settings.get("do_lower_case", True),
-        strip_accents=settings.get("strip_accents"),
-        chinese=settings.get("tokenize_chinese_chars", True),
-    )
+    return _bert_tokenizer(vocabulary, **{ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings})
 
 
-def _bert_tokenizer(vocabulary: dict[str, int], lowercase=True, strip_accents=None, chinese=True) -> Tokenizer:
+def _read_tokenizer(path: Path, settings: dict) -> Tokenizer:
+    """A tokenizer.json; where tokenizer_config.json normalises texts otherwise, it wins, as in transformers."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer ({error}); copy the file again") from error
+    normalizer = json.loads(tokenizer.to_str())["normalizer"]
+    if normalizer and normalizer.pop("type") == "BertNormalizer":
+        normalizer |= {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
+        tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
+    return tokenizer
+
+
+def _bert_tokenizer(vocabulary: dict[str, int], **normalizer) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=chinese, strip_accents=strip_accents, lowercase=lowercase
-    )
+    tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)  # lower-cases unless told otherwise
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
@@ -292,32 +303,3 @@ def pack(texts: Sequence[Int[np.ndarray, "t"]], row_length: int, rows: int | Non
         segments.reshape(-1)[flat] = np.repeat(order - ahead[row_of] + 1, lengths)
         positions.reshape(-1)[flat] = within
     return PackedText(tokens, segments, positions, starts.astype(np.int32))
-
-
-def bucket(n: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds n: few sizes, at most a third of it padding."""
-    power = 1 << max(n - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
-
-
-class TextBatch(NamedTuple):
-    """Texts as the model's `encode_texts` takes them: one group, `text_index` the place of each text's [CLS]."""
-
-    tokens: Int[np.ndarray, "1 P L"]
-    segments: Int[np.ndarray, "1 P L"]
-    positions: Int[np.ndarray, "1 P L"]
-    text_index: Int[np.ndarray, "1 n"]
-
-
-def pack_texts(
-    tokenizer: TextTokenizer, texts: Sequence[str], *, max_length: int, row_length: int = 512, rows: int | None = None
-) -> TextBatch:
-    """Tokenise and pack texts for one call of `encode_texts`, in their order.
-
-    Without `rows`, the number of rows goes up to the next of few sizes, so that batches of about equal length
-    compile once.
-    """
-    encoded = tokenizer.encode(texts, min(max_length, row_length))
-    if rows is None:
-        rows = bucket(place([len(ids) for ids in encoded], row_length)[2])
-    return TextBatch(*(x[None] for x in pack(encoded, row_length, rows)))
