@@ -54,7 +54,8 @@ def patch_slots(
     """The number S of patches in a full region whose patches do not overlap; with overlap, measure the regions."""
     if cut == "scan":
         return patches_per_region
-    return -((-region_edge(patch_size, mpp, edge_um, edge_px) // patch_size) ** 2)
+    along = -(-region_edge(patch_size, mpp, edge_um, edge_px) // patch_size)
+    return along**2
 
 
 def cut_regions(

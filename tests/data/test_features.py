@@ -1,0 +1,275 @@
+"""Readers of other tools' feature files: each layout, and what is wrong with a file said with its name and the cure."""
+
+import os
+from pathlib import Path
+
+import h5py
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pathflip_jax.data.features import SlideFeatures, case_of, find_feature_files, read_features, slide_id_of
+
+REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "formats"
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real feature files in {REAL}: set PATHFLIP_TEST_DATA")
+FEATURES = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+COORDS = np.array([[50, 9], [306, 9], [562, 9], [50, 265], [306, 265], [3000, 4001]])
+
+
+def write_h5(path, attributes=None, file_attributes=None, **arrays):
+    """An HDF5 file of arrays; `attributes` go on `coords`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+        if attributes:
+            file["coords"].attrs.update(attributes)
+        file.attrs.update(file_attributes or {})
+    return path
+
+
+def write_csv(path, rows, header=None):
+    header = header or [str(i) for i in range(FEATURES.shape[1])] + ["patch_name"]
+    path.write_text("\n".join(",".join(map(str, row)) for row in [header, *rows]) + "\n")
+    return path
+
+
+def slidechat_rows(name="{}_{}.png"):
+    return [[*x, name.format(*xy)] for x, xy in zip(FEATURES.tolist(), COORDS.tolist(), strict=True)]
+
+
+TRIDENT = {
+    "patch_size": 256, "patch_size_level0": 512.0, "level0_magnification": 40.0, "target_magnification": 20,
+    "overlap": 0, "level0_width": 4000.0, "level0_height": 5000, "name": "x",
+}  # fmt: skip
+CLAM = {
+    "patch_size": 256, "patch_level": 1, "downsample": [4.0, 4.0], "level_dim": [1000, 1250], "name": "x",
+}  # fmt: skip
+
+
+def same(slide, coords=COORDS, features=FEATURES):
+    assert (slide.features == features).all()
+    assert slide.coords.dtype == np.int32 and (slide.coords == coords).all()
+    return slide
+
+
+def test_trident(tmp_path):
+    slide = same(read_features(write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)))
+    assert (slide.patch_size, slide.mpp, slide.width, slide.height) == (512, 0.25, 4000, 5000)
+
+
+def test_older_trident_has_no_level0_patch_size_and_a_leading_axis(tmp_path):
+    attributes = {k: v for k, v in TRIDENT.items() if k != "patch_size_level0"}
+    path = write_h5(tmp_path / "x.h5", attributes, features=FEATURES[None], coords=COORDS)
+    assert same(read_features(path)).patch_size == 512
+
+
+def test_trident_says_its_encoder_or_none(tmp_path):
+    for written, expected in ((b"uni_v1", "uni_v1"), ("None", "")):
+        path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
+        with h5py.File(path, "a") as file:
+            file["features"].attrs["encoder"] = written
+        assert read_features(path).encoder == expected
+
+
+@pytest.mark.parametrize(("sibling", "attributes"), [("x.h5", CLAM), ("x_patches.h5", TRIDENT)])
+def test_patch_size_from_the_patches_folder_beside(tmp_path, sibling, attributes):
+    path = write_h5(tmp_path / "features" / "x.h5", features=FEATURES, coords=COORDS.astype(np.int32))
+    assert same(read_features(path)).patch_size == 256, "nothing beside it: the commonest gap"
+    write_h5(tmp_path / "patches" / sibling, attributes, coords=COORDS)
+    slide = same(read_features(path))
+    assert (slide.patch_size, slide.width, slide.height) == (1024 if attributes is CLAM else 512, 4000, 5000)
+    assert read_features(path, patch_size=300).patch_size == 300, "what is passed wins"
+
+
+def test_a_broken_patches_file_is_named(tmp_path):
+    path = write_h5(tmp_path / "features" / "x.h5", features=FEATURES, coords=COORDS)
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches" / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n cut short")
+    with pytest.raises(OSError, match="patches/x.h5"):
+        read_features(path)
+
+
+def test_the_commonest_gap_is_the_patch_size_though_pieces_are_out_of_step(tmp_path):
+    grid = np.stack(np.meshgrid(np.arange(6), np.arange(6)), -1).reshape(-1, 2) * 256
+    coords = np.concatenate([grid, grid + [2000, 7]])  # 7 and 208 are gaps too
+    path = write_h5(tmp_path / "x.h5", features=np.ones((72, 3), np.float16), coords=coords)
+    assert read_features(path).patch_size == 256
+
+
+def test_slidechat(tmp_path):
+    for name in ("{}_{}.png", "{}_{}", "TCGA-1_{}_{}.jpg"):
+        slide = same(read_features(write_csv(tmp_path / "x.csv", slidechat_rows(name))))
+        assert slide.patch_size == 256 and slide.mpp == 0
+
+
+def test_stamp_needs_mpp(tmp_path):
+    where = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": "ctranspath"}
+    arrays = {"feats": FEATURES.astype(np.float16), "coords": (COORDS * 0.25).astype(np.float32)}
+    path = write_h5(tmp_path / "x.h5", None, where, **arrays)
+    with pytest.raises(ValueError, match=r"x\.h5: STAMP .*micrometres.*--mpp"):
+        read_features(path)
+    slide = same(read_features(path, mpp=0.25), features=FEATURES.astype(np.float16))
+    assert (slide.patch_size, slide.mpp, slide.encoder) == (1024, 0.25, "ctranspath")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_tensor_alone(tmp_path, dtype):
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(FEATURES).to(getattr(torch, dtype))
+    torch.save(tensor, tmp_path / "x.pt")
+    slide = read_features(tmp_path / "x.pt")
+    assert slide.coords is None and slide.features.dtype.name == dtype
+    assert (slide.features.astype(np.float32) == tensor.float().numpy()).all()
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save(Trap(), tmp_path / "trap.pt")
+    torch.save({"features": torch.ones(2, 2)}, tmp_path / "dict.pt")
+    with pytest.raises(ValueError, match=r"trap\.pt.*without running code"):
+        read_features(tmp_path / "trap.pt")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match=r"dict\.pt.*holds a dict"):
+        read_features(tmp_path / "dict.pt")
+
+
+def test_the_content_decides_not_the_extension(tmp_path):
+    path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
+    same(read_features(path.rename(tmp_path / "x.csv")))
+    same(read_features(write_csv(tmp_path / "y.txt", slidechat_rows())))
+
+
+BROKEN = {
+    "lengths": (lambda p: write_h5(p, TRIDENT, features=FEATURES, coords=COORDS[:4]), "6 features and coords .*4"),
+    "nan": (lambda p: write_h5(p, TRIDENT, features=np.where(FEATURES > 1, np.nan, FEATURES), coords=COORDS), "NaN"),
+    "infinite": (lambda p: write_h5(p, TRIDENT, features=FEATURES * np.inf, coords=COORDS), "6 of 6 patches"),
+    "empty": (lambda p: write_h5(p, features=np.zeros((0, 4), "f4"), coords=np.zeros((0, 2))), "no tissue"),
+    "flat": (lambda p: write_h5(p, features=np.zeros(0, "f4"), coords=np.zeros(0)), "no tissue"),
+    "slide level": (lambda p: write_h5(p, features=np.ones(768, "f4")), "a slide embedding, not patches"),
+    "integers": (lambda p: write_h5(p, features=np.ones((3, 3), "i8")), "features are int64"),
+    "far": (lambda p: write_h5(p, TRIDENT, features=FEATURES, coords=COORDS * 2.0**31), "beyond 2"),
+    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "holds coordinates; name the features"),
+    "foreign": (lambda p: write_h5(p, x=np.ones(3)), r"datasets \['x'\], expected 'features'"),
+    "group": (lambda p: write_h5(p, **{"features/a": np.ones(3)}), "expected 'features'"),
+    "lone": (lambda p: write_h5(p, features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),
+    "not hdf5": (lambda p: p.write_bytes(b"<html>no such file</html>"), "not a whole HDF5 file"),
+    "nothing": (lambda p: p.write_bytes(b""), "0 bytes"),
+    "short row": (lambda p: write_csv(p.with_suffix(".csv"), slidechat_rows() + [[1, 2]]), "line 8: 2 columns"),
+    "word": (lambda p: write_csv(p.with_suffix(".csv"), [["a", 1, 1, 1, "1_1"]]), "line 2"),
+    "no place": (lambda p: write_csv(p.with_suffix(".csv"), [[1, 1, 1, 1, "patch"]]), "ends in 'patch'"),
+    "no rows": (lambda p: write_csv(p.with_suffix(".csv"), []), "no tissue"),
+    "binary": (lambda p: p.with_suffix(".csv").write_bytes(bytes(range(256))), "neither HDF5"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_is_said_with_the_file(tmp_path, name):
+    write, message = BROKEN[name]
+    write(tmp_path / "slide.h5")
+    (path,) = tmp_path.iterdir()
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        read_features(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_and_wrong_options(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.h5"):
+        read_features(tmp_path / "x.h5")
+    path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
+    for wrong in ({"mpp": -1.0}, {"mpp": float("nan")}, {"patch_size": 0}):
+        with pytest.raises(ValueError, match="above 0"):
+            read_features(path, **wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_truncated_h5_is_an_error_with_its_name(tmp_path_factory, data):
+    path = write_h5(tmp_path_factory.mktemp("cut") / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises((ValueError, OSError), match=r"x\.h5"):
+        read_features(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_error_with_their_name(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("any") / "x.dat"
+    path.write_bytes(data)
+    with pytest.raises((ValueError, OSError), match=r"x\.dat"):
+        read_features(path)
+
+
+def test_ids():
+    uuid = "TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-45CF-B4BD-C6B76294C291"
+    assert slide_id_of(f"a/{uuid}.h5") == uuid and case_of(uuid) == "TCGA-3C-AALI"
+    assert slide_id_of("x_features.h5") == slide_id_of("x_patches.h5") == slide_id_of("x.pt") == "x"
+    assert case_of("C3L-00001-21") == "C3L-00001" and case_of("slide 7") == "slide 7"
+    slide = SlideFeatures(uuid, "", FEATURES)
+    assert slide.case_id == "TCGA-3C-AALI" and SlideFeatures(uuid, "P1", FEATURES).case_id == "P1"
+
+
+def test_bfloat16_is_taken_and_checked():
+    features = FEATURES.astype(ml_dtypes.bfloat16)
+    SlideFeatures("x", "", features)
+    features[2, 1] = np.nan
+    with pytest.raises(ValueError, match="slide x: 1 of 6 .*patch 2"):
+        SlideFeatures("x", "", features)
+
+
+def test_files_of_a_folder(tmp_path):
+    """CLAM's and TRIDENT's folders as they lie: coordinates, lists and logs are no features, .h5 goes before .pt."""
+    for name in ("b", "a"):
+        write_h5(tmp_path / "h5_files" / f"{name}.h5", features=FEATURES, coords=COORDS)
+        write_h5(tmp_path / "patches" / f"{name}_patches.h5", CLAM, coords=COORDS)
+    (tmp_path / "pt_files").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "pt_files" / f"{name}.pt").write_bytes(b"PK\x03\x04")
+    (tmp_path / "process_list_autogen.csv").write_text("slide_id,status,seg_level\na.svs,processed,2\n")
+    found = [str(path.relative_to(tmp_path)) for path in find_feature_files(tmp_path)]
+    assert found == ["h5_files/a.h5", "h5_files/b.h5", "pt_files/c.pt"]
+    write_csv(tmp_path / "d.csv", slidechat_rows())
+    assert find_feature_files(tmp_path)[-1].name == "d.csv"
+
+
+def test_two_encoders_below_one_folder_are_refused(tmp_path):
+    for encoder in ("features_uni", "features_conch"):
+        write_h5(tmp_path / encoder / "a.h5", TRIDENT, features=FEATURES, coords=COORDS)
+    with pytest.raises(ValueError, match="slide a has two.*features_conch/a.h5 and features_uni/a.h5.*one encoder"):
+        find_feature_files(tmp_path)
+
+
+def test_a_folder_without_features(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no feature files"):
+        find_feature_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        find_feature_files(tmp_path / "x")
+
+
+@real
+@pytest.mark.parametrize("tool", ["clam", "trident", "slidechat_csv"])
+def test_real_files_agree(tool):
+    path = next(path for path in find_feature_files(REAL / tool) if path.stem != "empty")
+    slide = read_features(path)
+    assert slide.slide_id == "cmu-1-small-region" and slide.features.shape == (50, 512) and slide.patch_size == 256
+    assert (slide.mpp, slide.encoder) == ((0.5, "handcrafted512") if tool == "trident" else (0, ""))
+    other = read_features(REAL / "trident" / "features_handcrafted512" / "cmu-1-small-region.h5")
+    assert (slide.coords == other.coords).all() and slide.features == pytest.approx(other.features, abs=1e-5)
+
+
+@real
+def test_real_broken_files():
+    with pytest.raises(OSError, match=r"truncated\.h5.*copy or extract"):
+        read_features(REAL / "broken" / "truncated.h5")
+    with pytest.raises(ValueError, match=r"empty\.h5.*no tissue"):
+        read_features(REAL / "trident" / "features_handcrafted512" / "empty.h5")
+    with pytest.raises(ValueError, match="holds coordinates"):
+        read_features(REAL / "clam" / "patches" / "cmu-1-small-region.h5")
