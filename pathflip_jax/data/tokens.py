@@ -48,9 +48,9 @@ class TextTokenizer:
                 f"{self.folder}: the vocabulary of {len(vocabulary)} tokens lacks {', '.join(missing)}; "
                 "a BERT folder is needed (vocab.txt or tokenizer.json of a BertTokenizer)"
             )
-        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (vocabulary[token] for token in SPECIAL[:4])
-        self.dec_id = vocabulary.get("[DEC]", max(vocabulary.values()) + 1)
-        self.vocab_size = max(self.dec_id, *vocabulary.values()) + 1
+        self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
+        last = max(vocabulary.values())
+        self.vocab_size = last + 1 if "[DEC]" in vocabulary else last + 2
         self.truncated = 0
         parts = json.loads(self._tokenizer.to_str())
         kinds = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
