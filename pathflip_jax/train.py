@@ -206,7 +206,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
 def open_data(config: ConfigDict, shards: int) -> Data:
     """Open records, texts and tokenizer, split the slides, and make the batches of training and validation."""
     from pathflip_jax.data.pipeline import make_batches
-    from pathflip_jax.data.records import Records, manifest_hash
+    from pathflip_jax.data.records import Records
     from pathflip_jax.data.text import read_slide_table, read_texts
     from pathflip_jax.data.tokens import TextTokenizer
 
@@ -252,18 +252,24 @@ def open_data(config: ConfigDict, shards: int) -> Data:
         size = count // rounds // shards * shards
         layout["text_rows"] = None
         validation = batches(ids[data.val_split], size, choose_groups(size, shards), 0, **layout)
-    cut = checkpoint.read_json(Path(data.records) / "manifest.json")
-    facts = {
-        "encoder": records.encoder,
-        "feature_dim": records.feature_dim,
-        "cut": cut["cut"],
-        "edge_um": cut["edge_um"],
-        "patch_slots": training.patch_slots,
-        "hashes": {"records": manifest_hash(data.records)}
-        | {name: _hash(Path(data[name])) for name in ("texts", "slides") if data[name]}
-        | {"tokenizer": _hash(*sorted(Path(data.tokenizer).glob("vocab.txt")))},
-    }
-    return Data(training, validation, tokenizer, facts)
+    return Data(training, validation, tokenizer, _facts(data, records, training.patch_slots))
+
+
+def _facts(data: ConfigDict, records, patch_slots: int) -> dict:
+    """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
+    from pathflip_jax.data.records import manifest_hash
+
+    manifest = Path(data.records) / "manifest.json"
+    if not manifest.is_file():
+        raise FileNotFoundError(
+            f"{manifest}: no such file, so the records are not finished; run the command that writes them once more"
+        )
+    files = {name: [Path(data[name])] for name in ("texts", "slides") if data[name]}
+    files["tokenizer"] = [path for name in ("vocab.txt", "tokenizer.json") for path in Path(data.tokenizer).glob(name)]
+    hashes = {name: _hash(paths) for name, paths in files.items()}
+    cut = {name: checkpoint.read_json(manifest)[name] for name in ("cut", "edge_um", "edge_px")}
+    facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
+    return facts | cut | {"hashes": hashes | {"records": manifest_hash(data.records)}}
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:
@@ -407,5 +413,5 @@ def _fixed(resolved: dict) -> dict:
     }
 
 
-def _hash(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+def _hash(paths: list[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

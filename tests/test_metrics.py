@@ -1,0 +1,48 @@
+"""metrics.jsonl survives crashes and resumes without a step standing twice; the rest draws from it."""
+
+import json
+
+import pytest
+
+from pathflip_jax.metrics import METRICS, MetricsWriter, plot, read_metrics, truncate_metrics
+
+
+def write(folder, first, last, **more):
+    writer = MetricsWriter(folder, step=first - 1, steps=last, slides_per_step=8, **more)
+    for step in range(first, last + 1):
+        values = {"loss": 1 / step, "loss_slide": 0.5 / step, "learning_rate": 1e-3, "gradient_norm": 2.0}
+        writer.write(step, values | ({"val/recall_at_1": 0.5} if step % 2 == 0 else {}))
+    writer.close()
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+    write(tmp_path, 1, 6)
+    write(tmp_path, 5, 8)
+    rows = read_metrics(tmp_path / METRICS)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[5]["val/recall_at_1"] == 0.5 and rows[6]["loss"] == 1 / 7 and rows[6]["slides_per_second"] > 0
+
+
+def test_a_line_cut_off_by_a_crash_is_dropped_and_a_foreign_one_named(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+    path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2: not JSON: 'hello'"):
+        read_metrics(path)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    write(tmp_path / "run", 1, 2, primary=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plots_and_events_are_there(tmp_path):
+    write(tmp_path, 1, 4)
+    pictures = {path.name for path in plot(tmp_path)}
+    assert pictures == {"loss.png", "learning_rate.png", "validation.png", "gradient_norm.png"}
+    assert all((tmp_path / "plots" / name).stat().st_size > 2000 for name in pictures)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert json.loads((tmp_path / METRICS).read_text().splitlines()[0])["loss"] == 1.0
