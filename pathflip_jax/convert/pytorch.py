@@ -72,6 +72,10 @@ def import_torch(path: str | Path):
     return torch
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _read_torch(path: Path) -> StateDict:
     torch = import_torch(path)
     from argparse import Namespace  # Lightning keeps the command line in the file; it is inert
@@ -82,16 +86,14 @@ def _read_torch(path: Path) -> StateDict:
     except pickle.UnpicklingError as error:
         # torch's own message advises weights_only=False, the one thing not to do with a file from elsewhere.
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found.group(1) if found else str(error).splitlines()[0]
+        what = found.group(1) if found else _first_line(error)
         raise ValueError(
             f"{path}: holds more than tensors ({what}), or is damaged; only tensors are read, since anything else in "
             "such a file can run code. Where it was written, keep the weights alone: "
             'torch.save(checkpoint["state_dict"], "weights.pt")'
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a whole PyTorch file ({str(error).splitlines()[0] or type(error).__name__}); copy it again"
-        ) from error
+    except Exception as error:  # on damaged bytes torch's unpickler fails in any way
+        raise ValueError(f"{path}: not a whole PyTorch file ({_first_line(error)}); copy it again") from error
     for container in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
