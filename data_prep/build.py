@@ -57,12 +57,12 @@ class Report:
 
     def summary(self) -> str:
         """What to tell the user at the end, failures by name."""
-        lines = [f"{self.folder}: {len(self.done)} slides written, {len(self.skipped)} were there already"]
-        lines += self.notes
+        counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
+        lines = [f"{self.folder}: {counts}", *self.notes]
         if not self.finished and not self.failed:
             lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
         if self.failed:
-            lines.append(f"{len(self.failed)} slides failed; all are listed in failures.json there")
+            lines.append("not in the records (all are listed in failures.json there):")
             lines += [f"  {failure.slide}: {failure.error}" for failure in self.failed[:20]]
             lines += [f"  and {len(self.failed) - 20} more"] if len(self.failed) > 20 else []
         return "\n".join(lines)
@@ -334,11 +334,12 @@ def _claim(out: Path, settings: dict[str, Any], cases: dict[str, str]) -> None:
     """Tie a folder to its settings and slides, so that a second run continues the first and never mixes two."""
     out.mkdir(parents=True, exist_ok=True)
     path, plan = out / "plan.json", {"settings": settings, "cases": cases}
-    if not path.exists():
-        if any(out.glob("*.tfrecord*")):
-            raise ValueError(f"{out} holds records that were not begun by this command; choose another --out")
+    begun = any(out.glob("*.tfrecord*")) or any(out.glob(".parts/*.tfrecord"))
+    if not begun:
         _write_json(path, plan)
         return
+    if not path.exists():
+        raise ValueError(f"{out} holds records that were not begun by this command; choose another --out")
     try:
         found = json.loads(path.read_bytes())
         before, slides = found["settings"], found["cases"]

@@ -249,13 +249,14 @@ def _pattern_table() -> np.ndarray:
 
 
 _PATTERN = _pattern_table()
+_TIE = np.float32(1e-3)  # even areas: equal up to rounding counts as equal
 _NEIGHBOURS = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
 
 
 def _patterns(images: np.ndarray) -> np.ndarray:
     """Square roots of the frequencies of the ten uniform local binary patterns: [n, m, m] to [n, 10]."""
     number, edge = images.shape[:2]
-    centre = images[:, 1:-1, 1:-1]
+    centre = images[:, 1:-1, 1:-1] - _TIE
     code = np.zeros(centre.shape, np.uint8)
     for bit, (row, column) in enumerate(_NEIGHBOURS):
         brighter = images[:, row : edge - 2 + row, column : edge - 2 + column] >= centre
