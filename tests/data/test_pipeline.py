@@ -125,6 +125,18 @@ def test_reading_ahead_gives_the_same_batches(cohort, threads):
         equal(batch, made.batch(step))
 
 
+def test_a_damaged_record_stops_training_with_its_name(cohort, tmp_path):
+    shard = tmp_path / shard_name(0)
+    write_shard(shard, cohort.slides[:8], edge_px=192)
+    records = Records(tmp_path)
+    data = bytearray(shard.read_bytes())
+    data[records.slides[5].features_offset + 3] ^= 1
+    shard.write_bytes(data)
+    made = make_batches(records, cohort.texts[:8], cohort.tokenizer, **(SIZES | {"regions": 99}))
+    with pytest.raises(ValueError, match=f"{shard}: slide S05"):
+        next(made.__iter__())
+
+
 def test_an_epoch_shows_every_slide_at_most_once(cohort):
     made = batches(cohort)
     left_out = []
