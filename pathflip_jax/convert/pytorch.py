@@ -178,6 +178,7 @@ def infer_config(state: Mapping[str, np.ndarray], heads: int | None = None) -> P
         vocab_size=words[0],
         max_positions=positions[0],
         patch_projection="mlp" if mlp else "linear",
+        patch_hidden=patch[0] if mlp and patch[0] != projection[0] else None,
         region_layers=max(region_layers, default=-1) + 1,
         logit_bias_init=float(state["logit_bias"]) if "logit_bias" in state else None,
     )

@@ -28,8 +28,8 @@ SIZES = dict(embed_dim=24, hidden=36, heads=3, intermediate=40, vocab_size=31, m
 CONFIGS = {
     "linear": PathFLIPConfig(feature_dim=20, layers=4, num_queries=3, **SIZES),
     "mlp": PathFLIPConfig(
-        feature_dim=13, layers=3, num_queries=2, cross_attention_freq=3, patch_projection="mlp", region_layers=1,
-        region_heads=4, text_region_heads=2, logit_bias_init=-3.0, **SIZES,
+        feature_dim=13, layers=3, num_queries=2, cross_attention_freq=3, patch_projection="mlp", patch_hidden=17,
+        region_layers=1, region_heads=4, text_region_heads=2, logit_bias_init=-3.0, **SIZES,
     ),
     "one layer": PathFLIPConfig(feature_dim=7, layers=1, num_queries=1, region_heads=2, **SIZES),
 }  # fmt: skip
@@ -273,7 +273,13 @@ def parity():
 @pytest.mark.parametrize("name", [pytest.param("linear", marks=pytest.mark.slow), "mlp"])
 def test_parity_command_passes_on_other_folders(name, tmp_path, capsys, monkeypatch):
     # Such folders name none of these: they are as released there.
-    released = {"region_heads": 8, "text_region_heads": 8, "region_layers": 2, "logit_bias_init": None}
+    released = {
+        "region_heads": 8,
+        "text_region_heads": 8,
+        "region_layers": 2,
+        "logit_bias_init": None,
+        "patch_hidden": None,
+    }
     monkeypatch.setitem(CONFIGS, f"released {name}", PathFLIPConfig.from_dict(CONFIGS[name].to_dict() | released))
     write_parity_folder(tmp_path, f"released {name}")
     assert parity().main([str(tmp_path)]) == 0, capsys.readouterr().out
