@@ -31,9 +31,10 @@ _BATCH_PIXELS = 1 << 24  # in the patches of one batch
 _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
 # Saturation (0 to 1): glass stays below the first, stained tissue is above the second.
 _GLASS, _STAINED = 0.05, 0.15
+_APART, _RIM = 0.06, 0.03  # two classes of saturation differ by more; a smaller share is the blurred rim of tissue
 _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border or a scanner's void
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
-_SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 2_000.0, 20_000.0
+_SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 300.0, 20_000.0
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,27 @@ def tissue_mask(slide: Slide, downsample: float = 32.0) -> tuple[Bool[np.ndarray
     saturation = (largest - smallest) / np.maximum(largest, 1)
     saturation[(largest < _BLACK) | (colour[..., 1] > colour[..., 0] + _GREENER)] = 0
     saturation = ndimage.gaussian_filter(saturation, 1.0)
-    threshold = threshold_otsu(saturation) if np.ptp(saturation) > 0 else _STAINED
-    mask = saturation > np.clip(threshold, _GLASS, _STAINED)
+    mask = saturation > _stain_threshold(saturation.ravel())
     area = (downsample * slide.mpp) ** 2
     mask = _drop_small(mask, _SMALLEST_PIECE_UM2 / area)
     holes = ndimage.binary_fill_holes(mask) & ~mask
     return mask | (holes & ~_drop_small(holes, _LARGEST_HOLE_UM2 / area)), downsample
+
+
+def _stain_threshold(saturation: np.ndarray) -> float:
+    """Otsu's threshold between glass and stain.
+
+    On a slide with dark and pale tissue the first threshold parts these two, so what is below it is parted again,
+    as long as there are two classes: `_APART` from each other, and the upper more than the rim of the lower.
+    """
+    threshold, values = _STAINED, saturation
+    while np.ptp(values) > 0:
+        middle = threshold_otsu(values)
+        upper = values > middle
+        if upper.mean() < _RIM or values[upper].mean() - values[~upper].mean() < _APART:
+            break
+        threshold, values = middle, values[~upper]
+    return float(np.clip(threshold, _GLASS, _STAINED))
 
 
 def _averaged(slide: Slide, level: int, step: int) -> np.ndarray:

@@ -231,6 +231,7 @@ def test_timm_model_gives_its_own_features(tmp_path):
 
     shape = {"img_size": 32, "embed_dim": 48, "depth": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **shape).eval()
+    model.pretrained_cfg["input_size"] = (3, 32, 32)
     save_for_hf(model, tmp_path / "tiny", model_args=shape)
     encode = load_encoder(f"timm:{tmp_path / 'tiny'}")
     patches = _patches(5, 64)

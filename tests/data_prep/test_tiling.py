@@ -1,0 +1,248 @@
+"""Tissue, patches and pixels, checked against OpenSlide's own reads and slides whose tissue is known."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from scipy import ndimage
+
+from data_prep.tiling import Tiles, open_slide, read_patches, tile_slide, tissue_mask
+
+REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "slides"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real slides in {REAL}: set PATHFLIP_TEST_DATA")
+GLASS, PINK = (240, 240, 242), (200, 120, 180)
+
+
+def _image(height: int, width: int, *boxes, color=PINK, seed: int = 0) -> np.ndarray:
+    """Glass with tissue in boxes (top, bottom, left, right), both with grain."""
+    image = np.empty((height, width, 3), np.int16)
+    image[:] = GLASS
+    for top, bottom, left, right in boxes:
+        image[top:bottom, left:right] = color
+    grain = np.random.default_rng(seed).integers(-6, 7, image.shape, np.int16)
+    return np.clip(image + grain, 0, 255).astype(np.uint8)
+
+
+def _write(path: Path, image: np.ndarray, mpp: float | None = 0.5, downsamples=(1,), description: str | None = None):
+    with tifffile.TiffWriter(path) as out:
+        for downsample in downsamples:
+            level = image if downsample == 1 else np.asarray(Image.fromarray(image).reduce(downsample))
+            resolution = {} if mpp is None else {"resolution": (1e4 / (mpp * downsample),) * 2}
+            resolution |= {} if mpp is None else {"resolutionunit": "CENTIMETER"}
+            out.write(
+                level,
+                photometric="rgb",
+                tile=(128, 128),
+                compression="deflate",
+                subfiletype=0 if downsample == 1 else 1,
+                metadata=None,
+                description=description if downsample == 1 else None,
+                **resolution,
+            )
+    return path
+
+
+def _patches(slide, tiles: Tiles) -> np.ndarray:
+    return np.concatenate(list(read_patches(slide, tiles)))
+
+
+def _check_against_openslide(slide, tiles: Tiles) -> None:
+    """Every patch is what OpenSlide reads at its coordinates, where no resampling is needed."""
+    patches = _patches(slide, tiles)
+    assert patches.shape == (len(tiles.coords), tiles.patch_size, tiles.patch_size, 3) and patches.dtype == np.uint8
+    for corner, patch in zip(tiles.coords.tolist(), patches, strict=True):
+        expected = Image.new("RGBA", (tiles.patch_size,) * 2, (255, 255, 255, 255))
+        expected.alpha_composite(slide.image.read_region(tuple(corner), tiles.level, expected.size))
+        np.testing.assert_array_equal(patch, np.asarray(expected)[..., :3])
+
+
+@needs_real
+def test_real_slide():
+    with open_slide(REAL / "cmu-1-small-region.svs") as slide:
+        assert (slide.width, slide.height, slide.mpp) == (2220, 2967, 0.499)
+        tiles = tile_slide(slide)
+        assert 40 <= len(tiles.coords) <= 60
+        assert tiles[1:] == (256, 256, 0) and tiles.coords.dtype == np.int32
+        assert (tiles.coords % 256 == 0).all() and len(np.unique(tiles.coords, axis=0)) == len(tiles.coords)
+        _check_against_openslide(slide, tiles)
+        small = tile_slide(slide, patch_size=64)
+        assert len(small.coords) > 12 * len(tiles.coords)
+        # The mask follows the stain: patches taken are darker than those left.
+        thumbnail = np.asarray(slide.image.get_thumbnail((555, 742)).convert("L"))
+        taken = np.zeros(thumbnail.shape, bool)
+        for x, y in tile_slide(slide, patch_size=64, min_tissue=0.5).coords // 4:
+            taken[y : y + 16, x : x + 16] = True
+        assert thumbnail[taken].mean() < 180 and np.percentile(thumbnail[~taken], 10) > 225
+
+
+@needs_real
+def test_real_dicom():
+    with open_slide(REAL / "highdicom_sm_image.dcm") as slide:
+        assert (slide.width, slide.height, slide.mpp) == (50, 50, 0.499)
+        _check_against_openslide(slide, Tiles(np.array([[0, 0], [32, 0], [0, 32], [32, 32]], np.int32), 32, 32, 0))
+        with pytest.raises(ValueError, match="highdicom_sm_image.dcm: no tissue"):  # it is glass, looked at
+            tile_slide(slide, patch_size=32)
+
+
+@needs_real
+def test_real_slides_that_cannot_be_used():
+    with pytest.raises(OSError, match=r"unopenable.tiff: OpenSlide cannot open it .*vips"):
+        open_slide(REAL / "openslidepy_unopenable.tiff")
+    with open_slide(REAL / "openslidepy_unreadable.svs") as slide:
+        with pytest.raises(OSError, match=r"unreadable.svs: its pixels cannot be read .*copy it again"):
+            tile_slide(slide)
+    with pytest.raises(ValueError, match=r"boxes.tiff: claims 352.8 um per pixel.*--assume-mpp"):
+        open_slide(REAL / "openslidepy_boxes.tiff")
+    with open_slide(REAL / "openslidepy_boxes.tiff", assume_mpp=0.5) as slide:
+        assert slide.mpp == 0.5
+        tiles = tile_slide(slide, patch_size=16, mpp=2.0)  # levels of 4.016: patches of 64 px are read as 16
+        assert tiles.patch_size_level0 == 64 and tiles.level == 2
+        assert _patches(slide, tiles).shape == (len(tiles.coords), 16, 16, 3)
+
+
+def test_patches_cover_the_tissue_and_nothing_else(tmp_path):
+    path = _write(tmp_path / "s.tiff", _image(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
+    with open_slide(path) as slide:
+        tiles = tile_slide(slide, patch_size=64)
+        expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
+        expected |= {(x, y) for y in range(640, 960, 64) for x in range(768, 1216, 64)}
+        assert set(map(tuple, tiles.coords.tolist())) == expected
+        _check_against_openslide(slide, tiles)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6])
+def test_min_tissue_is_the_share_of_the_patch(tmp_path, share):
+    path = _write(tmp_path / "s.tiff", _image(512, 512, (128, 384, 128, 288)))  # the right column is half full
+    with open_slide(path) as slide:
+        columns = set(tile_slide(slide, patch_size=64, min_tissue=share).coords[:, 0].tolist())
+    assert columns == ({128, 192, 256} if share < 0.5 else {128, 192})
+
+
+def test_patches_over_the_edge_are_white_outside(tmp_path):
+    path = _write(tmp_path / "s.tiff", _image(300, 330, (0, 300, 0, 330)))  # tissue all over: no glass to threshold
+    with open_slide(path) as slide:
+        tiles = tile_slide(slide, patch_size=64, min_tissue=0.1)
+        assert len(tiles.coords) == 6 * 5
+        patches = _patches(slide, tiles)
+        last = patches[tiles.coords.tolist().index([320, 256])]
+        assert (last[:, 10:] == 255).all() and (last[44:] == 255).all() and last[:44, :10].mean() < 190
+        _check_against_openslide(slide, tiles)
+        assert len(tile_slide(slide, patch_size=64, min_tissue=0.5).coords) == 5 * 5
+
+
+def test_level_at_the_wanted_resolution_is_read_as_it_is(tmp_path):
+    path = _write(tmp_path / "s.tiff", _image(1024, 1024, (128, 896, 128, 896)), 0.25, (1, 2, 4))
+    with open_slide(path) as slide:
+        tiles = tile_slide(slide, patch_size=64, mpp=0.5)
+        assert tiles.patch_size_level0 == 128 and tiles.level == 1 and len(tiles.coords) == 36
+        _check_against_openslide(slide, tiles)
+        assert tile_slide(slide, patch_size=64, mpp=0.3).level == 0
+        assert tile_slide(slide, patch_size=64, mpp=4.0).level == 2
+
+
+def test_other_resolutions_are_resampled(tmp_path):
+    y, x = np.mgrid[0:1024, 0:1024] / 1024
+    image = np.stack([150 + 60 * np.sin(9 * x), 90 + 50 * np.cos(7 * y), 160 + 40 * np.sin(5 * (x + y))], -1)
+    path = _write(tmp_path / "s.tiff", image.astype(np.uint8), 0.25, (1, 4))
+    with open_slide(path) as slide:
+        tiles = tile_slide(slide, patch_size=64, mpp=0.4)
+        assert (tiles.patch_size_level0, tiles.level) == (102, 0)
+        patches = _patches(slide, tiles)
+        for (x, y), patch in zip(tiles.coords.tolist(), patches, strict=True):
+            if max(x, y) + 102 <= 1024:
+                expected = slide.image.read_region((x, y), 0, (102, 102)).convert("RGB").resize((64, 64), Image.BOX)
+                assert np.abs(patch.astype(int) - np.asarray(expected)).max() <= 3
+
+
+def test_many_patches_come_in_batches_in_the_order_of_coords(tmp_path):
+    image = np.empty((2304, 2304, 3), np.uint8)
+    image[..., 0], image[..., 2] = np.arange(2304) // 32 * 3, (np.arange(2304) // 32 * 3)[:, None]
+    image[..., 1] = 0  # red says the column, blue the row of a patch of 32
+    path = _write(tmp_path / "s.tiff", np.maximum(image, [62, 0, 62]).astype(np.uint8))
+    with open_slide(path) as slide:
+        tiles = tile_slide(slide, patch_size=32)
+        batches = list(read_patches(slide, tiles))
+        assert len(tiles.coords) == 72 * 72 and max(map(len, batches)) <= 1024
+        seen = np.concatenate([batch[:, 5, 7] for batch in batches])
+        np.testing.assert_array_equal(seen[:, [0, 2]], np.maximum(tiles.coords // 32 * 3, 62))
+
+
+def test_resolution_from_the_objective_power(tmp_path):
+    aperio = "Aperio Image Library v12\r\n512x512 [0,0 512x512] (128x128)|AppMag = 40|"
+    path = _write(tmp_path / "s.svs", _image(512, 512, (0, 512, 0, 512)), None, description=aperio)
+    with open_slide(path) as slide:
+        assert slide.mpp == 0.25
+    with open_slide(path, assume_mpp=0.3) as slide:  # what the user knows wins over the nominal
+        assert slide.mpp == 0.3
+    path = _write(tmp_path / "t.svs", _image(512, 512, (0, 512, 0, 512)), None, description=aperio + "MPP = 0.26")
+    with open_slide(path, assume_mpp=0.3) as slide:  # what the file says wins over the assumption
+        assert slide.mpp == 0.26
+
+
+def test_resolutions_that_cannot_be(tmp_path):
+    path = _write(tmp_path / "s.tiff", _image(256, 256, (0, 256, 0, 256)), None)
+    with pytest.raises(ValueError, match=r"s.tiff: says neither um per pixel nor objective power.*--assume-mpp 0.25"):
+        open_slide(path)
+    with pytest.raises(ValueError, match="--assume-mpp 50"):
+        open_slide(path, assume_mpp=50)
+    with (
+        open_slide(path, assume_mpp=1.0) as slide,
+        pytest.raises(ValueError, match=r"s.tiff: scanned at 1 um .*--mpp 1"),
+    ):
+        tile_slide(slide, mpp=0.5)
+    with pytest.raises(FileNotFoundError, match="no such slide"):
+        open_slide(tmp_path / "none.svs")
+    (tmp_path / "text.svs").write_text("no slide")
+    with pytest.raises(OSError, match="text.svs: OpenSlide cannot open it"):
+        open_slide(tmp_path / "text.svs")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        _image(512, 512),
+        _image(512, 512, (0, 512, 0, 512), color=(232, 226, 214)),  # yellowed glass
+        _image(512, 512, (100, 400, 100, 400), color=(12, 14, 11)),  # black ink
+        _image(512, 512, (100, 400, 100, 400), color=(40, 160, 70)),  # green pen
+        np.full((512, 512, 3), 255, np.uint8),
+        np.zeros((512, 512, 3), np.uint8),
+    ],
+    ids=["glass", "yellow", "black ink", "green pen", "white", "black"],
+)
+def test_no_tissue(tmp_path, image):
+    with open_slide(_write(tmp_path / "s.tiff", image)) as slide:
+        with pytest.raises(ValueError, match=r"s.tiff: no tissue: none of 64 patches.*--min-tissue"):
+            tile_slide(slide, patch_size=64)
+
+
+def test_pale_tissue_beside_dark_is_kept_and_ink_is_not(tmp_path):
+    image = _image(768, 1024, (64, 704, 64, 320))
+    image[64:704, 320:576] = _image(640, 256, (0, 640, 0, 256), color=(228, 200, 216))
+    image[64:704, 700:900] = (15, 15, 18)
+    with open_slide(_write(tmp_path / "s.tiff", image)) as slide:
+        coords = tile_slide(slide, patch_size=64).coords
+    assert set(coords[:, 0].tolist()) == set(range(64, 576, 64))
+
+
+def test_mask_fills_small_holes_drops_specks_and_works_from_any_level(tmp_path):
+    image = _image(1024, 1024, (128, 896, 128, 896))
+    image[400:480, 400:480] = GLASS  # 40 um: a lumen
+    image[560:880, 520:880] = GLASS  # 170 um: outside of the tissue
+    image[20:40, 20:40] = PINK  # dust
+    masks = []
+    for name, downsamples in (("one.tiff", (1,)), ("three.tiff", (1, 4, 16))):
+        with open_slide(_write(tmp_path / name, image, downsamples=downsamples)) as slide:
+            mask, downsample = tissue_mask(slide, 8)
+            masks.append(mask.repeat(int(downsample), 0).repeat(int(downsample), 1))
+            assert downsample == 8
+    one, three = masks
+    assert one[440, 440] and one[200, 200] and not one[700, 700] and not one[30, 30] and not one[1000, 1000]
+    assert (one != three).mean() < 0.01
+    truth = np.zeros((1024, 1024), bool)
+    truth[128:896, 128:896] = True
+    truth[560:880, 520:880] = False
+    assert not (one & ~ndimage.binary_dilation(truth, iterations=12)).any()
+    assert not (~one & ndimage.binary_erosion(truth, iterations=12)).any()
