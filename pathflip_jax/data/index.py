@@ -1,6 +1,7 @@
-"""The index of a shard: what each record holds and where, so that opening a cohort reads no shard.
+"""The record of a slide, and the index of a shard: what each record holds and where (DESIGN section 5).
 
-It is made from the shard alone, by walking protobuf tags, so a shard of any writer can be indexed (DESIGN section 5).
+With the index, opening a cohort reads no shard. It can be made from the shard alone, by walking protobuf tags, so a
+shard of any writer can be indexed.
 """
 
 import errno
@@ -14,7 +15,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int
 
-from pathflip_jax.data.tfrecord import bytes_offsets, crc32c, frame, read_frames, whole_file
+from pathflip_jax.data.features import SlideFeatures, all_finite
+from pathflip_jax.data.regions import cut_regions
+from pathflip_jax.data.tfrecord import bytes_offsets, crc32c, example_parts, frame, read_frames, whole_file
 
 DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 COORDS = np.dtype("<i4")
@@ -22,6 +25,7 @@ KEYS = {
     "slide_id", "case_id", "encoder", "feature_dtype", "feature_dim", "num_patches", "features", "coords", "patch_size",
     "mpp", "width", "height", "region_rows", "region_grid", "region_crc32c",
 }  # fmt: skip
+LARGEST_EXAMPLE = 2**31 - 2**20  # protobuf holds 2 GiB; the small fields need some of it
 INDEX_MAGIC, INDEX_VERSION = b"PATHFLIP", 1
 INDEX_HEAD = struct.Struct("<8sIQ")
 # Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
@@ -89,6 +93,65 @@ class Index:
 def index_path(shard: Path | str) -> Path:
     """Where the index of a shard lies."""
     return Path(f"{shard}.idx")
+
+
+def encode_slide(
+    slide: SlideFeatures, *, cut: str, edge_um: float, edge_px: int | None, dtype: str
+) -> tuple[list[bytes | np.ndarray], SlideInfo]:
+    """One slide as a serialized tf.train.Example in parts, patches in the order of their regions, and its index entry.
+
+    The entry's offsets count from the start of the record. Raises ValueError for features that the dtype cannot hold,
+    and for more than an Example can.
+    """
+    # Late: it takes 0.4 s, and reading records does not need it.
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    if dtype not in DTYPES:
+        raise ValueError(f"records of {dtype!r}: expected one of {', '.join(DTYPES)}")
+    where = f"slide {slide.slide_id}"
+    size = slide.features.size * 2
+    if size > LARGEST_EXAMPLE:
+        found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
+        raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
+    regions = cut_regions(slide, cut, edge_um, edge_px)
+    with np.errstate(over="ignore"):
+        features = np.ascontiguousarray(slide.features[regions.order]).astype(DTYPES[dtype], copy=False)
+    if features.dtype != slide.features.dtype and not all_finite(features):
+        found = f"features of up to {np.abs(slide.features.astype(np.float32)).max():.3g} overflow {dtype}"
+        raise ValueError(f"{where}: {found}; write the records with dtype bfloat16")
+    coords = np.zeros((0, 2), COORDS)
+    if slide.coords is not None:
+        coords = slide.coords[regions.order].astype(COORDS, copy=False)
+    payload, rows = features.view(np.uint8), regions.rows
+    crcs = [crc32c(payload[a:b], coords[a:b]) for a, b in zip(rows[:-1], rows[1:], strict=True)]
+    texts = {"slide_id": slide.slide_id, "case_id": slide.case_id, "encoder": slide.encoder, "feature_dtype": dtype}
+    numbers = {
+        "feature_dim": features.shape[1], "num_patches": len(features), "patch_size": slide.patch_size,
+        "width": slide.width, "height": slide.height,
+    }  # fmt: skip
+    arrays = {"region_rows": rows, "region_grid": regions.grid, "region_crc32c": np.array(crcs, np.int64)}
+    message = tf_example_pb2.Example().features
+    for key, text in texts.items():
+        message.feature[key].bytes_list.value.append(text.encode())
+    for key, number in numbers.items():
+        message.feature[key].int64_list.value.append(number)
+    for key, array in arrays.items():
+        message.feature[key].int64_list.value.extend(array.ravel().tolist())
+    message.feature["mpp"].float_list.value.append(slide.mpp)
+    payloads = {"coords": coords.reshape(-1), "features": payload.reshape(-1)}
+    parts = example_parts(message.SerializeToString(deterministic=True), payloads)
+    starts = np.cumsum([0] + [memoryview(part).nbytes for part in parts]).tolist()
+    info = SlideInfo(
+        **texts,
+        **numbers,
+        **{key: array.astype(ARRAYS[key]) for key, array in arrays.items()},
+        mpp=float(np.float32(slide.mpp)),
+        features_offset=starts[-2],
+        coords_offset=starts[-4],
+        coords_bytes=coords.nbytes,
+        coords_crc32c=crc32c(payloads["coords"]),
+    )
+    return parts, info
 
 
 def slide_info(data: bytes, offset: int, shard: Path) -> SlideInfo:

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,65 +28,19 @@ from pathflip_jax.data.index import (
     check_cohort,
     check_region,
     encode_index,
+    encode_slide,
     index_path,
     read_index,
     save_index,
-    slide_info,
 )
-from pathflip_jax.data.regions import EDGE_UM, cut_regions, region_edge
+from pathflip_jax.data.regions import EDGE_UM, region_edge
 from pathflip_jax.data.tfds import dataset_info, feature_schema
 from pathflip_jax.data.tfrecord import crc32c, read_at, read_frames, whole_file
-
-LARGEST_EXAMPLE = 2**31 - 2**20  # protobuf holds 2 GiB; the small fields need some of it
 
 
 def shard_name(number: int) -> str:
     """The file name of a shard. No total in it: tasks of a job array name theirs alone, TFDS is told the pattern."""
     return f"pathflip-{number:05d}.tfrecord"
-
-
-def encode_slide(slide: SlideFeatures, *, cut: str, edge_um: float, edge_px: int | None, dtype: str) -> bytes:
-    """One slide as a serialized tf.train.Example, patches in the order of their regions.
-
-    Raises ValueError for features that the dtype cannot hold, and for more than an Example can.
-    """
-    # Late: it takes 0.4 s, and reading records does not need it.
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    if dtype not in DTYPES:
-        raise ValueError(f"records of {dtype!r}: expected one of {', '.join(DTYPES)}")
-    where = f"slide {slide.slide_id}"
-    size = slide.features.size * 2
-    if size > LARGEST_EXAMPLE:
-        found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
-        raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
-    regions = cut_regions(slide, cut, edge_um, edge_px)
-    with np.errstate(over="ignore"):
-        features = np.ascontiguousarray(slide.features[regions.order]).astype(DTYPES[dtype], copy=False)
-    if not np.isfinite(features).all():
-        found = f"features of up to {np.abs(slide.features.astype(np.float32)).max():.3g} overflow {dtype}"
-        raise ValueError(f"{where}: {found}; write the records with dtype bfloat16")
-    coords = (
-        np.zeros((0, 2), COORDS) if slide.coords is None else slide.coords[regions.order].astype(COORDS, copy=False)
-    )
-    rows = regions.rows
-    crcs = [crc32c(features[a:b].view(np.uint8), coords[a:b]) for a, b in zip(rows[:-1], rows[1:], strict=True)]
-    example = tf_example_pb2.Example()
-    feature = example.features.feature
-    texts = {"slide_id": slide.slide_id, "case_id": slide.case_id, "encoder": slide.encoder, "feature_dtype": dtype}
-    for key, text in texts.items():
-        feature[key].bytes_list.value.append(text.encode())
-    feature["features"].bytes_list.value.append(features.tobytes())
-    feature["coords"].bytes_list.value.append(coords.tobytes())
-    numbers = {
-        "feature_dim": [features.shape[1]], "num_patches": [len(features)], "patch_size": [slide.patch_size],
-        "width": [slide.width], "height": [slide.height], "region_rows": rows.tolist(),
-        "region_grid": regions.grid.ravel().tolist(), "region_crc32c": crcs,
-    }  # fmt: skip
-    for key, values in numbers.items():
-        feature[key].int64_list.value.extend(values)
-    feature["mpp"].float_list.value.append(slide.mpp)
-    return example.SerializeToString(deterministic=True)
 
 
 def write_shard(
@@ -107,10 +62,13 @@ def write_shard(
     infos: dict[str, SlideInfo] = {}
     with whole_file(path) as out:
         for slide in slides:
-            data = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
-            info = slide_info(data, out.write_record(data), path)
+            parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
+            info = replace(info, shard=path)
             if infos:
                 check_cohort([infos.get(info.slide_id, next(iter(infos.values()))), info])
+            start = out.write_record(*parts)
+            offsets = {"features_offset": start + info.features_offset, "coords_offset": start + info.coords_offset}
+            info = replace(info, **offsets)
             infos[info.slide_id] = info
         index_path(path).unlink(missing_ok=True)  # of an earlier shard of this name
     save_index(path, Index(out.bytes, out.crc32c, tuple(infos.values())))
@@ -200,11 +158,11 @@ class Records:
     def read(self, position: int) -> SlideFeatures:
         """A whole slide, patches in the order of their regions, every region's CRC checked."""
         info = self.slides[position]
-        features, coords = self._read(info, np.arange(info.num_regions))
+        (features,), coords = self._read(info, np.arange(info.num_regions))
         return SlideFeatures(
             info.slide_id,
             info.case_id,
-            np.concatenate(features) if len(features) > 1 else features[0],
+            features,
             coords,
             info.patch_size,
             info.mpp,
@@ -219,7 +177,16 @@ class Records:
         Reads these regions only: neighbours in one go. Raises ValueError for a flipped byte, naming shard, slide and
         region; OSError for a shard cut short; IndexError for a region that the slide does not have.
         """
-        return self._read(self.slides[position], np.asarray(regions, np.int64))[0]
+        info, regions = self.slides[position], np.asarray(regions, np.int64)
+        if len(regions) == 0:
+            return []
+        wanted, which = np.unique(regions, return_inverse=True)
+        runs, rows = self._read(info, wanted)[0], np.diff(info.region_rows)[wanted]
+        ends = np.cumsum(rows) - rows  # rows of the runs, one behind the other
+        starts = np.cumsum([0] + [len(run) for run in runs])
+        home = np.searchsorted(starts, ends, side="right") - 1
+        parts = [runs[h][e - starts[h] : e - starts[h] + n] for h, e, n in zip(home, ends, rows, strict=True)]
+        return [parts[i] for i in which]
 
     def coords(self, position: int) -> Int[np.ndarray, "N 2"] | None:
         """The top-left corners of a slide's patches in stored order, their CRC checked; None where it has none."""
@@ -239,16 +206,16 @@ class Records:
                 self._open.popitem(last=False)
             return file
 
-    def _read(self, info: SlideInfo, regions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """The features of regions in the order asked for, and the coordinates of the extent that they span."""
-        if len(regions) == 0:
-            return [], None
-        low, high = int(regions.min()), int(regions.max())
+    def _read(self, info: SlideInfo, wanted: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The features of regions, an array to every run of neighbours, and the coordinates of all that they span.
+
+        `wanted` is sorted and names each region once.
+        """
+        low, high = int(wanted[0]), int(wanted[-1])
         if low < 0 or high >= info.num_regions:
             found = f"regions {low} to {high} were asked for, it has {info.num_regions}"
             raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
         file, rows, width = self._file(info.shard), info.region_rows, info.row_bytes
-        wanted = np.unique(regions)
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
         spans = [(int(rows[run[0]]), int(rows[run[-1] + 1])) for run in runs]
         first, last = spans[0][0], spans[-1][1]
@@ -258,16 +225,18 @@ class Records:
         coords = np.zeros(0, np.uint8)
         if info.coords_bytes:
             coords = read_at(file.fd, 8 * (last - first), info.coords_offset + 8 * first, info.shard)
-        found = {}
+        features = []
         for run, (start, end) in zip(runs, spans, strict=True):
             data = read_at(file.fd, (end - start) * width, info.features_offset + start * width, info.shard)
             for region in run:
                 a, b = int(rows[region]), int(rows[region + 1])
-                part = data[(a - start) * width : (b - start) * width]
-                check_region(info, region, crc32c(part, coords[8 * (a - first) : 8 * (b - first)]))
-                found[region] = part.view(DTYPES[info.feature_dtype]).reshape(b - a, info.feature_dim)
-        coords = coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
-        return [found[region] for region in regions], coords
+                part, places = (
+                    data[(a - start) * width : (b - start) * width],
+                    coords[8 * (a - first) : 8 * (b - first)],
+                )
+                check_region(info, region, crc32c(part, places))
+            features.append(data.view(DTYPES[info.feature_dtype]).reshape(end - start, info.feature_dim))
+        return features, coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
 
 
 def iter_examples(shard: Path | str) -> Iterator:

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pathflip_jax.data.features import SlideFeatures, case_of, find_feature_files, read_features, slide_id_of
+from pathflip_jax.data.features import (
+    SlideFeatures,
+    all_finite,
+    case_of,
+    find_feature_files,
+    read_features,
+    slide_id_of,
+)
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "formats"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real feature files in {REAL}: set PATHFLIP_TEST_DATA")
@@ -223,6 +230,18 @@ def test_bfloat16_is_taken_and_checked():
     features[2, 1] = np.nan
     with pytest.raises(ValueError, match="slide x: 1 of 6 .*patch 2"):
         SlideFeatures("x", "", features)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_every_number_of_two_bytes_is_finite_or_not_as_numpy_says(dtype):
+    with np.errstate(invalid="ignore"):  # some of the numbers are signalling NaNs
+        numbers = np.arange(2**16, dtype=np.uint16).view(np.float16 if dtype == np.float32 else dtype).astype(dtype)
+        expected = np.isfinite(numbers).tolist()
+        assert [all_finite(numbers[i : i + 1, None]) for i in range(2**16)] == expected
+    rows = np.zeros((500, 512), dtype)
+    assert all_finite(rows)
+    rows[-1, -1] = -np.inf
+    assert not all_finite(rows) and not all_finite(rows[:, ::-1])
 
 
 def test_files_of_a_folder(tmp_path):
