@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saves in the background, restores the newest sound one."""
+    """The checkpoints of one run: saves in the background, restores the newest sound one; a context manager."""
 
     def __init__(self, workdir: Path, keep: int, facts: dict):
         self.workdir = Path(workdir).resolve()
@@ -158,7 +158,10 @@ class Checkpoints:
             with _clear_errors(manager, manager.latest_step()):
                 manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
         """Wait for the last save and end its threads."""
         self.wait()
         self._latest.close()
@@ -217,9 +220,8 @@ def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
     if (workdir / MODEL).exists():
         raise FileExistsError(f"{workdir}: holds a run already; write to another folder")
     describe_run(workdir, model.config, config, tokenizer)
-    checkpoints = Checkpoints(workdir, keep=2, facts={"git": git_revision(), "config": config})
-    checkpoints.save_best(0, flatten(model), {})
-    checkpoints.close()
+    with Checkpoints(workdir, keep=2, facts={"git": git_revision(), "config": config}) as checkpoints:
+        checkpoints.save_best(0, flatten(model), {})
     shutil.rmtree(workdir / CHECKPOINTS)
 
 

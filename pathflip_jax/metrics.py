@@ -37,9 +37,9 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that goes on after `step`; only the first process writes, the others keep silent."""
+    """Writes the metrics of a run that goes on after `step`; a context manager. Only the first process writes."""
 
-    def __init__(self, workdir: Path, *, step: int, steps: int, slides_per_step: int, primary: bool = True):
+    def __init__(self, workdir: Path, step: int, steps: int, *, slides_per_step: int, primary: bool = True):
         self.primary = primary
         self.slides_per_step = slides_per_step
         self._validation: dict[str, float] = {}
@@ -72,19 +72,16 @@ class MetricsWriter:
         self._bar.set_postfix(shown | {"slides/s": f"{speed:.0f}"}, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def say(self, line: str) -> None:
-        """A line above the progress bar."""
-        if self.primary:
-            self._bar.write(line)
-
     def flush(self) -> None:
         """Put every row on disk: done before a checkpoint, which must not be ahead of its metrics."""
         if self.primary:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Write what is pending and end the bar."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.primary:
             self.flush()
             self._file.close()

@@ -77,95 +77,96 @@ def fit(
     stage: Stage, config: ConfigDict, resolved: dict, model: PathFLIPConfig, data: Data, steps: int, mesh, workdir: Path
 ) -> dict[str, float]:
     """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
-    schedule = learning_rate(OptimConfig(**config.optim), steps, data.train.steps_per_epoch)
-    optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
-
-    # Shapes and places come first: nothing is computed before it is known whether there is a checkpoint.
-    shapes = checkpoint.abstract_params(model)
-    places = sharding.placements(mesh, shapes)
-    learns = {name for name in shapes if stage.trainable(name)}
-    opt_shapes = jax.eval_shape(optimizer.init, {name: shapes[name] for name in learns})
-    opt_places = sharding.placements(mesh, opt_shapes)
-    facts = {"config": resolved, "git": checkpoint.git_revision()}
-    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep, facts)
-    found = checkpoints.restore(_placed(shapes, places), _placed(opt_shapes, opt_places))
-    if found:
-        start, params, opt_state, facts = found
-        best = facts["best"]
-    else:
-        start, params, best = 0, initial_params(model, config.model.bert, config.train.seed, places), None
-    learned = {name: x for name, x in params.items() if name in learns}
-    frozen = {name: x for name, x in params.items() if name not in learns}
-    if not found:
-        opt_state = jax.jit(optimizer.init, out_shardings=opt_places)(learned)
+    optim, setup, primary = OptimConfig(**config.optim), config.train, jax.process_index() == 0
+    schedule = learning_rate(optim, steps, data.train.steps_per_epoch)
+    optimizer = make_optimizer(optim, schedule)
 
     def build(learned: Params, frozen: Params) -> PathFLIP:
         return unflatten(model, learned | frozen)
 
     compiled = 0
-    one_step = make_step(stage, build, optimizer, schedule, config.train.accumulate, config.train.seed)
+    plain_step = make_step(stage, build, optimizer, schedule, setup.accumulate, setup.seed)
 
     def counted_step(*arguments):
         nonlocal compiled
         compiled += 1  # Python runs through here only to compile
-        return one_step(*arguments)
+        return plain_step(*arguments)
 
-    outputs = ({name: places[name] for name in learned}, opt_places, NamedSharding(mesh, P()))
-    step = jax.jit(counted_step, donate_argnums=(0, 2), out_shardings=outputs)
-    validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
-    primary = jax.process_index() == 0
-    writer = MetricsWriter(workdir, step=start, steps=steps, slides_per_step=config.train.batch_size, primary=primary)
-    if start:
-        writer.say(f"going on from step {start} of {steps}")
-    if best and best["step"] == start:  # it stopped between the two saves of a best step
-        checkpoints.save_best(start, learned | frozen, {"best": best})
-
-    row: dict[str, float] = {}
-    pending: tuple[int, dict] | None = None
-
-    def write(scores: dict[str, float] | None = None) -> None:
-        nonlocal pending, row
-        if pending is not None:
-            number, metrics = pending
-            pending, row = None, {name: float(x) for name, x in jax.device_get(metrics).items()} | (scores or {})
-            _refuse_nan(number, row["loss"], workdir)
-            writer.write(number, row)
-
-    try:
+    facts = {"config": resolved, "git": checkpoint.git_revision()}
+    with checkpoint.Checkpoints(workdir, setup.keep, facts) as checkpoints:
+        start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints)
+        places = jax.tree.map(lambda x: x.sharding, (learned, opt_state))
+        step = jax.jit(counted_step, donate_argnums=(0, 2), out_shardings=(*places, NamedSharding(mesh, P())))
+        validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
         batches = data.train.__iter__(start)
         batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
-        with StopSignal() as stop:
+        with (
+            StopSignal() as stop,
+            MetricsWriter(workdir, start, steps, slides_per_step=setup.batch_size, primary=primary) as writer,
+        ):
+            pending: tuple[int, dict] | None = None  # a step under way, whose metrics nobody has waited for
+
+            def write(scores: dict[str, float] | None = None) -> None:
+                nonlocal pending
+                if pending is not None:
+                    (number, metrics), pending = pending, None
+                    row = {name: float(x) for name, x in jax.device_get(metrics).items()} | (scores or {})
+                    _refuse_nan(number, row["loss"], workdir)
+                    writer.write(number, row)
+
             for done in range(start + 1, steps + 1):
                 learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1))
                 if done < steps:
                     batch = sharding.place_batch(mesh, next(batches))
-                write()  # the step before: its numbers are there, and the device is busy with this one
+                write()  # of the step before: the device is busy with this one
                 pending = (done, metrics)
                 last, stopping, improved = done == steps, stop.requested(done), False
-                if validate and (last or done % config.train.eval_every == 0):
+                if validate and (last or done % setup.eval_every == 0):
                     scores = validate(learned, frozen)
-                    improved = _better(scores, best, config.train.select)
-                    if improved:
-                        best = {"step": done, "value": scores[config.train.select]}
+                    if improved := _better(scores, best, setup.select):
+                        best = {"step": done, "value": scores[setup.select]}
                     write(scores)
-                if last or stopping or improved or done % config.train.save_every == 0:
+                if last or stopping or improved or done % setup.save_every == 0:
                     write()
-                    writer.flush()  # a checkpoint is never ahead of the metrics
+                    writer.flush()  # a checkpoint is never ahead of its metrics
                     checkpoints.save(done, learned | frozen, opt_state, {"best": best})
                 if improved:
                     checkpoints.save_best(done, learned | frozen, {"best": best})
                 if stopping and not last:
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {done} of {steps}, saved; the same command goes on from there")
-        checkpoints.wait()
-    finally:
-        writer.close()
-        checkpoints.close()
     if primary:
         plot(workdir)
-        if start < steps:
-            print(f"{workdir}: {steps} steps done; the step was compiled {compiled} times", file=sys.stderr)
+        print(f"{workdir}: {steps} steps done; the step was compiled {compiled} times", file=sys.stderr)
     return read_metrics(workdir / METRICS)[-1]
+
+
+def _begin(stage: Stage, config: ConfigDict, model: PathFLIPConfig, optimizer, mesh, checkpoints):
+    """(step, learned, frozen, optimizer state, best): from the newest sound checkpoint, else from the beginning.
+
+    Shapes and places come first, so that nothing is computed that a checkpoint holds.
+    """
+    shapes = checkpoint.abstract_params(model)
+    places = sharding.placements(mesh, shapes)
+    learns = {name for name in shapes if stage.trainable(name)}
+    opt_shapes = jax.eval_shape(optimizer.init, {name: shapes[name] for name in learns})
+    opt_places = sharding.placements(mesh, opt_shapes)
+
+    def placed(shapes, places):
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+    found = checkpoints.restore(placed(shapes, places), placed(opt_shapes, opt_places))
+    params = found[1] if found else initial_params(model, config.model.bert, config.train.seed, places)
+    learned = {name: x for name, x in params.items() if name in learns}
+    frozen = {name: x for name, x in params.items() if name not in learns}
+    if not found:
+        return 0, learned, frozen, jax.jit(optimizer.init, out_shardings=opt_places)(learned), None
+    step, _, opt_state, facts = found
+    if facts["best"] and facts["best"]["step"] == step:  # perhaps it ended between the two saves of a best step
+        checkpoints.save_best(step, params, {"best": facts["best"]})
+    if jax.process_index() == 0:
+        print(f"{checkpoints.workdir}: going on from step {step}", file=sys.stderr)
+    return step, learned, frozen, opt_state, facts["best"]
 
 
 def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params], dict[str, float]]:
@@ -383,10 +384,6 @@ configs/align_base.py lists and explains every setting. Exit code 75: stopped by
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\
       --config.data.slides=slides.csv --config.data.tokenizer=bert --config.model.bert=bert --workdir runs/base"""
-
-
-def _placed(shapes, places):
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def _better(scores: dict[str, float], best: dict | None, select: str) -> bool:

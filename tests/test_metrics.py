@@ -8,11 +8,10 @@ from pathflip_jax.metrics import METRICS, MetricsWriter, plot, read_metrics, tru
 
 
 def write(folder, first, last, **more):
-    writer = MetricsWriter(folder, step=first - 1, steps=last, slides_per_step=8, **more)
-    for step in range(first, last + 1):
-        values = {"loss": 1 / step, "loss_slide": 0.5 / step, "learning_rate": 1e-3, "gradient_norm": 2.0}
-        writer.write(step, values | ({"val/recall_at_1": 0.5} if step % 2 == 0 else {}))
-    writer.close()
+    with MetricsWriter(folder, first - 1, last, slides_per_step=8, **more) as writer:
+        for step in range(first, last + 1):
+            values = {"loss": 1 / step, "loss_slide": 0.5 / step, "learning_rate": 1e-3, "gradient_norm": 2.0}
+            writer.write(step, values | ({"val/recall_at_1": 0.5} if step % 2 == 0 else {}))
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):

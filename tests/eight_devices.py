@@ -1,0 +1,87 @@
+"""Run by test_sharding.py in a process of its own: FOLDER ACCUMULATE NORMALISER. Ends with "equal" where all is."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from pathflip_jax import checkpoint, sharding
+from pathflip_jax.data.pipeline import Batch
+from pathflip_jax.losses import LossConfig, draw_negatives
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+from pathflip_jax.stage import alignment, loss_and_gradients
+
+B, R, S, F, K, G, L = 16, 3, 4, 16, 2, 16, 12
+CONFIG = PathFLIPConfig(
+    feature_dim=F, embed_dim=16, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=32,
+    max_positions=16, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in", dropout=0.1,
+)  # fmt: skip
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    return Batch(
+        patches=rng.normal(size=(B, R, S, F)).astype(np.float16),
+        patch_mask=rng.random((B, R, S)) < 0.8,
+        tokens=rng.integers(1, 32, (G, 1, L), dtype=np.int32),
+        segments=np.tile(np.repeat([1, 2, 3], 4), (G, 1, 1)).astype(np.int32),
+        positions=np.tile(np.arange(4), (G, 1, 3)).astype(np.int32),
+        text_index=np.tile(np.array([0, 4, 8], np.int32), (B, 1)),
+        case=(np.arange(B) // 2 * 2).astype(np.int32),
+        slide=np.arange(B, dtype=np.int32),
+    )
+
+
+def compute(params, batch, stage, accumulate):
+    key = jax.random.key(3)
+    (loss, _), gradients = loss_and_gradients(stage, lambda p: unflatten(CONFIG, p), params, batch, key, accumulate)
+    return gradients | {"loss": loss, "negatives": draw_negatives(key, B, K).astype(jnp.float32)}
+
+
+def same_on_one_and_eight(mesh, params, places, accumulate, normaliser):
+    run = jax.jit(compute, static_argnums=(2, 3))
+    stage, batch = alignment(LossConfig(normaliser=normaliser)), make_batch()
+    one = run(params, batch, stage, accumulate)
+    with jax.set_mesh(mesh):
+        eight = run(jax.device_put(params, places), sharding.place_batch(mesh, batch), stage, accumulate)
+    assert one.keys() == eight.keys()
+    for name, expected in one.items():
+        expected, found = np.asarray(expected), np.asarray(eight[name])
+        error = np.abs(found - expected).max()
+        assert error <= max(1e-5 * np.abs(expected).max(), 1e-7), (name, error, np.abs(expected).max())
+    no_negatives = run(params, batch._replace(case=np.zeros(B, np.int32)), stage, accumulate)
+    assert abs(float(no_negatives["loss"] - one["loss"])) > 1e-3, "the negatives do not matter"
+
+
+def checkpoint_goes_both_ways(workdir, params, places):
+    def abstract(tree, places):
+        return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), tree, places)
+
+    state, single = {"count": jnp.int32(1)}, SingleDeviceSharding(jax.devices()[0])
+    ones = {name: single for name in params}
+    for name, saved, read in (("to_one", places, ones), ("to_eight", ones, places)):
+        with checkpoint.Checkpoints(workdir / name, 2, {}) as checkpoints:
+            checkpoints.save(1, jax.device_put(params, saved), state, {"best": None})
+        with checkpoint.Checkpoints(workdir / name, 2, {}) as checkpoints:
+            step, found, count, _ = checkpoints.restore(abstract(params, read), abstract(state, {"count": single}))
+        assert step == 1 and int(count["count"]) == 1
+        for key in params:
+            assert found[key].sharding.is_equivalent_to(read[key], params[key].ndim), key
+            np.testing.assert_array_equal(found[key], params[key])
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    mesh = sharding.make_mesh(-1, 2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    params = jax.jit(lambda key: flatten(PathFLIP(CONFIG, nnx.Rngs(key))))(jax.random.key(0))
+    places = sharding.placements(mesh, params)
+    assert not places["qformer/layers/0/ffn/output/kernel"].is_fully_replicated
+    same_on_one_and_eight(mesh, params, places, int(sys.argv[2]), sys.argv[3])
+    checkpoint_goes_both_ways(Path(sys.argv[1]), params, places)
+    print("equal")
