@@ -161,11 +161,8 @@ class PathFLIP(nnx.Module):
 
         A row holds several texts, told apart by `segments` (0 is padding); `positions` restart with each.
         """
-        rows = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
-        # Projected before they are gathered, so that a gather over a sharded batch moves D numbers, not H.
-        x = self.text_projection(self.qformer.read_text(*rows, key))
-        x = x.reshape(tokens.shape[0], -1, x.shape[-1])  # [G, P*L, D]
-        return jnp.take_along_axis(x, text_index[..., None], axis=1).astype(jnp.float32)
+        states = self.qformer.read_text(tokens, segments, positions, text_index, key)
+        return self.text_projection(states).astype(jnp.float32)
 
     def text_region_attention(
         self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], region_mask: Bool[Array, "B R"]

@@ -18,6 +18,11 @@ from pathflip_jax.model.config import PathFLIPConfig
 BERT_EPS = 1e-12
 
 
+def pick(states: Float[Array, "P L H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
+    """States by their flat position in the tokens of their group; the P rows are G groups of equally many."""
+    return jnp.take_along_axis(states.reshape(len(index), -1, states.shape[-1]), index[..., None], axis=1)
+
+
 class SelfAttention(nnx.Module):
     """BERT self-attention with its output Linear, residual and LayerNorm; queries and text share it."""
 
@@ -30,11 +35,20 @@ class SelfAttention(nnx.Module):
         self.norm = LayerNorm(config.hidden, BERT_EPS)
 
     def __call__(
-        self, x: Float[Array, "... T H"], mask: Bool[Array, "... T T"] | None, key: Array | None
+        self,
+        x: Float[Array, "... T H"],
+        mask: Bool[Array, "... T T"] | None,
+        key: Array | None,
+        kept: Int[Array, "G n"] | None = None,
     ) -> Float[Array, "... T H"]:
-        """[..., T, H] -> [..., T, H]; row t sees column u where the mask says so, all of them without one."""
+        """[..., T, H] -> [..., T, H]; row t sees column u where the mask says so, all of them without one.
+
+        With `kept`, only those states come out, [G, n, H] (see `pick`).
+        """
         keys = split_key(key, 2)
         pooled, _ = attend(self.query(x), self.key(x), self.value(x), mask, self.heads, self.rate, keys[0])
+        if kept is not None:
+            x, pooled = pick(x, kept), pick(pooled, kept)
         return self.norm(x + dropout(self.output(pooled), self.rate, keys[1]))
 
 
@@ -129,10 +143,10 @@ class Layer(nnx.Module):
             x, *maps = self.cross_attention(x, patches, mask, keys[1])
         return self.query_ffn(x, keys[2]), maps
 
-    def read_text(self, x: Array, mask: Array, key: Array | None) -> Array:
-        """Rows of tokens [P, L, H] through the layer."""
+    def read_text(self, x: Array, mask: Array, key: Array | None, kept: Array | None = None) -> Array:
+        """Rows of tokens [P, L, H] through the layer; with `kept` only those states come out, [G, n, H]."""
         keys = split_key(key, 2)
-        return self.ffn(self.self_attention(x, mask, keys[0]), keys[1])
+        return self.ffn(self.self_attention(x, mask, keys[0], kept), keys[1])
 
 
 class QueryStates(NamedTuple):
@@ -187,23 +201,26 @@ class QFormer(nnx.Module):
 
     def read_text(
         self,
-        tokens: Int[Array, "P L"],
-        segments: Int[Array, "P L"],
-        positions: Int[Array, "P L"],
+        tokens: Int[Array, "G P L"],
+        segments: Int[Array, "G P L"],
+        positions: Int[Array, "G P L"],
+        text_index: Int[Array, "G n"],
         key: Array | None = None,
-    ) -> Float[Array, "P L H"]:
-        """Final states of all tokens; rows hold several texts, each seeing only its own segment.
+    ) -> Float[Array, "G n H"]:
+        """The final state of each text's [CLS]; rows hold several texts, each seeing only its own segment.
 
-        Attention is bidirectional, although a BERT folder may say `is_decoder` (DESIGN section 3.2).
+        Attention is bidirectional, although a BERT folder may say `is_decoder` (DESIGN section 3.2). All other
+        tokens leave before the feed-forward of the last layer: nobody reads them.
         """
+        tokens, segments, positions = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
         keys = split_key(key, len(self.layers) + 1)
         x = self.word_embeddings(tokens) + self.position_embeddings(positions)
         x = self.norm(x).astype(self.config.compute_dtype)
         x = dropout(x, self.config.dropout, keys[-1])
         mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # [P, 1, L, L]
-        for index, layer in enumerate(self.layers):
-            x = self._run(Layer.read_text, layer, x, mask, keys[index])
-        return x
+        for layer, layer_key in zip(self.layers[:-1], keys[:-2], strict=True):
+            x = self._run(Layer.read_text, layer, x, mask, layer_key)
+        return self._run(Layer.read_text, self.layers[-1], x, mask, keys[-2], text_index)
 
     def _run(self, method, *arguments):
         return (jax.checkpoint(method) if self.config.remat else method)(*arguments)
