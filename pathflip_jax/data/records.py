@@ -220,8 +220,11 @@ class Records:
         spans = [(int(rows[run[0]]), int(rows[run[-1] + 1])) for run in runs]
         first, last = spans[0][0], spans[-1][1]
         if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
-            for a, b in spans:
-                os.posix_fadvise(file.fd, info.features_offset + a * width, (b - a) * width, os.POSIX_FADV_WILLNEED)
+            extents = [(info.features_offset + a * width, (b - a) * width) for a, b in spans]
+            if info.coords_bytes:
+                extents.insert(0, (info.coords_offset + 8 * first, 8 * (last - first)))
+            for offset, size in extents:
+                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
         coords = np.zeros(0, np.uint8)
         if info.coords_bytes:
             coords = read_at(file.fd, 8 * (last - first), info.coords_offset + 8 * first, info.shard)

@@ -1,0 +1,232 @@
+"""Records beside h5py and .pt: writing, whole slides and random regions, cold, the same features in one run.
+
+The records are one shard, as `prepare` writes them; the others have a file per slide. Two HDF5 files: `h5py` is as
+fast as it gets (contiguous, patches stored region by region as in our records, so that a region is one slice); `h5py,
+tool order` has the patches row by row over the slide as tools write them, so that regions are gathered from the whole
+array. Our reads check every region's CRC32C, theirs check nothing. "Cold" means fsync, then dropped from the page
+cache; a virtual disk's host may still hold the pages, so ratios within a run say more than MB/s. Ratios are of the
+same slide and repeat, in an order drawn anew each time; their median and quartiles are printed.
+
+    python benchmarks/records.py --slides 6 --repeats 5 --json benchmarks/results/records.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.records import Records, shard_name, write_shard
+from pathflip_jax.data.regions import cut_regions
+
+PATCH = 256
+REFERENCE = "records"
+
+
+def make_slide(number: int, patches: int, width: int) -> SlideFeatures:
+    """A square piece of tissue, patches row by row; features as float16, so that no format converts."""
+    rng = np.random.default_rng(number)
+    edge = int(np.ceil(np.sqrt(patches)))
+    coords = np.stack(np.divmod(np.arange(patches), edge)[::-1], -1).astype(np.int32) * PATCH
+    features = rng.standard_normal((patches, width), np.float32).astype(np.float16)
+    return SlideFeatures(f"slide{number}", "", features, coords, PATCH, 0.5, encoder="benchmark")
+
+
+def sync(path: Path) -> None:
+    """Make the disk hold what was written, so that writing is timed to its end and the page cache can be dropped."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def drop(path: Path) -> None:
+    """Drop a file from the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def write_h5(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
+    """An HDF5 file, contiguous."""
+    with h5py.File(path, "w") as file:
+        file["features"], file["coords"] = features, coords
+    sync(path)
+
+
+class Formats:
+    """The same slides in every format: how each writes them all, reads a slide, reads regions of a slide."""
+
+    def __init__(self, folder: Path, slides: list[SlideFeatures], torch) -> None:
+        self.folder, self.slides, self.torch = folder, slides, torch
+        self.cuts = [cut_regions(slide) for slide in slides]
+        # As stored region by region, made here: no format's writer is timed with the sorting of another.
+        self.sorted = [slide.features[cut.order] for slide, cut in zip(slides, self.cuts, strict=True)]
+        self.names = [REFERENCE, "h5py", "h5py, tool order"] + ([".pt"] if torch else [])
+        self.records: Records | None = None
+
+    def path(self, name: str, i: int) -> Path:
+        """Where slide i lies in a format."""
+        files = {REFERENCE: shard_name(0), "h5py": f"{i}_sorted.h5", "h5py, tool order": f"{i}.h5", ".pt": f"{i}.pt"}
+        return self.folder / files[name]
+
+    def write(self, name: str) -> None:
+        """Write every slide and sync it."""
+        if name == REFERENCE:
+            write_shard(self.path(name, 0), self.slides)
+            return
+        for i, slide in enumerate(self.slides):
+            path = self.path(name, i)
+            if name == ".pt":
+                self.torch.save(self.torch.from_numpy(slide.features), path)
+                sync(path)
+            else:
+                write_h5(path, self.sorted[i] if name == "h5py" else slide.features, slide.coords)
+
+    def open(self) -> None:
+        """Open the records as training does: once, before the first step."""
+        self.records = Records(self.folder)
+
+    def read_slide(self, name: str, i: int) -> np.ndarray:
+        """All features of slide i."""
+        path = self.path(name, i)
+        if name == REFERENCE:
+            return self.records.read(i).features
+        if name == ".pt":
+            return self.torch.load(path, weights_only=True).numpy()
+        with h5py.File(path, "r") as file:
+            return file["features"][()]
+
+    def read_regions(self, name: str, i: int, regions: np.ndarray) -> list[np.ndarray]:
+        """The features of some regions of slide i, one array each."""
+        if name == REFERENCE:
+            return self.records.read_regions(i, regions)
+        rows, order = self.cuts[i].rows, self.cuts[i].order
+        if name == "h5py":
+            with h5py.File(self.path(name, i), "r") as file:
+                features = file["features"]
+                return [features[rows[r] : rows[r + 1]] for r in regions]
+        features = self.read_slide(name, i)  # faster than h5py's selection of scattered rows
+        return [features[order[rows[r] : rows[r + 1]]] for r in regions]
+
+
+def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every operation, format, repeat and slide, those of one slide side by side in an order drawn anew."""
+    rng = np.random.default_rng(seed)
+    seconds = {task: {name: [] for name in formats.names} for task in ("write", "slide", "regions")}
+
+    def timed(task: str, name: str, call: Callable) -> object:
+        start = time.perf_counter()
+        result = call()
+        seconds[task][name].append(time.perf_counter() - start)
+        return result
+
+    count = len(formats.slides)
+    for _ in range(repeats):
+        for name in rng.permutation(formats.names):
+            for i in range(count):
+                formats.path(name, i).unlink(missing_ok=True)
+            timed("write", name, lambda name=name: formats.write(name))
+        formats.open()
+        for i in range(count):
+            chosen = rng.choice(len(formats.cuts[i].grid), min(regions, len(formats.cuts[i].grid)), replace=False)
+            for name in rng.permutation(formats.names):
+                drop(formats.path(name, i))
+                timed("slide", name, lambda name=name, i=i: formats.read_slide(name, i))
+                drop(formats.path(name, i))
+                found = timed("regions", name, lambda name=name, i=i, c=chosen: formats.read_regions(name, i, c))
+                rows = formats.cuts[i].rows
+                for part, r in zip(found, chosen, strict=True):
+                    if not np.array_equal(part, formats.sorted[i][rows[r] : rows[r + 1]]):
+                        raise RuntimeError(f"{name} gave other features for region {r} of slide {i}")
+    return seconds
+
+
+def machine(folder: Path) -> dict:
+    """What the figures were measured on."""
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    inside = [m for m in mounts if folder.resolve().is_relative_to(m[0])]
+    versions = {}
+    for name in ("numpy", "h5py", "torch", "google-crc32c"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "filesystem": max(inside, key=lambda m: len(m[0]))[1] if inside else "",
+        "load_average": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slides", type=int, default=6)
+    parser.add_argument("--patches", type=int, default=30_000)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--regions", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    try:
+        import torch
+    except ImportError:
+        torch = None
+        print("no torch here: .pt is left out")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        described = machine(Path(folder))
+        slides = [make_slide(i, options.patches, options.width) for i in range(options.slides)]
+        formats = Formats(Path(folder), slides, torch)
+        seconds = measure(formats, options.repeats, options.regions, options.seed)
+    slide_mb = options.patches * options.width * 2 / 1e6
+    patches = statistics.mean(float(np.mean(np.diff(cut.rows))) for cut in formats.cuts)
+    sizes = {"write": slide_mb * options.slides, "slide": slide_mb}
+    sizes["regions"] = patches * options.regions * options.width * 2 / 1e6
+    titles = {"write": f"write {options.slides} slides", "slide": "whole slide, cold"}
+    titles["regions"] = f"{options.regions} random regions, cold"
+    results = {}
+    print(f"{options.slides} slides of {options.patches} patches x {options.width} float16, {options.repeats} repeats")
+    print(f"{'':<26}{'format':<20}{'ms':>8}{'MB/s':>8}  records are (quartiles)")
+    for task, by_format in seconds.items():
+        results[task] = {}
+        for name in formats.names:
+            median = statistics.median(by_format[name])
+            pairs = zip(by_format[name], by_format[REFERENCE], strict=True)
+            low, ratio, high = np.quantile([theirs / ours for theirs, ours in pairs], [0.25, 0.5, 0.75]).tolist()
+            figures = {"ms": median * 1e3, "mb_per_s": sizes[task] / median, "ratio": ratio, "quartiles": [low, high]}
+            results[task][name] = figures
+            faster = "" if name == REFERENCE else f"  {ratio:.2f}x as fast ({low:.2f} to {high:.2f})"
+            print(f"{titles[task]:<26}{name:<20}{median * 1e3:>8.1f}{sizes[task] / median:>8.0f}{faster}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(options).items() if k not in ("json", "folder")}
+        content = {"machine": described, "settings": settings, "results": results}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
