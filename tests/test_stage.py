@@ -98,11 +98,11 @@ def test_accumulated_gradient_with_dropout_is_that_of_the_same_masks(params, bat
 
 # Losses and gradient norms of two steps, as first computed, without dropout. They change only where the mathematics
 # does: model, losses, initial values, optimizer, the negatives drawn.
-GOLDEN = ()
+GOLDEN = ((2.555011, 0.716788, 3.271799, 49.448265), (1.907816, 0.697871, 2.605687, 17.466816))
 
 
 def test_two_steps_give_the_golden_metrics(params, batch):
-    schedule = learning_rate(OptimConfig(learning_rate=1e-2, warmup_steps=1), 10, 5)
+    schedule = learning_rate(OptimConfig(learning_rate=1e-3, warmup_steps=0), 10, 5)
     optimizer = make_optimizer(OptimConfig(), schedule)
     names = [name for name in params if not name.startswith("patch_projection")]  # and the rest is frozen
     learned, frozen = {n: params[n] for n in names}, {n: params[n] for n in params.keys() - names}

@@ -1,0 +1,175 @@
+"""Checkpoints: whole or absent, checked when read; the newest sound one is taken, and the rest is told."""
+
+import resource
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pathflip_jax import checkpoint
+from pathflip_jax.checkpoint import Checkpoints, checksums, load_run, save_run
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP, flatten
+
+CONFIG = PathFLIPConfig(
+    feature_dim=8, embed_dim=8, hidden=8, layers=1, heads=2, intermediate=16, num_queries=2, max_positions=16,
+    region_layers=1, region_heads=2, text_region_heads=2,
+)  # fmt: skip
+
+
+def state(step):
+    kernel = jax.random.normal(jax.random.key(step), (64, 50))
+    return {"a/kernel": kernel, "a/bias": jnp.full(3, step, jnp.float32)}, {"count": jnp.int32(step), "mu": kernel * 2}
+
+
+def wanted():
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state(0))
+
+
+def save(folder, steps=(1, 2, 3), best=()):
+    with Checkpoints(folder, 3, {"git": "abc"}) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, *state(step), {"best": None})
+        for step in best:
+            checkpoints.save_best(step, state(step)[0], {})
+
+
+def restore(folder):
+    with Checkpoints(folder, 3, {}) as checkpoints:
+        found = checkpoints.restore(*wanted())
+    if found:
+        step, params, opt_state, facts = found
+        jax.tree.map(np.testing.assert_array_equal, (params, opt_state), state(step))
+        assert facts == {"step": step, "git": "abc", "best": None}
+    return found and found[0]
+
+
+def damage(folder, how):
+    """Damage the largest file: the numbers themselves."""
+    path = max((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 4
+    path.write_bytes(data if how == "flip" else data[: len(data) // 2])
+
+
+def test_newest_is_restored_and_old_ones_go(tmp_path):
+    assert restore(tmp_path) is None
+    save(tmp_path, steps=range(1, 6))
+    assert restore(tmp_path) == 5
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "5"]
+
+
+# Orbax leaves coroutines behind when a file is damaged.
+@pytest.mark.filterwarnings("ignore:.*coroutine")
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how):
+    save(tmp_path)
+    damage(tmp_path / "checkpoints" / "3", how)
+    assert restore(tmp_path) == 2
+    assert f"going back to step 2: {tmp_path / 'checkpoints' / '3'}" in capsys.readouterr().out
+    assert (tmp_path / "damaged-3").is_dir()
+    save(tmp_path, steps=[3])  # the place is free again
+    assert restore(tmp_path) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*coroutine")
+def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+    save(tmp_path, steps=[1, 2])
+    for step in "12":
+        damage(tmp_path / "checkpoints" / step, "cut")
+    with pytest.raises(ValueError, match="(?s)no checkpoint of this run can be read; start anew.*/2: .*/1: "):
+        restore(tmp_path)
+
+
+def test_unfinished_saves_are_not_seen(tmp_path):
+    save(tmp_path)
+    (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-0")
+    assert restore(tmp_path) == 2
+    save(tmp_path, steps=[3])
+    assert restore(tmp_path) == 3
+
+
+def test_best_is_one_and_never_goes_back(tmp_path):
+    save(tmp_path, best=[1, 3])
+    save(tmp_path, steps=[], best=[2, 3])
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["3"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_rest_whole(tmp_path):
+    save(tmp_path, steps=[1])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path, 3, {})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        with pytest.raises(OSError, match=r"the checkpoint was not written .*free disk space"):
+            checkpoints.save(2, *state(2), {"best": None})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert restore(tmp_path) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 35), st.integers(0, 31), st.booleans())
+def test_any_flipped_bit_changes_its_checksum(seed, place, bit, half):
+    x = np.random.default_rng(seed).integers(0, 2**32, (4, 3, 3), dtype=np.uint32)
+    y = x.copy()
+    y.reshape(-1)[place] ^= np.uint32(1 << bit)
+    kind = np.uint16 if half else np.uint32
+    before, after = (checksums({"x": jnp.asarray(z.view(kind))})["x"] for z in (x, y))
+    assert int(before) != int(after)
+
+
+def test_swapped_numbers_change_the_checksum():
+    x = jnp.arange(12.0).reshape(3, 4)
+    assert int(checksums({"x": x})["x"]) != int(checksums({"x": x[::-1]})["x"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_cohort):
+    tokenizer = TextTokenizer(tiny_cohort.vocabulary)
+    config = PathFLIPConfig.from_dict(CONFIG.to_dict() | {"vocab_size": tokenizer.vocab_size})
+    model = PathFLIP(config, nnx.Rngs(0))
+    folder = tmp_path_factory.mktemp("runs") / "made"
+    save_run(folder, model, {"data": {"cut": "scan"}}, tokenizer)
+    return folder, model
+
+
+@pytest.mark.parametrize("which", ["best", "latest", 0])
+def test_a_saved_run_loads(run, which):
+    folder, model = run
+    loaded, config, tokenizer = load_run(folder, which)
+    assert config == {"data": {"cut": "scan"}} and loaded.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, flatten(loaded), flatten(model))
+    assert tokenizer.vocab_size == model.config.vocab_size
+
+
+def test_wrong_runs_are_refused_with_the_reason(run, tmp_path):
+    folder, model = run
+    with pytest.raises(FileNotFoundError, match=r"no model.json in it, so it is not a run"):
+        load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 7; there are steps \[0\]"):
+        load_run(folder, 7)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        save_run(folder, model, {}, None)
+    text = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(text.replace('"hidden": 8', '"hidden": 12'))
+    with pytest.raises(ValueError, match=r"best/0: damaged \(its params are not of this model: .*in all\)"):
+        load_run(folder)
+    (folder / "model.json").write_text(text)
+
+
+def test_differences_name_every_setting():
+    before = {"train": {"steps": 4, "seed": 0}, "data": {"cut": "grid"}, "old": 1}
+    now = {"train": {"steps": 5, "seed": 0}, "data": {"cut": "grid"}}
+    found = checkpoint.differences(before, now)
+    assert found == ["old: 1 in the run, None now", "train.steps: 4 in the run, 5 now"]
+    assert checkpoint.differences(now, now) == []

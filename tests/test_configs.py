@@ -1,0 +1,56 @@
+"""Every bundled config: it loads, its model builds without computing, and it says what DESIGN section 6 says."""
+
+import pytest
+
+from pathflip_jax.losses import LossConfig
+from pathflip_jax.optim import OptimConfig
+from pathflip_jax.settings import bundled_configs, load_config
+from pathflip_jax.train import check_config, choose_groups, model_config
+
+NAMES = ["align_base", "align_large", "demo"]
+
+
+def test_all_bundled_configs_are_tested():
+    assert sorted(bundled_configs()) == NAMES
+
+
+@pytest.mark.parametrize("argument", ["", ":smoke"])
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds(name, argument):
+    parameters = check_config(name + argument)
+    config = load_config(name + argument)
+    assert parameters > 0 and (parameters < 2_000_000 if argument else True)
+    choose_groups(config.train.batch_size, config.train.accumulate)
+    longest = max(config.data.caption_length, config.data.subcaption_length)
+    assert longest <= config.data.row_length and longest <= config.model.max_positions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_an_experiment_record(name):
+    text = bundled_configs()[name].read_text()
+    for heading in ("Command ", "Hardware ", "Hours ", "Result "):
+        assert f"\n{heading}" in text, heading
+
+
+def test_align_base_is_the_released_code():
+    config = load_config("align_base")
+    model = model_config(config)
+    assert (model.layers, model.hidden, model.heads, model.num_queries, model.embed_dim) == (12, 768, 12, 8, 256)
+    assert (model.vocab_size, model.feature_dim, model.cross_attention_freq, model.dropout) == (30523, 512, 2, 0.1)
+    assert OptimConfig(**config.optim) == OptimConfig(preset="released", clip=0.0)
+    assert LossConfig(**config.loss) == LossConfig()
+    data = config.data
+    assert (data.regions, data.subcaptions, data.caption_length, data.subcaption_length) == (24, 8, 384, 192)
+
+
+def test_align_large_loss_does_not_grow_with_the_batch():
+    config = load_config("align_large")
+    assert config.loss.normaliser == "per_slide"
+    assert (model_config(config).logit_scale_init, model_config(config).logit_bias_init) == (10.0, -10.0)
+
+
+def test_groups_divide_over_devices_and_microbatches():
+    assert choose_groups(64, 1) == 16 and choose_groups(64, 32) == 32 and choose_groups(64, 64) == 64
+    assert choose_groups(6, 1) == 3 and choose_groups(7, 7) == 7
+    with pytest.raises(ValueError, match="batch of 6 slides cannot be cut evenly into 4"):
+        choose_groups(6, 4)
