@@ -117,6 +117,9 @@ def forward(model: PathFLIP, case: dict, config: LossConfig) -> tuple[jax.Array,
     return loss, outputs
 
 
+STEP = jax.jit(jax.value_and_grad(forward, has_aux=True), static_argnums=2)
+
+
 def compare(folder: Path) -> list[Row]:
     """Every output, loss and (where the case holds them) gradient beside its tolerance."""
     config, meta = read_config(folder), read_meta(folder)
@@ -125,8 +128,7 @@ def compare(folder: Path) -> list[Row]:
         if absent := [name for name in INPUTS + OUTPUTS if name not in archive.files]:
             raise ValueError(f"{folder / 'io.npz'}: lacks {', '.join(absent)}; it has {', '.join(archive.files)}")
         case, theirs = ({name: archive[name] for name in part} for part in (INPUTS, OUTPUTS))
-    step = jax.jit(jax.value_and_grad(forward, has_aux=True), static_argnums=2)
-    (_, ours), gradients = step(read_model(folder, config), case, loss_config)
+    (_, ours), gradients = STEP(read_model(folder, config), case, loss_config)
     rows = []
     for name in OUTPUTS:
         rtol, atol = (LOSS_RTOL, 0) if name.startswith("loss") else (0, OUTPUT_ATOL)

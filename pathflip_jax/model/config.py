@@ -44,6 +44,11 @@ class PathFLIPConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"model config: {name}={getattr(self, name)!r}, expected one of {choices}")
+        for name in ("layers", "num_queries", "cross_attention_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model config: {name}={getattr(self, name)}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model config: dropout={self.dropout}, expected a probability below 1")
 
     @property
     def cross_layers(self) -> tuple[int, ...]:

@@ -1,0 +1,204 @@
+"""The layers against PyTorch's, and what masks and dropout do."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pathflip_jax.model.attention import (
+    INITS,
+    LayerNorm,
+    Linear,
+    MultiheadAttention,
+    attend,
+    dropout,
+    softmax_where,
+    split_key,
+)
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import RegionLayer
+from pathflip_jax.model.qformer import CrossAttention
+
+D, HEADS = 24, 4
+
+
+def randomised(module: nnx.Module, seed: int = 0) -> nnx.Module:
+    """The module with every parameter drawn anew, so that none stays at zero or one."""
+    leaves, tree = jax.tree.flatten(module)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def torch_multihead(torch, ours: MultiheadAttention):
+    """torch.nn.MultiheadAttention with our weights."""
+    theirs = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
+    parts = (ours.query, ours.key, ours.value)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.from_numpy(np.concatenate([np.array(p.kernel[...]).T for p in parts])))
+        theirs.in_proj_bias.copy_(torch.from_numpy(np.concatenate([np.array(p.bias[...]) for p in parts])))
+        copy_linear(torch, theirs.out_proj, ours.output)
+    return theirs.eval()
+
+
+def copy_linear(torch, theirs, ours: Linear) -> None:
+    theirs.weight.copy_(torch.from_numpy(np.array(ours.kernel[...]).T))
+    theirs.bias.copy_(torch.from_numpy(np.array(ours.bias[...])))
+
+
+def copy_norm(torch, theirs, ours: LayerNorm) -> None:
+    theirs.weight.copy_(torch.from_numpy(np.array(ours.scale[...])))
+    theirs.bias.copy_(torch.from_numpy(np.array(ours.bias[...])))
+
+
+def test_multihead_attention_is_that_of_pytorch():
+    torch = pytest.importorskip("torch")
+    ours = randomised(MultiheadAttention(D, HEADS, "torch", nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(3, n, D)).astype(np.float32) for n in (5, 7, 7))
+    mask = rng.random((3, 7)) < 0.6
+    mask[:, 0] = True
+    pooled, weights = ours(query, key, value, mask)
+    theirs = torch_multihead(torch, ours)(
+        *map(torch.from_numpy, (query, key, value)),
+        key_padding_mask=torch.from_numpy(~mask),
+        average_attn_weights=False,
+    )
+    np.testing.assert_allclose(pooled, theirs[0].detach(), atol=2e-6)
+    np.testing.assert_allclose(weights, theirs[1].detach(), atol=1e-6)
+
+
+def test_region_layer_is_the_encoder_layer_of_pytorch():
+    torch = pytest.importorskip("torch")
+    config = PathFLIPConfig(embed_dim=D, region_heads=HEADS, text_region_heads=HEADS)
+    ours = randomised(RegionLayer(config, "torch", nnx.Rngs(0)))
+    theirs = torch.nn.TransformerEncoderLayer(D, HEADS, dim_feedforward=4 * D, batch_first=True).eval()
+    theirs.self_attn = torch_multihead(torch, ours.attention)
+    with torch.no_grad():
+        copy_linear(torch, theirs.linear1, ours.intermediate)
+        copy_linear(torch, theirs.linear2, ours.output)
+        copy_norm(torch, theirs.norm1, ours.attention_norm)
+        copy_norm(torch, theirs.norm2, ours.norm)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(3, 6, D)).astype(np.float32)
+    mask = np.arange(6) < np.array([[6], [4], [1]])
+    expected = theirs(torch.from_numpy(x), src_key_padding_mask=torch.from_numpy(~mask)).detach().numpy()
+    np.testing.assert_allclose(np.asarray(ours(x, mask, None))[mask], expected[mask], atol=3e-6)
+
+
+def plain_cross_attention(module: CrossAttention, x, patches, mask):
+    """Keys and values of every patch projected, as BERT writes it; a bag without patches pools zero."""
+    heads = module.heads
+
+    def split(y):
+        return y.reshape(*y.shape[:-1], heads, -1)
+
+    query, key, value = split(module.query(x)), split(module.key(patches)), split(module.value(patches))
+    scores = jnp.einsum("bqhd,bnhd->bhqn", query, key) / math.sqrt(query.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30)) * mask.any(-1)[:, None, None, None]
+    pooled = jnp.einsum("bhqn,bnhd->bqhd", weights, value).reshape(x.shape)
+    return module.norm(x + module.output(pooled)), weights
+
+
+def test_absorbed_cross_attention_equals_the_plain_one():
+    config = PathFLIPConfig(embed_dim=D, hidden=32, heads=HEADS)
+    module = randomised(CrossAttention(config, nnx.Rngs(0)))
+    rng = np.random.default_rng(2)
+    B, R, S, Q = 2, 3, 5, 4
+    x = jnp.asarray(rng.normal(size=(B, 1 + R, Q, 32)), jnp.float32)
+    patches = jnp.asarray(rng.normal(size=(B, R, S, D)), jnp.float32)
+    mask = rng.random((B, R, S)) < 0.6
+    mask[0, 1] = False
+    mask[0, 0, 0] = mask[1, :, 2] = True
+    target = jnp.asarray(rng.normal(size=(B, 1 + R, Q, 32)), jnp.float32)
+
+    def absorbed(module, x, patches):
+        y, slide, regions = module(x, patches, mask, None)
+        return (y * target).sum(), (y, slide, regions)
+
+    def plain(module, x, patches):
+        slide = plain_cross_attention(module, x[:, 0], patches.reshape(B, R * S, D), mask.reshape(B, R * S))
+        bags = x[:, 1:].reshape(B * R, Q, 32), patches.reshape(B * R, S, D), mask.reshape(B * R, S)
+        regions = plain_cross_attention(module, *bags)
+        y = jnp.concatenate([slide[0][:, None], regions[0].reshape(B, R, Q, 32)], axis=1)
+        return (y * target).sum(), (y, slide[1], regions[1].reshape(B, R, HEADS, Q, S))
+
+    results = [
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(module, x, patches) for f in (absorbed, plain)
+    ]
+    (ours, ours_gradient), (theirs, theirs_gradient) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), ours, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), ours_gradient, theirs_gradient)
+    assert np.all(np.asarray(ours_gradient[0].key.bias[...]) == 0)  # it cancels in the softmax
+
+
+def test_layer_norm_is_float32_for_any_activation():
+    torch = pytest.importorskip("torch")
+    norm = randomised(LayerNorm(64, 1e-12))
+    x = (100 + np.random.default_rng(3).normal(size=(5, 64))).astype(np.float32)  # a large mean cancels
+    weights = (torch.from_numpy(np.array(p[...])) for p in (norm.scale, norm.bias))
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (64,), *weights, eps=1e-12)
+    np.testing.assert_allclose(norm(x), expected, atol=2e-5)
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert norm(half).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(half), norm(half.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_a_masked_row_weighs_nothing_and_has_a_finite_gradient():
+    scores = jnp.asarray([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])
+    mask = jnp.asarray([[True, True, False], [False, False, False], [True, True, True]])
+    weights = softmax_where(scores, mask)
+    np.testing.assert_allclose(weights[0], [1 / (1 + math.e), math.e / (1 + math.e), 0], rtol=1e-6)
+    np.testing.assert_array_equal(weights[1], 0)
+    np.testing.assert_allclose(weights[2], 1 / 3, rtol=1e-6)
+    gradient = jax.grad(lambda s: (softmax_where(s, mask) ** 2).sum())(scores)
+    assert np.all(np.isfinite(gradient)) and np.all(gradient[1] == 0) and gradient[0, 2] == 0
+
+
+def test_attend_in_bfloat16_keeps_its_softmax_in_float32():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 6, 16)), jnp.bfloat16)
+    pooled, weights = attend(x, x, x, None, 2)
+    assert pooled.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(400, 501), (3, 200_001)])  # odd: the last word serves one entry
+def test_dropout_keeps_the_mean_and_the_rate(shape):
+    x = jnp.ones(shape)
+    y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - round(0.1 * 2**16) / 2**16))}
+    assert abs((y == 0).mean() - 0.1) < 5 * math.sqrt(0.09 / y.size)
+    assert abs(y.mean() - 1) < 0.005
+    # Neighbours, which can share a random word, fall independently.
+    zero = y == 0
+    assert abs((zero[:, :-1] & zero[:, 1:]).mean() - 0.01) < 0.001
+
+
+def test_dropout_without_a_key_or_a_rate_is_the_identity():
+    x = jnp.arange(4.0)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+    assert split_key(None, 3) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("init", "variance"),
+    [("bert", 0.02**2), ("fan_in", 1 / 256), ("torch", 1 / (3 * 256)), ("torch_fused", 2 / (256 + 3 * 256))],
+)
+def test_kernels_start_with_the_documented_variance(init, variance):
+    # torch_fused is one third of a [3 * 256, 256] matrix drawn by Xavier: variance 2 / (fan_in + fan_out).
+    kernel = INITS[init](jax.random.key(0), (256, 256), jnp.float32)
+    assert np.var(kernel) == pytest.approx(variance, rel=0.05)
+
+
+def test_linear_starts_as_in_pytorch():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    ours, theirs = Linear(256, 400, "torch", nnx.Rngs(0)), torch.nn.Linear(256, 400)
+    for a, b in ((ours.kernel, theirs.weight), (ours.bias, theirs.bias)):
+        assert float(a[...].std()) == pytest.approx(float(b.detach().std()), rel=0.1)
+        assert float(abs(a[...]).max()) == pytest.approx(float(b.detach().abs().max()), rel=0.02)
