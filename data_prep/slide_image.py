@@ -25,7 +25,7 @@ TILE = 256
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.16]], np.float32)
 # The amounts of stain that areas are drawn to, whatever they contain.
 _TARGET_H, _TARGET_E = (0.12, 0.34), (0.18, 0.46)
-_OWN = 0.2  # the share of an area's own colour that is kept, so that fat stays paler than a lymph follicle
+_OWN = 0.12  # the share of an area's own colour that is kept, so that fat stays paler than a lymph follicle
 
 
 def render(layout: Layout, rng: np.random.Generator) -> np.ndarray:

@@ -33,7 +33,7 @@ from data_prep.layout import CONCEPTS, TUMORS, Layout, plan, rings
 from data_prep.reports import case_facts, class_prompts, grounding_texts, write_report
 from data_prep.slide_image import MPP, render, write_slide
 
-EDITION = 4  # raise when the same seed gives other slides, so that old and new are never mixed in one folder
+EDITION = 5  # raise when the same seed gives other slides, so that old and new are never mixed in one folder
 _COLORS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
