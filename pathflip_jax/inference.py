@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -126,7 +125,7 @@ class Predictor:
         """Encode several bags of patch indices [R, S] in one padded call; arrays come back as NumPy, still padded."""
         rows = bucket(max(s.shape[0] for s in slots))
         columns = bucket(max(s.shape[1] for s in slots))
-        patches = np.zeros((len(slots), rows, columns, features[0].shape[1]), np.float16)
+        patches = np.zeros((bucket(len(slots)), rows, columns, features[0].shape[1]), features[0].dtype)
         mask = np.zeros(patches.shape[:3], bool)
         for i, (x, index) in enumerate(zip(features, slots, strict=True)):
             valid = index >= 0
@@ -149,8 +148,7 @@ class Predictor:
             for members in sizes.values():
                 for first in range(0, len(members), batch_size):
                     batch = members[first : first + batch_size]
-                    filled = batch + [batch[0]] * (bucket(len(batch)) - len(batch))  # few batch sizes compile
-                    encoding = self._encode([window[i].features for i in filled], [window[i].slots for i in filled])
+                    encoding = self._encode([window[i].features for i in batch], [window[i].slots for i in batch])
                     for row, i in enumerate(batch):
                         regions = encoding.regions[row, : len(window[i].slots)]
                         found[i] = Embedding(window[i].slide_id, encoding.slide[row], regions, window[i].grid)
@@ -218,13 +216,13 @@ class Predictor:
                     f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
                     "import it with --patch-size, or ground with method 'region'"
                 )
-            windows = maps.window_regions(
-                lambda slots: self._encode([bag.features], slots), slide.coords, slide.patch_size, window, context
-            )
+            slots = maps.window_slots(slide.coords, slide.patch_size, window)
+            encode_windows = maps.window_slides if method == "slide" else maps.window_regions
+            windows = encode_windows(lambda index: self._encode([bag.features] * len(index), index), slots, context)
             if method == "patch":
                 scores = maps.log_ratio(self._attend(text, windows))
             else:
-                scores = self._similarity(text, windows)
+                scores = _cosine(text, self._alone(windows) if method == "similarity" else windows)
         return Grounding(
             slide_id=slide.slide_id,
             texts=texts,
@@ -248,19 +246,21 @@ class Predictor:
         _, weights = _text_region_attention(self.model, queries, keys, np.arange(size)[None] < count)
         return np.asarray(weights, np.float32)[0, : len(texts), :count]
 
-    def _similarity(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
-        """The cosine of each text with its text-conditioned embedding of each region alone [C, R].
+    def _alone(self, regions: np.ndarray) -> np.ndarray:
+        """The text-conditioned embedding of each region as the only one of its slide [R, D].
 
         One region takes all the attention whatever the text, so the embedding is the same for every text.
         """
         size = bucket(len(regions))
         keys = np.zeros((size, 1, regions.shape[1]), np.float32)
         keys[: len(regions), 0] = regions
-        alone, _ = _text_region_attention(self.model, jnp.zeros_like(keys), keys, np.ones((size, 1), bool))
-        alone = np.asarray(alone, np.float32)[: len(regions), 0]
-        alone /= np.maximum(np.linalg.norm(alone, axis=1, keepdims=True), 1e-12)
-        texts = texts / np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-12)
-        return texts @ alone.T
+        pooled, _ = _text_region_attention(self.model, np.zeros_like(keys), keys, np.ones((size, 1), bool))
+        return np.asarray(pooled, np.float32)[: len(regions), 0]
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+    return a @ b.T
 
 
 def load(path, which: str | int = "best") -> Predictor:
@@ -281,9 +281,7 @@ def read_slide(path, slide_id: str | None = None) -> SlideFeatures:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix.lower() in SLIDE_FILES:
-        raise ValueError(
-            f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records"
-        )
+        raise ValueError(f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records")
     if not path.is_dir() and path.suffix != ".tfrecord":
         return read_features(path)
     records = Records(path if path.is_dir() else [path])

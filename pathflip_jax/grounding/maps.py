@@ -8,6 +8,9 @@ differ in how they get from one to the other:
 - `patch`: every patch, with its neighbours in a small window, is a region of its own; the text attends to those.
 - `similarity`: the same windows, but each alone before the text: the cosine of the text with the text-conditioned
   embedding of a slide that has only this region. It is the quantity that the region loss pulls (DESIGN section 4).
+- `cosine`: the cosine of the text with the window's region embedding, past the text-region attention.
+- `slide`: every window is a slide of its own; the cosine of the text with its slide embedding. It needs no region
+  loss at all, and so is the fair map of a model that was trained without one.
 
 The first three are logarithms of attention over its uniform value: 0 means "no more than anywhere else".
 """
@@ -18,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
-METHODS = ("region", "attention", "patch", "similarity")
+METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
 DEFAULT_METHOD = "similarity"
 WINDOW = 3
 CONTEXT = 256  # windows that go through the region transformer together
@@ -51,13 +54,12 @@ def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int)
     return np.where(found == len(coords), -1, found).astype(np.int32)
 
 
-def window_regions(encode, coords, patch_size, window: int, context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
-    """The region embedding of each patch's window.
+def window_regions(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
+    """The region embedding of each window.
 
     `encode` takes patch indices [B, R, S] and gives a `SlideEncoding`. Windows that are encoded together stand far
     apart (every n-th), so that each pass sees the whole slide as its context, whatever its size.
     """
-    slots = window_slots(coords, patch_size, window)  # [N, S]
     passes = -(-len(slots) // context)
     length = -(-len(slots) // passes)
     padded = np.full((length * passes, slots.shape[1]), -1, np.int32)
@@ -65,6 +67,12 @@ def window_regions(encode, coords, patch_size, window: int, context: int = CONTE
     strided = padded.reshape(length, passes, -1)  # window i is in pass i % passes
     regions = [encode(strided[None, :, i]).regions[0, :length] for i in range(passes)]
     return np.stack(regions, axis=1).reshape(length * passes, -1)[: len(slots)]
+
+
+def window_slides(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
+    """The slide embedding of each window taken for a slide of one region; `context` windows share a call."""
+    parts = [slots[first : first + context] for first in range(0, len(slots), context)]
+    return np.concatenate([encode(part[:, None]).slide[: len(part)] for part in parts])
 
 
 def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):

@@ -37,12 +37,26 @@ def test_window_regions_come_back_in_the_order_of_patches(context):
         means = np.stack([values[s[s >= 0]].mean(0) if (s >= 0).any() else np.zeros(3) for s in slots[0]])
         return SimpleNamespace(regions=np.pad(means, ((0, 5), (0, 0)))[None])  # padded, as the real one is
 
-    found = maps.window_regions(encode, GRID, 256, 3, context)
     slots = maps.window_slots(GRID, 256, 3)
+    found = maps.window_regions(encode, slots, context)
     assert found == pytest.approx(np.stack([values[s[s >= 0]].mean(0) for s in slots]))
     assert sorted(np.concatenate(passes)) == list(range(len(GRID)))
     if context == 7:  # every pass reaches over the whole slide
         assert all(np.ptp(GRID[p, 1]) >= 3 * 256 for p in passes)
+
+
+@pytest.mark.parametrize("context", [1, 8, 1000])
+def test_window_slides_come_back_in_the_order_of_patches(context):
+    values = np.random.default_rng(0).normal(size=(len(GRID), 3))
+
+    def encode(slots):
+        assert slots.shape[0] <= context and slots.shape[1] == 1
+        means = np.stack([values[s[0][s[0] >= 0]].mean(0) for s in slots])
+        return SimpleNamespace(slide=np.pad(means, ((0, 3), (0, 0))))
+
+    slots = maps.window_slots(GRID, 256, 3)
+    expected = np.stack([values[s[s >= 0]].mean(0) for s in slots])
+    assert maps.window_slides(encode, slots, context) == pytest.approx(expected)
 
 
 def test_spread_and_shares():

@@ -1,0 +1,182 @@
+"""Inference: padding and order change nothing, maps follow their patches, wrong input is named."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.regions import cut_regions
+
+from pathflip_jax.grounding import maps
+from pathflip_jax.inference import Predictor, bucket, region_slots
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP
+
+CONFIG = PathFLIPConfig(
+    feature_dim=12, embed_dim=16, hidden=24, layers=2, heads=2, intermediate=32, num_queries=3, vocab_size=60,
+    max_positions=40, region_heads=2, text_region_heads=2, init="fan_in",
+)  # fmt: skip
+WORDS = "tumor necrosis gland fat no invasion of stroma with mucin".split()
+
+
+class Words:
+    """A tokenizer of ten words: [CLS] 1, [SEP] 2, the words from 3 on."""
+
+    def encode(self, texts, max_length):
+        return [np.array([1, *(3 + WORDS.index(w) for w in t.split()), 2], np.int32)[:max_length] for t in texts]
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    data = {"cut": "grid", "edge_um": 512.0, "encoder": "descriptor", "caption_length": 32}
+    return Predictor(PathFLIP(CONFIG, nnx.Rngs(0)), {"data": data}, Words(), name="runs/tiny")
+
+
+def make_slide(columns=9, rows=6, seed=0, **changes):
+    """Patches of 256 pixels at 0.5 um in no order, with holes: regions of 4 x 4 patches."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2)
+    coords = (rng.permutation(grid)[: int(0.8 * len(grid))] * 256).astype(np.int32)
+    values = {
+        "slide_id": f"S{seed}", "case_id": f"P{seed}", "coords": coords, "patch_size": 256, "mpp": 0.5,
+        "features": rng.normal(size=(len(coords), 12)).astype(np.float32),
+        "width": columns * 256, "height": rows * 256, "encoder": "descriptor",
+    }  # fmt: skip
+    return SlideFeatures(**(values | changes))
+
+
+def exactly(predictor, slide):
+    """The model's own answer for a slide without any padding but that of unequal regions."""
+    regions = cut_regions(slide, cut="grid", edge_um=512.0)
+    slots = region_slots(regions.order, regions.rows)
+    patches = jnp.asarray(slide.features[slots])[None]
+    return slots, predictor.model.encode_slides(patches, jnp.asarray(slots >= 0)[None], attention=True)
+
+
+@given(st.integers(1, 100_000))
+def test_buckets_hold_and_waste_little(n):
+    assert n <= bucket(n) <= max(1.5 * n, 1)
+    assert len({bucket(i) for i in range(1, 1025)}) <= 20
+
+
+def test_region_slots_keep_every_patch_once():
+    order, rows = np.array([4, 2, 0, 1, 3, 5]), np.array([0, 2, 5, 6])
+    assert region_slots(order, rows).tolist() == [[4, 2, -1], [0, 1, 3], [5, -1, -1]]
+
+
+def test_padding_to_buckets_changes_nothing(predictor):
+    slide = make_slide(17, 5)
+    slots, expected = exactly(predictor, slide)
+    found = predictor.encode_slide(slide)
+    assert slots.shape[0] < bucket(slots.shape[0]) and slots.shape[1] < bucket(slots.shape[1]), "nothing was padded"
+    assert found.slide == pytest.approx(np.asarray(expected.slide[0]), abs=1e-5)
+    assert found.regions == pytest.approx(np.asarray(expected.regions[0]), abs=1e-5)
+    assert found.grid.shape == (len(found.regions), 2)
+
+
+def test_batches_come_back_in_order(predictor):
+    slides = [make_slide(columns, rows, seed) for seed, (columns, rows) in enumerate([(9, 6), (3, 3), (9, 7), (5, 5)])]
+    together = list(predictor.encode_slides(iter(slides), batch_size=3))
+    assert [e.slide_id for e in together] == ["S0", "S1", "S2", "S3"]
+    for slide, embedding in zip(slides, together, strict=True):
+        alone = predictor.encode_slide(slide)
+        assert embedding.slide == pytest.approx(alone.slide, abs=1e-5)
+        assert embedding.regions == pytest.approx(alone.regions, abs=1e-5)
+
+
+def test_slides_of_a_case_are_one_bag(predictor):
+    one, two = make_slide(seed=1), make_slide(5, 5, seed=2)
+    bag = predictor.bag([one, two])
+    first, second = predictor.bag(one), predictor.bag(two)
+    assert len(bag.slots) == len(first.slots) + len(second.slots)
+    taken = bag.slots[bag.slots >= 0]
+    assert sorted(taken) == list(range(len(one.features) + len(two.features)))
+    last = bag.slots[-1][bag.slots[-1] >= 0]
+    assert np.array_equal(bag.features[last], two.features[second.slots[-1][second.slots[-1] >= 0]])
+    assert predictor.encode_slide([one, two]).regions.shape[0] == len(bag.slots)
+
+
+def test_texts_come_back_in_order_whatever_shares_their_call(predictor):
+    texts = ["tumor", "no invasion of stroma with mucin", "fat", "gland of tumor with necrosis", "necrosis"]
+    together = predictor.encode_text(texts, batch_size=2)
+    for text, row in zip(texts, together, strict=True):
+        tokens = Words().encode([text], 99)[0]
+        inputs = [jnp.asarray(x, jnp.int32)[None, None] for x in (tokens, np.ones(len(tokens)), np.arange(len(tokens)))]
+        expected = predictor.model.encode_texts(*inputs, jnp.zeros((1, 1), jnp.int32))[0, 0]
+        assert row == pytest.approx(np.asarray(expected), abs=1e-5)
+    assert predictor.encode_text("fat").shape == (1, 16)
+
+
+@pytest.mark.parametrize("method", maps.METHODS)
+def test_maps_follow_their_patches(predictor, method):
+    """The same slide with its patches in another order has the same map in that order."""
+    slide = make_slide()
+    order = np.random.default_rng(3).permutation(len(slide.coords))
+    shuffled = make_slide(features=slide.features[order], coords=slide.coords[order])
+    texts = ["tumor", "fat of stroma"]
+    found = predictor.ground(slide, texts, method=method, context=1000)
+    again = predictor.ground(shuffled, texts, method=method, context=1000)
+    assert found.patch_scores.shape == (2, len(slide.coords)) and found.texts == tuple(texts)
+    assert again.patch_scores == pytest.approx(found.patch_scores[:, order], abs=2e-5)
+    assert np.ptp(found.patch_scores, axis=1).min() > 1e-4
+    assert np.abs(found.patch_scores[0] - found.patch_scores[1]).max() > 1e-4
+
+
+def test_region_and_attention_maps_are_the_models_own(predictor):
+    slide = make_slide()
+    slots, encoding = exactly(predictor, slide)
+    text = predictor.encode_text(["tumor"])
+    _, weights = predictor.model.text_region_attention(text[None], encoding.regions, encoding.region_mask)
+    by_region = np.log(np.asarray(weights[0, 0]) * len(slots))
+    cross = np.asarray(encoding.region_attention[0]).mean((0, 1))  # [R, S]
+    region_map = predictor.ground(slide, "tumor", method="region")
+    refined = predictor.ground(slide, "tumor", method="attention")
+    assert region_map.region_scores[0] == pytest.approx(by_region, abs=1e-4)
+    for r, row in enumerate(slots):
+        valid = row >= 0
+        assert region_map.patch_scores[0, row[valid]] == pytest.approx(by_region[r], abs=1e-4)
+        expected = by_region[r] + np.log(cross[r, valid] * valid.sum())
+        assert refined.patch_scores[0, row[valid]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["slide", "similarity", "cosine", "patch"])
+def test_window_maps_equal_patches_encoded_one_by_one(predictor, method):
+    slide = make_slide(4, 3)
+    text = predictor.encode_text(["necrosis"])[0]
+    n = len(slide.features)
+    model = predictor.model
+    if method == "slide":
+        parts = [model.encode_slides(x[None, None, None], jnp.ones((1, 1, 1), bool)).slide[0] for x in slide.features]
+    else:
+        encoding = model.encode_slides(jnp.asarray(slide.features)[None, :, None], jnp.ones((1, n, 1), bool))
+        if method == "patch":
+            _, weights = model.text_region_attention(text[None, None], encoding.regions, encoding.region_mask)
+        parts = list(encoding.regions[0])
+    if method == "similarity":
+        one = jnp.ones((1, 1), bool)
+        parts = [model.text_region_attention(text[None, None], r[None, None], one)[0][0, 0] for r in parts]
+    if method == "patch":
+        expected = np.log(np.asarray(weights[0, 0]) * n)
+    else:
+        expected = [np.dot(text, p) / np.linalg.norm(text) / np.linalg.norm(p) for p in map(np.asarray, parts)]
+    found = predictor.ground(slide, "necrosis", method=method, window=1, context=1000)
+    assert found.patch_scores[0] == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_a_slide_of_the_wrong_encoder_is_refused(predictor):
+    with pytest.raises(ValueError, match=r"S0.*'other'.*'descriptor'"):
+        predictor.encode_slide(make_slide(encoder="other"))
+    with pytest.raises(ValueError, match=r"S0.*5 wide.*12"):
+        predictor.encode_slide(make_slide(features=np.zeros((43, 5), np.float32)))
+    predictor.encode_slide(make_slide(encoder=""))  # a file that does not say is taken at its word
+
+
+def test_what_cannot_be_grounded_is_refused(predictor):
+    with pytest.raises(ValueError, match=r"S0.*coordinates"):
+        predictor.ground(make_slide(coords=None), "tumor")
+    with pytest.raises(ValueError, match=r"'magic' is none of region"):
+        predictor.ground(make_slide(), "tumor", method="magic")
+    with pytest.raises(ValueError, match=r"no words: '  '"):
+        predictor.ground(make_slide(), ["tumor", "  "])
