@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep.jobs import Job, Outcome, import_slide, prepare_slide, region_cut, try_encoder
 from data_prep.pool import run_each
-from data_prep.tiling import SLIDE_SUFFIXES
+from data_prep.tiling import SLIDE_SUFFIXES, one_per_series
 from pathflip_jax.data.features import find_feature_files, slide_id_of
 from pathflip_jax.data.index import check_cohort, index_path, read_index
 from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
@@ -269,8 +269,8 @@ class _Build:
         unknown = [info.slide_id for info in infos if info.cut == "grid" and not info.mpp]
         if unknown:
             self.notes.append(
-                f"{len(unknown)} slides do not tell their mpp ({some(unknown)}): their regions are 16 patches wide, "
-                "whatever that is in micrometres; pass --mpp where it is known"
+                f"slides that do not tell their mpp: {len(unknown)} ({some(unknown)}); their regions are 16 patches "
+                "wide, whatever that is in micrometres; pass --mpp where it is known"
             )
         if whole and infos and (self.done or not (self.out / "manifest.json").exists()):
             finish_folder(self.out, edge_um=self.settings["edge_um"])
@@ -291,6 +291,7 @@ def _slide_files(slides: Path | str | Sequence[Path | str]) -> dict[str, Path]:
         paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
         if not paths:
             raise FileNotFoundError(f"{slides}: no slides in it or below ({' '.join(SLIDE_SUFFIXES)})")
+        paths = one_per_series(paths)
     else:
         paths = [Path(slides)] if isinstance(slides, (str, Path)) else [Path(path) for path in slides]
         absent = [path for path in paths if not path.is_file()]
@@ -326,7 +327,7 @@ def _cases(slide_ids: Sequence[str], table: Path | str | None, notes: list[str])
         )
     absent = [slide for slide in slide_ids if slide not in cases]
     if absent:
-        notes.append(f"{len(absent)} slides are not in {table} ({some(absent)}): their ids name their cases")
+        notes.append(f"slides that are not in {table}: {len(absent)} ({some(absent)}); their ids name their cases")
     return cases
 
 
@@ -352,11 +353,11 @@ def _claim(out: Path, settings: dict[str, Any], cases: dict[str, str]) -> None:
     ]
     if set(cases) != set(slides):
         new, gone = sorted(set(cases) - set(slides)), sorted(set(slides) - set(cases))
-        changed += [f"{len(new)} more slides ({some(new)})"] if new else []
-        changed += [f"{len(gone)} slides fewer ({some(gone)})"] if gone else []
+        changed += [f"slides added: {len(new)} ({some(new)})"] if new else []
+        changed += [f"slides gone: {len(gone)} ({some(gone)})"] if gone else []
     elif cases != slides:
         moved = [slide for slide in cases if cases[slide] != slides[slide]]
-        changed.append(f"the cases of {len(moved)} slides ({some(moved)})")
+        changed.append(f"slides with another case: {len(moved)} ({some(moved)})")
     if changed:
         raise ValueError(
             f"{out} was begun with other settings or slides: {'; '.join(changed)}. Give what it was begun with, or "

@@ -127,6 +127,27 @@ def _level0_mpp(path: Path, properties, assume_mpp: float | None) -> float:
     )
 
 
+def one_per_series(paths: list[Path]) -> list[Path]:
+    """The paths without the further files of a DICOM slide: OpenSlide opens all of a series by any one of them.
+
+    Archives keep a series of several .dcm in a folder; the first file stands for it. A file that does not open stays,
+    for its own error.
+    """
+    seen, kept = set(), []
+    for path in paths:
+        if path.suffix.lower() == ".dcm":
+            try:
+                with openslide.OpenSlide(path) as image:
+                    series = (path.parent, image.properties.get("dicom.SeriesInstanceUID", path.name))
+            except openslide.OpenSlideError:
+                series = (path.parent, path.name)
+            if series in seen:
+                continue
+            seen.add(series)
+        kept.append(path)
+    return kept
+
+
 class Tiles(NamedTuple):
     """Where the patches of a slide lie and how they are read.
 

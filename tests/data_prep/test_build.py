@@ -193,11 +193,11 @@ def test_changed_settings_or_slides_are_refused(slides, whole, tmp_path):
     before = _bytes(out)
     with pytest.raises(ValueError, match=r"patch_size 64, now 128.*another --out"):
         prepare(slides, out, **SMALL | {"patch_size": 128})
-    with pytest.raises(ValueError, match=r"1 slides fewer \(S4\)"):
+    with pytest.raises(ValueError, match=r"slides gone: 1 \(S4\)"):
         prepare([slides / f"S{number}.tiff" for number in range(4)], out, **SMALL)
     table = tmp_path / "slides.csv"
     table.write_text("slide_id,patient_id\nS1,P1\n")
-    with pytest.raises(ValueError, match=r"the cases of 1 slides \(S1\)"):
+    with pytest.raises(ValueError, match=r"slides with another case: 1 \(S1\)"):
         prepare(slides, out, slides_table=table, **SMALL)
     assert _bytes(out) == before
     (out / "plan.json").unlink()
@@ -240,7 +240,7 @@ def test_cases_come_from_the_table_or_the_id(slides, tmp_path):
     report = prepare(folder, tmp_path / "records", slides_table=table, **SMALL)
     cases = {info.slide_id: info.case_id for info in Records(tmp_path / "records").slides}
     assert cases == dict(zip(names, ("P7", "B", "P8", "TCGA-BB-2222"), strict=True))
-    assert any("2 slides are not in" in note and "B" in note for note in report.notes)
+    assert any("slides that are not in" in note and ": 2 (B" in note for note in report.notes)
     table.write_text("slide_id,patient_id\nX,P1\nY,P2\n")
     with pytest.raises(ValueError, match=r"slides.csv: none of its 2 slide ids .* it has x, y, the slides are A, B"):
         prepare(folder, tmp_path / "other", slides_table=table, **SMALL)
@@ -349,6 +349,15 @@ def test_bare_tensors_are_cut_by_scan(tmp_path):
     records = Records(tmp_path / "records")
     assert records.cut == "scan" and records.slides[0].region_rows.tolist() == [0, 256, 300]
     assert any("no coordinates" in note for note in report.notes)
+
+
+@needs_real
+def test_files_of_one_dicom_series_are_one_slide(tmp_path):
+    for name in ("a.dcm", "b.dcm"):
+        shutil.copyfile(REAL / "slides/highdicom_sm_image.dcm", tmp_path / name)
+    (tmp_path / "c.dcm").write_text("not a slide")
+    report = prepare(tmp_path, tmp_path / "records", workers=1)
+    assert [failure.slide for failure in report.failed] == ["a", "c"]  # a is glass
 
 
 @needs_real

@@ -123,7 +123,7 @@ def test_descriptor_tells_the_tissues_of_the_cohort_apart(tmp_path):
 
     from data_prep.synthetic import generate
 
-    cohort = generate(tmp_path, slides=40, seed=5, workers=2, progress=False)
+    cohort = generate(tmp_path, slides=24, seed=5, workers=2, progress=False, size=1024)
     rows = {"train": ([], []), "test": ([], [])}
     for number, file in enumerate(sorted(cohort.glob("*.tiff"))):
         slide = openslide.OpenSlide(file)
