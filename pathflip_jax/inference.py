@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import Records
-from pathflip_jax.data.regions import cut_regions
+from pathflip_jax.data.regions import EDGE_UM, cut_regions
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.model.pathflip import SlideEncoding
@@ -87,7 +87,8 @@ class Predictor:
         data = config.get("data", {})
         self.encoder = data.get("encoder") or ""
         self.cut = data.get("cut") or "grid"
-        self.edge_um = float(data.get("edge_um") or 2048.0)
+        self.edge_um = float(data.get("edge_um") or EDGE_UM)
+        self.edge_px = data.get("edge_px")
         self.caption_length = int(data.get("caption_length") or 384)
 
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> Bag:
@@ -109,9 +110,7 @@ class Predictor:
                     f"slide {slide.slide_id}: features come from {slide.encoder!r}, {self.name or 'the model'} was "
                     f"trained on {self.encoder!r}; features of two encoders share no space, extract them again"
                 )
-            if len(slide.features) == 0:
-                raise ValueError(f"slide {slide.slide_id}: no patches, so there is nothing to encode; leave it out")
-            regions = cut_regions(slide, cut=self.cut, edge_um=self.edge_um)
+            regions = cut_regions(slide, cut=self.cut, edge_um=self.edge_um, edge_px=self.edge_px)
             cut = region_slots(regions.order, regions.rows)
             slots.append(np.where(cut >= 0, cut + start, -1))
             grids.append(regions.grid)

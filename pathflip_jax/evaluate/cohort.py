@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records
-from pathflip_jax.data.text import SlideText, read_slide_table, read_texts
+from pathflip_jax.data.text import SlideText, match_texts, read_slide_table, read_texts, some
 
 
 class Cohort(NamedTuple):
@@ -35,21 +36,18 @@ class Cohort(NamedTuple):
 
 def patient_of(row: dict) -> str:
     """The patient of a row of the slide table; a slide with no patient named is one by itself."""
-    return row.get("patient_id") or row.get("case_id") or row["slide_id"]
+    return row["patient_id"] or row["slide_id"]
 
 
 def read_cohort(records, slides, split: str) -> Cohort:
     """Read the slides of one split, ready to score.
 
-    Raises ValueError for a split with no slides, a slide listed twice, and slides of which there are no records; what
-    makes a score optimistic but not meaningless (patients on both sides of the split) is a warning of the report.
+    Raises ValueError for a split with no slides and for slides of which there are no records; what makes a score
+    optimistic but not meaningless (patients on both sides of the split) is a warning of the report.
     """
     table = read_slide_table(slides)
-    twice = [slide for slide, count in Counter(row["slide_id"] for row in table).items() if count > 1]
-    if twice:
-        raise ValueError(f"{slides}: {_some(twice)} listed more than once; a slide counts once, remove the others")
-    splits = Counter(row.get("split") or "" for row in table)
-    rows = [row for row in table if (row.get("split") or "") == split]
+    splits = Counter(row["split"] for row in table)
+    rows = [row for row in table if row["split"] == split]
     if not rows:
         found = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(splits.items()))
         raise ValueError(f"{slides}: no slide is in split {split!r}; the splits are {found}")
@@ -58,16 +56,16 @@ def read_cohort(records, slides, split: str) -> Cohort:
     unknown = [row["slide_id"] for row in rows if row["slide_id"] not in known]
     if unknown:
         raise ValueError(
-            f"{slides}: {_some(unknown)} of split {split!r} not among the {len(known)} slides of the records; "
+            f"{slides}: {some(unknown)} of split {split!r} not among the {len(known)} slides of the records; "
             "prepare them, or take them out of the table (a score over the rest would hide them)"
         )
-    train = [row for row in table if (row.get("split") or "") == "train" and split != "train"]
+    train = [row for row in table if row["split"] == "train" and split != "train"]
     patients = [patient_of(row) for row in rows]
     warnings = []
-    shared = sorted(set(patients) & {patient_of(row) for row in table if (row.get("split") or "") not in (split, "")})
+    shared = sorted(set(patients) & {patient_of(row) for row in table if row["split"] not in (split, "")})
     if shared:
         warnings.append(
-            f"{len(shared)} patients of split {split!r} have slides in other splits too ({_some(shared)}): "
+            f"{len(shared)} patients of split {split!r} have slides in other splits too ({some(shared)}): "
             "the scores below are too good"
         )
     if split == "train":
@@ -76,28 +74,29 @@ def read_cohort(records, slides, split: str) -> Cohort:
         records,
         [row["slide_id"] for row in rows],
         patients,
-        [row.get("label") or None for row in rows],
+        [row["label"] or None for row in rows],
         train,
         warnings,
     )
 
 
 def read_pairs(path, cohort: Cohort) -> list[SlideText]:
-    """The texts of the cohort's slides; a text of several slides counts when all of them are in the split.
+    """The texts of the cohort's slides; a text of a case is of those of its slides that the split holds.
 
-    Raises ValueError when the table has no text for any slide.
+    Raises ValueError when the table has no text for any slide of the split.
     """
-    chosen = set(cohort.slide_ids)
-    texts = read_texts(path)
-    pairs = [text for text in texts if chosen.issuperset(text.slide_ids)]
+    infos, chosen = cohort.records.slides, set(cohort.slide_ids)
+    texts = match_texts(read_texts(path), [info.slide_id for info in infos], [info.case_id for info in infos])
+    kept = [(text, tuple(slide for slide in text.slide_ids if slide in chosen)) for text in texts]
+    pairs = [replace(text, slide_ids=slides) for text, slides in kept if slides]
     if not pairs:
         raise ValueError(
-            f"{path}: none of its {len(texts)} texts belongs to the split's slides; its ids look like "
-            f"{_some([t.slide_ids[0] for t in texts])}, the slides' like {_some(cohort.slide_ids)}"
+            f"{path}: none of its texts belongs to a slide of the split; its ids are such as "
+            f"{some(slide for text in texts for slide in text.slide_ids)}, the split's {some(cohort.slide_ids)}"
         )
     silent = sorted(chosen - {slide for text in pairs for slide in text.slide_ids})
     if silent:
-        cohort.warnings.append(f"{len(silent)} slides have no text and are left out of retrieval ({_some(silent)})")
+        cohort.warnings.append(f"{len(silent)} slides have no text and are left out of retrieval ({some(silent)})")
     return pairs
 
 
@@ -105,13 +104,8 @@ def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
     """The class number of each slide. Raises ValueError for slides with no label, and labels with no prompts."""
     bare = [slide for slide, label in zip(cohort.slide_ids, cohort.labels, strict=True) if label is None]
     if bare:
-        raise ValueError(f"slide table: {_some(bare)} without a label; fill the column `label` or leave --prompts out")
+        raise ValueError(f"slide table: {some(bare)} without a label; fill the column `label` or leave --prompts out")
     foreign = sorted(set(cohort.labels) - set(classes))
     if foreign:
-        raise ValueError(f"{prompts}: no class for the labels {_some(foreign)}; its classes are {', '.join(classes)}")
+        raise ValueError(f"{prompts}: no class for the labels {some(foreign)}; its classes are {', '.join(classes)}")
     return np.array([classes.index(label) for label in cohort.labels])
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    listed = ", ".join(str(name) for name in names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

@@ -4,7 +4,6 @@ The figures are worth what their protocol is worth: the split is the table's, no
 anything, intervals draw patients, and every figure stands beside what knows nothing (DESIGN section 8).
 """
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathflip_jax.evaluate.summary import DIRECTIONS, Outcome, Tasks
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.outlines import read_outlines
 from pathflip_jax.inference import Predictor, load
+from pathflip_jax.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def evaluate(
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
         for kind, slide_id in _examples(outcomes[0].aucs, list(tasks.truth)).items():
             pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
-    history = _history(folders[0])
+    history = read_metrics(Path(folders[0]) / METRICS)  # empty for a converted checkpoint
     if (curves := figures.training_curves(history)) is not None:
         pictures["training"] = curves
     for warning in cohort.warnings:
@@ -210,14 +210,6 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
         notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
     )
-
-
-def _history(folder) -> list[dict]:
-    """The training metrics of a run, if it was trained here (a converted checkpoint was not)."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _rank_rows(names, outcomes: list[Outcome], pairs, patients) -> list[dict]:
