@@ -30,6 +30,8 @@ from pathflip_jax.stage import Params, Stage, alignment, make_step
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
 SLIDES_PER_TEXT_GROUP = (4, 2, 1)
+RECALLS = (1, 5)
+MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {
     "mesh": ("data", "fsdp"),
@@ -59,6 +61,12 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     the cure; FloatingPointError when the loss is no longer a number.
     """
     settings.require(config)
+    losses = [f"loss_{part}" for part in ("slide", "region") if config.loss[f"{part}_weight"]]
+    measured = [VALIDATION + name for name in (*MEASURED, *losses)]
+    if config.train.select not in measured:
+        raise ValueError(f"train.select={config.train.select!r}: choose one of {', '.join(measured)}")
+    if not losses:
+        raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
     workdir = Path(workdir).resolve()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
@@ -196,7 +204,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         slides, captions, cases = (np.concatenate(x) for x in (slides, captions, cases))
         both = [rank(slides, captions, cases), rank(captions, slides, cases)]
-        for k in (1, 5):
+        for k in RECALLS:
             scores[f"recall_at_{k}"] = float(np.mean([recall(ranks, k).mean() for ranks in both]))
         scores["mean_reciprocal_rank"] = float(np.mean([(1 / expected_rank(ranks)).mean() for ranks in both]))
         return {VALIDATION + name: value for name, value in scores.items()}
@@ -387,8 +395,6 @@ example:
 
 
 def _better(scores: dict[str, float], best: dict | None, select: str) -> bool:
-    if select not in scores:
-        raise ValueError(f"train.select={select!r} is not measured; choose one of {', '.join(sorted(scores))}")
     if best is None:
         return True
     return scores[select] < best["value"] if "loss" in select else scores[select] > best["value"]

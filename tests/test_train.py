@@ -1,0 +1,210 @@
+"""Whole runs on a tiny cohort: stopped, killed and damaged runs end as the undisturbed one, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from pathflip_jax import checkpoint, settings, train
+from pathflip_jax.checkpoint import load_run
+from pathflip_jax.metrics import MetricsWriter, read_metrics
+from pathflip_jax.model.pathflip import flatten
+from pathflip_jax.stage import alignment
+
+SMALL = [
+    "--config.train.batch_size=4", "--config.data.regions=2", "--config.data.patch_slots=4", "--config.model.hidden=16",
+    "--config.model.layers=1", "--config.model.embed_dim=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The runs here share their compiled steps, as restarted runs do with a compilation cache."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.5)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+@pytest.fixture(scope="module")
+def options(tiny_cohort):
+    """A run of 4 steps that validates and saves after 2 and 4."""
+    return ["--config", "demo:smoke", *tiny_cohort.settings(), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def straight(options, tmp_path_factory):
+    """The undisturbed run."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    assert train.main([*options, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def arrays(workdir, step):
+    """Every number of a checkpoint as bytes."""
+    import orbax.checkpoint as ocp
+
+    folder, found = workdir / "checkpoints" / str(step), {}
+    for item in ("params", "opt_state"):
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            shapes = reader.handler.metadata(folder / item)
+            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for n, x in shapes.items()}
+            restored = reader.restore(folder / item, args=ocp.args.StandardRestore(abstract))
+        found |= {f"{item}/{name}": np.asarray(x).tobytes() for name, x in restored.items()}
+    return found
+
+
+def metrics(workdir):
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{name: x for name, x in row.items() if name != "slides_per_second"} for row in rows]
+
+
+def assert_same_run(found, expected):
+    assert metrics(found) == metrics(expected)
+    mine, theirs = arrays(found, 4), arrays(expected, 4)
+    assert mine.keys() == theirs.keys() and len(theirs) > 100
+    assert [name for name in theirs if mine[name] != theirs[name]] == []
+    assert os.listdir(found / "best") == os.listdir(expected / "best")
+
+
+def test_a_run_leaves_all_that_later_steps_need(straight, tiny_cohort):
+    rows = metrics(straight)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "val/mean_reciprocal_rank" in row] == [2, 4]
+    assert all(0 <= rows[3][f"val/{name}"] <= 1 for name in ("recall_at_1", "recall_at_5", "mean_reciprocal_rank"))
+    model, config, tokenizer = load_run(straight)
+    assert config["data"]["encoder"] == "tiny" and config["data"]["edge_um"] == 64.0 and config["train"]["steps"] == 4
+    assert model.config.feature_dim == 16 and model.config.vocab_size == tokenizer.vocab_size
+    about = json.loads((straight / "checkpoints/4/about/metadata").read_text())
+    manifest = json.loads((tiny_cohort.records / "manifest.json").read_text())
+    assert about["config"]["data"]["hashes"]["records"] == manifest["sha256"] and about["git"]
+    best = max(rows, key=lambda row: (row.get("val/mean_reciprocal_rank", 0), -row["step"]))
+    assert about["best"] == {"step": best["step"], "value": best["val/mean_reciprocal_rank"]}
+    assert os.listdir(straight / "best") == [str(best["step"])]
+    assert len(list((straight / "plots").glob("*.png"))) == 4 and list((straight / "tensorboard").iterdir())
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_path, monkeypatch, capsys):
+    def write_and_stop(self, step, values, write=MetricsWriter.write):
+        write(self, step, values)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    command = [*options, "--workdir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_stop)
+        assert train.main(command) == train.TRY_AGAIN == 75
+    assert "stopped at step 2 of 4" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+    assert train.main(command) == 0
+    assert "going on from step 2" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.filterwarnings("ignore:.*coroutine")  # Orbax leaves them behind when a file is damaged
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(options, straight, tmp_path, capsys):
+    workdir = Path(shutil.copytree(straight, tmp_path / "run"))
+    for path in (workdir / "checkpoints/4/opt_state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert train.main([*options, "--workdir", str(workdir)]) == 0
+    assert "going back to step 2" in capsys.readouterr().out
+    assert_same_run(workdir, straight)
+
+
+def test_another_config_in_the_same_workdir_is_refused(options, straight, tmp_path, tiny_cohort):
+    with pytest.raises(ValueError, match="(?s)holds a run with other settings.*train.seed: 0 in the run, 3 now"):
+        train.main([*options, "--workdir", str(straight), "--config.train.seed=3"])
+    changed = tmp_path / "reports.jsonl"
+    changed.write_text(tiny_cohort.texts.read_text().replace("extensive", "focal"))
+    with pytest.raises(ValueError, match="data.hashes.texts"):
+        train.main([*options, "--workdir", str(straight), f"--config.data.texts={changed}"])
+    assert metrics(straight)[-1]["step"] == 4
+
+
+def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
+    def broken(*_):
+        return lambda params, frozen, opt_state, batch, number: (params, opt_state, {"loss": number * np.nan})
+
+    monkeypatch.setattr(train, "make_step", broken)
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan.*learning_rate"):
+        train.main([*options, "--workdir", str(tmp_path / "run")])
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_frozen_parameter_stays_and_the_rest_learns(options, straight, tmp_path, monkeypatch):
+    def half(config):
+        return alignment(config)._replace(trainable=lambda name: not name.startswith("qformer/"))
+
+    monkeypatch.setattr(train, "alignment", half)
+    assert train.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.accumulate=2"]) == 0
+    config = settings.parse([*options, "--workdir=w"])[0]
+    model = load_run(tmp_path / "run", "latest")[0]
+    places = {name: jax.devices()[0] for name in flatten(model)}
+    places = {name: jax.sharding.SingleDeviceSharding(place) for name, place in places.items()}
+    start = train.initial_params(model.config, "", config.train.seed, places)
+    moved = {name for name, x in flatten(model).items() if not np.array_equal(x, start[name])}
+    assert {name for name in moved if name.startswith("qformer/")} == set()
+    assert {"slide_projection/kernel", "text_region/query/kernel", "logit_scale"} <= moved
+    assert not any("qformer" in name for name in arrays(tmp_path / "run", 4) if name.startswith("opt_state/"))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="batch of 4 slides cannot be cut evenly into 3"):
+        train.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.accumulate=3"])
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("data.split=nightly", "no slide of split 'nightly'"),
+        ("train.select=val/accuracy", "train.select='val/accuracy': choose one of val/recall_at_1"),
+        ("train.batch_size=400", "make no batch of 400"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_named(options, tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        train.main([*options, "--workdir", str(tmp_path / "run"), f"--config.{setting}"])
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_path):
+    """SIGKILL at any moment, in mid-save too: saves after every step, killed at a later moment each time."""
+    more = [*options, "--config.train.steps=12", "--config.train.save_every=1", "--config.train.eval_every=3"]
+    more.append("--config.model.dropout=0.1")
+    command = [sys.executable, "-m", "pathflip_jax.cli", "train", *more, "--workdir"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    assert subprocess.run([*command, str(tmp_path / "straight")], env=environment).returncode == 0
+    killed, started = 0, tmp_path / "run" / "metrics.jsonl"
+    for attempt in range(12):
+        process = subprocess.Popen([*command, str(tmp_path / "run")], env=environment)
+        begin = len(read_metrics(started))
+        while process.poll() is None and len(read_metrics(started)) <= begin:
+            time.sleep(0.01)
+        time.sleep(0.05 * attempt)
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        killed += 1
+    assert subprocess.run([*command, str(tmp_path / "run")], env=environment).returncode == 0
+    assert killed >= 2
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    mine, theirs = arrays(tmp_path / "run", 12), arrays(tmp_path / "straight", 12)
+    assert mine == theirs
+    assert os.listdir(tmp_path / "run/best") == os.listdir(tmp_path / "straight/best")
+    assert checkpoint.load_run(tmp_path / "run", "best")
