@@ -68,11 +68,12 @@ class Slide:
                 f"{self.path}: its pixels cannot be read ({error}, at {x}, {y}, level {level}); the file is damaged or "
                 "was cut short: copy it again"
             ) from None
-        cover = pixels[..., 3:]
-        if cover.min() == 255:
-            return pixels[..., :3]
-        mixed = pixels[..., :3] * (cover / np.float32(255)) + (255 - cover)
-        return np.round(mixed).astype(np.uint8)
+        colour, clear = pixels[..., :3], pixels[..., 3] != 255
+        if clear.any():
+            cover = pixels[clear][:, 3:] / np.float32(255)
+            colour = colour.copy()
+            colour[clear] = np.round(colour[clear] * cover + 255 * (1 - cover))
+        return colour
 
 
 def open_slide(path: Path | str, assume_mpp: float | None = None) -> Slide:
