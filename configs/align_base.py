@@ -30,9 +30,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.subcaptions = 8
     config.data.caption_length = 384
     config.data.subcaption_length = 192
+    config.data.caption_share = 1.0  # of a report's sentences in a training caption, drawn anew; 1: the whole report
     config.data.row_length = 512  # of the rows that texts are packed into
     config.data.text_rows = 0  # rows of a text group; 0: measured on the table
-    config.data.text_groups = 0  # 0: about four slides to a group
+    config.data.text_groups = 0  # 0: up to sixteen slides to a group
     config.data.threads = 16  # reading ahead
     config.data.resident = False  # hold all features in memory: for small cohorts
 

@@ -29,7 +29,7 @@ from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.stage import Params, Stage, alignment, make_step
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
-SLIDES_PER_TEXT_GROUP = (4, 2, 1)
+SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)
 RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
@@ -252,7 +252,7 @@ def open_data(config: ConfigDict, shards: int) -> Data:
     size = config.train.batch_size
     groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
     layout = {"patch_slots": data.patch_slots or None, "text_rows": data.text_rows or None}
-    training = batches(ids[data.split], size, groups, config.train.seed, **layout)
+    training = batches(ids[data.split], size, groups, config.train.seed, caption_share=data.caption_share, **layout)
     layout["patch_slots"] = training.patch_slots
     validation = None
     if ids[data.val_split]:
@@ -284,7 +284,7 @@ def _facts(data: ConfigDict, records, patch_slots: int) -> dict:
 def choose_groups(batch_size: int, pieces: int) -> int:
     """How many text groups to cut a batch into, so that every device has whole groups of every microbatch.
 
-    Four slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
+    Sixteen slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
     ValueError where the batch does not divide.
     """
     for slides in SLIDES_PER_TEXT_GROUP:

@@ -59,6 +59,7 @@ def make_batches(
     row_length: int = 512,
     text_rows: int | None = None,
     text_groups: int = 1,
+    caption_share: float = 1.0,
     seed: int = 0,
     slide_ids: Sequence[str] | None = None,
     process_index: int = 0,
@@ -69,15 +70,18 @@ def make_batches(
     """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
 
     `patch_slots` None takes the most patches that a region has. `text_rows` None measures how many rows of
-    `row_length` the texts of a group take, by drawing them as training will. `resident` holds all features in memory:
-    for small cohorts. Raises ValueError for slides of which there are no records, for texts that match none, and for
-    sizes that do not divide.
+    `row_length` the texts of a group take, by drawing them as training will. A `caption_share` below 1 shows that
+    share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
+    reports are else learned by heart. `resident` holds all features in memory: for small cohorts. Raises ValueError
+    for slides of which there are no records, for texts that match none, and for sizes that do not divide.
     """
     if batch_size % text_groups or text_groups % process_count:
         raise ValueError(
             f"batch_size {batch_size}, text_groups {text_groups}, {process_count} processes: each must be a multiple "
             "of the next, so that every process holds whole groups of slides"
         )
+    if not 0 < caption_share <= 1:
+        raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
     if max(caption_length, subcaption_length) > row_length:
         raise ValueError(
             f"row_length {row_length} holds no text of caption_length {caption_length} and subcaption_length "
@@ -88,8 +92,9 @@ def make_batches(
         raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
     widest = max(int(bag.count.max()) for bag in bags)
     draws = _Draws(
-        batch_size, regions, patch_slots or widest, subcaptions, subcaption_length, row_length, text_groups, seed
-    )
+        batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_length,
+        text_groups, caption_share, seed,
+    )  # fmt: skip
     batches = Batches(records, bags, tokenizer, draws, (process_index, process_count), threads)
     batches.set_text_rows(text_rows)
     if resident:
@@ -104,9 +109,11 @@ class _Draws(NamedTuple):
     regions: int
     patch_slots: int
     subcaptions: int
+    caption_length: int
     subcaption_length: int
     row_length: int
     text_groups: int
+    caption_share: float
     seed: int
 
 
@@ -244,6 +251,13 @@ class Batches:
         draw = draw_given if text.given else draw_merges
         return draw(len(text.pieces), self._draws.subcaptions, rng)
 
+    def _caption(self, text: TokenisedText, rng: np.random.Generator) -> np.ndarray:
+        """The ids of the whole caption, or of a share of its sentences; one with given subcaptions stays whole."""
+        if self._draws.caption_share == 1 or text.given or not self._tokenizer.concatenates:
+            return text.caption
+        kept = rng.permutation(len(text.pieces))[: round(self._draws.caption_share * len(text.pieces)) or 1]
+        return self._tokenizer.wrap(np.concatenate([text.pieces[i] for i in kept]), self._draws.caption_length)
+
     def _subcaption(self, text: TokenisedText, merge: tuple[int, ...], counts: Counter | None = None) -> np.ndarray:
         """The ids of a merge with [CLS] and [SEP]: without its last sentences where it is too long."""
         room = self._draws.subcaption_length - 2
@@ -267,7 +281,7 @@ class Batches:
         for bag, rng in zip(bags, rngs, strict=True):
             text = bag.texts[rng.integers(len(bag.texts)) if len(bag.texts) > 1 else 0]
             merges = self._merges(text, rng)
-            found += [text.caption, *(self._subcaption(text, merge, counts) for merge in merges)]
+            found += [self._caption(text, rng), *(self._subcaption(text, merge, counts) for merge in merges)]
             drawn += [None, *((text, merge) for merge in merges)]
         while True:
             try:

@@ -367,3 +367,22 @@ def test_real_captions_are_packed_tightly(tmp_path):
     lengths = np.array(lengths)
     assert abs(lengths[:, 0].mean() - 222) < 3 and abs(lengths[:, 1:].mean() - 58) < 6  # as counted in DESIGN
     assert made.counts["redrawn"] <= 0.01 * lengths.size
+
+
+def test_a_share_of_the_caption_is_whole_sentences_drawn_anew(cohort):
+    drawn = batches(cohort, caption_share=0.5)
+    captions, kept = {}, {}
+    for step in range(4):
+        batch = drawn.batch(step)
+        for slide, texts in zip(batch.slide, texts_in(batch), strict=True):
+            captions.setdefault(int(slide), set()).add(tuple(texts[0]))
+    for slide, seen in captions.items():
+        (number,) = (int(name[1:]) for name in drawn.slides[slide])
+        sentences = [tuple(ids) for ids in cohort.tokenizer.ids(split_sentences(cohort.texts[number].caption))]
+        kept[slide] = round(0.5 * len(sentences)) or 1
+        chosen = list(itertools.permutations(sentences, kept[slide])) if len(sentences) < 7 else None
+        for caption in seen:
+            assert len(caption) - 2 <= sum(sorted(map(len, sentences))[-kept[slide] :])
+            if chosen:
+                assert caption[1:-1] in {tuple(itertools.chain(*sentences)) for sentences in chosen}
+    assert any(len(seen) > 1 for slide, seen in captions.items() if kept[slide] > 1)
