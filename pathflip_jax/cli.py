@@ -73,6 +73,7 @@ def _prepare(options: argparse.Namespace) -> int:
         mpp=options.mpp,
         assume_mpp=options.assume_mpp,
         min_tissue=options.min_tissue,
+        half=options.half,
         cut=options.cut,
         edge_um=options.edge_um,
         shard=options.shard,
@@ -105,17 +106,19 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _vocabulary(options: argparse.Namespace) -> int:
-    from pathflip_jax.data.text import read_slide_table, read_texts
+    from pathflip_jax.data.text import match_texts, read_slide_table, read_texts
     from pathflip_jax.data.tokens import train_wordpiece
 
     texts = read_texts(options.texts)
     if options.split:
         if not options.slides:
             raise ValueError("--split needs the slide table that names the splits: add --slides slides.csv")
-        wanted = {row["slide_id"] for row in read_slide_table(options.slides) if row.get("split") == options.split}
-        texts = [text for text in texts if wanted.intersection(text.slide_ids)]
-        if not texts:
-            raise ValueError(f"{options.slides}: no slide of split {options.split!r} has a text in {options.texts}")
+        wanted = [row["slide_id"] for row in read_slide_table(options.slides) if row.get("split") == options.split]
+        if not wanted:
+            raise ValueError(
+                f"{options.slides}: no slide of split {options.split!r}; the column says train, val or test"
+            )
+        texts = match_texts(texts, wanted)
     train_wordpiece([text.caption for text in texts], options.out, vocab_size=options.size)
     print(f"{options.out}: a WordPiece vocabulary from {len(texts)} texts")
     return 0
@@ -173,7 +176,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from pathflip_jax.convert.pytorch import export
 
-    export(options.run_folder, options.out, which=options.which)
+    export(options.run_folder, options.out, which=options.which, pt=options.pt)
     print(f"{options.out}: PyTorch weights under the released model's names, with how to load them")
     return 0
 
@@ -247,6 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--mpp", type=float, default=0.5, metavar="UM", help="micrometres per pixel (default 0.5)")
     prepare.add_argument("--assume-mpp", type=float, metavar="UM", help="level-0 mpp of slides that do not say it")
     prepare.add_argument("--min-tissue", type=float, default=0.25, help="tissue share of a patch (default 0.25)")
+    prepare.add_argument("--half", action="store_true", help="encode in half precision (encoders that are networks)")
     _add_records_options(prepare)
 
     importing = _command(
@@ -343,6 +347,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
     export.add_argument("--to", choices=["pytorch"], default="pytorch", help="what to write (default pytorch)")
     export.add_argument("--which", choices=["best", "latest"], default="best", help="checkpoint (default best)")
+    export.add_argument("--pt", action="store_true", help="also write model.pt, for code that reads no safetensors")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     return parser
 
