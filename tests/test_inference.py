@@ -1,14 +1,15 @@
 """Inference: padding and order change nothing, maps follow their patches, wrong input is named."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.regions import cut_regions
-
 from pathflip_jax.grounding import maps
 from pathflip_jax.inference import Predictor, bucket, region_slots
 from pathflip_jax.model.config import PathFLIPConfig
@@ -47,12 +48,21 @@ def make_slide(columns=9, rows=6, seed=0, **changes):
     return SlideFeatures(**(values | changes))
 
 
+@jax.jit
+def encode_slides(model, patches, mask):
+    return model.encode_slides(patches, mask, attention=True)
+
+
+@jax.jit
+def attend(model, texts, regions, mask):
+    return model.text_region_attention(texts, regions, mask)
+
+
 def exactly(predictor, slide):
     """The model's own answer for a slide without any padding but that of unequal regions."""
     regions = cut_regions(slide, cut="grid", edge_um=512.0)
     slots = region_slots(regions.order, regions.rows)
-    patches = jnp.asarray(slide.features[slots])[None]
-    return slots, predictor.model.encode_slides(patches, jnp.asarray(slots >= 0)[None], attention=True)
+    return slots, encode_slides(predictor.model, slide.features[slots][None], (slots >= 0)[None])
 
 
 @given(st.integers(1, 100_000))
@@ -77,7 +87,7 @@ def test_padding_to_buckets_changes_nothing(predictor):
 
 
 def test_batches_come_back_in_order(predictor):
-    slides = [make_slide(columns, rows, seed) for seed, (columns, rows) in enumerate([(9, 6), (3, 3), (9, 7), (5, 5)])]
+    slides = [make_slide(columns, rows, seed) for seed, (columns, rows) in enumerate([(9, 6), (3, 3), (9, 6), (9, 6)])]
     together = list(predictor.encode_slides(iter(slides), batch_size=3))
     assert [e.slide_id for e in together] == ["S0", "S1", "S2", "S3"]
     for slide, embedding in zip(slides, together, strict=True):
@@ -87,7 +97,7 @@ def test_batches_come_back_in_order(predictor):
 
 
 def test_slides_of_a_case_are_one_bag(predictor):
-    one, two = make_slide(seed=1), make_slide(5, 5, seed=2)
+    one, two = make_slide(seed=1), make_slide(3, 3, seed=2)
     bag = predictor.bag([one, two])
     first, second = predictor.bag(one), predictor.bag(two)
     assert len(bag.slots) == len(first.slots) + len(second.slots)
@@ -99,12 +109,13 @@ def test_slides_of_a_case_are_one_bag(predictor):
 
 
 def test_texts_come_back_in_order_whatever_shares_their_call(predictor):
-    texts = ["tumor", "no invasion of stroma with mucin", "fat", "gland of tumor with necrosis", "necrosis"]
+    texts = ["tumor", "no invasion of stroma with mucin", "fat", "necrosis"]
     together = predictor.encode_text(texts, batch_size=2)
+    encode = jax.jit(lambda model, *x: model.encode_texts(*x))
     for text, row in zip(texts, together, strict=True):
         tokens = Words().encode([text], 99)[0]
         inputs = [jnp.asarray(x, jnp.int32)[None, None] for x in (tokens, np.ones(len(tokens)), np.arange(len(tokens)))]
-        expected = predictor.model.encode_texts(*inputs, jnp.zeros((1, 1), jnp.int32))[0, 0]
+        expected = encode(predictor.model, *inputs, jnp.zeros((1, 1), jnp.int32))[0, 0]
         assert row == pytest.approx(np.asarray(expected), abs=1e-5)
     assert predictor.encode_text("fat").shape == (1, 16)
 
@@ -128,7 +139,7 @@ def test_region_and_attention_maps_are_the_models_own(predictor):
     slide = make_slide()
     slots, encoding = exactly(predictor, slide)
     text = predictor.encode_text(["tumor"])
-    _, weights = predictor.model.text_region_attention(text[None], encoding.regions, encoding.region_mask)
+    _, weights = attend(predictor.model, text[None], encoding.regions, encoding.region_mask)
     by_region = np.log(np.asarray(weights[0, 0]) * len(slots))
     cross = np.asarray(encoding.region_attention[0]).mean((0, 1))  # [R, S]
     region_map = predictor.ground(slide, "tumor", method="region")
@@ -148,15 +159,15 @@ def test_window_maps_equal_patches_encoded_one_by_one(predictor, method):
     n = len(slide.features)
     model = predictor.model
     if method == "slide":
-        parts = [model.encode_slides(x[None, None, None], jnp.ones((1, 1, 1), bool)).slide[0] for x in slide.features]
+        one = np.ones((1, 1, 1), bool)
+        parts = [encode_slides(model, x[None, None, None], one).slide[0] for x in slide.features]
     else:
-        encoding = model.encode_slides(jnp.asarray(slide.features)[None, :, None], jnp.ones((1, n, 1), bool))
+        encoding = encode_slides(model, slide.features[None, :, None], np.ones((1, n, 1), bool))
         if method == "patch":
-            _, weights = model.text_region_attention(text[None, None], encoding.regions, encoding.region_mask)
+            _, weights = attend(model, text[None, None], encoding.regions, encoding.region_mask)
         parts = list(encoding.regions[0])
     if method == "similarity":
-        one = jnp.ones((1, 1), bool)
-        parts = [model.text_region_attention(text[None, None], r[None, None], one)[0][0, 0] for r in parts]
+        parts = [attend(model, text[None, None], r[None, None], np.ones((1, 1), bool))[0][0, 0] for r in parts]
     if method == "patch":
         expected = np.log(np.asarray(weights[0, 0]) * n)
     else:

@@ -8,7 +8,8 @@ differ in how they get from one to the other:
 - `patch`: every patch, with its neighbours in a small window, is a region of its own; the text attends to those.
 - `similarity`: the same windows, but each alone before the text: the cosine of the text with the text-conditioned
   embedding of a slide that has only this region. It is the quantity that the region loss pulls (DESIGN section 4).
-- `cosine`: the cosine of the text with the window's region embedding, past the text-region attention.
+- `cosine`: the cosine of the text with the window's region embedding, past the text-region attention. The default:
+  it asks nothing of the attention's own weights, so runs with and without the region loss can be compared by it.
 - `slide`: every window is a slide of its own; the cosine of the text with its slide embedding. It needs no region
   loss at all, and so is the fair map of a model that was trained without one.
 
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
-DEFAULT_METHOD = "similarity"
+DEFAULT_METHOD = "cosine"
 WINDOW = 3
 CONTEXT = 256  # windows that go through the region transformer together
 
