@@ -18,7 +18,7 @@ from pathflip_jax.stage import alignment, loss_and_gradients
 
 B, R, S, F, K, G, L = 16, 3, 4, 16, 2, 16, 12
 CONFIG = PathFLIPConfig(
-    feature_dim=F, embed_dim=16, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=32,
+    feature_dim=F, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=32, num_queries=2, vocab_size=32,
     max_positions=16, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in", dropout=0.1,
 )  # fmt: skip
 

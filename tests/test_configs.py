@@ -50,7 +50,7 @@ def test_align_large_loss_does_not_grow_with_the_batch():
 
 
 def test_groups_divide_over_devices_and_microbatches():
-    assert choose_groups(64, 1) == 16 and choose_groups(64, 32) == 32 and choose_groups(64, 64) == 64
+    assert choose_groups(64, 1) == 4 and choose_groups(64, 32) == 32 and choose_groups(64, 64) == 64
     assert choose_groups(6, 1) == 3 and choose_groups(7, 7) == 7
     with pytest.raises(ValueError, match="batch of 6 slides cannot be cut evenly into 4"):
         choose_groups(6, 4)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from pathflip_jax.data.pipeline import Batch
 
+from pathflip_jax.data.pipeline import Batch
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
@@ -17,7 +17,7 @@ from pathflip_jax.stage import alignment, join, loss_and_gradients, make_step, s
 
 B, R, S, F, K, G, L = 8, 3, 4, 12, 2, 4, 12
 CONFIG = PathFLIPConfig(
-    feature_dim=F, embed_dim=16, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=32,
+    feature_dim=F, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=32, num_queries=2, vocab_size=32,
     max_positions=16, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in", dropout=0.0,
 )  # fmt: skip
 LOSS = LossConfig(normaliser="per_slide")
@@ -76,6 +76,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(params, batch):
     assert float(np.abs(found["text_region/query/kernel"]).max()) > 1e-6
 
 
+@pytest.mark.slow
 def test_accumulated_gradient_with_dropout_is_that_of_the_same_masks(params, batch):
     """Against plain differentiation through all microbatches at once, with the keys that they get."""
     config, accumulate = dataclasses.replace(CONFIG, dropout=0.3), 2
@@ -98,7 +99,7 @@ def test_accumulated_gradient_with_dropout_is_that_of_the_same_masks(params, bat
 
 # Losses and gradient norms of two steps, as first computed, without dropout. They change only where the mathematics
 # does: model, losses, initial values, optimizer, the negatives drawn.
-GOLDEN = ((2.555011, 0.716788, 3.271799, 49.448265), (1.907816, 0.697871, 2.605687, 17.466816))
+GOLDEN = ((3.503737, 0.750727, 4.254465, 61.530602), (2.521703, 0.727075, 3.248778, 27.518646))
 
 
 def test_two_steps_give_the_golden_metrics(params, batch):
