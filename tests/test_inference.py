@@ -16,8 +16,8 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 
 CONFIG = PathFLIPConfig(
-    feature_dim=12, embed_dim=16, hidden=24, layers=2, heads=2, intermediate=32, num_queries=3, vocab_size=60,
-    max_positions=40, region_heads=2, text_region_heads=2, init="fan_in",
+    feature_dim=12, embed_dim=16, hidden=24, layers=1, heads=2, intermediate=32, num_queries=3, vocab_size=60,
+    max_positions=40, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in",
 )  # fmt: skip
 WORDS = "tumor necrosis gland fat no invasion of stroma with mucin".split()
 

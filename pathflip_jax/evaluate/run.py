@@ -43,12 +43,15 @@ def evaluate(
     method: str = maps.DEFAULT_METHOD,
     window: int = maps.WINDOW,
     context: int = maps.CONTEXT,
+    clear: float | None = None,
 ) -> dict:
     """Score a run on a split and write scores.json, CSVs, figures and report.html into `out`.
 
     `texts` scores retrieval, `prompts` zero-shot classification, `grounding` with `outlines` grounding; `images`
     (slide files) adds thumbnails and the mean-colour baselines; `compare_to` is a second run, compared slide by slide.
-    A list of run folders (seeds of one experiment) is scored as their mean, and `compare_to` is then a list too.
+    `method`, `window` and `context` say how to ground (`Predictor.ground`); with `clear` (0 to 0.5) patches that an
+    outline cuts by more than this share of their area do not count. A list of run folders (seeds of one experiment)
+    is scored as their mean, and `compare_to` is then a list too.
     Returns what scores.json holds.
     """
     if (grounding is None) != (outlines is None):
@@ -59,7 +62,7 @@ def evaluate(
     if others and len(others) != len(folders):
         raise ValueError(f"{len(folders)} runs cannot be paired with {len(others)} runs to compare to")
     cohort = read_cohort(records, slides, split)
-    tasks = _read_tasks(cohort, texts, prompts, grounding, outlines)
+    tasks = _read_tasks(cohort, texts, prompts, grounding, outlines, clear)
     labels = None
     if tasks.prompts is not None:
         labels = label_index(cohort, list(tasks.prompts.classes), prompts)
@@ -93,7 +96,10 @@ def evaluate(
         tables["predictions"] = _prediction_rows(folders, outcomes, cohort, names)
     if tasks.concepts is not None:
         by_colour = summary.colour_aucs(cohort, tasks, files, outlines, seed)
-        found["grounding"] = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed) | {"how": how}
+        scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
+        found["grounding"] = scored | {"how": how | {"clear": clear}}
+            "how": how | {"clear": clear}
+        }
         second = Path(others[0]).name if others else None
         pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
@@ -116,7 +122,7 @@ def _as_list(folders) -> list:
     return [folders] if isinstance(folders, str | os.PathLike) else list(folders)
 
 
-def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines) -> Tasks:
+def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear) -> Tasks:
     pairs = read_pairs(texts, cohort) if texts is not None else None
     classes = zero_shot.read_prompts(prompts) if prompts is not None else None
     if concepts is None:
@@ -130,7 +136,7 @@ def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines) -> Tasks:
     if len(outlined) < len(cohort.slide_ids):
         left = len(cohort.slide_ids) - len(outlined)
         cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
-    truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named)) for slide in outlined}
+    truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named), clear) for slide in outlined}
     if not any(inside.any() for inside, _ in truth.values()):
         raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
     return Tasks(pairs, classes, named, truth)

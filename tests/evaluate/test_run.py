@@ -1,0 +1,274 @@
+"""A whole evaluation on a tiny cohort: an oracle must score 1, a real model must leave every file, faults are named."""
+
+import base64
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tifffile
+from flax import nnx
+from sklearn import metrics
+
+from pathflip_jax.checkpoint import save_run
+from pathflip_jax.data.records import Records
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.evaluate import run
+from pathflip_jax.grounding.outlines import Polygon, write_outlines
+from pathflip_jax.inference import Embedding, load
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP
+
+CONFIG = PathFLIPConfig(
+    feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,
+    max_positions=128, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in",
+)  # fmt: skip
+PROMPTS = {"task": "pattern", "classes": {"glandular": ["glands", "many glands"], "solid": ["solid sheets"]}}
+CONCEPTS = {"fat": ["fat at the edge"], "necrosis": ["necrosis", "extensive necrosis"], "mucin": ["mucin"]}
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_cohort, tmp_path_factory):
+    """Beside the cohort: prompts, concepts, outlines (fat left of 192, necrosis in a corner, no mucin), slide files."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    (folder / "concepts.json").write_text(json.dumps(CONCEPTS))
+    (folder / "outlines").mkdir()
+    (folder / "images").mkdir()
+    left = Polygon(np.array([[0, 0], [192, 0], [192, 320], [0, 320], [0, 0]], float))
+    corner = Polygon(np.array([[256, 192], [384, 192], [384, 320], [256, 320], [256, 192]], float))
+    rng = np.random.default_rng(0)
+    for info in Records(tiny_cohort.records).slides:
+        write_outlines(folder / "outlines" / f"{info.slide_id}.geojson", {"fat": [left], "necrosis": [corner]})
+        picture = rng.integers(0, 255, (320, 384, 3), np.uint8)
+        tifffile.imwrite(folder / "images" / f"{info.slide_id}.tiff", picture, tile=(128, 128), photometric="rgb")
+    return SimpleNamespace(
+        folder=folder,
+        inputs={
+            "records": tiny_cohort.records,
+            "slides": tiny_cohort.slides,
+            "texts": tiny_cohort.texts,
+            "prompts": folder / "prompts.json",
+            "grounding": folder / "concepts.json",
+            "outlines": folder / "outlines",
+        },
+        images=folder / "images",
+        cohort=tiny_cohort,
+    )
+
+
+def make_run(folder, cohort, seed):
+    data = {"encoder": "tiny", "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96}
+    save_run(folder, PathFLIP(CONFIG, nnx.Rngs(seed)), {"data": data}, TextTokenizer(cohort.vocabulary))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(setting):
+    first, second = (make_run(setting.folder / f"run{seed}", setting.cohort, seed) for seed in range(2))
+    rows = [{"step": i, "loss": 3.0 / i, "loss_slide": 2.0 / i} | ({"val/recall_at_1": i / 9} if i % 3 == 0 else {})
+            for i in range(1, 9)]  # fmt: skip
+    (first / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return first, second
+
+
+class Oracle:
+    """Knows everything: each slide its own direction in which its caption lies too, its class, its outlines."""
+
+    name, config = "oracle", {}
+
+    def __init__(self, cohort, mirrored=False):
+        self.captions = [json.loads(line) for line in cohort.texts.read_text().splitlines()]
+        self.number = {row["slide_id"]: i for i, row in enumerate(self.captions)}
+        self.mirrored = mirrored
+
+    def encode_slides(self, slides):
+        for slide in slides:
+            direction = np.zeros(50)
+            direction[self.number[slide.slide_id]] = 1
+            direction[40 + self.number[slide.slide_id] % 2] = 0.5
+            yield Embedding(slide.slide_id, direction, np.zeros((1, 50)), np.zeros((1, 2)))
+
+    def encode_text(self, texts):
+        found = np.zeros((len(texts), 50))
+        for row, text in zip(found, texts, strict=True):
+            for number, known in enumerate(self.captions):
+                row[number] = known["caption"] == text
+            row[40], row[41] = "solid" in text, "glands" in text
+        return found
+
+    def ground(self, slide, texts, **_):
+        x, y = (slide.coords + 32).T
+        maps = {"fat": x < 192, "necrosis": (x > 256) & (y > 192), "mucin": x > 1e9}
+        scores = [next(inside for name, inside in maps.items() if name in text) for text in texts]
+        return SimpleNamespace(patch_scores=np.array(scores, float) * (-1 if self.mirrored else 1))
+
+
+def test_an_oracle_scores_one_and_its_opposite_nought(setting, monkeypatch, tmp_path):
+    """Were slides, texts, patches or outlines mixed up anywhere on the way, this would not come out."""
+    oracles = {"right": Oracle(setting.cohort), "wrong": Oracle(setting.cohort, mirrored=True)}
+    monkeypatch.setattr(run, "load", lambda folder: oracles[folder])
+    found = run.evaluate("right", compare_to="wrong", out=tmp_path, images=setting.images, **setting.inputs)
+    assert found["grounding"]["auc"]["value"] == found["grounding"]["auc"]["low"] == 1
+    assert found["grounding"]["auc"]["compared"]["value"] == 0
+    assert found["grounding"]["auc"]["difference"] == {"value": 1, "low": 1, "high": 1}
+    assert 0.35 < found["grounding"]["auc"]["mean_colour"]["value"] < 0.65  # the slides are noise
+    assert [row["concept"] for row in found["grounding"]["per_concept"]] == ["fat", "necrosis"]  # mucin is nowhere
+    zero_shot = found["zero_shot"]["metrics"]
+    assert zero_shot["balanced_accuracy"]["value"] == zero_shot["auc"]["value"] == zero_shot["macro_f1"]["value"] == 1
+    assert zero_shot["balanced_accuracy"]["chance"] == zero_shot["balanced_accuracy"]["majority"] == 0.5
+    for direction in ("slide_to_text", "text_to_slide"):
+        block = found["retrieval"][direction]["all"]
+        assert block["R@1"]["value"] == block["median_rank"]["value"] == 1
+        assert block["gallery"] == 6 and block["R@1"]["chance"] == pytest.approx(
+            (4 / 6 + 2 / 5 - 4 / 6 + 4 / 6) / 6, abs=0.2
+        )
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and whether its tags are balanced."""
+
+    VOID = {"meta", "img", "br", "hr", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.links, self.open, self.text = [], [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "img":
+            assert attrs["alt"]
+            self.images.append(attrs["src"])
+        self.links += [attrs[name] for name in ("href", "src") if name in attrs and tag != "img"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def evaluated(setting, runs):
+    out = setting.folder / "out"
+    command = ["evaluate", "run 0", "--out", "out"]
+    found = run.evaluate(runs[0], compare_to=runs[1], out=out, images=setting.images, command=command, **setting.inputs)
+    return out, found
+
+
+def test_every_file_is_there_and_says_the_same(evaluated):
+    out, found = evaluated
+    assert json.loads((out / "scores.json").read_text()) == found
+    tables = {}
+    for name in ("predictions", "ranks", "grounding"):
+        with open(out / f"{name}.csv", newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    labels, predicted = ([row[key] for row in tables["predictions"]] for key in ("label", "predicted"))
+    zero_shot = found["zero_shot"]["metrics"]
+    assert zero_shot["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(labels, predicted))
+    assert zero_shot["balanced_accuracy"]["value"] == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
+    belief = [float(row["p_solid"]) for row in tables["predictions"]]
+    assert zero_shot["auc"]["value"] == pytest.approx(metrics.roc_auc_score([x == "solid" for x in labels], belief))
+    ranks = np.array([float(row["slide_to_text_rank"]) for row in tables["ranks"]])
+    assert found["retrieval"]["slide_to_text"]["all"]["R@1"]["value"] == pytest.approx((ranks == 1).mean())
+    by_slide = {}
+    for row in tables["grounding"]:
+        by_slide.setdefault(row["slide_id"], []).append(float(row["auc"]))
+    expected = np.mean([np.mean(values) for values in by_slide.values()])
+    assert found["grounding"]["auc"]["value"] == pytest.approx(expected, abs=1e-5)
+    assert found["slides"] == 6 and found["patients"] == 5
+    assert found["versions"]["jax"] and found["command"][0] == "evaluate"
+
+
+def test_the_page_stands_alone_and_holds_every_figure(evaluated):
+    out, found = evaluated
+    source = (out / "report.html").read_text()
+    page = Page()
+    page.feed(source)
+    assert not page.open
+    assert all(src.startswith("data:image/png;base64,") for src in page.images)
+    shown = {base64.b64decode(src.split(",", 1)[1]) for src in page.images}
+    assert shown == {path.read_bytes() for path in (out / "figures").glob("*.png")}
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    assert names >= {"retrieval", "confusion", "concepts", "training", "grounding_good", "grounding_poor"}
+    assert all((out / link).exists() for link in page.links), page.links
+    assert not re.search(r"https?://|//cdn|<script", source)
+    assert "For research use only" in page.text and "pathflip evaluate 'run 0' --out out" in page.text
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", source).lower().split()
+    zero_shot = found["zero_shot"]["metrics"]["balanced_accuracy"]
+    for value in (zero_shot["value"], zero_shot["low"], zero_shot["high"], found["grounding"]["auc"]["value"]):
+        assert f"{value:.3f}" in page.text
+
+
+def test_the_maps_of_the_report_are_the_models_own(evaluated, setting, runs):
+    """One AUC of the table, worked out anew from the run folder alone."""
+    out, _ = evaluated
+    with open(out / "grounding.csv", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["concept"] == "necrosis")
+    records = Records(setting.cohort.records)
+    slide = records.read(records.position(row["slide_id"]))
+    predictor = load(runs[0])
+    scores = np.mean([predictor.ground(slide, text).patch_scores[0] for text in CONCEPTS["necrosis"]], axis=0)
+    x, y = slide.coords.T
+    expected = metrics.roc_auc_score((x >= 256) & (y >= 192), scores)
+    assert float(row["auc"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_runs_of_several_seeds_are_averaged(setting, runs, tmp_path):
+    inputs = setting.inputs | {"texts": None, "grounding": None, "outlines": None}
+    both = run.evaluate(list(runs), out=tmp_path / "both", compare_to=list(runs), **inputs)
+    found = both["zero_shot"]["metrics"]["accuracy"]
+    alone = [run.evaluate(one, out=tmp_path / one.name, **inputs) for one in runs]
+    assert found["by_run"] == [one["zero_shot"]["metrics"]["accuracy"]["value"] for one in alone]
+    assert found["value"] == pytest.approx(np.mean(found["by_run"]))
+    assert found["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert not (tmp_path / "both" / "figures" / "retrieval.png").exists()
+    assert "mean over 2 runs" in (tmp_path / "both" / "report.html").read_text()
+
+
+def rewrite(path, source, change):
+    path.write_text(change(source.read_text()))
+    return path
+
+
+def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
+    slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("S22,P22", "S22,P00"))
+    inputs = setting.inputs | {"slides": slides, "texts": None, "grounding": None, "outlines": None}
+    found = run.evaluate(runs[0], out=tmp_path / "out", **inputs)
+    assert len(found["warnings"]) == 1 and "P00" in found["warnings"][0]
+    assert "P00" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "validation"}, "no slide is in split 'validation'; the splits are test"),
+        ({"slides": lambda text: text + "GHOST,P99,solid,test\n"}, "GHOST of split 'test'.*prepare them"),
+        ({"slides": lambda text: text.replace("S20,P20,solid", "S20,P20,mixed")}, "no class for the labels mixed"),
+        ({"slides": lambda text: text.replace("S20,P20,solid", "S20,P20,")}, "S20 without a label"),
+        ({"texts": lambda text: "\n".join(text.splitlines()[:9])}, "none of its texts belongs to a slide of the split"),
+        ({"outlines": None}, "grounding needs both"),
+        ({"texts": None, "prompts": None, "grounding": None, "outlines": None}, "nothing to score"),
+        ({"grounding": lambda text: '{"bone": ["bone"]}'}, "none of its concepts .bone. is outlined"),
+        ({"outlines": "empty"}, "no outlines of any slide"),
+        ({"compare_to": ["a", "b"]}, "1 runs cannot be paired with 2"),
+    ],
+)  # fmt: skip
+def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch, tmp_path, change, message):
+    monkeypatch.setattr(run, "load", lambda folder: pytest.fail("a model was loaded"))
+    (tmp_path / "empty").mkdir()
+    for key, value in change.items():
+        if callable(value):
+            change = change | {key: rewrite(tmp_path / f"{key}.csv", setting.inputs[key], value)}
+        if value == "empty":
+            change = change | {key: tmp_path / "empty"}
+    if "texts" in change and change["texts"] is not None:
+        change["texts"] = change["texts"].rename(tmp_path / "texts.jsonl")
+    with pytest.raises(ValueError, match=message):
+        run.evaluate("run", out=tmp_path / "out", **(setting.inputs | change))
+    assert not (tmp_path / "out").exists()
