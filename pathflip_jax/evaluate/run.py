@@ -98,8 +98,6 @@ def evaluate(
         by_colour = summary.colour_aucs(cohort, tasks, files, outlines, seed)
         scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
         found["grounding"] = scored | {"how": how | {"clear": clear}}
-            "how": how | {"clear": clear}
-        }
         second = Path(others[0]).name if others else None
         pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
