@@ -35,6 +35,10 @@ class LossConfig:
     def __post_init__(self):
         if self.normaliser not in ("released", "per_slide"):
             raise ValueError(f"loss config: normaliser={self.normaliser!r}, expected 'released' or 'per_slide'")
+        if self.negatives_per_slide is not None and self.negatives_per_slide < 1:
+            raise ValueError(
+                f"loss config: negatives_per_slide={self.negatives_per_slide}, expected at least 1, or None"
+            )
 
 
 class Embeddings(NamedTuple):

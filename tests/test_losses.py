@@ -1,0 +1,214 @@
+"""The losses against slow loops in NumPy and against PyTorch's cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pathflip_jax.losses import (
+    Embeddings,
+    LossConfig,
+    alignment_loss,
+    draw_negatives,
+    normalise,
+    region_loss,
+    slide_loss,
+)
+
+B, R, K, D = 5, 3, 2, 8
+CASE = jnp.array([4, 1, 4, 2, 3])  # slides 0 and 2 are of one patient
+APART = jnp.arange(B)
+
+
+def embeddings(size: int = B) -> Embeddings:
+    rng = np.random.default_rng(0)
+    mask = np.arange(R) < rng.integers(1, R + 1, (size, 1))
+    shapes = [(size, D), (size, R, D), (size, D), (size, K, D)]
+    slide, regions, captions, subcaptions = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    return Embeddings(*map(jnp.asarray, (slide, regions, mask, captions, subcaptions)))
+
+
+def pool(texts, regions, mask):
+    """A stand-in for the model's attention: softmax over regions of the plain dot product."""
+    scores = jnp.where(mask[:, None], jnp.einsum("bcd,brd->bcr", texts, regions), -1e9)
+    weights = jax.nn.softmax(scores)
+    return jnp.einsum("bcr,brd->bcd", weights, regions), weights
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def slow_slide_loss(slides, captions, case, temperature, smoothing) -> float:
+    n, total = len(slides), 0.0
+    for rows, columns in ((slides, captions), (captions, slides)):
+        for i in range(n):
+            counted = [j for j in range(n) if j == i or case[j] != case[i]]
+            logits = {j: cosine(rows[i], columns[j]) / temperature for j in counted}
+            norm = np.log(sum(np.exp(z) for z in logits.values()))
+            total -= (1 - smoothing) * (logits[i] - norm) / n
+            total -= smoothing * sum(z - norm for z in logits.values()) / len(counted) / n
+    return total / 2
+
+
+def slow_region_loss(batch, negatives, case, scale, bias, config: LossConfig) -> float:
+    def term(i: int, text: np.ndarray, label: int) -> float:
+        regions = np.asarray(batch.regions[i])[np.asarray(batch.region_mask[i])].astype(np.float64)
+        weights = np.exp(regions @ text)
+        z = scale * cosine(weights / weights.sum() @ regions, text) + bias
+        return float(np.log1p(np.exp(-label * z)))
+
+    n, texts = len(batch.slide), np.asarray(batch.subcaptions, np.float64)
+    shown = min(config.negatives_per_slide or n - 1, n - 1)
+    total = 0.0
+    for i in range(n):
+        own = [term(i, texts[i, k], +1) for k in range(K)]
+        others = [(i + step) % n for step in range(1, shown + 1)]
+        other = [term(i, texts[j, negatives[i, j]], -1) for j in others if case[j] != case[i]]
+        if config.normaliser == "released":
+            total += (sum(own) + sum(other)) / (K + shown)
+        else:
+            mean = sum(other) / len(other) if other else 0.0
+            total += (sum(own) / K + config.negative_weight * mean) / 2 / n
+    return total
+
+
+@pytest.mark.parametrize("case", [APART, CASE, jnp.zeros(B, int)])
+@pytest.mark.parametrize(("temperature", "smoothing"), [(0.1, 0.1), (0.5, 0.0)])
+def test_slide_loss_is_the_slow_one(case, temperature, smoothing):
+    batch = embeddings()
+    ours = slide_loss(batch.slide, batch.captions, case, temperature=temperature, label_smoothing=smoothing)
+    arrays = (np.asarray(x, np.float64) for x in (batch.slide, batch.captions))
+    expected = slow_slide_loss(*arrays, np.asarray(case), temperature, smoothing)
+    assert float(ours) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_slide_loss_is_the_cross_entropy_of_pytorch():
+    torch = pytest.importorskip("torch")
+    batch = embeddings()
+
+    def theirs(slides, captions):
+        a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (slides, captions))
+        logits, target = a @ b.T / 0.1, torch.arange(B)
+        entropy = torch.nn.functional.cross_entropy
+        return sum(entropy(x, target, label_smoothing=0.1) for x in (logits, logits.T)) / 2
+
+    inputs = [torch.from_numpy(np.array(x)).requires_grad_() for x in (batch.slide, batch.captions)]
+    expected = theirs(*inputs)
+    expected.backward()
+    ours, gradients = jax.value_and_grad(slide_loss, argnums=(0, 1))(batch.slide, batch.captions, APART)
+    assert float(ours) == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(gradients, inputs, strict=True):
+        np.testing.assert_allclose(a, b.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [APART, CASE, jnp.zeros(B, int)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(),
+        LossConfig(normaliser="per_slide", negative_weight=0.3),
+        LossConfig(normaliser="per_slide", negatives_per_slide=2),
+        LossConfig(negatives_per_slide=1),
+        LossConfig(negatives_per_slide=99),
+    ],
+)
+@pytest.mark.parametrize(("scale", "bias"), [(2.66, None), (10.0, -10.0)])
+def test_region_loss_is_the_slow_one(case, config, scale, bias):
+    batch, negatives = embeddings(), draw_negatives(jax.random.key(1), B, K)
+    offset = None if bias is None else jnp.asarray(bias)
+    ours, _ = region_loss(batch, pool, negatives, case, jnp.asarray(scale), offset, config)
+    expected = slow_region_loss(batch, np.asarray(negatives), np.asarray(case), scale, bias or 0.0, config)
+    assert float(ours) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 5.545), (64, 44.36)])
+def test_the_released_normaliser_grows_with_the_batch_and_per_slide_does_not(size, expected):
+    """With z = 0 every text costs ln 2: B (K + B - 1) ln 2 / (K + B - 1) = B ln 2."""
+    batch, zero = embeddings(size), jnp.zeros(())
+    negatives, case = draw_negatives(jax.random.key(0), size, K), jnp.arange(size)
+    released, _ = region_loss(batch, pool, negatives, case, zero, None, LossConfig())
+    per_slide, _ = region_loss(batch, pool, negatives, case, zero, None, LossConfig(normaliser="per_slide"))
+    assert float(released) == pytest.approx(expected, rel=1e-3)
+    assert float(per_slide) == pytest.approx(np.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("normaliser", ["released", "per_slide"])
+def test_slides_of_one_case_are_no_negatives(normaliser):
+    """Slides 0 and 2 are of one case: what slide 0 learns does not depend on the texts of slide 2."""
+    batch = embeddings()
+    negatives = draw_negatives(jax.random.key(2), B, K)
+    config = LossConfig(normaliser=normaliser, slide_weight=0.0)
+    moved = batch._replace(
+        captions=batch.captions.at[2].set(batch.captions[3]), subcaptions=batch.subcaptions.at[2].multiply(-1.0)
+    )
+
+    @jax.jit
+    def of_regions(texts, case):
+        """The gradient of slide 0's regions."""
+
+        def loss(regions):
+            one = texts._replace(regions=regions)
+            return alignment_loss(one, pool, negatives, case, jnp.asarray(2.0), None, config)[0]
+
+        return jax.grad(loss)(batch.regions)[0]
+
+    np.testing.assert_array_equal(of_regions(batch, CASE), of_regions(moved, CASE))
+    assert np.abs(of_regions(batch, APART) - of_regions(moved, APART)).max() > 1e-3
+
+    # Slide 0 meets captions in rows and columns: of a pair left out, neither similarity enters.
+    of_slide = jax.jit(jax.grad(slide_loss))
+    for case, same in ((CASE, True), (APART, False)):
+        before, after = (of_slide(batch.slide, captions, case)[0] for captions in (batch.captions, moved.captions))
+        assert (np.abs(before - after).max() < 1e-7) == same
+
+
+def test_losses_weigh_and_switch_off():
+    batch, negatives = embeddings(), draw_negatives(jax.random.key(3), B, K)
+
+    def total(**settings):
+        return alignment_loss(batch, pool, negatives, CASE, jnp.asarray(2.0), None, LossConfig(**settings))
+
+    both, metrics = total(slide_weight=0.5, region_weight=2.0)
+    assert float(both) == pytest.approx(float(0.5 * metrics["loss_slide"] + 2 * metrics["loss_region"]))
+    assert metrics["loss"] == both
+    slide_only, metrics = total(region_weight=0.0)
+    assert "loss_region" not in metrics and slide_only == metrics["loss_slide"]
+    region_only, metrics = total(slide_weight=0.0)
+    assert "loss_slide" not in metrics and region_only == metrics["loss_region"]
+
+
+@pytest.mark.parametrize("normaliser", ["released", "per_slide"])
+def test_a_batch_of_one_has_no_negatives(normaliser):
+    batch = embeddings(1)
+    negatives = draw_negatives(jax.random.key(0), 1, K)
+
+    def f(batch):
+        config = LossConfig(normaliser=normaliser)
+        return alignment_loss(batch, pool, negatives, jnp.zeros(1, int), jnp.asarray(2.0), None, config)
+
+    (loss, metrics), gradients = jax.value_and_grad(f, has_aux=True, allow_int=True)(batch)
+    assert np.isfinite(loss) and metrics["loss_slide"] == pytest.approx(0, abs=1e-6)
+    assert all(np.isfinite(x).all() for x in (gradients.slide, gradients.regions, gradients.subcaptions))
+
+
+def test_negatives_are_a_function_of_the_key():
+    drawn = draw_negatives(jax.random.key(0), 40, 3)
+    np.testing.assert_array_equal(drawn, jax.jit(draw_negatives, static_argnums=(1, 2))(jax.random.key(0), 40, 3))
+    assert (drawn != draw_negatives(jax.random.key(1), 40, 3)).any()
+    assert drawn.dtype == jnp.int32 and (jnp.diagonal(drawn) == -1).all()
+    counts = np.bincount(np.asarray(drawn)[~np.eye(40, dtype=bool)], minlength=3)
+    assert len(counts) == 3 and np.abs(counts / (40 * 39) - 1 / 3).max() < 0.05
+
+
+def test_normalise_survives_a_zero_vector():
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(normalise(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda y: normalise(y).sum())(x)).all()
+
+
+def test_an_unknown_normaliser_is_refused():
+    with pytest.raises(ValueError, match=r"per_batch.*released.*per_slide"):
+        LossConfig(normaliser="per_batch")
+    with pytest.raises(ValueError, match="negatives_per_slide=0"):
+        LossConfig(negatives_per_slide=0)
