@@ -1,5 +1,6 @@
 """What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end."""
 
+import collections
 import json
 import os
 import time
@@ -11,6 +12,7 @@ from tqdm import tqdm
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION = "val/"
 BAR_REFRESH_SECONDS = 0.5
+SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -43,7 +45,7 @@ class MetricsWriter:
         self.primary = primary
         self.slides_per_step = slides_per_step
         self._validation: dict[str, float] = {}
-        self._last = (time.monotonic(), step)
+        self._recent = collections.deque([(time.monotonic(), step)], maxlen=SPEED_STEPS)
         if not primary:
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -58,9 +60,9 @@ class MetricsWriter:
         """One row: a step's losses, and the validation that follows it, if any."""
         if not self.primary:
             return
-        now, (then, before) = time.monotonic(), self._last
+        now, (then, before) = time.monotonic(), self._recent[0]
         speed = (step - before) * self.slides_per_step / max(now - then, 1e-9)
-        self._last = (now, step)
+        self._recent.append((now, step))
         row = {"step": step} | {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps(row | {"slides_per_second": round(speed, 2)}) + "\n")
         for name, value in row.items():
