@@ -190,12 +190,12 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_p
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     assert subprocess.run([*command, str(tmp_path / "straight")], env=environment).returncode == 0
     killed, started = 0, tmp_path / "run" / "metrics.jsonl"
-    for attempt in range(12):
+    for attempt in range(6):
         process = subprocess.Popen([*command, str(tmp_path / "run")], env=environment)
         begin = len(read_metrics(started))
         while process.poll() is None and len(read_metrics(started)) <= begin:
             time.sleep(0.01)
-        time.sleep(0.05 * attempt)
+        time.sleep(0.1 * attempt)
         if process.poll() is not None:
             break
         process.kill()
