@@ -271,10 +271,11 @@ def load(path, which: str | int = "best") -> Predictor:
     return Predictor(model, config, tokenizer, name=str(path))
 
 
-def read_slide(path, slide_id: str | None = None) -> SlideFeatures:
+def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
     """Read one slide's features: a feature file (CLAM, TRIDENT, SlideChat, STAMP, .pt), or a slide of records.
 
-    `slide_id` chooses from a folder or shard of records that holds several slides.
+    `slide_id` chooses from a folder or shard of records that holds several slides. `known` is what a feature file may
+    not say: patch_size (level-0 pixels), mpp, encoder, as `read_features` takes it.
     """
     path = Path(path)
     if not path.exists():
@@ -282,7 +283,7 @@ def read_slide(path, slide_id: str | None = None) -> SlideFeatures:
     if path.suffix.lower() in SLIDE_FILES:
         raise ValueError(f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records")
     if not path.is_dir() and path.suffix != ".tfrecord":
-        return read_features(path)
+        return read_features(path, slide_id=slide_id or "", **known)
     records = Records(path if path.is_dir() else [path])
     if slide_id is None:
         if len(records.slides) != 1:

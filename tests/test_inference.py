@@ -1,5 +1,9 @@
 """Inference: padding and order change nothing, maps follow their patches, wrong input is named."""
 
+import subprocess
+import sys
+
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pathflip_jax
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.regions import cut_regions
 from pathflip_jax.grounding import maps
@@ -191,3 +196,34 @@ def test_what_cannot_be_grounded_is_refused(predictor):
         predictor.ground(make_slide(), "tumor", method="magic")
     with pytest.raises(ValueError, match=r"no words: '  '"):
         predictor.ground(make_slide(), ["tumor", "  "])
+
+
+def test_read_slide_takes_feature_files_and_records(tiny_cohort, tmp_path):
+    found = pathflip_jax.read_slide(tiny_cohort.records, slide_id="S05")
+    assert found.slide_id == "S05" and found.features.shape == (len(found.coords), 16)
+    with pytest.raises(ValueError, match=r"24 slides \(S00, S01, S02, \.\.\.\); choose one"):
+        pathflip_jax.read_slide(tiny_cohort.records)
+    with pytest.raises(ValueError, match="no slide 'S99'"):
+        pathflip_jax.read_slide(tiny_cohort.records, slide_id="S99")
+    with h5py.File(tmp_path / "S1.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((3, 4), np.float32), np.arange(6).reshape(3, 2) * 256 + 7
+    found = pathflip_jax.read_slide(tmp_path / "S1.h5", patch_size=256, mpp=0.5, encoder="descriptor")
+    assert (found.slide_id, found.patch_size, found.mpp, found.encoder) == ("S1", 256, 0.5, "descriptor")
+    assert pathflip_jax.read_slide(tmp_path / "S1.h5", "renamed", patch_size=256).slide_id == "renamed"
+
+
+def test_read_slide_says_what_it_does_not_take(tmp_path):
+    (tmp_path / "S1.svs").touch()
+    with pytest.raises(ValueError, match=r"S1\.svs: a slide, not its features; run `pathflip prepare`"):
+        pathflip_jax.read_slide(tmp_path / "S1.svs")
+    with pytest.raises(FileNotFoundError, match=r"gone\.h5"):
+        pathflip_jax.read_slide(tmp_path / "gone.h5")
+    with pytest.raises(FileNotFoundError, match="it is not a run"):
+        pathflip_jax.load(tmp_path)
+
+
+def test_importing_the_package_is_instant():
+    code = "import sys, pathflip_jax; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pathflip_jax.nothing

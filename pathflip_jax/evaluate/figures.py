@@ -34,7 +34,7 @@ def confusion(labels, predictions, names: Sequence[str]) -> Figure:
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (labels, predictions), 1)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = 2.4 + 0.42 * len(names)
+    side = 2.0 + 0.42 * len(names)
     figure, (axis,) = _axes(side + 0.6, side)
     axis.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
     for i, j in np.ndindex(counts.shape):
@@ -99,11 +99,11 @@ def training_curves(history: list[dict]) -> Figure | None:
     """Losses and validation scores over steps; None for a history that holds no figure over steps."""
     keys = sorted({k for row in history for k, v in row.items() if isinstance(v, int | float) and k != "step"})
     losses = [k for k in keys if "loss" in k][:6]
-    scores = [k for k in keys if k.startswith("val") and k not in losses][:6]
+    scores = [k for k in keys if k.startswith("val") and k not in losses and "cosine" not in k][:6]
     groups = [(title, names) for title, names in (("Loss", losses), ("Validation", scores)) if names]
     if not groups:
         return None
-    figure, axes = _axes(4.6 * len(groups), 3.1, len(groups))
+    figure, axes = _axes(4.6 * len(groups), 3.9, len(groups))
     palette = (MAIN, SECOND, "#5b4b9a", "#a8871c", "#3f7d3a", "#a33a5b")
     for axis, (title, names) in zip(axes, groups, strict=True):
         for name, colour in zip(names, palette, strict=False):
@@ -111,6 +111,6 @@ def training_curves(history: list[dict]) -> Figure | None:
             axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=name)
         axis.grid(color=GRID)
         axis.set_xlabel("step")
-        axis.legend(frameon=False, fontsize=7.5, labelcolor=INK)
+        axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
         _title(axis, title)
     return figure

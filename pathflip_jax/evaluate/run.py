@@ -211,7 +211,7 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
         slide.patch_size,
         mpp=slide.mpp,
         outlines=[true.get(names[c], []) for c in present],
-        notes=[f"{names[c]}, mean of {len(tasks.concepts[names[c]])} texts: ROC AUC {aucs[c]:.2f}" for c in present],
+        notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
     )
 

@@ -22,7 +22,7 @@ from pathflip_jax.grounding.outlines import Polygon
 
 COLORMAP = "inferno"  # perceptually even, readable in grey and by the colour-blind
 OPACITY = 0.62
-PANEL = 3.4  # inches
+PANEL = 2.7  # inches
 INK, MUTED = "#1d2530", "#5b6673"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
@@ -118,7 +118,7 @@ def draw_panels(
     across = min(panels, 4)
     down = -(-panels // across)
     height = PANEL * min(max(rows / columns, 0.4), 2.2)
-    figure = Figure(figsize=(PANEL * across, (height + 0.95) * down), layout="constrained")
+    figure = Figure(figsize=(PANEL * across, (height + 0.8) * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -135,10 +135,11 @@ def draw_panels(
         axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
         if outlines is not None:
             _draw_outline(axis, outlines[i], canvas)
-        lines = textwrap.wrap(title, 34)[:3] or [""]
+        lines = textwrap.wrap(title, 30)[:3] or [""]
         axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
         if notes is not None:
-            axis.text(0, -0.015, notes[i], transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
+            note = axis.text(0, -0.015, notes[i], transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
+            note.set_in_layout(False)  # a long note must not push the panels apart
         _draw_colour_bar(figure, axis, norm)
     for axis in axes[:panels]:
         _draw_scale_bar(axis, canvas, mpp)
