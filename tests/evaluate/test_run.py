@@ -231,6 +231,27 @@ def test_runs_of_several_seeds_are_averaged(setting, runs, tmp_path):
     assert "mean over 2 runs" in (tmp_path / "both" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("tasks", "pictures"),
+    [
+        ({"texts"}, {"retrieval"}),
+        ({"prompts"}, {"confusion"}),
+        ({"grounding", "outlines"}, {"concepts", "grounding_good"}),
+    ],
+)
+def test_each_task_stands_alone_without_slide_files(setting, monkeypatch, tmp_path, tasks, pictures):
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(setting.cohort))
+    left_out = {"texts", "prompts", "grounding", "outlines"} - tasks
+    found = run.evaluate("oracle", out=tmp_path, **{k: v for k, v in setting.inputs.items() if k not in left_out})
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} - {
+        "grounding_typical",
+        "grounding_poor",
+    } == pictures
+    assert len({"retrieval", "zero_shot", "grounding"} & set(found)) == 1
+    assert "mean_colour" not in json.dumps(found) and "difference" not in json.dumps(found)
+    Page().feed((tmp_path / "report.html").read_text())
+
+
 def rewrite(path, source, change):
     path.write_text(change(source.read_text()))
     return path
