@@ -140,7 +140,8 @@ class Layer(nnx.Module):
         keys = split_key(key, 3)
         x, maps = self.self_attention(x, None, keys[0]), None
         if hasattr(self, "cross_attention"):
-            x, *maps = self.cross_attention(x, patches, mask, keys[1])
+            x, *looked = self.cross_attention(x, patches, mask, keys[1])
+            maps = tuple(looked)
         return self.query_ffn(x, keys[2]), maps
 
     def read_text(self, x: Array, mask: Array, key: Array | None, kept: Array | None = None) -> Array:
@@ -163,7 +164,6 @@ class QFormer(nnx.Module):
 
     def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-
         self.query_tokens = nnx.Param(INITS["bert"](rngs.params(), (config.num_queries, config.hidden), jnp.float32))
         self.word_embeddings = Embedding(config.vocab_size, config.hidden, rngs)
         self.position_embeddings = Embedding(config.max_positions, config.hidden, rngs)
