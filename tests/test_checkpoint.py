@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, checked when read; the newest sound one is taken, and the rest is told."""
 
+import gc
 import resource
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from pathflip_jax.checkpoint import Checkpoints, checksums, load_run, save_run
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, flatten
+
+# Orbax leaves coroutines and threads behind when a file cannot be read or written.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:.*coroutine:RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind():
+    yield
+    gc.collect()
+
 
 CONFIG = PathFLIPConfig(
     feature_dim=8, embed_dim=8, hidden=8, layers=1, heads=2, intermediate=16, num_queries=2, max_positions=16,
@@ -67,8 +82,6 @@ def test_newest_is_restored_and_old_ones_go(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "5"]
 
 
-# Orbax leaves coroutines behind when a file is damaged.
-@pytest.mark.filterwarnings("ignore:.*coroutine")
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how):
     save(tmp_path)
@@ -80,7 +93,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how)
     assert restore(tmp_path) == 3
 
 
-@pytest.mark.filterwarnings("ignore:.*coroutine")
 def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, steps=[1, 2])
     for step in "12":
