@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from pathflip_jax.demo import run_demo
+from pathflip_jax.demo import SLIDES, run_demo
 
 # Name in the table -> where it stands in scores.json; each of these is one number.
 FIGURES = {
@@ -46,7 +46,7 @@ def main() -> int:
     """Run every seed, print the table, write the JSON; non-zero where a seed's demo failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--slides", type=int, default=320)
+    parser.add_argument("--slides", type=int, default=SLIDES)
     parser.add_argument("--out", type=Path, required=True, help="folder of one demo per seed")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()

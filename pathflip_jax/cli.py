@@ -217,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         "pathflip demo --out demo",
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything it makes (default demo)")
-    demo.add_argument("--slides", type=int, default=320, help="slides of the cohort (default 320)")
+    demo.add_argument("--slides", type=int, default=440, help="slides of the cohort (default 440)")
     demo.add_argument("--seed", type=int, default=0, help="seed of cohort and training (default 0)")
     demo.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: cores)")
 

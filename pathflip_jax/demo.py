@@ -14,6 +14,7 @@ from pathlib import Path
 # The synthetic slides are small, so are their patches and regions: 64 pixels at 0.5 um, in squares of 128 um.
 PATCH_SIZE = 64
 REGION_EDGE_UM = 128.0
+SLIDES, SLIDE_PIXELS = 440, 1280
 
 
 def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, list[str]]]:
@@ -25,6 +26,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     train += [f"--config.data.texts={cohort}/reports.jsonl", f"--config.data.slides={cohort}/slides.csv"]
     train += [f"--config.data.tokenizer={vocabulary}", f"--config.train.seed={seed}"]
     synthesize = [sys.executable, "-m", "data_prep.synthetic", "--out", str(cohort), "--slides", str(slides)]
+    synthesize += ["--size", str(SLIDE_PIXELS)]
     prepare = ["pathflip", "prepare", str(cohort), "--out", str(records), "--patch-size", str(PATCH_SIZE)]
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
     return [
@@ -54,7 +56,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     ]
 
 
-def run_demo(out: Path, *, slides: int = 320, seed: int = 0, workers: int = 2) -> int:
+def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2) -> int:
     """Run every step in a process of its own; return the exit code of the first that fails, else 0.
 
     Ends with the path of the report as the last line of output.
