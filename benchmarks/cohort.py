@@ -18,16 +18,17 @@ from pathflip_jax.demo import SLIDES, run_demo
 
 # Name in the table -> where it stands in scores.json; each of these is one number.
 FIGURES = {
-    "text_to_slide_r1": ("retrieval", "text_to_slide", "R@1", "value"),
-    "text_to_slide_r1_chance": ("retrieval", "text_to_slide", "R@1", "chance"),
-    "slide_to_text_r1": ("retrieval", "slide_to_text", "R@1", "value"),
-    "zero_shot_balanced_accuracy": ("zero_shot", "balanced_accuracy", "value"),
-    "zero_shot_colour_baseline": ("zero_shot", "colour_baseline", "balanced_accuracy", "value"),
+    "text_to_slide_r1": ("retrieval", "text_to_slide", "of_100", "R@1", "value"),
+    "slide_to_text_r1": ("retrieval", "slide_to_text", "of_100", "R@1", "value"),
+    "r1_chance": ("retrieval", "text_to_slide", "of_100", "R@1", "chance"),
+    "zero_shot_balanced_accuracy": ("zero_shot", "metrics", "balanced_accuracy", "value"),
+    "zero_shot_mean_colour": ("zero_shot", "metrics", "balanced_accuracy", "mean_colour", "value"),
     "grounding_auc": ("grounding", "auc", "value"),
-    "grounding_auc_colour_baseline": ("grounding", "colour_baseline", "value"),
-    "grounding_auc_without_region_loss": ("comparison", "grounding_auc", "value"),
-    "grounding_gain": ("comparison", "grounding_auc", "difference"),
-    "grounding_gain_low": ("comparison", "grounding_auc", "low"),
+    "grounding_mean_colour": ("grounding", "auc", "mean_colour", "value"),
+    "grounding_slide_loss_only": ("grounding", "auc", "compared", "value"),
+    "grounding_gain": ("grounding", "auc", "difference", "value"),
+    "grounding_gain_low": ("grounding", "auc", "difference", "low"),
+    "grounding_gain_high": ("grounding", "auc", "difference", "high"),
 }
 
 

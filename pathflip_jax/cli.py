@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         options = build_parser().parse_args(argv)
         options.command_line = argv
         return options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("PATHFLIP_DEBUG"):
             raise
         print(f"pathflip: {error}", file=sys.stderr)
