@@ -212,7 +212,8 @@ class _Index:
 
 def clean_id(name: str) -> str:
     """A slide id from what a table gives: no folder, and no extension of a slide or feature file."""
-    return _EXTENSIONS.sub("", name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2])
+    last = name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return _EXTENSIONS.sub("", last.strip()).strip()
 
 
 def tcga_case(slide_id: str) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pathflip_jax.data.text import (
@@ -282,6 +282,7 @@ def test_what_matches_nothing_is_an_error():
         match_texts(texts_of(*"abcde"), ["x", "y"])
 
 
+@example("/\r0")  # a folder before a blank
 @given(st.text())
 def test_an_id_is_a_name_without_folder(name):
     clean = clean_id(name)
