@@ -23,5 +23,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.update(normaliser="per_slide", region_weight=2.0)
     config.optim.update(preset="ours", learning_rate=1e-3, warmup_steps=20, warmup_learning_rate=1e-5)
     config.optim.final_learning_rate = 1e-5
-    config.train.update(batch_size=48, steps=300, eval_every=50, save_every=100)
+    config.train.update(batch_size=48, steps=180, eval_every=30, save_every=60)
     return align_base.adapt(config, argument)
