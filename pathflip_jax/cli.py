@@ -53,6 +53,11 @@ def _add_records_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
+def _records_settings(options: argparse.Namespace) -> dict:
+    names = ("cut", "edge_um", "shard", "slides_per_shard", "workers", "strict")
+    return {name: getattr(options, name) for name in names} | {"slides_table": options.slides}
+
+
 def _report_build(report, as_json: bool) -> int:
     if as_json:
         failed = [{"slide": f.slide, "file": f.file, "error": f.error} for f in report.failed]
@@ -74,13 +79,7 @@ def _prepare(options: argparse.Namespace) -> int:
         assume_mpp=options.assume_mpp,
         min_tissue=options.min_tissue,
         half=options.half,
-        cut=options.cut,
-        edge_um=options.edge_um,
-        shard=options.shard,
-        slides_per_shard=options.slides_per_shard,
-        workers=options.workers,
-        strict=options.strict,
-        slides_table=options.slides,
+        **_records_settings(options),
     )
     return _report_build(report, options.json)
 
@@ -94,13 +93,7 @@ def _import(options: argparse.Namespace) -> int:
         encoder=options.encoder,
         patch_size=options.patch_size,
         mpp=options.mpp,
-        cut=options.cut,
-        edge_um=options.edge_um,
-        shard=options.shard,
-        slides_per_shard=options.slides_per_shard,
-        workers=options.workers,
-        strict=options.strict,
-        slides_table=options.slides,
+        **_records_settings(options),
     )
     return _report_build(report, options.json)
 
