@@ -245,8 +245,7 @@ def open_data(config: ConfigDict, shards: int) -> Data:
             slide_ids=slide_ids,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            **{name: data[name] for name in names},
-            **more,
+            **({name: data[name] for name in names} | more),
         )
 
     size = config.train.batch_size
@@ -256,7 +255,8 @@ def open_data(config: ConfigDict, shards: int) -> Data:
     layout["patch_slots"] = training.patch_slots
     validation = None
     if ids[data.val_split]:
-        count = len(batches(ids[data.val_split], shards, shards, 0, **layout).slides)
+        # Only counted: how many of the split can be drawn from decides the batch size. Nothing is loaded for it.
+        count = len(batches(ids[data.val_split], shards, shards, 0, **(layout | {"resident": False})).slides)
         rounds = -(-count // size)
         size = count // rounds // shards * shards
         layout["text_rows"] = None
