@@ -28,6 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.regions = 24  # drawn per slide and step
     config.data.patch_slots = 0  # patches of a region; 0: as many as a full region holds
     config.data.subcaptions = 8
+    config.data.merge_sentences = 3  # a subcaption drawn from a report merges 1 to this many of its sentences
     config.data.caption_length = 384
     config.data.subcaption_length = 192
     config.data.caption_share = 1.0  # of a report's sentences in a training caption, drawn anew; 1: the whole report

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pathflip_jax.grounding import maps
+
 FAILED_SLIDES, WRONG_INPUT = 1, 2
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
 
@@ -51,6 +53,19 @@ def _add_records_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: cores)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slide")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+
+def _add_grounding_options(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` and `ground` share: how a text becomes a map."""
+    parser.add_argument(
+        "--method",
+        choices=maps.METHODS,
+        default=maps.DEFAULT_METHOD,
+        help=f"how to map a text on patches (default {maps.DEFAULT_METHOD})",
+    )
+    parser.add_argument(
+        "--window", type=int, default=maps.WINDOW, metavar="N", help=f"patches across a window (default {maps.WINDOW})"
+    )
 
 
 def _records_settings(options: argparse.Namespace) -> dict:
@@ -121,7 +136,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pathflip_jax.evaluate.run import evaluate
 
     scores = evaluate(
-        options.run_folder,
+        options.run_folders,
         records=options.records,
         texts=options.texts,
         slides=options.slides,
@@ -134,6 +149,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         out=options.out,
         seed=options.seed,
         command=options.command_line,
+        method=options.method,
+        window=options.window,
+        clear=options.clear,
     )
     print(json.dumps(scores) if options.json else options.out / "report.html")
     return 0
@@ -145,7 +163,7 @@ def _ground(options: argparse.Namespace) -> int:
 
     predictor = load(options.checkpoint)
     slide = read_slide(options.slide, slide_id=options.slide_id)
-    grounding = predictor.ground(slide, options.texts)
+    grounding = predictor.ground(slide, options.texts, method=options.method, window=options.window)
     options.out.mkdir(parents=True, exist_ok=True)
     picture = options.out / f"{slide.slide_id}.png"
     draw_grounding(grounding, picture, image=options.image)
@@ -287,7 +305,9 @@ def build_parser() -> argparse.ArgumentParser:
         "score a trained model: retrieval, zero-shot classification, grounding",
         "pathflip evaluate runs/base --records records --texts reports.jsonl --slides slides.csv --out scores",
     )
-    evaluate.add_argument("run_folder", type=Path, metavar="RUN", help="working folder of the training run")
+    evaluate.add_argument(
+        "run_folders", type=Path, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
+    )
     evaluate.add_argument("--records", type=Path, required=True, help="folder of records")
     evaluate.add_argument("--texts", type=Path, help="text table: scores retrieval")
     evaluate.add_argument(
@@ -298,7 +318,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--grounding", type=Path, metavar="JSON", help="texts of each concept: scores grounding")
     evaluate.add_argument("--outlines", type=Path, metavar="DIR", help="true outlines, <slide_id>.geojson")
     evaluate.add_argument("--images", type=Path, metavar="DIR", help="slide files, for thumbnails and colour baselines")
-    evaluate.add_argument("--compare-to", type=Path, metavar="RUN", help="a second run, compared slide by slide")
+    evaluate.add_argument(
+        "--compare-to", type=Path, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
+    )
+    _add_grounding_options(evaluate)
+    evaluate.add_argument(
+        "--clear", type=float, metavar="SHARE", help="patches cut by an outline by more than this share do not count"
+    )
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of scores, figures, report")
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -315,6 +341,7 @@ def build_parser() -> argparse.ArgumentParser:
     ground.add_argument("--slide-id", help="slide of a folder of records")
     ground.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
     ground.add_argument("--image", type=Path, metavar="FILE", help="the slide file, drawn under the heatmap")
+    _add_grounding_options(ground)
     ground.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     ground.add_argument("--json", action="store_true", help="print the files written as JSON")
 

@@ -193,6 +193,8 @@ class Predictor:
         """
         if method not in maps.METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(maps.METHODS)}")
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"window {window}: a patch stands in the middle of its window; give an odd number")
         if slide.coords is None:
             raise ValueError(
                 f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "

@@ -234,7 +234,8 @@ def open_data(config: ConfigDict, shards: int) -> Data:
             )
 
     def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
-        names = ("regions", "subcaptions", "caption_length", "subcaption_length", "row_length", "threads", "resident")
+        names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_length")
+        names += ("threads", "resident")
         return make_batches(
             records,
             texts,

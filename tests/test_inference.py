@@ -194,6 +194,8 @@ def test_what_cannot_be_grounded_is_refused(predictor):
         predictor.ground(make_slide(coords=None), "tumor")
     with pytest.raises(ValueError, match=r"'magic' is none of region"):
         predictor.ground(make_slide(), "tumor", method="magic")
+    with pytest.raises(ValueError, match=r"window 4.*odd"):
+        predictor.ground(make_slide(), "tumor", window=4)
     with pytest.raises(ValueError, match=r"no words: '  '"):
         predictor.ground(make_slide(), ["tumor", "  "])
 

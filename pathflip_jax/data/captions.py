@@ -122,17 +122,17 @@ def sample_subcaptions(sentences: Sequence[str], k: int, rng: np.random.Generato
     return [" ".join(sentences[i] for i in merge) for merge in draw_merges(len(sentences), k, rng)]
 
 
-def draw_merges(n: int, k: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+def draw_merges(n: int, k: int, rng: np.random.Generator, most: int = 3) -> list[tuple[int, ...]]:
     """For each of K subcaptions, which of the n sentences it merges, in reading order.
 
-    Each draw merges m in {1, 2, 3} sentences; every second draw takes neighbours, the others take them from random
-    places (the scheme of the paper's released code). Most captions have fewer sentences than K, so draws go round
-    without repeating: each sentence leads one draw before any leads a second, and no merge comes twice before all
-    of them have come. Raises ValueError when there are no sentences.
+    Each draw merges 1 to `most` sentences; every second draw takes neighbours, the others take them from random
+    places (the scheme of the paper's released code, which merges up to 3). Most captions have fewer sentences than
+    K, so draws go round without repeating: each sentence leads one draw before any leads a second, and no merge
+    comes twice before all of them have come. Raises ValueError when there are no sentences.
     """
     if n < 1:
         raise ValueError("no sentences to draw subcaptions from: the caption is empty; leave the slide out")
-    possible = sum(math.comb(n, m) for m in (1, 2, 3))
+    possible = sum(math.comb(n, m) for m in range(1, most + 1))
     leaders: list[int] = []
     seen: set[tuple[int, ...]] = set()
     merges = []
@@ -143,11 +143,11 @@ def draw_merges(n: int, k: int, rng: np.random.Generator) -> list[tuple[int, ...
         if len(seen) == possible:
             seen.clear()
         for _ in range(8):
-            merge = _merge(n, leader, draw % 2 == 0, rng.random(4).tolist())
+            merge = _merge(n, leader, draw % 2 == 0, most, rng.random(1 + max(most, 3)).tolist())
             if merge not in seen:
                 break
         else:  # nearly all have come: list what is left, those with this leader first
-            left = [c for m in (1, 2, 3) for c in itertools.combinations(range(n), m) if c not in seen]
+            left = [c for m in range(1, most + 1) for c in itertools.combinations(range(n), m) if c not in seen]
             left = [c for c in left if leader in c] or left
             merge = left[rng.integers(len(left))]
         seen.add(merge)
@@ -155,8 +155,8 @@ def draw_merges(n: int, k: int, rng: np.random.Generator) -> list[tuple[int, ...
     return merges
 
 
-def _merge(n: int, leader: int, neighbours: bool, chance: list[float]) -> tuple[int, ...]:
-    m = min(1 + int(3 * chance[0]), n)
+def _merge(n: int, leader: int, neighbours: bool, most: int, chance: list[float]) -> tuple[int, ...]:
+    m = min(1 + int(most * chance[0]), n)
     if m == 1:
         return (leader,)
     if neighbours:

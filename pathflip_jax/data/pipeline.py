@@ -54,6 +54,7 @@ def make_batches(
     regions: int = 24,
     patch_slots: int | None = None,
     subcaptions: int = 8,
+    merge_sentences: int = 3,
     caption_length: int = 384,
     subcaption_length: int = 192,
     row_length: int = 512,
@@ -70,7 +71,8 @@ def make_batches(
     """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
 
     `patch_slots` None takes the most patches that a region has. `text_rows` None measures how many rows of
-    `row_length` the texts of a group take, by drawing them as training will. A `caption_share` below 1 shows that
+    `row_length` the texts of a group take, by drawing them as training will. A subcaption merges up to
+    `merge_sentences` sentences, unless subcaptions are given. A `caption_share` below 1 shows that
     share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
     reports are else learned by heart. `resident` holds all features in memory: for small cohorts. Raises ValueError
     for slides of which there are no records, for texts that match none, and for sizes that do not divide.
@@ -82,6 +84,8 @@ def make_batches(
         )
     if not 0 < caption_share <= 1:
         raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
+    if merge_sentences < 1:
+        raise ValueError(f"merge_sentences {merge_sentences}: a subcaption has at least one sentence")
     if max(caption_length, subcaption_length) > row_length:
         raise ValueError(
             f"row_length {row_length} holds no text of caption_length {caption_length} and subcaption_length "
@@ -93,7 +97,7 @@ def make_batches(
     widest = max(int(bag.count.max()) for bag in bags)
     draws = _Draws(
         batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_length,
-        text_groups, caption_share, seed,
+        text_groups, merge_sentences, caption_share, seed,
     )  # fmt: skip
     batches = Batches(records, bags, tokenizer, draws, (process_index, process_count), threads)
     batches.set_text_rows(text_rows)
@@ -113,6 +117,7 @@ class _Draws(NamedTuple):
     subcaption_length: int
     row_length: int
     text_groups: int
+    merge_sentences: int
     caption_share: float
     seed: int
 
@@ -248,8 +253,8 @@ class Batches:
         return patches, mask
 
     def _merges(self, text: TokenisedText, rng: np.random.Generator) -> list[tuple[int, ...]]:
-        draw = draw_given if text.given else draw_merges
-        return draw(len(text.pieces), self._draws.subcaptions, rng)
+        n, k = len(text.pieces), self._draws.subcaptions
+        return draw_given(n, k, rng) if text.given else draw_merges(n, k, rng, self._draws.merge_sentences)
 
     def _caption(self, text: TokenisedText, rng: np.random.Generator) -> np.ndarray:
         """The ids of the whole caption, or of a share of its sentences; one with given subcaptions stays whole."""

@@ -56,6 +56,8 @@ def evaluate(
     """
     if (grounding is None) != (outlines is None):
         raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
+    if clear is not None and not 0 <= clear < 0.5:
+        raise ValueError(f"clear {clear}: expected a share of a patch's area, at least 0 and below 0.5")
     if texts is None and prompts is None and grounding is None:
         raise ValueError("nothing to score: give texts (retrieval), prompts (zero-shot) or grounding with outlines")
     folders, others = _as_list(run_folder), _as_list(compare_to)

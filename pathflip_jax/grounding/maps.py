@@ -8,10 +8,10 @@ differ in how they get from one to the other:
 - `patch`: every patch, with its neighbours in a small window, is a region of its own; the text attends to those.
 - `similarity`: the same windows, but each alone before the text: the cosine of the text with the text-conditioned
   embedding of a slide that has only this region. It is the quantity that the region loss pulls (DESIGN section 4).
-- `cosine`: the cosine of the text with the window's region embedding, past the text-region attention. The default:
-  it asks nothing of the attention's own weights, so runs with and without the region loss can be compared by it.
-- `slide`: every window is a slide of its own; the cosine of the text with its slide embedding. It needs no region
-  loss at all, and so is the fair map of a model that was trained without one.
+- `cosine`: the cosine of the text with the window's region embedding, past the text-region attention.
+- `slide`: every window is a slide of its own; the cosine of the text with its slide embedding. The default: no
+  neighbour leaks in through the region transformer, and it asks nothing of weights that only the region loss
+  trains, so it is also the fair map of a model that was trained without that loss.
 
 The first three are logarithms of attention over its uniform value: 0 means "no more than anywhere else".
 """
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
-DEFAULT_METHOD = "cosine"
+DEFAULT_METHOD = "slide"
 WINDOW = 3
 CONTEXT = 256  # windows that go through the region transformer together
 

@@ -103,18 +103,18 @@ def test_real_captions(captions):
             assert not re.search(r"[a-z0-9)]\. [A-Z]", inner), sentence
 
 
-def possible(n):
-    return sum(math.comb(n, m) for m in (1, 2, 3))
+def possible(n, most):
+    return sum(math.comb(n, m) for m in range(1, most + 1))
 
 
-@given(st.integers(1, 12), st.integers(0, 30), st.integers(0, 2**32))
-def test_draws_go_round_before_they_repeat(n, k, seed):
-    merges = draw_merges(n, k, np.random.default_rng(seed))
+@given(st.integers(1, 12), st.integers(0, 30), st.integers(0, 2**32), st.integers(1, 4))
+def test_draws_go_round_before_they_repeat(n, k, seed, most):
+    merges = draw_merges(n, k, np.random.default_rng(seed), most)
     assert len(merges) == k
     for merge in merges:
-        assert 1 <= len(merge) <= 3 and list(merge) == sorted(set(merge)) and 0 <= merge[0] <= merge[-1] < n
-    for start in range(0, k, possible(n)):
-        part = merges[start : start + possible(n)]
+        assert 1 <= len(merge) <= most and list(merge) == sorted(set(merge)) and 0 <= merge[0] <= merge[-1] < n
+    for start in range(0, k, possible(n, most)):
+        part = merges[start : start + possible(n, most)]
         assert len(set(part)) == len(part)
     if k >= n:
         assert set(itertools.chain(*merges)) == set(range(n))

@@ -278,6 +278,7 @@ def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
         ({"grounding": lambda text: '{"bone": ["bone"]}'}, "none of its concepts .bone. is outlined"),
         ({"outlines": "empty"}, "no outlines of any slide"),
         ({"compare_to": ["a", "b"]}, "1 runs cannot be paired with 2"),
+        ({"clear": 0.5}, "clear 0.5: expected a share"),
     ],
 )  # fmt: skip
 def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch, tmp_path, change, message):
