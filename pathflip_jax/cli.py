@@ -176,6 +176,28 @@ def _ground(options: argparse.Namespace) -> int:
     return 0
 
 
+def _embed(options: argparse.Namespace) -> int:
+    from pathflip_jax.embed import embed
+
+    report = embed(
+        options.checkpoint,
+        options.records,
+        options.out,
+        slides_table=options.slides,
+        split=options.split,
+        regions=options.regions,
+        batch_size=options.batch_size,
+        strict=options.strict,
+    )
+    if options.json:
+        failed = [failure._asdict() for failure in report.failed]
+        counts = {"done": report.done, "skipped": report.skipped, "failed": failed}
+        print(json.dumps(counts | {"slides_per_second": report.slides_per_second}))
+    else:
+        print(report.summary())
+    return FAILED_SLIDES if report.failed else 0
+
+
 def _convert(options: argparse.Namespace) -> int:
     from pathflip_jax.convert.pytorch import convert
 
@@ -344,6 +366,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_grounding_options(ground)
     ground.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     ground.add_argument("--json", action="store_true", help="print the files written as JSON")
+
+    embed = _command(
+        commands,
+        "embed",
+        _embed,
+        "embed every slide of a folder of records into one Parquet file",
+        "pathflip embed records --checkpoint runs/base --out embeddings.parquet",
+    )
+    embed.add_argument("records", type=Path, metavar="RECORDS", help="folder of records")
+    embed.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="Parquet file to write")
+    embed.add_argument("--slides", type=Path, metavar="CSV", help="slide table: embed only its slides")
+    embed.add_argument("--split", help="with --slides: only the slides of this split")
+    embed.add_argument("--regions", action="store_true", help="also the embedding of each region, and its place")
+    embed.add_argument("--batch-size", type=int, default=8, metavar="N", help="slides in one call (default 8)")
+    embed.add_argument("--strict", action="store_true", help="stop at the first bad slide")
+    embed.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
     convert = _command(
         commands,
