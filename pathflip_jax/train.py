@@ -4,14 +4,12 @@ One loop for every stage (`stage.py` says what a stage is). All that happens is 
 run that is stopped, killed or moved goes on as if nothing had happened (DESIGN section 6).
 """
 
-import hashlib
 import math
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,10 +24,10 @@ from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+from pathflip_jax.run_data import RunData, open_data
 from pathflip_jax.stage import Params, Stage, alignment, make_step
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
-SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)
 RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
@@ -43,15 +41,6 @@ MAY_CHANGE = {
 
 class Stopped(Exception):
     """The run was told to stop (SIGTERM), has saved its state, and goes on when it is started again."""
-
-
-class Data(NamedTuple):
-    """The batches of a run, the tokenizer of its texts, and what the config shall record of them."""
-
-    train: Any
-    validation: Any | None
-    tokenizer: Any
-    facts: dict
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -82,7 +71,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 
 def fit(
-    stage: Stage, config: ConfigDict, resolved: dict, model: PathFLIPConfig, data: Data, steps: int, mesh, workdir: Path
+    stage: Stage,
+    config: ConfigDict,
+    resolved: dict,
+    model: PathFLIPConfig,
+    data: RunData,
+    steps: int,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
 ) -> dict[str, float]:
     """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
     optim, setup, primary = OptimConfig(**config.optim), config.train, jax.process_index() == 0
@@ -212,91 +208,6 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     return validate
 
 
-def open_data(config: ConfigDict, shards: int) -> Data:
-    """Open records, texts and tokenizer, split the slides, and make the batches of training and validation."""
-    from pathflip_jax.data.pipeline import make_batches
-    from pathflip_jax.data.records import Records
-    from pathflip_jax.data.text import read_slide_table, read_texts
-    from pathflip_jax.data.tokens import TextTokenizer
-
-    data = config.data
-    records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
-    there = {slide.slide_id for slide in records.slides}
-    ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
-    if data.slides:
-        for split in ids:
-            ids[split] = [row["slide_id"] for row in read_slide_table(data.slides) if row["split"] == split]
-            ids[split] = [slide for slide in ids[split] if slide in there]
-        if not ids[data.split]:
-            raise ValueError(
-                f"{data.slides}: no slide of split {data.split!r} is in {data.records}; check the columns slide_id and "
-                "split, or name another with --config.data.split"
-            )
-
-    def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
-        names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_length")
-        names += ("threads", "resident")
-        return make_batches(
-            records,
-            texts,
-            tokenizer,
-            batch_size=batch_size,
-            text_groups=groups,
-            seed=seed,
-            slide_ids=slide_ids,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **({name: data[name] for name in names} | more),
-        )
-
-    size = config.train.batch_size
-    groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
-    layout = {"patch_slots": data.patch_slots or None, "text_rows": data.text_rows or None}
-    training = batches(ids[data.split], size, groups, config.train.seed, caption_share=data.caption_share, **layout)
-    layout["patch_slots"] = training.patch_slots
-    validation = None
-    if ids[data.val_split]:
-        # Only counted: how many of the split can be drawn from decides the batch size. Nothing is loaded for it.
-        count = len(batches(ids[data.val_split], shards, shards, 0, **(layout | {"resident": False})).slides)
-        rounds = -(-count // size)
-        size = count // rounds // shards * shards
-        layout["text_rows"] = None
-        validation = batches(ids[data.val_split], size, choose_groups(size, shards), 0, **layout)
-    return Data(training, validation, tokenizer, _facts(data, records, training.patch_slots))
-
-
-def _facts(data: ConfigDict, records, patch_slots: int) -> dict:
-    """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
-    from pathflip_jax.data.records import manifest_hash
-
-    manifest = Path(data.records) / "manifest.json"
-    if not manifest.is_file():
-        raise FileNotFoundError(
-            f"{manifest}: no such file, so the records are not finished; run the command that writes them once more"
-        )
-    files = {name: [Path(data[name])] for name in ("texts", "slides") if data[name]}
-    files["tokenizer"] = [path for name in ("vocab.txt", "tokenizer.json") for path in Path(data.tokenizer).glob(name)]
-    hashes = {name: _hash(paths) for name, paths in files.items()}
-    cut = {name: checkpoint.read_json(manifest)[name] for name in ("cut", "edge_um", "edge_px")}
-    facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
-    return facts | cut | {"hashes": hashes | {"records": manifest_hash(data.records)}}
-
-
-def choose_groups(batch_size: int, pieces: int) -> int:
-    """How many text groups to cut a batch into, so that every device has whole groups of every microbatch.
-
-    Sixteen slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
-    ValueError where the batch does not divide.
-    """
-    for slides in SLIDES_PER_TEXT_GROUP:
-        if batch_size % slides == 0 and batch_size // slides % pieces == 0:
-            return batch_size // slides
-    raise ValueError(
-        f"a batch of {batch_size} slides cannot be cut evenly into {pieces} (devices x train.accumulate); set "
-        f"--config.train.batch_size to a multiple of {pieces}"
-    )
-
-
 def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> PathFLIPConfig:
     """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees."""
     values = config.model.to_dict()
@@ -415,7 +326,3 @@ def _fixed(resolved: dict) -> dict:
         section: {name: x for name, x in values.items() if name not in MAY_CHANGE.get(section, ())}
         for section, values in resolved.items()
     }
-
-
-def _hash(paths: list[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

@@ -4,8 +4,9 @@ import pytest
 
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.optim import OptimConfig
+from pathflip_jax.run_data import choose_groups
 from pathflip_jax.settings import bundled_configs, load_config
-from pathflip_jax.train import check_config, choose_groups, model_config
+from pathflip_jax.train import check_config, model_config
 
 NAMES = ["align_base", "align_large", "demo"]
 
@@ -47,10 +48,3 @@ def test_align_large_loss_does_not_grow_with_the_batch():
     config = load_config("align_large")
     assert config.loss.normaliser == "per_slide"
     assert (model_config(config).logit_scale_init, model_config(config).logit_bias_init) == (10.0, -10.0)
-
-
-def test_groups_divide_over_devices_and_microbatches():
-    assert choose_groups(64, 1) == 4 and choose_groups(64, 32) == 32 and choose_groups(64, 64) == 64
-    assert choose_groups(6, 1) == 3 and choose_groups(7, 7) == 7
-    with pytest.raises(ValueError, match="batch of 6 slides cannot be cut evenly into 4"):
-        choose_groups(6, 4)

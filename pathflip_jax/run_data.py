@@ -1,0 +1,110 @@
+"""What a run trains on, as its config says: the batches of both splits, and facts that tell whether data are the same.
+
+Training and validation draw from the same records and texts; the slide table says which slide is for which.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from pathflip_jax.checkpoint import read_json
+from pathflip_jax.data.pipeline import Batches, make_batches
+from pathflip_jax.data.records import Records, manifest_hash
+from pathflip_jax.data.text import read_slide_table, read_texts
+from pathflip_jax.data.tokens import TextTokenizer
+
+SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)
+
+
+class RunData(NamedTuple):
+    """The batches of a run, the tokenizer of its texts, and what the config shall record of them."""
+
+    train: Batches
+    validation: Batches | None
+    tokenizer: TextTokenizer
+    facts: dict
+
+
+def open_data(config: ConfigDict, shards: int) -> RunData:
+    """Open records, texts and tokenizer, split the slides, and make the batches of training and validation."""
+    data = config.data
+    records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
+    there = {slide.slide_id for slide in records.slides}
+    ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
+    if data.slides:
+        for split in ids:
+            ids[split] = [row["slide_id"] for row in read_slide_table(data.slides) if row["split"] == split]
+            ids[split] = [slide for slide in ids[split] if slide in there]
+        if not ids[data.split]:
+            raise ValueError(
+                f"{data.slides}: no slide of split {data.split!r} is in {data.records}; check the columns slide_id and "
+                "split, or name another with --config.data.split"
+            )
+
+    def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
+        names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_length")
+        names += ("threads", "resident")
+        return make_batches(
+            records,
+            texts,
+            tokenizer,
+            batch_size=batch_size,
+            text_groups=groups,
+            seed=seed,
+            slide_ids=slide_ids,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            **({name: data[name] for name in names} | more),
+        )
+
+    size = config.train.batch_size
+    groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
+    layout = {"patch_slots": data.patch_slots or None, "text_rows": data.text_rows or None}
+    training = batches(ids[data.split], size, groups, config.train.seed, caption_share=data.caption_share, **layout)
+    layout["patch_slots"] = training.patch_slots
+    validation = None
+    if ids[data.val_split]:
+        # Only counted: how many of the split can be drawn from decides the batch size. Nothing is loaded for it.
+        count = len(batches(ids[data.val_split], shards, shards, 0, **(layout | {"resident": False})).slides)
+        rounds = -(-count // size)
+        size = count // rounds // shards * shards
+        layout["text_rows"] = None
+        validation = batches(ids[data.val_split], size, choose_groups(size, shards), 0, **layout)
+    return RunData(training, validation, tokenizer, _facts(data, records, training.patch_slots))
+
+
+def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
+    """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
+    manifest = Path(data.records) / "manifest.json"
+    if not manifest.is_file():
+        raise FileNotFoundError(
+            f"{manifest}: no such file, so the records are not finished; run the command that writes them once more"
+        )
+    files = {name: [Path(data[name])] for name in ("texts", "slides") if data[name]}
+    files["tokenizer"] = [path for name in ("vocab.txt", "tokenizer.json") for path in Path(data.tokenizer).glob(name)]
+    hashes = {name: _hash(paths) for name, paths in files.items()}
+    cut = {name: read_json(manifest)[name] for name in ("cut", "edge_um", "edge_px")}
+    facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
+    return facts | cut | {"hashes": hashes | {"records": manifest_hash(data.records)}}
+
+
+def choose_groups(batch_size: int, pieces: int) -> int:
+    """How many text groups to cut a batch into, so that every device has whole groups of every microbatch.
+
+    Sixteen slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
+    ValueError where the batch does not divide.
+    """
+    for slides in SLIDES_PER_TEXT_GROUP:
+        if batch_size % slides == 0 and batch_size // slides % pieces == 0:
+            return batch_size // slides
+    raise ValueError(
+        f"a batch of {batch_size} slides cannot be cut evenly into {pieces} (devices x train.accumulate); set "
+        f"--config.train.batch_size to a multiple of {pieces}"
+    )
+
+
+def _hash(paths: list[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
