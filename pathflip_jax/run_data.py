@@ -60,19 +60,15 @@ def open_data(config: ConfigDict, shards: int) -> RunData:
             **({name: data[name] for name in names} | more),
         )
 
-    size = config.train.batch_size
+    size, slots = config.train.batch_size, data.patch_slots or None
     groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
-    layout = {"patch_slots": data.patch_slots or None, "text_rows": data.text_rows or None}
-    training = batches(ids[data.split], size, groups, config.train.seed, caption_share=data.caption_share, **layout)
-    layout["patch_slots"] = training.patch_slots
+    more = {"patch_slots": slots, "text_rows": data.text_rows or None, "caption_share": data.caption_share}
+    training = batches(ids[data.split], size, groups, config.train.seed, **more)
     validation = None
-    if ids[data.val_split]:
-        # Only counted: how many of the split can be drawn from decides the batch size. Nothing is loaded for it.
-        count = len(batches(ids[data.val_split], shards, shards, 0, **(layout | {"resident": False})).slides)
-        rounds = -(-count // size)
-        size = count // rounds // shards * shards
-        layout["text_rows"] = None
-        validation = batches(ids[data.val_split], size, choose_groups(size, shards), 0, **layout)
+    if ids[data.val_split]:  # not every slide has a text: how many can be drawn from is known only then
+        validation = batches(ids[data.val_split], shards, shards, 0, patch_slots=training.patch_slots)
+        size = even_size(len(validation.slides), size, shards)
+        validation.resize(size, choose_groups(size, shards))
     return RunData(training, validation, tokenizer, _facts(data, records, training.patch_slots))
 
 
@@ -104,6 +100,15 @@ def choose_groups(batch_size: int, pieces: int) -> int:
         f"a batch of {batch_size} slides cannot be cut evenly into {pieces} (devices x train.accumulate); set "
         f"--config.train.batch_size to a multiple of {pieces}"
     )
+
+
+def even_size(slides: int, most: int, pieces: int) -> int:
+    """The batch size, `most` or below and a multiple of `pieces`, that cuts all slides into as few even batches.
+
+    Batches of `most` leave out up to a whole batch less one: much of a small validation split.
+    """
+    rounds = -(-slides // most)
+    return max(slides // rounds // pieces, 1) * pieces
 
 
 def _hash(paths: list[Path]) -> str:

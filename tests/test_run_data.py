@@ -1,9 +1,11 @@
 """What a run trains on: splits, batch sizes that devices can share, and what is said about data that do not fit."""
 
+import json
+
 import pytest
 
 from pathflip_jax import settings
-from pathflip_jax.run_data import choose_groups, open_data
+from pathflip_jax.run_data import choose_groups, even_size, open_data
 
 
 @pytest.fixture
@@ -32,6 +34,25 @@ def test_without_a_slide_table_all_slides_train(config):
     assert len(data.train.slides) == 24 and data.validation is None
 
 
+def test_what_is_wrong_with_the_texts_is_said_once_a_split(config, tiny_cohort, tmp_path, caplog):
+    rows = [json.loads(line) for line in tiny_cohort.texts.read_text().splitlines()]
+    rows = [row for row in rows if row["slide_id"] not in ("S03", "S13", "S14")]
+    texts = tmp_path / "reports.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = open_data(config(**{"data.texts": texts, "data.caption_length": 20}), 2)
+    assert len(data.train.slides) == 11 and len(data.validation.slides) == 4
+    said = [record.getMessage() for record in caplog.records]
+    for split, bags in (("training", 11), ("validation", 4)):
+        long = [message for message in said if f" of {bags} captions are longer than 20 tokens" in message]
+        assert len(long) == 1, (split, said)
+    left_out = sorted(message for message in said if "are left out" in message)
+    assert left_out == [
+        "1 of 12 slides have no text and are left out (S03)",
+        "2 of 6 slides have no text and are left out (S13, S14)",
+    ]
+    assert len(said) == len(set(said)) + 1  # of the whole table, which both splits are matched with
+
+
 @pytest.mark.parametrize(
     "setting, value, message",
     [
@@ -57,3 +78,15 @@ def test_groups_divide_over_devices_and_microbatches():
     assert choose_groups(6, 1) == 3 and choose_groups(7, 7) == 7
     with pytest.raises(ValueError, match="batch of 6 slides cannot be cut evenly into 4"):
         choose_groups(6, 4)
+
+
+def test_even_batches_leave_out_less_than_a_slide_for_each_device_and_batch():
+    assert (even_size(6, 4, 1), even_size(100, 32, 1), even_size(3, 64, 1)) == (3, 25, 3)
+    for shards in (1, 2, 8):
+        for slides in range(shards, 70):
+            for most in (shards, 3 * shards, 8 * shards):
+                size = even_size(slides, most, shards)
+                assert 0 < size <= most and size % shards == 0 and size <= slides
+                assert choose_groups(size, shards) % shards == 0
+                if slides >= -(-slides // most) * shards:  # a slide for every device in every batch
+                    assert slides - slides // size * size < -(-slides // most) * shards

@@ -77,11 +77,7 @@ def make_batches(
     reports are else learned by heart. `resident` holds all features in memory: for small cohorts. Raises ValueError
     for slides of which there are no records, for texts that match none, and for sizes that do not divide.
     """
-    if batch_size % text_groups or text_groups % process_count:
-        raise ValueError(
-            f"batch_size {batch_size}, text_groups {text_groups}, {process_count} processes: each must be a multiple "
-            "of the next, so that every process holds whole groups of slides"
-        )
+    _require_whole_groups(batch_size, text_groups, process_count)
     if not 0 < caption_share <= 1:
         raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
     if merge_sentences < 1:
@@ -104,6 +100,14 @@ def make_batches(
     if resident:
         batches.load()
     return batches
+
+
+def _require_whole_groups(batch_size: int, text_groups: int, processes: int) -> None:
+    if batch_size % text_groups or text_groups % processes:
+        raise ValueError(
+            f"batch_size {batch_size}, text_groups {text_groups}, {processes} processes: each must be a multiple "
+            "of the next, so that every process holds whole groups of slides"
+        )
 
 
 class _Draws(NamedTuple):
@@ -158,6 +162,17 @@ class Batches:
         self._first_row = np.zeros(max(used) + 1, np.int64)
         self._first_row[used] = 1 + np.cumsum([0] + [len(part) for part in parts[:-1]])
         self._features = np.concatenate([np.zeros_like(parts[0][:1]), *parts])
+
+    def resize(self, batch_size: int, text_groups: int) -> None:
+        """Make batches of another size from the same bags: for a size that their number decides.
+
+        Texts are not tokenised again and features not loaded again; `text_rows` is measured anew. Raises ValueError
+        for sizes that do not divide.
+        """
+        _require_whole_groups(batch_size, text_groups, self._process[1])
+        self._draws = self._draws._replace(batch_size=batch_size, text_groups=text_groups)
+        self.steps_per_epoch = len(self._bags) // batch_size
+        self.set_text_rows(None)
 
     def set_text_rows(self, text_rows: int | None) -> None:
         """Fix P, the rows of a text group: as given, or the most that simulated groups take.

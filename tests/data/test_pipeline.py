@@ -324,6 +324,18 @@ def test_slides_are_chosen_by_id(cohort, caplog):
     assert len(made.slides) == 8 and "2 of 10 slides have no text and are left out (S17, S18)" in caplog.text
 
 
+def test_resized_batches_are_those_made_of_that_size(cohort):
+    made = batches(cohort, seed=3)
+    made.batch(0)
+    made.resize(6, 3)
+    other = batches(cohort, seed=3, batch_size=6, text_groups=3)
+    assert (made.steps_per_epoch, made.text_rows) == (other.steps_per_epoch, other.text_rows) == (3, made.text_rows)
+    for step in (0, 4):
+        equal(made.batch(step), other.batch(step))
+    with pytest.raises(ValueError, match="batch_size 6, text_groups 4, 1 processes"):
+        made.resize(6, 4)
+
+
 def test_what_cannot_be_drawn_from_is_an_error(cohort):
     with pytest.raises(ValueError, match=r"2 of 3 slides have no record \(T1, T2\); the records hold S00, S01, S02"):
         batches(cohort, slide_ids=["S00", "T1", "T2"])
