@@ -32,6 +32,8 @@ def open_data(config: ConfigDict, shards: int) -> RunData:
     """Open records, texts and tokenizer, split the slides, and make the batches of training and validation."""
     data = config.data
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
+    if config.model.bert:
+        _refuse_other_words(Path(config.model.bert), tokenizer)
     there = {slide.slide_id for slide in records.slides}
     ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
     if data.slides:
@@ -70,6 +72,18 @@ def open_data(config: ConfigDict, shards: int) -> RunData:
         size = even_size(len(validation.slides), size, shards)
         validation.resize(size, choose_groups(size, shards))
     return RunData(training, validation, tokenizer, _facts(data, records, training.patch_slots))
+
+
+def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
+    """Weights for a larger vocabulary would fit when their table is cut, and every word would mean another."""
+    named = any((bert / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
+    if named and bert.resolve() != tokenizer.folder.resolve():
+        words = TextTokenizer(bert).vocab_size
+        if words != tokenizer.vocab_size:
+            raise ValueError(
+                f"{bert}: the weights of config.model.bert are for a vocabulary of {words} words, config.data.tokenizer"
+                f"={tokenizer.folder} has {tokenizer.vocab_size}; name one folder for both"
+            )
 
 
 def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:

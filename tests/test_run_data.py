@@ -66,6 +66,16 @@ def test_settings_that_do_not_fit_the_data_are_named(config, setting, value, mes
         open_data(config(**{setting: value}), 1)
 
 
+def test_weights_for_other_words_are_refused(config, tiny_cohort, tmp_path):
+    words = (tiny_cohort.vocabulary / "vocab.txt").read_text().splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, "more"]) + "\n")
+    message = f"a vocabulary of {len(words) + 2} words, config.data.tokenizer={tiny_cohort.vocabulary} has"
+    with pytest.raises(ValueError, match=f"{message} {len(words) + 1}; name one folder"):
+        open_data(config(**{"model.bert": tmp_path}), 1)
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    assert open_data(config(**{"model.bert": tmp_path}), 1).tokenizer.vocab_size == len(words) + 1
+
+
 def test_records_that_are_not_finished_are_refused(config, tiny_cohort):
     records = tiny_cohort.copy_records()
     (records / "manifest.json").unlink()

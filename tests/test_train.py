@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pathflip_jax import checkpoint, settings, train
 from pathflip_jax.checkpoint import load_run
+from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.metrics import MetricsWriter, read_metrics
 from pathflip_jax.model.pathflip import flatten
 from pathflip_jax.stage import alignment
@@ -165,6 +166,65 @@ def test_a_frozen_parameter_stays_and_the_rest_learns(options, straight, tmp_pat
     assert {name for name in moved if name.startswith("qformer/")} == set()
     assert {"slide_projection/kernel", "text_region/query/kernel", "logit_scale"} <= moved
     assert not any("qformer" in name for name in arrays(tmp_path / "run", 4) if name.startswith("opt_state/"))
+
+
+@pytest.fixture
+def bert(tiny_cohort, tmp_path):
+    """Changes of size -> a random BERT of the small model's sizes and the cohort's words, and its folder."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    def make(**changes):
+        words = TextTokenizer(tiny_cohort.vocabulary).vocab_size - 1  # all but [DEC]
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        torch.manual_seed(0)
+        model = transformers.BertModel(transformers.BertConfig(**sizes | {"vocab_size": words} | changes))
+        model.save_pretrained(tmp_path / "bert")
+        return {name: x.numpy() for name, x in model.state_dict().items()}, tmp_path / "bert"
+
+    return make
+
+
+def test_training_starts_from_the_weights_of_a_bert(options, bert, tmp_path, monkeypatch):
+    """With a step that changes nothing, the first checkpoint is what training starts from."""
+    tensors, folder = bert()
+
+    def standing_still(*_):
+        return lambda params, frozen, opt_state, batch, number: (params, opt_state, {"loss": np.float32(1)})
+
+    monkeypatch.setattr(train, "make_step", standing_still)
+    more = ["--config.train.steps=1", "--config.data.val_split=none", f"--config.model.bert={folder}"]
+    assert train.main([*options, *more, "--workdir", str(tmp_path / "run")]) == 0
+    found = {name: np.asarray(x) for name, x in flatten(load_run(tmp_path / "run", "latest")[0]).items()}
+    words = tensors["embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(found["qformer/word_embeddings/embedding"][:-1], words)
+    positions = tensors["embeddings.position_embeddings.weight"] + tensors["embeddings.token_type_embeddings.weight"][0]
+    np.testing.assert_array_equal(found["qformer/position_embeddings/embedding"], positions)
+    layer, theirs = "qformer/layers/0", "encoder.layer.0"
+    for ours, name in (
+        ("self_attention/query", "attention.self.query"),
+        ("self_attention/output", "attention.output.dense"),
+        ("ffn/output", "output.dense"),
+        ("query_ffn/output", "output.dense"),
+    ):
+        weight = tensors[f"{theirs}.{name}.weight"].T
+        assert weight.std() > 0.01
+        np.testing.assert_array_equal(found[f"{layer}/{ours}/kernel"].reshape(weight.shape), weight)
+    assert found["slide_projection/kernel"].std() > 0.01  # what BERT does not decide is random
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": 50}, r"model\.safetensors: 1 tensors do not fit .*word_embeddings.*shape \(50, 16\), expected"),
+        ({"max_position_embeddings": 60}, r"position_embeddings.*has shape \(60, 16\), expected \(512, 16\)"),
+        ({"hidden_size": 32}, r"BERT and the model config differ: model\.hidden is 16, expected 32"),
+    ],
+)
+def test_a_bert_of_another_size_is_refused(options, bert, tmp_path, changes, message):
+    folder = bert(**changes)[1]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        train.main([*options, f"--config.model.bert={folder}", "--workdir", str(tmp_path / "run")])
 
 
 def test_a_score_that_no_validation_gives_cannot_select(options, tmp_path):
