@@ -53,7 +53,7 @@ def gradients_of(stage, config, params, batch, accumulate):
     return jax.jit(run)(params)
 
 
-def close(found, expected):
+def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for name in expected:
         size = np.abs(expected[name]).max()
@@ -71,7 +71,7 @@ def test_split_keeps_groups_whole_and_join_undoes_it(batch):
 def test_accumulated_gradient_is_that_of_the_whole_batch(params, batch):
     expected = gradients_of(alignment(LOSS), CONFIG, params, batch, 1)
     found = gradients_of(alignment(LOSS), CONFIG, params, batch, 4)
-    close(found, expected)
+    assert_close(found, expected)
     assert float(np.abs(found["logit_scale"])) > 1e-4  # the objective's own parameters learn too
     assert float(np.abs(found["text_region/query/kernel"]).max()) > 1e-6
 
@@ -94,7 +94,7 @@ def test_accumulated_gradient_with_dropout_is_that_of_the_same_masks(params, bat
         return stage.objective(model, embeddings, batch, objective_key)
 
     (loss, _), expected = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
-    close(gradients_of(stage, config, params, batch, accumulate), expected | {"loss": loss})
+    assert_close(gradients_of(stage, config, params, batch, accumulate), expected | {"loss": loss})
 
 
 # Losses and gradient norms of two steps, as first computed, without dropout. They change only where the mathematics

@@ -53,7 +53,7 @@ def hidden_states(folder: Path, tokens: list[np.ndarray], fold_token_types: bool
     return [hidden[i, : len(ids)] for i, ids in enumerate(tokens)]
 
 
-def agree(folder: Path, reference, tokens: list[np.ndarray], fold_token_types: bool, atol: float) -> None:
+def assert_agrees(folder: Path, reference, tokens: list[np.ndarray], fold_token_types: bool, atol: float) -> None:
     """Every token's features against transformers', one text at a time."""
     if not fold_token_types:
         with torch.no_grad():
@@ -79,7 +79,7 @@ def test_minilm_gives_transformers_features(fold_token_types):
     folder = minilm()
     reference = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
     tokens = TextTokenizer(folder).encode(REPORTS, max_length=64)
-    agree(folder, reference, tokens, fold_token_types, atol=1e-4)
+    assert_agrees(folder, reference, tokens, fold_token_types, atol=1e-4)
 
 
 def tiny_bert(folder: Path, **settings) -> "transformers.BertModel":
@@ -112,7 +112,7 @@ def test_forms_of_folders(form, fold_token_types, tmp_path):
             renamed = {n.replace("LayerNorm.bias", "LayerNorm.beta"): x for n, x in renamed.items()}
             state = {f"bert.{n}": x for n, x in renamed.items()} | {"cls.predictions.bias": torch.zeros(50)}
         torch.save(state, tmp_path / "pytorch_model.bin")
-    agree(tmp_path, reference, TOKENS, fold_token_types, atol=1e-5)
+    assert_agrees(tmp_path, reference, TOKENS, fold_token_types, atol=1e-5)
 
 
 def test_what_bert_decides(tmp_path):

@@ -57,21 +57,21 @@ CLAM = {
 }  # fmt: skip
 
 
-def same(slide, coords=COORDS, features=FEATURES):
-    assert (slide.features == features).all()
-    assert slide.coords.dtype == np.int32 and (slide.coords == coords).all()
+def check_same(slide, coords=COORDS, features=FEATURES):
+    assert np.array_equal(slide.features, features)
+    assert slide.coords.dtype == np.int32 and np.array_equal(slide.coords, coords)
     return slide
 
 
 def test_trident(tmp_path):
-    slide = same(read_features(write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)))
+    slide = check_same(read_features(write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)))
     assert (slide.patch_size, slide.mpp, slide.width, slide.height) == (512, 0.25, 4000, 5000)
 
 
 def test_older_trident_has_no_level0_patch_size_and_a_leading_axis(tmp_path):
     attributes = {k: v for k, v in TRIDENT.items() if k != "patch_size_level0"}
     path = write_h5(tmp_path / "x.h5", attributes, features=FEATURES[None], coords=COORDS)
-    assert same(read_features(path)).patch_size == 512
+    assert check_same(read_features(path)).patch_size == 512
 
 
 def test_trident_says_its_encoder_or_none(tmp_path):
@@ -85,9 +85,9 @@ def test_trident_says_its_encoder_or_none(tmp_path):
 @pytest.mark.parametrize(("sibling", "attributes"), [("x.h5", CLAM), ("x_patches.h5", TRIDENT)])
 def test_patch_size_from_the_patches_folder_beside(tmp_path, sibling, attributes):
     path = write_h5(tmp_path / "features" / "x.h5", features=FEATURES, coords=COORDS.astype(np.int32))
-    assert same(read_features(path)).patch_size == 256, "nothing beside it: the commonest gap"
+    assert check_same(read_features(path)).patch_size == 256, "nothing beside it: the commonest gap"
     write_h5(tmp_path / "patches" / sibling, attributes, coords=COORDS)
-    slide = same(read_features(path))
+    slide = check_same(read_features(path))
     assert (slide.patch_size, slide.width, slide.height) == (1024 if attributes is CLAM else 512, 4000, 5000)
     assert read_features(path, patch_size=300).patch_size == 300, "what is passed wins"
 
@@ -109,7 +109,7 @@ def test_the_commonest_gap_is_the_patch_size_though_pieces_are_out_of_step(tmp_p
 
 def test_slidechat(tmp_path):
     for name in ("{}_{}.png", "{}_{}", "TCGA-1_{}_{}.jpg"):
-        slide = same(read_features(write_csv(tmp_path / "x.csv", slidechat_rows(name))))
+        slide = check_same(read_features(write_csv(tmp_path / "x.csv", slidechat_rows(name))))
         assert slide.patch_size == 256 and slide.mpp == 0
 
 
@@ -119,7 +119,7 @@ def test_stamp_needs_mpp(tmp_path):
     path = write_h5(tmp_path / "x.h5", None, where, **arrays)
     with pytest.raises(ValueError, match=r"x\.h5: STAMP .*micrometres.*--mpp"):
         read_features(path)
-    slide = same(read_features(path, mpp=0.25), features=FEATURES.astype(np.float16))
+    slide = check_same(read_features(path, mpp=0.25), features=FEATURES.astype(np.float16))
     assert (slide.patch_size, slide.mpp, slide.encoder) == (1024, 0.25, "ctranspath")
 
 
@@ -151,8 +151,8 @@ def test_a_pickle_is_never_run(tmp_path):
 
 def test_the_content_decides_not_the_extension(tmp_path):
     path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
-    same(read_features(path.rename(tmp_path / "x.csv")))
-    same(read_features(write_csv(tmp_path / "y.txt", slidechat_rows())))
+    check_same(read_features(path.rename(tmp_path / "x.csv")))
+    check_same(read_features(write_csv(tmp_path / "y.txt", slidechat_rows())))
 
 
 BROKEN = {

@@ -60,7 +60,7 @@ def batches(cohort, texts=None, **changes):
     return make_batches(cohort.records, texts or cohort.texts, cohort.tokenizer, **(SIZES | changes))
 
 
-def equal(a: Batch, b: Batch) -> None:
+def assert_equal(a: Batch, b: Batch) -> None:
     for name, x, y in zip(Batch._fields, a, b, strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape, name
         assert (x == y).all(), name
@@ -100,7 +100,7 @@ def test_a_batch_is_a_function_of_seed_and_step(cohort):
     second = batches(cohort)
     for step in (9, 0, 4):
         second.batch(step)
-    equal(second.batch(5), fifth)
+    assert_equal(second.batch(5), fifth)
     assert (batches(cohort, seed=8).batch(5).slide != fifth.slide).any()
     a, b = first.batch(1), first.batch(1 + 2 * 50)  # another epoch
     assert set(a.slide) != set(b.slide)
@@ -109,7 +109,7 @@ def test_a_batch_is_a_function_of_seed_and_step(cohort):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_make_the_batch_of_one(cohort, processes):
     parts = [batches(cohort, process_index=i, process_count=processes).batch(3) for i in range(processes)]
-    equal(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), batches(cohort).batch(3))
+    assert_equal(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), batches(cohort).batch(3))
 
 
 def test_groups_do_not_change_what_is_drawn(cohort):
@@ -122,7 +122,7 @@ def test_groups_do_not_change_what_is_drawn(cohort):
 def test_reading_ahead_gives_the_same_batches(cohort, threads):
     made = batches(cohort, threads=threads)
     for step, batch in zip(range(4, 9), made.__iter__(4), strict=False):
-        equal(batch, made.batch(step))
+        assert_equal(batch, made.batch(step))
 
 
 def test_a_damaged_record_stops_training_with_its_name(cohort, tmp_path):
@@ -195,7 +195,7 @@ def test_every_region_and_patch_is_drawn_alike(cohort):
 def test_features_in_memory_give_the_same_batches(cohort):
     for changes in ({}, {"patch_slots": None}, {"slide_ids": [f"S{i:02d}" for i in range(5, 15)]}):
         for step in (0, 7):
-            equal(batches(cohort, resident=True, **changes).batch(step), batches(cohort, **changes).batch(step))
+            assert_equal(batches(cohort, resident=True, **changes).batch(step), batches(cohort, **changes).batch(step))
 
 
 def test_texts_are_the_caption_and_merges_of_its_sentences(cohort):
@@ -331,7 +331,7 @@ def test_resized_batches_are_those_made_of_that_size(cohort):
     other = batches(cohort, seed=3, batch_size=6, text_groups=3)
     assert (made.steps_per_epoch, made.text_rows) == (other.steps_per_epoch, other.text_rows) == (3, made.text_rows)
     for step in (0, 4):
-        equal(made.batch(step), other.batch(step))
+        assert_equal(made.batch(step), other.batch(step))
     with pytest.raises(ValueError, match="batch_size 6, text_groups 4, 1 processes"):
         made.resize(6, 4)
 

@@ -58,7 +58,7 @@ def folder_of(path: Path, vocabulary, **files) -> Path:
     return path
 
 
-def equal_to_transformers(folder: Path, texts, max_length=384):
+def assert_ids_of_transformers(folder: Path, texts, max_length=384):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BertTokenizer.from_pretrained(folder)
     ours = TextTokenizer(folder).encode(texts, max_length)
@@ -73,7 +73,7 @@ def equal_to_transformers(folder: Path, texts, max_length=384):
 )
 def test_ids_are_those_of_transformers(tmp_path, vocabulary, settings):
     folder = folder_of(tmp_path / "bert", vocabulary, tokenizer_config=settings)
-    equal_to_transformers(folder, TEXTS, 64)
+    assert_ids_of_transformers(folder, TEXTS, 64)
     TextTokenizer(folder).save(tmp_path / "saved")  # writes a tokenizer.json
     saved, read = TextTokenizer(tmp_path / "saved"), TextTokenizer(folder)
     for a, b in zip(saved.ids(TEXTS), read.ids(TEXTS), strict=True):
@@ -100,12 +100,12 @@ def test_a_cased_vocabulary_that_nothing_calls_cased_is_reported(tmp_path, vocab
 
 def test_real_captions_as_transformers_tokenises_them(tmp_path):
     captions, folder = real_captions(), minilm()
-    equal_to_transformers(folder, captions[::4] + TEXTS)
+    assert_ids_of_transformers(folder, captions[::4] + TEXTS)
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copyfile(folder / name, tmp_path / name)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
-    equal_to_transformers(tmp_path, captions[:20] + TEXTS)  # it wins over tokenizer.json there too
+    assert_ids_of_transformers(tmp_path, captions[:20] + TEXTS)  # it wins over tokenizer.json there too
 
 
 def test_sentences_one_by_one_give_the_ids_of_the_whole():
@@ -187,7 +187,7 @@ def test_a_learnt_vocabulary_is_read_by_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     train_wordpiece(TEXTS[:3] * 2, tmp_path, 150)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).vocab_size == TextTokenizer(tmp_path).vocab_size - 1
-    equal_to_transformers(tmp_path, TEXTS, 64)
+    assert_ids_of_transformers(tmp_path, TEXTS, 64)
 
 
 texts_of_ids = st.lists(
