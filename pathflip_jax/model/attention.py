@@ -106,16 +106,16 @@ def attend(
 ) -> tuple[Float[Array, "... C H"], Float[Array, "... heads C T"]]:
     """Multi-head attention between projected rows: what it pools, and the probabilities before dropout.
 
-    The mask broadcasts against [..., heads, C, T].
+    The mask broadcasts against [..., heads, C, T]. C may be 0: a batch of one slide has no negatives.
     """
-    query, key, value = (x.reshape(*x.shape[:-1], heads, -1) for x in (query, key, value))
+    query, key, value = (x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads) for x in (query, key, value))
     scores = jnp.einsum(
         "...chd,...thd->...hct", query / math.sqrt(query.shape[-1]), key, preferred_element_type=jnp.float32
     )
     weights = softmax_where(scores, mask)
     kept = dropout(weights.astype(value.dtype), rate, dropout_key)
     pooled = jnp.einsum("...hct,...thd->...chd", kept, value)
-    return pooled.reshape(*pooled.shape[:-2], -1), weights
+    return pooled.reshape(*pooled.shape[:-2], pooled.shape[-2] * pooled.shape[-1]), weights
 
 
 class MultiheadAttention(nnx.Module):

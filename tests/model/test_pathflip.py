@@ -171,6 +171,26 @@ def test_a_fully_masked_region_pools_zero():
     assert np.abs(states[0, 0] - changed[0, 0]).max() > 0.01
 
 
+@pytest.mark.parametrize("normaliser", ["released", "per_slide"])
+def test_a_batch_of_one_slide_learns_without_negatives(normaliser):
+    rng = np.random.default_rng(3)
+    shapes = [(1, 16), (1, R, 16), (1, 16), (1, K, 16)]
+    slide, regions, captions, subcaptions = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    batch = Embeddings(slide, regions, jnp.ones((1, R), bool), captions, subcaptions)
+    none, case, scale = -jnp.ones((1, 1), int), jnp.zeros(1, int), jnp.asarray(2.0)
+
+    def total(model):
+        config = LossConfig(normaliser=normaliser)
+        return alignment_loss(batch, model.text_region_attention, none, case, scale, None, config)[0]
+
+    found, gradient = jax.value_and_grad(total)(model())
+    pooled, _ = model().text_region_attention(subcaptions, regions, batch.region_mask)
+    cosine = (pooled * subcaptions).sum(-1) / jnp.linalg.norm(pooled, axis=-1) / jnp.linalg.norm(subcaptions, axis=-1)
+    positives = -jax.nn.log_sigmoid(scale * cosine).mean()
+    assert found == pytest.approx(float(positives) / (2 if normaliser == "per_slide" else 1), rel=1e-5)
+    assert np.abs(flatten(gradient)["text_region/query/kernel"]).max() > 0
+
+
 def test_attention_maps_are_shown_only_when_asked():
     patches, mask = slides()
     encode = jax.jit(lambda m, attention: m.encode_slides(patches, mask, attention=attention), static_argnums=1)

@@ -1,0 +1,326 @@
+"""One side of a comparison in a process of its own: builds its model, runs one job, prints what it took as JSON.
+
+`step.py` starts it; by hand: `python benchmarks/sides.py --side ours --job train_base --steps 3`. A side is `ours`
+(JAX), `released` (`released_style.py`) or `competent` (`competent_torch.py`). All see the same slides and texts, and,
+with `--weights FOLDER`, the same weights.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).parent
+BASE = {
+    "feature_dim": 512, "embed_dim": 256, "hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072,
+    "num_queries": 8, "vocab_size": 30523,
+}  # fmt: skip
+SMALL = BASE | {"embed_dim": 32, "hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "vocab_size": 500}
+K, S, ROW_LENGTH = 8, 256, 512
+CAPTION_LENGTH, SUBCAPTION_LENGTH = 384, 192
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 1.0
+
+
+class Job(NamedTuple):
+    """What is measured: a train step, or the encoding of slides or of texts without dropout and gradients."""
+
+    kind: str
+    slides: int
+    regions: int
+
+
+JOBS = {
+    "train_base": Job("train", 2, 24),
+    "train_whole_slide": Job("train", 1, 256),
+    "encode_slide_base": Job("encode_slide", 1, 24),
+    "encode_text": Job("encode_text", 2, 0),
+}
+
+
+class Inputs(NamedTuple):
+    """Slides and texts before any side has prepared them: patches [B, R, S, F] float16, texts as lists of ids."""
+
+    patches: np.ndarray
+    captions: list[np.ndarray]
+    subcaptions: list[list[np.ndarray]]
+    negatives: np.ndarray  # [B, B]: which subcaption of slide j slide i is shown; -1 on the diagonal
+
+    @property
+    def texts(self) -> list[np.ndarray]:
+        """Each slide's caption, then its subcaptions."""
+        return [ids for caption, own in zip(self.captions, self.subcaptions, strict=True) for ids in (caption, *own)]
+
+
+def make_inputs(job: Job, sizes: dict, seed: int = 0) -> Inputs:
+    """Random features, and random words of real lengths (token_lengths.json)."""
+    rng = np.random.default_rng(seed)
+    B, lengths = job.slides, json.loads((HERE / "token_lengths.json").read_text())["slides"]
+    patches = rng.standard_normal((B, job.regions, S, sizes["feature_dim"]), np.float32).astype(np.float16)
+
+    def words(length: int) -> np.ndarray:
+        return rng.integers(5, sizes["vocab_size"] - 1, length).astype(np.int32)
+
+    chosen = [lengths[b % len(lengths)] for b in range(B)]
+    captions = [words(row[0]) for row in chosen]
+    subcaptions = [[words(length) for length in row[1:]] for row in chosen]
+    negatives = np.where(np.eye(B, dtype=bool), -1, rng.integers(0, K, (B, B)))
+    return Inputs(patches, captions, subcaptions, negatives.astype(np.int32))
+
+
+def pad(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [n, length]."""
+    ids, mask = np.zeros((2, len(texts), length), np.int64)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    return ids, mask
+
+
+def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None, training: bool) -> Callable:
+    """The JAX side: the library's own step, as `pathflip train` builds it, and its encoders as inference calls them."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from pathflip_jax.convert.pytorch import read_checkpoint, to_jax
+    from pathflip_jax.data.tokens import pack
+    from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
+    from pathflip_jax.model.config import PathFLIPConfig
+    from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.stage import alignment, make_step
+
+    config = PathFLIPConfig(**sizes, compute_dtype=dtype)
+    if weights is None:
+        params = jax.jit(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))()
+    else:
+        params = jax.tree.map(jnp.asarray, to_jax(read_checkpoint(weights / "model.safetensors"), config))
+    B = job.slides
+    packed = pack(inputs.texts, ROW_LENGTH)
+    text = [x[None] for x in (packed.tokens, packed.segments, packed.positions)]
+    batch = Batch(
+        inputs.patches, np.ones(inputs.patches.shape[:3], bool), *text, packed.cls_index.reshape(B, -1),
+        np.arange(B, dtype=np.int32),
+    )  # fmt: skip
+    batch = jax.tree.map(jnp.asarray, batch)
+    loss_config = LossConfig()
+    if training:
+        optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
+        schedule = learning_rate(optim, 1000, 1000)
+        optimizer = make_optimizer(optim, schedule)
+        step = make_step(alignment(loss_config), lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
+        step = jax.jit(step, donate_argnums=(0, 2))
+        state = [params, jax.jit(optimizer.init)(params)]
+        del params
+
+        def run(number: int) -> float:
+            state[0], state[1], metrics = step(state[0], {}, state[1], batch, np.int32(number))
+            return float(metrics["loss"])
+
+        return run
+
+    @jax.jit
+    def slides(params, batch):
+        encoded = unflatten(config, params).encode_slides(batch.patches, batch.patch_mask)
+        return encoded.slide, encoded.regions
+
+    @jax.jit
+    def texts(params, batch):
+        model = unflatten(config, params)
+        index = batch.text_index.reshape(1, -1)
+        return model.encode_texts(batch.tokens, batch.segments, batch.positions, index)[0]
+
+    @jax.jit
+    def losses(params, batch):
+        (slide, regions), text = slides(params, batch), texts(params, batch).reshape(B, 1 + K, -1)
+        model, mask = unflatten(config, params), batch.patch_mask.any(-1)
+        _, metrics = alignment_loss(
+            Embeddings(slide, regions, mask, text[:, 0], text[:, 1:]),
+            model.text_region_attention, inputs.negatives, batch.case, model.logit_scale[...], None, loss_config,
+        )  # fmt: skip
+        return slide, regions, text, jnp.stack([metrics["loss_slide"], metrics["loss_region"]])
+
+    call = {"encode_slide": slides, "encode_text": texts, "train": losses}[job.kind]
+    return lambda number: jax.tree.map(np.asarray, call(params, batch))
+
+
+class Batch(NamedTuple):
+    """The fields of `pathflip_jax.data.pipeline.Batch` that a step reads."""
+
+    patches: np.ndarray
+    patch_mask: np.ndarray
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    text_index: np.ndarray
+    case: np.ndarray
+
+
+def in_torch(
+    side: str, job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None, training: bool, device: str
+) -> Callable:
+    """The two PyTorch sides; mixed precision is autocast, the optimizer PyTorch's own AdamW."""
+    import torch
+    from competent_torch import CompetentTorch, trim
+    from released_style import ReleasedStyle
+
+    settings = sizes | {
+        "dropout": 0.1, "cross_attention_freq": 2, "max_positions": 512, "patch_projection": "linear",
+        "region_layers": 2, "region_heads": 8, "text_region_heads": 8, "logit_scale_init": 2.659,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    released = side == "released"
+    model = (ReleasedStyle if released else CompetentTorch)(settings)
+    if weights is not None:
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(weights / "model.safetensors"))
+    model.to(device).train(training)
+    if not training:
+        model.requires_grad_(False)
+
+    def tensors(texts: list[np.ndarray], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = (torch.from_numpy(x).to(device) for x in pad(texts, length))
+        return (ids, mask) if released else trim(ids, mask)
+
+    B = job.slides
+    captions = tensors(inputs.captions, CAPTION_LENGTH)
+    flat = tensors([ids for own in inputs.subcaptions for ids in own], SUBCAPTION_LENGTH)
+    batch = {
+        "patches": torch.from_numpy(inputs.patches).to(device).float(),
+        "caption_ids": captions[0],
+        "caption_mask": captions[1],
+        "subcaption_ids": flat[0].reshape(B, K, -1),
+        "subcaption_mask": flat[1].reshape(B, K, -1),
+        "negatives": torch.from_numpy(inputs.negatives).long().to(device),
+    }
+
+    def slides():
+        if released:
+            return model.encode_slide_batch(batch["patches"])
+        encoded = model.encode_slides(batch["patches"])
+        return encoded.slide, encoded.regions
+
+    def texts():
+        encode = model.encode_padded_texts if released else model.encode_texts
+        captions, subcaptions = encode(*captions_of(batch)), encode(*flat)
+        return torch.cat([captions[:, None], subcaptions.reshape(B, K, -1)], dim=1).flatten(0, 1)
+
+    def losses():
+        return model.losses(batch)
+
+    compiled = (lambda f: f) if released else torch.compile
+    mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    if training:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        losses = compiled(losses)
+
+        def run(number: int) -> float:
+            with mixed:
+                loss = sum(losses())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        return run
+    call = {"encode_slide": slides, "encode_text": texts}.get(job.kind)
+    if call is None:
+
+        def call():
+            slide, regions = slides()
+            text = texts().unflatten(0, (B, 1 + K))
+            return slide, regions, text, torch.stack(losses())
+
+    call = compiled(call)
+
+    def run(number: int):
+        with mixed, torch.no_grad():
+            found = call()
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(x.float().cpu().numpy() for x in found)
+
+    return run
+
+
+def captions_of(batch: dict) -> tuple:
+    """Ids and mask of the captions."""
+    return batch["caption_ids"], batch["caption_mask"]
+
+
+def status(name: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+class Peak:
+    """The largest memory since it was made: the device's, or on a CPU the process's resident set."""
+
+    def __init__(self, side: str, device: str) -> None:
+        self.side, self.device = side, device
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        elif side != "ours":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+
+    def bytes(self) -> int:
+        """JAX counts from the start of the process, compilation aside: a device holds no more then."""
+        if self.device == "cpu":
+            return status("VmHWM")
+        if self.side == "ours":
+            import jax
+
+            return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+
+
+def main() -> int:
+    """Run one job of one side; the last line printed is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=["ours", "released", "competent"], required=True)
+    parser.add_argument("--job", choices=list(JOBS), required=True)
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before")
+    parser.add_argument("--batch", type=int, help="slides, instead of the job's")
+    parser.add_argument("--regions", type=int, help="regions, instead of the job's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--weights", type=Path, help="folder with model.safetensors of the released names")
+    parser.add_argument("--outputs", type=Path, help="no training: save the losses and embeddings of the job here")
+    options = parser.parse_args()
+    sizes, job = SMALL if options.small else BASE, JOBS[options.job]
+    job = job._replace(slides=options.batch or job.slides, regions=options.regions or job.regions)
+    inputs = make_inputs(job, sizes)
+    training = job.kind == "train" and options.outputs is None
+    given = (job, sizes, inputs, options.dtype, options.weights, training)
+    run = ours(*given) if options.side == "ours" else in_torch(options.side, *given, options.device)
+    for number in range(options.warmup):
+        found = run(number)
+    if options.outputs:
+        found = run(0)
+        np.savez(options.outputs, **{f"arr{i}": x for i, x in enumerate(found)})
+    peak, times = Peak(options.side, options.device), []
+    for number in range(options.steps):
+        start = time.perf_counter()
+        found = run(options.warmup + number)
+        times.append(time.perf_counter() - start)
+    loss = found if training else None
+    print(json.dumps({"seconds": times, "peak_bytes": peak.bytes(), "loss": loss}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""A training step and inference, ours beside the released way of working and beside competent PyTorch, in one run.
+
+Every measurement is a process of its own (`sides.py`) that exits before the next starts; the sides take turns, and a
+figure is the median over rounds of the ratio within a round. Before anything is timed, the three sides compute the same
+slides and texts from the same weights and must agree to 1e-4. A side that cannot run ends the benchmark: no ratio
+comes from one side alone. A ratio above 1 means that ours is better.
+
+    python benchmarks/step.py --rounds 3 --json benchmarks/results/step.json
+    python benchmarks/step.py --jobs encode_slide_base --rounds 1
+    python benchmarks/step.py --device cuda --dtype bfloat16 --batch 16
+
+Memory is the resident peak after warm-up (on a GPU the device's), less 16 bytes per parameter: weights, gradients and
+both moments, which every side must hold.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from sides import BASE, JOBS, SMALL
+
+HERE = Path(__file__).parent
+SIDES = ("ours", "released", "competent")
+STEPS = {"train_base": 2, "train_whole_slide": 1, "encode_slide_base": 5, "encode_text": 5}
+AGREE = 1e-4
+# Seconds a slide of the released code on two cores whose float32 matrix products ran at 250 GFLOP/s.
+RELEASED_SECONDS = {"train_base": 9.7, "train_whole_slide": 80.0, "encode_slide_base": 1.07}
+RELEASED_RATE, SLACK = 250e9, 1.15
+
+
+class SideError(RuntimeError):
+    """A side could not run, or does not compute what the others do."""
+
+
+def run_side(side: str, job: str, options: argparse.Namespace, *more: str) -> dict:
+    """Run `sides.py` once and return the JSON of its last line."""
+    command = [sys.executable, str(HERE / "sides.py"), "--side", side, "--job", job, "--device", options.device]
+    command += ["--dtype", options.dtype] + ["--small"] * options.small
+    for name in ("batch", "regions"):
+        if getattr(options, name):
+            command += [f"--{name}", str(getattr(options, name))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    if options.device == "cuda":
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SideError(f"{side} could not run {job} (exit code {done.returncode}):\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_agreement(options: argparse.Namespace) -> float:
+    """The largest difference between sides in slides, regions, texts and losses of one small batch in float32."""
+    sizes = SMALL if options.small else BASE
+    plain = argparse.Namespace(**vars(options) | {"dtype": "float32", "batch": 2, "regions": 3})
+    with tempfile.TemporaryDirectory() as folder:
+        _write_weights(Path(folder), sizes)
+        found = {}
+        for side in SIDES:
+            outputs = Path(folder) / f"{side}.npz"
+            run_side(side, "train_base", plain, "--weights", folder, "--outputs", str(outputs), "--steps", "0")
+            with np.load(outputs) as archive:
+                found[side] = [archive[name] for name in sorted(archive.files)]
+    worst = 0.0
+    for side in SIDES[1:]:
+        for mine, theirs in zip(found["ours"], found[side], strict=True):
+            error = float(np.abs(mine.reshape(theirs.shape) - theirs).max() / max(1.0, np.abs(theirs).max()))
+            worst = max(worst, error)
+            if not error <= AGREE:
+                raise SideError(f"ours and {side} differ by {error:.1e}, at most {AGREE:.0e} is allowed: no comparison")
+    return worst
+
+
+def _write_weights(folder: Path, sizes: dict) -> None:
+    """Random weights under the released names, moved off their initial values so that nothing is zero."""
+    from pathflip_jax.convert.names import unused
+    from pathflip_jax.convert.pytorch import torch_shapes, write_checkpoint
+    from pathflip_jax.model.config import PathFLIPConfig
+
+    config, rng = PathFLIPConfig(**sizes), np.random.default_rng(1)
+    state = {}
+    for name, shape in torch_shapes(config).items():
+        drawn = rng.standard_normal(shape).astype(np.float32)
+        one = name.endswith(("LayerNorm.weight", "norm1.weight", "norm2.weight"))
+        state[name] = one + drawn * np.float32(1 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.1)
+    state["logit_scale"] = np.array(2.659, np.float32)
+    state |= unused(config, state["Qformer.bert.embeddings.word_embeddings.weight"])
+    write_checkpoint(folder / "model.safetensors", state)
+
+
+def matrix_rate(device: str, dtype: str) -> float:
+    """Operations per second of a large matrix product in PyTorch: the rate that the yardstick can count on."""
+    import torch
+
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    best = np.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        c = a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    del c
+    return 2 * n**3 / best
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """All rounds of all jobs: times, peaks and ratios by name."""
+    parameters = _parameters(SMALL if options.small else BASE)
+    times = {job: {side: [] for side in options.sides} for job in options.jobs}
+    peaks = {job: {side: [] for side in options.sides} for job in options.jobs}
+    for job in options.jobs:
+        for number in range(options.rounds):
+            order = options.sides[number % len(options.sides) :] + options.sides[: number % len(options.sides)]
+            for side in order:
+                steps = str(STEPS[job] * (3 if side == "ours" else 1))
+                row = run_side(side, job, options, "--steps", steps, "--warmup", "2" if side != "released" else "1")
+                times[job][side].append(statistics.median(row["seconds"]))
+                peaks[job][side].append(row["peak_bytes"])
+                print(
+                    f"{job:18} {side:10} {times[job][side][-1]:9.3f} s  {row['peak_bytes'] / 1e9:6.2f} GB", flush=True
+                )
+    ratios = {}
+    for job in options.jobs:
+        for side in options.sides[1:]:
+            suffix = "" if side == "released" else f"_{side}"
+            pairs = list(zip(times[job][side], times[job]["ours"], strict=True))
+            ratios[job + suffix] = statistics.median(theirs / ours for theirs, ours in pairs)
+            if JOBS[job].kind == "train":
+                spare = 16 * parameters
+                pairs = list(zip(peaks[job][side], peaks[job]["ours"], strict=True))
+                ratio = statistics.median((theirs - spare) / (ours - spare) for theirs, ours in pairs)
+                ratios[f"memory_{job}{suffix}"] = ratio
+    return {"times": times, "peak_bytes": peaks, "ratios": ratios, "parameters": parameters}
+
+
+def _parameters(sizes: dict) -> int:
+    from pathflip_jax.convert.pytorch import torch_shapes
+    from pathflip_jax.model.config import PathFLIPConfig
+
+    return sum(int(np.prod(shape)) for shape in torch_shapes(PathFLIPConfig(**sizes)).values())
+
+
+def check_yardstick(times: dict, rate: float) -> list[str]:
+    """Where the released side is more than 15% slower a slide than the released code was, at this machine's rate."""
+    slow = []
+    for job, seconds in RELEASED_SECONDS.items():
+        if job in times and "released" in times[job]:
+            found = statistics.median(times[job]["released"]) / JOBS[job].slides
+            allowed = SLACK * seconds * RELEASED_RATE / rate
+            if found > allowed:
+                slow.append(f"{job}: {found:.2f} s a slide, at most {allowed:.2f} s at {rate / 1e9:.0f} GFLOP/s")
+    return slow
+
+
+def machine(options: argparse.Namespace, rate: float) -> dict:
+    """What the figures were measured on."""
+    names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+    found = {"device": options.device, "cores": os.cpu_count(), "python": platform.python_version()}
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    found["processor"] = model[0].partition(":")[2].strip() if model else platform.machine()
+    if options.device == "cuda":
+        import torch
+
+        found["accelerator"] = torch.cuda.get_device_name()
+    found["matrix_gflops"] = round(rate / 1e9, 1)
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def main() -> int:
+    """Check, measure, print the table, write the JSON; 1 where a side failed or the yardstick is no fair one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and at least one other")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, help="slides a step, instead of each job's")
+    parser.add_argument("--regions", type=int, help="regions a slide, instead of each job's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    if "ours" not in options.sides or len(options.sides) < 2:
+        parser.error("--sides needs ours and at least one other")
+    options.sides = [side for side in SIDES if side in options.sides]
+    try:
+        error = check_agreement(options)
+        print(f"ours, released and competent agree: largest difference {error:.1e}")
+        rate = matrix_rate(options.device, options.dtype)
+        print(f"matrix products run at {rate / 1e9:.0f} GFLOP/s in {options.dtype}")
+        found = measure(options)
+    except SideError as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    slow = []
+    if (
+        options.device == "cpu"
+        and options.dtype == "float32"
+        and not (options.small or options.batch or options.regions)
+    ):
+        slow = check_yardstick(found["times"], rate)
+    width = max(map(len, found["ratios"]))
+    for name, ratio in found["ratios"].items():
+        print(f"{name:{width}}  {ratio:6.2f}")
+    for fault in slow:
+        print(f"the yardstick is too slow to count: {fault}", file=sys.stderr)
+    if options.json and not slow:
+        names = ("jobs", "sides", "rounds", "batch", "regions", "dtype", "small")
+        settings = {name: getattr(options, name) for name in names} | {"agreement": error}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            json.dumps({"machine": machine(options, rate), "settings": settings} | found, indent=1) + "\n"
+        )
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
