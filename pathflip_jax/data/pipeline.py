@@ -7,8 +7,9 @@ batch). So a run resumes on another number of processes with the same batches. g
 """
 
 import logging
+import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -126,6 +127,39 @@ class _Draws(NamedTuple):
     seed: int
 
 
+class _Memory:
+    """Memory of batches, lent again once the last array over it is gone.
+
+    A batch has tens of megabytes: the system would map new pages for each and clear them, which took as long as
+    reading the features. What is lent holds what an earlier batch left in it.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=keep)
+
+    def lend(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array whose memory comes back here by itself."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            block = self._free.pop()
+        except IndexError:  # all are in use
+            block = None
+        if block is None or block.nbytes != size:  # batches were resized
+            block = np.empty(size, np.uint8)
+        return np.asarray(_Loan(block, self._free)).view(dtype).reshape(shape)
+
+
+class _Loan:
+    """What NumPy takes for the owner of a lent block, and keeps until no array, view or device needs it."""
+
+    def __init__(self, block: np.ndarray, free: deque[np.ndarray]) -> None:
+        self.__array_interface__ = block.__array_interface__
+        self._block, self._free = block, free
+
+    def __del__(self) -> None:
+        self._free.append(self._block)
+
+
 class Batches:
     """The batches of a run; `batch(step)` can be asked in any order, from any thread.
 
@@ -152,6 +186,7 @@ class Batches:
         self._records, self._bags, self._tokenizer, self._draws = records, bags, tokenizer, draws
         self._process, self._threads = process, threads
         self._lock = threading.Lock()
+        self._memory = _Memory(keep=threads + 2)  # those made ahead, the one in use and the one before
         self._features: np.ndarray | None = None
         self._first_row: np.ndarray | None = None
 
@@ -254,17 +289,22 @@ class Batches:
                 first = self._first_row[bag.record[regions]] + bag.start[regions]
                 index[b, : len(regions)] += first[:, None]
             index[~mask] = 0
-            return self._features[index], mask
+            patches = self._memory.lend((*index.shape, self._features.shape[1]), self._features.dtype)
+            return np.take(self._features, index, axis=0, out=patches, mode="clip"), mask  # "clip": no copy of `out`
         patches = None
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             for record in np.unique(bag.record[regions]):
                 rows = np.flatnonzero(bag.record[regions] == record)
                 read = self._records.read_regions(int(record), bag.region[regions[rows]].tolist())
+                if patches is None:
+                    patches = self._memory.lend((*mask.shape, read[0].shape[1]), read[0].dtype)
                 for r, features in zip(rows, read, strict=True):
-                    if patches is None:
-                        patches = np.zeros((*mask.shape, features.shape[1]), features.dtype)
-                    n = min(len(features), S)
-                    patches[b, r, :n] = features if n == len(features) else features[index[b, r]]
+                    n = len(features)
+                    if n > S:
+                        np.take(features, index[b, r], axis=0, out=patches[b, r], mode="clip")
+                    else:
+                        patches[b, r, :n], patches[b, r, n:] = features, 0
+            patches[b, len(regions) :] = 0
         return patches, mask
 
     def _merges(self, text: TokenisedText, rng: np.random.Generator) -> list[tuple[int, ...]]:

@@ -192,6 +192,24 @@ def test_every_region_and_patch_is_drawn_alike(cohort):
         assert (abs(found - expected) <= 5 * np.sqrt(expected)).all()
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_memory_is_lent_again_only_when_nothing_refers_to_it(cohort, resident):
+    made = batches(cohort, resident=resident)
+    expected = [batches(cohort).batch(step) for step in range(6)]
+    first = made.batch(0)
+    address, corner = first.patches.ctypes.data, first.patches[3:, 1, :, :2]
+    assert made.batch(1).patches.ctypes.data != address
+    kept = corner.copy()
+    del first
+    for step in range(1, 6):  # what a view still needs stays as it is
+        again = made.batch(step)
+        assert again.patches.ctypes.data != address
+        assert_equal(again, expected[step])  # padding included, whatever lay there before
+    assert (corner == kept).all()
+    del again, corner
+    assert address in {made.batch(step).patches.ctypes.data for step in range(2)}
+
+
 def test_features_in_memory_give_the_same_batches(cohort):
     for changes in ({}, {"patch_slots": None}, {"slide_ids": [f"S{i:02d}" for i in range(5, 15)]}):
         for step in (0, 7):
