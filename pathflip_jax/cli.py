@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> int:
         options = build_parser().parse_args(argv)
         options.command_line = argv
         return options.run(options)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("PATHFLIP_DEBUG"):
             raise
         print(f"pathflip: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax import memory
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import Records
@@ -22,6 +23,7 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.model.pathflip import SlideEncoding
 
+LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
 SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
 
 
@@ -90,6 +92,7 @@ class Predictor:
         self.edge_um = float(data.get("edge_um") or EDGE_UM)
         self.edge_px = data.get("edge_px")
         self.caption_length = int(data.get("caption_length") or 384)
+        self._fitting: set[tuple] = set()  # large shapes that were found to fit
 
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> Bag:
         """Cut slides into regions; several slides are one bag, their regions one after the other (DESIGN section 4).
@@ -130,6 +133,11 @@ class Predictor:
             valid = index >= 0
             mask[i, : index.shape[0], : index.shape[1]] = valid
             patches[i, : index.shape[0], : index.shape[1]][valid] = x[index[valid]]
+        free = memory.free_bytes(jax.local_devices()[0])
+        if free is not None and patches.nbytes > free / LARGE and (patches.shape, attention) not in self._fitting:
+            program = _encode_slides.lower(self.model, patches, mask, attention).compile()
+            memory.check_slide(program, f"{len(slots)} slides of up to {max(map(len, features)):,} patches")
+            self._fitting.add((patches.shape, attention))
         return jax.device_get(_encode_slides(self.model, patches, mask, attention))
 
     def encode_slide(self, slide: SlideFeatures | Sequence[SlideFeatures]) -> Embedding:

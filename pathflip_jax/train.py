@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, settings, sharding
+from pathflip_jax import checkpoint, memory, settings, sharding
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """Train, or go on training, the run of this config in `workdir`; returns the last metrics.
 
     Raises Stopped after SIGTERM, once the state is saved; ValueError and OSError for input that cannot be used, with
-    the cure; FloatingPointError when the loss is no longer a number.
+    the cure; MemoryError where a step would not fit; FloatingPointError when the loss is no longer a number.
     """
     settings.require(config)
     losses = [f"loss_{part}" for part in ("slide", "region") if config.loss[f"{part}_weight"]]
@@ -104,6 +104,9 @@ def fit(
         validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
         batches = data.train.__iter__(start)
         batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
+        if start < steps:
+            step = step.lower(learned, frozen, opt_state, batch, np.int32(start)).compile()
+            memory.check_step(step, setup.batch_size, setup.accumulate, config.model.remat, mesh.size)
         with (
             StopSignal() as stop,
             MetricsWriter(workdir, start, steps, slides_per_step=setup.batch_size, primary=primary) as writer,
@@ -236,8 +239,11 @@ def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) ->
 
 
 def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
-    """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another."""
-    if (workdir / checkpoint.CONFIG).exists():
+    """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
+
+    A run that ended before its first checkpoint, on a wrong setting or for want of memory, has no claim on it.
+    """
+    if (workdir / checkpoint.CONFIG).exists() and any((workdir / checkpoint.CHECKPOINTS).glob("[0-9]*")):
         before = checkpoint.read_json(workdir / checkpoint.CONFIG)
         differing = checkpoint.differences(_fixed(before), _fixed(resolved))
         if differing:

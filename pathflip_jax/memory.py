@@ -1,0 +1,91 @@
+"""Will it fit? Asked of the compiled program, before it runs.
+
+XLA plans all memory of a program when it compiles it, so what a step will take is known, not guessed. A run that
+cannot fit says so in a second and names settings that would; an allocator says so after an hour, or on a CPU the
+kernel ends the process without a word.
+"""
+
+from pathlib import Path
+
+import jax
+
+GIB = 2**30
+
+
+def needed_bytes(compiled) -> int:
+    """What one device has to find for a compiled program besides its arguments: temporaries, and outputs of its own."""
+    plan = compiled.memory_analysis()
+    return plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+
+
+def free_bytes(device: jax.Device) -> int | None:
+    """What a device has left; on a CPU this device's share of the memory that is left. None where nobody says."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform != "cpu":
+        return None
+    left = [x for x in (_system_free(), _group_free()) if x is not None]
+    return min(left) // jax.local_device_count() if left else None
+
+
+def _system_free() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _group_free() -> int | None:
+    """What the control group of a container has left: its limit, less what is used and cannot be given back."""
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most, current = (Path(folder, name).read_text().strip() for name in (limit, used))
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most != "max":
+            return int(most) - int(current) + int(stat.get("inactive_file", 0))  # pages of files are given back
+    return None
+
+
+def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: int) -> None:
+    """Raise MemoryError where a compiled training step does not fit, with the settings that would.
+
+    `pieces` = devices that share the batch. Accumulation divides what a microbatch takes and leaves gradients and
+    embeddings; the advice counts all of it as dividing, but demands a tenth to spare.
+    """
+    device = jax.local_devices()[0]
+    needed, free = needed_bytes(compiled), free_bytes(device)
+    if free is None or needed <= free:
+        return
+    cures = []
+    if not remat:
+        cures.append("--config.model.remat=True (recomputes instead of keeping activations)")
+    more = [n for n in range(accumulate + 1, batch_size + 1) if batch_size % (n * pieces) == 0]
+    enough = next((n for n in more if needed * accumulate / n <= 0.9 * free), None)
+    if enough:
+        cures.append(f"--config.train.accumulate={enough} (the same loss over the whole batch, in {enough} parts)")
+    elif more:
+        cures.append(f"--config.train.accumulate={more[-1]}, fewer --config.data.regions, more devices")
+    else:
+        cures.append("a smaller --config.train.batch_size, fewer --config.data.regions, more devices")
+    raise MemoryError(
+        f"a step of {batch_size} slides needs {needed / GIB:.1f} GiB on {device.device_kind} besides weights and "
+        f"batch, {free / GIB:.1f} GiB are free; set {' or '.join(cures)}"
+    )
+
+
+def check_slide(compiled, what: str) -> None:
+    """Raise MemoryError where encoding does not fit."""
+    device = jax.local_devices()[0]
+    needed, free = needed_bytes(compiled), free_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{what} needs {needed / GIB:.1f} GiB on {device.device_kind} to be encoded, {free / GIB:.1f} GiB are "
+            "free; encode fewer slides at a time (batch_size=1), or cut a slide this large into its pieces of tissue"
+        )

@@ -1,0 +1,63 @@
+"""Whether a program fits is asked before it runs: XLA's own plan against what the device has left."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pathflip_jax import inference, memory, train
+from pathflip_jax.train import read_metrics
+
+
+def test_the_need_is_what_a_program_keeps_beside_its_arguments():
+    n = 512
+    square = jax.ShapeDtypeStruct((n, n), jnp.float32)
+    one = jax.jit(lambda x: x * 2).lower(square).compile()
+    assert memory.needed_bytes(one) == 4 * n * n  # its output
+    given_back = jax.jit(lambda x: x * 2, donate_argnums=0).lower(square).compile()
+    assert memory.needed_bytes(given_back) == 0
+    gradient = jax.jit(jax.grad(lambda x: (jnp.tanh(x @ x) @ x.T).sum())).lower(square).compile()
+    assert 2 * 4 * n * n <= memory.needed_bytes(gradient) <= 8 * 4 * n * n
+
+
+def test_free_memory_of_a_cpu_is_shared_by_its_devices(monkeypatch):
+    monkeypatch.setattr(memory, "_system_free", lambda: 800)
+    monkeypatch.setattr(memory, "_group_free", lambda: 400)  # a container may have less than its machine
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert memory.free_bytes(jax.local_devices()[0]) == 100
+    monkeypatch.setattr(memory, "_system_free", lambda: None)
+    monkeypatch.setattr(memory, "_group_free", lambda: None)
+    assert memory.free_bytes(jax.local_devices()[0]) is None
+
+
+def test_this_machine_says_what_it_has_left():
+    assert 2**20 < memory.free_bytes(jax.local_devices()[0]) < 2**50
+
+
+def test_a_step_that_does_not_fit_names_settings_that_do(tiny_cohort, tmp_path, monkeypatch, capsys):
+    options = ["--config", "demo:smoke", *tiny_cohort.settings(), "--workdir", str(tmp_path / "run")]
+    options += ["--config.train.steps=1", "--config.model.hidden=8", "--config.model.intermediate=16"]
+    needs = []
+    planned = memory.needed_bytes
+    monkeypatch.setattr(memory, "needed_bytes", lambda compiled: needs.append(planned(compiled)) or needs[-1])
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    with pytest.raises(MemoryError, match="fewer --config.data.regions"):
+        train.main(options)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.7 * needs[0]))
+    with pytest.raises(
+        MemoryError, match=r"GiB are free; set --config.model.remat=True .* or --config.train.acc"
+    ) as fault:
+        train.main(options)
+    advised = re.search(r"--config.train.accumulate=\d+", str(fault.value)).group()
+    assert train.main([*options, advised]) == 0  # the same folder: nothing had begun there
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_a_slide_that_does_not_fit_is_refused(monkeypatch):
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((100,), jnp.float32)).compile()
+    memory.check_slide(program, "slide S")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 399)
+    with pytest.raises(MemoryError, match=r"1 slides of up to 5 patches needs 0.0 GiB .*batch_size=1"):
+        memory.check_slide(program, "1 slides of up to 5 patches")
+    assert inference.LARGE > 1
