@@ -229,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--at-batch", type=int, default=1, help="slides while the others vary")
     parser.add_argument("--at-subcaptions", type=int, default=8, help="subcaptions while the others vary")
     parser.add_argument("--slots", type=int, default=256, help="patches of a region")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a point")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a point")
     parser.add_argument("--small", action="store_true", help="a model of laptop size in place of the base config")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--plot", type=Path, help="PNG to write")

@@ -97,7 +97,7 @@ def test_a_tiny_run(tmp_path):
             assert found["slides_per_s"] > 0 and found["gb_per_s"] > 0
         assert f"{content['results'][state]['h5']['ratio']:.2f}x as fast" in done.stdout
     for found in content["stages_ms_per_slide"].values():
-        parts = found["sampling"] + found["reading"] + found["text"] + found["rest"]
+        parts = found["sampling, copying"] + found["reading"] + found["text"] + found["rest"]
         assert parts == pytest.approx(found["all"])
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
 

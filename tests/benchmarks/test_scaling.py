@@ -85,7 +85,7 @@ def test_batches_have_the_shapes_of_the_pipeline(bench):
 
 def test_tables_plot_and_json_of_points_that_were_measured(bench, tmp_path, monkeypatch, capsys):
     def measured(point, arguments):
-        assert arguments == ["--slots=256", "--steps=3", "--small"]
+        assert arguments == ["--slots=256", "--steps=5", "--small"]
         patches = point.batch * point.regions * 256
         figures = {"seconds": 1 + patches * 1e-4, "peak_bytes": 10**9 + patches, "temporary_bytes": patches}
         return point._asdict() | figures | {"patches": patches, "device": "cpu: cpu", "dtype": "float32"}
