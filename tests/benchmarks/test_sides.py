@@ -1,0 +1,101 @@
+"""The sides of the step benchmark compute what the released model computed; its ratios and refusals."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+GOLDEN = BENCHMARKS.parent / "tests" / "golden" / "base"
+NAMES = ("sides", "step", "released_style", "competent_torch")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The files of the benchmark, imported as they import each other when run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield {name: importlib.import_module(name) for name in NAMES}
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def case():
+    with np.load(GOLDEN / "io.npz") as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def golden_settings() -> dict:
+    from pathflip_jax.convert.pytorch import infer_config, read_checkpoint
+
+    meta = json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8"))["config"]
+    return infer_config(read_checkpoint(GOLDEN / "state_dict.safetensors"), heads=meta["heads"]).to_dict()
+
+
+@pytest.mark.parametrize(("file", "name"), [("released_style", "ReleasedStyle"), ("competent_torch", "CompetentTorch")])
+def test_a_side_gives_the_released_models_losses_and_gradients(modules, case, file, name):
+    model = getattr(modules[file], name)(golden_settings()).eval()
+    model.load_state_dict(safetensors.load_file(GOLDEN / "state_dict.safetensors"), strict=True)
+    inputs = ("patches", "caption_ids", "caption_mask", "subcaption_ids", "subcaption_mask", "negatives")
+    slide, region = model.losses({key: torch.from_numpy(case[key]) for key in inputs})
+    assert slide.item() == pytest.approx(float(case["loss_slide"]), rel=1e-5)
+    assert region.item() == pytest.approx(float(case["loss_region"]), rel=1e-5)
+    (slide + region).backward()
+    theirs, compared = safetensors.load_file(GOLDEN / "grads.safetensors"), 0
+    for key, parameter in model.named_parameters():
+        if key in theirs and parameter.grad is not None:
+            error = (parameter.grad - theirs[key]).abs().max().item()
+            assert error <= max(1e-7, 1e-3 * theirs[key].abs().max().item()), key
+            compared += 1
+    assert compared > 50
+
+
+def test_the_released_side_keeps_every_map_of_every_pass(modules, case):
+    model = modules["released_style"].ReleasedStyle(golden_settings()).eval()
+    patches = torch.from_numpy(case["patches"])
+    model.encode_slide_batch(patches)
+    layers = len(model.Qformer.bert.encoder.layer)
+    crossing = sum(layer.crossattention is not None for layer in model.Qformer.bert.encoder.layer)
+    assert len(model.maps) == (1 + patches.shape[1]) * (layers + crossing)
+
+
+def test_trimmed_texts_lose_only_padding(modules):
+    ids, mask = modules["sides"].pad([np.arange(1, 12), np.arange(1, 4)], 64)
+    short, short_mask = modules["competent_torch"].trim(torch.from_numpy(ids), torch.from_numpy(mask))
+    assert short.shape == (2, 16) and short_mask.sum() == 14
+    assert short[0, :11].tolist() == list(range(1, 12))
+
+
+def test_token_lengths_are_those_of_real_captions(modules):
+    rows = np.array(json.loads((BENCHMARKS / "token_lengths.json").read_text())["slides"])
+    assert rows.shape[1] == 1 + modules["sides"].K
+    assert abs(rows[:, 0].mean() - 222) < 10 and abs(rows[:, 1:].mean() - 58) < 4
+    assert rows[:, 0].max() <= 384 and rows[:, 1:].max() <= 192
+    assert abs(rows[:2].sum() / 2 - 688) < 10  # the slides that the base job takes
+
+
+def test_a_slow_yardstick_does_not_count(modules):
+    step, fast = modules["step"], {"train_base": {"released": [18.0]}}
+    assert step.check_yardstick(fast, 250e9) == []
+    assert "train_base: 9.00 s a slide, at most 5.58 s" in step.check_yardstick(fast, 500e9)[0]
+    assert step.check_yardstick(fast | {"encode_slide_base": {"released": [2.0]}}, 250e9) != []
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_at_a_small_size(modules, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["step.py", "--small", "--regions=3", "--rounds=1", "--json", str(out)])
+    assert modules["step"].main() == 0
+    ratios = json.loads(out.read_text())["ratios"]
+    jobs = {"train_base", "train_whole_slide", "encode_slide_base", "encode_text"}
+    expected = jobs | {f"memory_{job}" for job in jobs if job.startswith("train")}
+    assert set(ratios) == expected | {f"{name}_competent" for name in expected}
+    monkeypatch.setattr(modules["step"], "AGREE", 0.0)
+    assert modules["step"].main() == 1 and "no comparison" in capsys.readouterr().err
