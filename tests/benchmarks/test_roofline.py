@@ -1,0 +1,62 @@
+"""The floors: operations counted by formula against those that XLA counts in the compiled forward pass."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP
+
+FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "roofline.py"
+CONFIG = PathFLIPConfig(
+    feature_dim=128, embed_dim=64, hidden=96, layers=4, heads=4, intermediate=384, num_queries=8, vocab_size=50,
+    max_positions=64, region_layers=1,
+)  # fmt: skip
+B, R, S, LENGTH, TEXTS = 2, 6, 64, 48, 3
+
+
+@pytest.fixture(scope="module")
+def roofline():
+    spec = importlib.util.spec_from_file_location("roofline", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def counted(method, *shapes) -> float:
+    model = jax.eval_shape(lambda: PathFLIP(CONFIG, nnx.Rngs(0)))
+    return jax.jit(method).lower(model, *shapes).compile().cost_analysis()["flops"]
+
+
+def test_operations_are_those_that_xla_counts(roofline):
+    shapes = roofline.Shapes(B, R, R * S, (LENGTH,) * TEXTS)
+    formula = roofline.parts(CONFIG, shapes, 4, training=False)
+    text = sum(part.operations for part in formula if part.name.startswith("text"))
+    slide = sum(part.operations for part in formula) - text
+    patches = jax.ShapeDtypeStruct((B, R, S, CONFIG.feature_dim), jnp.float32)
+    mask = jax.ShapeDtypeStruct((B, R, S), bool)
+    found = counted(lambda m, p, k: m.encode_slides(p, k).regions, patches, mask)
+    assert found == pytest.approx(slide, rel=0.15)  # XLA counts softmax, norms and the region transformer too
+    tokens = jax.ShapeDtypeStruct((1, B * TEXTS, LENGTH), jnp.int32)
+    index = jax.ShapeDtypeStruct((1, B * TEXTS), jnp.int32)
+    found = counted(lambda m, t, i: m.encode_texts(t, t, t, i), tokens, index)
+    assert found == pytest.approx(text, rel=0.15)
+
+
+def test_training_takes_three_times_the_forward_pass_and_the_optimizer(roofline):
+    shapes = roofline.Shapes(B, R, R * S, (LENGTH,))
+    forward, training = (roofline.parts(CONFIG, shapes, 4, training) for training in (False, True))
+    for one, three in zip(forward, training, strict=False):
+        assert three.operations == 3 * one.operations and three.name == one.name
+    assert [part.name for part in training[len(forward) :]] == ["optimizer"]
+    assert roofline.parameters(CONFIG) * 28 == training[-1].bytes
+
+
+def test_the_larger_of_arithmetic_and_memory_is_the_floor(roofline):
+    part = roofline.Part("x", operations=100.0, bytes=10.0)
+    assert part.floor(rate=10.0, bandwidth=10.0) == 10.0 and part.floor(rate=1e9, bandwidth=2.0) == 5.0
+    assert "| x | 0.0 | 0 | memory |" in roofline.table([part], 1e9, 2.0, 1)
