@@ -198,7 +198,9 @@ def plot(curves: dict[str, list[dict]], fits: dict[str, dict], path: Path, title
                 panel.set(xscale="log", yscale="log", title=f"exponent {fits[key]['exponent']:.2f} over the patches")
                 panel.legend(frameon=False)
             else:
-                panel.set_ylim(0)
+                panel.set_ylim(0, 1.1 * max(y))
+            panel.set_xticks(x, list(map(str, x)))
+            panel.xaxis.minorticks_off()
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
