@@ -98,6 +98,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.save_every = 500
     config.train.keep = 3  # checkpoints kept besides the best
     config.train.select = "val/mean_reciprocal_rank"  # decides the best; smaller is better where the name says loss
+    config.train.select_margin = 0.0  # the best is the latest within this of the top: what few slides cannot tell apart
 
     return adapt(config, argument)
 

@@ -54,6 +54,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     measured = [VALIDATION + name for name in (*MEASURED, *losses)]
     if config.train.select not in measured:
         raise ValueError(f"train.select={config.train.select!r}: choose one of {', '.join(measured)}")
+    if config.train.select_margin < 0:
+        raise ValueError(f"train.select_margin={config.train.select_margin}: expected 0 or more")
     if not losses:
         raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
     workdir = Path(workdir).resolve()
@@ -130,8 +132,7 @@ def fit(
                 last, stopping, improved = done == steps, stop.requested(done), False
                 if validate and (last or done % setup.eval_every == 0):
                     scores = validate(learned, frozen)
-                    if improved := _better(scores, best, setup.select):
-                        best = {"step": done, "value": scores[setup.select]}
+                    best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
                     write(scores)
                 if last or stopping or improved or done % setup.save_every == 0:
                     write()
@@ -312,10 +313,20 @@ example:
       --config.data.slides=slides.csv --config.data.tokenizer=bert --config.model.bert=bert --workdir runs/base"""
 
 
-def _better(scores: dict[str, float], best: dict | None, select: str) -> bool:
+def choose_best(best: dict | None, step: int, score: float, select: str, margin: float) -> tuple[dict, bool]:
+    """The best checkpoint after a validation, and whether it is the new one: the latest within `margin` of the top.
+
+    Few validation slides make a score that jumps from step to step; among scores that their number cannot tell apart,
+    the one at the lowest learning rate is the better bet.
+    """
+    smaller = "loss" in select
     if best is None:
-        return True
-    return scores[select] < best["value"] if "loss" in select else scores[select] > best["value"]
+        return {"step": step, "value": score, "top": score}, True
+    top = best["top"]
+    if (score <= top + margin) if smaller else (score >= top - margin):
+        if margin or score != top:  # with no margin the first of equals stays
+            return {"step": step, "value": score, "top": min(top, score) if smaller else max(top, score)}, True
+    return best, False
 
 
 def _refuse_nan(step: int, loss: float, workdir: Path) -> None:
