@@ -1,0 +1,171 @@
+"""How long an epoch over a cohort of the paper's size takes on this machine: predicted from a part, or run for real.
+
+Makes a cohort of realistic sizes (random features, 10,000 patches a slide on average, reports of real captions'
+length), and trains on it with `pathflip train`, its input pipeline, logging and checkpoints included. With fewer
+`--slides` than `--epoch-slides` the epoch is predicted from the part: what starting and compiling took, and the speed
+of the last steps. Useful FLOPs are those of the absorbed algorithm on real tokens and valid patches (`roofline.py`).
+
+    python benchmarks/time_to_train.py --slides 12 --batch 2 --steps 6            # predicted, on a laptop
+    python benchmarks/time_to_train.py --slides 4181 --batch 64 --dtype bfloat16  # an epoch for real: 43 GB of records
+    python benchmarks/time_to_train.py --device h200 ...                          # utilisation against a data sheet
+
+What stands after `--` goes to `pathflip train`: `-- --config.model.remat=True`.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from input import make_captions
+from records import machine
+from roofline import DEVICES, Shapes, parts
+
+from pathflip_jax.data.captions import split_sentences
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.model.config import PathFLIPConfig
+
+EPOCH_SLIDES = 4181  # the training split of SlideChat's TCGA pairs, as the paper's
+PATCHES = (10_000, 0.7)  # mean, and deviation of the logarithm: from biopsies to whole resections
+PATCH, POOL = 512, 65_536
+SLIDES_PER_SHARD = 32
+
+
+def make_slides(count: int, width: int, rng: np.random.Generator) -> Iterator[SlideFeatures]:
+    """Square slides of log-normal sizes; their features are stretches of one pool of random numbers."""
+    pool = rng.standard_normal((2 * POOL, width), np.float32).astype(np.float16)
+    mean, deviation = PATCHES
+    for number in range(count):
+        patches = int(np.clip(rng.lognormal(np.log(mean) - deviation**2 / 2, deviation), 300, POOL))
+        edge = int(np.ceil(np.sqrt(patches)))
+        coords = np.stack(np.divmod(np.arange(patches), edge)[::-1], -1).astype(np.int32) * PATCH
+        first = int(rng.integers(POOL))
+        yield SlideFeatures(
+            f"slide{number}", "", pool[first : first + patches], coords, PATCH, 0.25, encoder="benchmark"
+        )
+
+
+def write_cohort(folder: Path, count: int, width: int) -> None:
+    """Records, reports and a vocabulary. Raises OSError when the disk has not the room."""
+    needed, free = 2.1 * width * PATCHES[0] * count, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder}: {count} slides take about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; give --folder "
+            "on a larger disk, or fewer --slides for a prediction"
+        )
+    rng = np.random.default_rng(0)
+    (folder / "records").mkdir()
+    slides = make_slides(count, width, rng)
+    for number in range(-(-count // SLIDES_PER_SHARD)):
+        write_shard(folder / "records" / shard_name(number), islice(slides, SLIDES_PER_SHARD))
+    finish_folder(folder / "records")
+    captions = make_captions(count, folder / "vocabulary", rng)
+    with open(folder / "reports.jsonl", "w") as file:
+        for number, caption in enumerate(captions):
+            file.write(json.dumps({"slide_id": f"slide{number}", "caption": caption}) + "\n")
+
+
+def train(folder: Path, options: argparse.Namespace, steps: int, more: list[str]) -> tuple[float, list[float]]:
+    """Train for `steps`; the seconds of the whole command, and the seconds between the steps that it logged."""
+    command = [sys.executable, "-m", "pathflip_jax.cli", "train", "--config", options.config]
+    command += [f"--config.data.records={folder / 'records'}", f"--config.data.texts={folder / 'reports.jsonl'}"]
+    command += [f"--config.data.tokenizer={folder / 'vocabulary'}", f"--config.train.batch_size={options.batch}"]
+    command += [f"--config.train.steps={steps}", f"--config.model.compute_dtype={options.dtype}"]
+    command += ["--config.model.remat=False", f"--config.data.resident={options.resident}"]
+    command += ["--workdir", str(folder / "run"), *more]
+    metrics, times, seen = folder / "run" / "metrics.jsonl", [], 0
+    start = time.perf_counter()
+    with open(folder / "train.log", "w") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=log)
+        while running.poll() is None:
+            time.sleep(0.005)
+            lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            times += [time.perf_counter()] * (lines - seen)
+            seen = lines
+    seconds = time.perf_counter() - start
+    if running.returncode:
+        raise RuntimeError(f"training failed:\n{(folder / 'train.log').read_text()[-2000:]}")
+    return seconds, np.diff(times).tolist()
+
+
+def useful_operations(folder: Path, options: argparse.Namespace) -> float:
+    """Floating-point operations of one training step on valid patches and real tokens, on average over the cohort."""
+    config = json.loads((folder / "run" / "config.json").read_text())
+    data, model = config["data"], PathFLIPConfig.from_dict(json.loads((folder / "run" / "model.json").read_text()))
+    counts = [np.diff(info.region_rows) for info in Records(folder / "records").slides]
+    drawn = [np.minimum(rows, data["patch_slots"]).mean() * min(len(rows), data["regions"]) for rows in counts]
+    regions = np.mean([min(len(rows), data["regions"]) for rows in counts])
+    tokenizer = TextTokenizer(folder / "vocabulary")
+    captions = [json.loads(line)["caption"] for line in (folder / "reports.jsonl").read_text().splitlines()]
+    whole = np.mean([len(ids) + 2 for ids in tokenizer.ids(captions)])
+    sentence = np.mean([len(ids) for ids in tokenizer.ids([s for c in captions for s in split_sentences(c)])])
+    merged = round(sentence * (1 + data["merge_sentences"]) / 2 + 2)
+    shapes = Shapes(
+        options.batch, round(regions), round(float(np.mean(drawn))), (round(whole), *[merged] * data["subcaptions"])
+    )
+    width = 2 if options.dtype == "bfloat16" else 4
+    return sum(part.operations for part in parts(model, shapes, width, training=True))
+
+
+def main() -> int:
+    """Make the cohort, train, print the epoch and the utilisation; write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slides", type=int, default=12, help="slides of the cohort; fewer than an epoch's: predicted")
+    parser.add_argument("--epoch-slides", type=int, default=EPOCH_SLIDES, help=f"slides of an epoch ({EPOCH_SLIDES})")
+    parser.add_argument("--batch", type=int, default=2, help="slides a step")
+    parser.add_argument("--steps", type=int, help="steps to train; default: an epoch over --slides, at least 5")
+    parser.add_argument("--config", default="align_large", help="config to train (default align_large)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--width", type=int, default=512, help="width of the features")
+    parser.add_argument("--resident", action="store_true", help="hold all features in memory")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="whose rates count for utilisation")
+    parser.add_argument("--folder", type=Path, help="where the cohort goes (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("more", nargs="*", metavar="-- SETTING", help="settings for pathflip train")
+    options = parser.parse_args()
+    steps = options.steps or max(5, options.slides // options.batch)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        start = time.perf_counter()
+        write_cohort(folder, options.slides, options.width)
+        wrote = time.perf_counter() - start
+        seconds, between = train(folder, options, steps, options.more)
+        operations = useful_operations(folder, options)
+        described = machine(folder) | {"jax": version("jax")}
+    step = statistics.median(between[len(between) // 2 :])
+    startup = seconds - step * steps
+    whole = -(-options.epoch_slides // options.batch)
+    real = options.slides >= options.epoch_slides and steps >= whole
+    epoch = seconds if real else startup + step * whole
+    rate = DEVICES[options.device][0][options.dtype]
+    found = {
+        "epoch_seconds": epoch, "run_for_real": real, "startup_seconds": startup, "step_milliseconds": 1e3 * step,
+        "slides_per_second": options.batch / step, "useful_gflop_per_slide": operations / options.batch / 1e9,
+        "utilisation": operations / step / rate, "cohort_seconds": wrote,
+    }  # fmt: skip
+    how = "run for real" if real else f"predicted from {steps} steps"
+    print(f"an epoch over {options.epoch_slides} slides: {epoch:.0f} s ({how})")
+    print(f"  starting and compiling {startup:.0f} s, a step of {options.batch} slides {1e3 * step:.0f} ms")
+    print(f"  {options.batch / step:.2f} slides/s, {found['useful_gflop_per_slide']:.0f} useful GFLOP a slide,")
+    print(f"  {found['utilisation']:.0%} of {options.device}'s {rate / 1e12:g} TFLOP/s in {options.dtype}")
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key not in ("json", "folder")}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        outcome = {"machine": described, "settings": settings, "result": found}
+        options.json.write_text(json.dumps(outcome, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
