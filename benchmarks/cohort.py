@@ -20,8 +20,11 @@ from pathflip_jax.demo import SLIDES, run_demo
 FIGURES = {
     "text_to_slide_r1": ("retrieval", "text_to_slide", "of_100", "R@1", "value"),
     "slide_to_text_r1": ("retrieval", "slide_to_text", "of_100", "R@1", "value"),
+    "text_to_slide_r1_slide_loss_only": ("retrieval", "text_to_slide", "of_100", "R@1", "compared", "value"),
+    "slide_to_text_r1_slide_loss_only": ("retrieval", "slide_to_text", "of_100", "R@1", "compared", "value"),
     "r1_chance": ("retrieval", "text_to_slide", "of_100", "R@1", "chance"),
     "zero_shot_balanced_accuracy": ("zero_shot", "metrics", "balanced_accuracy", "value"),
+    "zero_shot_slide_loss_only": ("zero_shot", "metrics", "balanced_accuracy", "compared", "value"),
     "zero_shot_mean_colour": ("zero_shot", "metrics", "balanced_accuracy", "mean_colour", "value"),
     "grounding_auc": ("grounding", "auc", "value"),
     "grounding_mean_colour": ("grounding", "auc", "mean_colour", "value"),
