@@ -5,7 +5,7 @@ sizes (masked, hence without effect), and a cohort costs a handful of compilatio
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +92,7 @@ class Predictor:
         self.edge_um = float(data.get("edge_um") or EDGE_UM)
         self.edge_px = data.get("edge_px")
         self.caption_length = int(data.get("caption_length") or 384)
-        self._fitting: set[tuple] = set()  # large shapes that were found to fit
+        self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
 
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> Bag:
         """Cut slides into regions; several slides are one bag, their regions one after the other (DESIGN section 4).
@@ -133,12 +133,20 @@ class Predictor:
             valid = index >= 0
             mask[i, : index.shape[0], : index.shape[1]] = valid
             patches[i, : index.shape[0], : index.shape[1]][valid] = x[index[valid]]
+        size = (patches.shape, patches.dtype, attention)
+        if size not in self._encoders:
+            what = f"{len(slots)} slides of up to {max(map(len, features)):,} patches"
+            self._encoders[size] = self._encoder(patches, mask, attention, what)
+        return jax.device_get(self._encoders[size](self.model, patches, mask))
+
+    def _encoder(self, patches: np.ndarray, mask: np.ndarray, attention: bool, what: str) -> Callable:
+        """What encodes inputs of one size: the compilation that all runs share, a program that fits for large ones."""
         free = memory.free_bytes(jax.local_devices()[0])
-        if free is not None and patches.nbytes > free / LARGE and (patches.shape, attention) not in self._fitting:
-            program = _encode_slides.lower(self.model, patches, mask, attention).compile()
-            memory.check_slide(program, f"{len(slots)} slides of up to {max(map(len, features)):,} patches")
-            self._fitting.add((patches.shape, attention))
-        return jax.device_get(_encode_slides(self.model, patches, mask, attention))
+        if free is None or patches.nbytes <= free / LARGE:
+            return functools.partial(_encode_slides, attention=attention)
+        program = _encode_slides.lower(self.model, patches, mask, attention).compile()
+        memory.check_slide(program, what)
+        return program
 
     def encode_slide(self, slide: SlideFeatures | Sequence[SlideFeatures]) -> Embedding:
         """Embed a slide with all its regions; a list of slides is embedded as one case."""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pathflip_jax
+from pathflip_jax import inference
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.regions import cut_regions
 from pathflip_jax.grounding import maps
@@ -179,6 +180,23 @@ def test_window_maps_equal_patches_encoded_one_by_one(predictor, method):
         expected = [np.dot(text, p) / np.linalg.norm(text) / np.linalg.norm(p) for p in map(np.asarray, parts)]
     found = predictor.ground(slide, "necrosis", method=method, window=1, context=1000)
     assert found.patch_scores[0] == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_a_large_slide_is_asked_once_whether_it_fits(predictor, monkeypatch):
+    slide, asked = make_slide(6, 5), []
+    expected = predictor.encode_slide(slide)
+    large = Predictor(predictor.model, predictor.config, predictor.tokenizer)
+    monkeypatch.setattr(inference, "LARGE", 1e15)
+    monkeypatch.setattr(inference.memory, "free_bytes", lambda device: 0)
+    for _ in range(2):  # refused the second time too
+        with pytest.raises(MemoryError, match=rf"1 slides of up to {len(slide.features)} patches needs"):
+            large.encode_slide(slide)
+    monkeypatch.setattr(inference.memory, "free_bytes", lambda device: asked.append(device) or 2**40)
+    shared = inference._encode_slides._cache_size()
+    for _ in range(2):
+        found = large.encode_slide(slide)
+        assert (found.slide == expected.slide).all() and (found.regions == expected.regions).all()
+    assert len(asked) == 2 and inference._encode_slides._cache_size() == shared  # its size, then its program
 
 
 def test_a_slide_of_the_wrong_encoder_is_refused(predictor):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pathflip_jax import inference, memory, train
+from pathflip_jax import memory, train
 from pathflip_jax.train import read_metrics
 
 
@@ -60,4 +60,3 @@ def test_a_slide_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 399)
     with pytest.raises(MemoryError, match=r"1 slides of up to 5 patches needs 0.0 GiB .*batch_size=1"):
         memory.check_slide(program, "1 slides of up to 5 patches")
-    assert inference.LARGE > 1
