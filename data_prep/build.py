@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from data_prep.jobs import Job, Outcome, import_slide, prepare_slide, region_cut, try_encoder
 from data_prep.pool import run_each
 from data_prep.tiling import SLIDE_SUFFIXES, one_per_series
+from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import find_feature_files, slide_id_of
 from pathflip_jax.data.index import check_cohort, index_path, read_index
 from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
@@ -28,14 +29,6 @@ from pathflip_jax.data.text import clean_id, read_slide_table, some
 from pathflip_jax.data.tfrecord import whole_file
 
 _UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
-
-
-class Failure(NamedTuple):
-    """A slide that is not in the records: its id, its file and what was wrong with it."""
-
-    slide: str
-    file: str
-    error: str
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,7 @@ class Report:
             lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
         if self.failed:
             lines.append("not in the records (all are listed in failures.json there):")
-            lines += [f"  {failure.slide}: {failure.error}" for failure in self.failed[:20]]
-            lines += [f"  and {len(self.failed) - 20} more"] if len(self.failed) > 20 else []
+            lines += list_failures(self.failed)
         return "\n".join(lines)
 
 

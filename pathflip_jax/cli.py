@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pathflip_jax.demo import SLIDES
 from pathflip_jax.grounding import maps
 
 FAILED_SLIDES, WRONG_INPUT = 1, 2
@@ -73,10 +74,11 @@ def _records_settings(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"slides_table": options.slides}
 
 
-def _report_build(report, as_json: bool) -> int:
+def _print_report(report, as_json: bool, **more) -> int:
+    """What a job over many slides did, for people or as JSON with `more` facts; the exit code."""
     if as_json:
-        failed = [{"slide": f.slide, "file": f.file, "error": f.error} for f in report.failed]
-        print(json.dumps({"done": report.done, "skipped": report.skipped, "failed": failed}))
+        failed = [failure._asdict() for failure in report.failed]
+        print(json.dumps({"done": report.done, "skipped": report.skipped, "failed": failed} | more))
     else:
         print(report.summary())
     return FAILED_SLIDES if report.failed else 0
@@ -96,7 +98,7 @@ def _prepare(options: argparse.Namespace) -> int:
         half=options.half,
         **_records_settings(options),
     )
-    return _report_build(report, options.json)
+    return _print_report(report, options.json)
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -110,7 +112,7 @@ def _import(options: argparse.Namespace) -> int:
         mpp=options.mpp,
         **_records_settings(options),
     )
-    return _report_build(report, options.json)
+    return _print_report(report, options.json)
 
 
 def _vocabulary(options: argparse.Namespace) -> int:
@@ -189,13 +191,7 @@ def _embed(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         strict=options.strict,
     )
-    if options.json:
-        failed = [failure._asdict() for failure in report.failed]
-        counts = {"done": report.done, "skipped": report.skipped, "failed": failed}
-        print(json.dumps(counts | {"slides_per_second": report.slides_per_second}))
-    else:
-        print(report.summary())
-    return FAILED_SLIDES if report.failed else 0
+    return _print_report(report, options.json, slides_per_second=report.slides_per_second)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -250,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
         "pathflip demo --out demo",
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything it makes (default demo)")
-    demo.add_argument("--slides", type=int, default=440, help="slides of the cohort (default 440)")
+    demo.add_argument("--slides", type=int, default=SLIDES, help=f"slides of the cohort (default {SLIDES})")
     demo.add_argument("--seed", type=int, default=0, help="seed of cohort and training (default 0)")
     demo.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: cores)")
 

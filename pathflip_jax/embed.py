@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pathflip_jax.checkpoint import checksums
+from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.text import read_slide_table, some
@@ -41,14 +41,6 @@ PARTS = "part-*.parquet"
 PART_SLIDES = 64  # what a kill costs at most
 READERS = 2  # threads; CRCs are computed without the GIL
 ROW_GROUP_BYTES = 16 << 20
-
-
-class Failure(NamedTuple):
-    """A slide that has no embedding: its id, the file it should come from and what was wrong."""
-
-    slide: str
-    file: str
-    error: str
 
 
 @dataclass(frozen=True)
@@ -75,8 +67,7 @@ class Report:
         lines = [f"{self.out}: {counts}; {self.slides_per_second:.2f} slides/s", *self.notes]
         if self.failed:
             lines.append(f"without an embedding (all are listed in {failures_path(self.out).name}):")
-            lines += [f"  {failure.slide}: {failure.error}" for failure in self.failed[:20]]
-            lines += [f"  and {len(self.failed) - 20} more"] if len(self.failed) > 20 else []
+            lines += list_failures(self.failed)
         return "\n".join(lines)
 
 
@@ -123,7 +114,7 @@ def embed(
     out, archive, predictor = Path(out), Records(records), load(run)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'embeddings.parquet'}")
-    _check_encoder(predictor, archive, run)
+    predictor.check_features(archive.where, archive.feature_dim, archive.encoder)
     ids, failed = _select(archive, slides_table, split)
     claim = {
         "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(records),
@@ -156,21 +147,6 @@ def embed(
         shutil.rmtree(partial, ignore_errors=True)
     _write_failures(out, failed)
     return Report(out, done, skipped, failed, finished and out.exists(), seconds, notes)
-
-
-def _check_encoder(predictor: Predictor, archive: Records, run: Path | str) -> None:
-    """Refuse at the start what would fail slide by slide."""
-    width = predictor.model.config.feature_dim
-    if archive.feature_dim != width:
-        raise ValueError(
-            f"{archive.where}: features are {archive.feature_dim} wide, {run} was trained on {width}; extract them "
-            f"with its patch encoder {predictor.encoder or '(not recorded)'}"
-        )
-    if archive.encoder and predictor.encoder and archive.encoder != predictor.encoder:
-        raise ValueError(
-            f"{archive.where}: features come from {archive.encoder!r}, {run} was trained on {predictor.encoder!r}; "
-            "features of two encoders share no space, extract them again"
-        )
 
 
 def _select(archive: Records, table: Path | str | None, split: str | None) -> tuple[list[str], list[Failure]]:

@@ -94,25 +94,29 @@ class Predictor:
         self.caption_length = int(data.get("caption_length") or 384)
         self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
 
+    def check_features(self, where: str, width: int, encoder: str) -> None:
+        """Raise ValueError for features of another width or patch encoder than the run was trained on."""
+        name, trained = self.name or "the model", self.model.config.feature_dim
+        if width != trained:
+            raise ValueError(
+                f"{where}: features are {width} wide, {name} was trained on {trained}; extract them with its patch "
+                f"encoder {self.encoder or '(not recorded)'}"
+            )
+        if self.encoder and encoder and encoder != self.encoder:
+            raise ValueError(
+                f"{where}: features come from {encoder!r}, {name} was trained on {self.encoder!r}; features of two "
+                "encoders share no space, extract them again"
+            )
+
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> Bag:
         """Cut slides into regions; several slides are one bag, their regions one after the other (DESIGN section 4).
 
         Raises ValueError for features of another width or patch encoder than the run was trained on.
         """
         slides = [slides] if isinstance(slides, SlideFeatures) else list(slides)
-        width = self.model.config.feature_dim
         slots, grids, start = [], [], 0
         for slide in slides:
-            if slide.features.shape[1] != width:
-                raise ValueError(
-                    f"slide {slide.slide_id}: features are {slide.features.shape[1]} wide, {self.name or 'the model'} "
-                    f"was trained on {width}; extract them with its patch encoder {self.encoder or '(not recorded)'}"
-                )
-            if self.encoder and slide.encoder and slide.encoder != self.encoder:
-                raise ValueError(
-                    f"slide {slide.slide_id}: features come from {slide.encoder!r}, {self.name or 'the model'} was "
-                    f"trained on {self.encoder!r}; features of two encoders share no space, extract them again"
-                )
+            self.check_features(f"slide {slide.slide_id}", slide.features.shape[1], slide.encoder)
             regions = cut_regions(slide, cut=self.cut, edge_um=self.edge_um, edge_px=self.edge_px)
             cut = region_slots(regions.order, regions.rows)
             slots.append(np.where(cut >= 0, cut + start, -1))
