@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import grain
@@ -34,14 +33,15 @@ import numpy as np
 try:
     import h5py
     import torch
-    from records import drop, machine, make_slide, sync
+    from machine import describe
+    from records import drop, make_slide, sync, write_records
     from transformers import AutoTokenizer
 except ImportError as error:
     raise SystemExit(f"{error.name} is missing, and with it one side of the comparison: pip install it") from None
 
 from pathflip_jax.data.captions import sample_subcaptions, split_sentences
 from pathflip_jax.data.pipeline import Batches, make_batches
-from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText
 from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
 
@@ -49,7 +49,6 @@ OURS, H5, PT = "records", "h5", ".pt"
 RUN, SUBCAPTIONS, CAPTION_LENGTH, SUBCAPTION_LENGTH = 256, 8, 384, 192
 CAPTION_TOKENS = (222, 54)  # mean and deviation that give the 95th percentile of real captions, 311
 SENTENCE_TOKENS = 28  # merges of one to three sentences then come near the 58 tokens of a real subcaption
-SLIDES_PER_SHARD = 32
 
 
 def make_captions(count: int, folder: Path, rng: np.random.Generator) -> list[str]:
@@ -223,11 +222,7 @@ class Bench:
         captions = make_captions(options.slides, folder / "vocabulary", rng)
         self.files = {name: [folder / f"{i}{suffix}" for i in range(options.slides)] for name, suffix in
                       ((H5, ".h5"), (PT, ".pt"))}  # fmt: skip
-        (folder / "records").mkdir()
-        slides = (self._write(i) for i in range(options.slides))
-        for number in range(-(-options.slides // SLIDES_PER_SHARD)):
-            write_shard(folder / "records" / shard_name(number), islice(slides, SLIDES_PER_SHARD))
-        finish_folder(folder / "records")
+        write_records(folder / "records", (self._write(i) for i in range(options.slides)))
         self.records = Records(folder / "records")
         self.files[OURS] = self.records.shards
         vocabulary = AutoTokenizer.from_pretrained(folder / "vocabulary")
@@ -346,7 +341,7 @@ def main() -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
-        described = machine(Path(folder))
+        described = describe("numpy", "h5py", "torch", "google-crc32c", folder=Path(folder))
         bench = Bench(Path(folder), options)
         results = summarise(bench.measure())
         by_stage = bench.stages()

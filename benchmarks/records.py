@@ -13,32 +13,45 @@ same slide and repeat, in an order drawn anew each time; their median and quarti
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records, shard_name, write_shard
+from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.regions import cut_regions
 
 PATCH = 256
 REFERENCE = "records"
+SLIDES_PER_SHARD = 32
+
+
+def place_slide(number: int, features: np.ndarray) -> SlideFeatures:
+    """A square piece of tissue of these patches [N, F], row by row."""
+    edge = int(np.ceil(np.sqrt(len(features))))
+    coords = np.stack(np.divmod(np.arange(len(features)), edge)[::-1], -1).astype(np.int32) * PATCH
+    return SlideFeatures(f"slide{number}", "", features, coords, PATCH, 0.5, encoder="benchmark")
 
 
 def make_slide(number: int, patches: int, width: int) -> SlideFeatures:
-    """A square piece of tissue, patches row by row; features as float16, so that no format converts."""
-    rng = np.random.default_rng(number)
-    edge = int(np.ceil(np.sqrt(patches)))
-    coords = np.stack(np.divmod(np.arange(patches), edge)[::-1], -1).astype(np.int32) * PATCH
-    features = rng.standard_normal((patches, width), np.float32).astype(np.float16)
-    return SlideFeatures(f"slide{number}", "", features, coords, PATCH, 0.5, encoder="benchmark")
+    """A slide of random features as float16, so that no format converts."""
+    features = np.random.default_rng(number).standard_normal((patches, width), np.float32)
+    return place_slide(number, features.astype(np.float16))
+
+
+def write_records(folder: Path, slides: Iterable[SlideFeatures]) -> None:
+    """Write slides as a folder of records, in shards of the size that `pathflip prepare` writes."""
+    folder.mkdir()
+    slides = iter(slides)
+    for number, first in enumerate(slides):  # one slide at a time is in memory
+        write_shard(folder / shard_name(number), chain([first], islice(slides, SLIDES_PER_SHARD - 1)))
+    finish_folder(folder)
 
 
 def sync(path: Path) -> None:
@@ -155,31 +168,6 @@ def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str
     return seconds
 
 
-def machine(folder: Path) -> dict:
-    """What the figures were measured on."""
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    inside = [m for m in mounts if folder.resolve().is_relative_to(m[0])]
-    versions = {}
-    for name in ("numpy", "h5py", "torch", "google-crc32c"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "filesystem": max(inside, key=lambda m: len(m[0]))[1] if inside else "",
-        "load_average": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -198,7 +186,7 @@ def main() -> None:
         torch = None
         print("no torch here: .pt is left out")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        described = machine(Path(folder))
+        described = describe("numpy", "h5py", "torch", "google-crc32c", folder=Path(folder))
         slides = [make_slide(i, options.patches, options.width) for i in range(options.slides)]
         formats = Formats(Path(folder), slides, torch)
         seconds = measure(formats, options.repeats, options.regions, options.seed)

@@ -14,19 +14,16 @@ out on both axes. It is given over all R and over the larger half of them, where
 """
 
 import argparse
-import ctypes
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from machine import describe, reset_peak, resident_peak
 
 AXES = {"regions": "R", "batch": "B", "subcaptions": "K"}
 CAPTION, SUBCAPTION, ROW_LENGTH = 222, 58, 512  # mean tokens of real captions and subcaptions
@@ -67,22 +64,6 @@ def make_batch(point: Point, slots: int, width: int, vocabulary: int):
     texts = [x[None] for x in (packed.tokens, packed.segments, packed.positions)]
     number = np.arange(B, dtype=np.int32)
     return Batch(patches, np.ones((B, R, slots), bool), *texts, packed.cls_index.reshape(B, 1 + K), number, number)
-
-
-def reset_peak() -> None:
-    """Let VmHWM start again from the present resident size. Raises OSError where the kernel does not allow it.
-
-    What the compiler has freed goes back first: the step would fill it again, and less the larger the step.
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident_peak() -> int:
-    """The highest resident size since `reset_peak`, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def run_point(point: Point, options: argparse.Namespace) -> dict:
@@ -207,20 +188,6 @@ def plot(curves: dict[str, list[dict]], fits: dict[str, dict], path: Path, title
     pyplot.close(figure)
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average": round(os.getloadavg()[0], 2),
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
-    }
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,7 +218,7 @@ def main() -> int:
         return 2
     arguments = [f"--slots={options.slots}", f"--steps={options.steps}"]
     arguments += ["--small"] * options.small + [f"--dtype={options.dtype}"] * bool(options.dtype)
-    described, done, curves = machine(), {}, {}
+    described, done, curves = describe("jax", "jaxlib", "flax", "optax", "numpy"), {}, {}
     for axis, points in make_points(options).items():
         print(f"\n{AXES[axis]:>5}{'patches':>9}{'s a step':>10}{'peak GB':>9}", flush=True)
         for point in points:

@@ -6,10 +6,7 @@ with `--weights FOLDER`, the same weights.
 """
 
 import argparse
-import ctypes
 import json
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from machine import reset_peak, resident_peak
 
 HERE = Path(__file__).parent
 BASE = {
@@ -152,7 +150,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
 
 
 class Batch(NamedTuple):
-    """The fields of `pathflip_jax.data.pipeline.Batch` that a step reads."""
+    """What a step reads of `pathflip_jax.data.pipeline.Batch`, without the packages that the pipeline needs."""
 
     patches: np.ndarray
     patch_mask: np.ndarray
@@ -171,15 +169,13 @@ def in_torch(
     from competent_torch import CompetentTorch, trim
     from released_style import ReleasedStyle
 
-    settings = sizes | {
-        "dropout": 0.1, "cross_attention_freq": 2, "max_positions": 512, "patch_projection": "linear",
-        "region_layers": 2, "region_heads": 8, "text_region_heads": 8, "logit_scale_init": 2.659,
-    }  # fmt: skip
+    from pathflip_jax.model.config import PathFLIPConfig
+
     torch.manual_seed(0)
     if device != "cpu":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     released = side == "released"
-    model = (ReleasedStyle if released else CompetentTorch)(settings)
+    model = (ReleasedStyle if released else CompetentTorch)(PathFLIPConfig(**sizes).to_dict())
     if weights is not None:
         from safetensors.torch import load_file
 
@@ -212,8 +208,8 @@ def in_torch(
 
     def texts():
         encode = model.encode_padded_texts if released else model.encode_texts
-        captions, subcaptions = encode(*captions_of(batch)), encode(*flat)
-        return torch.cat([captions[:, None], subcaptions.reshape(B, K, -1)], dim=1).flatten(0, 1)
+        parts = encode(*captions)[:, None], encode(*flat).reshape(B, K, -1)
+        return torch.cat(parts, dim=1).flatten(0, 1)
 
     def losses():
         return model.losses(batch)
@@ -253,25 +249,13 @@ def in_torch(
     return run
 
 
-def captions_of(batch: dict) -> tuple:
-    """Ids and mask of the captions."""
-    return batch["caption_ids"], batch["caption_mask"]
-
-
-def status(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-
-
 class Peak:
     """The largest memory since it was made: the device's, or on a CPU the process's resident set."""
 
     def __init__(self, side: str, device: str) -> None:
         self.side, self.device = side, device
         if device == "cpu":
-            if platform.libc_ver()[0] == "glibc":
-                ctypes.CDLL(None).malloc_trim(0)  # what compilers have freed goes back before it can count
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+            reset_peak()
         elif side != "ours":
             import torch
 
@@ -280,7 +264,7 @@ class Peak:
     def bytes(self) -> int:
         """JAX counts from the start of the process, compilation aside: a device holds no more then."""
         if self.device == "cpu":
-            return status("VmHWM")
+            return resident_peak()
         if self.side == "ours":
             import jax
 

@@ -16,17 +16,19 @@ both moments, which every side must hold.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from machine import describe
+from roofline import parameters as count_parameters
 from sides import BASE, JOBS, SMALL
+
+from pathflip_jax.model.config import PathFLIPConfig
 
 HERE = Path(__file__).parent
 SIDES = ("ours", "released", "competent")
@@ -83,7 +85,6 @@ def _write_weights(folder: Path, sizes: dict) -> None:
     """Random weights under the released names, moved off their initial values so that nothing is zero."""
     from pathflip_jax.convert.names import unused
     from pathflip_jax.convert.pytorch import torch_shapes, write_checkpoint
-    from pathflip_jax.model.config import PathFLIPConfig
 
     config, rng = PathFLIPConfig(**sizes), np.random.default_rng(1)
     state = {}
@@ -115,7 +116,7 @@ def matrix_rate(device: str, dtype: str) -> float:
 
 def measure(options: argparse.Namespace) -> dict:
     """All rounds of all jobs: times, peaks and ratios by name."""
-    parameters = _parameters(SMALL if options.small else BASE)
+    parameters = count_parameters(PathFLIPConfig(**(SMALL if options.small else BASE)))
     times = {job: {side: [] for side in options.sides} for job in options.jobs}
     peaks = {job: {side: [] for side in options.sides} for job in options.jobs}
     for job in options.jobs:
@@ -143,13 +144,6 @@ def measure(options: argparse.Namespace) -> dict:
     return {"times": times, "peak_bytes": peaks, "ratios": ratios, "parameters": parameters}
 
 
-def _parameters(sizes: dict) -> int:
-    from pathflip_jax.convert.pytorch import torch_shapes
-    from pathflip_jax.model.config import PathFLIPConfig
-
-    return sum(int(np.prod(shape)) for shape in torch_shapes(PathFLIPConfig(**sizes)).values())
-
-
 def check_yardstick(times: dict, rate: float) -> list[str]:
     """Where the released side is more than 15% slower a slide than the released code was, at this machine's rate."""
     slow = []
@@ -160,25 +154,6 @@ def check_yardstick(times: dict, rate: float) -> list[str]:
             if found > allowed:
                 slow.append(f"{job}: {found:.2f} s a slide, at most {allowed:.2f} s at {rate / 1e9:.0f} GFLOP/s")
     return slow
-
-
-def machine(options: argparse.Namespace, rate: float) -> dict:
-    """What the figures were measured on."""
-    names = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
-    found = {"device": options.device, "cores": os.cpu_count(), "python": platform.python_version()}
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    found["processor"] = model[0].partition(":")[2].strip() if model else platform.machine()
-    if options.device == "cuda":
-        import torch
-
-        found["accelerator"] = torch.cuda.get_device_name()
-    found["matrix_gflops"] = round(rate / 1e9, 1)
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def main() -> int:
@@ -219,12 +194,16 @@ def main() -> int:
     for fault in slow:
         print(f"the yardstick is too slow to count: {fault}", file=sys.stderr)
     if options.json and not slow:
+        described = describe("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+        described |= {"device": options.device, "matrix_gflops": round(rate / 1e9, 1)}
+        if options.device == "cuda":
+            import torch
+
+            described["accelerator"] = torch.cuda.get_device_name()
         names = ("jobs", "sides", "rounds", "batch", "regions", "dtype", "small")
         settings = {name: getattr(options, name) for name in names} | {"agreement": error}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"machine": machine(options, rate), "settings": settings} | found, indent=1) + "\n"
-        )
+        options.json.write_text(json.dumps({"machine": described, "settings": settings} | found, indent=1) + "\n")
     return 1 if slow else 0
 
 

@@ -21,25 +21,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from input import make_captions
-from records import machine
+from machine import describe
+from records import place_slide, write_records
 from roofline import DEVICES, Shapes, parts
 
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.records import Records
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 
 EPOCH_SLIDES = 4181  # the training split of SlideChat's TCGA pairs, as the paper's
 PATCHES = (10_000, 0.7)  # mean, and deviation of the logarithm: from biopsies to whole resections
-PATCH, POOL = 512, 65_536
-SLIDES_PER_SHARD = 32
+POOL = 65_536
 
 
 def make_slides(count: int, width: int, rng: np.random.Generator) -> Iterator[SlideFeatures]:
@@ -48,12 +46,8 @@ def make_slides(count: int, width: int, rng: np.random.Generator) -> Iterator[Sl
     mean, deviation = PATCHES
     for number in range(count):
         patches = int(np.clip(rng.lognormal(np.log(mean) - deviation**2 / 2, deviation), 300, POOL))
-        edge = int(np.ceil(np.sqrt(patches)))
-        coords = np.stack(np.divmod(np.arange(patches), edge)[::-1], -1).astype(np.int32) * PATCH
         first = int(rng.integers(POOL))
-        yield SlideFeatures(
-            f"slide{number}", "", pool[first : first + patches], coords, PATCH, 0.25, encoder="benchmark"
-        )
+        yield place_slide(number, pool[first : first + patches])
 
 
 def write_cohort(folder: Path, count: int, width: int) -> None:
@@ -65,11 +59,7 @@ def write_cohort(folder: Path, count: int, width: int) -> None:
             "on a larger disk, or fewer --slides for a prediction"
         )
     rng = np.random.default_rng(0)
-    (folder / "records").mkdir()
-    slides = make_slides(count, width, rng)
-    for number in range(-(-count // SLIDES_PER_SHARD)):
-        write_shard(folder / "records" / shard_name(number), islice(slides, SLIDES_PER_SHARD))
-    finish_folder(folder / "records")
+    write_records(folder / "records", make_slides(count, width, rng))
     captions = make_captions(count, folder / "vocabulary", rng)
     with open(folder / "reports.jsonl", "w") as file:
         for number, caption in enumerate(captions):
@@ -142,7 +132,7 @@ def main() -> int:
         wrote = time.perf_counter() - start
         seconds, between = train(folder, options, steps, options.more)
         operations = useful_operations(folder, options)
-        described = machine(folder) | {"jax": version("jax")}
+        described = describe("jax", "numpy", "google-crc32c", folder=folder)
     step = statistics.median(between[len(between) // 2 :])
     startup = seconds - step * steps
     whole = -(-options.epoch_slides // options.batch)

@@ -1,6 +1,5 @@
 """The benchmark of the input pipeline: its captions, its DataLoader side, its arithmetic, and a tiny run of it all."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -19,13 +18,8 @@ TINY = ["--slides=4", "--patches=600", "--width=8", "--batch-size=2", "--epochs=
 
 
 @pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)  # as when it is run: it imports its neighbour
-        spec = importlib.util.spec_from_file_location("benchmark_of_input", BENCHMARKS / "input.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+def bench(benchmark_modules):
+    return benchmark_modules("input")
 
 
 def test_captions_have_the_length_of_real_ones(bench, tmp_path):

@@ -1,8 +1,5 @@
 """The floors: operations counted by formula against those that XLA counts in the compiled forward pass."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +8,6 @@ from flax import nnx
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "roofline.py"
 CONFIG = PathFLIPConfig(
     feature_dim=128, embed_dim=64, hidden=96, layers=4, heads=4, intermediate=384, num_queries=8, vocab_size=50,
     max_positions=64, region_layers=1,
@@ -20,11 +16,8 @@ B, R, S, LENGTH, TEXTS = 2, 6, 64, 48, 3
 
 
 @pytest.fixture(scope="module")
-def roofline():
-    spec = importlib.util.spec_from_file_location("roofline", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def roofline(benchmark_modules):
+    return benchmark_modules("roofline")
 
 
 def counted(method, *shapes) -> float:

@@ -1,6 +1,5 @@
 """The benchmark of growth: its points, its exponents, its tables and plot, and one real step."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,11 +13,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "scaling.py"
 
 
 @pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("benchmark_of_scaling", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(benchmark_modules):
+    return benchmark_modules("scaling")
 
 
 def curve(bench, law, regions=(1, 8, 24, 64, 128, 256)):

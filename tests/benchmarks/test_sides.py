@@ -1,6 +1,5 @@
 """The sides of the step benchmark compute what the released model computed; its ratios and refusals."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,17 +12,11 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GOLDEN = BENCHMARKS.parent / "tests" / "golden" / "base"
-NAMES = ("sides", "step", "released_style", "competent_torch")
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """The files of the benchmark, imported as they import each other when run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name, None)
+def modules(benchmark_modules):
+    return {name: benchmark_modules(name) for name in ("sides", "step", "released_style", "competent_torch")}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """Time to train: the cohort's sizes, and a tiny epoch predicted and run for real."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +9,12 @@ import pytest
 for name in ("torch", "h5py", "transformers"):  # its captions come from the benchmark of the input
     pytest.importorskip(name)
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = ["--slides=6", "--batch=2", "--width=8", "--config=align_base:smoke"]
 
 
 @pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        spec = importlib.util.spec_from_file_location("time_to_train", BENCHMARKS / "time_to_train.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+def bench(benchmark_modules):
+    return benchmark_modules("time_to_train")
 
 
 def test_slides_are_as_large_as_real_ones(bench):

@@ -1,0 +1,51 @@
+"""What a benchmark ran on, and how much memory its process took."""
+
+import ctypes
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def describe(*packages: str, folder: Path | None = None) -> dict:
+    """Processor, memory, load and versions; with `folder`, the file system it lies on."""
+    cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line]
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    found = {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+    if folder is not None:
+        mounts = [line.split()[1:3] for line in _lines("/proc/mounts")]
+        inside = [m for m in mounts if folder.resolve().is_relative_to(m[0])]
+        found["filesystem"] = max(inside, key=lambda m: len(m[0]))[1] if inside else ""
+    return found
+
+
+def reset_peak() -> None:
+    """Let VmHWM start again from the present resident size. Raises OSError where the kernel does not allow it.
+
+    What the compiler has freed goes back first: the step would fill it again, and less the larger the step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_peak() -> int:
+    """The highest resident size since `reset_peak`, in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()

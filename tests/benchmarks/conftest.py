@@ -1,0 +1,20 @@
+"""The benchmarks are scripts: they are imported here as they import each other when run."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark_modules():
+    """benchmark_modules(name) imports benchmarks/<name>.py; what a file of tests imports is forgotten after it."""
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module
+    for name in names & set(sys.modules):
+        del sys.modules[name]
