@@ -26,7 +26,7 @@ import numpy as np
 from machine import describe, reset_peak, resident_peak
 
 AXES = {"regions": "R", "batch": "B", "subcaptions": "K"}
-CAPTION, SUBCAPTION, ROW_LENGTH = 222, 58, 512  # mean tokens of real captions and subcaptions
+CAPTION, SUBCAPTION, ROW_STEP = 222, 58, 128  # mean tokens of real captions and subcaptions
 WANTED = 1.05
 DATA_SIZES = {"feature_dim": 512, "vocab_size": 30523}  # which training takes from its records and tokenizer
 SMALL = {
@@ -54,16 +54,16 @@ def make_points(options: argparse.Namespace) -> dict[str, list[Point]]:
 def make_batch(point: Point, slots: int, width: int, vocabulary: int):
     """Random features and tokens of the shapes that the pipeline makes; a text group for all slides."""
     from pathflip_jax.data.pipeline import Batch
-    from pathflip_jax.data.tokens import pack
+    from pathflip_jax.data.tokens import TextRows, pack, row_lengths
 
     rng = np.random.default_rng(0)
     R, B, K = point
     patches = rng.standard_normal((B, R, slots, width), np.float32).astype(np.float16)
     lengths = ([CAPTION] + [SUBCAPTION] * K) * B
-    packed = pack([rng.integers(5, vocabulary - 1, n, dtype=np.int32) for n in lengths], ROW_LENGTH)
-    texts = [x[None] for x in (packed.tokens, packed.segments, packed.positions)]
+    packed = pack([rng.integers(5, vocabulary - 1, n, dtype=np.int32) for n in lengths], row_lengths(ROW_STEP, CAPTION))
+    rows = tuple(TextRows(*(x[None] for x in group)) for group in packed.rows)
     number = np.arange(B, dtype=np.int32)
-    return Batch(patches, np.ones((B, R, slots), bool), *texts, packed.cls_index.reshape(B, 1 + K), number, number)
+    return Batch(patches, np.ones((B, R, slots), bool), rows, packed.cls_index.reshape(B, 1 + K), number, number)
 
 
 def run_point(point: Point, options: argparse.Namespace) -> dict:
@@ -72,6 +72,7 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
     from flax import nnx
 
     from pathflip_jax import settings
+    from pathflip_jax.compilation import compiler_options
     from pathflip_jax.losses import LossConfig
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
@@ -91,7 +92,8 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
     params = jax.jit(lambda key: flatten(PathFLIP(model, nnx.Rngs(key))))(jax.random.key(0))
     opt_state = jax.jit(optimizer.init)(params)
     batch = jax.device_put(make_batch(point, options.slots, model.feature_dim, model.vocab_size))
-    compiled = jax.jit(step, donate_argnums=(0, 2)).lower(params, {}, opt_state, batch, np.int32(0)).compile()
+    step = jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options())
+    compiled = step.lower(params, {}, opt_state, batch, np.int32(0)).compile()
     params, opt_state, metrics = compiled(params, {}, opt_state, batch, np.int32(0))
     jax.block_until_ready((params, metrics))
     stats = device.memory_stats()
@@ -109,7 +111,7 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
     return {
         **point._asdict(),
         "patches": point.batch * point.regions * options.slots,
-        "text_rows": int(batch.tokens.shape[1]),
+        "text_tokens": sum(group.tokens.size for group in batch.text_rows),
         "seconds": statistics.median(seconds),
         "seconds_all": seconds,
         "peak_bytes": stats["peak_bytes_in_use"] if stats else resident_peak(),

@@ -16,13 +16,16 @@ from typing import NamedTuple
 import numpy as np
 from machine import reset_peak, resident_peak
 
+from pathflip_jax.memory import keep_freed
+
 HERE = Path(__file__).parent
 BASE = {
     "feature_dim": 512, "embed_dim": 256, "hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072,
     "num_queries": 8, "vocab_size": 30523,
 }  # fmt: skip
 SMALL = BASE | {"embed_dim": 32, "hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "vocab_size": 500}
-K, S, ROW_LENGTH = 8, 256, 512
+K, S = 8, 256
+ROW_STEP = 96  # of the rows that our side packs texts into
 CAPTION_LENGTH, SUBCAPTION_LENGTH = 384, 192
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 1.0
 
@@ -87,8 +90,9 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     import jax.numpy as jnp
     from flax import nnx
 
+    from pathflip_jax.compilation import compiler_options
     from pathflip_jax.convert.pytorch import read_checkpoint, to_jax
-    from pathflip_jax.data.tokens import pack
+    from pathflip_jax.data.tokens import pack, row_lengths
     from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
@@ -101,12 +105,10 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     else:
         params = jax.tree.map(jnp.asarray, to_jax(read_checkpoint(weights / "model.safetensors"), config))
     B = job.slides
-    packed = pack(inputs.texts, ROW_LENGTH)
-    text = [x[None] for x in (packed.tokens, packed.segments, packed.positions)]
-    batch = Batch(
-        inputs.patches, np.ones(inputs.patches.shape[:3], bool), *text, packed.cls_index.reshape(B, -1),
-        np.arange(B, dtype=np.int32),
-    )  # fmt: skip
+    packed = pack(inputs.texts, row_lengths(ROW_STEP, CAPTION_LENGTH))
+    rows = jax.tree.map(lambda x: x[None], packed.rows)
+    mask, index = np.ones(inputs.patches.shape[:3], bool), packed.cls_index.reshape(B, -1)
+    batch = Batch(inputs.patches, mask, rows, index, np.arange(B, dtype=np.int32))
     batch = jax.tree.map(jnp.asarray, batch)
     loss_config = LossConfig()
     if training:
@@ -114,7 +116,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
         schedule = learning_rate(optim, 1000, 1000)
         optimizer = make_optimizer(optim, schedule)
         step = make_step(alignment(loss_config), lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
-        step = jax.jit(step, donate_argnums=(0, 2))
+        step = jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options())
         state = [params, jax.jit(optimizer.init)(params)]
         del params
 
@@ -132,8 +134,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     @jax.jit
     def texts(params, batch):
         model = unflatten(config, params)
-        index = batch.text_index.reshape(1, -1)
-        return model.encode_texts(batch.tokens, batch.segments, batch.positions, index)[0]
+        return model.encode_texts(batch.text_rows, batch.text_index.reshape(1, -1))[0]
 
     @jax.jit
     def losses(params, batch):
@@ -154,9 +155,7 @@ class Batch(NamedTuple):
 
     patches: np.ndarray
     patch_mask: np.ndarray
-    tokens: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
+    text_rows: tuple
     text_index: np.ndarray
     case: np.ndarray
 
@@ -289,6 +288,8 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, help="folder with model.safetensors of the released names")
     parser.add_argument("--outputs", type=Path, help="no training: save the losses and embeddings of the job here")
     options = parser.parse_args()
+    if options.device == "cpu":
+        keep_freed()
     sizes, job = SMALL if options.small else BASE, JOBS[options.job]
     job = job._replace(slides=options.batch or job.slides, regions=options.regions or job.regions)
     inputs = make_inputs(job, sizes)

@@ -32,8 +32,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.caption_length = 384
     config.data.subcaption_length = 192
     config.data.caption_share = 1.0  # of a report's sentences in a training caption, drawn anew; 1: the whole report
-    config.data.row_length = 512  # of the rows that texts are packed into
-    config.data.text_rows = 0  # rows of a text group; 0: measured on the table
+    config.data.row_step = 128  # texts are packed into rows of 1, 2, 3, ... times so many tokens
+    config.data.text_rows = ()  # rows of a text group, the shortest first; (): measured on the table
     config.data.text_groups = 0  # 0: up to sixteen slides to a group
     config.data.threads = 16  # reading ahead
     config.data.resident = False  # hold all features in memory: for small cohorts
@@ -106,7 +106,7 @@ def get_config(argument: str = "") -> ConfigDict:
 def adapt(config: ConfigDict, argument: str) -> ConfigDict:
     """Apply what stands after the colon of --config: nothing, or `smoke`, which shrinks everything."""
     if argument == "smoke":
-        config.data.update(regions=4, subcaptions=2, caption_length=64, subcaption_length=32, row_length=128, threads=2)
+        config.data.update(regions=4, subcaptions=2, caption_length=64, subcaption_length=32, row_step=32, threads=2)
         config.data.patch_slots = 16
         config.model.update(embed_dim=32, hidden=32, layers=2, heads=2, intermediate=64, num_queries=2)
         config.model.update(region_layers=1, region_heads=2, text_region_heads=2, compute_dtype="float32", bert="")

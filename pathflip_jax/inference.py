@@ -42,8 +42,8 @@ def _encode_slides(model, patches, mask, attention):
 
 
 @jax.jit
-def _encode_texts(model, tokens, segments, positions, text_index):
-    return model.encode_texts(tokens, segments, positions, text_index)
+def _encode_texts(model, rows, text_index):
+    return model.encode_texts(rows, text_index)
 
 
 @jax.jit
@@ -193,7 +193,7 @@ class Predictor:
                 segments[0, row, : len(tokens[i])] = 1
             positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
             starts = np.arange(rows, dtype=np.int32)[None] * length
-            encoded = _encode_texts(self.model, ids, segments, positions, starts)
+            encoded = _encode_texts(self.model, [(ids, segments, positions)], starts)
             found[members] = np.asarray(encoded, np.float32)[0, : len(members)]
         return found
 

@@ -47,7 +47,7 @@ def open_data(config: ConfigDict, shards: int) -> RunData:
             )
 
     def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
-        names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_length")
+        names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_step")
         names += ("threads", "resident")
         return make_batches(
             records,
@@ -64,7 +64,7 @@ def open_data(config: ConfigDict, shards: int) -> RunData:
 
     size, slots = config.train.batch_size, data.patch_slots or None
     groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
-    more = {"patch_slots": slots, "text_rows": data.text_rows or None, "caption_share": data.caption_share}
+    more = {"patch_slots": slots, "text_rows": tuple(data.text_rows) or None, "caption_share": data.caption_share}
     training = batches(ids[data.split], size, groups, config.train.seed, **more)
     validation = None
     if ids[data.val_split]:  # not every slide has a text: how many can be drawn from is known only then

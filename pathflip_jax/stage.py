@@ -40,8 +40,8 @@ def alignment(config: LossConfig) -> Stage:
         slide_key, text_key = (None, None) if key is None else jax.random.split(key)
         slides = model.encode_slides(batch.patches, batch.patch_mask, key=slide_key)
         B, C = batch.text_index.shape  # C = 1 + K: the caption, then its subcaptions
-        index = batch.text_index.reshape(len(batch.tokens), -1)  # [G, B/G * C]
-        texts = model.encode_texts(batch.tokens, batch.segments, batch.positions, index, key=text_key)
+        index = batch.text_index.reshape(len(batch.text_rows[0].tokens), -1)  # [G, B/G * C]
+        texts = model.encode_texts(batch.text_rows, index, key=text_key)
         texts = texts.reshape(B, C, -1)
         embeddings = {"slide": slides.slide, "regions": slides.regions}
         return embeddings | {"captions": texts[:, 0], "subcaptions": texts[:, 1:]}

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, memory, settings, sharding
+from pathflip_jax.compilation import compiler_options
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
@@ -102,7 +103,12 @@ def fit(
     with checkpoint.Checkpoints(workdir, setup.keep, facts) as checkpoints:
         start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints)
         places = jax.tree.map(lambda x: x.sharding, (learned, opt_state))
-        step = jax.jit(counted_step, donate_argnums=(0, 2), out_shardings=(*places, NamedSharding(mesh, P())))
+        step = jax.jit(
+            counted_step,
+            donate_argnums=(0, 2),
+            out_shardings=(*places, NamedSharding(mesh, P())),
+            compiler_options=compiler_options(),
+        )
         validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
         batches = data.train.__iter__(start)
         batch = sharding.place_batch(mesh, next(batches)) if start < steps else None

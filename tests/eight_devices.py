@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax import checkpoint, sharding
 from pathflip_jax.data.pipeline import Batch
+from pathflip_jax.data.tokens import TextRows
 from pathflip_jax.losses import LossConfig, draw_negatives
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
@@ -28,9 +29,13 @@ def make_batch():
     return Batch(
         patches=rng.normal(size=(B, R, S, F)).astype(np.float16),
         patch_mask=rng.random((B, R, S)) < 0.8,
-        tokens=rng.integers(1, 32, (G, 1, L), dtype=np.int32),
-        segments=np.tile(np.repeat([1, 2, 3], 4), (G, 1, 1)).astype(np.int32),
-        positions=np.tile(np.arange(4), (G, 1, 3)).astype(np.int32),
+        text_rows=(
+            TextRows(
+                tokens=rng.integers(1, 32, (G, 1, L), dtype=np.int32),
+                segments=np.tile(np.repeat([1, 2, 3], 4), (G, 1, 1)).astype(np.int32),
+                positions=np.tile(np.arange(4), (G, 1, 3)).astype(np.int32),
+            ),
+        ),
         text_index=np.tile(np.array([0, 4, 8], np.int32), (B, 1)),
         case=(np.arange(B) // 2 * 2).astype(np.int32),
         slide=np.arange(B, dtype=np.int32),

@@ -88,7 +88,7 @@ def forward(model: PathFLIP, case: dict, config: LossConfig) -> tuple[jax.Array,
         rows, length = ids.shape
         positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
         first = jnp.arange(rows) * length
-        return model.encode_texts(ids[None], mask[None].astype(jnp.int32), positions[None], first[None])[0]
+        return model.encode_texts([(ids[None], mask[None].astype(jnp.int32), positions[None])], first[None])[0]
 
     K = case["subcaption_ids"].shape[1]
     captions = texts(case["caption_ids"], case["caption_mask"])

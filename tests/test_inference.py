@@ -121,7 +121,7 @@ def test_texts_come_back_in_order_whatever_shares_their_call(predictor):
     for text, row in zip(texts, together, strict=True):
         tokens = Words().encode([text], 99)[0]
         inputs = [jnp.asarray(x, jnp.int32)[None, None] for x in (tokens, np.ones(len(tokens)), np.arange(len(tokens)))]
-        expected = encode(predictor.model, *inputs, jnp.zeros((1, 1), jnp.int32))[0, 0]
+        expected = encode(predictor.model, [inputs], jnp.zeros((1, 1), jnp.int32))[0, 0]
         assert row == pytest.approx(np.asarray(expected), abs=1e-5)
     assert predictor.encode_text("fat").shape == (1, 16)
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from pathflip_jax.data.pipeline import Batch
+from pathflip_jax.data.tokens import TextRows
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
@@ -30,9 +31,13 @@ def batch():
     return Batch(
         patches=rng.normal(size=(B, R, S, F)).astype(np.float16),
         patch_mask=rng.random((B, R, S)) < 0.8,
-        tokens=rng.integers(1, 32, (G, 2, L), dtype=np.int32),
-        segments=np.tile(np.repeat([1, 2, 3], 4), (G, 2, 1)).astype(np.int32),
-        positions=np.tile(np.arange(4), (G, 2, 3)).astype(np.int32),
+        text_rows=(
+            TextRows(
+                tokens=rng.integers(1, 32, (G, 2, L), dtype=np.int32),
+                segments=np.tile(np.repeat([1, 2, 3], 4), (G, 2, 1)).astype(np.int32),
+                positions=np.tile(np.arange(4), (G, 2, 3)).astype(np.int32),
+            ),
+        ),
         text_index=np.tile(np.array([[0, 4, 8], [12, 16, 20]], np.int32), (B // 2, 1)),
         case=np.array([0, 0, 2, 3, 4, 5, 6, 7], np.int32),
         slide=np.arange(B, dtype=np.int32),
@@ -63,8 +68,9 @@ def assert_close(found, expected):
 def test_split_keeps_groups_whole_and_join_undoes_it(batch):
     parts = split(batch, 2, G)
     np.testing.assert_array_equal(parts.slide, [[0, 1, 4, 5], [2, 3, 6, 7]])
-    np.testing.assert_array_equal(parts.tokens, np.stack([batch.tokens[[0, 2]], batch.tokens[[1, 3]]]))
-    for whole, joined in zip(batch, join(parts, G), strict=True):
+    tokens = batch.text_rows[0].tokens
+    np.testing.assert_array_equal(parts.text_rows[0].tokens, np.stack([tokens[[0, 2]], tokens[[1, 3]]]))
+    for whole, joined in zip(jax.tree.leaves(batch), jax.tree.leaves(join(parts, G)), strict=True):
         np.testing.assert_array_equal(whole, joined)
 
 

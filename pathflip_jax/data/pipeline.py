@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Bool, Float16, Int32
 
@@ -21,7 +22,16 @@ from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags
 from pathflip_jax.data.captions import draw_given, draw_merges
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText
-from pathflip_jax.data.tokens import PackedText, PackingOverflowError, TextTokenizer, pack, place
+from pathflip_jax.data.tokens import (
+    PackedText,
+    PackingOverflowError,
+    TextRows,
+    TextTokenizer,
+    enough_rows,
+    pack,
+    place,
+    row_lengths,
+)
 
 _SIMULATED_GROUPS, _SIMULATED_SLIDES = 256, 8192
 _EPOCHS, _STEPS, _ROWS = 0, 1, 2  # what a random stream is for; the first word after the seed
@@ -31,16 +41,15 @@ _log = logging.getLogger(__name__)
 class Batch(NamedTuple):
     """What a step sees. With several processes each holds its own slides and groups, in their order.
 
-    Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1; `text_index` is the place of each text's [CLS] in
-    the P*L tokens of its group, column 0 the caption, then the K subcaptions. Equal `case` = same case, no negatives.
-    `slide` is a number in `Batches.slides`. Segments count from 1, 0 is padding.
+    Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1 into rows of a few lengths, each [G, P, L]. With all
+    rows of a group laid end to end, `text_index` is the place of each text's [CLS]: column 0 the caption, then the K
+    subcaptions. Equal `case` = same case, no negatives.
+    `slide` is a number in `Batches.slides`.
     """
 
     patches: Float16[np.ndarray, "B R S F"]
     patch_mask: Bool[np.ndarray, "B R S"]
-    tokens: Int32[np.ndarray, "G P L"]
-    segments: Int32[np.ndarray, "G P L"]
-    positions: Int32[np.ndarray, "G P L"]
+    text_rows: tuple[TextRows, ...]
     text_index: Int32[np.ndarray, "B 1+K"]
     case: Int32[np.ndarray, "B"]
     slide: Int32[np.ndarray, "B"]
@@ -58,8 +67,8 @@ def make_batches(
     merge_sentences: int = 3,
     caption_length: int = 384,
     subcaption_length: int = 192,
-    row_length: int = 512,
-    text_rows: int | None = None,
+    row_step: int = 128,
+    text_rows: Sequence[int] | None = None,
     text_groups: int = 1,
     caption_share: float = 1.0,
     seed: int = 0,
@@ -71,8 +80,9 @@ def make_batches(
 ) -> "Batches":
     """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
 
-    `patch_slots` None takes the most patches that a region has. `text_rows` None measures how many rows of
-    `row_length` the texts of a group take, by drawing them as training will. A subcaption merges up to
+    `patch_slots` None takes the most patches that a region has. Texts are packed into rows of
+    1, 2, 3, ... times `row_step` tokens; `text_rows` None measures how many of each the texts of a group take, by
+    drawing them as training will. A subcaption merges up to
     `merge_sentences` sentences, unless subcaptions are given. A `caption_share` below 1 shows that
     share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
     reports are else learned by heart. `resident` holds all features in memory: for small cohorts. Raises ValueError
@@ -83,17 +93,14 @@ def make_batches(
         raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
     if merge_sentences < 1:
         raise ValueError(f"merge_sentences {merge_sentences}: a subcaption has at least one sentence")
-    if max(caption_length, subcaption_length) > row_length:
-        raise ValueError(
-            f"row_length {row_length} holds no text of caption_length {caption_length} and subcaption_length "
-            f"{subcaption_length}; raise row_length or lower them"
-        )
+    if row_step < 1:
+        raise ValueError(f"row_step {row_step}: rows have at least one token")
     bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length)
     if len(bags) < batch_size:
         raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
     widest = max(int(bag.count.max()) for bag in bags)
     draws = _Draws(
-        batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_length,
+        batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_step,
         text_groups, merge_sentences, caption_share, seed,
     )  # fmt: skip
     batches = Batches(records, bags, tokenizer, draws, (process_index, process_count), threads)
@@ -120,7 +127,7 @@ class _Draws(NamedTuple):
     subcaptions: int
     caption_length: int
     subcaption_length: int
-    row_length: int
+    row_step: int
     text_groups: int
     merge_sentences: int
     caption_share: float
@@ -181,7 +188,8 @@ class Batches:
         self.slides = [bag.slides for bag in bags]
         self.steps_per_epoch = len(bags) // draws.batch_size
         self.patch_slots = draws.patch_slots
-        self.text_rows = 0
+        self.row_lengths = row_lengths(draws.row_step, max(draws.caption_length, draws.subcaption_length))
+        self.text_rows: tuple[int, ...] = ()
         self.counts: Counter[str] = Counter()
         self._records, self._bags, self._tokenizer, self._draws = records, bags, tokenizer, draws
         self._process, self._threads = process, threads
@@ -209,25 +217,33 @@ class Batches:
         self.steps_per_epoch = len(self._bags) // batch_size
         self.set_text_rows(None)
 
-    def set_text_rows(self, text_rows: int | None) -> None:
-        """Fix P, the rows of a text group: as given, or the most that simulated groups take.
+    def set_text_rows(self, text_rows: Sequence[int] | None) -> None:
+        """Fix how many rows of each of `row_lengths` a text group has: as given, or enough for simulated groups.
 
         Raises ValueError when the longest captions would not fit with the shortest subcaptions: a batch of these
         could not be packed at all.
         """
-        size = self._draws.batch_size // self._draws.text_groups
+        size, widths = self._draws.batch_size // self._draws.text_groups, self.row_lengths
         least = sorted((self._least(bag) for bag in self._bags), key=sum, reverse=True)[:size]
-        floor = place([length for lengths in least for length in lengths], self._draws.row_length)[2]
+        least = [length for lengths in least for length in lengths]
         if text_rows is None:
             rng = np.random.default_rng([self._draws.seed, _ROWS])
             groups = max(16, min(_SIMULATED_GROUPS, _SIMULATED_SLIDES // size))
-            text_rows = max(floor, *(self._simulated_rows(size, rng) for _ in range(groups)))
-        elif text_rows < floor:
+            drawn = [least, *(self._simulated_lengths(size, rng) for _ in range(groups))]
+            text_rows = enough_rows(drawn, widths)
+        elif len(text_rows) != len(widths):
             raise ValueError(
-                f"text_rows {text_rows} is too few: {size} slides with the longest captions need {floor} rows of "
-                f"{self._draws.row_length} tokens; raise it, or leave it out to have it measured"
+                f"text_rows {tuple(text_rows)} has {len(text_rows)} numbers; there are rows of {len(widths)} lengths: "
+                f"{widths}"
             )
-        self.text_rows = text_rows
+        else:
+            try:
+                place(least, widths, text_rows)
+            except PackingOverflowError as error:
+                raise ValueError(
+                    f"text_rows {tuple(text_rows)} is too few for {size} slides with the longest captions: {error}"
+                ) from None
+        self.text_rows = tuple(text_rows)
 
     def _least(self, bag: Bag) -> list[int]:
         """The lengths of a bag's texts at their shortest, for the longest of its captions."""
@@ -237,13 +253,13 @@ class Batches:
             options.append([len(text.caption)] + [shortest] * self._draws.subcaptions)
         return max(options, key=sum)
 
-    def _simulated_rows(self, size: int, rng: np.random.Generator) -> int:
+    def _simulated_lengths(self, size: int, rng: np.random.Generator) -> list[int]:
         lengths = []
         for i in rng.permutation(len(self._bags))[:size]:
             text = self._bags[i].texts[rng.integers(len(self._bags[i].texts))]
             lengths.append(len(text.caption))
             lengths += [len(self._subcaption(text, merge)) for merge in self._merges(text, rng)]
-        return place(lengths, self._draws.row_length)[2]
+        return lengths
 
     def batch(self, step: int) -> Batch:
         """The batch of a global step: a function of (seed, step), cut to this process's slides."""
@@ -258,10 +274,11 @@ class Batches:
         patches, mask = self._patches(bags, rngs)
         size = self._draws.batch_size // self._draws.text_groups
         packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, share, size)]
-        tokens, segments, positions, index = (np.stack(arrays) for arrays in zip(*packed, strict=True))
+        rows = jax.tree.map(lambda *groups: np.stack(groups), *(group.rows for group in packed))
+        index = np.stack([group.cls_index for group in packed])
         case = np.array([bag.case for bag in bags], np.int32)
         index = index.reshape(share, 1 + self._draws.subcaptions)
-        return Batch(patches, mask, tokens, segments, positions, index, case, chosen.astype(np.int32))
+        return Batch(patches, mask, rows, index, case, chosen.astype(np.int32))
 
     def __iter__(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on without end, made ahead in threads."""
@@ -345,7 +362,7 @@ class Batches:
             drawn += [None, *((text, merge) for merge in merges)]
         while True:
             try:
-                packed = pack(found, self._draws.row_length, self.text_rows)
+                packed = pack(found, self.row_lengths, self.text_rows)
                 break
             except PackingOverflowError:
                 counts["overflows"] |= 1

@@ -6,9 +6,13 @@ no dropout. Letters as in `pathflip_jax.model.pathflip`.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.nn import initializers
@@ -62,10 +66,45 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        y = _normalise(x.astype(jnp.float32), self.scale[...], self.bias[...], self.eps).astype(x.dtype)
+        # Here fusion ends: XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
+        return lax.optimization_barrier(y)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalise(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    return _standardise(x, eps)[0] * scale + bias
+
+
+def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
+    """x with mean 0 and variance 1, and what it was multiplied with."""
+    x = x - x.mean(-1, keepdims=True)
+    factor = lax.rsqrt(_row_sums(x * x) / x.shape[-1] + eps)
+    return x * factor, factor
+
+
+def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    # By hand: of the derivative that JAX finds, XLA for CPU runs the sums over rows and columns one entry at a time,
+    # ten times as slow.
+    x, scale = kept
+    W = x.shape[-1]
+    x, factor = _standardise(x, eps)
+    inner = gradient * scale
+    outer = factor * (inner - _row_sums(inner) / W - x * (_row_sums(inner * x) / W))
+    return outer, _column_sums(gradient * x), _column_sums(gradient)
+
+
+_normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), (x, scale)), _normalise_backward)
+
+
+def _row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
+    """Sums over the last axis, as a matrix product: XLA for CPU vectorises no sum of what it computes on the way."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
+
+
+def _column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision="highest")[0]
 
 
 def split_key(key: Array | None, n: int) -> list[Array | None]:
@@ -73,18 +112,64 @@ def split_key(key: Array | None, n: int) -> list[Array | None]:
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
+def gelu(x: Array) -> Array:
+    """Exact GELU, as PyTorch computes it; by erf, where `jax.nn.gelu` takes the costlier erfc."""
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
+def after(x: Array, gradient: Array) -> Array:
+    """x, but not before `gradient` is there: what is computed of it for the gradient is not computed ahead and kept."""
+    return lax.optimization_barrier((x, gradient))[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recompute(function: Callable[[Array, Any], Array], x: Array, module: Any) -> Array:
+    """function(x, module), whose inner values are computed again for the gradient: memory for a little time."""
+    return function(x, module)
+
+
+recompute.defvjp(
+    lambda function, x, module: (function(x, module), (x, module)),
+    lambda function, kept, gradient: jax.vjp(function, after(kept[0], gradient), kept[1])[1](gradient),
+)
+
+
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zero each entry with probability `rate` and scale the rest; the identity without a key.
 
-    Each random word serves two entries with 16 bits: on a CPU drawing them is what dropout costs.
+    What falls is a function of the key and the place of the entry, whatever the devices. It is drawn again for the
+    gradient, so that nothing is kept for it.
     """
     if key is None or rate == 0:
         return x
-    *rest, n = x.shape
-    words = jax.random.bits(key, (*rest, -(-n // 2)), jnp.uint32)
-    draws = lax.bitcast_convert_type(words, jnp.uint16).reshape(*rest, -1)[..., :n]
-    dropped = round(rate * 2**16)
-    return jnp.where(draws >= dropped, x * (1 / (1 - dropped / 2**16)), 0)
+    return _dropout(x, rate, jax.random.key_data(key))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _dropout(x: Array, rate: float, seed: Array) -> Array:
+    dropped = round(rate * 2**32)
+    return jnp.where(_hash(x.shape, seed) >= np.uint32(dropped), x * (1 / (1 - dropped / 2**32)), 0)
+
+
+_dropout.defvjp(
+    lambda x, rate, seed: (_dropout(x, rate, seed), seed), lambda rate, seed, g: (_dropout(g, rate, seed), None)
+)
+
+
+def _hash(shape: tuple[int, ...], seed: Array) -> Array:
+    """A random word for each place, of its number and the seed's two words; it repeats after 2**32 places.
+
+    The mixing is the finalizer of MurmurHash3, whose every output bit depends on every input bit. Threefry, which
+    `jax.random` would draw with, costs a CPU more than the attention whose weights it drops.
+    """
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size % 2**32) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = place * np.uint32(0x9E3779B9) + seed[0]
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B) + seed[1]
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | None) -> Float[Array, "... N"]:
@@ -93,6 +178,77 @@ def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | No
     if mask is None:
         return jax.nn.softmax(scores)
     return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min)), 0)
+
+
+def pool(
+    query: Float[Array, "... C d"],
+    key: Float[Array, "... T d"],
+    value: Float[Array, "... T e"],
+    mask: Bool[Array, "... C T"] | None,
+    rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> tuple[Float[Array, "... C e"], Float[Array, "... C 1"]]:
+    """Softmax attention of rows of queries over rows of keys: what each pools, and the sum of its weights.
+
+    That sum is one, but for dropout, and zero where everything is masked. The softmax is in float32. Weights are
+    computed again for the gradient, as in FlashAttention (arXiv 2205.14135): nothing of size C x T is kept.
+    """
+    seed = None if dropout_key is None or rate == 0 else jax.random.key_data(dropout_key)
+    return _pool(query, key, value, mask, seed, rate)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _pool(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
+    return _pool_forward(query, key, value, mask, seed, rate)[0]
+
+
+def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
+    scores = _scores(query, key, mask)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    total = _row_sums(weights)
+    share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # [..., C, 1]
+    kept = weights if seed is None else _dropout(weights, rate, seed)
+    pooled = (_matmul(kept.astype(value.dtype), value) * share).astype(value.dtype)
+    sums = (share * (total if seed is None else _row_sums(kept))).astype(value.dtype)
+    return (pooled, sums), (query, key, value, mask, seed, largest, share, pooled, sums)
+
+
+def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
+    query, key, value, mask, seed, largest, share, pooled, sums = residuals
+    gradient, sums_gradient = gradients
+    weights = jnp.exp(_scores(after(query, gradient), key, mask) - largest) * share
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    kept = weights if seed is None else _dropout(weights, rate, seed)
+    inner = _matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # towards `kept`
+    inner = inner if seed is None else _dropout(inner, rate, seed)
+    # The sum over keys of weight times gradient is that of what was pooled times its gradient.
+    mean = _row_sums((gradient * pooled).astype(jnp.float32)) + (sums_gradient * sums).astype(jnp.float32)
+    inner = (weights * (inner - mean)).astype(query.dtype)
+    gradients = _matmul(inner, key), _matmul(inner.mT, query), _matmul(kept.astype(value.dtype).mT, gradient)
+    shapes = query, key, value
+    gradients = [g.astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
+    return *gradients, None, None
+
+
+_pool.defvjp(_pool_forward, _pool_backward)
+
+
+def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C T"]:
+    scores = _matmul(query, key.mT)
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def split_heads(x: Float[Array, "... T H"], heads: int) -> Float[Array, "... heads T d"]:
+    """[..., T, H] -> [..., heads, T, H / heads]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
 
 
 def attend(
@@ -108,13 +264,11 @@ def attend(
 
     The mask broadcasts against [..., heads, C, T]. C may be 0: a batch of one slide has no negatives.
     """
-    query, key, value = (x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads) for x in (query, key, value))
-    scores = jnp.einsum(
-        "...chd,...thd->...hct", query / math.sqrt(query.shape[-1]), key, preferred_element_type=jnp.float32
-    )
-    weights = softmax_where(scores, mask)
-    kept = dropout(weights.astype(value.dtype), rate, dropout_key)
-    pooled = jnp.einsum("...hct,...thd->...chd", kept, value)
+    query, key, value = (split_heads(x, heads) for x in (query, key, value))
+    query /= math.sqrt(query.shape[-1])
+    pooled, _ = pool(query, key, value, mask, rate, dropout_key)
+    pooled = pooled.swapaxes(-2, -3)
+    weights = softmax_where(_matmul(query, key.mT), mask)  # who does not ask for them does not pay
     return pooled.reshape(*pooled.shape[:-2], pooled.shape[-2] * pooled.shape[-1]), weights
 
 

@@ -5,12 +5,12 @@
     S  patch slots of a region        H  BERT hidden width
     N  patches of a slide (R*S)       Q  query tokens
     K  subcaptions of a slide         T  text tokens
-    C  texts shown to one slide       G  text groups: P rows of L tokens, n texts in each group
+    C  texts shown to one slide       G  text groups: P rows of L tokens for each of some L, n texts in each group
 
 Padding is masked everywhere: a padded slide gives what the unpadded one gives, outputs and gradients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -150,18 +150,18 @@ class PathFLIP(nnx.Module):
 
     def encode_texts(
         self,
-        tokens: Int[Array, "G P L"],
-        segments: Int[Array, "G P L"],
-        positions: Int[Array, "G P L"],
+        rows: Sequence[tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]],
         text_index: Int[Array, "G n"],
         *,
         key: Array | None = None,
     ) -> Float[Array, "G n D"]:
-        """Embed packed texts: the state of each [CLS], whose place in the group's P*L tokens is `text_index`.
+        """Embed packed texts: the state of each [CLS], whose place in the T tokens of its group is `text_index`.
 
-        A row holds several texts, told apart by `segments` (0 is padding); `positions` restart with each.
+        `rows` are (tokens, segments, positions), a triple for each length of rows that there are; laid end to end they
+        are the group's tokens. A row holds several texts, told apart by their segments (0 is padding); positions
+        restart with each.
         """
-        states = self.qformer.read_text(tokens, segments, positions, text_index, key)
+        states = self.qformer.read_text(rows, text_index, key)
         return self.text_projection(states).astype(jnp.float32)
 
     def text_region_attention(

@@ -5,22 +5,36 @@ Used for the slide, for its regions and for text (DESIGN section 3.2). Letters a
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import INITS, Embedding, LayerNorm, Linear, attend, dropout, softmax_where, split_key
+from pathflip_jax.model.attention import (
+    INITS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    attend,
+    dropout,
+    gelu,
+    pool,
+    recompute,
+    softmax_where,
+    split_key,
+)
 from pathflip_jax.model.config import PathFLIPConfig
 
 BERT_EPS = 1e-12
 
 
-def pick(states: Float[Array, "P L H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
-    """States by their flat position in the tokens of their group; the P rows are G groups of equally many."""
-    return jnp.take_along_axis(states.reshape(len(index), -1, states.shape[-1]), index[..., None], axis=1)
+def pick(states: Float[Array, "G T H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
+    """States by their place among the tokens of their group."""
+    return jnp.take_along_axis(states, index[..., None], axis=1)
 
 
 class SelfAttention(nnx.Module):
@@ -34,22 +48,43 @@ class SelfAttention(nnx.Module):
         self.output = Linear(config.hidden, config.hidden, config.init, rngs)
         self.norm = LayerNorm(config.hidden, BERT_EPS)
 
-    def __call__(
+    def among_queries(self, x: Float[Array, "... Q H"], key: Array | None) -> Float[Array, "... Q H"]:
+        """Every query of a set sees all of its set."""
+        keys = split_key(key, 2)
+        pooled, _ = attend(self.query(x), self.key(x), self.value(x), None, self.heads, self.rate, keys[0])
+        return self._finish(x, pooled, keys[1])
+
+    def within_texts(
         self,
-        x: Float[Array, "... T H"],
-        mask: Bool[Array, "... T T"] | None,
+        x: Float[Array, "G T H"],
+        masks: Sequence[Bool[Array, "G P L L"]],
         key: Array | None,
         kept: Int[Array, "G n"] | None = None,
-    ) -> Float[Array, "... T H"]:
-        """[..., T, H] -> [..., T, H]; row t sees column u where the mask says so, all of them without one.
+    ) -> Float[Array, "G T H"]:
+        """Token t of a row sees token u of it where the row's mask says so; the T tokens are all rows, end to end.
 
         With `kept`, only those states come out, [G, n, H] (see `pick`).
         """
-        keys = split_key(key, 2)
-        pooled, _ = attend(self.query(x), self.key(x), self.value(x), mask, self.heads, self.rate, keys[0])
+        keys = split_key(key, 1 + len(masks))
+        projected = [_rows(project(x), masks) for project in (self.query, self.key, self.value)]
+        pooled = [
+            attend(*qkv, mask[:, :, None], self.heads, self.rate, row_key)[0]
+            for *qkv, mask, row_key in zip(*projected, masks, keys[1:], strict=True)
+        ]
+        pooled = jnp.concatenate([part.reshape(len(x), -1, x.shape[-1]) for part in pooled], axis=1)
         if kept is not None:
             x, pooled = pick(x, kept), pick(pooled, kept)
-        return self.norm(x + dropout(self.output(pooled), self.rate, keys[1]))
+        return self._finish(x, pooled, keys[0])
+
+    def _finish(self, x: Array, pooled: Array, key: Array | None) -> Array:
+        return self.norm(x + dropout(self.output(pooled), self.rate, key))
+
+
+def _rows(x: Float[Array, "G T H"], masks: Sequence[Bool[Array, "G P L L"]]) -> list[Float[Array, "G P L H"]]:
+    """Cut the tokens of a group into the rows that each mask is for."""
+    sizes = [mask.shape[1] * mask.shape[2] for mask in masks]
+    parts = jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=1)
+    return [part.reshape(*mask.shape[:3], x.shape[-1]) for part, mask in zip(parts, masks, strict=True)]
 
 
 class CrossAttention(nnx.Module):
@@ -101,10 +136,12 @@ class CrossAttention(nnx.Module):
 
     def _pool(self, rows: Array, patches: Array, mask: Array, key: Array | None) -> tuple[Array, Array, Array]:
         """Softmax of all heads and queries over the patches: what they pool, total weight, probabilities."""
-        scores = jnp.einsum("...hqD,...nD->...hqn", rows, patches, preferred_element_type=jnp.float32)
-        weights = softmax_where(scores, mask[..., None, None, :])
-        kept = dropout(weights.astype(patches.dtype), self.rate, key)
-        return jnp.einsum("...hqn,...nD->...hqD", kept, patches), kept.sum(-1), weights
+        heads, Q, D = rows.shape[-3:]
+        rows, mask = rows.reshape(*rows.shape[:-3], heads * Q, D), mask[..., None, :]
+        pooled, total = pool(rows, patches, patches, mask, self.rate, key)
+        weights = softmax_where(jnp.matmul(rows, patches.mT, preferred_element_type=jnp.float32), mask)
+        shape = (*rows.shape[:-2], heads, Q, -1)
+        return pooled.reshape(shape), total.reshape(shape[:-1]), weights.reshape(shape)
 
 
 class FeedForward(nnx.Module):
@@ -118,8 +155,12 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "... H"], key: Array | None) -> Float[Array, "... H"]:
         """[..., H] -> [..., H]."""
-        inner = jax.nn.gelu(self.intermediate(x), approximate=False)
-        return self.norm(x + dropout(self.output(inner), self.rate, key))
+        outer = recompute(_contract, self.intermediate(x), self.output)
+        return self.norm(x + dropout(outer, self.rate, key))
+
+
+def _contract(inner: Array, output: Linear) -> Array:
+    return output(gelu(inner))
 
 
 class Layer(nnx.Module):
@@ -138,16 +179,16 @@ class Layer(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Queries [B, 1+R, Q, H] through the layer, and what slide and regions attended to, if they did here."""
         keys = split_key(key, 3)
-        x, maps = self.self_attention(x, None, keys[0]), None
+        x, maps = self.self_attention.among_queries(x, keys[0]), None
         if hasattr(self, "cross_attention"):
             x, *looked = self.cross_attention(x, patches, mask, keys[1])
             maps = tuple(looked)
         return self.query_ffn(x, keys[2]), maps
 
-    def read_text(self, x: Array, mask: Array, key: Array | None, kept: Array | None = None) -> Array:
-        """Rows of tokens [P, L, H] through the layer; with `kept` only those states come out, [G, n, H]."""
+    def read_text(self, x: Array, masks: Sequence[Array], key: Array | None, kept: Array | None = None) -> Array:
+        """Tokens [G, T, H] through the layer; with `kept` only those states come out, [G, n, H]."""
         keys = split_key(key, 2)
-        return self.ffn(self.self_attention(x, mask, keys[0], kept), keys[1])
+        return self.ffn(self.self_attention.within_texts(x, masks, keys[0], kept), keys[1])
 
 
 class QueryStates(NamedTuple):
@@ -201,26 +242,27 @@ class QFormer(nnx.Module):
 
     def read_text(
         self,
-        tokens: Int[Array, "G P L"],
-        segments: Int[Array, "G P L"],
-        positions: Int[Array, "G P L"],
+        rows: Sequence[tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]],
         text_index: Int[Array, "G n"],
         key: Array | None = None,
     ) -> Float[Array, "G n H"]:
         """The final state of each text's [CLS]; rows hold several texts, each seeing only its own segment.
 
-        Attention is bidirectional, although a BERT folder may say `is_decoder` (DESIGN section 3.2). All other
-        tokens leave before the feed-forward of the last layer: nobody reads them.
+        Rows as in `PathFLIP.encode_texts`. Attention is bidirectional, although a BERT folder may say `is_decoder`
+        (DESIGN section 3.2). All other tokens leave before the feed-forward of the last layer: nobody reads them.
         """
-        tokens, segments, positions = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, positions))
         keys = split_key(key, len(self.layers) + 1)
-        x = self.word_embeddings(tokens) + self.position_embeddings(positions)
+        tokens, segments, positions = zip(*rows, strict=True)
+        tokens, positions = (
+            jnp.concatenate([x.reshape(len(x), -1) for x in parts], axis=1) for parts in (tokens, positions)
+        )
+        x = self.word_embeddings(tokens) + self.position_embeddings(positions)  # [G, T, H]
         x = self.norm(x).astype(self.config.compute_dtype)
         x = dropout(x, self.config.dropout, keys[-1])
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # [P, 1, L, L]
+        masks = [part[..., :, None] == part[..., None, :] for part in segments]
         for layer, layer_key in zip(self.layers[:-1], keys[:-2], strict=True):
-            x = self._run(Layer.read_text, layer, x, mask, layer_key)
-        return self._run(Layer.read_text, self.layers[-1], x, mask, keys[-2], text_index)
+            x = self._run(Layer.read_text, layer, x, masks, layer_key)
+        return self._run(Layer.read_text, self.layers[-1], x, masks, keys[-2], text_index)
 
     def _run(self, method, *arguments):
         return (jax.checkpoint(method) if self.config.remat else method)(*arguments)

@@ -36,7 +36,7 @@ def test_operations_are_those_that_xla_counts(roofline):
     assert found == pytest.approx(slide, rel=0.15)  # XLA counts softmax, norms and the region transformer too
     tokens = jax.ShapeDtypeStruct((1, B * TEXTS, LENGTH), jnp.int32)
     index = jax.ShapeDtypeStruct((1, B * TEXTS), jnp.int32)
-    found = counted(lambda m, t, i: m.encode_texts(t, t, t, i), tokens, index)
+    found = counted(lambda m, t, i: m.encode_texts([(t, t, t)], i), tokens, index)
     assert found == pytest.approx(text, rel=0.15)
 
 

@@ -73,10 +73,13 @@ def test_batches_have_the_shapes_of_the_pipeline(bench):
     batch = bench.make_batch(bench.Point(3, 2, 4), slots=5, width=6, vocabulary=50)
     assert batch.patches.shape == (2, 3, 5, 6) and batch.patches.dtype == np.float16
     assert batch.patch_mask.all()
-    assert np.count_nonzero(batch.segments) == 2 * (222 + 4 * 58)
+    tokens, segments, positions = (
+        np.concatenate([x.ravel() for x in field]) for field in zip(*batch.text_rows, strict=True)
+    )
+    assert np.count_nonzero(segments) == 2 * (222 + 4 * 58)
     assert batch.text_index.shape == (2, 5)
-    assert (batch.positions.reshape(-1)[batch.text_index] == 0).all()
-    assert 5 <= batch.tokens[batch.segments > 0].min() and batch.tokens.max() < 49
+    assert (positions[batch.text_index] == 0).all()
+    assert 5 <= tokens[segments > 0].min() and tokens.max() < 49
 
 
 def test_tables_plot_and_json_of_points_that_were_measured(bench, tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ def hidden_states(folder: Path, tokens: list[np.ndarray], fold_token_types: bool
     segments = np.stack([np.arange(length) < len(ids) for ids in tokens]).astype(np.int32)
     positions = np.broadcast_to(np.arange(length), rows.shape)
     everywhere = np.arange(rows.size)[None]
-    hidden = jax.jit(PathFLIP.encode_texts)(model, rows[None], segments[None], positions[None], everywhere)
+    hidden = jax.jit(PathFLIP.encode_texts)(model, [(rows[None], segments[None], positions[None])], everywhere)
     hidden = np.asarray(hidden).reshape(*rows.shape, -1)
     return [hidden[i, : len(ids)] for i, ids in enumerate(tokens)]
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ SENTENCES = [
     "Perineural invasion is present.",
 ]  # fmt: skip
 SIZES = dict(
-    batch_size=8, regions=4, patch_slots=6, subcaptions=5, caption_length=128, subcaption_length=64, row_length=128,
+    batch_size=8, regions=4, patch_slots=6, subcaptions=5, caption_length=128, subcaption_length=64, row_step=64,
     text_groups=4, seed=7,
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ def batches(cohort, texts=None, **changes):
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
-    for name, x, y in zip(Batch._fields, a, b, strict=True):
+    for (name, x), (_, y) in zip(*(jax.tree_util.tree_leaves_with_path(made) for made in (a, b)), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape, name
         assert (x == y).all(), name
 
@@ -69,13 +70,18 @@ def assert_equal(a: Batch, b: Batch) -> None:
 def texts_in(batch: Batch) -> list[list[list[int]]]:
     """The ids of every text of every slide, read from the packed rows alone."""
     B, C = batch.text_index.shape
-    G, P, L = batch.tokens.shape
+    G = len(batch.text_rows[0].tokens)
     found = []
     for b in range(B):
-        tokens, segments, positions = (x[b * G // B].reshape(-1) for x in batch[2:5])
+        groups = [[x[b * G // B] for x in rows] for rows in batch.text_rows]
+        tokens, segments, positions = (
+            np.concatenate([x.ravel() for x in field]) for field in zip(*groups, strict=True)
+        )
+        ends = np.cumsum([length for rows, *_ in groups for length in [rows.shape[1]] * len(rows)])
         found.append([])
         for start in batch.text_index[b]:
-            row = slice(start // L * L, start // L * L + L)
+            end = np.searchsorted(ends, start, side="right")
+            row = slice(ends[end - 1] if end else 0, ends[end])
             where = segments[row] == segments[start]
             assert segments[start] > 0 and positions[start] == 0
             assert positions[row][where].tolist() == list(range(where.sum()))
@@ -86,10 +92,14 @@ def texts_in(batch: Batch) -> list[list[list[int]]]:
 def test_shapes_and_types(cohort):
     made = batches(cohort)
     batch = made.batch(0)
-    P = made.text_rows
-    shapes = [(8, 4, 6, 3), (8, 4, 6), (4, P, 128), (4, P, 128), (4, P, 128), (8, 6), (8,), (8,)]
-    assert [x.shape for x in batch] == shapes
-    assert [str(x.dtype) for x in batch] == ["float16", "bool"] + ["int32"] * 6
+    assert [(x.shape, str(x.dtype)) for x in (batch.patches, batch.patch_mask)] == [
+        ((8, 4, 6, 3), "float16"), ((8, 4, 6), "bool")
+    ]  # fmt: skip
+    assert [x.shape for x in (batch.text_index, batch.case, batch.slide)] == [(8, 6), (8,), (8,)]
+    widths = [(count, width) for count, width in zip(made.text_rows, made.row_lengths, strict=True) if count]
+    assert made.row_lengths == (64, 128) and widths
+    for rows, (count, width) in zip(batch.text_rows, widths, strict=True):
+        assert [(x.shape, str(x.dtype)) for x in rows] == [((4, count, width), "int32")] * 3
     assert made.steps_per_epoch == 2 and len(made.slides) == 21
     assert [made.slides[i] for i in batch.slide] == [(f"S{i:02d}",) for i in batch.slide]
 
@@ -109,7 +119,7 @@ def test_a_batch_is_a_function_of_seed_and_step(cohort):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_make_the_batch_of_one(cohort, processes):
     parts = [batches(cohort, process_index=i, process_count=processes).batch(3) for i in range(processes)]
-    assert_equal(Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))), batches(cohort).batch(3))
+    assert_equal(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), batches(cohort).batch(3))
 
 
 def test_groups_do_not_change_what_is_drawn(cohort):
@@ -267,14 +277,14 @@ def test_several_texts_of_a_slide_take_turns(cohort):
 
 
 def test_too_few_rows_shorten_merges_not_captions(cohort, caplog):
-    free = batches(cohort, row_length=256, text_groups=1)
+    free = batches(cohort, row_step=128, text_groups=1)
     tight, said = None, 0
-    for rows in range(free.text_rows - 1, 0, -1):
+    for rows in range(free.text_rows[0] - 1, 0, -1):
         caplog.clear()
         try:
-            tight = batches(cohort, row_length=256, text_groups=1, text_rows=rows)
+            tight = batches(cohort, row_step=128, text_groups=1, text_rows=[rows])
         except ValueError as error:
-            assert f"text_rows {rows} is too few" in str(error) and "need" in str(error)
+            assert f"text_rows ({rows},) is too few" in str(error) and f"there are {rows} of 128 tokens" in str(error)
             break
         overflowed = [tight.batch(step) for step in range(8)]  # every batch can be made
         said = caplog.text.count("redrawn as single sentences")
@@ -366,8 +376,10 @@ def test_what_cannot_be_drawn_from_is_an_error(cohort):
     for sizes in ({"text_groups": 3}, {"process_count": 3}):
         with pytest.raises(ValueError, match="each must be a multiple of the next"):
             batches(cohort, **sizes)
-    with pytest.raises(ValueError, match="row_length 100 holds no text of caption_length 128"):
-        batches(cohort, row_length=100)
+    with pytest.raises(ValueError, match="row_step 0: rows have at least one token"):
+        batches(cohort, row_step=0)
+    with pytest.raises(ValueError, match=r"text_rows \(4,\) has 1 numbers; there are rows of 2 lengths: \(64, 128\)"):
+        batches(cohort, text_rows=(4,))
 
 
 def real_tokenizer() -> TextTokenizer:
@@ -387,13 +399,15 @@ def test_real_captions_are_packed_tightly(tmp_path):
     write_shard(tmp_path / shard_name(0), slides)
     made = make_batches(Records(tmp_path), texts, tokenizer, batch_size=32, text_groups=4, regions=1)
     assert made.steps_per_epoch == 22
-    rows, real, lengths = 0, 0, []
+    processed, real, squares, lengths = 0, 0, 0, []
     for step in range(22):
         batch = made.batch(step)
-        rows += batch.tokens.shape[0] * batch.tokens.shape[1]
-        real += (batch.segments > 0).sum()
+        processed += sum(rows.tokens.size for rows in batch.text_rows)
+        squares += sum(rows.tokens.size * rows.tokens.shape[2] for rows in batch.text_rows)
+        real += sum((rows.segments > 0).sum() for rows in batch.text_rows)
         lengths += [[len(ids) for ids in texts] for texts in texts_in(batch)]
-    assert rows * 512 / real <= 1.3  # padding to 384 + 8 * 192 takes 2.8
+    assert processed / real <= 1.3  # padding to 384 + 8 * 192 takes 2.8
+    assert squares / real <= 400  # keys that a real token is scored against; rows of 512 would make it 512 and more
     lengths = np.array(lengths)
     assert abs(lengths[:, 0].mean() - 222) < 3 and abs(lengths[:, 1:].mean() - 58) < 6  # as counted in DESIGN
     assert made.counts["redrawn"] <= 0.01 * lengths.size

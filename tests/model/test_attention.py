@@ -1,6 +1,7 @@
 """The layers against PyTorch's, and what masks and dropout do."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from pathflip_jax.model.attention import (
     MultiheadAttention,
     attend,
     dropout,
+    gelu,
+    pool,
+    recompute,
     softmax_where,
     split_key,
 )
@@ -166,16 +170,32 @@ def test_attend_in_bfloat16_keeps_its_softmax_in_float32():
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(400, 501), (3, 200_001)])  # odd: the last word serves one entry
+@pytest.mark.parametrize("shape", [(400, 501), (3, 200_001), (20, 10, 1001)])
 def test_dropout_keeps_the_mean_and_the_rate(shape):
     x = jnp.ones(shape)
     y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
-    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - round(0.1 * 2**16) / 2**16))}
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - round(0.1 * 2**32) / 2**32))}
     assert abs((y == 0).mean() - 0.1) < 5 * math.sqrt(0.09 / y.size)
     assert abs(y.mean() - 1) < 0.005
-    # Neighbours, which can share a random word, fall independently.
-    zero = y == 0
-    assert abs((zero[:, :-1] & zero[:, 1:]).mean() - 0.01) < 0.001
+    # Neighbours in a row, in a column, and the same place under the next key fall independently.
+    zero, other = y == 0, np.asarray(dropout(x, 0.1, jax.random.key(1))) == 0
+    pairs = [(zero[..., :-1], zero[..., 1:]), (zero[:-1], zero[1:]), (zero, other)]
+    assert all(abs((one & two).mean() - 0.01) < 5 * math.sqrt(0.01 / one.size) for one, two in pairs)
+
+
+def test_what_falls_is_spread_evenly_whatever_the_key():
+    keys = jax.random.split(jax.random.key(5), 2000)
+    fallen = np.asarray(jax.jit(jax.vmap(lambda key: dropout(jnp.ones((5, 8)), 0.3, key)))(keys)) == 0
+    by_place = fallen.mean(0)
+    assert np.abs(by_place - 0.3).max() < 5 * math.sqrt(0.21 / len(keys))
+    joint = np.corrcoef(fallen.reshape(len(keys), -1).T) - np.eye(40)
+    assert np.abs(joint).max() < 5 / math.sqrt(len(keys))
+
+
+def test_the_gradient_of_dropout_falls_where_its_value_fell():
+    x, key = jnp.arange(1.0, 1001.0), jax.random.key(3)
+    gradient = jax.grad(lambda x: (dropout(x, 0.5, key) * x).sum())(x)
+    np.testing.assert_allclose(gradient, 2 * np.asarray(dropout(x, 0.5, key)), rtol=1e-6)
 
 
 def test_dropout_without_a_key_or_a_rate_is_the_identity():
@@ -202,3 +222,74 @@ def test_linear_starts_as_in_pytorch():
     for a, b in ((ours.kernel, theirs.weight), (ours.bias, theirs.bias)):
         assert float(a[...].std()) == pytest.approx(float(b.detach().std()), rel=0.1)
         assert float(abs(a[...]).max()) == pytest.approx(float(b.detach().abs().max()), rel=0.02)
+
+
+def plain_pool(query, key, value, mask, rate, dropout_key):
+    """Attention as it is written in books, differentiated by JAX."""
+    weights = softmax_where(query @ key.mT, mask)
+    kept = dropout(weights, rate, dropout_key)
+    return kept @ value, kept.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked):
+    rng = np.random.default_rng(6)
+    query, key, value = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), jnp.float32) for n in (5, 7, 7))
+    mask = None
+    if masked:
+        mask = rng.random((2, 1, 5, 7)) < 0.6
+        mask[0, 0, 1] = False  # a row that sees nothing
+        mask = jnp.asarray(mask)
+    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 5, 8), (2, 3, 5, 1))]
+    dropout_key = jax.random.key(9)
+
+    def loss(function, *arguments):
+        found = function(*arguments, mask, rate, dropout_key)
+        return sum((x * w).sum() for x, w in zip(found, weights, strict=True)), found
+
+    run = lambda f: jax.jit(jax.value_and_grad(partial(loss, f), (0, 1, 2), has_aux=True))(query, key, value)  # noqa: E731
+    ((_, found), gradients), ((_, expected), wanted) = run(pool), run(plain_pool)
+    for x, y in zip((*found, *gradients), (*expected, *wanted), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6 * max(1, float(np.abs(y).max())))
+    if masked:
+        assert not np.asarray(found[0])[0, :, 1].any() and not np.asarray(gradients[0])[0, :, 1].any()
+
+
+def test_pooling_in_bfloat16_keeps_its_dtypes():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 6, 16)), jnp.bfloat16)
+    loss = lambda x: sum(part.astype(jnp.float32).sum() for part in pool(x, x, x, None))  # noqa: E731
+    assert [part.dtype for part in pool(x, x, x, None)] == [jnp.bfloat16] * 2
+    assert jax.grad(loss)(x).dtype == jnp.bfloat16
+
+
+def test_gelu_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    x = np.linspace(-12, 12, 2001, dtype=np.float32)
+    tensor = torch.from_numpy(x).requires_grad_()
+    expected = torch.nn.functional.gelu(tensor)
+    expected.sum().backward()
+    np.testing.assert_allclose(gelu(jnp.asarray(x)), expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: gelu(x).sum())(jnp.asarray(x)), tensor.grad, atol=1e-6)
+
+
+def test_the_gradient_of_layer_normalisation_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    norm, rng = randomised(LayerNorm(64, 1e-12)), np.random.default_rng(3)
+    x, weights = rng.normal(size=(2, 5, 64)).astype(np.float32), rng.normal(size=(2, 5, 64)).astype(np.float32)
+    ours = jax.grad(lambda norm, x: (norm(x) * weights).sum(), (0, 1))(norm, jnp.asarray(x))
+    tensors = [torch.from_numpy(np.array(p)).requires_grad_() for p in (x, norm.scale[...], norm.bias[...])]
+    expected = torch.nn.functional.layer_norm(tensors[0], (64,), *tensors[1:], eps=1e-12)
+    (expected * torch.from_numpy(weights)).sum().backward()
+    for found, tensor in zip((ours[1], ours[0].scale[...], ours[0].bias[...]), tensors, strict=True):
+        np.testing.assert_allclose(found, tensor.grad, atol=2e-5)
+
+
+def test_what_is_recomputed_has_the_same_gradient():
+    linear = Linear(6, 4, "fan_in", nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(3, 6)), jnp.float32)
+    function = lambda x, linear: linear(jnp.sin(x))  # noqa: E731
+    plain = jax.grad(lambda x, m: (function(x, m) ** 2).sum(), (0, 1))(x, linear)
+    again = jax.grad(lambda x, m: (recompute(function, x, m) ** 2).sum(), (0, 1))(x, linear)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -50,7 +50,7 @@ def texts() -> list[list[np.ndarray]]:
     return [[rng.integers(1, 40, rng.integers(2, 7)) for _ in range(1 + K)] for _ in range(B)]
 
 
-def pack(groups: list[list[np.ndarray]], rows: int, length: int) -> tuple[np.ndarray, ...]:
+def pack(groups: list[list[np.ndarray]], rows: int, length: int) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]:
     """Texts of each group, one after the other, in rows: the arrays of `encode_texts`."""
     shape = (len(groups), rows, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -65,7 +65,7 @@ def pack(groups: list[list[np.ndarray]], rows: int, length: int) -> tuple[np.nda
             tokens[place], segments[place], positions[place] = text, segment, np.arange(len(text))
             index[g, i] = row * length + start
             start += len(text)
-    return tokens, segments, positions, index
+    return [(tokens, segments, positions)], index
 
 
 def loss(model, patches, mask, packed, key=None):
@@ -125,10 +125,17 @@ def test_padding_of_patches_and_regions_changes_nothing(filler):
 def test_padding_and_packing_of_texts_changes_nothing():
     """All texts in one group, in wider rows, with rows of nothing: the same as the reference's three groups."""
     together = [[text for group in texts() for text in group]]
-    tokens, segments, positions, index = pack(together, 6, 11)
+    ((tokens, segments, positions),), index = pack(together, 6, 11)
     assert not segments[0, -1].any() and (segments == 0).any() and segments.max() > 1
     tokens = np.where(segments == 0, 5, tokens)  # whatever stands there
-    check_same(step(model(), *slides(), (tokens, segments, positions, index)))
+    check_same(step(model(), *slides(), ([(tokens, segments, positions)], index)))
+
+
+def test_texts_in_rows_of_different_lengths_are_the_same():
+    """The last slide's texts in short rows, the others' in long ones behind them: the places move, nothing else."""
+    first, last = pack([texts()[-1]], 3, 8), pack([[text for group in texts()[:-1] for text in group]], 4, 11)
+    index = np.concatenate([last[1] + 3 * 8, first[1]], axis=1)
+    check_same(step(model(), *slides(), (first[0] + last[0], index)))
 
 
 def test_each_text_alone_gives_the_same_embedding():
