@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pathflip_jax.compilation import keep_compiled
 from pathflip_jax.demo import SLIDES
 from pathflip_jax.grounding import maps
 
@@ -410,6 +411,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; wrong input becomes one clear line on stderr (PATHFLIP_DEBUG=1 shows the traceback)."""
     argv = sys.argv[1:] if argv is None else argv
+    keep_compiled()
     try:
         if argv[:1] == ["train"]:
             from pathflip_jax.train import main as train_main

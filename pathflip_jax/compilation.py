@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
-
 
 def compiler_options() -> dict[str, str]:
     """What `jax.jit` is given for programs that take gradients, on the backend in use.
@@ -13,11 +11,15 @@ def compiler_options() -> dict[str, str]:
     through the residuals of all layers before it, which costs time, and what is to be recomputed for the gradient is
     computed ahead and kept, which costs memory. Nothing but speed depends on this.
     """
+    import jax
+
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs between runs, in `$XDG_CACHE_HOME/pathflip_jax`; `JAX_COMPILATION_CACHE_DIR` overrules."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "pathflip_jax"))
+    """Keep compiled programs between runs, in `$XDG_CACHE_HOME/pathflip_jax`; before JAX is imported.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "pathflip_jax"))

@@ -5,14 +5,11 @@ cannot fit says so in a second and names settings that would; an allocator says 
 kernel ends the process without a word.
 """
 
-import ctypes
-import platform
 from pathlib import Path
 
 import jax
 
 GIB = 2**30
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt (malloc.h)
 
 
 def needed_bytes(compiled) -> int:
@@ -54,18 +51,6 @@ def _group_free() -> int | None:
         if most != "max":
             return int(most) - int(current) + int(stat.get("inactive_file", 0))  # pages of files are given back
     return None
-
-
-def keep_freed() -> None:
-    """Let this process keep the memory that it frees, where that is the C library's choice (glibc).
-
-    A step on a CPU takes and frees gigabytes. Each time the system would map new pages and clear them, a tenth of the
-    step. Call it before there are threads.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1)):
-            libc.mallopt(parameter, value)
 
 
 def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: int) -> None:
