@@ -245,7 +245,7 @@ class Bench:
 
         self.batches = batches()
         self.fewer = batches(patch_slots=max(1, self.batches.patch_slots * 3 // 4))
-        self.resident = batches(resident=True)
+        self.resident = batches(resident="host")
 
     def _write(self, i: int):
         slide = make_slide(i, self.options.patches, self.options.width)

@@ -4,15 +4,25 @@ Operations are those of the algorithm that the library runs (absorbed key and va
 patches and real tokens, two per multiply-add; bytes are what has to move through memory at least, each tensor that is
 too large for a cache written once and read once per use. Prints a Markdown table, the source of ROOFLINE.md.
 
+With `--measure` the base train step of `step.py` runs here under JAX's profiler, and the table says what each part took
+beside its floor at the rate of this machine's own matrix products.
+
     python benchmarks/roofline.py --device cpu --regions 24 --batch 2
+    python benchmarks/roofline.py --measure
     python benchmarks/roofline.py --device h200 --batch 64 --dtype bfloat16
 """
 
 import argparse
+import gzip
 import json
+import re
+import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from pathflip_jax.model.config import PathFLIPConfig
 
@@ -22,6 +32,17 @@ DEVICES = {
     "cpu": ({"float32": 0.25e12, "bfloat16": 0.25e12}, 20e9),
     "h200": ({"float32": 494e12, "bfloat16": 989e12}, 4.8e12),  # float32 as TF32
     "v5e": ({"float32": 98e12, "bfloat16": 197e12}, 0.82e12),
+}
+# The scopes that the model names its operations by, and the parts below that they are made of.
+SCOPES = {
+    "patch_projection": ("patch projection",),
+    "cross_attention": ("queries: projections of cross-attention", "patches: scores and pooling"),
+    "query_self_attention": ("queries: self-attention",),
+    "query_feed_forward": ("queries: feed-forward",),
+    "region_layers": (),
+    "text_attention": ("text: projections", "text: attention"),
+    "text_feed_forward": ("text: feed-forward",),
+    "optimizer": ("optimizer",),
 }
 LENGTHS = Path(__file__).parent / "token_lengths.json"
 
@@ -107,6 +128,92 @@ def table(found: list[Part], rate: float, bandwidth: float, slides: int) -> str:
     return "\n".join(rows)
 
 
+def measure(job_name: str) -> tuple[dict[str, float], float]:
+    """(seconds of computing threads by part, seconds of the step): a profile of one train step, as training runs it."""
+    import time
+
+    import jax
+    from flax import nnx
+    from sides import BASE, JOBS, make_inputs, our_batch, our_training
+
+    from pathflip_jax.model.pathflip import PathFLIP, flatten
+
+    config, job = PathFLIPConfig(**BASE), JOBS[job_name]
+    batch = our_batch(job, make_inputs(job, BASE))
+    step, optimizer = our_training(config)
+    params = jax.jit(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))()
+    opt_state = jax.jit(optimizer.init)(params)
+    compiled = step.lower(params, {}, opt_state, batch, np.int32(0)).compile()
+    for number in range(3):
+        start = time.perf_counter()
+        params, opt_state, _ = jax.block_until_ready(compiled(params, {}, opt_state, batch, np.int32(number)))
+        seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=False):
+            jax.block_until_ready(compiled(params, {}, opt_state, batch, np.int32(number)))
+        (trace,) = Path(folder).rglob("*.trace.json.gz")
+        with gzip.open(trace) as file:
+            events = json.load(file)["traceEvents"]
+    return shares(events, compiled.as_text()), seconds
+
+
+def shares(events: list[dict], program: str) -> dict[str, float]:
+    """Seconds by part of the events of a trace; `program` is the compiled HLO, whose operations carry their scope."""
+    scope_of = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
+    found = dict.fromkeys((*SCOPES, "other"), 0.0)
+    for event in events:
+        operation = event.get("args", {}).get("hlo_op")
+        if operation is not None and "dur" in event:
+            name = scope_of.get(operation, "")
+            found[next((scope for scope in SCOPES if scope in name), "other")] += event["dur"] / 1e6
+    return found
+
+
+def measured_table(found: dict[str, float], seconds: float, floors: list[Part], rate: float, bandwidth: float) -> str:
+    """What each part of a step took beside its floor, as Markdown; the step's seconds go to parts by thread time."""
+    total, by_name = sum(found.values()), {part.name: part.floor(rate, bandwidth) for part in floors}
+    rows = ["| part | measured, ms a step | share | floor, ms | of the floor |", "|---|---|---|---|---|"]
+    for scope, thread_seconds in sorted(found.items(), key=lambda item: -item[1]):
+        took, floor = seconds * thread_seconds / total, sum(by_name[name] for name in SCOPES.get(scope, ()))
+        times = f"{took / floor:.2f}x" if floor else ""
+        least = f"{1e3 * floor:.0f}" if floor else ""
+        rows.append(
+            f"| {scope.replace('_', ' ')} | {1e3 * took:.0f} | {thread_seconds / total:.0%} | {least} | {times} |"
+        )
+    floor = sum(by_name.values())
+    rows.append(f"| all | {1e3 * seconds:.0f} | 100% | {1e3 * floor:.0f} | {seconds / floor:.2f}x |")
+    return "\n".join(rows)
+
+
+def our_matrix_rate() -> float:
+    """Operations per second of a large float32 matrix product in JAX, on the backend in use."""
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    n, seconds = (2048 if jax.default_backend() == "cpu" else 8192), []
+    product = jax.jit(jnp.matmul)
+    x = jax.random.normal(jax.random.key(0), (n, n))
+    for _ in range(21):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds[1:])
+
+
+def print_measured(job_name: str, rate: float | None, bandwidth: float) -> int:
+    """Measure a train step of `step.py` and print it beside its floor."""
+    from sides import JOBS
+
+    job, rate = JOBS[job_name], rate or our_matrix_rate()
+    shapes = Shapes(job.slides, job.regions, 256 * job.regions, typical_lengths())
+    found, seconds = measure(job_name)
+    print(f"matrix products in JAX: {rate / 1e9:.0f} GFLOP/s; {job.slides} slides of {job.regions} regions a step\n")
+    print(measured_table(found, seconds, parts(PathFLIPConfig(), shapes, 4, True), rate, bandwidth))
+    return 0
+
+
 def main() -> int:
     """Print the table of one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,13 +224,18 @@ def main() -> int:
     parser.add_argument("--rate", type=float, help="operations per second, instead of the device's")
     parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of the device's")
     parser.add_argument("--inference", action="store_true", help="the forward pass alone")
+    parser.add_argument("--measure", action="store_true", help="run the train step of step.py here and compare")
+    parser.add_argument("--job", choices=["train_base", "train_whole_slide"], default="train_base", help="to measure")
     options = parser.parse_args()
     rates, bandwidth = DEVICES[options.device]
     rate = options.rate or rates[options.dtype]
     shapes = Shapes(options.batch, options.regions, 256 * options.regions, typical_lengths())
     width = 2 if options.dtype == "bfloat16" else 4
+    bandwidth = options.bandwidth or bandwidth
+    if options.measure:
+        return print_measured(options.job, options.rate, bandwidth)
     found = parts(PathFLIPConfig(), shapes, width, not options.inference)
-    print(table(found, rate, options.bandwidth or bandwidth, options.batch))
+    print(table(found, rate, bandwidth, options.batch))
     return 0
 
 

@@ -82,39 +82,58 @@ def pad(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
+def our_batch(job: Job, inputs: Inputs) -> "Batch":
+    """The inputs as the pipeline would hand them to a step."""
+    import jax
+    import jax.numpy as jnp
+
+    from pathflip_jax.data.tokens import pack, row_lengths
+
+    packed = pack(inputs.texts, row_lengths(ROW_STEP, CAPTION_LENGTH))
+    rows = jax.tree.map(lambda x: x[None], packed.rows)
+    mask, index = np.ones(inputs.patches.shape[:3], bool), packed.cls_index.reshape(job.slides, -1)
+    return jax.tree.map(jnp.asarray, Batch(inputs.patches, mask, rows, index, np.arange(job.slides, dtype=np.int32)))
+
+
+def our_training(config) -> tuple[Callable, "optax.GradientTransformation"]:
+    """The library's own step of a PathFLIPConfig, compiled as `pathflip train` does, and its optimizer.
+
+    step(params, {}, opt_state, batch, number) -> (params, opt_state, metrics)
+    """
+    import jax
+
+    from pathflip_jax.compilation import compiler_options
+    from pathflip_jax.losses import LossConfig
+    from pathflip_jax.model.pathflip import unflatten
+    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.stage import alignment, make_step
+
+    optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
+    schedule = learning_rate(optim, 1000, 1000)
+    optimizer = make_optimizer(optim, schedule)
+    step = make_step(alignment(LossConfig()), lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
+    return jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options()), optimizer
+
+
 def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None, training: bool) -> Callable:
     """The JAX side: the library's own step, as `pathflip train` builds it, and its encoders as inference calls them."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from pathflip_jax.compilation import compiler_options
     from pathflip_jax.convert.pytorch import read_checkpoint, to_jax
-    from pathflip_jax.data.tokens import pack, row_lengths
     from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
-    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
-    from pathflip_jax.stage import alignment, make_step
 
     config = PathFLIPConfig(**sizes, compute_dtype=dtype)
     if weights is None:
         params = jax.jit(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))()
     else:
         params = jax.tree.map(jnp.asarray, to_jax(read_checkpoint(weights / "model.safetensors"), config))
-    B = job.slides
-    packed = pack(inputs.texts, row_lengths(ROW_STEP, CAPTION_LENGTH))
-    rows = jax.tree.map(lambda x: x[None], packed.rows)
-    mask, index = np.ones(inputs.patches.shape[:3], bool), packed.cls_index.reshape(B, -1)
-    batch = Batch(inputs.patches, mask, rows, index, np.arange(B, dtype=np.int32))
-    batch = jax.tree.map(jnp.asarray, batch)
-    loss_config = LossConfig()
+    batch = our_batch(job, inputs)
     if training:
-        optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
-        schedule = learning_rate(optim, 1000, 1000)
-        optimizer = make_optimizer(optim, schedule)
-        step = make_step(alignment(loss_config), lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
-        step = jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options())
+        step, optimizer = our_training(config)
         state = [params, jax.jit(optimizer.init)(params)]
         del params
 
@@ -136,11 +155,11 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
 
     @jax.jit
     def losses(params, batch):
-        (slide, regions), text = slides(params, batch), texts(params, batch).reshape(B, 1 + K, -1)
+        (slide, regions), text = slides(params, batch), texts(params, batch).reshape(job.slides, 1 + K, -1)
         model, mask = unflatten(config, params), batch.patch_mask.any(-1)
         _, metrics = alignment_loss(
             Embeddings(slide, regions, mask, text[:, 0], text[:, 1:]),
-            model.text_region_attention, inputs.negatives, batch.case, model.logit_scale[...], None, loss_config,
+            model.text_region_attention, inputs.negatives, batch.case, model.logit_scale[...], None, LossConfig(),
         )  # fmt: skip
         return slide, regions, text, jnp.stack([metrics["loss_slide"], metrics["loss_region"]])
 

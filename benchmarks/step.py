@@ -3,7 +3,8 @@
 Every measurement is a process of its own (`sides.py`) that exits before the next starts; the sides take turns, and a
 figure is the median over rounds of the ratio within a round. Before anything is timed, the three sides compute the same
 slides and texts from the same weights and must agree to 1e-4. A side that cannot run ends the benchmark: no ratio
-comes from one side alone. A ratio above 1 means that ours is better.
+comes from one side alone. A ratio above 1 means that ours is better. Where the released side takes longer than the
+released code did, scaled by the rate of this machine's matrix products, by more than 15%, it counts at that time.
 
     python benchmarks/step.py --rounds 3 --json benchmarks/results/step.json
     python benchmarks/step.py --jobs encode_slide_base --rounds 1
@@ -147,20 +148,25 @@ def measure(options: argparse.Namespace) -> dict:
     return {"times": times, "peak_bytes": peaks, "ratios": ratios, "parameters": parameters}
 
 
-def check_yardstick(times: dict, rate: float) -> list[str]:
-    """Where the released side is more than 15% slower a slide than the released code was, at this machine's rate."""
-    slow = []
-    for job, seconds in RELEASED_SECONDS.items():
-        if job in times and "released" in times[job]:
-            found = statistics.median(times[job]["released"]) / JOBS[job].slides
-            allowed = SLACK * seconds * RELEASED_RATE / rate
-            if found > allowed:
-                slow.append(f"{job}: {found:.2f} s a slide, at most {allowed:.2f} s at {rate / 1e9:.0f} GFLOP/s")
-    return slow
+def allowed_seconds(job: str, rate: float) -> float:
+    """The most that a step of the released side may take to count: 15% more than the released code, at this rate."""
+    return JOBS[job].slides * SLACK * RELEASED_SECONDS[job] * RELEASED_RATE / rate
+
+
+def hold_to_yardstick(found: dict, rate: float) -> dict[str, float]:
+    """Count a released side that is too slow at what it may take: its ratios shrink. The factors, by job."""
+    factors = {}
+    for job in RELEASED_SECONDS:
+        if job in found["times"] and "released" in found["times"][job]:
+            factor = allowed_seconds(job, rate) / statistics.median(found["times"][job]["released"])
+            if factor < 1:
+                factors[job] = factor
+                found["ratios"][job] *= factor
+    return factors
 
 
 def main() -> int:
-    """Check, measure, print the table, write the JSON; 1 where a side failed or the yardstick is no fair one."""
+    """Check, measure, print the table, write the JSON; 1 where a side failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and at least one other")
@@ -184,19 +190,18 @@ def main() -> int:
     except SideError as failure:
         print(failure, file=sys.stderr)
         return 1
-    slow = []
-    if (
-        options.device == "cpu"
-        and options.dtype == "float32"
-        and not (options.small or options.batch or options.regions)
-    ):
-        slow = check_yardstick(found["times"], rate)
+    held = {}
+    if options.device == "cpu" and options.dtype == "float32":
+        if not (options.small or options.batch or options.regions):
+            held = hold_to_yardstick(found, rate)
     width = max(map(len, found["ratios"]))
     for name, ratio in found["ratios"].items():
         print(f"{name:{width}}  {ratio:6.2f}")
-    for fault in slow:
-        print(f"the yardstick is too slow to count: {fault}", file=sys.stderr)
-    if options.json and not slow:
+    for job in held:
+        took, allowed = statistics.median(found["times"][job]["released"]), allowed_seconds(job, rate)
+        most = f"the most that it may take at {rate / 1e9:.0f} GFLOP/s"
+        print(f"{job}: the yardstick took {took:.2f} s a step and counts as {allowed:.2f} s, {most}")
+    if options.json:
         described = describe("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
         described |= {"device": options.device, "matrix_gflops": round(rate / 1e9, 1)}
         if options.device == "cuda":
@@ -204,10 +209,10 @@ def main() -> int:
 
             described["accelerator"] = torch.cuda.get_device_name()
         names = ("jobs", "sides", "rounds", "batch", "regions", "dtype", "small")
-        settings = {name: getattr(options, name) for name in names} | {"agreement": error}
+        settings = {name: getattr(options, name) for name in names} | {"agreement": error, "held_to": held}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": described, "settings": settings} | found, indent=1) + "\n")
-    return 1 if slow else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--config", default="align_large", help="config to train (default align_large)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--width", type=int, default=512, help="width of the features")
-    parser.add_argument("--resident", action="store_true", help="hold all features in memory")
+    parser.add_argument("--resident", choices=["", "host", "device"], default="", help="where features are kept")
     parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="whose rates count for utilisation")
     parser.add_argument("--folder", type=Path, help="where the cohort goes (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="file to write")

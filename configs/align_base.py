@@ -36,7 +36,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.text_rows = ()  # rows of a text group, the shortest first; (): measured on the table
     config.data.text_groups = 0  # 0: up to sixteen slides to a group
     config.data.threads = 16  # reading ahead
-    config.data.resident = False  # hold all features in memory: for small cohorts
+    config.data.resident = ""  # read features once: "host" keeps them in memory, "device" on the devices
 
     config.model = ConfigDict()
     config.model.feature_dim = 0  # 0: as the records say

@@ -18,7 +18,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # bind a finding to whatever stands beside it, and 250 slides are too few to take them apart again.
     config.data.update(regions=16, patch_slots=16, caption_length=192, subcaption_length=96)
     config.data.update(subcaptions=6, merge_sentences=1)
-    config.data.update(row_step=64, caption_share=0.5, threads=2, resident=True)
+    config.data.update(row_step=64, caption_share=0.5, threads=2, resident="host")
     config.model.update(embed_dim=64, hidden=128, layers=2, heads=4, intermediate=256, num_queries=4)
     config.model.update(region_layers=1, region_heads=4, text_region_heads=4, compute_dtype="float32")
     config.model.update(cross_attention_freq=1, init="fan_in", dropout=0.0)  # at 0.02 so small a model does not learn

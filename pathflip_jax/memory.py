@@ -80,6 +80,17 @@ def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: 
     )
 
 
+def check_features(needed: int) -> None:
+    """Raise MemoryError where a device's share of a cohort's features does not fit."""
+    device = jax.local_devices()[0]
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"the features take {needed / GIB:.1f} GiB on each {device.device_kind}, {free / GIB:.1f} GiB are free; "
+            "set --config.data.resident=host, or '' to read them from disk for every batch"
+        )
+
+
 def check_slide(compiled, what: str) -> None:
     """Raise MemoryError where encoding does not fit."""
     device = jax.local_devices()[0]

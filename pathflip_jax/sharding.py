@@ -80,6 +80,20 @@ def placements(mesh: Mesh, tree, rules: Rules = RULES):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """Put rows [N, F] on the devices, a share on each; rows of zeros fill up the last share.
+
+    Raises ValueError with several processes: none of them has all rows.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            "data.resident='device' is for one process, whose devices share the features; set data.resident='host'"
+        )
+    short = -len(rows) % mesh.size
+    rows = np.pad(rows, ((0, short), (0, 0))) if short else rows
+    return jax.device_put(rows, NamedSharding(mesh, BATCH))
+
+
 def place_batch(mesh: Mesh, batch):
     """Put this process's share of a batch on its devices, leading axis over all of the mesh."""
     sharding = NamedSharding(mesh, BATCH)

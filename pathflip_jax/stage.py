@@ -142,8 +142,9 @@ def make_step(
     def step(params: Params, frozen: Params, opt_state: Any, batch: Any, number: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), number)
         (_, metrics), gradients = loss_and_gradients(stage, lambda p: build(p, frozen), params, batch, key, accumulate)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(number)}
-        return optax.apply_updates(params, updates), opt_state, metrics
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(number)}
+            return optax.apply_updates(params, updates), opt_state, metrics
 
     return step

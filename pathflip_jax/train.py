@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
+from pathflip_jax.data.pipeline import Batches, look_up
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
@@ -34,7 +35,7 @@ MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss"
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {
     "mesh": ("data", "fsdp"),
-    "data": ("records", "texts", "slides", "tokenizer", "threads", "text_groups", "text_rows"),
+    "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
     "model": ("bert",),
     "train": ("keep",),
 }
@@ -94,10 +95,10 @@ def fit(
     compiled = 0
     plain_step = make_step(stage, build, optimizer, schedule, setup.accumulate, setup.seed)
 
-    def counted_step(*arguments):
+    def counted_step(learned, frozen, opt_state, batch, number, features):
         nonlocal compiled
         compiled += 1  # Python runs through here only to compile
-        return plain_step(*arguments)
+        return plain_step(learned, frozen, opt_state, look_up(batch, features), number)
 
     facts = {"config": resolved, "git": checkpoint.git_revision()}
     with checkpoint.Checkpoints(workdir, setup.keep, facts) as checkpoints:
@@ -112,8 +113,9 @@ def fit(
         validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
         batches = data.train.__iter__(start)
         batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
+        features = place_features(mesh, data.train)
         if start < steps:
-            step = step.lower(learned, frozen, opt_state, batch, np.int32(start)).compile()
+            step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
             memory.check_step(step, setup.batch_size, setup.accumulate, config.model.remat, mesh.size)
         with (
             StopSignal() as stop,
@@ -130,7 +132,7 @@ def fit(
                     writer.write(number, row)
 
             for done in range(start + 1, steps + 1):
-                learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1))
+                learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1), features)
                 if done < steps:
                     batch = sharding.place_batch(mesh, next(batches))
                 write()  # of the step before: the device is busy with this one
@@ -194,8 +196,10 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     key = jax.random.key(0)
     replicated = NamedSharding(mesh, P())
 
-    def measure(learned: Params, frozen: Params, batch):
-        model = build(learned, frozen)
+    features = place_features(mesh, batches)
+
+    def measure(learned: Params, frozen: Params, batch, features):
+        model, batch = build(learned, frozen), look_up(batch, features)
         embeddings = stage.encode(model, batch, None)
         _, metrics = stage.objective(model, embeddings, batch, key)
         return metrics, embeddings["slide"], embeddings["captions"], batch.case
@@ -205,7 +209,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     def validate(learned: Params, frozen: Params) -> dict[str, float]:
         parts = []
         for number in range(batches.steps_per_epoch):
-            parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number))))
+            parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features))
         metrics, slides, captions, cases = zip(*jax.device_get(parts), strict=True)
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         slides, captions, cases = (np.concatenate(x) for x in (slides, captions, cases))
@@ -216,6 +220,15 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         return {VALIDATION + name: value for name, value in scores.items()}
 
     return validate
+
+
+def place_features(mesh, batches: Batches) -> jax.Array | None:
+    """The features of a cohort on the devices, where batches look them up there; MemoryError if they do not fit."""
+    features = batches.take_features()
+    if features is None:
+        return None
+    memory.check_features(features.nbytes // mesh.size)
+    return sharding.place_rows(mesh, features)
 
 
 def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> PathFLIPConfig:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax import checkpoint, sharding
-from pathflip_jax.data.pipeline import Batch
+from pathflip_jax.data.pipeline import Batch, look_up
 from pathflip_jax.data.tokens import TextRows
 from pathflip_jax.losses import LossConfig, draw_negatives
 from pathflip_jax.model.config import PathFLIPConfig
@@ -63,6 +63,16 @@ def same_on_one_and_eight(mesh, params, places, accumulate, normaliser):
     assert abs(float(no_negatives["loss"] - one["loss"])) > 1e-3, "the negatives do not matter"
 
 
+def features_are_looked_up_wherever_they_lie(mesh):
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(37, F)).astype(np.float16)  # no multiple of 8
+    batch = make_batch()._replace(patches=rng.integers(0, 37, (B, R, S), dtype=np.int32))
+    placed = sharding.place_rows(mesh, rows)
+    assert placed.shape == (40, F) and placed.addressable_shards[0].data.shape == (5, F)
+    found = jax.jit(look_up)(sharding.place_batch(mesh, batch), placed).patches
+    np.testing.assert_array_equal(found, rows[batch.patches])
+
+
 def checkpoint_goes_both_ways(workdir, params, places):
     def abstract(tree, places):
         return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), tree, places)
@@ -88,5 +98,6 @@ if __name__ == "__main__":
     places = sharding.placements(mesh, params)
     assert not places["qformer/layers/0/ffn/output/kernel"].is_fully_replicated
     same_on_one_and_eight(mesh, params, places, int(sys.argv[2]), sys.argv[3])
+    features_are_looked_up_wherever_they_lie(mesh)
     checkpoint_goes_both_ways(Path(sys.argv[1]), params, places)
     print("equal")

@@ -60,3 +60,10 @@ def test_a_slide_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 399)
     with pytest.raises(MemoryError, match=r"1 slides of up to 5 patches needs 0.0 GiB .*batch_size=1"):
         memory.check_slide(program, "1 slides of up to 5 patches")
+
+
+def test_features_that_do_not_fit_on_a_device_are_refused(monkeypatch):
+    memory.check_features(2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
+    with pytest.raises(MemoryError, match=r"the features take 2.0 GiB on each .* 1.0 GiB are free; set .*=host"):
+        memory.check_features(2**31)

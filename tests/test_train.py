@@ -119,6 +119,16 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
     assert_same_run(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize("where", ["", "device"])
+def test_where_features_lie_changes_nothing_and_the_step_is_compiled_once(
+    options, straight, tmp_path, tiny_cohort, where, capsys
+):
+    """Four steps are several epochs of this cohort: other slides, other texts, the same program."""
+    assert train.main([*options, f"--config.data.resident={where}", "--workdir", str(tmp_path / "run")]) == 0
+    assert "the step was compiled 1 times" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", straight)
+
+
 # Orbax leaves coroutines behind when a file is damaged.
 @pytest.mark.filterwarnings("ignore:.*coroutine:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

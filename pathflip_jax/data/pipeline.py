@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import grain
 import jax
@@ -44,10 +44,11 @@ class Batch(NamedTuple):
     Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1 into rows of a few lengths, each [G, P, L]. With all
     rows of a group laid end to end, `text_index` is the place of each text's [CLS]: column 0 the caption, then the K
     subcaptions. Equal `case` = same case, no negatives.
-    `slide` is a number in `Batches.slides`.
+    `slide` is a number in `Batches.slides`. Where the features are on the device, `patches` are rows of
+    `Batches.take_features`, and `look_up` puts the features in their place.
     """
 
-    patches: Float16[np.ndarray, "B R S F"]
+    patches: Float16[np.ndarray, "B R S F"] | Int32[np.ndarray, "B R S"]
     patch_mask: Bool[np.ndarray, "B R S"]
     text_rows: tuple[TextRows, ...]
     text_index: Int32[np.ndarray, "B 1+K"]
@@ -76,7 +77,7 @@ def make_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
-    resident: bool = False,
+    resident: Literal["", "host", "device"] = "",
 ) -> "Batches":
     """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
 
@@ -85,8 +86,10 @@ def make_batches(
     drawing them as training will. A subcaption merges up to
     `merge_sentences` sentences, unless subcaptions are given. A `caption_share` below 1 shows that
     share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
-    reports are else learned by heart. `resident` holds all features in memory: for small cohorts. Raises ValueError
-    for slides of which there are no records, for texts that match none, and for sizes that do not divide.
+    reports are else learned by heart. `resident` reads all features once: "host" keeps them in
+    this process's memory, "device" leaves them to be put on the devices (`Batches.take_features`), so that a batch
+    brings row numbers alone. Raises ValueError for slides of which there are no records, for texts that match none, and
+    for sizes that do not divide.
     """
     _require_whole_groups(batch_size, text_groups, process_count)
     if not 0 < caption_share <= 1:
@@ -106,7 +109,7 @@ def make_batches(
     batches = Batches(records, bags, tokenizer, draws, (process_index, process_count), threads)
     batches.set_text_rows(text_rows)
     if resident:
-        batches.load()
+        batches.load(on_device=resident == "device")
     return batches
 
 
@@ -132,6 +135,11 @@ class _Draws(NamedTuple):
     merge_sentences: int
     caption_share: float
     seed: int
+
+
+def look_up(batch: Batch, features: jax.Array | None) -> Batch:
+    """The batch with its features in place of their rows in `features` [N, F]; as it is without."""
+    return batch if features is None else batch._replace(patches=features[batch.patches])
 
 
 class _Memory:
@@ -196,10 +204,19 @@ class Batches:
         self._lock = threading.Lock()
         self._memory = _Memory(keep=threads + 2)  # those made ahead, the one in use and the one before
         self._features: np.ndarray | None = None
+        self._on_device = False
         self._first_row: np.ndarray | None = None
 
-    def load(self) -> None:
+    def take_features(self) -> np.ndarray | None:
+        """Hand over the features [N, F] that batches name rows of, once; None where batches bring features."""
+        if not self._on_device:
+            return None
+        features, self._features = self._features, None
+        return features
+
+    def load(self, on_device: bool = False) -> None:
         """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
+        self._on_device = on_device
         used = sorted({int(i) for bag in self._bags for i in bag.record})
         parts = [self._records.read(i).features for i in used]
         self._first_row = np.zeros(max(used) + 1, np.int64)
@@ -301,11 +318,13 @@ class Batches:
                 keys = rng.random((len(large), counts.max()))
                 keys[np.arange(counts.max()) >= counts[large, None]] = 2.0  # no such patch
                 index[b, large] = np.sort(np.argpartition(keys, S - 1, axis=1)[:, :S], axis=1)
-        if self._features is not None:
+        if self._first_row is not None:
             for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
                 first = self._first_row[bag.record[regions]] + bag.start[regions]
                 index[b, : len(regions)] += first[:, None]
             index[~mask] = 0
+            if self._on_device:
+                return index.astype(np.int32), mask
             patches = self._memory.lend((*index.shape, self._features.shape[1]), self._features.dtype)
             return np.take(self._features, index, axis=0, out=patches, mode="clip"), mask  # "clip": no copy of `out`
         patches = None

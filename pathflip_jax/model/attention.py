@@ -66,18 +66,19 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
-        y = _normalise(x.astype(jnp.float32), self.scale[...], self.bias[...], self.eps).astype(x.dtype)
+        y = _normalise(x, self.scale[...], self.bias[...], self.eps)
         # Here fusion ends: XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
         return lax.optimization_barrier(y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _normalise(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    return _standardise(x, eps)[0] * scale + bias
+    return (_standardise(x, eps)[0] * scale + bias).astype(x.dtype)
 
 
 def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
-    """x with mean 0 and variance 1, and what it was multiplied with."""
+    """x with mean 0 and variance 1, in float32, and what it was multiplied with."""
+    x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     factor = lax.rsqrt(_row_sums(x * x) / x.shape[-1] + eps)
     return x * factor, factor
@@ -87,11 +88,12 @@ def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) 
     # By hand: of the derivative that JAX finds, XLA for CPU runs the sums over rows and columns one entry at a time,
     # ten times as slow.
     x, scale = kept
-    W = x.shape[-1]
+    W, dtype = x.shape[-1], x.dtype
+    x, gradient = wait(x, gradient.astype(jnp.float32))
     x, factor = _standardise(x, eps)
     inner = gradient * scale
     outer = factor * (inner - _row_sums(inner) / W - x * (_row_sums(inner * x) / W))
-    return outer, _column_sums(gradient * x), _column_sums(gradient)
+    return outer.astype(dtype), _column_sums(gradient * x), _column_sums(gradient)
 
 
 _normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), (x, scale)), _normalise_backward)
@@ -117,9 +119,9 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
-def after(x: Array, gradient: Array) -> Array:
-    """x, but not before `gradient` is there: what is computed of it for the gradient is not computed ahead and kept."""
-    return lax.optimization_barrier((x, gradient))[0]
+def wait(x: Array, gradient: Array) -> tuple[Array, Array]:
+    """Both, but x only when `gradient` is there: what is computed of it once more is not computed ahead and kept."""
+    return lax.optimization_barrier((x, gradient))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,10 +130,12 @@ def recompute(function: Callable[[Array, Any], Array], x: Array, module: Any) ->
     return function(x, module)
 
 
-recompute.defvjp(
-    lambda function, x, module: (function(x, module), (x, module)),
-    lambda function, kept, gradient: jax.vjp(function, after(kept[0], gradient), kept[1])[1](gradient),
-)
+def _recompute_backward(function: Callable[[Array, Any], Array], kept: tuple[Array, Any], gradient: Array):
+    x, gradient = wait(kept[0], gradient)
+    return jax.vjp(function, x, kept[1])[1](gradient)
+
+
+recompute.defvjp(lambda function, x, module: (function(x, module), (x, module)), _recompute_backward)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -204,7 +208,8 @@ def _pool(query: Array, key: Array, value: Array, mask: Array | None, seed: Arra
 
 def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
     scores = _scores(query, key, mask)
-    largest = scores.max(-1, keepdims=True)
+    # The barrier keeps it small: XLA for CPU would spread it over all keys, and keep that for the gradient.
+    largest = lax.optimization_barrier(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
@@ -219,7 +224,8 @@ def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, se
 def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
     query, key, value, mask, seed, largest, share, pooled, sums = residuals
     gradient, sums_gradient = gradients
-    weights = jnp.exp(_scores(after(query, gradient), key, mask) - largest) * share
+    query, gradient = wait(query, gradient)
+    weights = jnp.exp(_scores(query, key, mask) - largest) * share
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
     kept = weights if seed is None else _dropout(weights, rate, seed)

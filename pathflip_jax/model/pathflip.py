@@ -138,13 +138,16 @@ class PathFLIP(nnx.Module):
         """
         query_key, *layer_keys = split_key(key, 1 + len(self.region_layers))
         patches = jnp.where(patch_mask[..., None], patches, 0).astype(self.config.compute_dtype)
-        states = self.qformer.read_patches(self.patch_projection(patches), patch_mask, query_key, attention)
+        with jax.named_scope("patch_projection"):
+            patches = self.patch_projection(patches)
+        states = self.qformer.read_patches(patches, patch_mask, query_key, attention)
         pooled = jnp.concatenate([states.slide[:, None], states.regions], axis=1).mean(2)  # [B, 1+R, H]
         x = self.slide_projection(pooled)  # [B, 1+R, D]
         region_mask = patch_mask.any(-1)
         mask = jnp.pad(region_mask, ((0, 0), (1, 0)), constant_values=True)
-        for layer, layer_key in zip(self.region_layers, layer_keys, strict=True):
-            x = layer(x, mask, layer_key)
+        with jax.named_scope("region_layers"):
+            for layer, layer_key in zip(self.region_layers, layer_keys, strict=True):
+                x = layer(x, mask, layer_key)
         x = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
         return SlideEncoding(x[:, 0], x[:, 1:], region_mask, states.slide_attention, states.region_attention)
 

@@ -179,16 +179,23 @@ class Layer(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Queries [B, 1+R, Q, H] through the layer, and what slide and regions attended to, if they did here."""
         keys = split_key(key, 3)
-        x, maps = self.self_attention.among_queries(x, keys[0]), None
+        maps = None
+        with jax.named_scope("query_self_attention"):
+            x = self.self_attention.among_queries(x, keys[0])
         if hasattr(self, "cross_attention"):
-            x, *looked = self.cross_attention(x, patches, mask, keys[1])
-            maps = tuple(looked)
-        return self.query_ffn(x, keys[2]), maps
+            with jax.named_scope("cross_attention"):
+                x, *looked = self.cross_attention(x, patches, mask, keys[1])
+                maps = tuple(looked)
+        with jax.named_scope("query_feed_forward"):
+            return self.query_ffn(x, keys[2]), maps
 
     def read_text(self, x: Array, masks: Sequence[Array], key: Array | None, kept: Array | None = None) -> Array:
         """Tokens [G, T, H] through the layer; with `kept` only those states come out, [G, n, H]."""
         keys = split_key(key, 2)
-        return self.ffn(self.self_attention.within_texts(x, masks, keys[0], kept), keys[1])
+        with jax.named_scope("text_attention"):
+            x = self.self_attention.within_texts(x, masks, keys[0], kept)
+        with jax.named_scope("text_feed_forward"):
+            return self.ffn(x, keys[1])
 
 
 class QueryStates(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.pipeline import Batch, make_batches
+from pathflip_jax.data.pipeline import Batch, look_up, make_batches
 from pathflip_jax.data.records import Records, shard_name, write_shard
 from pathflip_jax.data.text import SlideText, read_texts
 from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
@@ -202,7 +202,7 @@ def test_every_region_and_patch_is_drawn_alike(cohort):
         assert (abs(found - expected) <= 5 * np.sqrt(expected)).all()
 
 
-@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("resident", ["", "host"])
 def test_memory_is_lent_again_only_when_nothing_refers_to_it(cohort, resident):
     made = batches(cohort, resident=resident)
     expected = [batches(cohort).batch(step) for step in range(6)]
@@ -223,7 +223,21 @@ def test_memory_is_lent_again_only_when_nothing_refers_to_it(cohort, resident):
 def test_features_in_memory_give_the_same_batches(cohort):
     for changes in ({}, {"patch_slots": None}, {"slide_ids": [f"S{i:02d}" for i in range(5, 15)]}):
         for step in (0, 7):
-            assert_equal(batches(cohort, resident=True, **changes).batch(step), batches(cohort, **changes).batch(step))
+            assert_equal(
+                batches(cohort, resident="host", **changes).batch(step), batches(cohort, **changes).batch(step)
+            )
+
+
+def test_rows_looked_up_on_the_device_give_the_same_batches(cohort):
+    made, plain = batches(cohort, resident="device"), batches(cohort)
+    features = made.take_features()
+    assert features.shape == (1 + sum(len(slide.features) for slide in cohort.slides), 3)
+    assert made.take_features() is None and plain.take_features() is None  # handed over once, or not at all
+    for step in (0, 7):
+        batch = made.batch(step)
+        assert batch.patches.dtype == np.int32 and batch.patches.shape == (8, 4, 6)
+        assert_equal(jax.tree.map(np.asarray, look_up(batch, jax.numpy.asarray(features))), plain.batch(step))
+    assert look_up(plain.batch(0), None).patches.dtype == np.float16
 
 
 def test_texts_are_the_caption_and_merges_of_its_sentences(cohort):
@@ -318,7 +332,7 @@ def test_a_text_of_several_slides_is_one_bag(cohort):
     texts = [SlideText(("S03", "S20"), "", SENTENCES[0]), *cohort.texts[4:12]]
     made = batches(cohort, texts, batch_size=9, text_groups=3, regions=40, patch_slots=9)
     assert made.slides[0] == ("S03", "S20") and len(made.slides) == 9
-    for resident in (False, True):
+    for resident in ("", "host"):
         batch = batches(cohort, texts, batch_size=9, text_groups=3, regions=40, patch_slots=9, resident=resident).batch(
             1
         )
