@@ -1,8 +1,9 @@
 """Work spread over processes that may die: one bad file ends its own job, never the run.
 
 C libraries parse what users bring, and broken files crash some of them; so files are opened in worker
-processes. `ProcessPoolExecutor` gives up all jobs when one worker dies; here the jobs that were running then
-are tried again, each alone, and only the one that kills its worker a second time is given up.
+processes. A `ProcessPoolExecutor` gives up all jobs when one of its workers dies, and hangs or raises when that
+happens while it starts another (CPython 3.11). So every worker is a pool of its own, and a job whose worker died is
+tried once more at the end, when no other takes its memory.
 """
 
 import multiprocessing
@@ -23,50 +24,50 @@ def run_each(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
     `work` is a function of a module and should catch what it can: whatever it raises ends the run. At most one
     job per worker is under way, so results do not pile up. Leaving early lets the running jobs end first.
     """
-    waiting: deque = deque(jobs)
-    running: dict[Future, Any] = {}
-    pool = _pool(workers)
+    waiting, again = deque(jobs), []
+    idle = [_worker() for _ in range(min(workers, len(waiting)))]
+    running: dict[Future, tuple[Any, ProcessPoolExecutor]] = {}
     try:
         while waiting or running:
-            suspects = []
-            try:
-                while waiting and len(running) < workers:
-                    running[pool.submit(work, waiting[0])] = waiting[0]
-                    waiting.popleft()
-            except BrokenProcessPool:
-                suspects = list(running.values())
-            ended = [] if suspects else wait(running, return_when=FIRST_COMPLETED).done
-            for future in ended:
-                job = running.pop(future)
+            while waiting and idle:
+                job, worker = waiting.popleft(), idle.pop()
+                try:
+                    running[worker.submit(work, job)] = job, worker
+                except BrokenProcessPool:  # it died while it had nothing to do
+                    worker.shutdown()
+                    waiting.appendleft(job)
+                    idle.append(_worker())
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, worker = running.pop(future)
                 if isinstance(future.exception(), BrokenProcessPool):
-                    suspects = [job, *running.values()]
-                    break
-                yield job, future.result()
-            if suspects:
-                running.clear()
-                pool.shutdown()
-                for job in suspects:
-                    yield job, _alone(work, job)
-                pool = _pool(workers)
+                    worker.shutdown()
+                    again.append(job)
+                    idle.append(_worker())
+                else:
+                    idle.append(worker)
+                    yield job, future.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in (*idle, *(worker for _, worker in running.values())):
+            worker.shutdown(cancel_futures=True)
+    for job in again:
+        yield job, _alone(work, job)
 
 
 def _alone(work: Callable[[Any], Any], job: Any) -> Any:
-    with _pool(1) as pool:
+    with _worker() as worker:
         try:
-            return pool.submit(work, job).result()
+            return worker.submit(work, job).result()
         except BrokenProcessPool:
             return None
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def _worker() -> ProcessPoolExecutor:
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
     else:
         context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    return ProcessPoolExecutor(1, context, initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:

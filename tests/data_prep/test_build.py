@@ -1,6 +1,7 @@
 """Slides and feature files to records: what is in them, and what happens when something goes wrong on the way."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -277,6 +278,15 @@ def test_pool_outlives_its_workers():
     with pytest.raises(ZeroDivisionError):
         list(run_each(eval, ["1 / 0"], 1))
     assert list(run_each(eval, [], 2)) == []
+
+
+def test_a_worker_that_dies_while_others_start_stops_nothing():
+    """The first job kills its process while the pool starts the next ones: no worker is left that nobody ends."""
+    jobs = ["__import__('os').kill(__import__('os').getpid(), 9)", *(f"{number} * 2" for number in range(8))]
+    for _ in range(3):
+        found = dict(run_each(eval, jobs, 8))
+        assert found == {job: None if "kill" in job else eval(job) for job in jobs}
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 def _write_features(
