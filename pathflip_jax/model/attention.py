@@ -252,6 +252,13 @@ def _matmul(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
+def attention_weights(
+    query: Float[Array, "... C d"], key: Float[Array, "... T d"], mask: Bool[Array, "... C T"] | None
+) -> Float[Array, "... C T"]:
+    """The weights that `pool` pools with, before dropout: for maps, since whoever does not ask does not pay."""
+    return softmax_where(_matmul(query, key.mT), mask)
+
+
 def split_heads(x: Float[Array, "... T H"], heads: int) -> Float[Array, "... heads T d"]:
     """[..., T, H] -> [..., heads, T, H / heads]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
@@ -274,8 +281,8 @@ def attend(
     query /= math.sqrt(query.shape[-1])
     pooled, _ = pool(query, key, value, mask, rate, dropout_key)
     pooled = pooled.swapaxes(-2, -3)
-    weights = softmax_where(_matmul(query, key.mT), mask)  # who does not ask for them does not pay
-    return pooled.reshape(*pooled.shape[:-2], pooled.shape[-2] * pooled.shape[-1]), weights
+    pooled = pooled.reshape(*pooled.shape[:-2], pooled.shape[-2] * pooled.shape[-1])
+    return pooled, attention_weights(query, key, mask)
 
 
 class MultiheadAttention(nnx.Module):

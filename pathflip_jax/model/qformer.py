@@ -20,11 +20,11 @@ from pathflip_jax.model.attention import (
     LayerNorm,
     Linear,
     attend,
+    attention_weights,
     dropout,
     gelu,
     pool,
     recompute,
-    softmax_where,
     split_key,
 )
 from pathflip_jax.model.config import PathFLIPConfig
@@ -139,7 +139,7 @@ class CrossAttention(nnx.Module):
         heads, Q, D = rows.shape[-3:]
         rows, mask = rows.reshape(*rows.shape[:-3], heads * Q, D), mask[..., None, :]
         pooled, total = pool(rows, patches, patches, mask, self.rate, key)
-        weights = softmax_where(jnp.matmul(rows, patches.mT, preferred_element_type=jnp.float32), mask)
+        weights = attention_weights(rows, patches, mask)
         shape = (*rows.shape[:-2], heads, Q, -1)
         return pooled.reshape(shape), total.reshape(shape[:-1]), weights.reshape(shape)
 
