@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from machine import keep_freed
 
 from pathflip_jax.model.config import PathFLIPConfig
 
@@ -233,6 +234,7 @@ def main() -> int:
     width = 2 if options.dtype == "bfloat16" else 4
     bandwidth = options.bandwidth or bandwidth
     if options.measure:
+        keep_freed()
         return print_measured(options.job, options.rate, bandwidth)
     found = parts(PathFLIPConfig(), shapes, width, not options.inference)
     print(table(found, rate, bandwidth, options.batch))

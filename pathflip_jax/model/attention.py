@@ -19,6 +19,7 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float, Int
 
+BERT_EPS = 1e-12  # of every LayerNorm in a BERT
 # How a kernel starts. "torch" is the default of torch.nn.Linear, bias included; "torch_fused" one third of the
 # [3D, D] in-projection of torch.nn.MultiheadAttention, which PyTorch draws as one matrix.
 INITS: dict[str, Initializer] = {
@@ -80,7 +81,7 @@ def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
     """x with mean 0 and variance 1, in float32, and what it was multiplied with."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    factor = lax.rsqrt(_row_sums(x * x) / x.shape[-1] + eps)
+    factor = lax.rsqrt(row_sums(x * x) / x.shape[-1] + eps)
     return x * factor, factor
 
 
@@ -92,14 +93,14 @@ def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) 
     x, gradient = wait(x, gradient.astype(jnp.float32))
     x, factor = _standardise(x, eps)
     inner = gradient * scale
-    outer = factor * (inner - _row_sums(inner) / W - x * (_row_sums(inner * x) / W))
+    outer = factor * (inner - row_sums(inner) / W - x * (row_sums(inner * x) / W))
     return outer.astype(dtype), _column_sums(gradient * x), _column_sums(gradient)
 
 
 _normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), (x, scale)), _normalise_backward)
 
 
-def _row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
+def row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
     """Sums over the last axis, as a matrix product: XLA for CPU vectorises no sum of what it computes on the way."""
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
 
@@ -146,18 +147,17 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """
     if key is None or rate == 0:
         return x
-    return _dropout(x, rate, jax.random.key_data(key))
+    return drop(x, rate, jax.random.key_data(key))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _dropout(x: Array, rate: float, seed: Array) -> Array:
+def drop(x: Array, rate: float, seed: Array) -> Array:
+    """`dropout` by the two words of a key: uint32 [2]."""
     dropped = round(rate * 2**32)
     return jnp.where(_hash(x.shape, seed) >= np.uint32(dropped), x * (1 / (1 - dropped / 2**32)), 0)
 
 
-_dropout.defvjp(
-    lambda x, rate, seed: (_dropout(x, rate, seed), seed), lambda rate, seed, g: (_dropout(g, rate, seed), None)
-)
+drop.defvjp(lambda x, rate, seed: (drop(x, rate, seed), seed), lambda rate, seed, g: (drop(g, rate, seed), None))
 
 
 def _hash(shape: tuple[int, ...], seed: Array) -> Array:
@@ -213,28 +213,27 @@ def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, se
     weights = jnp.exp(scores - largest)
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
-    total = _row_sums(weights)
+    total = row_sums(weights)
     share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # [..., C, 1]
-    kept = weights if seed is None else _dropout(weights, rate, seed)
-    pooled = (_matmul(kept.astype(value.dtype), value) * share).astype(value.dtype)
-    sums = (share * (total if seed is None else _row_sums(kept))).astype(value.dtype)
-    return (pooled, sums), (query, key, value, mask, seed, largest, share, pooled, sums)
+    kept = weights if seed is None else drop(weights, rate, seed)
+    pooled = (matmul(kept.astype(value.dtype), value) * share).astype(value.dtype)
+    sums = (share * (total if seed is None else row_sums(kept))).astype(value.dtype)
+    return (pooled, sums), (query, key, value, mask, seed, largest, share)
 
 
 def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
-    query, key, value, mask, seed, largest, share, pooled, sums = residuals
+    query, key, value, mask, seed, largest, share = residuals
     gradient, sums_gradient = gradients
     query, gradient = wait(query, gradient)
     weights = jnp.exp(_scores(query, key, mask) - largest) * share
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
-    kept = weights if seed is None else _dropout(weights, rate, seed)
-    inner = _matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # towards `kept`
-    inner = inner if seed is None else _dropout(inner, rate, seed)
-    # The sum over keys of weight times gradient is that of what was pooled times its gradient.
-    mean = _row_sums((gradient * pooled).astype(jnp.float32)) + (sums_gradient * sums).astype(jnp.float32)
-    inner = (weights * (inner - mean)).astype(query.dtype)
-    gradients = _matmul(inner, key), _matmul(inner.mT, query), _matmul(kept.astype(value.dtype).mT, gradient)
+    kept = weights if seed is None else drop(weights, rate, seed)
+    inner = matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # towards `kept`
+    inner = inner if seed is None else drop(inner, rate, seed)
+    inner = weights * inner
+    inner = (inner - weights * row_sums(inner)).astype(query.dtype)
+    gradients = matmul(inner, key), matmul(inner.mT, query), matmul(kept.astype(value.dtype).mT, gradient)
     shapes = query, key, value
     gradients = [g.astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
     return *gradients, None, None
@@ -244,11 +243,12 @@ _pool.defvjp(_pool_forward, _pool_backward)
 
 
 def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C T"]:
-    scores = _matmul(query, key.mT)
+    scores = matmul(query, key.mT)
     return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
-def _matmul(x: Array, y: Array) -> Array:
+def matmul(x: Float[Array, "... C d"], y: Float[Array, "... d T"]) -> Float[Array, "... C T"]:
+    """x @ y, summed in float32 and left so."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
@@ -256,7 +256,7 @@ def attention_weights(
     query: Float[Array, "... C d"], key: Float[Array, "... T d"], mask: Bool[Array, "... C T"] | None
 ) -> Float[Array, "... C T"]:
     """The weights that `pool` pools with, before dropout: for maps, since whoever does not ask does not pay."""
-    return softmax_where(_matmul(query, key.mT), mask)
+    return softmax_where(matmul(query, key.mT), mask)
 
 
 def split_heads(x: Float[Array, "... T H"], heads: int) -> Float[Array, "... heads T d"]:

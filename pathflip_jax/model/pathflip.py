@@ -11,14 +11,16 @@ Padding is masked everywhere: a padded slide gives what the unpadded one gives, 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import LayerNorm, Linear, MultiheadAttention, dropout, split_key
+from pathflip_jax.model.attention import LayerNorm, Linear, MultiheadAttention, dropout, recompute, split_key
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.qformer import QFormer
 
@@ -57,6 +59,10 @@ class PatchProjection(nnx.Module):
         """[..., F] -> [..., D]."""
         x = self.linear(features)
         return self.norm_out(self.linear_out(jax.nn.relu(self.norm(x)))) if self.mlp else x
+
+
+def _project(dtype: jnp.dtype, features: Array, projection: PatchProjection) -> Array:
+    return projection(features.astype(dtype))
 
 
 class RegionLayer(nnx.Module):
@@ -137,9 +143,11 @@ class PathFLIP(nnx.Module):
         Patches come in any float dtype. What stands in masked slots has no effect, NaN included.
         """
         query_key, *layer_keys = split_key(key, 1 + len(self.region_layers))
-        patches = jnp.where(patch_mask[..., None], patches, 0).astype(self.config.compute_dtype)
+        patches = jnp.where(patch_mask[..., None], patches, 0)
         with jax.named_scope("patch_projection"):
-            patches = self.patch_projection(patches)
+            project = partial(_project, self.config.compute_dtype)
+            # Here fusion ends: XLA for CPU would transpose the gradients of all layers, each before they are summed.
+            patches = lax.optimization_barrier(recompute(project, patches, self.patch_projection))
         states = self.qformer.read_patches(patches, patch_mask, query_key, attention)
         pooled = jnp.concatenate([states.slide[:, None], states.regions], axis=1).mean(2)  # [B, 1+R, H]
         x = self.slide_projection(pooled)  # [B, 1+R, D]

@@ -4,7 +4,6 @@ Used for the slide, for its regions and for text (DESIGN section 3.2). Letters a
 `pathflip_jax.model.pathflip`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,21 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.attention import (
+    BERT_EPS,
     INITS,
     Embedding,
     LayerNorm,
     Linear,
     attend,
-    attention_weights,
     dropout,
     gelu,
-    pool,
     recompute,
     split_key,
 )
 from pathflip_jax.model.config import PathFLIPConfig
-
-BERT_EPS = 1e-12
+from pathflip_jax.model.cross_attention import CrossAttention
 
 
 def pick(states: Float[Array, "G T H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
@@ -85,63 +82,6 @@ def _rows(x: Float[Array, "G T H"], masks: Sequence[Bool[Array, "G P L L"]]) -> 
     sizes = [mask.shape[1] * mask.shape[2] for mask in masks]
     parts = jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=1)
     return [part.reshape(*mask.shape[:3], x.shape[-1]) for part, mask in zip(parts, masks, strict=True)]
-
-
-class CrossAttention(nnx.Module):
-    """Queries of the slide and of each region pool the patches, in the order of operations that costs least.
-
-    (W_k x)·q = x·(W_k^T q): absorbing the key projection into the queries turns them into Q*heads rows of width D
-    over the patch embeddings themselves, which slide, regions and heads share; the value projection follows the
-    pooling. Nothing of width H per patch is computed or kept. It is exact: the key bias adds the same to every
-    score of a row and cancels in the softmax; the value bias comes once per row, times the sum of its probabilities
-    (one, but for dropout, and zero where there is no patch).
-    """
-
-    def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
-        self.heads, self.rate = config.heads, config.dropout
-        self.query = Linear(config.hidden, config.hidden, config.init, rngs)
-        self.key = Linear(config.embed_dim, config.hidden, config.init, rngs)
-        self.value = Linear(config.embed_dim, config.hidden, config.init, rngs)
-        self.output = Linear(config.hidden, config.hidden, config.init, rngs)
-        self.norm = LayerNorm(config.hidden, BERT_EPS)
-
-    def __call__(
-        self,
-        x: Float[Array, "B 1+R Q H"],
-        patches: Float[Array, "B R S D"],
-        mask: Bool[Array, "B R S"],
-        key: Array | None,
-    ) -> tuple[Float[Array, "B 1+R Q H"], Float[Array, "B heads Q R*S"], Float[Array, "B R heads Q S"]]:
-        """The queries after looking, and where the slide and each region looked (before dropout)."""
-        keys = split_key(key, 3)
-        B, R, S, D = patches.shape
-        heads = (self.heads, -1)
-        query = self.query(x)
-        query = query.reshape(*query.shape[:-1], *heads) / math.sqrt(query.shape[-1] // self.heads)
-        key_kernel = self.key.kernel[...].astype(x.dtype).reshape(D, *heads)
-        rows = jnp.einsum("...qhd,Dhd->...hqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
-        rows = jnp.broadcast_to(rows, (B, 1 + R, *rows.shape[2:]))
-
-        pooled, total, slide = self._pool(rows[:, 0], patches.reshape(B, R * S, D), mask.reshape(B, R * S), keys[0])
-        region_pooled, region_total, regions = self._pool(rows[:, 1:], patches, mask, keys[1])
-        pooled = jnp.concatenate([pooled[:, None], region_pooled], axis=1)  # [B, 1+R, heads, Q, D]
-        total = jnp.concatenate([total[:, None], region_total], axis=1)  # [B, 1+R, heads, Q]
-
-        value_kernel = self.value.kernel[...].astype(x.dtype).reshape(D, *heads)
-        value_bias = self.value.bias[...].astype(x.dtype).reshape(heads)
-        context = jnp.einsum("bghqD,Dhd->bgqhd", pooled, value_kernel)
-        context += jnp.einsum("bghq,hd->bgqhd", total, value_bias)
-        context = context.reshape(*context.shape[:3], -1)  # [B, 1+R, Q, H]
-        return self.norm(x + dropout(self.output(context), self.rate, keys[2])), slide, regions
-
-    def _pool(self, rows: Array, patches: Array, mask: Array, key: Array | None) -> tuple[Array, Array, Array]:
-        """Softmax of all heads and queries over the patches: what they pool, total weight, probabilities."""
-        heads, Q, D = rows.shape[-3:]
-        rows, mask = rows.reshape(*rows.shape[:-3], heads * Q, D), mask[..., None, :]
-        pooled, total = pool(rows, patches, patches, mask, self.rate, key)
-        weights = attention_weights(rows, patches, mask)
-        shape = (*rows.shape[:-2], heads, Q, -1)
-        return pooled.reshape(shape), total.reshape(shape[:-1]), weights.reshape(shape)
 
 
 class FeedForward(nnx.Module):
