@@ -9,16 +9,20 @@ beside its floor at the rate of this machine's own matrix products.
 
     python benchmarks/roofline.py --device cpu --regions 24 --batch 2
     python benchmarks/roofline.py --measure
+    python benchmarks/roofline.py --products
     python benchmarks/roofline.py --device h200 --batch 64 --dtype bfloat16
 """
 
 import argparse
 import gzip
 import json
+import math
 import re
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +48,15 @@ SCOPES = {
     "text_attention": ("text: projections", "text: attention"),
     "text_feed_forward": ("text: feed-forward",),
     "optimizer": ("optimizer",),
+}
+# The products that a CPU's step is made of: large ones, and those of attention, many and small.
+PRODUCTS = {
+    "large": ((2048, 2048), (2048, 2048)),
+    "feed-forward of texts": ((1536, 768), (768, 3072)),
+    "scores over the patches of 256 regions": ((256, 192, 256), (256, 256, 256)),
+    "scores of the heads of texts": ((192, 96, 64), (192, 64, 96)),
+    "pooling of the heads of texts": ((192, 96, 96), (192, 96, 64)),
+    "scores of the heads of queries": ((3084, 8, 64), (3084, 64, 8)),
 }
 LENGTHS = Path(__file__).parent / "token_lengths.json"
 
@@ -106,8 +119,6 @@ def parts(config: PathFLIPConfig, shapes: Shapes, width: int, training: bool) ->
 
 def parameters(config: PathFLIPConfig) -> int:
     """The number of parameters."""
-    import math
-
     from pathflip_jax.checkpoint import abstract_params
 
     return sum(math.prod(x.shape) for x in abstract_params(config).values())
@@ -131,8 +142,6 @@ def table(found: list[Part], rate: float, bandwidth: float, slides: int) -> str:
 
 def measure(job_name: str) -> tuple[dict[str, float], float]:
     """(seconds of computing threads by part, seconds of the step): a profile of one train step, as training runs it."""
-    import time
-
     import jax
     from flax import nnx
     from sides import BASE, JOBS, make_inputs, our_batch, our_training
@@ -186,21 +195,49 @@ def measured_table(found: dict[str, float], seconds: float, floors: list[Part], 
     return "\n".join(rows)
 
 
-def our_matrix_rate() -> float:
-    """Operations per second of a large float32 matrix product in JAX, on the backend in use."""
-    import time
+def median_seconds(run: Callable[[], object], repeats: int = 20) -> float:
+    """The median time of a call, after one that does not count."""
+    seconds = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
+
+def our_product_rate(left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """Operations per second of a float32 matrix product of two shapes in JAX, on the backend in use."""
     import jax
     import jax.numpy as jnp
 
-    n, seconds = (2048 if jax.default_backend() == "cpu" else 8192), []
     product = jax.jit(jnp.matmul)
-    x = jax.random.normal(jax.random.key(0), (n, n))
-    for _ in range(21):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds[1:])
+    x, y = (jax.random.normal(jax.random.key(0), shape) for shape in (left, right))
+    return 2 * math.prod(left) * right[-1] / median_seconds(lambda: product(x, y).block_until_ready())
+
+
+def torch_product_rate(left: tuple[int, ...], right: tuple[int, ...]) -> float:
+    """The same in PyTorch, on the CPU."""
+    import torch
+
+    x, y = torch.randn(left), torch.randn(right)
+    return 2 * math.prod(left) * right[-1] / median_seconds(lambda: x @ y)
+
+
+def our_matrix_rate() -> float:
+    """Operations per second of a large float32 matrix product in JAX, on the backend in use."""
+    import jax
+
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    return our_product_rate((n, n), (n, n))
+
+
+def print_products() -> int:
+    """How fast products of the shapes of a step run, in JAX and in PyTorch, on the CPU."""
+    print("| product | JAX, GFLOP/s | PyTorch, GFLOP/s |\n|---|---|---|")
+    for name, shapes in PRODUCTS.items():
+        rates = (f"{rate(*shapes) / 1e9:.0f}" for rate in (our_product_rate, torch_product_rate))
+        print(f"| {name}: {' x '.join(map(str, shapes))} | {' | '.join(rates)} |")
+    return 0
 
 
 def print_measured(job_name: str, rate: float | None, bandwidth: float) -> int:
@@ -226,6 +263,7 @@ def main() -> int:
     parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of the device's")
     parser.add_argument("--inference", action="store_true", help="the forward pass alone")
     parser.add_argument("--measure", action="store_true", help="run the train step of step.py here and compare")
+    parser.add_argument("--products", action="store_true", help="the rates of a step's matrix products on this CPU")
     parser.add_argument("--job", choices=["train_base", "train_whole_slide"], default="train_base", help="to measure")
     options = parser.parse_args()
     rates, bandwidth = DEVICES[options.device]
@@ -233,8 +271,11 @@ def main() -> int:
     shapes = Shapes(options.batch, options.regions, 256 * options.regions, typical_lengths())
     width = 2 if options.dtype == "bfloat16" else 4
     bandwidth = options.bandwidth or bandwidth
-    if options.measure:
+    if options.measure or options.products:
         keep_freed()
+    if options.products:
+        return print_products()
+    if options.measure:
         return print_measured(options.job, options.rate, bandwidth)
     found = parts(PathFLIPConfig(), shapes, width, not options.inference)
     print(table(found, rate, bandwidth, options.batch))

@@ -3,7 +3,8 @@
 The step is the one that `pathflip train` compiles for the base config (clip, AdamW, dropout), on random features and
 texts of typical lengths. One of R, B, K varies, the others stay at `--at-regions`, `--at-batch`, `--at-subcaptions`.
 Time is the median of the steps. Peak memory is the highest resident size while the steps run, after the first has
-compiled (VmHWM, set back through clear_refs), or the device's own peak on an accelerator.
+compiled (VmHWM, set back through clear_refs), or the device's own peak on an accelerator. On a CPU the process keeps
+the memory that it frees (`machine.keep_freed`): clearing pages anew grows with the step faster than its work.
 
 The exponent over the patches is the slope of a line through log(y - y0) over log(N - N0), by least squares: y0 and N0
 are those of a step with one region, so that what does not depend on patches (texts, optimizer, parameters) is left
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from machine import describe, reset_peak, resident_peak
+from machine import describe, keep_freed, reset_peak, resident_peak
 
 AXES = {"regions": "R", "batch": "B", "subcaptions": "K"}
 CAPTION, SUBCAPTION, ROW_STEP = 222, 58, 128  # mean tokens of real captions and subcaptions
@@ -213,6 +214,7 @@ def main() -> int:
     """Measure every point, print the tables, write plot and JSON; 1 where a point could not be run."""
     options = make_parser().parse_args()
     if options.point:
+        keep_freed()
         print(json.dumps(run_point(Point(*options.point), options)))
         return 0
     if min(options.regions) < 2:

@@ -50,7 +50,7 @@ class MetricsWriter:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         truncate_metrics(workdir / METRICS, step)
-        self._file = open(workdir / METRICS, "a", encoding="utf-8")
+        self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
         self._events = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=30)
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", mininterval=BAR_REFRESH_SECONDS, dynamic_ncols=True

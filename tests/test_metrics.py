@@ -33,6 +33,12 @@ def test_a_line_cut_off_by_a_crash_is_dropped_and_a_foreign_one_named(tmp_path):
         read_metrics(path)
 
 
+def test_a_row_can_be_read_while_the_run_goes_on(tmp_path):
+    with MetricsWriter(tmp_path, 0, 2, slides_per_step=8) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert [row["step"] for row in read_metrics(tmp_path / METRICS)] == [1]
+
+
 def test_other_processes_write_nothing(tmp_path):
     write(tmp_path / "run", 1, 2, primary=False)
     assert not (tmp_path / "run").exists()

@@ -327,19 +327,17 @@ class Batches:
                 return index.astype(np.int32), mask
             patches = self._memory.lend((*index.shape, self._features.shape[1]), self._features.dtype)
             return np.take(self._features, index, axis=0, out=patches, mode="clip"), mask  # "clip": no copy of `out`
-        patches = None
+        patches = self._memory.lend((*mask.shape, self._records.feature_dim), self._records.dtype)
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             for record in np.unique(bag.record[regions]):
                 rows = np.flatnonzero(bag.record[regions] == record)
-                read = self._records.read_regions(int(record), bag.region[regions[rows]].tolist())
-                if patches is None:
-                    patches = self._memory.lend((*mask.shape, read[0].shape[1]), read[0].dtype)
+                counts = bag.count[regions[rows]].tolist()
+                out = [patches[b, r, :n] if n <= S else None for r, n in zip(rows, counts, strict=True)]
+                read = self._records.read_regions(int(record), bag.region[regions[rows]].tolist(), out)
                 for r, features in zip(rows, read, strict=True):
-                    n = len(features)
-                    if n > S:
-                        np.take(features, index[b, r], axis=0, out=patches[b, r], mode="clip")
-                    else:
-                        patches[b, r, :n], patches[b, r, n:] = features, 0
+                    if len(features) > S:
+                        np.take(features, index[b, r], axis=0, out=patches[b, r], mode="clip")  # "clip": as above
+                    patches[b, r, len(features) :] = 0
             patches[b, len(regions) :] = 0
         return patches, mask
 

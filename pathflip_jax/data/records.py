@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from pathflip_jax.data.index import (
 )
 from pathflip_jax.data.regions import EDGE_UM, region_edge
 from pathflip_jax.data.tfds import dataset_info, feature_schema
-from pathflip_jax.data.tfrecord import crc32c, read_at, read_frames, whole_file
+from pathflip_jax.data.tfrecord import crc32c, read_at, read_frames, read_into, whole_file
 
 
 def shard_name(number: int) -> str:
@@ -131,6 +132,11 @@ class Records:
         return self.slides[0].feature_dim
 
     @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the features."""
+        return DTYPES[self.slides[0].feature_dtype]
+
+    @property
     def encoder(self) -> str:
         """The patch encoder; empty when the feature files did not name it."""
         return self.slides[0].encoder
@@ -158,7 +164,9 @@ class Records:
     def read(self, position: int) -> SlideFeatures:
         """A whole slide, patches in the order of their regions, every region's CRC checked."""
         info = self.slides[position]
-        (features,), coords = self._read(info, np.arange(info.num_regions))
+        features = np.empty((info.num_patches, info.feature_dim), self.dtype)
+        parts = [features[a:b] for a, b in pairwise(info.region_rows)]
+        coords = self._read(info, np.arange(info.num_regions), parts)
         return SlideFeatures(
             info.slide_id,
             info.case_id,
@@ -171,22 +179,35 @@ class Records:
             info.encoder,
         )
 
-    def read_regions(self, position: int, regions: Sequence[int]) -> list[Float[np.ndarray, "n F"]]:
+    def read_regions(
+        self, position: int, regions: Sequence[int], out: Sequence[np.ndarray | None] | None = None
+    ) -> list[Float[np.ndarray, "n F"]]:
         """The features of some regions of a slide, one array each in the order asked for, their CRCs checked.
 
-        Reads these regions only: neighbours in one go. Raises ValueError for a flipped byte, naming shard, slide and
-        region; OSError for a shard cut short; IndexError for a region that the slide does not have.
+        Reads these regions only: neighbours in one go, and straight into the arrays of `out` where it has one for a
+        region. Raises ValueError for a flipped byte, naming shard, slide and region, and for an array that does not
+        fit; OSError for a shard cut short; IndexError for a region that the slide does not have.
         """
         info, regions = self.slides[position], np.asarray(regions, np.int64)
         if len(regions) == 0:
             return []
-        wanted, which = np.unique(regions, return_inverse=True)
-        runs, rows = self._read(info, wanted)[0], np.diff(info.region_rows)[wanted]
-        ends = np.cumsum(rows) - rows  # rows of the runs, one behind the other
-        starts = np.cumsum([0] + [len(run) for run in runs])
-        home = np.searchsorted(starts, ends, side="right") - 1
-        parts = [runs[h][e - starts[h] : e - starts[h] + n] for h, e, n in zip(home, ends, rows, strict=True)]
-        return [parts[i] for i in which]
+        wanted, first, which = np.unique(regions, return_index=True, return_inverse=True)
+        if wanted[0] < 0 or wanted[-1] >= info.num_regions:
+            found = f"regions {wanted[0]} to {wanted[-1]} were asked for, it has {info.num_regions}"
+            raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
+        shapes = [(int(n), info.feature_dim) for n in np.diff(info.region_rows)[regions]]
+        parts = [None] * len(regions) if out is None else list(out)
+        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            if part is None:
+                parts[i] = np.empty(shape, self.dtype)
+            elif part.shape != shape or part.dtype != self.dtype or not part.flags.c_contiguous:
+                found = f"an array {part.shape} of {part.dtype}, expected {shape} of {self.dtype}, contiguous"
+                raise ValueError(f"slide {info.slide_id}, region {regions[i]}: {found}")
+        self._read(info, wanted, [parts[i] for i in first])
+        for i, source in enumerate(first[which]):
+            if i != source:  # asked for twice
+                parts[i][...] = parts[source]
+        return parts
 
     def coords(self, position: int) -> Int[np.ndarray, "N 2"] | None:
         """The top-left corners of a slide's patches in stored order, their CRC checked; None where it has none."""
@@ -206,19 +227,15 @@ class Records:
                 self._open.popitem(last=False)
             return file
 
-    def _read(self, info: SlideInfo, wanted: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """The features of regions, an array to every run of neighbours, and the coordinates of all that they span.
+    def _read(self, info: SlideInfo, wanted: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Read the features of regions into `parts`; returns the coordinates of all patches that they span.
 
         `wanted` is sorted and names each region once.
         """
-        low, high = int(wanted[0]), int(wanted[-1])
-        if low < 0 or high >= info.num_regions:
-            found = f"regions {low} to {high} were asked for, it has {info.num_regions}"
-            raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
         file, rows, width = self._file(info.shard), info.region_rows, info.row_bytes
-        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        spans = [(int(rows[run[0]]), int(rows[run[-1] + 1])) for run in runs]
-        first, last = spans[0][0], spans[-1][1]
+        first, last = int(rows[wanted[0]]), int(rows[wanted[-1] + 1])
+        runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours
+        spans = [(int(rows[wanted[run[0]]]), int(rows[wanted[run[-1]] + 1])) for run in runs]
         if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
             extents = [(info.features_offset + a * width, (b - a) * width) for a, b in spans]
             if info.coords_bytes:
@@ -228,18 +245,12 @@ class Records:
         coords = np.zeros(0, np.uint8)
         if info.coords_bytes:
             coords = read_at(file.fd, 8 * (last - first), info.coords_offset + 8 * first, info.shard)
-        features = []
-        for run, (start, end) in zip(runs, spans, strict=True):
-            data = read_at(file.fd, (end - start) * width, info.features_offset + start * width, info.shard)
-            for region in run:
-                a, b = int(rows[region]), int(rows[region + 1])
-                part, places = (
-                    data[(a - start) * width : (b - start) * width],
-                    coords[8 * (a - first) : 8 * (b - first)],
-                )
-                check_region(info, region, crc32c(part, places))
-            features.append(data.view(DTYPES[info.feature_dtype]).reshape(end - start, info.feature_dim))
-        return features, coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
+        for run, (start, _) in zip(runs, spans, strict=True):
+            read_into(file.fd, [parts[i] for i in run], info.features_offset + start * width, info.shard)
+            for i in run:
+                a, b = rows[wanted[i]] - first, rows[wanted[i] + 1] - first
+                check_region(info, wanted[i], crc32c(parts[i].view(np.uint8), coords[8 * a : 8 * b]))
+        return coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
 
 
 def iter_examples(shard: Path | str) -> Iterator:

@@ -9,7 +9,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,6 +19,7 @@ import numpy as np
 
 LENGTH_CODE = struct.Struct("<QI")
 CRC_CODE = struct.Struct("<I")
+MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
 ABANDONED_AFTER = 3600.0  # seconds; a living writer touches its file all the time
 
 
@@ -127,14 +128,26 @@ def whole_file(path: Path) -> Iterator[WholeFile]:
 def read_at(fd: int, size: int, offset: int, path: Path) -> np.ndarray:
     """`size` bytes from `offset` on. Raises OSError when the file ends before them."""
     data = np.empty(size, np.uint8)
-    view, done = memoryview(data), 0
-    while done < size:
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if not count:
-            found = f"the file ends at byte {offset + done}, {size - done} bytes too early"
-            raise OSError(f"{path}: {found}; copy it again, or delete it and its .idx and write it again")
-        done += count
+    read_into(fd, [data], offset, path)
     return data
+
+
+def read_into(fd: int, arrays: Sequence[np.ndarray], offset: int, path: Path) -> None:
+    """Fill contiguous arrays, one behind the other, from `offset` on. Raises OSError when the file ends before that."""
+    left = [array.reshape(-1).view(np.uint8) for array in arrays if array.size]
+    full = 0
+    while full < len(left):
+        count = os.preadv(fd, left[full : full + MOST_BUFFERS], offset)
+        if not count:
+            missing = sum(map(len, left[full:]))
+            found = f"the file ends at byte {offset}, {missing} bytes too early"
+            raise OSError(f"{path}: {found}; copy it again, or delete it and its .idx and write it again")
+        offset += count
+        while full < len(left) and count >= len(left[full]):
+            count -= len(left[full])
+            full += 1
+        if count:
+            left[full] = left[full][count:]
 
 
 def read_frames(path: Path) -> Iterator[Frame]:

@@ -145,6 +145,10 @@ def test_what_is_written_is_read(patches, width, seed, dtype, cut, source, place
         found, info = records.read(0), records.slides[0]
         asked = data.draw(st.lists(st.integers(0, len(regions.grid) - 1), max_size=9))
         parts = records.read_regions(0, asked)
+        sizes = np.diff(regions.rows)[asked]
+        block = np.zeros((sum(sizes), width), features.dtype)
+        places = np.split(block, np.cumsum(sizes)[:-1]) if asked else []
+        into = records.read_regions(0, asked, [place if i % 3 else None for i, place in enumerate(places)])
         coords = records.coords(0)
     assert found.features.dtype == features.dtype and (found.features == features).all()
     for name in ("slide_id", "case_id", "patch_size", "mpp", "width", "height", "encoder"):
@@ -156,9 +160,11 @@ def test_what_is_written_is_read(patches, width, seed, dtype, cut, source, place
     assert (info.region_rows == regions.rows).all() and (info.region_grid == regions.grid).all()
     assert info.num_patches == patches and records.feature_dim == width and records.encoder == "enc"
     assert records.cut == cut and records.patch_slots == np.diff(regions.rows).max()
-    assert len(parts) == len(asked)
-    for part, region in zip(parts, asked, strict=True):
-        assert (part == features[regions.rows[region] : regions.rows[region + 1]]).all()
+    assert len(parts) == len(asked) == len(into)
+    for i, (part, placed, region) in enumerate(zip(parts, into, asked, strict=True)):
+        expected = features[regions.rows[region] : regions.rows[region + 1]]
+        assert (part == expected).all() and (placed == expected).all()
+        assert placed is places[i] if i % 3 else placed is not places[i]
 
 
 def test_only_the_regions_asked_for_are_read(folder, monkeypatch):
@@ -173,6 +179,31 @@ def test_only_the_regions_asked_for_are_read(folder, monkeypatch):
     records.read_regions(0, [3, 1, 2])
     rows = int(info.region_rows[4] - info.region_rows[1])
     assert sorted(sizes) == sorted([rows * 12, rows * 8]), "neighbours in one go, and their coordinates"
+
+
+def test_a_system_that_reads_less_than_was_asked_for(folder, monkeypatch):
+    records, preadv = Records(folder), os.preadv
+    whole = records.read_regions(0, [0, 1, 2, 3])
+
+    def some(fd, buffers, offset):
+        first = memoryview(buffers[0])
+        return preadv(fd, [first[: min(7, len(first))]], offset)
+
+    monkeypatch.setattr(os, "preadv", some)
+    for found, expected in zip(records.read_regions(0, [0, 1, 2, 3]), whole, strict=True):
+        assert (found == expected).all()
+
+
+def test_an_array_that_a_region_does_not_fit_in(folder):
+    records = Records(folder)
+    rows = int(np.diff(records.slides[0].region_rows)[1])
+    for wrong in (
+        np.zeros((rows + 1, 6), np.float16),
+        np.zeros((rows, 6), np.float32),
+        np.zeros((rows, 12), np.float16)[:, ::2],
+    ):
+        with pytest.raises(ValueError, match=f"slide S0, region 1: an array .*expected \\({rows}, 6\\) of float16"):
+            records.read_regions(0, [1], [wrong])
 
 
 def test_a_region_that_is_not_there(folder):
