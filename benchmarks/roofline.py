@@ -119,7 +119,7 @@ def parts(config: PathFLIPConfig, shapes: Shapes, width: int, training: bool) ->
 
 def parameters(config: PathFLIPConfig) -> int:
     """The number of parameters."""
-    from pathflip_jax.checkpoint import abstract_params
+    from pathflip_jax.model.pathflip import abstract_params
 
     return sum(math.prod(x.shape) for x in abstract_params(config).values())
 

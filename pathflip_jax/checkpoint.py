@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
 
 CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
 
@@ -263,15 +263,6 @@ def load_run(workdir: str | Path, which: str | int = "best"):
             f"{sorted({*_steps(workdir / CHECKPOINTS), *_steps(workdir / BEST)})}"
         ) from error
     return unflatten(config, params), read_json(workdir / CONFIG), TextTokenizer(workdir / TOKENIZER)
-
-
-def abstract_params(config: PathFLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter; nothing is computed."""
-    from flax import nnx
-
-    from pathflip_jax.model.pathflip import PathFLIP
-
-    return jax.eval_shape(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))
 
 
 def _steps(folder: Path) -> list[int]:

@@ -24,7 +24,7 @@ from pathflip_jax.data.pipeline import Batches, look_up
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+from pathflip_jax.model.pathflip import PathFLIP, abstract_params, flatten, unflatten
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.run_data import RunData, open_data
 from pathflip_jax.stage import Params, Stage, alignment, make_step
@@ -162,7 +162,7 @@ def _begin(stage: Stage, config: ConfigDict, model: PathFLIPConfig, optimizer, m
 
     Shapes and places come first, so that nothing is computed that a checkpoint holds.
     """
-    shapes = checkpoint.abstract_params(model)
+    shapes = abstract_params(model)
     places = sharding.placements(mesh, shapes)
     learns = {name for name in shapes if stage.trainable(name)}
     opt_shapes = jax.eval_shape(optimizer.init, {name: shapes[name] for name in learns})
@@ -244,7 +244,7 @@ def check_config(name: str) -> int:
     """The number of parameters of a config's model; raises ValueError for what is wrong in it. Computes nothing."""
     config = settings.load_config(name)
     OptimConfig(**config.optim), LossConfig(**config.loss)
-    return sum(math.prod(x.shape) for x in checkpoint.abstract_params(model_config(config)).values())
+    return sum(math.prod(x.shape) for x in abstract_params(model_config(config)).values())
 
 
 def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) -> Params:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pathflip_jax.checkpoint import abstract_params
 from pathflip_jax.convert.names import bert_names, query_copy
 from pathflip_jax.convert.pytorch import read_tensors
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import abstract_params
 
 WORDS, POSITIONS = "qformer/word_embeddings/embedding", "qformer/position_embeddings/embedding"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -193,7 +193,7 @@ def _not_the_model(faults: list[str], state: Mapping[str, np.ndarray]) -> str:
 
 def torch_shapes(config: PathFLIPConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the PyTorch model that is a parameter here."""
-    from pathflip_jax.checkpoint import abstract_params
+    from pathflip_jax.model.pathflip import abstract_params
 
     shapes = abstract_params(config)
     return {name.torch: name.torch_shape(tuple(shapes[name.path].shape)) for name in names(config)}

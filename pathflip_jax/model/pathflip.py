@@ -193,6 +193,11 @@ def flatten(model: nnx.Module) -> dict[str, Array]:
     return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
+def abstract_params(config: PathFLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of every parameter; nothing is computed."""
+    return jax.eval_shape(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))
+
+
 def unflatten(template: PathFLIP | PathFLIPConfig, flat: Mapping[str, Array]) -> PathFLIP:
     """Build the model of `template` (a config, a model, or its `jax.eval_shape`) from the parameters of `flatten`.
 

@@ -1,6 +1,7 @@
 """The sides of the step benchmark compute what the released model computed; its ratios and refusals."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 GOLDEN = BENCHMARKS.parent / "tests" / "golden" / "base"
+PACKAGES_OF_DATA = (
+    "orbax", "grain", "tensorflow", "tensorflow_datasets", "h5py", "openslide", "ml_collections", "matplotlib",
+    "pyarrow", "google_crc32c", "pandas", "tensorboardX", "tqdm", "jinja2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +104,24 @@ def test_the_whole_benchmark_at_a_small_size(modules, tmp_path, monkeypatch, cap
     assert set(ratios) == expected | {f"{name}_competent" for name in expected}
     monkeypatch.setattr(modules["step"], "AGREE", 0.0)
     assert modules["step"].main() == 1 and "no comparison" in capsys.readouterr().err
+
+
+def test_the_step_benchmark_needs_none_of_the_data_packages(tmp_path):
+    """It runs where only jax, flax, optax, jaxtyping, numpy, torch and transformers are."""
+    program = f"""
+import sys
+for name in {PACKAGES_OF_DATA!r}:
+    sys.modules[name] = None  # importing it fails
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import sides, step
+from pathlib import Path
+step._write_weights(Path({str(tmp_path)!r}), step.SMALL)
+assert step.count_parameters(step.PathFLIPConfig(**step.SMALL)) > 1000
+sys.argv = ["sides.py", "--side", "ours", "--job", "train_base", "--small", "--regions", "2", "--steps", "0"]
+sys.argv += ["--weights", {str(tmp_path)!r}, "--outputs", {str(tmp_path / "outputs.npz")!r}]
+sys.exit(sides.main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "outputs.npz") as archive:
+        assert all(np.isfinite(archive[name]).all() for name in archive.files)

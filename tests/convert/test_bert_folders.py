@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pathflip_jax.checkpoint import abstract_params
 from pathflip_jax.convert.bert import bert_parameters, bert_settings
 from pathflip_jax.convert.pytorch import read_tensors
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, unflatten
+from pathflip_jax.model.pathflip import PathFLIP, abstract_params, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

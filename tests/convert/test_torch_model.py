@@ -15,12 +15,16 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from pathflip_jax.checkpoint import abstract_params  # noqa: E402
 from pathflip_jax.convert import pytorch  # noqa: E402
 from pathflip_jax.convert.names import names  # noqa: E402
 from pathflip_jax.convert.torch_model import PathFLIP as TorchPathFLIP  # noqa: E402
 from pathflip_jax.model.config import PathFLIPConfig  # noqa: E402
-from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten  # noqa: E402
+from pathflip_jax.model.pathflip import (  # noqa: E402
+    PathFLIP,
+    abstract_params,  # noqa: E402
+    flatten,
+    unflatten,
+)
 
 TESTS = Path(__file__).parents[1]
 BASE = TESTS / "golden" / "base"
