@@ -5,10 +5,11 @@ patches and real tokens, two per multiply-add; bytes are what has to move throug
 too large for a cache written once and read once per use. Prints a Markdown table, the source of ROOFLINE.md.
 
 With `--measure` the base train step of `step.py` runs here under JAX's profiler, and the table says what each part took
-beside its floor at the rate of this machine's own matrix products.
+beside its floor at the rate of this machine's own matrix products, its peak memory and its longest operations.
 
     python benchmarks/roofline.py --device cpu --regions 24 --batch 2
     python benchmarks/roofline.py --measure
+    python benchmarks/roofline.py --measure --device h200 --batch 64 --dtype bfloat16
     python benchmarks/roofline.py --products
     python benchmarks/roofline.py --device h200 --batch 64 --dtype bfloat16
 """
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -140,43 +142,62 @@ def table(found: list[Part], rate: float, bandwidth: float, slides: int) -> str:
     return "\n".join(rows)
 
 
-def measure(job_name: str) -> tuple[dict[str, float], float]:
-    """(seconds of computing threads by part, seconds of the step): a profile of one train step, as training runs it."""
+class Measured(NamedTuple):
+    """A profiled train step: seconds of computing threads by part and by operation, seconds and peak bytes of it."""
+
+    parts: dict[str, float]
+    operations: dict[str, float]
+    seconds: float
+    peak_bytes: int
+
+
+def measure(job: "Job", sizes: dict, dtype: str) -> Measured:
+    """Profile one train step of `step.py` here, as training runs it."""
     import jax
     from flax import nnx
-    from sides import BASE, JOBS, make_inputs, our_batch, our_training
+    from sides import Peak, make_inputs, our_batch, our_training
 
     from pathflip_jax.model.pathflip import PathFLIP, flatten
 
-    config, job = PathFLIPConfig(**BASE), JOBS[job_name]
-    batch = our_batch(job, make_inputs(job, BASE))
+    config = PathFLIPConfig(**sizes, compute_dtype=dtype)
+    batch = our_batch(job, make_inputs(job, sizes))
     step, optimizer = our_training(config)
     params = jax.jit(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))()
     opt_state = jax.jit(optimizer.init)(params)
     compiled = step.lower(params, {}, opt_state, batch, np.int32(0)).compile()
-    for number in range(3):
+    peak = Peak("ours", jax.default_backend())
+    seconds = []
+    for number in range(5):
         start = time.perf_counter()
         params, opt_state, _ = jax.block_until_ready(compiled(params, {}, opt_state, batch, np.int32(number)))
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=False):
             jax.block_until_ready(compiled(params, {}, opt_state, batch, np.int32(number)))
         (trace,) = Path(folder).rglob("*.trace.json.gz")
         with gzip.open(trace) as file:
             events = json.load(file)["traceEvents"]
-    return shares(events, compiled.as_text()), seconds
+    return Measured(*shares(events, compiled.as_text()), statistics.median(seconds[2:]), peak.bytes())
 
 
-def shares(events: list[dict], program: str) -> dict[str, float]:
-    """Seconds by part of the events of a trace; `program` is the compiled HLO, whose operations carry their scope."""
+def shares(events: list[dict], program: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a trace's events by part and by operation; `program` is the compiled HLO, which knows their scopes."""
     scope_of = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
-    found = dict.fromkeys((*SCOPES, "other"), 0.0)
+    found, operations = dict.fromkeys((*SCOPES, "other"), 0.0), Counter()
     for event in events:
         operation = event.get("args", {}).get("hlo_op")
         if operation is not None and "dur" in event:
             name = scope_of.get(operation, "")
             found[next((scope for scope in SCOPES if scope in name), "other")] += event["dur"] / 1e6
-    return found
+            operations[_short(name) or operation.rstrip(".0123456789")] += event["dur"] / 1e6
+    return found, dict(operations)
+
+
+def _short(name: str) -> str:
+    """The scope and the operation of an op_name, and whether it belongs to the gradient."""
+    inner = [part for part in re.split(r"[/()]", name) if part]
+    scope = next((scope for scope in SCOPES if scope in inner), "other")
+    return f"{scope}: {inner[-1]}{', gradient' * ('transpose' in inner)}" if inner else ""
 
 
 def measured_table(found: dict[str, float], seconds: float, floors: list[Part], rate: float, bandwidth: float) -> str:
@@ -205,13 +226,13 @@ def median_seconds(run: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(seconds[1:])
 
 
-def our_product_rate(left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Operations per second of a float32 matrix product of two shapes in JAX, on the backend in use."""
+def our_product_rate(left: tuple[int, ...], right: tuple[int, ...], dtype: str = "float32") -> float:
+    """Operations per second of a matrix product of two shapes in JAX, on the backend in use."""
     import jax
     import jax.numpy as jnp
 
     product = jax.jit(jnp.matmul)
-    x, y = (jax.random.normal(jax.random.key(0), shape) for shape in (left, right))
+    x, y = (jax.random.normal(jax.random.key(0), shape, dtype) for shape in (left, right))
     return 2 * math.prod(left) * right[-1] / median_seconds(lambda: product(x, y).block_until_ready())
 
 
@@ -223,12 +244,12 @@ def torch_product_rate(left: tuple[int, ...], right: tuple[int, ...]) -> float:
     return 2 * math.prod(left) * right[-1] / median_seconds(lambda: x @ y)
 
 
-def our_matrix_rate() -> float:
-    """Operations per second of a large float32 matrix product in JAX, on the backend in use."""
+def our_matrix_rate(dtype: str) -> float:
+    """Operations per second of a large matrix product in JAX, on the backend in use."""
     import jax
 
     n = 2048 if jax.default_backend() == "cpu" else 8192
-    return our_product_rate((n, n), (n, n))
+    return our_product_rate((n, n), (n, n), dtype)
 
 
 def print_products() -> int:
@@ -240,15 +261,25 @@ def print_products() -> int:
     return 0
 
 
-def print_measured(job_name: str, rate: float | None, bandwidth: float) -> int:
+def print_measured(options: argparse.Namespace, bandwidth: float) -> int:
     """Measure a train step of `step.py` and print it beside its floor."""
-    from sides import JOBS
+    import jax
+    from sides import BASE, JOBS, SMALL
 
-    job, rate = JOBS[job_name], rate or our_matrix_rate()
+    job, sizes = JOBS[options.job], SMALL if options.small else BASE
+    job = job._replace(slides=options.batch or job.slides, regions=options.regions or job.regions)
+    rate = options.rate or our_matrix_rate(options.dtype)
     shapes = Shapes(job.slides, job.regions, 256 * job.regions, typical_lengths())
-    found, seconds = measure(job_name)
-    print(f"matrix products in JAX: {rate / 1e9:.0f} GFLOP/s; {job.slides} slides of {job.regions} regions a step\n")
-    print(measured_table(found, seconds, parts(PathFLIPConfig(), shapes, 4, True), rate, bandwidth))
+    found = measure(job, sizes, options.dtype)
+    width = 2 if options.dtype == "bfloat16" else 4
+    floors = parts(PathFLIPConfig(**sizes), shapes, width, True)
+    print(f"{jax.devices()[0].device_kind}; matrix products in JAX: {rate / 1e9:.0f} GFLOP/s in {options.dtype}")
+    print(f"{job.slides} slides of {job.regions} regions a step; peak memory {found.peak_bytes / 1e9:.2f} GB\n")
+    print(measured_table(found.parts, found.seconds, floors, rate, bandwidth))
+    total = sum(found.operations.values())
+    print("\n| the longest operations | ms a step | share |\n|---|---|---|")
+    for name, seconds in sorted(found.operations.items(), key=lambda item: -item[1])[:12]:
+        print(f"| {name} | {1e3 * found.seconds * seconds / total:.0f} | {seconds / total:.0%} |")
     return 0
 
 
@@ -257,18 +288,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=int, default=2, help="slides a step")
-    parser.add_argument("--regions", type=int, default=24, help="regions a slide, of 256 patches")
+    parser.add_argument("--batch", type=int, help="slides a step; 2, or as the job")
+    parser.add_argument("--regions", type=int, help="regions a slide, of 256 patches; 24, or as the job")
     parser.add_argument("--rate", type=float, help="operations per second, instead of the device's")
     parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of the device's")
     parser.add_argument("--inference", action="store_true", help="the forward pass alone")
     parser.add_argument("--measure", action="store_true", help="run the train step of step.py here and compare")
     parser.add_argument("--products", action="store_true", help="the rates of a step's matrix products on this CPU")
     parser.add_argument("--job", choices=["train_base", "train_whole_slide"], default="train_base", help="to measure")
+    parser.add_argument("--small", action="store_true", help="measure a tiny model, to see that it works")
     options = parser.parse_args()
     rates, bandwidth = DEVICES[options.device]
-    rate = options.rate or rates[options.dtype]
-    shapes = Shapes(options.batch, options.regions, 256 * options.regions, typical_lengths())
+    rate, batch, regions = options.rate or rates[options.dtype], options.batch or 2, options.regions or 24
+    shapes = Shapes(batch, regions, 256 * regions, typical_lengths())
     width = 2 if options.dtype == "bfloat16" else 4
     bandwidth = options.bandwidth or bandwidth
     if options.measure or options.products:
@@ -276,9 +308,9 @@ def main() -> int:
     if options.products:
         return print_products()
     if options.measure:
-        return print_measured(options.job, options.rate, bandwidth)
+        return print_measured(options, bandwidth)
     found = parts(PathFLIPConfig(), shapes, width, not options.inference)
-    print(table(found, rate, bandwidth, options.batch))
+    print(table(found, rate, bandwidth, batch))
     return 0
 
 

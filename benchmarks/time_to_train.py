@@ -7,7 +7,10 @@ of the last steps. Useful FLOPs are those of the absorbed algorithm on real toke
 
     python benchmarks/time_to_train.py --slides 12 --batch 2 --steps 6            # predicted, on a laptop
     python benchmarks/time_to_train.py --slides 4181 --batch 64 --dtype bfloat16  # an epoch for real: 43 GB of records
-    python benchmarks/time_to_train.py --device h200 ...                          # utilisation against a data sheet
+    python benchmarks/time_to_train.py --slides 4181 --batch 64 --dtype bfloat16 --device h200 --profile
+
+With `--profile` a step of this size is profiled afterwards: its peak memory, its parts beside their floor, its longest
+operations (`roofline.py --measure`).
 
 What stands after `--` goes to `pathflip train`: `-- --config.model.remat=True`.
 """
@@ -120,6 +123,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512, help="width of the features")
     parser.add_argument("--resident", choices=["", "host", "device"], default="", help="where features are kept")
     parser.add_argument("--device", choices=list(DEVICES), default="cpu", help="whose rates count for utilisation")
+    parser.add_argument("--profile", action="store_true", help="profile a step afterwards")
     parser.add_argument("--folder", type=Path, help="where the cohort goes (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("more", nargs="*", metavar="-- SETTING", help="settings for pathflip train")
@@ -154,6 +158,15 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         outcome = {"machine": described, "settings": settings, "result": found}
         options.json.write_text(json.dumps(outcome, indent=1) + "\n")
+    if options.profile:
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("roofline.py")),
+            "--measure",
+            f"--batch={options.batch}",
+        ]
+        command += [f"--dtype={options.dtype}", f"--device={options.device}"]
+        return subprocess.run(command).returncode
     return 0
 
 

@@ -1,5 +1,7 @@
 """The floors: operations counted by formula against those that XLA counts in the compiled forward pass."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -53,3 +55,27 @@ def test_the_larger_of_arithmetic_and_memory_is_the_floor(roofline):
     part = roofline.Part("x", operations=100.0, bytes=10.0)
     assert part.floor(rate=10.0, bandwidth=10.0) == 10.0 and part.floor(rate=1e9, bandwidth=2.0) == 5.0
     assert "| x | 0.0 | 0 | memory |" in roofline.table([part], 1e9, 2.0, 1)
+
+
+def test_the_events_of_a_trace_belong_to_the_parts_of_the_model(roofline):
+    program = """
+  %dot.3 = f32[8]{0} dot(%a, %b), metadata={op_name="jit(f)/jvp(text_attention)/dot_general" stack_frame_id=3}
+  ROOT %add.7 = f32[8]{0} add(%a, %b), metadata={op_name="jit(f)/transpose(jvp(cross_attention))/mul"}
+  %copy.1 = f32[8]{0} copy(%a)
+"""
+    events = [{"args": {"hlo_op": name}, "dur": 1e6 * s} for name, s in (("dot.3", 2), ("add.7", 3), ("copy.1", 4))]
+    found, operations = roofline.shares([*events, {"name": "a thread's name"}, *events[:1]], program)
+    assert {part: s for part, s in found.items() if s} == {"text_attention": 4, "cross_attention": 3, "other": 4}
+    expected = {"text_attention: dot_general": 4, "cross_attention: mul, gradient": 3, "copy": 4}
+    assert operations == expected
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_beside_its_floor(roofline, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--measure", "--small", "--regions=2", "--batch=1"])
+    assert roofline.main() == 0
+    printed = capsys.readouterr().out
+    assert "1 slides of 2 regions a step; peak memory 0." in printed
+    for part in roofline.SCOPES:
+        assert f"| {part.replace('_', ' ')} |" in printed
+    assert "| text_attention: dot_general |" in printed
