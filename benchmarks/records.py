@@ -22,6 +22,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from machine import describe
 
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 from machine import keep_freed
+from sides import Job
 
 from pathflip_jax.model.config import PathFLIPConfig
 
@@ -151,7 +152,7 @@ class Measured(NamedTuple):
     peak_bytes: int
 
 
-def measure(job: "Job", sizes: dict, dtype: str) -> Measured:
+def measure(job: Job, sizes: dict, dtype: str) -> Measured:
     """Profile one train step of `step.py` here, as training runs it."""
     import jax
     from flax import nnx

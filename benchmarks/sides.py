@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from machine import keep_freed, reset_peak, resident_peak
@@ -95,7 +95,7 @@ def our_batch(job: Job, inputs: Inputs) -> "Batch":
     return jax.tree.map(jnp.asarray, Batch(inputs.patches, mask, rows, index, np.arange(job.slides, dtype=np.int32)))
 
 
-def our_training(config) -> tuple[Callable, "optax.GradientTransformation"]:
+def our_training(config) -> tuple[Callable, Any]:
     """The library's own step of a PathFLIPConfig, compiled as `pathflip train` does, and its optimizer.
 
     step(params, {}, opt_state, batch, number) -> (params, opt_state, metrics)
