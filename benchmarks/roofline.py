@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 from machine import keep_freed
-from sides import Job
+from sides import BASE, JOBS, SMALL, Job, Peak, make_inputs, our_batch, our_training
 
 from pathflip_jax.model.config import PathFLIPConfig
 
@@ -156,7 +156,6 @@ def measure(job: Job, sizes: dict, dtype: str) -> Measured:
     """Profile one train step of `step.py` here, as training runs it."""
     import jax
     from flax import nnx
-    from sides import Peak, make_inputs, our_batch, our_training
 
     from pathflip_jax.model.pathflip import PathFLIP, flatten
 
@@ -172,13 +171,14 @@ def measure(job: Job, sizes: dict, dtype: str) -> Measured:
         start = time.perf_counter()
         params, opt_state, _ = jax.block_until_ready(compiled(params, {}, opt_state, batch, np.int32(number)))
         seconds.append(time.perf_counter() - start)
+    peak_bytes = peak.bytes()  # before the trace, which takes memory too
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=False):
             jax.block_until_ready(compiled(params, {}, opt_state, batch, np.int32(number)))
         (trace,) = Path(folder).rglob("*.trace.json.gz")
         with gzip.open(trace) as file:
             events = json.load(file)["traceEvents"]
-    return Measured(*shares(events, compiled.as_text()), statistics.median(seconds[2:]), peak.bytes())
+    return Measured(*shares(events, compiled.as_text()), statistics.median(seconds[2:]), peak_bytes)
 
 
 def shares(events: list[dict], program: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -188,17 +188,13 @@ def shares(events: list[dict], program: str) -> tuple[dict[str, float], dict[str
     for event in events:
         operation = event.get("args", {}).get("hlo_op")
         if operation is not None and "dur" in event:
-            name = scope_of.get(operation, "")
-            found[next((scope for scope in SCOPES if scope in name), "other")] += event["dur"] / 1e6
-            operations[_short(name) or operation.rstrip(".0123456789")] += event["dur"] / 1e6
+            path = [part for part in re.split(r"[/()]", scope_of.get(operation, "")) if part]
+            scope = next((scope for scope in SCOPES if scope in path), "other")
+            gradient = ", gradient" * ("transpose" in path)
+            name = f"{scope}: {path[-1]}{gradient}" if path else operation.rstrip(".0123456789")
+            found[scope] += event["dur"] / 1e6
+            operations[name] += event["dur"] / 1e6
     return found, dict(operations)
-
-
-def _short(name: str) -> str:
-    """The scope and the operation of an op_name, and whether it belongs to the gradient."""
-    inner = [part for part in re.split(r"[/()]", name) if part]
-    scope = next((scope for scope in SCOPES if scope in inner), "other")
-    return f"{scope}: {inner[-1]}{', gradient' * ('transpose' in inner)}" if inner else ""
 
 
 def measured_table(found: dict[str, float], seconds: float, floors: list[Part], rate: float, bandwidth: float) -> str:
@@ -237,20 +233,26 @@ def our_product_rate(left: tuple[int, ...], right: tuple[int, ...], dtype: str =
     return 2 * math.prod(left) * right[-1] / median_seconds(lambda: product(x, y).block_until_ready())
 
 
-def torch_product_rate(left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """The same in PyTorch, on the CPU."""
+def torch_product_rate(
+    left: tuple[int, ...], right: tuple[int, ...], dtype: str = "float32", device: str = "cpu"
+) -> float:
+    """The same in PyTorch, on a device."""
     import torch
 
-    x, y = torch.randn(left), torch.randn(right)
-    return 2 * math.prod(left) * right[-1] / median_seconds(lambda: x @ y)
+    x, y = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for shape in (left, right))
+
+    def run() -> None:
+        x @ y
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return 2 * math.prod(left) * right[-1] / median_seconds(run)
 
 
-def our_matrix_rate(dtype: str) -> float:
-    """Operations per second of a large matrix product in JAX, on the backend in use."""
-    import jax
-
-    n = 2048 if jax.default_backend() == "cpu" else 8192
-    return our_product_rate((n, n), (n, n), dtype)
+def large_product(device: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of a square product that is large enough to run at a device's full rate."""
+    n = 2048 if device == "cpu" else 8192
+    return (n, n), (n, n)
 
 
 def print_products() -> int:
@@ -265,11 +267,10 @@ def print_products() -> int:
 def print_measured(options: argparse.Namespace, bandwidth: float) -> int:
     """Measure a train step of `step.py` and print it beside its floor."""
     import jax
-    from sides import BASE, JOBS, SMALL
 
     job, sizes = JOBS[options.job], SMALL if options.small else BASE
     job = job._replace(slides=options.batch or job.slides, regions=options.regions or job.regions)
-    rate = options.rate or our_matrix_rate(options.dtype)
+    rate = options.rate or our_product_rate(*large_product(jax.default_backend()), options.dtype)
     shapes = Shapes(job.slides, job.regions, 256 * job.regions, typical_lengths())
     found = measure(job, sizes, options.dtype)
     width = 2 if options.dtype == "bfloat16" else 4

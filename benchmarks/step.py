@@ -24,11 +24,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 from machine import describe
+from roofline import large_product, torch_product_rate
 from roofline import parameters as count_parameters
 from sides import BASE, JOBS, SMALL
 
@@ -103,19 +103,7 @@ def _write_weights(folder: Path, sizes: dict) -> None:
 
 def matrix_rate(device: str, dtype: str) -> float:
     """Operations per second of a large matrix product in PyTorch: the rate that the yardstick can count on."""
-    import torch
-
-    n = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        c = a @ b
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    del c
-    return 2 * n**3 / statistics.median(seconds)
+    return torch_product_rate(*large_product(device), dtype, device)
 
 
 def measure(options: argparse.Namespace) -> dict:
