@@ -1,5 +1,6 @@
 """The floors: operations counted by formula against those that XLA counts in the compiled forward pass."""
 
+import re
 import sys
 
 import jax
@@ -75,7 +76,8 @@ def test_a_step_is_measured_beside_its_floor(roofline, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["roofline.py", "--measure", "--small", "--regions=2", "--batch=1"])
     assert roofline.main() == 0
     printed = capsys.readouterr().out
-    assert "1 slides of 2 regions a step; peak memory 0." in printed
+    peak = re.search(r"^1 slides of 2 regions a step; peak memory (\d+\.\d+) GB$", printed, re.MULTILINE)
+    assert peak and float(peak[1]) > 0  # of the whole process: what ran before the test is in it
     for part in roofline.SCOPES:
         assert f"| {part.replace('_', ' ')} |" in printed
     assert "| text_attention: dot_general |" in printed
