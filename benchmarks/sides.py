@@ -159,7 +159,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
         model, mask = unflatten(config, params), batch.patch_mask.any(-1)
         _, metrics = alignment_loss(
             Embeddings(slide, regions, mask, text[:, 0], text[:, 1:]),
-            model.text_region_attention, inputs.negatives, batch.case, model.logit_scale[...], None, LossConfig(),
+            model.text_region, inputs.negatives, batch.case, model.logit_scale[...], None, LossConfig(),
         )  # fmt: skip
         return slide, regions, text, jnp.stack([metrics["loss_slide"], metrics["loss_region"]])
 

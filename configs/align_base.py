@@ -71,6 +71,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss.normaliser = "released"
     config.loss.negative_weight = 1.0
     config.loss.negatives_per_slide = placeholder(int)  # None: all other slides
+    # None: all; else so many are scored at a time, so that the largest arrays of the region loss take no more than
+    # 4 * slides of a device * negatives_at_once * max(embed_dim, text_region_heads * regions) bytes each.
+    config.loss.negatives_at_once = placeholder(int)
 
     config.optim = ConfigDict()
     config.optim.preset = "released"  # all decays, cosine per epoch; "ours": no decay on biases, norms; per step
@@ -85,8 +88,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.optim.clip = 0.0  # global norm; 0: none, as released
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # -1: all devices that fsdp leaves
+    config.mesh.data = -1  # -1: all devices that the others leave
     config.mesh.fsdp = 1  # devices that share one copy of the parameters
+    config.mesh.region = 1  # devices that share the regions of a slide: for slides of very many, or batches of few
 
     config.train = ConfigDict()
     config.train.batch_size = 8  # slides per step over all devices; released: 8 on each

@@ -21,7 +21,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.remat = True
     # The same size at any batch. Most pairs are negatives, so the bias starts where sigmoid(z) is near 0 (SigLIP).
     config.loss.normaliser = "per_slide"
-    config.loss.negatives_per_slide = 64  # the rest adds memory: each negative pools the regions anew
+    config.loss.negatives_at_once = 512  # the largest arrays of the region loss: 0.5 MB for each slide of a device
     config.model.logit_scale_init = 10.0
     config.model.logit_bias_init = -10.0
     config.optim.preset = "ours"

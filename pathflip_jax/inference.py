@@ -48,7 +48,7 @@ def _encode_texts(model, rows, text_index):
 
 @jax.jit
 def _text_region_attention(model, texts, regions, mask):
-    return model.text_region_attention(texts, regions, mask)
+    return model.text_region(texts, regions, mask)
 
 
 def bucket(n: int) -> int:

@@ -6,7 +6,7 @@ case are neither positives nor negatives: their reports are the same, or speak o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # texts [B, C, D], regions [B, R, D], region_mask [B, R] -> text-conditioned region embeddings [B, C, D], weights
 TextRegionAttention = Callable[[Array, Array, Array], tuple[Array, Array]]
+# (function, of each slide, of all slides, of none) -> what the function gives for each slide; see `at_once`
+Spread = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class LossConfig:
     """Weights and settings of the losses; the defaults are the released code's.
 
     `negative_weight` counts in `per_slide` only. `negatives_per_slide` shows each slide that many of the other
-    slides instead of all: the next ones in the batch, which is shuffled.
+    slides instead of all: the next ones in the batch, which is shuffled. `negatives_at_once` bounds memory, not the
+    loss: so many negatives of each slide are scored at a time (`region_loss` says what stands in memory).
     """
 
     slide_weight: float = 1.0
@@ -31,14 +34,15 @@ class LossConfig:
     normaliser: Literal["released", "per_slide"] = "released"
     negative_weight: float = 1.0
     negatives_per_slide: int | None = None
+    negatives_at_once: int | None = None
 
     def __post_init__(self):
         if self.normaliser not in ("released", "per_slide"):
             raise ValueError(f"loss config: normaliser={self.normaliser!r}, expected 'released' or 'per_slide'")
-        if self.negatives_per_slide is not None and self.negatives_per_slide < 1:
-            raise ValueError(
-                f"loss config: negatives_per_slide={self.negatives_per_slide}, expected at least 1, or None"
-            )
+        for name in ("negatives_per_slide", "negatives_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"loss config: {name}={value}, expected at least 1, or None")
 
 
 class Embeddings(NamedTuple):
@@ -94,6 +98,25 @@ def draw_negatives(key: Array, B: int, K: int) -> Int[Array, "B B"]:
     return jnp.where(jnp.eye(B, dtype=bool), -1, jax.random.randint(key, (B, B), 0, K))
 
 
+def at_once(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
+    """function(slides, everyone, whole) for all slides on one device.
+
+    `slides` and `everyone` are arrays [B, ...], of which a mesh hands a device its own slides' share of the first and
+    all of the second (`by_slide` in `sharding.py`); what the function gives has a row for each of `slides`.
+    """
+    return function(slides, everyone, whole)
+
+
+class _Slides(NamedTuple):
+    """What the negatives of n slides are scored with: all slides of the batch, or those of one device."""
+
+    number: Int[Array, "n"]
+    case: Int[Array, "n"]
+    regions: Float[Array, "n R D"]
+    region_mask: Bool[Array, "n R"]
+    drawn: Int[Array, "n B"]
+
+
 def region_loss(
     embeddings: Embeddings,
     text_region_attention: TextRegionAttention,
@@ -102,43 +125,86 @@ def region_loss(
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
     config: LossConfig,
+    spread: Spread = at_once,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sigmoid loss between subcaptions and the regions that they themselves attend to; with it, mean cosines.
 
     The texts of slide i are its own K subcaptions (label +1) and one subcaption of each other slide (label -1).
     `released` divides the sum by K + B - 1, one device's arithmetic in the released code, and so grows with B;
     `per_slide` is the mean over slides of (mean over positives + w * mean over negatives) / 2.
+
+    Each text pools the regions of each slide anew, so pairs of slides and texts are what takes memory. With n slides
+    on a device and C = `config.negatives_at_once` texts at a time, the largest arrays are [n, C, heads, R] and
+    [n, C, D], in float32 4 n C heads R and 4 n C D bytes; the subcaptions of all, 4 B K D, are gathered once.
     """
-    B, K, _ = embeddings.subcaptions.shape
+    (B, K, _), case = embeddings.subcaptions.shape, jnp.asarray(case)
+    shown = B - 1 if config.negatives_per_slide is None else min(config.negatives_per_slide, B - 1)
+    positive = _cosines(text_region_attention, embeddings.subcaptions, embeddings.regions, embeddings.region_mask)
+    positive_terms = -_log_sigmoid(positive, 1.0, scale, bias)  # [B, K]
 
-    def cosines(texts: Float[Array, "B C D"]) -> Float[Array, "B C"]:
-        pooled, _ = text_region_attention(texts, embeddings.regions, embeddings.region_mask)
-        return jnp.sum(normalise(pooled) * normalise(texts), axis=-1)
+    def score(slides: _Slides, everyone: tuple[Array, Array], whole: tuple) -> tuple[Array, Array, Array]:
+        return _negatives(slides, *everyone, *whole, shown, config.negatives_at_once or max(shown, 1))
 
-    def log_sigmoid(cosine, label):
-        z = scale * cosine if bias is None else scale * cosine + bias
-        return jax.nn.log_sigmoid(label * z)
-
-    offsets = jnp.arange(1, B if config.negatives_per_slide is None else min(config.negatives_per_slide + 1, B))
-    others = (jnp.arange(B)[:, None] + offsets) % B  # [B, C]
-    drawn = jnp.take_along_axis(negatives, others, axis=1)
-    is_negative = jnp.take_along_axis(other_cases(case), others, axis=1).astype(jnp.float32)
-
-    positive = cosines(embeddings.subcaptions)  # [B, K]
-    negative = cosines(embeddings.subcaptions[others, drawn])  # [B, C]
-    positive_terms = -log_sigmoid(positive, 1.0)
-    negative_terms = -log_sigmoid(negative, -1.0) * is_negative
-    count = jnp.maximum(jnp.sum(is_negative, axis=1), 1.0)
+    slides = _Slides(jnp.arange(B), case, embeddings.regions, embeddings.region_mask, negatives)
+    everyone = embeddings.subcaptions, case
+    negative_sum, cosine_sum, count = spread(score, slides, everyone, (text_region_attention, scale, bias))
+    count = jnp.maximum(count, 1.0)
     if config.normaliser == "released":
-        loss = (jnp.sum(positive_terms) + jnp.sum(negative_terms)) / (K + others.shape[1])
+        loss = (jnp.sum(positive_terms) + jnp.sum(negative_sum)) / (K + shown)
     else:
-        negative_mean = jnp.sum(negative_terms, axis=1) / count
-        loss = jnp.mean(jnp.mean(positive_terms, axis=1) + config.negative_weight * negative_mean) / 2
-    similarity = {
-        "cosine_positive": jnp.mean(positive),
-        "cosine_negative": jnp.mean(jnp.sum(negative * is_negative, 1) / count),
-    }
-    return loss, similarity
+        loss = jnp.mean(jnp.mean(positive_terms, axis=1) + config.negative_weight * negative_sum / count) / 2
+    return loss, {"cosine_positive": jnp.mean(positive), "cosine_negative": jnp.mean(cosine_sum / count)}
+
+
+def pair_bytes(config: LossConfig, slides: int, batch_size: int, heads: int, regions: int, width: int) -> int:
+    """Bytes of the largest array of `region_loss` on a device of `slides` slides of a batch, in float32.
+
+    `width` is D; the array is [n, C, heads, R] or [n, C, D], whichever is larger.
+    """
+    others = batch_size - 1
+    texts = min(config.negatives_per_slide or others, config.negatives_at_once or others, others)
+    return 4 * slides * max(texts, 1) * max(heads * regions, width) if config.region_weight else 0
+
+
+def _negatives(
+    slides: _Slides,
+    subcaptions: Float[Array, "B K D"],
+    cases: Int[Array, "B"],
+    attention: TextRegionAttention,
+    scale: Float[Array, ""],
+    bias: Float[Array, ""] | None,
+    shown: int,
+    chunk: int,
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
+    """Of the next `shown` slides as negatives of each: sums of their terms and cosines, and how many count.
+
+    Chunks are computed again for the gradient, so that only one stands in memory at a time.
+    """
+
+    def score(offsets: Int[Array, "C"]):
+        others = (slides.number[:, None] + offsets) % len(cases)  # [n, C]
+        counted = (slides.case[:, None] != cases[others]) & (offsets <= shown)
+        texts = subcaptions[others, jnp.take_along_axis(slides.drawn, others, axis=1)]
+        cosine = _cosines(attention, texts, slides.regions, slides.region_mask)
+        counted = counted.astype(cosine.dtype)
+        terms = -_log_sigmoid(cosine, -1.0, scale, bias)
+        return tuple(jnp.sum(x * counted, axis=1) for x in (terms, cosine, jnp.ones_like(cosine)))
+
+    chunks = -(-shown // chunk)
+    if chunks <= 1:
+        return score(jnp.arange(1, 1 + shown))
+    offsets = jnp.arange(1, 1 + chunks * chunk).reshape(chunks, chunk)  # those beyond `shown` count for nothing
+    return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(score), offsets))
+
+
+def _cosines(attention: TextRegionAttention, texts: Array, regions: Array, mask: Array) -> Float[Array, "B C"]:
+    """Between each text and what it pools of the regions."""
+    pooled, _ = attention(texts, regions, mask)
+    return jnp.sum(normalise(pooled) * normalise(texts), axis=-1)
+
+
+def _log_sigmoid(cosine: Array, label: float, scale: Array, bias: Array | None) -> Array:
+    return jax.nn.log_sigmoid(label * (scale * cosine if bias is None else scale * cosine + bias))
 
 
 def alignment_loss(
@@ -149,8 +215,9 @@ def alignment_loss(
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
     config: LossConfig,
+    spread: Spread = at_once,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The total loss and its parts by name; a loss of weight 0 is not computed."""
+    """The total loss and its parts by name; a loss of weight 0 is not computed. `spread` as in `region_loss`."""
     metrics = {}
     loss = jnp.zeros(())
     if config.slide_weight:
@@ -159,7 +226,7 @@ def alignment_loss(
         loss += config.slide_weight * metrics["loss_slide"]
     if config.region_weight:
         metrics["loss_region"], similarity = region_loss(
-            embeddings, text_region_attention, negatives, case, scale, bias, config
+            embeddings, text_region_attention, negatives, case, scale, bias, config, spread
         )
         loss += config.region_weight * metrics["loss_region"]
         metrics |= similarity

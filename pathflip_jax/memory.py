@@ -53,10 +53,11 @@ def _group_free() -> int | None:
     return None
 
 
-def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: int) -> None:
+def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: int, pairs: int) -> None:
     """Raise MemoryError where a compiled training step does not fit, with the settings that would.
 
-    `pieces` = devices that share the batch. Accumulation divides what a microbatch takes and leaves gradients and
+    `pieces` = devices that share the batch, `pairs` = bytes of the region loss's largest array (`losses.pair_bytes`),
+    several of which stand in memory at once. Accumulation divides what a microbatch takes and leaves gradients and
     embeddings; the advice counts all of it as dividing, but demands a tenth to spare.
     """
     device = jax.local_devices()[0]
@@ -64,6 +65,8 @@ def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: 
     if free is None or needed <= free:
         return
     cures = []
+    if pairs > needed / 20:
+        cures.append(f"a smaller --config.loss.negatives_at_once (the region loss has arrays of {pairs / GIB:.1f} GiB)")
     if not remat:
         cures.append("--config.model.remat=True (recomputes instead of keeping activations)")
     more = [n for n in range(accumulate + 1, batch_size + 1) if batch_size % (n * pieces) == 0]

@@ -4,10 +4,10 @@ Training and validation draw from the same records and texts; the slide table sa
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from pathflip_jax.checkpoint import read_json
@@ -28,8 +28,11 @@ class RunData(NamedTuple):
     facts: dict
 
 
-def open_data(config: ConfigDict, shards: int) -> RunData:
-    """Open records, texts and tokenizer, split the slides, and make the batches of training and validation."""
+def open_data(config: ConfigDict, shards: int = 1, own_shards: Sequence[int] | None = None) -> RunData:
+    """Open records, texts and tokenizer, split the slides, and make the batches of training and validation.
+
+    `shards` and `own_shards` as in `make_batches`.
+    """
     data = config.data
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
     if config.model.bert:
@@ -57,8 +60,8 @@ def open_data(config: ConfigDict, shards: int) -> RunData:
             text_groups=groups,
             seed=seed,
             slide_ids=slide_ids,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            shards=shards,
+            own_shards=own_shards,
             **({name: data[name] for name in names} | more),
         )
 

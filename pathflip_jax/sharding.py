@@ -5,17 +5,19 @@ PartitionSpec, the first match wins. A larger model or another mesh changes the 
 state carries the names of the parameters it belongs to, so one table places both (DESIGN section 6).
 """
 
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp")
-BATCH = P(AXES)
+AXES = ("data", "fsdp", "region")
+BATCH = P(AXES[:2])
 
 Rules = Iterable[tuple[str, P]]
 
@@ -23,6 +25,11 @@ Rules = Iterable[tuple[str, P]]
 RULES: Rules = (
     (r"(^|/)(kernel|embedding)$", P("fsdp", None)),
     (r"", P()),
+)
+# Slides are spread over two axes; the regions of each, over the third. Texts are the same along it.
+BATCH_RULES: Rules = (
+    (r"^patch", P(AXES[:2], "region")),
+    (r"", BATCH),
 )
 
 
@@ -43,22 +50,24 @@ def initialize_distributed(coordinator: str | None = None, processes: int | None
         jax.distributed.initialize()
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """The mesh ("data", "fsdp") over all devices; -1 (for one of the two) takes what the other leaves.
+def make_mesh(data: int = -1, fsdp: int = 1, region: int = 1) -> Mesh:
+    """The mesh ("data", "fsdp", "region") over all devices; -1 (for one of the three) takes what the others leave.
 
-    `fsdp` devices share one copy of the parameters. Raises ValueError when the product is not the device count.
+    `fsdp` devices share one copy of the parameters, `region` devices the regions of each slide: for slides so large,
+    or batches so small, that there are fewer slides than devices. Raises ValueError when the product is not the device
+    count.
     """
     count = jax.device_count()
-    shape = [data, fsdp]
+    shape = [data, fsdp, region]
     if shape.count(-1) == 1:
-        other = max(shape)
-        shape[shape.index(-1)] = count // other if other > 0 else 0
-    if min(shape) < 1 or shape[0] * shape[1] != count:
+        others = -math.prod(shape)
+        shape[shape.index(-1)] = count // others if others > 0 else 0
+    if min(shape) < 1 or math.prod(shape) != count:
         raise ValueError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}: {count} devices are here, so the product must be {count}; "
-            "leave mesh.data at -1 and choose an mesh.fsdp that divides the device count"
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.region={region}: {count} devices are here, so the product must "
+            f"be {count}; leave mesh.data at -1 and choose others whose product divides the device count"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def placements(mesh: Mesh, tree, rules: Rules = RULES):
@@ -72,12 +81,16 @@ def placements(mesh: Mesh, tree, rules: Rules = RULES):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for pattern, spec in rules if pattern.search(name))
         axes = [
-            axis if axis is not None and leaf.shape[i] % mesh.shape[axis] == 0 else None
-            for i, axis in enumerate(tuple(spec)[: leaf.ndim])
+            axis if leaf.shape[i] % _size(mesh, axis) == 0 else None for i, axis in enumerate(tuple(spec)[: leaf.ndim])
         ]
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
@@ -91,12 +104,54 @@ def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
         )
     short = -len(rows) % mesh.size
     rows = np.pad(rows, ((0, short), (0, 0))) if short else rows
-    return jax.device_put(rows, NamedSharding(mesh, BATCH))
+    return jax.device_put(rows, NamedSharding(mesh, P(AXES)))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts of whole slides the mesh cuts a batch."""
+    return _size(mesh, BATCH[0])
+
+
+def own_shards(mesh: Mesh) -> tuple[int, ...]:
+    """The parts of a batch that this process's devices need, in order; devices along `region` need the same one."""
+    places = np.argwhere(np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices))
+    return tuple(sorted({int(data) * mesh.shape["fsdp"] + int(fsdp) for data, fsdp, _ in places}))
 
 
 def place_batch(mesh: Mesh, batch):
-    """Put this process's share of a batch on its devices, leading axis over all of the mesh."""
-    sharding = NamedSharding(mesh, BATCH)
+    """Put a batch on the devices of the mesh: with several processes, of each its `own_shards`, end to end."""
+    own, shards = own_shards(mesh), batch_shards(mesh)
+
+    def whole(x) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(x) // len(own) * shards, *x.shape[1:]), x.dtype)
+
+    places = placements(mesh, jax.tree.map(whole, batch), BATCH_RULES)
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+        return jax.device_put(batch, places)
+
+    def place(x, sharding: NamedSharding):
+        size = len(x) // len(own)
+
+        def piece(index: tuple[slice, ...]):
+            first = own.index(index[0].start // size if index[0].start else 0) * size
+            return x[(slice(first, first + size), *index[1:])]
+
+        return jax.make_array_from_callback(whole(x).shape, sharding, piece)
+
+    return jax.tree.map(place, batch, places)
+
+
+def by_slide(mesh: Mesh) -> Callable:
+    """A `Spread` for the losses: each device works on its own slides, with what it needs of all gathered once.
+
+    Left to itself, the compiler gathers them again for every chunk, and sums their gradients over devices as often.
+    """
+
+    def spread(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
+        def here(slides, everyone, whole):
+            everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH[0], tiled=True), everyone)
+            return function(slides, everyone, whole)
+
+        return jax.shard_map(here, mesh=mesh, in_specs=(BATCH, BATCH, P()), out_specs=BATCH)(slides, everyone, whole)
+
+    return spread

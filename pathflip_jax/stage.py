@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss, draw_negatives
+from pathflip_jax.losses import Embeddings, LossConfig, Spread, alignment_loss, at_once, draw_negatives
 from pathflip_jax.model.pathflip import PathFLIP
 
 Key = jax.Array
@@ -33,8 +33,11 @@ class Stage(NamedTuple):
     trainable: Callable[[str], bool]
 
 
-def alignment(config: LossConfig) -> Stage:
-    """Slides against captions, regions against subcaptions (DESIGN section 4); every parameter learns."""
+def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
+    """Slides against captions, regions against subcaptions (DESIGN section 4); every parameter learns.
+
+    `spread` says how the slides of a batch lie on devices: `sharding.by_slide` on a mesh.
+    """
 
     def encode(model: PathFLIP, batch, key: Key | None) -> dict[str, jax.Array]:
         slide_key, text_key = (None, None) if key is None else jax.random.split(key)
@@ -50,12 +53,13 @@ def alignment(config: LossConfig) -> Stage:
         B, K, _ = embeddings["subcaptions"].shape
         return alignment_loss(
             Embeddings(region_mask=jnp.any(batch.patch_mask, axis=-1), **embeddings),
-            model.text_region_attention,
+            model.text_region,
             draw_negatives(key, B, K),
             batch.case,
             model.logit_scale[...],
             None if model.logit_bias is None else model.logit_bias[...],
             config,
+            spread,
         )
 
     return Stage(encode, objective, lambda name: True)

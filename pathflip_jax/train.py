@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pathflip_jax import checkpoint, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import Batches, look_up
-from pathflip_jax.losses import LossConfig
+from pathflip_jax.losses import LossConfig, pair_bytes
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, abstract_params, flatten, unflatten
@@ -34,7 +34,8 @@ RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {
-    "mesh": ("data", "fsdp"),
+    "mesh": sharding.AXES,
+    "loss": ("negatives_at_once",),
     "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
     "model": ("bert",),
     "train": ("keep",),
@@ -61,9 +62,14 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     if not losses:
         raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
     workdir = Path(workdir).resolve()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        data = open_data(config, mesh.size)
+        if config.data.regions % mesh.shape["region"]:
+            raise ValueError(
+                f"data.regions={config.data.regions} cannot be spread evenly over mesh.region={mesh.shape['region']} "
+                "devices; set one to a multiple of the other"
+            )
+        data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh))
         model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
         steps = config.train.steps or config.train.epochs * data.train.steps_per_epoch
         resolved = config.to_dict()
@@ -71,7 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         resolved["model"] |= model.to_dict()
         resolved["train"]["steps"] = steps
         claim(workdir, resolved, model, data.tokenizer)
-        return fit(alignment(LossConfig(**config.loss)), config, resolved, model, data, steps, mesh, workdir)
+        stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
+        return fit(stage, config, resolved, model, data, steps, mesh, workdir)
 
 
 def fit(
@@ -116,7 +123,10 @@ def fit(
         features = place_features(mesh, data.train)
         if start < steps:
             step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
-            memory.check_step(step, setup.batch_size, setup.accumulate, config.model.remat, mesh.size)
+            pieces = sharding.batch_shards(mesh)
+            sizes = setup.batch_size // pieces, setup.batch_size, model.text_region_heads
+            pairs = pair_bytes(LossConfig(**config.loss), *sizes, config.data.regions, model.embed_dim)
+            memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, pieces, pairs)
         with (
             StopSignal() as stop,
             MetricsWriter(workdir, start, steps, slides_per_step=setup.batch_size, primary=primary) as writer,

@@ -1,5 +1,9 @@
-"""Run by test_sharding.py in a process of its own: FOLDER ACCUMULATE NORMALISER. Ends with "equal" where all is."""
+"""Run by test_sharding.py in a process of its own: FOLDER ACCUMULATE NORMALISER MESH... Ends with "equal" if all is.
 
+A MESH is "data fsdp region", such as 4x2x1.
+"""
+
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
 from pathflip_jax.stage import alignment, loss_and_gradients
 
-B, R, S, F, K, G, L = 16, 3, 4, 16, 2, 16, 12
+B, R, S, F, K, G, L = 16, 4, 4, 16, 2, 16, 12
 CONFIG = PathFLIPConfig(
     feature_dim=F, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=32, num_queries=2, vocab_size=32,
     max_positions=16, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in", dropout=0.1,
@@ -48,19 +52,35 @@ def compute(params, batch, stage, accumulate):
     return gradients | {"loss": loss, "negatives": draw_negatives(key, B, K).astype(jnp.float32)}
 
 
-def same_on_one_and_eight(mesh, params, places, accumulate, normaliser):
+def same_on_every_mesh(meshes, params, accumulate, normaliser):
     run = jax.jit(compute, static_argnums=(2, 3))
-    stage, batch = alignment(LossConfig(normaliser=normaliser)), make_batch()
-    one = run(params, batch, stage, accumulate)
-    with jax.set_mesh(mesh):
-        eight = run(jax.device_put(params, places), sharding.place_batch(mesh, batch), stage, accumulate)
-    assert one.keys() == eight.keys()
-    for name, expected in one.items():
-        expected, found = np.asarray(expected), np.asarray(eight[name])
-        error = np.abs(found - expected).max()
-        assert error <= max(1e-5 * np.abs(expected).max(), 1e-7), (name, error, np.abs(expected).max())
-    no_negatives = run(params, batch._replace(case=np.zeros(B, np.int32)), stage, accumulate)
+    config, batch = LossConfig(normaliser=normaliser), make_batch()
+    one = run(params, batch, alignment(config), accumulate)
+    no_negatives = run(params, batch._replace(case=np.zeros(B, np.int32)), alignment(config), accumulate)
     assert abs(float(no_negatives["loss"] - one["loss"])) > 1e-3, "the negatives do not matter"
+    for number, mesh in enumerate(meshes):
+        in_chunks = dataclasses.replace(config, negatives_at_once=None if number else 4)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, sharding.placements(mesh, params))
+            stage = alignment(in_chunks, sharding.by_slide(mesh))
+            found = run(placed, sharding.place_batch(mesh, batch), stage, accumulate)
+        compare(one, found, dict(mesh.shape))
+
+
+def compare(one, many, mesh):
+    assert one.keys() == many.keys()
+    for name, expected in one.items():
+        expected, found = np.asarray(expected), np.asarray(many[name])
+        error = np.abs(found - expected).max()
+        assert error <= max(1e-5 * np.abs(expected).max(), 1e-7), (mesh, name, error, np.abs(expected).max())
+
+
+def batch_lies_on_all_devices(mesh):
+    data, fsdp, region = (mesh.shape[axis] for axis in sharding.AXES)
+    batch = sharding.place_batch(mesh, make_batch())
+    slides = B // (data * fsdp)
+    assert batch.patches.addressable_shards[0].data.shape == (slides, R // region, S, F)
+    assert batch.text_rows[0].tokens.addressable_shards[0].data.shape == (G // (data * fsdp), 1, L)
 
 
 def features_are_looked_up_wherever_they_lie(mesh):
@@ -92,12 +112,15 @@ def checkpoint_goes_both_ways(workdir, params, places):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    mesh = sharding.make_mesh(-1, 2)
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    meshes = [sharding.make_mesh(*map(int, shape.split("x"))) for shape in sys.argv[4:]]
     params = jax.jit(lambda key: flatten(PathFLIP(CONFIG, nnx.Rngs(key))))(jax.random.key(0))
+    same_on_every_mesh(meshes, params, int(sys.argv[2]), sys.argv[3])
+    for mesh in meshes:
+        batch_lies_on_all_devices(mesh)
+    mesh = sharding.make_mesh(-1, 2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "region": 1}
     places = sharding.placements(mesh, params)
     assert not places["qformer/layers/0/ffn/output/kernel"].is_fully_replicated
-    same_on_one_and_eight(mesh, params, places, int(sys.argv[2]), sys.argv[3])
     features_are_looked_up_wherever_they_lie(mesh)
     checkpoint_goes_both_ways(Path(sys.argv[1]), params, places)
     print("equal")

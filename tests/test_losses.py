@@ -11,6 +11,7 @@ from pathflip_jax.losses import (
     alignment_loss,
     draw_negatives,
     normalise,
+    pair_bytes,
     region_loss,
     slide_loss,
 )
@@ -111,6 +112,9 @@ def test_slide_loss_is_the_cross_entropy_of_pytorch():
         LossConfig(normaliser="per_slide", negatives_per_slide=2),
         LossConfig(negatives_per_slide=1),
         LossConfig(negatives_per_slide=99),
+        LossConfig(negatives_at_once=1),
+        LossConfig(negatives_at_once=3),  # a last chunk of one
+        LossConfig(normaliser="per_slide", negatives_per_slide=3, negatives_at_once=2),
     ],
 )
 @pytest.mark.parametrize(("scale", "bias"), [(2.66, None), (10.0, -10.0)])
@@ -120,6 +124,26 @@ def test_region_loss_is_the_slow_one(case, config, scale, bias):
     ours, _ = region_loss(batch, pool, negatives, case, jnp.asarray(scale), offset, config)
     expected = slow_region_loss(batch, np.asarray(negatives), np.asarray(case), scale, bias or 0.0, config)
     assert float(ours) == pytest.approx(expected, rel=2e-5)
+
+
+def test_chunks_of_negatives_bound_memory_and_change_no_gradient():
+    size, chunk = 256, 16
+    batch, negatives = embeddings(size), draw_negatives(jax.random.key(1), size, K)
+
+    def compiled(config):
+        def loss(regions, subcaptions):
+            one = batch._replace(regions=regions, subcaptions=subcaptions)
+            return region_loss(one, pool, negatives, jnp.arange(size), jnp.asarray(2.0), None, config)[0]
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(batch.regions, batch.subcaptions).compile()
+
+    all_at_once, in_chunks = (compiled(LossConfig(negatives_at_once=n)) for n in (None, chunk))
+    for a, b in zip(*(f(batch.regions, batch.subcaptions) for f in (all_at_once, in_chunks)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    whole, part = (f.memory_analysis().temp_size_in_bytes for f in (all_at_once, in_chunks))
+    bytes_of = [pair_bytes(LossConfig(negatives_at_once=n), size, size, 1, R, D) for n in (None, chunk)]
+    assert bytes_of == [4 * size * (size - 1) * D, 4 * size * chunk * D]
+    assert whole > bytes_of[0] and part < whole / 4
 
 
 @pytest.mark.parametrize(("size", "expected"), [(8, 5.545), (64, 44.36)])
@@ -212,3 +236,5 @@ def test_an_unknown_normaliser_is_refused():
         LossConfig(normaliser="per_batch")
     with pytest.raises(ValueError, match="negatives_per_slide=0"):
         LossConfig(negatives_per_slide=0)
+    with pytest.raises(ValueError, match="negatives_at_once=-1"):
+        LossConfig(negatives_at_once=-1)

@@ -54,6 +54,15 @@ def test_a_step_that_does_not_fit_names_settings_that_do(tiny_cohort, tmp_path, 
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
+def test_a_step_whose_pairs_take_the_memory_says_so(monkeypatch):
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2**20,), jnp.float32)).compile()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    for pairs, named in ((2**20, True), (2**10, False)):
+        with pytest.raises(MemoryError) as fault:
+            memory.check_step(program, 8, 1, False, 1, pairs)
+        assert ("--config.loss.negatives_at_once" in str(fault.value)) == named
+
+
 def test_a_slide_that_does_not_fit_is_refused(monkeypatch):
     program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((100,), jnp.float32)).compile()
     memory.check_slide(program, "slide S")

@@ -15,19 +15,24 @@ EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
 
 
 @pytest.mark.parametrize(
-    "accumulate, normaliser", [(1, "released"), pytest.param(2, "per_slide", marks=pytest.mark.slow)]
+    "accumulate, normaliser, meshes",
+    [
+        (1, "released", ["4x2x1", "2x1x4"]),
+        pytest.param(1, "per_slide", ["8x1x1", "2x4x1", "1x8x1", "2x2x2"], marks=pytest.mark.slow),
+        pytest.param(2, "per_slide", ["4x2x1", "4x1x2"], marks=pytest.mark.slow),
+    ],
 )
-def test_loss_gradients_and_checkpoints_are_the_same_on_eight_devices(tmp_path, accumulate, normaliser):
+def test_loss_gradients_and_checkpoints_are_the_same_on_eight_devices(tmp_path, accumulate, normaliser, meshes):
     # Without LLVM's optimisation it compiles in half the time, to the same mathematics.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", str(EIGHT_DEVICES), str(tmp_path), str(accumulate), normaliser]
+    command = [sys.executable, "-W", "error", str(EIGHT_DEVICES), str(tmp_path), str(accumulate), normaliser, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
 
 
 def test_rules_place_by_name_and_spare_what_does_not_divide():
-    mesh = jax.sharding.AbstractMesh((2, 4), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 4, 1), sharding.AXES)
     shapes = {
         "a/kernel": jnp.zeros((8, 3)),
         "a/bias": jnp.zeros(8),
@@ -41,8 +46,8 @@ def test_rules_place_by_name_and_spare_what_does_not_divide():
 
 
 def test_mesh_that_does_not_fit_the_devices_is_refused():
-    assert dict(sharding.make_mesh().shape) == {"data": jax.device_count(), "fsdp": 1}
-    with pytest.raises(ValueError, match=r"mesh.fsdp=3: \d+ devices are here"):
+    assert dict(sharding.make_mesh().shape) == {"data": jax.device_count(), "fsdp": 1, "region": 1}
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3, mesh.region=1: \d+ devices are here"):
         sharding.make_mesh(-1, 3)
     with pytest.raises(ValueError, match="mesh.data=0"):
         sharding.make_mesh(0, 1)

@@ -74,8 +74,8 @@ def make_batches(
     caption_share: float = 1.0,
     seed: int = 0,
     slide_ids: Sequence[str] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    shards: int = 1,
+    own_shards: Sequence[int] | None = None,
     threads: int = 4,
     resident: Literal["", "host", "device"] = "",
 ) -> "Batches":
@@ -88,10 +88,11 @@ def make_batches(
     share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
     reports are else learned by heart. `resident` reads all features once: "host" keeps them in
     this process's memory, "device" leaves them to be put on the devices (`Batches.take_features`), so that a batch
-    brings row numbers alone. Raises ValueError for slides of which there are no records, for texts that match none, and
-    for sizes that do not divide.
+    brings row numbers alone. Of `shards` even parts of a batch, this process makes its
+    `own_shards`, end to end (None: all). Raises ValueError for slides of which there are no records, for texts that
+    match none, and for sizes that do not divide.
     """
-    _require_whole_groups(batch_size, text_groups, process_count)
+    _require_whole_groups(batch_size, text_groups, shards)
     if not 0 < caption_share <= 1:
         raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
     if merge_sentences < 1:
@@ -106,18 +107,20 @@ def make_batches(
         batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_step,
         text_groups, merge_sentences, caption_share, seed,
     )  # fmt: skip
-    batches = Batches(records, bags, tokenizer, draws, (process_index, process_count), threads)
+    batches = Batches(
+        records, bags, tokenizer, draws, (shards, tuple(range(shards) if own_shards is None else own_shards)), threads
+    )
     batches.set_text_rows(text_rows)
     if resident:
         batches.load(on_device=resident == "device")
     return batches
 
 
-def _require_whole_groups(batch_size: int, text_groups: int, processes: int) -> None:
-    if batch_size % text_groups or text_groups % processes:
+def _require_whole_groups(batch_size: int, text_groups: int, shards: int) -> None:
+    if batch_size % text_groups or text_groups % shards:
         raise ValueError(
-            f"batch_size {batch_size}, text_groups {text_groups}, {processes} processes: each must be a multiple "
-            "of the next, so that every process holds whole groups of slides"
+            f"batch_size {batch_size}, text_groups {text_groups}, {shards} shards: each must be a multiple of the "
+            "next, so that every device holds whole groups of slides"
         )
 
 
@@ -190,7 +193,7 @@ class Batches:
         bags: list[Bag],
         tokenizer: TextTokenizer,
         draws: _Draws,
-        process: tuple[int, int],
+        shards: tuple[int, tuple[int, ...]],
         threads: int,
     ) -> None:
         self.slides = [bag.slides for bag in bags]
@@ -200,7 +203,7 @@ class Batches:
         self.text_rows: tuple[int, ...] = ()
         self.counts: Counter[str] = Counter()
         self._records, self._bags, self._tokenizer, self._draws = records, bags, tokenizer, draws
-        self._process, self._threads = process, threads
+        self._shards, self._threads = shards, threads
         self._lock = threading.Lock()
         self._memory = _Memory(keep=threads + 2)  # those made ahead, the one in use and the one before
         self._features: np.ndarray | None = None
@@ -229,7 +232,7 @@ class Batches:
         Texts are not tokenised again and features not loaded again; `text_rows` is measured anew. Raises ValueError
         for sizes that do not divide.
         """
-        _require_whole_groups(batch_size, text_groups, self._process[1])
+        _require_whole_groups(batch_size, text_groups, self._shards[0])
         self._draws = self._draws._replace(batch_size=batch_size, text_groups=text_groups)
         self.steps_per_epoch = len(self._bags) // batch_size
         self.set_text_rows(None)
@@ -279,22 +282,21 @@ class Batches:
         return lengths
 
     def batch(self, step: int) -> Batch:
-        """The batch of a global step: a function of (seed, step), cut to this process's slides."""
+        """The batch of a global step: a function of (seed, step), cut to this process's slides, in their order."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self._bags))
-        batch_size, (process, processes) = self._draws.batch_size, self._process
-        share = batch_size // processes
-        places = range(process * share, (process + 1) * share)
-        chosen = order[within * batch_size :][places.start : places.stop]
+        batch_size, (shards, own) = self._draws.batch_size, self._shards
+        places = np.arange(batch_size).reshape(shards, -1)[list(own)].ravel()
+        chosen = order[within * batch_size + places]
         bags = [self._bags[i] for i in chosen]
         rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
         patches, mask = self._patches(bags, rngs)
         size = self._draws.batch_size // self._draws.text_groups
-        packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, share, size)]
+        packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
         rows = jax.tree.map(lambda *groups: np.stack(groups), *(group.rows for group in packed))
         index = np.stack([group.cls_index for group in packed])
         case = np.array([bag.case for bag in bags], np.int32)
-        index = index.reshape(share, 1 + self._draws.subcaptions)
+        index = index.reshape(len(places), 1 + self._draws.subcaptions)
         return Batch(patches, mask, rows, index, case, chosen.astype(np.int32))
 
     def __iter__(self, start_step: int = 0) -> Iterator[Batch]:

@@ -96,6 +96,7 @@ class TextRegionAttention(nnx.Module):
 
     def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
         D = config.embed_dim
+        self.dtype = config.compute_dtype
         self.query = Linear(D, D, init, rngs)
         self.key = Linear(D, D, init, rngs)
         self.value = Linear(D, D, init, rngs)
@@ -103,9 +104,11 @@ class TextRegionAttention(nnx.Module):
 
     def __call__(
         self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], mask: Bool[Array, "B R"]
-    ) -> tuple[Float[Array, "B C D"], Float[Array, "B heads C R"]]:
-        """Pooled regions and the weights of each head."""
-        return self.attention(self.query(texts), self.key(regions), self.value(regions), mask)
+    ) -> tuple[Float[Array, "B C D"], Float[Array, "B C R"]]:
+        """The text-conditioned region embedding of every text, and its weights over the regions, mean of the heads."""
+        texts, regions = texts.astype(self.dtype), regions.astype(self.dtype)
+        pooled, weights = self.attention(self.query(texts), self.key(regions), self.value(regions), mask)
+        return pooled.astype(jnp.float32), weights.mean(1)
 
 
 class PathFLIP(nnx.Module):
@@ -174,14 +177,6 @@ class PathFLIP(nnx.Module):
         """
         states = self.qformer.read_text(rows, text_index, key)
         return self.text_projection(states).astype(jnp.float32)
-
-    def text_region_attention(
-        self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], region_mask: Bool[Array, "B R"]
-    ) -> tuple[Float[Array, "B C D"], Float[Array, "B C R"]]:
-        """The text-conditioned region embedding of every text, and its weights over the regions, mean of the heads."""
-        dtype = self.config.compute_dtype
-        pooled, weights = self.text_region(texts.astype(dtype), regions.astype(dtype), region_mask)
-        return pooled.astype(jnp.float32), weights.mean(1)
 
 
 def flatten(model: nnx.Module) -> dict[str, Array]:

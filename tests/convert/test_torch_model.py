@@ -84,7 +84,7 @@ def encode_jax(model: PathFLIP, case: dict):
     positions = np.broadcast_to(np.arange(T), (B, C, T))
     first = np.broadcast_to(np.arange(C) * T, (B, C))
     texts = model.encode_texts([(case["tokens"], case["text_mask"].astype(jnp.int32), positions)], first)
-    return slides, texts, *model.text_region_attention(texts, slides.regions, slides.region_mask)
+    return slides, texts, *model.text_region(texts, slides.regions, slides.region_mask)
 
 
 def encode_torch(model: TorchPathFLIP, case: dict):

@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import json
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,10 +117,16 @@ def test_a_batch_is_a_function_of_seed_and_step(cohort):
     assert set(a.slide) != set(b.slide)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_make_the_batch_of_one(cohort, processes):
-    parts = [batches(cohort, process_index=i, process_count=processes).batch(3) for i in range(processes)]
-    assert_equal(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), batches(cohort).batch(3))
+@pytest.mark.parametrize("owners", [[(0,), (1,)], [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)]])
+def test_processes_make_the_batch_of_one(cohort, owners):
+    whole, shards = batches(cohort).batch(3), sum(map(len, owners))
+
+    def take(x, own):
+        return np.concatenate([np.split(x, shards)[i] for i in own])
+
+    for own in owners:
+        part = batches(cohort, shards=shards, own_shards=own).batch(3)
+        assert_equal(part, jax.tree.map(partial(take, own=own), whole))
 
 
 def test_groups_do_not_change_what_is_drawn(cohort):
@@ -374,7 +381,7 @@ def test_resized_batches_are_those_made_of_that_size(cohort):
     assert (made.steps_per_epoch, made.text_rows) == (other.steps_per_epoch, other.text_rows) == (3, made.text_rows)
     for step in (0, 4):
         assert_equal(made.batch(step), other.batch(step))
-    with pytest.raises(ValueError, match="batch_size 6, text_groups 4, 1 processes"):
+    with pytest.raises(ValueError, match="batch_size 6, text_groups 4, 1 shards"):
         made.resize(6, 4)
 
 

@@ -76,7 +76,7 @@ def loss(model, patches, mask, packed, key=None):
     embeddings = Embeddings(encoding.slide, encoding.regions, encoding.region_mask, embedded[:, 0], embedded[:, 1:])
     negatives = jnp.asarray([[-1, 0, 1], [1, -1, 0], [0, 1, -1]])
     total, _ = alignment_loss(
-        embeddings, model.text_region_attention, negatives, jnp.arange(B), model.logit_scale[...], None, LossConfig()
+        embeddings, model.text_region, negatives, jnp.arange(B), model.logit_scale[...], None, LossConfig()
     )
     return total, embeddings
 
@@ -188,10 +188,10 @@ def test_a_batch_of_one_slide_learns_without_negatives(normaliser):
 
     def total(model):
         config = LossConfig(normaliser=normaliser)
-        return alignment_loss(batch, model.text_region_attention, none, case, scale, None, config)[0]
+        return alignment_loss(batch, model.text_region, none, case, scale, None, config)[0]
 
     found, gradient = jax.value_and_grad(total)(model())
-    pooled, _ = model().text_region_attention(subcaptions, regions, batch.region_mask)
+    pooled, _ = model().text_region(subcaptions, regions, batch.region_mask)
     cosine = (pooled * subcaptions).sum(-1) / jnp.linalg.norm(pooled, axis=-1) / jnp.linalg.norm(subcaptions, axis=-1)
     positives = -jax.nn.log_sigmoid(scale * cosine).mean()
     assert found == pytest.approx(float(positives) / (2 if normaliser == "per_slide" else 1), rel=1e-5)
