@@ -163,8 +163,8 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
 
 
 def test_a_frozen_parameter_stays_and_the_rest_learns(options, straight, tmp_path, monkeypatch):
-    def half(config):
-        return alignment(config)._replace(trainable=lambda name: not name.startswith("qformer/"))
+    def half(*arguments):
+        return alignment(*arguments)._replace(trainable=lambda name: not name.startswith("qformer/"))
 
     monkeypatch.setattr(train, "alignment", half)
     assert train.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.accumulate=2"]) == 0
