@@ -6,8 +6,8 @@ seconds of steps after the checkpoint that a later start went on from are lost w
 of a process and the next start is down time. All causes add up to the time from the first start to the last row.
 
 The terms are those of the package ml-goodput-measurement 0.2.3. The package itself works on Google Cloud alone: it
-writes to and reads from Cloud Logging (offline its recorder raises DefaultCredentialsError), and brings 27 packages,
-70 MB besides NumPy and SciPy.
+writes to and reads from Cloud Logging (offline its recorder raises DefaultCredentialsError), and brings 30 packages,
+72 MB, besides NumPy and SciPy.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Ledger:
         self._spent = dict.fromkeys(CAUSES, 0.0)
         self._cause, self._since = INITIALISATION, now - (time.time() - self._began)
         self.resumed = now  # perf_counter() at which steps went on after something else
-        self._file = None
+        self._path: Path | None = None
         self._step = 0
         self._every, self._recorded = record_seconds, now
 
@@ -83,10 +83,9 @@ class Ledger:
 
     def open(self, workdir: Path, step: int, **facts: float) -> None:
         """Start writing to the file of this run, which goes on after `step`; `facts` go into the first row."""
-        path = workdir / GOODPUT
-        if path.exists():  # a row cut off by a crash would stand before ours
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")
+        self._path = workdir / GOODPUT
+        if self._path.exists():  # a row cut off by a crash would stand before ours
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
         self._write(START, step, began=round(self._began, 3), **facts)
 
     def progress(self, step: int) -> None:
@@ -96,13 +95,14 @@ class Ledger:
             self._write(PROGRESS, step)
 
     def _write(self, event: str, step: int, **more: float) -> None:
-        if self._file is None:
+        if self._path is None:
             return
         self.switch(self._cause)
         self._step, self._recorded = step, self._since
         spent = {cause: round(seconds, 4) for cause, seconds in self._spent.items() if seconds}
         row = {"time": round(time.time(), 3), "event": event, "step": step, **more, "seconds": spent}
-        self._file.write(json.dumps(row) + "\n")
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def __enter__(self):
         return self
@@ -110,9 +110,6 @@ class Ledger:
     def __exit__(self, *_) -> None:
         """Write the last row, whatever ended the run."""
         self._write(END, self._step)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,15 +161,15 @@ def summarise(workdir: str | Path) -> Summary:
             lost = rows[-1]["seconds"].get(STEP, 0.0) - max(there, default=0.0)
             spent[STEP] -= lost
             spent[LOST] += lost
-    total, productive = sum(spent.values()), spent.pop(STEP)
+    total, productive = max(sum(spent.values()), 1e-9), spent.pop(STEP)
     saves = [row["took"] for rows in processes for row in rows if row["event"] == SAVED]
     first, last = processes[0][0]["step"], processes[-1][-1]["step"]
     said = processes[-1][0]
     return Summary(
         total=total,
         productive=productive,
-        goodput=productive / total if total else math.nan,
-        goodput_while_running=productive / (total - spent[DOWN]) if total > spent[DOWN] else math.nan,
+        goodput=productive / total,
+        goodput_while_running=productive / max(total - spent[DOWN], 1e-9),
         badput=spent,
         starts=len(processes),
         steps=last,

@@ -106,22 +106,41 @@ def memory_in_use() -> dict[str, int]:
     if jax.default_backend() != "cpu":
         return {}
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = {"process_memory_peak_bytes": peak_bytes}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found["process_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux: the peak alone is known
-        pass
-    return found
+        return {"process_memory_peak_bytes": peak_bytes}
+    resident = pages * os.sysconf("SC_PAGE_SIZE")  # the system keeps the peak with a delay
+    return {"process_memory_bytes": resident, "process_memory_peak_bytes": max(resident, peak_bytes)}
 
 
-class _Started(NamedTuple):
-    """A step under way, in seconds of `time.perf_counter`: when it was given to the devices, when its batch was waited
-    for, and when the loop last came back from something else than steps."""
+class Started(NamedTuple):
+    """A step under way, in seconds of one clock: when it was given to the devices, from when to when its batch was
+    waited for, and when the loop last came back to steps from something else (a validation, a save)."""
 
     given: float
     waited: tuple[float, float]
     resumed: float
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step, those of them in which the devices had nothing to do, and those because of its batch."""
+
+    seconds: float
+    idle: float
+    waited: float
+
+
+def step_time(started: Started, finished_before: float, finished: float) -> StepTime:
+    """The time of a step that ended at `finished`, after one that ended at `finished_before`.
+
+    It begins where the devices were free for it. Waiting for a batch while they were not costs nothing.
+    """
+    ready = max(finished_before, started.resumed)
+    seconds = max(finished - ready, 1e-9)
+    idle = min(max(started.given - ready, 0.0), seconds)
+    waited = min(max(started.waited[1] - max(started.waited[0], ready), 0.0), idle)
+    return StepTime(seconds, idle, waited)
 
 
 class Telemetry:
@@ -134,10 +153,10 @@ class Telemetry:
     def __init__(self, ledger: Ledger, mesh: Mesh, dtype: str):
         self.peak = peak(mesh, dtype)
         self._ledger = ledger
-        self._hosts = None if _alone() else Hosts(mesh)
+        self.hosts = None if _alone() else Hosts(mesh)
         self._compilations = CompileCounter()
         self._waited = (0.0, 0.0)
-        self._started: deque[_Started] = deque()
+        self._started: deque[Started] = deque()
         self._finished_before = 0.0
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)  # operations, seconds, waits
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()
@@ -165,7 +184,7 @@ class Telemetry:
         """The same step, whose last result are its metrics; when it starts and ends is noted."""
 
         def run(*arguments):
-            self._started.append(_Started(time.perf_counter(), self._waited, self._ledger.resumed))
+            self._started.append(Started(time.perf_counter(), self._waited, self._ledger.resumed))
             results = step(*arguments)
             self._under_way.put(results[-1])
             return results
@@ -180,11 +199,9 @@ class Telemetry:
         there; waiting that a running step hides costs nothing and is not counted. `utilisation`: useful operations
         (`model/flops.py`) of the last steps over the peak of all devices, where that is known.
         """
-        started, finished = self._started.popleft(), self._finished.get()
-        ready = max(self._finished_before, started.resumed)
+        finished = self._finished.get()
+        seconds, idle, waited = step_time(self._started.popleft(), self._finished_before, finished)
         self._finished_before = finished
-        seconds = max(finished - ready, 1e-9)
-        waited = max(started.waited[1] - max(started.waited[0], ready), 0.0)
         self._ledger.move(waited, STEP, DATA)
         self._recent.append((useful_flops, seconds, waited))
         operations, total, waits = (sum(values) for values in zip(*self._recent, strict=True))
@@ -192,10 +209,15 @@ class Telemetry:
         if self.peak and useful_flops:
             found["utilisation"] = operations / total / self.peak.rate
         found |= memory_in_use()
-        if self._hosts:
-            idle = max(started.given - ready, 0.0)
-            found |= self._hosts.exchange(step, idle, seconds - min(idle, seconds))
+        if self.hosts:
+            found |= self.hosts.exchange(step, idle, seconds - idle)
         return {PERFORMANCE + name: value for name, value in found.items()}
+
+    def describe(self) -> str:
+        """What utilisation is counted against, or why there is none."""
+        if self.peak:
+            return f"utilisation is of {self.peak.rate / 1e12:.3g} TFLOP/s: {self.peak.source}"
+        return f"no utilisation: nobody knows what {jax.local_devices()[0].device_kind} can do at most"
 
     def __enter__(self):
         self._compilations.__enter__()
@@ -216,10 +238,9 @@ class Hosts:
     slowly, in a host that is on time, makes all devices wait inside the step and is not seen here.
     """
 
-    def __init__(self, mesh: Mesh, every: int = STRAGGLER_STEPS):
+    def __init__(self, mesh: Mesh):
         from jax.experimental import multihost_utils
 
-        self._every = every
         self._sums = np.zeros(2)
         self._steps = 0
         self._pending: jax.Array | None = None
@@ -239,7 +260,7 @@ class Hosts:
             found = self._compare(step, np.array([seconds[self._process == p][0] for p in np.unique(self._process)]))
         self._sums += idle, busy
         self._steps += 1
-        if self._steps == self._every:
+        if self._steps == STRAGGLER_STEPS:
             mean = (self._sums / self._steps).astype(np.float32)
             local = np.tile(mean, (jax.local_device_count(), 1))
             self._pending = self._gather(jax.make_array_from_process_local_data(self._place, local))

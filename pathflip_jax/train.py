@@ -126,6 +126,8 @@ def fit(
         if primary:
             ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
         telemetry = Telemetry(ledger, mesh, config.model.compute_dtype)
+        if primary:
+            print(telemetry.describe(), file=sys.stderr)
         places = jax.tree.map(lambda x: x.sharding, (learned, opt_state))
         step = jax.jit(
             counted_step,
