@@ -197,7 +197,8 @@ class Telemetry:
         `step_seconds`: from the end of the step before (or of a validation or save between them) to its own end.
         `input_wait`: the share of the last steps in which the devices had nothing to do because the batch was not
         there; waiting that a running step hides costs nothing and is not counted. `utilisation`: useful operations
-        (`model/flops.py`) of the last steps over the peak of all devices, where that is known.
+        (`model/flops.py`) of the last steps over the peak of all devices, where that is known. `compilations`: programs
+        compiled since the loop began; the step is compiled before it.
         """
         finished = self._finished.get()
         seconds, idle, waited = step_time(self._started.popleft(), self._finished_before, finished)
