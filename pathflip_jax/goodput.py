@@ -25,8 +25,8 @@ from pathflip_jax.metrics import read_metrics
 GOODPUT = "goodput.jsonl"
 # What the main thread spends its time on. STEP is what is left: dispatching steps and waiting for the devices.
 INITIALISATION, COMPILATION, RESTORE, STEP = "initialisation", "compilation", "checkpoint_restore", "step"
-DATA, SAVE, EVALUATION = "data_loading", "checkpoint_save", "evaluation"
-CAUSES = (INITIALISATION, COMPILATION, RESTORE, STEP, DATA, SAVE, EVALUATION)
+DATA, SAVE, EVALUATION, PROFILE = "data_loading", "checkpoint_save", "evaluation", "profile"
+CAUSES = (INITIALISATION, COMPILATION, RESTORE, STEP, DATA, SAVE, EVALUATION, PROFILE)
 LOST, DOWN = "lost_work", "down"
 START, PROGRESS, SAVED, END = "start", "progress", "saved", "end"
 RECORD_SECONDS = 10.0  # at most this is not known of a process that was killed
@@ -222,7 +222,9 @@ def describe(found: Summary) -> str:
     ]
     rows = sorted(found.badput.items(), key=lambda item: -item[1])
     lines += [
-        f"  {cause.replace('_', ' '):20} {seconds / found.total:6.1%}  {_duration(seconds)}" for cause, seconds in rows
+        f"  {cause.replace('_', ' '):20} {seconds / found.total:6.1%}  {_duration(seconds)}"
+        for cause, seconds in rows
+        if seconds
     ]
     advice = recommend(found)
     if advice:

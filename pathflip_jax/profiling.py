@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jax
 
+from pathflip_jax import goodput
+
 PROFILE = "profile"
 SETTLED = 2  # steps of a start that a count leaves out: first use of memory and of the network
 STEPS_ON_SIGNAL = 3
@@ -38,10 +40,12 @@ def profiled_steps(text: str, start: int) -> range:
 class Profiler:
     """Traces the steps asked for; a context manager around the loop, which says where each step begins and ends.
 
-    Every process traces itself. On SIGUSR1 a process traces the next three steps.
+    Every process traces itself; on SIGUSR1 it traces the next three steps. `ledger` counts what starting and writing a
+    trace take.
     """
 
-    def __init__(self, workdir: Path, wanted: str, start: int):
+    def __init__(self, workdir: Path, wanted: str, start: int, ledger: goodput.Ledger):
+        self._ledger = ledger
         self.folder = workdir / PROFILE
         self._steps = profiled_steps(wanted, start)
         self._tracing = self._asked = False
@@ -58,7 +62,8 @@ class Profiler:
         if self._asked and not self._tracing:
             self._asked, self._steps = False, range(step, step + STEPS_ON_SIGNAL)
         if self._steps and step == self._steps[0]:
-            jax.profiler.start_trace(self.folder)
+            with self._ledger.during(goodput.PROFILE):
+                jax.profiler.start_trace(self.folder)
             self._tracing = True
 
     def end(self, step: int, results: object) -> None:
@@ -68,7 +73,8 @@ class Profiler:
             self._stop()
 
     def _stop(self) -> None:
-        jax.profiler.stop_trace()
+        with self._ledger.during(goodput.PROFILE):
+            jax.profiler.stop_trace()
         self._tracing = False
         if jax.process_index() == 0:
             print(

@@ -157,7 +157,7 @@ def fit(
                 config=resolved,
             ) as writer,
             telemetry,
-            Profiler(workdir, profile, start) as profiler,
+            Profiler(workdir, profile, start, ledger) as profiler,
             ledger.during(goodput.STEP),
         ):
             pending: tuple[int, dict] | None = None  # a step under way, whose metrics nobody has waited for
