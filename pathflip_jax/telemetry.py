@@ -49,6 +49,7 @@ PEAK_BFLOAT16 = {
 }
 TWO_CORES = ("TPU v4", "TPU v5")  # chips whose two cores are one device, or two devices of half the rate
 MEASURE_SECONDS, MEASURE_SIZE = 0.2, 1024
+EXIT_SECONDS = 60  # for the step under way; one that hangs is left to hang
 STRAGGLER_STEPS = 20
 STRAGGLER = 1.5  # times the median of the other hosts
 
@@ -228,6 +229,7 @@ class Telemetry:
     def __exit__(self, *_) -> None:
         self._compilations.__exit__()
         self._under_way.put(None)
+        self._watcher.join(EXIT_SECONDS)
 
 
 class Hosts:
