@@ -1,8 +1,8 @@
 """The floor under every part of a step: operations over the unit's rate, bytes over the bandwidth, the larger counts.
 
 Operations are those of the algorithm that the library runs (absorbed key and value projections, packed texts) on valid
-patches and real tokens, two per multiply-add; bytes are what has to move through memory at least, each tensor that is
-too large for a cache written once and read once per use. Prints a Markdown table, the source of ROOFLINE.md.
+patches and real tokens, bytes what has to move through memory at least (`pathflip_jax/model/flops.py`). Prints a
+Markdown table, the source of ROOFLINE.md.
 
 With `--measure` the base train step of `step.py` runs here under JAX's profiler, and the table says what each part took
 beside its floor at the rate of this machine's own matrix products, its peak memory and its longest operations.
@@ -32,7 +32,9 @@ import numpy as np
 from machine import keep_freed
 from sides import BASE, JOBS, SMALL, Job, Peak, make_inputs, our_batch, our_training
 
+from pathflip_jax.model import flops
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.flops import Part, Work
 
 # Operations per second by dtype, and bytes per second of memory: data sheets; `cpu` is two cores as measured by
 # benchmarks/step.py (matrix products) and by a copy of 1 GB.
@@ -64,18 +66,6 @@ PRODUCTS = {
 LENGTHS = Path(__file__).parent / "token_lengths.json"
 
 
-class Part(NamedTuple):
-    """One part of a step: operations and bytes, forward and backward together."""
-
-    name: str
-    operations: float
-    bytes: float
-
-    def floor(self, rate: float, bandwidth: float) -> float:
-        """Seconds that it takes at least."""
-        return max(self.operations / rate, self.bytes / bandwidth)
-
-
 class Shapes(NamedTuple):
     """What a step sees: slides, regions and valid patches of each, and the lengths of all texts of one slide."""
 
@@ -91,40 +81,10 @@ def typical_lengths() -> tuple[int, ...]:
 
 
 def parts(config: PathFLIPConfig, shapes: Shapes, width: int, training: bool) -> list[Part]:
-    """The parts of a step; `width` is the bytes of an activation. Training takes three times the forward's work."""
-    F, D, H, inner = config.feature_dim, config.embed_dim, config.hidden, config.intermediate
-    Q, heads, layers, crossing = config.num_queries, config.heads, config.layers, len(config.cross_layers)
-    B, R, N = shapes.slides, shapes.regions, shapes.patches
-    T, squares = sum(shapes.lengths), sum(n * n for n in shapes.lengths)
-    passes = 3 if training else 1
-    rows = B * (1 + R) * Q  # query tokens of a batch, slide and regions
-    read = 2 * B * N  # every patch is scored and pooled by the slide's queries and by its region's
-    found = []
-
-    def part(name: str, multiply_adds: float, moved: float) -> None:
-        found.append(Part(name, 2 * passes * multiply_adds, passes * moved))
-
-    part("patch projection", B * N * F * D, B * N * (2 * F + D * width))
-    part("queries: projections of cross-attention", crossing * rows * (2 * H * H + 2 * H * D), crossing * 4 * H * H)
-    # Scores and their softmax are written and read once each way in float32; patches are read for scores and pooling.
-    scores = read * heads * Q
-    part("patches: scores and pooling", crossing * 2 * scores * D, crossing * (2 * read * D * width + 4 * scores * 4))
-    part("queries: self-attention", layers * rows * (4 * H * H + 2 * Q * H), layers * rows * 8 * H * width)
-    part("queries: feed-forward", layers * rows * 2 * H * inner, layers * rows * (2 * H + 2 * inner) * width)
-    part("text: projections", layers * B * T * 4 * H * H, layers * B * T * 8 * H * width)
-    part("text: attention", layers * B * 2 * squares * H, layers * B * 4 * squares * heads * width)
-    part("text: feed-forward", (layers - 1) * B * T * 2 * H * inner, layers * B * T * (2 * H + 2 * inner) * width)
-    if training:
-        # AdamW reads weight, gradient and two moments and writes three of them, in float32.
-        found.append(Part("optimizer", 12 * parameters(config), 28 * parameters(config)))
-    return found
-
-
-def parameters(config: PathFLIPConfig) -> int:
-    """The number of parameters."""
-    from pathflip_jax.model.pathflip import abstract_params
-
-    return sum(math.prod(x.shape) for x in abstract_params(config).values())
+    """The parts of a step of these shapes."""
+    B, squares = shapes.slides, sum(n * n for n in shapes.lengths)
+    work = Work(B, B * shapes.regions, B * shapes.patches, B * sum(shapes.lengths), B * squares)
+    return flops.parts(config, work, width, training)
 
 
 def table(found: list[Part], rate: float, bandwidth: float, slides: int) -> str:

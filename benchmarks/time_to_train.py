@@ -3,7 +3,7 @@
 Makes a cohort of realistic sizes (random features, 10,000 patches a slide on average, reports of real captions'
 length), and trains on it with `pathflip train`, its input pipeline, logging and checkpoints included. With fewer
 `--slides` than `--epoch-slides` the epoch is predicted from the part: what starting and compiling took, and the speed
-of the last steps. Useful FLOPs are those of the absorbed algorithm on real tokens and valid patches (`roofline.py`).
+of the last steps. Useful FLOPs are those that the run counts of its own batches (`pathflip_jax/model/flops.py`).
 
     python benchmarks/time_to_train.py --slides 12 --batch 2 --steps 6            # predicted, on a laptop
     python benchmarks/time_to_train.py --slides 4181 --batch 64 --dtype bfloat16  # an epoch for real: 43 GB of records
@@ -30,13 +30,11 @@ import numpy as np
 from input import make_captions
 from machine import describe
 from records import place_slide, write_records
-from roofline import DEVICES, Shapes, parts
+from roofline import DEVICES
 
-from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.tokens import TextTokenizer
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.metrics import METRICS, read_metrics
+from pathflip_jax.telemetry import USEFUL
 
 EPOCH_SLIDES = 4181  # the training split of SlideChat's TCGA pairs, as the paper's
 PATCHES = (10_000, 0.7)  # mean, and deviation of the logarithm: from biopsies to whole resections
@@ -92,25 +90,6 @@ def train(folder: Path, options: argparse.Namespace, steps: int, more: list[str]
     return seconds, np.diff(times).tolist()
 
 
-def useful_operations(folder: Path, options: argparse.Namespace) -> float:
-    """Floating-point operations of one training step on valid patches and real tokens, on average over the cohort."""
-    config = json.loads((folder / "run" / "config.json").read_text())
-    data, model = config["data"], PathFLIPConfig.from_dict(json.loads((folder / "run" / "model.json").read_text()))
-    counts = [np.diff(info.region_rows) for info in Records(folder / "records").slides]
-    drawn = [np.minimum(rows, data["patch_slots"]).mean() * min(len(rows), data["regions"]) for rows in counts]
-    regions = np.mean([min(len(rows), data["regions"]) for rows in counts])
-    tokenizer = TextTokenizer(folder / "vocabulary")
-    captions = [json.loads(line)["caption"] for line in (folder / "reports.jsonl").read_text().splitlines()]
-    whole = np.mean([len(ids) + 2 for ids in tokenizer.ids(captions)])
-    sentence = np.mean([len(ids) for ids in tokenizer.ids([s for c in captions for s in split_sentences(c)])])
-    merged = round(sentence * (1 + data["merge_sentences"]) / 2 + 2)
-    shapes = Shapes(
-        options.batch, round(regions), round(float(np.mean(drawn))), (round(whole), *[merged] * data["subcaptions"])
-    )
-    width = 2 if options.dtype == "bfloat16" else 4
-    return sum(part.operations for part in parts(model, shapes, width, training=True))
-
-
 def main() -> int:
     """Make the cohort, train, print the epoch and the utilisation; write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +114,7 @@ def main() -> int:
         write_cohort(folder, options.slides, options.width)
         wrote = time.perf_counter() - start
         seconds, between = train(folder, options, steps, options.more)
-        operations = useful_operations(folder, options)
+        operations = statistics.fmean(row[USEFUL] for row in read_metrics(folder / "run" / METRICS))
         described = describe("jax", "numpy", "google-crc32c", folder=folder)
     step = statistics.median(between[len(between) // 2 :])
     startup = seconds - step * steps

@@ -101,6 +101,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.eval_every = 500
     config.train.save_every = 500
     config.train.keep = 3  # checkpoints kept besides the best
+    config.train.keep_every = 0  # those of every so many steps are kept for good; 0: none
+    config.train.preemptions_per_day = 0.0  # stops a day to reckon with: a save_every is recommended; 0: not stated
+    config.train.deterministic = False  # the same bits from run to run on GPUs too, slower there
+    config.train.wandb_project = ""  # Weights & Biases project that gets the metrics too (extra [wandb]); "": none
     config.train.select = "val/mean_reciprocal_rank"  # decides the best; smaller is better where the name says loss
     config.train.select_margin = 0.0  # the best is the latest within this of the top: what few slides cannot tell apart
 

@@ -84,10 +84,11 @@ def read_json(path: Path) -> dict:
 class Checkpoints:
     """The checkpoints of one run: saves in the background, restores the newest sound one; a context manager."""
 
-    def __init__(self, workdir: Path, keep: int, facts: dict):
+    def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0):
         self.workdir = Path(workdir).resolve()
         self.facts = facts
-        self._latest = _manager(self.workdir / CHECKPOINTS, max(keep, 2))  # two: a damaged one has one before it
+        # Two: a damaged one has one before it.
+        self._latest = _manager(self.workdir / CHECKPOINTS, max(keep, 2), keep_every)
         self._best = _manager(self.workdir / BEST, 1)
 
     def save(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
@@ -168,8 +169,10 @@ class Checkpoints:
         self._best.close()
 
 
-def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+def _manager(folder: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
+    """Keeps the newest `keep`, and those whose step is a multiple of `keep_every` for good."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 class _clear_errors:

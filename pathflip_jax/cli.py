@@ -228,6 +228,18 @@ def _demo(options: argparse.Namespace) -> int:
     return run_demo(options.out, slides=options.slides, seed=options.seed, workers=options.workers)
 
 
+def _goodput(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pathflip_jax.goodput import as_dict, describe, summarise
+
+    found = summarise(options.run_folder)
+    if options.preemptions_per_day is not None:
+        found = dataclasses.replace(found, preemptions_per_day=options.preemptions_per_day)
+    print(json.dumps(as_dict(found)) if options.json else describe(found))
+    return 0
+
+
 def _train_help(_: argparse.Namespace) -> int:
     raise AssertionError("main() hands `train` over before this parser sees it")
 
@@ -316,6 +328,19 @@ def build_parser() -> argparse.ArgumentParser:
         "train a model; options are settings of the config",
         "pathflip train --config align_base --config.data.records=records --workdir runs/base",
     )
+
+    goodput = _command(
+        commands,
+        "goodput",
+        _goodput,
+        "say where the time of a run went, and how often to save",
+        "pathflip goodput runs/base --preemptions-per-day 4",
+    )
+    goodput.add_argument("run_folder", type=Path, metavar="RUN", help="run folder; the run may be under way")
+    goodput.add_argument(
+        "--preemptions-per-day", type=float, metavar="N", help="stops to reckon with, instead of the run's setting"
+    )
+    goodput.add_argument("--json", action="store_true", help="print it as JSON, in seconds and shares")
 
     evaluate = _command(
         commands,

@@ -3,9 +3,16 @@
 import os
 from pathlib import Path
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for every program, from the cache or not
+# What makes a program give the same bits each time it runs, by backend. CPU and TPU: it does (tests/test_train.py shows
+# it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by a race at compilation.
+DETERMINISTIC = {"cpu": {}, "tpu": {}, "gpu": {"xla_gpu_deterministic_ops": True}}
 
-def compiler_options() -> dict[str, str]:
+
+def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
     """What `jax.jit` is given for programs that take gradients, on the backend in use.
+
+    With `deterministic`, a program gives the same bits each time: ValueError for a backend of which nobody knows how.
 
     XLA for CPU removes `optimization_barrier` before it fuses and schedules. Without it a layer's fusion reaches back
     through the residuals of all layers before it, which costs time, and what is to be recomputed for the gradient is
@@ -13,7 +20,37 @@ def compiler_options() -> dict[str, str]:
     """
     import jax
 
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
+    backend = jax.default_backend()
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if backend == "cpu" else {}
+    if not deterministic:
+        return options
+    if backend not in DETERMINISTIC:
+        raise ValueError(
+            f"train.deterministic=True is known for {', '.join(DETERMINISTIC)}, this backend is {backend!r}; set it to "
+            "False"
+        )
+    return options | DETERMINISTIC[backend]
+
+
+class CompileCounter:
+    """`count`: the programs that this process compiled or took from the cache; a context manager while it counts."""
+
+    def __init__(self):
+        self.count = 0
+
+    def _listen(self, event: str, _seconds: float, **_) -> None:
+        self.count += event == COMPILED
+
+    def __enter__(self):
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
 def keep_compiled() -> None:

@@ -19,6 +19,8 @@ SLIDES = ("openslide-python", "openslide-bin", "scikit-image", "h5py")
 EXTRAS = {
     "torch": ("torch", "read and write PyTorch checkpoints other than .safetensors"),
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
+    "profile": ("xprof", "view what `pathflip train --profile` traces"),
+    "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),
 }
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
 
@@ -85,8 +87,19 @@ def _devices() -> Iterator[Finding]:
         return
     kinds = sorted({device.device_kind for device in devices})
     yield Finding("devices", f"{len(devices)} x {', '.join(kinds)} ({devices[0].platform})", "ok")
+    if devices[0].platform != "cpu":
+        yield _utilisation(devices[0].device_kind)
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         yield Finding("gpu", "there is a GPU that jax does not see", "fault", "`pip install pathflip-jax[gpu]`")
+
+
+def _utilisation(kind: str) -> Finding:
+    from pathflip_jax.telemetry import PEAK_BFLOAT16
+
+    if kind in PEAK_BFLOAT16:
+        return Finding("utilisation", f"of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 on each {kind}", "ok")
+    cure = "add its bfloat16 rate to PEAK_BFLOAT16 in pathflip_jax/telemetry.py; until then runs report none"
+    return Finding("utilisation", f"nobody knows what {kind} can do at most", "note", cure)
 
 
 def _room() -> Iterator[Finding]:

@@ -1,16 +1,21 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end."""
+"""What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
+
+Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]).
+"""
 
 import collections
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
-VALIDATION = "val/"
+VALIDATION, PERFORMANCE = "val/", "perf/"
+WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
 SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
 
@@ -39,9 +44,22 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that goes on after `step`; a context manager. Only the first process writes."""
+    """Writes the metrics of a run that goes on after `step`; a context manager. Only the first process writes.
 
-    def __init__(self, workdir: Path, step: int, steps: int, *, slides_per_step: int, primary: bool = True):
+    With `wandb_project` a run of Weights & Biases gets them too, and `config` with them.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        steps: int,
+        *,
+        slides_per_step: int,
+        primary: bool = True,
+        wandb_project: str = "",
+        config: dict | None = None,
+    ):
         self.primary = primary
         self.slides_per_step = slides_per_step
         self._validation: dict[str, float] = {}
@@ -49,6 +67,7 @@ class MetricsWriter:
         if not primary:
             return
         workdir.mkdir(parents=True, exist_ok=True)
+        self._wandb = start_wandb(wandb_project, workdir, config) if wandb_project else None
         truncate_metrics(workdir / METRICS, step)
         self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
         self._events = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=30)
@@ -64,14 +83,17 @@ class MetricsWriter:
         speed = (step - before) * self.slides_per_step / max(now - then, 1e-9)
         self._recent.append((now, step))
         row = {"step": step} | {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps(row | {"slides_per_second": round(speed, 2)}) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        row["slides_per_second"] = round(speed, 2)
+        self._file.write(json.dumps(row) + "\n")
+        scalars = {name if "/" in name else f"train/{name}": value for name, value in row.items() if name != "step"}
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
         self._validation |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
         shown = {name: f"{row[name]:.3f}" for name in ("loss", "loss_slide", "loss_region") if name in row}
         shown |= {name: f"{value:.3f}" for name, value in self._validation.items() if "recall_at_1" in name}
-        self._bar.set_postfix(shown | {"slides/s": f"{speed:.0f}"}, refresh=False)
+        self._bar.set_postfix(shown | {"slides/s": f"{speed:.3g}"} | _shown_performance(row), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
@@ -89,10 +111,49 @@ class MetricsWriter:
             self._file.close()
             self._events.close()
             self._bar.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def import_wandb(project: str):
+    """The package wandb; ImportError names the extra where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError(
+            f"train.wandb_project={project!r} needs wandb: `pip install pathflip-jax[wandb]`, or leave it empty"
+        ) from None
+    return wandb
+
+
+def start_wandb(project: str, workdir: Path, config: dict | None):
+    """The Weights & Biases run of a run folder: a run that goes on is the same one there.
+
+    Rows that a restart writes again are taken from the first time. WANDB_MODE=offline needs no account; the mode, key
+    and server are wandb's own settings.
+    """
+    wandb = import_wandb(project)
+    named = workdir / WANDB_ID
+    if not named.exists():
+        named.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    name = named.read_text(encoding="utf-8")
+    return wandb.init(project=project, dir=str(workdir), id=name, name=workdir.name, resume="allow", config=config)
+
+
+def _shown_performance(row: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows of how well the machine is used."""
+    shown = {}
+    for name, label in (("utilisation", "use"), ("input_wait", "wait")):
+        if PERFORMANCE + name in row:
+            shown[label] = f"{row[PERFORMANCE + name]:.1%}"
+    for name in ("device_memory_bytes", "process_memory_bytes"):
+        if PERFORMANCE + name in row:
+            shown["GB"] = f"{row[PERFORMANCE + name] / 1e9:.1f}"
+    return shown
 
 
 def plot(workdir: Path) -> list[Path]:
-    """Draw losses, learning rate and validation over steps into plots/; returns the pictures."""
+    """Draw losses, learning rate, validation and use of the machine over steps into plots/; returns the pictures."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(workdir / METRICS)
@@ -103,6 +164,9 @@ def plot(workdir: Path) -> list[Path]:
         "learning_rate": (["learning_rate"], "learning rate"),
         "validation": (retrieval, "validation"),
         "gradient_norm": (["gradient_norm"], "global gradient norm"),
+        "speed": (["slides_per_second"], "slides a second"),
+        "utilisation": ([PERFORMANCE + name for name in ("utilisation", "input_wait")], "share"),
+        "memory": (sorted(name for name in names if "memory" in name), "bytes"),
     }
     folder = workdir / PLOTS
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
     rest = [argument for argument in argv if not argument.startswith("--config=")]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *rest])
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("profile", "", "steps to profile: a count, or first:last", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of the first process", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
@@ -85,7 +86,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
         raise ValueError(f"{' '.join(unused)}: not an option; settings are given as --config.section.name=value")
     if not values.workdir:
         raise ValueError("--workdir is not given: name the folder that the run writes to")
-    return config, {name: values[name].value for name in ("workdir", "coordinator", "num_processes", "process_id")}
+    names = ("workdir", "profile", "coordinator", "num_processes", "process_id")
+    return config, {name: values[name].value for name in names}
 
 
 def require(config: ConfigDict) -> None:

@@ -8,6 +8,7 @@ import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,16 +19,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, memory, settings, sharding
+from pathflip_jax import checkpoint, goodput, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import Batches, look_up
 from pathflip_jax.losses import LossConfig, pair_bytes
-from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
+from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, import_wandb, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.flops import useful_operations
 from pathflip_jax.model.pathflip import PathFLIP, abstract_params, flatten, unflatten
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+from pathflip_jax.profiling import Profiler, profiled_steps
 from pathflip_jax.run_data import RunData, open_data
 from pathflip_jax.stage import Params, Stage, alignment, make_step
+from pathflip_jax.telemetry import USEFUL, Telemetry
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
 RECALLS = (1, 5)
@@ -38,7 +42,7 @@ MAY_CHANGE = {
     "loss": ("negatives_at_once",),
     "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
     "model": ("bert",),
-    "train": ("keep",),
+    "train": ("keep", "keep_every", "save_every", "preemptions_per_day", "deterministic", "wandb_project"),
 }
 
 
@@ -46,13 +50,21 @@ class Stopped(Exception):
     """The run was told to stop (SIGTERM), has saved its state, and goes on when it is started again."""
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(
+    config: ConfigDict, workdir: str | Path, *, profile: str = "", began: float | None = None
+) -> dict[str, float]:
     """Train, or go on training, the run of this config in `workdir`; returns the last metrics.
 
-    Raises Stopped after SIGTERM, once the state is saved; ValueError and OSError for input that cannot be used, with
-    the cure; MemoryError where a step would not fit; FloatingPointError when the loss is no longer a number.
+    `profile` names steps to profile (`profiling.profiled_steps`); the process counts as started at `began`, seconds of
+    `time.time()`, or now. Raises Stopped after SIGTERM, once the state is saved; ValueError and OSError for input that
+    cannot be used, with the cure; MemoryError where a step would not fit; FloatingPointError when the loss is no longer
+    a number.
     """
+    ledger = goodput.Ledger(began)
     settings.require(config)
+    profiled_steps(profile, 0)
+    if config.train.wandb_project:
+        import_wandb(config.train.wandb_project)
     losses = [f"loss_{part}" for part in ("slide", "region") if config.loss[f"{part}_weight"]]
     measured = [VALIDATION + name for name in (*MEASURED, *losses)]
     if config.train.select not in measured:
@@ -78,7 +90,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         resolved["train"]["steps"] = steps
         claim(workdir, resolved, model, data.tokenizer)
         stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
-        return fit(stage, config, resolved, model, data, steps, mesh, workdir)
+        return fit(stage, config, resolved, model, data, steps, mesh, workdir, ledger, profile)
 
 
 def fit(
@@ -90,8 +102,13 @@ def fit(
     steps: int,
     mesh: jax.sharding.Mesh,
     workdir: Path,
+    ledger: goodput.Ledger,
+    profile: str = "",
 ) -> dict[str, float]:
-    """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
+    """The loop: step, validate, save; from the newest sound checkpoint, if there is one.
+
+    `ledger` keeps where its time goes.
+    """
     optim, setup, primary = OptimConfig(**config.optim), config.train, jax.process_index() == 0
     schedule = learning_rate(optim, steps, data.train.steps_per_epoch)
     optimizer = make_optimizer(optim, schedule)
@@ -105,31 +122,52 @@ def fit(
     def counted_step(learned, frozen, opt_state, batch, number, features):
         nonlocal compiled
         compiled += 1  # Python runs through here only to compile
-        return plain_step(learned, frozen, opt_state, look_up(batch, features), number)
+        learned, opt_state, metrics = plain_step(learned, frozen, opt_state, look_up(batch, features), number)
+        useful = useful_operations(model, batch.patch_mask, [rows.segments for rows in batch.text_rows])
+        return learned, opt_state, metrics | {USEFUL: useful}
 
     facts = {"config": resolved, "git": checkpoint.git_revision()}
-    with checkpoint.Checkpoints(workdir, setup.keep, facts) as checkpoints:
-        start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints)
+    with ledger, checkpoint.Checkpoints(workdir, setup.keep, facts, setup.keep_every) as checkpoints:
+        start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints, ledger)
+        if primary:
+            ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
+        telemetry = Telemetry(ledger, mesh, config.model.compute_dtype)
+        if primary:
+            print(telemetry.describe(), file=sys.stderr)
         places = jax.tree.map(lambda x: x.sharding, (learned, opt_state))
         step = jax.jit(
             counted_step,
             donate_argnums=(0, 2),
             out_shardings=(*places, NamedSharding(mesh, P())),
-            compiler_options=compiler_options(),
+            compiler_options=compiler_options(setup.deterministic),
         )
         validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
-        batches = data.train.__iter__(start)
-        batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
+        batches = telemetry.timed_batches(data.train.__iter__(start))
+        with ledger.during(goodput.DATA):
+            batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
         features = place_features(mesh, data.train)
         if start < steps:
-            step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
+            with ledger.during(goodput.COMPILATION):
+                step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
             pieces = sharding.batch_shards(mesh)
             sizes = setup.batch_size // pieces, setup.batch_size, model.text_region_heads
             pairs = pair_bytes(LossConfig(**config.loss), *sizes, config.data.regions, model.embed_dim)
             memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, pieces, pairs)
+        step = telemetry.timed_step(step)
         with (
             StopSignal() as stop,
-            MetricsWriter(workdir, start, steps, slides_per_step=setup.batch_size, primary=primary) as writer,
+            MetricsWriter(
+                workdir,
+                start,
+                steps,
+                slides_per_step=setup.batch_size,
+                primary=primary,
+                wandb_project=setup.wandb_project,
+                config=resolved,
+            ) as writer,
+            telemetry,
+            Profiler(workdir, profile, start, ledger) as profiler,
+            ledger.during(goodput.STEP),
         ):
             pending: tuple[int, dict] | None = None  # a step under way, whose metrics nobody has waited for
 
@@ -139,35 +177,46 @@ def fit(
                     (number, metrics), pending = pending, None
                     row = {name: float(x) for name, x in jax.device_get(metrics).items()} | (scores or {})
                     _refuse_nan(number, row["loss"], workdir)
-                    writer.write(number, row)
+                    writer.write(number, row | telemetry.row(number, row[USEFUL]))
+                    ledger.progress(number)
 
             for done in range(start + 1, steps + 1):
+                profiler.begin(done)
                 learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1), features)
                 if done < steps:
                     batch = sharding.place_batch(mesh, next(batches))
                 write()  # of the step before: the device is busy with this one
                 pending = (done, metrics)
+                profiler.end(done, metrics)
                 last, stopping, improved = done == steps, stop.requested(done), False
                 if validate and (last or done % setup.eval_every == 0):
-                    scores = validate(learned, frozen)
+                    jax.block_until_ready(metrics)  # time from here on is the validation's
+                    with ledger.during(goodput.EVALUATION):
+                        scores = validate(learned, frozen)
                     best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
                     write(scores)
                 if last or stopping or improved or done % setup.save_every == 0:
                     write()
                     writer.flush()  # a checkpoint is never ahead of its metrics
-                    checkpoints.save(done, learned | frozen, opt_state, {"best": best})
-                if improved:
-                    checkpoints.save_best(done, learned | frozen, {"best": best})
+                    with ledger.saving(done):
+                        checkpoints.save(done, learned | frozen, opt_state, {"best": best})
+                with ledger.during(goodput.SAVE):
+                    if improved:
+                        checkpoints.save_best(done, learned | frozen, {"best": best})
+                    if stopping or last:
+                        checkpoints.wait()
                 if stopping and not last:
-                    checkpoints.wait()
                     raise Stopped(f"stopped at step {done} of {steps}, saved; the same command goes on from there")
     if primary:
         plot(workdir)
         print(f"{workdir}: {steps} steps done; the step was compiled {compiled} times", file=sys.stderr)
+        print(goodput.describe(goodput.summarise(workdir)), file=sys.stderr)
     return read_metrics(workdir / METRICS)[-1]
 
 
-def _begin(stage: Stage, config: ConfigDict, model: PathFLIPConfig, optimizer, mesh, checkpoints):
+def _begin(
+    stage: Stage, config: ConfigDict, model: PathFLIPConfig, optimizer, mesh, checkpoints, ledger: goodput.Ledger
+):
     """(step, learned, frozen, optimizer state, best): from the newest sound checkpoint, else from the beginning.
 
     Shapes and places come first, so that nothing is computed that a checkpoint holds.
@@ -181,7 +230,8 @@ def _begin(stage: Stage, config: ConfigDict, model: PathFLIPConfig, optimizer, m
     def placed(shapes, places):
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
-    found = checkpoints.restore(placed(shapes, places), placed(opt_shapes, opt_places))
+    with ledger.during(goodput.RESTORE):
+        found = checkpoints.restore(placed(shapes, places), placed(opt_shapes, opt_places))
     params = found[1] if found else initial_params(model, config.model.bert, config.train.seed, places)
     learned = {name: x for name, x in params.items() if name in learns}
     frozen = {name: x for name, x in params.items() if name not in learns}
@@ -316,10 +366,11 @@ def main(argv: list[str]) -> int:
     if not argv or {"-h", "--help"}.intersection(argv):
         print(HELP)
         return 0
+    began = time.time()
     config, options = settings.parse(argv)
     sharding.initialize_distributed(options["coordinator"], options["num_processes"], options["process_id"])
     try:
-        train(config, options["workdir"])
+        train(config, options["workdir"], profile=options["profile"], began=began)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return TRY_AGAIN
@@ -332,6 +383,8 @@ usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=va
 
   --config    a config file or the name of a bundled one (align_base, align_large, demo); `:smoke` shrinks it
   --workdir   folder of the run; a run that is there goes on
+  --profile STEPS
+              trace steps 10:13, or 3 steps after the first two, to <workdir>/profile; so does SIGUSR1 at any time
   --coordinator HOST:PORT --num_processes N --process_id I
               join N processes; PATHFLIP_DISTRIBUTED=1 instead finds them on TPU pods, Slurm and Open MPI
 

@@ -82,6 +82,14 @@ def test_newest_is_restored_and_old_ones_go(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "5"]
 
 
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    with Checkpoints(tmp_path, 2, {"git": "abc"}, keep_every=3) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, *state(step), {"best": None})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7", "8"]
+    assert restore(tmp_path) == 8
+
+
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how):
     save(tmp_path)

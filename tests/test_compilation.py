@@ -4,10 +4,11 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
-from pathflip_jax.compilation import compiler_options, keep_compiled
+from pathflip_jax.compilation import DETERMINISTIC, CompileCounter, compiler_options, keep_compiled
 from pathflip_jax.model.attention import LayerNorm, pool
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends keep barriers by themselves")
@@ -46,3 +47,33 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "pathflip_jax")
+
+
+def test_programs_compiled_are_counted():
+    function = jax.jit(lambda x: jnp.cos(x) - 3)
+    with CompileCounter() as counter:
+        for size in (3, 4, 3, 4):
+            function(np.ones(size))
+    function(np.ones(5))
+    assert counter.count == 2
+
+
+def test_determinism_is_asked_of_the_backend_in_use(monkeypatch):
+    for backend, more in DETERMINISTIC.items():
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert compiler_options(deterministic=True) == compiler_options() | more
+    assert compiler_options(deterministic=True) and DETERMINISTIC["gpu"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "abacus")
+    with pytest.raises(
+        ValueError, match="train.deterministic=True is known for cpu, tpu, gpu, this backend is 'abacus'"
+    ):
+        compiler_options(deterministic=True)
+
+
+def test_the_compiler_knows_the_options_of_every_backend():
+    """It reads all options whatever it compiles for, and refuses names that it does not know."""
+    lowered = jax.jit(jnp.sin).lower(1.0)
+    for options in DETERMINISTIC.values():
+        lowered.compile(options)
+    with pytest.raises(Exception, match="No such compile option"):
+        lowered.compile({"xla_gpu_deterministic_opts": True})

@@ -1,6 +1,9 @@
 """The doctor names each fault with its cure, and its exit code says whether there is one."""
 
 import json
+from types import SimpleNamespace
+
+import jax
 
 from pathflip_jax import cli, doctor
 
@@ -13,6 +16,14 @@ def test_machine_is_described():
     findings = _by_name(doctor.examine())
     assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
     assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
+
+
+def test_a_device_without_a_known_peak_is_noted(monkeypatch):
+    for kind, state in (("NVIDIA H200", "ok"), ("NVIDIA H100 NVL", "note")):
+        devices = [SimpleNamespace(platform="gpu", device_kind=kind)]
+        monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
+        found = _by_name(doctor.examine())["utilisation"]
+        assert found.state == state and kind in found.found
 
 
 def test_every_fault_or_note_has_a_cure(tmp_path):

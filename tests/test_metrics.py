@@ -1,10 +1,14 @@
 """metrics.jsonl survives crashes and resumes without a step standing twice; the rest draws from it."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from pathflip_jax.metrics import METRICS, MetricsWriter, plot, read_metrics, truncate_metrics
+
+MACHINE = {"perf/utilisation": 0.41, "perf/input_wait": 0.02, "perf/device_memory_bytes": 12.3e9}
 
 
 def write(folder, first, last, **more):
@@ -47,7 +51,55 @@ def test_other_processes_write_nothing(tmp_path):
 def test_plots_and_events_are_there(tmp_path):
     write(tmp_path, 1, 4)
     pictures = {path.name for path in plot(tmp_path)}
-    assert pictures == {"loss.png", "learning_rate.png", "validation.png", "gradient_norm.png"}
+    assert pictures == {"loss.png", "learning_rate.png", "validation.png", "gradient_norm.png", "speed.png"}
     assert all((tmp_path / "plots" / name).stat().st_size > 2000 for name in pictures)
     assert list((tmp_path / "tensorboard").glob("events.*"))
     assert json.loads((tmp_path / METRICS).read_text().splitlines()[0])["loss"] == 1.0
+
+
+def test_the_use_of_the_machine_is_shown_and_drawn(tmp_path, capsys):
+    with MetricsWriter(tmp_path, 0, 2, slides_per_step=8) as writer:
+        for step in (1, 2):
+            writer.write(step, {"loss": 1.0} | MACHINE)
+        writer._bar.refresh()
+    printed = capsys.readouterr().err
+    assert "use=41.0%" in printed and "wait=2.0%" in printed and "GB=12.3" in printed
+    assert {path.name for path in plot(tmp_path)} == {"loss.png", "speed.png", "utilisation.png", "memory.png"}
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package: what it was told."""
+    told = SimpleNamespace(starts=[], rows=[], finished=0)
+
+    def finish():
+        told.finished += 1
+
+    def init(**settings):
+        told.starts.append(settings)
+        return SimpleNamespace(log=lambda row, step: told.rows.append((step, row)), finish=finish)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return told
+
+
+def test_weights_and_biases_gets_every_row_and_one_run_goes_on_as_one(tmp_path, wandb):
+    for first, last in ((1, 2), (3, 4)):
+        write(tmp_path, first, last, wandb_project="slides", config={"train": {"seed": 3}})
+    assert [step for step, _ in wandb.rows] == [1, 2, 3, 4] and wandb.finished == 2
+    assert wandb.rows[3][1]["train/loss"] == 0.25 and wandb.rows[3][1]["val/recall_at_1"] == 0.5
+    one, two = wandb.starts
+    assert one == two and one["project"] == "slides" and one["resume"] == "allow" and one["id"]
+    assert one["config"] == {"train": {"seed": 3}}
+
+
+def test_nobody_else_reports_to_weights_and_biases(tmp_path, wandb):
+    write(tmp_path, 1, 2)
+    write(tmp_path / "other", 1, 2, wandb_project="slides", primary=False)
+    assert not wandb.starts
+
+
+def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"wandb_project='slides' needs wandb: .*pathflip-jax\[wandb\]"):
+        write(tmp_path, 1, 2, wandb_project="slides")

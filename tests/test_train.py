@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from pathflip_jax import checkpoint, settings, train
+from pathflip_jax import checkpoint, goodput, settings, train
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.metrics import MetricsWriter, read_metrics
@@ -72,8 +72,9 @@ def arrays(workdir, step):
 
 
 def metrics(workdir):
+    """The rows without what depends on the clock."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    return [{name: x for name, x in row.items() if name != "slides_per_second"} for row in rows]
+    return [{name: x for name, x in row.items() if "perf/" not in name and "per_second" not in name} for row in rows]
 
 
 def assert_same_run(found, expected):
@@ -100,7 +101,36 @@ def test_a_run_leaves_all_that_later_steps_need(straight, tiny_cohort):
     chosen, value = (4, last) if last >= first - config["train"]["select_margin"] else (2, first)
     assert about["best"] == {"step": chosen, "value": value, "top": max(first, last)}
     assert os.listdir(straight / "best") == [str(chosen)]
-    assert len(list((straight / "plots").glob("*.png"))) == 4 and list((straight / "tensorboard").iterdir())
+    assert len(list((straight / "plots").glob("*.png"))) == 7 and list((straight / "tensorboard").iterdir())
+
+
+def test_every_step_says_how_the_machine_was_used(straight):
+    rows = read_metrics(straight / "metrics.jsonl")
+    for row in rows:
+        assert (
+            row["perf/step_seconds"] > 0 and row["perf/useful_flops"] > 1e6 and row["perf/process_memory_bytes"] > 1e7
+        )
+        assert row["perf/utilisation"] > 0 and 0 <= row["perf/input_wait"] < 1
+    compiled = [row["perf/compilations"] for row in rows]  # the first validation and save need programs, then no more
+    assert compiled[0] == 0 < compiled[1] <= compiled[2] == compiled[3]
+    found = goodput.summarise(straight)
+    assert found.steps == 4 and found.starts == 1 and found.saves >= 2 and found.badput["lost_work"] == 0
+    assert found.total == pytest.approx(found.productive + sum(found.badput.values()))
+    assert all(found.badput[cause] > 0 for cause in ("initialisation", "compilation", "evaluation", "checkpoint_save"))
+
+
+def test_what_an_operator_asks_for_changes_no_number(options, straight, tmp_path, capsys):
+    """A profile, determinism, other checkpoints kept and saved: and a run goes on with them."""
+    workdir = tmp_path / "run"
+    command = [*options, "--workdir", str(workdir), "--config.train.deterministic=True", "--config.train.keep_every=1"]
+    assert train.main([*command, "--profile=2:3", "--config.train.preemptions_per_day=9"]) == 0
+    assert_same_run(workdir, straight)
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
+    printed = capsys.readouterr().err
+    assert "profile of steps 2 to 3" in printed and "at 9 preemptions a day --config.train.save_every=" in printed
+    assert train.main([*options, "--workdir", str(workdir), "--config.train.save_every=1"]) == 0
+    with pytest.raises(ValueError, match="--profile=x: expected a count"):
+        train.main([*command, "--profile=x"])
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_path, monkeypatch, capsys):
@@ -117,6 +147,8 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
     assert train.main(command) == 0
     assert "going on from step 2" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", straight)
+    found = goodput.summarise(tmp_path / "run")
+    assert (found.starts, found.steps, found.badput["lost_work"]) == (2, 4, 0) and found.badput["down"] > 0
 
 
 @pytest.mark.parametrize("where", ["", "device"])

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.flops import Part, parameters
 from pathflip_jax.model.pathflip import PathFLIP
 
 CONFIG = PathFLIPConfig(
@@ -49,11 +50,11 @@ def test_training_takes_three_times_the_forward_pass_and_the_optimizer(roofline)
     for one, three in zip(forward, training, strict=False):
         assert three.operations == 3 * one.operations and three.name == one.name
     assert [part.name for part in training[len(forward) :]] == ["optimizer"]
-    assert roofline.parameters(CONFIG) * 28 == training[-1].bytes
+    assert parameters(CONFIG) * 28 == training[-1].bytes
 
 
 def test_the_larger_of_arithmetic_and_memory_is_the_floor(roofline):
-    part = roofline.Part("x", operations=100.0, bytes=10.0)
+    part = Part("x", operations=100.0, bytes=10.0)
     assert part.floor(rate=10.0, bandwidth=10.0) == 10.0 and part.floor(rate=1e9, bandwidth=2.0) == 5.0
     assert "| x | 0.0 | 0 | memory |" in roofline.table([part], 1e9, 2.0, 1)
 

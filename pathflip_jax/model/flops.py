@@ -1,0 +1,93 @@
+"""How many operations a step of the model takes, by formula: those of the algorithm, on valid patches and real tokens.
+
+Padding, recomputation and what XLA adds do not count, so operations over the device's peak are the share of the machine
+that does useful work (the "model FLOPs utilisation" of PaLM, arXiv 2204.02311). Two operations per multiply-add; the
+bytes are what has to move through memory at least, each tensor too large for a cache written once and read once per
+use. The numbers of `Work` may be arrays, so that a compiled step can count its own batch.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import abstract_params
+
+
+class Part(NamedTuple):
+    """One part of a step: operations and bytes, forward and backward together."""
+
+    name: str
+    operations: float
+    bytes: float
+
+    def floor(self, rate: float, bandwidth: float) -> float:
+        """Seconds that it takes at least."""
+        return max(self.operations / rate, self.bytes / bandwidth)
+
+
+class Work(NamedTuple):
+    """What a whole batch holds: slides, regions, valid patches and real tokens, and the sum of squared text lengths."""
+
+    slides: float
+    regions: float
+    patches: float
+    tokens: float
+    squared_lengths: float
+
+
+def parts(config: PathFLIPConfig, work: Work, width: int, training: bool) -> list[Part]:
+    """The parts of a step; `width` is the bytes of an activation. Training takes three times the forward's work."""
+    F, D, H, inner = config.feature_dim, config.embed_dim, config.hidden, config.intermediate
+    Q, heads, layers, crossing = config.num_queries, config.heads, config.layers, len(config.cross_layers)
+    N, T, squares = work.patches, work.tokens, work.squared_lengths
+    passes = 3 if training else 1
+    rows = (work.slides + work.regions) * Q  # query tokens of a batch, slide and regions
+    read = 2 * N  # every patch is scored and pooled by the slide's queries and by its region's
+    found = []
+
+    def part(name: str, multiply_adds: float, moved: float) -> None:
+        found.append(Part(name, 2 * passes * multiply_adds, passes * moved))
+
+    part("patch projection", N * F * D, N * (2 * F + D * width))
+    part("queries: projections of cross-attention", crossing * rows * (2 * H * H + 2 * H * D), crossing * 4 * H * H)
+    # Scores and their softmax are written and read once each way in float32; patches are read for scores and pooling.
+    scores = read * heads * Q
+    part("patches: scores and pooling", crossing * 2 * scores * D, crossing * (2 * read * D * width + 4 * scores * 4))
+    part("queries: self-attention", layers * rows * (4 * H * H + 2 * Q * H), layers * rows * 8 * H * width)
+    part("queries: feed-forward", layers * rows * 2 * H * inner, layers * rows * (2 * H + 2 * inner) * width)
+    part("text: projections", layers * T * 4 * H * H, layers * T * 8 * H * width)
+    part("text: attention", layers * 2 * squares * H, layers * 4 * squares * heads * width)
+    part("text: feed-forward", (layers - 1) * T * 2 * H * inner, layers * T * (2 * H + 2 * inner) * width)
+    if training:
+        # AdamW reads weight, gradient and two moments and writes three of them, in float32.
+        found.append(Part("optimizer", 12.0 * parameters(config), 28.0 * parameters(config)))
+    return found
+
+
+def parameters(config: PathFLIPConfig) -> int:
+    """The number of parameters."""
+    return sum(math.prod(x.shape) for x in abstract_params(config).values())
+
+
+def useful_operations(
+    config: PathFLIPConfig, patch_mask: Bool[jax.Array, "B R S"], segments: Sequence[Int[jax.Array, "G P L"]]
+) -> Float[jax.Array, ""]:
+    """Operations of the training step on this batch; `segments` number the packed texts of a row, 0 is padding.
+
+    Meant for the inside of a compiled step: there the arrays are those of all devices and processes, and so is the sum.
+    """
+    B = len(patch_mask)
+    tokens = squares = jnp.float32(0)
+    for rows in segments:
+        real = rows > 0
+        tokens += jnp.sum(real, dtype=jnp.float32)
+        same = (rows[..., :, None] == rows[..., None, :]) & real[..., None]  # token pairs of one text: length squared
+        squares += jnp.sum(same, dtype=jnp.float32)
+    regions = jnp.sum(jnp.any(patch_mask, axis=-1), dtype=jnp.float32)
+    work = Work(B, regions, jnp.sum(patch_mask, dtype=jnp.float32), tokens, squares)
+    return sum(part.operations for part in parts(config, work, 4, training=True))

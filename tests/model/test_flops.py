@@ -1,0 +1,49 @@
+"""The operations of a step: what a batch holds is counted, padding is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.flops import Work, parameters, parts, useful_operations
+
+CONFIG = PathFLIPConfig(
+    feature_dim=16, embed_dim=8, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=30,
+    max_positions=32, region_layers=1, region_heads=2, text_region_heads=2,
+)  # fmt: skip
+
+
+def batch():
+    """2 slides of 3 and 1 regions with 9 and 2 patches; three texts of 5, 3 and 4 tokens in two rows."""
+    mask = np.zeros((2, 4, 5), bool)
+    for b, r, n in ((0, 0, 5), (0, 1, 3), (0, 2, 1), (1, 0, 2)):
+        mask[b, r, :n] = True
+    segments = np.zeros((1, 2, 10), np.int32)
+    segments[0, 0, :8] = [1] * 5 + [2] * 3
+    segments[0, 1, 2:6] = 1
+    return mask, [segments]
+
+
+def test_a_batch_is_counted_inside_a_compiled_step():
+    mask, segments = batch()
+    expected = sum(part.operations for part in parts(CONFIG, Work(2, 4, 11, 12, 25 + 9 + 16), width=4, training=True))
+    assert float(jax.jit(useful_operations, static_argnums=0)(CONFIG, mask, segments)) == pytest.approx(expected)
+
+
+def test_padding_changes_nothing():
+    mask, segments = batch()
+    wider = (
+        np.pad(mask, ((0, 0), (0, 3), (0, 7))),
+        [np.pad(segments[0], ((0, 0), (0, 1), (0, 9))), jnp.zeros((1, 1, 4))],
+    )
+    assert float(useful_operations(CONFIG, *wider)) == float(useful_operations(CONFIG, mask, segments))
+
+
+def test_large_batches_do_not_overflow():
+    config = PathFLIPConfig()
+    segments = [np.ones((64, 4, 384), np.int32)]
+    found = float(useful_operations(config, np.ones((1024, 24, 16), bool), segments))
+    work = Work(1024, 1024 * 24, 1024 * 24 * 16, 256 * 384, 256 * 384**2)
+    assert found == pytest.approx(sum(part.operations for part in parts(config, work, 4, training=True)), rel=1e-4)
+    assert found > 2**33 and parameters(config) > 1e8
