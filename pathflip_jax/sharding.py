@@ -5,7 +5,6 @@ PartitionSpec, the first match wins. A larger model or another mesh changes the 
 state carries the names of the parameters it belongs to, so one table places both (DESIGN section 6).
 """
 
-import os
 import re
 from collections.abc import Iterable
 
@@ -24,23 +23,6 @@ RULES: Rules = (
     (r"(^|/)(kernel|embedding)$", P("fsdp", None)),
     (r"", P()),
 )
-
-
-def initialize_distributed(coordinator: str | None = None, processes: int | None = None, process: int | None = None):
-    """Join the processes of a pod or cluster, before the first use of a device; a lone process stays alone.
-
-    Explicit values win; else PATHFLIP_DISTRIBUTED=1 asks JAX to find the others itself, as it can on TPU pods,
-    Slurm and Open MPI. Raises ValueError when only some of the three values are given.
-    """
-    given = (coordinator, processes, process)
-    if all(value is not None for value in given):
-        jax.distributed.initialize(coordinator, processes, process)
-    elif any(value is not None for value in given):
-        raise ValueError(
-            f"--coordinator={coordinator} --num_processes={processes} --process_id={process}: give all three or none"
-        )
-    elif os.environ.get("PATHFLIP_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
