@@ -105,6 +105,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.preemptions_per_day = 0.0  # stops a day to reckon with: a save_every is recommended; 0: not stated
     config.train.deterministic = False  # the same bits from run to run on GPUs too, slower there
     config.train.wandb_project = ""  # Weights & Biases project that gets the metrics too (extra [wandb]); "": none
+    config.train.hang_seconds = 1800  # without progress, compilation aside: exit with 75 and say where; 0: never
+    config.train.heartbeat_seconds = 60  # without a sign of a host: it is lost, and the others exit with 75
     config.train.select = "val/mean_reciprocal_rank"  # decides the best; smaller is better where the name says loss
     config.train.select_margin = 0.0  # the best is the latest within this of the top: what few slides cannot tell apart
 

@@ -5,10 +5,12 @@ checkpoints/<step>/ (parameters, optimizer state, facts) and best/<step>/ (param
 validated best). Arrays are flat dicts by parameter name: these names are the format (DESIGN section 6).
 """
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from pathflip_jax import distributed
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
 
@@ -114,25 +117,28 @@ class Checkpoints:
         about = {"step": step, **self.facts, **facts, "checksums": sums}
         items = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
         with _clear_errors(manager, step):
-            manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items))
+            # force: when to save is the loop's to say; Orbax would ask JAX once more whether a host is to stop
+            manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
 
     def restore(self, params: dict, opt_state: Any) -> tuple[int, dict, Any, dict] | None:
         """Step, parameters, optimizer state and facts of the newest sound checkpoint; None where there is none.
 
         `params` and `opt_state` say shapes and shardings (jax.ShapeDtypeStruct). A damaged checkpoint is named on
-        stdout and moved to damaged-<step>, and the one before is taken. Raises ValueError when none is sound.
+        stdout and moved to damaged-<step>, and the one before is taken: what one process finds damaged is damaged for
+        all. Raises ValueError when none is sound.
         """
         wanted = {"params": params, "opt_state": flat_state(opt_state)}
         faults = []
-        for step in sorted(self._latest.all_steps(), reverse=True):
+        for step in distributed.agree(sorted(self._latest.all_steps(), reverse=True)):
             folder = self.workdir / CHECKPOINTS / str(step)
             try:
                 found, facts = _restore(folder, wanted)
-            except Exception as error:  # Orbax raises bare Exception for damaged files
-                faults.append(f"{folder}: {str(error).splitlines()[0]}")
+            except _Damaged as error:
+                faults.append(f"{folder}: {error}")
                 continue
-            for fault in faults:
-                print(f"Damaged checkpoint, going back to step {step}: {fault}", flush=True)
+            if jax.process_index() == 0:
+                for fault in faults:
+                    print(f"Damaged checkpoint, going back to step {step}: {fault}", flush=True)
             self._set_aside(step)
             state = jax.tree.unflatten(jax.tree.structure(opt_state), list(found["opt_state"].values()))
             return step, found["params"], state, facts
@@ -150,6 +156,7 @@ class Checkpoints:
                 aside = self.workdir / f"damaged-{s}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.workdir / CHECKPOINTS / str(s)).rename(aside)
+        distributed.agree("moved")
         if newer:
             self._latest.reload()
 
@@ -192,25 +199,54 @@ class _clear_errors:
             ) from error
 
 
+class _Damaged(ValueError):
+    """A checkpoint that cannot be taken, on whichever process."""
+
+
 def _restore(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
-    """Arrays and facts of one checkpoint; ValueError for arrays that are not the wanted ones, or were changed."""
-    about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
+    """Arrays and facts of one checkpoint; on all processes _Damaged where one of them cannot take it."""
+    arrays, about = _on_all(lambda: _read(folder, wanted))  # apart, for what follows computes over all processes
     kept = about.pop("checksums")
+    return _on_all(lambda: (_checked(arrays, kept), about))
+
+
+def _on_all(work: Callable) -> Any:
+    """What `work` returns, if no process fails in it; else _Damaged with the first failure, on all of them."""
+    found, fault = None, ""
+    try:
+        found = work()
+    except Exception as error:  # Orbax raises bare Exception for damaged files
+        fault = str(error).splitlines()[0] if str(error) else repr(error)
+    for process, other in enumerate(distributed.gather(fault)):
+        if other:
+            raise _Damaged(other if jax.process_count() == 1 else f"{other} (process {process})")
+    return found
+
+
+def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
+    """Arrays as read, without Orbax's barriers: a process that fails must not leave the others waiting there."""
+    about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
     arrays = {}
     for item, tree in wanted.items():
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            metadata = reader.handler.metadata(folder / item)
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            metadata = handler.metadata(folder / item)
             found = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
             expected = {name: tuple(leaf.shape) for name, leaf in tree.items()}
             if found != expected:
                 names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
                 raise ValueError(f"its {item} are not of this model: {', '.join(names[:5])} ({len(names)} in all)")
-            restored = reader.restore(folder / item, args=ocp.args.StandardRestore(tree))
-        for name, value in jax.device_get(checksums(restored)).items():
-            if int(value) != kept[item][name]:
-                raise ValueError(f"the numbers of {name} are not those that were saved")
+            restored = handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
         arrays[item] = {name: restored[name] for name in tree}
     return arrays, about
+
+
+def _checked(arrays: dict[str, dict], kept: dict[str, dict]) -> dict[str, dict]:
+    """The arrays, if their numbers are those that were saved; ValueError names one that is not."""
+    for item, tree in arrays.items():
+        for name, value in jax.device_get(checksums(tree)).items():
+            if int(value) != kept[item][name]:
+                raise ValueError(f"the numbers of {name} are not those that were saved")
+    return arrays
 
 
 def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:

@@ -4,10 +4,12 @@ Training and validation draw from the same records and texts; the slide table sa
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from pathflip_jax.checkpoint import read_json
@@ -28,10 +30,14 @@ class RunData(NamedTuple):
     facts: dict
 
 
-def open_data(config: ConfigDict, shards: int = 1, own_shards: Sequence[int] | None = None) -> RunData:
+def open_data(
+    config: ConfigDict, shards: int = 1, own_shards: Sequence[int] | None = None, begun_groups: int = 0
+) -> RunData:
     """Open records, texts and tokenizer, split the slides, and make the batches of training and validation.
 
-    `shards` and `own_shards` as in `make_batches`.
+    `shards` and `own_shards` as in `make_batches`. A run that began with `begun_groups` text groups keeps them where
+    `shards` devices can share them out: dropout in texts is drawn for packed rows, so it stays the same. Validation is
+    the same on any number of devices.
     """
     data = config.data
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
@@ -66,15 +72,18 @@ def open_data(config: ConfigDict, shards: int = 1, own_shards: Sequence[int] | N
         )
 
     size, slots = config.train.batch_size, data.patch_slots or None
-    groups = data.text_groups or choose_groups(size, shards * config.train.accumulate)
+    groups = data.text_groups or _groups_to_go_on_with(begun_groups, size, shards * config.train.accumulate)
     more = {"patch_slots": slots, "text_rows": tuple(data.text_rows) or None, "caption_share": data.caption_share}
     training = batches(ids[data.split], size, groups, config.train.seed, **more)
     validation = None
     if ids[data.val_split]:  # not every slide has a text: how many can be drawn from is known only then
-        validation = batches(ids[data.val_split], shards, shards, 0, patch_slots=training.patch_slots)
-        size = even_size(len(validation.slides), size, shards)
-        validation.resize(size, choose_groups(size, shards))
-    return RunData(training, validation, tokenizer, _facts(data, records, training.patch_slots))
+        slots = {"patch_slots": training.patch_slots}
+        validation = batches(ids[data.val_split], 1, shards, 0, padding=shards - 1, **slots)
+        size = even_size(len(validation.slides), size)
+        padding = -size % shards
+        validation.resize(size, choose_groups(size + padding, shards), padding)
+    facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
+    return RunData(training, validation, tokenizer, facts)
 
 
 def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
@@ -119,13 +128,26 @@ def choose_groups(batch_size: int, pieces: int) -> int:
     )
 
 
-def even_size(slides: int, most: int, pieces: int) -> int:
-    """The batch size, `most` or below and a multiple of `pieces`, that cuts all slides into as few even batches.
+def _groups_to_go_on_with(begun: int, batch_size: int, pieces: int) -> int:
+    """The text groups that a run began with, where they divide; else those of a run that begins here."""
+    if begun and batch_size % begun == 0 and begun % pieces == 0:
+        return begun
+    groups = choose_groups(batch_size, pieces)
+    if begun and jax.process_index() == 0:
+        print(
+            f"the run began with {begun} text groups, which {pieces} pieces (devices x train.accumulate) cannot share; "
+            f"it goes on with {groups}: the same batches, other dropout in texts",
+            file=sys.stderr,
+        )
+    return groups
+
+
+def even_size(slides: int, most: int) -> int:
+    """The batch size, `most` or below, that cuts all slides into as few even batches.
 
     Batches of `most` leave out up to a whole batch less one: much of a small validation split.
     """
-    rounds = -(-slides // most)
-    return max(slides // rounds // pieces, 1) * pieces
+    return slides // -(-slides // most)
 
 
 def _hash(paths: list[Path]) -> str:

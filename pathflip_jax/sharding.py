@@ -6,7 +6,6 @@ state carries the names of the parameters it belongs to, so one table places bot
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,23 +30,6 @@ BATCH_RULES: Rules = (
     (r"^patch", P(AXES[:2], "region")),
     (r"", BATCH),
 )
-
-
-def initialize_distributed(coordinator: str | None = None, processes: int | None = None, process: int | None = None):
-    """Join the processes of a pod or cluster, before the first use of a device; a lone process stays alone.
-
-    Explicit values win; else PATHFLIP_DISTRIBUTED=1 asks JAX to find the others itself, as it can on TPU pods,
-    Slurm and Open MPI. Raises ValueError when only some of the three values are given.
-    """
-    given = (coordinator, processes, process)
-    if all(value is not None for value in given):
-        jax.distributed.initialize(coordinator, processes, process)
-    elif any(value is not None for value in given):
-        raise ValueError(
-            f"--coordinator={coordinator} --num_processes={processes} --process_id={process}: give all three or none"
-        )
-    elif os.environ.get("PATHFLIP_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, region: int = 1) -> Mesh:
@@ -144,10 +126,14 @@ def place_batch(mesh: Mesh, batch):
 def by_slide(mesh: Mesh) -> Callable:
     """A `Spread` for the losses: each device works on its own slides, with what it needs of all gathered once.
 
-    Left to itself, the compiler gathers them again for every chunk, and sums their gradients over devices as often.
+    Left to itself, the compiler gathers them again for every chunk, and sums their gradients over devices as often;
+    slides that do not divide are left to it.
     """
 
     def spread(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
+        if len(jax.tree.leaves(slides)[0]) % batch_shards(mesh):
+            return function(slides, everyone, whole)
+
         def here(slides, everyone, whole):
             everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH[0], tiled=True), everyone)
             return function(slides, everyone, whole)

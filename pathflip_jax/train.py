@@ -4,6 +4,7 @@ One loop for every stage (`stage.py` says what a stage is). All that happens is 
 run that is stopped, killed or moved goes on as if nothing had happened (DESIGN section 6).
 """
 
+import hashlib
 import math
 import signal
 import sys
@@ -19,9 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, goodput, memory, settings, sharding
+from pathflip_jax import checkpoint, distributed, goodput, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import Batches, look_up
+from pathflip_jax.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.losses import LossConfig, pair_bytes
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, import_wandb, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
@@ -33,7 +35,6 @@ from pathflip_jax.run_data import RunData, open_data
 from pathflip_jax.stage import Params, Stage, alignment, make_step
 from pathflip_jax.telemetry import USEFUL, Telemetry
 
-TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
 RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
@@ -42,7 +43,16 @@ MAY_CHANGE = {
     "loss": ("negatives_at_once",),
     "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
     "model": ("bert",),
-    "train": ("keep", "keep_every", "save_every", "preemptions_per_day", "deterministic", "wandb_project"),
+    "train": (
+        "keep",
+        "keep_every",
+        "save_every",
+        "preemptions_per_day",
+        "deterministic",
+        "wandb_project",
+        "hang_seconds",
+        "heartbeat_seconds",
+    ),  # fmt: skip
 }
 
 
@@ -75,13 +85,15 @@ def train(
         raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
     workdir = Path(workdir).resolve()
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
-        if config.data.regions % mesh.shape["region"]:
-            raise ValueError(
-                f"data.regions={config.data.regions} cannot be spread evenly over mesh.region={mesh.shape['region']} "
-                "devices; set one to a multiple of the other"
-            )
-        data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh))
+    if config.data.regions % mesh.shape["region"]:
+        raise ValueError(
+            f"data.regions={config.data.regions} cannot be spread evenly over mesh.region={mesh.shape['region']} "
+            "devices; set one to a multiple of the other"
+        )
+    with StopSignal() as stop, Watchdog(config.train.hang_seconds) as watchdog, jax.set_mesh(mesh):
+        begun = distributed.agree(begun_config(workdir)) or {"data": {}}
+        groups = begun["data"].get("text_groups", 0)
+        data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh), groups)
         model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
         steps = config.train.steps or config.train.epochs * data.train.steps_per_epoch
         resolved = config.to_dict()
@@ -90,7 +102,7 @@ def train(
         resolved["train"]["steps"] = steps
         claim(workdir, resolved, model, data.tokenizer)
         stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
-        return fit(stage, config, resolved, model, data, steps, mesh, workdir, ledger, profile)
+        return fit(stage, config, resolved, model, data, steps, mesh, workdir, ledger, stop, watchdog, profile)
 
 
 def fit(
@@ -103,6 +115,8 @@ def fit(
     mesh: jax.sharding.Mesh,
     workdir: Path,
     ledger: goodput.Ledger,
+    stop: "StopSignal",
+    watchdog: Watchdog,
     profile: str = "",
 ) -> dict[str, float]:
     """The loop: step, validate, save; from the newest sound checkpoint, if there is one.
@@ -153,9 +167,10 @@ def fit(
             sizes = setup.batch_size // pieces, setup.batch_size, model.text_region_heads
             pairs = pair_bytes(LossConfig(**config.loss), *sizes, config.data.regions, model.embed_dim)
             memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, pieces, pairs)
+            if stop.requested(start):
+                raise Stopped(f"stopped before step {start + 1} of {steps}; the same command goes on from there")
         step = telemetry.timed_step(step)
         with (
-            StopSignal() as stop,
             MetricsWriter(
                 workdir,
                 start,
@@ -181,21 +196,25 @@ def fit(
                     ledger.progress(number)
 
             for done in range(start + 1, steps + 1):
+                watchdog.at(done, "reading the next batch")
                 profiler.begin(done)
                 learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1), features)
                 if done < steps:
                     batch = sharding.place_batch(mesh, next(batches))
+                watchdog.at(done, "waiting for the devices")
                 write()  # of the step before: the device is busy with this one
                 pending = (done, metrics)
                 profiler.end(done, metrics)
                 last, stopping, improved = done == steps, stop.requested(done), False
                 if validate and (last or done % setup.eval_every == 0):
+                    watchdog.at(done, "validating")
                     jax.block_until_ready(metrics)  # time from here on is the validation's
                     with ledger.during(goodput.EVALUATION):
                         scores = validate(learned, frozen)
                     best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
                     write(scores)
                 if last or stopping or improved or done % setup.save_every == 0:
+                    watchdog.at(done, "saving")
                     write()
                     writer.flush()  # a checkpoint is never ahead of its metrics
                     with ledger.saving(done):
@@ -260,7 +279,8 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
 
     def measure(learned: Params, frozen: Params, batch, features):
         model, batch = build(learned, frozen), look_up(batch, features)
-        embeddings = stage.encode(model, batch, None)
+        embeddings = jax.tree.map(lambda x: x[: batches.batch_size], stage.encode(model, batch, None))
+        batch = batch._replace(patch_mask=batch.patch_mask[: batches.batch_size], case=batch.case[: batches.batch_size])
         _, metrics = stage.objective(model, embeddings, batch, key)
         return metrics, embeddings["slide"], embeddings["captions"], batch.case
 
@@ -323,8 +343,8 @@ def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> No
 
     A run that ended before its first checkpoint, on a wrong setting or for want of memory, has no claim on it.
     """
-    if (workdir / checkpoint.CONFIG).exists() and any((workdir / checkpoint.CHECKPOINTS).glob("[0-9]*")):
-        before = checkpoint.read_json(workdir / checkpoint.CONFIG)
+    before = begun_config(workdir)
+    if before is not None:
         differing = checkpoint.differences(_fixed(before), _fixed(resolved))
         if differing:
             raise ValueError(
@@ -335,8 +355,18 @@ def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> No
         checkpoint.describe_run(workdir, model, resolved, tokenizer)
 
 
+def begun_config(workdir: Path) -> dict | None:
+    """The config of the run that `workdir` holds; None where it has no checkpoint yet."""
+    if (workdir / checkpoint.CONFIG).exists() and any((workdir / checkpoint.CHECKPOINTS).glob("[0-9]*")):
+        return checkpoint.read_json(workdir / checkpoint.CONFIG)
+    return None
+
+
 class StopSignal:
-    """Turns SIGTERM into a question that the loop asks after each step; several processes agree on the step."""
+    """Turns SIGTERM into a question that the loop asks after each step; several processes agree on the step.
+
+    In those, JAX itself takes the signal from the moment they join, whichever of them it comes to.
+    """
 
     def __enter__(self):
         self._asked = False
@@ -362,18 +392,25 @@ class StopSignal:
 
 
 def main(argv: list[str]) -> int:
-    """`pathflip train`: 0 done, 75 stopped by a signal and to be started again."""
+    """`pathflip train`: 0 done, 75 stopped by a signal, a hang or a lost host, and to be started again."""
     if not argv or {"-h", "--help"}.intersection(argv):
         print(HELP)
         return 0
     began = time.time()
     config, options = settings.parse(argv)
-    sharding.initialize_distributed(options["coordinator"], options["num_processes"], options["process_id"])
+    launch = distributed.find_launch(options["coordinator"], options["num_processes"], options["process_id"])
+    distributed.initialize(launch, config.train.heartbeat_seconds)
     try:
+        hashed = hashlib.sha256(config.to_json().encode()).hexdigest()[:8]
+        distributed.require_same(**{"--workdir": str(Path(options["workdir"]).resolve()), "settings of hash": hashed})
         train(config, options["workdir"], profile=options["profile"], began=began)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if jax.process_index() == 0:
+            print(stopped, file=sys.stderr)
         return TRY_AGAIN
+    except Exception as error:
+        distributed.end_together(error, config.train.heartbeat_seconds)
+        raise
     return 0
 
 
@@ -386,9 +423,11 @@ usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=va
   --profile STEPS
               trace steps 10:13, or 3 steps after the first two, to <workdir>/profile; so does SIGUSR1 at any time
   --coordinator HOST:PORT --num_processes N --process_id I
-              join N processes; PATHFLIP_DISTRIBUTED=1 instead finds them on TPU pods, Slurm and Open MPI
+              join N processes; TPU pods, Slurm, Open MPI and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+              JAX_PROCESS_ID need no option; PATHFLIP_DISTRIBUTED=0 ignores them, 1 insists on them
 
-configs/align_base.py lists and explains every setting. Exit code 75: stopped by SIGTERM, saved, start it again.
+configs/align_base.py lists and explains every setting. Exit code 75: stopped by SIGTERM and saved, or a host was lost
+or hung; start it again.
 
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\

@@ -51,8 +51,3 @@ def test_mesh_that_does_not_fit_the_devices_is_refused():
         sharding.make_mesh(-1, 3)
     with pytest.raises(ValueError, match="mesh.data=0"):
         sharding.make_mesh(0, 1)
-
-
-def test_a_part_of_the_distributed_settings_is_refused():
-    with pytest.raises(ValueError, match="give all three or none"):
-        sharding.initialize_distributed("host:1", 2, None)

@@ -76,6 +76,7 @@ def make_batches(
     slide_ids: Sequence[str] | None = None,
     shards: int = 1,
     own_shards: Sequence[int] | None = None,
+    padding: int = 0,
     threads: int = 4,
     resident: Literal["", "host", "device"] = "",
 ) -> "Batches":
@@ -88,11 +89,12 @@ def make_batches(
     share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
     reports are else learned by heart. `resident` reads all features once: "host" keeps them in
     this process's memory, "device" leaves them to be put on the devices (`Batches.take_features`), so that a batch
-    brings row numbers alone. Of `shards` even parts of a batch, this process makes its
-    `own_shards`, end to end (None: all). Raises ValueError for slides of which there are no records, for texts that
-    match none, and for sizes that do not divide.
+    brings row numbers alone. Of `shards` even parts of a batch, this process makes its `own_shards`, end to end (None:
+    all). `padding` more slides, repeated ones, end each batch: for few slides that must divide over many devices; what
+    comes of them is to be cut off. Raises ValueError for slides of which there are no records, for texts that match
+    none, and for sizes that do not divide.
     """
-    _require_whole_groups(batch_size, text_groups, shards)
+    _require_whole_groups(batch_size + padding, text_groups, shards)
     if not 0 < caption_share <= 1:
         raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
     if merge_sentences < 1:
@@ -105,7 +107,7 @@ def make_batches(
     widest = max(int(bag.count.max()) for bag in bags)
     draws = _Draws(
         batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_step,
-        text_groups, merge_sentences, caption_share, seed,
+        text_groups, merge_sentences, caption_share, seed, padding,
     )  # fmt: skip
     batches = Batches(
         records, bags, tokenizer, draws, (shards, tuple(range(shards) if own_shards is None else own_shards)), threads
@@ -138,6 +140,7 @@ class _Draws(NamedTuple):
     merge_sentences: int
     caption_share: float
     seed: int
+    padding: int
 
 
 def look_up(batch: Batch, features: jax.Array | None) -> Batch:
@@ -210,6 +213,11 @@ class Batches:
         self._on_device = False
         self._first_row: np.ndarray | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """The slides of a batch of all processes, without padding."""
+        return self._draws.batch_size
+
     def take_features(self) -> np.ndarray | None:
         """Hand over the features [N, F] that batches name rows of, once; None where batches bring features."""
         if not self._on_device:
@@ -226,14 +234,14 @@ class Batches:
         self._first_row[used] = 1 + np.cumsum([0] + [len(part) for part in parts[:-1]])
         self._features = np.concatenate([np.zeros_like(parts[0][:1]), *parts])
 
-    def resize(self, batch_size: int, text_groups: int) -> None:
+    def resize(self, batch_size: int, text_groups: int, padding: int = 0) -> None:
         """Make batches of another size from the same bags: for a size that their number decides.
 
         Texts are not tokenised again and features not loaded again; `text_rows` is measured anew. Raises ValueError
         for sizes that do not divide.
         """
-        _require_whole_groups(batch_size, text_groups, self._shards[0])
-        self._draws = self._draws._replace(batch_size=batch_size, text_groups=text_groups)
+        _require_whole_groups(batch_size + padding, text_groups, self._shards[0])
+        self._draws = self._draws._replace(batch_size=batch_size, text_groups=text_groups, padding=padding)
         self.steps_per_epoch = len(self._bags) // batch_size
         self.set_text_rows(None)
 
@@ -243,7 +251,7 @@ class Batches:
         Raises ValueError when the longest captions would not fit with the shortest subcaptions: a batch of these
         could not be packed at all.
         """
-        size, widths = self._draws.batch_size // self._draws.text_groups, self.row_lengths
+        size, widths = (self._draws.batch_size + self._draws.padding) // self._draws.text_groups, self.row_lengths
         least = sorted((self._least(bag) for bag in self._bags), key=sum, reverse=True)[:size]
         least = [length for lengths in least for length in lengths]
         if text_rows is None:
@@ -286,12 +294,13 @@ class Batches:
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self._bags))
         batch_size, (shards, own) = self._draws.batch_size, self._shards
-        places = np.arange(batch_size).reshape(shards, -1)[list(own)].ravel()
-        chosen = order[within * batch_size + places]
+        padded = batch_size + self._draws.padding
+        places = np.arange(padded).reshape(shards, -1)[list(own)].ravel()
+        chosen = np.resize(order[within * batch_size :][:batch_size], padded)[places]
         bags = [self._bags[i] for i in chosen]
         rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
         patches, mask = self._patches(bags, rngs)
-        size = self._draws.batch_size // self._draws.text_groups
+        size = padded // self._draws.text_groups
         packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
         rows = jax.tree.map(lambda *groups: np.stack(groups), *(group.rows for group in packed))
         index = np.stack([group.cls_index for group in packed])
