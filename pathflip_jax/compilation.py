@@ -3,9 +3,22 @@
 import os
 from pathlib import Path
 
+# A TPU computes on while gradients are summed over the devices, if each large one goes by itself: those joined into one
+# operation are waited for at the end of the step. Small ones are joined up to so many bytes.
+TPU_OVERLAP = {
+    "xla_jf_crs_combiner_threshold_in_bytes": "131072",
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
 
-def compiler_options() -> dict[str, str]:
-    """What `jax.jit` is given for programs that take gradients, on the backend in use.
+
+def compiler_options(platform: str | None = None) -> dict[str, str]:
+    """What `jax.jit` is given for programs that take gradients, on a platform; None: the backend in use.
 
     XLA for CPU removes `optimization_barrier` before it fuses and schedules. Without it a layer's fusion reaches back
     through the residuals of all layers before it, which costs time, and what is to be recomputed for the gradient is
@@ -13,7 +26,8 @@ def compiler_options() -> dict[str, str]:
     """
     import jax
 
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
+    options = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}, "tpu": TPU_OVERLAP}
+    return options.get(platform or jax.default_backend(), {})
 
 
 def keep_compiled() -> None:
