@@ -7,10 +7,22 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for ev
 # What makes a program give the same bits each time it runs, by backend. CPU and TPU: it does (tests/test_train.py shows
 # it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by a race at compilation.
 DETERMINISTIC = {"cpu": {}, "tpu": {}, "gpu": {"xla_gpu_deterministic_ops": True}}
+# A TPU computes on while gradients are summed over the devices, if each large one goes by itself: those joined into one
+# operation are waited for at the end of the step. Small ones are joined up to so many bytes.
+TPU_OVERLAP = {
+    "xla_jf_crs_combiner_threshold_in_bytes": "131072",
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
 
 
-def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
-    """What `jax.jit` is given for programs that take gradients, on the backend in use.
+def compiler_options(deterministic: bool = False, platform: str | None = None) -> dict[str, str | bool]:
+    """What `jax.jit` is given for programs that take gradients, on a platform; None: the backend in use.
 
     With `deterministic`, a program gives the same bits each time: ValueError for a backend of which nobody knows how.
 
@@ -20,8 +32,8 @@ def compiler_options(deterministic: bool = False) -> dict[str, str | bool]:
     """
     import jax
 
-    backend = jax.default_backend()
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if backend == "cpu" else {}
+    backend = platform or jax.default_backend()
+    options = {"cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"}, "tpu": TPU_OVERLAP}.get(backend, {})
     if not deterministic:
         return options
     if backend not in DETERMINISTIC:

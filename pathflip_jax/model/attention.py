@@ -43,7 +43,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """[..., I] -> [..., O]."""
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        axes = "abcdefgh"[: x.ndim - 1]
+        return add_bias(contract(f"{axes}i,io->{axes}o", x, self.kernel[...]), self.bias[...])
 
 
 class Embedding(nnx.Module):
@@ -98,6 +99,47 @@ def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) 
 
 
 _normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), (x, scale)), _normalise_backward)
+
+
+def contract(spec: str, x: Array, kernel: Array) -> Array:
+    """einsum of activations with a float32 kernel, in the dtype of x; `spec` names every axis, without dots.
+
+    In bfloat16 too the kernel's gradient is summed in float32 and leaves so: devices add up their shares of it, and
+    each addition in bfloat16 would round to three digits.
+    """
+    return jnp.einsum(spec, x, kernel) if x.dtype == kernel.dtype else _contract(spec, x, kernel)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(spec: str, x: Array, kernel: Array) -> Array:
+    return jnp.einsum(spec, x, kernel.astype(x.dtype))
+
+
+def _contract_backward(spec: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    left, right, output = spec.replace("->", ",").split(",")
+    towards_x = jnp.einsum(f"{output},{right}->{left}", gradient, kernel.astype(x.dtype))
+    return towards_x, jnp.einsum(f"{left},{output}->{right}", x, gradient, preferred_element_type=jnp.float32)
+
+
+_contract.defvjp(lambda spec, x, kernel: (_contract(spec, x, kernel), (x, kernel)), _contract_backward)
+
+
+def add_bias(x: Float[Array, "... W"], bias: Float[Array, "W"]) -> Float[Array, "... W"]:
+    """x + bias in the dtype of x; as in `contract`, the gradient of the bias is summed in float32."""
+    return x + bias if x.dtype == bias.dtype else _add_bias(x, bias)
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient, gradient.astype(jnp.float32).sum(tuple(range(gradient.ndim - 1)))
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
 
 
 def row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:

@@ -23,6 +23,7 @@ from pathflip_jax.model.attention import (
     LayerNorm,
     Linear,
     attention_weights,
+    contract,
     drop,
     dropout,
     matmul,
@@ -57,13 +58,12 @@ class CrossAttention(nnx.Module):
         Q, heads = x.shape[-2], (self.heads, -1)
         query = self.query(x)
         query = query.reshape(*query.shape[:-1], *heads) / math.sqrt(query.shape[-1] // self.heads)
-        key_kernel = self.key.kernel[...].astype(x.dtype).reshape(D, *heads)
+        key_kernel = self.key.kernel[...].reshape(D, *heads)
         pooled, total = pool_patches(query, key_kernel, patches, mask, self.rate, keys[0])
         pooled = pooled.reshape(B, 1 + R, self.heads, Q, D)
-        value_kernel = self.value.kernel[...].astype(x.dtype).reshape(D, *heads)
-        value_bias = self.value.bias[...].astype(x.dtype).reshape(heads)
-        context = jnp.einsum("bghqD,Dhd->bgqhd", pooled, value_kernel)
-        context += jnp.einsum("bghq,hd->bgqhd", total.reshape(pooled.shape[:-1]), value_bias)
+        value_kernel, value_bias = self.value.kernel[...].reshape(D, *heads), self.value.bias[...].reshape(heads)
+        context = contract("bghqD,Dhd->bgqhd", pooled, value_kernel)
+        context += contract("bghq,hd->bgqhd", total.reshape(pooled.shape[:-1]), value_bias)
         context = context.reshape(*context.shape[:3], -1)  # [B, 1+R, Q, H]
         x = self.norm(x + dropout(self.output(context), self.rate, keys[1]))
 
@@ -149,7 +149,7 @@ _pool_patches.defvjp(_forward, _backward)
 
 def _absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B 1+R C D"]:
     """Rows over patches in the place of queries over keys; before the first patches are read all sets may be one."""
-    rows = jnp.einsum("...qhd,Dhd->...hqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
+    rows = contract("bgqhd,Dhd->bghqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
     rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
     return jnp.broadcast_to(rows, (slides, 1 + regions, *rows.shape[2:]))
 

@@ -172,10 +172,11 @@ class QFormer(nnx.Module):
         """
         keys = split_key(key, len(self.layers) + 1)
         B, R, S, _ = patches.shape
-        x = self.norm(self.query_tokens[...]).astype(patches.dtype)[None, None]
+        x = self.norm(self.query_tokens[...])[None, None]
         if key is not None:
             # Without dropout all sets are equal until they see patches, and layer 0 broadcasts its rows itself.
             x = dropout(jnp.broadcast_to(x, (B, 1 + R, *x.shape[2:])), self.config.dropout, keys[-1])
+        x = x.astype(patches.dtype)
         shown = None
         for index, layer in enumerate(self.layers):
             x, maps = self._run(Layer.read_patches, layer, x, patches, mask, keys[index])

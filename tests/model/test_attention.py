@@ -246,3 +246,21 @@ def test_what_is_recomputed_has_the_same_gradient():
     again = jax.grad(lambda x, m: (recompute(function, x, m) ** 2).sum(), (0, 1))(x, linear)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, D), (2, 40, D), (2, 3, 50, D)])
+def test_gradients_of_a_bfloat16_layer_are_summed_in_float32(shape):
+    linear = randomised(Linear(D, 5, "bert", nnx.Rngs(0)))
+    x, weights = (
+        jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate((shape, (*shape[:-1], 5)))
+    )
+    y, backward = jax.vjp(lambda x, linear: linear(x), x, linear)
+    towards_x, found = backward(weights)
+    assert y.dtype == towards_x.dtype == jnp.bfloat16
+    rows, outer = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, weights))
+    np.testing.assert_allclose(found.kernel[...], rows.T @ outer, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.bias[...], outer.sum(0), rtol=1e-5, atol=1e-5)
+    kernel = np.asarray(linear.kernel[...].astype(jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(
+        np.asarray(towards_x, np.float64), weights.astype(float) @ kernel.T, rtol=1e-2, atol=1e-2
+    )
