@@ -87,7 +87,7 @@ bring_up() {
         case $(state) in
             ACTIVE) break ;;
             '') create || return ;;
-            SUSPENDING | SUSPENDED) delete || return ;;
+            SUSPENDED) delete || return ;;
             FAILED) # a wrong request, or no quota: not to be repeated without end
                 delete
                 return 1

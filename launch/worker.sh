@@ -25,7 +25,7 @@ read_options "$@"
 
 DATA=${DATA%/} WORKDIR=${WORKDIR%/}
 ROOT=${LAUNCH%/launch}
-[[ ! -x $ROOT/.venv/bin/pathflip ]] || PATH=$ROOT/.venv/bin:$PATH
+command -v pathflip > /dev/null || PATH=$ROOT/.venv/bin:$PATH
 UV_VERSION=0.13.9
 
 install() {
@@ -122,7 +122,7 @@ train_with_backup() {
     local folder="$LOCAL/pathflip-run-${WORKDIR##*/}" code=0 trainer backup unfinished=orbax-checkpoint-tmp
     if [[ ! -d $folder ]]; then # else this host was here before and has what is newest
         # With something in it, the run folder exists in the bucket: a failing copy is then a failure, never a new run.
-        date | copy_object - "$WORKDIR/started.txt"
+        copy_object - "$WORKDIR/started.txt" <<< "started $(date)"
         download_whole "$WORKDIR" "$folder"
     fi
     if [[ -n $DRY_RUN ]]; then
