@@ -152,7 +152,7 @@ wait_for_hosts() {
         if [[ -n $DRY_RUN ]]; then
             quoted getent hosts "$host"
         else
-            until getent hosts "$host" > /dev/null; do sleep 2; done
+            until getent hosts "$host" > /dev/null; do sleep 1; done
         fi
     done
 }
