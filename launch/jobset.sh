@@ -34,7 +34,7 @@ read_options "$@"
 need IMAGE DATA WORKDIR
 need_training
 [[ $NODES == 1 ]] || ! is_bucket "$WORKDIR" ||
-    fail "WORKDIR=$WORKDIR: the pods write one checkpoint together, so give a folder under /share, and SHARED_CLAIM"
+    fail "WORKDIR=$WORKDIR: the pods write one checkpoint together: give a folder under /share and SHARED_CLAIM, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
 [[ $WORKDIR != /share* || -n $SHARED_CLAIM ]] || fail "WORKDIR=$WORKDIR: set SHARED_CLAIM, the volume claim that is /share"
 
 # text WORD: as a YAML string.

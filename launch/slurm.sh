@@ -49,7 +49,7 @@ code=0
 run srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 "$LAUNCH/worker.sh" stage || code=$?
 if [[ $code == 0 ]]; then
     # Not --kill-on-bad-exit: after 75 the others are still saving.
-    run env PATHFLIP_DISTRIBUTED=1 srun --nodes="$NODES" --ntasks-per-node="$GPUS" --cpus-per-task="$CPUS" --wait="$WAIT" \
+    run env PATHFLIP_DISTRIBUTED="$((NODES * GPUS > 1))" srun --nodes="$NODES" --ntasks-per-node="$GPUS" --cpus-per-task="$CPUS" --wait="$WAIT" \
         "$LAUNCH/worker.sh" train "${OPTIONS[@]}" || code=$?
 fi
 if [[ -n $DRY_RUN ]]; then

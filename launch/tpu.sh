@@ -21,7 +21,8 @@ RUNTIME_VERSION="${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}" # v6e: v2-alpha-tpuv6e
 CREATE_OPTIONS="${CREATE_OPTIONS---spot}" # of gcloud ... queued-resources create; empty: on demand, which costs more
 SCOPES="${SCOPES:-cloud-platform}" # of the hosts' service account: they read DATA and write WORKDIR
 DATA="${DATA:-}"       # gs://... with records/, texts, slide table, tokenizer
-WORKDIR="${WORKDIR:-}" # run folder: of one host gs://..., of a pod slice a folder that PREPARE mounts on all hosts
+WORKDIR="${WORKDIR:-}" # run folder: of one host gs://..., of a pod slice a folder that PREPARE mounts on all hosts, or
+#                       one on their own disks, with --config.train.checkpoints=gs://...
 LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of the hosts
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
 BACKUP_SECONDS="${BACKUP_SECONDS:-300}" # seconds between two copies of the run to WORKDIR=gs://...
@@ -41,7 +42,7 @@ case $ACCELERATOR_TYPE in
     v5litepod-[148] | v6e-[148]) DISTRIBUTED= ;;
     *)
         DISTRIBUTED=1 # JAX finds the hosts by the metadata of the TPU
-        ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts of $ACCELERATOR_TYPE write one checkpoint together, so give a folder that PREPARE mounts on all of them"
+        ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts of $ACCELERATOR_TYPE write one checkpoint together: give a folder that PREPARE mounts on all of them, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
         ;;
 esac
 export DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS
@@ -77,7 +78,7 @@ prepare() {
     { [[ -z $PREPARE ]] || on_all_hosts "$PREPARE"; } &&
         run git -C "$LAUNCH/.." archive --format=tar.gz --output="$archive" HEAD &&
         run gcloud compute tpus tpu-vm scp "$archive" "$NAME:pathflip.tar.gz" "${PLACE[@]}" --worker=all &&
-        on_all_hosts "mkdir -p pathflip && tar -xzf pathflip.tar.gz -C pathflip && $WORKER install tpu && $WORKER stage" &&
+        on_all_hosts "mkdir -p pathflip && tar -xzf pathflip.tar.gz -C pathflip && $WORKER install tpu,gcs && $WORKER stage" &&
         PREPARED=1
 }
 

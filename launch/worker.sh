@@ -2,9 +2,9 @@
 set -euo pipefail
 # What every host of a run does, called by the other scripts: get the code ready, stage the data, train.
 #
-# usage: launch/worker.sh [--dry-run | --help] install EXTRA | stage | train OPTIONS OF pathflip train
+# usage: launch/worker.sh [--dry-run | --help] install EXTRAS | stage | train OPTIONS OF pathflip train
 #
-# install  a Python and the locked packages in .venv beside launch/, with the extra tpu or gpu
+# install  Python 3.12 and the locked packages in .venv beside launch/, with extras such as tpu, gpu or gpu,gcs
 # stage    copy a bucket's data to local disk: only what is missing, the records whole or not at all
 # train    `pathflip train` in the folder of the data, so that options name records, texts and tokenizer inside it
 #
@@ -26,12 +26,12 @@ read_options "$@"
 DATA=${DATA%/} WORKDIR=${WORKDIR%/}
 ROOT=${LAUNCH%/launch}
 command -v pathflip > /dev/null || PATH=$ROOT/.venv/bin:$PATH
-UV_VERSION=0.13.9
 
+# install EXTRAS: what the lock does not hold, the drivers of TPUs and GPUs, is taken as it was on one day.
 install() {
-    run python3 -m pip install --user --quiet "uv==$UV_VERSION"
+    run python3 -m pip install --user --quiet uv==0.13.9
     run "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$ROOT/.venv"
-    run "$HOME/.local/bin/uv" pip install --quiet --python "$ROOT/.venv/bin/python" \
+    run "$HOME/.local/bin/uv" pip install --quiet --python "$ROOT/.venv/bin/python" --exclude-newer 2026-11-24 \
         --constraint "$ROOT/requirements/demo-3.12.txt" "${ROOT}[$1]"
 }
 
@@ -157,13 +157,15 @@ wait_for_hosts() {
     done
 }
 
-need DATA
 case ${OPTIONS[0]-} in
     install) install "${OPTIONS[1]:?tpu or gpu}" ;;
-    stage) stage ;;
+    stage)
+        need DATA
+        stage
+        ;;
     train)
         OPTIONS=("${OPTIONS[@]:1}")
-        need WORKDIR
+        need DATA WORKDIR
         need_training
         wait_for_hosts
         if is_bucket "$WORKDIR"; then

@@ -14,11 +14,12 @@ PROJECT="${PROJECT:-}"   # Google Cloud project
 ZONE="${ZONE:-}"         # zone of the cluster
 CLUSTER="${CLUSTER:-}"   # made by xpk cluster create
 NAME="${NAME:-pathflip}" # of the workload
-IMAGE="${IMAGE:-}"       # built from launch/Dockerfile with EXTRA=tpu, pushed where the cluster can pull it
+IMAGE="${IMAGE:-}"       # built from launch/Dockerfile with EXTRAS=tpu,gcs, pushed where the cluster can pull it
 TPU_TYPE="${TPU_TYPE:-v5litepod-256}" # one slice
 CAPACITY="${CAPACITY:---spot}" # --spot, --on-demand, --reservation=NAME
 DATA="${DATA:-}"         # gs://... with records/, texts, slide table, tokenizer
-WORKDIR="${WORKDIR:-}"   # run folder on a storage that all hosts mount (xpk storage attach --auto-mount=true)
+WORKDIR="${WORKDIR:-}"   # run folder on a storage that all hosts mount (xpk storage attach --auto-mount=true), or one on
+#                         their own disks, with --config.train.checkpoints=gs://...
 LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of the hosts
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
 MAX_RESTARTS="${MAX_RESTARTS:-100}" # preemptions and failures together: XPK counts them as one
@@ -29,7 +30,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_options "$@"
 need PROJECT ZONE CLUSTER IMAGE DATA WORKDIR
 need_training
-! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts write one checkpoint together, so give a folder that all of them mount"
+! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts write one checkpoint together: give a folder that all of them mount, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
 
 export DATA WORKDIR LOCAL COMPILATION_CACHE
 SETTINGS=$(assignments DATA WORKDIR LOCAL COMPILATION_CACHE)

@@ -150,9 +150,10 @@ def test_a_job_that_cannot_stage_does_not_train(slurm, settings):
     assert len(slurm.calls("srun")) == 1
 
 
+STEPS = 200
 TRAINING = [
-    "--config", "align_base:smoke", "--config.train.steps=40", "--config.train.save_every=1000",
-    "--config.train.eval_every=1000", "--config.train.batch_size=4", "--config.data.regions=2",
+    "--config", "align_base:smoke", f"--config.train.steps={STEPS}", "--config.train.save_every=1000",
+    "--config.train.batch_size=4", "--config.data.regions=2", "--config.data.val_split=none",
     "--config.model.hidden=16", "--config.model.layers=1", "--config.model.embed_dim=16",
     "--config.data.records=records", "--config.data.texts=reports.jsonl", "--config.data.slides=slides.csv",
     "--config.data.tokenizer=vocabulary",
@@ -160,7 +161,7 @@ TRAINING = [
 
 
 def finished(run: Path) -> bool:
-    return [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, 41))
+    return [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
 def stop(pids: list[int]) -> None:
@@ -198,7 +199,7 @@ def test_two_processes_of_a_slurm_job_train_are_requeued_and_go_on(buckets, tmp_
     stop([int(pid) for pid in (buckets.folder / "steps").read_text().split()])
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and buckets.calls("scontrol") == [["scontrol", "requeue", "31"]], err
-    assert 0 < len(read_metrics(run / "metrics.jsonl")) < 40
+    assert 0 < len(read_metrics(run / "metrics.jsonl")) < STEPS
     done = buckets.run("slurm.sh", *TRAINING, **settings, SLURM_RESTART_COUNT=1)
     assert done.returncode == 0 and len(buckets.calls("scontrol")) == 1, done.stderr
     assert "going on from step" in done.stderr and "is staged" in done.stderr

@@ -143,7 +143,7 @@ def test_ending_the_script_deletes_the_request(cloud):
 def test_a_pod_slice_needs_a_folder_and_finds_its_hosts(cloud):
     settings = SETTINGS | {"ACCELERATOR_TYPE": "v5litepod-64"}
     done = cloud.run("tpu.sh", *OPTIONS, **settings)
-    assert done.returncode == 2 and "give a folder that PREPARE mounts on all of them" in done.stderr
+    assert done.returncode == 2 and "give a folder that PREPARE mounts on all of them, or --config" in done.stderr
     assert cloud.calls() == []
     settings |= {"WORKDIR": "/share/runs/base", "PREPARE": "sudo mount -t nfs 10.0.0.2:/share /share"}
     assert cloud.run("tpu.sh", *OPTIONS, **settings).returncode == 0

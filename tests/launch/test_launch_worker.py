@@ -164,9 +164,9 @@ def test_a_run_is_copied_while_it_goes_on_and_after_sigterm(buckets, local):
     assert (kept.parent / "saved").exists()
 
 
-def test_installing_takes_the_locked_packages(stand_ins, tmp_path):
-    done = stand_ins.run("worker.sh", "--dry-run", "install", "tpu", DATA="gs://lab/cohort")
+def test_installing_takes_the_locked_packages(stand_ins):
+    done = stand_ins.run("worker.sh", "--dry-run", "install", "tpu")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and "uv==" in lines[0] and "--python 3.12" in lines[1]
-    assert "requirements/demo-3.12.txt" in lines[2] and lines[2].endswith("[tpu]'")
-    assert "expected install, stage or train" in stand_ins.run("worker.sh", "go", DATA="gs://lab/cohort").stderr
+    assert "requirements/demo-3.12.txt" in lines[2] and lines[2].endswith("[tpu]'") and "--exclude-newer 20" in lines[2]
+    assert "expected install, stage or train" in stand_ins.run("worker.sh", "go").stderr
