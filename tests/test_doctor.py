@@ -1,6 +1,7 @@
 """The doctor names each fault with its cure, and its exit code says whether there is one."""
 
 import json
+from pathlib import Path
 
 from pathflip_jax import cli, doctor
 
@@ -13,6 +14,17 @@ def test_machine_is_described():
     findings = _by_name(doctor.examine())
     assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
     assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
+
+
+def test_launch_scripts_that_can_run_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _by_name(doctor.examine())["launch scripts"].state == "note"
+    for program in doctor.LAUNCHERS:
+        (tmp_path / program).touch(0o755)
+    found = _by_name(doctor.examine())["launch scripts"]
+    folder = Path(__file__).resolve().parent.parent / "launch"
+    assert found.state == "ok" and found.found.count("launch/") == 5
+    assert all((folder / script).is_file() for script in doctor.LAUNCHERS.values())
 
 
 def test_every_fault_or_note_has_a_cure(tmp_path):
