@@ -217,7 +217,7 @@ def compile_step(config, layers: int, slides: int, mesh, chip: str, keep: Path |
     lowered, held = lower(config, layers, slides, mesh)
     start = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=compiler_options("tpu"))
+        compiled = lowered.compile(compiler_options=compiler_options(platform="tpu"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise MemoryError(str(error).splitlines()[0]) from None

@@ -22,6 +22,8 @@ EXTRAS = {
     "profile": ("xprof", "view what `pathflip train --profile` traces"),
     "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),
 }
+# The program that each script of launch/ hands the work to.
+LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
 
 
@@ -38,7 +40,7 @@ def examine(
     *, records: Path | None = None, texts: Path | None = None, configs: list[str] | None = None
 ) -> list[Finding]:
     """Look at the machine, and at the data folders and configs that are named; nothing is changed."""
-    findings = [*_versions(), *_devices(), *_room(), *_offline()]
+    findings = [*_versions(), *_devices(), *_room(), *_offline(), _launchers()]
     if records is not None:
         findings += _records(records)
     if texts is not None:
@@ -126,6 +128,12 @@ def _offline() -> Iterator[Finding]:
             "before going offline, download a BERT folder (config.json, vocab.txt, model.safetensors) and name it as "
             "config.data.tokenizer and config.model.bert; without one, `pathflip vocabulary` trains a small vocabulary",
         )
+
+
+def _launchers() -> Finding:
+    found = [f"launch/{script} ({program})" for program, script in LAUNCHERS.items() if shutil.which(program)]
+    cure = "" if found else f"to start runs elsewhere, install one of {', '.join(LAUNCHERS)}"
+    return Finding("launch scripts", ", ".join(found) or "none can run here", "ok" if found else "note", cure)
 
 
 def _records(folder: Path) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """The doctor names each fault with its cure, and its exit code says whether there is one."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -24,6 +25,17 @@ def test_a_device_without_a_known_peak_is_noted(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
         found = _by_name(doctor.examine())["utilisation"]
         assert found.state == state and kind in found.found
+
+
+def test_launch_scripts_that_can_run_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _by_name(doctor.examine())["launch scripts"].state == "note"
+    for program in doctor.LAUNCHERS:
+        (tmp_path / program).touch(0o755)
+    found = _by_name(doctor.examine())["launch scripts"]
+    folder = Path(__file__).resolve().parent.parent / "launch"
+    assert found.state == "ok" and found.found.count("launch/") == 5
+    assert all((folder / script).is_file() for script in doctor.LAUNCHERS.values())
 
 
 def test_every_fault_or_note_has_a_cure(tmp_path):

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+set -euo pipefail
+# Train on several nodes of a Slurm cluster: one process a GPU, requeued when told to stop and when a node is lost.
+#
+# usage: launch/slurm.sh [--dry-run | --help] OPTIONS OF pathflip train
+#
+#   NODES=4 GPUS=8 DATA=/share/cohort WORKDIR=/share/runs/base launch/slurm.sh --config align_base \
+#       --config.data.records=records ...
+#
+# Run on a login node, it submits itself. The clone with its .venv, and WORKDIR, lie on a disk that all nodes share.
+#
+# Settings, here or in the environment:
+NODES="${NODES:-2}"
+GPUS="${GPUS:-8}"         # of a node; one process each
+CPUS="${CPUS:-8}"         # of a process
+TIME="${TIME:-24:00:00}"  # then the run saves and the job is requeued
+NOTICE="${NOTICE:-300}"   # seconds before that, for SIGTERM: time for a step and a save
+NAME="${NAME:-pathflip}"  # of the job
+SBATCH="${SBATCH:-}"      # more options of sbatch, such as: --partition=gpu --account=lab
+DATA="${DATA:-}"          # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder: read in place
+WORKDIR="${WORKDIR:-}"    # run folder on a shared disk
+LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of a node, for what comes from a bucket
+COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
+MAX_RESTARTS="${MAX_RESTARTS:-20}" # a failing job is requeued while it was requeued fewer times than this
+WAIT="${WAIT:-120}"       # seconds that the other processes have to end, after the first
+
+# shellcheck source=launch/common.sh
+source "${LAUNCH:-$(dirname "${BASH_SOURCE[0]}")}/common.sh" # Slurm runs a copy of this file, from elsewhere
+read_options "$@"
+need NODES GPUS DATA WORKDIR
+need_training
+! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together, so give a folder on a shared disk"
+WORKDIR=$(realpath -m "$WORKDIR")
+is_bucket "$DATA" || DATA=$(realpath "$DATA")
+export LAUNCH DATA WORKDIR LOCAL COMPILATION_CACHE
+
+if [[ -z ${SLURM_JOB_ID-} ]]; then
+    read -ra more <<< "$SBATCH"
+    # JAX gives process i of a node GPU i, so all processes must see all GPUs: --gpus-per-node, not --gpus-per-task.
+    run sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" \
+        --cpus-per-task="$CPUS" --time="$TIME" --signal="TERM@$NOTICE" --requeue --open-mode=append \
+        "${more[@]}" "$LAUNCH/slurm.sh" "${OPTIONS[@]}"
+    [[ -n $DRY_RUN ]] || exit 0
+fi
+
+# From here on: the job, on its first node.
+trap : TERM # is for the processes; this shell stays, to requeue
+code=0
+run srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 "$LAUNCH/worker.sh" stage || code=$?
+if [[ $code == 0 ]]; then
+    # Not --kill-on-bad-exit: after 75 the others are still saving.
+    run env PATHFLIP_DISTRIBUTED="$((NODES * GPUS > 1))" srun --nodes="$NODES" --ntasks-per-node="$GPUS" --cpus-per-task="$CPUS" --wait="$WAIT" \
+        "$LAUNCH/worker.sh" train "${OPTIONS[@]}" || code=$?
+fi
+if [[ -n $DRY_RUN ]]; then
+    show_worker
+elif [[ $code == "$TRY_AGAIN" ]]; then
+    run scontrol requeue "$SLURM_JOB_ID"
+elif [[ $code != 0 && $code != "$WRONG_INPUT" && ${SLURM_RESTART_COUNT:-0} -lt $MAX_RESTARTS ]]; then
+    say "exit code $code: requeued"
+    run scontrol requeue "$SLURM_JOB_ID"
+else
+    exit "$code"
+fi

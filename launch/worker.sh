@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+set -euo pipefail
+# What every host of a run does, called by the other scripts: get the code ready, stage the data, train.
+#
+# usage: launch/worker.sh [--dry-run | --help] install EXTRAS | stage | train OPTIONS OF pathflip train
+#
+# install  Python 3.12 and the locked packages in .venv beside launch/, with extras such as tpu, gpu or gpu,gcs
+# stage    copy a bucket's data to local disk: only what is missing, the records whole or not at all
+# train    `pathflip train` in the folder of the data, so that options name records, texts and tokenizer inside it
+#
+# Settings, from the environment:
+DATA="${DATA:-}"               # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder: read in place
+LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of a host: staged data, and the run where WORKDIR is a bucket
+WORKDIR="${WORKDIR:-}"         # run folder: one that all hosts share; a single process may give a bucket
+COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder or bucket of compiled programs; empty: compiled/ in the run folder
+BACKUP_SECONDS="${BACKUP_SECONDS:-300}" # where WORKDIR is a bucket: seconds between two copies of the run to it
+COORDINATOR="${COORDINATOR:-}" # host:port of process 0, with PROCESSES and PROCESS; empty: JAX finds the others, or is alone
+PROCESSES="${PROCESSES:-}"     # how many processes
+PROCESS="${PROCESS:-}"         # number of this one
+WAIT_FOR="${WAIT_FOR:-}"       # names of hosts that must be known before training starts
+
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_options "$@"
+
+DATA=${DATA%/} WORKDIR=${WORKDIR%/}
+ROOT=${LAUNCH%/launch}
+command -v pathflip > /dev/null || PATH=$ROOT/.venv/bin:$PATH
+
+# install EXTRAS: what the lock does not hold, the drivers of TPUs and GPUs, is taken as it was on one day.
+install() {
+    run python3 -m pip install --user --quiet uv==0.13.9
+    run "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$ROOT/.venv"
+    run "$HOME/.local/bin/uv" pip install --quiet --python "$ROOT/.venv/bin/python" --exclude-newer 2026-11-24 \
+        --constraint "$ROOT/requirements/demo-3.12.txt" "${ROOT}[$1]"
+}
+
+# download URL FOLDER [SKIP]: make the folder what the bucket holds, but for paths that contain SKIP.
+download() {
+    case $1 in
+        gs://*) run gcloud storage rsync --recursive --delete-unmatched-destination-objects ${3:+"--exclude=.*$3.*"} "$1" "$2" ;;
+        s3://*) run aws s3 sync --no-progress --delete ${3:+"--exclude=*$3*"} "$1" "$2" ;;
+    esac
+}
+
+# upload FOLDER URL SKIP: add what is new to the bucket. Nothing is deleted there: a run is never lost by a mistake here.
+upload() {
+    case $2 in
+        gs://*) run gcloud storage rsync --recursive "--exclude=.*$3.*" "$1" "$2" ;;
+        s3://*) run aws s3 sync --no-progress "--exclude=*$3*" "$1" "$2" ;;
+    esac
+}
+
+# download_whole URL FOLDER [CHECK]: the folder appears when all of it is there and CHECK agrees. What a killed copy
+# left behind is gone on with.
+download_whole() {
+    run mkdir -p "$2.partial" && download "$1" "$2.partial" && ${3:+"$3" "$2.partial"} && run mv "$2.partial" "$2"
+}
+
+copy_object() {
+    case $1$2 in
+        *gs://*) run gcloud storage cp "$1" "$2" ;;
+        *s3://*) run aws s3 cp --no-progress "$1" "$2" ;;
+    esac
+}
+
+# check_records FOLDER: every shard of manifest.json must be there with its bytes; the bucket itself may be half filled.
+check_records() {
+    [[ -z $DRY_RUN ]] || return 0
+    python3 - "$1" <<'PY'
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+for shard in json.loads((folder / "manifest.json").read_bytes())["shards"]:
+    path = folder / shard["name"]
+    found = path.stat().st_size if path.is_file() else "no such file"
+    if found != shard["bytes"]:
+        sys.exit(f"{path}: {found}, expected {shard['bytes']} bytes; write the records to the bucket again")
+PY
+}
+
+data_folder() {
+    if is_bucket "$DATA"; then echo "$LOCAL/pathflip-data-${DATA##*/}"; else echo "$DATA"; fi
+}
+
+stage() {
+    local folder records
+    is_bucket "$DATA" || { say "$DATA is read in place"; return; }
+    folder=$(data_folder) records=$folder/records
+    run mkdir -p "$folder"
+    if [[ -z $DRY_RUN ]]; then
+        exec 9> "$folder.lock"
+        flock 9 # processes of one host stage one after the other; the second finds it done
+    fi
+    copy_object "$DATA/records/manifest.json" "$folder.manifest" ||
+        fail "$DATA/records/manifest.json cannot be read: the records are not finished, or this host may not read them"
+    if [[ -z $DRY_RUN ]] && cmp -s "$folder.manifest" "$records/manifest.json"; then
+        say "$records is staged"
+    else
+        run rm -rf "$records"
+        download_whole "$DATA/records" "$records" check_records
+    fi
+    download "$DATA" "$folder" records/ # texts and tables change more often than features, and are small
+}
+
+# train_here WORKDIR OPTIONS...: the process of this host, in the folder of the data.
+train_here() {
+    local workdir=$1
+    shift
+    export JAX_COMPILATION_CACHE_DIR="${COMPILATION_CACHE:-$workdir/compiled}"
+    [[ -z $COORDINATOR ]] || set -- "$@" --coordinator "$COORDINATOR" --num_processes "$PROCESSES" --process_id "$PROCESS"
+    if [[ -n $DRY_RUN ]]; then
+        quoted cd "$(data_folder)"
+        echo "$(assignments JAX_COMPILATION_CACHE_DIR) $(quoted pathflip train "$@" --workdir "$workdir")"
+    else
+        cd "$(data_folder)" || fail "$(data_folder): no such folder; run \`$0 stage\` first"
+        exec pathflip train "$@" --workdir "$workdir"
+    fi
+}
+
+# train_with_backup OPTIONS...: a run on local disk that comes from the bucket, and goes there now and then and at the end.
+train_with_backup() {
+    local folder="$LOCAL/pathflip-run-${WORKDIR##*/}" code=0 trainer backup unfinished=orbax-checkpoint-tmp
+    if [[ ! -d $folder ]]; then # else this host was here before and has what is newest
+        # With something in it, the run folder exists in the bucket: a failing copy is then a failure, never a new run.
+        copy_object - "$WORKDIR/started.txt" <<< "started $(date)"
+        download_whole "$WORKDIR" "$folder"
+    fi
+    if [[ -n $DRY_RUN ]]; then
+        train_here "$folder" "$@"
+        upload "$folder" "$WORKDIR" "$unfinished"
+        return
+    fi
+    train_here "$folder" "$@" &
+    trainer=$!
+    trap 'kill -TERM "$trainer"' TERM INT HUP
+    while sleep "$BACKUP_SECONDS"; do upload "$folder" "$WORKDIR" "$unfinished"; done > /dev/null 2>&1 &
+    backup=$!
+    wait "$trainer" || code=$?
+    while kill -0 "$trainer" 2> /dev/null; do # a trap ends `wait` before the process ends
+        code=0
+        wait "$trainer" || code=$?
+    done
+    kill "$backup"
+    upload "$folder" "$WORKDIR" "$unfinished" || { say "the run is in $folder, and not whole in $WORKDIR"; return 1; }
+    return "$code"
+}
+
+# wait_for_hosts: names are known once their hosts have staged; the others wait here, not in a connection that times out.
+wait_for_hosts() {
+    local host
+    for host in $WAIT_FOR; do
+        if [[ -n $DRY_RUN ]]; then
+            quoted getent hosts "$host"
+        else
+            until getent hosts "$host" > /dev/null; do sleep 1; done
+        fi
+    done
+}
+
+case ${OPTIONS[0]-} in
+    install) install "${OPTIONS[1]:?tpu or gpu}" ;;
+    stage)
+        need DATA
+        stage
+        ;;
+    train)
+        OPTIONS=("${OPTIONS[@]:1}")
+        need DATA WORKDIR
+        need_training
+        wait_for_hosts
+        if is_bucket "$WORKDIR"; then
+            train_with_backup "${OPTIONS[@]}"
+        else
+            train_here "$WORKDIR" "${OPTIONS[@]}"
+        fi
+        ;;
+    *) fail "${OPTIONS[0]-nothing}: expected install, stage or train" ;;
+esac
