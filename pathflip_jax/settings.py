@@ -12,12 +12,15 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pathflip_jax.data.storage import as_path, exists, is_url
+
 REFERENCE = "align_base"
 REQUIRED = {
     "data.records": "a folder of records, made by `pathflip prepare` or `pathflip import`",
     "data.texts": "a table of reports by slide id (JSONL, CSV or JSON)",
     "data.tokenizer": "a Hugging Face BERT folder, or one made by `pathflip vocabulary`",
 }
+FOLDERS = ("data.tokenizer", "model.bert")  # that libraries read, from local disks alone
 
 
 def bundled_configs() -> dict[str, Path]:
@@ -95,7 +98,11 @@ def require(config: ConfigDict) -> None:
             raise ValueError(f"{key} is not set: add --config.{key}=..., {what}")
     for key in (*REQUIRED, "data.slides", "model.bert"):
         value = _flat(config)[key]
-        if value and not Path(value).exists():
+        if key in FOLDERS and is_url(value):
+            raise ValueError(
+                f"--config.{key}={value}: read from a local disk only; copy the folder there and name the copy"
+            )
+        if value and not exists(as_path(value)):
             raise FileNotFoundError(
                 f"--config.{key}={value}: no such file or folder; expected {REQUIRED.get(key, key)}"
             )
