@@ -19,8 +19,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
 
     config.data = ConfigDict()
-    config.data.records = ""  # folder of records: `pathflip prepare` or `pathflip import`
-    config.data.texts = ""  # text table: reports by slide id
+    config.data.records = ""  # folder of records: `pathflip prepare` or `pathflip import`; gs:// and s3:// too
+    config.data.texts = ""  # text table: reports by slide id; it, slide table and tokenizer may be URLs too
     config.data.slides = ""  # slide table with split train|val|test; without one, all slides train and none validate
     config.data.tokenizer = ""  # BERT folder, or one of `pathflip vocabulary`; released: BioBERT cased v1.2
     config.data.split = "train"
@@ -97,6 +97,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.eval_every = 500
     config.train.save_every = 500
     config.train.keep = 3  # checkpoints kept besides the best
+    config.train.checkpoints = ""  # local folder or gs://bucket/run that they go to; "": the workdir, with the logs
     config.train.select = "val/mean_reciprocal_rank"  # decides the best; smaller is better where the name says loss
     config.train.select_margin = 0.0  # the best is the latest within this of the top: what few slides cannot tell apart
 

@@ -333,7 +333,7 @@ def build_parser() -> argparse.ArgumentParser:
         "pathflip evaluate runs/base --records records --texts reports.jsonl --slides slides.csv --out scores",
     )
     evaluate.add_argument(
-        "run_folders", type=Path, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
+        "run_folders", type=_place, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
     )
     evaluate.add_argument("--records", type=_place, required=True, help="folder of records")
     evaluate.add_argument("--texts", type=_place, help="text table: scores retrieval")
@@ -346,7 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--outlines", type=Path, metavar="DIR", help="true outlines, <slide_id>.geojson")
     evaluate.add_argument("--images", type=Path, metavar="DIR", help="slide files, for thumbnails and colour baselines")
     evaluate.add_argument(
-        "--compare-to", type=Path, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
+        "--compare-to", type=_place, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
     )
     _add_grounding_options(evaluate)
     evaluate.add_argument(
@@ -368,7 +368,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     ground.add_argument("texts", nargs="+", metavar="TEXT", help="one or several texts")
     ground.add_argument("--slide-id", help="slide of a folder of records")
-    ground.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    ground.add_argument("--checkpoint", type=_place, required=True, metavar="RUN", help="run folder")
     ground.add_argument("--image", type=Path, metavar="FILE", help="the slide file, drawn under the heatmap")
     _add_grounding_options(ground)
     ground.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
@@ -382,7 +382,7 @@ def build_parser() -> argparse.ArgumentParser:
         "pathflip embed records --checkpoint runs/base --out embeddings.parquet",
     )
     embed.add_argument("records", type=_place, metavar="RECORDS", help="folder of records")
-    embed.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    embed.add_argument("--checkpoint", type=_place, required=True, metavar="RUN", help="run folder")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="Parquet file to write")
     embed.add_argument("--slides", type=_place, metavar="CSV", help="slide table: embed only its slides")
     embed.add_argument("--split", help="with --slides: only the slides of this split")
@@ -410,7 +410,7 @@ def build_parser() -> argparse.ArgumentParser:
         "write a trained model for PyTorch users",
         "pathflip export runs/base --to pytorch --out exported",
     )
-    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("run_folder", type=_place, metavar="RUN", help="run folder")
     export.add_argument("--to", choices=["pytorch"], default="pytorch", help="what to write (default pytorch)")
     export.add_argument("--which", choices=["best", "latest"], default="best", help="checkpoint (default best)")
     export.add_argument("--pt", action="store_true", help="also write model.pt, for code that reads no safetensors")

@@ -7,7 +7,6 @@ sizes (masked, hence without effect), and a cohort costs a handful of compilatio
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -286,11 +285,11 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def load(path, which: str | int = "best") -> Predictor:
-    """Load a run folder (trained here, or made by `pathflip convert`) for inference.
+    """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
 
     `which` is "best" (by validation), "latest" or a step.
     """
-    model, config, tokenizer = load_run(Path(path), which=which)
+    model, config, tokenizer = load_run(path, which=which)
     return Predictor(model, config, tokenizer, name=str(path))
 
 

@@ -99,7 +99,9 @@ def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); delete it and run the command that writes the records") from None
     files = {name: [as_path(data[name])] for name in ("texts", "slides") if data[name]}
-    files["tokenizer"] = [path for name in ("vocab.txt", "tokenizer.json") for path in Path(data.tokenizer).glob(name)]
+    files["tokenizer"] = [
+        path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
+    ]
     hashes = {name: _hash(paths) for name, paths in files.items()}
     cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}

@@ -20,7 +20,6 @@ REQUIRED = {
     "data.texts": "a table of reports by slide id (JSONL, CSV or JSON)",
     "data.tokenizer": "a Hugging Face BERT folder, or one made by `pathflip vocabulary`",
 }
-FOLDERS = ("data.tokenizer", "model.bert")  # that libraries read, from local disks alone
 
 
 def bundled_configs() -> dict[str, Path]:
@@ -98,10 +97,8 @@ def require(config: ConfigDict) -> None:
             raise ValueError(f"{key} is not set: add --config.{key}=..., {what}")
     for key in (*REQUIRED, "data.slides", "model.bert"):
         value = _flat(config)[key]
-        if key in FOLDERS and is_url(value):
-            raise ValueError(
-                f"--config.{key}={value}: read from a local disk only; copy the folder there and name the copy"
-            )
+        if key == "model.bert" and is_url(value):
+            raise ValueError(f"--config.{key}={value}: weights are read from a local disk; copy the folder there")
         if value and not exists(as_path(value)):
             raise FileNotFoundError(
                 f"--config.{key}={value}: no such file or folder; expected {REQUIRED.get(key, key)}"

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from pathflip_jax import checkpoint, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import Batches, look_up
+from pathflip_jax.data.storage import is_url
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, plot, read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
@@ -37,7 +38,7 @@ MAY_CHANGE = {
     "mesh": ("data", "fsdp"),
     "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
     "model": ("bert",),
-    "train": ("keep",),
+    "train": ("keep", "checkpoints"),
 }
 
 
@@ -60,6 +61,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         raise ValueError(f"train.select_margin={config.train.select_margin}: expected 0 or more")
     if not losses:
         raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
+    if is_url(workdir):
+        raise ValueError(
+            f"--workdir={workdir}: logs are written to a local disk; name a folder there, and "
+            f"--config.train.checkpoints={workdir} for the checkpoints"
+        )
     workdir = Path(workdir).resolve()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
@@ -101,7 +107,7 @@ def fit(
         return plain_step(learned, frozen, opt_state, look_up(batch, features), number)
 
     facts = {"config": resolved, "git": checkpoint.git_revision()}
-    with checkpoint.Checkpoints(workdir, setup.keep, facts) as checkpoints:
+    with checkpoint.Checkpoints(setup.checkpoints or workdir, setup.keep, facts) as checkpoints:
         start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints)
         places = jax.tree.map(lambda x: x.sharding, (learned, opt_state))
         step = jax.jit(
@@ -261,17 +267,28 @@ def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) ->
 def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
-    A run that ended before its first checkpoint, on a wrong setting or for want of memory, has no claim on it.
+    So is that of `train.checkpoints`, which alone outlives a lost machine. A run that ended before its first
+    checkpoint, on a wrong setting or for want of memory, has no claim on either.
     """
-    if (workdir / checkpoint.CONFIG).exists() and any((workdir / checkpoint.CHECKPOINTS).glob("[0-9]*")):
-        before = checkpoint.read_json(workdir / checkpoint.CONFIG)
+    home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
+    if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
+        before = checkpoint.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
+        if checkpoint.run_folder(before) != home:
+            raise ValueError(
+                f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
+                "--config.train.checkpoints, or another --workdir"
+            )
+    if (home / checkpoint.CONFIG).exists() and any((home / checkpoint.CHECKPOINTS).glob("[0-9]*")):
+        before = checkpoint.read_json(home / checkpoint.CONFIG)
         differing = checkpoint.differences(_fixed(before), _fixed(resolved))
         if differing:
             raise ValueError(
-                f"{workdir} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
+                f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
                 "give that run's settings to go on with it, or another --workdir to start a new one"
             )
     elif jax.process_index() == 0:
+        checkpoint.describe_run(home, model, resolved, tokenizer)
+    if home != workdir and jax.process_index() == 0:
         checkpoint.describe_run(workdir, model, resolved, tokenizer)
 
 

@@ -51,8 +51,8 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
         if isinstance(place, Path) and mangled and mangled.group(1) in EXTRAS:
             raise ValueError(f"{text}: a URL that lost a slash in pathlib.Path; give it as a text")
         return place if isinstance(place, Path) else Path(text.removeprefix("file://"))
-    if not isinstance(place, str):
-        return place
+    if not isinstance(place, (str, Path)):
+        return place  # it is one already; the Path that spells a URL is that of etils, which Orbax uses
     from upath import UPath
 
     protocol = text.partition("://")[0]
@@ -93,6 +93,8 @@ def persist(place: object, attempt: Callable[[], Answer]) -> Answer:
 def _raise_lasting(place: object, error: Exception, last: bool) -> None:
     """Raise what another try would not mend, or all at the last, naming the place and the cure."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
+        raise OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}") from error
     if isinstance(error, FileNotFoundError):
         raise FileNotFoundError(f"{place}: no such object; restore it, or write it again") from error
     if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
@@ -158,6 +160,10 @@ class RemoteFile:
         for (start, at, end), data in zip(pieces, found, strict=True):
             if len(data) < end - at:
                 raise _too_short(self.path, at + len(data), end - at - len(data))
+            if len(data) > end - at:
+                raise OSError(
+                    f"{self.path}: {len(data)} bytes for {end - at}: that storage reads no ranges; use another"
+                )
             blocks[start] += data
         starts = np.array(list(blocks))
         for offset, arrays in extents:
@@ -256,6 +262,12 @@ def file_sizes(paths: Sequence[Place]) -> list[int | None]:
 def exists(path: Place) -> bool:
     """Whether there is a file or folder."""
     return path.exists() if isinstance(path, Path) else persist(path, path.exists)
+
+
+def make_folder(path: Place) -> None:
+    """Make a local folder and those above it; buckets have none, only objects with slashes in their names."""
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Place) -> None:
