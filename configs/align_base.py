@@ -19,8 +19,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict()
 
     config.data = ConfigDict()
-    config.data.records = ""  # folder of records: `pathflip prepare` or `pathflip import`
-    config.data.texts = ""  # text table: reports by slide id
+    config.data.records = ""  # folder of records: `pathflip prepare` or `pathflip import`; gs:// and s3:// too
+    config.data.texts = ""  # text table: reports by slide id; it, slide table and tokenizer may be URLs too
     config.data.slides = ""  # slide table with split train|val|test; without one, all slides train and none validate
     config.data.tokenizer = ""  # BERT folder, or one of `pathflip vocabulary`; released: BioBERT cased v1.2
     config.data.split = "train"
@@ -107,6 +107,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.wandb_project = ""  # Weights & Biases project that gets the metrics too (extra [wandb]); "": none
     config.train.hang_seconds = 1800  # without progress, compilation aside: exit with 75 and say where; 0: never
     config.train.heartbeat_seconds = 60  # without a sign of a host: it is lost, and the others exit with 75
+    config.train.checkpoints = ""  # local folder or gs://bucket/run that they go to; "": the workdir, with the logs
     config.train.select = "val/mean_reciprocal_rank"  # decides the best; smaller is better where the name says loss
     config.train.select_margin = 0.0  # the best is the latest within this of the top: what few slides cannot tell apart
 

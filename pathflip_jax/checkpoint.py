@@ -7,8 +7,6 @@ validated best). Arrays are flat dicts by parameter name: these names are the fo
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax import distributed
+from pathflip_jax.data.storage import as_path, is_url, make_folder, read_bytes
+from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
 
@@ -67,28 +68,33 @@ def flat_state(opt_state: Any) -> dict[str, jax.Array]:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(as_path(path)) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
     """Read a JSON file; ValueError names one that is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(as_path(path)))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); it was not written by this program, restore a copy") from None
+
+
+def run_folder(place: str | Path) -> Path:
+    """The folder of a run: on a local disk, or behind gs://, which Orbax knows too. ValueError for another URL."""
+    if not is_url(place):
+        return Path(place).resolve()
+    if not str(place).startswith("gs://"):
+        raise ValueError(f"{place}: checkpoints lie on local disks or behind gs://, Orbax writes nowhere else")
+    as_path(place)  # says what is missing here to read it
+    return epath.Path(str(place))
 
 
 class Checkpoints:
     """The checkpoints of one run: saves in the background, restores the newest sound one; a context manager."""
 
     def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0):
-        self.workdir = Path(workdir).resolve()
+        self.workdir = run_folder(workdir)
         self.facts = facts
         # Two: a damaged one has one before it.
         self._latest = _manager(self.workdir / CHECKPOINTS, max(keep, 2), keep_every)
@@ -154,7 +160,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for s in newer:
                 aside = self.workdir / f"damaged-{s}"
-                shutil.rmtree(aside, ignore_errors=True)
+                epath.Path(aside).rmtree(missing_ok=True)
                 (self.workdir / CHECKPOINTS / str(s)).rename(aside)
         distributed.agree("moved")
         if newer:
@@ -255,18 +261,18 @@ def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
     `config` is what config.json shall hold; settings that a later evaluation reads stand in its section "data".
     Raises FileExistsError when the folder already holds a run.
     """
-    workdir = Path(workdir)
+    workdir = run_folder(workdir)
     if (workdir / MODEL).exists():
         raise FileExistsError(f"{workdir}: holds a run already; write to another folder")
     describe_run(workdir, model.config, config, tokenizer)
     with Checkpoints(workdir, keep=2, facts={"git": git_revision(), "config": config}) as checkpoints:
         checkpoints.save_best(0, flatten(model), {})
-    shutil.rmtree(workdir / CHECKPOINTS)
+    epath.Path(workdir / CHECKPOINTS).rmtree()
 
 
 def describe_run(workdir: Path, model: PathFLIPConfig, config: dict, tokenizer) -> None:
     """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(as_path(workdir))
     tokenizer.save(workdir / TOKENIZER)
     write_json(workdir / CONFIG, config)
     write_json(workdir / MODEL, model.to_dict())
@@ -275,19 +281,24 @@ def describe_run(workdir: Path, model: PathFLIPConfig, config: dict, tokenizer) 
 def load_run(workdir: str | Path, which: str | int = "best"):
     """(model, config, tokenizer) of a run folder; `which` is "best" (by validation), "latest" or a step.
 
-    A run without validation has no best, its latest is taken. Raises FileNotFoundError when the folder holds no run
-    or not the checkpoint asked for, ValueError when it is damaged.
+    Follows `train.checkpoints` of its config where the folder has no checkpoints itself. A run without validation has
+    no best, its latest is taken. Raises FileNotFoundError when the folder holds no run or not the checkpoint asked for,
+    ValueError when it is damaged.
     """
     from pathflip_jax.data.tokens import TextTokenizer
 
-    workdir = Path(workdir).resolve()
+    workdir = run_folder(workdir)
     for name in (MODEL, CONFIG):
-        if not (workdir / name).is_file():
+        if not (workdir / name).exists():
             raise FileNotFoundError(
                 f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
                 "of `pathflip convert`"
             )
-    config = PathFLIPConfig.from_dict(read_json(workdir / MODEL))
+    config, settings = PathFLIPConfig.from_dict(read_json(workdir / MODEL)), read_json(workdir / CONFIG)
+    tokenizer = TextTokenizer(workdir / TOKENIZER)
+    elsewhere = settings.get("train", {}).get("checkpoints")
+    if elsewhere and not (_steps(workdir / CHECKPOINTS) or _steps(workdir / BEST)):
+        workdir = run_folder(elsewhere)
     folder, step = _find(workdir, which)
     device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
@@ -301,7 +312,7 @@ def load_run(workdir: str | Path, which: str | int = "best"):
             f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "
             f"{sorted({*_steps(workdir / CHECKPOINTS), *_steps(workdir / BEST)})}"
         ) from error
-    return unflatten(config, params), read_json(workdir / CONFIG), TextTokenizer(workdir / TOKENIZER)
+    return unflatten(config, params), settings, tokenizer
 
 
 def _steps(folder: Path) -> list[int]:

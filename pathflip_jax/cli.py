@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pathflip_jax.compilation import keep_compiled
+from pathflip_jax.data.storage import Place, as_path, is_url
 from pathflip_jax.demo import SLIDES
 from pathflip_jax.grounding import maps
 
@@ -42,13 +43,20 @@ def _shard(text: str) -> tuple[int, int]:
     return number, count
 
 
+def _place(text: str) -> Place:
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _add_records_options(parser: argparse.ArgumentParser) -> None:
     """What `prepare` and `import` share: where records go, how regions are cut, what happens to a bad slide."""
-    parser.add_argument("--out", type=Path, required=True, metavar="RECORDS", help="folder of the records to write")
+    parser.add_argument("--out", type=_place, required=True, metavar="RECORDS", help="folder of the records to write")
     parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
     parser.add_argument("--edge-um", type=float, default=2048.0, metavar="UM", help="edge of a region (default 2048)")
     parser.add_argument(
-        "--slides", type=Path, metavar="CSV", help="slide table with slide_id and patient_id: names the cases"
+        "--slides", type=_place, metavar="CSV", help="slide table with slide_id and patient_id: names the cases"
     )
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
     parser.add_argument("--slides-per-shard", type=int, default=32, metavar="N", help="slides in one file (default 32)")
@@ -270,8 +278,8 @@ def build_parser() -> argparse.ArgumentParser:
         "examine versions, devices, memory, data and configs, and say what to do about each fault",
         "pathflip doctor --records records --texts reports.jsonl --config align_base",
     )
-    doctor.add_argument("--records", type=Path, help="folder of records: every checksum is read")
-    doctor.add_argument("--texts", type=Path, help="text table: does it match the records?")
+    doctor.add_argument("--records", type=_place, help="folder of records: every checksum is read")
+    doctor.add_argument("--texts", type=_place, help="text table: does it match the records?")
     doctor.add_argument("--config", action="append", default=[], help="training config to check (may be repeated)")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
 
@@ -315,8 +323,8 @@ def build_parser() -> argparse.ArgumentParser:
         "train a small WordPiece vocabulary where no BERT folder is at hand",
         "pathflip vocabulary reports.jsonl --slides slides.csv --split train --out vocabulary",
     )
-    vocabulary.add_argument("texts", type=Path, metavar="TEXTS", help="text table")
-    vocabulary.add_argument("--slides", type=Path, metavar="CSV", help="slide table that names the splits")
+    vocabulary.add_argument("texts", type=_place, metavar="TEXTS", help="text table")
+    vocabulary.add_argument("--slides", type=_place, metavar="CSV", help="slide table that names the splits")
     vocabulary.add_argument("--split", help="use only the texts of this split")
     vocabulary.add_argument("--size", type=int, default=2000, help="most words (default 2000)")
     vocabulary.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="Hugging Face BERT folder")
@@ -350,12 +358,12 @@ def build_parser() -> argparse.ArgumentParser:
         "pathflip evaluate runs/base --records records --texts reports.jsonl --slides slides.csv --out scores",
     )
     evaluate.add_argument(
-        "run_folders", type=Path, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
+        "run_folders", type=_place, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
     )
-    evaluate.add_argument("--records", type=Path, required=True, help="folder of records")
-    evaluate.add_argument("--texts", type=Path, help="text table: scores retrieval")
+    evaluate.add_argument("--records", type=_place, required=True, help="folder of records")
+    evaluate.add_argument("--texts", type=_place, help="text table: scores retrieval")
     evaluate.add_argument(
-        "--slides", type=Path, required=True, metavar="CSV", help="slide_id, patient_id, label, split"
+        "--slides", type=_place, required=True, metavar="CSV", help="slide_id, patient_id, label, split"
     )
     evaluate.add_argument("--split", default="test", help="split to score (default test)")
     evaluate.add_argument("--prompts", type=Path, metavar="JSON", help="texts of each class: scores zero-shot")
@@ -363,7 +371,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--outlines", type=Path, metavar="DIR", help="true outlines, <slide_id>.geojson")
     evaluate.add_argument("--images", type=Path, metavar="DIR", help="slide files, for thumbnails and colour baselines")
     evaluate.add_argument(
-        "--compare-to", type=Path, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
+        "--compare-to", type=_place, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
     )
     _add_grounding_options(evaluate)
     evaluate.add_argument(
@@ -380,10 +388,12 @@ def build_parser() -> argparse.ArgumentParser:
         "show where on a slide a text is seen",
         'pathflip ground features/S1.h5 "tumor necrosis" --checkpoint runs/base --image slides/S1.svs --out maps',
     )
-    ground.add_argument("slide", type=Path, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
+    ground.add_argument(
+        "slide", type=_place, metavar="SLIDE", help="feature file, or folder of records with --slide-id"
+    )
     ground.add_argument("texts", nargs="+", metavar="TEXT", help="one or several texts")
     ground.add_argument("--slide-id", help="slide of a folder of records")
-    ground.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    ground.add_argument("--checkpoint", type=_place, required=True, metavar="RUN", help="run folder")
     ground.add_argument("--image", type=Path, metavar="FILE", help="the slide file, drawn under the heatmap")
     _add_grounding_options(ground)
     ground.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
@@ -396,10 +406,10 @@ def build_parser() -> argparse.ArgumentParser:
         "embed every slide of a folder of records into one Parquet file",
         "pathflip embed records --checkpoint runs/base --out embeddings.parquet",
     )
-    embed.add_argument("records", type=Path, metavar="RECORDS", help="folder of records")
-    embed.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder")
+    embed.add_argument("records", type=_place, metavar="RECORDS", help="folder of records")
+    embed.add_argument("--checkpoint", type=_place, required=True, metavar="RUN", help="run folder")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="Parquet file to write")
-    embed.add_argument("--slides", type=Path, metavar="CSV", help="slide table: embed only its slides")
+    embed.add_argument("--slides", type=_place, metavar="CSV", help="slide table: embed only its slides")
     embed.add_argument("--split", help="with --slides: only the slides of this split")
     embed.add_argument("--regions", action="store_true", help="also the embedding of each region, and its place")
     embed.add_argument("--batch-size", type=int, default=8, metavar="N", help="slides in one call (default 8)")
@@ -425,12 +435,20 @@ def build_parser() -> argparse.ArgumentParser:
         "write a trained model for PyTorch users",
         "pathflip export runs/base --to pytorch --out exported",
     )
-    export.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("run_folder", type=_place, metavar="RUN", help="run folder")
     export.add_argument("--to", choices=["pytorch"], default="pytorch", help="what to write (default pytorch)")
     export.add_argument("--which", choices=["best", "latest"], default="best", help="checkpoint (default best)")
     export.add_argument("--pt", action="store_true", help="also write model.pt, for code that reads no safetensors")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     return parser
+
+
+def _refuse_urls(options: argparse.Namespace, argv: list[str]) -> None:
+    """Raise ValueError for a URL where a local path belongs: pathlib would make a folder called "gs:" of it."""
+    given = [value for values in vars(options).values() for value in (values if isinstance(values, list) else [values])]
+    for url in (text.partition("=")[2] if text.startswith("--") else text for text in argv):
+        if is_url(url) and Path(url) in given:
+            raise ValueError(f"{url}: a local path is needed here; records, reports and slide tables may be URLs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -443,6 +461,7 @@ def main(argv: list[str] | None = None) -> int:
 
             return train_main(argv[1:])
         options = build_parser().parse_args(argv)
+        _refuse_urls(options, argv)
         options.command_line = argv
         return options.run(options)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:

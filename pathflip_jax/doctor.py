@@ -13,11 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from pathflip_jax.data.storage import Place
+
 CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers")
 SLIDES = ("openslide-python", "openslide-bin", "scikit-image", "h5py")
 # What each extra adds, and the sign that it is there.
 EXTRAS = {
     "torch": ("torch", "read and write PyTorch checkpoints other than .safetensors"),
+    "gcs": ("gcsfs", "read and write records in Google Cloud Storage, gs://"),
+    "s3": ("s3fs", "read and write records in Amazon S3 and what speaks like it, s3://"),
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
     "profile": ("xprof", "view what `pathflip train --profile` traces"),
     "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),
@@ -37,7 +41,7 @@ class Finding(NamedTuple):
 
 
 def examine(
-    *, records: Path | None = None, texts: Path | None = None, configs: list[str] | None = None
+    *, records: Place | None = None, texts: Place | None = None, configs: list[str] | None = None
 ) -> list[Finding]:
     """Look at the machine, and at the data folders and configs that are named; nothing is changed."""
     findings = [*_versions(), *_devices(), *_room(), *_offline(), _launchers()]
@@ -136,7 +140,7 @@ def _launchers() -> Finding:
     return Finding("launch scripts", ", ".join(found) or "none can run here", "ok" if found else "note", cure)
 
 
-def _records(folder: Path) -> Iterator[Finding]:
+def _records(folder: Place) -> Iterator[Finding]:
     from pathflip_jax.data.records import Records, verify
 
     try:
@@ -151,7 +155,7 @@ def _records(folder: Path) -> Iterator[Finding]:
         yield Finding("records", str(fault), "fault", "delete that shard with its .idx and run the same command again")
 
 
-def _texts(path: Path, records: Path | None) -> Iterator[Finding]:
+def _texts(path: Place, records: Place | None) -> Iterator[Finding]:
     from pathflip_jax.data.records import Records
     from pathflip_jax.data.text import match_texts, read_texts
 

@@ -26,6 +26,7 @@ from pathflip_jax.checkpoint import checksums
 from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, manifest_hash
+from pathflip_jax.data.storage import Place
 from pathflip_jax.data.text import read_slide_table, some
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.inference import Embedding, Predictor, load
@@ -90,10 +91,10 @@ def checkpoint_hash(predictor: Predictor) -> str:
 
 def embed(
     run: Path | str,
-    records: Path | str,
+    records: Place | str,
     out: Path | str,
     *,
-    slides_table: Path | str | None = None,
+    slides_table: Place | str | None = None,
     split: str | None = None,
     regions: bool = False,
     batch_size: int = 8,
@@ -149,7 +150,7 @@ def embed(
     return Report(out, done, skipped, failed, finished and out.exists(), seconds, notes)
 
 
-def _select(archive: Records, table: Path | str | None, split: str | None) -> tuple[list[str], list[Failure]]:
+def _select(archive: Records, table: Place | str | None, split: str | None) -> tuple[list[str], list[Failure]]:
     """The slides to embed, in the order of the records, and those of the table that the records do not have."""
     ids = [info.slide_id for info in archive.slides]
     if table is None:

@@ -7,7 +7,6 @@ sizes (masked, hence without effect), and a cohort costs a handful of compilatio
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.regions import EDGE_UM, cut_regions
+from pathflip_jax.data.storage import as_path, exists, is_url
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.model.pathflip import SlideEncoding
@@ -285,26 +285,31 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def load(path, which: str | int = "best") -> Predictor:
-    """Load a run folder (trained here, or made by `pathflip convert`) for inference.
+    """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
 
     `which` is "best" (by validation), "latest" or a step.
     """
-    model, config, tokenizer = load_run(Path(path), which=which)
+    model, config, tokenizer = load_run(path, which=which)
     return Predictor(model, config, tokenizer, name=str(path))
 
 
 def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
     """Read one slide's features: a feature file (CLAM, TRIDENT, SlideChat, STAMP, .pt), or a slide of records.
 
-    `slide_id` chooses from a folder or shard of records that holds several slides. `known` is what a feature file may
-    not say: patch_size (level-0 pixels), mpp, encoder, as `read_features` takes it.
+    Records may lie behind a URL, feature files on a local disk only. `slide_id` chooses from a folder or shard of
+    records that holds several slides. `known` is what a feature file may not say: patch_size (level-0 pixels), mpp,
+    encoder, as `read_features` takes it.
     """
-    path = Path(path)
-    if not path.exists():
+    path = as_path(path)
+    if not exists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix.lower() in SLIDE_FILES:
         raise ValueError(f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records")
     if not path.is_dir() and path.suffix != ".tfrecord":
+        if is_url(path):
+            raise ValueError(
+                f"{path}: feature files are read from a local disk only; copy it, or import it into records"
+            )
         return read_features(path, slide_id=slide_id or "", **known)
     records = Records(path if path.is_dir() else [path])
     if slide_id is None:

@@ -4,6 +4,7 @@ Training and validation draw from the same records and texts; the slide table sa
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from pathflip_jax.checkpoint import read_json
 from pathflip_jax.data.pipeline import Batches, make_batches
 from pathflip_jax.data.records import Records, manifest_hash
+from pathflip_jax.data.storage import Place, as_path, read_bytes
 from pathflip_jax.data.text import read_slide_table, read_texts
 from pathflip_jax.data.tokens import TextTokenizer
 
@@ -100,15 +101,21 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
 
 def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
-    manifest = Path(data.records) / "manifest.json"
-    if not manifest.is_file():
+    path = as_path(data.records) / "manifest.json"
+    try:
+        manifest = json.loads(read_bytes(path))
+    except FileNotFoundError:
         raise FileNotFoundError(
-            f"{manifest}: no such file, so the records are not finished; run the command that writes them once more"
-        )
-    files = {name: [Path(data[name])] for name in ("texts", "slides") if data[name]}
-    files["tokenizer"] = [path for name in ("vocab.txt", "tokenizer.json") for path in Path(data.tokenizer).glob(name)]
+            f"{path}: no such file, so the records are not finished; run the command that writes them once more"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete it and run the command that writes the records") from None
+    files = {name: [as_path(data[name])] for name in ("texts", "slides") if data[name]}
+    files["tokenizer"] = [
+        path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
+    ]
     hashes = {name: _hash(paths) for name, paths in files.items()}
-    cut = {name: read_json(manifest)[name] for name in ("cut", "edge_um", "edge_px")}
+    cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
     return facts | cut | {"hashes": hashes | {"records": manifest_hash(data.records)}}
 
@@ -150,5 +157,5 @@ def even_size(slides: int, most: int) -> int:
     return slides // -(-slides // most)
 
 
-def _hash(paths: list[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+def _hash(paths: list[Place]) -> str:
+    return hashlib.sha256(b"".join(read_bytes(path) for path in paths)).hexdigest()

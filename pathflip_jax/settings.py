@@ -12,6 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pathflip_jax.data.storage import as_path, exists, is_url
+
 REFERENCE = "align_base"
 REQUIRED = {
     "data.records": "a folder of records, made by `pathflip prepare` or `pathflip import`",
@@ -97,7 +99,9 @@ def require(config: ConfigDict) -> None:
             raise ValueError(f"{key} is not set: add --config.{key}=..., {what}")
     for key in (*REQUIRED, "data.slides", "model.bert"):
         value = _flat(config)[key]
-        if value and not Path(value).exists():
+        if key == "model.bert" and is_url(value):
+            raise ValueError(f"--config.{key}={value}: weights are read from a local disk; copy the folder there")
+        if value and not exists(as_path(value)):
             raise FileNotFoundError(
                 f"--config.{key}={value}: no such file or folder; expected {REQUIRED.get(key, key)}"
             )

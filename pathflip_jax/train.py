@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from pathflip_jax import checkpoint, distributed, goodput, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import Batches, look_up
+from pathflip_jax.data.storage import is_url
 from pathflip_jax.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.losses import LossConfig, pair_bytes
 from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, import_wandb, plot, read_metrics
@@ -45,6 +46,7 @@ MAY_CHANGE = {
     "model": ("bert",),
     "train": (
         "keep",
+        "checkpoints",
         "keep_every",
         "save_every",
         "preemptions_per_day",
@@ -52,7 +54,7 @@ MAY_CHANGE = {
         "wandb_project",
         "hang_seconds",
         "heartbeat_seconds",
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -83,6 +85,11 @@ def train(
         raise ValueError(f"train.select_margin={config.train.select_margin}: expected 0 or more")
     if not losses:
         raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
+    if is_url(workdir):
+        raise ValueError(
+            f"--workdir={workdir}: logs are written to a local disk; name a folder there, and "
+            f"--config.train.checkpoints={workdir} for the checkpoints"
+        )
     workdir = Path(workdir).resolve()
     mesh = sharding.make_mesh(**config.mesh)
     if config.data.regions % mesh.shape["region"]:
@@ -91,7 +98,8 @@ def train(
             "devices; set one to a multiple of the other"
         )
     with StopSignal() as stop, Watchdog(config.train.hang_seconds) as watchdog, jax.set_mesh(mesh):
-        begun = distributed.agree(begun_config(workdir)) or {"data": {}}
+        home = checkpoint.run_folder(config.train.checkpoints or workdir)
+        begun = distributed.agree(begun_config(home)) or {"data": {}}
         groups = begun["data"].get("text_groups", 0)
         data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh), groups)
         model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
@@ -141,7 +149,10 @@ def fit(
         return learned, opt_state, metrics | {USEFUL: useful}
 
     facts = {"config": resolved, "git": checkpoint.git_revision()}
-    with ledger, checkpoint.Checkpoints(workdir, setup.keep, facts, setup.keep_every) as checkpoints:
+    with (
+        ledger,
+        checkpoint.Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every) as checkpoints,
+    ):
         start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints, ledger)
         if primary:
             ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
@@ -341,24 +352,35 @@ def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) ->
 def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
-    A run that ended before its first checkpoint, on a wrong setting or for want of memory, has no claim on it.
+    So is that of `train.checkpoints`, which alone outlives a lost machine. A run that ended before its first
+    checkpoint, on a wrong setting or for want of memory, has no claim on either.
     """
-    before = begun_config(workdir)
+    home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
+    if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
+        before = checkpoint.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
+        if checkpoint.run_folder(before) != home:
+            raise ValueError(
+                f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
+                "--config.train.checkpoints, or another --workdir"
+            )
+    before = begun_config(home)
     if before is not None:
         differing = checkpoint.differences(_fixed(before), _fixed(resolved))
         if differing:
             raise ValueError(
-                f"{workdir} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
+                f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
                 "give that run's settings to go on with it, or another --workdir to start a new one"
             )
     elif jax.process_index() == 0:
+        checkpoint.describe_run(home, model, resolved, tokenizer)
+    if home != workdir and jax.process_index() == 0:
         checkpoint.describe_run(workdir, model, resolved, tokenizer)
 
 
-def begun_config(workdir: Path) -> dict | None:
-    """The config of the run that `workdir` holds; None where it has no checkpoint yet."""
-    if (workdir / checkpoint.CONFIG).exists() and any((workdir / checkpoint.CHECKPOINTS).glob("[0-9]*")):
-        return checkpoint.read_json(workdir / checkpoint.CONFIG)
+def begun_config(home: Path) -> dict | None:
+    """The config of the run whose checkpoints are in `home`; None where there is none yet."""
+    if (home / checkpoint.CONFIG).exists() and any((home / checkpoint.CHECKPOINTS).glob("[0-9]*")):
+        return checkpoint.read_json(home / checkpoint.CONFIG)
     return None
 
 

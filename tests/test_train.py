@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -131,6 +132,45 @@ def test_what_an_operator_asks_for_changes_no_number(options, straight, tmp_path
     assert train.main([*options, "--workdir", str(workdir), "--config.train.save_every=1"]) == 0
     with pytest.raises(ValueError, match="--profile=x: expected a count"):
         train.main([*command, "--profile=x"])
+
+
+def test_a_run_on_urls_is_the_run_on_paths(options, straight, tiny_cohort, tmp_path):
+    """Records, reports, slide table and vocabulary in a bucket, that of this process."""
+    bucket, urls = fsspec.filesystem("memory"), []
+    for name in ("records", "texts", "slides", "vocabulary"):
+        place = getattr(tiny_cohort, name)
+        bucket.put(str(place), f"/train/{place.name}", recursive=True)
+        urls.append(f"--config.data.{name.replace('vocabulary', 'tokenizer')}=memory://train/{place.name}")
+    assert train.main([*options, *urls, "--workdir", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_checkpoints_elsewhere_outlive_the_machine(options, straight, tmp_path, monkeypatch, capsys):
+    kept, first, second = (tmp_path / name for name in ("kept", "first", "second"))
+    command = [*options, f"--config.train.checkpoints={kept}", "--workdir"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopSignal, "requested", lambda self, step: step == 2)
+        assert train.main([*command, str(first)]) == train.TRY_AGAIN
+    shutil.rmtree(first)  # the machine was lost
+    assert train.main([*command, str(second)]) == 0
+    assert "going on from step 2" in capsys.readouterr().err
+    mine, theirs = arrays(kept, 4), arrays(straight, 4)
+    assert mine == theirs and os.listdir(kept / "best") == os.listdir(straight / "best")
+    assert metrics(second) == metrics(straight)[2:] and not (second / "checkpoints").exists()
+    for place in (kept, second):
+        found, expected = flatten(load_run(place)[0]), flatten(load_run(straight)[0])
+        assert all((found[name] == expected[name]).all() for name in expected)
+    with pytest.raises(ValueError, match=f"{second} has the logs of a run with checkpoints in {kept}, not in {second}"):
+        train.main([*options, "--workdir", str(second)])
+
+
+def test_urls_that_a_run_cannot_write_to(options, tmp_path):
+    with pytest.raises(ValueError, match="--workdir=gs://b/run: logs .*--config.train.checkpoints=gs://b/run"):
+        train.main([*options, "--workdir", "gs://b/run"])
+    with pytest.raises(ValueError, match="s3://b/run: .*behind gs://, Orbax writes nowhere else"):
+        train.main([*options, "--config.train.checkpoints=s3://b/run", "--workdir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="--config.model.bert=gs://b/bert: weights are read from a local disk"):
+        train.main([*options, "--config.model.bert=gs://b/bert", "--workdir", str(tmp_path / "run")])
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from pathflip_jax.data.features import SlideFeatures, all_finite
 from pathflip_jax.data.regions import cut_regions
+from pathflip_jax.data.storage import Place, as_path, file_sizes, read_many
 from pathflip_jax.data.tfrecord import bytes_offsets, crc32c, example_parts, frame, read_frames, whole_file
 
 DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -59,7 +60,7 @@ class SlideInfo:
     region_rows: Int[np.ndarray, "R+1"] = field(repr=False)
     region_grid: Int[np.ndarray, "R 2"] = field(repr=False)
     region_crc32c: Int[np.ndarray, "R"] = field(repr=False)
-    shard: Path = field(default=Path())
+    shard: Place = field(default=Path())
 
     @property
     def num_regions(self) -> int:
@@ -90,9 +91,10 @@ class Index:
     slides: tuple[SlideInfo, ...]
 
 
-def index_path(shard: Path | str) -> Path:
+def index_path(shard: Place | str) -> Place:
     """Where the index of a shard lies."""
-    return Path(f"{shard}.idx")
+    shard = as_path(shard)
+    return shard.with_name(f"{shard.name}.idx")
 
 
 def encode_slide(
@@ -154,7 +156,7 @@ def encode_slide(
     return parts, info
 
 
-def slide_info(data: bytes, offset: int, shard: Path) -> SlideInfo:
+def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
     """What the index keeps of a serialized record that starts at `offset`. Raises ValueError for a foreign one."""
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -204,12 +206,12 @@ def check_region(info: SlideInfo, region: int, crc: int) -> None:
         raise ValueError(f"{info.shard}: slide {info.slide_id}, region {region}: a byte flipped ({found}); {REWRITE}")
 
 
-def build_index(shard: Path | str) -> Index:
+def build_index(shard: Place | str) -> Index:
     """Build the index of a shard, written by this library or by TensorFlow, TFDS or Beam, from the shard alone.
 
     Reads all of it and checks every CRC. Raises ValueError for a damaged or foreign shard, OSError for a truncated one.
     """
-    shard = Path(shard)
+    shard = as_path(shard)
     infos, end, crc = [], 0, 0
     for offset, data in read_frames(shard):
         info = slide_info(data, offset, shard)
@@ -224,7 +226,7 @@ def build_index(shard: Path | str) -> Index:
         infos.append(info)
         head, tail = frame(data)
         end, crc = offset + len(data) + len(tail), crc32c(head, data, tail, start=crc)
-    if end != shard.stat().st_size:
+    if [end] != file_sizes([shard]):
         raise OSError(f"{shard}: changed while it was read; try again once its writer is done")
     return Index(end, crc, tuple(infos))
 
@@ -239,31 +241,48 @@ def encode_index(index: Index) -> bytes:
     return data + struct.pack("<I", crc32c(data))
 
 
-def save_index(shard: Path, index: Index) -> None:
+def save_index(shard: Place, index: Index) -> None:
     """Write an index beside its shard, whole or not at all."""
     with whole_file(index_path(shard)) as out:
         out.write(encode_index(index))
 
 
-def read_index(shard: Path | str) -> Index:
-    """Load the index of a shard, building it where there is none.
+def read_index(shard: Place | str) -> Index:
+    """Load the index of a shard, as `read_indexes` does."""
+    return read_indexes([shard])[0]
+
+
+def read_indexes(shards: Sequence[Place | str]) -> list[Index]:
+    """Load the indexes of shards, those behind URLs all at once; build one where there is none.
 
     Raises ValueError for an index that is damaged, of another version, or older than its shard; FileNotFoundError for
     a shard that is not there.
     """
-    shard = Path(shard)
+    shards = [as_path(shard) for shard in shards]
+    sizes = file_sizes(shards)
+    for shard, size in zip(shards, sizes, strict=True):
+        if size is None:
+            raise FileNotFoundError(f"{shard}: no such shard; restore it, or write it again")
+    contents = read_many([index_path(shard) for shard in shards])
+    return [
+        _built(shard) if data is None else _parsed(shard, size, data)
+        for shard, size, data in zip(shards, sizes, contents, strict=True)
+    ]
+
+
+def _built(shard: Place) -> Index:
+    index = build_index(shard)
+    try:
+        save_index(shard, index)
+    except OSError as error:  # records are often where others may only read
+        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+            raise
+    return index
+
+
+def _parsed(shard: Place, size: int, data: bytes) -> Index:
+    """An index as it is stored, beside a shard of that size."""
     path = index_path(shard)
-    if not shard.is_file():
-        raise FileNotFoundError(f"{shard}: no such shard; restore it, or write it again")
-    if not path.exists():
-        index = build_index(shard)
-        try:
-            save_index(shard, index)
-        except OSError as error:  # records are often on a disk that others may only read
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-        return index
-    data = path.read_bytes()
     if len(data) < INDEX_HEAD.size + 4 or crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ValueError(f"{path}: damaged or cut short, its CRC32C does not hold; {REBUILD}")
     magic, version, length = INDEX_HEAD.unpack_from(data)
@@ -271,8 +290,8 @@ def read_index(shard: Path | str) -> Index:
         raise ValueError(f"{path}: index version {version} of {magic!r}, expected {INDEX_VERSION}; {REBUILD}")
     start = INDEX_HEAD.size + length
     head = json.loads(data[INDEX_HEAD.size : start])
-    if head["bytes"] != shard.stat().st_size:
-        found = f"of a shard of {head['bytes']} bytes, {shard.name} has {shard.stat().st_size}"
+    if head["bytes"] != size:
+        found = f"of a shard of {head['bytes']} bytes, {shard.name} has {size}"
         raise ValueError(f"{path}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}")
     infos = []
     for scalars in head["slides"]:

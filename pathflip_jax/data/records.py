@@ -6,13 +6,12 @@ payloads lie, so a training step reads only the regions that it samples. The fol
 
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -32,11 +31,25 @@ from pathflip_jax.data.index import (
     encode_slide,
     index_path,
     read_index,
+    read_indexes,
     save_index,
 )
 from pathflip_jax.data.regions import EDGE_UM, region_edge
+from pathflip_jax.data.storage import (
+    LocalFile,
+    Place,
+    RemoteFile,
+    as_path,
+    list_files,
+    open_file,
+    read_at,
+    read_bytes,
+    remove,
+)
 from pathflip_jax.data.tfds import dataset_info, feature_schema
-from pathflip_jax.data.tfrecord import crc32c, read_at, read_frames, read_into, whole_file
+from pathflip_jax.data.tfrecord import crc32c, read_frames, whole_file
+
+SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them
 
 
 def shard_name(number: int) -> str:
@@ -45,7 +58,7 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(
-    path: Path | str,
+    path: Place | str,
     slides: Iterable[SlideFeatures],
     *,
     cut: str = "grid",
@@ -59,7 +72,7 @@ def write_shard(
     an empty shard, so that the numbers of a job array have no gap. Raises ValueError for slides that do not belong in
     one cohort, OSError on a full disk.
     """
-    path = Path(path)
+    path = as_path(path)
     infos: dict[str, SlideInfo] = {}
     with whole_file(path) as out:
         for slide in slides:
@@ -71,59 +84,50 @@ def write_shard(
             offsets = {"features_offset": start + info.features_offset, "coords_offset": start + info.coords_offset}
             info = replace(info, **offsets)
             infos[info.slide_id] = info
-        index_path(path).unlink(missing_ok=True)  # of an earlier shard of this name
+        remove(index_path(path))  # of an earlier shard of this name
     save_index(path, Index(out.bytes, out.crc32c, tuple(infos.values())))
     return list(infos.values())
 
 
-def write_index(shard: Path | str) -> Index:
+def write_index(shard: Place | str) -> Index:
     """Write the index of a shard anew, from the shard alone; whoever wrote it (`build_index` says what it raises)."""
     index = build_index(shard)
-    save_index(Path(shard), index)
+    save_index(as_path(shard), index)
     return index
 
 
-def find_shards(folder: Path | str) -> list[Path]:
+def find_shards(folder: Place | str) -> list[Place]:
     """The shards in a folder, in order of their names. Raises FileNotFoundError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; `pathflip prepare` or `import` writes records")
-    shards = sorted({*folder.glob("*.tfrecord"), *folder.glob("*.tfrecord-*-of-*[0-9]")})
+    folder = as_path(folder)
+    try:
+        names = list_files(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        found = f"{folder}: no such folder; `pathflip prepare` or `import` writes records"
+        raise FileNotFoundError(found) from None
+    shards = [folder / name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in SHARDS)]
     if not shards:
         raise FileNotFoundError(f"{folder}: no *.tfrecord in it; `pathflip prepare` or `import` writes records")
     return shards
 
 
-class _Shard:
-    """An open shard; closed when the last reader lets go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # else read-ahead fetches most of a record for one region
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
 class Records:
     """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
 
-    Takes a folder or a list of shards. Raises ValueError for slides that are no one cohort or are there twice.
+    Takes a folder or a list of shards, local or behind URLs. Raises ValueError for slides that are no one cohort or
+    are there twice.
     """
 
-    def __init__(self, folder: Path | str | Sequence[Path | str], *, open_files: int = 64) -> None:
-        self.shards = find_shards(folder) if isinstance(folder, (str, Path)) else [Path(p) for p in folder]
-        self.indexes = [read_index(shard) for shard in self.shards]
+    def __init__(self, folder: Place | str | Sequence[Place | str], *, open_files: int = 64) -> None:
+        one = not isinstance(folder, (list, tuple))
+        self.shards = find_shards(folder) if one else [as_path(shard) for shard in folder]
+        self.indexes = read_indexes(self.shards)
         self.slides = [info for index in self.indexes for info in index.slides]
-        self.where = str(folder) if isinstance(folder, (str, Path)) else ", ".join(map(str, self.shards[:3]))
+        self.where = str(folder) if one else ", ".join(map(str, self.shards[:3]))
         if not self.slides:
             raise ValueError(f"{self.where}: records of no slides; see failures.json there for why")
         check_cohort(self.slides)
         self._position = {info.slide_id: i for i, info in enumerate(self.slides)}
-        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+        self._open: OrderedDict[Place, LocalFile | RemoteFile] = OrderedDict()
         self._open_files, self._lock = open_files, threading.Lock()
 
     @property
@@ -214,14 +218,14 @@ class Records:
         info = self.slides[position]
         if not info.coords_bytes:
             return None
-        data = read_at(self._file(info.shard).fd, info.coords_bytes, info.coords_offset, info.shard)
+        data = read_at(self._file(info.shard), info.coords_bytes, info.coords_offset)
         if crc32c(data) != info.coords_crc32c:
             raise ValueError(f"{info.shard}: slide {info.slide_id}: a byte flipped in its coordinates; {REWRITE}")
         return data.view(COORDS).reshape(-1, 2)
 
-    def _file(self, shard: Path) -> _Shard:
+    def _file(self, shard: Place) -> LocalFile | RemoteFile:
         with self._lock:
-            file = self._open.pop(shard, None) or _Shard(shard)
+            file = self._open.pop(shard, None) or open_file(shard)
             self._open[shard] = file
             if len(self._open) > self._open_files:
                 self._open.popitem(last=False)
@@ -232,49 +236,48 @@ class Records:
 
         `wanted` is sorted and names each region once.
         """
-        file, rows, width = self._file(info.shard), info.region_rows, info.row_bytes
+        rows, width = info.region_rows, info.row_bytes
         first, last = int(rows[wanted[0]]), int(rows[wanted[-1] + 1])
         runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours
-        spans = [(int(rows[wanted[run[0]]]), int(rows[wanted[run[-1]] + 1])) for run in runs]
-        if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
-            extents = [(info.features_offset + a * width, (b - a) * width) for a, b in spans]
-            if info.coords_bytes:
-                extents.insert(0, (info.coords_offset + 8 * first, 8 * (last - first)))
-            for offset, size in extents:
-                os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
-        coords = np.zeros(0, np.uint8)
+        starts = [info.features_offset + int(rows[wanted[run[0]]]) * width for run in runs]
+        extents = [(start, [parts[i] for i in run]) for start, run in zip(starts, runs, strict=True)]
+        coords = np.zeros(8 * (last - first) if info.coords_bytes else 0, np.uint8)
         if info.coords_bytes:
-            coords = read_at(file.fd, 8 * (last - first), info.coords_offset + 8 * first, info.shard)
-        for run, (start, _) in zip(runs, spans, strict=True):
-            read_into(file.fd, [parts[i] for i in run], info.features_offset + start * width, info.shard)
+            extents.insert(0, (info.coords_offset + 8 * first, [coords]))
+        read = self._file(info.shard).read(extents)
+        if info.coords_bytes:
+            next(read)  # every region's CRC needs them
+        for run, _ in zip(runs, read, strict=True):  # a region is summed up while the next ones are on their way
             for i in run:
                 a, b = rows[wanted[i]] - first, rows[wanted[i] + 1] - first
                 check_region(info, wanted[i], crc32c(parts[i].view(np.uint8), coords[8 * a : 8 * b]))
         return coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
 
 
-def iter_examples(shard: Path | str) -> Iterator:
+def iter_examples(shard: Place | str) -> Iterator:
     """The records of a shard as `tf.train.Example` messages, their CRCs checked, in order."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    for _, data in read_frames(Path(shard)):
+    for _, data in read_frames(as_path(shard)):
         yield tf_example_pb2.Example.FromString(data)
 
 
-def manifest_hash(folder: Path | str) -> str:
+def manifest_hash(folder: Place | str) -> str:
     """A SHA-256 of what the shards of a folder hold, from their indexes; it changes with any byte of the data."""
-    shards = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in _indexes(folder)]
+    shards = find_shards(folder)
+    indexes = zip(shards, read_indexes(shards), strict=True)
+    shards = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in indexes]
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
-def finish_folder(folder: Path | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:
+def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:
     """Make a folder of whole shards a data set: features.json and dataset_info.json for TFDS, manifest.json for us.
 
     `edge_um` and `edge_px` are what the regions were cut with; a slide cut otherwise is refused. Safe to repeat; each
     file is replaced whole, manifest.json last: it says that the folder is complete. Returns the manifest. Raises
     ValueError for slides that are no one cohort and for a shard that is missing, FileNotFoundError for no shards.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     records = Records(folder)
     expected = [shard_name(number) for number in range(len(records.shards))]
     names = [shard.name for shard in records.shards]
@@ -327,21 +330,19 @@ def _check_edge(info: SlideInfo, coords: np.ndarray | None, edge_um: float, edge
         )
 
 
-def _indexes(folder: Path | str) -> list[tuple[Path, Index]]:
-    return [(shard, read_index(shard)) for shard in find_shards(folder)]
-
-
-def verify(folder: Path | str) -> list[str]:
+def verify(folder: Place | str) -> list[str]:
     """Every fault of a folder of records, each naming its file; none for a sound one. Reads every byte.
 
     Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, and that
     manifest.json describes what is there.
     """
-    folder, faults, indexes = Path(folder), [], {}
-    for shard in find_shards(folder):
+    folder, faults, indexes = as_path(folder), [], {}
+    shards = find_shards(folder)
+    names = list_files(folder)
+    for shard in shards:
         try:
             indexes[shard.name] = built = build_index(shard)
-            if index_path(shard).exists() and encode_index(read_index(shard)) != encode_index(built):
+            if index_path(shard).name in names and encode_index(read_index(shard)) != encode_index(built):
                 faults.append(f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}")
         except (OSError, ValueError) as error:
             faults.append(str(error))
@@ -349,18 +350,19 @@ def verify(folder: Path | str) -> list[str]:
         check_cohort([info for index in indexes.values() for info in index.slides])
     except ValueError as error:
         faults.append(str(error))
-    faults += [f"{left}: left by a writer that was killed; delete it" for left in sorted(folder.glob("*.tmp"))]
+    left = [name for name in sorted(names) if name.endswith(".tmp")]
+    faults += [f"{folder / name}: left by a writer that was killed; delete it" for name in left]
     path = folder / "manifest.json"
-    if not path.exists():
+    if path.name not in names:
         return [*faults, f"{path}: missing: the folder was not finished; run the command that writes it to its end"]
     try:
-        listed = {shard["name"]: shard for shard in json.loads(path.read_bytes())["shards"]}
+        listed = {shard["name"]: shard for shard in json.loads(read_bytes(path))["shards"]}
     except (ValueError, KeyError, TypeError) as error:
         return [*faults, f"{path}: not a manifest ({error}); delete it and run the command that writes it again"]
-    for name in sorted({*listed, *(shard.name for shard in find_shards(folder))}):
+    for name in sorted({*listed, *(shard.name for shard in shards)}):
         if name not in listed:
             faults.append(f"{folder / name}: not in manifest.json; finish the folder again, or take the shard away")
-        elif not (folder / name).exists():
+        elif name not in names:
             faults.append(f"{folder / name}: listed in manifest.json and not there; restore it, or write it again")
         elif name in indexes and listed[name]["crc32c"] != f"{indexes[name].shard_crc32c:08x}":
             faults.append(f"{folder / name}: another shard than manifest.json describes; finish the folder again")

@@ -6,8 +6,9 @@ Every row knows its place ("reports.csv, line 17"), so that what is wrong with i
 import csv
 import io
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from pathflip_jax.data.storage import Place, as_path, read_bytes
 
 
 class Row(NamedTuple):
@@ -27,14 +28,14 @@ class Row(NamedTuple):
         return ""
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Place) -> list[Row]:
     """The rows of a CSV (comma, semicolon or tab), JSON (a list of objects) or JSON Lines file, with a BOM or not.
 
     Raises ValueError with file and line for a file that is none of these, FileNotFoundError for a missing one.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the table as UTF-8 and try again") from error
     start = text.lstrip()[:1]
@@ -51,7 +52,7 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _json_rows(path: Path, text: str) -> list[Row]:
+def _json_rows(path: Place, text: str) -> list[Row]:
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -59,7 +60,7 @@ def _json_rows(path: Path, text: str) -> list[Row]:
     return [_json_row(f"{path}, entry {number}", value) for number, value in enumerate(found, 1)]
 
 
-def _json_line_rows(path: Path, text: str) -> list[Row]:
+def _json_line_rows(path: Place, text: str) -> list[Row]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -72,7 +73,7 @@ def _json_line_rows(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _whole_object(path: Path, text: str, place: str, error: ValueError) -> Row:
+def _whole_object(path: Place, text: str, place: str, error: ValueError) -> Row:
     """One object written over several lines, or broken JSON Lines."""
     try:
         return _json_row(str(path), json.loads(text))
@@ -86,7 +87,7 @@ def _json_row(place: str, value: Any) -> Row:
     return Row(place, {name.strip().lower(): item for name, item in value.items()})
 
 
-def _csv_rows(path: Path, text: str) -> list[Row]:
+def _csv_rows(path: Place, text: str) -> list[Row]:
     header = text.lstrip().split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

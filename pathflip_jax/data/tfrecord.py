@@ -8,8 +8,9 @@ import glob
 import os
 import secrets
 import struct
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,9 +18,10 @@ from typing import BinaryIO, NamedTuple
 import google_crc32c
 import numpy as np
 
+from pathflip_jax.data.storage import Place, file_sizes, open_stream, upload
+
 LENGTH_CODE = struct.Struct("<QI")
 CRC_CODE = struct.Struct("<I")
-MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
 ABANDONED_AFTER = 3600.0  # seconds; a living writer touches its file all the time
 
 
@@ -90,12 +92,19 @@ class WholeFile:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[WholeFile]:
+def whole_file(path: Place) -> Iterator[WholeFile]:
     """Write a file that appears whole or not at all: a temporary beside it, fsync, rename.
 
     The temporary's name is unique, so two writers of one file never mix; what killed writers of it left more than an
-    hour ago is removed once the file stands. Raises OSError when the disk is full or the folder cannot be written.
+    hour ago is removed once the file stands. What goes to a URL is made in the system's temporary folder and
+    uploaded in one: buckets show an object once it is whole. Raises OSError when the disk is full or the folder cannot
+    be written.
     """
+    if not isinstance(path, Path):
+        with tempfile.NamedTemporaryFile(prefix="pathflip-", buffering=0) as raw:
+            yield WholeFile(raw, Path(raw.name))
+            upload(Path(raw.name), path)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     out = WholeFile(None, path)
     try:
@@ -125,40 +134,17 @@ def whole_file(path: Path) -> Iterator[WholeFile]:
         os.close(folder)
 
 
-def read_at(fd: int, size: int, offset: int, path: Path) -> np.ndarray:
-    """`size` bytes from `offset` on. Raises OSError when the file ends before them."""
-    data = np.empty(size, np.uint8)
-    read_into(fd, [data], offset, path)
-    return data
-
-
-def read_into(fd: int, arrays: Sequence[np.ndarray], offset: int, path: Path) -> None:
-    """Fill contiguous arrays, one behind the other, from `offset` on. Raises OSError when the file ends before that."""
-    left = [array.reshape(-1).view(np.uint8) for array in arrays if array.size]
-    full = 0
-    while full < len(left):
-        count = os.preadv(fd, left[full : full + MOST_BUFFERS], offset)
-        if not count:
-            missing = sum(map(len, left[full:]))
-            found = f"the file ends at byte {offset}, {missing} bytes too early"
-            raise OSError(f"{path}: {found}; copy it again, or delete it and its .idx and write it again")
-        offset += count
-        while full < len(left) and count >= len(left[full]):
-            count -= len(left[full])
-            full += 1
-        if count:
-            left[full] = left[full][count:]
-
-
-def read_frames(path: Path) -> Iterator[Frame]:
+def read_frames(path: Place) -> Iterator[Frame]:
     """The records of a TFRecord file, in order, both CRCs of each checked.
 
     Raises ValueError where a byte was flipped, OSError where the file was cut short.
     """
     cure = "copy the file again, or delete it and its .idx and run the same command again"
-    with path.open("rb") as file:
-        size, offset = os.fstat(file.fileno()).st_size, 0
-        number = 0
+    (size,) = file_sizes([path])
+    if size is None:
+        raise FileNotFoundError(f"{path}: no such shard; restore it, or write it again")
+    offset = number = 0
+    with open_stream(path, size) as file:
         while offset < size:
             header = file.read(LENGTH_CODE.size)
             if len(header) < LENGTH_CODE.size:

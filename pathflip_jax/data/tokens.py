@@ -7,7 +7,6 @@ one, and `BertTokenizerFast(vocab_file=...)` turns every word into [UNK] without
 import json
 import logging
 import re
-import shutil
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from pathflip_jax.data.storage import Place, as_path, make_folder, read_bytes
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # How a setting is called in tokenizer.json, and in tokenizer_config.json.
@@ -37,8 +38,8 @@ class TextTokenizer:
     `encode` had to cut since the tokenizer was made.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Place) -> None:
+        self.folder = as_path(folder)
         self._tokenizer = _load(self.folder)
         self._tokenizer.no_truncation()  # tokenizer.json may carry both; a cut must be counted here
         self._tokenizer.no_padding()
@@ -88,18 +89,18 @@ class TextTokenizer:
             )  # fmt: skip
         return [self.wrap(ids, max_length) for ids in found]
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Place) -> None:
         """Write a BERT folder (without weights) from which the same tokenizer can be read again."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = as_path(folder)
+        make_folder(folder)
         for name in _FILES:
             if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
+                (folder / name).write_bytes(read_bytes(self.folder / name))
         if not (folder / "tokenizer.json").exists():
-            self._tokenizer.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Place) -> dict:
     if not path.is_file():
         return {}
     try:
@@ -111,7 +112,7 @@ def _read_json(path: Path) -> dict:
     return found
 
 
-def _load(folder: Path) -> Tokenizer:
+def _load(folder: Place) -> Tokenizer:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder; a Hugging Face BERT folder is needed (with vocab.txt or tokenizer.json)"
@@ -139,10 +140,10 @@ def _load(folder: Path) -> Tokenizer:
     return _bert_tokenizer(vocabulary, **{ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings})
 
 
-def _read_tokenizer(path: Path, settings: dict) -> Tokenizer:
+def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
     """A tokenizer.json; where tokenizer_config.json normalises texts otherwise, it wins, as in transformers."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(read_bytes(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error}); copy the file again") from error
     normalizer = json.loads(tokenizer.to_str())["normalizer"]

@@ -1,0 +1,338 @@
+"""Where data lie: on local disks, and in buckets behind URLs (gs://, s3://, whatever fsspec knows).
+
+A local file is read straight into the arrays that want its bytes. A bucket answers late, but many questions at once:
+all ranges of a read go out together, near ones as one, and what fails in passing is asked for again.
+"""
+
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, Union
+
+import numpy as np
+
+if TYPE_CHECKING:  # importing it takes 0.1 s, which only URLs cost
+    from upath import UPath
+
+Place = Union[Path, "UPath"]  # a local path or a URL, with the methods of pathlib
+Extent = tuple[int, Sequence[np.ndarray]]  # where to read, and the contiguous arrays to fill, one behind the other
+Range = tuple["UPath", int | None, int | None]  # a file, and the first byte of it and the one behind the last
+Answer = TypeVar("Answer")
+
+MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
+GAP = 1 << 16  # bytes: ranges this near are fetched as one, which costs less than another request
+PIECE = 8 << 20  # bytes: longer ranges are fetched in pieces at a time, as one stream is slower than the network
+AHEAD = 8 * PIECE  # bytes: what is in memory of a file that is read to its end
+WAITS = (0.5, 1.0, 2.0)  # seconds before asking again, give or take a half, so that a thousand readers spread out
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+DAMAGED = "copy it again, or delete it and its .idx and write it again"
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
+
+
+def is_url(place: object) -> bool:
+    """Whether a text or path names something behind a URL; file:// is local."""
+    match = _URL.match(str(place))
+    return bool(match) and match.group(2) == "//" and match.group(1).lower() not in ("file", "local")
+
+
+def as_path(place: "str | os.PathLike | UPath") -> Place:
+    """A local path or a URL as a path: `Path` for the first, `UPath` for the second.
+
+    Listings are not cached: another process may have written since. Raises ValueError for a protocol that nobody
+    knows, ImportError naming the extra where its package is missing.
+    """
+    text = str(place)
+    if not is_url(text):
+        mangled = _URL.match(text)
+        if isinstance(place, Path) and mangled and mangled.group(1) in EXTRAS:
+            raise ValueError(f"{text}: a URL that lost a slash in pathlib.Path; give it as a text")
+        return place if isinstance(place, Path) else Path(text.removeprefix("file://"))
+    if not isinstance(place, (str, Path)):
+        return place  # it is one already; the Path that spells a URL is that of etils, which Orbax uses
+    from upath import UPath
+
+    protocol = text.partition("://")[0]
+    try:
+        path = UPath(text, use_listings_cache=False)
+        path.fs  # noqa: B018 - made here, so that what is missing is said here
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        cure = f"`pip install pathflip-jax[{extra}]`" if extra else "install the package that it names"
+        raise ImportError(f"{text}: {protocol}:// cannot be read here ({error}); {cure}") from None
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}; expected a local path, gs://, s3:// or another URL of fsspec") from None
+    return path
+
+
+class _MissedError(Exception):
+    """One of many objects that were asked for together could not be had; why is its cause."""
+
+    def __init__(self, path: "UPath") -> None:
+        self.path = path
+
+
+def persist(place: object, attempt: Callable[[], Answer]) -> Answer:
+    """What `attempt` returns, tried again after a while when a bucket or the network fails.
+
+    Raises FileNotFoundError and PermissionError at once, OSError once patience is at its end, each naming the place.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return attempt()
+        except Exception as error:  # every client library has exceptions of its own, not all of them OSErrors
+            if isinstance(error, _MissedError):
+                place, error = error.path, error.__cause__
+            _raise_lasting(place, error, last=wait is None)
+        time.sleep(wait * random.uniform(0.5, 1.5))
+
+
+def _raise_lasting(place: object, error: Exception, last: bool) -> None:
+    """Raise what another try would not mend, or all at the last, naming the place and the cure."""
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
+        raise OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}") from error
+    if isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(f"{place}: no such object; restore it, or write it again") from error
+    if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
+        cure = "check the credentials and what they may do"
+        raise PermissionError(f"{place}: permission denied ({reason}); {cure}") from error
+    if last:
+        cure = "check network, bucket and credentials, and run the same command again"
+        raise OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}") from error
+
+
+class LocalFile:
+    """An open file on a local disk; closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, -1
+        self.fd = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # else read-ahead fetches most of a record for one region
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[None]:
+        """Fill the arrays of extents, none of them empty, yielding after each. Raises OSError where the file ends."""
+        if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
+            for offset, arrays in extents:
+                os.posix_fadvise(self.fd, offset, _size(arrays), os.POSIX_FADV_WILLNEED)
+        for offset, arrays in extents:
+            self._fill(arrays, offset)
+            yield
+
+    def _fill(self, arrays: Sequence[np.ndarray], offset: int) -> None:
+        left = [array.reshape(-1).view(np.uint8) for array in arrays if array.size]
+        full = 0
+        while full < len(left):
+            count = os.preadv(self.fd, left[full : full + MOST_BUFFERS], offset)
+            if not count:
+                raise _too_short(self.path, offset, sum(map(len, left[full:])))
+            offset += count
+            while full < len(left) and count >= len(left[full]):
+                count -= len(left[full])
+                full += 1
+            if count:
+                left[full] = left[full][count:]
+
+
+class RemoteFile:
+    """A file behind a URL, read by ranges; nothing is held open."""
+
+    def __init__(self, path: "UPath") -> None:
+        self.path = path
+
+    def read(self, extents: Sequence[Extent]) -> Iterator[None]:
+        """As `LocalFile.read`; all extents are fetched before the first is yielded."""
+        spans = sorted({(offset, offset + _size(arrays)) for offset, arrays in extents})
+        blocks: dict[int, bytearray] = {}  # by where they start in the file
+        pieces = []
+        for start, stop in _merged(spans):
+            blocks[start] = bytearray()
+            pieces += [(start, at, min(at + PIECE, stop)) for at in range(start, stop, PIECE)]
+        found = _fetch([(self.path, at, end) for _, at, end in pieces])
+        for (start, at, end), data in zip(pieces, found, strict=True):
+            if len(data) < end - at:
+                raise _too_short(self.path, at + len(data), end - at - len(data))
+            if len(data) > end - at:
+                raise OSError(
+                    f"{self.path}: {len(data)} bytes for {end - at}: that storage reads no ranges; use another"
+                )
+            blocks[start] += data
+        starts = np.array(list(blocks))
+        for offset, arrays in extents:
+            start = int(starts[np.searchsorted(starts, offset, side="right") - 1])
+            block, at = np.frombuffer(blocks[start], np.uint8), offset - start
+            for array in arrays:
+                array.reshape(-1).view(np.uint8)[:] = block[at : at + array.nbytes]
+                at += array.nbytes
+            yield
+
+
+def open_file(path: Place) -> LocalFile | RemoteFile:
+    """A file to read ranges of."""
+    return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
+
+
+def read_at(file: LocalFile | RemoteFile, size: int, offset: int) -> np.ndarray:
+    """`size` bytes from `offset` on. Raises OSError when the file ends before them."""
+    data = np.empty(size, np.uint8)
+    for _ in file.read([(offset, [data])]):
+        pass
+    return data
+
+
+def open_stream(path: Place, size: int) -> io.BufferedIOBase:
+    """A file of that many bytes, to read from its beginning to its end."""
+    if isinstance(path, Path):
+        return path.open("rb")
+    return io.BufferedReader(_Stream(path, size), AHEAD)
+
+
+class _Stream(io.RawIOBase):
+    """A file behind a URL as Python knows files; what fails in mid-file is asked for again."""
+
+    def __init__(self, path: "UPath", size: int) -> None:
+        self._file, self._size, self._at = RemoteFile(path), size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fill a buffer as far as the file goes."""
+        array = np.frombuffer(buffer, np.uint8)[: self._size - self._at]
+        if len(array):
+            for _ in self._file.read([(self._at, [array])]):
+                self._at += len(array)
+        return len(array)
+
+
+def read_bytes(path: Place) -> bytes:
+    """All bytes of a small file. Raises FileNotFoundError where it is not there."""
+    if isinstance(path, Path):
+        return path.read_bytes()
+    return _fetch([(path, None, None)])[0]
+
+
+def read_many(paths: Sequence[Place]) -> list[bytes | None]:
+    """All bytes of many small files, None for those that are not there; those behind URLs are fetched at once."""
+    found: list[bytes | None] = [
+        path.read_bytes() if isinstance(path, Path) and path.exists() else None for path in paths
+    ]
+    remote = [i for i, path in enumerate(paths) if not isinstance(path, Path)]
+    for i, data in zip(remote, _fetch([(paths[i], None, None) for i in remote], missing_ok=True), strict=True):
+        found[i] = data
+    return found
+
+
+def list_files(folder: Place) -> dict[str, int]:
+    """The bytes of each file of a folder, by name. Raises FileNotFoundError where there is no such folder."""
+    if isinstance(folder, Path):
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    found = persist(folder, lambda: folder.fs.ls(folder.path, detail=True))
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
+
+
+def file_sizes(paths: Sequence[Place]) -> list[int | None]:
+    """The bytes of each file, None where there is none. Behind a URL a folder is listed once for all of its files."""
+    listed: dict[UPath, dict[str, int]] = {}
+    sizes: list[int | None] = []
+    for path in paths:
+        if isinstance(path, Path):
+            sizes.append(path.stat().st_size if path.is_file() else None)
+            continue
+        folder = path.parent
+        if folder not in listed:
+            try:
+                listed[folder] = list_files(folder)
+            except FileNotFoundError:
+                listed[folder] = {}
+        sizes.append(listed[folder].get(path.name))
+    return sizes
+
+
+def exists(path: Place) -> bool:
+    """Whether there is a file or folder."""
+    return path.exists() if isinstance(path, Path) else persist(path, path.exists)
+
+
+def make_folder(path: Place) -> None:
+    """Make a local folder and those above it; buckets have none, only objects with slashes in their names."""
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Place) -> None:
+    """Delete a file, if it is there."""
+    if isinstance(path, Path):
+        path.unlink(missing_ok=True)
+    else:
+        persist(path, lambda: path.unlink(missing_ok=True))
+
+
+def upload(source: Path, path: "UPath") -> None:
+    """Put a local file behind a URL, whole or not at all. Raises OSError naming the URL."""
+
+    def attempt() -> None:
+        path.fs.put_file(str(source), path.path)
+        stored, size = path.fs.info(path.path)["size"], source.stat().st_size
+        if stored != size:
+            raise OSError(f"{stored} of {size} bytes arrived")
+
+    persist(path, attempt)
+
+
+def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | None]:
+    """The bytes of (path, start, stop), all at once; None is an end. Only what failed is asked for again."""
+    found: dict[int, bytes | None] = {}
+
+    def attempt() -> None:
+        systems: dict[object, list[int]] = {}
+        for i, (path, _, _) in enumerate(ranges):
+            if i not in found:
+                systems.setdefault(path.fs, []).append(i)
+        missed = []
+        for system, numbers in systems.items():
+            paths, starts, stops = zip(*(ranges[i] for i in numbers), strict=True)
+            answers = system.cat_ranges([path.path for path in paths], list(starts), list(stops), on_error="return")
+            for i, answer in zip(numbers, answers, strict=True):
+                if isinstance(answer, FileNotFoundError) and missing_ok:
+                    found[i] = None
+                elif isinstance(answer, BaseException):
+                    missed.append((ranges[i][0], answer))
+                else:
+                    found[i] = answer
+        if missed:
+            path, error = missed[0]
+            raise _MissedError(path) from error
+
+    if ranges:
+        persist(ranges[0][0], attempt)
+    return [found[i] for i in range(len(ranges))]
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted spans, those that touch or nearly touch made one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if merged and start <= merged[-1][1] + GAP:
+            merged[-1] = merged[-1][0], max(merged[-1][1], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _size(arrays: Sequence[np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays)
+
+
+def _too_short(path: Place, end: int, missing: int) -> OSError:
+    return OSError(f"{path}: the file ends at byte {end}, {missing} bytes too early; {DAMAGED}")
