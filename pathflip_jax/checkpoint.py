@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from pathflip_jax.data.tables import parse_json
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
 
@@ -76,9 +77,22 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON file; ValueError names one that is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); it was not written by this program, restore a copy") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: holds a {type(found).__name__}, expected an object with named values; restore a copy"
+        )
+    return found
+
+
+def read_model_config(path: Path) -> PathFLIPConfig:
+    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting."""
+    try:
+        return PathFLIPConfig.from_dict(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 class Checkpoints:
@@ -248,7 +262,7 @@ def load_run(workdir: str | Path, which: str | int = "best"):
                 f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
                 "of `pathflip convert`"
             )
-    config = PathFLIPConfig.from_dict(read_json(workdir / MODEL))
+    config = read_model_config(workdir / MODEL)
     folder, step = _find(workdir, which)
     device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {

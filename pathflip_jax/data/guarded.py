@@ -1,8 +1,8 @@
 """Files parsed in a process of their own: what a broken one does to a C library is that file's error, nothing more.
 
-HDF5, OpenSlide and PyTorch parse what users bring, and mutated files crash and stall them. So one worker process does it
-for this one, with limits on its memory and on its time. Arrays come back as shared memory, uncopied. It is no sandbox:
-it contains accidents and exhaustion, not an exploit of those libraries.
+HDF5, OpenSlide and PyTorch parse what users bring, and mutated files crash and stall them. So one worker process does
+it for this one, with limits on its memory and on its time. Arrays come back as shared memory, uncopied. It is no
+sandbox: it contains accidents and exhaustion, not an exploit of those libraries.
 """
 
 import atexit

@@ -62,13 +62,13 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, **options: Any) -> Any:
     """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
 
-    Half a surrogate pair (`"\\ud800"`) is a text that can be written nowhere again.
+    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that can be written nowhere again.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text, **options)
         if _SURROGATE.search(text):
             json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
