@@ -233,7 +233,8 @@ RING = [[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]
 OUTLINES = {"type": "FeatureCollection", "features": [
     {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [RING]},
      "properties": {"objectType": "annotation", "classification": {"name": "tumor"}}},
-    {"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [[RING, RING]]}, "properties": {"name": "x"}},
+    {"type": "Feature", "properties": {"name": "x"},
+     "geometry": {"type": "MultiPolygon", "coordinates": [[RING, RING]]}},
 ]}  # fmt: skip
 
 
@@ -373,6 +374,11 @@ def _read_features(path: Path, out: Path) -> None:
 
 
 def _read_records(path: Path, out: Path) -> None:
+    index_path(path).unlink(missing_ok=True)
+    _read_shard(path, out)
+
+
+def _read_shard(path: Path, out: Path) -> None:
     records = Records([path])
     for position in range(len(records)):
         records.coords(position)
@@ -382,7 +388,7 @@ def _read_records(path: Path, out: Path) -> None:
 
 
 def _read_index(path: Path, out: Path) -> None:
-    _read_records(path.with_suffix(""), out)
+    _read_shard(path.with_suffix(""), out)
 
 
 def _read_captions(path: Path, out: Path) -> None:

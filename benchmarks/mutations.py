@@ -15,63 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 INTEGERS = (0, 1, -1, 2, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**62, 2**63 - 1, -(2**63))
-NUMBERS = (
-    *INTEGERS,
-    2**63,
-    2**64,
-    10**12,
-    10**400,
-    0.5,
-    -0.0,
-    1e-320,
-    1e308,
-    float("inf"),
-    float("-inf"),
-    float("nan"),
-)
-PATHS = (
-    "../../x",
-    "/etc/passwd",
-    "..",
-    ".",
-    "a/b",
-    "..\\..\\x",
-    "C:\\x",
-    "x\x00y",
-    "~/x",
-    "%2e%2e%2fx",
-    "CON",
-    "x" * 300,
-)
-TEXTS = (
-    "",
-    " ",
-    "\ufeff",
-    "\u202e",
-    "é" * 90,
-    "A" * 5000,
-    "\ud800",
-    "<script>",
-    "{{7*7}}",
-    "!!python/object:os",
-    "=1+1",
-)
-VALUES: tuple[Any, ...] = (
-    *NUMBERS,
-    *PATHS,
-    *TEXTS,
-    None,
-    True,
-    False,
-    [],
-    {},
-    [[]],
-    {"": None},
-    ["A"],
-    {"from": "gpt"},
-)
-TOKENS = (b"\x00", b"\xff" * 8, b"\n", b"\r", b'"', b",", b";", b"\t", b"{", b"[", b"}", b"]", b"\\ud800", b"\xef\xbb\xbf",
-          b"../../x", b"1e999", b"NaN", b"\x80\x02", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"[" * 3000)  # fmt: skip
+FLOATS = (0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"))
+NUMBERS = (*INTEGERS, 2**63, 2**64, 10**12, 10**400, *FLOATS)
+PATHS = ("../../x", "/etc/passwd", "..", ".", "a/b", "..\\..\\x", "C:\\x", "x\x00y", "~/x", "%2e%2e%2fx", "x" * 300)
+TEXTS = ("", " ", "\ufeff", "\u202e", "é" * 90, "A" * 5000, "\ud800", "<script>", "{{7*7}}", "!!python/object:os")
+OTHERS = (None, True, False, [], {}, [[]], {"": None}, ["A"], {"from": "gpt"})
+VALUES: tuple[Any, ...] = (*NUMBERS, *PATHS, *TEXTS, *OTHERS)
+TOKENS = (
+    b"\x00", b"\xff" * 8, b"\n", b"\r", b'"', b",", b";", b"\t", b"{", b"[", b"}", b"]", b"\\ud800", b"\xef\xbb\xbf",
+    b"../../x", b"1e999", b"NaN", b"\x80\x02", b"PK\x03\x04", b"\x89HDF\r\n\x1a\n", b"[" * 3000,
+)  # fmt: skip
 
 Mutation = Callable[[random.Random, list[bytes]], bytes]
 

@@ -65,7 +65,7 @@ def read_rows(path: str | Path) -> list[Row]:
 def parse_json(text: str, **options: Any) -> Any:
     """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
 
-    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that can be written nowhere again.
+    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that nothing can write again.
     """
     try:
         found = json.loads(text, **options)
