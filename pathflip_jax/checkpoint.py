@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax import distributed
 from pathflip_jax.data.storage import as_path, is_url, make_folder, read_bytes
+from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
@@ -75,9 +76,22 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON file; ValueError names one that is not JSON."""
     try:
-        return json.loads(read_bytes(as_path(path)))
+        found = parse_json(read_bytes(as_path(path)).decode())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); it was not written by this program, restore a copy") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: holds a {type(found).__name__}, expected an object with named values; restore a copy"
+        )
+    return found
+
+
+def read_model_config(path: Path) -> PathFLIPConfig:
+    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting."""
+    try:
+        return PathFLIPConfig.from_dict(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def run_folder(place: str | Path) -> Path:
@@ -294,7 +308,7 @@ def load_run(workdir: str | Path, which: str | int = "best"):
                 f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
                 "of `pathflip convert`"
             )
-    config, settings = PathFLIPConfig.from_dict(read_json(workdir / MODEL)), read_json(workdir / CONFIG)
+    config, settings = read_model_config(workdir / MODEL), read_json(workdir / CONFIG)
     tokenizer = TextTokenizer(workdir / TOKENIZER)
     elsewhere = settings.get("train", {}).get("checkpoints")
     if elsewhere and not (_steps(workdir / CHECKPOINTS) or _steps(workdir / BEST)):

@@ -87,11 +87,14 @@ class Predictor:
         self.tokenizer = tokenizer
         self.name = name
         data = config.get("data", {})
-        self.encoder = data.get("encoder") or ""
-        self.cut = data.get("cut") or "grid"
-        self.edge_um = float(data.get("edge_um") or EDGE_UM)
-        self.edge_px = data.get("edge_px")
-        self.caption_length = int(data.get("caption_length") or 384)
+        try:
+            self.encoder = str(data.get("encoder") or "")
+            self.cut = str(data.get("cut") or "grid")
+            self.edge_um = float(data.get("edge_um") or EDGE_UM)
+            self.edge_px = None if data.get("edge_px") is None else int(data["edge_px"])
+            self.caption_length = int(data.get("caption_length") or 384)
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
         self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
 
     def check_features(self, where: str, width: int, encoder: str) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from pathflip_jax.data.tables import parse_json
+
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"
 WANDB_ID = "wandb_id"
@@ -25,13 +27,20 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); delete that line") from None
+    lines = lines[:-1] if not lines[-1] else lines
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = parse_json(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("no step in it")
+            rows.append(row)
         except ValueError:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}; delete that line") from None
+                raise ValueError(f"{path}, line {number}: no row of metrics: {line[:60]!r}; delete that line") from None
     return rows
 
 

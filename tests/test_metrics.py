@@ -33,7 +33,7 @@ def test_a_line_cut_off_by_a_crash_is_dropped_and_a_foreign_one_named(tmp_path):
     truncate_metrics(path, 5)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
     path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2: not JSON: 'hello'"):
+    with pytest.raises(ValueError, match="line 2: no row of metrics: 'hello'"):
         read_metrics(path)
 
 

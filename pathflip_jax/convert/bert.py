@@ -4,7 +4,6 @@ Words, positions, self-attention and feed-forward networks come from the folder;
 cross-attention keeps its own initialisation (DESIGN section 3.2).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from pathflip_jax.convert.names import bert_names, query_copy
 from pathflip_jax.convert.pytorch import read_tensors
+from pathflip_jax.data.tables import parse_json
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import abstract_params
 
@@ -30,7 +30,7 @@ def bert_settings(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a Hugging Face BERT folder (config.json and weights)")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
         faults = [
             f"{key} is {config[key]!r}, expected {value!r}"
             for key, value in ASSUMED.items()

@@ -5,17 +5,24 @@ and what it holds decide who wrote it, never its extension alone.
 """
 
 import csv
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.data import guarded
+
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+LONGEST_ID = 200  # bytes; file systems take names of 255, and suffixes are added
+LONGEST_LINE = 2**20  # characters of a line of a csv: 2,560 numbers of 17 digits are 50,000
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# What runs in the worker of `guarded.py`: broken files of these kinds crash and stall their libraries.
+H5_READER, PT_READER = "pathflip_jax.data.hdf5:read", "pathflip_jax.data.torch_file:read"
 # Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
 # Folders that lie beside features and hold none: coordinates, masks, pictures.
@@ -44,8 +51,7 @@ class SlideFeatures:
 
     def __post_init__(self) -> None:
         where, features = f"slide {self.slide_id}", self.features
-        if not self.slide_id:
-            raise ValueError("a slide without an id: texts are matched to slides by id, name it")
+        check_slide_id(self.slide_id)
         if features.ndim != 2 or (len(features) and not features.shape[1]):
             found = "one vector: a slide embedding, not patches" if features.ndim == 1 else f"of shape {features.shape}"
             raise ValueError(f"{where}: the features are {found}; expected [patches, feature width]")
@@ -86,6 +92,25 @@ def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
     bits, step = features.view(np.uint16), max(1, 2**17 // features.shape[1])
     beyond = 0x7C00 if features.dtype == np.float16 else 0x7F80  # all exponent bits set: infinity, above it NaN
     return all((bits[i : i + step] & 0x7FFF).max() < beyond for i in range(0, len(bits), step))
+
+
+def check_slide_id(slide_id: str) -> None:
+    """Raise ValueError for a slide id that is no plain file name: what is made of a slide is named by it.
+
+    Ids come out of records and tables of other people, and "../../x" must not be a place to write to.
+    """
+    if not slide_id:
+        raise ValueError("a slide without an id: texts are matched to slides by id, name it")
+    try:
+        size = len(slide_id.encode())
+    except UnicodeEncodeError:  # a file name in no UTF-8
+        size = 0
+    refused = any(letter in "/\\" or ord(letter) < 32 for letter in slide_id)
+    if refused or not slide_id.strip(".") or not 0 < size <= LONGEST_ID:
+        raise ValueError(
+            f"slide id {slide_id!r:.80}: expected a plain file name of up to {LONGEST_ID} bytes, with no slash and no "
+            "control character: what is made of a slide is named by it; give the slide another id"
+        )
 
 
 def case_of(slide_id: str) -> str:
@@ -153,7 +178,7 @@ def read_features(
     given = {name: v for name, v in {"patch_size": patch_size, "mpp": mpp, "encoder": encoder}.items() if v}
     with path.open("rb") as file:
         start = file.read(8)
-    if h5py.is_hdf5(path) or (start and path.suffix.lower() in (".h5", ".hdf5")):
+    if _is_hdf5(path) or (start and path.suffix.lower() in (".h5", ".hdf5")):
         fields = _read_h5(path, mpp)
     elif start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         fields = _read_pt(path)
@@ -164,33 +189,54 @@ def read_features(
     else:
         fields = _read_csv(path)
     fields |= given
-    if not fields.get("patch_size") and fields.get("coords") is not None and len(fields["coords"]):
-        fields["patch_size"] = _patch_size_from_gaps(fields["coords"], path)
-    if fields["features"].dtype == np.float64:
-        fields["features"] = fields["features"].astype(np.float32)
     try:
+        coords, features = fields.get("coords"), fields["features"]
+        if coords is not None and features.ndim and len(features):
+            fields["coords"] = _checked_coords(coords, len(features), f"slide {slide_id or slide_id_of(path)}")
+            fields["patch_size"] = fields.get("patch_size") or _patch_size_from_gaps(fields["coords"])
+        if features.dtype == np.float64:
+            with np.errstate(over="ignore"):
+                fields["features"] = features.astype(np.float32)
         return SlideFeatures(slide_id or slide_id_of(path), case_id, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _is_hdf5(path: Path) -> bool:
+    """Whether HDF5's signature stands at byte 0, 512, 1024, 2048, ...; behind it, libhdf5 itself would have to look."""
+    offset = 0
+    with path.open("rb") as file:
+        while data := file.read(8):
+            if data == HDF5_SIGNATURE:
+                return True
+            offset = max(512, 2 * offset)
+            file.seek(offset)
+    return False
+
+
 def _read_h5(path: Path, mpp: float | None) -> dict:
-    try:
-        with h5py.File(path, "r") as file:
-            if "feats" in file:
-                return _stamp_fields(path, file, mpp)
-            if not isinstance(file.get("features"), h5py.Dataset):
-                cure = "it holds coordinates; name the features made from them" if "coords" in file else "it is foreign"
-                raise ValueError(f"{path}: datasets {sorted(file)}, expected 'features' [patches, width]; {cure}")
-            fields = {"features": _rows(file["features"][()]), "encoder": _text(file["features"].attrs.get("encoder"))}
-            if "coords" in file:
-                fields["coords"] = _rows(file["coords"][()])
-                fields |= _grid_attributes(file["coords"].attrs)
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
-        raise OSError(f"{path}: not a whole HDF5 file ({error}); copy or extract it again") from None
-    if "coords" in fields and "patch_size" not in fields:
-        fields |= _sibling_attributes(path)
+    facts, arrays = guarded.parse(H5_READER, path, True)
+    arrays |= {name: _piece(path, *place) for name, place in facts["places"].items()}
+    if "feats" in arrays:
+        return _stamp_fields(path, facts, arrays, mpp)
+    if "features" not in arrays:
+        cure = (
+            "it holds coordinates; name the features made from them" if "coords" in facts["names"] else "it is foreign"
+        )
+        raise ValueError(f"{path}: datasets {facts['names']}, expected 'features' [patches, width]; {cure}")
+    fields = {"features": _rows(arrays["features"]), "encoder": _text(facts["features"].get("encoder"))}
+    if "coords" in arrays:
+        fields["coords"] = _rows(arrays["coords"])
+        fields |= _grid_attributes(facts["coords"])
+        if "patch_size" not in fields:
+            fields |= _sibling_attributes(path)
     return fields
+
+
+def _piece(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
+    """An array that lies in a file in one piece."""
+    array = np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _rows(array: np.ndarray) -> np.ndarray:
@@ -201,11 +247,10 @@ def _rows(array: np.ndarray) -> np.ndarray:
 
 
 def _text(value) -> str:
-    text = value.decode(errors="replace") if isinstance(value, bytes) else "" if value is None else str(value)
-    return "" if text == "None" else text
+    return "" if value is None or str(value) == "None" else str(value)
 
 
-def _number(attributes, name: str) -> float:
+def _number(attributes: dict, name: str) -> float:
     """An attribute as a number, the first one of several; 0 where it is absent or says nothing."""
     try:
         value = float(np.ravel(attributes[name])[0]) if name in attributes else 0.0
@@ -214,7 +259,12 @@ def _number(attributes, name: str) -> float:
     return value if 0 <= value < 2**31 else 0.0
 
 
-def _grid_attributes(attributes) -> dict:
+def _pixels(value: float) -> int:
+    """A size in whole pixels; 0, for unknown, where it is absurd."""
+    return round(value) if 0 <= value < 2**31 else 0
+
+
+def _grid_attributes(attributes: dict) -> dict:
     """Patch size, mpp and slide size out of the attributes that TRIDENT or CLAM put on `coords`.
 
     Some versions store them as floats. CLAM's `patch_size` counts pixels of `patch_level`, TRIDENT's pixels at the
@@ -227,15 +277,15 @@ def _grid_attributes(attributes) -> dict:
     patch_size = patch_size or _number(attributes, "patch_size") * (
         level0 / target if level0 and target else downsample
     )
-    if patch_size:
-        fields["patch_size"] = round(patch_size)
+    if patch_size := _pixels(patch_size):
+        fields["patch_size"] = patch_size
     if level0:
         fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
     width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
-    size = np.ravel(attributes.get("level_dim", ()))
-    if len(size) == 2 and not width:
-        width, height = size * downsample
-    return fields | {"width": round(float(width)), "height": round(float(height))}
+    size = attributes.get("level_dim")
+    if not width and isinstance(size, list) and np.shape(size) == (2,):
+        width, height = size[0] * downsample, size[1] * downsample
+    return fields | {"width": _pixels(width), "height": _pixels(height)}
 
 
 def _sibling_attributes(path: Path) -> dict:
@@ -245,20 +295,18 @@ def _sibling_attributes(path: Path) -> dict:
         for name in (f"{slide_id}.h5", f"{slide_id}_patches.h5"):
             sibling = parent / "patches" / name
             if sibling.is_file():
-                try:
-                    with h5py.File(sibling, "r") as file:
-                        return _grid_attributes(file["coords"].attrs)
-                except (OSError, RuntimeError, KeyError) as error:
-                    cure = "write it again, or pass the patch size"
-                    raise OSError(f"{sibling}: no patch coordinates can be read in it ({error}); {cure}") from None
+                facts, _ = guarded.parse(H5_READER, sibling, False)
+                if "coords" not in facts:
+                    raise OSError(f"{sibling}: no patch coordinates in it; write it again, or pass the patch size")
+                return _grid_attributes(facts["coords"])
     return {}
 
 
-def _stamp_fields(path: Path, file: h5py.File, mpp: float | None) -> dict:
-    fields = {"features": _rows(file["feats"][()]), "encoder": _text(file.attrs.get("extractor"))}
-    if "coords" not in file:
+def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: float | None) -> dict:
+    fields = {"features": _rows(arrays["feats"]), "encoder": _text(facts["/"].get("extractor"))}
+    if "coords" not in arrays:
         return fields
-    unit, tile_um = _text(file.attrs.get("unit")) or "um", _number(file.attrs, "tile_size_um")
+    unit, tile_um = _text(facts["/"].get("unit")) or "um", _number(facts["/"], "tile_size_um")
     if unit != "um" or not tile_um:
         raise ValueError(
             f"{path}: STAMP coordinates in {unit!r}, tile_size_um {tile_um:g}; expected um and the tile's size "
@@ -269,31 +317,19 @@ def _stamp_fields(path: Path, file: h5py.File, mpp: float | None) -> dict:
             f"{path}: STAMP coordinates are in micrometres (tiles of {tile_um:g} um), and the file does not say the "
             "slide's mpp; pass mpp, such as --mpp 0.25 for a 40x scan"
         )
-    fields["coords"] = np.round(_rows(file["coords"][()]).astype(np.float64) / mpp)
-    return fields | {"patch_size": round(tile_um / mpp)}
+    fields["coords"] = np.round(_rows(arrays["coords"]).astype(np.float64) / mpp)
+    return fields | {"patch_size": _pixels(tile_um / mpp)}
 
 
 def _read_pt(path: Path) -> dict:
     """CLAM's .pt: the tensor alone. Never unpickles code."""
     try:
-        import torch
+        facts, arrays = guarded.parse(PT_READER, path)
     except ImportError:
         cure = "install the extra `torch`, or use the .h5 beside it"
         raise ImportError(f"{path}: reading a .pt file needs PyTorch; {cure}") from None
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every way of being broken
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path}: not a tensor that can be read without running code ({reason}); save it again"
-        ) from None
-    if not isinstance(tensor, torch.Tensor):
-        found = f"a {type(tensor).__name__}"
-        raise ValueError(f"{path}: holds {found}, expected one tensor [patches, width]; save the features alone")
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return {"features": _rows(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))}
-    return {"features": _rows(tensor.numpy())}
+    features = arrays["features"].view(ml_dtypes.bfloat16) if facts["bfloat16"] else arrays["features"]
+    return {"features": _rows(features)}
 
 
 def _is_feature_table(path: Path) -> bool:
@@ -309,28 +345,35 @@ def _read_csv(path: Path) -> dict:
     expected = "expected SlideChat's table: numbers and a last column x_y"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            columns = len(next(rows, []))
+            lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
+            columns = len(_row(next(lines, "")))
             if columns < 2:
                 raise ValueError(f"{path}: a header of {columns} columns; {expected}")
-            for row in rows:
+            for number, line in enumerate(lines, 2):
+                row, place = _row(line), f"{path}: line {number}"
                 if len(row) != columns:
                     found = f"{len(row)} columns, the header has {columns}"
-                    raise ValueError(
-                        f"{path}: line {rows.line_num}: {found}; a cut-off or foreign file, write it again"
-                    )
+                    raise ValueError(f"{place}: {found}; a cut-off or foreign file, write it again")
                 try:
                     features.append(np.array(row[:-1], np.float32))
-                    x, y = re.findall(r"\d+", re.sub(r"\.\w+$", "", row[-1]))[-2:]
-                except ValueError:
-                    raise ValueError(f"{path}: line {rows.line_num}: ends in {row[-1]!r}; {expected}") from None
-                coords.append((int(x), int(y)))
+                    x, y = (int(digits) for digits in re.findall(r"\d+", re.sub(r"\.\w+$", "", row[-1]))[-2:])
+                    coords.append(np.array((x, y), np.int32))
+                except (ValueError, OverflowError):
+                    raise ValueError(f"{place}: ends in {row[-1]!r:.60}; {expected}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a csv table ({error}); {expected}") from None
-    return {"features": np.array(features, np.float32).reshape(-1, columns - 1), "coords": np.array(coords, np.int64)}
+    coords = np.array(coords, np.int32).reshape(-1, 2)
+    return {"features": np.array(features, np.float32).reshape(-1, columns - 1), "coords": coords}
 
 
-def _patch_size_from_gaps(coords: np.ndarray, path: Path) -> int:
+def _row(line: str) -> list[str]:
+    """The fields of a line; no row goes on over several. Raises csv.Error for one beyond all measure."""
+    if len(line) > LONGEST_LINE:
+        raise csv.Error(f"a line of more than {LONGEST_LINE / 1e6:.0f} million characters")
+    return next(csv.reader([line]), [])
+
+
+def _patch_size_from_gaps(coords: Int[np.ndarray, "N 2"]) -> int:
     """The commonest gap between neighbours of a row or column: the patches' edge, when they do not overlap.
 
     The commonest, not the smallest: the rows of two tissue pieces are seldom in step.
@@ -338,11 +381,11 @@ def _patch_size_from_gaps(coords: np.ndarray, path: Path) -> int:
     gaps = []
     for axis in (0, 1):
         order = np.lexsort((coords[:, axis], coords[:, 1 - axis]))
-        steps = np.diff(coords[order], axis=0)
+        steps = np.diff(coords[order].astype(np.int64), axis=0)
         gaps.append(steps[steps[:, 1 - axis] == 0, axis])
-    sizes, counts = np.unique(np.concatenate(gaps).astype(np.int64), return_counts=True)
+    sizes, counts = np.unique(np.concatenate(gaps), return_counts=True)
     sizes, counts = sizes[sizes > 0], counts[sizes > 0]
     if not len(sizes):
         found = f"{len(coords)} patches, no two of them side by side"
-        raise ValueError(f"{path}: the patch size is not in the file, nor to be told from {found}; pass patch_size")
+        raise ValueError(f"the patch size is not in the file, nor to be told from {found}; pass patch_size")
     return int(sizes[np.argmax(counts)])

@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Int
 
-from pathflip_jax.data.features import SlideFeatures, all_finite
+from pathflip_jax.data.features import SlideFeatures, all_finite, check_slide_id
 from pathflip_jax.data.regions import cut_regions
 from pathflip_jax.data.storage import Place, as_path, file_sizes, read_many
+from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfrecord import bytes_offsets, crc32c, example_parts, frame, read_frames, whole_file
 
 DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -169,12 +170,15 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
     missing = sorted(KEYS - set(feature)) + sorted({"features", "coords"} & set(feature) - set(payloads))
     if missing:
         raise ValueError(f"{where} has no {', '.join(missing)}, which every PathFLIP record has")
-    texts = {key: b"".join(feature[key].bytes_list.value).decode() for key in
-             ("slide_id", "case_id", "encoder", "feature_dtype")}  # fmt: skip
+    try:
+        texts = {key: b"".join(feature[key].bytes_list.value).decode() for key in
+                 ("slide_id", "case_id", "encoder", "feature_dtype")}  # fmt: skip
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} has texts that are not UTF-8 ({error}); write it again") from None
     names = ("feature_dim", "num_patches", "patch_size", "width", "height")
     numbers = {key: (list(feature[key].int64_list.value) or [0])[0] for key in names}
     arrays = {key: np.array(feature[key].int64_list.value, np.int64).astype(ARRAYS[key]) for key in ARRAYS}
-    arrays["region_grid"] = arrays["region_grid"].reshape(-1, 2)
+    arrays["region_grid"] = arrays["region_grid"][: len(arrays["region_grid"]) // 2 * 2].reshape(-1, 2)
     start, length = payloads["coords"]
     info = SlideInfo(
         **texts,
@@ -187,16 +191,29 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
         coords_crc32c=crc32c(np.frombuffer(data, np.uint8, length, start)),
         shard=shard,
     )
-    rows, where = info.region_rows, f"{shard}: slide {info.slide_id}"
+    _check_info(info, f"{where}, slide {info.slide_id!r:.80},", payloads["features"][1])
+    return info
+
+
+def _check_info(info: SlideInfo, where: str, features_bytes: int) -> None:
+    """Raise ValueError where what is known of a slide contradicts itself: it may come from anybody's file."""
+    try:
+        check_slide_id(info.slide_id)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    sizes = (info.patch_size, info.width, info.height, info.num_patches - 1, info.feature_dim - 1)
     if info.feature_dtype not in DTYPES:
-        raise ValueError(f"{where} has features of {info.feature_dtype!r}, expected one of {', '.join(DTYPES)}")
-    if payloads["features"][1] != info.num_patches * info.row_bytes or length not in (0, 8 * info.num_patches):
-        found = f"{payloads['features'][1]} bytes of features and {length} of coords"
-        raise ValueError(f"{where} has {found} for {info.num_patches} patches of {info.row_bytes} bytes")
+        raise ValueError(f"{where} has features of {info.feature_dtype!r:.40}, expected one of {', '.join(DTYPES)}")
+    if not all(0 <= size < 2**31 for size in sizes) or not 0 <= info.mpp < 1e4:
+        found = f"{info.num_patches} patches of {info.patch_size} px, {info.feature_dim} wide, mpp {info.mpp}"
+        raise ValueError(f"{where} has {found}, slide {info.width} x {info.height}; {REWRITE}")
+    if features_bytes != info.num_patches * info.row_bytes or info.coords_bytes not in (0, 8 * info.num_patches):
+        found = f"{features_bytes} bytes of features and {info.coords_bytes} of coords"
+        raise ValueError(f"{where} has {found} for {info.num_patches} patches of {info.row_bytes} bytes; {REWRITE}")
+    rows = info.region_rows
     if not (len(rows) == len(info.region_grid) + 1 == len(info.region_crc32c) + 1 and rows[0] == 0
             and rows[-1] == info.num_patches and (np.diff(rows) > 0).all()):  # fmt: skip
         raise ValueError(f"{where} has regions that do not cover its {info.num_patches} patches; write it again")
-    return info
 
 
 def check_region(info: SlideInfo, region: int, crc: int) -> None:
@@ -288,20 +305,41 @@ def _parsed(shard: Place, size: int, data: bytes) -> Index:
     magic, version, length = INDEX_HEAD.unpack_from(data)
     if magic != INDEX_MAGIC or version != INDEX_VERSION:
         raise ValueError(f"{path}: index version {version} of {magic!r}, expected {INDEX_VERSION}; {REBUILD}")
-    start = INDEX_HEAD.size + length
-    head = json.loads(data[INDEX_HEAD.size : start])
+    try:
+        return _decode_index(data, INDEX_HEAD.size + length, shard, size)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        found = str(error) if type(error) is ValueError else f"not an index ({error!r:.200})"
+        raise ValueError(f"{path}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}") from None
+
+
+def _decode_index(data: bytes, start: int, shard: Place, size: int) -> Index:
+    """An index from its bytes, whose JSON ends at `start`. Raises ValueError for one that points out of its shard."""
+    head = parse_json(data[INDEX_HEAD.size : start].decode())
     if head["bytes"] != size:
-        found = f"of a shard of {head['bytes']} bytes, {shard.name} has {size}"
-        raise ValueError(f"{path}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}")
+        raise ValueError(f"of a shard of {head['bytes']} bytes, {shard.name} has {size}")
     infos = []
     for scalars in head["slides"]:
+        _check_scalars(scalars)
         regions, arrays = scalars.pop("regions"), {}
         for name, count in (("region_rows", regions + 1), ("region_grid", 2 * regions), ("region_crc32c", regions)):
             arrays[name] = np.frombuffer(data, ARRAYS[name], count, start)
             start += arrays[name].nbytes
         arrays["region_grid"] = arrays["region_grid"].reshape(-1, 2)
-        infos.append(SlideInfo(**scalars, **arrays, shard=shard))
+        info = SlideInfo(**scalars, **arrays, shard=shard)
+        _check_info(info, f"slide {info.slide_id!r:.80}", info.num_patches * info.row_bytes)
+        ends = (info.features_offset + info.num_patches * info.row_bytes, info.coords_offset + info.coords_bytes)
+        if max(ends) > size or min(info.features_offset, info.coords_offset) < 0:
+            raise ValueError(f"slide {info.slide_id} lies outside of {shard.name}, up to byte {max(ends)} of {size}")
+        infos.append(info)
     return Index(head["bytes"], head["crc32c"], tuple(infos))
+
+
+def _check_scalars(scalars: dict) -> None:
+    """Raise TypeError where the JSON of an index has a value of another type than `SlideInfo`, or a number below 0."""
+    kinds = {field.name: (int, float) if field.type is float else field.type for field in fields(SlideInfo)}
+    for name, value in scalars.items():
+        if not isinstance(value, kinds.get(name, int)) or (not isinstance(value, str) and value < 0):
+            raise TypeError(f"{name} is {value!r:.40}")
 
 
 def check_cohort(slides: Sequence[SlideInfo]) -> None:

@@ -46,6 +46,7 @@ from pathflip_jax.data.storage import (
     read_bytes,
     remove,
 )
+from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfds import dataset_info, feature_schema
 from pathflip_jax.data.tfrecord import crc32c, read_frames, whole_file
 
@@ -171,17 +172,11 @@ class Records:
         features = np.empty((info.num_patches, info.feature_dim), self.dtype)
         parts = [features[a:b] for a, b in pairwise(info.region_rows)]
         coords = self._read(info, np.arange(info.num_regions), parts)
-        return SlideFeatures(
-            info.slide_id,
-            info.case_id,
-            features,
-            coords,
-            info.patch_size,
-            info.mpp,
-            info.width,
-            info.height,
-            info.encoder,
-        )
+        place = (info.patch_size, info.mpp, info.width, info.height)
+        try:
+            return SlideFeatures(info.slide_id, info.case_id, features, coords, *place, info.encoder)
+        except ValueError as error:
+            raise ValueError(f"{info.shard}: {error}") from None
 
     def read_regions(
         self, position: int, regions: Sequence[int], out: Sequence[np.ndarray | None] | None = None
@@ -356,14 +351,15 @@ def verify(folder: Place | str) -> list[str]:
     if path.name not in names:
         return [*faults, f"{path}: missing: the folder was not finished; run the command that writes it to its end"]
     try:
-        listed = {shard["name"]: shard for shard in json.loads(read_bytes(path))["shards"]}
+        listed = {shard["name"]: shard for shard in parse_json(read_bytes(path).decode())["shards"]}
+        crcs = {str(name): str(shard["crc32c"]) for name, shard in listed.items()}
     except (ValueError, KeyError, TypeError) as error:
         return [*faults, f"{path}: not a manifest ({error}); delete it and run the command that writes it again"]
-    for name in sorted({*listed, *(shard.name for shard in shards)}):
-        if name not in listed:
+    for name in sorted({*crcs, *(shard.name for shard in shards)}):
+        if name not in crcs:
             faults.append(f"{folder / name}: not in manifest.json; finish the folder again, or take the shard away")
         elif name not in names:
             faults.append(f"{folder / name}: listed in manifest.json and not there; restore it, or write it again")
-        elif name in indexes and listed[name]["crc32c"] != f"{indexes[name].shard_crc32c:08x}":
+        elif name in indexes and crcs[name] != f"{indexes[name].shard_crc32c:08x}":
             faults.append(f"{folder / name}: another shard than manifest.json describes; finish the folder again")
     return faults

@@ -6,9 +6,17 @@ Every row knows its place ("reports.csv, line 17"), so that what is wrong with i
 import csv
 import io
 import json
-from typing import Any, NamedTuple
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TextIO
 
-from pathflip_jax.data.storage import Place, as_path, read_bytes
+from pathflip_jax.data.storage import Place, as_path, file_sizes, is_url, read_bytes
+
+LARGEST_JSON = 512 * 2**20  # bytes of a file that has to be parsed in one go
+LONGEST_RECORD = 16 * 2**20  # characters of a line of JSON, or of a row of a csv over all its lines
+_SNIFFED = 2**20  # characters among which a table must begin
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Row(NamedTuple):
@@ -31,52 +39,109 @@ class Row(NamedTuple):
 def read_rows(path: str | Place) -> list[Row]:
     """The rows of a CSV (comma, semicolon or tab), JSON (a list of objects) or JSON Lines file, with a BOM or not.
 
-    Raises ValueError with file and line for a file that is none of these, FileNotFoundError for a missing one.
+    CSV and JSON Lines are read row by row, so memory holds the rows and never the file. Raises ValueError with file and
+    line for a file that is none of these, and for a row or a JSON file beyond all measure; FileNotFoundError for a
+    missing one.
     """
     path = as_path(path)
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the table as UTF-8 and try again") from error
-    start = text.lstrip()[:1]
-    if not start:
-        raise ValueError(f"{path}: the file is empty; a table of CSV, JSON or JSON Lines is needed")
-    if start == "[":
-        rows = _json_rows(path, text)
-    elif start == "{":
-        rows = _json_line_rows(path, text)
-    else:
-        rows = _csv_rows(path, text)
+    with _opened(path) as file:
+        lines = _Lines(path, file)
+        try:
+            head = file.read(_SNIFFED).lstrip()
+            file.seek(0)
+            if not head:
+                raise ValueError(f"{path}: the file is empty; a table of CSV, JSON or JSON Lines is needed")
+            if head[0] == "[":
+                rows = _json_rows(path, file)
+            elif head[0] == "{":
+                rows = _json_line_rows(path, file, lines)
+            else:
+                rows = _csv_rows(path, lines, head)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not UTF-8 near line {lines.number}; save the table as UTF-8") from None
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
 
 
-def _json_rows(path: Place, text: str) -> list[Row]:
+def parse_json(text: str, **options: Any) -> Any:
+    """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
+
+    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that nothing can write again.
+    """
     try:
-        found = json.loads(text)
+        found = json.loads(text, **options)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {error.object[error.start]!r}, which is no character") from None
+    return found
+
+
+def _opened(path: Place) -> TextIO:
+    if not is_url(path):
+        return open(path, encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline="")
+
+
+class _Lines:
+    """The lines of a table; `record` counts the characters since the row began, and is to be set to 0 after each."""
+
+    def __init__(self, path: Place, file: TextIO) -> None:
+        self.path, self.file, self.number, self.record = path, file, 1, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(LONGEST_RECORD + 1)
+        if not line:
+            raise StopIteration
+        self.record += len(line)
+        if self.record > LONGEST_RECORD:
+            found = f"a row of more than {LONGEST_RECORD / 1e6:.0f} million characters"
+            raise ValueError(f"{self.path}, line {self.number}: {found}; is it a table?")
+        self.number += 1
+        return line
+
+
+def _json_rows(path: Place, file: TextIO) -> list[Row]:
+    try:
+        found = parse_json(_whole(path, file))
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error}); was the file cut short?") from error
     return [_json_row(f"{path}, entry {number}", value) for number, value in enumerate(found, 1)]
 
 
-def _json_line_rows(path: Place, text: str) -> list[Row]:
+def _whole(path: Place, file: TextIO) -> str:
+    size = file_sizes([path])[0] or 0
+    if size > LARGEST_JSON:
+        most = f"{LARGEST_JSON / 1e6:.0f}"
+        raise ValueError(f"{size / 1e6:.0f} MB to be read at once, expected at most {most}; write it as JSON Lines")
+    return file.read()
+
+
+def _json_line_rows(path: Place, file: TextIO, lines: _Lines) -> list[Row]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for line in lines:
+        lines.record = 0
         if line.strip():
-            place = f"{path}, line {number}"
+            place = f"{path}, line {lines.number - 1}"
             try:
-                value = json.loads(line)
+                value = parse_json(line)
             except ValueError as error:
-                return [_whole_object(path, text, place, error)]
+                file.seek(0)
+                return [_whole_object(path, file, place, error)]
             rows.append(_json_row(place, value))
     return rows
 
 
-def _whole_object(path: Place, text: str, place: str, error: ValueError) -> Row:
+def _whole_object(path: Place, file: TextIO, place: str, error: ValueError) -> Row:
     """One object written over several lines, or broken JSON Lines."""
     try:
-        return _json_row(str(path), json.loads(text))
+        return _json_row(str(path), parse_json(_whole(path, file)))
     except ValueError:
         raise ValueError(f"{place}: broken JSON ({error}); was the file cut short?") from error
 
@@ -87,23 +152,23 @@ def _json_row(place: str, value: Any) -> Row:
     return Row(place, {name.strip().lower(): item for name, item in value.items()})
 
 
-def _csv_rows(path: Place, text: str) -> list[Row]:
-    header = text.lstrip().split("\n", 1)[0]
+def _csv_rows(path: Place, lines: _Lines, head: str) -> list[Row]:
+    header = head.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
     rows = []
     line = 1
     try:
         for fields in reader:
-            place, line = f"{path}, line {line}", reader.line_num + 1
+            place, line, lines.record = f"{path}, line {line}", reader.line_num + 1, 0
             if not any(field.strip() for field in fields):
                 continue
             if not names:
                 names = [field.strip().lower() for field in fields]
-                twice = sorted({name for name in names if name and names.count(name) > 1})
+                twice = sorted(name for name, count in Counter(filter(None, names)).items() if count > 1)
                 if twice:
-                    raise ValueError(f"{place}: the column {twice[0]!r} occurs twice; rename one")
+                    raise ValueError(f"{place}: the column {twice[0]!r:.60} occurs twice; rename one")
                 continue
             if len(fields) != len(names):
                 raise ValueError(

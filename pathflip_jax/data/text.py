@@ -323,4 +323,4 @@ def _letter(row: Row, answer: str, options: dict[str, str]) -> str:
 
 
 def _columns(row: Row) -> str:
-    return f"found {', '.join(name or '(no name)' for name in row.values)}"
+    return f"found {some((name[:40] or '(no name)' for name in row.values), 12)}"

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pathflip_jax.data.storage import Place, as_path, make_folder, read_bytes
+from pathflip_jax.data.tables import parse_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # How a setting is called in tokenizer.json, and in tokenizer_config.json.
@@ -52,6 +53,8 @@ class TextTokenizer:
             )
         self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
         last = max(vocabulary.values())
+        if last >= 2**31 - 1:
+            raise ValueError(f"{self.folder}: the vocabulary numbers a token {last}; copy the tokenizer's files again")
         self.vocab_size = last + 1 if "[DEC]" in vocabulary else last + 2
         self.truncated = 0
         parts = json.loads(self._tokenizer.to_str())
@@ -104,7 +107,7 @@ def _read_json(path: Place) -> dict:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
     if not isinstance(found, dict):

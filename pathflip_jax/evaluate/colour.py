@@ -7,9 +7,10 @@ needs no pathology.
 from pathlib import Path
 
 import numpy as np
-import openslide
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
+
+from pathflip_jax.data import guarded
 
 WHOLE_LEVEL = 20_000_000  # pixels of a level that may be read in one go
 NEIGHBOURS = 25  # of a patch: enough that the share of a concept among them ranks patches
@@ -20,14 +21,17 @@ def slide_files(folder) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of slide files")
-    return {
-        path.stem: path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and openslide.OpenSlide.detect_format(path) is not None
-    }
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.is_file() and _format(path) is not None}
 
 
-def _on_white(picture) -> np.ndarray:
+def _format(path: Path) -> str | None:
+    try:
+        return guarded.parse("pathflip_jax.data.slide_pixels:detect", path)[0]["format"]
+    except (ValueError, OSError):  # what ends OpenSlide is no slide
+        return None
+
+
+def _on_white(picture: np.ndarray) -> np.ndarray:
     """RGB with what the scanner left out (transparent) as white glass."""
     picture = np.asarray(picture, np.float64)
     opacity = picture[..., 3:] / 255
@@ -36,15 +40,13 @@ def _on_white(picture) -> np.ndarray:
 
 def patch_colours(path, coords: Int[np.ndarray, "N 2"], patch_size: int) -> Float[np.ndarray, "N 3"]:
     """The mean RGB of each patch, from the lowest level at which a patch still has 8 pixels."""
-    with openslide.OpenSlide(path) as slide:
-        level = slide.get_best_level_for_downsample(max(patch_size / 8, 1))
-        size = slide.level_dimensions[level]
-        scale = slide.dimensions[0] / size[0]
-        if size[0] * size[1] > WHOLE_LEVEL:  # a slide with no low level: patch by patch
-            edge = max(round(patch_size / scale), 1)
-            patches = (slide.read_region((int(x), int(y)), level, (edge, edge)) for x, y in coords)
-            return np.array([_on_white(patch).mean((0, 1)) for patch in patches]).reshape(-1, 3)
-        picture = _on_white(slide.read_region((0, 0), level, size))
+    corners = [(int(x), int(y)) for x, y in coords]
+    reader = "pathflip_jax.data.slide_pixels:colours"
+    facts, arrays = guarded.parse(reader, path, corners, int(patch_size), WHOLE_LEVEL, memory=guarded.SLIDE_MEMORY)
+    if "colours" in arrays:  # a slide with no low level: patch by patch
+        return arrays["colours"]
+    scale, picture = facts["scale"], _on_white(arrays["picture"])
+    size = picture.shape[1::-1]
     total = np.pad(picture.cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
     limit = np.array(size)
     low = np.clip(np.floor(coords / scale).astype(int), 0, limit - 1)

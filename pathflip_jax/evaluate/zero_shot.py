@@ -4,13 +4,13 @@ A class is described by several texts; their normalised embeddings are averaged 
 some of the accident of one wording. No label is seen, none chooses a threshold.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from pathflip_jax.data.tables import parse_json
 from pathflip_jax.evaluate.retrieval import normalise
 
 TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
@@ -32,7 +32,7 @@ def read_prompts(path) -> Prompts:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
+        content = parse_json(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict) or not content:
@@ -41,15 +41,15 @@ def read_prompts(path) -> Prompts:
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f'{path}: no classes; expected {{"classes": {{label: [texts]}}}}')
     templates = content.get("templates", ["{}"]) if "classes" in content else ["{}"]
-    for template in templates:
-        if str(template).count("{}") != 1:
+    for template in templates if isinstance(templates, list) else [templates]:
+        if not isinstance(templates, list) or not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(f"{path}: the template {template!r} must hold {{}} once, the place of the text")
     classes: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for label, texts in listed.items():
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ValueError(f"{path}: class {label!r} needs a list of texts with words in them, found {texts!r}")
+            raise ValueError(f"{path}: class {label!r} needs a list of texts with words in them, found {texts!r:.80}")
         for text in texts:
             if owner.setdefault(text.strip().lower(), label) != label:
                 raise ValueError(f"{path}: {text!r} stands for class {owner[text.strip().lower()]!r} and {label!r}")

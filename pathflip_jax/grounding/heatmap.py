@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import openslide
 from jaxtyping import Float, Int, UInt8
 from matplotlib import colormaps, patheffects
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pathflip_jax.data import guarded
 from pathflip_jax.grounding.outlines import Polygon
 
 COLORMAP = "inferno"  # perceptually even, readable in grey and by the colour-blind
@@ -40,13 +40,9 @@ def read_thumbnail(path, pixels: int = 1024) -> Canvas:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
-    try:
-        with openslide.OpenSlide(path) as slide:
-            width = slide.dimensions[0]
-            picture = np.asarray(slide.get_thumbnail((pixels, pixels)).convert("RGB"))
-    except openslide.OpenSlideError as error:
-        raise ValueError(f"{path}: OpenSlide cannot read it ({error}); leave the picture out, or repair it") from error
-    return Canvas(picture, (0.0, 0.0), width / picture.shape[1])
+    facts, arrays = guarded.parse("pathflip_jax.data.slide_pixels:thumbnail", path, pixels, memory=guarded.SLIDE_MEMORY)
+    picture = arrays["picture"]
+    return Canvas(picture, (0.0, 0.0), facts["width"] / picture.shape[1])
 
 
 def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, height=0, pixels: int = 1024) -> Canvas:

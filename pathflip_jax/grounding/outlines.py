@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.path import Path as Curve
 from skimage.draw import polygon2mask
 
+from pathflip_jax.data.tables import parse_json
+
 
 class Polygon(NamedTuple):
     """An outline: its ring of (x, y) points in level-0 pixels, and the rings of its holes."""
@@ -26,13 +28,14 @@ def read_outlines(path) -> dict[str, list[Polygon]]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path}: not a GeoJSON file ({error}); export annotations from QuPath as GeoJSON") from error
+    features = content
     if isinstance(content, dict):
-        features = content["features"] if content.get("type") == "FeatureCollection" else [content]
-    else:
-        features = content
+        features = content.get("features") if content.get("type") == "FeatureCollection" else [content]
+    if not isinstance(features, list):
+        raise ValueError(f"{path}: no list of features in it; export annotations from QuPath as GeoJSON")
     outlines: dict[str, list[Polygon]] = {}
     for number, feature in enumerate(features):
         try:
@@ -41,16 +44,23 @@ def read_outlines(path) -> dict[str, list[Polygon]]:
             if kind not in ("Polygon", "MultiPolygon"):
                 continue
             parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
-            rings = [[np.asarray(ring, np.float64)[:, :2] for ring in part] for part in parts]
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: feature {number} is not a GeoJSON annotation ({error!r})") from error
-        name = (properties.get("classification") or {}).get("name") or properties.get("name")
+            rings = [[_ring(points) for points in part] for part in parts]
+            name = (properties.get("classification") or {}).get("name") or properties.get("name")
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{path}: feature {number} is not a GeoJSON annotation ({error!r:.200})") from error
         if not name:
             raise ValueError(f"{path}: feature {number} has no class; set its classification in QuPath")
         outlines.setdefault(str(name), []).extend(Polygon(part[0], tuple(part[1:])) for part in rings if part)
     if features and not outlines:
         raise ValueError(f"{path}: {len(features)} annotations, none of them a polygon; outline areas, not points")
     return outlines
+
+
+def _ring(points) -> Float[np.ndarray, "n 2"]:
+    ring = np.asarray(points, np.float64)[:, :2]
+    if ring.shape[1] != 2 or not (np.abs(ring) < 2**31).all():
+        raise ValueError("a ring whose points are not two level-0 pixels each")
+    return ring
 
 
 def write_outlines(path, outlines: dict[str, list[Polygon]]) -> None:

@@ -37,14 +37,24 @@ class PathFLIPConfig:
     remat: bool = False
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            expected = (int, float) if isinstance(field.default, float) else type(field.default)
+            if field.name in _OPTIONAL and (value is None or isinstance(value, _OPTIONAL[field.name])):
+                continue
+            if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+                raise ValueError(f"model config: {field.name}={value!r:.40}, expected such as {field.default!r}")
+            if expected is int and not 0 <= value <= _LARGEST.get(field.name, LARGEST_SIZE):
+                most = _LARGEST.get(field.name, LARGEST_SIZE)
+                raise ValueError(f"model config: {field.name}={value}, expected a size of at most {most}")
         for width, heads in (("hidden", "heads"), ("embed_dim", "region_heads"), ("embed_dim", "text_region_heads")):
-            if getattr(self, width) % getattr(self, heads):
+            if not getattr(self, heads) or getattr(self, width) % getattr(self, heads):
                 found = f"{width}={getattr(self, width)} and {heads}={getattr(self, heads)}"
                 raise ValueError(f"model config: {found}; the width must be a multiple of the heads")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"model config: {name}={getattr(self, name)!r}, expected one of {choices}")
-        for name in ("layers", "num_queries", "cross_attention_freq"):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"model config: {name}={getattr(self, name)}, expected at least 1")
         if not 0 <= self.dropout < 1:
@@ -76,6 +86,13 @@ class PathFLIPConfig:
         return cls(**values)
 
 
+LARGEST_SIZE = 2**24
+_LARGEST = {"layers": 1024, "region_layers": 1024}  # a model is built layer by layer before a file is compared with it
+_OPTIONAL = {"patch_hidden": int, "logit_bias_init": (int, float)}
+_POSITIVE = (
+    "layers", "num_queries", "cross_attention_freq", "feature_dim", "embed_dim", "hidden", "intermediate", "vocab_size",
+    "max_positions",
+)  # fmt: skip
 _CHOICES = {
     "patch_projection": ("linear", "mlp"),
     "init": ("bert", "fan_in"),

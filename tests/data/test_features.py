@@ -164,7 +164,7 @@ BROKEN = {
     "slide level": (lambda p: write_h5(p, features=np.ones(768, "f4")), "a slide embedding, not patches"),
     "integers": (lambda p: write_h5(p, features=np.ones((3, 3), "i8")), "features are int64"),
     "far": (lambda p: write_h5(p, TRIDENT, features=FEATURES, coords=COORDS * 2.0**31), "beyond 2"),
-    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "holds coordinates; name the features"),
+    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "name the features made from these coordinates"),
     "foreign": (lambda p: write_h5(p, x=np.ones(3)), r"datasets \['x'\], expected 'features'"),
     "group": (lambda p: write_h5(p, **{"features/a": np.ones(3)}), "expected 'features'"),
     "lone": (lambda p: write_h5(p, features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),
@@ -295,5 +295,5 @@ def test_real_broken_files():
         read_features(REAL / "broken" / "truncated.h5")
     with pytest.raises(ValueError, match=r"empty\.h5.*no tissue"):
         read_features(REAL / "trident" / "features_handcrafted512" / "empty.h5")
-    with pytest.raises(ValueError, match="holds coordinates"):
+    with pytest.raises(ValueError, match="these coordinates"):
         read_features(REAL / "clam" / "patches" / "cmu-1-small-region.h5")

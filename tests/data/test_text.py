@@ -137,7 +137,7 @@ def test_bad_tables_name_file_and_line(table, content, message):
 
 
 def test_files_that_are_no_tables(table, tmp_path):
-    with pytest.raises(ValueError, match=r"table: not UTF-8 \(byte 0\); save the table as UTF-8"):
+    with pytest.raises(ValueError, match="table: not UTF-8 near line 1; save the table as UTF-8"):
         read_texts(table("slide_id,caption\n", "utf-16"))
     with pytest.raises(FileNotFoundError):
         read_texts(tmp_path / "absent.csv")

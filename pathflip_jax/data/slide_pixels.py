@@ -1,0 +1,85 @@
+"""Thumbnails and mean colours of slide files; runs in the worker of `guarded.py` only.
+
+OpenSlide and what it stands on (libtiff, libjpeg, OpenJPEG) parse whatever claims to be a slide, and some of it ends or
+stalls the process. `data_prep` opens slides in worker processes of its own.
+"""
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from pathflip_jax.data.guarded import Parsed
+
+WHOLE_LEVEL = 2**26  # pixels of a level that is read in one go for a thumbnail, or in one strip
+
+
+def detect(path: str) -> Parsed:
+    """Which format OpenSlide takes a file for: the fact `format`, None for none."""
+    return {"format": openslide.OpenSlide.detect_format(path)}, {}
+
+
+def thumbnail(path: str, pixels: int) -> Parsed:
+    """`picture` [h, w, 3] of at most `pixels` on its longer side; the fact `width` is the slide's at level 0."""
+    with _opened(path) as slide:
+        level = slide.get_best_level_for_downsample(max(slide.dimensions) / pixels)
+        if np.prod(slide.level_dimensions[level], dtype=float) <= WHOLE_LEVEL:
+            picture = slide.get_thumbnail((pixels, pixels)).convert("RGB")
+        else:
+            picture = _reduced(slide, level, pixels)
+        return {"width": slide.dimensions[0]}, {"picture": np.asarray(picture)}
+
+
+def _reduced(slide: openslide.OpenSlide, level: int, pixels: int) -> Image.Image:
+    """A level that is too large for one piece: averaged strip by strip, then made as small as wanted."""
+    width, height = slide.level_dimensions[level]
+    step, scale = max(1, max(width, height) // pixels), slide.level_downsamples[level]
+    tall = max(1, WHOLE_LEVEL // width // step) * step
+    small = Image.new("RGB", (-(-width // step), -(-height // step)))
+    ground = f"#{slide.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, 'ffffff')}"
+    for top in range(0, height, tall):
+        strip = slide.read_region((0, round(top * scale)), level, (width, min(tall, height - top)))
+        flat = Image.new("RGB", strip.size, ground)
+        flat.paste(strip, None, strip)
+        small.paste(flat.reduce(step), (0, top // step))
+    small.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    return small
+
+
+def colours(path: str, coords: list[list[int]], patch_size: int, whole: int) -> Parsed:
+    """The lowest level at which a patch still has 8 pixels, for the mean colours of patches; the fact `scale`.
+
+    `picture` [h, w, 4] is all of it; `colours` [N, 3] the means instead, where it has more than `whole` pixels.
+    """
+    with _opened(path) as slide:
+        level = slide.get_best_level_for_downsample(max(patch_size / 8, 1))
+        size = slide.level_dimensions[level]
+        scale = slide.dimensions[0] / size[0]
+        if size[0] * size[1] <= whole:
+            return {"scale": scale}, {"picture": np.asarray(slide.read_region((0, 0), level, size))}
+        edge = max(round(patch_size / scale), 1)
+        patches = (slide.read_region((int(x), int(y)), level, (edge, edge)) for x, y in coords)
+        return {"scale": scale}, {"colours": np.array([_mean_on_white(patch) for patch in patches]).reshape(-1, 3)}
+
+
+def _mean_on_white(patch: Image.Image) -> np.ndarray:
+    pixels = np.asarray(patch, np.float64)
+    return (255 + (pixels[..., :3] - 255) * pixels[..., 3:] / 255).mean((0, 1))
+
+
+class _opened:
+    """An open slide; what OpenSlide raises becomes ValueError."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> openslide.OpenSlide:
+        try:
+            self.slide = openslide.OpenSlide(self.path)
+        except openslide.OpenSlideError as error:
+            raise ValueError(f"OpenSlide cannot open it ({error}); leave the picture out, or repair it") from None
+        return self.slide
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.slide.close()
+        if isinstance(error, openslide.OpenSlideError):
+            raise ValueError(f"OpenSlide cannot read it ({error}); leave the picture out, or repair it") from None
