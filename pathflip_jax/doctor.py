@@ -19,6 +19,7 @@ SLIDES = ("openslide-python", "openslide-bin", "scikit-image", "h5py")
 EXTRAS = {
     "torch": ("torch", "read and write PyTorch checkpoints other than .safetensors"),
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
+    "beam": ("apache_beam", "prepare slides on a cluster with Apache Beam"),
 }
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
 
