@@ -1,12 +1,16 @@
 """What a worker process does with one slide: read it, and write it as a record of its own.
 
-A worker never raises for what is wrong with a slide; it says so in a line that names the file.
+A worker never raises for what is wrong with a slide; it says so in a line that names the file. Reading runs ahead of
+encoding by one batch, in a thread: OpenSlide and the encoder's libraries both let go of the interpreter.
 """
 
 import os
+import resource
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +25,10 @@ from pathflip_jax.data.records import write_shard
 
 @dataclass(frozen=True)
 class Job:
-    """One slide on its way to a record: read from `file`, written to `part`, meant for `shard`."""
+    """One slide on its way to a record: read from `file`, written to `part`, meant for `shard`.
+
+    `sharing` worker processes share a machine; None for as many as it has cores.
+    """
 
     slide_id: str
     case_id: str
@@ -29,7 +36,25 @@ class Job:
     shard: Path
     part: Path
     settings: dict[str, Any]
-    workers: int
+    sharing: int | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What slides took: patches, seconds of each stage, and the largest resident size of a worker in bytes.
+
+    The stages follow each other: `tissue`, then `wait` (for pixels) and `encode` in turn, then `write`. `read` is what
+    the thread that reads ahead took, beside them. The encoder is the bottleneck where `wait` is next to nothing.
+    """
+
+    patches: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def __add__(self, other: "Effort") -> "Effort":
+        stages = {**self.seconds, **other.seconds}
+        seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
+        return Effort(self.patches + other.patches, seconds, max(self.peak_bytes, other.peak_bytes))
 
 
 class Outcome(NamedTuple):
@@ -37,11 +62,13 @@ class Outcome(NamedTuple):
 
     error: str = ""
     fatal: bool = False
+    effort: Effort = Effort()
 
 
 def prepare_slide(job: Job) -> Outcome:
     """From a slide file to its part."""
-    return _guarded(job, _slide_features)
+    outcome = try_encoder(job)
+    return outcome if outcome.error else _guarded(job, _slide_features)
 
 
 def import_slide(job: Job) -> Outcome:
@@ -49,29 +76,57 @@ def import_slide(job: Job) -> Outcome:
     return _guarded(job, _imported_features)
 
 
-def _guarded(job: Job, read: Callable[[Job], SlideFeatures]) -> Outcome:
-    """Read and write one slide; whatever goes wrong with it becomes a line of text."""
+def try_encoder(job: Job) -> Outcome:
+    """Load the encoder and give it one patch, so that what is wrong with it is said once, not once a slide."""
     try:
-        slide = read(job)
+        _encoder(job)
+    except (ValueError, OSError, ImportError) as error:
+        return Outcome(str(error), fatal=True)
+    return Outcome()
+
+
+def ended(job: Job) -> Outcome:
+    """The outcome of a slide whose worker process died."""
+    cure = "the file crashes its reader, or memory ran out: look at it, or use fewer workers"
+    return Outcome(f"{job.file}: the worker process died; {cure}")
+
+
+def _guarded(job: Job, read: Callable[[Job, dict[str, float]], SlideFeatures]) -> Outcome:
+    """Read and write one slide; whatever goes wrong with it becomes a line of text."""
+    seconds: dict[str, float] = {}
+    try:
+        slide = read(job, seconds)
     except (ValueError, OSError) as error:
         return Outcome(str(error))
     except Exception as error:  # a reader's own bug, met by one file, must not end the night's run
         return Outcome(f"{job.file}: {type(error).__name__}: {error}")
+    start = time.perf_counter()
     try:
         write_shard(job.part, [slide], **region_cut(job.settings))
     except OSError as error:
         return Outcome(str(error), fatal=True)
     except ValueError as error:
         return Outcome(f"{job.file}: {error}")
-    return Outcome()
+    seconds["write"] = time.perf_counter() - start
+    return Outcome(effort=Effort(len(slide.features), seconds, _peak_bytes()))
 
 
-def _slide_features(job: Job) -> SlideFeatures:
-    settings = job.settings
-    encode = _encoder(settings["encoder"], settings["half"], max(1, (os.cpu_count() or 1) // job.workers))
+def _slide_features(job: Job, seconds: dict[str, float]) -> SlideFeatures:
+    settings, encode = job.settings, _encoder(job)
     with open_slide(job.file, settings["assume_mpp"]) as slide:
+        start = time.perf_counter()
         tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"])
-        features = np.concatenate([encode(patches) for patches in read_patches(slide, tiles)])
+        began = time.perf_counter()
+        features, rows = np.empty((len(tiles.coords), encode.dim), np.float16), 0  # as records store them
+        encoding = 0.0
+        for patches in _read_ahead(read_patches(slide, tiles), seconds):
+            before = time.perf_counter()
+            with np.errstate(over="ignore"):  # said of the slide, below
+                features[rows : rows + len(patches)] = encode(patches)
+            rows += len(patches)
+            encoding += time.perf_counter() - before
+        waiting = time.perf_counter() - began - encoding
+        seconds |= {"tissue": began - start, "wait": waiting, "encode": encoding}
         return SlideFeatures(
             job.slide_id,
             job.case_id,
@@ -85,27 +140,49 @@ def _slide_features(job: Job) -> SlideFeatures:
         )
 
 
-def _imported_features(job: Job) -> SlideFeatures:
+def _read_ahead(batches: Iterator[np.ndarray], seconds: dict[str, float]) -> Iterator[np.ndarray]:
+    """The batches of an iterator, each read while the one before is worked on; counts what reading took."""
+    seconds["read"] = 0.0
+
+    def read() -> np.ndarray | None:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        seconds["read"] += time.perf_counter() - start
+        return batch
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(read)
+            yield batch
+
+
+def _imported_features(job: Job, seconds: dict[str, float]) -> SlideFeatures:
     given = {name: job.settings[name] for name in ("patch_size", "mpp", "encoder")}
-    return read_features(job.file, slide_id=job.slide_id, case_id=job.case_id, **given)
+    start = time.perf_counter()
+    slide = read_features(job.file, slide_id=job.slide_id, case_id=job.case_id, **given)
+    seconds["read"] = time.perf_counter() - start
+    return slide
+
+
+def _encoder(job: Job) -> PatchEncoder:
+    settings, cores = job.settings, os.cpu_count() or 1
+    threads = max(1, cores // (job.sharing or cores))
+    return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads)
 
 
 @lru_cache(maxsize=1)
-def _encoder(name: str, half: bool, threads: int) -> PatchEncoder:
+def _loaded(name: str, half: bool, patch_size: int, threads: int) -> PatchEncoder:
     encoder = load_encoder(name, half)
     if "torch" in sys.modules:  # as many threads in all as there are cores, not as many in each worker
         sys.modules["torch"].set_num_threads(threads)
+    encoder(np.zeros((1, patch_size, patch_size, 3), np.uint8))
     return encoder
 
 
-def try_encoder(settings: dict[str, Any]) -> Outcome:
-    """Load the encoder and give it one patch, so that what is wrong with it is said once, not once a slide."""
-    size = settings["patch_size"]
-    try:
-        load_encoder(settings["encoder"], settings["half"])(np.zeros((1, size, size, 3), np.uint8))
-    except (ValueError, OSError, ImportError) as error:
-        return Outcome(str(error))
-    return Outcome()
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def region_cut(settings: dict[str, Any]) -> dict[str, Any]:

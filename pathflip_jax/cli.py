@@ -21,12 +21,12 @@ FAILED_SLIDES, WRONG_INPUT = 1, 2
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
 
 
-def _command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+def _command(commands, name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:\n  {example}",
+        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -60,9 +60,30 @@ def _add_records_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
     parser.add_argument("--slides-per-shard", type=int, default=32, metavar="N", help="slides in one file (default 32)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: cores)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that share a machine and its GPUs (default: its cores)"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slide")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument(
+        "--beam",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="let Apache Beam spread the slides (extra [beam]); all that follows are its own options, of its "
+        "DirectRunner if none names a runner. Every machine must see the slides and RECORDS under the same paths",
+    )
+
+
+def _beam_examples(command: str) -> list[str]:
+    """The same command by Apache Beam: in processes here, on a Flink cluster, on Dataflow."""
+    shared = f"pathflip {command} --out /mnt/records --beam"
+    flink = "--runner=FlinkRunner --flink_master=HOST:8081"
+    dataflow = "--runner=DataflowRunner --project=P --region=us-central1 --temp_location=gs://B/temp"
+    return [
+        f"{shared} --direct_running_mode=multi_processing --direct_num_workers=4",
+        f"{shared} {flink} --environment_type=DOCKER --environment_config=IMAGE",
+        f"{shared} {dataflow} --sdk_container_image=IMAGE --number_of_worker_harness_threads=1",
+    ]
 
 
 def _add_grounding_options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +100,7 @@ def _add_grounding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _records_settings(options: argparse.Namespace) -> dict:
-    names = ("cut", "edge_um", "shard", "slides_per_shard", "workers", "strict")
+    names = ("cut", "edge_um", "shard", "slides_per_shard", "workers", "strict", "beam")
     return {name: getattr(options, name) for name in names} | {"slides_table": options.slides}
 
 
@@ -289,6 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
         _prepare,
         "turn slides into records of patch features",
         "pathflip prepare slides/ --out records --slides slides.csv --shard 0/8",
+        *_beam_examples("prepare /mnt/slides --encoder hf:/mnt/phikon"),
     )
     prepare.add_argument("slides_folder", type=Path, metavar="SLIDES", help="folder of slides that OpenSlide opens")
     prepare.add_argument(
@@ -309,6 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
         _import,
         "turn feature files of CLAM, TRIDENT, SlideChat or STAMP into records",
         "pathflip import features/ --out records --mpp 0.5",
+        *_beam_examples("import /mnt/features"),
     )
     importing.add_argument("features_folder", type=Path, metavar="DIR", help="folder of feature files")
     importing.add_argument("--encoder", help="patch encoder that made them, where the files do not say")

@@ -25,6 +25,7 @@ EXTRAS = {
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
     "profile": ("xprof", "view what `pathflip train --profile` traces"),
     "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),
+    "beam": ("apache_beam", "prepare slides on a cluster with Apache Beam"),
 }
 # The program that each script of launch/ hands the work to.
 LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}

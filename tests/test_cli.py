@@ -17,10 +17,11 @@ def _commands() -> dict:
 @pytest.mark.parametrize("name", sorted(_commands()))
 def test_every_command_has_an_example_that_parses(name):
     command = _commands()[name]
-    example = shlex.split(command.epilog.split("\n")[-1])
-    assert example[:2] == ["pathflip", name]
-    if name != "train":  # its options are settings of the config, read by ml_collections
-        cli.build_parser().parse_args(example[1:])
+    for line in command.epilog.split("\n")[1:]:
+        example = shlex.split(line)
+        assert example[:2] == ["pathflip", name]
+        if name != "train":  # its options are settings of the config, read by ml_collections
+            cli.build_parser().parse_args(example[1:])
 
 
 @pytest.mark.parametrize("name", sorted(_commands()))

@@ -19,7 +19,7 @@ from PIL import Image
 from data_prep import build
 from data_prep.build import Failure, import_features, prepare
 from data_prep.encoders import load_encoder
-from data_prep.pool import run_each
+from data_prep.pool import Worker, run_each, worker_number
 from pathflip_jax.data.records import Records, verify
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -218,6 +218,16 @@ def test_settings_that_cannot_be_leave_the_folder_free(slides, tmp_path):
     assert prepare(slides / "S0.tiff", out, **SMALL).done == ["S0"]
 
 
+def test_beam_shares_the_slides_out_itself(slides, tmp_path, monkeypatch):
+    for wrong in ({"shard": (0, 2)}, {"strict": True}):
+        with pytest.raises(ValueError, match="neither --shard nor --strict"):
+            prepare(slides, tmp_path / "records", beam=[], **SMALL | wrong)
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "data_prep.beam", raising=False)
+    with pytest.raises(ImportError, match=r"--beam needs Apache Beam.*pip install pathflip-jax\[beam\]"):
+        prepare(slides, tmp_path / "records", beam=[], **SMALL)
+
+
 def test_folders_and_ids_that_cannot_be(slides, tmp_path):
     with pytest.raises(FileNotFoundError, match="no slides in it"):
         prepare(tmp_path, tmp_path / "records")
@@ -278,6 +288,21 @@ def test_pool_outlives_its_workers():
     with pytest.raises(ZeroDivisionError):
         list(run_each(eval, ["1 / 0"], 1))
     assert list(run_each(eval, [], 2)) == []
+
+
+def test_workers_are_numbered():
+    jobs = ["[__import__('time').sleep(0.3), __import__('data_prep.pool').pool.worker_number()][1]"] * 4
+    assert {result for _, result in run_each(eval, jobs, 2)} == {0, 1}
+    assert worker_number() == os.getpid()  # no worker: it knows of no others
+
+
+def test_a_worker_is_started_anew_after_a_job_that_killed_it():
+    worker = Worker(3)
+    try:
+        assert worker.run(eval, "__import__('os').kill(__import__('os').getpid(), 9)") is None
+        assert worker.run(eval, "__import__('data_prep.pool').pool.worker_number()") == 3
+    finally:
+        worker.close()
 
 
 def test_a_worker_that_dies_while_others_start_stops_nothing():

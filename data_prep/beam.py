@@ -1,0 +1,137 @@
+"""Preparation on Apache Beam: the single machine's work, spread by any runner (Dataflow, Flink, Spark, or here).
+
+What travels between the machines are the names of slides and what became of them, never pixels or features: a task
+turns one slide into its part, another puts a shard together, both by the functions that the single machine uses, and
+what they write goes straight to the folder of records. So every worker must see that folder and the slides under the
+same paths (a shared or mounted file system), and must have this package with its `beam` extra. Runners try a task that
+they lost again; both functions bear that.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from data_prep.jobs import Effort, Job, Outcome, ended
+from data_prep.plan import Plan, write_json
+from data_prep.pool import Worker
+from data_prep.shards import Progress, assemble, first_through
+from pathflip_jax.data.failures import Failure
+from pathflip_jax.data.index import SlideInfo
+
+try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.runner import PipelineState
+except ImportError as error:
+    raise ImportError(
+        f"--beam needs Apache Beam ({error}); install it with `pip install pathflip-jax[beam]`"
+    ) from error
+
+
+def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[str]) -> Progress:
+    """Do the jobs of a plan on the runner that `options` name (Beam's own; DirectRunner when they name none).
+
+    Raises ValueError for a runner that Beam does not have, OSError when the pipeline ends early, with what it says: a
+    disk is full, or a worker died with more than a slide. What is written stays, and a second run does the rest.
+    """
+    pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+    through = (
+        pipeline
+        | "slides" >> beam.Create([_seen_from_everywhere(job) for job in plan.jobs])
+        | "spread" >> beam.Reshuffle()
+        | "slide to part" >> beam.ParDo(_SlideToPart(work))
+    )
+    reference = (
+        through
+        | "good slides" >> beam.FlatMap(lambda element: [] if element[1][1].error else [element[1][0]])
+        | "first slide" >> beam.CombineGlobally(_first)
+        | "the cohort's" >> beam.Map(_reference, plan.reference)
+    )
+    said = plan.parts.absolute() / "beam.json"
+    _ = (
+        through
+        | "slides of a shard" >> beam.GroupByKey()
+        | "parts to shard" >> beam.Map(_assemble, beam.pvalue.AsSingleton(reference))
+        | "all shards" >> beam.combiners.ToList()
+        | "what became of them" >> beam.Map(_save, said)
+    )
+    said.unlink(missing_ok=True)
+    try:
+        state = pipeline.run().wait_until_finish()
+    except Exception as error:  # every runner has its own, with the traceback of a worker in it
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise OSError(f"{plan.out}: the Beam pipeline failed: {lines[-1]}; {_CURE}") from error
+    if state != PipelineState.DONE or not said.exists():
+        raise OSError(f"{plan.out}: the Beam pipeline ended as {state}, expected {PipelineState.DONE}; {_CURE}")
+    found = json.loads(said.read_bytes())
+    said.unlink()
+    failed = [Failure(**row) for row in found["failed"]]
+    return Progress(found["done"], failed, Effort(**found["effort"]))
+
+
+_CURE = "what is whole stays: mend it and run the same command again"
+
+
+class _SlideToPart(beam.DoFn):
+    """Turns slides into parts, in a process that may die of them, and says what became of each.
+
+    A slide that kills its reader would kill the runner's own worker otherwise, and the pipeline after some tries.
+    """
+
+    def __init__(self, work: Callable[[Job], Outcome]) -> None:
+        self._work = work
+        count = beam.metrics.Metrics.counter
+        self._counters = {name: count("pathflip", name) for name in ("slides", "failed slides", "patches")}
+
+    def setup(self) -> None:
+        """Called by Beam in each of its workers."""
+        self._worker = Worker()
+
+    def process(self, job: Job) -> Iterator[tuple[str, tuple[Job, Outcome]]]:
+        """One slide; under the name of its shard. Raises OSError for what every slide will meet."""
+        outcome = Outcome()
+        if not job.part.exists():  # else an earlier try or run came so far
+            outcome = self._worker.run(self._work, job) or ended(job)
+        if outcome.fatal:
+            raise OSError(outcome.error)
+        self._counters["slides"].inc()
+        self._counters["failed slides"].inc(bool(outcome.error))
+        self._counters["patches"].inc(outcome.effort.patches)
+        yield str(job.shard), (job, outcome)
+
+    def teardown(self) -> None:
+        """Called by Beam when a worker ends."""
+        self._worker.close()
+
+
+def _seen_from_everywhere(job: Job) -> Job:
+    """The job with absolute paths: a worker starts in another folder."""
+    return replace(job, file=job.file.absolute(), shard=job.shard.absolute(), part=job.part.absolute())
+
+
+def _first(jobs: Iterable[Job | None]) -> Job | None:
+    return min((job for job in jobs if job), key=lambda job: job.slide_id, default=None)
+
+
+def _reference(job: Job | None, before: SlideInfo | None) -> SlideInfo | None:
+    """The slide that all others are compared with: of a shard that stands, else the first that is through."""
+    return before or (first_through([job]) if job else None)
+
+
+def _assemble(shard: tuple[str, Iterable[tuple[Job, Outcome]]], reference: SlideInfo | None) -> Progress:
+    """Put a shard together when all of its slides are through."""
+    through = sorted(shard[1], key=lambda slide: slide[0].slide_id)
+    progress = assemble([job for job, _ in through], reference)
+    for job, outcome in through:
+        progress.count(job, outcome)
+    return progress
+
+
+def _save(shards: list[Progress], path: Path) -> None:
+    """Leave what became of the slides where the machine that started the pipeline finds it."""
+    total = Progress()
+    for progress in shards:
+        total.add(progress)
+    failed = [failure._asdict() for failure in total.failed]
+    write_json(path, {"done": total.done, "failed": failed, "effort": asdict(total.effort)})

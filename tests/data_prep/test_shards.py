@@ -1,0 +1,86 @@
+"""A shard put together from parts: tried again, as cluster runners do, it gives the same shard and the same answer."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+
+from data_prep import shards
+from data_prep.jobs import Effort, Job, Outcome
+from data_prep.shards import Progress, assemble, first_through
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.records import Records, write_shard
+
+SETTINGS = {"cut": "scan", "edge_um": 2048.0}
+
+
+@pytest.fixture()
+def jobs(tmp_path):
+    """Four slides of a shard: two good ones, one that failed, one of another width."""
+    (tmp_path / ".parts").mkdir()
+    found = []
+    for number, width in enumerate((8, 8, 0, 9)):
+        name = f"S{number}"
+        part = tmp_path / ".parts" / f"{name}.tfrecord"
+        job = Job(name, "", tmp_path / f"{name}.h5", tmp_path / "pathflip-00000.tfrecord", part, SETTINGS)
+        if width:
+            features = np.random.default_rng(number).normal(size=(5, width)).astype(np.float32)
+            write_shard(job.part, [SlideFeatures(name, "", features)], **SETTINGS)
+        found.append(job)
+    return found
+
+
+def _answer(progress: Progress) -> tuple:
+    return progress.done, progress.failed
+
+
+def test_parts_become_a_shard_and_a_slide_of_another_cohort_stays_out(jobs):
+    shard = jobs[0].shard
+    reference = first_through(jobs)
+    progress = assemble(jobs, reference)
+    assert progress.done == ["S0", "S1"] and [failure.slide for failure in progress.failed] == ["S3"]
+    assert "S3.h5" in progress.failed[0].error and "feature_dim 9" in progress.failed[0].error
+    assert [info.slide_id for info in Records([shard]).slides] == ["S0", "S1"]
+    assert [job.part.exists() for job in jobs] == [False, False, False, True]
+    before = shard.read_bytes(), shard.stat().st_mtime_ns
+    assert _answer(assemble(jobs, reference)) == _answer(progress)
+    assert (shard.read_bytes(), shard.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_task_killed_while_parts_go_is_tried_again(jobs, monkeypatch, after):
+    removed, remove = [], shards.remove
+
+    def dying(part):
+        if len(removed) == after:
+            raise KeyboardInterrupt
+        removed.append(part)
+        remove(part)
+
+    reference = first_through(jobs)
+    monkeypatch.setattr(shards, "remove", dying)
+    with pytest.raises(KeyboardInterrupt):
+        assemble(jobs, reference)
+    monkeypatch.undo()
+    written = jobs[0].shard.read_bytes()
+    assert assemble(jobs, reference).done == ["S0", "S1"] and jobs[0].shard.read_bytes() == written
+    assert not jobs[0].part.exists() and not jobs[1].part.exists()
+
+
+def test_a_slide_that_comes_later_joins_in_order(jobs):
+    good = jobs[:2]
+    hidden = jobs[0].part.with_suffix(".hidden")
+    os.rename(jobs[0].part, hidden)
+    assert assemble(good, None).done == ["S1"]
+    os.rename(hidden, jobs[0].part)
+    assert assemble(good[:1], Records([jobs[0].shard]).slides[0]).done == ["S0"]
+    assert [info.slide_id for info in Records([jobs[0].shard]).slides] == ["S0", "S1"]
+
+
+def test_progress_adds_up(jobs):
+    total = Progress(done=["S0"], effort=Effort(3, {"encode": 1.0, "read": 2.0}, 10))
+    total.count(jobs[2], Outcome("broken", effort=Effort(4, {"encode": 0.5}, 30)))
+    total.add(Progress(done=["S1"], effort=Effort(peak_bytes=20)))
+    assert total.done == ["S0", "S1"] and [failure.error for failure in total.failed] == ["broken"]
+    assert dataclasses.asdict(total.effort) == {"patches": 7, "seconds": {"encode": 1.5, "read": 2.0}, "peak_bytes": 30}
