@@ -26,7 +26,7 @@ need DATA WORKDIR
 need_training
 ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together, so give a folder"
 WORKDIR=$(realpath -m "$WORKDIR")
-is_bucket "$DATA" || DATA=$(realpath "$DATA")
+is_bucket "$DATA" || DATA=$(realpath -m "$DATA")
 [[ -n $GPUS ]] || GPUS=$(nvidia-smi --list-gpus 2> /dev/null | grep -c ^GPU || true)
 [[ $GPUS -gt 0 ]] || fail "nvidia-smi shows no GPU: set GPUS, how many processes to start"
 

@@ -31,7 +31,7 @@ need NODES GPUS DATA WORKDIR
 need_training
 ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together, so give a folder on a shared disk"
 WORKDIR=$(realpath -m "$WORKDIR")
-is_bucket "$DATA" || DATA=$(realpath "$DATA")
+is_bucket "$DATA" || DATA=$(realpath -m "$DATA")
 export LAUNCH DATA WORKDIR LOCAL COMPILATION_CACHE
 
 if [[ -z ${SLURM_JOB_ID-} ]]; then

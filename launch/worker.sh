@@ -120,9 +120,13 @@ train_here() {
 # train_with_backup OPTIONS...: a run on local disk that comes from the bucket, and goes there now and then and at the end.
 train_with_backup() {
     local folder="$LOCAL/pathflip-run-${WORKDIR##*/}" code=0 trainer backup unfinished=orbax-checkpoint-tmp
-    if [[ ! -d $folder ]]; then # else this host was here before and has what is newest
-        # With something in it, the run folder exists in the bucket: a failing copy is then a failure, never a new run.
-        copy_object - "$WORKDIR/started.txt" <<< "started $(date)"
+    # Who fetched the run last holds it: what lies on this disk is newest, unless another host went on with it since.
+    run rm -f "$folder.holder"
+    copy_object "$WORKDIR/holder" "$folder.holder" || say "$WORKDIR: a new run"
+    if [[ -n $DRY_RUN ]] || ! cmp -s "$folder.holder" "$folder/holder"; then
+        run rm -rf "$folder"
+        # With something in it, the folder exists in the bucket: a failing copy is then a failure, never a new run.
+        copy_object - "$WORKDIR/holder" <<< "$(uname -n) $(date +%s.%N)"
         download_whole "$WORKDIR" "$folder"
     fi
     if [[ -n $DRY_RUN ]]; then
@@ -133,7 +137,9 @@ train_with_backup() {
     train_here "$folder" "$@" &
     trainer=$!
     trap 'kill -TERM "$trainer"' TERM INT HUP
-    while sleep "$BACKUP_SECONDS"; do upload "$folder" "$WORKDIR" "$unfinished"; done > /dev/null 2>&1 &
+    while sleep "$BACKUP_SECONDS" > /dev/null 2>&1; do
+        upload "$folder" "$WORKDIR" "$unfinished" > /dev/null 2>&1 || say "$WORKDIR: this copy failed, the next may not"
+    done &
     backup=$!
     wait "$trainer" || code=$?
     while kill -0 "$trainer" 2> /dev/null; do # a trap ends `wait` before the process ends

@@ -55,11 +55,10 @@ def test_data_is_staged_once(buckets, local):
 
 
 def test_a_copy_that_ended_halfway_is_gone_on_with_and_never_seen(buckets, local):
-    (buckets.folder / "broken").touch()
+    buckets.plan("copies", 2)
     assert buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local).returncode == 1
     folder = local / "pathflip-data-cohort"
     assert not (folder / "records").exists() and len(staged(folder / "records.partial")) == 2
-    (buckets.folder / "broken").unlink()
     assert buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local).returncode == 0
     assert staged(folder) == staged(buckets.bucket("gs://lab/cohort"))
 
@@ -126,11 +125,22 @@ def test_a_run_on_a_bucket_outlives_its_host(buckets, local):
     assert buckets.run("worker.sh", "stage", **settings, LOCAL=local).returncode == 0
     assert buckets.run("worker.sh", "train", "--config", "demo", **settings, LOCAL=local).returncode == 75
     kept = buckets.bucket("gs://lab/runs/base")
-    assert set(staged(kept)) == {"metrics.jsonl", "started.txt"}  # nothing half saved
+    assert set(staged(kept)) == {"metrics.jsonl", "holder"}  # nothing half saved
     shutil.rmtree(local)
     assert buckets.run("worker.sh", "stage", **settings, LOCAL=local).returncode == 0
     assert buckets.run("worker.sh", "train", "--config", "demo", **settings, LOCAL=local).returncode == 0
     assert (kept / "metrics.jsonl").read_text() == "{}\n{}\n"
+
+
+def test_a_host_that_was_overtaken_fetches_and_one_that_was_not_does_not(buckets, tmp_path):
+    """Three starts on disk a, two on b, one on a: every start finds the state of the one before."""
+    buckets.add("pathflip", TRAINER)
+    settings = {"DATA": tmp_path, "WORKDIR": "gs://lab/runs/base"}
+    for number, disk in enumerate("aaabba"):
+        done = buckets.run("worker.sh", "train", "--config", "demo", **settings, LOCAL=tmp_path / disk)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / disk / "pathflip-run-base/metrics.jsonl").read_text() == "{}\n" * (number + 1)
+    assert len([call for call in buckets.calls("gcloud") if call[-1].endswith(".partial")]) == 3
 
 
 def test_a_run_that_cannot_be_fetched_is_not_begun_anew(buckets, local):
@@ -141,7 +151,7 @@ def test_a_run_that_cannot_be_fetched_is_not_begun_anew(buckets, local):
         path = buckets.bucket("gs://lab/runs/base") / f"checkpoints/{number}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (buckets.folder / "broken").touch()
+    buckets.plan("copies", 2)
     assert buckets.run("worker.sh", "train", "--config", "demo", **settings, LOCAL=local).returncode == 1
     assert buckets.calls("pathflip") == []
 
@@ -151,6 +161,7 @@ def test_a_run_is_copied_while_it_goes_on_and_after_sigterm(buckets, local):
     buckets.plan("ends", "waits")
     settings = SETTINGS | {"WORKDIR": "gs://lab/runs/base", "LOCAL": local}
     assert buckets.run("worker.sh", "stage", **settings).returncode == 0
+    buckets.plan("copies", 0, 1, 1)  # fetched whole; twice only one file is copied back, the holder
     process = buckets.start("worker.sh", "train", "--config", "demo", **settings, BACKUP_SECONDS="0.1")
     kept = buckets.bucket("gs://lab/runs/base/metrics.jsonl")
     deadline = time.monotonic() + 30
