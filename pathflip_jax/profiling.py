@@ -1,8 +1,8 @@
 """A profile on demand: `--profile STEPS` at the start, or SIGUSR1 to a run under way.
 
-JAX's own profiler writes what each device and thread did to <workdir>/profile, one file a process, which xprof
-(`pip install pathflip-jax[profile]`) or TensorBoard with its plugin shows. A profile costs the steps that it covers
-some time and waits for their end; other steps nothing.
+JAX's own profiler writes what each device and thread did to <workdir>/profile, with several processes to a folder for
+each, and xprof (`pip install pathflip-jax[profile]`) or TensorBoard with its plugin shows it. A profile costs the steps
+that it covers some time and waits for their end; other steps nothing.
 """
 
 import re
@@ -40,30 +40,33 @@ def profiled_steps(text: str, start: int) -> range:
 class Profiler:
     """Traces the steps asked for; a context manager around the loop, which says where each step begins and ends.
 
-    Every process traces itself; on SIGUSR1 it traces the next three steps. `ledger` counts what starting and writing a
-    trace take.
+    Every process traces itself; on SIGUSR1 it traces the next three steps, and a signal before the first is for that
+    one. `ledger` counts what starting and writing a trace take.
     """
 
-    def __init__(self, workdir: Path, wanted: str, start: int, ledger: goodput.Ledger):
-        self._ledger = ledger
+    def __init__(self, workdir: Path, wanted: str, ledger: goodput.Ledger):
+        self._wanted, self._ledger = wanted, ledger
         self.folder = workdir / PROFILE
-        self._steps = profiled_steps(wanted, start)
+        # A trace is named by its host, and several processes may share one.
+        self._own = self.folder / f"process{jax.process_index()}" if jax.process_count() > 1 else self.folder
+        self._steps: range | None = None  # known with the first step
         self._tracing = self._asked = False
         self._before = None
-        if self._steps and self._steps[0] <= start:
-            print(f"--profile={wanted}: the run goes on from step {start}, these are over", file=sys.stderr)
-            self._steps = range(0)
 
     def _ask(self, *_) -> None:
         self._asked = True
 
     def begin(self, step: int) -> None:
         """Start tracing where this step is the first that was asked for; before it is given to the devices."""
+        if self._steps is None:
+            self._steps = profiled_steps(self._wanted, step - 1)
+            if self._steps and self._steps[0] < step:
+                print(f"--profile={self._wanted}: the run goes on with step {step}, these are over", file=sys.stderr)
         if self._asked and not self._tracing:
             self._asked, self._steps = False, range(step, step + STEPS_ON_SIGNAL)
         if self._steps and step == self._steps[0]:
             with self._ledger.during(goodput.PROFILE):
-                jax.profiler.start_trace(self.folder)
+                jax.profiler.start_trace(self._own)
             self._tracing = True
 
     def end(self, step: int, results: object) -> None:

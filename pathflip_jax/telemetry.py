@@ -34,9 +34,12 @@ WINDOW = 20  # steps that shares are taken over
 # Ada architecture white paper, accumulation in float32. Other variants of a name (H100 NVL, MIG slices) differ.
 PEAK_BFLOAT16 = {
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
@@ -47,7 +50,7 @@ PEAK_BFLOAT16 = {
     "NVIDIA L40S": 362e12,
     "NVIDIA GeForce RTX 4090": 165e12,
 }
-TWO_CORES = ("TPU v4", "TPU v5")  # chips whose two cores are one device, or two devices of half the rate
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips whose two cores are one device, or two devices of half the rate
 MEASURE_SECONDS, MEASURE_SIZE = 0.2, 1024
 EXIT_SECONDS = 60  # for the step under way; one that hangs is left to hang
 STRAGGLER_STEPS = 20

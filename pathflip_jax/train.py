@@ -151,10 +151,11 @@ def fit(
     facts = {"config": resolved, "git": checkpoint.git_revision()}
     with (
         ledger,
+        Profiler(workdir, profile, ledger) as profiler,
         checkpoint.Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every) as checkpoints,
     ):
         start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints, ledger)
-        if primary:
+        if primary and start < steps:
             ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
         telemetry = Telemetry(ledger, mesh, config.model.compute_dtype)
         if primary:
@@ -192,7 +193,6 @@ def fit(
                 config=resolved,
             ) as writer,
             telemetry,
-            Profiler(workdir, profile, start, ledger) as profiler,
             ledger.during(goodput.STEP),
         ):
             pending: tuple[int, dict] | None = None  # a step under way, whose metrics nobody has waited for
@@ -240,7 +240,8 @@ def fit(
     if primary:
         plot(workdir)
         print(f"{workdir}: {steps} steps done; the step was compiled {compiled} times", file=sys.stderr)
-        print(goodput.describe(goodput.summarise(workdir)), file=sys.stderr)
+        if start < steps:
+            print(goodput.describe(goodput.summarise(workdir)), file=sys.stderr)
     return read_metrics(workdir / METRICS)[-1]
 
 

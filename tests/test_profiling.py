@@ -42,7 +42,7 @@ def traces(profiler):
 
 
 def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, capsys):
-    profiler = Profiler(tmp_path, "2:3", 0, Ledger())
+    profiler = Profiler(tmp_path, "2:3", Ledger())
     loop(profiler, 1, 4)
     (trace,) = traces(profiler)
     assert trace.stat().st_size > 1000
@@ -51,7 +51,7 @@ def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, capsys):
 
 
 def test_a_run_that_ends_within_the_steps_writes_what_there_was(tmp_path):
-    profiler = Profiler(tmp_path, "2:9", 0, Ledger())
+    profiler = Profiler(tmp_path, "2:9", Ledger())
     with pytest.raises(KeyError):
         loop(profiler, 1, 4, at=3, do=lambda: {}["gone"])
     assert len(traces(profiler)) == 1
@@ -59,7 +59,7 @@ def test_a_run_that_ends_within_the_steps_writes_what_there_was(tmp_path):
 
 def test_a_signal_asks_for_the_next_steps(tmp_path, capsys):
     before = signal.getsignal(signal.SIGUSR1)
-    profiler = Profiler(tmp_path, "", 0, Ledger())
+    profiler = Profiler(tmp_path, "", Ledger())
     loop(profiler, 1, 6, at=2, do=lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert len(traces(profiler)) == 1 and "profile of steps 3 to 5" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGUSR1) == before
@@ -67,7 +67,7 @@ def test_a_signal_asks_for_the_next_steps(tmp_path, capsys):
 
 def test_steps_that_are_over_are_said_to_be(tmp_path, capsys):
     """The command that starts a run again is the one that began it, --profile included."""
-    profiler = Profiler(tmp_path, "2:3", 10, Ledger())
+    profiler = Profiler(tmp_path, "2:3", Ledger())
     loop(profiler, 11, 12)
     assert not profiler.folder.exists()
-    assert "the run goes on from step 10, these are over" in capsys.readouterr().err
+    assert "the run goes on with step 11, these are over" in capsys.readouterr().err
