@@ -117,8 +117,10 @@ def fit(
         )
         validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
         batches = data.train.__iter__(start)
+        watchdog.at(start, "reading the next batch")
         batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
         features = place_features(mesh, data.train)
+        watchdog.at(start, "compiling", timed=False)
         if start < steps:
             step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
             memory.check_step(step, setup.batch_size, setup.accumulate, config.model.remat, mesh.size)
