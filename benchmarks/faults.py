@@ -518,8 +518,8 @@ def main() -> int:
             outcomes.append(outcome)
             state = "same" if outcome.same else "NOT THE SAME"
             print(
-                f"{outcome.fault:16} seed {outcome.seed}: exit {outcome.codes}, reached {outcome.reached}, went on from "
-                f"{outcome.resumed}, {state}{'' if outcome.told else ', NOT TOLD'} ({outcome.seconds} s)",
+                f"{outcome.fault:16} seed {outcome.seed}: exit {outcome.codes}, reached {outcome.reached}, went on "
+                f"from {outcome.resumed}, {state}{'' if outcome.told else ', NOT TOLD'} ({outcome.seconds} s)",
                 flush=True,
             )
             for fault in outcome.wrong:

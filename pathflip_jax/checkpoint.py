@@ -8,6 +8,7 @@ validated best). Arrays are flat dicts by parameter name: these names are the fo
 import contextlib
 import json
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ class Checkpoints:
     def _save(self, manager: ocp.CheckpointManager, step: int, arrays: dict, facts: dict) -> None:
         sums = {item: {k: int(v) for k, v in jax.device_get(checksums(tree)).items()} for item, tree in arrays.items()}
         about = {"step": step, **self.facts, **facts, "checksums": sums}
+        about["checksum"] = _checksum(about)
         items = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
         with _clear_errors(manager, step):
             # force: when to save is the loop's to say; Orbax would ask JAX once more whether a host is to stop
@@ -246,6 +248,8 @@ def _on_all(work: Callable) -> Any:
 def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     """Arrays as read, without Orbax's barriers: a process that fails must not leave the others waiting there."""
     about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
+    if about.pop("checksum", None) not in (None, _checksum(about)):  # None: written before there was one
+        raise ValueError("its facts are not those that were saved")
     arrays = {}
     for item, tree in wanted.items():
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
@@ -258,6 +262,10 @@ def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
             restored = handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
         arrays[item] = {name: restored[name] for name in tree}
     return arrays, about
+
+
+def _checksum(facts: dict) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def _checked(arrays: dict[str, dict], kept: dict[str, dict]) -> dict[str, dict]:

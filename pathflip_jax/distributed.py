@@ -207,14 +207,17 @@ class Watchdog:
     def __init__(self, hang_seconds: float):
         self.hang_seconds = hang_seconds
         self._place = {"count": 0, "step": 0, "doing": "starting", "host": socket.gethostname()}
-        self._since = None  # not before the first place: compilation takes as long as it takes
+        self._since = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, step: int, doing: str) -> None:
-        """The loop is at this step, doing this; every process passes the same places in the same order."""
+    def at(self, step: int, doing: str, *, timed: bool = True) -> None:
+        """The run is at this step, doing this; every process passes the same places in the same order.
+
+        What is not `timed`, such as compilation, takes as long as it takes.
+        """
         self._place = self._place | {"count": self._place["count"] + 1, "step": step, "doing": doing}
-        self._since = time.monotonic()
+        self._since = time.monotonic() if timed else None
 
     def _watch(self) -> None:
         client, told = _client(), None
@@ -240,7 +243,7 @@ class Watchdog:
         others = f"; the other {len(places) - len(names)} wait for it" if len(names) < len(places) else ""
         message = f"no progress for {self.hang_seconds:g} s: {', '.join(names)}{others}"
         print(f"\npathflip: {this_process()}: {message}. The stacks of this process:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         _leave(message, TRY_AGAIN)
 
     def __enter__(self):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -110,7 +111,16 @@ def train(
         resolved["train"]["steps"] = steps
         claim(workdir, resolved, model, data.tokenizer)
         stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
-        return fit(stage, config, resolved, model, data, steps, mesh, workdir, ledger, stop, watchdog, profile)
+        return fit(stage, config, resolved, model, data, steps, mesh, workdir, Guard(ledger, stop, watchdog, profile))
+
+
+class Guard(NamedTuple):
+    """What watches over a run: where its time goes, who asks it to stop, whether it hangs, which steps are profiled."""
+
+    ledger: goodput.Ledger
+    stop: "StopSignal"
+    watchdog: Watchdog
+    profile: str
 
 
 def fit(
@@ -122,15 +132,10 @@ def fit(
     steps: int,
     mesh: jax.sharding.Mesh,
     workdir: Path,
-    ledger: goodput.Ledger,
-    stop: "StopSignal",
-    watchdog: Watchdog,
-    profile: str = "",
+    guard: Guard,
 ) -> dict[str, float]:
-    """The loop: step, validate, save; from the newest sound checkpoint, if there is one.
-
-    `ledger` keeps where its time goes.
-    """
+    """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
+    ledger, stop, watchdog, profile = guard
     optim, setup, primary = OptimConfig(**config.optim), config.train, jax.process_index() == 0
     schedule = learning_rate(optim, steps, data.train.steps_per_epoch)
     optimizer = make_optimizer(optim, schedule)
@@ -169,16 +174,15 @@ def fit(
         )
         validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
         batches = telemetry.timed_batches(data.train.__iter__(start))
+        watchdog.at(start, "reading the next batch")
         with ledger.during(goodput.DATA):
             batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
         features = place_features(mesh, data.train)
+        watchdog.at(start, "compiling", timed=False)
         if start < steps:
             with ledger.during(goodput.COMPILATION):
                 step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
-            pieces = sharding.batch_shards(mesh)
-            sizes = setup.batch_size // pieces, setup.batch_size, model.text_region_heads
-            pairs = pair_bytes(LossConfig(**config.loss), *sizes, config.data.regions, model.embed_dim)
-            memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, pieces, pairs)
+            _require_room(step, config, model, sharding.batch_shards(mesh))
             if stop.requested(start):
                 raise Stopped(f"stopped before step {start + 1} of {steps}; the same command goes on from there")
         step = telemetry.timed_step(step)
@@ -243,6 +247,14 @@ def fit(
         if start < steps:
             print(goodput.describe(goodput.summarise(workdir)), file=sys.stderr)
     return read_metrics(workdir / METRICS)[-1]
+
+
+def _require_room(step, config: ConfigDict, model: PathFLIPConfig, shards: int) -> None:
+    """Raise MemoryError where a compiled step does not fit on a device, with the settings that would."""
+    setup, loss = config.train, LossConfig(**config.loss)
+    sizes = setup.batch_size // shards, setup.batch_size, model.text_region_heads, config.data.regions
+    pairs = pair_bytes(loss, *sizes, model.embed_dim)
+    memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, shards, pairs)
 
 
 def _begin(
