@@ -6,6 +6,7 @@ bytes are what has to move through memory at least, each tensor too large for a 
 use. The numbers of `Work` may be arrays, so that a compiled step can count its own batch.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -69,6 +70,7 @@ def parts(config: PathFLIPConfig, work: Work, width: int, training: bool) -> lis
     return found
 
 
+@functools.cache
 def parameters(config: PathFLIPConfig) -> int:
     """The number of parameters."""
     return sum(math.prod(x.shape) for x in abstract_params(config).values())
