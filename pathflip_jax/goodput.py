@@ -55,7 +55,7 @@ class Ledger:
         now, before = time.perf_counter(), self._cause
         self._spent[before] += now - self._since
         self._cause, self._since = cause, now
-        if cause == STEP:
+        if cause == STEP != before:
             self.resumed = now
         return before
 

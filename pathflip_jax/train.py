@@ -150,7 +150,7 @@ def fit(
         nonlocal compiled
         compiled += 1  # Python runs through here only to compile
         learned, opt_state, metrics = plain_step(learned, frozen, opt_state, look_up(batch, features), number)
-        useful = useful_operations(model, batch.patch_mask, [rows.segments for rows in batch.text_rows])
+        useful = useful_operations(model, batch.patch_mask, batch.text_rows)
         return learned, opt_state, metrics | {USEFUL: useful}
 
     facts = {"config": resolved, "git": checkpoint.git_revision()}

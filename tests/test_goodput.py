@@ -60,6 +60,19 @@ def test_an_undisturbed_run_adds_up(clock, tmp_path):
     assert (found.saves, found.save) == (2, 1.0)
 
 
+def test_steps_resume_after_something_else_and_not_after_a_row(clock, tmp_path):
+    ledger = goodput.Ledger(record_seconds=0.0)
+    ledger.open(tmp_path, 0, **FACTS)
+    ledger.switch(goodput.STEP)
+    began = ledger.resumed
+    clock.wait(5)
+    ledger.progress(1)
+    assert ledger.resumed == began
+    with ledger.during(goodput.EVALUATION):
+        clock.wait(5)
+    assert ledger.resumed == began + 10
+
+
 def test_steps_that_a_kill_cost_are_lost_work_and_the_time_until_the_next_start_is_down(clock, tmp_path):
     run(clock, tmp_path, 0, 40, saves={25}, ends=False)  # killed; its last row is at most ten seconds old
     clock.wait(600)

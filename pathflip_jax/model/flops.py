@@ -6,6 +6,7 @@ bytes are what has to move through memory at least, each tensor too large for a 
 use. The numbers of `Work` may be arrays, so that a compiled step can count its own batch.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -69,25 +70,27 @@ def parts(config: PathFLIPConfig, work: Work, width: int, training: bool) -> lis
     return found
 
 
+@functools.cache
 def parameters(config: PathFLIPConfig) -> int:
     """The number of parameters."""
     return sum(math.prod(x.shape) for x in abstract_params(config).values())
 
 
 def useful_operations(
-    config: PathFLIPConfig, patch_mask: Bool[jax.Array, "B R S"], segments: Sequence[Int[jax.Array, "G P L"]]
+    config: PathFLIPConfig,
+    patch_mask: Bool[jax.Array, "B R S"],
+    text_rows: Sequence[tuple[Int[jax.Array, "G P L"], ...]],
 ) -> Float[jax.Array, ""]:
-    """Operations of the training step on this batch; `segments` number the packed texts of a row, 0 is padding.
+    """Operations of the training step on this batch; `text_rows` as in `PathFLIP.encode_texts`.
 
     Meant for the inside of a compiled step: there the arrays are those of all devices and processes, and so is the sum.
     """
     B = len(patch_mask)
     tokens = squares = jnp.float32(0)
-    for rows in segments:
-        real = rows > 0
+    for _, segments, positions in text_rows:
+        real = segments > 0
         tokens += jnp.sum(real, dtype=jnp.float32)
-        same = (rows[..., :, None] == rows[..., None, :]) & real[..., None]  # token pairs of one text: length squared
-        squares += jnp.sum(same, dtype=jnp.float32)
+        squares += jnp.sum(jnp.where(real, 2 * positions + 1, 0), dtype=jnp.float32)  # 1 + 3 + 5 + ... = length squared
     regions = jnp.sum(jnp.any(patch_mask, axis=-1), dtype=jnp.float32)
     work = Work(B, regions, jnp.sum(patch_mask, dtype=jnp.float32), tokens, squares)
     return sum(part.operations for part in parts(config, work, 4, training=True))

@@ -1,7 +1,6 @@
 """The operations of a step: what a batch holds is counted, padding is not."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,31 +18,34 @@ def batch():
     mask = np.zeros((2, 4, 5), bool)
     for b, r, n in ((0, 0, 5), (0, 1, 3), (0, 2, 1), (1, 0, 2)):
         mask[b, r, :n] = True
-    segments = np.zeros((1, 2, 10), np.int32)
-    segments[0, 0, :8] = [1] * 5 + [2] * 3
-    segments[0, 1, 2:6] = 1
-    return mask, [segments]
+    segments, positions = np.zeros((2, 1, 2, 10), np.int32)
+    segments[0, 0, :8], positions[0, 0, :8] = [1] * 5 + [2] * 3, [*range(5), *range(3)]
+    segments[0, 1, 2:6], positions[0, 1, 2:6] = 1, range(4)
+    return mask, [(np.zeros_like(segments), segments, positions)]
+
+
+def counted(config, mask, rows):
+    return float(jax.jit(useful_operations, static_argnums=0)(config, mask, rows))
 
 
 def test_a_batch_is_counted_inside_a_compiled_step():
-    mask, segments = batch()
+    mask, rows = batch()
     expected = sum(part.operations for part in parts(CONFIG, Work(2, 4, 11, 12, 25 + 9 + 16), width=4, training=True))
-    assert float(jax.jit(useful_operations, static_argnums=0)(CONFIG, mask, segments)) == pytest.approx(expected)
+    assert counted(CONFIG, mask, rows) == pytest.approx(expected)
 
 
 def test_padding_changes_nothing():
-    mask, segments = batch()
-    wider = (
-        np.pad(mask, ((0, 0), (0, 3), (0, 7))),
-        [np.pad(segments[0], ((0, 0), (0, 1), (0, 9))), jnp.zeros((1, 1, 4))],
-    )
-    assert float(useful_operations(CONFIG, *wider)) == float(useful_operations(CONFIG, mask, segments))
+    mask, (rows,) = batch()
+    wider = tuple(np.pad(x, ((0, 0), (0, 1), (0, 9))) for x in rows)
+    more = [wider, (np.zeros((1, 1, 4), np.int32),) * 3]
+    mask_too = np.pad(mask, ((0, 0), (0, 3), (0, 7)))
+    assert counted(CONFIG, mask_too, more) == counted(CONFIG, mask, [rows])
 
 
 def test_large_batches_do_not_overflow():
     config = PathFLIPConfig()
-    segments = [np.ones((64, 4, 384), np.int32)]
-    found = float(useful_operations(config, np.ones((1024, 24, 16), bool), segments))
-    work = Work(1024, 1024 * 24, 1024 * 24 * 16, 256 * 384, 256 * 384**2)
+    ones = np.ones((64, 36, 384), np.int32)
+    found = counted(config, np.ones((1024, 24, 16), bool), [(ones, ones, ones * np.arange(384))])
+    work = Work(1024, 1024 * 24, 1024 * 24 * 16, 2304 * 384, 2304 * 384**2)
     assert found == pytest.approx(sum(part.operations for part in parts(config, work, 4, training=True)), rel=1e-4)
     assert found > 2**33 and parameters(config) > 1e8
