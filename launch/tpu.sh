@@ -133,5 +133,4 @@ exec 3>&1
 trap finish EXIT
 trap 'exit 130' INT TERM HUP
 [[ -z $DRY_RUN ]] || create # which sees the request as granted
-keep_running attempt
-show_worker
+keep_running attempt; show_worker; exit # one line, read whole: this file may change while it runs for days

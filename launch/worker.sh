@@ -181,4 +181,4 @@ case ${OPTIONS[0]-} in
         fi
         ;;
     *) fail "${OPTIONS[0]-nothing}: expected install, stage or train" ;;
-esac
+esac; exit # one line with its end, read whole: this file may change while it runs for days

@@ -150,7 +150,7 @@ def test_a_job_that_cannot_stage_does_not_train(slurm, settings):
     assert len(slurm.calls("srun")) == 1
 
 
-STEPS = 200
+STEPS = 100
 TRAINING = [
     "--config", "align_base:smoke", f"--config.train.steps={STEPS}", "--config.train.save_every=1000",
     "--config.train.batch_size=4", "--config.data.regions=2", "--config.data.val_split=none",
