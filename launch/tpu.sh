@@ -102,7 +102,7 @@ bring_up() {
 # attempt: train until the end, a failure, or the loss of the hosts, which is as good as a stop: the run was saved.
 attempt() {
     local training code=0
-    bring_up || return 1
+    bring_up || return
     training=(gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker=all "--command=$WORKER train $(quoted "${OPTIONS[@]}")")
     if [[ -n $DRY_RUN ]]; then
         quoted "${training[@]}"
