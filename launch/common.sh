@@ -90,8 +90,8 @@ show_worker() {
 # again as often as it takes; anything else that went wrong (a killed process, a lost host) MAX_RESTARTS times, with
 # PAUSE seconds before; wrong input never, and nothing once STOPPING is set.
 keep_running() {
-    local failures=0 code
-    while true; do
+    local failures=0 code=$TRY_AGAIN
+    while [[ -z ${STOPPING-} ]]; do
         code=0
         "$@" || code=$?
         [[ $code != 0 && $code != "$WRONG_INPUT" && -z ${STOPPING-} ]] || return "$code"
@@ -105,4 +105,5 @@ keep_running() {
             return "$code"
         fi
     done
+    return "$code"
 }

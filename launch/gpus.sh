@@ -74,6 +74,5 @@ attempt() {
 }
 
 trap 'STOPPING=1; kill -TERM "${PIDS[@]}" 2> /dev/null || true' TERM INT HUP
-run "$LAUNCH/worker.sh" stage
-keep_running attempt
-show_worker
+keep_running run "$LAUNCH/worker.sh" stage
+keep_running attempt; show_worker; exit # one line, read whole: this file may change while it runs for days

@@ -40,11 +40,10 @@ need_training
 # text WORD: as a YAML string.
 text() { printf "'%s'" "${1//\'/\'\'}"; }
 
-# lines PREFIX WORD...: each word as a YAML string on a line of its own.
-lines() {
-    local prefix=$1 word
-    shift
-    for word; do printf '%s%s\n' "$prefix" "$(text "$word")"; done
+# arguments WORD...: entries of a container's args.
+arguments() {
+    local word
+    for word; do echo "                    - $(text "$word")"; done
 }
 
 # environment NAME=VALUE...: entries of a container's env.
@@ -110,9 +109,9 @@ spec:
           podFailurePolicy:
             rules:
               - action: FailJob # wrong input: no restart cures it
-                onExitCodes: {containerName: train, operator: In, values: [$WRONG_INPUT]}
+                onExitCodes: {operator: In, values: [$WRONG_INPUT]}
               - action: FailJob # stopped after saving
-                onExitCodes: {containerName: train, operator: In, values: [$TRY_AGAIN]}
+                onExitCodes: {operator: In, values: [$TRY_AGAIN]}
               - action: FailJob # the node was lost, drained or preempted
                 onPodConditions: [{type: DisruptionTarget, status: 'True'}]
           template:
@@ -140,7 +139,7 @@ $(volumes mount)
                   image: $(text "$IMAGE")
                   args:
                     - train
-$(lines '                    - ' "${OPTIONS[@]}")
+$(arguments "${OPTIONS[@]}")
                   env: *settings
                   volumeMounts: *mounts
                   resources:

@@ -10,7 +10,7 @@ set -euo pipefail
 # Run on a login node, it submits itself. The clone with its .venv, and WORKDIR, lie on a disk that all nodes share.
 #
 # Settings, here or in the environment:
-NODES="${NODES:-2}"
+NODES="${NODES:-2}"       # of the job
 GPUS="${GPUS:-8}"         # of a node; one process each
 CPUS="${CPUS:-8}"         # of a process
 TIME="${TIME:-24:00:00}"  # then the run saves and the job is requeued
@@ -38,7 +38,7 @@ if [[ -z ${SLURM_JOB_ID-} ]]; then
     read -ra more <<< "$SBATCH"
     # JAX gives process i of a node GPU i, so all processes must see all GPUs: --gpus-per-node, not --gpus-per-task.
     run sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" \
-        --cpus-per-task="$CPUS" --time="$TIME" --signal="TERM@$NOTICE" --requeue --open-mode=append \
+        --cpus-per-task="$CPUS" --time="$TIME" --signal="TERM@$NOTICE" --requeue --open-mode=append --export=ALL \
         "${more[@]}" "$LAUNCH/slurm.sh" "${OPTIONS[@]}"
     [[ -n $DRY_RUN ]] || exit 0
 fi
@@ -49,8 +49,8 @@ code=0
 run srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 "$LAUNCH/worker.sh" stage || code=$?
 if [[ $code == 0 ]]; then
     # Not --kill-on-bad-exit: after 75 the others are still saving.
-    run env PATHFLIP_DISTRIBUTED="$((NODES * GPUS > 1))" srun --nodes="$NODES" --ntasks-per-node="$GPUS" --cpus-per-task="$CPUS" --wait="$WAIT" \
-        "$LAUNCH/worker.sh" train "${OPTIONS[@]}" || code=$?
+    run env PATHFLIP_DISTRIBUTED="$((NODES * GPUS > 1))" srun --nodes="$NODES" --ntasks-per-node="$GPUS" \
+        --cpus-per-task="$CPUS" --wait="$WAIT" "$LAUNCH/worker.sh" train "${OPTIONS[@]}" || code=$?
 fi
 if [[ -n $DRY_RUN ]]; then
     show_worker

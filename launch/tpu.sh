@@ -102,7 +102,7 @@ bring_up() {
 # attempt: train until the end, a failure, or the loss of the hosts, which is as good as a stop: the run was saved.
 attempt() {
     local training code=0
-    bring_up || return 1
+    bring_up || return
     training=(gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker=all "--command=$WORKER train $(quoted "${OPTIONS[@]}")")
     if [[ -n $DRY_RUN ]]; then
         quoted "${training[@]}"
@@ -133,5 +133,4 @@ exec 3>&1
 trap finish EXIT
 trap 'exit 130' INT TERM HUP
 [[ -z $DRY_RUN ]] || create # which sees the request as granted
-keep_running attempt
-show_worker
+keep_running attempt; show_worker; exit # one line, read whole: this file may change while it runs for days

@@ -40,7 +40,7 @@ download() {
     case $1 in
         gs://*) run gcloud storage rsync --recursive --delete-unmatched-destination-objects ${3:+"--exclude=.*$3.*"} "$1" "$2" ;;
         s3://*) run aws s3 sync --no-progress --delete ${3:+"--exclude=*$3*"} "$1" "$2" ;;
-    esac
+    esac || return 1 # their codes are others than ours
 }
 
 # upload FOLDER URL SKIP: add what is new to the bucket. Nothing is deleted there: a run is never lost by a mistake here.
@@ -181,4 +181,4 @@ case ${OPTIONS[0]-} in
         fi
         ;;
     *) fail "${OPTIONS[0]-nothing}: expected install, stage or train" ;;
-esac
+esac; exit # one line with its end, read whole: this file may change while it runs for days

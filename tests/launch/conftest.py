@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,7 @@ class StandIns:
     """A folder that comes first on the PATH."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self._started = folder, []
 
     def add(self, name: str, body: str = "") -> None:
         """A program of this name; `body` is Python that sees `argv`, HERE (this folder) and next_line."""
@@ -93,7 +95,9 @@ class StandIns:
         environment = {"PATH": path, "HOME": str(self.folder), "TMPDIR": str(self.folder), "JAX_PLATFORMS": "cpu"}
         environment |= {name: str(value) for name, value in settings.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([LAUNCH / script, *options], env=environment, start_new_session=True, **pipes)
+        process = subprocess.Popen([LAUNCH / script, *options], env=environment, start_new_session=True, **pipes)
+        self._started.append(process)
+        return process
 
     def run(self, script: str, *options: str, **settings: object) -> subprocess.CompletedProcess:
         """Run a launch script to its end."""
@@ -101,13 +105,21 @@ class StandIns:
         out, err = process.communicate(timeout=400)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
+    def end(self) -> None:
+        """Leave nothing behind, whatever a test did not wait for."""
+        for process in self._started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
 
 @pytest.fixture
-def stand_ins(tmp_path) -> StandIns:
+def stand_ins(tmp_path) -> Iterator[StandIns]:
     """No stand-in yet."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    return StandIns(folder)
+    (tmp_path / "bin").mkdir()
+    stand_ins = StandIns(tmp_path / "bin")
+    yield stand_ins
+    stand_ins.end()
 
 
 @pytest.fixture

@@ -51,8 +51,8 @@ def what_follows(manifest, pod_failure: dict) -> str:
     for index, rule in enumerate(spec["podFailurePolicy"]["rules"]):
         codes, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", [])
         assert rule["action"] == "FailJob"
-        if codes and codes["containerName"] == "train" and pod_failure.get("code") in codes["values"]:
-            message = f"Container train for pod ns/pod failed with exit code {pod_failure['code']}"
+        if codes and "containerName" not in codes and pod_failure.get("code") in codes["values"]:
+            message = f"Container stage for pod ns/pod failed with exit code {pod_failure['code']}"
         elif not any(row == {"type": pod_failure.get("condition"), "status": "True"} for row in conditions):
             continue
         else:

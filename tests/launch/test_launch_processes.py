@@ -1,6 +1,7 @@
 """gpus.sh and slurm.sh: processes that start together, save together, and start again; for real in the slow tests."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from pathflip_jax.metrics import read_metrics
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
 # srun: as many processes as asked for, on one node, with the variables by which JAX knows Slurm.
 SRUN = """
@@ -47,6 +50,17 @@ def wait_until(holds, process, seconds=30):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def training(script) -> list[int]:
+    """The training processes that a script is the parent of."""
+    children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "pathflip" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def stop(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
 
 
 @pytest.fixture
@@ -104,6 +118,18 @@ def test_sigterm_to_the_script_stops_its_processes_for_good(trainer, settings):
     assert process.returncode == 75 and len(attempts(trainer)) == 1
 
 
+def test_a_script_that_runs_may_be_edited(trainer, settings, tmp_path):
+    """A run takes days, and bash reads a script as it goes."""
+    script = Path(shutil.copytree(LAUNCH, tmp_path / "launch")) / "gpus.sh"
+    trainer.plan("ends0", "waits", 0)
+    process = trainer.start(str(script), *OPTIONS, **settings, GPUS=1)
+    wait_until(lambda: (trainer.folder / "waiting0").exists(), process)
+    script.write_text("".join(f"# {line}\nexit 9\n" for line in script.read_text().splitlines()))
+    stop(training(process))
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and len(trainer.calls("pathflip")) == 2, err
+
+
 @pytest.fixture
 def slurm(trainer):
     for name in ("sbatch", "scontrol"):
@@ -150,7 +176,7 @@ def test_a_job_that_cannot_stage_does_not_train(slurm, settings):
     assert len(slurm.calls("srun")) == 1
 
 
-STEPS = 200
+STEPS = 100
 TRAINING = [
     "--config", "align_base:smoke", f"--config.train.steps={STEPS}", "--config.train.save_every=1000",
     "--config.train.batch_size=4", "--config.data.regions=2", "--config.data.val_split=none",
@@ -158,15 +184,12 @@ TRAINING = [
     "--config.data.records=records", "--config.data.texts=reports.jsonl", "--config.data.slides=slides.csv",
     "--config.data.tokenizer=vocabulary",
 ]  # fmt: skip
+# Compiled once and soon: what is computed is of no interest here.
+QUICK = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def finished(run: Path) -> bool:
     return [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
-
-
-def stop(pids: list[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -174,12 +197,11 @@ def test_two_processes_of_a_node_train_stop_and_go_on(buckets, tmp_path):
     """From a bucket to the last step: staged, started, stopped by SIGTERM with exit code 75, started again."""
     run = tmp_path / "run"
     settings = {"DATA": "gs://lab/cohort", "LOCAL": tmp_path / "local", "WORKDIR": run, "GPUS": 2, "PORT": 18476}
-    process = buckets.start("gpus.sh", *TRAINING, **settings)
+    process = buckets.start("gpus.sh", *TRAINING, **settings, **QUICK)
     wait_until(lambda: read_metrics(run / "metrics.jsonl"), process, 300)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    training = [int(pid) for pid in children if "pathflip" in Path(f"/proc/{pid}/cmdline").read_text()]
-    assert len(training) == 2
-    stop(training)
+    trainers = training(process)
+    assert len(trainers) == 2
+    stop(trainers)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "stopped after saving: starting again" in err and "going on from step" in err
@@ -193,7 +215,7 @@ def test_two_processes_of_a_slurm_job_train_are_requeued_and_go_on(buckets, tmp_
     buckets.add("scontrol")
     run = tmp_path / "run"
     settings = {"DATA": "gs://lab/cohort", "LOCAL": tmp_path / "local", "WORKDIR": run, "NODES": 1, "GPUS": 2}
-    settings |= {"SLURM_JOB_ID": 31}
+    settings |= QUICK | {"SLURM_JOB_ID": 31}
     process = buckets.start("slurm.sh", *TRAINING, **settings)
     wait_until(lambda: read_metrics(run / "metrics.jsonl"), process, 300)
     stop([int(pid) for pid in (buckets.folder / "steps").read_text().split()])

@@ -18,10 +18,9 @@ elif request and verb == "describe":
     if not state.exists():
         sys.exit(1)
     print(state.read_text())
-    if state.read_text() == "SUSPENDING":
-        state.write_text("SUSPENDED")
-    if state.read_text() == "WAITING_FOR_RESOURCES":
-        state.write_text(next_line("grants", "ACTIVE"))
+    now = state.read_text()
+    grant = next_line("grants", "ACTIVE") if now == "WAITING_FOR_RESOURCES" else now
+    state.write_text({"SUSPENDING": "SUSPENDED", "PROVISIONING": "ACTIVE"}.get(now, grant))
 elif request and verb == "delete":
     state.unlink(missing_ok=True)
 elif verb == "ssh" and "worker.sh train" in argv[-1]:
@@ -111,21 +110,21 @@ def test_wrong_input_is_not_started_again(cloud):
 def test_a_request_that_fails_or_is_refused_counts_as_a_failure(cloud):
     cloud.plan("grants", "FAILED", "PROVISIONING")
     cloud.plan("creations", 0, 1, 0)
-    cloud.plan("preparations", 0)
-    process = cloud.start("tpu.sh", *OPTIONS, **SETTINGS)
-    deadline = time.monotonic() + 30
-    while len(requests(cloud, "create")) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    (cloud.folder / "state").write_text("ACTIVE")
-    process.communicate(timeout=30)
-    assert process.returncode == 0 and len(trainings(cloud)) == 1
+    done = cloud.run("tpu.sh", *OPTIONS, **SETTINGS)
+    assert done.returncode == 0 and "(2 of 2)" in done.stderr
+    assert len(requests(cloud, "create")) == 3 and len(trainings(cloud)) == 1
 
 
 def test_preparing_fails_and_is_tried_again(cloud):
     cloud.plan("preparations", 1)
     assert cloud.run("tpu.sh", *OPTIONS, **SETTINGS).returncode == 0
     assert len(preparations(cloud)) == 2 and len(trainings(cloud)) == 1 and len(requests(cloud, "create")) == 1
+
+
+def test_data_that_cannot_be_staged_is_wrong_input(cloud):
+    cloud.plan("preparations", 0, 2)
+    assert cloud.run("tpu.sh", *OPTIONS, **SETTINGS).returncode == 2
+    assert trainings(cloud) == [] and not (cloud.folder / "state").exists()
 
 
 def test_ending_the_script_deletes_the_request(cloud):
