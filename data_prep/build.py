@@ -6,7 +6,6 @@ nothing else, a shard appears whole or not at all, and what is in it depends on 
 """
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from data_prep.jobs import Effort, Job, Outcome, ended, import_slide, prepare_slide, try_encoder
 from data_prep.plan import Plan, make_plan, slide_files, write_json
-from data_prep.pool import run_each
+from data_prep.pool import cores, run_each
 from data_prep.shards import Progress, assemble, first_through, remove
 from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import find_feature_files, slide_id_of
@@ -51,6 +50,8 @@ class Report:
         lines = [f"{self.folder}: {counts}", *self.notes]
         if not self.finished and not self.failed:
             lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
+        if self.effort.patches:
+            lines.append(self.effort.summary())
         if self.failed:
             lines.append("not in the records (all are listed in failures.json there):")
             lines += list_failures(self.failed)
@@ -154,8 +155,8 @@ def import_features(
 def _check_spreading(beam: Sequence[str] | None, shard: tuple[int, int], strict: bool) -> None:
     if beam is not None and (strict or shard != (0, 1)):
         raise ValueError(
-            "--beam goes with neither --shard nor --strict: the runner shares the slides out, and no task knows how the "
-            "others fare; leave these out (bad slides are listed, and the exit code is 1)"
+            "--beam goes with neither --shard nor --strict: the runner shares the slides out, and no task knows how "
+            "the others fare; leave these out (bad slides are listed, and the exit code is 1)"
         )
 
 
@@ -164,7 +165,7 @@ def _run(
 ) -> Report:
     plan.parts.mkdir(exist_ok=True)
     if beam is None:
-        progress = _run_here(plan, work, workers or os.cpu_count() or 1, strict)
+        progress = _run_here(plan, work, workers or cores(), strict)
     else:
         from data_prep.beam import run_on_beam
 

@@ -4,7 +4,6 @@ A worker never raises for what is wrong with a slide; it says so in a line that 
 encoding by one batch, in a thread: OpenSlide and the encoder's libraries both let go of the interpreter.
 """
 
-import os
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.encoders import PatchEncoder, load_encoder
+from data_prep.pool import cores
 from data_prep.tiling import open_slide, read_patches, tile_slide
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import write_shard
@@ -50,6 +50,15 @@ class Effort:
     patches: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+
+    def summary(self) -> str:
+        """Patches, and the stages' shares of the time that the workers took."""
+        stages = [stage for stage in ("tissue", "wait", "encode", "write") if stage in self.seconds]
+        if "encode" not in stages:  # feature files: reading is a stage of its own
+            stages = ["read", *stages]
+        whole = sum(self.seconds[stage] for stage in stages) or 1.0
+        shares = ", ".join(f"{stage} {self.seconds[stage] / whole:.0%}" for stage in stages)
+        return f"{self.patches} patches; workers' time: {shares}; a worker took up to {self.peak_bytes / 1e9:.2f} GB"
 
     def __add__(self, other: "Effort") -> "Effort":
         stages = {**self.seconds, **other.seconds}
@@ -166,8 +175,7 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> SlideFeatures:
 
 
 def _encoder(job: Job) -> PatchEncoder:
-    settings, cores = job.settings, os.cpu_count() or 1
-    threads = max(1, cores // (job.sharing or cores))
+    settings, threads = job.settings, max(1, cores() // (job.sharing or cores()))
     return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads)
 
 

@@ -28,6 +28,11 @@ def worker_number() -> int:
     return os.getpid() if _number is None else _number
 
 
+def cores() -> int:
+    """The cores that this process may use: a scheduler often gives it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Worker:
     """One process that takes one job at a time, and is started anew after a job that killed it."""
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from data_prep.pool import worker_number
+
 _BATCH = 64  # patches at once through the network: 64 of 224 px fit any GPU beside a large model
 
 
@@ -103,11 +105,17 @@ class Timm:
         return torch.stack([self._transform(Image.fromarray(patch)) for patch in patches])
 
 
+def best_device() -> torch.device:
+    """The GPU that falls to this worker process, of those that torch sees; else the processor."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", worker_number() % gpus) if gpus else torch.device("cpu")
+
+
 class _Runner:
     """A frozen network on the best device, in batches; half precision is float16 on CUDA and bfloat16 elsewhere."""
 
     def __init__(self, model: torch.nn.Module, half: bool) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = best_device()
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._half = half
 
@@ -118,5 +126,5 @@ class _Runner:
         with torch.inference_mode(), torch.autocast(kind, dtype, enabled=self._half):
             for start in range(0, len(patches), _BATCH):
                 batch = pixels(patches[start : start + _BATCH]).to(self._device)
-                rows.append(pool(self._model, batch).float().cpu().numpy())
-        return np.concatenate(rows)
+                rows.append(pool(self._model, batch).float())  # a GPU is at it while the next batch is made ready
+            return torch.cat(rows).cpu().numpy()

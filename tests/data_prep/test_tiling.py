@@ -9,6 +9,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
+from data_prep import tiling
 from data_prep.tiling import Tiles, open_slide, read_patches, tile_slide, tissue_mask
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "slides"
@@ -155,6 +156,33 @@ def test_other_resolutions_are_resampled(tmp_path):
             if max(x, y) + 102 <= 1024:
                 expected = slide.image.read_region((x, y), 0, (102, 102)).convert("RGB").resize((64, 64), Image.BOX)
                 assert np.abs(patch.astype(int) - np.asarray(expected)).max() <= 3
+
+
+def test_patches_larger_than_a_block_are_averaged_down_as_they_are_read(tmp_path, monkeypatch):
+    y, x = np.mgrid[0:1024, 0:1024] / 1024
+    image = np.stack([150 + 60 * np.sin(9 * x), 90 + 50 * np.cos(7 * y), 160 + 40 * np.sin(5 * (x + y))], -1)
+    path = _write(tmp_path / "s.tiff", image.astype(np.uint8))
+    with open_slide(path) as slide:
+        tiles = tile_slide(slide, patch_size=32, mpp=7.0)
+        assert tiles.patch_size_level0 == 448
+        expected, sizes, read = _patches(slide, tiles), [], tiling.Slide.read
+        monkeypatch.setattr(tiling, "_BLOCK", 150)  # a patch is 448 px of the level: averaged by 2, in blocks
+        monkeypatch.setattr(tiling.Slide, "read", lambda self, *at: sizes.append(at[3:]) or read(self, *at))
+        found = _patches(slide, tiles)
+    assert max(max(size) for size in sizes) <= 150 and len(sizes) >= 9 * len(tiles.coords)
+    assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+def test_mask_of_a_huge_slide_is_coarser_than_asked(tmp_path, monkeypatch):
+    path = _write(tmp_path / "s.tiff", _image(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
+    monkeypatch.setattr(tiling, "_MASK_PIXELS", 6000)
+    with open_slide(path) as slide:
+        mask, downsample = tissue_mask(slide, 4)
+        assert mask.size <= 6000 and 14 < downsample <= 16 and mask.shape == (-(-1024 // 15), -(-1280 // 15))
+        tiles = tile_slide(slide, patch_size=64)
+        expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
+        expected |= {(x, y) for y in range(640, 960, 64) for x in range(768, 1216, 64)}
+        assert set(map(tuple, tiles.coords.tolist())) == expected
 
 
 def test_many_patches_come_in_batches_in_the_order_of_coords(tmp_path):
