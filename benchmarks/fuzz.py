@@ -38,7 +38,7 @@ FAULTS = ("type", "unnamed", "crash", "hang", "memory", "outside", "code")
 SHOWN = 5  # faults of a kind and reader that the report quotes
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect")
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod")
 
 
 class Attempt(NamedTuple):
@@ -65,10 +65,9 @@ class Watch:
             writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else (flags or 0) & WRITES
             if writes and not isinstance(path, int):
                 self._note("outside", event, path)
-        elif event in CHANGES:
+        elif event in CHANGES and arguments[-1] in (-1, None):  # else relative to a folder that was opened
             for path in arguments[: 2 if event in ("os.rename", "os.symlink", "os.link") else 1]:
-                if isinstance(path, str | bytes | os.PathLike):
-                    self._note("outside", event, path)
+                self._note("outside", event, path)
         elif event in WATCHED and not _is_ours(event, arguments):
             self.found.append(("code", f"{event}{arguments!r:.200}"))
 
@@ -91,8 +90,10 @@ class Sandbox:
     def __init__(self, folder: Path) -> None:
         self.folder, self.work, self.out = folder, folder / "inner" / "work", folder / "inner" / "out"
         self.canary, self.seeds = folder / "canary", folder / "seeds"
-        for path in (self.work, self.out, self.seeds):
+        temporary = folder / "inner" / "tmp"
+        for path in (self.work, self.out, self.seeds, temporary):
             path.mkdir(parents=True)
+        tempfile.tempdir = str(temporary)
         self.watch = Watch(self.folder / "inner")
         self.reader, self.sound = None, []
 
@@ -133,7 +134,7 @@ class Sandbox:
             self.canary.unlink()
             outcome, message = "code", "a payload ran: it made its file"
         strays = [p.name for p in self.folder.iterdir() if p.name not in ("inner", "seeds")]
-        strays += [p.name for p in (self.folder / "inner").iterdir() if p.name not in ("work", "out")]
+        strays += [p.name for p in (self.folder / "inner").iterdir() if p.name not in ("work", "out", "tmp")]
         if strays:
             outcome, message = "outside", f"made {strays}"
         for left in self.out.iterdir():

@@ -203,7 +203,7 @@ class _Build:
         with bar, closing(run_each(work, jobs, self.workers)) as results:
             for job, outcome in results:
                 if outcome is None:
-                    cure = "the file crashes its reader, or memory ran out: look at it, or use fewer workers"
+                    cure = "the file crashes or stalls its reader, or memory ran out: look at it, or use fewer workers"
                     outcome = Outcome(f"{job.file}: the worker process died; {cure}")
                 if outcome.fatal:
                     raise OSError(outcome.error)

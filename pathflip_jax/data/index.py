@@ -287,15 +287,15 @@ def read_index(shard: Path | str) -> Index:
     if magic != INDEX_MAGIC or version != INDEX_VERSION:
         raise ValueError(f"{path}: index version {version} of {magic!r}, expected {INDEX_VERSION}; {REBUILD}")
     try:
-        return _decode_index(data, INDEX_HEAD.size + length, shard)
+        return _decode_index(data, INDEX_HEAD.size + length, shard, shard.stat().st_size)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         found = str(error) if type(error) is ValueError else f"not an index ({error!r:.200})"
         raise ValueError(f"{path}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}") from None
 
 
-def _decode_index(data: bytes, start: int, shard: Path) -> Index:
+def _decode_index(data: bytes, start: int, shard: Path, size: int) -> Index:
     """An index from its bytes, whose JSON ends at `start`. Raises ValueError for one that points out of its shard."""
-    head, size = parse_json(data[INDEX_HEAD.size : start].decode()), shard.stat().st_size
+    head = parse_json(data[INDEX_HEAD.size : start].decode())
     if head["bytes"] != size:
         raise ValueError(f"of a shard of {head['bytes']} bytes, {shard.name} has {size}")
     infos = []
