@@ -13,6 +13,7 @@ def test_machine_is_described():
     findings = _by_name(doctor.examine())
     assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
     assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
+    assert findings["file reader"].state == "ok"
 
 
 def test_every_fault_or_note_has_a_cure(tmp_path):
