@@ -12,6 +12,7 @@ An input is a function of (seed, reader, number), whatever the processes. Exits 
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -19,12 +20,13 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -38,7 +40,7 @@ FAULTS = ("type", "unnamed", "crash", "hang", "memory", "outside", "code")
 SHOWN = 5  # faults of a kind and reader that the report quotes
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect")
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod")
 
 
 class Attempt(NamedTuple):
@@ -65,10 +67,9 @@ class Watch:
             writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else (flags or 0) & WRITES
             if writes and not isinstance(path, int):
                 self._note("outside", event, path)
-        elif event in CHANGES:
+        elif event in CHANGES and arguments[-1] in (-1, None):  # else relative to a folder that was opened
             for path in arguments[: 2 if event in ("os.rename", "os.symlink", "os.link") else 1]:
-                if isinstance(path, str | bytes | os.PathLike):
-                    self._note("outside", event, path)
+                self._note("outside", event, path)
         elif event in WATCHED and not _is_ours(event, arguments):
             self.found.append(("code", f"{event}{arguments!r:.200}"))
 
@@ -91,8 +92,10 @@ class Sandbox:
     def __init__(self, folder: Path) -> None:
         self.folder, self.work, self.out = folder, folder / "inner" / "work", folder / "inner" / "out"
         self.canary, self.seeds = folder / "canary", folder / "seeds"
-        for path in (self.work, self.out, self.seeds):
+        temporary = folder / "inner" / "tmp"
+        for path in (self.work, self.out, self.seeds, temporary):
             path.mkdir(parents=True)
+        tempfile.tempdir = str(temporary)
         self.watch = Watch(self.folder / "inner")
         self.reader, self.sound = None, []
 
@@ -133,7 +136,7 @@ class Sandbox:
             self.canary.unlink()
             outcome, message = "code", "a payload ran: it made its file"
         strays = [p.name for p in self.folder.iterdir() if p.name not in ("inner", "seeds")]
-        strays += [p.name for p in (self.folder / "inner").iterdir() if p.name not in ("work", "out")]
+        strays += [p.name for p in (self.folder / "inner").iterdir() if p.name not in ("work", "out", "tmp")]
         if strays:
             outcome, message = "outside", f"made {strays}"
         for left in self.out.iterdir():
@@ -152,6 +155,7 @@ def work(connection, current, folder: str, seed: int) -> None:
     from fuzz_readers import readers
 
     os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master ends its processes
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sandbox, known, reported = Sandbox(Path(folder)), {reader.name: reader for reader in readers()}, False
@@ -195,6 +199,18 @@ class Worker:
         self.current[1] = 0.0
         self.connection.send(self.task)
 
+    def answer(self) -> Iterator[tuple[str, Attempt, int]]:
+        """What it has to say: an attempt, that its task is done (nothing), or its death, which is an attempt too."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            yield (*self.replace("crash"), 0)
+            return
+        if answer is None:
+            self.task = None
+        else:
+            yield self.task[0], *answer
+
     def hangs(self) -> bool:
         """Whether it is at one input for longer than a reader may take."""
         return self.task is not None and 0 < self.current[1] < time.monotonic() - HANG_SECONDS
@@ -215,8 +231,11 @@ class Worker:
         return name, Attempt(at, outcome, message, seconds)
 
     def end(self) -> None:
-        """Let it end."""
-        self.connection.send(None)
+        """End it, whatever it is at."""
+        if self.task is None:
+            self.connection.send(None)
+        else:
+            self.process.kill()
         self.process.join()
 
 
@@ -245,35 +264,25 @@ def share_out(inputs: int, h5: int, first: int, only: str | None) -> dict[str, l
 
 def campaign(counts: dict[str, list[int]], seed: int, jobs: int) -> Iterator[tuple[str, Attempt, int]]:
     """Every attempt as it is made: reader, attempt, and the most bytes that its process had by then."""
-    tasks = deque(
-        (name, numbers[start : start + CHUNK])
-        for name, numbers in counts.items()
-        for start in range(0, len(numbers), CHUNK)
-    )
-    with tempfile.TemporaryDirectory(prefix="pathflip-fuzz-") as folder:
+    parts = ((name, numbers, range(0, len(numbers), CHUNK)) for name, numbers in counts.items())
+    tasks = [(name, numbers[start : start + CHUNK]) for name, numbers, starts in parts for start in starts]
+    random.Random(seed).shuffle(tasks)  # so that a campaign that is stopped has tried something of everything
+    with tempfile.TemporaryDirectory(prefix="pathflip-fuzz-", ignore_cleanup_errors=True) as folder:
         workers = [Worker(Path(folder) / str(i), seed) for i in range(min(jobs, len(tasks)))]
-        while tasks or any(worker.task for worker in workers):
+        try:
+            while tasks or any(worker.task for worker in workers):
+                for worker in workers:
+                    if worker.task is None and tasks:
+                        worker.give(*tasks.pop())
+                ready = wait([worker.connection for worker in workers if worker.task], timeout=1.0)
+                for worker in [worker for worker in workers if worker.task]:
+                    if worker.connection in ready:
+                        yield from worker.answer()
+                    elif worker.hangs():
+                        yield (*worker.replace("hang"), 0)
+        finally:
             for worker in workers:
-                if worker.task is None and tasks:
-                    worker.give(*tasks.popleft())
-            ready = wait([worker.connection for worker in workers if worker.task], timeout=1.0)
-            for worker in workers:
-                if worker.task is None:
-                    continue
-                if worker.connection in ready:
-                    try:
-                        answer = worker.connection.recv()
-                    except (EOFError, ConnectionError):
-                        yield (*worker.replace("crash"), 0)
-                        continue
-                    if answer is None:
-                        worker.task = None
-                        continue
-                    yield worker.task[0], *answer
-                elif worker.hangs():
-                    yield (*worker.replace("hang"), 0)
-        for worker in workers:
-            worker.end()
+                worker.end()
 
 
 def main() -> int:
@@ -299,7 +308,9 @@ def main() -> int:
     outcomes = {name: Counter() for name in counts}
     slowest, peaks, faults = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0), []
     started = time.monotonic()
-    with tqdm(total=total, unit="file", desc="broken files", smoothing=0.05) as bar:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped = contextlib.suppress(KeyboardInterrupt)  # what was tried by then is reported
+    with tqdm(total=total, unit="file", desc="broken files", smoothing=0.05) as bar, stopped:
         for name, attempt, peak in campaign(counts, options.seed, options.jobs):
             outcomes[name][attempt.outcome] += 1
             slowest[name], peaks[name] = max(slowest[name], attempt.seconds), max(peaks[name], peak)
@@ -307,12 +318,13 @@ def main() -> int:
                 faults.append((name, attempt))
                 bar.set_postfix(faults=len(faults))
             bar.update()
-    seconds = time.monotonic() - started
+    seconds, tried = time.monotonic() - started, {name: sum(found.values()) for name, found in outcomes.items()}
+    total = sum(tried.values())
     rows = {name: {key: found[key] for key in (*PASSED, *FAULTS)} for name, found in outcomes.items()}
     print(f"{'reader':<20}{'inputs':>8}{'read':>8}{'refused':>9}{'faults':>8}{'slowest':>10}{'peak':>9}")
     for name, row in rows.items():
         wrong, shown = sum(row[key] for key in FAULTS), f"{slowest[name]:>8.2f} s{peaks[name] / 1e9:>6.2f} GB"
-        print(f"{name:<20}{len(counts[name]):>8}{row['accepted']:>8}{row['refused']:>9}{wrong:>8}{shown}")
+        print(f"{name:<20}{tried[name]:>8}{row['accepted']:>8}{row['refused']:>9}{wrong:>8}{shown}")
     found = Counter(attempt.outcome for _, attempt in faults)
     print(
         f"{total} inputs in {seconds / 60:.1f} minutes, faults: " + ", ".join(f"{key} {found[key]}" for key in FAULTS)

@@ -96,7 +96,7 @@ def try_encoder(job: Job) -> Outcome:
 
 def ended(job: Job) -> Outcome:
     """The outcome of a slide whose worker process died."""
-    cure = "the file crashes its reader, or memory ran out: look at it, or use fewer workers"
+    cure = "the file crashes or stalls its reader, or memory ran out: look at it, or use fewer workers"
     return Outcome(f"{job.file}: the worker process died; {cure}")
 
 

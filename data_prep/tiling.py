@@ -17,6 +17,8 @@ from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from pathflip_jax.data import guarded
+
 # What OpenSlide 4 opens: Aperio, DICOM, Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, plain TIFF.
 SLIDE_SUFFIXES = (
     ".svs", ".tif", ".tiff", ".dcm", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi",
@@ -24,6 +26,8 @@ SLIDE_SUFFIXES = (
 # From beyond a 100x objective to below a 1x one; a TIFF written at 72 dpi claims 352.8.
 _SANE_MPP = (0.05, 10.0)
 _UM_TIMES_MAGNIFICATION = 10.0
+# What OpenSlide may take for opening a slide or reading one block, in a worker process: a broken slide stalls it.
+_READ_SECONDS, _READ_BYTES = 300.0, 2 * 2**30
 _LARGEST_ENLARGEMENT = 1.25
 _NEAR = 0.02  # a level this close to the wanted resolution is taken as it is: 0.499 is 0.5
 _BLOCK = 2048  # pixels of the read level on a side: 16 MB, and its tiles fit in OpenSlide's cache of 32
@@ -63,7 +67,8 @@ class Slide:
         Raises OSError for damaged pixels.
         """
         try:
-            image = self.image.read_region((x, y), level, (width, height))
+            with guarded.limits(_READ_SECONDS, _READ_BYTES):
+                image = self.image.read_region((x, y), level, (width, height))
         except openslide.OpenSlideError as error:
             raise OSError(
                 f"{self.path}: its pixels cannot be read ({error}, at {x}, {y}, level {level}); the file is damaged or "
@@ -89,7 +94,8 @@ def open_slide(path: Path | str, assume_mpp: float | None = None) -> Slide:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide")
     try:
-        image = openslide.OpenSlide(path)
+        with guarded.limits(_READ_SECONDS, _READ_BYTES):
+            image = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         raise OSError(
             f"{path}: OpenSlide cannot open it ({error}); expected a whole slide image that is not cut short. Convert "

@@ -45,7 +45,7 @@ def examine(
     *, records: Place | None = None, texts: Place | None = None, configs: list[str] | None = None
 ) -> list[Finding]:
     """Look at the machine, and at the data folders and configs that are named; nothing is changed."""
-    findings = [*_versions(), *_devices(), *_room(), *_offline(), _launchers()]
+    findings = [*_versions(), *_devices(), *_room(), _reader(), *_offline(), _launchers()]
     if records is not None:
         findings += _records(records)
     if texts is not None:
@@ -116,6 +116,19 @@ def _room() -> Iterator[Finding]:
     free = shutil.disk_usage(".").free / 2**30
     cure = "records and checkpoints need room: free some, or work elsewhere" if free < LITTLE_DISK_GB else ""
     yield Finding("disk", f"{free:.0f} GB free here", "note" if cure else "ok", cure)
+
+
+def _reader() -> Finding:
+    """Whether the process starts that parses HDF5, .pt and slide files, whatever these do to it."""
+    from pathflip_jax.data import guarded
+
+    try:
+        guarded.parse("pathflip_jax.data.slide_pixels:detect", Path(__file__))
+    except (ValueError, OSError, ImportError) as error:
+        cure = "feature files and slides are parsed in a process of their own: let this one start Python"
+        return Finding("file reader", str(error), "fault", cure)
+    limits = "memory and time" if Path("/proc/self/statm").exists() else "time; this system does not limit memory"
+    return Finding("file reader", f"a process of its own, limits on {limits}", "ok")
 
 
 def _offline() -> Iterator[Finding]:

@@ -17,6 +17,7 @@ def test_machine_is_described():
     findings = _by_name(doctor.examine())
     assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
     assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
+    assert findings["file reader"].state == "ok"
 
 
 def test_a_device_without_a_known_peak_is_noted(monkeypatch):

@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,30 @@ class _Refusal(_Fault):
 
 class _Died(_Fault):
     """The worker ended before its answer came."""
+
+
+@contextlib.contextmanager
+def limits(seconds: float, memory: int) -> Iterator[None]:
+    """End this process where the body takes longer, and fail its allocations beyond `memory` more bytes.
+
+    For worker processes that are there to die of a file (those of `multiprocessing`); others run without limits. The
+    system does it, whatever a library is at; memory is limited where Linux counts it.
+    """
+    if multiprocessing.parent_process() is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with contextlib.suppress(FileNotFoundError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+        wanted = data + memory
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if before[1] < 0 else min(wanted, before[1]), before[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, which nobody handles, ends the process
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 # ---- in the process that wants a file read ----

@@ -140,7 +140,18 @@ def _load(folder: Place) -> Tokenizer:
             "transformers does. Add a tokenizer_config.json that says it if the weights were trained on cased text",
             folder,
         )
-    return _bert_tokenizer(vocabulary, **{ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings})
+    return _bert_tokenizer(vocabulary, **_normalizing(settings, folder))
+
+
+def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
+    """What the settings of a folder say of how texts are normalised."""
+    found = {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
+    wrong = [f"{name} {value!r:.40}" for name, value in found.items() if not isinstance(value, bool | None)]
+    if wrong:
+        raise ValueError(
+            f"{folder}: its settings say {', '.join(wrong)}, expected true or false; copy the folder again"
+        )
+    return found
 
 
 def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
@@ -151,7 +162,7 @@ def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer ({error}); copy the file again") from error
     normalizer = json.loads(tokenizer.to_str())["normalizer"]
     if normalizer and normalizer.pop("type") == "BertNormalizer":
-        normalizer |= {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
+        normalizer |= _normalizing(settings, path.parent)
         tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
     return tokenizer
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -164,7 +166,7 @@ BROKEN = {
     "slide level": (lambda p: write_h5(p, features=np.ones(768, "f4")), "a slide embedding, not patches"),
     "integers": (lambda p: write_h5(p, features=np.ones((3, 3), "i8")), "features are int64"),
     "far": (lambda p: write_h5(p, TRIDENT, features=FEATURES, coords=COORDS * 2.0**31), "beyond 2"),
-    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "name the features made from these coordinates"),
+    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "holds coordinates; name the features"),
     "foreign": (lambda p: write_h5(p, x=np.ones(3)), r"datasets \['x'\], expected 'features'"),
     "group": (lambda p: write_h5(p, **{"features/a": np.ones(3)}), "expected 'features'"),
     "lone": (lambda p: write_h5(p, features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),
@@ -188,6 +190,94 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, name):
     assert str(path) in str(error.value)
 
 
+def bomb(path, **how):
+    """An array that is declared, or compressed, to be far larger than its file."""
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", **how)
+    return path
+
+
+HOSTILE = {
+    "unwritten": (lambda p: bomb(p, shape=(10**12, 512), dtype="f4", chunks=(1024, 512)), r"2\.048e\+06 GB"),
+    "compressed": (lambda p: bomb(p, data=np.zeros((2**17, 256), "f4"), chunks=(2**13, 256), compression=1), "0.134"),
+    "external": (lambda p: bomb(p, shape=(10, 4), dtype="u1", external=[("/etc/passwd", 0, 40)]), "in another file"),
+    "objects": (lambda p: bomb(p, data=[["a", "b"]], dtype=h5py.string_dtype()), "type object, expected numbers"),
+    "flat coordinates": (lambda p: write_h5(p, features=FEATURES, coords=COORDS.ravel()), r"coords of shape \(12,\)"),
+    "loop": (lambda p: bomb(p, data=FEATURES) and link(p, h5py.SoftLink("/features")), "not a whole HDF5 file"),
+    "link": (lambda p: bomb(p, data=FEATURES) and link(p, h5py.ExternalLink("/etc/passwd", "x")), "link to another"),
+    "scale": (lambda p: write_h5(p, TRIDENT | {"target_magnification": 1e-300, "patch_size_level0": 0},
+                                 features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),
+    "long line": (lambda p: p.with_suffix(".csv").write_text("0,1,name\n" + "1," * 2**20), "1 million characters"),
+    "long number": (lambda p: write_csv(p.with_suffix(".csv"), [[1, 1, 1, 1, "9" * 5000 + "_1"]]), "line 2"),
+    "far number": (lambda p: write_csv(p.with_suffix(".csv"), [[1, 1, 1, 1, f"{2**63}_1"]]), "line 2"),
+    "name": (lambda p: write_h5(p.with_name("x" * 230 + ".h5"), features=FEATURES, coords=COORDS), "plain file"),
+}  # fmt: skip
+
+
+def link(path, target):
+    with h5py.File(path, "a") as file:
+        del file["features"]
+        file["features"] = target
+    return path
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_by_name(tmp_path, name):
+    write, message = HOSTILE[name]
+    write(tmp_path / "slide.h5")
+    (path,) = tmp_path.iterdir()
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        read_features(path)
+    assert str(path) in str(error.value)
+
+
+def test_arrays_in_pieces_compressed_and_of_other_byte_orders(tmp_path):
+    path = tmp_path / "x.h5"
+    for how in ({"chunks": (2, 2)}, {"chunks": (6, 4), "compression": "gzip"}, {"dtype": ">f4"}):
+        with h5py.File(path, "w", userblock_size=512 if "dtype" in how else 0) as file:
+            file.create_dataset("features", data=FEATURES, **how)
+        slide = read_features(path)
+        assert np.array_equal(slide.features, FEATURES) and slide.features.dtype == np.float32
+
+
+def test_a_tensor_of_strides_is_no_bomb(tmp_path):
+    torch = pytest.importorskip("torch")
+    for tensor, message in (
+        (torch.as_strided(torch.ones(4), (10**12, 4), (0, 1)), "tensor of shape"),
+        (torch.ones(3, 3).to_sparse(), "torch.sparse_coo"),
+        (torch.ones(3, 3).to("meta"), "on meta"),
+        (torch.ones(3, 3, dtype=torch.complex64), "torch.complex64"),
+    ):
+        torch.save(tensor, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=rf"x\.pt: .*{message}"):
+            read_features(tmp_path / "x.pt")
+
+
+def test_a_zip_bomb_is_refused(tmp_path):
+    """A storage of 1 GB in 5 MB: its allocation fails in the worker, not here."""
+    torch = pytest.importorskip("torch")
+    torch.save(torch.zeros(4, 2), tmp_path / "sound.pt")
+    with zipfile.ZipFile(tmp_path / "sound.pt") as sound, zipfile.ZipFile(tmp_path / "x.pt", "w") as broken:
+        for name in sound.namelist():
+            if not name.endswith("data/0"):
+                broken.writestr(name, sound.read(name))
+                continue
+            with broken.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
+                entry._compressor = zlib.compressobj(1, zlib.DEFLATED, -15)
+                entry._zinfo.compress_type = zipfile.ZIP_DEFLATED
+                for _ in range(32):
+                    entry.write(bytes(2**25))
+    assert (tmp_path / "x.pt").stat().st_size < 2**24
+    with pytest.raises(ValueError, match=r"x\.pt: "):
+        read_features(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "a\\b", "..", ".", "", "x\x00", "x\n", "x" * 201, "\udc80"])
+def test_an_id_that_is_no_plain_file_name(name):
+    with pytest.raises(ValueError, match="slide"):
+        SlideFeatures(name, "", FEATURES)
+
+
 def test_a_missing_file_and_wrong_options(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.h5"):
         read_features(tmp_path / "x.h5")
@@ -197,7 +287,7 @@ def test_a_missing_file_and_wrong_options(tmp_path):
             read_features(path, **wrong)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)  # each ends a worker
 @given(st.data())
 def test_a_truncated_h5_is_an_error_with_its_name(tmp_path_factory, data):
     path = write_h5(tmp_path_factory.mktemp("cut") / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
@@ -295,5 +385,5 @@ def test_real_broken_files():
         read_features(REAL / "broken" / "truncated.h5")
     with pytest.raises(ValueError, match=r"empty\.h5.*no tissue"):
         read_features(REAL / "trident" / "features_handcrafted512" / "empty.h5")
-    with pytest.raises(ValueError, match="these coordinates"):
+    with pytest.raises(ValueError, match="holds coordinates"):
         read_features(REAL / "clam" / "patches" / "cmu-1-small-region.h5")

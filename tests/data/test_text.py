@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pathflip_jax.data import tables
 from pathflip_jax.data.text import (
     SlideText,
     clean_id,
@@ -134,6 +135,33 @@ def test_rows_that_repeat_are_left_out_and_counted(table, caplog):
 def test_bad_tables_name_file_and_line(table, content, message):
     with pytest.raises(ValueError, match=f"table.*{message}"):
         read_texts(table(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"slide_id": ' * 100_000, "line 1: broken JSON .nested too deeply"),
+        ('{"slide_id": "S1", "caption": "\\ud800 A."}', "line 1: broken JSON .*no character"),
+        ("slide_id,caption\nS1," + "A" * 140_000, "line 2: broken CSV .field larger than"),
+        (",".join(map(str, range(200_000))) + ",7\n", "line 1: the column '7' occurs twice"),
+        ("slide_id,caption\n" + '"\n",' * 500_000, "line .* a row of more than 2 million characters"),
+        ("slide_id,caption\nS1" + "," * 2_000_000, "line 2: a row of more than 2 million characters"),
+        (" " * 2_000_000 + "slide_id", "the file is empty"),
+    ],
+)
+def test_tables_beyond_all_measure(table, content, message, monkeypatch):
+    monkeypatch.setattr(tables, "LONGEST_RECORD", 1_500_000)
+    with pytest.raises(ValueError, match=message):
+        read_texts(table(content))
+
+
+def test_a_list_that_is_too_large_to_be_read_at_once(table, monkeypatch):
+    rows = json.dumps([{"slide_id": f"S{i}", "caption": "A."} for i in range(9)])
+    assert len(read_texts(table(rows))) == 9
+    monkeypatch.setattr(tables, "LARGEST_JSON", 100)
+    with pytest.raises(ValueError, match="table: .*at most 0; write it as JSON Lines"):
+        read_texts(table(rows))
 
 
 def test_files_that_are_no_tables(table, tmp_path):

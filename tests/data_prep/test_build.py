@@ -20,6 +20,7 @@ from data_prep import build
 from data_prep.build import Failure, import_features, prepare
 from data_prep.encoders import load_encoder
 from data_prep.pool import Worker, run_each, worker_number
+from pathflip_jax.data import guarded
 from pathflip_jax.data.records import Records, verify
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -303,6 +304,18 @@ def test_a_worker_is_started_anew_after_a_job_that_killed_it():
         assert worker.run(eval, "__import__('data_prep.pool').pool.worker_number()") == 3
     finally:
         worker.close()
+
+
+def test_a_worker_that_stalls_or_floods_is_ended_by_its_limits():
+    """As `Slide.read` sets them around OpenSlide: a stall ends the worker, an allocation too many is its error."""
+    start = "__import__('pathflip_jax.data.guarded').data.guarded.limits({}, 2**30).__enter__() or "
+    stall, flood = start.format(0.2) + "__import__('time').sleep(60)", start.format(60) + "len(bytes(2**33))"
+    assert dict(run_each(eval, [stall, "1 + 1"], 2)) == {stall: None, "1 + 1": 2}
+    if sys.platform == "linux":
+        with pytest.raises(MemoryError):
+            list(run_each(eval, [flood], 1))
+    with guarded.limits(0.01, 0):  # this process is nobody's worker
+        time.sleep(0.05)
 
 
 def test_a_worker_that_dies_while_others_start_stops_nothing():
