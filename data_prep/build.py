@@ -25,6 +25,7 @@ from pathflip_jax.data.features import find_feature_files, slide_id_of
 from pathflip_jax.data.index import check_cohort, index_path, read_index
 from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.regions import EDGE_UM
+from pathflip_jax.data.storage import Place, as_path, make_folder
 from pathflip_jax.data.text import clean_id, read_slide_table, some
 from pathflip_jax.data.tfrecord import whole_file
 
@@ -36,7 +37,7 @@ class Report:
     """What a run did: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
     folder is complete (of a job array, when the last task is through)."""
 
-    folder: Path
+    folder: Place
     done: list[str]
     skipped: list[str]
     failed: list[Failure]
@@ -62,7 +63,7 @@ class Report:
 
 def prepare(
     slides: Path | str | Sequence[Path | str],
-    out: Path | str,
+    out: Place | str,
     *,
     encoder: str = "stain_texture",
     patch_size: int = 256,
@@ -76,7 +77,7 @@ def prepare(
     slides_per_shard: int = 32,
     workers: int | None = None,
     strict: bool = False,
-    slides_table: Path | str | None = None,
+    slides_table: Place | str | None = None,
 ) -> Report:
     """Turn slide files into records: tissue, patches of `patch_size` pixels at `mpp`, features, regions.
 
@@ -97,7 +98,7 @@ def prepare(
         "command": "prepare", "encoder": encoder, "half": half, "patch_size": patch_size, "mpp": mpp,
         "assume_mpp": assume_mpp, "min_tissue": min_tissue, "cut": cut, "edge_um": edge_um,
     }  # fmt: skip
-    build = _Build(_slide_files(slides), Path(out), settings, shard, slides_per_shard, workers, strict, slides_table)
+    build = _Build(_slide_files(slides), as_path(out), settings, shard, slides_per_shard, workers, strict, slides_table)
     if build.jobs:
         ((_, outcome),) = run_each(try_encoder, [settings], 1)
         if outcome is None:
@@ -109,7 +110,7 @@ def prepare(
 
 def import_features(
     folder: Path | str,
-    out: Path | str,
+    out: Place | str,
     *,
     patch_size: int | None = None,
     mpp: float | None = None,
@@ -120,7 +121,7 @@ def import_features(
     slides_per_shard: int = 32,
     workers: int | None = None,
     strict: bool = False,
-    slides_table: Path | str | None = None,
+    slides_table: Place | str | None = None,
 ) -> Report:
     """Turn the feature files of CLAM, TRIDENT, SlideChat or STAMP below a folder into records.
 
@@ -133,7 +134,7 @@ def import_features(
         "command": "import", "patch_size": patch_size, "mpp": mpp, "encoder": encoder,
         "cut": "scan" if bare else cut, "edge_um": edge_um,
     }  # fmt: skip
-    build = _Build(files, Path(out), settings, shard, slides_per_shard, workers, strict, slides_table)
+    build = _Build(files, as_path(out), settings, shard, slides_per_shard, workers, strict, slides_table)
     if bare:
         build.notes.append(
             ".pt files have no coordinates: their regions are runs of stored patches (scan), and grounding refuses"
@@ -147,13 +148,13 @@ class _Build:
     def __init__(
         self,
         files: dict[str, Path],
-        out: Path,
+        out: Place,
         settings: dict[str, Any],
         shard: tuple[int, int],
         slides_per_shard: int,
         workers: int | None,
         strict: bool,
-        slides_table: Path | str | None,
+        slides_table: Place | str | None,
     ) -> None:
         task, tasks = shard
         if not 0 <= task < tasks or slides_per_shard < 1 or (workers is not None and workers < 1):
@@ -193,7 +194,7 @@ class _Build:
 
     def run(self, work: Callable[[Job], Outcome]) -> Report:
         """Do the jobs, put shards together as their last slide is through, and finish the folder if it is whole."""
-        self.parts.mkdir(exist_ok=True)
+        make_folder(self.parts)
         jobs = [job for job in self.jobs if not job.part.exists()]
         left = {path: {job.slide_id for job in jobs if job.shard == path} for path in self.shards}
         for path in [path for path, slides in left.items() if not slides]:
@@ -218,7 +219,7 @@ class _Build:
                     self._assemble(job.shard)
         return self._finish()
 
-    def _assemble(self, path: Path) -> None:
+    def _assemble(self, path: Place) -> None:
         """Write a shard from what is in it already and the parts that are through, unless nothing is new."""
         jobs = [job for job in self.jobs if job.shard == path and job.part.exists() and self._belongs(job)]
         if path.exists() and not jobs:
@@ -271,7 +272,7 @@ class _Build:
         return Report(self.out, sorted(self.done), sorted(self.skipped), self.failed, whole and bool(infos), self.notes)
 
 
-def _remove(part: Path) -> None:
+def _remove(part: Place) -> None:
     part.unlink()
     index_path(part).unlink(missing_ok=True)
 
@@ -300,7 +301,7 @@ def _slide_files(slides: Path | str | Sequence[Path | str]) -> dict[str, Path]:
     return files
 
 
-def _cases(slide_ids: Sequence[str], table: Path | str | None, notes: list[str]) -> dict[str, str]:
+def _cases(slide_ids: Sequence[str], table: Place | str | None, notes: list[str]) -> dict[str, str]:
     """Slide id to the case that the table gives it. Raises ValueError when the table knows none of the slides."""
     if table is None:
         return {}
@@ -323,9 +324,9 @@ def _cases(slide_ids: Sequence[str], table: Path | str | None, notes: list[str])
     return cases
 
 
-def _claim(out: Path, settings: dict[str, Any], cases: dict[str, str]) -> None:
+def _claim(out: Place, settings: dict[str, Any], cases: dict[str, str]) -> None:
     """Tie a folder to its settings and slides, so that a second run continues the first and never mixes two."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path, plan = out / "plan.json", {"settings": settings, "cases": cases}
     begun = any(out.glob("*.tfrecord*")) or any(out.glob(".parts/*.tfrecord"))
     if not begun:
@@ -357,6 +358,6 @@ def _claim(out: Path, settings: dict[str, Any], cases: dict[str, str]) -> None:
         )
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Place, content: Any) -> None:
     with whole_file(path) as out:
         out.write((json.dumps(content, indent=1) + "\n").encode())

@@ -17,6 +17,7 @@ from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.tiling import open_slide, read_patches, tile_slide
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import write_shard
+from pathflip_jax.data.storage import Place
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Job:
     slide_id: str
     case_id: str
     file: Path
-    shard: Path
-    part: Path
+    shard: Place
+    part: Place
     settings: dict[str, Any]
     workers: int
 
