@@ -76,6 +76,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         resolved["data"] |= data.facts
         resolved["model"] |= model.to_dict()
         resolved["train"]["steps"] = steps
+        if config.train.checkpoints:  # for readers that stand in another folder
+            resolved["train"]["checkpoints"] = str(checkpoint.run_folder(config.train.checkpoints))
         claim(workdir, resolved, model, data.tokenizer)
         return fit(alignment(LossConfig(**config.loss)), config, resolved, model, data, steps, mesh, workdir)
 

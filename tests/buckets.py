@@ -106,6 +106,7 @@ def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     """Train and embed from the disk, and from the bucket with checkpoints in `run`."""
     from pathflip_jax import train
     from pathflip_jax.checkpoint import load_run
+    from pathflip_jax.data.storage import as_path
     from pathflip_jax.model.pathflip import flatten
 
     def command(place: str | Path, workdir: Path, *more: str) -> list:
@@ -124,6 +125,15 @@ def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     found, expected = (flatten(load_run(place, "latest")[0]) for place in (run, folder / "run"))
     assert found.keys() == expected.keys() and all((found[name] == expected[name]).all() for name in expected)
     print(f"{bucket}: trained from there, checkpoints in {run}, stopped and resumed: as on a disk", flush=True)
+
+    newest = as_path(f"{run}/checkpoints/4/params")
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = largest.read_bytes()
+    largest.write_bytes(data[: len(data) // 2])
+    assert "going back to step 2" in pathflip(*over)
+    again = flatten(load_run(run, "latest")[0])
+    assert all((again[name] == expected[name]).all() for name in expected)
+    print(f"{run}: a damaged checkpoint was noticed, the one before taken: as on a disk", flush=True)
 
     tables = []
     for records, checkpoint in ((folder / "records", folder / "run"), (f"{bucket}/records", run)):

@@ -17,4 +17,4 @@ def test_the_whole_way_over_a_bucket(protocol):
     command = [sys.executable, str(Path(__file__).with_name("buckets.py")), protocol]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
-    assert done.stdout.count("as on a disk") == 3
+    assert done.stdout.count("as on a disk") == 4

@@ -36,7 +36,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 def is_url(place: object) -> bool:
     """Whether a text or path names something behind a URL; file:// is local."""
     match = _URL.match(str(place))
-    return bool(match) and match.group(2) == "//" and match.group(1).lower() not in ("file", "local")
+    return bool(match) and match.group(2) == "//" and match.group(1) != "file"
 
 
 def as_path(place: "str | os.PathLike | UPath") -> Place:
