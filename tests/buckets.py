@@ -40,8 +40,17 @@ def serve_s3() -> Callable[[], None]:
 
 def serve_gs() -> Callable[[], None]:
     """Start GCS on a free port, and send this process and its children there. Returns what stops it."""
+    from gcp_storage_emulator.handlers import objects
     from gcp_storage_emulator.server import create_server
 
+    def download(request, response, storage, *args, emulated=objects.download, **kwargs):
+        """GCS says which generation of an object it sends, and TensorStore needs to know; the emulator says nothing."""
+        emulated(request, response, storage, *args, **kwargs)
+        if response.status < 300:
+            about = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = about["generation"]
+
+    objects.download = download
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
