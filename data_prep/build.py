@@ -23,6 +23,7 @@ from pathflip_jax.data.features import find_feature_files, slide_id_of
 from pathflip_jax.data.index import read_index
 from pathflip_jax.data.records import finish_folder
 from pathflip_jax.data.regions import EDGE_UM
+from pathflip_jax.data.storage import Place, as_path, make_folder
 from pathflip_jax.data.text import some
 
 
@@ -31,7 +32,7 @@ class Report:
     """What a run did: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
     folder is complete (of a job array, when the last task is through); `effort`, what the slides took."""
 
-    folder: Path
+    folder: Place
     done: list[str]
     skipped: list[str]
     failed: list[Failure]
@@ -60,7 +61,7 @@ class Report:
 
 def prepare(
     slides: Path | str | Sequence[Path | str],
-    out: Path | str,
+    out: Place | str,
     *,
     encoder: str = "stain_texture",
     patch_size: int = 256,
@@ -74,7 +75,7 @@ def prepare(
     slides_per_shard: int = 32,
     workers: int | None = None,
     strict: bool = False,
-    slides_table: Path | str | None = None,
+    slides_table: Place | str | None = None,
     beam: Sequence[str] | None = None,
 ) -> Report:
     """Turn slide files into records: tissue, patches of `patch_size` pixels at `mpp`, features, regions.
@@ -101,7 +102,7 @@ def prepare(
     }  # fmt: skip
     _check_spreading(beam, shard, strict)
     plan = make_plan(
-        slide_files(slides), Path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
+        slide_files(slides), as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
         slides_table=slides_table,
     )  # fmt: skip
     if plan.jobs and beam is None:  # the machines of a cluster try it themselves: this one may not have the weights
@@ -115,7 +116,7 @@ def prepare(
 
 def import_features(
     folder: Path | str,
-    out: Path | str,
+    out: Place | str,
     *,
     patch_size: int | None = None,
     mpp: float | None = None,
@@ -126,7 +127,7 @@ def import_features(
     slides_per_shard: int = 32,
     workers: int | None = None,
     strict: bool = False,
-    slides_table: Path | str | None = None,
+    slides_table: Place | str | None = None,
     beam: Sequence[str] | None = None,
 ) -> Report:
     """Turn the feature files of CLAM, TRIDENT, SlideChat or STAMP below a folder into records.
@@ -142,7 +143,7 @@ def import_features(
     }  # fmt: skip
     _check_spreading(beam, shard, strict)
     plan = make_plan(
-        files, Path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
+        files, as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
         slides_table=slides_table,
     )  # fmt: skip
     if bare:
@@ -163,7 +164,7 @@ def _check_spreading(beam: Sequence[str] | None, shard: tuple[int, int], strict:
 def _run(
     plan: Plan, work: Callable[[Job], Outcome], workers: int | None, strict: bool, beam: Sequence[str] | None
 ) -> Report:
-    plan.parts.mkdir(exist_ok=True)
+    make_folder(plan.parts)
     if beam is None:
         progress = _run_here(plan, work, workers or cores(), strict)
     else:

@@ -21,6 +21,7 @@ from data_prep.pool import cores
 from data_prep.tiling import open_slide, read_patches, tile_slide
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import write_shard
+from pathflip_jax.data.storage import Place
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Job:
     slide_id: str
     case_id: str
     file: Path
-    shard: Path
-    part: Path
+    shard: Place
+    part: Place
     settings: dict[str, Any]
     sharing: int | None = None
 

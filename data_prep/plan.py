@@ -15,6 +15,7 @@ from data_prep.jobs import Job
 from data_prep.tiling import SLIDE_SUFFIXES, one_per_series
 from pathflip_jax.data.index import SlideInfo, read_index
 from pathflip_jax.data.records import shard_name
+from pathflip_jax.data.storage import Place, make_folder
 from pathflip_jax.data.text import clean_id, read_slide_table, some
 from pathflip_jax.data.tfrecord import whole_file
 
@@ -31,17 +32,17 @@ class Plan:
     is what is like it; None where none stands.
     """
 
-    out: Path
+    out: Place
     settings: dict[str, Any]
     task: tuple[int, int]
-    shards: list[Path]
-    missing: dict[Path, list[Job]]
+    shards: list[Place]
+    missing: dict[Place, list[Job]]
     skipped: list[str]
     reference: SlideInfo | None
     notes: list[str] = field(default_factory=list)
 
     @property
-    def parts(self) -> Path:
+    def parts(self) -> Place:
         """The folder of the slides that are through while their shard is not."""
         return self.out / PARTS
 
@@ -53,13 +54,13 @@ class Plan:
 
 def make_plan(
     files: dict[str, Path],
-    out: Path,
+    out: Place,
     settings: dict[str, Any],
     *,
     shard: tuple[int, int] = (0, 1),
     slides_per_shard: int = 32,
     sharing: int | None = None,
-    slides_table: Path | str | None = None,
+    slides_table: Place | str | None = None,
 ) -> Plan:
     """Look at a folder of records and plan what it lacks of `files`, slide id to file.
 
@@ -117,7 +118,7 @@ def slide_files(slides: Path | str | Sequence[Path | str]) -> dict[str, Path]:
     return files
 
 
-def _cases(slide_ids: Sequence[str], table: Path | str | None, notes: list[str]) -> dict[str, str]:
+def _cases(slide_ids: Sequence[str], table: Place | str | None, notes: list[str]) -> dict[str, str]:
     """Slide id to the case that the table gives it. Raises ValueError when the table knows none of the slides."""
     if table is None:
         return {}
@@ -140,9 +141,9 @@ def _cases(slide_ids: Sequence[str], table: Path | str | None, notes: list[str])
     return cases
 
 
-def _claim(out: Path, settings: dict[str, Any], cases: dict[str, str]) -> None:
+def _claim(out: Place, settings: dict[str, Any], cases: dict[str, str]) -> None:
     """Tie a folder to its settings and slides, so that a second run continues the first and never mixes two."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path, plan = out / "plan.json", {"settings": settings, "cases": cases}
     begun = any(out.glob("*.tfrecord*")) or any(out.glob(f"{PARTS}/*.tfrecord"))
     if not begun:
@@ -174,7 +175,7 @@ def _claim(out: Path, settings: dict[str, Any], cases: dict[str, str]) -> None:
         )
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Place, content: Any) -> None:
     """Write a JSON file that appears whole or not at all."""
     with whole_file(path) as out:
         out.write((json.dumps(content, indent=1) + "\n").encode())

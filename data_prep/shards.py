@@ -7,12 +7,12 @@ slides alone, and a second try finds the first one's shard.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from data_prep.jobs import Effort, Job, Outcome, region_cut
 from pathflip_jax.data.failures import Failure
 from pathflip_jax.data.index import SlideInfo, check_cohort, index_path, read_index
 from pathflip_jax.data.records import Records, write_shard
+from pathflip_jax.data.storage import Place
 
 
 @dataclass
@@ -75,7 +75,7 @@ def assemble(jobs: Sequence[Job], reference: SlideInfo | None) -> Progress:
     return Progress(done, failed, Effort(seconds={"write": time.perf_counter() - start}))
 
 
-def remove(part: Path) -> None:
+def remove(part: Place) -> None:
     """Delete a part with its index."""
     part.unlink(missing_ok=True)
     index_path(part).unlink(missing_ok=True)

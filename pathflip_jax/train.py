@@ -109,6 +109,8 @@ def train(
         resolved["data"] |= data.facts
         resolved["model"] |= model.to_dict()
         resolved["train"]["steps"] = steps
+        if config.train.checkpoints:  # for readers that stand in another folder
+            resolved["train"]["checkpoints"] = str(checkpoint.run_folder(config.train.checkpoints))
         claim(workdir, resolved, model, data.tokenizer)
         stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
         return fit(stage, config, resolved, model, data, steps, mesh, workdir, Guard(ledger, stop, watchdog, profile))

@@ -50,3 +50,17 @@ def test_the_command_line_starts_without_heavy_imports():
         "import sys, pathflip_jax.cli as c; c.build_parser(); print({'jax', 'torch', 'tensorflow'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("out", [["--out", "gs://bucket/x.parquet"], ["--out=gs://bucket/x.parquet"]])
+def test_a_url_where_only_a_path_works_makes_no_folder_of_that_name(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["embed", "memory://bucket/records", "--checkpoint", "run", *out]) == cli.WRONG_INPUT
+    assert "gs://bucket/x.parquet: a local path is needed here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_url_of_no_known_protocol(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--records", "nothing://bucket/records"])
+    assert "nothing://bucket/records: " in capsys.readouterr().err

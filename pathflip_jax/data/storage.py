@@ -36,7 +36,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 def is_url(place: object) -> bool:
     """Whether a text or path names something behind a URL; file:// is local."""
     match = _URL.match(str(place))
-    return bool(match) and match.group(2) == "//" and match.group(1).lower() not in ("file", "local")
+    return bool(match) and match.group(2) == "//" and match.group(1) != "file"
 
 
 def as_path(place: "str | os.PathLike | UPath") -> Place:
@@ -51,10 +51,10 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
         if isinstance(place, Path) and mangled and mangled.group(1) in EXTRAS:
             raise ValueError(f"{text}: a URL that lost a slash in pathlib.Path; give it as a text")
         return place if isinstance(place, Path) else Path(text.removeprefix("file://"))
-    if not isinstance(place, (str, Path)):
-        return place  # it is one already; the Path that spells a URL is that of etils, which Orbax uses
     from upath import UPath
 
+    if isinstance(place, UPath):
+        return place
     protocol = text.partition("://")[0]
     try:
         path = UPath(text, use_listings_cache=False)
@@ -83,6 +83,8 @@ def persist(place: object, attempt: Callable[[], Answer]) -> Answer:
     for wait in (*WAITS, None):
         try:
             return attempt()
+        except (AttributeError, NotImplementedError, TypeError):  # a mistake in a program, which no patience mends
+            raise
         except Exception as error:  # every client library has exceptions of its own, not all of them OSErrors
             if isinstance(error, _MissedError):
                 place, error = error.path, error.__cause__
