@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end."""
 
 import collections
+import contextlib
 import json
 import os
 import time
@@ -12,6 +13,8 @@ from tqdm import tqdm
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION = "val/"
 BAR_REFRESH_SECONDS = 0.5
+EVENTS_UNDER_WAY = 10_000  # that may wait to be written: far more than a row has
+CURE = "free disk space or mend permissions, and run the same command again to go on from the last checkpoint"
 SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
 
 
@@ -51,7 +54,8 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         truncate_metrics(workdir / METRICS, step)
         self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
-        self._events = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=30)
+        folder = str(workdir / TENSORBOARD)
+        self._events = SummaryWriter(folder, purge_step=step + 1, flush_secs=30, max_queue=EVENTS_UNDER_WAY)
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", mininterval=BAR_REFRESH_SECONDS, dynamic_ncols=True
         )
@@ -64,7 +68,12 @@ class MetricsWriter:
         speed = (step - before) * self.slides_per_step / max(now - then, 1e-9)
         self._recent.append((now, step))
         row = {"step": step} | {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps(row | {"slides_per_second": round(speed, 2)}) + "\n")
+        try:
+            self._file.write(json.dumps(row | {"slides_per_second": round(speed, 2)}) + "\n")
+            if not self._events_go_out():
+                raise OSError("TensorBoard events cannot be written any more")
+        except OSError as error:
+            raise OSError(f"{self._file.name}: step {step} was not written ({error}); {CURE}") from error
         for name, value in row.items():
             if name != "step":
                 self._events.add_scalar(name if "/" in name else f"train/{name}", value, step)
@@ -83,11 +92,17 @@ class MetricsWriter:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
+    def _events_go_out(self) -> bool:
+        """Whether the thread that writes events lives: a full disk ends it, and waiting for it would never end."""
+        return self._events.file_writer.event_writer._worker.is_alive()
+
+    def __exit__(self, kind, *_) -> None:
         if self.primary:
-            self.flush()
-            self._file.close()
-            self._events.close()
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one told
+                self.flush()
+                self._file.close()
+            if self._events_go_out():
+                self._events.close()
             self._bar.close()
 
 
