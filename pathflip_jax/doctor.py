@@ -36,7 +36,7 @@ def examine(
     *, records: Path | None = None, texts: Path | None = None, configs: list[str] | None = None
 ) -> list[Finding]:
     """Look at the machine, and at the data folders and configs that are named; nothing is changed."""
-    findings = [*_versions(), *_devices(), *_room(), *_offline()]
+    findings = [*_versions(), *_devices(), _launcher(), *_room(), *_offline()]
     if records is not None:
         findings += _records(records)
     if texts is not None:
@@ -87,6 +87,19 @@ def _devices() -> Iterator[Finding]:
     yield Finding("devices", f"{len(devices)} x {', '.join(kinds)} ({devices[0].platform})", "ok")
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         yield Finding("gpu", "there is a GPU that jax does not see", "fault", "`pip install pathflip-jax[gpu]`")
+
+
+def _launcher() -> Finding:
+    """Which processes `pathflip train` would join, started as this command was."""
+    from pathflip_jax.distributed import SWITCH, find_launch
+
+    try:
+        launch = find_launch()
+    except ValueError as error:
+        return Finding("launcher", str(error), "fault", f"or set {SWITCH}=0 to train in one process")
+    if launch is None:
+        return Finding("launcher", "none: one process trains alone", "ok")
+    return Finding("launcher", f"process {launch.process} of {launch.processes}, found by {launch.found_by}", "ok")
 
 
 def _room() -> Iterator[Finding]:
