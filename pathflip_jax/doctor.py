@@ -45,7 +45,7 @@ def examine(
     *, records: Place | None = None, texts: Place | None = None, configs: list[str] | None = None
 ) -> list[Finding]:
     """Look at the machine, and at the data folders and configs that are named; nothing is changed."""
-    findings = [*_versions(), *_devices(), *_room(), _reader(), *_offline(), _launchers()]
+    findings = [*_versions(), *_devices(), _launcher(), _launchers(), *_room(), _reader(), *_offline()]
     if records is not None:
         findings += _records(records)
     if texts is not None:
@@ -107,6 +107,19 @@ def _utilisation(kind: str) -> Finding:
         return Finding("utilisation", f"of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 on each {kind}", "ok")
     cure = "add its bfloat16 rate to PEAK_BFLOAT16 in pathflip_jax/telemetry.py; until then runs report none"
     return Finding("utilisation", f"nobody knows what {kind} can do at most", "note", cure)
+
+
+def _launcher() -> Finding:
+    """Which processes `pathflip train` would join, started as this command was."""
+    from pathflip_jax.distributed import SWITCH, find_launch
+
+    try:
+        launch = find_launch()
+    except ValueError as error:
+        return Finding("launcher", str(error), "fault", f"or set {SWITCH}=0 to train in one process")
+    if launch is None:
+        return Finding("launcher", "none: one process trains alone", "ok")
+    return Finding("launcher", f"process {launch.process} of {launch.processes}, found by {launch.found_by}", "ok")
 
 
 def _room() -> Iterator[Finding]:

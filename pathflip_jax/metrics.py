@@ -4,6 +4,7 @@ Where `train.wandb_project` names a project, Weights & Biases gets the same numb
 """
 
 import collections
+import contextlib
 import json
 import os
 import time
@@ -19,6 +20,8 @@ METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"
 WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
+EVENTS_UNDER_WAY = 10_000  # that may wait to be written: far more than a row has
+CURE = "free disk space or mend permissions, and run the same command again to go on from the last checkpoint"
 SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
 
 
@@ -79,7 +82,8 @@ class MetricsWriter:
         self._wandb = start_wandb(wandb_project, workdir, config) if wandb_project else None
         truncate_metrics(workdir / METRICS, step)
         self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
-        self._events = SummaryWriter(str(workdir / TENSORBOARD), purge_step=step + 1, flush_secs=30)
+        folder = str(workdir / TENSORBOARD)
+        self._events = SummaryWriter(folder, purge_step=step + 1, flush_secs=30, max_queue=EVENTS_UNDER_WAY)
         self._bar = tqdm(
             total=steps, initial=step, unit="step", desc="train", mininterval=BAR_REFRESH_SECONDS, dynamic_ncols=True
         )
@@ -93,7 +97,12 @@ class MetricsWriter:
         self._recent.append((now, step))
         row = {"step": step} | {name: float(value) for name, value in values.items()}
         row["slides_per_second"] = round(speed, 2)
-        self._file.write(json.dumps(row) + "\n")
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            if not self._events_go_out():
+                raise OSError("TensorBoard events cannot be written any more")
+        except OSError as error:
+            raise OSError(f"{self._file.name}: step {step} was not written ({error}); {CURE}") from error
         scalars = {name if "/" in name else f"train/{name}": value for name, value in row.items() if name != "step"}
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
@@ -114,11 +123,17 @@ class MetricsWriter:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
+    def _events_go_out(self) -> bool:
+        """Whether the thread that writes events lives: a full disk ends it, and waiting for it would never end."""
+        return self._events.file_writer.event_writer._worker.is_alive()
+
+    def __exit__(self, kind, *_) -> None:
         if self.primary:
-            self.flush()
-            self._file.close()
-            self._events.close()
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one told
+                self.flush()
+                self._file.close()
+            if self._events_go_out():
+                self._events.close()
             self._bar.close()
             if self._wandb:
                 self._wandb.finish()

@@ -39,6 +39,16 @@ def test_launch_scripts_that_can_run_are_named(tmp_path, monkeypatch):
     assert all((folder / script).is_file() for script in doctor.LAUNCHERS.values())
 
 
+def test_the_launcher_is_named(monkeypatch):
+    assert _by_name(doctor.examine())["launcher"].found == "none: one process trains alone"
+    for name, value in {"COORDINATOR_ADDRESS": "first:1", "NUM_PROCESSES": "4", "PROCESS_ID": "3"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    found = _by_name(doctor.examine())["launcher"]
+    assert found == ("launcher", "process 3 of 4, found by JAX_COORDINATOR_ADDRESS", "ok", "")
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    assert _by_name(doctor.examine())["launcher"].state == "fault"
+
+
 def test_every_fault_or_note_has_a_cure(tmp_path):
     findings = doctor.examine(records=tmp_path, texts=tmp_path / "absent.jsonl", configs=["no_such_config"])
     for finding in findings:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from pathflip_jax import settings
@@ -90,13 +91,38 @@ def test_groups_divide_over_devices_and_microbatches():
         choose_groups(6, 4)
 
 
-def test_even_batches_leave_out_less_than_a_slide_for_each_device_and_batch():
-    assert (even_size(6, 4, 1), even_size(100, 32, 1), even_size(3, 64, 1)) == (3, 25, 3)
-    for shards in (1, 2, 8):
-        for slides in range(shards, 70):
-            for most in (shards, 3 * shards, 8 * shards):
-                size = even_size(slides, most, shards)
-                assert 0 < size <= most and size % shards == 0 and size <= slides
-                assert choose_groups(size, shards) % shards == 0
-                if slides >= -(-slides // most) * shards:  # a slide for every device in every batch
-                    assert slides - slides // size * size < -(-slides // most) * shards
+def test_even_batches_leave_out_less_than_a_slide_for_each_batch():
+    assert (even_size(6, 4), even_size(100, 32), even_size(3, 64)) == (3, 25, 3)
+    for slides in range(1, 70):
+        for most in range(1, 80):
+            size = even_size(slides, most)
+            assert 0 < size <= min(most, slides) and slides - slides // size * size < -(-slides // most)
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_validation_is_the_same_on_any_number_of_devices(config, shards):
+    """Six slides: fewer than eight devices, and no multiple of four."""
+    sizes = {"train.batch_size": 8, "data.subcaptions": 2}
+    one, many = (open_data(config(**sizes), count).validation for count in (1, shards))
+    assert one.steps_per_epoch == many.steps_per_epoch == 1 and one.batch_size == many.batch_size == 6
+    expected, found = one.batch(0), many.batch(0)
+    assert len(expected.case) == 6 and len(found.case) % shards == 0
+    for name in ("patches", "patch_mask", "case", "slide"):
+        assert np.array_equal(getattr(found, name)[:6], getattr(expected, name)), name
+    assert texts(found)[:18] == texts(expected) and len(texts(expected)) == 18
+
+
+def texts(batch, sep=3):
+    """The token ids of each slide's texts, from [CLS] to [SEP]."""
+    tokens = np.concatenate([rows.tokens.reshape(len(rows.tokens), -1) for rows in batch.text_rows], axis=1)
+    group = len(batch.case) // len(tokens)
+    rows = [(tokens[slide // group], place) for slide, places in enumerate(batch.text_index) for place in places]
+    return [row[place : place + row[place:].tolist().index(sep) + 1].tolist() for row, place in rows]
+
+
+def test_a_run_keeps_its_text_groups_where_devices_can_share_them(config, capsys):
+    assert open_data(config(), 4).facts["text_groups"] == 4
+    assert open_data(config(), 1).facts["text_groups"] == 1
+    assert open_data(config(), 1, begun_groups=4).facts["text_groups"] == 4 and capsys.readouterr().err == ""
+    assert open_data(config(), 4, begun_groups=2).facts["text_groups"] == 4
+    assert "began with 2 text groups, which 4 pieces" in capsys.readouterr().err
