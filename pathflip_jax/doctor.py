@@ -18,6 +18,7 @@ SLIDES = ("openslide-python", "openslide-bin", "scikit-image", "h5py")
 # What each extra adds, and the sign that it is there.
 EXTRAS = {
     "torch": ("torch", "read and write PyTorch checkpoints other than .safetensors"),
+    "aot": ("libtpu", "compile for TPUs that are not there: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
 }
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
