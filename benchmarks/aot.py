@@ -14,7 +14,10 @@ allows itself of the chip; `--confirm` compiles it, all layers.
 
     compute     useful FLOPs of a chip's slides (roofline.py) over half of the chip's published bf16 rate
     exposed     compute / (compute + bytes on the wire over the published link rate)
-    overlapped  the same, without what the schedule hides behind compute (traffic.py)
+    overlapped  the same, without collectives that the schedule puts compute beside (traffic.py); the JSON also has
+                `bounded`, where compute hides no more than the compiler's estimate of its time
+
+Single slices only: traffic between slices, over the data centre's network, is not counted.
 
     python benchmarks/aot.py --topology v5e:16x16 --json benchmarks/results/aot.json
     python benchmarks/aot.py --topology v5e:2x4 --whole --confirm
@@ -58,6 +61,7 @@ class Compiled(NamedTuple):
     parameter_bytes: float
     code_bytes: float
     wire_bytes: float
+    synchronous_bytes: float
     waited_bytes: float
     flops: float
     seconds: float
@@ -78,15 +82,19 @@ class Compiled(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """The share of a step that is useful compute, with all traffic exposed and with the scheduled overlap."""
+    """The share of a step that is useful compute: with all traffic exposed, with none that compute overlaps, and with
+    none but what the overlapping compute has no time to hide.
+    """
 
     exposed: float
     overlapped: float
+    bounded: float
 
 
-def predict(compute_seconds: float, wire_bytes: float, waited_bytes: float, link: float) -> Efficiency:
+def predict(compute_seconds: float, found: Compiled, link: float) -> Efficiency:
     """The fixed formula: compute over compute and communication."""
-    return Efficiency(*(compute_seconds / (compute_seconds + sent / link) for sent in (wire_bytes, waited_bytes)))
+    sent = (found.wire_bytes, found.synchronous_bytes, found.waited_bytes)
+    return Efficiency(*(compute_seconds / (compute_seconds + bytes_ / link) for bytes_ in sent))
 
 
 def largest_batch(peak: float, fixed: float, slides: int, limit: float, step: int) -> int:
@@ -102,7 +110,7 @@ def step_flops(config, layers: int, slides: int) -> float:
     return 3 * sum(part.operations for found in forward for part in found) / len(lengths)
 
 
-def open_topology(name: str, slices: int) -> list:
+def open_topology(name: str) -> list:
     """The devices of a topology. Raises ModuleNotFoundError without libtpu, ValueError for an unknown name."""
     from jax.experimental import topologies
 
@@ -112,9 +120,8 @@ def open_topology(name: str, slices: int) -> list:
         raise ModuleNotFoundError(
             "libtpu is not installed, which compiles for TPUs: pip install pathflip-jax[aot]"
         ) from None
-    more = {"num_slices": slices} if slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # of the runtime: its type differs between versions
         raise ValueError(f"--topology {name}: {error}; expected a name such as v5e:2x4 or v6e:16x16") from None
 
@@ -144,9 +151,11 @@ def make_batch(config, slides: int, chips: int, sharding):
 
     data, B = config.data, slides * chips
     groups = choose_groups(B, chips * config.train.accumulate)
-    lengths, rng = json.loads(LENGTHS.read_text())["slides"], np.random.default_rng(0)
+    longest = [data.caption_length] + [data.subcaption_length] * data.subcaptions
+    lengths = [np.minimum(own[: len(longest)], longest) for own in json.loads(LENGTHS.read_text())["slides"]]
+    rng = np.random.default_rng(0)
     drawn = [
-        [length for i in rng.integers(len(lengths), size=B // groups) for length in lengths[i][: 1 + data.subcaptions]]
+        np.concatenate([lengths[i] for i in rng.integers(len(lengths), size=B // groups)]).tolist()
         for _ in range(SIMULATED_GROUPS)
     ]
     widths = row_lengths(data.row_step, max(data.caption_length, data.subcaption_length))
@@ -220,7 +229,7 @@ def compile_step(config, layers: int, slides: int, mesh, chip: str, keep: Path |
         compiled = lowered.compile(compiler_options=compiler_options(platform="tpu"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise MemoryError(str(error).splitlines()[0]) from None
+            raise MemoryError(f"{slides} slides a chip do not fit: {str(error).splitlines()[0]}") from None
         raise
     seconds = time.perf_counter() - start
     plan, traffic = compiled.memory_analysis(), read_traffic(program := compiled.as_text(), mesh.size)
@@ -233,7 +242,18 @@ def compile_step(config, layers: int, slides: int, mesh, chip: str, keep: Path |
     rate, link = CHIPS[chip]
     waited = traffic.waited_bytes(step_flops(config, layers, slides) / (UTILISATION * rate), link)
     flops = compiled.cost_analysis()["flops"]
-    found = Compiled(layers, slides, peak, held, code, traffic.wire_bytes, waited, flops, round(seconds, 1))
+    found = Compiled(
+        layers,
+        slides,
+        peak,
+        held,
+        code,
+        traffic.wire_bytes,
+        traffic.synchronous_bytes,
+        waited,
+        flops,
+        round(seconds, 1),
+    )
     return found, traffic
 
 
@@ -242,26 +262,22 @@ def show(traffic: Traffic, most: int = 6) -> str:
     rows = sorted(traffic.collectives, key=lambda x: -x.wire_bytes)[:most]
     return "\n".join(
         f"  {x.kind} {'/'.join(x.dtypes)} of {x.bytes / 1e6:.1f} MB over {x.devices}, "
-        f"{'split up' if x.hidden_cycles else 'waited for'}: {x.source or 'several'}"
+        f"{'overlapped' if x.overlaps else 'waited for'}: {x.source or 'several'}"
         for x in rows
     )
 
 
-def make_mesh(devices, fsdp: int, slices: int):
-    """The mesh of `pathflip train` over a topology's devices; with several slices the data axis spans them."""
+def make_mesh(devices: list, fsdp: int):
+    """The mesh of `pathflip train` over a topology's devices. Raises ValueError where fsdp does not divide them."""
     import jax
-    from jax.experimental import mesh_utils
-    from jax.sharding import AxisType, Mesh
+    from jax.sharding import AxisType
 
     from pathflip_jax.sharding import AXES
 
-    if len(devices) % (fsdp * slices):
-        raise ValueError(f"--fsdp {fsdp}: the {len(devices)} devices of {slices} slices cannot be shared out so")
-    types = (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, axis_types=types, devices=devices)
-    within = (len(devices) // fsdp // slices, fsdp)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices), AXES, axis_types=types)
+    if len(devices) % fsdp:
+        raise ValueError(f"--fsdp {fsdp}: {len(devices)} devices cannot be shared out so")
+    shape, types = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -272,8 +288,8 @@ def run(options: argparse.Namespace) -> dict:
     if chip not in CHIPS:
         raise ValueError(f"--topology {options.topology}: rates are known of {', '.join(CHIPS)}")
     config, _ = settings.parse([f"--config={options.config}", "--workdir=.", *options.more])
-    devices = open_topology(options.topology, options.slices)
-    mesh, limit = make_mesh(devices, options.fsdp, options.slices), hbm_limit(devices[0])
+    devices = open_topology(options.topology)
+    mesh, limit = make_mesh(devices, options.fsdp), hbm_limit(devices[0])
     layers, slides = config.model.layers, options.slides
     print(f"{options.topology}: {len(devices)} devices of {limit / 2**30:.2f} GiB, {slides} slides each")
 
@@ -293,7 +309,7 @@ def run(options: argparse.Namespace) -> dict:
         whole = compiled(layers)
         result["whole"] = whole._asdict()
         if options.fit:
-            names = ("peak_bytes", "wire_bytes", "waited_bytes", "flops")
+            names = ("peak_bytes", "wire_bytes", "synchronous_bytes", "waited_bytes", "flops")
             result["deviation"] = {name: getattr(found, name) / getattr(whole, name) - 1 for name in names}
             print("the line was off by", ", ".join(f"{n} {x:+.1%}" for n, x in result["deviation"].items()))
         found = whole
@@ -303,11 +319,11 @@ def run(options: argparse.Namespace) -> dict:
             result["confirmed"] = compiled(layers, batch)._asdict()
             break
         except MemoryError as error:
-            print(f"{batch} slides a chip: {error}", flush=True)
+            print(error, flush=True)
             batch -= options.step
     rate, link = CHIPS[chip]
     compute = step_flops(config, layers, slides) / (UTILISATION * rate)
-    efficiency = predict(compute, found.wire_bytes, found.waited_bytes, link)
+    efficiency = predict(compute, found, link)
     result |= {
         "compute_seconds": compute, "peak_bytes": found.peak_bytes, "largest_batch_per_chip": batch,
         "largest_batch": batch * len(devices), "efficiency": efficiency._asdict(),
@@ -323,7 +339,7 @@ def gigabytes(found: Compiled) -> str:
     """Peak and traffic, for people."""
     return (
         f"peak {found.peak_bytes / 1e9:.2f} GB, {found.wire_bytes / 1e9:.3f} GB on the wire of a chip, "
-        f"{found.waited_bytes / 1e9:.3f} GB of them waited for"
+        f"{found.synchronous_bytes / 1e9:.3f} GB of them with no compute beside"
     )
 
 
@@ -336,7 +352,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
     figure, panel = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for colour, chip in zip(("#1f5a96", "#b8511e"), CHIPS, strict=True):
-        found = sorted((r["devices"], r["efficiency"]) for name, r in results.items() if name.startswith(chip))
+        shown = [r for name, r in results.items() if name.startswith(chip) and "=" not in name]
+        found = sorted((r["devices"], r["efficiency"]) for r in shown)
         for kind, style in (("overlapped", "o-"), ("exposed", "s--")):
             if found:
                 x, y = [1, *(n for n, _ in found)], [100, *(100 * e[kind] for _, e in found)]
@@ -358,7 +375,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", default="align_large", help="config to train (default align_large)")
     parser.add_argument("--slides", type=int, default=16, help="slides per chip (16)")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters (1)")
-    parser.add_argument("--slices", type=int, default=1, help="slices of that topology, joined by the data axis (1)")
     parser.add_argument("--fit", type=int, nargs="*", default=[2, 4], metavar="LAYERS", help="two numbers, or none")
     parser.add_argument("--whole", action="store_true", help="compile all layers: minutes")
     parser.add_argument("--confirm", action="store_true", help="compile all layers at the largest batch: minutes")
@@ -387,13 +403,9 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
         if options.json:
-            settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "topology")}
+            settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
             machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")
-            name = (
-                options.topology
-                + f" x {options.slices}" * (options.slices > 1)
-                + f" fsdp {options.fsdp}" * (options.fsdp > 1)
-            )
+            name = options.topology if options.fsdp == 1 else f"{options.topology} fsdp={options.fsdp}"
             content["results"][name] = found | {"machine": machine, "settings": settings}
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -2,8 +2,9 @@
 
 A collective is a plain instruction, a pair of `-start` and `-done`, or, on TPUs, a chain of fusions that all name its
 channel: the first sends, each in between computes while the data are on their way, the last receives. Bytes on the wire
-of a device, of n that take part, are those of ring algorithms (`Collective.wire_bytes`). Of a collective that is split
-up, as much is hidden as the compute between its two ends takes by the compiler's own estimate; no compute hides two.
+of a device, of n that take part, are those of ring algorithms (`Collective.wire_bytes`). A collective overlaps where
+compute is scheduled between its two ends; how much of it that compute hides, by the compiler's estimate of its cycles,
+is read too, and no compute hides two.
 """
 
 import math
@@ -49,13 +50,14 @@ class Instruction(NamedTuple):
 class Collective(NamedTuple):
     """A collective operation: bytes of its operands on each device, devices that take part, runs in a step.
 
-    `hidden_cycles` of compute lie between its start and its end, for all runs together.
+    It `overlaps` where compute lies between its start and its end: `hidden_cycles` in all runs that hide no other.
     """
 
     kind: str
     bytes: int
     devices: int
     runs: int
+    overlaps: bool
     hidden_cycles: float
     dtypes: tuple[str, ...]
     source: str
@@ -86,8 +88,13 @@ class Traffic(NamedTuple):
         """Bytes that each device sends in a step."""
         return sum(x.wire_bytes for x in self.collectives)
 
+    @property
+    def synchronous_bytes(self) -> float:
+        """Those of collectives that no compute overlaps."""
+        return sum(x.wire_bytes for x in self.collectives if not x.overlaps)
+
     def waited_bytes(self, compute_seconds: float, rate: float) -> float:
-        """Those that the program waits for, where its compute takes so long and links carry `rate` bytes/s."""
+        """Those that compute does not hide, where all compute takes so long and links carry `rate` bytes/s."""
         per_cycle = compute_seconds / self.cycles * rate if self.cycles else 0.0
         return sum(max(x.wire_bytes - x.hidden_cycles * per_cycle, 0.0) for x in self.collectives)
 
@@ -145,7 +152,7 @@ def _traffic(computations: dict[str, list[Instruction]], name: str, devices: int
     for key, places in sites.items():
         kind, instruction, its_types = first[key]
         between = range(places[0] + 1, places[-1])
-        hidden = sum(left[place] for place in between)
+        hidden, overlaps = sum(left[place] for place in between), any(cycles[place] for place in between)
         for place in between:
             left[place] = 0.0
         operands = [its_types.get(operand, "") for operand in instruction.operands] or [instruction.type]
@@ -153,7 +160,7 @@ def _traffic(computations: dict[str, list[Instruction]], name: str, devices: int
         size = sum(_bytes(text) for text in operands)
         source = re.search(r'op_name="([^"]*)"', instruction.rest)
         taking = _group_size(instruction.rest, devices)
-        found.append(Collective(kind, size, taking, runs, runs * hidden, dtypes, source[1] if source else ""))
+        found.append(Collective(kind, size, taking, runs, overlaps, runs * hidden, dtypes, source[1] if source else ""))
     return Traffic(found + [x for part in inner for x in part.collectives], runs * sum(cycles))
 
 

@@ -22,6 +22,7 @@ EXTRAS = {
     "torch": ("torch", "read and write PyTorch checkpoints other than .safetensors"),
     "gcs": ("gcsfs", "read and write records in Google Cloud Storage, gs://"),
     "s3": ("s3fs", "read and write records in Amazon S3 and what speaks like it, s3://"),
+    "aot": ("libtpu", "compile for TPUs that are not there: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
     "profile": ("xprof", "view what `pathflip train --profile` traces"),
     "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),

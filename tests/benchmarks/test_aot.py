@@ -82,21 +82,19 @@ def traffic(benchmark_modules):
 
 
 def test_collectives_of_every_form_are_read_once(traffic):
-    found = {
-        (x.kind, x.bytes, x.devices, x.runs, x.hidden_cycles) for x in traffic.read_traffic(PROGRAM, 8).collectives
-    }
-    assert found == {
-        ("all-reduce", 4 * (64 * 8 + 16), 8, 1, 0),
-        ("all-reduce", 4 * 64 * 8, 8, 1, 600),
-        ("reduce-scatter", 4 * 16, 8, 1, 0),
-        ("all-gather", 2 * 3, 2, 5, 0),
+    found = traffic.read_traffic(PROGRAM, 8).collectives
+    assert {(x.kind, x.bytes, x.devices, x.runs, x.overlaps, x.hidden_cycles) for x in found} == {
+        ("all-reduce", 4 * (64 * 8 + 16), 8, 1, False, 0),
+        ("all-reduce", 4 * 64 * 8, 8, 1, True, 600),
+        ("reduce-scatter", 4 * 16, 8, 1, False, 0),
+        ("all-gather", 2 * 3, 2, 5, False, 0),
     }
 
 
 def test_bytes_on_the_wire_are_those_of_rings(traffic):
     # 2 * 7/8 of 2,112 and of 2,048 bytes, 7/8 of 64, five times the neighbour's 6.
     assert traffic.read_traffic(PROGRAM, 8).wire_bytes == 3696 + 3584 + 56 + 30
-    one = traffic.Collective("all-to-all", 80, 8, 1, 0, ("f32",), "")
+    one = traffic.Collective("all-to-all", 80, 8, 1, False, 0, ("f32",), "")
     assert one.wire_bytes == 70
     assert one._replace(kind="collective-permute").wire_bytes == 80
 
@@ -106,12 +104,14 @@ def test_compute_between_the_ends_hides_and_only_once(traffic):
     assert found.cycles == 600 + 350 + 5 * 10
     # Of 10 seconds of compute 6 lie between the ends: at 100 bytes/s they hide 600 of 3,584 bytes.
     assert found.waited_bytes(10, 100) == found.wire_bytes - 600
-    assert found.waited_bytes(10, 1e6) == found.wire_bytes - 3584
+    assert found.waited_bytes(10, 1e6) == found.wire_bytes - 3584 == found.synchronous_bytes
     # A gather that begins before and ends after the same compute finds it taken.
     begin = "  %g-start = (f32[16]{0}, f32[128]{0}) all-gather-start(%z), channel_id=11, replica_groups={}\n"
     end = "  %g-done = f32[128]{0} all-gather-done(%g-start)\n"
     twice = PROGRAM.replace("  %between =", begin + "  %between =").replace("  %alone =", end + "  %alone =")
-    assert [x.hidden_cycles for x in traffic.read_traffic(twice, 8).collectives] == [0, 600, 0, 0, 0]
+    found = traffic.read_traffic(twice, 8).collectives
+    assert [x.hidden_cycles for x in found] == [0, 600, 0, 0, 0]
+    assert [x.overlaps for x in found] == [False, True, True, False, False]
 
 
 def test_a_pair_of_start_and_done_is_one_collective(traffic):
@@ -135,16 +135,16 @@ def test_a_loop_that_may_run_any_number_of_times_is_refused(traffic):
 
 
 def test_the_formula(bench):
-    # 80 ms of compute; 1.6 GB at 200 GB/s are 8 ms, of which 2 ms are waited for.
-    exposed, overlapped = bench.predict(0.080, 1.6e9, 0.4e9, 200e9)
-    assert exposed == pytest.approx(80 / 88) and overlapped == pytest.approx(80 / 82)
-    assert bench.predict(0.080, 0, 0, 200e9) == (1, 1)
+    # 80 ms of compute; 1.6 GB at 200 GB/s are 8 ms, 2 ms of them with no compute beside, 3 ms not hidden by it.
+    found = bench.Compiled(12, 16, 0, 0, 0, 1.6e9, 0.4e9, 0.6e9, 0, 0)
+    assert bench.predict(0.080, found, 200e9) == pytest.approx((80 / 88, 80 / 82, 80 / 83))
+    assert bench.predict(0.080, found._replace(wire_bytes=0, synchronous_bytes=0, waited_bytes=0), 1) == (1, 1, 1)
 
 
 def test_bytes_go_on_in_a_straight_line(bench):
-    few = bench.Compiled(2, 16, 1000, 500, 3, 60, 30, 1e6, 40.0)
-    found = few.line_to(bench.Compiled(4, 16, 1300, 600, 5, 80, 31, 3e6, 50.0), 12)
-    assert found == bench.Compiled(12, 16, 2500, 1000, 13, 160, 35, 11e6, 90.0)
+    few = bench.Compiled(2, 16, 1000, 500, 3, 60, 30, 20, 1e6, 40.0)
+    found = few.line_to(bench.Compiled(4, 16, 1300, 600, 5, 80, 31, 20, 3e6, 50.0), 12)
+    assert found == bench.Compiled(12, 16, 2500, 1000, 13, 160, 35, 20, 11e6, 90.0)
     assert found.fixed_bytes == 4013
 
 
@@ -171,7 +171,7 @@ def test_results_of_other_topologies_are_kept_and_plotted(bench, tmp_path, monke
     for name, devices in (("v5e:2x4", 8), ("v5e:8x8", 64)):
         found = {"devices": devices, "efficiency": {"exposed": 0.9, "overlapped": 0.97}}
         monkeypatch.setattr(bench, "run", lambda options, found=found: found)
-        monkeypatch.setattr(sys, "argv", ["aot.py", "--topology", name, "--json", str(out)])
+        monkeypatch.setattr(sys, "argv", ["aot.py", "--topology", name, "--json", str(out), "--hlo", "x"])
         monkeypatch.setattr(bench, "ENVIRONMENT", {})
         assert bench.main() == 0
     monkeypatch.setattr(sys, "argv", ["aot.py", "--json", str(out), "--plot", str(tmp_path / "p" / "out.png")])
