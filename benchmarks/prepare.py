@@ -19,7 +19,7 @@ own. So a patch is now read alone, in the order of blocks, and converted by Pill
 (68) costs seven times as much as that and a ViT of six layers (53) nine; both take 85 to 91% of the workers' time,
 `wait` 2 to 6%. At 40x reading (82) costs as much as `stain_texture`, three fifths of it the decoding of four tiles a
 patch, and that encoder is the bottleneck only with a core to spare for reading. The huge slide took 1.52 GB before its
-mask was made block by block with at most 2**24 pixels, and was killed at patches of 64 px; now 0.3 GB for both.
+mask was made block by block with at most 2**24 pixels, and was killed for memory at patches of 64 px; now 0.36 GB.
 
     python benchmarks/prepare.py --json benchmarks/results/prepare.json
     python benchmarks/prepare.py --huge 100000 --slides 0     # memory alone
