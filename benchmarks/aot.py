@@ -32,6 +32,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,8 +83,10 @@ class Compiled(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """The share of a step that is useful compute: with all traffic exposed, with none that compute overlaps, and with
-    none but what the overlapping compute has no time to hide.
+    """The share of a step that is useful compute.
+
+    `exposed` waits for all traffic, `overlapped` for what is sent with no compute beside it, `bounded` also for what
+    the compute beside has no time to hide.
     """
 
     exposed: float
@@ -299,20 +302,7 @@ def run(options: argparse.Namespace) -> dict:
         print(show(traffic), flush=True)
         return found
 
-    result: dict = {"devices": len(devices), "hbm_limit_bytes": limit, "slides_per_chip": slides}
-    if options.fit:
-        few, more = (compiled(n) for n in options.fit)
-        found = few.line_to(more, layers)
-        result |= {"compiled": [few._asdict(), more._asdict()], "line": found._asdict()}
-        print(f"{layers} layers by a straight line: {gigabytes(found)}")
-    if options.whole:
-        whole = compiled(layers)
-        result["whole"] = whole._asdict()
-        if options.fit:
-            names = ("peak_bytes", "wire_bytes", "synchronous_bytes", "waited_bytes", "flops")
-            result["deviation"] = {name: getattr(found, name) / getattr(whole, name) - 1 for name in names}
-            print("the line was off by", ", ".join(f"{n} {x:+.1%}" for n, x in result["deviation"].items()))
-        found = whole
+    found, result = take_bytes(options, compiled, layers)
     batch = largest_batch(found.peak_bytes, found.fixed_bytes, slides, limit, options.step)
     while options.confirm and batch:
         try:
@@ -324,15 +314,33 @@ def run(options: argparse.Namespace) -> dict:
     rate, link = CHIPS[chip]
     compute = step_flops(config, layers, slides) / (UTILISATION * rate)
     efficiency = predict(compute, found, link)
-    result |= {
-        "compute_seconds": compute, "peak_bytes": found.peak_bytes, "largest_batch_per_chip": batch,
-        "largest_batch": batch * len(devices), "efficiency": efficiency._asdict(),
-    }  # fmt: skip
     print(
-        f"peak_bytes={found.peak_bytes:.0f} largest_batch={result['largest_batch']} "
+        f"peak_bytes={found.peak_bytes:.0f} largest_batch={batch * len(devices)} "
         f"efficiency_exposed={efficiency.exposed:.1%} efficiency_overlapped={efficiency.overlapped:.1%}"
     )
-    return result
+    return result | {
+        "devices": len(devices), "hbm_limit_bytes": limit, "compute_seconds": compute, "peak_bytes": found.peak_bytes,
+        "largest_batch_per_chip": batch, "largest_batch": batch * len(devices), "efficiency": efficiency._asdict(),
+    }  # fmt: skip
+
+
+def take_bytes(options: argparse.Namespace, compiled: Callable[[int], Compiled], layers: int) -> tuple[Compiled, dict]:
+    """A step of all layers, compiled or by a straight line or both; and what was found on the way."""
+    found, result = None, {}
+    if options.fit:
+        few, more = (compiled(n) for n in options.fit)
+        found = few.line_to(more, layers)
+        result |= {"compiled": [few._asdict(), more._asdict()], "line": found._asdict()}
+        print(f"{layers} layers by a straight line: {gigabytes(found)}")
+    if options.whole:
+        whole = compiled(layers)
+        result["whole"] = whole._asdict()
+        if found is not None:
+            names = [name for name in Compiled._fields[2:-1] if getattr(whole, name)]
+            result["deviation"] = {name: getattr(found, name) / getattr(whole, name) - 1 for name in names}
+            print("the line was off by", ", ".join(f"{n} {x:+.1%}" for n, x in result["deviation"].items()))
+        found = whole
+    return found, result
 
 
 def gigabytes(found: Compiled) -> str:
@@ -353,7 +361,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
     figure, panel = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for colour, chip in zip(("#1f5a96", "#b8511e"), CHIPS, strict=True):
         shown = [r for name, r in results.items() if name.startswith(chip) and "=" not in name]
-        found = sorted((r["devices"], r["efficiency"]) for r in shown)
+        found = sorted(((r["devices"], r["efficiency"]) for r in shown), key=lambda point: point[0])
         for kind, style in (("overlapped", "o-"), ("exposed", "s--")):
             if found:
                 x, y = [1, *(n for n, _ in found)], [100, *(100 * e[kind] for _, e in found)]
@@ -392,10 +400,10 @@ def main() -> int:
     if len(options.fit) not in (0, 2) or not (options.fit or options.whole):
         print("--fit: give two numbers of layers, or none with --whole", file=sys.stderr)
         return 2
+    if options.plot and not (options.json and (options.topology or options.json.exists())):
+        print("--plot: name the file with the results by --json", file=sys.stderr)
+        return 2
     os.environ.update(ENVIRONMENT)  # before jax is imported
-    content = {"results": {}}
-    if options.json and options.json.exists():
-        content = json.loads(options.json.read_text())
     if options.topology:
         try:
             found = run(options)
@@ -403,15 +411,21 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
         if options.json:
-            settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
-            machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")
-            name = options.topology if options.fsdp == 1 else f"{options.topology} fsdp={options.fsdp}"
-            content["results"][name] = found | {"machine": machine, "settings": settings}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(content, indent=1) + "\n")
+            save(options, found)
     if options.plot:
-        plot(content["results"], options.plot)
+        plot(json.loads(options.json.read_text())["results"], options.plot)
     return 0
+
+
+def save(options: argparse.Namespace, found: dict) -> None:
+    """Put a result beside those of other topologies."""
+    content = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}}
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
+    machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")
+    name = options.topology if options.fsdp == 1 else f"{options.topology} fsdp={options.fsdp}"
+    content["results"][name] = found | {"machine": machine, "settings": settings}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

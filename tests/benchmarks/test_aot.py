@@ -182,7 +182,11 @@ def test_results_of_other_topologies_are_kept_and_plotted(bench, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--topology=v9:2x2"], "rates are known of v5e, v6e"), (["--topology=v5e:2x4", "--fit", "2"], "two numbers")],
+    [
+        (["--topology=v9:2x2"], "rates are known of v5e, v6e"),
+        (["--topology=v5e:2x4", "--fit", "2"], "two numbers"),
+        (["--plot=out.png"], "by --json"),
+    ],
 )
 def test_what_cannot_be_predicted_is_said(bench, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["aot.py", *arguments])
