@@ -38,6 +38,17 @@ CONFIG = PathFLIPConfig(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "holds a list"), ("{", "not JSON"), ("[" * 100_000, "nested too deeply"), ('{"hiden": 1}', "hiden"),
+     ('{"layers": "1"}', "layers='1'"), ('{"hidden": null}', "hidden=None")],
+)  # fmt: skip
+def test_the_model_of_a_run_is_refused_by_file(tmp_path, content, message):
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.json: .*{message}"):
+        checkpoint.read_model_config(tmp_path / "model.json")
+
+
 def state(step):
     kernel = jax.random.normal(jax.random.key(step), (64, 50))
     return {"a/kernel": kernel, "a/bias": jnp.full(3, step, jnp.float32)}, {"count": jnp.int32(step), "mu": kernel * 2}

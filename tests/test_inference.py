@@ -199,6 +199,12 @@ def test_a_large_slide_is_asked_once_whether_it_fits(predictor, monkeypatch):
     assert len(asked) == 2 and inference._encode_slides._cache_size() == shared  # its size, then its program
 
 
+@pytest.mark.parametrize("data", [["grid"], {"edge_um": "far"}, {"caption_length": [3]}, {"edge_px": float("inf")}])
+def test_a_config_of_something_else_names_its_run(data):
+    with pytest.raises(ValueError, match="runs/x: no sound section 'data' in its config.json"):
+        Predictor(None, {"data": data}, None, "runs/x")
+
+
 def test_a_slide_of_the_wrong_encoder_is_refused(predictor):
     with pytest.raises(ValueError, match=r"S0.*'other'.*'descriptor'"):
         predictor.encode_slide(make_slide(encoder="other"))

@@ -32,8 +32,12 @@ def test_a_line_cut_off_by_a_crash_is_dropped_and_a_foreign_one_named(tmp_path):
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
     truncate_metrics(path, 5)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
-    path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2: no row of metrics: 'hello'"):
+    for foreign in ("hello", "[1]", '{"step": "2"}', "[" * 100_000):
+        path.write_text(f'{{"step": 1}}\n{foreign}\n{{"step": 2}}\n')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: no row of metrics: '"):
+            read_metrics(path)
+    path.write_bytes(b'{"step": 1}\n\xff\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: not UTF-8"):
         read_metrics(path)
 
 

@@ -178,7 +178,8 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
     names = ("feature_dim", "num_patches", "patch_size", "width", "height")
     numbers = {key: (list(feature[key].int64_list.value) or [0])[0] for key in names}
     arrays = {key: np.array(feature[key].int64_list.value, np.int64).astype(ARRAYS[key]) for key in ARRAYS}
-    arrays["region_grid"] = arrays["region_grid"][: len(arrays["region_grid"]) // 2 * 2].reshape(-1, 2)
+    grid = arrays["region_grid"]
+    arrays["region_grid"] = np.zeros((0, 2), grid.dtype) if len(grid) % 2 else grid.reshape(-1, 2)
     start, length = payloads["coords"]
     info = SlideInfo(
         **texts,
@@ -191,29 +192,34 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
         coords_crc32c=crc32c(np.frombuffer(data, np.uint8, length, start)),
         shard=shard,
     )
-    _check_info(info, f"{where}, slide {info.slide_id!r:.80},", payloads["features"][1])
+    try:
+        _check_info(info, payloads["features"][1])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; {REWRITE}") from None
     return info
 
 
-def _check_info(info: SlideInfo, where: str, features_bytes: int) -> None:
-    """Raise ValueError where what is known of a slide contradicts itself: it may come from anybody's file."""
-    try:
-        check_slide_id(info.slide_id)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from None
+def _check_info(info: SlideInfo, features_bytes: int | None = None) -> None:
+    """Raise ValueError where what is known of a slide contradicts itself: it may come from anybody's file.
+
+    `features_bytes` is the size of its features, where something but the index tells it.
+    """
+    check_slide_id(info.slide_id)
+    where, rows = f"slide {info.slide_id}", info.region_rows
     sizes = (info.patch_size, info.width, info.height, info.num_patches - 1, info.feature_dim - 1)
     if info.feature_dtype not in DTYPES:
         raise ValueError(f"{where} has features of {info.feature_dtype!r:.40}, expected one of {', '.join(DTYPES)}")
     if not all(0 <= size < 2**31 for size in sizes) or not 0 <= info.mpp < 1e4:
         found = f"{info.num_patches} patches of {info.patch_size} px, {info.feature_dim} wide, mpp {info.mpp}"
-        raise ValueError(f"{where} has {found}, slide {info.width} x {info.height}; {REWRITE}")
-    if features_bytes != info.num_patches * info.row_bytes or info.coords_bytes not in (0, 8 * info.num_patches):
-        found = f"{features_bytes} bytes of features and {info.coords_bytes} of coords"
-        raise ValueError(f"{where} has {found} for {info.num_patches} patches of {info.row_bytes} bytes; {REWRITE}")
-    rows = info.region_rows
+        raise ValueError(f"{where} has {found}, in {info.width} x {info.height}, expected sizes")
+    expected = info.num_patches * info.row_bytes
+    stored = expected if features_bytes is None else features_bytes
+    if stored != expected or info.coords_bytes not in (0, 8 * info.num_patches):
+        found = f"{stored} bytes of features and {info.coords_bytes} of coords"
+        raise ValueError(f"{where} has {found} for {info.num_patches} patches of {info.row_bytes} bytes")
     if not (len(rows) == len(info.region_grid) + 1 == len(info.region_crc32c) + 1 and rows[0] == 0
             and rows[-1] == info.num_patches and (np.diff(rows) > 0).all()):  # fmt: skip
-        raise ValueError(f"{where} has regions that do not cover its {info.num_patches} patches; write it again")
+        raise ValueError(f"{where} has regions that do not cover its {info.num_patches} patches")
 
 
 def check_region(info: SlideInfo, region: int, crc: int) -> None:
@@ -326,7 +332,7 @@ def _decode_index(data: bytes, start: int, shard: Place, size: int) -> Index:
             start += arrays[name].nbytes
         arrays["region_grid"] = arrays["region_grid"].reshape(-1, 2)
         info = SlideInfo(**scalars, **arrays, shard=shard)
-        _check_info(info, f"slide {info.slide_id!r:.80}", info.num_patches * info.row_bytes)
+        _check_info(info)
         ends = (info.features_offset + info.num_patches * info.row_bytes, info.coords_offset + info.coords_bytes)
         if max(ends) > size or min(info.features_offset, info.coords_offset) < 0:
             raise ValueError(f"slide {info.slide_id} lies outside of {shard.name}, up to byte {max(ends)} of {size}")

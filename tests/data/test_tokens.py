@@ -159,6 +159,9 @@ def test_folders_that_hold_no_tokenizer(tmp_path, vocabulary):
     (folder_of(tmp_path / "d", vocabulary) / "vocab.txt").write_bytes(b"\xff\xfe[\x00")
     with pytest.raises(ValueError, match="vocab.txt: not UTF-8"):
         TextTokenizer(tmp_path / "d")
+    (folder_of(tmp_path / "e", vocabulary) / "tokenizer_config.json").write_text('{"do_lower_case": 1}')
+    with pytest.raises(ValueError, match="/e: its settings say lowercase 1, expected true or false"):
+        TextTokenizer(tmp_path / "e")
 
 
 def test_a_vocabulary_learnt_from_texts(tmp_path):

@@ -41,6 +41,9 @@ def test_concepts_of_grounding_need_no_wrapping(tmp_path):
         ({"templates": ["an image"], "classes": {"a": ["x"]}}, "must hold {} once"),
         ([], "expected"),
         ("{", "Expecting"),
+        ("[" * 100_000, "nested too deeply"),
+        ({"templates": 3, "classes": {"a": ["x"]}}, "must hold {} once"),
+        ({"templates": [["{}"]], "classes": {"a": ["x"]}}, "must hold {} once"),
     ],
 )
 def test_faulty_prompt_files_name_the_fault(tmp_path, content, message):

@@ -49,6 +49,11 @@ def test_collections_lists_and_single_features(tmp_path, wrap):
         (json.dumps([feature([1, 2], kind="Point")]), "none of them a polygon"),
         (json.dumps([feature([["x"]])]), "feature 0"),
         (json.dumps([3]), "feature 0"),
+        ("3", "no list of features"),
+        ('{"type": "FeatureCollection"}', "no list of features"),
+        ("[" * 100_000, "nested too deeply"),
+        (json.dumps([feature([[[1e308, 0], [1, 1]]])]), "feature 0"),
+        (json.dumps([feature([SQUARE.tolist()]) | {"properties": {"classification": ["x"]}}]), "feature 0"),
     ],
 )
 def test_faulty_files_name_the_fault(tmp_path, content, message):

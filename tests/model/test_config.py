@@ -26,6 +26,13 @@ def test_round_trip_through_json():
         ({"cross_attention_freq": 0}, ["cross_attention_freq=0"]),
         ({"num_queries": 0}, ["num_queries=0"]),
         ({"dropout": 1.0}, ["dropout=1.0"]),
+        ({"heads": 0}, ["heads=0"]),
+        ({"hidden": "768"}, ["hidden='768'"]),
+        ({"hidden": -8}, ["hidden=-8"]),
+        ({"layers": 2**31}, ["layers=2147483648", "at most 1024"]),
+        ({"remat": 1}, ["remat=1"]),
+        ({"layers": True}, ["layers=True"]),
+        ({"init": ["bert"]}, ["init=['bert']"]),
     ],
 )
 def test_refusals_name_what_was_found(values, words):
