@@ -1,7 +1,8 @@
 """The `pathflip` command: one subcommand per job, each importing what it needs only when it runs.
 
 Exit codes: 0 done; 1 done, but some slides failed (the list says which); 2 wrong input, with the cure;
-75 stopped by a signal after saving, to be started again (schedulers know this as "temporary failure").
+75 stopped by a signal after saving, or ended by a hang or a lost host, to be started again (schedulers know this as
+"temporary failure").
 """
 
 import argparse

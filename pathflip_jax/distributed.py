@@ -35,6 +35,7 @@ _ON_DEMAND = {"": "Kubernetes"}
 # What XLA and its network libraries say when another process is gone, and of nothing that a process did itself.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
 _agreements = 0
+_held = []  # what C calls and keeps no reference to
 
 
 class Launch(NamedTuple):
@@ -313,12 +314,14 @@ def _exit_where_jax_aborts() -> None:
     0.10: a callback in Python ends in std::bad_cast). Launchers restart on 75, and take a core dump for a defect.
     """
 
+    message = f"pathflip: {this_process()}: another process of this run is lost; exit {TRY_AGAIN}, start again\n"
+
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(_: int) -> None:
-        os.write(2, f"pathflip: {_name}: another process of this run is lost; exit {TRY_AGAIN}, start again\n".encode())
+        os.write(2, message.encode())
         os._exit(TRY_AGAIN)
 
-    _name, _exit_where_jax_aborts.handler = this_process(), on_abort  # held: C keeps no reference
+    _held.append(on_abort)
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(int(signal.SIGABRT), on_abort)

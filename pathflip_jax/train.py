@@ -213,10 +213,11 @@ def fit(
                     ledger.progress(number)
 
             for done in range(start + 1, steps + 1):
-                watchdog.at(done, "reading the next batch")
+                watchdog.at(done, "computing the step")
                 profiler.begin(done)
                 learned, opt_state, metrics = step(learned, frozen, opt_state, batch, np.int32(done - 1), features)
                 if done < steps:
+                    watchdog.at(done, "reading the next batch")
                     batch = sharding.place_batch(mesh, next(batches))
                 watchdog.at(done, "waiting for the devices")
                 write()  # of the step before: the device is busy with this one

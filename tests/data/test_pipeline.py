@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from pathflip_jax.data import records
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.pipeline import Batch, look_up, make_batches
@@ -127,6 +128,35 @@ def test_processes_make_the_batch_of_one(cohort, owners):
     for own in owners:
         part = batches(cohort, shards=shards, own_shards=own).batch(3)
         assert_equal(part, jax.tree.map(partial(take, own=own), whole))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_process_reads_its_own_slides_alone(cohort, processes, monkeypatch):
+    """Bytes that are read from the shards, and of which slides, by each of the processes and by one alone."""
+    read, slides = [], []
+    read_into, read_regions = records.read_into, Records.read_regions
+
+    def counted_bytes(fd, arrays, *rest):
+        read.append(sum(array.nbytes for array in arrays))
+        read_into(fd, arrays, *rest)
+
+    def counted_slides(self, position, *rest):
+        slides.append(position)
+        return read_regions(self, position, *rest)
+
+    monkeypatch.setattr(records, "read_into", counted_bytes)
+    monkeypatch.setattr(Records, "read_regions", counted_slides)
+
+    def count(index, of):
+        read.clear(), slides.clear()
+        batch = batches(cohort, process_index=index, process_count=of).batch(3)
+        return sum(read), set(slides), {int(i) for i in batch.slide}
+
+    whole, parts = count(0, 1), [count(i, processes) for i in range(processes)]
+    assert sum(size for size, _, _ in parts) == whole[0] > 0
+    for _, found, own in parts:
+        assert found == own and len(own) == 8 // processes
+    assert set.union(*(found for _, found, _ in parts)) == whole[1]
 
 
 def test_groups_do_not_change_what_is_drawn(cohort):
