@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, distributed, goodput, memory, settings, sharding
 from pathflip_jax.compilation import compiler_options
-from pathflip_jax.data.pipeline import Batches, look_up
+from pathflip_jax.data.pipeline import look_up
 from pathflip_jax.data.storage import is_url
 from pathflip_jax.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.losses import LossConfig, pair_bytes
@@ -33,30 +32,11 @@ from pathflip_jax.model.flops import useful_operations
 from pathflip_jax.model.pathflip import PathFLIP, abstract_params, flatten, unflatten
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.profiling import Profiler, profiled_steps
+from pathflip_jax.resume import begun_config, claim
 from pathflip_jax.run_data import RunData, open_data
 from pathflip_jax.stage import Params, Stage, alignment, make_step
 from pathflip_jax.telemetry import USEFUL, Telemetry
-
-RECALLS = (1, 5)
-MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
-# Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
-MAY_CHANGE = {
-    "mesh": sharding.AXES,
-    "loss": ("negatives_at_once",),
-    "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
-    "model": ("bert",),
-    "train": (
-        "keep",
-        "checkpoints",
-        "keep_every",
-        "save_every",
-        "preemptions_per_day",
-        "deterministic",
-        "wandb_project",
-        "hang_seconds",
-        "heartbeat_seconds",
-    ),
-}
+from pathflip_jax.validation import MEASURED, choose_best, make_validation, place_features
 
 
 class Stopped(Exception):
@@ -291,53 +271,6 @@ def _begin(
     return step, learned, frozen, opt_state, facts["best"]
 
 
-def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params], dict[str, float]]:
-    """validate(learned, frozen) -> losses and retrieval on held-out slides, named val/...
-
-    Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
-    split; slides of one case are no rivals.
-    """
-    from pathflip_jax.evaluate.retrieval import expected_rank, rank, recall
-
-    key = jax.random.key(0)
-    replicated = NamedSharding(mesh, P())
-
-    features = place_features(mesh, batches)
-
-    def measure(learned: Params, frozen: Params, batch, features):
-        model, batch = build(learned, frozen), look_up(batch, features)
-        embeddings = jax.tree.map(lambda x: x[: batches.batch_size], stage.encode(model, batch, None))
-        batch = batch._replace(patch_mask=batch.patch_mask[: batches.batch_size], case=batch.case[: batches.batch_size])
-        _, metrics = stage.objective(model, embeddings, batch, key)
-        return metrics, embeddings["slide"], embeddings["captions"], batch.case
-
-    measure = jax.jit(measure, out_shardings=replicated)
-
-    def validate(learned: Params, frozen: Params) -> dict[str, float]:
-        parts = []
-        for number in range(batches.steps_per_epoch):
-            parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features))
-        metrics, slides, captions, cases = zip(*jax.device_get(parts), strict=True)
-        scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        slides, captions, cases = (np.concatenate(x) for x in (slides, captions, cases))
-        both = [rank(slides, captions, cases), rank(captions, slides, cases)]
-        for k in RECALLS:
-            scores[f"recall_at_{k}"] = float(np.mean([recall(ranks, k).mean() for ranks in both]))
-        scores["mean_reciprocal_rank"] = float(np.mean([(1 / expected_rank(ranks)).mean() for ranks in both]))
-        return {VALIDATION + name: value for name, value in scores.items()}
-
-    return validate
-
-
-def place_features(mesh, batches: Batches) -> jax.Array | None:
-    """The features of a cohort on the devices, where batches look them up there; MemoryError if they do not fit."""
-    features = batches.take_features()
-    if features is None:
-        return None
-    memory.check_features(features.nbytes // mesh.size)
-    return sharding.place_rows(mesh, features)
-
-
 def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> PathFLIPConfig:
     """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees."""
     values = config.model.to_dict()
@@ -363,41 +296,6 @@ def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) ->
 
         params |= {name: jax.device_put(x, places[name]) for name, x in bert_parameters(bert, model).items()}
     return params
-
-
-def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
-    """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
-
-    So is that of `train.checkpoints`, which alone outlives a lost machine. A run that ended before its first
-    checkpoint, on a wrong setting or for want of memory, has no claim on either.
-    """
-    home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
-    if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
-        before = checkpoint.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
-        if checkpoint.run_folder(before) != home:
-            raise ValueError(
-                f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
-                "--config.train.checkpoints, or another --workdir"
-            )
-    before = begun_config(home)
-    if before is not None:
-        differing = checkpoint.differences(_fixed(before), _fixed(resolved))
-        if differing:
-            raise ValueError(
-                f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
-                "give that run's settings to go on with it, or another --workdir to start a new one"
-            )
-    elif jax.process_index() == 0:
-        checkpoint.describe_run(home, model, resolved, tokenizer)
-    if home != workdir and jax.process_index() == 0:
-        checkpoint.describe_run(workdir, model, resolved, tokenizer)
-
-
-def begun_config(home: Path) -> dict | None:
-    """The config of the run whose checkpoints are in `home`; None where there is none yet."""
-    if (home / checkpoint.CONFIG).exists() and any((home / checkpoint.CHECKPOINTS).glob("[0-9]*")):
-        return checkpoint.read_json(home / checkpoint.CONFIG)
-    return None
 
 
 class StopSignal:
@@ -472,33 +370,9 @@ example:
       --config.data.slides=slides.csv --config.data.tokenizer=bert --config.model.bert=bert --workdir runs/base"""
 
 
-def choose_best(best: dict | None, step: int, score: float, select: str, margin: float) -> tuple[dict, bool]:
-    """The best checkpoint after a validation, and whether it is the new one: the latest within `margin` of the top.
-
-    Few validation slides make a score that jumps from step to step; among scores that their number cannot tell apart,
-    the one at the lowest learning rate is the better bet.
-    """
-    smaller = "loss" in select
-    if best is None:
-        return {"step": step, "value": score, "top": score}, True
-    top = best["top"]
-    if (score <= top + margin) if smaller else (score >= top - margin):
-        if margin or score != top:  # with no margin the first of equals stays
-            return {"step": step, "value": score, "top": min(top, score) if smaller else max(top, score)}, True
-    return best, False
-
-
 def _refuse_nan(step: int, loss: float, workdir: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"step {step}: the loss is {loss}; checkpoints in {workdir / checkpoint.CHECKPOINTS} are from before it. "
             "Lower --config.optim.learning_rate or set --config.optim.clip=1.0, in another --workdir"
         )
-
-
-def _fixed(resolved: dict) -> dict:
-    """The settings that make a run this run."""
-    return {
-        section: {name: x for name, x in values.items() if name not in MAY_CHANGE.get(section, ())}
-        for section, values in resolved.items()
-    }

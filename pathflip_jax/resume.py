@@ -1,0 +1,71 @@
+"""Which run a folder holds, and what makes a run the same when it goes on elsewhere or on other devices."""
+
+from pathlib import Path
+
+import jax
+
+from pathflip_jax import checkpoint, sharding
+from pathflip_jax.metrics import METRICS
+from pathflip_jax.model.config import PathFLIPConfig
+
+# Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
+MAY_CHANGE = {
+    "mesh": sharding.AXES,
+    "loss": ("negatives_at_once",),
+    "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
+    "model": ("bert",),
+    "train": (
+        "keep",
+        "checkpoints",
+        "keep_every",
+        "save_every",
+        "preemptions_per_day",
+        "deterministic",
+        "wandb_project",
+        "hang_seconds",
+        "heartbeat_seconds",
+    ),
+}
+
+
+def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
+    """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
+
+    So is that of `train.checkpoints`, which alone outlives a lost machine. A run that ended before its first
+    checkpoint, on a wrong setting or for want of memory, has no claim on either.
+    """
+    home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
+    if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
+        before = checkpoint.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
+        if checkpoint.run_folder(before) != home:
+            raise ValueError(
+                f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
+                "--config.train.checkpoints, or another --workdir"
+            )
+    before = begun_config(home)
+    if before is not None:
+        differing = checkpoint.differences(_fixed(before), _fixed(resolved))
+        if differing:
+            raise ValueError(
+                f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
+                "give that run's settings to go on with it, or another --workdir to start a new one"
+            )
+    elif jax.process_index() == 0:
+        checkpoint.describe_run(home, model, resolved, tokenizer)
+    if home != workdir and jax.process_index() == 0:
+        checkpoint.describe_run(workdir, model, resolved, tokenizer)
+
+
+def begun_config(home: Path) -> dict | None:
+    """The config of the run whose checkpoints are in `home`; None where there is none yet."""
+    if (home / checkpoint.CONFIG).exists() and any((home / checkpoint.CHECKPOINTS).glob("[0-9]*")):
+        return checkpoint.read_json(home / checkpoint.CONFIG)
+    return None
+
+
+def _fixed(resolved: dict) -> dict:
+    """The settings that make a run this run."""
+    return {
+        section: {name: x for name, x in values.items() if name not in MAY_CHANGE.get(section, ())}
+        for section, values in resolved.items()
+    }

@@ -1,0 +1,79 @@
+"""Validation during a run: losses and retrieval on held-out slides, and which checkpoint they make the best."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pathflip_jax import memory, sharding
+from pathflip_jax.data.pipeline import Batches, look_up
+from pathflip_jax.metrics import VALIDATION
+from pathflip_jax.stage import Params, Stage
+
+RECALLS = (1, 5)
+MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
+
+
+def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params], dict[str, float]]:
+    """validate(learned, frozen) -> losses and retrieval on held-out slides, named val/...
+
+    Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
+    split; slides of one case are no rivals.
+    """
+    from pathflip_jax.evaluate.retrieval import expected_rank, rank, recall
+
+    key = jax.random.key(0)
+    replicated = NamedSharding(mesh, P())
+
+    features = place_features(mesh, batches)
+
+    def measure(learned: Params, frozen: Params, batch, features):
+        model, batch = build(learned, frozen), look_up(batch, features)
+        embeddings = jax.tree.map(lambda x: x[: batches.batch_size], stage.encode(model, batch, None))
+        batch = batch._replace(patch_mask=batch.patch_mask[: batches.batch_size], case=batch.case[: batches.batch_size])
+        _, metrics = stage.objective(model, embeddings, batch, key)
+        return metrics, embeddings["slide"], embeddings["captions"], batch.case
+
+    measure = jax.jit(measure, out_shardings=replicated)
+
+    def validate(learned: Params, frozen: Params) -> dict[str, float]:
+        parts = []
+        for number in range(batches.steps_per_epoch):
+            parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features))
+        metrics, slides, captions, cases = zip(*jax.device_get(parts), strict=True)
+        scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        slides, captions, cases = (np.concatenate(x) for x in (slides, captions, cases))
+        both = [rank(slides, captions, cases), rank(captions, slides, cases)]
+        for k in RECALLS:
+            scores[f"recall_at_{k}"] = float(np.mean([recall(ranks, k).mean() for ranks in both]))
+        scores["mean_reciprocal_rank"] = float(np.mean([(1 / expected_rank(ranks)).mean() for ranks in both]))
+        return {VALIDATION + name: value for name, value in scores.items()}
+
+    return validate
+
+
+def place_features(mesh, batches: Batches) -> jax.Array | None:
+    """The features of a cohort on the devices, where batches look them up there; MemoryError if they do not fit."""
+    features = batches.take_features()
+    if features is None:
+        return None
+    memory.check_features(features.nbytes // mesh.size)
+    return sharding.place_rows(mesh, features)
+
+
+def choose_best(best: dict | None, step: int, score: float, select: str, margin: float) -> tuple[dict, bool]:
+    """The best checkpoint after a validation, and whether it is the new one: the latest within `margin` of the top.
+
+    Few validation slides make a score that jumps from step to step; among scores that their number cannot tell apart,
+    the one at the lowest learning rate is the better bet.
+    """
+    smaller = "loss" in select
+    if best is None:
+        return {"step": step, "value": score, "top": score}, True
+    top = best["top"]
+    if (score <= top + margin) if smaller else (score >= top - margin):
+        if margin or score != top:  # with no margin the first of equals stays
+            return {"step": step, "value": score, "top": min(top, score) if smaller else max(top, score)}, True
+    return best, False
