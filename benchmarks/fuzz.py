@@ -91,7 +91,8 @@ class Sandbox:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.work, self.out = folder, folder / "inner" / "work", folder / "inner" / "out"
-        self.canary, self.seeds = folder / "canary", folder / "seeds"
+        self.seeds = folder / "seeds"
+        self.canary = self.seeds / "canary"  # what a payload would make; the seeds of a reader name it
         temporary = folder / "inner" / "tmp"
         for path in (self.work, self.out, self.seeds, temporary):
             path.mkdir(parents=True)

@@ -11,13 +11,13 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import h5py
 import mutations
 import numpy as np
 import tifffile
+from hostile_h5 import COORDS, ROWS, features, write_h5
 
 from data_prep.jobs import Job, prepare_slide
 from data_prep.pool import run_each
@@ -25,7 +25,7 @@ from pathflip_jax import checkpoint, metrics
 from pathflip_jax.convert.bert import bert_settings
 from pathflip_jax.convert.pytorch import read_checkpoint
 from pathflip_jax.data.captions import split_sentences
-from pathflip_jax.data.features import read_features
+from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.index import INDEX_HEAD, encode_slide, index_path
 from pathflip_jax.data.records import Records, finish_folder, shard_name, verify, write_shard
 from pathflip_jax.data.text import read_questions, read_slide_table, read_texts
@@ -37,8 +37,6 @@ from pathflip_jax.grounding.heatmap import read_thumbnail
 from pathflip_jax.grounding.outlines import patches_inside, read_outlines
 from pathflip_jax.inference import Predictor
 
-ROWS = 12
-COORDS = np.stack(np.meshgrid(np.arange(4), np.arange(3)), -1).reshape(-1, 2) * 256
 CAPTION = "Glands infiltrate the stroma. Necrosis is extensive, about 1.8 cm. No mucin is seen (see fig. 2)."
 
 
@@ -63,82 +61,9 @@ class Reader:
 # ---- sound files ----
 
 
-@cache
-def _features() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
-
-
-def _slide(name: str = "S1", coords: bool = True):
-    from pathflip_jax.data.features import SlideFeatures
-
-    place = {"coords": COORDS, "patch_size": 256, "mpp": 0.5, "width": 1024, "height": 768} if coords else {}
-    return SlideFeatures(name, "P1", _features(), encoder="enc", **place)
-
-
-TRIDENT = {
-    "patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20, "overlap": 0,
-    "level0_width": 4000, "level0_height": 5000, "name": "x",
-}  # fmt: skip
-CLAM = {"patch_size": 256, "patch_level": 1, "downsample": [4.0, 4.0], "level_dim": [1000, 1250], "name": "x"}
-STAMP = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": "ctranspath"}
-
-
-def write_h5(kind: str, rng: random.Random | None = None, **how) -> bytes:
-    """An h5 file of features as a tool writes it; with `rng`, of attributes, types and shapes that no tool writes."""
-    out = io.BytesIO()
-    with h5py.File(out, "w", libver=rng.choice((None, "latest")) if rng else None) as file:
-        features, coords = _features(), COORDS.astype(np.float32 if kind == "stamp" else np.int64)
-        if rng is not None and rng.random() < 0.5:
-            features, coords = rng.choice(((_strange(rng), coords), (features, _strange(rng))))
-        arrays = {"feats" if kind == "stamp" else "features": features, "coords": coords}
-        if kind == "patches":
-            arrays = {"coords": coords}
-        for name, array in arrays.items():
-            chunked = np.ndim(array) == 2 and array.shape[0] >= 4 and array.shape[1] >= 2
-            file.create_dataset(name, data=array, **(how if chunked else {}))
-        attributes = {"clam": CLAM, "patches": CLAM, "trident": TRIDENT, "stamp": STAMP}[kind]
-        place = file if kind == "stamp" else file["coords"]
-        for name, value in attributes.items():
-            if rng is not None and rng.random() < 0.3:
-                value = rng.choice((*mutations.VALUES, np.zeros(1000), np.zeros(0), [b"x", b"y"], h5py.Empty("f4")))
-            try:
-                place.attrs[name] = value
-            except (TypeError, ValueError, OverflowError):  # HDF5 has no such value
-                place.attrs[name] = str(value).encode("utf-8", "replace").replace(b"\x00", b"")
-        if rng is not None and rng.random() < 0.2:
-            _bomb(rng, file)
-    return out.getvalue()
-
-
-def _strange(rng: random.Random):
-    values = [np.zeros(shape, "f4") for shape in ((0,), (5,), (0, 4), (ROWS, 0), (1, ROWS, 4), (2, 2, 2, 2), ())]
-    values += [_features().astype(t) for t in ("f8", ">f4", "i1", "u8", "c8", "f2", "S4", "?")]
-    values += [_features() * np.float32(factor) for factor in (np.inf, np.nan, 1e38, 0)]
-    values += [np.array([b"x", b"y"]), np.array([("a", 1.0)], dtype="S1,f4"), COORDS * 2.0**40, -COORDS]
-    with np.errstate(invalid="ignore"):
-        return rng.choice(values)
-
-
-def _bomb(rng: random.Random, file: h5py.File) -> None:
-    """Arrays that say they are huge, expand hugely, or lie elsewhere."""
-    name = rng.choice(list(file))
-    attributes = dict(file[name].attrs)
-    del file[name]
-    draw = rng.randrange(6)
-    if draw == 0:
-        file.create_dataset(name, (rng.choice((10**6, 10**9, 10**12)), 4), "f4", chunks=(1024, 4))
-    elif draw == 1:
-        file.create_dataset(name, data=np.zeros((500_000, 8), "f4"), chunks=(500_000, 8), compression="gzip")
-    elif draw == 2:
-        file.create_dataset(name, (10**10, 4), "f4")
-    elif draw == 3:
-        file[name] = h5py.ExternalLink("/etc/passwd", "features")
-    elif draw == 4:
-        file.create_dataset(name, (100, 4), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
-    else:
-        file[name] = h5py.SoftLink(f"/{name}")
-    if draw < 3:
-        file[name].attrs.update(attributes)
+def _slide(name: str = "S1") -> SlideFeatures:
+    place = {"coords": COORDS, "patch_size": 256, "mpp": 0.5, "width": 1024, "height": 768}
+    return SlideFeatures(name, "P1", features(), encoder="enc", **place)
 
 
 def _h5(kind: str) -> Callable[[Path], list[bytes]]:
@@ -156,10 +81,10 @@ def _h5_mutation(kind: str) -> mutations.Mutation:
 def _torch_seeds(folder: Path) -> list[bytes]:
     import torch
 
-    features = torch.tensor(_features())
-    values = [features, features.half(), features.bfloat16(), features.double(), features.t(), features[::2]]
-    values += [torch.as_strided(features, (10**12, 4), (0, 1)), torch.zeros(3), {"features": features}, torch.tensor(3)]
-    values += [features.to_sparse(), torch.quantize_per_tensor(features, 0.1, 0, torch.qint8), features.to("meta")]
+    tensor = torch.tensor(features())
+    values = [tensor, tensor.half(), tensor.bfloat16(), tensor.double(), tensor.t(), tensor[::2]]
+    values += [torch.as_strided(tensor, (10**12, 4), (0, 1)), torch.zeros(3), {"features": tensor}, torch.tensor(3)]
+    values += [tensor.to_sparse(), torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), tensor.to("meta")]
     found = []
     for value in values:
         for zipped in (True, False):
@@ -176,7 +101,7 @@ def _state_seeds(folder: Path) -> list[bytes]:
     import safetensors.numpy
     import torch
 
-    tensors = {"path_encoder.weight": _features(), "query_tokens": _features()[None], "x.num": np.arange(3)}
+    tensors = {"path_encoder.weight": features(), "query_tokens": features()[None], "x.num": np.arange(3)}
     found = [safetensors.numpy.save(tensors, {"format": "pt"}), safetensors.numpy.save({})]
     for value in ({k: torch.tensor(v) for k, v in tensors.items()}, {"state_dict": {"a": torch.zeros(2)}, "epoch": 3}):
         out = io.BytesIO()
@@ -194,7 +119,7 @@ def _torch_mutation(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 def _csv_features(_: Path) -> list[bytes]:
     header = ",".join(map(str, range(4))) + ",patch_name\n"
-    rows = [[*map(repr, x), "{}_{}.png".format(*xy)] for x, xy in zip(_features().tolist(), COORDS, strict=True)]
+    rows = [[*map(repr, x), "{}_{}.png".format(*xy)] for x, xy in zip(features().tolist(), COORDS, strict=True)]
     text = header + "".join(",".join(row) + "\n" for row in rows)
     return [text.encode(), b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()]
 
@@ -438,15 +363,10 @@ def _read_manifest(path: Path, out: Path) -> None:
 
 def _read_metrics(path: Path, out: Path) -> None:
     metrics.truncate_metrics(path, 2)
-    metrics.plot(out) if (out / metrics.METRICS).exists() else None
 
 
 def _json_seeds(*values: object) -> Callable[[Path], list[bytes]]:
     return lambda _: [json.dumps(value, indent=indent).encode() for value in values for indent in (None, 1)]
-
-
-def _prepared_run(folder: Path) -> None:
-    _fill_run(folder)
 
 
 KNOWING = mutations.some_blind(0.35, mutations.json_text)
@@ -496,7 +416,7 @@ def readers() -> Iterator[Reader]:
     bert = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
             "intermediate_size": 16, "vocab_size": 60, "max_position_embeddings": 16}  # fmt: skip
     yield Reader("bert config", 10, "config.json", _json_seeds(bert), KNOWING, lambda p, _: bert_settings(p.parent))
-    yield Reader("checkpoint", 6, "part", _run_files, _run_mutation, _read_run, _prepared_run, True)
+    yield Reader("checkpoint", 6, "part", _run_files, _run_mutation, _read_run, _fill_run, True)
     pictures = lambda _: list(itertools.starmap(write_slide, (("jpeg", True), ("zlib", True), (None, False))))  # noqa: E731
     yield Reader("slide thumbnail", 12, "x.tiff", pictures, mutations.blind, _read_pixels)
     yield Reader("slide prepare", 6, "x.tiff", pictures, mutations.blind, _read_prepared)
@@ -511,4 +431,4 @@ def _fill_features(folder: Path) -> None:
     """CLAM's features, whose patch size stands in the file beside."""
     (folder / "features").mkdir()
     with h5py.File(folder / "features" / "x.h5", "w") as file:
-        file["features"], file["coords"] = _features(), COORDS
+        file["features"], file["coords"] = features(), COORDS

@@ -20,7 +20,7 @@ import numpy as np
 from machine import describe
 
 from pathflip_jax.data import guarded
-from pathflip_jax.data.features import H5_READER, read_features
+from pathflip_jax.data.features import H5_READER, _read_h5, _read_pt, read_features
 
 
 def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:
@@ -111,8 +111,6 @@ def main() -> None:
 
 def _parse(path: Path) -> np.ndarray:
     """The features as the worker gives them, without the checks of `read_features`."""
-    from pathflip_jax.data.features import _read_h5, _read_pt
-
     return (_read_pt(path) if path.suffix == ".pt" else _read_h5(path, None))["features"]
 
 

@@ -7,6 +7,8 @@ to the code behind.
 import csv
 import io
 import json
+import os
+import pathlib
 import pickle
 import random
 import struct
@@ -71,7 +73,8 @@ def _integer(rng, data, seeds):
     code = rng.choice("BHIQ")
     size = struct.calcsize(code)
     if len(data) > size:
-        at = rng.randrange(len(data) - size) // rng.choice((1, size)) * rng.choice((1, 1))
+        at = rng.randrange(len(data) - size)
+        at -= at % rng.choice((1, size))
         value = rng.choice(INTEGERS) % 2 ** (8 * size)
         data[at : at + size] = struct.pack(rng.choice("<>") + code, value)
     return data
@@ -225,9 +228,6 @@ def hostile_pickles(touched: str) -> list[bytes]:
 
         def __reduce__(self):
             return self.call
-
-    import os
-    import pathlib
 
     payloads = [
         Call(os.system, f"touch {touched}"),

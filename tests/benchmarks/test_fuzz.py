@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import sys
 from dataclasses import replace
@@ -95,7 +96,7 @@ def fail(error):
         ("type", lambda path, out: fail(KeyError(f"{path}"))),
         ("outside", lambda path, out: (out / "../../../x.npz").write_text("there")),
         ("outside", lambda path, out: os.mkdir(out.parents[2] / "made")),
-        ("code", lambda path, out: (out.parents[1] / "canary").touch()),
+        ("code", lambda path, out: (out.parents[1] / "seeds" / "canary").touch()),
         ("code", lambda path, out: os.system("true")),
     ],
 )
@@ -106,6 +107,22 @@ def test_a_fault_is_seen(benchmark_modules, sandbox, outcome, read):
         place.rmdir() if place.is_dir() else place.unlink(missing_ok=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_payloads_would_run_where_they_are_let(bench, benchmark_modules, sandbox):
+    """The canary can sing: what the campaign feeds to .pt readers makes the file that it watches."""
+    reader = known(benchmark_modules)["pt"]
+    sandbox.load(reader)
+    payloads = [seed for seed in sandbox.sound if seed[:1] == b"\x80" and str(sandbox.canary).encode() in seed]
+    trusting = replace(reader, read=lambda path, out: pickle.loads(path.read_bytes()))
+    found = set()
+    for payload in payloads:
+        sandbox.reader = eager = replace(trusting, mutate=lambda rng, seeds, payload=payload: payload)
+        found.add(sandbox.attempt(eager, 0, 0).outcome)
+    assert len(payloads) > 5 and found == {"code"}
+    sandbox.reader = None
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_input_is_a_function_of_seed_and_number(benchmark_modules, sandbox):
     for reader in known(benchmark_modules).values():
         if reader.name in ("h5 clam", "csv slides", "json captions", "pt", "tfrecord"):
