@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 class Run:
-    """The processes of one `pathflip train`, which write what they say to one file each."""
+    """The processes of one `pathflip train`, which write what they say to one file each, never on a disk that fills."""
 
     def __init__(self, bench: "Bench", workdir: Path, hosts: int, more: list[str]) -> None:
         self.workdir, self.logs = workdir, []
@@ -86,7 +86,7 @@ class Run:
         together = [f"--coordinator=localhost:{free_port()}", f"--num_processes={hosts}"] if hosts > 1 else []
         self.processes = []
         for host in range(hosts):
-            log = workdir.with_name(f"{workdir.name}.{len(list(workdir.parent.glob(f'{workdir.name}.*.log')))}.log")
+            log = bench.folder / f"{workdir.name}.{len(list(bench.folder.glob(f'{workdir.name}.*.log')))}.log"
             log.touch()
             argv = [*arguments, *together, *([f"--process_id={host}"] if together else [])]
             process = bench.context.Process(target=_train, args=(argv, log, DEVICES, bench.cache))
