@@ -145,12 +145,12 @@ def time_stages(path: Path, encoders: list[str], mpp: float) -> dict[str, float]
         timed(f"encode: {name.partition(':')[0]}", len(patches), lambda encode=encode: encode(patches))
         width = encode.dim
     features = np.zeros((count, width), np.float16)
-    place = (tiles.coords, tiles.patch_size_level0, 0.5, *Image.open(path).size, "benchmark")
+    place = (tiles.coords, tiles.patch_size_level0, slide.mpp, slide.width, slide.height, "benchmark")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         shard = Path(folder) / "s.tfrecord"
-        slide = SlideFeatures("S0", "", features, *place)
-        write_shard(shard, [slide])  # once before: the protobuf classes are imported with the first record
-        timed("write", count, lambda: write_shard(shard, [slide]))
+        record = SlideFeatures("S0", "", features, *place)
+        write_shard(shard, [record])  # once before: the protobuf classes are imported with the first record
+        timed("write", count, lambda: write_shard(shard, [record]))
     return {stage: counts[stage] / max(seconds[stage], 1e-6) for stage in seconds}
 
 
