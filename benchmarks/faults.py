@@ -179,6 +179,8 @@ class Bench:
                 codes = run.wait()
             finally:
                 run.kill(list(range(hosts)))
+            if struck is None and any(codes):
+                raise RuntimeError(f"{fault}: the run failed before it struck, with {codes}:\n{run.said()[0][-3000:]}")
             if struck is None or set(codes) == {0}:  # it was through before
                 continue
             wrong = [

@@ -272,7 +272,8 @@ def end_together(error: Exception, heartbeat_seconds: int) -> None:
     if not ours or os.environ.get("PATHFLIP_DEBUG"):
         traceback.print_exception(error)
     print(f"pathflip: {this_process()}: {error}", file=sys.stderr)
-    _leave(str(error), WRONG_INPUT if ours else FAILED)
+    unreached = _may_be_a_lost_peer(error) and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error))  # all live
+    _leave(str(error), TRY_AGAIN if unreached else WRONG_INPUT if ours else FAILED)
 
 
 def _may_be_a_lost_peer(error: BaseException | None) -> bool:
