@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 from roofline import large_product, torch_product_rate
-from roofline import parameters as count_parameters
 from sides import BASE, JOBS, SMALL
 
+from pathflip_jax.model import flops
 from pathflip_jax.model.config import PathFLIPConfig
 
 HERE = Path(__file__).parent
@@ -108,7 +108,7 @@ def matrix_rate(device: str, dtype: str) -> float:
 
 def measure(options: argparse.Namespace) -> dict:
     """All rounds of all jobs: times, peaks and ratios by name."""
-    parameters = count_parameters(PathFLIPConfig(**(SMALL if options.small else BASE)))
+    parameters = flops.parameters(PathFLIPConfig(**(SMALL if options.small else BASE)))
     times = {job: {side: [] for side in options.sides} for job in options.jobs}
     peaks = {job: {side: [] for side in options.sides} for job in options.jobs}
     for job in options.jobs:

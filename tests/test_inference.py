@@ -61,7 +61,7 @@ def encode_slides(model, patches, mask):
 
 @jax.jit
 def attend(model, texts, regions, mask):
-    return model.text_region_attention(texts, regions, mask)
+    return model.text_region(texts, regions, mask)
 
 
 def exactly(predictor, slide):

@@ -116,7 +116,7 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import sides, step
 from pathlib import Path
 step._write_weights(Path({str(tmp_path)!r}), step.SMALL)
-assert step.count_parameters(step.PathFLIPConfig(**step.SMALL)) > 1000
+assert step.flops.parameters(step.PathFLIPConfig(**step.SMALL)) > 1000
 sys.argv = ["sides.py", "--side", "ours", "--job", "train_base", "--small", "--regions", "2", "--steps", "0"]
 sys.argv += ["--weights", {str(tmp_path)!r}, "--outputs", {str(tmp_path / "outputs.npz")!r}]
 sys.exit(sides.main())

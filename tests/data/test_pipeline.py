@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from pathflip_jax.data import records
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.pipeline import Batch, look_up, make_batches
 from pathflip_jax.data.records import Records, shard_name, write_shard
+from pathflip_jax.data.storage import LocalFile
 from pathflip_jax.data.text import SlideText, read_texts
 from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
 
@@ -134,22 +134,22 @@ def test_processes_make_the_batch_of_one(cohort, owners):
 def test_a_process_reads_its_own_slides_alone(cohort, processes, monkeypatch):
     """Bytes that are read from the shards, and of which slides, by each of the processes and by one alone."""
     read, slides = [], []
-    read_into, read_regions = records.read_into, Records.read_regions
+    fill, read_regions = LocalFile._fill, Records.read_regions
 
-    def counted_bytes(fd, arrays, *rest):
+    def counted_bytes(self, arrays, offset):
         read.append(sum(array.nbytes for array in arrays))
-        read_into(fd, arrays, *rest)
+        fill(self, arrays, offset)
 
     def counted_slides(self, position, *rest):
         slides.append(position)
         return read_regions(self, position, *rest)
 
-    monkeypatch.setattr(records, "read_into", counted_bytes)
+    monkeypatch.setattr(LocalFile, "_fill", counted_bytes)
     monkeypatch.setattr(Records, "read_regions", counted_slides)
 
     def count(index, of):
         read.clear(), slides.clear()
-        batch = batches(cohort, process_index=index, process_count=of).batch(3)
+        batch = batches(cohort, shards=of, own_shards=[index]).batch(3)
         return sum(read), set(slides), {int(i) for i in batch.slide}
 
     whole, parts = count(0, 1), [count(i, processes) for i in range(processes)]
@@ -424,7 +424,7 @@ def test_what_cannot_be_drawn_from_is_an_error(cohort):
         batches(cohort, [SlideText(("X",), "", "A.")])
     with pytest.raises(ValueError, match="21 slides .* make no batch of 24; lower batch_size"):
         batches(cohort, batch_size=24)
-    for sizes in ({"text_groups": 3}, {"process_count": 3}):
+    for sizes in ({"text_groups": 3}, {"shards": 3}):
         with pytest.raises(ValueError, match="each must be a multiple of the next"):
             batches(cohort, **sizes)
     with pytest.raises(ValueError, match="row_step 0: rows have at least one token"):
