@@ -7,9 +7,8 @@ batch). So a run resumes on another number of processes with the same batches. g
 """
 
 import logging
-import math
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float16, Int32
 
 from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags
+from pathflip_jax.data.batch_memory import BatchMemory
 from pathflip_jax.data.captions import draw_given, draw_merges
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText
@@ -148,39 +148,6 @@ def look_up(batch: Batch, features: jax.Array | None) -> Batch:
     return batch if features is None else batch._replace(patches=features[batch.patches])
 
 
-class _Memory:
-    """Memory of batches, lent again once the last array over it is gone.
-
-    A batch has tens of megabytes: the system would map new pages for each and clear them, which took as long as
-    reading the features. What is lent holds what an earlier batch left in it.
-    """
-
-    def __init__(self, keep: int) -> None:
-        self._free: deque[np.ndarray] = deque(maxlen=keep)
-
-    def lend(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array whose memory comes back here by itself."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        try:
-            block = self._free.pop()
-        except IndexError:  # all are in use
-            block = None
-        if block is None or block.nbytes != size:  # batches were resized
-            block = np.empty(size, np.uint8)
-        return np.asarray(_Loan(block, self._free)).view(dtype).reshape(shape)
-
-
-class _Loan:
-    """What NumPy takes for the owner of a lent block, and keeps until no array, view or device needs it."""
-
-    def __init__(self, block: np.ndarray, free: deque[np.ndarray]) -> None:
-        self.__array_interface__ = block.__array_interface__
-        self._block, self._free = block, free
-
-    def __del__(self) -> None:
-        self._free.append(self._block)
-
-
 class Batches:
     """The batches of a run; `batch(step)` can be asked in any order, from any thread.
 
@@ -208,7 +175,7 @@ class Batches:
         self._records, self._bags, self._tokenizer, self._draws = records, bags, tokenizer, draws
         self._shards, self._threads = shards, threads
         self._lock = threading.Lock()
-        self._memory = _Memory(keep=threads + 2)  # those made ahead, the one in use and the one before
+        self._memory = BatchMemory(keep=threads + 2)  # those made ahead, the one in use and the one before
         self._features: np.ndarray | None = None
         self._on_device = False
         self._first_row: np.ndarray | None = None
