@@ -189,10 +189,10 @@ def lower(config, layers: int, slides: int, mesh):
     model = with_layers(config, layers)
     schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)
     optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
+    stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
     step = make_step(
-        alignment(LossConfig(**config.loss)), lambda p, _: unflatten(model, p), optimizer, schedule,
-        config.train.accumulate, config.train.seed,
-    )  # fmt: skip
+        stage, lambda p, _: unflatten(model, p), optimizer, schedule, config.train.accumulate, config.train.seed
+    )
 
     def placed(tree):
         places = sharding.placements(mesh, tree)
@@ -279,7 +279,7 @@ def make_mesh(devices: list, fsdp: int):
 
     if len(devices) % fsdp:
         raise ValueError(f"--fsdp {fsdp}: {len(devices)} devices cannot be shared out so")
-    shape, types = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * len(AXES)
+    shape, types = (len(devices) // fsdp, fsdp, 1), (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
