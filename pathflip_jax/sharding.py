@@ -136,6 +136,7 @@ def by_slide(mesh: Mesh) -> Callable:
 
         def here(slides, everyone, whole):
             everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH[0], tiled=True), everyone)
+            whole = jax.tree.map(lambda x: jax.lax.pcast(x, BATCH[0], to="varying"), whole)  # one sum of its gradient
             return function(slides, everyone, whole)
 
         return jax.shard_map(here, mesh=mesh, in_specs=(BATCH, BATCH, P()), out_specs=BATCH)(slides, everyone, whole)

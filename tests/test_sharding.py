@@ -6,10 +6,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from pathflip_jax import sharding
+from pathflip_jax.losses import Embeddings, LossConfig, at_once, draw_negatives, region_loss
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import TextRegionAttention
 
 EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
 
@@ -29,6 +34,30 @@ def test_loss_gradients_and_checkpoints_are_the_same_on_eight_devices(tmp_path, 
     command = [sys.executable, "-W", "error", str(EIGHT_DEVICES), str(tmp_path), str(accumulate), normaliser, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("negatives_at_once", [None, 3])
+def test_a_loss_in_bfloat16_is_the_same_spread_over_slides(negatives_at_once):
+    B, R, K, D = 8, 3, 2, 16
+    config = PathFLIPConfig(embed_dim=D, text_region_heads=2, compute_dtype="bfloat16")
+    attention = TextRegionAttention(config, "fan_in", nnx.Rngs(0))
+    keys = iter(jax.random.split(jax.random.key(1), 5))
+    shapes = (B, D), (B, R, D), (B, D), (B, K, D)
+    slide, regions, captions, subcaptions = (jax.random.normal(next(keys), shape) for shape in shapes)
+    embeddings = Embeddings(slide, regions, jnp.ones((B, R), bool), captions, subcaptions)
+    rest = draw_negatives(next(keys), B, K), jnp.arange(B), jnp.float32(2.0), None
+    mesh = sharding.make_mesh()
+
+    def gradient(spread):
+        def loss(attention, embeddings):
+            return region_loss(embeddings, attention, *rest, LossConfig(negatives_at_once=negatives_at_once), spread)[0]
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(attention, embeddings)
+
+    expected, found = gradient(at_once), gradient(sharding.by_slide(mesh))
+    for a, b in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(found[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(expected[1].subcaptions, found[1].subcaptions, rtol=1e-5, atol=1e-7)
 
 
 def test_rules_place_by_name_and_spare_what_does_not_divide():
