@@ -53,7 +53,7 @@ def test_stages_of_a_network_are_timed_too(bench, tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_run(tmp_path):
-    sizes = ["--slides=1", "--edge=1280", "--layers=0", "--huge=8192", "--tissue=1024"]
+    sizes = ["--slides=1", "--edge=1280", "--layers=0", "--huge=16384", "--tissue=8192"]
     command = [sys.executable, ROOT / "benchmarks/prepare.py", *sizes, "--json", tmp_path / "out.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -65,14 +65,14 @@ def test_a_tiny_run(tmp_path):
         for row in found["speed"][case]["pipeline"].values():
             assert row["patches_per_s"] > 0 and sum(row["shares"].values()) == pytest.approx(1)
         assert "stain_texture, 1 cores, 1 workers" in found["speed"][case]["pipeline"]
-    assert found["memory"]["patches"] == 16 and 0 < found["memory"]["peak_gb"] < 2
+    assert found["memory"]["patches"] == 1024 and 0 < found["memory"]["peak_gb"] < 2
 
 
 @pytest.mark.slow
 def test_a_slide_of_100000_pixels_is_prepared_under_2_gb(bench, tmp_path):
     """A worker's job and the shard that comes of it, in one process; its peak is what the kernel says of it."""
     slide, shard = tmp_path / "huge.tiff", tmp_path / "pathflip-00000.tfrecord"
-    bench.write_huge_slide(slide, 100_000, 4096)
+    bench.write_huge_slide(slide, 100_000, 8192)
     lines = ["import sys", "from pathlib import Path", "from data_prep.jobs import Job, prepare_slide"]
     lines += ["from data_prep.shards import assemble", "slide, shard, part = map(Path, sys.argv[1:])"]
     lines += ["settings = {'encoder': 'stain_texture', 'half': False, 'patch_size': 256, 'mpp': 0.5}"]
@@ -84,5 +84,5 @@ def test_a_slide_of_100000_pixels_is_prepared_under_2_gb(bench, tmp_path):
     _, status, usage = os.wait4(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     (info,) = Records([shard]).slides
-    assert (info.num_patches, info.width) == (256, 100_000)
+    assert (info.num_patches, info.width) == (1024, 100_000)
     assert usage.ru_maxrss * 1024 < 2e9
