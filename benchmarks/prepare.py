@@ -85,8 +85,8 @@ def make_vit(folder: Path, layers: int) -> str:
 def write_huge_slide(path: Path, edge: int, tissue: int) -> None:
     """A square slide of `edge` pixels, glass but for a square of tissue, as a pyramid in a BigTIFF; made in a second.
 
-    Two tiles are compressed once and written again and again: `tissue` is a multiple of 8,192 pixels, what a tile of the
-    level covers that the tissue mask is made from.
+    Two tiles are compressed once and written again and again. `tissue` is a multiple of 8,192 pixels: what a tile
+    covers of the level that the tissue mask is made from.
     """
     size, mpp = 512, 0.5
     grain = np.random.default_rng(0).integers([150, 70, 130], [210, 130, 190], (16, 16, 3))
