@@ -306,7 +306,8 @@ def _full_disk(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
     message = r"the checkpoint was not written|No space left|File too large"
     if not os.path.ismount(bench.folder / "disk"):
         hard = resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE)[1]
-        resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (8192, hard))
+        # Less than a checkpoint's arrays, more than the log, which must tell the end.
+        resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (65536, hard))
         return Struck([{MEND}], message)
     ballast = run.workdir.with_name("ballast")
     deadline = time.monotonic() + LIMIT_SECONDS
