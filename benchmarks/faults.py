@@ -39,9 +39,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,10 +80,13 @@ class Outcome(NamedTuple):
 
 
 class Run:
-    """The processes of one `pathflip train`, which write what they say to one file each, never on a disk that fills."""
+    """The processes of one `pathflip train`.
+
+    They say what they say into a pipe each, which no full disk stops; a thread copies it to a file.
+    """
 
     def __init__(self, bench: "Bench", workdir: Path, hosts: int, more: list[str]) -> None:
-        self.workdir, self.logs = workdir, []
+        self.workdir, self.logs, self.copying = workdir, [], []
         arguments = ["--config=align_base:smoke", *bench.data, *SETTINGS, *more, f"--workdir={workdir}"]
         together = [f"--coordinator=localhost:{free_port()}", f"--num_processes={hosts}"] if hosts > 1 else []
         self.processes = []
@@ -89,10 +94,15 @@ class Run:
             log = bench.folder / f"{workdir.name}.{len(list(bench.folder.glob(f'{workdir.name}.*.log')))}.log"
             log.touch()
             argv = [*arguments, *together, *([f"--process_id={host}"] if together else [])]
-            process = bench.context.Process(target=_train, args=(argv, log, DEVICES, bench.cache))
+            hears, says = bench.context.Pipe(duplex=False)
+            process = bench.context.Process(target=_train, args=(argv, says, DEVICES, bench.cache))
             process.start()
+            says.close()
+            copying = threading.Thread(target=_copy, args=(hears, log), daemon=True)
+            copying.start()
             self.processes.append(process)
             self.logs.append(log)
+            self.copying.append(copying)
 
     def step(self) -> int:
         """The last step whose metrics are written."""
@@ -123,6 +133,8 @@ class Run:
             if process.exitcode is None:
                 process.kill()
                 process.join()
+        for copying in self.copying:
+            copying.join()
         return [process.exitcode for process in self.processes]
 
     def said(self) -> list[str]:
@@ -306,8 +318,7 @@ def _full_disk(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
     message = r"the checkpoint was not written|No space left|File too large"
     if not os.path.ismount(bench.folder / "disk"):
         hard = resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE)[1]
-        # Less than a checkpoint's arrays, more than the log, which must tell the end.
-        resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (65536, hard))
+        resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (0, hard))
         return Struck([{MEND}], message)
     ballast = run.workdir.with_name("ballast")
     deadline = time.monotonic() + LIMIT_SECONDS
@@ -475,11 +486,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _train(argv: list[str], log: Path, devices: int, cache: Path) -> None:
+def _copy(hears: Connection, log: Path) -> None:
+    """Copy what a process says to a file, until it has ended."""
+    with hears, open(log, "ab", buffering=0) as file:
+        while said := os.read(hears.fileno(), 2**16):
+            file.write(said)
+
+
+def _train(argv: list[str], says: Connection, devices: int, cache: Path) -> None:
     """`pathflip train` in this process, which the fork server has made with all modules loaded."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    os.dup2(says.fileno(), 1)
+    os.dup2(says.fileno(), 2)
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     os.environ |= {"XLA_FLAGS": flags, "PATHFLIP_DEBUG": ""}
     import jax
