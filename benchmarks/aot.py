@@ -17,6 +17,10 @@ allows itself of the chip; `--confirm` compiles it, all layers.
     overlapped  the same, without collectives that the schedule puts compute beside (traffic.py); the JSON also has
                 `bounded`, where compute hides no more than the compiler's estimate of its time
 
+`--no-overlap` compiles without the options that make a TPU compute while it sends (`compilation.TPU_OVERLAP`), which
+shows what they are worth. In the plot, a line goes through the compiled topologies of a chip: the time that n chips
+wait is a share of (n - 1) / n, as round a ring, and one of n - 1, as of gathers of all slides, by least squares.
+
 Single slices only: traffic between slices, over the data centre's network, is not counted.
 
     python benchmarks/aot.py --topology v5e:16x16 --json benchmarks/results/aot.json
@@ -217,7 +221,9 @@ def with_layers(config, layers: int) -> PathFLIPConfig:
     return PathFLIPConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
 
 
-def compile_step(config, layers: int, slides: int, mesh, chip: str, keep: Path | None) -> tuple[Compiled, Traffic]:
+def compile_step(
+    config, layers: int, slides: int, mesh, chip: str, overlap: bool, keep: Path | None
+) -> tuple[Compiled, Traffic]:
     """Compile a step: what it takes, and its traffic; its HLO goes to the folder `keep`.
 
     Raises MemoryError where it does not fit the chip.
@@ -229,7 +235,7 @@ def compile_step(config, layers: int, slides: int, mesh, chip: str, keep: Path |
     lowered, held = lower(config, layers, slides, mesh)
     start = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=compiler_options(platform="tpu"))
+        compiled = lowered.compile(compiler_options=compiler_options(platform="tpu") if overlap else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise MemoryError(f"{slides} slides a chip do not fit: {str(error).splitlines()[0]}") from None
@@ -297,7 +303,7 @@ def run(options: argparse.Namespace) -> dict:
     print(f"{options.topology}: {len(devices)} devices of {limit / 2**30:.2f} GiB, {slides} slides each")
 
     def compiled(layers: int, slides: int = slides) -> Compiled:
-        found, traffic = compile_step(config, layers, slides, mesh, chip, options.hlo)
+        found, traffic = compile_step(config, layers, slides, mesh, chip, options.overlap, options.hlo)
         print(f"{layers} layers, {slides} slides a chip, compiled in {found.seconds:.0f} s: {gigabytes(found)}")
         print(show(traffic), flush=True)
         return found
@@ -351,6 +357,17 @@ def gigabytes(found: Compiled) -> str:
     )
 
 
+def between(devices: np.ndarray, efficiency: np.ndarray, chips: np.ndarray) -> np.ndarray:
+    """The efficiency of other numbers of chips; one chip waits for nobody."""
+
+    def shares(n: np.ndarray) -> np.ndarray:
+        terms = np.stack([(n - 1) / n, n - 1], axis=-1)
+        return terms if len(devices) > 1 else terms[:, :1]  # one topology says nothing of what grows
+
+    share, *_ = np.linalg.lstsq(shares(devices), 1 / efficiency - 1)
+    return 1 / (1 + shares(chips) @ share)
+
+
 def plot(results: dict[str, dict], path: Path) -> None:
     """Efficiency over the chips of each kind, from one chip, which waits for nobody."""
     import matplotlib
@@ -359,13 +376,15 @@ def plot(results: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    chips = np.geomspace(1, 256, 100)
     for colour, chip in zip(("#1f5a96", "#b8511e"), CHIPS, strict=True):
-        shown = [r for name, r in results.items() if name.startswith(chip) and "=" not in name]
-        found = sorted(((r["devices"], r["efficiency"]) for r in shown), key=lambda point: point[0])
-        for kind, style in (("overlapped", "o-"), ("exposed", "s--")):
-            if found:
-                x, y = [1, *(n for n, _ in found)], [100, *(100 * e[kind] for _, e in found)]
-                panel.plot(x, y, style, color=colour, markersize=4, label=f"{chip}, {kind}")
+        shown = [r for name, r in results.items() if name.startswith(chip) and " " not in name]
+        devices = np.array([r["devices"] for r in shown])
+        for kind, line, point in (("overlapped", "-", "o"), ("exposed", "--", "s")):
+            if shown:
+                found = np.array([r["efficiency"][kind] for r in shown])
+                panel.plot(chips, 100 * between(devices, found, chips), line, color=colour, linewidth=1)
+                panel.plot(devices, 100 * found, point, color=colour, markersize=4, label=f"{chip}, {kind}")
     panel.set(xscale="log", xlabel="chips, 16 slides each", ylabel="useful compute, % of the step")
     panel.set_xticks([1, 8, 64, 256], ["1", "8", "64", "256"])
     panel.xaxis.minorticks_off()
@@ -387,6 +406,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--whole", action="store_true", help="compile all layers: minutes")
     parser.add_argument("--confirm", action="store_true", help="compile all layers at the largest batch: minutes")
     parser.add_argument("--step", type=int, default=8, help="slides per chip that the largest batch is a multiple of")
+    parser.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction, default=True, help="send while computing (default)"
+    )
     parser.add_argument("--hlo", type=Path, help="folder to keep the compiled programs in")
     parser.add_argument("--plot", type=Path, help="PNG of all results in --json")
     parser.add_argument("--json", type=Path, help="file to write; the results of other topologies stay in it")
@@ -422,7 +444,8 @@ def save(options: argparse.Namespace, found: dict) -> None:
     content = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}}
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
     machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")
-    name = options.topology if options.fsdp == 1 else f"{options.topology} fsdp={options.fsdp}"
+    name = options.topology + (f" fsdp={options.fsdp}" if options.fsdp > 1 else "")
+    name += "" if options.overlap else " no overlap"
     content["results"][name] = found | {"machine": machine, "settings": settings}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -11,6 +11,7 @@ from flax import nnx
 
 from pathflip_jax import cli, embed, inference
 from pathflip_jax.checkpoint import save_run
+from pathflip_jax.commands.options import FAILED_SLIDES
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.tokens import TextTokenizer
@@ -181,7 +182,7 @@ def test_a_flipped_byte_costs_its_slide_until_it_is_mended(tiny_cohort, run, tmp
     records, out = tiny_cohort.copy_records(), tmp_path / "embeddings.parquet"
     flip(records, "S07")
     command = ["embed", str(records), "--checkpoint", str(run), "--out", str(out), "--regions"]
-    assert cli.main(command) == cli.FAILED_SLIDES
+    assert cli.main(command) == FAILED_SLIDES
     assert "S07" in capsys.readouterr().out
     rest = [name for name in IDS if name != "S07"]
     assert pq.read_table(out)["slide_id"].to_pylist() == rest
@@ -190,7 +191,7 @@ def test_a_flipped_byte_costs_its_slide_until_it_is_mended(tiny_cohort, run, tmp
     assert failure["slide"] == "S07" and failure["file"].endswith("pathflip-00000.tfrecord")
     assert "S07" in failure["error"]
     before = out.read_bytes()
-    assert cli.main(command) == cli.FAILED_SLIDES and out.read_bytes() == before
+    assert cli.main(command) == FAILED_SLIDES and out.read_bytes() == before
     flip(records, "S07")
     reads.clear()
     assert cli.main(command) == 0 and reads == ["S07"]
@@ -205,7 +206,7 @@ def test_strict_stops_and_keeps_what_is_done(tiny_cohort, run, tmp_path, capsys)
     records, out = tiny_cohort.copy_records(), tmp_path / "embeddings.parquet"
     flip(records, "S07")
     command = ["embed", str(records), "--checkpoint", str(run), "--out", str(out)]
-    assert cli.main([*command, "--strict"]) == cli.FAILED_SLIDES
+    assert cli.main([*command, "--strict"]) == FAILED_SLIDES
     assert not out.exists() and "--strict" in capsys.readouterr().out
     flip(records, "S07")
     assert cli.main([*command, "--json"]) == 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "aot.py"
@@ -178,6 +179,14 @@ def test_results_of_other_topologies_are_kept_and_plotted(bench, tmp_path, monke
     assert bench.main() == 0
     assert set(json.loads(out.read_text())["results"]) == {"v5e:2x4", "v5e:8x8"}
     assert (tmp_path / "p" / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_numbers_of_chips_lie_on_the_line(bench):
+    chips = np.array([1, 8, 64, 256])
+    for grows in (0, 1e-4):
+        found = 1 / (1 + 0.1 * (chips - 1) / chips + grows * (chips - 1))
+        assert bench.between(chips[1:3], found[1:3], chips) == pytest.approx(found)
+    assert bench.between(chips[3:], found[3:], chips)[[0, 3]] == pytest.approx([1, found[3]])
 
 
 @pytest.mark.parametrize(

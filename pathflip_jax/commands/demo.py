@@ -1,0 +1,29 @@
+"""`pathflip demo`: the main job on an embedded cohort."""
+
+import argparse
+import os
+from pathlib import Path
+
+from pathflip_jax.commands.options import command
+from pathflip_jax.demo import SLIDES
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "demo",
+        _run,
+        "the main job on an embedded cohort: slides to report, in about 10 minutes",
+        "pathflip demo --out demo",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything it makes (default demo)")
+    parser.add_argument("--slides", type=int, default=SLIDES, help=f"slides of the cohort (default {SLIDES})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of cohort and training (default 0)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: cores)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.demo import run_demo
+
+    return run_demo(options.out, slides=options.slides, seed=options.seed, workers=options.workers)

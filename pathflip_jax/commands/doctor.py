@@ -1,0 +1,32 @@
+"""`pathflip doctor`: faults of the machine, the data and the configs."""
+
+import argparse
+import json
+
+from pathflip_jax.commands.options import WRONG_INPUT, command, place
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "doctor",
+        _run,
+        "examine versions, devices, memory, data and configs, and say what to do about each fault",
+        "pathflip doctor --records records --texts reports.jsonl --config align_base",
+    )
+    parser.add_argument("--records", type=place, help="folder of records: every checksum is read")
+    parser.add_argument("--texts", type=place, help="text table: does it match the records?")
+    parser.add_argument("--config", action="append", default=[], help="training config to check (may be repeated)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.doctor import examine, print_findings
+
+    findings = examine(records=options.records, texts=options.texts, configs=options.config)
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        print_findings(findings)
+    return WRONG_INPUT if any(finding.state == "fault" for finding in findings) else 0

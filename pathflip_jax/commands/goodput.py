@@ -1,0 +1,35 @@
+"""`pathflip goodput`: where the time of a run went."""
+
+import argparse
+import json
+from pathlib import Path
+
+from pathflip_jax.commands.options import command
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "goodput",
+        _run,
+        "say where the time of a run went, and how often to save",
+        "pathflip goodput runs/base --preemptions-per-day 4",
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder; the run may be under way")
+    parser.add_argument(
+        "--preemptions-per-day", type=float, metavar="N", help="stops to reckon with, instead of the run's setting"
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON, in seconds and shares")
+
+
+def _run(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from pathflip_jax.goodput import as_dict, describe, summarise
+
+    found = summarise(options.run_folder)
+    if options.preemptions_per_day is not None:
+        found = dataclasses.replace(found, preemptions_per_day=options.preemptions_per_day)
+    print(json.dumps(as_dict(found)) if options.json else describe(found))
+    return 0

@@ -1,0 +1,37 @@
+"""`pathflip import`: feature files of other tools to records."""
+
+import argparse
+from pathlib import Path
+
+from pathflip_jax.commands.options import add_records_options, beam_examples, command, print_report, records_settings
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "import",
+        _run,
+        "turn feature files of CLAM, TRIDENT, SlideChat or STAMP into records",
+        "pathflip import features/ --out records --mpp 0.5",
+        *beam_examples("import /mnt/features"),
+    )
+    parser.add_argument("features_folder", type=Path, metavar="DIR", help="folder of feature files")
+    parser.add_argument("--encoder", help="patch encoder that made them, where the files do not say")
+    parser.add_argument("--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, where unknown")
+    parser.add_argument("--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, where unknown")
+    add_records_options(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from data_prep.build import import_features
+
+    report = import_features(
+        options.features_folder,
+        options.out,
+        encoder=options.encoder,
+        patch_size=options.patch_size,
+        mpp=options.mpp,
+        **records_settings(options),
+    )
+    return print_report(report, options.json)

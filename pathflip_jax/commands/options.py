@@ -1,0 +1,105 @@
+"""What the commands share: how one is declared, options of several, and how an outcome is printed."""
+
+import argparse
+import json
+
+from pathflip_jax.data.storage import Place, as_path
+from pathflip_jax.grounding import maps
+
+FAILED_SLIDES, WRONG_INPUT = 1, 2
+
+
+def command(commands, name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:
+    """Declare a command, which `run(options)` does; each example is a whole command line."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        number, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, such as 0/8") from None
+    if not 0 <= number < count:
+        raise argparse.ArgumentTypeError(f"{text!r}: i counts from 0 and is smaller than n")
+    return number, count
+
+
+def place(text: str) -> Place:
+    """A local path or a URL, for argparse."""
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_records_options(parser: argparse.ArgumentParser) -> None:
+    """What `prepare` and `import` share: where records go, how regions are cut, what happens to a bad slide."""
+    parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder of the records to write")
+    parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
+    parser.add_argument("--edge-um", type=float, default=2048.0, metavar="UM", help="edge of a region (default 2048)")
+    parser.add_argument(
+        "--slides", type=place, metavar="CSV", help="slide table with slide_id and patient_id: names the cases"
+    )
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
+    parser.add_argument("--slides-per-shard", type=int, default=32, metavar="N", help="slides in one file (default 32)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that share a machine and its GPUs (default: its cores)"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad slide")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument(
+        "--beam",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="let Apache Beam spread the slides (extra [beam]); all that follows are its own options, of its "
+        "DirectRunner if none names a runner. Every machine must see the slides and RECORDS under the same paths",
+    )
+
+
+def add_grounding_options(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` and `ground` share: how a text becomes a map."""
+    parser.add_argument(
+        "--method",
+        choices=maps.METHODS,
+        default=maps.DEFAULT_METHOD,
+        help=f"how to map a text on patches (default {maps.DEFAULT_METHOD})",
+    )
+    parser.add_argument(
+        "--window", type=int, default=maps.WINDOW, metavar="N", help=f"patches across a window (default {maps.WINDOW})"
+    )
+
+
+def beam_examples(command: str) -> list[str]:
+    """The same command by Apache Beam: in processes here, on a Flink cluster, on Dataflow."""
+    shared = f"pathflip {command} --out /mnt/records --beam"
+    flink = "--runner=FlinkRunner --flink_master=HOST:8081"
+    dataflow = "--runner=DataflowRunner --project=P --region=us-central1 --temp_location=gs://B/temp"
+    return [
+        f"{shared} --direct_running_mode=multi_processing --direct_num_workers=4",
+        f"{shared} {flink} --environment_type=DOCKER --environment_config=IMAGE",
+        f"{shared} {dataflow} --sdk_container_image=IMAGE --number_of_worker_harness_threads=1",
+    ]
+
+
+def records_settings(options: argparse.Namespace) -> dict:
+    """The settings that `add_records_options` took."""
+    names = ("cut", "edge_um", "shard", "slides_per_shard", "workers", "strict", "beam")
+    return {name: getattr(options, name) for name in names} | {"slides_table": options.slides}
+
+
+def print_report(report, as_json: bool, **more) -> int:
+    """What a job over many slides did, for people or as JSON with `more` facts; the exit code."""
+    if as_json:
+        failed = [failure._asdict() for failure in report.failed]
+        print(json.dumps({"done": report.done, "skipped": report.skipped, "failed": failed} | more))
+    else:
+        print(report.summary())
+    return FAILED_SLIDES if report.failed else 0

@@ -1,0 +1,47 @@
+"""`pathflip prepare`: slides to records."""
+
+import argparse
+from pathlib import Path
+
+from pathflip_jax.commands.options import add_records_options, beam_examples, command, print_report, records_settings
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "prepare",
+        _run,
+        "turn slides into records of patch features",
+        "pathflip prepare slides/ --out records --slides slides.csv --shard 0/8",
+        *beam_examples("prepare /mnt/slides --encoder hf:/mnt/phikon"),
+    )
+    parser.add_argument("slides_folder", type=Path, metavar="SLIDES", help="folder of slides that OpenSlide opens")
+    parser.add_argument(
+        "--encoder",
+        default="stain_texture",
+        help="stain_texture (embedded), timm:NAME or hf:FOLDER (default stain_texture)",
+    )
+    parser.add_argument("--patch-size", type=int, default=256, metavar="PX", help="edge of a patch at --mpp (256)")
+    parser.add_argument("--mpp", type=float, default=0.5, metavar="UM", help="micrometres per pixel (default 0.5)")
+    parser.add_argument("--assume-mpp", type=float, metavar="UM", help="level-0 mpp of slides that do not say it")
+    parser.add_argument("--min-tissue", type=float, default=0.25, help="tissue share of a patch (default 0.25)")
+    parser.add_argument("--half", action="store_true", help="encode in half precision (encoders that are networks)")
+    add_records_options(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from data_prep.build import prepare
+
+    report = prepare(
+        options.slides_folder,
+        options.out,
+        encoder=options.encoder,
+        patch_size=options.patch_size,
+        mpp=options.mpp,
+        assume_mpp=options.assume_mpp,
+        min_tissue=options.min_tissue,
+        half=options.half,
+        **records_settings(options),
+    )
+    return print_report(report, options.json)
