@@ -2,7 +2,8 @@
 
 libtpu compiles for machines that are not there (`pip install pathflip-jax[aot]`). The step is that of `pathflip train`
 with a config, on batches of the shapes that its pipeline makes (texts of real lengths, packed). Each chip has
-`--slides` slides, so that 256 chips see 4,096. The last line printed is
+`--slides` slides, so that 256 chips see 4,096, or shares the regions of them with `--region` others. The last line
+printed is
 
     peak_bytes=… largest_batch=… efficiency_exposed=…% efficiency_overlapped=…%
 
@@ -27,13 +28,12 @@ Single slices only: traffic between slices, over the data centre's network, is n
     python benchmarks/aot.py --topology v5e:2x4 --whole --confirm
     python benchmarks/aot.py --plot benchmarks/results/aot.png --json benchmarks/results/aot.json
     python benchmarks/aot.py --topology v6e:16x16 --fsdp 16 -- --config.model.remat=False
+    python benchmarks/aot.py --topology v5e:2x4 --region 8 --slides 1 --step 1 -- --config.data.regions=1024
 """
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -44,17 +44,13 @@ import numpy as np
 from machine import describe
 from roofline import LENGTHS, Shapes, parts
 from sides import S
+from topology import ENVIRONMENT, hbm_limit, lower, make_mesh, open_topology, with_layers
 from traffic import Traffic, read_traffic
-
-from pathflip_jax.model.config import PathFLIPConfig
 
 # Rates of the chips, from cloud.google.com/tpu/docs/v5e and /v6e: bf16 FLOP/s; bytes/s to the other chips, one way of
 # "bidirectional inter-chip interconnect bandwidth" (400 and 800 GB/s).
 CHIPS = {"v5e": (197e12, 200e9), "v6e": (918e12, 400e9)}
 UTILISATION = 0.5  # of the peak, assumed
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-DATA_SIZES = (512, 30523)  # width of CONCH features and BERT's vocabulary, which training takes from its data
-SIMULATED_GROUPS = 64
 
 
 class Compiled(NamedTuple):
@@ -117,110 +113,6 @@ def step_flops(config, layers: int, slides: int) -> float:
     return 3 * sum(part.operations for found in forward for part in found) / len(lengths)
 
 
-def open_topology(name: str) -> list:
-    """The devices of a topology. Raises ModuleNotFoundError without libtpu, ValueError for an unknown name."""
-    from jax.experimental import topologies
-
-    try:
-        import libtpu  # noqa: F401
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "libtpu is not installed, which compiles for TPUs: pip install pathflip-jax[aot]"
-        ) from None
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # of the runtime: its type differs between versions
-        raise ValueError(f"--topology {name}: {error}; expected a name such as v5e:2x4 or v6e:16x16") from None
-
-
-def hbm_limit(device) -> float:
-    """What the compiler allows itself of a chip's memory, in bytes, as it says when asked for more."""
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
-    huge = jax.ShapeDtypeStruct((2**36,), np.float32, sharding=SingleDeviceSharding(device))
-    try:
-        jax.jit(lambda x: x + 1).lower(huge).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if found := re.search(r"available HBM \(([\d.]+)G\)", str(error)):
-            return float(found[1]) * 2**30
-        raise
-    raise RuntimeError(f"{device.device_kind}: 256 GiB were not refused, so the limit of its memory is not known")
-
-
-def make_batch(config, slides: int, chips: int, sharding):
-    """The shapes of a batch, placed: as many rows for texts as groups of real lengths take (`set_text_rows`)."""
-    import jax
-
-    from pathflip_jax.data.pipeline import Batch
-    from pathflip_jax.data.tokens import TextRows, enough_rows, row_lengths
-    from pathflip_jax.run_data import choose_groups
-
-    data, B = config.data, slides * chips
-    groups = choose_groups(B, chips * config.train.accumulate)
-    longest = [data.caption_length] + [data.subcaption_length] * data.subcaptions
-    lengths = [np.minimum(own[: len(longest)], longest) for own in json.loads(LENGTHS.read_text())["slides"]]
-    rng = np.random.default_rng(0)
-    drawn = [
-        np.concatenate([lengths[i] for i in rng.integers(len(lengths), size=B // groups)]).tolist()
-        for _ in range(SIMULATED_GROUPS)
-    ]
-    widths = row_lengths(data.row_step, max(data.caption_length, data.subcaption_length))
-    counts = zip(enough_rows(drawn, widths), widths, strict=True)
-    R, slots = data.regions, data.patch_slots or S
-
-    def of(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    rows = tuple(TextRows(*[of((groups, n, width), np.int32)] * 3) for n, width in counts if n)
-    patches, mask = of((B, R, slots, DATA_SIZES[0]), np.float16), of((B, R, slots), np.bool_)
-    number = of((B,), np.int32)
-    return Batch(patches, mask, rows, of((B, 1 + data.subcaptions), np.int32), number, number)
-
-
-def lower(config, layers: int, slides: int, mesh):
-    """The training step of a config with so many layers, lowered for a mesh; and the bytes of parameters on a chip."""
-    import jax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from pathflip_jax import sharding
-    from pathflip_jax.losses import LossConfig
-    from pathflip_jax.model.pathflip import abstract_params, unflatten
-    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
-    from pathflip_jax.stage import alignment, make_step
-
-    model = with_layers(config, layers)
-    schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)
-    optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
-    stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
-    step = make_step(
-        stage, lambda p, _: unflatten(model, p), optimizer, schedule, config.train.accumulate, config.train.seed
-    )
-
-    def placed(tree):
-        places = sharding.placements(mesh, tree)
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places)
-
-    params = placed(abstract_params(model))
-    opt_state = placed(jax.eval_shape(optimizer.init, params))
-    whole = NamedSharding(mesh, P())
-    batch = make_batch(config, slides, mesh.size, NamedSharding(mesh, sharding.BATCH))
-    places = jax.tree.map(lambda x: x.sharding, (params, opt_state))
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in params.values())
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=(0, 2), out_shardings=(*places, whole))
-        number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
-        return jitted.lower(params, {}, opt_state, batch, number), held
-
-
-def with_layers(config, layers: int) -> PathFLIPConfig:
-    """The config's model with so many layers."""
-    from pathflip_jax.train import model_config
-
-    return PathFLIPConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
-
-
 def compile_step(
     config, layers: int, slides: int, mesh, chip: str, overlap: bool, keep: Path | None
 ) -> tuple[Compiled, Traffic]:
@@ -249,7 +141,8 @@ def compile_step(
     code = plan.generated_code_size_in_bytes
     peak = plan.argument_size_in_bytes + own + plan.temp_size_in_bytes + code
     rate, link = CHIPS[chip]
-    waited = traffic.waited_bytes(step_flops(config, layers, slides) / (UTILISATION * rate), link)
+    compute = step_flops(config, layers, slides) / mesh.shape["region"] / (UTILISATION * rate)
+    waited = traffic.waited_bytes(compute, link)
     flops = compiled.cost_analysis()["flops"]
     found = Compiled(
         layers,
@@ -276,19 +169,6 @@ def show(traffic: Traffic, most: int = 6) -> str:
     )
 
 
-def make_mesh(devices: list, fsdp: int):
-    """The mesh of `pathflip train` over a topology's devices. Raises ValueError where fsdp does not divide them."""
-    import jax
-    from jax.sharding import AxisType
-
-    from pathflip_jax.sharding import AXES
-
-    if len(devices) % fsdp:
-        raise ValueError(f"--fsdp {fsdp}: {len(devices)} devices cannot be shared out so")
-    shape, types = (len(devices) // fsdp, fsdp, 1), (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-
-
 def run(options: argparse.Namespace) -> dict:
     """Compile and predict as the options say; prints what it finds, the summary last."""
     from pathflip_jax import settings
@@ -298,9 +178,9 @@ def run(options: argparse.Namespace) -> dict:
         raise ValueError(f"--topology {options.topology}: rates are known of {', '.join(CHIPS)}")
     config, _ = settings.parse([f"--config={options.config}", "--workdir=.", *options.more])
     devices = open_topology(options.topology)
-    mesh, limit = make_mesh(devices, options.fsdp), hbm_limit(devices[0])
-    layers, slides = config.model.layers, options.slides
-    print(f"{options.topology}: {len(devices)} devices of {limit / 2**30:.2f} GiB, {slides} slides each")
+    mesh, limit = make_mesh(devices, options.fsdp, options.region), hbm_limit(devices[0])
+    layers, slides, shares = config.model.layers, options.slides, len(devices) // options.region
+    print(f"{options.topology}: {len(devices)} devices of {limit / 2**30:.2f} GiB, {slides * shares} slides")
 
     def compiled(layers: int, slides: int = slides) -> Compiled:
         found, traffic = compile_step(config, layers, slides, mesh, chip, options.overlap, options.hlo)
@@ -318,15 +198,15 @@ def run(options: argparse.Namespace) -> dict:
             print(error, flush=True)
             batch -= options.step
     rate, link = CHIPS[chip]
-    compute = step_flops(config, layers, slides) / (UTILISATION * rate)
+    compute = step_flops(config, layers, slides) / options.region / (UTILISATION * rate)
     efficiency = predict(compute, found, link)
     print(
-        f"peak_bytes={found.peak_bytes:.0f} largest_batch={batch * len(devices)} "
+        f"peak_bytes={found.peak_bytes:.0f} largest_batch={batch * shares} "
         f"efficiency_exposed={efficiency.exposed:.1%} efficiency_overlapped={efficiency.overlapped:.1%}"
     )
     return result | {
         "devices": len(devices), "hbm_limit_bytes": limit, "compute_seconds": compute, "peak_bytes": found.peak_bytes,
-        "largest_batch_per_chip": batch, "largest_batch": batch * len(devices), "efficiency": efficiency._asdict(),
+        "largest_batch_per_share": batch, "largest_batch": batch * shares, "efficiency": efficiency._asdict(),
     }  # fmt: skip
 
 
@@ -400,8 +280,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", help="v5e:2x4, v5e:8x8, v5e:16x16, v6e:16x16 or another of these chips")
     parser.add_argument("--config", default="align_large", help="config to train (default align_large)")
-    parser.add_argument("--slides", type=int, default=16, help="slides per chip (16)")
+    parser.add_argument("--slides", type=int, default=16, help="slides per chip, or per --region chips (16)")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters (1)")
+    parser.add_argument("--region", type=int, default=1, help="devices that share the regions of each slide (1)")
     parser.add_argument("--fit", type=int, nargs="*", default=[2, 4], metavar="LAYERS", help="two numbers, or none")
     parser.add_argument("--whole", action="store_true", help="compile all layers: minutes")
     parser.add_argument("--confirm", action="store_true", help="compile all layers at the largest batch: minutes")
@@ -444,8 +325,9 @@ def save(options: argparse.Namespace, found: dict) -> None:
     content = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}}
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
     machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")
-    name = options.topology + (f" fsdp={options.fsdp}" if options.fsdp > 1 else "")
-    name += "" if options.overlap else " no overlap"
+    axes = {"fsdp": options.fsdp, "region": options.region}
+    told = [f"{axis}={size}" for axis, size in axes.items() if size > 1] + ["no overlap"] * (not options.overlap)
+    name = " ".join([options.topology, *told, *options.more])
     content["results"][name] = found | {"machine": machine, "settings": settings}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(content, indent=1) + "\n")

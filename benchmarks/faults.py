@@ -25,47 +25,42 @@ starting again is all that is needed, 2 where somebody must mend something first
 """
 
 import argparse
-import atexit
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+from fault_runs import (
+    LIMIT_SECONDS,
+    SAVE_EVERY,
+    STEPS,
+    Rig,
+    Run,
+    complete,
+    differences,
+    make_features,
+    same_file,
+)
 from machine import describe
 
-STEPS, SAVE_EVERY, DEVICES = 40, 5, 2
 AGAIN, MEND, KILLED = 75, 2, -signal.SIGKILL
-LIMIT_SECONDS = 1200  # for any run, on a slow and busy machine
-HEARTBEAT_SECONDS, HANG_SECONDS = 10, 15
-SETTINGS = [
-    f"--config.train.steps={STEPS}", f"--config.train.save_every={SAVE_EVERY}", "--config.train.eval_every=20",
-    f"--config.train.heartbeat_seconds={HEARTBEAT_SECONDS}", "--config.train.batch_size=4", "--config.data.regions=2",
-    "--config.data.patch_slots=4", "--config.model.hidden=16", "--config.model.layers=1", "--config.model.embed_dim=16",
-    "--config.data.threads=1",
-]  # fmt: skip
+HANG_SECONDS = 15
 OWN_MOUNTS = "FAULTS_OWN_MOUNTS"
-SLIDES = 160  # a shard each: more than are held open, so that files are opened all along the run
 
 
 class Outcome(NamedTuple):
-    """What became of one fault. `codes` are exit codes; `lost` steps were taken again; `faults` is what was wrong."""
+    """What became of one fault: exit `codes`, steps taken again (`lost`), and what was `wrong`."""
 
     fault: str
     seed: int
@@ -77,69 +72,6 @@ class Outcome(NamedTuple):
     told: bool
     wrong: list[str]
     seconds: float
-
-
-class Run:
-    """The processes of one `pathflip train`.
-
-    They say what they say into a pipe each, which no full disk stops; a thread copies it to a file.
-    """
-
-    def __init__(self, bench: "Bench", workdir: Path, hosts: int, more: list[str]) -> None:
-        self.workdir, self.logs, self.copying = workdir, [], []
-        arguments = ["--config=align_base:smoke", *bench.data, *SETTINGS, *more, f"--workdir={workdir}"]
-        together = [f"--coordinator=localhost:{free_port()}", f"--num_processes={hosts}"] if hosts > 1 else []
-        self.processes = []
-        for host in range(hosts):
-            log = bench.folder / f"{workdir.name}.{len(list(bench.folder.glob(f'{workdir.name}.*.log')))}.log"
-            log.touch()
-            argv = [*arguments, *together, *([f"--process_id={host}"] if together else [])]
-            hears, says = bench.context.Pipe(duplex=False)
-            process = bench.context.Process(target=_train, args=(argv, says, DEVICES, bench.cache))
-            process.start()
-            says.close()
-            copying = threading.Thread(target=_copy, args=(hears, log), daemon=True)
-            copying.start()
-            self.processes.append(process)
-            self.logs.append(log)
-            self.copying.append(copying)
-
-    def step(self) -> int:
-        """The last step whose metrics are written."""
-        path = self.workdir / "metrics.jsonl"
-        rows = path.read_text().splitlines() if path.exists() else []
-        return json.loads(rows[-1])["step"] if rows and rows[-1].endswith("}") else 0
-
-    def reach(self, reached: Callable[[], bool]) -> bool:
-        """Wait until something is so; False when the processes end before."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while not reached():
-            if any(process.exitcode is not None for process in self.processes) or time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        return True
-
-    def kill(self, hosts: list[int], how: int = signal.SIGKILL) -> None:
-        """Send a signal to some of the processes."""
-        for host in hosts:
-            if self.processes[host].exitcode is None:
-                os.kill(self.processes[host].pid, how)
-
-    def wait(self) -> list[int]:
-        """The exit codes; what does not end by itself is killed and counts as -9."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        for process in self.processes:
-            process.join(max(deadline - time.monotonic(), 0.1))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-        for copying in self.copying:
-            copying.join()
-        return [process.exitcode for process in self.processes]
-
-    def said(self) -> list[str]:
-        """What each process wrote."""
-        return [log.read_text(errors="replace") for log in self.logs]
 
 
 class Struck(NamedTuple):
@@ -155,28 +87,8 @@ class Struck(NamedTuple):
     one_speaks: bool = False
 
 
-class Bench:
-    """A cohort, the undisturbed runs, and the faults; everything lies in one folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.cache = folder / "compiled"
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pathflip_jax.cli", "pathflip_jax.train", "matplotlib.figure"])
-        self.records = make_cohort(folder / "cohort")
-        parts = {"records": self.records, "texts": "reports.jsonl", "slides": "slides.csv", "tokenizer": "vocabulary"}
-        self.data = [f"--config.data.{name}={folder / 'cohort' / path}" for name, path in parts.items()]
-        self._straight: dict[int, Path] = {}
-
-    def straight(self, hosts: int) -> Path:
-        """The undisturbed run."""
-        if hosts not in self._straight:
-            workdir = self.folder / f"straight{hosts}"
-            run = Run(self, workdir, hosts, [])
-            if any(run.wait()):
-                raise RuntimeError(f"the undisturbed run failed:\n{run.said()[0][-3000:]}")
-            self._straight[hosts] = workdir
-        return self._straight[hosts]
+class Bench(Rig):
+    """What injects faults into runs of the rig, and compares."""
 
     def inject(self, fault: str, seed: int) -> Outcome:
         """Let a fault strike a run, start the run again, and compare. Raises RuntimeError where it never struck."""
@@ -392,129 +304,6 @@ FAULTS: dict[str, tuple[Callable, int]] = {
     "vanished-shard": (_vanished_shard, 2),
     "hang": (_hang, 2),
 }
-
-
-def complete(workdir: Path) -> list[int]:
-    """The steps of the complete checkpoints."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def arrays(workdir: Path, step: int) -> dict[str, bytes]:
-    """Every number of a checkpoint, as bytes."""
-    import orbax.checkpoint as ocp
-
-    found = {}
-    for item in ("params", "opt_state"):
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            folder = workdir / "checkpoints" / str(step) / item
-            like = {name: np.zeros(x.shape, x.dtype) for name, x in handler.metadata(folder).items()}
-            restored = handler.restore(folder, args=ocp.args.StandardRestore(like))
-        found |= {f"{item}/{name}": np.asarray(x).tobytes() for name, x in restored.items()}
-    return found
-
-
-def metrics(workdir: Path) -> list[dict]:
-    """The rows of a run without what depends on the clock."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in row.items() if "perf/" not in name and "per_second" not in name} for row in rows]
-
-
-def differences(found: Path, expected: Path) -> list[str]:
-    """What two runs that ended differ in: metrics, best step, and every array of the last checkpoint."""
-    if complete(found)[-1:] != [STEPS]:
-        return [f"ended with checkpoints {complete(found)}"]
-    wrong = []
-    if metrics(found) != metrics(expected):
-        wrong.append("metrics.jsonl differs")
-    if os.listdir(found / "best") != os.listdir(expected / "best"):
-        wrong.append("another best step")
-    mine, theirs = arrays(found, STEPS), arrays(expected, STEPS)
-    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
-    return wrong + ([f"{len(differing)} arrays differ, such as {differing[0]}"] if differing else [])
-
-
-def same_file(one: Path, other: Path) -> bool:
-    """Whether both are there and hold the same bytes."""
-    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def make_cohort(folder: Path) -> Path:
-    """Slides of random features with reports, in shards of one slide; returns the folder of records."""
-    from pathflip_jax.data.features import SlideFeatures
-    from pathflip_jax.data.records import finish_folder, shard_name, write_shard
-    from pathflip_jax.data.tokens import train_wordpiece
-
-    records = folder / "records"
-    records.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    words = ["glands", "stroma", "necrosis", "mucin", "fat", "lymphocytes", "mitoses", "fibrosis"]
-    captions, table = [], ["slide_id,patient_id,label,split"]
-    coords = (np.stack(np.meshgrid(np.arange(4), np.arange(4)), axis=-1).reshape(-1, 2) * 64).astype(np.int32)
-    for number in range(SLIDES):
-        name = f"S{number:03d}"
-        features = rng.normal(size=(len(coords), 16)).astype(np.float32)
-        place = {"coords": coords, "patch_size": 64, "mpp": 0.5, "width": 256, "height": 256}
-        slide = SlideFeatures(name, name, features, encoder="tiny", **place)
-        write_shard(records / shard_name(number), [slide], edge_um=64.0)
-        sentences = [f"There is {word}." for word in rng.permutation(words)[:4]]
-        captions.append({"slide_id": name, "case_id": name, "caption": " ".join(sentences)})
-        table.append(f"{name},{name},solid,{'val' if number < 8 else 'train'}")
-    finish_folder(records, edge_um=64.0)
-    (folder / "reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
-    (folder / "slides.csv").write_text("\n".join(table) + "\n")
-    train_wordpiece([row["caption"] for row in captions], folder / "vocabulary", vocab_size=100)
-    return records
-
-
-def make_features(folder: Path) -> None:
-    """Feature files to import, in CLAM's form."""
-    import h5py
-
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    coords = np.stack(np.meshgrid(np.arange(40), np.arange(25)), axis=-1).reshape(-1, 2) * 256
-    for number in range(6):
-        with h5py.File(folder / f"S{number}.h5", "w") as file:
-            file["features"] = rng.normal(size=(len(coords), 512)).astype(np.float32)
-            file["coords"] = coords.astype(np.int32)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-def _copy(hears: Connection, log: Path) -> None:
-    """Copy what a process says to a file, until it has ended."""
-    with hears, open(log, "ab", buffering=0) as file:
-        while said := os.read(hears.fileno(), 2**16):
-            file.write(said)
-
-
-def _train(argv: list[str], says: Connection, devices: int, cache: Path) -> None:
-    """`pathflip train` in this process, which the fork server has made with all modules loaded."""
-    os.dup2(says.fileno(), 1)
-    os.dup2(says.fileno(), 2)
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    os.environ |= {"XLA_FLAGS": flags, "PATHFLIP_DEBUG": ""}
-    import jax
-
-    from pathflip_jax import cli
-
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    try:
-        code = cli.main(["train", *argv])
-        atexit._run_exitfuncs()  # multiprocessing leaves out JAX's farewell to the other processes
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def campaign(bench: Bench, names: list[str], times: int, seed: int) -> Iterator[Outcome]:

@@ -216,7 +216,7 @@ def test_eight_chips_of_v5e(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = r"peak_bytes=(\d+) largest_batch=(\d+) efficiency_exposed=([\d.]+)% efficiency_overlapped=([\d.]+)%"
     peak, batch, exposed, overlapped = (float(x) for x in re.fullmatch(summary, done.stdout.splitlines()[-1]).groups())
-    whole = json.loads(out.read_text())["results"]["v5e:2x4"]["whole"]
+    whole = json.loads(out.read_text())["results"]["v5e:2x4 --config.model.layers=2"]["whole"]
     assert 4 * whole["parameter_bytes"] < peak < 15.75 * 2**30 and batch % 64 == 0 and batch >= 128
     # Every gradient in float32, round a ring of eight: 7/4 of the bytes of all parameters, and a little for embeddings.
     gradients = 7 / 4 * whole["parameter_bytes"]
