@@ -58,7 +58,7 @@ def read_outlines(path) -> dict[str, list[Polygon]]:
 
 def _ring(points) -> Float[np.ndarray, "n 2"]:
     ring = np.asarray(points, np.float64)[:, :2]
-    if ring.shape[1] != 2 or not (np.abs(ring) < 2**31).all():
+    if ring.ndim != 2 or ring.shape[1] != 2 or not (np.abs(ring) < 2**31).all():
         raise ValueError("a ring whose points are not two level-0 pixels each")
     return ring
 

@@ -52,6 +52,7 @@ def test_collections_lists_and_single_features(tmp_path, wrap):
         ("3", "no list of features"),
         ('{"type": "FeatureCollection"}', "no list of features"),
         ("[" * 100_000, "nested too deeply"),
+        (json.dumps([feature([[SQUARE.tolist()]])]), "feature 0"),
         (json.dumps([feature([[[1e308, 0], [1, 1]]])]), "feature 0"),
         (json.dumps([feature([SQUARE.tolist()]) | {"properties": {"classification": ["x"]}}]), "feature 0"),
     ],
