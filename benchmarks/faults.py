@@ -20,7 +20,7 @@ hang             2      a file of records stops answering (a FIFO stands in its 
 is told when every process that survives it says so on stderr and exits with the code that is right for it: 75 where
 starting again is all that is needed, 2 where somebody must mend something first.
 
-    python benchmarks/faults.py --times 20 --json benchmarks/results/faults.json
+    python benchmarks/faults.py --times 20 --json benchmarks/results/faults.json     # ended, it goes on from there
     python benchmarks/faults.py --faults kill-in-save flipped-byte --times 3
 """
 
@@ -44,6 +44,7 @@ from typing import NamedTuple
 from fault_runs import (
     LIMIT_SECONDS,
     SAVE_EVERY,
+    SLIDES,
     STEPS,
     Rig,
     Run,
@@ -57,6 +58,7 @@ from machine import describe
 AGAIN, MEND, KILLED = 75, 2, -signal.SIGKILL
 HANG_SECONDS = 15
 OWN_MOUNTS = "FAULTS_OWN_MOUNTS"
+RUNS = {"steps": STEPS, "save_every": SAVE_EVERY, "slides": SLIDES}  # what outcomes of one table share
 
 
 class Outcome(NamedTuple):
@@ -306,11 +308,12 @@ FAULTS: dict[str, tuple[Callable, int]] = {
 }
 
 
-def campaign(bench: Bench, names: list[str], times: int, seed: int) -> Iterator[Outcome]:
-    """Every fault so many times."""
+def campaign(bench: Bench, names: list[str], seeds: range, done: list[Outcome]) -> Iterator[Outcome]:
+    """Every fault with every seed; those that are done come from there."""
+    known = {(outcome.fault, outcome.seed): outcome for outcome in done}
     for name in names:
-        for number in range(times):
-            yield bench.inject(name, seed + number)
+        for seed in seeds:
+            yield known.get((name, seed)) or bench.inject(name, seed)
 
 
 def main() -> int:
@@ -320,17 +323,20 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20, help="of each fault (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="folder to work in (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, help="file to write; what is in it already is not injected again")
     options = parser.parse_args()
     if "full-disk" in options.faults:
         own_mounts()
+    done = read_outcomes(options.json) if options.json and options.json.exists() else []
+    outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        disk = "full-disk" in options.faults and mount_disk(folder / "disk")
-        bench, outcomes = Bench(folder), []
-        for outcome in campaign(bench, options.faults, options.times, options.seed):
+        if "full-disk" in options.faults:
+            mount_disk(folder / "disk")
+        seeds = range(options.seed, options.seed + options.times)
+        for outcome in campaign(Bench(folder), options.faults, seeds, done):
             outcomes.append(outcome)
             state = "same" if outcome.same else "NOT THE SAME"
             print(
@@ -340,19 +346,37 @@ def main() -> int:
             )
             for fault in outcome.wrong:
                 print(f"    {fault}", flush=True)
-    rows = [summary(name, [o for o in outcomes if o.fault == name]) for name in options.faults]
+            if options.json and outcome not in done:
+                done.append(outcome)
+                write_outcomes(options.json, done)
     print(f"\n{'fault':16}{'times':>7}{'same state':>12}{'told':>7}{'lost steps, most':>18}{'mean':>7}")
-    for row in rows:
+    for row in summaries(outcomes):
         same, told = f"{row['same_state']}/{row['times']}", f"{row['told']}/{row['times']}"
         print(f"{row['fault']:16}{row['times']:>7}{same:>12}{told:>7}{row['lost_most']:>18}{row['lost_mean']:>7.1f}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"times": options.times, "seed": options.seed, "steps": STEPS, "save_every": SAVE_EVERY}
-        settings["full_disk"] = "tmpfs, ENOSPC" if disk else "RLIMIT_FSIZE, EFBIG"
-        content = {"machine": describe("jax", "jaxlib", "orbax-checkpoint"), "settings": settings, "results": rows}
-        content["outcomes"] = [outcome._asdict() for outcome in outcomes]
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
     return int(any(outcome.wrong for outcome in outcomes))
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """The outcomes in a JSON of before. Raises ValueError where they are of other runs."""
+    content = json.loads(path.read_text())
+    if content["settings"] != RUNS:
+        raise ValueError(f"{path}: is of {content['settings']}, this is {RUNS}; name another file")
+    return [Outcome(**outcome) for outcome in content["outcomes"]]
+
+
+def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
+    """Write the table and all outcomes, so that a campaign that is ended goes on from there."""
+    content = {"machine": describe("jax", "jaxlib", "orbax-checkpoint"), "settings": RUNS}
+    content |= {"results": summaries(outcomes), "outcomes": [outcome._asdict() for outcome in outcomes]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def summaries(outcomes: list[Outcome]) -> list[dict]:
+    """The rows of the table."""
+    return [summary(name, found) for name in FAULTS if (found := [o for o in outcomes if o.fault == name])]
 
 
 def summary(fault: str, outcomes: list[Outcome]) -> dict:
@@ -377,11 +401,11 @@ def own_mounts() -> None:
             os.execvp(inside[0], [*inside, sys.executable, *sys.argv])
 
 
-def mount_disk(folder: Path) -> bool:
-    """Mount a small disk in memory; False outside a mount namespace of our own."""
+def mount_disk(folder: Path) -> None:
+    """Mount a small disk in memory, in a mount namespace of our own; elsewhere the folder is one as any other."""
     folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=48m", "faults", folder]
-    return bool(os.environ.get(OWN_MOUNTS)) and subprocess.run(command, capture_output=True).returncode == 0
+    if os.environ.get(OWN_MOUNTS):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "faults", folder], capture_output=True)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,28 @@ def test_the_table_counts_what_was_lost(faults):
     ]
     row = {"fault": "hang", "times": 2, "same_state": 1, "told": 2, "lost_most": 6, "lost_mean": 5.0}
     assert faults.summary("hang", outcomes) == row
+
+
+def test_a_campaign_goes_on_from_what_is_written(faults, tmp_path, monkeypatch, capsys):
+    path, injected = tmp_path / "new" / "faults.json", []
+
+    class Bench:
+        def __init__(self, folder):
+            pass
+
+        def inject(self, fault, seed):
+            injected.append(seed)
+            if len(injected) == 3:
+                raise KeyboardInterrupt
+            return faults.Outcome(fault, seed, [75, 75], 9, 5, 4, True, True, [], 1.0)
+
+    monkeypatch.setattr(faults, "Bench", Bench)
+    monkeypatch.setattr(faults.sys, "argv", ["faults.py", "--faults=hang", "--times=4", f"--json={path}"])
+    with pytest.raises(KeyboardInterrupt):
+        faults.main()
+    assert faults.main() == 0
+    assert injected == [0, 1, 2, 2, 3]
+    assert "4/4" in capsys.readouterr().out and len(faults.read_outcomes(path)) == 4
+    monkeypatch.setattr(faults, "RUNS", {"steps": 1})
+    with pytest.raises(ValueError, match="name another file"):
+        faults.read_outcomes(path)
