@@ -133,10 +133,11 @@ def compile_step(
             raise MemoryError(f"{slides} slides a chip do not fit: {str(error).splitlines()[0]}") from None
         raise
     seconds = time.perf_counter() - start
-    plan, traffic = compiled.memory_analysis(), read_traffic(program := compiled.as_text(), mesh.size)
+    plan, program = compiled.memory_analysis(), compiled.as_text()
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         (keep / f"{chip}_{mesh.size}_layers{layers}_slides{slides}.txt").write_text(program)
+    traffic = read_traffic(program, mesh.size)
     own = plan.output_size_in_bytes - plan.alias_size_in_bytes
     code = plan.generated_code_size_in_bytes
     peak = plan.argument_size_in_bytes + own + plan.temp_size_in_bytes + code

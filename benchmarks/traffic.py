@@ -1,7 +1,8 @@
 """What a compiled program sends between devices, read from its scheduled HLO, and what of it the program waits for.
 
 A collective is a plain instruction, a pair of `-start` and `-done`, or, on TPUs, a chain of fusions that all name its
-channel: the first sends, each in between computes while the data are on their way, the last receives. Bytes on the wire
+channel: the first sends, each in between computes while the data are on their way, the last receives; those in between
+may lie in a loop that runs meanwhile. Bytes on the wire
 of a device, of n that take part, are those of ring algorithms (`Collective.wire_bytes`). A collective overlaps where
 compute is scheduled between its two ends; how much of it that compute hides, by the compiler's estimate of its cycles,
 is read too, and no compute hides two.
@@ -105,7 +106,7 @@ def read_traffic(program: str, devices: int) -> Traffic:
     Loops count as often as they run; ValueError names a loop with collectives whose runs the HLO does not give.
     """
     computations, entry = _computations(program)
-    return _traffic(computations, entry, devices, 1)
+    return _traffic(computations, entry, devices, 1, frozenset())
 
 
 def _computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -124,8 +125,10 @@ def _computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
     return found, entry
 
 
-def _traffic(computations: dict[str, list[Instruction]], name: str, devices: int, runs: int) -> Traffic:
-    """The traffic of a computation that runs so many times."""
+def _traffic(
+    computations: dict[str, list[Instruction]], name: str, devices: int, runs: int, begun: frozenset[str]
+) -> Traffic:
+    """The traffic of a computation that runs so many times, without collectives that were `begun` before it."""
     schedule = computations[name]
     types = {x.name: x.type for x in schedule}
     sites: dict[str, list[int]] = {}  # where each collective begins, goes on and ends
@@ -135,11 +138,13 @@ def _traffic(computations: dict[str, list[Instruction]], name: str, devices: int
     cycles = [0.0] * len(schedule)
     for place, instruction in enumerate(schedule):
         if instruction.operation == "while":
-            inner.append(_loop(computations, instruction, devices, runs))
+            inner.append(_loop(computations, instruction, devices, runs, begun | sites.keys()))
             cycles[place] = inner[-1].cycles / runs
             continue
         cycles[place] = instruction.cycles
         for key, kind, collective, its_types in _inside(computations, instruction, types):
+            if key in begun:
+                continue
             first.setdefault(key, (kind, collective, its_types))
             sites.setdefault(key, []).append(place)
             key_of[instruction.name] = key
@@ -164,12 +169,25 @@ def _traffic(computations: dict[str, list[Instruction]], name: str, devices: int
     return Traffic(found + [x for part in inner for x in part.collectives], runs * sum(cycles))
 
 
-def _loop(computations: dict[str, list[Instruction]], loop: Instruction, devices: int, runs: int) -> Traffic:
-    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
-    body = _traffic(computations, loop.named("body"), devices, runs * int(trips[1]) if trips else runs)
+def _loop(
+    computations: dict[str, list[Instruction]], loop: Instruction, devices: int, runs: int, begun: frozenset[str]
+) -> Traffic:
+    trips = _trips(computations, loop)
+    body = _traffic(computations, loop.named("body"), devices, runs * (trips or 1), begun)
     if trips is None and body.collectives:
         raise ValueError(f"{loop.name}: a loop with collectives, but the HLO does not say how often it runs")
     return body
+
+
+def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+    """How often a loop runs, where the HLO says it, or compares a counter, which JAX starts at 0, with a constant."""
+    if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+        return int(told[1])
+    condition = computations.get(loop.named("condition"), [])
+    compared = [x for x in condition if x.operation == "compare" and "direction=LT" in x.rest]
+    bounds = {x.name: int(n[1]) for x in condition if x.operation == "constant" and (n := re.match(r"(\d+)\)", x.rest))}
+    found = [bounds[name] for x in compared for name in x.operands[1:] if name in bounds]
+    return found[0] if len(compared) == len(found) == 1 else None
 
 
 def _inside(

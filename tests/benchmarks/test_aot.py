@@ -135,6 +135,39 @@ def test_a_loop_that_may_run_any_number_of_times_is_refused(traffic):
         traffic.read_traffic("module @jit_step {}", 8)
 
 
+def test_a_collective_that_goes_on_in_a_loop_is_one(traffic):
+    """It is sent before the loop and received after it; the loop's compute hides it, as often as its counter allows."""
+    program = """
+%send (p: f32[64,8]) -> (f32[64,8], u32[]) {
+  %p = f32[64,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%p), channel_id=27, replica_groups={}
+  ROOT %begun = (f32[64,8]{1,0}, u32[]) custom-call(%p, %all-reduce.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%more (s: s32[]) -> bool[] {
+  %s.1 = s32[] parameter(0)
+  %most = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[] compare(%s.1, %most), direction=LT
+}
+
+%body (s: s32[]) -> s32[] {
+  %s = s32[] parameter(0)
+  ROOT %work = s32[] fusion(%s), calls=%send, backend_config={"estimated_cycles":"10"}
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %start = (f32[64,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%send
+  %loop = s32[] while(%x), condition=%more, body=%body
+  ROOT %done = f32[64,8]{1,0} fusion(%x), kind=kCustom, calls=%send
+}
+"""
+    found = traffic.read_traffic(program, 8)
+    assert [(x.runs, x.bytes, x.hidden_cycles) for x in found.collectives] == [(1, 2048, 80)] and found.cycles == 80
+    alone = program.replace("  %start = (f32[64,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%send\n", "")
+    assert {x.runs for x in traffic.read_traffic(alone, 8).collectives} == {1, 8}
+
+
 def test_the_formula(bench):
     # 80 ms of compute; 1.6 GB at 200 GB/s are 8 ms, 2 ms of them with no compute beside, 3 ms not hidden by it.
     found = bench.Compiled(12, 16, 0, 0, 0, 1.6e9, 0.4e9, 0.6e9, 0, 0)
