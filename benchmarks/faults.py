@@ -309,10 +309,10 @@ FAULTS: dict[str, tuple[Callable, int]] = {
 
 
 def campaign(bench: Bench, names: list[str], seeds: range, done: list[Outcome]) -> Iterator[Outcome]:
-    """Every fault with every seed; those that are done come from there."""
+    """Every fault with every seed, all faults once before any again; those that are done come from there."""
     known = {(outcome.fault, outcome.seed): outcome for outcome in done}
-    for name in names:
-        for seed in seeds:
+    for seed in seeds:
+        for name in names:
             yield known.get((name, seed)) or bench.inject(name, seed)
 
 
