@@ -1,0 +1,266 @@
+"""The decoder that reads soft tokens and writes text: Qwen3, Qwen2 and Llama 3 (DESIGN section 7).
+
+    B  sequences of the batch     W  width of the decoder     N  heads of queries
+    T  tokens                     V  vocabulary               M  heads of keys and values
+    U  slots of the cache         d  width of a head
+
+It is called with token ids or with embeddings, which is how a slide comes in. Padding may stand on either side; what
+stands there changes nothing. Positions count real tokens.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
+from pathflip_jax.model.attention import INITS, Embedding, add_bias, contract, dropout, split_key
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen, of every layer; `mask` says which slots hold one.
+
+    All sequences fill the same slots, `filled` of them: prompts of different lengths are padded on the left.
+    """
+
+    keys: tuple[Float[Array, "B U M d"], ...]
+    values: tuple[Float[Array, "B U M d"], ...]
+    mask: Bool[Array, "B U"]
+    filled: Int[Array, ""]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation in float32, whatever the dtype of the activations."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
+        """[..., W] -> [..., W]."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+class LowRank(nnx.Module):
+    """What LoRA adds to a projection; `b` starts at zero, so that at first it adds nothing."""
+
+    def __init__(self, inputs: int, outputs: int, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+        bound = 1 / math.sqrt(inputs)
+        self.rate, self.scale = config.dropout, config.alpha / config.rank
+        self.a = nnx.Param(jax.random.uniform(rngs.params(), (inputs, config.rank), minval=-bound, maxval=bound))
+        self.b = nnx.Param(jnp.zeros((config.rank, outputs)))
+
+    def __call__(self, x: Float[Array, "B T I"], key: Array | None) -> Float[Array, "B T O"]:
+        """[B, T, I] -> [B, T, O]."""
+        inner = contract("bti,ir->btr", dropout(x, self.rate, key), self.a[...])
+        return contract("btr,ro->bto", inner, self.b[...]) * self.scale
+
+
+class Projection(nnx.Module):
+    """x @ kernel (+ bias) (+ LoRA); the kernel is [inputs, outputs]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = False, lora: LoRAConfig | None = None
+    ) -> None:
+        self.kernel = nnx.Param(INITS["bert"](rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.lora = LowRank(inputs, outputs, lora, rngs) if lora else None
+
+    def __call__(self, x: Float[Array, "B T I"], key: Array | None = None) -> Float[Array, "B T O"]:
+        """[B, T, I] -> [B, T, O]; `key` draws LoRA's dropout."""
+        y = contract("bti,io->bto", x, self.kernel[...])
+        if self.bias is not None:
+            y = add_bias(y, self.bias[...])
+        return y if self.lora is None else y + self.lora(x, key)
+
+
+def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "d/2"]:
+    """Radians that each pair of numbers of a head turns by from one position to the next."""
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_positions * frequencies / (2 * np.pi)  # over the length that was trained first
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotate(x: Float[Array, "B T N d"], angles: Float[Array, "B T d/2"]) -> Float[Array, "B T N d"]:
+    """Turn each pair (i, i + d/2) of a head by its angle (RoFormer, arXiv 2104.09864)."""
+    cos, sin = (f(angles)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+        def project(name: str, inputs: int, outputs: int, bias: bool) -> Projection:
+            return Projection(inputs, outputs, rngs, bias=bias, lora=_adapted(f"attention/{name}", lora))
+
+        self.shape = config.heads, config.kv_heads, config.head_dim
+        inner, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = project("query", config.width, inner, config.attention_bias)
+        self.key = project("key", config.width, kv, config.attention_bias)
+        self.value = project("value", config.width, kv, config.attention_bias)
+        self.output = project("output", inner, config.width, config.output_bias)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_norm else None
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T W"],
+        angles: Float[Array, "B T d/2"],
+        mask: Bool[Array, "B 1 T U"],
+        cached: tuple[Float[Array, "B U M d"], Float[Array, "B U M d"], Int[Array, ""]] | None,
+        key: Array | None,
+    ) -> tuple[Float[Array, "B T W"], tuple[Float[Array, "B U M d"], Float[Array, "B U M d"]]]:
+        """[B, T, W] -> [B, T, W], and the keys and values of all slots, the new ones among them."""
+        heads, kv_heads, d = self.shape
+        keys = split_key(key, 4)
+        q = self.query(x, keys[0]).reshape(*x.shape[:2], heads, d)
+        k = self.key(x, keys[1]).reshape(*x.shape[:2], kv_heads, d)
+        v = self.value(x, keys[2]).reshape(*x.shape[:2], kv_heads, d)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cached is not None:
+            held_k, held_v, filled = cached
+            at = (0, filled, 0, 0)
+            k = jax.lax.dynamic_update_slice(held_k, k.astype(held_k.dtype), at)
+            v = jax.lax.dynamic_update_slice(held_v, v.astype(held_v.dtype), at)
+        pooled = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)  # [B, T, N, d]
+        return self.output(pooled.reshape(*x.shape[:2], heads * d), keys[3]), (k, v)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+        def project(name: str, inputs: int, outputs: int) -> Projection:
+            return Projection(inputs, outputs, rngs, lora=_adapted(f"feed_forward/{name}", lora))
+
+        self.gate = project("gate", config.width, config.intermediate)
+        self.up = project("up", config.width, config.intermediate)
+        self.down = project("down", config.intermediate, config.width)
+
+    def __call__(self, x: Float[Array, "B T W"], key: Array | None) -> Float[Array, "B T W"]:
+        """[B, T, W] -> [B, T, W]."""
+        keys = split_key(key, 3)
+        return self.down(jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1]), keys[2])
+
+
+def _adapted(name: str, lora: LoRAConfig | None) -> LoRAConfig | None:
+    return lora if lora and name in [TARGETS[target] for target in lora.targets] else None
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then the feed-forward network, each behind its norm and beside its residual."""
+
+    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, lora, rngs)
+        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = FeedForward(config, lora, rngs)
+
+    def __call__(self, x, angles, mask, cached, key):
+        """As `Attention`."""
+        keys = split_key(key, 2)
+        pooled, held = self.attention(self.attention_norm(x), angles, mask, cached, keys[0])
+        x = x + pooled
+        return x + self.feed_forward(self.feed_forward_norm(x), keys[1]), held
+
+
+class Decoder(nnx.Module):
+    """A causal language model. A pytree of parameters; use it with plain JAX transforms."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, lora: LoRAConfig | None = None) -> None:
+        self.config, self.lora = config, lora
+        self.embedding = Embedding(config.vocab_size, config.width, rngs)
+        self.layers = nnx.List([DecoderLayer(config, lora, rngs) for _ in range(config.layers)])
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied else Projection(config.width, config.vocab_size, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "B T W"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        """The logits after every token, in float32, and the cache with the tokens in it (None without one).
+
+        Give token ids or `inputs_embeds`. `mask` is False at padding. `key` draws LoRA's dropout; None: no dropout.
+        """
+        states, cache = self.states(tokens, inputs_embeds=inputs_embeds, mask=mask, cache=cache, key=key)
+        return self.logits(states), cache
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
+        """The embeddings of tokens, in the dtype of computation."""
+        return self.embedding(tokens).astype(self.config.compute_dtype)
+
+    def states(
+        self,
+        tokens: Int[Array, "B T"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "B T W"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T W"], Cache | None]:
+        """The last states, which `logits` reads, so that a loss need not hold the logits of all tokens at once."""
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError("give token ids or inputs_embeds, one of the two")
+        x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.config.compute_dtype)
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        if cache is None:
+            held, filled = mask, 0
+        else:
+            held, filled = jax.lax.dynamic_update_slice(cache.mask, mask, (0, cache.filled)), cache.filled
+            positions = positions + cache.mask.sum(1, keepdims=True)
+        slots = jnp.arange(held.shape[1])
+        causal = slots <= filled + jnp.arange(x.shape[1])[:, None]  # [T, U]
+        visible = (causal & held[:, None])[:, None]  # [B, 1, T, U]
+        angles = positions[..., None] * rotary_frequencies(self.config)  # [B, T, d/2]
+        layer = jax.checkpoint(_apply) if self.config.remat and cache is None else _apply
+        found = []
+        for number, (module, layer_key) in enumerate(zip(self.layers, split_key(key, len(self.layers)), strict=True)):
+            cached = None if cache is None else (cache.keys[number], cache.values[number], filled)
+            x, kept = layer(module, x, angles, visible, cached, layer_key)
+            found.append(kept)
+        x = self.norm(x)
+        if cache is None:
+            return x, None
+        keys, values = zip(*found, strict=True)
+        return x, Cache(keys, values, held, filled + x.shape[1])
+
+    def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
+        """The logits of states, in float32."""
+        if self.head is None:
+            table = self.embedding.embedding[...]
+            return contract("btw,vw->btv", states, table).astype(jnp.float32)
+        return self.head(states).astype(jnp.float32)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """Room for so many tokens of so many sequences, none of them there yet."""
+        config = self.config
+        shape = (batch, slots, config.kv_heads, config.head_dim)
+
+        def zeros() -> tuple[Array, ...]:
+            return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.layers))
+
+        return Cache(zeros(), zeros(), jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+
+def _apply(module: DecoderLayer, *arguments):
+    return module(*arguments)
