@@ -61,7 +61,7 @@ def make_mesh(devices: list, fsdp: int, region: int):
 
 def with_layers(config, layers: int) -> PathFLIPConfig:
     """The config's model with so many layers."""
-    from pathflip_jax.train import model_config
+    from pathflip_jax.alignment import model_config
 
     return PathFLIPConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
 

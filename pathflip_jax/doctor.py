@@ -200,7 +200,7 @@ def _texts(path: Place, records: Place | None) -> Iterator[Finding]:
 
 
 def _config(name: str) -> Finding:
-    from pathflip_jax.train import check_config
+    from pathflip_jax.alignment import check_config
 
     try:
         parameters = check_config(name)

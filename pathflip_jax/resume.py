@@ -1,12 +1,12 @@
 """Which run a folder holds, and what makes a run the same when it goes on elsewhere or on other devices."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from pathflip_jax import checkpoint, sharding
 from pathflip_jax.metrics import METRICS
-from pathflip_jax.model.config import PathFLIPConfig
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {
@@ -28,11 +28,12 @@ MAY_CHANGE = {
 }
 
 
-def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> None:
+def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
-    So is that of `train.checkpoints`, which alone outlives a lost machine. A run that ended before its first
-    checkpoint, on a wrong setting or for want of memory, has no claim on either.
+    `describe` writes into a folder what its run is. The folder of `train.checkpoints`, which alone outlives a lost
+    machine, is claimed too. A run that ended before its first checkpoint, on a wrong setting or for want of memory,
+    has no claim on either.
     """
     home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
@@ -51,9 +52,9 @@ def claim(workdir: Path, resolved: dict, model: PathFLIPConfig, tokenizer) -> No
                 "give that run's settings to go on with it, or another --workdir to start a new one"
             )
     elif jax.process_index() == 0:
-        checkpoint.describe_run(home, model, resolved, tokenizer)
+        describe(home)
     if home != workdir and jax.process_index() == 0:
-        checkpoint.describe_run(workdir, model, resolved, tokenizer)
+        describe(workdir)
 
 
 def begun_config(home: Path) -> dict | None:

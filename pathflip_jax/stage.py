@@ -7,6 +7,7 @@ microbatch again with that gradient pulled back through it (as in GradCache, arX
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,30 @@ class Stage(NamedTuple):
     encode: Callable[[Any, Any, Key | None], Any]
     objective: Callable[[Any, Any, Any, Key], tuple[jax.Array, dict[str, jax.Array]]]
     trainable: Callable[[str], bool]
+
+
+class Training(NamedTuple):
+    """All that a run of a stage brings to the loop (`train.fit`).
+
+    `shapes` are all parameters by name; `initial(places)` makes them where they live. Checkpoints hold those that
+    `keeps(name)`: what is frozen and was read from elsewhere is read from there again. `batches` are a function of the
+    step (as `data.pipeline.Batches`); one of the scores that `validate(learned, frozen)` returns chooses the best
+    checkpoint. `useful_operations(batch)` counts inside of a compiled step; `require_room(step)` raises MemoryError
+    for one that does not fit. `resolved` are all settings and facts of the data, `describe(folder)` writes what a run
+    folder holds beside its checkpoints.
+    """
+
+    stage: Stage
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    build: Callable[[Params, Params], Any]
+    initial: Callable[[dict[str, Any]], Params]
+    keeps: Callable[[str], bool]
+    batches: Any
+    validate: Callable[[Params, Params], dict[str, float]] | None
+    useful_operations: Callable[[Any], jax.Array]
+    require_room: Callable[[Any], None]
+    resolved: dict
+    describe: Callable[[Path], None]
 
 
 def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:

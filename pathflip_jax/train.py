@@ -15,28 +15,23 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, distributed, goodput, memory, settings, sharding
+from pathflip_jax import checkpoint, distributed, goodput, settings, sharding
+from pathflip_jax.alignment import alignment_training
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import look_up
 from pathflip_jax.data.storage import is_url
 from pathflip_jax.distributed import TRY_AGAIN, Watchdog
-from pathflip_jax.losses import LossConfig, pair_bytes
-from pathflip_jax.metrics import METRICS, VALIDATION, MetricsWriter, import_wandb, plot, read_metrics
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.flops import useful_operations
-from pathflip_jax.model.pathflip import PathFLIP, abstract_params, flatten, unflatten
+from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, plot, read_metrics
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.profiling import Profiler, profiled_steps
 from pathflip_jax.resume import begun_config, claim
-from pathflip_jax.run_data import RunData, open_data
-from pathflip_jax.stage import Params, Stage, alignment, make_step
+from pathflip_jax.stage import Params, Training, make_step
 from pathflip_jax.telemetry import USEFUL, Telemetry
-from pathflip_jax.validation import MEASURED, choose_best, make_validation, place_features
+from pathflip_jax.validation import choose_best, place_features
 
 
 class Stopped(Exception):
@@ -58,14 +53,8 @@ def train(
     profiled_steps(profile, 0)
     if config.train.wandb_project:
         import_wandb(config.train.wandb_project)
-    losses = [f"loss_{part}" for part in ("slide", "region") if config.loss[f"{part}_weight"]]
-    measured = [VALIDATION + name for name in (*MEASURED, *losses)]
-    if config.train.select not in measured:
-        raise ValueError(f"train.select={config.train.select!r}: choose one of {', '.join(measured)}")
     if config.train.select_margin < 0:
         raise ValueError(f"train.select_margin={config.train.select_margin}: expected 0 or more")
-    if not losses:
-        raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
     if is_url(workdir):
         raise ValueError(
             f"--workdir={workdir}: logs are written to a local disk; name a folder there, and "
@@ -81,19 +70,23 @@ def train(
     with StopSignal() as stop, Watchdog(config.train.hang_seconds) as watchdog, jax.set_mesh(mesh):
         home = checkpoint.run_folder(config.train.checkpoints or workdir)
         begun = distributed.agree(begun_config(home)) or {"data": {}}
-        groups = begun["data"].get("text_groups", 0)
-        data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh), groups)
-        model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
-        steps = config.train.steps or config.train.epochs * data.train.steps_per_epoch
-        resolved = config.to_dict()
-        resolved["data"] |= data.facts
-        resolved["model"] |= model.to_dict()
+        training = open_training(config, mesh, begun)
+        steps = config.train.steps or config.train.epochs * training.batches.steps_per_epoch
+        resolved = training.resolved
         resolved["train"]["steps"] = steps
         if config.train.checkpoints:  # for readers that stand in another folder
             resolved["train"]["checkpoints"] = str(checkpoint.run_folder(config.train.checkpoints))
-        claim(workdir, resolved, model, data.tokenizer)
-        stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
-        return fit(stage, config, resolved, model, data, steps, mesh, workdir, Guard(ledger, stop, watchdog, profile))
+        claim(workdir, resolved, training.describe)
+        return fit(training, config, steps, mesh, workdir, Guard(ledger, stop, watchdog, profile))
+
+
+def open_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: dict) -> Training:
+    """What a config trains: slides against texts, or with a section `lm` a language model about slides."""
+    if "lm" in config:
+        from pathflip_jax.llm.training import language_training
+
+        return language_training(config, mesh)
+    return alignment_training(config, mesh, begun["data"].get("text_groups", 0))
 
 
 class Guard(NamedTuple):
@@ -106,34 +99,26 @@ class Guard(NamedTuple):
 
 
 def fit(
-    stage: Stage,
-    config: ConfigDict,
-    resolved: dict,
-    model: PathFLIPConfig,
-    data: RunData,
-    steps: int,
-    mesh: jax.sharding.Mesh,
-    workdir: Path,
-    guard: Guard,
+    training: Training, config: ConfigDict, steps: int, mesh: jax.sharding.Mesh, workdir: Path, guard: Guard
 ) -> dict[str, float]:
     """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
     ledger, stop, watchdog, profile = guard
     optim, setup, primary = OptimConfig(**config.optim), config.train, jax.process_index() == 0
-    schedule = learning_rate(optim, steps, data.train.steps_per_epoch)
+    schedule = learning_rate(optim, steps, training.batches.steps_per_epoch)
     optimizer = make_optimizer(optim, schedule)
-
-    def build(learned: Params, frozen: Params) -> PathFLIP:
-        return unflatten(model, learned | frozen)
-
+    resolved, validate = training.resolved, training.validate
     compiled = 0
-    plain_step = make_step(stage, build, optimizer, schedule, setup.accumulate, setup.seed)
+    plain_step = make_step(training.stage, training.build, optimizer, schedule, setup.accumulate, setup.seed)
 
     def counted_step(learned, frozen, opt_state, batch, number, features):
         nonlocal compiled
         compiled += 1  # Python runs through here only to compile
-        learned, opt_state, metrics = plain_step(learned, frozen, opt_state, look_up(batch, features), number)
-        useful = useful_operations(model, batch.patch_mask, batch.text_rows)
-        return learned, opt_state, metrics | {USEFUL: useful}
+        batch = look_up(batch, features)
+        learned, opt_state, metrics = plain_step(learned, frozen, opt_state, batch, number)
+        return learned, opt_state, metrics | {USEFUL: training.useful_operations(batch)}
+
+    def kept(learned: Params, frozen: Params) -> Params:
+        return {name: x for name, x in (learned | frozen).items() if training.keeps(name)}
 
     facts = {"config": resolved, "git": checkpoint.git_revision()}
     with (
@@ -141,7 +126,7 @@ def fit(
         Profiler(workdir, profile, ledger) as profiler,
         checkpoint.Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every) as checkpoints,
     ):
-        start, learned, frozen, opt_state, best = _begin(stage, config, model, optimizer, mesh, checkpoints, ledger)
+        start, learned, frozen, opt_state, best = _begin(training, optimizer, mesh, checkpoints, ledger)
         if primary and start < steps:
             ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
         telemetry = Telemetry(ledger, mesh, config.model.compute_dtype)
@@ -154,17 +139,16 @@ def fit(
             out_shardings=(*places, NamedSharding(mesh, P())),
             compiler_options=compiler_options(setup.deterministic),
         )
-        validate = make_validation(stage, build, data.validation, mesh) if data.validation else None
-        batches = telemetry.timed_batches(data.train.__iter__(start))
+        batches = telemetry.timed_batches(training.batches.__iter__(start))
         watchdog.at(start, "reading the next batch")
         with ledger.during(goodput.DATA):
             batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
-        features = place_features(mesh, data.train)
+        features = place_features(mesh, training.batches)
         watchdog.at(start, "compiling", timed=False)
         if start < steps:
             with ledger.during(goodput.COMPILATION):
                 step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
-            _require_room(step, config, model, sharding.batch_shards(mesh))
+            training.require_room(step)
             if stop.requested(start):
                 raise Stopped(f"stopped before step {start + 1} of {steps}; the same command goes on from there")
         step = telemetry.timed_step(step)
@@ -216,10 +200,10 @@ def fit(
                     write()
                     writer.flush()  # a checkpoint is never ahead of its metrics
                     with ledger.saving(done):
-                        checkpoints.save(done, learned | frozen, opt_state, {"best": best})
+                        checkpoints.save(done, kept(learned, frozen), opt_state, {"best": best})
                 with ledger.during(goodput.SAVE):
                     if improved:
-                        checkpoints.save_best(done, learned | frozen, {"best": best})
+                        checkpoints.save_best(done, kept(learned, frozen), {"best": best})
                     if stopping or last:
                         checkpoints.wait()
                 if stopping and not last:
@@ -232,70 +216,35 @@ def fit(
     return read_metrics(workdir / METRICS)[-1]
 
 
-def _require_room(step, config: ConfigDict, model: PathFLIPConfig, shards: int) -> None:
-    """Raise MemoryError where a compiled step does not fit on a device, with the settings that would."""
-    setup, loss = config.train, LossConfig(**config.loss)
-    sizes = setup.batch_size // shards, setup.batch_size, model.text_region_heads, config.data.regions
-    pairs = pair_bytes(loss, *sizes, model.embed_dim)
-    memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, shards, pairs)
-
-
-def _begin(
-    stage: Stage, config: ConfigDict, model: PathFLIPConfig, optimizer, mesh, checkpoints, ledger: goodput.Ledger
-):
+def _begin(training: Training, optimizer, mesh, checkpoints, ledger: goodput.Ledger):
     """(step, learned, frozen, optimizer state, best): from the newest sound checkpoint, else from the beginning.
 
     Shapes and places come first, so that nothing is computed that a checkpoint holds.
     """
-    shapes = abstract_params(model)
+    shapes = training.shapes
     places = sharding.placements(mesh, shapes)
-    learns = {name for name in shapes if stage.trainable(name)}
+    learns = {name for name in shapes if training.stage.trainable(name)}
     opt_shapes = jax.eval_shape(optimizer.init, {name: shapes[name] for name in learns})
     opt_places = sharding.placements(mesh, opt_shapes)
 
     def placed(shapes, places):
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
+    held = {name: x for name, x in placed(shapes, places).items() if training.keeps(name)}
     with ledger.during(goodput.RESTORE):
-        found = checkpoints.restore(placed(shapes, places), placed(opt_shapes, opt_places))
-    params = found[1] if found else initial_params(model, config.model.bert, config.train.seed, places)
+        found = checkpoints.restore(held, placed(opt_shapes, opt_places))
+    saved = found[1] if found else {}
+    params = saved if len(saved) == len(shapes) else training.initial(places) | saved
     learned = {name: x for name, x in params.items() if name in learns}
     frozen = {name: x for name, x in params.items() if name not in learns}
     if not found:
         return 0, learned, frozen, jax.jit(optimizer.init, out_shardings=opt_places)(learned), None
     step, _, opt_state, facts = found
     if facts["best"] and facts["best"]["step"] == step:  # perhaps it ended between the two saves of a best step
-        checkpoints.save_best(step, params, {"best": facts["best"]})
+        checkpoints.save_best(step, saved, {"best": facts["best"]})
     if jax.process_index() == 0:
         print(f"{checkpoints.workdir}: going on from step {step}", file=sys.stderr)
     return step, learned, frozen, opt_state, facts["best"]
-
-
-def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> PathFLIPConfig:
-    """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees."""
-    values = config.model.to_dict()
-    values.pop("bert")
-    for name, found in (("feature_dim", feature_dim), ("vocab_size", vocab_size)):
-        values[name] = values[name] or found
-    return PathFLIPConfig.from_dict(values)
-
-
-def check_config(name: str) -> int:
-    """The number of parameters of a config's model; raises ValueError for what is wrong in it. Computes nothing."""
-    config = settings.load_config(name)
-    OptimConfig(**config.optim), LossConfig(**config.loss)
-    return sum(math.prod(x.shape) for x in abstract_params(model_config(config)).values())
-
-
-def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) -> Params:
-    """Random parameters made where they live; with `bert`, the Q-Former starts from that Hugging Face folder."""
-    make = jax.jit(lambda key: flatten(PathFLIP(model, nnx.Rngs(key))), out_shardings=places)
-    params = make(jax.random.key(seed))
-    if bert:
-        from pathflip_jax.convert.bert import bert_parameters
-
-        params |= {name: jax.device_put(x, places[name]) for name, x in bert_parameters(bert, model).items()}
-    return params
 
 
 class StopSignal:

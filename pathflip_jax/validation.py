@@ -1,6 +1,6 @@
 """Validation during a run: losses and retrieval on held-out slides, and which checkpoint they make the best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -14,6 +14,13 @@ from pathflip_jax.stage import Params, Stage
 
 RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
+
+
+def require_score(select: str, measured: Sequence[str]) -> None:
+    """Raise ValueError where `train.select` is none of the scores that a validation measures."""
+    names = [VALIDATION + name for name in measured]
+    if select not in names:
+        raise ValueError(f"train.select={select!r}: choose one of {', '.join(names)}")
 
 
 def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params], dict[str, float]]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from pathflip_jax import alignment as alignment_stage
 from pathflip_jax import checkpoint, goodput, settings, train
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.tokens import TextTokenizer
@@ -238,13 +239,13 @@ def test_a_frozen_parameter_stays_and_the_rest_learns(options, straight, tmp_pat
     def half(*arguments):
         return alignment(*arguments)._replace(trainable=lambda name: not name.startswith("qformer/"))
 
-    monkeypatch.setattr(train, "alignment", half)
+    monkeypatch.setattr(alignment_stage, "alignment", half)
     assert train.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.accumulate=2"]) == 0
     config = settings.parse([*options, "--workdir=w"])[0]
     model = load_run(tmp_path / "run", "latest")[0]
     places = {name: jax.devices()[0] for name in flatten(model)}
     places = {name: jax.sharding.SingleDeviceSharding(place) for name, place in places.items()}
-    start = train.initial_params(model.config, "", config.train.seed, places)
+    start = alignment_stage.initial_params(model.config, "", config.train.seed, places)
     moved = {name for name, x in flatten(model).items() if not np.array_equal(x, start[name])}
     assert {name for name in moved if name.startswith("qformer/")} == set()
     assert {"slide_projection/kernel", "text_region/query/kernel", "logit_scale"} <= moved

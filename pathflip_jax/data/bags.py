@@ -30,16 +30,49 @@ class TokenisedText(NamedTuple):
     given: bool
 
 
-class Bag(NamedTuple):
-    """Slides that are sampled as one; for each of their regions, where it is stored and how many patches it has."""
+class Regions(NamedTuple):
+    """The regions of slides that are sampled as one: where each is stored and how many patches it has."""
 
-    slides: tuple[str, ...]
-    case: int
-    texts: list[TokenisedText]
     record: np.ndarray  # [regions] place of the region's slide in the records
     region: np.ndarray  # [regions] the region's number in that slide
     start: np.ndarray  # [regions] its first patch in that slide
     count: np.ndarray  # [regions] its patches
+
+
+class Bag(NamedTuple):
+    """Slides that are sampled as one, with their texts."""
+
+    slides: tuple[str, ...]
+    case: int
+    texts: list[TokenisedText]
+    regions: Regions
+
+
+def regions_of(records: Records, places: Sequence[int]) -> Regions:
+    """The regions of the slides at these places in the records, one slide after the other."""
+    rows = [np.asarray(records.slides[i].region_rows) for i in places]
+    return Regions(
+        np.repeat(places, [len(row) - 1 for row in rows]),
+        np.concatenate([np.arange(len(row) - 1) for row in rows]),
+        np.concatenate([row[:-1] for row in rows]),
+        np.concatenate([np.diff(row) for row in rows]),
+    )
+
+
+def wanted_slides(records: Records, slide_ids: Sequence[str] | None) -> set[str]:
+    """The slides to draw from: these, or all of the records. ValueError for one with no record or no patch."""
+    patches = {info.slide_id: info.num_patches for info in records.slides}
+    wanted = set(patches) if slide_ids is None else set(slide_ids)
+    missing = sorted(wanted - set(patches))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} slides have no record ({some(missing)}); the records hold "
+            f"{some(patches)}; prepare or import them, or take them out of the slide table"
+        )
+    empty = sorted(slide for slide in wanted if patches[slide] == 0)
+    if empty:
+        raise ValueError(f"{len(empty)} slides have no patches ({some(empty)}); take them out of the slide table")
+    return wanted
 
 
 def collect_bags(
@@ -57,16 +90,7 @@ def collect_bags(
     """
     infos = records.slides
     position = {info.slide_id: i for i, info in enumerate(infos)}
-    wanted = set(position) if slide_ids is None else set(slide_ids)
-    missing = sorted(wanted - set(position))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(wanted)} slides have no record ({some(missing)}); the records hold "
-            f"{some(position)}; prepare or import them, or take them out of the slide table"
-        )
-    empty = sorted(slide for slide in wanted if infos[position[slide]].num_patches == 0)
-    if empty:
-        raise ValueError(f"{len(empty)} slides have no patches ({some(empty)}); take them out of the slide table")
+    wanted = wanted_slides(records, slide_ids)
     grouped: dict[tuple[str, ...], list[SlideText]] = {}
     for text in match_texts(texts, [info.slide_id for info in infos], [info.case_id for info in infos]):
         slides = tuple(sorted(wanted.intersection(text.slide_ids), key=position.get))
@@ -83,12 +107,8 @@ def collect_bags(
     ready = iter(_tokenise(flat, tokenizer, caption_length, subcaption_length))
     bags = []
     for slides, case in zip(members, cases, strict=True):
-        places = [position[slide] for slide in slides]
-        rows = [np.asarray(infos[i].region_rows) for i in places]
-        record = np.repeat(places, [len(row) - 1 for row in rows])
-        region = np.concatenate([np.arange(len(row) - 1) for row in rows])
-        start, count = np.concatenate([row[:-1] for row in rows]), np.concatenate([np.diff(row) for row in rows])
-        bags.append(Bag(slides, case, [next(ready) for _ in grouped[slides]], record, region, start, count))
+        regions = regions_of(records, [position[slide] for slide in slides])
+        bags.append(Bag(slides, case, [next(ready) for _ in grouped[slides]], regions))
     return bags
 
 

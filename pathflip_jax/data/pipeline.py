@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Bool, Float16, Int32
 
 from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags
-from pathflip_jax.data.batch_memory import BatchMemory
 from pathflip_jax.data.captions import draw_given, draw_merges
+from pathflip_jax.data.patches import PatchSampler
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText
 from pathflip_jax.data.tokens import (
@@ -104,7 +104,7 @@ def make_batches(
     bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length)
     if len(bags) < batch_size:
         raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
-    widest = max(int(bag.count.max()) for bag in bags)
+    widest = max(int(bag.regions.count.max()) for bag in bags)
     draws = _Draws(
         batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_step,
         text_groups, merge_sentences, caption_share, seed, padding,
@@ -172,13 +172,10 @@ class Batches:
         self.row_lengths = row_lengths(draws.row_step, max(draws.caption_length, draws.subcaption_length))
         self.text_rows: tuple[int, ...] = ()
         self.counts: Counter[str] = Counter()
-        self._records, self._bags, self._tokenizer, self._draws = records, bags, tokenizer, draws
+        self._bags, self._tokenizer, self._draws = bags, tokenizer, draws
         self._shards, self._threads = shards, threads
         self._lock = threading.Lock()
-        self._memory = BatchMemory(keep=threads + 2)  # those made ahead, the one in use and the one before
-        self._features: np.ndarray | None = None
-        self._on_device = False
-        self._first_row: np.ndarray | None = None
+        self._patches = PatchSampler(records, draws.regions, draws.patch_slots, threads)
 
     @property
     def batch_size(self) -> int:
@@ -187,19 +184,11 @@ class Batches:
 
     def take_features(self) -> np.ndarray | None:
         """Hand over the features [N, F] that batches name rows of, once; None where batches bring features."""
-        if not self._on_device:
-            return None
-        features, self._features = self._features, None
-        return features
+        return self._patches.take_features()
 
     def load(self, on_device: bool = False) -> None:
         """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
-        self._on_device = on_device
-        used = sorted({int(i) for bag in self._bags for i in bag.record})
-        parts = [self._records.read(i).features for i in used]
-        self._first_row = np.zeros(max(used) + 1, np.int64)
-        self._first_row[used] = 1 + np.cumsum([0] + [len(part) for part in parts[:-1]])
-        self._features = np.concatenate([np.zeros_like(parts[0][:1]), *parts])
+        self._patches.load((bag.regions for bag in self._bags), on_device)
 
     def resize(self, batch_size: int, text_groups: int, padding: int = 0) -> None:
         """Make batches of another size from the same bags: for a size that their number decides.
@@ -266,7 +255,7 @@ class Batches:
         chosen = np.resize(order[within * batch_size :][:batch_size], padded)[places]
         bags = [self._bags[i] for i in chosen]
         rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
-        patches, mask = self._patches(bags, rngs)
+        patches, mask = self._patches.draw([bag.regions for bag in bags], rngs)
         size = padded // self._draws.text_groups
         packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
         rows = jax.tree.map(lambda *groups: np.stack(groups), *(group.rows for group in packed))
@@ -280,44 +269,6 @@ class Batches:
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._threads, 1))
         return iter(steps.to_iter_dataset(options))
-
-    def _patches(self, bags: list[Bag], rngs: list[np.random.Generator]):
-        """Up to R regions of each bag, up to S patches of each region, both without replacement."""
-        R, S = self._draws.regions, self._draws.patch_slots
-        chosen = [rng.permutation(len(bag.count))[:R] for bag, rng in zip(bags, rngs, strict=True)]
-        mask = np.zeros((len(bags), R, S), bool)
-        index = np.zeros((len(bags), R, S), np.int64)  # the patch's number in its region
-        for b, (bag, regions, rng) in enumerate(zip(bags, chosen, rngs, strict=True)):
-            counts = bag.count[regions]
-            mask[b, : len(regions)] = np.arange(S) < counts[:, None]
-            index[b, : len(regions)] = np.arange(S)
-            large = np.flatnonzero(counts > S)
-            if len(large):
-                keys = rng.random((len(large), counts.max()))
-                keys[np.arange(counts.max()) >= counts[large, None]] = 2.0  # no such patch
-                index[b, large] = np.sort(np.argpartition(keys, S - 1, axis=1)[:, :S], axis=1)
-        if self._first_row is not None:
-            for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
-                first = self._first_row[bag.record[regions]] + bag.start[regions]
-                index[b, : len(regions)] += first[:, None]
-            index[~mask] = 0
-            if self._on_device:
-                return index.astype(np.int32), mask
-            patches = self._memory.lend((*index.shape, self._features.shape[1]), self._features.dtype)
-            return np.take(self._features, index, axis=0, out=patches, mode="clip"), mask  # "clip": no copy of `out`
-        patches = self._memory.lend((*mask.shape, self._records.feature_dim), self._records.dtype)
-        for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
-            for record in np.unique(bag.record[regions]):
-                rows = np.flatnonzero(bag.record[regions] == record)
-                counts = bag.count[regions[rows]].tolist()
-                out = [patches[b, r, :n] if n <= S else None for r, n in zip(rows, counts, strict=True)]
-                read = self._records.read_regions(int(record), bag.region[regions[rows]].tolist(), out)
-                for r, features in zip(rows, read, strict=True):
-                    if len(features) > S:
-                        np.take(features, index[b, r], axis=0, out=patches[b, r], mode="clip")  # "clip": as above
-                    patches[b, r, len(features) :] = 0
-            patches[b, len(regions) :] = 0
-        return patches, mask
 
     def _merges(self, text: TokenisedText, rng: np.random.Generator) -> list[tuple[int, ...]]:
         n, k = len(text.pieces), self._draws.subcaptions
