@@ -6,6 +6,7 @@ validated best). Arrays are flat dicts by parameter name: these names are the fo
 """
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import zlib
@@ -60,6 +61,12 @@ def checksums(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
     return jax.tree.map(one, tree)
+
+
+def content_hash(params: dict[str, jax.Array]) -> str:
+    """A SHA-256 over the checksums of all parameters, by name: equal where every number is."""
+    sums = {name: int(value) for name, value in jax.device_get(checksums(params)).items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def flat_state(opt_state: Any) -> dict[str, jax.Array]:
@@ -310,31 +317,44 @@ def load_run(workdir: str | Path, which: str | int = "best"):
     from pathflip_jax.data.tokens import TextTokenizer
 
     workdir = run_folder(workdir)
+    settings = read_run_config(workdir)
+    if "lm" in settings:
+        raise ValueError(
+            f"{workdir}: a run of the language stage (`pathflip caption`, `pathflip ask`); its slides come from the "
+            f"alignment run {settings['lm'].get('aligner')}"
+        )
+    config, tokenizer = read_model_config(workdir / MODEL), TextTokenizer(workdir / TOKENIZER)
+    return unflatten(config, read_params(workdir, settings, abstract_params(config), which)), settings, tokenizer
+
+
+def read_run_config(workdir: Path) -> dict:
+    """The settings of a run. Raises FileNotFoundError for a folder that is none."""
     for name in (MODEL, CONFIG):
         if not (workdir / name).exists():
             raise FileNotFoundError(
                 f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
                 "of `pathflip convert`"
             )
-    config, settings = read_model_config(workdir / MODEL), read_json(workdir / CONFIG)
-    tokenizer = TextTokenizer(workdir / TOKENIZER)
+    return read_json(workdir / CONFIG)
+
+
+def read_params(
+    workdir: Path, settings: dict, shapes: dict[str, jax.ShapeDtypeStruct], which: str | int = "best"
+) -> dict[str, jax.Array]:
+    """The parameters of one of a run's checkpoints, of these names and shapes, on one device; raises as `load_run`."""
     elsewhere = settings.get("train", {}).get("checkpoints")
     if elsewhere and not (_steps(workdir / CHECKPOINTS) or _steps(workdir / BEST)):
         workdir = run_folder(elsewhere)
     folder, step = _find(workdir, which)
     device = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in abstract_params(config).items()
-    }
+    abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in shapes.items()}
     try:
-        params = _restore(folder / str(step), {"params": abstract})[0]["params"]
+        return _restore(folder / str(step), {"params": abstract})[0]["params"]
     except Exception as error:  # Orbax raises bare Exception for damaged files
         raise ValueError(
             f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "
             f"{sorted({*_steps(workdir / CHECKPOINTS), *_steps(workdir / BEST)})}"
         ) from error
-    return unflatten(config, params), settings, tokenizer
 
 
 def _steps(folder: Path) -> list[int]:

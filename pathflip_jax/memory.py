@@ -53,11 +53,13 @@ def _group_free() -> int | None:
     return None
 
 
-def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: int, pairs: int) -> None:
+def check_step(
+    compiled, batch_size: int, accumulate: int, remat: bool, pieces: int, pairs: int, section: str = "model"
+) -> None:
     """Raise MemoryError where a compiled training step does not fit, with the settings that would.
 
     `pieces` = devices that share the batch, `pairs` = bytes of the region loss's largest array (`losses.pair_bytes`),
-    several of which stand in memory at once. Accumulation divides what a microbatch takes and leaves gradients and
+    several of which stand in memory at once, `section` of the config has the setting `remat`. Accumulation divides what a microbatch takes and leaves gradients and
     embeddings; the advice counts all of it as dividing, but demands a tenth to spare.
     """
     device = jax.local_devices()[0]
@@ -68,7 +70,7 @@ def check_step(compiled, batch_size: int, accumulate: int, remat: bool, pieces: 
     if pairs > needed / 20:
         cures.append(f"a smaller --config.loss.negatives_at_once (the region loss has arrays of {pairs / GIB:.1f} GiB)")
     if not remat:
-        cures.append("--config.model.remat=True (recomputes instead of keeping activations)")
+        cures.append(f"--config.{section}.remat=True (recomputes instead of keeping activations)")
     more = [n for n in range(accumulate + 1, batch_size + 1) if batch_size % (n * pieces) == 0]
     enough = next((n for n in more if needed * accumulate / n <= 0.9 * free), None)
     if enough:

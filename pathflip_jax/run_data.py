@@ -44,17 +44,9 @@ def open_data(
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
     if config.model.bert:
         _refuse_other_words(Path(config.model.bert), tokenizer)
-    there = {slide.slide_id for slide in records.slides}
     ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
     if data.slides:
-        for split in ids:
-            ids[split] = [row["slide_id"] for row in read_slide_table(data.slides) if row["split"] == split]
-            ids[split] = [slide for slide in ids[split] if slide in there]
-        if not ids[data.split]:
-            raise ValueError(
-                f"{data.slides}: no slide of split {data.split!r} is in {data.records}; check the columns slide_id and "
-                "split, or name another with --config.data.split"
-            )
+        ids = slides_of_splits(data.slides, records, (data.split, data.val_split), data.records)
 
     def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
         names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_step")
@@ -87,6 +79,19 @@ def open_data(
     return RunData(training, validation, tokenizer, facts)
 
 
+def slides_of_splits(table: str, records: Records, splits: tuple[str, str], name: str) -> dict[str, list[str]]:
+    """The slides of each split that the records (called `name`) hold. ValueError where the first split has none."""
+    there, rows = {slide.slide_id for slide in records.slides}, read_slide_table(table)
+    ids = {split: [row["slide_id"] for row in rows if row["split"] == split] for split in splits}
+    ids = {split: [slide for slide in slides if slide in there] for split, slides in ids.items()}
+    if not ids[splits[0]]:
+        raise ValueError(
+            f"{table}: no slide of split {splits[0]!r} is in {name}; check the columns slide_id and split, or name "
+            "another with --config.data.split"
+        )
+    return ids
+
+
 def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
     """Weights for a larger vocabulary would fit when their table is cut, and every word would mean another."""
     named = any((bert / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
@@ -101,15 +106,7 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
 
 def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
-    path = as_path(data.records) / "manifest.json"
-    try:
-        manifest = json.loads(read_bytes(path))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: no such file, so the records are not finished; run the command that writes them once more"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete it and run the command that writes the records") from None
+    manifest = read_manifest(data.records)
     files = {name: [as_path(data[name])] for name in ("texts", "slides") if data[name]}
     files["tokenizer"] = [
         path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
@@ -118,6 +115,19 @@ def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
     return facts | cut | {"hashes": hashes | {"records": manifest_hash(data.records)}}
+
+
+def read_manifest(records: str) -> dict:
+    """What the records say of themselves: how they were cut, their hash. Raises where they are not finished."""
+    path = as_path(records) / "manifest.json"
+    try:
+        return json.loads(read_bytes(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such file, so the records are not finished; run the command that writes them once more"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete it and run the command that writes the records") from None
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:

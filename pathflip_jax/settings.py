@@ -1,7 +1,8 @@
 """Settings of a run, from a config file and the command line, checked before anything costs time.
 
-configs/align_base.py lists every setting: a config may set other values, never other names. What is wrong is said
-with the file, the name, and the name that was probably meant.
+configs/align_base.py lists every setting of alignment, configs/lm_stage1.py every one of the language stage: a config
+may set other values, never other names. What is wrong is said with the file, the name, and the name that was probably
+meant.
 """
 
 import difflib
@@ -14,12 +15,14 @@ from ml_collections import ConfigDict, config_flags
 
 from pathflip_jax.data.storage import as_path, exists, is_url
 
-REFERENCE = "align_base"
 REQUIRED = {
     "data.records": "a folder of records, made by `pathflip prepare` or `pathflip import`",
     "data.texts": "a table of reports by slide id (JSONL, CSV or JSON)",
     "data.tokenizer": "a Hugging Face BERT folder, or one made by `pathflip vocabulary`",
+    "lm.aligner": "the run folder that slides are embedded by, made by `pathflip train` or `pathflip convert`",
+    "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
 }
+LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
 
 
 def bundled_configs() -> dict[str, Path]:
@@ -45,7 +48,7 @@ def load_config(name: str) -> ConfigDict:
     """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours."""
     path, argument = find_config(name)
     config = _execute(path, argument)
-    reference = _flat(_execute(bundled_configs()[REFERENCE], ""))
+    reference = _flat(_execute(bundled_configs()["lm_stage1" if "lm" in config else "align_base"], ""))
     found = _flat(config)
     faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
     faults += [f"{key} is missing" for key in reference if key not in found]
@@ -94,14 +97,16 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
 
 def require(config: ConfigDict) -> None:
     """Raise ValueError for a required setting that is empty, FileNotFoundError for a path that is not there."""
-    for key, what in REQUIRED.items():
-        if not _flat(config)[key]:
-            raise ValueError(f"{key} is not set: add --config.{key}=..., {what}")
-    for key in (*REQUIRED, "data.slides", "model.bert"):
-        value = _flat(config)[key]
-        if key == "model.bert" and is_url(value):
+    values = _flat(config)
+    required = [key for key in REQUIRED if key in values]
+    for key in required:
+        if not values[key]:
+            raise ValueError(f"{key} is not set: add --config.{key}=..., {REQUIRED[key]}")
+    for key in dict.fromkeys((*required, "data.slides", *LOCAL)):
+        value = values.get(key)
+        if key in LOCAL and is_url(value or ""):
             raise ValueError(f"--config.{key}={value}: weights are read from a local disk; copy the folder there")
-        if value and not exists(as_path(value)):
+        if value and not (key == "data.texts" and "lm" in config) and not exists(as_path(value)):
             raise FileNotFoundError(
                 f"--config.{key}={value}: no such file or folder; expected {REQUIRED.get(key, key)}"
             )

@@ -2,11 +2,11 @@
 
 import pytest
 
+from pathflip_jax.alignment import check_config, model_config
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import choose_groups
 from pathflip_jax.settings import bundled_configs, load_config
-from pathflip_jax.alignment import check_config, model_config
 
 NAMES = ["align_base", "align_large", "demo"]
 

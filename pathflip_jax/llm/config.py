@@ -143,7 +143,13 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"rope_scaling": None if self.rope_scaling is None else vars(self.rope_scaling)}
+        return values | {"rope_scaling": None if self.rope_scaling is None else dict(vars(self.rope_scaling))}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DecoderConfig":
+        """Inverse of `to_dict`. Raises TypeError for a name that no setting has."""
+        scaling = values.get("rope_scaling")
+        return cls(**values | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""A language model that reads slides: [slide; regions] as soft tokens in a prompt, and the loss of its answers.
+
+Letters as in `model/pathflip.py` and `llm/decoder.py`: B sequences, each about one slide of R regions; T tokens; D the
+aligner's width, W the decoder's. In `tokens` an id below zero is a soft token: -1 the slide, -2 its first region, ...
+(`llm/prompts.py` puts them there).
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float16, Int, Int32
+
+from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
+from pathflip_jax.llm.decoder import Decoder
+from pathflip_jax.model.attention import Linear, split_key
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.stage import Key, Stage
+
+LOSS_CHUNK = 128  # tokens whose logits stand in memory at once
+# What a stage may train, and the parameters that it then trains. Of the aligner only what slides pass through: the rest
+# sees no gradient, and weight decay alone would shrink it.
+PARTS = {
+    "projector": r"^projector/",
+    "lora": r"^decoder/.*/lora/",
+    "decoder": r"^decoder/(?!.*/lora/)",
+    "aligner": r"^aligner/(patch_projection|slide_projection|region_layers|qformer/(query_tokens|norm)"
+    r"|qformer/layers/\d+/(self_attention|cross_attention|query_ffn))(/|$)",
+}
+
+
+class SlideLanguageModel(nnx.Module):
+    """Aligner, projector and decoder: one pytree of parameters, of which a stage trains some."""
+
+    def __init__(
+        self, aligner: PathFLIPConfig, decoder: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        self.aligner = PathFLIP(aligner, rngs)
+        self.projector = Linear(aligner.embed_dim, decoder.width, "torch", rngs)
+        self.decoder = Decoder(decoder, rngs, lora)
+
+    def soft_tokens(
+        self, patches: Float[Array, "B R S F"], patch_mask: Bool[Array, "B R S"], *, key: Array | None = None
+    ) -> Float[Array, "B 1+R W"]:
+        """The slide and its regions as rows of the decoder's width; `key` draws the aligner's dropout."""
+        found = self.aligner.encode_slides(patches, patch_mask, key=key)
+        return self.project(jnp.concatenate([found.slide[:, None], found.regions], axis=1))
+
+    def project(self, rows: Float[Array, "B n D"]) -> Float[Array, "B n W"]:
+        """Embeddings of slides and regions as soft tokens."""
+        return self.projector(rows.astype(self.decoder.config.compute_dtype))
+
+    def embed(self, tokens: Int[Array, "B T"], soft: Float[Array, "B n W"]) -> Float[Array, "B T W"]:
+        """Embeddings of a sequence: of words by the decoder's table, of soft tokens their own rows."""
+        words = self.decoder.embed(jnp.maximum(tokens, 0))
+        rows = jnp.take_along_axis(soft, jnp.clip(-1 - tokens, 0, soft.shape[1] - 1)[..., None], axis=1)
+        return jnp.where((tokens < 0)[..., None], rows.astype(words.dtype), words)
+
+
+class LanguageBatch(NamedTuple):
+    """What a step of the language stage sees: sequences about slides, padded on the right.
+
+    `mask` is True at real tokens, `response` at those that are learnt, each from what stands before it. Where the
+    features are on the devices, `patches` are their rows (`data.pipeline.look_up`).
+    """
+
+    patches: Float16[Array, "B R S F"] | Int32[Array, "B R S"]
+    patch_mask: Bool[Array, "B R S"]
+    tokens: Int32[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    response: Bool[Array, "B T"]
+
+
+def response_losses(
+    decoder: Decoder, states: Float[Array, "B T W"], tokens: Int[Array, "B T"], response: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+    """Sum of the cross-entropies of each sequence's response tokens, each predicted from the state before it.
+
+    Computed `LOSS_CHUNK` tokens at a time and again for the gradient: the logits of all tokens, [B, T, V], never stand
+    in memory.
+    """
+    B, T, W = states.shape
+    states, targets, learnt = states[:, :-1], tokens[:, 1:], response[:, 1:]
+    short = -(T - 1) % LOSS_CHUNK
+    pad = ((0, 0), (0, short))
+    states, targets, learnt = jnp.pad(states, (*pad, (0, 0))), jnp.pad(targets, pad), jnp.pad(learnt, pad)
+
+    @jax.checkpoint
+    def chunk(decoder: Decoder, states: Array, targets: Array, learnt: Array) -> Array:
+        logits = decoder.logits(states)  # [B, LOSS_CHUNK, V]
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return jnp.where(learnt, jax.nn.logsumexp(logits, axis=-1) - chosen, 0).sum(1)
+
+    def chunks(x: Array) -> Array:
+        return x.reshape(B, -1, LOSS_CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    def add(total: Array, x: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + chunk(decoder, *x), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(B), (chunks(states), chunks(targets), chunks(learnt)))
+    return total
+
+
+def language_stage(trains: tuple[str, ...]) -> Stage:
+    """Answers about slides: the mean cross-entropy of all response tokens of the batch (DESIGN section 7).
+
+    `trains` names the `PARTS` that learn. What is frozen has no dropout. Raises ValueError for a part that is none.
+    """
+    unknown = [name for name in trains if name not in PARTS]
+    if unknown or not trains:
+        raise ValueError(f"lm.trains {', '.join(unknown) or '(nothing)'}: expected some of {', '.join(PARTS)}")
+    trained = re.compile("|".join(f"(?:{PARTS[name]})" for name in trains))
+
+    def encode(model: SlideLanguageModel, batch: LanguageBatch, key: Key | None) -> dict[str, jax.Array]:
+        slide_key, decoder_key = split_key(key, 2)
+        with jax.named_scope("slides"):
+            soft = model.soft_tokens(batch.patches, batch.patch_mask, key=slide_key if "aligner" in trains else None)
+        with jax.named_scope("decoder"):
+            embeds = model.embed(batch.tokens, soft)
+            states, _ = model.decoder.states(
+                inputs_embeds=embeds, mask=batch.mask, key=decoder_key if "lora" in trains else None
+            )
+        with jax.named_scope("response"):
+            losses = response_losses(model.decoder, states, batch.tokens, batch.response)
+        return {"loss": losses, "tokens": batch.response[:, 1:].sum(1).astype(jnp.float32)}
+
+    def objective(model: SlideLanguageModel, embeddings: dict[str, jax.Array], batch: LanguageBatch, key: Key):
+        tokens = embeddings["tokens"].sum()
+        loss = embeddings["loss"].sum() / jnp.maximum(tokens, 1)
+        return loss, {"loss": loss, "response_tokens": tokens}
+
+    return Stage(encode, objective, lambda name: trained.search(name) is not None)
+
+
+def language_operations(
+    aligner: PathFLIPConfig, decoder: DecoderConfig, trains: tuple[str, ...]
+) -> Callable[[Any], jax.Array]:
+    """`useful_operations(batch)` of the stage: real tokens and valid patches; what is frozen has no weight gradients."""
+    from pathflip_jax.model.flops import Work, parts
+
+    inner, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    layer = decoder.width * (2 * inner + 2 * kv + 3 * decoder.intermediate)
+    matrices = decoder.layers * layer
+    passes = 3 if "decoder" in trains else 2  # forward, towards the inputs, and towards the weights
+
+    def count(batch: LanguageBatch) -> jax.Array:
+        tokens = batch.mask.sum(1).astype(jnp.float32)
+        answered = batch.response.sum().astype(jnp.float32)
+        products = matrices * tokens.sum() + decoder.width * decoder.vocab_size * answered
+        attention = decoder.layers * inner * jnp.square(tokens).sum()  # causal: half of two products
+        regions = batch.patch_mask.any(-1).sum().astype(jnp.float32)
+        patches = batch.patch_mask.sum().astype(jnp.float32)
+        slides = parts(aligner, Work(len(batch.tokens), regions, patches, 0, 0), 4, training=False)
+        shown = sum(part.operations for part in slides) * (3 if "aligner" in trains else 1)
+        return 2 * passes * products + 2 * 3 * attention + shown
+
+    return count

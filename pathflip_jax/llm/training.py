@@ -1,0 +1,329 @@
+"""The language stage as the training loop takes it: slides of an aligner's run in front of a decoder's folder.
+
+A run folder of this stage holds what was trained (projector, LoRA, ...), the tokenizer and the names of the two
+sources with hashes of them: what is frozen is read from there again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from pathflip_jax import checkpoint, memory, sharding
+from pathflip_jax.data.conversations import read_conversations, read_mixture
+from pathflip_jax.data.pipeline import look_up
+from pathflip_jax.data.records import Records, manifest_hash
+from pathflip_jax.data.storage import as_path, make_folder, read_bytes
+from pathflip_jax.llm.adapter import SlideLanguageModel, language_operations, language_stage
+from pathflip_jax.llm.batches import LanguageBatches, collect_examples
+from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
+from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder, read_decoder_config
+from pathflip_jax.llm.prompts import choose_template
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.metrics import VALIDATION
+from pathflip_jax.model.attention import Linear
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.run_data import read_manifest, slides_of_splits
+from pathflip_jax.stage import Params, Stage, Training
+from pathflip_jax.validation import place_features, require_score
+
+
+class Shape(NamedTuple):
+    """The shapes of a language model about slides, and the dtype that its decoder's frozen parameters are stored in."""
+
+    aligner: PathFLIPConfig
+    decoder: DecoderConfig
+    lora: LoRAConfig | None
+    dtype: str
+
+    def abstract(self, trainable: Callable[[str], bool]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Name, shape and dtype of every parameter: float32, but what is frozen of the decoder."""
+
+        def stored(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            frozen = name.startswith("decoder/") and not trainable(name)
+            return jax.ShapeDtypeStruct(x.shape, self.dtype if frozen else x.dtype)
+
+        return {name: stored(name, x) for name, x in jax.eval_shape(lambda: flatten(self._make())).items()}
+
+    def projector(self, key: jax.Array) -> Params:
+        """Random parameters of the projector, as PyTorch's Linear starts."""
+        linear = Linear(self.aligner.embed_dim, self.decoder.width, "torch", nnx.Rngs(key))
+        return {f"projector/{name}": x for name, x in flatten(linear).items()}
+
+    def build(self, params: Params) -> SlideLanguageModel:
+        """The model of these parameters."""
+        return unflatten(jax.eval_shape(self._make), params)
+
+    def _make(self) -> SlideLanguageModel:
+        return SlideLanguageModel(self.aligner, self.decoder, self.lora, nnx.Rngs(0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for model.json."""
+        lora = None if self.lora is None else vars(self.lora) | {"targets": list(self.lora.targets)}
+        parts = {"aligner": self.aligner.to_dict(), "decoder": self.decoder.to_dict()}
+        return parts | {"lora": lora, "dtype": self.dtype}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Shape":
+        """Inverse of `to_dict`. Raises ValueError for what is no shape of a language model."""
+        try:
+            lora = values["lora"]
+            return cls(
+                PathFLIPConfig.from_dict(values["aligner"]),
+                DecoderConfig.from_dict(values["decoder"]),
+                None if lora is None else LoRAConfig(**lora | {"targets": tuple(lora["targets"])}),
+                values["dtype"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the shape of a language model about slides ({error}); restore a copy") from None
+
+
+def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
+    """Answers about slides: what `lm.trains` names learns, the rest is read from aligner, decoder and `lm.start`.
+
+    Raises ValueError and OSError for settings, folders and tables that cannot be used, with the cure.
+    """
+    lm, data = config.lm, config.data
+    trains = split_names(lm.trains)
+    stage = language_stage(trains)
+    require_score(config.train.select, ("loss",))
+    aligner, decoder_hash = read_aligner(lm.aligner), weights_hash(lm.decoder)
+    decoder = read_decoder_config(lm.decoder, compute_dtype=lm.compute_dtype, remat=lm.remat)
+    check_tokenizer(lm.decoder, decoder)
+    tokenizer = DecoderTokenizer(lm.decoder)
+    template = choose_template(tokenizer, data.template)
+    started = read_start(lm.start, aligner.hash, decoder_hash) if lm.start else None
+    lora = _lora(config, trains, started)
+    shape = Shape(aligner.model, decoder, lora, lm.dtype)
+
+    records = Records(data.records)
+    _refuse_other_features(data.records, records, lm.aligner, aligner)
+    training, validation = _open_batches(config, records, tokenizer, template, decoder.max_positions, mesh)
+    resolved = config.to_dict()
+    resolved["data"] |= _facts(data, records, training, template)
+    resolved["lm"] |= {"aligner_hash": aligner.hash, "decoder_hash": decoder_hash}
+    resolved["lm"] |= {"start_hash": started.hash if started else ""}
+
+    def build(learned: Params, frozen: Params) -> SlideLanguageModel:
+        return shape.build(learned | frozen)
+
+    def require_room(step) -> None:
+        setup, shards = config.train, sharding.batch_shards(mesh)
+        memory.check_step(step, setup.batch_size, setup.accumulate, lm.remat, shards, 0, "lm")
+
+    return Training(
+        stage=stage,
+        shapes=shape.abstract(stage.trainable),
+        build=build,
+        initial=lambda places: initial_parameters(config, shape, aligner, started, places, mesh),
+        keeps=stage.trainable,
+        batches=training,
+        validate=_make_validation(stage, build, validation, mesh) if validation else None,
+        useful_operations=language_operations(aligner.model, decoder, trains),
+        require_room=require_room,
+        resolved=resolved,
+        describe=lambda folder: describe_language_run(folder, shape, resolved, tokenizer),
+    )
+
+
+def _refuse_other_features(name: str, records: Records, run: str, aligner: "Aligner") -> None:
+    if records.feature_dim != aligner.model.feature_dim:
+        raise ValueError(
+            f"{name}: features are {records.feature_dim} wide, {run} was trained on {aligner.model.feature_dim}; "
+            f"extract them with its patch encoder {aligner.encoder or '(not recorded)'}"
+        )
+    if aligner.encoder and records.encoder and records.encoder != aligner.encoder:
+        raise ValueError(
+            f"{name}: features come from {records.encoder!r}, {run} was trained on {aligner.encoder!r}; features of "
+            "two encoders share no space, extract them again"
+        )
+
+
+class Aligner(NamedTuple):
+    """The run that slides come from: its shape and patch encoder, and its parameters on the host."""
+
+    model: PathFLIPConfig
+    encoder: str
+    params: dict[str, np.ndarray]
+    hash: str
+
+
+def read_aligner(folder: str) -> Aligner:
+    """Read the best checkpoint of an alignment run. Raises FileNotFoundError and ValueError for what is none."""
+    if "lm" in checkpoint.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
+        raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
+    model, config, _ = checkpoint.load_run(folder)
+    params = jax.device_get(flatten(model))
+    return Aligner(
+        model.config, str(config.get("data", {}).get("encoder") or ""), params, checkpoint.content_hash(params)
+    )
+
+
+def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
+    """The adapters of this run: those that it starts from, or as its settings say; None without any."""
+    lm = config.lm
+    if "lora" not in trains:
+        return None if started is None else started.shape.lora
+    targets = tuple(name.strip() for name in lm.lora_targets.split(",") if name.strip())
+    lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, targets)
+    if started is not None and started.shape.lora not in (None, lora):
+        raise ValueError(f"lm.start={lm.start}: has {started.shape.lora}, this config {lora}; set lm.lora_... alike")
+    return lora
+
+
+class Started(NamedTuple):
+    """A run of the language stage that another one starts from: its shape and what it trained."""
+
+    shape: Shape
+    params: dict[str, np.ndarray]
+    hash: str
+
+
+def read_start(folder: str, aligner_hash: str, decoder_hash: str) -> Started:
+    """Read what a run of the language stage trained. Raises ValueError where it stands on another aligner or decoder."""
+    shape, config, params = read_trained(folder)
+    wrong = [
+        f"another {name}, {config['lm'].get(name)}"
+        for name, found in (("aligner", aligner_hash), ("decoder", decoder_hash))
+        if config["lm"].get(f"{name}_hash") != found
+    ]
+    if wrong:
+        raise ValueError(f"lm.start={folder}: stands on {' and on '.join(wrong)}; name the same ones, or no lm.start")
+    return Started(shape, params, checkpoint.content_hash(params))
+
+
+def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, dict, dict[str, np.ndarray]]:
+    """Shape, settings and trained parameters, on the host, of a run folder of the language stage.
+
+    Raises FileNotFoundError and ValueError for a folder that is none, or is damaged.
+    """
+    home = checkpoint.run_folder(folder)
+    config = checkpoint.read_run_config(home)
+    if "lm" not in config:
+        raise ValueError(
+            f"{folder}: not a run of the language stage; give the --workdir of `pathflip train --config lm_...`"
+        )
+    try:
+        shape = Shape.from_dict(checkpoint.read_json(home / checkpoint.MODEL))
+    except ValueError as error:
+        raise ValueError(f"{home / checkpoint.MODEL}: {error}") from None
+    trainable = language_stage(split_names(config["lm"]["trains"])).trainable
+    shapes = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
+    return shape, config, jax.device_get(checkpoint.read_params(home, config, shapes, which))
+
+
+def initial_parameters(config: ConfigDict, shape: Shape, aligner: Aligner, started: Started | None, places: dict, mesh):
+    """All parameters where they live: the aligner's and the decoder's as read, the projector random, then `lm.start`."""
+    lm = config.lm
+    if lm.random_decoder:
+        decoder = init_decoder(shape.decoder, config.train.seed, mesh=mesh, lora=shape.lora)
+    else:
+        decoder = load_decoder(
+            lm.decoder, dtype=shape.dtype, compute_dtype=lm.compute_dtype, mesh=mesh, lora=shape.lora
+        )
+    params = {f"decoder/{name}": x for name, x in flatten(decoder).items()}
+    params |= {f"aligner/{name}": jax.device_put(x, places[f"aligner/{name}"]) for name, x in aligner.params.items()}
+    projector = {name: places[name] for name in places if name.startswith("projector/")}
+    params |= jax.jit(shape.projector, out_shardings=projector)(jax.random.key(config.train.seed))
+    wanted = shape.abstract(language_stage(split_names(lm.trains)).trainable)
+    cast = {name: x.astype(wanted[name].dtype) for name, x in params.items()}
+    started_params = {} if started is None else started.params
+    return cast | {name: jax.device_put(x, places[name]) for name, x in started_params.items()}
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a list written with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def weights_hash(folder: str | Path) -> str:
+    """A hash of a decoder's folder: of config.json, and of name, size and table of contents of each file of weights.
+
+    Weights of one shape that were saved over each other differ in what the tensors hold: so the start and the end of
+    each file count too, without reading gigabytes.
+    """
+    found = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {path.stat().st_size}".encode())
+            found.update(file.read(2**20))
+            file.seek(max(path.stat().st_size - 2**20, 0))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer: DecoderTokenizer) -> None:
+    """Write config.json, model.json and tokenizer/ of a run of the language stage."""
+    make_folder(as_path(folder))
+    tokenizer.save(folder / checkpoint.TOKENIZER)
+    checkpoint.write_json(folder / checkpoint.CONFIG, resolved)
+    checkpoint.write_json(folder / checkpoint.MODEL, shape.to_dict())
+
+
+def _open_batches(
+    config: ConfigDict, records: Records, tokenizer: DecoderTokenizer, template: str, positions: int, mesh
+) -> tuple[LanguageBatches, LanguageBatches | None]:
+    """The batches of training and of validation, as the slide table splits them."""
+    data, size = config.data, config.train.batch_size
+    mixture = [(read_conversations(path), times) for path, times in read_mixture(data.texts)]
+    ids: dict[str, list[str] | None] = {data.split: None, data.val_split: []}
+    if data.slides:
+        ids = slides_of_splits(data.slides, records, (data.split, data.val_split), data.records)
+    shards = sharding.batch_shards(mesh)
+    shared = {"regions": data.regions, "length": data.length or None, "most_positions": positions, "shards": shards}
+    shared |= {"own_shards": sharding.own_shards(mesh), "threads": data.threads}
+    examples = collect_examples(records, mixture, tokenizer, template, ids[data.split])
+    training = LanguageBatches(
+        records, examples, batch_size=size, patch_slots=data.patch_slots or None, seed=config.train.seed,
+        no_slide_share=data.no_slide_share, **shared,
+    )  # fmt: skip
+    validation = None
+    if ids[data.val_split]:
+        once = [(conversations, 1) for conversations, _ in mixture]
+        examples = collect_examples(records, once, tokenizer, template, ids[data.val_split])
+        more = {"patch_slots": training.patch_slots, "fill": True}
+        validation = LanguageBatches(records, examples, batch_size=size, **shared, **more)
+    for batches in (training, validation):
+        if batches is not None and data.resident:
+            batches.load(on_device=data.resident == "device")
+    return training, validation
+
+
+def _facts(data: ConfigDict, records: Records, training: LanguageBatches, template: str) -> dict:
+    """What a later reader must know of the data, and hashes that tell whether it is still the same."""
+    manifest = read_manifest(data.records)
+    paths = [path for path, _ in read_mixture(data.texts)] + ([as_path(data.slides)] if data.slides else [])
+    hashes = {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in paths}
+    cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
+    facts = {"encoder": records.encoder, "patch_slots": training.patch_slots, "length": training.length}
+    hashes = {"texts": sorted(hashes.values()), "records": manifest_hash(data.records)}
+    return facts | cut | {"template": template, "hashes": hashes}
+
+
+def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh) -> Callable:
+    """validate(learned, frozen) -> the mean loss of all response tokens of the split, without dropout."""
+    features = place_features(mesh, batches)
+
+    def measure(learned: Params, frozen: Params, batch, features):
+        found = stage.encode(build(learned, frozen), look_up(batch, features), None)
+        return found["loss"].sum(), found["tokens"].sum()
+
+    measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
+
+    def validate(learned: Params, frozen: Params) -> dict[str, float]:
+        parts = [
+            measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features)
+            for number in range(batches.steps_per_epoch)
+        ]
+        losses, tokens = (np.sum(x) for x in zip(*jax.device_get(parts), strict=True))
+        return {f"{VALIDATION}loss": float(losses / tokens), f"{VALIDATION}response_tokens": float(tokens)}
+
+    return validate
