@@ -139,7 +139,7 @@ def language_stage(trains: tuple[str, ...]) -> Stage:
 def language_operations(
     aligner: PathFLIPConfig, decoder: DecoderConfig, trains: tuple[str, ...]
 ) -> Callable[[Any], jax.Array]:
-    """`useful_operations(batch)` of the stage: real tokens and valid patches; what is frozen has no weight gradients."""
+    """`useful_operations(batch)` of the stage: real tokens, valid patches; what is frozen has no weight gradients."""
     from pathflip_jax.model.flops import Work, parts
 
     inner, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim

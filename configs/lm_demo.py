@@ -1,0 +1,21 @@
+"""The language stage of the demo: a tiny decoder, trained from scratch on the cohort's own reports.
+
+Command    make demo
+Hardware   2 CPU cores
+Hours      not measured
+Result     not measured
+"""
+
+from ml_collections import ConfigDict
+from pathflip_jax.configs import lm_stage1
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = lm_stage1.get_config()
+    # A tenth of the examples without their slide: the same model then knows what can be said without one.
+    config.data.update(regions=100, patch_slots=16, template="plain", no_slide_share=0.1, threads=2, resident="host")
+    config.lm.update(trains="projector,decoder", random_decoder=True)
+    config.lm.update(dtype="float32", compute_dtype="float32", remat=False)
+    config.optim.update(learning_rate=2e-3, warmup_steps=20, weight_decay=0.1, b2=0.95)
+    config.train.update(batch_size=32, steps=300, eval_every=50, save_every=100)
+    return lm_stage1.adapt(config, argument)
