@@ -1,8 +1,8 @@
 """The language stage, first part: a projector learns to put slides into the words of a frozen decoder.
 
-Command    pathflip train --config lm_stage1 --config.data.records=RECORDS --config.data.texts=reports.jsonl,vqa.csv*2 \\
-               --config.data.slides=SLIDES.csv --config.lm.aligner=runs/base --config.lm.decoder=Qwen3-0.6B \\
-               --workdir runs/lm1
+Command    pathflip train --config lm_stage1 --config.data.records=RECORDS --config.data.slides=SLIDES.csv \\
+               --config.data.texts="reports.jsonl,vqa.csv*2" --config.lm.aligner=runs/base \\
+               --config.lm.decoder=Qwen3-0.6B --workdir runs/lm1
 Hardware   not run at scale yet
 Hours      not measured
 Result     not measured

@@ -59,8 +59,9 @@ def check_step(
     """Raise MemoryError where a compiled training step does not fit, with the settings that would.
 
     `pieces` = devices that share the batch, `pairs` = bytes of the region loss's largest array (`losses.pair_bytes`),
-    several of which stand in memory at once, `section` of the config has the setting `remat`. Accumulation divides what a microbatch takes and leaves gradients and
-    embeddings; the advice counts all of it as dividing, but demands a tenth to spare.
+    several of which stand in memory at once, `section` of the config has the setting `remat`. Accumulation divides what
+    a microbatch takes and leaves gradients and embeddings; the advice counts all of it as dividing, but demands a tenth
+    to spare.
     """
     device = jax.local_devices()[0]
     needed, free = needed_bytes(compiled), free_bytes(device)

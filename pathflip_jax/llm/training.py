@@ -161,10 +161,8 @@ def read_aligner(folder: str) -> Aligner:
     if "lm" in checkpoint.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
     model, config, _ = checkpoint.load_run(folder)
-    params = jax.device_get(flatten(model))
-    return Aligner(
-        model.config, str(config.get("data", {}).get("encoder") or ""), params, checkpoint.content_hash(params)
-    )
+    params, encoder = jax.device_get(flatten(model)), str(config.get("data", {}).get("encoder") or "")
+    return Aligner(model.config, encoder, params, checkpoint.content_hash(params))
 
 
 def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
@@ -188,7 +186,7 @@ class Started(NamedTuple):
 
 
 def read_start(folder: str, aligner_hash: str, decoder_hash: str) -> Started:
-    """Read what a run of the language stage trained. Raises ValueError where it stands on another aligner or decoder."""
+    """Read what a run of the language stage trained. ValueError where it stands on another aligner or decoder."""
     shape, config, params = read_trained(folder)
     wrong = [
         f"another {name}, {config['lm'].get(name)}"
@@ -221,7 +219,7 @@ def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, 
 
 
 def initial_parameters(config: ConfigDict, shape: Shape, aligner: Aligner, started: Started | None, places: dict, mesh):
-    """All parameters where they live: the aligner's and the decoder's as read, the projector random, then `lm.start`."""
+    """All parameters where they live: aligner and decoder as read, the projector random, then those of `lm.start`."""
     lm = config.lm
     if lm.random_decoder:
         decoder = init_decoder(shape.decoder, config.train.seed, mesh=mesh, lora=shape.lora)
