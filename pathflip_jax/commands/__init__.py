@@ -1,6 +1,8 @@
 """The subcommands of `pathflip`, a module each: `add` declares it, what it needs is imported when it runs."""
 
 from pathflip_jax.commands import (
+    ask,
+    caption,
     convert,
     demo,
     doctor,
@@ -17,5 +19,5 @@ from pathflip_jax.commands import (
 
 # In the order in which `pathflip --help` lists them.
 COMMANDS = (
-    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, embed, convert, export,
+    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, caption, ask, embed, convert, export,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from pathflip_jax.data.storage import Place, as_path
 from pathflip_jax.grounding import maps
@@ -75,6 +76,55 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window", type=int, default=maps.WINDOW, metavar="N", help=f"patches across a window (default {maps.WINDOW})"
     )
+
+
+def add_slide_options(parser: argparse.ArgumentParser) -> None:
+    """What `caption` and `ask` share: which slide, and by which run."""
+    parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
+    parser.add_argument("--slide-id", help="slide of a folder of records")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of a language stage")
+    parser.add_argument("--decoder", default="", metavar="FOLDER", help="where the decoder's folder lies, if it moved")
+    parser.add_argument("--aligner", default="", metavar="RUN", help="where the aligner's run lies, if it moved")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="", help="of the weights (default: as it was trained)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+
+def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """How a language model writes."""
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"most tokens to write (default {max_tokens})"
+    )
+    parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="least tokens to write (default 0)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of share P (1)")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (default 1: none)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of beams (default 1)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default 0)")
+
+
+def sampling(options: argparse.Namespace):
+    """How to write, as `add_language_options` took it."""
+    from pathflip_jax.llm.generate import Sampling
+
+    names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
+    given = {name: getattr(options, name) for name in names}
+    return Sampling(max_new_tokens=options.max_tokens, min_new_tokens=options.min_tokens, **given)
+
+
+def slide_rows(options: argparse.Namespace):
+    """The assistant, the slide and its rows [slide; regions], as `add_slide_options` took them."""
+    from pathflip_jax.inference import read_slide
+    from pathflip_jax.llm.assistant import load_assistant
+
+    slide = read_slide(options.slide, slide_id=options.slide_id)
+    assistant = load_assistant(
+        options.checkpoint, decoder=options.decoder, aligner=options.aligner, dtype=options.dtype
+    )
+    return assistant, slide, assistant.embed_slides([slide])[0]
 
 
 def beam_examples(command: str) -> list[str]:

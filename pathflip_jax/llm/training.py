@@ -6,6 +6,7 @@ sources with hashes of them: what is frozen is read from there again.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,6 +236,40 @@ def initial_parameters(config: ConfigDict, shape: Shape, aligner: Aligner, start
     cast = {name: x.astype(wanted[name].dtype) for name, x in params.items()}
     started_params = {} if started is None else started.params
     return cast | {name: jax.device_put(x, places[name]) for name, x in started_params.items()}
+
+
+def assemble(
+    folder: str | Path, which: str | int = "best", *, decoder: str = "", aligner: str = "", dtype: str = ""
+) -> tuple[SlideLanguageModel, dict, DecoderTokenizer]:
+    """(model, config, tokenizer) of a run of the language stage: what it trained, and its sources read again.
+
+    `decoder` and `aligner` name those folders where they are not where they were; `dtype` is that of the decoder's
+    weights and of computing. Raises ValueError where a source holds other weights than it did.
+    """
+    shape, config, trained = read_trained(folder, which)
+    lm = config["lm"]
+    shape = shape._replace(decoder=replace(shape.decoder, remat=False))
+    if dtype:
+        shape = shape._replace(dtype=dtype, decoder=replace(shape.decoder, compute_dtype=dtype))
+    names = {"aligner": aligner or lm["aligner"], "decoder": decoder or lm["decoder"]}
+    source = read_aligner(names["aligner"])
+    hashes = {"aligner": source.hash, "decoder": weights_hash(names["decoder"])}
+    for part, found in hashes.items():
+        if found != lm[f"{part}_hash"]:
+            raise ValueError(
+                f"{folder}: was trained on another {part} than {names[part]} holds now; name the folder of the weights "
+                f"that it was trained on with --{part}"
+            )
+    params = {f"aligner/{name}": x for name, x in source.params.items()}
+    if not lm["random_decoder"]:
+        loaded = load_decoder(names["decoder"], dtype=shape.dtype, compute_dtype=shape.decoder.compute_dtype)
+        params |= {f"decoder/{name}": x for name, x in flatten(loaded).items()}
+    params |= trained
+    if dtype:
+        stored = {name: x.astype(dtype) for name, x in params.items() if name.startswith("decoder/")}
+        params |= {name: x for name, x in stored.items() if "/lora/" not in name}
+    model = shape.build(jax.device_put(params))
+    return model, config, DecoderTokenizer(checkpoint.run_folder(folder) / checkpoint.TOKENIZER)
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -1,0 +1,27 @@
+"""`pathflip caption`: a report of a slide, written by a language stage."""
+
+import argparse
+import json
+
+from pathflip_jax.commands.options import add_language_options, add_slide_options, command, sampling, slide_rows
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "caption",
+        _run,
+        "write a report of a slide",
+        "pathflip caption features/S1.h5 --checkpoint runs/lm2",
+        "pathflip caption records --slide-id S1 --checkpoint runs/lm2 --beams 3 --json",
+    )
+    add_slide_options(parser)
+    add_language_options(parser, max_tokens=384)
+
+
+def _run(options: argparse.Namespace) -> int:
+    assistant, slide, rows = slide_rows(options)
+    (caption,) = assistant.caption([rows], sampling(options))
+    print(json.dumps({"slide_id": slide.slide_id, "caption": caption}) if options.json else caption)
+    return 0

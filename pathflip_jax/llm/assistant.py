@@ -1,0 +1,138 @@
+"""A trained language stage at work: captions of slides, answers to questions about them, and choices among options.
+
+Slides are embedded by the run's aligner with all their regions, as `inference.Predictor` does, and stand in the prompt
+as in training. Everything can also be asked without the slide, which is the baseline of every score.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from pathflip_jax.data.conversations import DESCRIBE, IMAGE, Turn
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.inference import Predictor, bucket
+from pathflip_jax.llm.adapter import SlideLanguageModel
+from pathflip_jax.llm.generate import Sampling, generate, score
+from pathflip_jax.llm.prompts import IMAGE_ID, encode_prompt
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.llm.training import assemble
+
+Rows = Float[np.ndarray, "n D"]
+
+
+class Asked(NamedTuple):
+    """A prompt up to where the answer begins, and the slide that it is about: [slide; regions], None for no slide."""
+
+    tokens: Int[np.ndarray, "T"]
+    slide: Rows | None
+
+
+@jax.jit
+def _embed(model: SlideLanguageModel, tokens, rows):
+    return model.embed(tokens, model.project(rows))
+
+
+class SlideAssistant:
+    """Captions, answers and choices by a run of the language stage; `template` is how it was trained to be asked."""
+
+    def __init__(self, model: SlideLanguageModel, config: dict, tokenizer: DecoderTokenizer, name: str = "") -> None:
+        self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
+        self.template = config["data"]["template"]
+        self.predictor = Predictor(model.aligner, config, None, name)
+
+    def embed_slides(self, slides: Sequence[SlideFeatures]) -> list[Rows]:
+        """[slide; regions] of each slide, of all its regions; raises as `Predictor.bag`."""
+        found = self.predictor.encode_slides(slides)
+        return [np.concatenate([slide.slide[None], slide.regions]) for slide in found]
+
+    def prompt(self, asked: str, slide: Rows | None, before: Sequence[Turn] = ()) -> Asked:
+        """A prompt about a slide; `<image>` is put before the first text where none of them has it.
+
+        Raises ValueError for a text of no words, and where `<image>` stands twice.
+        """
+        if not asked.replace(IMAGE, "").strip():
+            raise ValueError(f"question {asked!r} has no words; write what to ask")
+        first = before[0].asked if before else asked
+        if IMAGE not in "".join([*(turn.asked for turn in before), asked]):
+            first = f"{IMAGE}\n{first}"
+            before, asked = ([Turn(first, before[0].answer), *before[1:]], asked) if before else ([], first)
+        return Asked(encode_prompt(self.tokenizer, before, asked, self.template), slide)
+
+    def caption(self, slides: Sequence[Rows | None], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
+        """A report of each slide, as the caption tables of training were asked for."""
+        return self.answer([self.prompt(DESCRIBE, slide) for slide in slides], sampling, batch_size=batch_size)
+
+    def answer(self, prompts: Sequence[Asked], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
+        """What the model writes after each prompt. Prompts of like length share a call; raises as `generate`."""
+        sampling = sampling.with_stops(self.tokenizer.stop_ids)
+        found: list[str] = [""] * len(prompts)
+        for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
+            tokens, embeds, mask = self._inputs([prompts[i] for i in members])
+            written = generate(self.model.decoder, embeds, mask, sampling, prompt_tokens=np.maximum(tokens, -1))
+            for row, i in enumerate(members):
+                found[i] = self.tokenizer.decode(written.tokens[row, : written.lengths[row]]).strip()
+        return found
+
+    def choose(
+        self, prompts: Sequence[Asked], answers: Sequence[Sequence[str]], *, batch_size: int = 8
+    ) -> list[Float[np.ndarray, "C"]]:
+        """The log likelihood of each possible answer to each prompt, summed over its tokens and its end token."""
+        end = self.tokenizer.stop_ids[:1]
+        found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
+        for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
+            _, embeds, mask = self._inputs([prompts[i] for i in members])
+            ids = [[np.append(self.tokenizer.ids(text), end) for text in answers[i]] for i in members]
+            most, longest = max(map(len, ids)), max(len(x) for own in ids for x in own)
+            targets = np.zeros((len(mask), bucket(most), bucket(longest)), np.int32)
+            real = np.zeros(targets.shape, bool)
+            for row, own in enumerate(ids):
+                for column, x in enumerate(own):
+                    targets[row, column, : len(x)], real[row, column, : len(x)] = x, True
+            scores = np.asarray(score(self.model.decoder, embeds, mask, targets, real))
+            for row, i in enumerate(members):
+                found[i] = scores[row, : len(answers[i])]
+        return found
+
+    def _length(self, prompt: Asked) -> int:
+        return len(prompt.tokens) + (0 if prompt.slide is None else len(prompt.slide)) - 1
+
+    def _inputs(self, prompts: Sequence[Asked]):
+        """Tokens, embeddings and mask of prompts, padded on the left to one of a few sizes."""
+        size, width = bucket(len(prompts)), bucket(max(map(self._length, prompts)))
+        most = bucket(max([1, *(len(p.slide) for p in prompts if p.slide is not None)]))
+        tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
+        rows = np.zeros((size, most, self.model.aligner.config.embed_dim), np.float32)
+        mask[len(prompts) :, -1] = True  # rows without a prompt hold one token, so that no row is all padding
+        for b, (ids, slide) in enumerate(prompts):
+            shown = _insert(ids, 0 if slide is None else len(slide))
+            tokens[b, width - len(shown) :], mask[b, width - len(shown) :] = shown, True
+            if slide is not None:
+                rows[b, : len(slide)] = slide
+        return tokens, _embed(self.model, tokens, rows), mask
+
+
+def _insert(ids: np.ndarray, rows: int) -> np.ndarray:
+    """IMAGE_ID -> as many soft tokens, -1, -2, ..."""
+    at = int(np.flatnonzero(ids == IMAGE_ID)[0])
+    return np.concatenate([ids[:at], -1 - np.arange(rows, dtype=ids.dtype), ids[at + 1 :]])
+
+
+def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of prompts of like length, the longest first: what does not fit in memory says so at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def load_assistant(
+    folder: str | Path, *, which: str | int = "best", decoder: str = "", aligner: str = "", dtype: str = ""
+) -> SlideAssistant:
+    """Load a run of the language stage; `decoder` and `aligner` say where those folders lie now, if elsewhere.
+
+    Raises FileNotFoundError and ValueError for a folder that is no such run, is damaged, or stands on other weights.
+    """
+    model, config, tokenizer = assemble(folder, which, decoder=decoder, aligner=aligner, dtype=dtype)
+    return SlideAssistant(model, config, tokenizer, str(folder))
