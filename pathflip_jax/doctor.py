@@ -201,8 +201,13 @@ def _texts(path: Place, records: Place | None) -> Iterator[Finding]:
 
 def _config(name: str) -> Finding:
     from pathflip_jax.alignment import check_config
+    from pathflip_jax.llm.training import check_language_config
+    from pathflip_jax.settings import load_config
 
     try:
+        if "lm" in (config := load_config(name)):
+            check_language_config(config)
+            return Finding(f"config {name}", f"a language stage that trains {config.lm.trains}", "ok")
         parameters = check_config(name)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         return Finding(f"config {name}", str(error), "fault", "compare it with configs/align_base.py")

@@ -3,16 +3,18 @@
 import pytest
 
 from pathflip_jax.alignment import check_config, model_config
+from pathflip_jax.llm.training import check_language_config
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import choose_groups
 from pathflip_jax.settings import bundled_configs, load_config
 
 NAMES = ["align_base", "align_large", "demo"]
+LANGUAGE = ["lm_demo", "lm_joint", "lm_stage1", "lm_stage2"]
 
 
 def test_all_bundled_configs_are_tested():
-    assert sorted(bundled_configs()) == NAMES
+    assert sorted(bundled_configs()) == NAMES + LANGUAGE
 
 
 @pytest.mark.parametrize("argument", ["", ":smoke"])
@@ -26,7 +28,24 @@ def test_config_builds(name, argument):
     assert longest <= config.model.max_positions
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("argument", ["", ":smoke"])
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_a_config_of_the_language_stage_is_sound(name, argument):
+    config = load_config(name + argument)
+    check_language_config(config)
+    assert config.lm.random_decoder == ("decoder" in config.lm.trains)
+
+
+def test_the_stages_train_what_they_are_named_for():
+    trains = {name: load_config(name).lm.trains for name in LANGUAGE}
+    assert trains["lm_stage1"] == "projector" and trains["lm_stage2"] == "projector,lora"
+    assert trains["lm_joint"] == "aligner,projector,lora"
+    stage2 = load_config("lm_stage2").lm
+    assert (stage2.lora_rank, stage2.lora_alpha, stage2.lora_dropout) == (16, 32.0, 0.05)
+    assert load_config("lm_stage1").optim.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES + LANGUAGE)
 def test_config_is_an_experiment_record(name):
     text = bundled_configs()[name].read_text()
     for heading in ("Command ", "Hardware ", "Hours ", "Result "):

@@ -19,5 +19,6 @@ from pathflip_jax.commands import (
 
 # In the order in which `pathflip --help` lists them.
 COMMANDS = (
-    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, caption, ask, embed, convert, export,
+    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, caption, ask, embed, convert,
+    export,
 )  # fmt: skip

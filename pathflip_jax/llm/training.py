@@ -32,6 +32,7 @@ from pathflip_jax.metrics import VALIDATION
 from pathflip_jax.model.attention import Linear
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import read_manifest, slides_of_splits
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import place_features, require_score
@@ -95,6 +96,7 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     lm, data = config.lm, config.data
     trains = split_names(lm.trains)
     stage = language_stage(trains)
+    check_language_config(config)
     require_score(config.train.select, ("loss",))
     aligner, decoder_hash = read_aligner(lm.aligner), weights_hash(lm.decoder)
     decoder = read_decoder_config(lm.decoder, compute_dtype=lm.compute_dtype, remat=lm.remat)
@@ -146,6 +148,16 @@ def _refuse_other_features(name: str, records: Records, run: str, aligner: "Alig
             f"{name}: features come from {records.encoder!r}, {run} was trained on {aligner.encoder!r}; features of "
             "two encoders share no space, extract them again"
         )
+
+
+def check_language_config(config: ConfigDict) -> None:
+    """Raise ValueError for what is wrong in a config of the language stage, whatever its folders. Computes nothing."""
+    OptimConfig(**config.optim)
+    trains = split_names(config.lm.trains)
+    language_stage(trains)
+    _lora(config, trains, None)
+    if config.lm.random_decoder and "decoder" not in trains:
+        raise ValueError("lm.random_decoder: a decoder that starts from scratch must learn; add decoder to lm.trains")
 
 
 class Aligner(NamedTuple):
