@@ -80,6 +80,17 @@ def parse_json(text: str, **options: Any) -> Any:
     return found
 
 
+def json_object(path: Place, data: bytes) -> dict[str, Any]:
+    """The object that a small JSON file holds. Raises ValueError, naming the file, where it is anything else."""
+    try:
+        found = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; copy the file again")
+    return found
+
+
 def _opened(path: Place) -> TextIO:
     if not is_url(path):
         return open(path, encoding="utf-8-sig", newline="")

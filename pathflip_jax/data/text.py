@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pathflip_jax.data.tables import Row, read_rows
 
+IMAGE = "<image>"  # where the slide stands in what is asked
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test", "": ""}
 _SLIDE = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
@@ -95,22 +96,28 @@ def read_questions(path: str | Path) -> list[Question]:
     Options that are empty are left out. Raises ValueError with file and line for a row without question or answer,
     and for an answer that is none of its options.
     """
+    rows = enumerate(read_rows(path), 1)
+    return [question for number, row in rows for question in row_questions(row, number)]
+
+
+def row_questions(row: Row, number: int) -> list[Question]:
+    """The questions of a row of `read_questions`: one, or one for each turn of a conversation."""
+    slide_ids, case_id = row_slides(row)
+    name = row_name(row, number)
+    category = str(row.first("narrow category", "category", "broad category", "task", "type"))
+    if "conversations" in row.values:
+        turns = _bare_turns(row)
+    else:
+        turns = [(str(row.first("question")), str(row.first("answer")))]
     questions = []
-    for number, row in enumerate(read_rows(path), 1):
-        slide_ids, case_id = _slides(row)
-        name = str(row.first("question_id") or (row.first(*_SLIDE, *_CASE) and row.first("id")) or number)
-        category = str(row.first("narrow category", "category", "broad category", "task", "type"))
-        if "conversations" in row.values:
-            turns = _turns(row)
-        else:
-            turns = [(str(row.first("question")), str(row.first("answer")))]
-        for turn, (asked, answer) in enumerate(turns):
-            if not asked or not answer:
-                raise ValueError(f"{row.place}: no {'answer' if asked else 'question'}; {_columns(row)}")
-            asked, options = _options(row, asked)
-            answer = _letter(row, answer, options) if options else answer
-            turn_name = name if len(turns) == 1 else f"{name}/{turn}"
-            questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category))
+    for turn, (asked, answer) in enumerate(turns):
+        if not asked or not answer:
+            what = "answer" if asked else "question"
+            raise ValueError(f"{row.place}: no {what}; write it or remove the row, {row_columns(row)}")
+        asked, options = row_options(row, asked)
+        answer = _letter(row, answer, options) if options else answer
+        turn_name = name if len(turns) == 1 else f"{name}/{turn}"
+        questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category))
     return questions
 
 
@@ -127,7 +134,7 @@ def read_slide_table(path: str | Path) -> list[dict[str, str]]:
         raw = row.first(*_SLIDE)
         slide = clean_id(str(raw)) if isinstance(raw, str | int) else ""
         if not slide:
-            raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {_columns(row)}")
+            raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {row_columns(row)}")
         if slide in places:
             raise ValueError(
                 f"{row.place}: slide {slide} is listed more than once (first in {places[slide]}); "
@@ -155,24 +162,31 @@ def match_texts(
     (its id, or no slide at all) gets all slides of that case; `case_ids` names the case of each slide, else TCGA
     barcodes do. What matches nothing is left out and logged with its count. Raises ValueError when nothing matches.
     """
+    found = match_slides([(text.slide_ids, text.case_id) for text in texts], slide_ids, case_ids)
+    return [replace(text, slide_ids=slides) for text, slides in zip(texts, found, strict=True) if slides]
+
+
+def match_slides(
+    named: Sequence[tuple[Sequence[str], str]], slide_ids: Sequence[str], case_ids: Sequence[str] | None = None
+) -> list[tuple[str, ...]]:
+    """The slides that each text means by its (slide ids, case id), as `match_texts` finds them; () where none does."""
     index = _Index(slide_ids, case_ids)
     matched, lost, samples = [], 0, []
-    for text in texts:
-        found = list(dict.fromkeys(slide for name in text.slide_ids for slide in index.find(name)))
-        if not text.slide_ids:
-            found = index.cases.get(text.case_id, [])
-        missing = [name for name in text.slide_ids if not index.find(name)] or ([] if found else [text.case_id])
+    for names, case in named:
+        found = list(dict.fromkeys(slide for name in names for slide in index.find(name)))
+        if not names:
+            found = index.cases.get(case, [])
+        missing = [name for name in names if not index.find(name)] or ([] if found else [case])
         lost += len(missing)
         samples += missing
-        if found:
-            matched.append(replace(text, slide_ids=tuple(found)))
-    if not matched:
+        matched.append(tuple(found))
+    if not any(matched):
         raise ValueError(
-            f"none of the {len(texts)} texts belongs to any of the {len(slide_ids)} slides: the texts name "
+            f"none of the {len(named)} texts belongs to any of the {len(slide_ids)} slides: the texts name "
             f"{some(samples)}, the slides are {some(slide_ids)}; give the table that belongs to these slides, or "
             "make its ids those of the slides (file names without extension)"
         )
-    silent = sorted(set(slide_ids) - {slide for text in matched for slide in text.slide_ids})
+    silent = sorted(set(slide_ids) - {slide for found in matched for slide in found})
     if lost:
         _log.warning("%d ids of the text table match no slide (%s) and are left out", lost, some(samples))
     if silent:
@@ -230,23 +244,37 @@ def some(names: Iterable[object], most: int = 3) -> str:
 
 
 def _text(row: Row) -> SlideText:
-    slide_ids, case_id = _slides(row)
+    slide_ids, case_id = row_slides(row)
     if "conversations" in row.values:
-        turns = _turns(row)
+        turns = _bare_turns(row)
         if any(_OPTION.search(asked) and len(answer) <= 2 for asked, answer in turns):
             raise ValueError(f"{row.place}: a multiple-choice question; read_questions reads tables of questions")
         caption = "\n".join(answer for _, answer in turns)
     else:
         caption = row.first(*_CAPTION)
-        if not any(name in row.values for name in _CAPTION):
+        if not has_caption(row):
             hint = "; read_questions reads tables of questions" if "answer" in row.values else ""
-            raise ValueError(f"{row.place}: no column caption, {_columns(row)}{hint}")
+            raise ValueError(f"{row.place}: no column caption, {row_columns(row)}{hint}")
+    return SlideText(slide_ids, case_id, _written(row, caption, slide_ids, case_id), _subcaptions(row))
+
+
+def has_caption(row: Row) -> bool:
+    """Whether a row has a column for a caption, be it empty."""
+    return any(name in row.values for name in _CAPTION)
+
+
+def row_caption(row: Row) -> str:
+    """The caption of a row that has a column for it. Raises ValueError where it is empty."""
+    return _written(row, row.first(*_CAPTION), *row_slides(row))
+
+
+def _written(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str) -> str:
     if not isinstance(caption, str) or not any(letter.isalnum() for letter in caption):
         raise ValueError(
             f"{row.place}: the caption of {some(slide_ids) or case_id} is empty ({str(caption)[:20]!r}); "
             "write it or remove the row"
         )
-    return SlideText(slide_ids, case_id, caption, _subcaptions(row))
+    return caption
 
 
 def _subcaptions(row: Row) -> tuple[str, ...] | None:
@@ -260,7 +288,12 @@ def _subcaptions(row: Row) -> tuple[str, ...] | None:
     return tuple(item.strip() for item in given) or None
 
 
-def _slides(row: Row) -> tuple[tuple[str, ...], str]:
+def row_name(row: Row, number: int) -> str:
+    """What a row is called: its id, unless that is the slide's or patient's, else its number."""
+    return str(row.first("question_id") or (row.first(*_SLIDE, *_CASE) and row.first("id")) or number)
+
+
+def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
     """The slide ids and the case of a row; WSI-VQA names neither, only an `Id`, which is the patient."""
     given = row.first(*_SLIDE)
     case = str(row.first(*_CASE))
@@ -273,25 +306,33 @@ def _slides(row: Row) -> tuple[tuple[str, ...], str]:
         raise ValueError(f"{row.place}: slide ids must be texts, not {given!r:.60}")
     slide_ids = tuple(dict.fromkeys(filter(None, (clean_id(str(name)) for name in given))))
     if not slide_ids and not case:
-        raise ValueError(f"{row.place}: no slide; a column slide_id or case_id is needed, {_columns(row)}")
+        raise ValueError(f"{row.place}: no slide; a column slide_id or case_id is needed, {row_columns(row)}")
     return slide_ids, case or (tcga_case(slide_ids[0]) if slide_ids else "")
 
 
-def _turns(row: Row) -> list[tuple[str, str]]:
-    """What is asked and answered in a conversation, in turn, without the image token."""
+def row_turns(row: Row) -> list[tuple[str, str]]:
+    """What is asked and answered in the conversation of a row, in turn. Raises ValueError where it is none."""
     turns = row.values["conversations"]
     try:
-        spoken = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in turns]
-    except (TypeError, KeyError, AttributeError) as error:
+        spoken = [(turn["from"], str.strip(turn["value"])) for turn in turns]
+    except (TypeError, KeyError) as error:
         raise ValueError(
             f'{row.place}: conversations must be a list of {{"from", "value"}}, found {turns!r:.80}'
         ) from error
     if [who for who, _ in spoken] != ["human", "gpt"] * (len(spoken) // 2) or not spoken:
-        raise ValueError(f"{row.place}: human and gpt must take turns, found {[who for who, _ in spoken]}")
+        raise ValueError(
+            f"{row.place}: human and gpt must take turns, found {[who for who, _ in spoken]!s:.80}; merge the turns "
+            "of one speaker, and write what is missing or remove the row"
+        )
     return [(spoken[i][1], spoken[i + 1][1]) for i in range(0, len(spoken), 2)]
 
 
-def _options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
+def _bare_turns(row: Row) -> list[tuple[str, str]]:
+    """`row_turns` without the image token."""
+    return [(asked.replace(IMAGE, "").strip(), answer.replace(IMAGE, "").strip()) for asked, answer in row_turns(row)]
+
+
+def row_options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
     """The question without its options, and the options by letter: from columns, from a list, or from the question."""
     given = row.first("choice", "choices", "options")
     if isinstance(given, dict):
@@ -322,5 +363,6 @@ def _letter(row: Row, answer: str, options: dict[str, str]) -> str:
     raise ValueError(f"{row.place}: the answer {answer!r:.60} is none of the options {options}")
 
 
-def _columns(row: Row) -> str:
+def row_columns(row: Row) -> str:
+    """The columns that a row has, for a message."""
     return f"found {some((name[:40] or '(no name)' for name in row.values), 12)}"

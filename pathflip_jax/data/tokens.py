@@ -18,7 +18,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from pathflip_jax.data.storage import Place, as_path, make_folder, read_bytes
-from pathflip_jax.data.tables import parse_json
+from pathflip_jax.data.tables import json_object
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # How a setting is called in tokenizer.json, and in tokenizer_config.json.
@@ -104,15 +104,7 @@ class TextTokenizer:
 
 
 def _read_json(path: Place) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        found = parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; copy the file again")
-    return found
+    return json_object(path, read_bytes(path)) if path.is_file() else {}
 
 
 def _load(folder: Place) -> Tokenizer:

@@ -232,7 +232,7 @@ def test_questions_with_a_list_of_choices(table):
     rows[0]["Answer"] = "middling"
     with pytest.raises(ValueError, match="entry 1: the answer 'middling' is none of the options"):
         read_questions(table(rows))
-    with pytest.raises(ValueError, match="line 2: no answer; found slide, question, answer"):
+    with pytest.raises(ValueError, match="line 2: no answer; write it .* found slide, question, answer"):
         read_questions(table("slide,question,answer\nS1,Which?,\n"))
     with pytest.raises(ValueError, match="line 2: no question"):
         read_questions(table("slide_id,caption\nS1,A.\n"))

@@ -1,0 +1,218 @@
+"""Conversations about a slide as tokens, for training and for generation alike (DESIGN, section 7).
+
+The slide stands in a text as one number, IMAGE_ID, until `insert_slide` makes room for its soft tokens. A prompt is
+put together from the same pieces whether its answer is known or asked for, so a model meets in generation the very ids
+that it was trained on. What somebody wrote never becomes a special token, and the text on both sides of the slide is
+kept (the released code drops what stands before it).
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from pathflip_jax.data.conversations import Conversation, Turn
+from pathflip_jax.data.text import IMAGE
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+
+IMAGE_ID = -1  # the slide, and its first soft token: soft token j is -1 - j
+TEMPLATES = ("plain", "chat")  # the paper's, and that of the decoder's folder
+_MARK = "\ue000{}\ue001"  # what stands for a message in a rendered conversation, of characters that nobody writes
+_MARKS = re.compile(_MARK.format("([0-9]+)"))
+
+
+class Prompted(NamedTuple):
+    """A conversation as ids; `response` is True at what is learnt: each answer, and what ends it."""
+
+    tokens: Int[np.ndarray, "T"]
+    response: Bool[np.ndarray, "T"]
+
+
+class _Part(NamedTuple):
+    ids: Int[np.ndarray, "t"]
+    learnt: bool = False
+
+
+class _Frame(NamedTuple):
+    """A rendered conversation without its messages.
+
+    `before` stands before each message (and the last answer), `end` behind an answer as far as it is learnt, `rest`
+    behind that of the last answer.
+    """
+
+    before: tuple[Int[np.ndarray, "t"], ...]
+    end: Int[np.ndarray, "t"]
+    rest: Int[np.ndarray, "t"]
+
+
+def encode_conversation(tokenizer: DecoderTokenizer, conversation: Conversation, template: str) -> Prompted:
+    """A conversation as it is learnt.
+
+    Raises ValueError, naming the conversation, for one in which the slide does not stand once in the first turn, and
+    as `encode_prompt`.
+    """
+    *turns, (asked, answer) = conversation.turns
+    try:
+        parts = _prompt_parts(tokenizer, turns, asked, template)
+        if IMAGE in answer:
+            raise ValueError(f"{IMAGE} in the answer {answer!r:.60}; it belongs into the first question")
+    except ValueError as error:
+        raise ValueError(f"conversation {conversation.conversation_id}: {error}") from error
+    parts.append(_Part(tokenizer.text_ids(answer.strip()), learnt=True))
+    if template == "chat":
+        frame = _frame(tokenizer, len(conversation.turns))
+        parts += [_Part(frame.end, learnt=True), _Part(frame.rest)]
+    else:
+        parts.append(_Part(_end(tokenizer), learnt=True))
+    tokens = np.concatenate([part.ids for part in parts])
+    return Prompted(tokens, np.repeat([part.learnt for part in parts], [len(part.ids) for part in parts]))
+
+
+def encode_prompt(
+    tokenizer: DecoderTokenizer, turns_so_far: Sequence[Turn], asked: str, template: str
+) -> Int[np.ndarray, "T"]:
+    """The tokens of a conversation up to where the answer to its last question begins, IMAGE_ID among them once.
+
+    "plain" is the paper's template, "chat" that of the decoder's folder, without thinking. Raises ValueError where the
+    slide does not stand once, in the first question; for a template of another name; for "chat" where the folder has
+    none, or one that fails or does not write each message once; and for a text with a special token that the
+    vocabulary cannot tell from text.
+    """
+    return np.concatenate([part.ids for part in _prompt_parts(tokenizer, turns_so_far, asked, template)])
+
+
+def insert_slide(prompted: Prompted, rows: int) -> Prompted:
+    """A conversation with `rows` soft tokens where the slide stands, numbered -1, -2, ...; 0 takes the slide out.
+
+    Raises ValueError for tokens in which the slide does not stand once.
+    """
+    tokens, response = prompted
+    (at,) = np.nonzero(tokens < 0)
+    if len(at) != 1 or tokens[at[0]] != IMAGE_ID:
+        raise ValueError(
+            f"the ids below 0 are {tokens[at][:8].tolist()}, expected one {IMAGE_ID} for the slide; give what "
+            "encode_conversation or encode_prompt returned, once"
+        )
+    if rows < 0:
+        raise ValueError(f"{rows} soft tokens; expected 0 or more")
+    before, after = slice(None, at[0]), slice(at[0] + 1, None)
+    soft = IMAGE_ID - np.arange(rows, dtype=tokens.dtype)
+    return Prompted(
+        np.concatenate([tokens[before], soft, tokens[after]]),
+        np.concatenate([response[before], np.zeros(rows, bool), response[after]]),
+    )
+
+
+def stop_ids(tokenizer: DecoderTokenizer, template: str) -> tuple[int, ...]:
+    """The ids at which an answer ends: those of the folder, and for "chat" what its template puts behind an answer.
+
+    Base models come with a chat template whose end of turn none of their settings names.
+    """
+    if template != "chat":
+        return tokenizer.stop_ids
+    ends = [int(number) for number in _frame(tokenizer, 1).end if int(number) in tokenizer.special_ids]
+    return tuple(dict.fromkeys([*tokenizer.stop_ids, ends[0]]))
+
+
+def _prompt_parts(tokenizer: DecoderTokenizer, turns: Sequence[Turn], asked: str, template: str) -> list[_Part]:
+    questions = [*(turn.asked for turn in turns), asked]
+    answers = [turn.answer for turn in turns]
+    _check(questions, answers)
+    if template == "plain":
+        return _plain(tokenizer, questions, answers)
+    if template == "chat":
+        return _chat(tokenizer, questions, answers)
+    raise ValueError(f"template {template!r}: expected one of {', '.join(TEMPLATES)}")
+
+
+def _check(questions: Sequence[str], answers: Sequence[str]) -> None:
+    count = questions[0].count(IMAGE)
+    if count != 1:
+        raise ValueError(
+            f"the first question, {questions[0]!r:.60}, holds {IMAGE} {count} times; write it once, where the slide is "
+            "to stand"
+        )
+    for text in [*questions[1:], *answers]:
+        if IMAGE in text:
+            raise ValueError(f"{IMAGE} in {text!r:.60}; only the first question holds it, take it out")
+
+
+def _plain(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequence[str]) -> list[_Part]:
+    """The paper's: an instruction, the slide, the response. Later turns have no slide."""
+    first = " ".join(filter(None, (text.strip() for text in questions[0].split(IMAGE))))
+    text = tokenizer.text_ids
+    parts = [
+        _Part(tokenizer.prefix()),
+        _Part(text(f"Instruction: {first}\nInput pathology whole slide image: ")),
+        _Part(_slide()),
+        _Part(text(".\nResponse: ")),
+    ]
+    for answer, asked in zip(answers, questions[1:], strict=True):
+        parts += [_Part(text(answer.strip()), learnt=True), _Part(_end(tokenizer), learnt=True)]
+        parts.append(_Part(text(f"\nInstruction: {asked.strip()}\nResponse: ")))
+    return parts
+
+
+def _chat(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequence[str]) -> list[_Part]:
+    frame = _frame(tokenizer, len(questions))
+    head, tail = questions[0].strip().split(IMAGE)
+    parts = [
+        _Part(frame.before[0]),
+        _Part(tokenizer.text_ids(head)),
+        _Part(_slide()),
+        _Part(tokenizer.text_ids(tail)),
+    ]
+    for turn, (answer, asked) in enumerate(zip(answers, questions[1:], strict=True)):
+        before_answer, behind = frame.before[2 * turn + 1 : 2 * turn + 3]
+        ends = _common(behind, frame.end)
+        parts += [_Part(before_answer), _Part(tokenizer.text_ids(answer.strip()), learnt=True)]
+        parts += [_Part(behind[:ends], learnt=True), _Part(behind[ends:]), _Part(tokenizer.text_ids(asked.strip()))]
+    return [*parts, _Part(frame.before[-1])]
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer: DecoderTokenizer, turns: int) -> _Frame:
+    """What a chat template puts around the messages of that many turns, whatever they say."""
+    roles = ("user", "assistant") * turns
+    messages = [{"role": role, "content": _MARK.format(number)} for number, role in enumerate(roles)]
+    before = _cut(tokenizer, tokenizer.render(messages[:-1], add_generation_prompt=True), 2 * turns - 1)
+    behind = tokenizer.ids(_cut(tokenizer, tokenizer.render(messages), 2 * turns)[-1])
+    # Up to the special tokens behind an answer: "<|im_end|>" and not the line end behind it.
+    special = [int(number) in tokenizer.special_ids for number in behind]
+    if True not in special:
+        raise ValueError(
+            f"{tokenizer.folder}: its chat template puts no special token behind an answer, so a model cannot learn to "
+            'stop; use the template "plain"'
+        )
+    first = special.index(True)
+    end = (special[first:] + [False]).index(False) + first
+    return _Frame(tuple(tokenizer.ids(text) for text in before), behind[:end], behind[end:])
+
+
+def _cut(tokenizer: DecoderTokenizer, rendered: str, messages: int) -> list[str]:
+    """The text around the marks that stand for messages. Raises ValueError where they do not stand in turn."""
+    pieces = _MARKS.split(rendered)
+    if pieces[1::2] != [str(number) for number in range(messages)]:
+        raise ValueError(
+            f"{tokenizer.folder}: of {messages} messages its chat template writes numbers "
+            f"{', '.join(pieces[1::2]) or 'none'}, expected each once and in turn; use the template "
+            '"plain"'
+        )
+    return pieces[::2]
+
+
+def _common(one: Int[np.ndarray, "t"], other: Int[np.ndarray, "t"]) -> int:
+    """How many ids two sequences begin with in common."""
+    size = min(len(one), len(other))
+    return int(np.cumprod(one[:size] == other[:size]).sum())
+
+
+def _slide() -> Int[np.ndarray, "t"]:
+    return np.array([IMAGE_ID], np.int32)
+
+
+def _end(tokenizer: DecoderTokenizer) -> Int[np.ndarray, "t"]:
+    return np.array(tokenizer.stop_ids[:1], np.int32)
