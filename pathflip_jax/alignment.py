@@ -44,6 +44,7 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
         keeps=lambda name: True,
         batches=data.train,
         validate=make_validation(stage, build, data.validation, mesh) if data.validation else None,
+        compute_dtype=config.model.compute_dtype,
         useful_operations=lambda batch: useful_operations(model, batch.patch_mask, batch.text_rows),
         require_room=lambda step: _require_room(step, config, model, sharding.batch_shards(mesh)),
         resolved=resolved,

@@ -52,6 +52,7 @@ class Training(NamedTuple):
     keeps: Callable[[str], bool]
     batches: Any
     validate: Callable[[Params, Params], dict[str, float]] | None
+    compute_dtype: str
     useful_operations: Callable[[Any], jax.Array]
     require_room: Callable[[Any], None]
     resolved: dict

@@ -129,7 +129,7 @@ def fit(
         start, learned, frozen, opt_state, best = _begin(training, optimizer, mesh, checkpoints, ledger)
         if primary and start < steps:
             ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
-        telemetry = Telemetry(ledger, mesh, config.model.compute_dtype)
+        telemetry = Telemetry(ledger, mesh, training.compute_dtype)
         if primary:
             print(telemetry.describe(), file=sys.stderr)
         places = jax.tree.map(lambda x: x.sharding, (learned, opt_state))

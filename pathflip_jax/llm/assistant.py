@@ -5,6 +5,7 @@ as in training. Everything can also be asked without the slide, which is the bas
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.data.conversations import DESCRIBE, IMAGE, Turn
+from pathflip_jax.data.conversations import DESCRIBE, Turn
 from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.text import IMAGE
 from pathflip_jax.inference import Predictor, bucket
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.generate import Sampling, generate, score
-from pathflip_jax.llm.prompts import IMAGE_ID, encode_prompt
+from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble
 
@@ -42,6 +44,7 @@ class SlideAssistant:
     def __init__(self, model: SlideLanguageModel, config: dict, tokenizer: DecoderTokenizer, name: str = "") -> None:
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.template = config["data"]["template"]
+        self.stop_ids = stop_ids(tokenizer, self.template)
         self.predictor = Predictor(model.aligner, config, None, name)
 
     def embed_slides(self, slides: Sequence[SlideFeatures]) -> list[Rows]:
@@ -68,7 +71,7 @@ class SlideAssistant:
 
     def answer(self, prompts: Sequence[Asked], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
         """What the model writes after each prompt. Prompts of like length share a call; raises as `generate`."""
-        sampling = sampling.with_stops(self.tokenizer.stop_ids)
+        sampling = replace(sampling, stop_ids=self.stop_ids)
         found: list[str] = [""] * len(prompts)
         for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
             tokens, embeds, mask = self._inputs([prompts[i] for i in members])
@@ -81,11 +84,10 @@ class SlideAssistant:
         self, prompts: Sequence[Asked], answers: Sequence[Sequence[str]], *, batch_size: int = 8
     ) -> list[Float[np.ndarray, "C"]]:
         """The log likelihood of each possible answer to each prompt, summed over its tokens and its end token."""
-        end = self.tokenizer.stop_ids[:1]
         found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
         for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
             _, embeds, mask = self._inputs([prompts[i] for i in members])
-            ids = [[np.append(self.tokenizer.ids(text), end) for text in answers[i]] for i in members]
+            ids = [[np.append(self.tokenizer.text_ids(text), self.stop_ids[0]) for text in answers[i]] for i in members]
             most, longest = max(map(len, ids)), max(len(x) for own in ids for x in own)
             targets = np.zeros((len(mask), bucket(most), bucket(longest)), np.int32)
             real = np.zeros(targets.shape, bool)
@@ -108,17 +110,11 @@ class SlideAssistant:
         rows = np.zeros((size, most, self.model.aligner.config.embed_dim), np.float32)
         mask[len(prompts) :, -1] = True  # rows without a prompt hold one token, so that no row is all padding
         for b, (ids, slide) in enumerate(prompts):
-            shown = _insert(ids, 0 if slide is None else len(slide))
+            shown = insert_slide(Prompted(ids, np.zeros(len(ids), bool)), 0 if slide is None else len(slide)).tokens
             tokens[b, width - len(shown) :], mask[b, width - len(shown) :] = shown, True
             if slide is not None:
                 rows[b, : len(slide)] = slide
         return tokens, _embed(self.model, tokens, rows), mask
-
-
-def _insert(ids: np.ndarray, rows: int) -> np.ndarray:
-    """IMAGE_ID -> as many soft tokens, -1, -2, ..."""
-    at = int(np.flatnonzero(ids == IMAGE_ID)[0])
-    return np.concatenate([ids[:at], -1 - np.arange(rows, dtype=ids.dtype), ids[at + 1 :]])
 
 
 def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -48,6 +48,20 @@ class _Frame(NamedTuple):
     rest: Int[np.ndarray, "t"]
 
 
+def choose_template(tokenizer: DecoderTokenizer, wanted: str) -> str:
+    """The template that is asked for; "": that of the decoder's folder where there is one, else the paper's.
+
+    Raises ValueError for a template of another name, and for "chat" where the folder has none.
+    """
+    if not wanted:
+        return "chat" if tokenizer.has_chat_template else "plain"
+    if wanted not in TEMPLATES:
+        raise ValueError(f"template {wanted!r}: expected one of {', '.join(TEMPLATES)}")
+    if wanted == "chat":
+        tokenizer.require_chat_template()
+    return wanted
+
+
 def encode_conversation(tokenizer: DecoderTokenizer, conversation: Conversation, template: str) -> Prompted:
     """A conversation as it is learnt.
 

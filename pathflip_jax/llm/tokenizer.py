@@ -122,11 +122,7 @@ class DecoderTokenizer:
         As `apply_chat_template` of transformers, with DATE for today's. Raises ValueError where there is no template,
         and with what the template itself says where it fails.
         """
-        if not self.has_chat_template:
-            raise ValueError(
-                f'{self.folder}: no chat template in it; use the template "plain", or the folder of a model that was '
-                "taught to chat (with chat_template.jinja, or chat_template in tokenizer_config.json)"
-            )
+        self.require_chat_template()
         settings = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
         try:
             return self._template.render(
@@ -142,6 +138,14 @@ class DecoderTokenizer:
                 f"{self.folder}: its chat template fails ({type(error).__name__}: {error!s:.200}); use the template "
                 '"plain", or mend it'
             ) from error
+
+    def require_chat_template(self) -> None:
+        """Raise ValueError where the folder does not say how conversations are written."""
+        if not self.has_chat_template:
+            raise ValueError(
+                f'{self.folder}: no chat template in it; use the template "plain", or the folder of a model that was '
+                "taught to chat (with chat_template.jinja, or chat_template in tokenizer_config.json)"
+            )
 
     def save(self, folder: str | Place) -> None:
         """Write a folder (without weights) from which the same tokenizer can be read; a config.json in it stays."""

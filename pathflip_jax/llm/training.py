@@ -25,7 +25,8 @@ from pathflip_jax.data.storage import as_path, make_folder, read_bytes
 from pathflip_jax.llm.adapter import SlideLanguageModel, language_operations, language_stage
 from pathflip_jax.llm.batches import LanguageBatches, collect_examples
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
-from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder, read_decoder_config
+from pathflip_jax.llm.folders import read_decoder_config
+from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.metrics import VALIDATION
@@ -53,7 +54,7 @@ class Shape(NamedTuple):
             frozen = name.startswith("decoder/") and not trainable(name)
             return jax.ShapeDtypeStruct(x.shape, self.dtype if frozen else x.dtype)
 
-        return {name: stored(name, x) for name, x in jax.eval_shape(lambda: flatten(self._make())).items()}
+        return {name: stored(name, x) for name, x in jax.eval_shape(lambda: flatten(self._new())).items()}
 
     def projector(self, key: jax.Array) -> Params:
         """Random parameters of the projector, as PyTorch's Linear starts."""
@@ -62,9 +63,9 @@ class Shape(NamedTuple):
 
     def build(self, params: Params) -> SlideLanguageModel:
         """The model of these parameters."""
-        return unflatten(jax.eval_shape(self._make), params)
+        return unflatten(jax.eval_shape(self._new), params)
 
-    def _make(self) -> SlideLanguageModel:
+    def _new(self) -> SlideLanguageModel:
         return SlideLanguageModel(self.aligner, self.decoder, self.lora, nnx.Rngs(0))
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
         keeps=stage.trainable,
         batches=training,
         validate=_make_validation(stage, build, validation, mesh) if validation else None,
+        compute_dtype=lm.compute_dtype,
         useful_operations=language_operations(aligner.model, decoder, trains),
         require_room=require_room,
         resolved=resolved,
