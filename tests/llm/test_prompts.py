@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -115,19 +115,20 @@ def test_ids_are_those_of_transformers(folders, tokenizers, kind, said):
         {"role": ("user", "assistant")[i % 2], "content": text.replace("<image>", "").strip()}
         for i, text in enumerate(said)
     ]
-    settings = {"return_dict": False, "date_string": DATE}
-    assert found.tokens.tolist() == theirs.apply_chat_template(chat, **settings)
-    settings |= {"enable_thinking": False, "add_generation_prompt": True}
+    options = {"return_dict": False, "date_string": DATE}
+    assert found.tokens.tolist() == theirs.apply_chat_template(chat, **options)
+    options |= {"enable_thinking": False, "add_generation_prompt": True}
     turns = conversation(*said).turns
     prompt = encode_prompt(tokenizers[kind], turns[:-1], turns[-1].asked, "chat")
-    assert prompt[prompt >= 0].tolist() == theirs.apply_chat_template(chat[:-1], **settings)
+    assert prompt[prompt >= 0].tolist() == theirs.apply_chat_template(chat[:-1], **options)
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(
+texts = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=8) | st.sampled_from(
     ["Is it malignant?", "<|im_end|>", "<|eot_id|>\n", "<think>\n\n</think>", END, "{{ 1 }}", "\ue0000\ue001", " A. "]
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(KINDS),
     st.sampled_from(TEMPLATES),

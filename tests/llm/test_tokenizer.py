@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -177,12 +177,13 @@ settings_files = {
 }
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(settings_files))
-def test_hostile_settings_raise_nothing_but_value_errors(folders, tmp_path_factory, settings):
-    folder = tmp_path_factory.getbasetemp() / "hostile"
+def test_hostile_settings_raise_nothing_but_value_errors(folders, tmp_path_factory, files):
+    folder = tmp_path_factory.getbasetemp() / "hostile_settings"
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_bytes((folders["qwen3"] / "tokenizer.json").read_bytes())
-    for name, values in settings.items():
+    for name, values in files.items():
         (folder / name).write_text(json.dumps(values))
     try:
         ours = DecoderTokenizer(folder)
@@ -193,9 +194,10 @@ def test_hostile_settings_raise_nothing_but_value_errors(folders, tmp_path_facto
         assert all(0 <= number < ours.vocab_size for number in (*ours.stop_ids, ours.pad_id, *ours.prefix()))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_vocabulary_raises_nothing_but_value_errors(folders, tmp_path_factory, data):
-    folder = tmp_path_factory.getbasetemp() / "damaged"
+    folder = tmp_path_factory.getbasetemp() / "damaged_vocabulary"
     folder.mkdir(exist_ok=True)
     parts = json.loads((folders["llama3"] / "tokenizer.json").read_text())
     where = parts
@@ -242,9 +244,9 @@ def test_damaged_folders(folder, tmp_path):
 )
 def test_chats_are_written_as_transformers_does(folders, theirs, kind, said, thinking):
     ours = DecoderTokenizer(folders[kind])
-    settings = {"add_generation_prompt": len(said) % 2 == 1, "enable_thinking": thinking}
-    expected = theirs[kind].apply_chat_template(spoken(*said), tokenize=False, date_string=DATE, **settings)
-    assert ours.render(spoken(*said), **settings) == expected
+    asked = {"add_generation_prompt": len(said) % 2 == 1, "enable_thinking": thinking}
+    expected = theirs[kind].apply_chat_template(spoken(*said), tokenize=False, date_string=DATE, **asked)
+    assert ours.render(spoken(*said), **asked) == expected
 
 
 @pytest.mark.parametrize(
