@@ -160,12 +160,15 @@ class DecoderTokenizer:
     def _read_tokenizer(self) -> Tokenizer:
         try:
             tokenizer = Tokenizer.from_buffer(self._files["tokenizer.json"])
-        except Exception as error:  # tokenizers raises bare Exception
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode("a")  # some damage shows no sooner
+        except BaseException as error:  # tokenizers raises bare Exception, or panics, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(
                 f"{self.folder / 'tokenizer.json'}: not a tokenizer ({error!s:.200}); copy the file again"
             ) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         return tokenizer
 
     def _named_tokens(self) -> dict[str, str]:

@@ -222,7 +222,7 @@ rows = st.dictionaries(names, values | spoken, max_size=5) | st.builds(
 
 @given(st.lists(rows, min_size=1, max_size=2))
 def test_hostile_tables_raise_nothing_but_value_errors(tmp_path_factory, rows):
-    path = tmp_path_factory.getbasetemp() / "hostile"
+    path = tmp_path_factory.getbasetemp() / "hostile_conversations.json"
     path.write_text(json.dumps(rows))
     try:
         talks = read_conversations(path)
@@ -238,7 +238,7 @@ def test_hostile_tables_raise_nothing_but_value_errors(tmp_path_factory, rows):
 
 @given(st.lists(st.tuples(spoken, spoken), min_size=1, max_size=2))
 def test_no_word_of_a_conversation_is_lost(tmp_path_factory, said):
-    path = tmp_path_factory.getbasetemp() / "said"
+    path = tmp_path_factory.getbasetemp() / "conversations_as_said.json"
     path.write_text(json.dumps([conversation(*(text for pair in said for text in pair))]))
     try:
         (talk,) = read_conversations(path)
