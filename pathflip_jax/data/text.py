@@ -47,7 +47,10 @@ class SlideText:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a slide. With `options` (letter -> text) the answer is a letter, without it is free text."""
+    """A question about a slide. With `options` (letter -> text) the answer is a letter, without it is free text.
+
+    `category` is the narrowest that the table names, `broad_category` the broad one of SlideBench-VQA.
+    """
 
     question_id: str
     slide_ids: tuple[str, ...]
@@ -56,6 +59,7 @@ class Question:
     answer: str
     options: dict[str, str] = field(default_factory=dict)
     category: str = ""
+    broad_category: str = ""
 
 
 def read_texts(path: str | Path) -> list[SlideText]:
@@ -100,6 +104,7 @@ def read_questions(path: str | Path) -> list[Question]:
         slide_ids, case_id = _slides(row)
         name = str(row.first("question_id") or (row.first(*_SLIDE, *_CASE) and row.first("id")) or number)
         category = str(row.first("narrow category", "category", "broad category", "task", "type"))
+        broad = str(row.first("broad category"))
         if "conversations" in row.values:
             turns = _turns(row)
         else:
@@ -110,7 +115,7 @@ def read_questions(path: str | Path) -> list[Question]:
             asked, options = _options(row, asked)
             answer = _letter(row, answer, options) if options else answer
             turn_name = name if len(turns) == 1 else f"{name}/{turn}"
-            questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category))
+            questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category, broad))
     return questions
 
 
