@@ -24,8 +24,8 @@ _ARTICLES = frozenset(("a", "an", "the"))
 _SENTENCE_ENDS = frozenset(".;!?\n")
 _CONTRASTS = frozenset("but however although though whereas while yet except".split())
 _BEFORE = [tuple(cue.split()) for cue in (
-    "no", "not", "n't", "none", "neither", "nor", "never", "without", "lacks", "lacking", "absent", "absence of",
-    "lack of", "negative for", "free of", "devoid of", "rules out", "ruling out",
+    "no", "not", "n't", "none", "neither", "nor", "never", "without", "lacks", "lacking", "absence of", "lack of",
+    "negative for", "free of", "devoid of", "rules out", "ruling out",
 )]  # fmt: skip
 _AFTER = frozenset(("absent", "lacking", "excluded"))
 _NOT = frozenset(("not", "n't"))

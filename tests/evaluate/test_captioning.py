@@ -56,7 +56,7 @@ def test_scores_are_those_of_pycocoevalcap():
     assert statistics["CIDEr"](ONE)[0] == pytest.approx(np.mean(GOLDEN["scores"]["CIDEr"]))
 
 
-@pytest.mark.filterwarnings("ignore:.*The hypothesis contains 0 counts")  # and is 1e-77 or so, here 0
+@pytest.mark.filterwarnings(r"ignore:\s*The hypothesis contains 0 counts")  # and is 1e-77 or so, here 0
 def test_each_draw_of_bleu_is_nltk_corpus_bleu_of_the_captions_repeated():
     from nltk.translate.bleu_score import corpus_bleu
 
