@@ -3,8 +3,8 @@
 BLEU is of the corpus: n-gram counts are summed over slides before they are divided, so that a bootstrap draw sums the
 counts of its slides (Papineni et al. 2002). The others are means over slides: ROUGE-L is the F1 of the longest common
 subsequence (rouge-score; pycocoevalcap weighs recall by 1.2 instead), METEOR is NLTK's, and CIDEr is CIDEr-D with the
-document frequencies of the references at hand (Vedantam et al. 2015), as pycocoevalcap computes it. That package
-itself is 100 MB of Java archives, so it is the tests' judge and not needed here.
+document frequencies of the references at hand (Vedantam et al. 2015). On the same words BLEU and CIDEr are what
+pycocoevalcap gives; that package brings 100 MB of Java archives, so it is no dependency.
 
 Such scores reward the phrases of reports, and reports are much alike: a figure says something only beside those of
 captions that never saw the slide.

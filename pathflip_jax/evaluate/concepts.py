@@ -33,9 +33,8 @@ _ANSWERS = frozenset(("no", "none", "negative", "not", "absent"))  # "Necrosis: 
 _ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" denies nothing
 _AUXILIARIES = frozenset("is are was were has have been be also".split())
 _SEEN = frozenset("seen identified present noted found observed evident detected appreciated apparent visible".split())
-_SAID = frozenset(
-    "specified provided reported mentioned described stated assessed".split()
-)  # "not specified" asserts nothing
+# "Invasion is not specified" asserts nothing, so it counts as a denial.
+_SAID = frozenset("specified provided reported mentioned described stated assessed".split())
 _SHOWS = frozenset("shows contains demonstrates reveals exhibits includes".split())
 _SHOW = frozenset("show contain demonstrate reveal exhibit include".split())  # "does not show necrosis" denies it
 
@@ -198,12 +197,8 @@ def _denied_after(text: str, clause: list[Word], first: int, last: int) -> bool:
         return True
     for place in range(last, len(clause)):
         follows = spoken[place + 1 : place + 4]
-        absent = spoken[place] in _AFTER or (
-            spoken[place] in _NOT
-            and (not follows or not (_SEEN | _SAID).isdisjoint(follows))
-            and follows[:1] != ["only"]
-        )
-        if absent:
+        not_seen = spoken[place] in _NOT and (not follows or not (_SEEN | _SAID).isdisjoint(follows))
+        if not_seen or spoken[place] in _AFTER:
             between = place
             while between > last and spoken[between - 1] in _AUXILIARIES:
                 between -= 1
