@@ -86,6 +86,25 @@ def grounding_texts() -> dict[str, list[str]]:
     return {concept: [name.removeprefix("+") for name in NAMES[concept]["prompt"]] for concept in CONCEPTS}
 
 
+def concept_phrasings() -> dict[str, list[str]]:
+    """Concept -> all that it is called in any report or prompt, for finding what a text says is there.
+
+    With each name comes its head, what stands before "with" ("fronds" of "fronds with papillary architecture"),
+    unless another concept's name holds it too: a text may put heads and attributes together in other ways.
+    """
+    names = {
+        concept: [name.removeprefix("+") for texts in lists.values() for name in texts]
+        for concept, lists in NAMES.items()
+    }
+    phrasings = {}
+    for concept, own in names.items():
+        others = " ".join(name for other, texts in names.items() if other != concept for name in texts)
+        heads = [name.partition(" with ")[0] for name in own]
+        heads = [head for head in heads if head.removeprefix("an ").removeprefix("a ") not in others]
+        phrasings[concept] = list(dict.fromkeys([*own, *heads]))
+    return phrasings
+
+
 def class_prompts() -> dict[str, list[str]]:
     """Class label -> an ensemble of texts for zero-shot classification; no training report contains any of them."""
     prompts = {}

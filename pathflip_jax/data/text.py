@@ -48,7 +48,10 @@ class SlideText:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a slide. With `options` (letter -> text) the answer is a letter, without it is free text."""
+    """A question about a slide. With `options` (letter -> text) the answer is a letter, without it is free text.
+
+    `category` is the narrowest that the table names, `broad_category` the broad one of SlideBench-VQA.
+    """
 
     question_id: str
     slide_ids: tuple[str, ...]
@@ -57,6 +60,7 @@ class Question:
     answer: str
     options: dict[str, str] = field(default_factory=dict)
     category: str = ""
+    broad_category: str = ""
 
 
 def read_texts(path: str | Path) -> list[SlideText]:
@@ -105,6 +109,7 @@ def row_questions(row: Row, number: int) -> list[Question]:
     slide_ids, case_id = row_slides(row)
     name = row_name(row, number)
     category = str(row.first("narrow category", "category", "broad category", "task", "type"))
+    broad = str(row.first("broad category"))
     if "conversations" in row.values:
         turns = _bare_turns(row)
     else:
@@ -117,7 +122,7 @@ def row_questions(row: Row, number: int) -> list[Question]:
         asked, options = row_options(row, asked)
         answer = _letter(row, answer, options) if options else answer
         turn_name = name if len(turns) == 1 else f"{name}/{turn}"
-        questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category))
+        questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category, broad))
     return questions
 
 

@@ -5,7 +5,7 @@ slide's patient gives a draw. The unit that is drawn is the patient, never the s
 are no two observations, and intervals that take them for such come out too narrow (DESIGN section 8).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from sklearn import metrics
 Statistic = Callable[[Float[np.ndarray, "W n"]], Float[np.ndarray, "W"]]
 
 DRAWS = 2000
+TEXT_ONLY = "text only"  # the baseline of a language model that is asked the same without the slide
 
 
 class Interval(NamedTuple):
@@ -54,6 +55,36 @@ def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: flo
 def difference(first: Statistic, second: Statistic) -> Statistic:
     """The paired difference of two statistics: both see the same drawn patients."""
     return lambda weights: first(weights) - second(weights)
+
+
+def beside(statistic: Statistic, baselines: Mapping[str, Statistic], weights: Float[np.ndarray, "W n"]) -> dict:
+    """A figure with its interval, that of each baseline, and the paired difference to each (above 0: better than it).
+
+    All see the same drawn patients. The entries are {value, low, high}, ready for JSON.
+    """
+    return interval(statistic, weights)._asdict() | {
+        "baselines": {name: interval(other, weights)._asdict() for name, other in baselines.items()},
+        "difference": {
+            name: interval(difference(statistic, other), weights)._asdict() for name, other in baselines.items()
+        },
+    }
+
+
+def unbeaten(entries: Mapping[str, dict]) -> list[str]:
+    """A warning for every baseline that figures made by `beside` do not beat, with the names of these figures.
+
+    Not beaten: the interval of the paired difference holds 0 or lies below it, or there is none.
+    """
+    behind: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        for baseline, found in entry["difference"].items():
+            if not found["low"] > 0:
+                behind.setdefault(baseline, []).append(name)
+    return [
+        f"no better than {'without the slide' if baseline == TEXT_ONLY else f'the baseline {baseline!r}'} in "
+        f"{', '.join(names)}: the 95% interval of the difference to {baseline!r} is not above 0"
+        for baseline, names in behind.items()
+    ]
 
 
 def mean_over_runs(statistics: Sequence[Statistic]) -> Statistic:

@@ -209,6 +209,7 @@ def test_questions_of_a_benchmark_table(table):
     assert (first.question_id, first.slide_ids, first.case_id) == ("7", (A,), "TCGA-AA-0001")
     assert (first.question, first.options, first.answer) == ("Which grade?", {"A": "G1", "B": "G2"}, "B")
     assert (first.category, second.answer, list(second.options)) == ("Grading", "C", ["A", "B", "C", "D"])
+    assert (first.broad_category, second.category, second.broad_category) == ("Diagnosis", "Staging", "Diagnosis")
 
 
 def test_questions_in_conversations(table):

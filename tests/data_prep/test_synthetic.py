@@ -127,6 +127,10 @@ def test_a_second_run_makes_only_what_is_missing(cohort, tmp_path, monkeypatch):
     generate(folder, 3, seed=5, workers=1, progress=False, size=SIZE)
     assert len(drawn) == 1
     assert _digest(folder) == before
+    (folder / "concepts.json").unlink()  # as a cohort from before there was one
+    generate(folder, 3, seed=5, workers=1, progress=False, size=SIZE)
+    assert len(drawn) == 1
+    assert _digest(folder) == before
 
 
 def test_a_slide_appears_whole_or_not_at_all(tmp_path, monkeypatch):

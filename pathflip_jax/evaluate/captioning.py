@@ -1,0 +1,223 @@
+"""Scores of generated captions against reference reports, on the words of `pathflip_jax.evaluate.words`.
+
+BLEU is of the corpus: n-gram counts are summed over slides before they are divided, so that a bootstrap draw sums the
+counts of its slides (Papineni et al. 2002). The others are means over slides: ROUGE-L is the F1 of the longest common
+subsequence (rouge-score; pycocoevalcap weighs recall by 1.2 instead), METEOR is NLTK's, and CIDEr is CIDEr-D with the
+document frequencies of the references at hand (Vedantam et al. 2015). On the same words BLEU and CIDEr are what
+pycocoevalcap gives; that package brings 100 MB of Java archives, so it is no dependency.
+
+Such scores reward the phrases of reports, and reports are much alike: a figure says something only beside those of
+captions that never saw the slide.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from pathflip_jax.evaluate import scores
+from pathflip_jax.evaluate.scores import Statistic
+from pathflip_jax.evaluate.words import words
+
+LONGEST = 4  # words of the longest n-gram, of BLEU and CIDEr alike
+CIDER_SIGMA = 6.0  # words by which a caption may differ in length before CIDEr-D takes much off
+
+
+def score_captions(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    patients: Sequence[str],
+    baselines: Mapping[str, Sequence[str]],
+    seed: int = 0,
+) -> dict:
+    """Every score of the captions beside those of the baselines, with intervals by patient and `warnings`.
+
+    A slide has one reference or several. `baselines` are captions of the same slides by name, such as
+    `scores.TEXT_ONLY`, another slide's caption or the most common one. Returns {"captions", "patients", "metrics",
+    "warnings"}; a metric is what `scores.beside` returns. Raises ValueError for lists of different lengths and for a
+    reference without words, ImportError where NLTK or rouge-score is not installed.
+    """
+    weights = scores.patient_weights(patients, seed=seed)
+    for name, captions in {"predictions": predictions, "references": references, **baselines}.items():
+        if len(captions) != len(patients):
+            raise ValueError(f"{name}: {len(captions)} for {len(patients)} slides; give one for every slide, in order")
+    statistics = caption_statistics(predictions, references)
+    others = {name: caption_statistics(captions, references) for name, captions in baselines.items()}
+    metrics = {
+        metric: scores.beside(statistic, {name: other[metric] for name, other in others.items()}, weights)
+        for metric, statistic in statistics.items()
+    }
+    return {
+        "captions": len(patients),
+        "patients": len(set(patients)),
+        "metrics": metrics,
+        "warnings": scores.unbeaten(metrics),
+    }
+
+
+def caption_statistics(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, Statistic]:
+    """The statistics of captions by name: BLEU-1 to BLEU-4, ROUGE-L, METEOR with its stages, CIDEr."""
+    candidates = [words(text) for text in predictions]
+    targets = [[words(text) for text in _as_list(texts)] for texts in references]
+    for number, texts in enumerate(targets):
+        if not texts or not all(texts):
+            raise ValueError(
+                f"the references of caption {number}: expected texts with words, found {references[number]!r:.60}"
+            )
+    counts = np.array([bleu_counts(*pair) for pair in zip(candidates, targets, strict=True)])
+    found = {f"BLEU-{order}": bleu(counts, order) for order in range(1, LONGEST + 1)}
+    found["ROUGE-L"] = scores.mean(rouge_l(candidates, targets))
+    name, values = meteor(candidates, targets)
+    return found | {name: scores.mean(values), "CIDEr": scores.mean(cider(candidates, targets))}
+
+
+def ngrams(tokens: Sequence[str]) -> list[Counter]:
+    """How often each n-gram occurs, for n of 1 to 4."""
+    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, LONGEST + 1)]
+
+
+def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
+    """What BLEU adds up over captions: n-grams found in a reference and n-grams written for n of 1 to 4, and lengths.
+
+    An n-gram is found as often as the reference that has most of it. The lengths are the caption's and that of the
+    reference nearest to it, the shorter one of two equally near.
+    """
+    allowed = [Counter() for _ in range(LONGEST)]
+    for reference in references:
+        allowed = [most | counts for most, counts in zip(allowed, ngrams(reference), strict=True)]
+    found = [(counts & most).total() for counts, most in zip(ngrams(candidate), allowed, strict=True)]
+    written = [max(0, len(candidate) - n) for n in range(LONGEST)]
+    nearest = min((abs(len(reference) - len(candidate)), len(reference)) for reference in references)[1]
+    return [*found, *written, len(candidate), nearest]
+
+
+def bleu(counts: Float[np.ndarray, "n 10"], order: int) -> Statistic:
+    """Corpus BLEU of n-grams up to `order`, without smoothing, from the `bleu_counts` of each caption."""
+
+    def statistic(weights):
+        total = weights @ counts  # [W, 10]
+        found, written = total[:, :order], total[:, LONGEST : LONGEST + order]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            precision = np.exp(np.log(found / written).mean(1))
+            brevity = np.exp(np.minimum(0, 1 - total[:, -1] / total[:, -2]))
+        return np.where((found > 0).all(1), brevity * precision, 0.0)
+
+    return statistic
+
+
+def rouge_l(
+    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> Float[np.ndarray, "n"]:
+    """The ROUGE-L F1 of each caption, with the reference that gives most."""
+    scorer = import_rouge()(["rougeL"], tokenizer=_SplitWords())
+    return np.array(
+        [
+            scorer.score_multi([" ".join(text) for text in texts], " ".join(candidate))["rougeL"].fmeasure
+            for candidate, texts in zip(candidates, references, strict=True)
+        ],
+        np.float64,
+    )
+
+
+def meteor(
+    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> tuple[str, Float[np.ndarray, "n"]]:
+    """The METEOR of each caption with the reference that gives most, and a name that says which stages matched.
+
+    Words match when they are equal, or have one stem (Porter), or, where NLTK's WordNet data is installed, are
+    synonyms. Nothing is downloaded: without that data the last stage matches nothing and the name leaves it out.
+    """
+    nltk = import_nltk()
+    from nltk.translate.meteor_score import meteor_score
+
+    stemmer = nltk.stem.PorterStemmer()
+    wordnet = _wordnet(nltk)
+    values = [
+        meteor_score(texts, candidate, stemmer=stemmer, wordnet=wordnet or _NoSynonyms())
+        for candidate, texts in zip(candidates, references, strict=True)
+    ]
+    return f"METEOR (exact, stem{', synonym' if wordnet else ''})", np.array(values, np.float64)
+
+
+def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Float[np.ndarray, "n"]:
+    """The CIDEr-D of each caption, at most 10: how alike it and its references are in n-grams that few slides have.
+
+    An n-gram weighs by log(slides / slides with it in a reference); one that no reference has counts as if one did.
+    These frequencies stay as they are in the bootstrap.
+    """
+    targets = [[ngrams(text) for text in texts] for texts in references]
+    having = Counter(
+        gram for texts in targets for gram in {gram for text in texts for counts in text for gram in counts}
+    )
+    unknown = math.log(len(targets))
+    rarity = {gram: unknown - math.log(slides) for gram, slides in having.items()}
+
+    def weigh(counts: Counter) -> dict[tuple[str, ...], float]:
+        return {gram: count * rarity.get(gram, unknown) for gram, count in counts.items()}
+
+    def norm(vector: Mapping) -> float:
+        return math.sqrt(sum(weight**2 for weight in vector.values()))
+
+    values = []
+    for candidate, texts in zip(candidates, targets, strict=True):
+        written = [weigh(counts) for counts in ngrams(candidate)]
+        alike = []
+        for text in texts:
+            # Lengths in pairs of words, as pycocoevalcap measures them.
+            shift = max(0, len(candidate) - 1) - text[1].total()
+            penalty = math.exp(-(shift**2) / (2 * CIDER_SIGMA**2))
+            for ours, theirs in zip(written, map(weigh, text), strict=True):
+                shared = sum(
+                    min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs
+                )
+                lengths = norm(ours) * norm(theirs)
+                alike.append(penalty * shared / lengths if lengths else 0.0)
+        values.append(10 * np.mean(alike))
+    return np.array(values)
+
+
+class _SplitWords:
+    """rouge-score's tokenizer, for texts whose words are already found."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+
+class _NoSynonyms:
+    """Stands in for WordNet where its data is not installed: no word has a synonym."""
+
+    def synsets(self, word: str) -> list:
+        return []
+
+
+def _wordnet(nltk):
+    """NLTK's WordNet reader, None where its data is not installed."""
+    try:
+        nltk.corpus.wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return nltk.corpus.wordnet
+
+
+def import_nltk():
+    """The package nltk; ImportError names the extra where it is not installed."""
+    try:
+        import nltk
+    except ImportError:
+        raise ImportError("METEOR needs NLTK: `pip install pathflip-jax[language]`") from None
+    return nltk
+
+
+def import_rouge():
+    """The scorer of rouge-score; ImportError names the extra where it is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ImportError("ROUGE-L needs rouge-score: `pip install pathflip-jax[language]`") from None
+    return RougeScorer
+
+
+def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts

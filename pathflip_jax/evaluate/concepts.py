@@ -1,0 +1,245 @@
+"""Which findings a caption asserts, and how often it is right: what n-gram scores cannot tell.
+
+A concept is given by its phrasings, {concept: [phrasings]} in JSON (the embedded cohort writes concepts.json). A phrase
+is found word by word, whatever its number ("glands" is "gland", "papillae" is "papilla") and its article; where
+phrases overlap, the longest from the left counts. Words that no phrasing lists are not understood.
+
+A mention in a denial asserts nothing. Denials are told by their words within a clause, as NegEx does (Chapman et al.
+2001): "no", "without", "negative for" and the like before the mention, "absent", "not seen" and the like after it, up
+to a word that says that something else is there. Hedges ("possible necrosis") assert.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from pathflip_jax.evaluate import scores
+from pathflip_jax.evaluate.scores import Statistic
+from pathflip_jax.evaluate.words import Word, find_words
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_SENTENCE_ENDS = frozenset(".;!?\n")
+_CONTRASTS = frozenset("but however although though whereas while yet except".split())
+_BEFORE = [tuple(cue.split()) for cue in (
+    "no", "not", "n't", "none", "neither", "nor", "never", "without", "lacks", "lacking", "absence of", "lack of",
+    "negative for", "free of", "devoid of", "rules out", "ruling out",
+)]  # fmt: skip
+_AFTER = frozenset(("absent", "lacking", "excluded"))
+_NOT = frozenset(("not", "n't"))
+_ANSWERS = frozenset(("no", "none", "negative", "not", "absent"))  # "Necrosis: none"
+_ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" denies nothing
+_AUXILIARIES = frozenset("is are was were has have been be also".split())
+_SEEN = frozenset("seen identified present noted found observed evident detected appreciated apparent visible".split())
+# "Invasion is not specified" asserts nothing, so it counts as a denial.
+_SAID = frozenset("specified provided reported mentioned described stated assessed".split())
+_SHOWS = frozenset("shows contains demonstrates reveals exhibits includes".split())
+_SHOW = frozenset("show contain demonstrate reveal exhibit include".split())  # "does not show necrosis" denies it
+
+
+class Mention(NamedTuple):
+    """Where a text names a concept (characters `start` to `end`), and whether it denies it."""
+
+    start: int
+    end: int
+    concept: str
+    denied: bool
+
+
+class Finder:
+    """Finds the mentions of concepts in texts.
+
+    Raises ValueError for a phrasing without words and for one that two concepts share.
+    """
+
+    def __init__(self, phrasings: Mapping[str, Sequence[str]]) -> None:
+        self.concepts = list(phrasings)
+        owner: dict[tuple[str, ...], str] = {}
+        for concept, texts in phrasings.items():
+            for text in texts:
+                phrase = tuple(singular(word.text) for word in find_words(text))
+                phrase = phrase[1:] if phrase[:1] and phrase[0] in _ARTICLES else phrase
+                if not phrase:
+                    raise ValueError(f"concept {concept!r}: the phrasing {text!r} has no words; remove it")
+                if owner.setdefault(phrase, concept) != concept:
+                    raise ValueError(
+                        f"the phrasing {text!r} belongs to the concepts {owner[phrase]!r} and {concept!r}; "
+                        "leave it to one of them"
+                    )
+        self._by_first = defaultdict(list)
+        for phrase in sorted(owner, key=len, reverse=True):
+            self._by_first[phrase[0]].append((phrase, owner[phrase]))
+
+    def __call__(self, text: str) -> list[Mention]:
+        """The mentions in a text, in its order, none over another."""
+        return [mention for clause in _clauses(text) for mention in self._in_clause(text, clause)]
+
+    def _in_clause(self, text: str, clause: list[Word]) -> list[Mention]:
+        folded = tuple(singular(word.text) for word in clause)
+        found, first = [], 0
+        while first < len(clause):
+            for phrase, concept in self._by_first.get(folded[first], ()):
+                if folded[first : first + len(phrase)] == phrase:
+                    last = first + len(phrase)
+                    denied = _denied_before(text, clause, first) or _denied_after(text, clause, first, last)
+                    found.append(Mention(clause[first].start, clause[last - 1].end, concept, denied))
+                    first = last - 1
+                    break
+            first += 1
+        return found
+
+
+def score_concepts(
+    captions: Sequence[str],
+    truths: Sequence[Collection[str]],
+    patients: Sequence[str],
+    phrasings: Mapping[str, Sequence[str]],
+    baselines: Mapping[str, Sequence[str]],
+    seed: int = 0,
+) -> dict:
+    """Precision, recall and F1 of the concepts that captions assert, with intervals by patient, beside the baselines.
+
+    `truths` holds the concepts of each slide. Figures are micro averages: pairs of slide and concept are counted over
+    all slides. Returns {"captions", "patients", "metrics", "per_concept", "mentions", "warnings"}; `mentions` has, for
+    each caption, what `judge` returns. Raises ValueError for lists of different lengths and for a true concept
+    without phrasings.
+    """
+    weights = scores.patient_weights(patients, seed=seed)
+    for name, listed in {"captions": captions, "truths": truths, **baselines}.items():
+        if len(listed) != len(patients):
+            raise ValueError(f"{name}: {len(listed)} for {len(patients)} slides; give one for every slide, in order")
+    finder = Finder(phrasings)
+    unknown = sorted(set().union(*truths) - set(finder.concepts))
+    if unknown:
+        raise ValueError(f"no phrasings for the true concepts {', '.join(unknown)}; expected {', '.join(phrasings)}")
+    is_true = _table(truths, finder.concepts)
+    found = [finder(caption) for caption in captions]
+    asserts = _table([asserted(mentions) for mentions in found], finder.concepts)
+    ours = _statistics(asserts, is_true)
+    others = {
+        name: _statistics(_table([asserted(finder(text)) for text in texts], finder.concepts), is_true)
+        for name, texts in baselines.items()
+    }
+    metrics = {
+        metric: scores.beside(statistic, {name: other[metric] for name, other in others.items()}, weights)
+        for metric, statistic in ours.items()
+    }
+    return {
+        "captions": len(patients),
+        "patients": len(set(patients)),
+        "metrics": metrics,
+        "per_concept": _per_concept(asserts, is_true, finder.concepts),
+        "mentions": [judge(mentions, truth) for mentions, truth in zip(found, truths, strict=True)],
+        "warnings": scores.unbeaten(metrics),
+    }
+
+
+def asserted(mentions: Sequence[Mention]) -> set[str]:
+    """The concepts that a text says are there, in one mention at least."""
+    return {mention.concept for mention in mentions if not mention.denied}
+
+
+def judge(mentions: Sequence[Mention], truth: Collection[str]) -> list[dict]:
+    """Each mention as {start, end, concept, denied, right}: right where it asserts what is there or denies what is not.
+
+    Denials are judged for the reader's eye; precision and recall count assertions alone.
+    """
+    return [mention._asdict() | {"right": (mention.concept in truth) is not mention.denied} for mention in mentions]
+
+
+def singular(word: str) -> str:
+    """A word without its English or Latin plural, as far as its ending tells; the same for both numbers of a noun."""
+    if len(word) < 4 or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith(("sses", "xes", "ches", "shes")):
+        return word[:-2]
+    if word.endswith("ae"):
+        return word[:-1]
+    if word.endswith("i"):
+        return word[:-1] + "us"
+    return word.removesuffix("s")
+
+
+def _clauses(text: str) -> list[list[Word]]:
+    """The words of a text, cut where a sentence ends and before a contrast."""
+    clauses: list[list[Word]] = [[]]
+    for word in find_words(text):
+        gap = text[clauses[-1][-1].end : word.start] if clauses[-1] else ""
+        if _SENTENCE_ENDS.intersection(gap) or word.text in _CONTRASTS:
+            clauses.append([])
+        clauses[-1].append(word)
+    return clauses
+
+
+def _denied_before(text: str, clause: list[Word], first: int) -> bool:
+    """Whether a word before the mention denies it: reading back, a denial comes before a word that ends its reach."""
+    spoken = [word.text for word in clause]
+    for place in range(first - 1, -1, -1):
+        if spoken[place] in _NOT and spoken[place + 1] in _ONLY:
+            return False
+        if any(tuple(spoken[place : place + len(cue)]) == cue and place + len(cue) <= first for cue in _BEFORE):
+            return True
+        new_part = spoken[place] == "with" and (_comma(text, clause, place) or spoken[place - 1] == "and")
+        finding = spoken[place] in _SEEN and spoken[place - 1] != "no"  # but "no detected necrosis"
+        if spoken[place] in _AUXILIARIES | _SHOWS or finding or new_part:
+            return False
+    return False
+
+
+def _denied_after(text: str, clause: list[Word], first: int, last: int) -> bool:
+    """Whether a word after the mention denies it ("fat and mucin are not seen"), and not only what stands between."""
+    spoken = [word.text for word in clause]
+    if last < len(clause) and ":" in text[clause[last - 1].end : clause[last].start] and spoken[last] in _ANSWERS:
+        return True
+    for place in range(last, len(clause)):
+        follows = spoken[place + 1 : place + 4]
+        not_seen = spoken[place] in _NOT and (not follows or not (_SEEN | _SAID).isdisjoint(follows))
+        if not_seen or spoken[place] in _AFTER:
+            between = place
+            while between > last and spoken[between - 1] in _AUXILIARIES:
+                between -= 1
+            if not (_AUXILIARIES | _SEEN | _SHOWS | _SHOW).isdisjoint(spoken[last:between]):
+                return False
+            # "The section shows fat, necrosis is absent": what shows the mention came before, the denial is another's.
+            another = any(spoken[i] == "and" or _comma(text, clause, i) for i in range(last, between))
+            return not (another and not (_AUXILIARIES | _SEEN | _SHOWS | _SHOW).isdisjoint(spoken[:first]))
+    return False
+
+
+def _comma(text: str, clause: list[Word], place: int) -> bool:
+    """Whether a comma stands before a word."""
+    return place > 0 and "," in text[clause[place - 1].end : clause[place].start]
+
+
+def _table(sets: Sequence[Collection[str]], concepts: Sequence[str]) -> np.ndarray:
+    """Slide by concept: whether it is in the slide's set."""
+    return np.array([[concept in found for concept in concepts] for found in sets], bool).reshape(len(sets), -1)
+
+
+def _statistics(asserts: np.ndarray, is_true: np.ndarray) -> dict[str, Statistic]:
+    right = (asserts & is_true).sum(1)
+    said, there = asserts.sum(1), is_true.sum(1)
+    return {"precision": ratio(right, said), "recall": ratio(right, there), "f1": ratio(2 * right, said + there)}
+
+
+def ratio(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "n"]) -> Statistic:
+    """A sum over slides divided by another; NaN where the second is 0."""
+
+    def statistic(weights):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (weights @ above) / (weights @ below)
+
+    return statistic
+
+
+def _per_concept(asserts: np.ndarray, is_true: np.ndarray, concepts: Sequence[str]) -> list[dict]:
+    rows = []
+    for c, concept in enumerate(concepts):
+        row = {"concept": concept, "slides": int(is_true[:, c].sum()), "asserted": int(asserts[:, c].sum())}
+        one = _statistics(asserts[:, c : c + 1], is_true[:, c : c + 1])
+        rows.append(row | {name: float(statistic(np.ones((1, len(asserts))))[0]) for name, statistic in one.items()})
+    return rows
