@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
+from pathflip_jax.llm.folders import open_tensors
 from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder, read_decoder_config, save_decoder
 from pathflip_jax.llm.names import names
 from pathflip_jax.model.pathflip import flatten, unflatten
@@ -332,3 +335,36 @@ def test_a_tokenizer_must_fit_the_embedding(copied):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
         check_tokenizer(folder, config)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "factor"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_config_is_read_or_refused_by_name(decoder_folder, tmp_path, data):
+    values = json.loads((decoder_folder("llama") / "config.json").read_text())
+    values |= data.draw(st.dictionaries(st.sampled_from(sorted({*values, "rope_theta", "rope_scaling"})), ANY_JSON))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    try:
+        assert isinstance(read_decoder_config(tmp_path), DecoderConfig)
+    except ValueError as error:
+        assert str(error).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_is_refused_by_name(decoder_folder, tmp_path, data):
+    whole = bytearray((decoder_folder("llama") / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in data.draw(st.lists(st.integers(0, header - 1), min_size=1, max_size=3)):
+        whole[place] = data.draw(st.integers(0, 255))
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    try:
+        assert open_tensors(tmp_path)
+    except ValueError as error:
+        assert str(error).startswith(f"{tmp_path / 'model.safetensors'}: ")
