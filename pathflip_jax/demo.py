@@ -20,7 +20,9 @@ SLIDES, SLIDE_PIXELS = 440, 1280
 def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, list[str]]]:
     """Title and command line of each step, for a cohort of `slides` slides under `out`."""
     cohort, records, vocabulary = out / "slides", out / "records", out / "vocabulary"
-    run, slide_only = out / "run", out / "run_slide_loss_only"
+    run, slide_only, decoder, language = (
+        out / name for name in ("run", "run_slide_loss_only", "decoder", "run_language")
+    )
     table = ["--slides", f"{cohort}/slides.csv"]
     train = ["pathflip", "train", "--config", "demo", f"--config.data.records={records}"]
     train += [f"--config.data.texts={cohort}/reports.jsonl", f"--config.data.slides={cohort}/slides.csv"]
@@ -28,7 +30,12 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     synthesize = [sys.executable, "-m", "data_prep.synthetic", "--out", str(cohort), "--slides", str(slides)]
     synthesize += ["--size", str(SLIDE_PIXELS)]
     prepare = ["pathflip", "prepare", str(cohort), "--out", str(records), "--patch-size", str(PATCH_SIZE)]
+    speak = ["pathflip", "train", "--config", "lm_demo", f"--config.data.records={records}"]
+    speak += [f"--config.data.texts={cohort}/reports.jsonl", f"--config.data.slides={cohort}/slides.csv"]
+    speak += [f"--config.lm.aligner={run}", f"--config.lm.decoder={decoder}", f"--config.train.seed={seed}"]
+    words = ["pathflip", "vocabulary", f"{cohort}/reports.jsonl", *table, "--split", "train", "--out"]
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
+    evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json", "--max-tokens", "256"]
     return [
         (
             "Slides, reports and outlines of the embedded cohort",
@@ -40,13 +47,15 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
         ),
         (
             "A WordPiece vocabulary from the training reports",
-            ["pathflip", "vocabulary", f"{cohort}/reports.jsonl", *table, "--split", "train", "--out", str(vocabulary)],
+            [*words, str(vocabulary)],
         ),
         ("Training with slide and region loss", [*train, "--workdir", str(run)]),
         (
             "Training with the slide loss alone, for comparison",
             [*train, "--config.loss.region_weight=0.0", "--workdir", str(slide_only)],
         ),
+        ("The folder of a small decoder", [*words, str(decoder), "--decoder", "128", "4"]),
+        ("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
         (
             "Scores on the held-out slides, and the report",
             [*evaluate, "--texts", f"{cohort}/reports.jsonl", "--prompts", f"{cohort}/prompts.json"]

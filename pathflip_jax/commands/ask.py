@@ -38,13 +38,16 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps({"slide_id": slide.slide_id, "answer": answer}) if options.json else answer)
         return 0
 
-    from pathflip_jax.evaluate.vqa import choose_by_likelihood
+    from pathflip_jax.data.conversations import ask
+    from pathflip_jax.data.text import Question
+    from pathflip_jax.evaluate.language import choice_shares
 
     choices = dict(options.options)
     if len(choices) < max(len(options.options), 2):
         raise ValueError("--options: give two or more, each with a letter of its own")
     assistant, slide, rows = slide_rows(options)
-    (shares,) = choose_by_likelihood(assistant, [(options.question, choices, rows)])
+    asked = ask(Question("", (), "", options.question, "", choices))
+    (shares,) = choice_shares(assistant, [assistant.prompt(asked, rows)], [choices])
     best = max(shares, key=shares.get)
     if options.json:
         print(json.dumps({"slide_id": slide.slide_id, "answer": best, "probabilities": shares}))

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, command, place
+from pathflip_jax.commands.options import add_grounding_options, add_writing_options, command, place, sampling
 
 
 def add(commands) -> None:
@@ -13,8 +13,10 @@ def add(commands) -> None:
         commands,
         "evaluate",
         _run,
-        "score a trained model: retrieval, zero-shot classification, grounding",
+        "score a trained model: retrieval, zero-shot classification, grounding; captions and answers",
         "pathflip evaluate runs/base --records records --texts reports.jsonl --slides slides.csv --out scores",
+        "pathflip evaluate runs/lm2 --records records --texts reports.csv --questions vqa.csv --slides slides.csv "
+        "--out scores",
     )
     parser.add_argument(
         "run_folders", type=place, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
@@ -30,6 +32,14 @@ def add(commands) -> None:
     parser.add_argument(
         "--compare-to", type=place, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
     )
+    parser.add_argument(
+        "--language", type=place, metavar="RUN", help="run of a language stage: scores its captions and answers too"
+    )
+    parser.add_argument("--questions", type=place, metavar="TABLE", help="questions for the language stage")
+    parser.add_argument(
+        "--concepts", type=Path, metavar="JSON", help="phrasings of each concept: which ones do captions assert?"
+    )
+    add_writing_options(parser, max_tokens=384)
     add_grounding_options(parser)
     parser.add_argument(
         "--clear", type=float, metavar="SHARE", help="patches cut by an outline by more than this share do not count"
@@ -53,6 +63,10 @@ def _run(options: argparse.Namespace) -> int:
         outlines=options.outlines,
         images=options.images,
         compare_to=options.compare_to,
+        language=options.language,
+        questions=options.questions,
+        phrasings=options.concepts,
+        sampling=sampling(options),
         out=options.out,
         seed=options.seed,
         command=options.command_line,

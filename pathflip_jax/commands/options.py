@@ -91,27 +91,32 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
-def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """How a language model writes."""
+def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """How a language model writes where there is no chance in it: what scores are made of."""
     parser.add_argument(
         "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"most tokens to write (default {max_tokens})"
     )
     parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="least tokens to write (default 0)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of share P (1)")
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (default 1: none)")
     parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of beams (default 1)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (1)")
+
+
+def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """How a language model writes."""
+    add_writing_options(parser, max_tokens)
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of share P (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default 0)")
 
 
 def sampling(options: argparse.Namespace):
-    """How to write, as `add_language_options` took it."""
+    """How to write, as `add_writing_options` or `add_language_options` took it."""
     from pathflip_jax.llm.generate import Sampling
 
     names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     return Sampling(max_new_tokens=options.max_tokens, min_new_tokens=options.min_tokens, **given)
 
 

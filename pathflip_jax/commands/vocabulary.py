@@ -14,12 +14,20 @@ def add(commands) -> None:
         _run,
         "train a small WordPiece vocabulary where no BERT folder is at hand",
         "pathflip vocabulary reports.jsonl --slides slides.csv --split train --out vocabulary",
+        "pathflip vocabulary reports.jsonl --slides slides.csv --split train --decoder 128 4 --out decoder",
     )
     parser.add_argument("texts", type=place, metavar="TEXTS", help="text table")
     parser.add_argument("--slides", type=place, metavar="CSV", help="slide table that names the splits")
     parser.add_argument("--split", help="use only the texts of this split")
     parser.add_argument("--size", type=int, default=2000, help="most words (default 2000)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="Hugging Face BERT folder")
+    parser.add_argument(
+        "--decoder",
+        nargs=2,
+        type=int,
+        metavar=("WIDTH", "LAYERS"),
+        help="make the folder of a small decoder instead, to be trained from scratch: its words and its config.json",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -36,6 +44,16 @@ def _run(options: argparse.Namespace) -> int:
                 f"{options.slides}: no slide of split {options.split!r}; the column says train, val or test"
             )
         texts = match_texts(texts, wanted)
-    train_wordpiece([text.caption for text in texts], options.out, vocab_size=options.size)
+    captions = [text.caption for text in texts]
+    if options.decoder:
+        from pathflip_jax.llm.hf_io import make_decoder_folder
+
+        width, layers = options.decoder
+        make_decoder_folder(captions, options.out, vocab_size=options.size, width=width, layers=layers)
+        print(
+            f"{options.out}: a decoder of {layers} layers, {width} wide, without weights; words from {len(texts)} texts"
+        )
+        return 0
+    train_wordpiece(captions, options.out, vocab_size=options.size)
     print(f"{options.out}: a WordPiece vocabulary from {len(texts)} texts")
     return 0

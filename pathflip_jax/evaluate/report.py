@@ -74,7 +74,7 @@ def render(scores: dict, images: dict[str, bytes], config: dict, files: list[str
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"figure": _figure, "percent": _percent, "signed": _signed}
+    environment.filters |= {"figure": _figure, "percent": _percent, "signed": _signed, "merged": dict.__or__}
     command = scores["command"]
     return environment.get_template("report.html").render(
         scores=scores,

@@ -14,13 +14,17 @@ from tqdm import tqdm
 
 from pathflip_jax.evaluate import colour, figures, grounding, report, retrieval, scores, summary, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort, label_index, read_cohort, read_pairs
+from pathflip_jax.evaluate.language import evaluate_language
 from pathflip_jax.evaluate.summary import DIRECTIONS, Outcome, Tasks
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.outlines import read_outlines
 from pathflip_jax.inference import Predictor, load
+from pathflip_jax.llm.assistant import is_language_run
+from pathflip_jax.llm.generate import Sampling
 from pathflip_jax.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
+MAX_TOKENS = 384  # of a caption or an answer, unless the caller says otherwise
 
 EXAMPLES = {"good": 0.9, "typical": 0.5, "poor": 0.1}  # quantiles of the slides' AUC that the report shows
 
@@ -38,6 +42,10 @@ def evaluate(
     outlines=None,
     images=None,
     compare_to=None,
+    language=None,
+    questions=None,
+    phrasings=None,
+    sampling=None,
     seed: int = 0,
     command: Sequence[str] | None = None,
     method: str = maps.DEFAULT_METHOD,
@@ -51,20 +59,34 @@ def evaluate(
     (slide files) adds thumbnails and the mean-colour baselines; `compare_to` is a second run, compared slide by slide.
     `method`, `window` and `context` say how to ground (`Predictor.ground`); with `clear` (0 to 0.5) patches that an
     outline cuts by more than this share of their area do not count. A list of run folders (seeds of one experiment)
-    is scored as their mean, and `compare_to` is then a list too.
+    is scored as their mean, and `compare_to` is then a list too. `language` is a run of the language stage, whose
+    captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what they assert) and whose
+    answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run itself, to be scored alone.
     Returns what scores.json holds.
     """
     if (grounding is None) != (outlines is None):
         raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
     if clear is not None and not 0 <= clear < 0.5:
         raise ValueError(f"clear {clear}: expected a share of a patch's area, at least 0 and below 0.5")
-    if texts is None and prompts is None and grounding is None:
-        raise ValueError("nothing to score: give texts (retrieval), prompts (zero-shot) or grounding with outlines")
+    if texts is None and prompts is None and grounding is None and questions is None:
+        raise ValueError(
+            "nothing to score: give texts (retrieval, captions), prompts (zero-shot), questions, or grounding with "
+            "outlines"
+        )
     folders, others = _as_list(run_folder), _as_list(compare_to)
+    if is_language_run(folders[0]):
+        if language is not None or len(folders) > 1 or others or prompts is not None or grounding is not None:
+            raise ValueError(
+                f"{folders[0]}: a run of the language stage is scored by itself, with texts and questions; put it "
+                "beside an alignment run by language (--language)"
+            )
+        language, folders = folders[0], []
+    if language is None and (questions is not None or phrasings is not None):
+        raise ValueError("questions and concepts of captions are for a language stage: name its run (--language)")
     if others and len(others) != len(folders):
         raise ValueError(f"{len(folders)} runs cannot be paired with {len(others)} runs to compare to")
     cohort = read_cohort(records, slides, split)
-    tasks = _read_tasks(cohort, texts, prompts, grounding, outlines, clear)
+    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear)
     labels = None
     if tasks.prompts is not None:
         labels = label_index(cohort, list(tasks.prompts.classes), prompts)
@@ -105,7 +127,15 @@ def evaluate(
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
         for kind, slide_id in _examples(outcomes[0].aucs, list(tasks.truth)).items():
             pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
-    history = read_metrics(Path(folders[0]) / METRICS)  # empty for a converted checkpoint
+    if language is not None:
+        concepts = zero_shot.read_prompts(phrasings).classes if phrasings is not None else None
+        found["language"], more, settings = evaluate_language(
+            language, cohort, captions=texts, questions=questions, phrasings=concepts,
+            sampling=sampling or Sampling(max_new_tokens=MAX_TOKENS), seed=seed,
+        )  # fmt: skip
+        tables |= more
+        cohort.warnings.extend(found["language"]["warnings"])
+    history = read_metrics(Path((folders or [language])[0]) / METRICS)  # empty for a converted checkpoint
     if (curves := figures.training_curves(history)) is not None:
         pictures["training"] = curves
     for warning in cohort.warnings:
@@ -113,7 +143,7 @@ def evaluate(
     found["warnings"] = cohort.warnings
     found["versions"] = report.versions()
     found["command"] = list(command) if command is not None else None
-    return report.write(Path(out), found, pictures, tables, predictors[0].config)
+    return report.write(Path(out), found, pictures, tables, predictors[0].config if predictors else settings)
 
 
 def _as_list(folders) -> list:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.checkpoint import CONFIG, read_json, run_folder
 from pathflip_jax.data.conversations import DESCRIBE, Turn
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.text import IMAGE
@@ -121,6 +122,12 @@ def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Batches of prompts of like length, the longest first: what does not fit in memory says so at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def is_language_run(folder: str | Path) -> bool:
+    """Whether a folder is a run of the language stage; False for one that is no run at all."""
+    home = run_folder(folder)
+    return (home / CONFIG).exists() and "lm" in read_json(home / CONFIG)
 
 
 def load_assistant(

@@ -33,6 +33,7 @@ from pathflip_jax.llm.folders import (
 )
 from pathflip_jax.llm.lora import adapters, is_adapter, merged
 from pathflip_jax.llm.names import CLASSES, HEAD, TABLE, Name, is_buffer, names
+from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.model.pathflip import flatten, unflatten
 from pathflip_jax.sharding import placements
 
@@ -199,6 +200,24 @@ def save_decoder(
         for path in sorted(Path(source).iterdir()) if source is not None else ():
             if path.is_file() and BESIDE.fullmatch(path.name):
                 shutil.copyfile(path, part / path.name)
+
+
+def make_decoder_folder(texts: list[str], folder: str | Path, *, vocab_size: int, width: int, layers: int) -> None:
+    """Write the folder of a small Qwen3 that is to be trained from scratch: words learnt from texts, and config.json.
+
+    Heads are 32 wide. Raises ValueError for a width that is no multiple of 32, and as `train_bpe`.
+    """
+    if width < 32 or width % 32 or layers < 1:
+        raise ValueError(
+            f"a decoder {width} wide, of {layers} layers: expected a multiple of 32, and at least one layer"
+        )
+    train_bpe(texts, folder, vocab_size)
+    heads, words = width // 32, DecoderTokenizer(folder).vocab_size
+    config = DecoderConfig(
+        family="qwen3", vocab_size=words, width=width, layers=layers, heads=heads, kv_heads=heads, head_dim=32,
+        intermediate=3 * width, max_positions=1024, rope_theta=1e4, norm_eps=1e-6, tied=True, query_norm=True,
+    )  # fmt: skip
+    write_json(Path(folder) / CONFIG, _hf_config(config))
 
 
 def _is_here(x: jax.Array) -> bool:
