@@ -222,6 +222,8 @@ class Decoder(nnx.Module):
             raise ValueError("give token ids or inputs_embeds, one of the two")
         x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.config.compute_dtype)
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        # Attention weighs padding with zero, and zero times NaN is NaN.
+        x = jnp.where(mask[..., None], x, 0)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         if cache is None:
             held, filled = mask, 0

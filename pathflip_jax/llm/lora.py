@@ -226,7 +226,8 @@ def _layers(tensors: Mapping[str, np.ndarray]) -> int:
 def _base(path: Path, settings: Mapping[str, Any], base_folder: str | Path) -> DecoderConfig:
     """The config of the base. ValueError where the adapter says that it was trained on another architecture."""
     base = read_decoder_config(base_folder)
-    trained_on = (settings.get("auto_mapping") or {}).get("base_model_class")
+    mapping = settings.get("auto_mapping")
+    trained_on = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     named = Path(str(settings.get("base_model_name_or_path"))) / "config.json"
     if trained_on is None and named.is_file():
         trained_on = CLASSES.get(kind := read_object(named).get("model_type"), kind)

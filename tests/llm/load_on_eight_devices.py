@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from pathflip_jax.llm import hf_io
 from pathflip_jax.llm.config import LoRAConfig
+from pathflip_jax.llm.lora import adapters, attach
 from pathflip_jax.llm.names import names
 from pathflip_jax.model.pathflip import flatten
 from pathflip_jax.sharding import make_mesh
@@ -39,8 +40,11 @@ if __name__ == "__main__":
         shard = array.addressable_shards[0].data.shape
         assert len(array.sharding.device_set) == 8
         assert shard == ((tensor.shape[0] // 4, *tensor.shape[1:]) if tensor.ndim == 2 else tensor.shape), name
-    adapter = [array for name, array in flat.items() if "/lora/" in name]
-    assert len(adapter) == 28 and all(len(array.sharding.device_set) == 8 for array in adapter)
+    adapter = adapters(flat)
+    attached = attach(flat, {name: np.asarray(array) for name, array in adapter.items()})
+    assert len(adapter) == 28
+    for name, array in adapter.items():
+        assert len(array.sharding.device_set) == 8 and attached[name].sharding == array.sharding, name
 
     made = flatten(hf_io.init_decoder(decoder.config, 0, mesh=mesh))
     for name, array in made.items():

@@ -134,7 +134,7 @@ def test_padding_changes_nothing(decoder_folder, side):
         mask = jnp.zeros((1, 17), bool).at[:, places].set(True)
         return decoder(inputs_embeds=padded, mask=mask)[0][:, places]
 
-    for filling in (0.0, 50.0):
+    for filling in (0.0, 50.0, np.nan):
         padded = np.full((1, 17, 32), filling, np.float32)
         padded[:, places] = embeddings
         np.testing.assert_allclose(real_logits(padded), alone, rtol=0, atol=ATOL)
