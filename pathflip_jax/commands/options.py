@@ -106,7 +106,7 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     """How a language model writes."""
     add_writing_options(parser, max_tokens)
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (0: all)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of share P (1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default 0)")
 

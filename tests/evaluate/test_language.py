@@ -1,0 +1,158 @@
+"""Scores of a language stage: one that knows every report scores 1, one that never looks is told so."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pathflip_jax.data.conversations import DESCRIBE, read_conversations
+from pathflip_jax.evaluate import language, run
+from pathflip_jax.evaluate.cohort import read_cohort
+from pathflip_jax.evaluate.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces
+from pathflip_jax.llm.assistant import Asked
+from pathflip_jax.llm.generate import Sampling
+
+CONCEPTS = {"fat": ["fat"], "necrosis": ["necrosis"], "mucin": ["mucin"], "lymphoid": ["lymphoid aggregates"]}
+
+
+class Knowing:
+    """Writes the true report of a slide that it is shown, and the right answer; without one always the same."""
+
+    config = {"data": {"template": "plain"}}
+
+    def __init__(self, reports: dict[str, str], looks: bool = True) -> None:
+        self.reports, self.looks, self.asked = reports, looks, []
+
+    def embed_slides(self, slides):
+        for bag in slides:
+            yield [slide.slide_id for slide in bag]
+
+    def prompt(self, asked, slide):
+        return Asked(asked, slide)
+
+    def answer(self, prompts, sampling):
+        self.asked += [prompt.tokens for prompt in prompts]
+        return [self._report(prompt.slide) for prompt in prompts]
+
+    def choose(self, prompts, answers):
+        def belief(slide, letters):
+            right = "A" if self.looks and slide is not None and self._report(slide).find("Fat") >= 0 else "B"
+            return np.log([0.7 if letter == right else 0.3 / (len(letters) - 1) for letter in letters])
+
+        return [belief(prompt.slide, letters) for prompt, letters in zip(prompts, answers, strict=True)]
+
+    def _report(self, slide):
+        return self.reports[slide[0]] if slide is not None and self.looks else "There is a tumor, and mucin."
+
+
+@pytest.fixture
+def reports(tiny_cohort):
+    return {talk.slide_ids[0]: talk.turns[0].answer for talk in read_conversations(tiny_cohort.texts)}
+
+
+@pytest.fixture
+def questions(reports, tmp_path):
+    rows = [
+        {"slide_id": slide, "question": "Is fat there?", "options": {"A": "Yes", "B": "No"},
+         "answer": "A" if "Fat" in text else "B", "broad category": "Morphology", "narrow category": "Fat"}
+        for slide, text in reports.items()
+    ]  # fmt: skip
+    rows += [{"slide_id": slide, "question": "What is there?", "answer": text} for slide, text in reports.items()]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def score(tiny_cohort, questions, monkeypatch):
+    def make(assistant, **more):
+        monkeypatch.setattr(language, "load_assistant", lambda folder: assistant)
+        cohort = read_cohort(tiny_cohort.records, tiny_cohort.slides, "train")
+        tables = {"captions": tiny_cohort.texts, "questions": questions, "phrasings": CONCEPTS}
+        return evaluate_language("run", cohort, sampling=Sampling(max_new_tokens=8), **(tables | more))
+
+    return make
+
+
+def test_who_knows_the_reports_scores_one(score, reports):
+    assistant = Knowing(reports)
+    found, tables, config = score(assistant)
+    captions, asked = found["captions"], found["questions"]
+    assert captions["captions"] == 12 and captions["patients"] == 10 and config is assistant.config
+    for name in ("BLEU-4", "ROUGE-L"):
+        assert captions["words"][name]["value"] == pytest.approx(1)
+    f1 = captions["concepts"]["f1"]
+    assert f1["value"] == 1 and f1["baselines"]["text only"]["value"] < 0.5 < f1["difference"]["text only"]["low"]
+    assert set(f1["baselines"]) == {"text only", ANOTHER} and f1["baselines"][ANOTHER]["value"] < 1
+    for how in (LIKELIHOOD, GENERATION):
+        assert set(asked["choices"][how]["accuracy"]["baselines"]) >= {"text only", "chance"}
+    assert asked["choices"][LIKELIHOOD]["accuracy"]["value"] == 1
+    assert asked["choices"][LIKELIHOOD]["by_broad_category"]["Morphology"]["value"] == 1
+    assert asked["choices"][GENERATION]["unparsed"]["answers"] > 0, "a report names no letter"
+    assert asked["open"]["metrics"]["exact match"]["value"] == 1
+    assert not any(warning.startswith("captions") and "without the slide" in warning for warning in found["warnings"])
+    assert len(tables["captions"]) == 12 and len(tables["answers"]) == 24
+    assert {row["by_likelihood"] for row in tables["answers"] if row["question"].startswith("Is")} <= {"A", "B"}
+    assert assistant.asked.count("<image>\n" + DESCRIBE) == 12 + 1, "what is asked in the same words is answered once"
+
+
+def test_who_never_looks_is_told_so(score, reports):
+    found, _, _ = score(Knowing(reports, looks=False))
+    f1 = found["captions"]["concepts"]["f1"]
+    assert f1["value"] == f1["baselines"]["text only"]["value"] and f1["difference"]["text only"]["high"] == 0
+    for part in ("captions", "choices, by likelihood", "choices, by generation", "open questions"):
+        assert any(w.startswith(f"{part}: no better than without the slide") for w in found["warnings"]), part
+
+
+def test_examples_go_from_the_best_to_the_worst(score, reports):
+    half = {slide: text if int(slide[1:]) % 2 else "Only mucin." for slide, text in reports.items()}
+    examples = score(Knowing(half))[0]["captions"]["examples"]
+    assert [e["f1"] for e in examples] == sorted((e["f1"] for e in examples), reverse=True)
+    assert examples[0]["f1"] == 1 > examples[-1]["f1"] == 0
+    kinds = {piece["kind"] for example in examples for piece in example["written"]}
+    assert {"right", "wrong", ""} <= kinds and examples[-1]["missed"]
+    for example in examples:
+        assert "".join(piece["text"] for piece in example["reference"]) == reports[example["slide_ids"][0]]
+
+
+def test_pieces_lose_no_letter():
+    mentions = [
+        {"start": 0, "end": 3, "concept": "fat", "denied": False, "right": True},
+        {"start": 8, "end": 13, "concept": "mucin", "denied": True, "right": True},
+    ]
+    found = pieces("Fat, no mucin.", mentions)
+    assert [piece["kind"] for piece in found] == ["right", "", "denied", ""]
+    assert "".join(piece["text"] for piece in found) == "Fat, no mucin."
+
+
+def test_the_report_shows_them_side_by_side(score, tiny_cohort, reports, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "load_assistant", lambda folder: Knowing(reports))
+    monkeypatch.setattr(run, "is_language_run", lambda folder: True)
+    (tmp_path / "concepts.json").write_text(json.dumps(CONCEPTS))
+    inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "texts": tiny_cohort.texts}
+    found = run.evaluate(
+        tmp_path / "lm", **inputs, split="train", questions=questions, phrasings=tmp_path / "concepts.json",
+        out=tmp_path / "scores",
+    )  # fmt: skip
+    page = (tmp_path / "scores" / "report.html").read_text()
+    assert found["language"]["captions"]["concepts"]["f1"]["value"] == 1 and found["runs"] == []
+    for text in (
+        "Captions: F1 of the concepts",
+        '<mark class="right">',
+        "Multiple choice, by likelihood",
+        "Morphology",
+    ):
+        assert text in page, text
+    for name in ("captions.csv", "answers.csv", "scores.json"):
+        assert (tmp_path / "scores" / name).stat().st_size > 100
+
+
+def test_wrong_input_is_named(score, tiny_cohort, reports, tmp_path):
+    with pytest.raises(ValueError, match="nothing to ask the language stage"):
+        score(Knowing(reports), captions=None, questions=None)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"slide_id": "S20", "caption": "Fat."}) + "\n")
+    with pytest.raises(ValueError, match="none of its texts belongs to a slide of the split"):
+        score(Knowing(reports), captions=tmp_path / "other.jsonl")
+    inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match="name its run"):
+        run.evaluate(tmp_path / "nowhere", **inputs, texts=tiny_cohort.texts, phrasings=tmp_path / "c.json")
