@@ -105,6 +105,11 @@ class DecoderConfig:
             raise ValueError(f"model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
         needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         faults = [f"{name} is missing" for name in needed if name not in values]
+        faults += [
+            f"{name} is {values[name]!r}, expected a whole number of at least 1"
+            for name in needed
+            if name in values and not (type(values[name]) is int and values[name] >= 1)
+        ]
         faults += _unsupported(family, values)
         rope = _rope(values)
         kind = rope.get("rope_type", rope.get("type", "default")) or "default"
@@ -116,6 +121,8 @@ class DecoderConfig:
                 scaling = RopeScaling(*(float(rope[name]) for name in names[:3]), int(rope[names[3]]))
         elif kind != "default":
             faults.append(f"rope scaling {kind!r} (expected default or llama3)")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            faults.append(f"partial_rotary_factor {rope['partial_rotary_factor']} (expected 1)")
         if faults:
             raise ValueError(f"this {family} is not supported: {'; '.join(faults)}")
         heads, width = values["num_attention_heads"], values["hidden_size"]
@@ -126,7 +133,7 @@ class DecoderConfig:
             width=width,
             layers=values["num_hidden_layers"],
             heads=heads,
-            kv_heads=values.get("num_key_value_heads") or (32 if family != "llama" else heads),
+            kv_heads=values.get("num_key_value_heads", 32 if family != "llama" else None) or heads,
             head_dim=values.get("head_dim") or (128 if family == "qwen3" else width // heads),
             intermediate=values["intermediate_size"],
             max_positions=values.get("max_position_embeddings") or (2048 if family == "llama" else 32768),

@@ -1,0 +1,198 @@
+"""Hugging Face folders: config, safetensors of any size, and how they appear whole or not at all.
+
+A safetensors file is a little-endian uint64 length, a JSON header of that length, and the bytes of all tensors. A large
+model is a set of files with an index that says which tensor stands in which. They are read by slices and written
+tensor by tensor, so that no model need fit into host memory.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from pathflip_jax.checkpoint import write_json
+from pathflip_jax.data.storage import is_url
+from pathflip_jax.data.tables import parse_json
+from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.llm.config import DecoderConfig
+
+FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+CODES = {dtype: code for code, dtype in FLOATS.items()}
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+AGAIN = "copy it again"
+
+
+def local_folder(place: str | Path) -> Path:
+    """A folder on a local disk. Raises FileNotFoundError where there is none, ValueError for a URL."""
+    if is_url(place):
+        raise ValueError(f"{place}: language models are read from and written to local disks; copy the folder here")
+    folder = Path(place)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; give one with config.json and weights, such as `hf download Qwen/Qwen3-0.6B "
+            "--local-dir FOLDER` makes"
+        )
+    return folder
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError for what is no JSON object."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; copy the whole folder")
+    try:
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected an object with named values; {AGAIN}")
+    return found
+
+
+def read_decoder_config(folder: str | Path, **more: Any) -> DecoderConfig:
+    """The decoder that a folder's config.json describes; `more` are fields that it does not decide.
+
+    Raises FileNotFoundError, or ValueError naming the file and all that is not supported.
+    """
+    path = local_folder(folder) / CONFIG
+    values = read_object(path)
+    try:
+        return DecoderConfig.from_hf(values, **more)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def open_tensors(folder: Path) -> dict[str, Any]:
+    """The tensors of a folder by name, for `read_slice`; nothing but the headers is read yet.
+
+    Raises FileNotFoundError where weights or a file of a set are missing, ValueError where weights are pickled, cut
+    short, or not those that the index names.
+    """
+    if (folder / SINGLE).is_file():
+        return _open(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise _no_weights(folder)
+    where = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(_is_file_name(name) for name in where.values()):
+        raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files beside it; {AGAIN}")
+    files = sorted(set(where.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder}: {', '.join(absent)} of the {len(files)} files that {INDEX} names: not there; copy what "
+            "is missing"
+        )
+    found = {name: _open(folder / name) for name in files}
+    faults = [f"{name} is not in {file}" for name, file in where.items() if name not in found[file]]
+    if faults:
+        raise ValueError(
+            f"{folder / INDEX}: index and files are not of one model; copy all of them again\n  " + "\n  ".join(faults)
+        )
+    return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def _open(path: Path) -> dict[str, Any]:
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); {AGAIN}") from error
+
+
+def _no_weights(folder: Path) -> Exception:
+    parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if parts:
+        return FileNotFoundError(f"{folder}: {parts[0]} is part of a set whose {INDEX} is not there; copy it too")
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled:
+        return ValueError(
+            f"{folder}: its weights are pickled ({pickled[0]}), and such a file can run code; only safetensors are "
+            'read. Convert them where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    return FileNotFoundError(
+        f"{folder}: neither {SINGLE} nor {INDEX} in it; download the weights too, or start from random ones with "
+        "init_decoder"
+    )
+
+
+def read_slice(tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of a tensor of `open_tensors`; only its bytes are read."""
+    return tensor[index]
+
+
+def write_tensors(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], value: Callable[[str], np.ndarray]) -> None:
+    """Write a safetensors file as PyTorch's readers expect it, asking `value` for one tensor at a time.
+
+    The file appears whole or not at all. Raises OSError on a full disk.
+    """
+    order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # so that each lies aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + shapes[name].size * shapes[name].dtype.itemsize
+        code = CODES[np.dtype(shapes[name].dtype)]
+        header[name] = {"dtype": code, "shape": list(shapes[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            array = np.ascontiguousarray(value(name), shapes[name].dtype)
+            if array.shape != tuple(shapes[name].shape):
+                raise ValueError(f"{name} is {array.shape}, expected {tuple(shapes[name].shape)}")
+            file.write(array.view(np.uint8))
+
+
+def write_model(
+    folder: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], value: Callable[[str], np.ndarray], most_bytes: int
+) -> None:
+    """Write the weights of a model: one file, or a set with an index where it would be larger than `most_bytes`."""
+    sizes = {name: shape.size * shape.dtype.itemsize for name, shape in shapes.items()}
+    files: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if files[-1] and sum(sizes[held] for held in files[-1]) + size > most_bytes:
+            files.append([])
+        files[-1].append(name)
+    if len(files) == 1:
+        write_tensors(folder / SINGLE, shapes, value)
+        return
+    where = {}
+    for number, held in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_tensors(folder / file, {name: shapes[name] for name in held}, value)
+        where |= dict.fromkeys(held, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+
+@contextmanager
+def whole_folder(place: str | Path) -> Iterator[Path]:
+    """A folder to write into that appears under its name once all is written, or not at all.
+
+    Raises FileExistsError when there is one with content, ValueError for a URL.
+    """
+    if is_url(place):
+        raise ValueError(f"{place}: language models are read from and written to local disks; copy the folder there")
+    folder = Path(place)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty; write to another folder, or remove it")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

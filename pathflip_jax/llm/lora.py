@@ -1,0 +1,243 @@
+"""Low-rank adapters (DESIGN section 7): out of a decoder, into one, merged into its kernels, as PEFT folders.
+
+An adapter is a flat dict of the parameters ".../lora/a" [inputs, rank] and ".../lora/b" [rank, outputs], and the
+LoRAConfig that says how they are scaled.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from pathflip_jax.checkpoint import write_json
+from pathflip_jax.convert.pytorch import read_tensors
+from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
+from pathflip_jax.llm.decoder import Decoder
+from pathflip_jax.llm.folders import local_folder, read_decoder_config, read_object, whole_folder, write_tensors
+from pathflip_jax.llm.names import CLASSES, adapter_names
+from pathflip_jax.model.pathflip import flatten
+from pathflip_jax.sharding import placements
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and load that folder"
+# Settings of PEFT that change what an adapter computes, and the values with which it is what it is here.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    # The others (pissa, olora, corda, loftq, ...) also change the base.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+
+Flat = Mapping[str, Any]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return name.endswith(("/lora/a", "/lora/b"))
+
+
+def adapters(flat: Flat) -> dict[str, Any]:
+    """The parameters of a decoder that belong to its adapter."""
+    return {name: array for name, array in flat.items() if is_adapter(name)}
+
+
+def merged(flat: Flat, name: str, lora: LoRAConfig) -> jax.Array:
+    """A parameter of the decoder with what the adapter adds to it, summed in float32, in its own dtype."""
+    stem, _, last = name.rpartition("/")
+    kernel = flat[name]
+    if last != "kernel" or f"{stem}/lora/a" not in flat:
+        return kernel
+    a, b = (jnp.asarray(flat[f"{stem}/lora/{part}"], jnp.float32) for part in "ab")
+    added = jnp.matmul(a, b, precision="highest") * (lora.alpha / lora.rank)
+    return (jnp.asarray(kernel, jnp.float32) + added).astype(kernel.dtype)
+
+
+def merge(flat: Flat, lora: LoRAConfig) -> dict[str, jax.Array]:
+    """The parameters of a decoder that computes without an adapter what this one computes with it."""
+    return {name: merged(flat, name, lora) for name in flat if not is_adapter(name)}
+
+
+def attach(flat: Flat, adapter: Flat) -> dict[str, jax.Array]:
+    """The parameters of a decoder with this adapter in place of any that it had, each where the decoder lives.
+
+    Raises ValueError listing what does not fit its kernels.
+    """
+    base = {name: array for name, array in flat.items() if not is_adapter(name)}
+    faults, placed = [], {}
+    for name, array in adapter.items():
+        kernel = base.get(f"{name.rpartition('/lora/')[0]}/kernel")
+        if not is_adapter(name) or kernel is None:
+            faults.append(f"{name}: the decoder has nothing to adapt there")
+            continue
+        axis = 0 if name.endswith("a") else 1
+        if array.ndim != 2 or array.shape[axis] != kernel.shape[axis]:
+            faults.append(f"{name}: has shape {tuple(array.shape)} beside a kernel of {tuple(kernel.shape)}")
+        elif isinstance(place := getattr(kernel, "sharding", None), NamedSharding):
+            placed[name] = jax.device_put(array, placements(place.mesh, {name: array})[name])
+        else:
+            placed[name] = jax.device_put(array, place)
+    if faults:
+        raise ValueError("this adapter does not fit this decoder:\n  " + "\n  ".join(faults))
+    return base | placed
+
+
+def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> None:
+    """Write the adapter of a decoder as PEFT does; `base` names its base model, a folder or a name on the Hub.
+
+    The folder appears whole or not at all. Raises FileExistsError when there is one with content, ValueError listing
+    what the adapter lacks.
+    """
+    found = adapters(flat)
+    layers = 1 + max((int(name.split("/")[1]) for name in found), default=-1)
+    table = {name.torch: name for name in adapter_names(max(layers, 1), lora.targets)}
+    wanted = {name.path for name in table.values()}
+    faults = [f"missing {name}" for name in sorted(wanted - found.keys())]
+    faults += [f"unknown {name}" for name in sorted(found.keys() - wanted)]
+    if faults:
+        raise ValueError(f"these are not the adapters at {', '.join(lora.targets)}: {'; '.join(faults)}")
+    shapes = {
+        torch: jax.ShapeDtypeStruct(name.shape(found[name.path].shape), jnp.float32) for torch, name in table.items()
+    }
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    with whole_folder(folder) as part:
+        write_tensors(part / WEIGHTS, shapes, lambda torch: table[torch].turn(np.asarray(found[table[torch].path])))
+        write_json(part / SETTINGS, settings)
+
+
+def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tuple[dict[str, np.ndarray], LoRAConfig]:
+    """The adapter in a folder that PEFT wrote, for `attach`, and its config; with `base_folder`, checked against it.
+
+    Where it adapts, the names of its tensors say, so that target_modules may also be a pattern. An rsLoRA comes with
+    the alpha that gives its scale. Raises FileNotFoundError where something is missing, ValueError listing all that is
+    not supported and all that does not fit.
+    """
+    folder = local_folder(folder)
+    path = folder / SETTINGS
+    settings = read_object(path)
+    lora = _lora(path, settings)
+    if not (folder / WEIGHTS).is_file():
+        cure = "save it with safe_serialization=True" if (folder / "adapter_model.bin").is_file() else "copy it too"
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS} in it; {cure}")
+    tensors = read_tensors(folder / WEIGHTS)
+    every = {name.torch: name for name in adapter_names(_layers(tensors), tuple(TARGETS))}
+    used = {name.path.split("/", 2)[2].partition("/lora/")[0] for torch, name in every.items() if torch in tensors}
+    targets = tuple(target for target in TARGETS if TARGETS[target] in used)
+    other = sorted(tensors.keys() - every.keys())
+    if other or not targets:
+        raise ValueError(
+            f"{folder / WEIGHTS}: adapts what is none of {', '.join(TARGETS)} of a decoder: "
+            f"{', '.join(other) or 'nothing'}; {MERGE}"
+        )
+    lora = LoRAConfig(lora.rank, lora.alpha, lora.dropout, targets)
+    base, about = None, ""
+    if base_folder is not None:
+        base = _base(path, settings, base_folder)
+        trained_on = settings.get("base_model_name_or_path")
+        about = f" {base_folder}; it was trained on {trained_on!r}, give the folder of that"
+    faults, flat = [], {}
+    expected = _shapes(base, lora) if base else {}
+    for name in adapter_names(base.layers if base else _layers(tensors), targets):
+        if name.torch not in tensors:
+            faults.append(f"{name.torch}: missing (adapters of some layers only are not supported; {MERGE})")
+            continue
+        array = name.turn(tensors.pop(name.torch))
+        rank = array.shape[1 if name.path.endswith("a") else 0] if array.ndim == 2 else None
+        if base and array.shape != expected[name.path]:
+            faults.append(
+                f"{name.torch}: has shape {name.shape(array.shape)}, expected {name.shape(expected[name.path])}"
+            )
+        elif rank != lora.rank:
+            faults.append(f"{name.torch}: has shape {name.shape(array.shape)}, expected rank {lora.rank}")
+        else:
+            flat[name.path] = np.ascontiguousarray(array)
+    faults += [f"{name}: the base has no such layer" for name in sorted(tensors)]
+    if faults:
+        raise ValueError(f"{folder / WEIGHTS}: does not fit{about or ' its config'}\n  " + "\n  ".join(faults))
+    return flat, lora
+
+
+def _lora(path: Path, settings: Mapping[str, Any]) -> LoRAConfig:
+    """Rank, scale and dropout of an adapter_config.json."""
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'; {MERGE}")
+    faults = [
+        f"{name} is {settings[name]!r}"
+        for name, plain in PLAIN.items()
+        if name in settings and not any(settings[name] is value or settings[name] == value for value in plain)
+    ]
+    if faults:
+        raise ValueError(f"{path}: not supported: {'; '.join(faults)}; {MERGE}")
+    try:
+        rank, alpha = settings["r"], float(settings["lora_alpha"])
+        if not isinstance(rank, int):
+            raise ValueError(f"r is {rank!r}, expected a whole number")
+        lora = LoRAConfig(rank, alpha, float(settings.get("lora_dropout") or 0))
+    except KeyError as error:
+        raise ValueError(f"{path}: says nothing of {error}; copy it again") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; copy it again") from error
+    if settings.get("use_rslora"):
+        return LoRAConfig(rank, alpha * math.sqrt(rank), lora.dropout)
+    return lora
+
+
+def _layers(tensors: Mapping[str, np.ndarray]) -> int:
+    """One more than the highest number of a layer that occurs."""
+    numbers = [name.split(".layers.", 1)[1].split(".")[0] for name in tensors if ".layers." in name]
+    return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 5), default=0)
+
+
+def _base(path: Path, settings: Mapping[str, Any], base_folder: str | Path) -> DecoderConfig:
+    """The config of the base. ValueError where the adapter says that it was trained on another architecture."""
+    base = read_decoder_config(base_folder)
+    trained_on = (settings.get("auto_mapping") or {}).get("base_model_class")
+    named = Path(str(settings.get("base_model_name_or_path"))) / "config.json"
+    if trained_on is None and named.is_file():
+        trained_on = CLASSES.get(kind := read_object(named).get("model_type"), kind)
+    if trained_on not in (None, CLASSES[base.family]):
+        raise ValueError(
+            f"{path}: trained on a {trained_on} ({settings.get('base_model_name_or_path')}), while {base_folder} is a "
+            f"{CLASSES[base.family]}; give the folder of the base that it was trained on"
+        )
+    return base
+
+
+def _shapes(base: DecoderConfig, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    shapes = jax.eval_shape(lambda: adapters(flatten(Decoder(base, nnx.Rngs(0), lora))))
+    return {name: shape.shape for name, shape in shapes.items()}
