@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pathflip_jax import memory
+from pathflip_jax.buckets import bucket
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import Records
@@ -49,12 +50,6 @@ def _encode_texts(model, rows, text_index):
 @jax.jit
 def _text_region_attention(model, texts, regions, mask):
     return model.text_region(texts, regions, mask)
-
-
-def bucket(n: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that holds n: at most a third is padding."""
-    power = 1 << max(n - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
 def region_slots(order: Int[np.ndarray, "N"], rows: Int[np.ndarray, "R+1"]) -> Int[np.ndarray, "R S"]:

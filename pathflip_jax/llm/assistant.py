@@ -6,6 +6,7 @@ as in training. Everything can also be asked without the slide, which is the bas
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +14,16 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.buckets import bucket
 from pathflip_jax.checkpoint import CONFIG, read_json, run_folder
 from pathflip_jax.data.conversations import DESCRIBE, Turn
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.text import IMAGE
-from pathflip_jax.inference import Predictor, bucket
+from pathflip_jax.inference import Predictor
 from pathflip_jax.llm.adapter import SlideLanguageModel
+from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.generate import Sampling, generate, score
+from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble
@@ -47,6 +51,10 @@ class SlideAssistant:
         self.template = config["data"]["template"]
         self.stop_ids = stop_ids(tokenizer, self.template)
         self.predictor = Predictor(model.aligner, config, None, name)
+
+    @cached_property
+    def _writer(self) -> Decoder:
+        return for_generation(self.model.decoder)
 
     def embed_slides(self, slides: Sequence[SlideFeatures]) -> list[Rows]:
         """[slide; regions] of each slide, of all its regions; raises as `Predictor.bag`."""
@@ -76,7 +84,7 @@ class SlideAssistant:
         found: list[str] = [""] * len(prompts)
         for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
             tokens, embeds, mask = self._inputs([prompts[i] for i in members])
-            written = generate(self.model.decoder, embeds, mask, sampling, prompt_tokens=np.maximum(tokens, -1))
+            written = generate(self._writer, embeds, mask, sampling, prompt_tokens=np.maximum(tokens, -1))
             for row, i in enumerate(members):
                 found[i] = self.tokenizer.decode(written.tokens[row, : written.lengths[row]]).strip()
         return found
@@ -95,7 +103,7 @@ class SlideAssistant:
             for row, own in enumerate(ids):
                 for column, x in enumerate(own):
                     targets[row, column, : len(x)], real[row, column, : len(x)] = x, True
-            scores = np.asarray(score(self.model.decoder, embeds, mask, targets, real))
+            scores = np.asarray(score(self._writer, embeds, mask, targets, real))
             for row, i in enumerate(members):
                 found[i] = scores[row, : len(answers[i])]
         return found

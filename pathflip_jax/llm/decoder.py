@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
-from pathflip_jax.model.attention import INITS, Embedding, add_bias, contract, dropout, split_key
+from pathflip_jax.model.attention import INITS, Embedding, add_bias, contract, dropout, pool, split_key
 
 
 class Cache(NamedTuple):
@@ -27,8 +27,8 @@ class Cache(NamedTuple):
     All sequences fill the same slots, `filled` of them: prompts of different lengths are padded on the left.
     """
 
-    keys: tuple[Float[Array, "B U M d"], ...]
-    values: tuple[Float[Array, "B U M d"], ...]
+    keys: tuple[Float[Array, "B M U d"], ...]
+    values: tuple[Float[Array, "B M U d"], ...]
     mask: Bool[Array, "B U"]
     filled: Int[Array, ""]
 
@@ -110,6 +110,7 @@ class Attention(nnx.Module):
         self.query = project("query", config.width, inner, config.attention_bias)
         self.key = project("key", config.width, kv, config.attention_bias)
         self.value = project("value", config.width, kv, config.attention_bias)
+        self.joined = None  # the three above as one product, for generation (products.py)
         self.output = project("output", inner, config.width, config.output_bias)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_norm else None
@@ -119,25 +120,41 @@ class Attention(nnx.Module):
         x: Float[Array, "B T W"],
         angles: Float[Array, "B T d/2"],
         mask: Bool[Array, "B 1 T U"],
-        cached: tuple[Float[Array, "B U M d"], Float[Array, "B U M d"], Int[Array, ""]] | None,
+        cached: tuple[Float[Array, "B M U d"], Float[Array, "B M U d"], Int[Array, ""]] | None,
         key: Array | None,
-    ) -> tuple[Float[Array, "B T W"], tuple[Float[Array, "B U M d"], Float[Array, "B U M d"]]]:
-        """[B, T, W] -> [B, T, W], and the keys and values of all slots, the new ones among them."""
+    ) -> tuple[Float[Array, "B T W"], tuple[Float[Array, "B M U d"], Float[Array, "B M U d"]] | None]:
+        """[B, T, W] -> [B, T, W], and with a cache the keys and values of its slots, the new ones among them."""
         heads, kv_heads, d = self.shape
         keys = split_key(key, 4)
-        q = self.query(x, keys[0]).reshape(*x.shape[:2], heads, d)
-        k = self.key(x, keys[1]).reshape(*x.shape[:2], kv_heads, d)
-        v = self.value(x, keys[2]).reshape(*x.shape[:2], kv_heads, d)
+        if self.joined is None:
+            q, k, v = self.query(x, keys[0]), self.key(x, keys[1]), self.value(x, keys[2])
+        else:
+            q, k, v = jnp.split(self.joined(x), [heads * d, (heads + kv_heads) * d], axis=-1)
+        q = q.reshape(*x.shape[:2], heads, d)
+        k, v = (y.reshape(*x.shape[:2], kv_heads, d) for y in (k, v))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
-        if cached is not None:
+        if cached is None:
+            pooled, held = jax.nn.dot_product_attention(q, k, v, mask=mask), None  # [B, T, N, d]
+        else:
             held_k, held_v, filled = cached
-            at = (0, filled, 0, 0)
-            k = jax.lax.dynamic_update_slice(held_k, k.astype(held_k.dtype), at)
-            v = jax.lax.dynamic_update_slice(held_v, v.astype(held_v.dtype), at)
-        pooled = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)  # [B, T, N, d]
-        return self.output(pooled.reshape(*x.shape[:2], heads * d), keys[3]), (k, v)
+            at = (0, 0, filled, 0)
+            held_k = jax.lax.dynamic_update_slice(held_k, k.swapaxes(1, 2).astype(held_k.dtype), at)
+            held_v = jax.lax.dynamic_update_slice(held_v, v.swapaxes(1, 2).astype(held_v.dtype), at)
+            pooled, held = _attend_cached(q, held_k, held_v, mask), (held_k, held_v)
+        return self.output(pooled.reshape(*x.shape[:2], heads * d), keys[3]), held
+
+
+def _attend_cached(
+    q: Float[Array, "B T N d"], k: Float[Array, "B M U d"], v: Float[Array, "B M U d"], mask: Bool[Array, "B 1 T U"]
+) -> Float[Array, "B T N d"]:
+    """Attention as a product for each head of keys, of all queries that share it: the cache is read as it lies."""
+    B, T, N, d = q.shape
+    shared = N // k.shape[1]
+    rows = (q / math.sqrt(d)).reshape(B, T, -1, shared, d).swapaxes(1, 2).reshape(B, -1, T * shared, d)
+    pooled, _ = pool(rows, k.astype(q.dtype), v.astype(q.dtype), jnp.repeat(mask, shared, axis=2))
+    return pooled.reshape(B, -1, T, shared, d).swapaxes(1, 2).reshape(q.shape)
 
 
 class FeedForward(nnx.Module):
@@ -149,12 +166,17 @@ class FeedForward(nnx.Module):
 
         self.gate = project("gate", config.width, config.intermediate)
         self.up = project("up", config.width, config.intermediate)
+        self.joined = None  # the two above as one product, for generation (products.py)
         self.down = project("down", config.intermediate, config.width)
 
     def __call__(self, x: Float[Array, "B T W"], key: Array | None) -> Float[Array, "B T W"]:
         """[B, T, W] -> [B, T, W]."""
         keys = split_key(key, 3)
-        return self.down(jax.nn.silu(self.gate(x, keys[0])) * self.up(x, keys[1]), keys[2])
+        if self.joined is None:
+            gate, up = self.gate(x, keys[0]), self.up(x, keys[1])
+        else:
+            gate, up = jnp.split(self.joined(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up, keys[2])
 
 
 def _adapted(name: str, lora: LoRAConfig | None) -> LoRAConfig | None:
@@ -216,29 +238,36 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        visible: Bool[Array, "B T U"] | None = None,
     ) -> tuple[Float[Array, "B T W"], Cache | None]:
-        """The last states, which `logits` reads, so that a loss need not hold the logits of all tokens at once."""
+        """The last states, which `logits` reads, so that a loss need not hold the logits of all tokens at once.
+
+        `positions` and `visible`, the slots that each token sees, are given where tokens do not follow one another:
+        beams and alternatives that share a prompt lie side by side in the cache.
+        """
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("give token ids or inputs_embeds, one of the two")
         x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.config.compute_dtype)
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
         # Attention weighs padding with zero, and zero times NaN is NaN.
         x = jnp.where(mask[..., None], x, 0)
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         if cache is None:
-            held, filled = mask, 0
+            held, filled, before = mask, 0, 0
         else:
             held, filled = jax.lax.dynamic_update_slice(cache.mask, mask, (0, cache.filled)), cache.filled
-            positions = positions + cache.mask.sum(1, keepdims=True)
-        slots = jnp.arange(held.shape[1])
-        causal = slots <= filled + jnp.arange(x.shape[1])[:, None]  # [T, U]
-        visible = (causal & held[:, None])[:, None]  # [B, 1, T, U]
+            before = cache.mask.sum(1, keepdims=True)
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + before
+        if visible is None:
+            causal = jnp.arange(held.shape[1]) <= filled + jnp.arange(x.shape[1])[:, None]  # [T, U]
+            visible = causal & held[:, None]
         angles = positions[..., None] * rotary_frequencies(self.config)  # [B, T, d/2]
         layer = jax.checkpoint(_apply) if self.config.remat and cache is None else _apply
         found = []
         for number, (module, layer_key) in enumerate(zip(self.layers, split_key(key, len(self.layers)), strict=True)):
             cached = None if cache is None else (cache.keys[number], cache.values[number], filled)
-            x, kept = layer(module, x, angles, visible, cached, layer_key)
+            x, kept = layer(module, x, angles, visible[:, None], cached, layer_key)
             found.append(kept)
         x = self.norm(x)
         if cache is None:
@@ -256,7 +285,7 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Room for so many tokens of so many sequences, none of them there yet."""
         config = self.config
-        shape = (batch, slots, config.kv_heads, config.head_dim)
+        shape = (batch, config.kv_heads, slots, config.head_dim)
 
         def zeros() -> tuple[Array, ...]:
             return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.layers))

@@ -1,0 +1,362 @@
+"""Text from a decoder: greedy, drawn, or by beam search (beams.py); and the likelihood of texts that are given.
+
+    B  sequences of the batch     W  width of the decoder     K  beams of a sequence
+    T  tokens of a prompt         V  vocabulary               C  continuations of a prompt
+    U  slots of the cache                                     L  tokens of a continuation
+
+A prompt comes as embeddings, which is how a slide gets in. Prompts of different lengths are padded on the left. Their
+length and that of the answer are rounded up to a few sizes (`bucket`), so that a handful of programs serves all.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cache as memoize
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pathflip_jax.buckets import bucket
+from pathflip_jax.compilation import compiler_options
+from pathflip_jax.llm import beams
+from pathflip_jax.llm.decoder import Cache, Decoder
+from pathflip_jax.llm.products import for_generation
+
+LOGITS = 2**26  # of them at most stand in memory while continuations are scored: 256 MB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; all but beam search as in transformers' processors of the same names.
+
+    `temperature` 0 takes the likeliest token, otherwise tokens are drawn by `seed`, of the `top_k` likeliest and of the
+    fewest that hold a share of `top_p`. `beams` above 1 keeps so many texts, and divides their log likelihoods by
+    length ** `length_penalty`. `repetition_penalty` makes tokens that occurred less likely. `stop_ids` end a text, not
+    before `min_new_tokens`.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.max_new_tokens < 1:
+            faults.append(f"max_new_tokens {self.max_new_tokens} (expected 1 or more)")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            faults.append(f"min_new_tokens {self.min_new_tokens} (expected 0 to max_new_tokens, {self.max_new_tokens})")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            faults.append(f"temperature {self.temperature} (expected 0, which is greedy, or more)")
+        if self.top_k is not None and self.top_k < 1:
+            faults.append(f"top_k {self.top_k} (expected 1 or more, or None for all)")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p {self.top_p} (expected more than 0, at most 1)")
+        if self.beams < 1:
+            faults.append(f"beams {self.beams} (expected 1, which is none, or more)")
+        if not math.isfinite(self.length_penalty):
+            faults.append(f"length_penalty {self.length_penalty} (expected a number)")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            faults.append(f"repetition_penalty {self.repetition_penalty} (expected more than 0; 1 is none)")
+        if any(token < 0 for token in self.stop_ids):
+            faults.append(f"stop_ids {self.stop_ids} (expected ids of the tokenizer)")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
+            faults.append("top_k or top_p with temperature 0 (greedy; give a temperature to draw tokens)")
+        if self.beams > 1 and self.temperature > 0:
+            faults.append(f"temperature {self.temperature} with {self.beams} beams (beams are not drawn; give 0)")
+        if self.beams == 1 and self.length_penalty != 1:
+            faults.append(f"length_penalty {self.length_penalty} without beams (it compares beams)")
+        if self.min_new_tokens and not self.stop_ids:
+            faults.append(f"min_new_tokens {self.min_new_tokens} without stop_ids (nothing ends a text)")
+        if faults:
+            raise ValueError("sampling: " + "; ".join(faults))
+
+
+class Generated(NamedTuple):
+    """Texts as ids, -1 behind their ends; `lengths` count the stop token that ended a text.
+
+    `scores` are sums of log likelihoods, of the logits as they come; with beams as beam search compares them.
+    """
+
+    tokens: Int[np.ndarray, "B N"]
+    lengths: Int[np.ndarray, "B"]
+    scores: Float[np.ndarray, "B"]
+
+
+class Texts(NamedTuple):
+    """What the loop carries. `seen` marks the words of prompt and text if repetition has a penalty.
+
+    `fault` is the first step whose logits were not finite, -1 without one.
+    """
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    ended: Bool[Array, "B"]
+    scores: Float[Array, "B"]
+    seen: Bool[Array, "B V"] | None
+    fault: Int[Array, "B"]
+
+
+def generate(
+    decoder: Decoder,
+    inputs_embeds: Float[Array, "B T W"],
+    mask: Bool[Array, "B T"],
+    sampling: Sampling,
+    *,
+    prompt_tokens: Int[Array, "B T"] | None = None,
+) -> Generated:
+    """Continue each prompt until a stop token or `max_new_tokens`.
+
+    `mask` is False at padding, which stands on the left. `prompt_tokens` are the ids of the prompt where there are any,
+    -1 elsewhere: the repetition penalty counts them. Whoever calls more than once gives `for_generation(decoder)`, which
+    is made for this call otherwise. Draws are a function of the seed, the step and the row.
+
+    Raises ValueError for prompts that are empty, padded elsewhere or too long for the decoder with the answer, and
+    FloatingPointError naming sequence and step where logits are not finite.
+    """
+    mask = _check_prompt(decoder, inputs_embeds, mask, sampling.max_new_tokens)
+    V = decoder.config.vocab_size
+    if unknown := [token for token in sampling.stop_ids if token >= V]:
+        raise ValueError(f"stop_ids {unknown} are not among the {V} words of the decoder; give ids of its tokenizer")
+    model = for_generation(decoder)
+    room = bucket(sampling.max_new_tokens)
+    logits, held = _prefill(model, inputs_embeds, mask, room * sampling.beams)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        known = np.full((len(mask), 1), -1) if prompt_tokens is None else np.asarray(prompt_tokens)
+        seen = np.zeros((len(mask), V + 1), bool)
+        np.put_along_axis(seen, np.where(known < 0, V, known), True, axis=1)
+        seen = jnp.asarray(seen[:, :V])
+    # The program does not depend on what changes from call to call.
+    fixed = dataclasses.replace(sampling, max_new_tokens=room, seed=0)
+    limit, seed = np.int32(sampling.max_new_tokens), np.uint32(sampling.seed % 2**32)
+    run = _programs().search if sampling.beams > 1 else _programs().write
+    tokens, lengths, scores, fault = run(model, logits, held, seen, limit, seed, fixed)
+    _check_finite(np.asarray(fault))
+    tokens = np.asarray(tokens)[:, : sampling.max_new_tokens]
+    return Generated(tokens, np.asarray(lengths), np.asarray(scores))
+
+
+def score(
+    decoder: Decoder,
+    inputs_embeds: Float[Array, "B T W"],
+    mask: Bool[Array, "B T"],
+    targets: Int[Array, "B C L"],
+    target_mask: Bool[Array, "B C L"],
+) -> Float[np.ndarray, "B C"]:
+    """The log likelihood of each continuation of its prompt, summed over its tokens.
+
+    The prompt is read once for all its continuations. `mask` is as in `generate`, as are the errors; `target_mask` is
+    False at padding, which stands on the right. Raises ValueError for a continuation without a token too.
+    """
+    target_mask, targets = np.asarray(target_mask, bool), np.asarray(targets)
+    B, C, L = target_mask.shape
+    mask = _check_prompt(decoder, inputs_embeds, mask, int(target_mask.sum(2).max()))
+    bad = ~target_mask[:, :, 0] | (target_mask[:, :, 1:] > target_mask[:, :, :-1]).any(2)
+    if bad.any():
+        b, c = np.argwhere(bad)[0]
+        raise ValueError(f"continuation {c} of sequence {b} is empty or padded on the left; pad on the right")
+    pad = ((0, 0), (0, bucket(C) - C), (0, bucket(L) - L))
+    targets, target_mask = (np.pad(np.where(target_mask, targets, 0), pad), np.pad(target_mask, pad))
+    model = for_generation(decoder)
+    logits, held = _prefill(model, inputs_embeds, mask, targets[0].size)
+    found = np.asarray(_programs().score(model, logits, held, targets.astype(np.int32), target_mask))[:, :C]
+    if not np.isfinite(found).all():
+        b, c = np.argwhere(~np.isfinite(found))[0]
+        raise FloatingPointError(f"the likelihood of continuation {c} of sequence {b} is {found[b, c]}; {_CURE}")
+    return found
+
+
+def adjust(
+    logits: Float[Array, "... V"], seen: Bool[Array, "... V"] | None, step: Int[Array, ""], sampling: Sampling
+) -> Float[Array, "... V"]:
+    """Logits after the penalty for repetition, without stop tokens where it is too early for one."""
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.min_new_tokens:
+        early = logits.at[..., jnp.array(sampling.stop_ids)].set(-jnp.inf)
+        logits = jnp.where(step < sampling.min_new_tokens, early, logits)
+    return logits
+
+
+def restrict(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
+    """Logits at the temperature, -inf at words outside `top_k` and `top_p`."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        kept = lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
+        logits = jnp.where(logits < kept[..., -1:], -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1)
+        left_out = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) <= 1 - sampling.top_p
+        first = jnp.minimum(left_out.sum(-1, keepdims=True), logits.shape[-1] - 1)
+        logits = jnp.where(logits < jnp.take_along_axis(ordered, first, -1), -jnp.inf, logits)
+    return logits
+
+
+_CURE = "weights or inputs hold inf or NaN, or compute_dtype float16 overflows (take bfloat16 or float32)"
+
+
+def _check_finite(fault: Int[np.ndarray, "B"]) -> None:
+    if (fault >= 0).any():
+        b = int(np.argmax(fault >= 0))
+        raise FloatingPointError(f"the logits of sequence {b} are not finite at step {fault[b]}; {_CURE}")
+
+
+def _check_prompt(decoder: Decoder, inputs_embeds: Array, mask: Array, new: int) -> Bool[np.ndarray, "B T"]:
+    mask = np.asarray(mask, bool)
+    wanted = (*mask.shape, decoder.config.width)
+    if tuple(inputs_embeds.shape) != wanted:
+        raise ValueError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected {wanted} by mask and decoder")
+    if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+        b = int(np.argmax(~mask[:, -1] | (mask[:, 1:] < mask[:, :-1]).any(1)))
+        raise ValueError(f"prompt {b} is empty, or padded on the right or within; pad prompts on the left")
+    longest, most = int(mask.sum(1).max()), decoder.config.max_positions
+    if longest + new > most:
+        raise ValueError(
+            f"{longest} tokens of prompt and {new} new ones are {longest + new - most} more than the decoder's {most} "
+            "positions; shorten the prompt or ask for fewer"
+        )
+    return mask
+
+
+def _prefill(model: Decoder, inputs_embeds: Array, mask: Bool[np.ndarray, "B T"], room: int):
+    """The logits after each prompt, and the cache with `room` slots more."""
+    missing = bucket(mask.shape[1]) - mask.shape[1]
+    embeds = jnp.pad(jnp.asarray(inputs_embeds), ((0, 0), (missing, 0), (0, 0)))
+    return _programs().prefill(model, embeds, np.pad(mask, ((0, 0), (missing, 0))), room)
+
+
+class _Programs(NamedTuple):
+    prefill: jax.stages.Wrapped
+    write: jax.stages.Wrapped
+    search: jax.stages.Wrapped
+    score: jax.stages.Wrapped
+
+
+@memoize
+def _programs() -> _Programs:
+    """The compiled functions; made at the first call, since options depend on the backend."""
+    compiled = partial(jax.jit, compiler_options=compiler_options())
+    return _Programs(
+        compiled(_read_prompt, static_argnums=3),
+        compiled(_write, static_argnums=6, donate_argnums=2),
+        compiled(_search, static_argnums=6, donate_argnums=2),
+        compiled(_score, donate_argnums=2),
+    )
+
+
+def _read_prompt(model: Decoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
+    held = model.empty_cache(len(mask), mask.shape[1] + room)
+    # What stands at padding is weighed with zero, but zero times NaN is NaN.
+    states, held = model.states(inputs_embeds=jnp.where(mask[..., None], embeds, 0), mask=mask, cache=held)
+    return model.logits(states[:, -1:])[:, 0], held
+
+
+def _write(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
+    B, rows = len(logits), jnp.arange(len(logits))
+    key = jax.random.key(seed)
+
+    def choose(texts: Texts, logits: Float[Array, "B V"]) -> Texts:
+        """Append a token to each text that has not ended."""
+        step, ended = texts.step, texts.ended
+        finite = jnp.isfinite(logits).all(-1)
+        adjusted = adjust(logits, texts.seen, step, sampling)
+        if sampling.temperature == 0:
+            token = adjusted.argmax(-1)
+        else:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), rows)
+            token = jax.vmap(jax.random.categorical)(keys, restrict(adjusted, sampling))
+        token = token.astype(jnp.int32)
+        likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+        return Texts(
+            step + 1,
+            texts.tokens.at[:, step].set(jnp.where(ended, -1, token)),
+            texts.lengths + ~ended,
+            ended | jnp.isin(token, jnp.array(sampling.stop_ids, jnp.int32)),
+            texts.scores + jnp.where(ended, 0, likelihood),
+            None if texts.seen is None else texts.seen.at[rows, token].set(True),
+            jnp.where(~finite & ~ended & (texts.fault < 0), step, texts.fault),
+        )
+
+    def more(carry: tuple[Texts, Cache]) -> Bool[Array, ""]:
+        texts = carry[0]
+        return (texts.step < limit) & ~texts.ended.all() & (texts.fault < 0).all()
+
+    def write(carry: tuple[Texts, Cache]) -> tuple[Texts, Cache]:
+        texts, held = carry
+        last = jnp.maximum(lax.dynamic_slice_in_dim(texts.tokens, texts.step - 1, 1, axis=1), 0)
+        logits, held = model(last, cache=held)
+        return choose(texts, logits[:, 0]), held
+
+    tokens = jnp.full((B, sampling.max_new_tokens), -1, jnp.int32)
+    zeros = jnp.zeros(B, jnp.int32)
+    texts = Texts(jnp.int32(0), tokens, zeros, zeros > 0, jnp.zeros(B), seen, zeros - 1)
+    texts, _ = lax.while_loop(more, write, (choose(texts, logits), held))
+    return texts.tokens, texts.lengths, texts.scores, texts.fault
+
+
+def _search(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
+    """Beam search: the beams of a sequence are tokens side by side, and each sees the prompt and its ancestors.
+
+    So they share the prompt's keys and values, and no slot of the cache is ever copied: a beam that goes on from
+    another takes over what that one sees.
+    """
+    B, K, rows = len(logits), sampling.beams, jnp.arange(len(logits))[:, None]
+    start, length = held.filled, held.mask.sum(1, keepdims=True)
+
+    def choose(state: beams.Beams, logits: Float[Array, "B K V"]) -> tuple[beams.Beams, Int[Array, "B K"]]:
+        likelihoods = adjust(jax.nn.log_softmax(logits), state.seen, state.step, sampling)
+        return beams.advance(state, likelihoods, jnp.isfinite(logits).all((1, 2)), limit, sampling)
+
+    def search(carry):
+        state, parents, sees, held = carry
+        own = start + (state.step - 1) * K + jnp.arange(K)
+        sees = sees[rows, parents].at[:, jnp.arange(K), own].set(True)
+        positions = jnp.broadcast_to(length + state.step - 1, (B, K))
+        last = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=2)[:, :, 0]
+        states, held = model.states(last, cache=held, positions=positions, visible=sees)
+        state, parents = choose(state, model.logits(states))
+        return state, parents, sees, held
+
+    sees = jnp.broadcast_to(held.mask[:, None], (B, K, held.mask.shape[1]))
+    state = beams.start(B, K, sampling.max_new_tokens, seen)
+    state, parents = choose(state, jnp.broadcast_to(logits[:, None], (B, K, logits.shape[-1])))
+    state, *_ = lax.while_loop(lambda carry: carry[0].going_on, search, (state, parents, sees, held))
+    return *beams.best(state), state.fault
+
+
+def _score(model, logits, held: Cache, targets: Int[Array, "B C L"], target_mask: Bool[Array, "B C L"]):
+    B, C, L = targets.shape
+    n = C * L
+    start, length = held.filled, held.mask.sum(1)
+    place = jnp.arange(n)
+    same = (place[:, None] // L == place // L) & (place[:, None] >= place)  # [C L, C L]
+    sees = jnp.broadcast_to(held.mask[:, None], (B, n, held.mask.shape[1]))
+    sees = lax.dynamic_update_slice(sees, jnp.broadcast_to(same, (B, n, n)), (0, 0, start))
+    positions = length[:, None] + place % L
+    states, _ = model.states(targets.reshape(B, n), cache=held, positions=positions, visible=sees)
+
+    def likelihood(after: tuple[Float[Array, "W"], Int[Array, ""]]) -> Float[Array, ""]:
+        logits = model.logits(after[0][None, None])[0, 0]
+        return jax.nn.log_softmax(logits)[after[1]]
+
+    # The state at a token says how likely the next one is; the prompt's last logits, how likely the first.
+    states, following = states.reshape(B, C, L, -1)[:, :, :-1], targets[:, :, 1:]
+    pairs = states.reshape(B * C * (L - 1), -1), following.reshape(-1)
+    found = lax.map(likelihood, pairs, batch_size=max(1, LOGITS // model.config.vocab_size)) if L > 1 else jnp.zeros(0)
+    first = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, 0], axis=1)
+    rest = jnp.where(target_mask[:, :, 1:], found.reshape(B, C, L - 1), 0)
+    return jnp.where(target_mask[:, :, 0], first, 0) + rest.sum(-1)
