@@ -27,6 +27,7 @@ from pathflip_jax.llm.batches import LanguageBatches, collect_examples
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.folders import read_decoder_config
 from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder
+from pathflip_jax.llm.lora import load_peft
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.metrics import VALIDATION
@@ -104,7 +105,7 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     check_tokenizer(lm.decoder, decoder)
     tokenizer = DecoderTokenizer(lm.decoder)
     template = choose_template(tokenizer, data.template)
-    started = read_start(lm.start, aligner.hash, decoder_hash) if lm.start else None
+    started = read_start(lm.start, lm.decoder, aligner.hash, decoder_hash) if lm.start else None
     lora = _lora(config, trains, started)
     shape = Shape(aligner.model, decoder, lora, lm.dtype)
 
@@ -184,24 +185,32 @@ def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None"
     """The adapters of this run: those that it starts from, or as its settings say; None without any."""
     lm = config.lm
     if "lora" not in trains:
-        return None if started is None else started.shape.lora
+        return None if started is None else started.lora
     targets = tuple(name.strip() for name in lm.lora_targets.split(",") if name.strip())
     lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, targets)
-    if started is not None and started.shape.lora not in (None, lora):
-        raise ValueError(f"lm.start={lm.start}: has {started.shape.lora}, this config {lora}; set lm.lora_... alike")
+    if started is not None and started.lora is not None:
+        if {**vars(started.lora), "dropout": 0.0} != {**vars(lora), "dropout": 0.0}:
+            raise ValueError(f"lm.start={lm.start}: has {started.lora}, this config {lora}; set lm.lora_... alike")
     return lora
 
 
 class Started(NamedTuple):
-    """A run of the language stage that another one starts from: its shape and what it trained."""
+    """What a run starts from: the parameters that another one trained, or an adapter of PEFT; and its LoRA, if any."""
 
-    shape: Shape
+    lora: LoRAConfig | None
     params: dict[str, np.ndarray]
     hash: str
 
 
-def read_start(folder: str, aligner_hash: str, decoder_hash: str) -> Started:
-    """Read what a run of the language stage trained. ValueError where it stands on another aligner or decoder."""
+def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) -> Started:
+    """Read what a run of the language stage trained, or an adapter that PEFT did, of the decoder in that folder.
+
+    Raises ValueError where it stands on another aligner or decoder.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        flat, lora = load_peft(folder, decoder)
+        params = {f"decoder/{name}": x for name, x in flat.items()}
+        return Started(lora, params, checkpoint.content_hash(params))
     shape, config, params = read_trained(folder)
     wrong = [
         f"another {name}, {config['lm'].get(name)}"
@@ -210,7 +219,7 @@ def read_start(folder: str, aligner_hash: str, decoder_hash: str) -> Started:
     ]
     if wrong:
         raise ValueError(f"lm.start={folder}: stands on {' and on '.join(wrong)}; name the same ones, or no lm.start")
-    return Started(shape, params, checkpoint.content_hash(params))
+    return Started(shape.lora, params, checkpoint.content_hash(params))
 
 
 def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, dict, dict[str, np.ndarray]]:

@@ -1,17 +1,22 @@
 """Scores of a language stage: one that knows every report scores 1, one that never looks is told so."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pathflip_jax.data.conversations import DESCRIBE, read_conversations
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.records import finish_folder, shard_name, write_shard
 from pathflip_jax.evaluate import language, run
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces
 from pathflip_jax.llm.assistant import Asked
 from pathflip_jax.llm.generate import Sampling
 
+DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "text"
 CONCEPTS = {"fat": ["fat"], "necrosis": ["necrosis"], "mucin": ["mucin"], "lymphoid": ["lymphoid aggregates"]}
 
 
@@ -156,3 +161,48 @@ def test_wrong_input_is_named(score, tiny_cohort, reports, tmp_path):
     inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "out": tmp_path / "out"}
     with pytest.raises(ValueError, match="name its run"):
         run.evaluate(tmp_path / "nowhere", **inputs, texts=tiny_cohort.texts, phrasings=tmp_path / "c.json")
+
+
+TABLES = {
+    "SlideBench-Caption-TCGA.csv": ("captions", 1),
+    "SlideBench-VQA-TCGA.csv": ("choices", 2),
+    "WSIBench_Regional_Structure_Description_test.json": ("open", 1),
+    "WsiVQA_test.json": ("choices", 0),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_tables_are_scored_as_they_are(name, tmp_path, monkeypatch):
+    """Records of the slides that a table names first; the table itself is read as it was published."""
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"no real tables: {path} is absent, set PATHFLIP_TEST_DATA")
+    part, least = TABLES[name]
+    talks = read_conversations(path)
+    slides = list(dict.fromkeys(slide for talk in talks for slide in talk.slide_ids or (talk.case_id,)))[:6]
+    records = tmp_path / "records"
+    records.mkdir()
+    rng = np.random.default_rng(0)
+    coords = np.array([[0, 0], [64, 0]], np.int32)
+    place = {"coords": coords, "patch_size": 64, "mpp": 0.5, "width": 128, "height": 64}
+    made = [SlideFeatures(s, s[:12], rng.normal(size=(2, 4)).astype(np.float32), encoder="e", **place) for s in slides]
+    write_shard(records / shard_name(0), made, edge_um=64.0)
+    finish_folder(records, edge_um=64.0)
+    (tmp_path / "slides.csv").write_text(
+        "slide_id,patient_id,split\n" + "".join(f"{s},{s[:12]},test\n" for s in slides)
+    )
+    monkeypatch.setattr(language, "load_assistant", lambda folder: Knowing({s: "B. Fat." for s in slides}))
+    cohort = read_cohort(records, tmp_path / "slides.csv", "test")
+    tables = {"captions" if part == "captions" else "questions": path}
+    found, rows, _ = evaluate_language("run", cohort, sampling=Sampling(max_new_tokens=8), **tables)
+    if part == "captions":
+        assert found["captions"]["captions"] == len(rows["captions"]) >= 6
+        assert all(len(row["asked"]) > 40 and row["asked"].startswith("<image>") for row in rows["captions"])
+        return
+    scored = found["questions"][part]
+    scored = scored[LIKELIHOOD] if part == "choices" else scored
+    assert len(rows["answers"]) >= 6 and all(row["answer"] for row in rows["answers"])
+    if least:
+        assert len(scored.get("by_broad_category", {"": 0})) >= 1
+    if part == "choices":
+        assert 0 <= scored["accuracy"]["value"] <= 1 and "most frequent letter" in scored["accuracy"]["baselines"]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
-from pathflip_jax import checkpoint, train
+from pathflip_jax import checkpoint, cli, train
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.llm.adapter import LOSS_CHUNK, LanguageBatch, language_operations, language_stage, response_losses
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
@@ -98,6 +99,38 @@ def test_the_second_stage_goes_on_with_projector_and_adapters(options, aligner, 
     assert all(np.abs(x).max() > 0 for name, x in trained.items() if name.endswith("/lora/b"))
     first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["loss"]
     assert first < read_metrics(stage1 / "metrics.jsonl")[0]["loss"]  # it did not start anew
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT in transformers
+def test_an_adapter_goes_to_peft_and_a_run_starts_from_it(options, tmp_path):
+    """The exported adapter gives our logits in PEFT, the decoder in transformers; the adapter comes back as a start."""
+    import peft
+    import torch
+    import transformers
+
+    more = ["--config.lm.lora_rank=2", "--config.lm.lora_targets=q_proj,down_proj"]
+    run, adapter, whole = tmp_path / "run", tmp_path / "adapter", tmp_path / "whole"
+    assert train.main(["--config=lm_stage2:smoke", *options, *more, f"--workdir={run}"]) == 0
+    assert cli.main(["export", str(run), "--to=peft", f"--out={adapter}"]) == 0
+    assert cli.main(["export", str(run), "--to=huggingface", f"--out={whole}"]) == 0
+    decoder = assemble(run)[0].decoder
+    ids = np.arange(3, 43).reshape(2, 20)
+    expected = np.asarray(decoder(ids)[0])
+    folder = next(o.partition("=")[2] for o in options if "lm.decoder" in o)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        merged = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+        np.testing.assert_allclose(merged(torch.tensor(ids)).logits.numpy(), expected, atol=2e-5)
+        adapted = peft.PeftModel.from_pretrained(base, adapter)
+        np.testing.assert_allclose(adapted(torch.tensor(ids)).logits.numpy(), expected, atol=2e-5)
+    tensors = load_file(adapter / "projector.safetensors")
+    np.testing.assert_array_equal(tensors["weight"].T, read_trained(run)[2]["projector/kernel"])
+    again = ["--config=lm_stage2:smoke", *options, *more, f"--config.lm.start={adapter}", "--config.train.steps=1"]
+    assert train.main([*again, "--config.optim.warmup_learning_rate=0.0", f"--workdir={tmp_path / 'again'}"]) == 0
+    found = read_trained(tmp_path / "again", "latest")[2]
+    before = {name: x for name, x in read_trained(run)[2].items() if "/lora/" in name}
+    assert same({name: found[name] for name in before}, before) == set(before)  # its first step has a rate of 0
 
 
 @pytest.mark.slow
