@@ -22,6 +22,9 @@ def get_config(argument: str = "") -> ConfigDict:
     # Tables of reports, questions and conversations, with commas between them; "*N": seen N times in an epoch.
     config.data.texts = ""
     config.data.slides = ""  # slide table with split train|val|test; without one, all slides train and none validate
+    # File of `pathflip embed RECORDS --checkpoint ALIGNER --regions`: slides are then not embedded in every step, and
+    # no feature is read. Not where the aligner learns.
+    config.data.embeddings = ""
     config.data.split = "train"
     config.data.val_split = "val"
     config.data.regions = 24  # drawn per slide and step

@@ -33,6 +33,9 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     speak = ["pathflip", "train", "--config", "lm_demo", f"--config.data.records={records}"]
     speak += [f"--config.data.texts={cohort}/reports.jsonl", f"--config.data.slides={cohort}/slides.csv"]
     speak += [f"--config.lm.aligner={run}", f"--config.lm.decoder={decoder}", f"--config.train.seed={seed}"]
+    embeddings = out / "embeddings.parquet"
+    speak += [f"--config.data.embeddings={embeddings}"]
+    embed = ["pathflip", "embed", str(records), "--checkpoint", str(run), "--regions", "--out", str(embeddings)]
     words = ["pathflip", "vocabulary", f"{cohort}/reports.jsonl", *table, "--split", "train", "--out"]
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
     evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json", "--max-tokens", "256"]
@@ -54,6 +57,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
             "Training with the slide loss alone, for comparison",
             [*train, "--config.loss.region_weight=0.0", "--workdir", str(slide_only)],
         ),
+        ("Embeddings of all slides and their regions", embed),
         ("The folder of a small decoder", [*words, str(decoder), "--decoder", "128", "4"]),
         ("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
         (

@@ -298,6 +298,14 @@ class _Sink:
         """Nothing is held back."""
 
 
+def open_embeddings(path: str | Path) -> tuple[pa.Table, dict]:
+    """The table of a file that `embed` wrote, and what it is: hashes, settings, versions. ValueError for another."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `pathflip embed` writes it")
+    return pq.read_table(path), _read_claim(path)
+
+
 def _read_claim(path: Path) -> dict:
     try:
         metadata = pq.read_schema(path).metadata or {}

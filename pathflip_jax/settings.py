@@ -102,7 +102,7 @@ def require(config: ConfigDict) -> None:
     for key in required:
         if not values[key]:
             raise ValueError(f"{key} is not set: add --config.{key}=..., {REQUIRED[key]}")
-    for key in dict.fromkeys((*required, "data.slides", *LOCAL)):
+    for key in dict.fromkeys((*required, "data.slides", "data.embeddings", *LOCAL)):
         value = values.get(key)
         if key in LOCAL and is_url(value or ""):
             raise ValueError(f"--config.{key}={value}: weights are read from a local disk; copy the folder there")

@@ -18,8 +18,8 @@ class PatchSampler:
     """
 
     def __init__(self, records: Records, regions: int, patch_slots: int, ahead: int) -> None:
-        self.patch_slots = patch_slots
-        self._records, self._regions = records, regions
+        self.regions, self.patch_slots = regions, patch_slots
+        self._records = records
         self._memory = BatchMemory(keep=ahead + 2)  # those made ahead, the one in use and the one before
         self._features: np.ndarray | None = None
         self._on_device = False
@@ -48,7 +48,7 @@ class PatchSampler:
 
         Regions come in the order in which they were drawn, or as they are stored (`in_order`).
         """
-        R, S = self._regions, self.patch_slots
+        R, S = self.regions, self.patch_slots
         chosen = [rng.permutation(len(bag.count))[:R] for bag, rng in zip(bags, rngs, strict=True)]
         if in_order:
             chosen = [np.sort(regions) for regions in chosen]

@@ -65,11 +65,12 @@ class LanguageBatch(NamedTuple):
     """What a step of the language stage sees: sequences about slides, padded on the right.
 
     `mask` is True at real tokens, `response` at those that are learnt, each from what stands before it. Where the
-    features are on the devices, `patches` are their rows (`data.pipeline.look_up`).
+    features are on the devices, `patches` are their rows (`data.pipeline.look_up`); where slides were embedded before,
+    they are the embeddings [slide; regions].
     """
 
-    patches: Float16[Array, "B R S F"] | Int32[Array, "B R S"]
-    patch_mask: Bool[Array, "B R S"]
+    patches: Float16[Array, "B R S F"] | Int32[Array, "B R S"] | Float[Array, "B 1+R D"]
+    patch_mask: Bool[Array, "B R S"] | Bool[Array, "B 1+R"]
     tokens: Int32[Array, "B T"]
     mask: Bool[Array, "B T"]
     response: Bool[Array, "B T"]
@@ -118,7 +119,11 @@ def language_stage(trains: tuple[str, ...]) -> Stage:
     def encode(model: SlideLanguageModel, batch: LanguageBatch, key: Key | None) -> dict[str, jax.Array]:
         slide_key, decoder_key = split_key(key, 2)
         with jax.named_scope("slides"):
-            soft = model.soft_tokens(batch.patches, batch.patch_mask, key=slide_key if "aligner" in trains else None)
+            if batch.patches.ndim == 3:
+                soft = model.project(batch.patches)
+            else:
+                slide_key = slide_key if "aligner" in trains else None
+                soft = model.soft_tokens(batch.patches, batch.patch_mask, key=slide_key)
         with jax.named_scope("decoder"):
             embeds = model.embed(batch.tokens, soft)
             states, _ = model.decoder.states(
@@ -152,6 +157,8 @@ def language_operations(
         answered = batch.response.sum().astype(jnp.float32)
         products = matrices * tokens.sum() + decoder.width * decoder.vocab_size * answered
         attention = decoder.layers * inner * jnp.square(tokens).sum()  # causal: half of two products
+        if batch.patches.ndim == 3:
+            return 2 * passes * products + 2 * 3 * attention
         regions = batch.patch_mask.any(-1).sum().astype(jnp.float32)
         patches = batch.patch_mask.sum().astype(jnp.float32)
         slides = parts(aligner, Work(len(batch.tokens), regions, patches, 0, 0), 4, training=False)

@@ -4,22 +4,25 @@ An epoch is a permutation of all conversations of the mixture, each as often as 
 conversation is drawn as for alignment, its regions in the order in which they are stored.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Bool, Float
 
 from pathflip_jax.data.bags import Regions, regions_of, wanted_slides
 from pathflip_jax.data.conversations import Conversation, match_conversations
 from pathflip_jax.data.patches import PatchSampler
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import some
+from pathflip_jax.embed import open_embeddings
 from pathflip_jax.llm.adapter import LanguageBatch
 from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 
-LENGTH_STEP = 64
+LENGTH_STEP = 32
 _EPOCHS, _STEPS = 0, 1  # what a random stream is for; the first word after the seed
 
 
@@ -60,24 +63,85 @@ def collect_examples(
     return examples
 
 
+class EmbeddedSlides:
+    """Slides that were embedded before (`pathflip embed --regions`): draws rows [slide; regions] in place of patches.
+
+    `found` are the rows of each slide by its place in the records, of all its regions.
+    """
+
+    def __init__(self, found: Mapping[int, Float[np.ndarray, "n D"]], regions: int) -> None:
+        self.regions, self.patch_slots = regions, 0
+        self._found = found
+
+    def load(self, bags: Iterable[Regions], on_device: bool = False) -> None:
+        """Nothing more to read."""
+
+    def take_features(self) -> None:
+        """No features are needed."""
+
+    def draw(
+        self, bags: Sequence[Regions], rngs: Sequence[np.random.Generator], *, in_order: bool = True
+    ) -> tuple[Float[np.ndarray, "B 1+R D"], Bool[np.ndarray, "B 1+R"]]:
+        """The slide's row and up to R of its regions', in the order in which they are stored; and which rows are one."""
+        width = next(iter(self._found.values())).shape[1]
+        rows = np.zeros((len(bags), 1 + self.regions, width), np.float32)
+        mask = np.zeros(rows.shape[:2], bool)
+        for b, (bag, rng) in enumerate(zip(bags, rngs, strict=True)):
+            own = self._found[int(bag.record[0])]
+            chosen = np.sort(rng.permutation(len(own) - 1)[: self.regions])
+            rows[b, 0], rows[b, 1 : 1 + len(chosen)] = own[0], own[1 + chosen]
+            mask[b, : 1 + len(chosen)] = True
+        return rows, mask
+
+
+def read_embeddings(path: str | Path, records: Records, examples: Sequence[Example], run: str, run_hash: str):
+    """The rows of the slides that examples are about, by place in the records, of a file of `pathflip embed --regions`.
+
+    Raises ValueError for a file of another run than the aligner, one without regions or without some slide, and for
+    examples about several slides, which the file embeds one by one.
+    """
+    table, about = open_embeddings(path)
+    if about.get("checkpoint_hash") != run_hash:
+        raise ValueError(f"{path}: embedded by {about.get('checkpoint')}, not by {run} as it is now; embed once more")
+    if not about.get("regions"):
+        raise ValueError(f"{path}: holds no regions; embed with --regions")
+    several = sum(len(set(example.regions.record.tolist())) > 1 for example in examples)
+    if several:
+        raise ValueError(
+            f"{path}: {several} conversations are about several slides as one, which were embedded one by one; leave "
+            "data.embeddings unset, so that they are embedded together"
+        )
+    at = {slide: row for row, slide in enumerate(table["slide_id"].to_pylist())}
+    places = sorted({int(example.regions.record[0]) for example in examples})
+    names = [records.slides[place].slide_id for place in places]
+    missing = [name for name in names if name not in at]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} slides are not in it ({some(missing)}); embed them too")
+    found = {}
+    for place, name in zip(places, names, strict=True):
+        row = table.slice(at[name], 1)
+        own = np.array(row["embedding"][0].as_py(), np.float32)
+        regions = row["regions"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, len(own))
+        found[place] = np.concatenate([own[None], regions])
+    return found
+
+
 class LanguageBatches:
     """The batches of a run; `batch(step)` can be asked in any order, from any thread.
 
-    `length` None takes what the longest example needs. A `no_slide_share` of the examples is shown without its slide,
-    so that the same model learns what can be said without one: the baseline of its scores. Of `shards` even parts of a
-    batch this process makes its `own_shards`. With `fill`, the last batch of an epoch is filled up with examples that
-    teach nothing, and the order is that of the examples: for validation. Raises ValueError for an example longer than
-    `length`, and for sizes that do not divide.
+    `slides` draws what is shown of a slide. `length` None takes what the longest example needs. A `no_slide_share` of
+    the examples is shown without its slide, so that the same model learns what can be said without one: the baseline of
+    its scores. Of `shards` even parts of a batch this process makes its `own_shards`. With `fill`, the last batch of an
+    epoch is filled up with examples that teach nothing, and the order is that of the examples: for validation. Raises
+    ValueError for an example longer than `length`, and for sizes that do not divide.
     """
 
     def __init__(
         self,
-        records: Records,
         examples: Sequence[Example],
+        slides: PatchSampler | EmbeddedSlides,
         *,
         batch_size: int,
-        regions: int,
-        patch_slots: int | None = None,
         length: int | None = None,
         most_positions: int | None = None,
         no_slide_share: float = 0.0,
@@ -93,7 +157,9 @@ class LanguageBatches:
             raise ValueError(f"no_slide_share {no_slide_share}: expected a share of at least 0 and below 1")
         if len(examples) < batch_size and not fill:
             raise ValueError(f"{len(examples)} conversations make no batch of {batch_size}; lower train.batch_size")
-        needed = [len(e.prompted.tokens) + min(regions, len(e.regions.count)) for e in examples]  # 1 + R for 1 token
+        needed = [
+            len(e.prompted.tokens) + min(slides.regions, len(e.regions.count)) for e in examples
+        ]  # 1 + R for 1 token
         longest = -(-max(needed) // LENGTH_STEP) * LENGTH_STEP
         self.length = length or (min(longest, most_positions) if most_positions else longest)
         if max(needed) > self.length:
@@ -108,22 +174,20 @@ class LanguageBatches:
         self._examples, self._seed, self._share, self._fill = examples, seed, no_slide_share, fill
         places = np.arange(batch_size).reshape(shards, -1)
         self._places = places[list(range(shards) if own_shards is None else own_shards)].ravel()
-        self._threads, self._regions = threads, regions
-        widest = max(int(example.regions.count.max()) for example in examples)
-        self._patches = PatchSampler(records, regions, patch_slots or widest, threads)
+        self._threads, self._slides = threads, slides
 
     @property
     def patch_slots(self) -> int:
-        """The patches of a region that a batch has room for."""
-        return self._patches.patch_slots
+        """The patches of a region that a batch has room for; 0 where slides were embedded before."""
+        return self._slides.patch_slots
 
     def load(self, on_device: bool = False) -> None:
         """Read the features of all slides into memory."""
-        self._patches.load((example.regions for example in self._examples), on_device)
+        self._slides.load((example.regions for example in self._examples), on_device)
 
     def take_features(self) -> np.ndarray | None:
         """As `data.pipeline.Batches.take_features`."""
-        return self._patches.take_features()
+        return self._slides.take_features()
 
     def batch(self, step: int) -> LanguageBatch:
         """The batch of a global step: a function of (seed, step), cut to this process's sequences."""
@@ -135,9 +199,9 @@ class LanguageBatches:
         real = self._places + within * self.batch_size < len(order)
         examples = [self._examples[i] for i in chosen[self._places]]
         rngs = [np.random.default_rng([self._seed, _STEPS, step, place]) for place in self._places]
-        patches, patch_mask = self._patches.draw([e.regions for e in examples], rngs, in_order=True)
-        shown = patch_mask.any(-1).sum(1)
-        rows = [0 if rng.random() < self._share else 1 + n for rng, n in zip(rngs, shown, strict=True)]
+        patches, patch_mask = self._slides.draw([e.regions for e in examples], rngs, in_order=True)
+        shown = 1 + patch_mask.any(-1).sum(1) if patch_mask.ndim == 3 else patch_mask.sum(1)
+        rows = [0 if rng.random() < self._share else n for rng, n in zip(rngs, shown, strict=True)]
         tokens = np.zeros((len(examples), self.length), np.int32)
         mask, response = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
         for b, (example, n, teaches) in enumerate(zip(examples, rows, real, strict=True)):

@@ -205,16 +205,16 @@ def save_decoder(
 def make_decoder_folder(texts: list[str], folder: str | Path, *, vocab_size: int, width: int, layers: int) -> None:
     """Write the folder of a small Qwen3 that is to be trained from scratch: words learnt from texts, and config.json.
 
-    Heads are 32 wide. Raises ValueError for a width that is no multiple of 32, and as `train_bpe`.
+    Heads are 64 wide. Raises ValueError for a width that is no multiple of 64, and as `train_bpe`.
     """
-    if width < 32 or width % 32 or layers < 1:
+    if width < 64 or width % 64 or layers < 1:
         raise ValueError(
-            f"a decoder {width} wide, of {layers} layers: expected a multiple of 32, and at least one layer"
+            f"a decoder {width} wide, of {layers} layers: expected a multiple of 64, and at least one layer"
         )
     train_bpe(texts, folder, vocab_size)
-    heads, words = width // 32, DecoderTokenizer(folder).vocab_size
+    heads, words = width // 64, DecoderTokenizer(folder).vocab_size
     config = DecoderConfig(
-        family="qwen3", vocab_size=words, width=width, layers=layers, heads=heads, kv_heads=heads, head_dim=32,
+        family="qwen3", vocab_size=words, width=width, layers=layers, heads=heads, kv_heads=heads, head_dim=64,
         intermediate=3 * width, max_positions=1024, rope_theta=1e4, norm_eps=1e-6, tied=True, query_norm=True,
     )  # fmt: skip
     write_json(Path(folder) / CONFIG, _hf_config(config))

@@ -19,11 +19,20 @@ from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, memory, sharding
 from pathflip_jax.data.conversations import read_conversations, read_mixture
+from pathflip_jax.data.patches import PatchSampler
 from pathflip_jax.data.pipeline import look_up
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.storage import as_path, make_folder, read_bytes
+from pathflip_jax.embed import checkpoint_hash
+from pathflip_jax.inference import load
 from pathflip_jax.llm.adapter import SlideLanguageModel, language_operations, language_stage
-from pathflip_jax.llm.batches import LanguageBatches, collect_examples
+from pathflip_jax.llm.batches import (
+    EmbeddedSlides,
+    Example,
+    LanguageBatches,
+    collect_examples,
+    read_embeddings,
+)
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.folders import read_decoder_config
 from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder
@@ -111,7 +120,7 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
 
     records = Records(data.records)
     _refuse_other_features(data.records, records, lm.aligner, aligner)
-    training, validation = _open_batches(config, records, tokenizer, template, decoder.max_positions, mesh)
+    training, validation = _open_batches(config, records, aligner, tokenizer, template, decoder.max_positions, mesh)
     resolved = config.to_dict()
     resolved["data"] |= _facts(data, records, training, template)
     resolved["lm"] |= {"aligner_hash": aligner.hash, "decoder_hash": decoder_hash}
@@ -159,6 +168,8 @@ def check_language_config(config: ConfigDict) -> None:
     trains = split_names(config.lm.trains)
     language_stage(trains)
     _lora(config, trains, None)
+    if config.data.embeddings and "aligner" in trains:
+        raise ValueError("data.embeddings: slides that were embedded before teach the aligner nothing; leave it unset")
     if config.lm.random_decoder and "decoder" not in trains:
         raise ValueError("lm.random_decoder: a decoder that starts from scratch must learn; add decoder to lm.trains")
 
@@ -176,9 +187,9 @@ def read_aligner(folder: str) -> Aligner:
     """Read the best checkpoint of an alignment run. Raises FileNotFoundError and ValueError for what is none."""
     if "lm" in checkpoint.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
-    model, config, _ = checkpoint.load_run(folder)
-    params, encoder = jax.device_get(flatten(model)), str(config.get("data", {}).get("encoder") or "")
-    return Aligner(model.config, encoder, params, checkpoint.content_hash(params))
+    predictor = load(folder)
+    params = jax.device_get(flatten(predictor.model))
+    return Aligner(predictor.model.config, predictor.encoder, params, checkpoint_hash(predictor))
 
 
 def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
@@ -325,7 +336,13 @@ def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer:
 
 
 def _open_batches(
-    config: ConfigDict, records: Records, tokenizer: DecoderTokenizer, template: str, positions: int, mesh
+    config: ConfigDict,
+    records: Records,
+    aligner: Aligner,
+    tokenizer: DecoderTokenizer,
+    template: str,
+    positions: int,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[LanguageBatches, LanguageBatches | None]:
     """The batches of training and of validation, as the slide table splits them."""
     data, size = config.data, config.train.batch_size
@@ -333,20 +350,22 @@ def _open_batches(
     ids: dict[str, list[str] | None] = {data.split: None, data.val_split: []}
     if data.slides:
         ids = slides_of_splits(data.slides, records, (data.split, data.val_split), data.records)
-    shards = sharding.batch_shards(mesh)
-    shared = {"regions": data.regions, "length": data.length or None, "most_positions": positions, "shards": shards}
-    shared |= {"own_shards": sharding.own_shards(mesh), "threads": data.threads}
+    shared = {"length": data.length or None, "most_positions": positions, "threads": data.threads}
+    shared |= {"shards": sharding.batch_shards(mesh), "own_shards": sharding.own_shards(mesh)}
     examples = collect_examples(records, mixture, tokenizer, template, ids[data.split])
-    training = LanguageBatches(
-        records, examples, batch_size=size, patch_slots=data.patch_slots or None, seed=config.train.seed,
-        no_slide_share=data.no_slide_share, **shared,
-    )  # fmt: skip
-    validation = None
+    held_out: list[Example] = []
     if ids[data.val_split]:
         once = [(conversations, 1) for conversations, _ in mixture]
-        examples = collect_examples(records, once, tokenizer, template, ids[data.val_split])
-        more = {"patch_slots": training.patch_slots, "fill": True}
-        validation = LanguageBatches(records, examples, batch_size=size, **shared, **more)
+        held_out = collect_examples(records, once, tokenizer, template, ids[data.val_split])
+    if data.embeddings:
+        found = read_embeddings(data.embeddings, records, [*examples, *held_out], config.lm.aligner, aligner.hash)
+        slides = [EmbeddedSlides(found, data.regions)] * 2
+    else:
+        slots = data.patch_slots or max(int(example.regions.count.max()) for example in examples)
+        slides = [PatchSampler(records, data.regions, slots, data.threads) for _ in range(2)]
+    seed, share = config.train.seed, data.no_slide_share
+    training = LanguageBatches(examples, slides[0], batch_size=size, seed=seed, no_slide_share=share, **shared)
+    validation = LanguageBatches(held_out, slides[1], batch_size=size, fill=True, **shared) if held_out else None
     for batches in (training, validation):
         if batches is not None and data.resident:
             batches.load(on_device=data.resident == "device")
