@@ -235,9 +235,7 @@ def main() -> int:
     for case, sides in found["times"].items():
         floor = found["floor_seconds"][case.split("_")[0]]
         took = min(row["token"] for row in sides["ours"])
-        print(
-            f"{case:20} floor {floor * 1e3:6.2f} ms a token, ours {took * 1e3:6.2f} at best: {floor / took:4.0%} of it"
-        )
+        print(f"{case:20} floor {floor * 1e3:6.2f} ms a token, ours at best {took * 1e3:6.2f}: {took / floor:.2f}x")
     for key, ratio in found["ratios"].items():
         print(f"{key:36} {ratio:6.2f}")
     if options.json:

@@ -100,6 +100,7 @@ class SlideAssistant:
             most, longest = max(map(len, ids)), max(len(x) for own in ids for x in own)
             targets = np.zeros((len(mask), bucket(most), bucket(longest)), np.int32)
             real = np.zeros(targets.shape, bool)
+            real[:, :, 0] = True  # room without an answer holds one token
             for row, own in enumerate(ids):
                 for column, x in enumerate(own):
                     targets[row, column, : len(x)], real[row, column, : len(x)] = x, True

@@ -82,7 +82,7 @@ class EmbeddedSlides:
     def draw(
         self, bags: Sequence[Regions], rngs: Sequence[np.random.Generator], *, in_order: bool = True
     ) -> tuple[Float[np.ndarray, "B 1+R D"], Bool[np.ndarray, "B 1+R"]]:
-        """The slide's row and up to R of its regions', in the order in which they are stored; and which rows are one."""
+        """The slide's row and up to R of its regions', in the order in which they are stored; which rows are real."""
         width = next(iter(self._found.values())).shape[1]
         rows = np.zeros((len(bags), 1 + self.regions, width), np.float32)
         mask = np.zeros(rows.shape[:2], bool)

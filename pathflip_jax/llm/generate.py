@@ -77,8 +77,6 @@ class Sampling:
             faults.append(f"temperature {self.temperature} with {self.beams} beams (beams are not drawn; give 0)")
         if self.beams == 1 and self.length_penalty != 1:
             faults.append(f"length_penalty {self.length_penalty} without beams (it compares beams)")
-        if self.min_new_tokens and not self.stop_ids:
-            faults.append(f"min_new_tokens {self.min_new_tokens} without stop_ids (nothing ends a text)")
         if faults:
             raise ValueError("sampling: " + "; ".join(faults))
 
@@ -120,8 +118,8 @@ def generate(
     """Continue each prompt until a stop token or `max_new_tokens`.
 
     `mask` is False at padding, which stands on the left. `prompt_tokens` are the ids of the prompt where there are any,
-    -1 elsewhere: the repetition penalty counts them. Whoever calls more than once gives `for_generation(decoder)`, which
-    is made for this call otherwise. Draws are a function of the seed, the step and the row.
+    -1 elsewhere: the repetition penalty counts them. Whoever calls more than once gives `for_generation(decoder)`,
+    which is made for this call otherwise. Draws are a function of the seed, the step and the row.
 
     Raises ValueError for prompts that are empty, padded elsewhere or too long for the decoder with the answer, and
     FloatingPointError naming sequence and step where logits are not finite.
@@ -143,7 +141,7 @@ def generate(
     fixed = dataclasses.replace(sampling, max_new_tokens=room, seed=0)
     limit, seed = np.int32(sampling.max_new_tokens), np.uint32(sampling.seed % 2**32)
     run = _programs().search if sampling.beams > 1 else _programs().write
-    tokens, lengths, scores, fault = run(model, logits, held, seen, limit, seed, fixed)
+    (tokens, lengths, scores, fault), _ = run(model, logits, held, seen, limit, seed, fixed)
     _check_finite(np.asarray(fault))
     tokens = np.asarray(tokens)[:, : sampling.max_new_tokens]
     return Generated(tokens, np.asarray(lengths), np.asarray(scores))
@@ -172,7 +170,8 @@ def score(
     targets, target_mask = (np.pad(np.where(target_mask, targets, 0), pad), np.pad(target_mask, pad))
     model = for_generation(decoder)
     logits, held = _prefill(model, inputs_embeds, mask, targets[0].size)
-    found = np.asarray(_programs().score(model, logits, held, targets.astype(np.int32), target_mask))[:, :C]
+    found, _ = _programs().score(model, logits, held, targets.astype(np.int32), target_mask)
+    found = np.asarray(found)[:, :C]
     if not np.isfinite(found).all():
         b, c = np.argwhere(~np.isfinite(found))[0]
         raise FloatingPointError(f"the likelihood of continuation {c} of sequence {b} is {found[b, c]}; {_CURE}")
@@ -248,7 +247,10 @@ class _Programs(NamedTuple):
 
 @memoize
 def _programs() -> _Programs:
-    """The compiled functions; made at the first call, since options depend on the backend."""
+    """The compiled functions; made at the first call, since options depend on the backend.
+
+    The cache goes in for good and comes out again, so that it is written where it lies.
+    """
     compiled = partial(jax.jit, compiler_options=compiler_options())
     return _Programs(
         compiled(_read_prompt, static_argnums=3),
@@ -304,8 +306,8 @@ def _write(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
     tokens = jnp.full((B, sampling.max_new_tokens), -1, jnp.int32)
     zeros = jnp.zeros(B, jnp.int32)
     texts = Texts(jnp.int32(0), tokens, zeros, zeros > 0, jnp.zeros(B), seen, zeros - 1)
-    texts, _ = lax.while_loop(more, write, (choose(texts, logits), held))
-    return texts.tokens, texts.lengths, texts.scores, texts.fault
+    texts, held = lax.while_loop(more, write, (choose(texts, logits), held))
+    return (texts.tokens, texts.lengths, texts.scores, texts.fault), held
 
 
 def _search(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
@@ -334,8 +336,8 @@ def _search(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
     sees = jnp.broadcast_to(held.mask[:, None], (B, K, held.mask.shape[1]))
     state = beams.start(B, K, sampling.max_new_tokens, seen)
     state, parents = choose(state, jnp.broadcast_to(logits[:, None], (B, K, logits.shape[-1])))
-    state, *_ = lax.while_loop(lambda carry: carry[0].going_on, search, (state, parents, sees, held))
-    return *beams.best(state), state.fault
+    state, _, _, held = lax.while_loop(lambda carry: carry[0].going_on, search, (state, parents, sees, held))
+    return (*beams.best(state), state.fault), held
 
 
 def _score(model, logits, held: Cache, targets: Int[Array, "B C L"], target_mask: Bool[Array, "B C L"]):
@@ -347,7 +349,7 @@ def _score(model, logits, held: Cache, targets: Int[Array, "B C L"], target_mask
     sees = jnp.broadcast_to(held.mask[:, None], (B, n, held.mask.shape[1]))
     sees = lax.dynamic_update_slice(sees, jnp.broadcast_to(same, (B, n, n)), (0, 0, start))
     positions = length[:, None] + place % L
-    states, _ = model.states(targets.reshape(B, n), cache=held, positions=positions, visible=sees)
+    states, held = model.states(targets.reshape(B, n), cache=held, positions=positions, visible=sees)
 
     def likelihood(after: tuple[Float[Array, "W"], Int[Array, ""]]) -> Float[Array, ""]:
         logits = model.logits(after[0][None, None])[0, 0]
@@ -359,4 +361,4 @@ def _score(model, logits, held: Cache, targets: Int[Array, "B C L"], target_mask
     found = lax.map(likelihood, pairs, batch_size=max(1, LOGITS // model.config.vocab_size)) if L > 1 else jnp.zeros(0)
     first = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, 0], axis=1)
     rest = jnp.where(target_mask[:, :, 1:], found.reshape(B, C, L - 1), 0)
-    return jnp.where(target_mask[:, :, 0], first, 0) + rest.sum(-1)
+    return jnp.where(target_mask[:, :, 0], first, 0) + rest.sum(-1), held

@@ -29,7 +29,7 @@ class Product(nnx.Module):
     plain [I, O]; rows [O, I] in float32; pairs: uint32 [I / 4, 2, O], two bfloat16 inputs of one output in a word.
     """
 
-    def __init__(self, kernel: Float[Array, "I O"], bias: Float[Array, "O"] | None, layout: Layout) -> None:
+    def __init__(self, kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None, layout: Layout) -> None:
         self.inputs, self.layout = kernel.shape[0], layout
         stored = {"plain": lambda k: k, "rows": lambda k: k.T.astype(jnp.float32), "pairs": _pack}[layout](kernel)
         self.kernel = nnx.Param(stored)
@@ -67,10 +67,10 @@ def _halves(words: UInt[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array
 
 
 def _multiply_pairs(x: Float[Array, "n I"], words: UInt[Array, "I/4 2 O"]) -> Float[Array, "n O"]:
-    n, (length, _, O) = len(x), words.shape
+    n, (length, _, outputs) = len(x), words.shape
     x = jnp.pad(x, ((0, 0), (0, length * 2 * PARTS - x.shape[1]))).reshape(n, PARTS, length, 2)
     if n > FEW:
-        lower, upper = _halves(words.reshape(length * PARTS, O))
+        lower, upper = _halves(words.reshape(length * PARTS, outputs))
         x = x.transpose(0, 2, 1, 3).reshape(n, length * PARTS, 2)
         return x[:, :, 0] @ lower + x[:, :, 1] @ upper
     x = x.transpose(2, 3, 0, 1).reshape(-1, STEP, 2, n, PARTS)
@@ -83,7 +83,7 @@ def _multiply_pairs(x: Float[Array, "n I"], words: UInt[Array, "I/4 2 O"]) -> Fl
             sums = sums + part[row, 0, ..., None] * lower + part[row, 1, ..., None] * upper
         return sums
 
-    return lax.fori_loop(0, length // STEP, add, jnp.zeros((n, PARTS, O), jnp.float32)).sum(1)
+    return lax.fori_loop(0, length // STEP, add, jnp.zeros((n, PARTS, outputs), jnp.float32)).sum(1)
 
 
 def for_generation(decoder: Decoder) -> Decoder:
