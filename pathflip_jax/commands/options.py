@@ -117,7 +117,8 @@ def sampling(options: argparse.Namespace):
 
     names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return Sampling(max_new_tokens=options.max_tokens, min_new_tokens=options.min_tokens, **given)
+    ends = (0,)  # the assistant puts in their place what ends a text in its own words
+    return Sampling(max_new_tokens=options.max_tokens, min_new_tokens=options.min_tokens, stop_ids=ends, **given)
 
 
 def slide_rows(options: argparse.Namespace):

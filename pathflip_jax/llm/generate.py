@@ -77,6 +77,8 @@ class Sampling:
             faults.append(f"temperature {self.temperature} with {self.beams} beams (beams are not drawn; give 0)")
         if self.beams == 1 and self.length_penalty != 1:
             faults.append(f"length_penalty {self.length_penalty} without beams (it compares beams)")
+        if self.min_new_tokens and not self.stop_ids:
+            faults.append(f"min_new_tokens {self.min_new_tokens} without stop_ids (nothing ends a text)")
         if faults:
             raise ValueError("sampling: " + "; ".join(faults))
 

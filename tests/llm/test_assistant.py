@@ -107,7 +107,7 @@ def test_commands_caption_and_ask(loaded, rows, tiny_cohort, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said == {"slide_id": "S00", "caption": loaded.caption(rows[:1], Sampling(max_new_tokens=8))[0]}
     question = ["ask", slide[0], "What does this slide show?", *slide[1:]]
-    assert cli.main([*question, "--max-tokens=8", "--beams=2"]) == 0
+    assert cli.main([*question, "--max-tokens=8", "--beams=2", "--min-tokens=2"]) == 0
     assert json.loads(capsys.readouterr().out)["slide_id"] == "S00"
     assert cli.main([*question, "--options", "A=Ductal", "B=Lobular", "C=Normal"]) == 0
     said = json.loads(capsys.readouterr().out)
