@@ -13,7 +13,8 @@ from pathflip_jax.configs import lm_stage1
 def get_config(argument: str = "") -> ConfigDict:
     config = lm_stage1.get_config()
     # A tenth of the examples without their slide: the same model then knows what can be said without one.
-    config.data.update(regions=25, patch_slots=16, template="plain", no_slide_share=0.1, threads=2, resident="host")
+    config.data.update(regions=25, patch_slots=16, template="plain", no_slide_share=0.1)
+    config.data.update(sentence_orders=32, threads=2, resident="host")
     config.lm.update(trains="projector,decoder", random_decoder=True)
     config.lm.update(dtype="float32", compute_dtype="float32", remat=False)
     config.optim.update(learning_rate=2e-3, warmup_steps=20, weight_decay=0.1, b2=0.95)

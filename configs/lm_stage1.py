@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.length = 0  # tokens of a sequence, its slide among them; 0: as the longest needs
     config.data.template = ""  # "chat" (of the decoder's tokenizer), "plain" (the paper's); "": chat where there is one
     config.data.no_slide_share = 0.0  # of the examples are shown without a slide, so that the text-only score is fair
+    config.data.sentence_orders = 1  # of a report that are learnt; above 1 for cohorts so small that they are memorised
     config.data.threads = 16  # reading ahead
     config.data.resident = ""  # read features once: "host" keeps them in memory, "device" on the devices
 

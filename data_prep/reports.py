@@ -5,6 +5,8 @@ same words in other phrases and other sentence frames, so that a score on them m
 recall of a template, while a tokenizer trained on the training reports knows their words.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 
 from data_prep.layout import CONCEPTS, OTHERS, TUMORS, Layout
@@ -84,6 +86,20 @@ def _inflect(name: str) -> dict[str, str]:
 def grounding_texts() -> dict[str, list[str]]:
     """Concept -> texts that ask where it is; no training report contains any of them."""
     return {concept: [name.removeprefix("+") for name in NAMES[concept]["prompt"]] for concept in CONCEPTS}
+
+
+def questions(slide_id: str, present: Collection[str], turns: int = 5) -> list[dict]:
+    """Conversations of SlideInstruct about a slide: is each concept there? `turns` questions each, in a drawn order."""
+    order = np.random.default_rng([*slide_id.encode()]).permutation(CONCEPTS).tolist()
+    rows = []
+    for number, first in enumerate(range(0, len(order), turns)):
+        talk = []
+        for turn, concept in enumerate(order[first : first + turns]):
+            asked = f"Is there evidence of {concept}?\nA. Yes\nB. No"
+            talk.append({"from": "human", "value": asked if turn else f"<image>\n{asked}"})
+            talk.append({"from": "gpt", "value": "A" if concept in present else "B"})
+        rows.append({"id": f"{slide_id}-{number}", "image": slide_id, "conversations": talk})
+    return rows
 
 
 def concept_phrasings() -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ whatever the number of workers, and a second run makes only what is missing.
     OUT/slides.csv                      slide_id, patient_id, label, split, width, height, mpp
     OUT/reports.jsonl                   slide_id, case_id, caption, concepts
     OUT/prompts.json, grounding.json    texts for zero-shot classification and for grounding
+    OUT/questions.json                  multiple choice about each slide, as conversations of SlideInstruct
     OUT/concepts.json                   all that each concept is called, to find what a text says of a slide
 """
 
@@ -31,7 +32,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.layout import CONCEPTS, TUMORS, Layout, plan, rings
-from data_prep.reports import case_facts, class_prompts, concept_phrasings, grounding_texts, write_report
+from data_prep.reports import (
+    case_facts,
+    class_prompts,
+    concept_phrasings,
+    grounding_texts,
+    questions,
+    write_report,
+)
 from data_prep.slide_image import MPP, render, write_slide
 
 EDITION = 5  # raise when the same seed gives other slides, so that old and new are never mixed in one folder
@@ -74,7 +82,7 @@ def generate(
     _claim(out, {"edition": EDITION, "slides": slides, "seed": seed, "size": size})
 
     cohort = _roster(slides, seed)
-    tables = all((out / name).exists() for name in ("slides.csv", "concepts.json"))
+    tables = all((out / name).exists() for name in ("slides.csv", "concepts.json", "questions.json"))
     if tables and all(_finished(out, slide) for slide in cohort):
         return out
     jobs = [(str(out), slide, seed, size) for slide in cohort]
@@ -200,6 +208,8 @@ def _write_tables(out: Path, rows: list[dict]) -> None:
     _write(out / "reports.jsonl", "".join(json.dumps(report) + "\n" for report in reports))
     _write(out / "prompts.json", json.dumps({"task": "tumor type", "classes": class_prompts()}, indent=1))
     _write(out / "grounding.json", json.dumps(grounding_texts(), indent=1))
+    asked = [question for row in rows for question in questions(row["slide_id"], row["concepts"])]
+    _write(out / "questions.json", json.dumps(asked, indent=1))
     _write(out / "concepts.json", json.dumps(concept_phrasings(), indent=1))
     table = io.StringIO()
     columns = ["slide_id", "patient_id", "label", "split", "width", "height", "mpp"]

@@ -31,14 +31,16 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     synthesize += ["--size", str(SLIDE_PIXELS)]
     prepare = ["pathflip", "prepare", str(cohort), "--out", str(records), "--patch-size", str(PATCH_SIZE)]
     speak = ["pathflip", "train", "--config", "lm_demo", f"--config.data.records={records}"]
-    speak += [f"--config.data.texts={cohort}/reports.jsonl", f"--config.data.slides={cohort}/slides.csv"]
+    speak += [f"--config.data.texts={cohort}/reports.jsonl,{cohort}/questions.json"]
+    speak += [f"--config.data.slides={cohort}/slides.csv"]
     speak += [f"--config.lm.aligner={run}", f"--config.lm.decoder={decoder}", f"--config.train.seed={seed}"]
     embeddings = out / "embeddings.parquet"
     speak += [f"--config.data.embeddings={embeddings}"]
     embed = ["pathflip", "embed", str(records), "--checkpoint", str(run), "--regions", "--out", str(embeddings)]
     words = ["pathflip", "vocabulary", f"{cohort}/reports.jsonl", *table, "--split", "train", "--out"]
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
-    evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json", "--max-tokens", "256"]
+    evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json"]
+    evaluate += ["--questions", f"{cohort}/questions.json", "--max-tokens", "256"]
     return [
         (
             "Slides, reports and outlines of the embedded cohort",

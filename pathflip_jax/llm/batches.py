@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pathflip_jax.data.bags import Regions, regions_of, wanted_slides
-from pathflip_jax.data.conversations import Conversation, match_conversations
+from pathflip_jax.data.captions import split_sentences
+from pathflip_jax.data.conversations import Conversation, Turn, match_conversations
 from pathflip_jax.data.patches import PatchSampler
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import some
@@ -23,13 +24,13 @@ from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 
 LENGTH_STEP = 32
-_EPOCHS, _STEPS = 0, 1  # what a random stream is for; the first word after the seed
+_EPOCHS, _STEPS, _ORDERS = 0, 1, 2  # what a random stream is for; the first word after the seed
 
 
 class Example(NamedTuple):
-    """A conversation ready to draw: its tokens, and the regions of its slides."""
+    """A conversation ready to draw: its tokens, of each order of its sentences that is learnt, and its regions."""
 
-    prompted: Prompted
+    orders: tuple[Prompted, ...]
     regions: Regions
 
 
@@ -39,8 +40,12 @@ def collect_examples(
     tokenizer: DecoderTokenizer,
     template: str,
     slide_ids: Sequence[str] | None,
+    sentence_orders: int = 1,
 ) -> list[Example]:
     """The examples of the slides in `slide_ids` (None = all): those of each table as often as it is to be seen.
+
+    Of a report (an answer of several sentences, in a conversation of one turn) so many orders of its sentences are
+    learnt, the one that was written among them: reports of a small cohort are else learned by heart.
 
     Conversations about other slides are left out, those about a slide of which there is no record with a warning that
     counts them. Raises ValueError when none is left.
@@ -55,12 +60,24 @@ def collect_examples(
         for conversation in match_conversations(conversations, ids, cases):
             slides = sorted(wanted.intersection(conversation.slide_ids), key=position.get)
             if slides:
-                prompted = encode_conversation(tokenizer, conversation, template)
+                orders = [conversation, *_other_orders(conversation, sentence_orders - 1)]
+                prompted = tuple(encode_conversation(tokenizer, order, template) for order in orders)
                 found.append(Example(prompted, regions_of(records, [position[slide] for slide in slides])))
         examples += found * times
     if not examples:
         raise ValueError(f"none of the conversations is about one of the {len(wanted)} slides ({some(sorted(wanted))})")
     return examples
+
+
+def _other_orders(conversation: Conversation, number: int) -> list[Conversation]:
+    """The conversation with the sentences of its answer in other orders, drawn; none where there is but one."""
+    (asked, answer), *more = conversation.turns
+    sentences = split_sentences(answer)
+    if more or len(sentences) < 2:
+        return []
+    rng = np.random.default_rng([_ORDERS, *conversation.conversation_id.encode()])
+    texts = [" ".join(rng.permutation(sentences)) for _ in range(number)]
+    return [conversation._replace(turns=(Turn(asked, text),)) for text in texts]
 
 
 class EmbeddedSlides:
@@ -157,9 +174,9 @@ class LanguageBatches:
             raise ValueError(f"no_slide_share {no_slide_share}: expected a share of at least 0 and below 1")
         if len(examples) < batch_size and not fill:
             raise ValueError(f"{len(examples)} conversations make no batch of {batch_size}; lower train.batch_size")
-        needed = [
-            len(e.prompted.tokens) + min(slides.regions, len(e.regions.count)) for e in examples
-        ]  # 1 + R for 1 token
+        tokens = [max(len(order.tokens) for order in example.orders) for example in examples]
+        regions = [min(slides.regions, len(example.regions.count)) for example in examples]
+        needed = [sum(pair) for pair in zip(tokens, regions, strict=True)]  # IMAGE_ID is one of the 1 + R already
         longest = -(-max(needed) // LENGTH_STEP) * LENGTH_STEP
         self.length = length or (min(longest, most_positions) if most_positions else longest)
         if max(needed) > self.length:
@@ -205,7 +222,8 @@ class LanguageBatches:
         tokens = np.zeros((len(examples), self.length), np.int32)
         mask, response = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
         for b, (example, n, teaches) in enumerate(zip(examples, rows, real, strict=True)):
-            found = insert_slide(example.prompted, int(n))
+            order = example.orders[0 if self._fill else rngs[b].integers(len(example.orders))]
+            found = insert_slide(order, int(n))
             size = len(found.tokens)
             tokens[b, :size], mask[b, :size], response[b, :size] = found.tokens, True, found.response & teaches
         return LanguageBatch(patches, patch_mask, tokens, mask, response)

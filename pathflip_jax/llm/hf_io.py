@@ -39,6 +39,7 @@ from pathflip_jax.sharding import placements
 
 STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
+PROMPTS = 32  # that a small vocabulary is learnt from beside the texts, so that it has words for them too
 # What a folder holds beside config and weights that belongs to the same model: tokenizer, generation, licence.
 BESIDE = re.compile(
     r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config)\.(json|txt|model|jinja)"
@@ -211,7 +212,8 @@ def make_decoder_folder(texts: list[str], folder: str | Path, *, vocab_size: int
         raise ValueError(
             f"a decoder {width} wide, of {layers} layers: expected a multiple of 64, and at least one layer"
         )
-    train_bpe(texts, folder, vocab_size)
+    prompt = "Instruction: Is there? Describe the input pathology whole slide image.\nA. Yes\nB. No\nResponse: "
+    train_bpe([*texts, *[prompt] * PROMPTS], folder, vocab_size)
     heads, words = width // 64, DecoderTokenizer(folder).vocab_size
     config = DecoderConfig(
         family="qwen3", vocab_size=words, width=width, layers=layers, heads=heads, kv_heads=heads, head_dim=64,

@@ -352,7 +352,7 @@ def _open_batches(
         ids = slides_of_splits(data.slides, records, (data.split, data.val_split), data.records)
     shared = {"length": data.length or None, "most_positions": positions, "threads": data.threads}
     shared |= {"shards": sharding.batch_shards(mesh), "own_shards": sharding.own_shards(mesh)}
-    examples = collect_examples(records, mixture, tokenizer, template, ids[data.split])
+    examples = collect_examples(records, mixture, tokenizer, template, ids[data.split], data.sentence_orders)
     held_out: list[Example] = []
     if ids[data.val_split]:
         once = [(conversations, 1) for conversations, _ in mixture]

@@ -15,6 +15,7 @@ from scipy import ndimage
 from data_prep import synthetic
 from data_prep.layout import CONCEPTS, TUMORS, plan
 from data_prep.synthetic import generate, main
+from pathflip_jax.data.text import read_questions
 
 SLIDES, SIZE = 8, 640
 
@@ -131,6 +132,17 @@ def test_a_second_run_makes_only_what_is_missing(cohort, tmp_path, monkeypatch):
     generate(folder, 3, seed=5, workers=1, progress=False, size=SIZE)
     assert len(drawn) == 1
     assert _digest(folder) == before
+
+
+def test_questions_are_answered_by_what_is_there(cohort):
+    _, reports = _facts(cohort)
+    there = {report["slide_id"]: set(report["concepts"]) for report in reports}
+    asked = read_questions(cohort / "questions.json")
+    assert len(asked) == 10 * len(there)
+    for question in asked:
+        concept = question.question.removeprefix("Is there evidence of ").removesuffix("?")
+        assert question.options == {"A": "Yes", "B": "No"}
+        assert (question.answer == "A") == (concept in there[question.slide_ids[0]])
 
 
 def test_a_slide_appears_whole_or_not_at_all(tmp_path, monkeypatch):
