@@ -68,7 +68,7 @@ class Projection(nnx.Module):
     def __init__(
         self, inputs: int, outputs: int, rngs: nnx.Rngs, *, bias: bool = False, lora: LoRAConfig | None = None
     ) -> None:
-        self.kernel = nnx.Param(INITS["fan_in"](rngs.params(), (inputs, outputs), jnp.float32))
+        self.kernel = nnx.Param(INITS["bert"](rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.lora = LowRank(inputs, outputs, lora, rngs) if lora else None
 
