@@ -17,6 +17,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.update(sentence_orders=32, threads=2, resident="host")
     config.lm.update(trains="projector,decoder", random_decoder=True)
     config.lm.update(dtype="float32", compute_dtype="float32", remat=False)
-    config.optim.update(learning_rate=2e-3, warmup_steps=20, weight_decay=0.1, b2=0.95)
-    config.train.update(batch_size=32, steps=300, eval_every=50, save_every=100)
+    config.optim.update(learning_rate=4e-3, warmup_steps=20, weight_decay=0.1, b2=0.95)
+    # Many small steps: that a slide matters to what is said next is learnt late, after the language itself.
+    config.train.update(batch_size=16, steps=1500, eval_every=250, save_every=500)
     return lm_stage1.adapt(config, argument)

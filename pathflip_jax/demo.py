@@ -31,7 +31,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     synthesize += ["--size", str(SLIDE_PIXELS)]
     prepare = ["pathflip", "prepare", str(cohort), "--out", str(records), "--patch-size", str(PATCH_SIZE)]
     speak = ["pathflip", "train", "--config", "lm_demo", f"--config.data.records={records}"]
-    speak += [f"--config.data.texts={cohort}/reports.jsonl,{cohort}/questions.json"]
+    speak += [f"--config.data.texts={cohort}/reports.jsonl"]
     speak += [f"--config.data.slides={cohort}/slides.csv"]
     speak += [f"--config.lm.aligner={run}", f"--config.lm.decoder={decoder}", f"--config.train.seed={seed}"]
     embeddings = out / "embeddings.parquet"
@@ -40,7 +40,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     words = ["pathflip", "vocabulary", f"{cohort}/reports.jsonl", *table, "--split", "train", "--out"]
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
     evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json"]
-    evaluate += ["--questions", f"{cohort}/questions.json", "--max-tokens", "256"]
+    evaluate += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
     return [
         (
             "Slides, reports and outlines of the embedded cohort",
@@ -60,7 +60,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
             [*train, "--config.loss.region_weight=0.0", "--workdir", str(slide_only)],
         ),
         ("Embeddings of all slides and their regions", embed),
-        ("The folder of a small decoder", [*words, str(decoder), "--decoder", "128", "4"]),
+        ("The folder of a small decoder", [*words, str(decoder), "--decoder", "64", "2", "--size", "800"]),
         ("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
         (
             "Scores on the held-out slides, and the report",
