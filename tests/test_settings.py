@@ -31,7 +31,8 @@ def test_a_file_and_a_bundled_name_are_one_config(tmp_path):
         (["--config=demo", "--config.data.recods=x", "--workdir=w"], r"demo\.py has no setting data\.recods; did you "
          r"mean data\.records\?"),
         (["--config=demo", "--config.train.learning_rate=1", "--workdir=w"], r"did you mean optim\.learning_rate\?"),
-        (["--config=align_bse", "--workdir=w"], r"bundled configs are align_base, align_large, demo; did you mean "
+        (["--config=align_bse", "--workdir=w"], r"bundled configs are align_base, align_large, demo, lm_demo, "
+             r"lm_joint, lm_stage1, lm_stage2; did you mean "
          r"align_base\?"),
         (["--config=demo:tiny", "--workdir=w"], "argument 'smoke' or none, not 'tiny'"),
         (["--config=demo", "--config.train.steps=many", "--workdir=w"], "train.steps=many: invalid literal"),
