@@ -181,7 +181,7 @@ def stages(batches: Batches, records: Records, repeats: int) -> dict[str, float]
     for epoch in range(1 + repeats):
         seconds = dict.fromkeys(("features", "reading", "text", "all"), 0.0)
         with (
-            timed(batches, "_patches", seconds, "features"),
+            timed(batches._patches, "draw", seconds, "features"),
             timed(records, "read_regions", seconds, "reading"),
             timed(batches, "_pack", seconds, "text"),
             timed(batches, "batch", seconds, "all"),
