@@ -303,7 +303,7 @@ HELP = """Train a model, or go on with a run.
 
 usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
 
-  --config    a config file or the name of a bundled one (align_base, align_large, demo); `:smoke` shrinks it
+  --config    a config file or the name of a bundled one (align_base, lm_stage1, ...); `:smoke` shrinks it
   --workdir   folder of the run; a run that is there goes on
   --profile STEPS
               trace steps 10:13, or 3 steps after the first two, to <workdir>/profile; so does SIGUSR1 at any time
@@ -311,8 +311,8 @@ usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=va
               join N processes; TPU pods, Slurm, Open MPI and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
               JAX_PROCESS_ID need no option; PATHFLIP_DISTRIBUTED=0 ignores them, 1 insists on them
 
-configs/align_base.py lists and explains every setting. Exit code 75: stopped by SIGTERM and saved, or a host was lost
-or hung; start it again.
+configs/align_base.py lists and explains every setting, configs/lm_stage1.py those of the language stage. Exit code 75:
+stopped by SIGTERM and saved, or a host was lost or hung; start it again.
 
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\
