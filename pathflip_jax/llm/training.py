@@ -109,7 +109,8 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     stage = language_stage(trains)
     check_language_config(config)
     require_score(config.train.select, ("loss",))
-    aligner, decoder_hash = read_aligner(lm.aligner), weights_hash(lm.decoder)
+    records = Records(data.records)
+    aligner, decoder_hash = read_aligner(lm.aligner, records, data.records), weights_hash(lm.decoder)
     decoder = read_decoder_config(lm.decoder, compute_dtype=lm.compute_dtype, remat=lm.remat)
     check_tokenizer(lm.decoder, decoder)
     tokenizer = DecoderTokenizer(lm.decoder)
@@ -118,8 +119,6 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     lora = _lora(config, trains, started)
     shape = Shape(aligner.model, decoder, lora, lm.dtype)
 
-    records = Records(data.records)
-    _refuse_other_features(data.records, records, lm.aligner, aligner)
     training, validation = _open_batches(config, records, aligner, tokenizer, template, decoder.max_positions, mesh)
     resolved = config.to_dict()
     resolved["data"] |= _facts(data, records, training, template)
@@ -149,19 +148,6 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     )
 
 
-def _refuse_other_features(name: str, records: Records, run: str, aligner: "Aligner") -> None:
-    if records.feature_dim != aligner.model.feature_dim:
-        raise ValueError(
-            f"{name}: features are {records.feature_dim} wide, {run} was trained on {aligner.model.feature_dim}; "
-            f"extract them with its patch encoder {aligner.encoder or '(not recorded)'}"
-        )
-    if aligner.encoder and records.encoder and records.encoder != aligner.encoder:
-        raise ValueError(
-            f"{name}: features come from {records.encoder!r}, {run} was trained on {aligner.encoder!r}; features of "
-            "two encoders share no space, extract them again"
-        )
-
-
 def check_language_config(config: ConfigDict) -> None:
     """Raise ValueError for what is wrong in a config of the language stage, whatever its folders. Computes nothing."""
     OptimConfig(**config.optim)
@@ -175,21 +161,26 @@ def check_language_config(config: ConfigDict) -> None:
 
 
 class Aligner(NamedTuple):
-    """The run that slides come from: its shape and patch encoder, and its parameters on the host."""
+    """The run that slides come from: its shape, and its parameters on the host."""
 
     model: PathFLIPConfig
-    encoder: str
     params: dict[str, np.ndarray]
     hash: str
 
 
-def read_aligner(folder: str) -> Aligner:
-    """Read the best checkpoint of an alignment run. Raises FileNotFoundError and ValueError for what is none."""
+def read_aligner(folder: str, records: Records | None = None, where: str = "") -> Aligner:
+    """Read the best checkpoint of an alignment run.
+
+    Raises FileNotFoundError and ValueError for what is none, and for `records` (called `where`) of features that it was
+    not trained on.
+    """
     if "lm" in checkpoint.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
     predictor = load(folder)
+    if records is not None:
+        predictor.check_features(where, records.feature_dim, records.encoder)
     params = jax.device_get(flatten(predictor.model))
-    return Aligner(predictor.model.config, predictor.encoder, params, checkpoint_hash(predictor))
+    return Aligner(predictor.model.config, params, checkpoint_hash(predictor))
 
 
 def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
@@ -197,8 +188,7 @@ def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None"
     lm = config.lm
     if "lora" not in trains:
         return None if started is None else started.lora
-    targets = tuple(name.strip() for name in lm.lora_targets.split(",") if name.strip())
-    lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, targets)
+    lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, split_names(lm.lora_targets))
     if started is not None and started.lora is not None:
         if {**vars(started.lora), "dropout": 0.0} != {**vars(lora), "dropout": 0.0}:
             raise ValueError(f"lm.start={lm.start}: has {started.lora}, this config {lora}; set lm.lora_... alike")
