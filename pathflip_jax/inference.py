@@ -25,6 +25,7 @@ from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.model.pathflip import SlideEncoding
 
 LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
+WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
 
 
@@ -282,11 +283,18 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b.T
 
 
-def load(path, which: str | int = "best") -> Predictor:
+def load(path, which: str | int = "best", *, bert=None) -> Predictor:
     """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
 
-    `which` is "best" (by validation), "latest" or a step.
+    `which` is "best" (by validation), "latest" or a step. A file is a checkpoint of the released PyTorch model, and
+    `bert` the folder of the BERT that it was trained with.
     """
+    if as_path(path).suffix in WEIGHTS:
+        if bert is None:
+            raise ValueError(f"{path}: PyTorch weights hold no tokenizer; give bert=, the BERT folder of this model")
+        from pathflip_jax.convert.pytorch import load_released
+
+        return Predictor(*load_released(path, bert), name=str(path))
     model, config, tokenizer = load_run(path, which=which)
     return Predictor(model, config, tokenizer, name=str(path))
 

@@ -14,6 +14,7 @@ def add(commands) -> None:
         _run,
         "write a trained model for users of PyTorch, transformers or PEFT",
         "pathflip export runs/base --to pytorch --out exported",
+        "pathflip export runs/base --to huggingface --scores scores --out for_transformers",
         "pathflip export runs/lm2 --to peft --out adapter",
     )
     parser.add_argument("run_folder", type=place, metavar="RUN", help="run folder")
@@ -21,26 +22,48 @@ def add(commands) -> None:
         "--to",
         choices=["pytorch", "peft", "huggingface"],
         default="pytorch",
-        help="the model for PyTorch (default); of a language stage its adapter for PEFT, or its whole decoder",
+        help="the model for PyTorch (default) or transformers; of a language stage its adapter for PEFT, or its whole "
+        "decoder for transformers",
     )
     parser.add_argument("--which", choices=["best", "latest"], default="best", help="checkpoint (default best)")
     parser.add_argument("--pt", action="store_true", help="also write model.pt, for code that reads no safetensors")
+    parser.add_argument(
+        "--scores", type=Path, metavar="DIR", help="with --to huggingface: the evaluation whose figures its card shows"
+    )
+    parser.add_argument(
+        "--encoder-licence", metavar="TEXT", help="with --to huggingface: the licence of a patch encoder not known here"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.to != "pytorch":
+    from pathflip_jax.llm.assistant import is_language_run
+
+    if options.pt and options.to != "pytorch":
+        raise ValueError("--pt goes with --to pytorch")
+    speaks = is_language_run(options.run_folder)
+    if (options.scores or options.encoder_licence) and (options.to != "huggingface" or speaks):
+        raise ValueError("--scores and --encoder-licence go into the card of an alignment run: --to huggingface")
+    if options.to == "peft" or (options.to == "huggingface" and speaks):
         from pathflip_jax.llm.export import PROJECTOR, export_decoder, export_peft
 
-        if options.pt:
-            raise ValueError("--pt goes with --to pytorch")
         write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
         write(options.run_folder, options.out, options.which)
         print(f"{options.out}: {what} in Hugging Face's form, and {PROJECTOR}")
-        return 0
+    elif options.to == "huggingface":
+        from pathflip_jax.convert.huggingface import export_huggingface
 
-    from pathflip_jax.convert.pytorch import export
+        export_huggingface(
+            options.run_folder,
+            options.out,
+            which=options.which,
+            scores=options.scores,
+            encoder_licence=options.encoder_licence,
+        )
+        print(f"{options.out}: a folder for transformers' AutoModel, with a model card")
+    else:
+        from pathflip_jax.convert.pytorch import export
 
-    export(options.run_folder, options.out, which=options.which, pt=options.pt)
-    print(f"{options.out}: PyTorch weights under the released model's names, with how to load them")
+        export(options.run_folder, options.out, which=options.which, pt=options.pt)
+        print(f"{options.out}: PyTorch weights under the released model's names, with how to load them")
     return 0

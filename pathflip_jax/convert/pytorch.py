@@ -4,12 +4,13 @@ Checkpoints come from other people's machines: nothing of a file is ever execute
 one error that lists all of it. Safetensors files need no torch; for the others it is imported late.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -255,21 +256,15 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    bert_folder: str | Path,
-    heads: int | None = None,
-    config: PathFLIPConfig | None = None,
-) -> None:
-    """Make a run folder of a released PyTorch checkpoint and the BERT folder whose tokenizer it was trained with.
+def load_released(
+    source: str | Path, bert_folder: str | Path, heads: int | None = None, config: PathFLIPConfig | None = None
+):
+    """(model, settings, tokenizer) of a released PyTorch checkpoint and the BERT folder that it was trained with.
 
     Without a config it is inferred; BERT's heads are `heads`, else those of the folder's config.json, else one per 64
     of the hidden width. Regions are cut by `scan`, as the released code cuts them. Raises ValueError when the
     checkpoint is not a PathFLIP or the vocabulary is not its own.
     """
-    from pathflip_jax.checkpoint import save_run
     from pathflip_jax.data.tokens import TextTokenizer
     from pathflip_jax.model.pathflip import unflatten
 
@@ -287,7 +282,21 @@ def convert(
             "with [DEC]; give the BERT folder that this checkpoint was trained with"
         )
     data = {"cut": "scan", "caption_length": 384, "subcaption_length": 192}
-    save_run(out, model, {"data": data, "converted_from": Path(source).name}, tokenizer)
+    return model, {"data": data, "converted_from": Path(source).name}, tokenizer
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bert_folder: str | Path,
+    heads: int | None = None,
+    config: PathFLIPConfig | None = None,
+) -> None:
+    """Make a run folder of what `load_released` reads."""
+    from pathflip_jax.checkpoint import save_run
+
+    save_run(out, *load_released(source, bert_folder, heads, config))
 
 
 def _bert_heads(folder: Path) -> int | None:
@@ -307,16 +316,10 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     from pathflip_jax.checkpoint import load_run
     from pathflip_jax.model.pathflip import flatten
 
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists and is not empty; export to another folder, or remove it")
-    model, settings, tokenizer = load_run(run, which)
-    config = model.config
-    state = to_torch(flatten(model), config)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(out) as part:
+        model, settings, tokenizer = load_run(run, which)
+        config = model.config
+        state = to_torch(flatten(model), config)
         tokenizer.save(part / "bert")
         _complete_bert_folder(part / "bert", config)
         write_checkpoint(part / "model.safetensors", state)
@@ -325,6 +328,22 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
         (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name("torch_model.py"), part / "torch_model.py")
         (part / "README.md").write_text(_readme(config, settings), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all went well and is gone otherwise.
+
+    Raises FileExistsError where there is one of that name with content.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out}: exists and is not empty; export to another folder, or remove it")
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

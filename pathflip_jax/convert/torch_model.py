@@ -10,11 +10,14 @@ carries a copy of it, and its users need no JAX.
     ids = tokenizer(texts, padding=True, return_tensors="pt")   # the folder's bert/
     texts = model.encode_texts(ids.input_ids, ids.attention_mask)
 
+Where transformers is installed, importing this file makes the model known to its AutoModel.
+
 Letters: B slides, R regions, S patch slots, F feature width, D embed width, H BERT width, Q queries, T tokens, C texts.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,7 +253,7 @@ class PathFLIP(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config = dict(config)
+        self.cross_attention_freq = config["cross_attention_freq"]
         F, D, H = config["feature_dim"], config["embed_dim"], config["hidden"]
         if config["patch_projection"] == "mlp":
             inner = config.get("patch_hidden") or D
@@ -285,8 +288,7 @@ class PathFLIP(nn.Module):
         patches = self.path_encoder(patches)  # [B, R, S, D]
         x = self.Qformer.bert.embeddings(self.query_tokens.expand(B * (1 + R), -1, -1)).unflatten(0, (B, 1 + R))
         layers = self.Qformer.bert.encoder.layer
-        freq = self.config["cross_attention_freq"]
-        shown = max(len(layers) - 2, 0) // freq * freq
+        shown = max(len(layers) - 2, 0) // self.cross_attention_freq * self.cross_attention_freq
         slide_map = region_map = None
         for index, layer in enumerate(layers):
             wanted = attention and index == shown
@@ -334,3 +336,74 @@ def load(folder: str | Path) -> PathFLIP:
     model = PathFLIP(json.loads((folder / "config.json").read_text()))
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return model.eval()
+
+
+try:
+    from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
+except ImportError:  # all above needs torch alone
+    pass
+else:
+
+    class PathFLIPConfig(PretrainedConfig):
+        """The sizes of a model, as transformers keeps them: the dict of `PathFLIP`, and what is its own."""
+
+        model_type = "pathflip"
+
+    @dataclass
+    class PathFLIPOutput(ModelOutput):
+        """Slides and texts in the joint space, None for what was not given."""
+
+        slide_embeds: Tensor | None = None  # [B, D]
+        region_embeds: Tensor | None = None  # [B, R, D], padded regions zero
+        region_mask: Tensor | None = None  # [B, R]
+        text_embeds: Tensor | None = None  # [n, D]
+
+    class PathFLIPModel(PreTrainedModel):
+        """`PathFLIP` as a model of transformers: the same weights under the same names, the same methods."""
+
+        config_class = PathFLIPConfig
+        main_input_name = "patches"
+        _tied_weights_keys = {
+            "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight"
+        }
+        encode_slides = PathFLIP.encode_slides
+        encode_texts = PathFLIP.encode_texts
+        text_region_attention = PathFLIP.text_region_attention
+
+        def __init__(self, config: PathFLIPConfig) -> None:
+            super().__init__(config)
+            model = PathFLIP(config.to_dict())
+            self.cross_attention_freq = model.cross_attention_freq
+            for name, part in (*model.named_children(), *model.named_parameters(recurse=False)):
+                setattr(self, name, part)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            """Torch's own initial values stand, as in `PathFLIP`."""
+
+        def get_input_embeddings(self) -> nn.Module:
+            """The word table, which transformers ties the unused language-model head to."""
+            return self.Qformer.bert.embeddings.word_embeddings
+
+        def forward(
+            self,
+            patches: Tensor | None = None,
+            patch_mask: Tensor | None = None,
+            input_ids: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            **_,
+        ) -> PathFLIPOutput:
+            """Embed slides [B, R, S, F], texts [n, T], or both; a tokenizer's other outputs do not matter."""
+            found = PathFLIPOutput()
+            if patches is not None:
+                found.slide_embeds, found.region_embeds, found.region_mask, _, _ = self.encode_slides(
+                    patches, patch_mask
+                )
+            if input_ids is not None:
+                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                found.text_embeds = self.encode_texts(input_ids, mask)
+            return found
+
+    AutoConfig.register("pathflip", PathFLIPConfig, exist_ok=True)
+    AutoModel.register(PathFLIPConfig, PathFLIPModel, exist_ok=True)

@@ -323,11 +323,20 @@ assert weights.shape == (3, 3, 4) and pooled.shape == (3, 3, 32)
 
 
 def test_torch_model_stands_alone():
-    """Its only imports are torch, safetensors and the standard library: an export carries a copy."""
+    """It needs torch, safetensors and the standard library, and tries for transformers: an export carries a copy."""
     tree = ast.parse(Path(pytorch.__file__).with_name("torch_model.py").read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) == {"torch", "safetensors"}
+    tried = {
+        id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for part in block.body
+        for node in ast.walk(part)
+    }  # fmt: skip
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {
+        (name.partition(".")[0], id(node) in tried)
+        for node in imports
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    foreign = {(name, optional) for name, optional in modules if name not in sys.stdlib_module_names}
+    assert foreign == {("torch", False), ("safetensors", False), ("transformers", True)}
 
 
 def test_convert_refuses_what_does_not_belong(tmp_path):

@@ -1,0 +1,151 @@
+"""A trained model for users of transformers: a folder for `AutoModel.from_pretrained`, with a model card.
+
+Who has this package imports `pathflip_jax.convert.torch_model` and needs no remote code; for all others the same file
+travels along, and `trust_remote_code=True` loads it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jinja2
+
+from pathflip_jax.convert.pytorch import new_folder, to_torch, write_checkpoint
+from pathflip_jax.data.tables import parse_json
+from pathflip_jax.model.config import PathFLIPConfig
+
+CARD = "model_card.md"
+CODE = "torch_model"
+# What the encoders' own pages state; the licence binds features, and may bind what is trained on them.
+ENCODER_LICENCES = {
+    "stain_texture": "Apache-2.0 (embedded in pathflip_jax; a floor, not a foundation model)",
+    "conch": "CC-BY-NC-ND-4.0",
+    "conch_v1": "CC-BY-NC-ND-4.0",
+    "conch_v15": "CC-BY-NC-ND-4.0",
+    "uni": "CC-BY-NC-ND-4.0",
+    "uni_v1": "CC-BY-NC-ND-4.0",
+    "uni_v2": "CC-BY-NC-ND-4.0",
+    "uni2-h": "CC-BY-NC-ND-4.0",
+    "virchow": "Apache-2.0",
+    "virchow2": "CC-BY-NC-ND-4.0",
+    "gigapath": "Apache-2.0",
+    "prov-gigapath": "Apache-2.0",
+    "phikon": "Owkin's non-commercial licence",
+    "phikon-v2": "Owkin's non-commercial licence",
+    "h-optimus-0": "Apache-2.0",
+    "h-optimus-1": "CC-BY-NC-ND-4.0",
+    "h0-mini": "CC-BY-NC-ND-4.0",
+    "ctranspath": "GPL-3.0",
+}
+
+
+def export_huggingface(
+    run: str | Path,
+    out: str | Path,
+    *,
+    which: str | int = "best",
+    scores: str | Path | None = None,
+    encoder_licence: str | None = None,
+) -> None:
+    """Write a run as a folder of transformers: weights, config, tokenizer, the model's code and a model card.
+
+    `scores` is a folder that `pathflip evaluate` wrote for this run: its figures stand in the card, with intervals and
+    baselines. `encoder_licence` is that of the patch encoder where it is not one of `ENCODER_LICENCES`. The folder
+    appears whole or not at all; FileExistsError when there is one with content, ValueError when the scores are of
+    another run.
+    """
+    from pathflip_jax.checkpoint import load_run
+    from pathflip_jax.model.pathflip import flatten
+
+    found = None if scores is None else read_scores(scores, run)
+    with new_folder(out) as part:
+        model, settings, tokenizer = load_run(run, which)
+        tokenizer.save(part)
+        write_checkpoint(part / "model.safetensors", to_torch(flatten(model), model.config))
+        (part / "config.json").write_text(json.dumps(_config(model.config), indent=2) + "\n", encoding="utf-8")
+        settings_of_tokenizer = _tokenizer_config(part, settings, model.config)
+        (part / "tokenizer_config.json").write_text(json.dumps(settings_of_tokenizer, indent=2) + "\n")
+        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), part / f"{CODE}.py")
+        (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")
+
+
+def _config(config: PathFLIPConfig) -> dict[str, Any]:
+    classes = {"AutoConfig": f"{CODE}.PathFLIPConfig", "AutoModel": f"{CODE}.PathFLIPModel"}
+    facts = {"model_type": "pathflip", "architectures": ["PathFLIPModel"], "auto_map": classes, "dtype": "float32"}
+    return facts | config.to_dict()
+
+
+def _tokenizer_config(folder: Path, settings: dict, config: PathFLIPConfig) -> dict[str, Any]:
+    """What AutoTokenizer needs, since the config names no tokenizer that it knows."""
+    path = folder / "tokenizer_config.json"
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    length = int(settings.get("data", {}).get("caption_length") or config.max_positions)
+    words = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]"}
+    return there | words | named | {"model_max_length": min(length, config.max_positions)}
+
+
+def read_scores(folder: str | Path, run: str | Path) -> dict:
+    """The scores.json of an evaluation. Raises ValueError where it is of another run."""
+    path = Path(folder)
+    path = path / "scores.json" if path.is_dir() else path
+    try:
+        scores = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; give the --out of `pathflip evaluate`") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; run `pathflip evaluate` again") from error
+    names = [PurePosixPath(name).name for name in scores.get("runs", [])] if isinstance(scores, dict) else []
+    if names != [Path(run).name]:
+        raise ValueError(
+            f"{path}: scores of {', '.join(names) or 'no run'}, not of {Path(run).name} alone; evaluate this run"
+        )
+    return scores
+
+
+def figures(scores: dict) -> Iterator[dict[str, Any]]:
+    """The rows of the card: what was measured, its value with interval, and what knows nothing of the slide."""
+
+    def row(what: str, entry: dict, **baselines) -> dict[str, Any]:
+        return {"what": what, "entry": entry, "baselines": {k: v for k, v in baselines.items() if v is not None}}
+
+    for direction, galleries in scores.get("retrieval", {}).items():
+        block = galleries["all"]
+        for k in (1, 5, 10):
+            if (entry := block.get(f"R@{k}")) is not None:
+                what = f"Retrieval, {direction.replace('_', ' ')}, R@{k} of {block['gallery']}"
+                yield row(what, entry, chance=entry.get("chance"))
+    if "zero_shot" in scores:
+        task = scores["zero_shot"]
+        for metric in ("balanced_accuracy", "auc", "weighted_f1"):
+            entry = task["metrics"][metric]
+            what = f"Zero-shot {task['task'] or 'classification'}, {len(task['classes'])} classes, {metric}"
+            yield row(what, entry, chance=entry.get("chance"), majority=entry.get("majority"))
+    if "grounding" in scores:
+        entry = scores["grounding"]["auc"]
+        colour = entry.get("mean_colour")
+        value = colour["value"] if isinstance(colour, dict) else None
+        yield row("Grounding, ROC AUC of patches", entry, chance=entry.get("chance"), **{"mean colour": value})
+
+
+def card(config: PathFLIPConfig, settings: dict, scores: dict | None, encoder_licence: str | None = None) -> str:
+    """The README.md of the folder: what the model is, of which data and encoder, its scores, and how to load it.
+
+    Of the run's files the names go in, never their folders.
+    """
+    data, train = settings.get("data", {}), settings.get("train", {})
+    encoder = str(data.get("encoder") or "")
+    licence = encoder_licence or ENCODER_LICENCES.get(encoder.lower().rsplit("/")[-1].rsplit(":")[-1])
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
+    files = {name: PurePosixPath(str(data[name])).name for name in ("records", "texts", "slides") if data.get(name)}
+    return environment.get_template(CARD).render(
+        config=config, encoder=encoder, licence=licence, files=files, hashes=data.get("hashes") or {},
+        data=data, train=train, loss=settings.get("loss", {}), origin=settings.get("converted_from"),
+        scores=scores, figures=list(figures(scores)) if scores else [],
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""The folder for transformers: loaded by AutoModel here and, as remote code, where this package is not; its card."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from pathflip_jax.convert import huggingface, pytorch, torch_model  # noqa: E402
+from pathflip_jax.data.tokens import TextTokenizer  # noqa: E402
+from pathflip_jax.model.config import PathFLIPConfig  # noqa: E402
+
+BASE = Path(__file__).parents[1] / "golden" / "base"
+CAPTIONS = json.loads((BASE / "meta.json").read_text())["captions"]
+FIGURE = {"value": 0.9, "low": 0.8, "high": 0.95}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The released model of the parity case as a run folder."""
+    folder = tmp_path_factory.mktemp("huggingface") / "released"
+    pytorch.convert(BASE / "state_dict.safetensors", folder, bert_folder=BASE / "bert")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run) -> Path:
+    """Its folder for transformers."""
+    out = run.with_name("exported")
+    huggingface.export_huggingface(run, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def case():
+    """What the released code made of the case."""
+    with np.load(BASE / "io.npz") as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def test_auto_model_gives_the_released_features(exported, case):
+    model, loading = transformers.AutoModel.from_pretrained(exported, output_loading_info=True)
+    assert isinstance(model, torch_model.PathFLIPModel) and not model.training
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    ids, mask = (torch.from_numpy(case[f"caption_{part}"]) for part in ("ids", "mask"))
+    with torch.no_grad():
+        found = model(torch.from_numpy(case["patches"]), None, ids, mask)
+        pooled, weights = model.text_region_attention(found.text_embeds[None], found.region_embeds[:1])
+    assert weights.shape == (1, len(ids), found.region_embeds.shape[1]) and pooled.shape[1] == len(ids)
+    for ours, name in ((found.slide_embeds, "slide_features"), (found.text_embeds, "caption_features")):
+        np.testing.assert_allclose(ours, case[name], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.region_embeds, case["region_features"], rtol=0, atol=1e-4)
+    assert found.region_mask.all()
+
+
+def test_half_an_input_gives_half_an_output(exported, case):
+    model = transformers.AutoModel.from_pretrained(exported)
+    found = model(input_ids=torch.from_numpy(case["caption_ids"]))
+    assert found.slide_embeds is None and list(found) == ["text_embeds"]
+
+
+def test_auto_tokenizer_gives_the_runs_ids(exported, run):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    ours = TextTokenizer(run / "tokenizer")
+    assert theirs(CAPTIONS)["input_ids"] == [ids.tolist() for ids in ours.encode(CAPTIONS, 384)]
+    assert theirs.model_max_length == 384 and theirs.pad_token_id == 0
+
+
+def test_it_loads_as_torch_model_and_saves_itself(exported, tmp_path):
+    """The same folder serves those who want torch alone; what transformers saves is the same folder again."""
+    plain = torch_model.load(exported).state_dict()
+    transformers.AutoModel.from_pretrained(exported).save_pretrained(tmp_path / "again")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "again").state_dict()
+    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_remote_code_needs_no_package(exported, case, tmp_path):
+    script = f"""
+import sys; sys.modules["jax"] = sys.modules["pathflip_jax"] = None
+import numpy as np, torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(exported)!r}, trust_remote_code=True)
+case = np.load({str(BASE / "io.npz")!r})
+with torch.no_grad():
+    found = model(torch.from_numpy(case["patches"]), None, torch.from_numpy(case["caption_ids"]),
+                  torch.from_numpy(case["caption_mask"]))
+assert np.abs(found.slide_embeds.numpy() - case["slide_features"]).max() < 1e-4
+assert np.abs(found.text_embeds.numpy() - case["caption_features"]).max() < 1e-4
+"""
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, env=environment, cwd=tmp_path)
+
+
+def scored(run: Path, folder: Path) -> Path:
+    """What `pathflip evaluate` leaves, in so far as the card reads it."""
+    content = {
+        "runs": [str(run)], "split": "test", "slides": 12, "patients": 11, "interval": "95%, bootstrap by patient",
+        "warnings": ["2 patients of split 'test' have slides in other splits too"],
+        "retrieval": {"slide_to_text": {"all": {"gallery": 12, "queries": 12, "R@1": FIGURE | {"chance": 0.083}}}},
+        "zero_shot": {
+            "task": "subtypes", "classes": {"A": 6, "B": 6},
+            "metrics": {"balanced_accuracy": FIGURE | {"chance": 0.5, "majority": 0.5}, "auc": FIGURE,
+                        "weighted_f1": FIGURE},
+        },
+        "grounding": {"auc": FIGURE | {"chance": 0.5, "mean_colour": {"value": 0.61, "low": 0.5, "high": 0.7}}},
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "scores.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_card_shows_scores_baselines_and_warnings(run, tmp_path):
+    huggingface.export_huggingface(run, tmp_path / "out", scores=scored(run, tmp_path / "scores"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Retrieval, slide to text, R@1 of 12 | 0.900 | 0.800 to 0.950 | chance 0.083 |" in card
+    assert (
+        "| Zero-shot subtypes, 2 classes, balanced_accuracy | 0.900 | 0.800 to 0.950 | chance 0.500, majority" in card
+    )
+    assert "mean colour 0.610" in card and "> 2 patients of split" in card and "12 slides of 11 patients" in card
+    assert "**For research use only.**" in card and "state_dict.safetensors" in card and str(tmp_path) not in card
+
+
+def test_the_card_names_encoder_and_licence():
+    data = {
+        "encoder": "conch_v15",
+        "records": "/secret/lab/records",
+        "edge_um": 2048.0,
+        "hashes": {"records": "ab" * 32},
+    }
+    settings = {"data": data, "train": {"steps": 100, "batch_size": 16, "seed": 3}}
+    card = huggingface.card(PathFLIPConfig(), settings, None)
+    assert "conch_v15, 512 numbers a patch" in card and "CC-BY-NC-ND-4.0" in card
+    assert "`records`, hash `abababababababab`" in card and "secret" not in card and "100 of 16 slides, seed 3" in card
+    assert "not known here" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None)
+    assert "MIT" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None, "MIT")
+
+
+def test_scores_of_another_run_are_refused(run, tmp_path):
+    folder = scored(tmp_path / "other", tmp_path / "scores")
+    with pytest.raises(ValueError, match=r"scores\.json: scores of other, not of released alone"):
+        huggingface.export_huggingface(run, tmp_path / "out", scores=folder)
+    with pytest.raises(FileNotFoundError, match="give the --out of `pathflip evaluate`"):
+        huggingface.export_huggingface(run, tmp_path / "out", scores=tmp_path)
+    assert not (tmp_path / "out").exists()
