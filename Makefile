@@ -49,10 +49,10 @@ demo: setup
 	$(BIN)/pathflip demo --out demo
 
 test: setup-test
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile --durations 15
 
 test-slow: setup-slow
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist loadfile --durations 30
 
 lint: setup-test
 	$(BIN)/ruff check .
