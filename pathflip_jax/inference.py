@@ -70,6 +70,26 @@ class Bag(NamedTuple):
     grid: Int[np.ndarray, "R 2"]
 
 
+class Prepared(NamedTuple):
+    """A slide as `Predictor.prepare` encodes it before any text comes: where its patches lie, regions and windows.
+
+    `windows` [N, D] is None for the methods that spread the score of a region over its patches; `shares` [N] is what
+    method `attention` weighs those by.
+    """
+
+    slide_id: str
+    coords: Int[np.ndarray, "N 2"]
+    patch_size: int
+    mpp: float
+    width: int
+    height: int
+    method: str
+    slots: Int[np.ndarray, "R S"]
+    regions: Float[np.ndarray, "R D"]
+    shares: Float[np.ndarray, "N"] | None
+    windows: Float[np.ndarray, "N D"] | None
+
+
 class Predictor:
     """A trained run: encodes slides and texts, and grounds texts on slides.
 
@@ -209,6 +229,35 @@ class Predictor:
         `window` (an odd number of patches) and `context` matter to the methods that look at patches one by one.
         Raises ValueError for a slide without coordinates: there is no place to put a score.
         """
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        text = self.encode_text(texts)  # first: a text of no words is told before the slide is encoded
+        return self._score(self.prepare(slide, method=method, window=window, context=context), texts, text)
+
+    def score(
+        self,
+        prepared: Prepared,
+        texts: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = (),
+        encoded: Float[np.ndarray, "n D"] | None = None,
+    ) -> Grounding:
+        """What `ground` gives for a slide that `prepare` has encoded: a matrix product for each further text.
+
+        `encoded` is what `encode_text` made of the texts and the negative ones behind them, where that is known.
+        """
+        texts, negative = _as_tuple(texts), _as_tuple(negative)
+        encoded = self.encode_text(texts + negative) if encoded is None else encoded
+        return maps.subtract(self._score(prepared, texts + negative, encoded), len(negative))
+
+    def prepare(
+        self,
+        slide: SlideFeatures,
+        *,
+        method: str = maps.DEFAULT_METHOD,
+        window: int = maps.WINDOW,
+        context: int = maps.CONTEXT,
+    ) -> Prepared:
+        """Encode of a slide what no text changes, so that many texts can be scored on it. Raises as `ground`."""
         if method not in maps.METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(maps.METHODS)}")
         if window < 1 or window % 2 == 0:
@@ -218,18 +267,13 @@ class Predictor:
                 f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
                 "extract features in a format that stores them (CLAM or TRIDENT h5)"
             )
-        texts = (texts,) if isinstance(texts, str) else tuple(texts)
-        text = self.encode_text(texts)
         bag = self.bag(slide)
-        patches, regions = len(slide.features), len(bag.slots)
+        regions = len(bag.slots)
         encoding = self._encode([bag.features], [bag.slots], attention=method == "attention")
-        region_scores = maps.log_ratio(self._attend(text, encoding.regions[0, :regions]))
-        if method == "region":
-            scores = maps.spread(region_scores, bag.slots, patches)
-        elif method == "attention":
-            share = maps.patch_shares(encoding.region_attention[0], bag.slots, patches)
-            scores = maps.spread(region_scores, bag.slots, patches) + np.log(np.maximum(share, 1e-9))
-        else:
+        shares = windows = None
+        if method == "attention":
+            shares = maps.patch_shares(encoding.region_attention[0], bag.slots, len(slide.features))
+        elif method != "region":
             if slide.patch_size <= 0:
                 raise ValueError(
                     f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
@@ -238,21 +282,43 @@ class Predictor:
             slots = maps.window_slots(slide.coords, slide.patch_size, window)
             encode_windows = maps.window_slides if method == "slide" else maps.window_regions
             windows = encode_windows(lambda index: self._encode([bag.features] * len(index), index), slots, context)
-            if method == "patch":
-                scores = maps.log_ratio(self._attend(text, windows))
-            else:
-                scores = _cosine(text, self._alone(windows) if method == "similarity" else windows)
-        return Grounding(
+            if method == "similarity":
+                windows = self._alone(windows)
+        return Prepared(
             slide_id=slide.slide_id,
-            texts=texts,
-            patch_scores=np.asarray(scores, np.float32),
-            region_scores=np.asarray(region_scores, np.float32),
             coords=slide.coords,
             patch_size=slide.patch_size,
             mpp=slide.mpp,
             width=slide.width,
             height=slide.height,
             method=method,
+            slots=bag.slots,
+            regions=encoding.regions[0, :regions],
+            shares=shares,
+            windows=windows,
+        )
+
+    def _score(self, prepared: Prepared, texts: tuple[str, ...], text: Float[np.ndarray, "C D"]) -> Grounding:
+        region_scores = maps.log_ratio(self._attend(text, prepared.regions))
+        if prepared.windows is None:
+            scores = maps.spread(region_scores, prepared.slots, len(prepared.coords))
+            if prepared.shares is not None:
+                scores = scores + np.log(np.maximum(prepared.shares, 1e-9))
+        elif prepared.method == "patch":
+            scores = maps.log_ratio(self._attend(text, prepared.windows))
+        else:
+            scores = _cosine(text, prepared.windows)
+        return Grounding(
+            slide_id=prepared.slide_id,
+            texts=texts,
+            patch_scores=np.asarray(scores, np.float32),
+            region_scores=np.asarray(region_scores, np.float32),
+            coords=prepared.coords,
+            patch_size=prepared.patch_size,
+            mpp=prepared.mpp,
+            width=prepared.width,
+            height=prepared.height,
+            method=prepared.method,
         )
 
     def _attend(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
@@ -275,6 +341,10 @@ class Predictor:
         keys[: len(regions), 0] = regions
         pooled, _ = _text_region_attention(self.model, np.zeros_like(keys), keys, np.ones((size, 1), bool))
         return np.asarray(pooled, np.float32)[: len(regions), 0]
+
+
+def _as_tuple(texts: str | Sequence[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

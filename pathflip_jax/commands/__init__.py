@@ -13,12 +13,14 @@ from pathflip_jax.commands import (
     ground,
     import_features,
     prepare,
+    report,
+    serve,
     train,
     vocabulary,
 )
 
 # In the order in which `pathflip --help` lists them.
 COMMANDS = (
-    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, caption, ask, embed, convert,
-    export,
+    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, report, serve, caption, ask,
+    embed, convert, export,
 )  # fmt: skip

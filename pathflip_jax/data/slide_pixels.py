@@ -1,16 +1,25 @@
-"""Thumbnails and mean colours of slide files; runs in the worker of `guarded.py` only.
+"""Thumbnails, tiles and mean colours of slide files; runs in the worker of `guarded.py` only.
 
 OpenSlide and what it stands on (libtiff, libjpeg, OpenJPEG) parse whatever claims to be a slide, and some of it ends or
-stalls the process. `data_prep` opens slides in worker processes of its own.
+stalls the process. `data_prep` opens slides in worker processes of its own. Labels and macro images, which can name the
+patient, are read by nothing here.
 """
+
+import functools
+import io
+import math
+import os
 
 import numpy as np
 import openslide
+from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
-from pathflip_jax.data.guarded import Parsed
+from pathflip_jax.data.guarded import Parsed, Refused
 
-WHOLE_LEVEL = 2**26  # pixels of a level that is read in one go for a thumbnail, or in one strip
+WHOLE_LEVEL = 2**26  # pixels of a level that is read in one go for a thumbnail or a tile, or in one strip
+TILE, OVERLAP = 254, 1  # of Deep Zoom: with its overlap on both sides a tile has 256 pixels
+OPEN_SLIDES = 4  # that a worker keeps open for tiles; each may hold 32 MB of decoded pixels
 
 
 def detect(path: str) -> Parsed:
@@ -64,6 +73,57 @@ def colours(path: str, coords: list[list[int]], patch_size: int, whole: int) -> 
 def _mean_on_white(patch: Image.Image) -> np.ndarray:
     pixels = np.asarray(patch, np.float64)
     return (255 + (pixels[..., :3] - 255) * pixels[..., 3:] / 255).mean((0, 1))
+
+
+def pyramid(path: str) -> Parsed:
+    """The size of a slide at level 0 in pixels, its `mpp` (0 = unknown), and how Deep Zoom cuts it.
+
+    Level k of its `levels` has half the pixels of level k + 1 a side; the last one is level 0 of the slide. Tiles have
+    `tile` pixels a side, and `overlap` more where they have a neighbour.
+    """
+    with _opened(path) as slide:
+        width, height = slide.dimensions
+        try:
+            mpp = float(slide.properties.get(openslide.PROPERTY_NAME_MPP_X, 0))
+        except ValueError:
+            mpp = 0.0
+        facts = {"width": width, "height": height, "mpp": mpp if 0 < mpp < math.inf else 0.0}
+        tiles = DeepZoomGenerator(slide, TILE, OVERLAP)
+        return facts | {"levels": tiles.level_count, "tile": TILE, "overlap": OVERLAP}, {}
+
+
+def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
+    """One Deep Zoom tile as `jpeg` [bytes]. The slide stays open for the next one until its file changes.
+
+    Raises Refused for a tile that the slide does not have.
+    """
+    state = os.stat(path)
+    try:
+        tiles = _tiles(path, state.st_mtime_ns, state.st_size)
+        if not 0 <= level < tiles.level_count:
+            raise Refused(f"no level {level} among its {tiles.level_count}")
+        across, down = tiles.level_tiles[level]
+        if not (0 <= column < across and 0 <= row < down):
+            raise Refused(f"no tile {column}, {row} among the {across} x {down} of level {level}")
+        _, _, (width, height) = tiles.get_tile_coordinates(level, (column, row))
+        if width * height > WHOLE_LEVEL:
+            raise Refused(
+                "it has no low level to show its whole from; convert it, for example "
+                f"`vips tiffsave {os.path.basename(path)} OUT.tiff --tile --pyramid --compression jpeg`"
+            )
+        picture = tiles.get_tile(level, (column, row))
+    except openslide.OpenSlideError as error:
+        _tiles.cache_clear()  # a slide that failed once answers nothing any more
+        raise ValueError(f"OpenSlide cannot read it ({error}); the file is damaged: copy it again") from None
+    with io.BytesIO() as out:
+        picture.save(out, "JPEG", quality=quality)
+        return {}, {"jpeg": np.frombuffer(out.getvalue(), np.uint8)}
+
+
+@functools.lru_cache(OPEN_SLIDES)
+def _tiles(path: str, changed: int, size: int) -> DeepZoomGenerator:
+    """The tiles of a slide as it was when its file had this time of change and size."""
+    return DeepZoomGenerator(openslide.OpenSlide(path), TILE, OVERLAP)
 
 
 class _opened:
