@@ -220,34 +220,21 @@ class Predictor:
         slide: SlideFeatures,
         texts: str | Sequence[str],
         *,
+        negative: str | Sequence[str] = (),
         method: str = maps.DEFAULT_METHOD,
         window: int = maps.WINDOW,
         context: int = maps.CONTEXT,
     ) -> Grounding:
         """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are.
 
-        `window` (an odd number of patches) and `context` matter to the methods that look at patches one by one.
+        The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
+        and `context` matter to the methods that look at patches one by one.
         Raises ValueError for a slide without coordinates: there is no place to put a score.
         """
-        texts = (texts,) if isinstance(texts, str) else tuple(texts)
-        text = self.encode_text(texts)  # first: a text of no words is told before the slide is encoded
-        return self._score(self.prepare(slide, method=method, window=window, context=context), texts, text)
-
-    def score(
-        self,
-        prepared: Prepared,
-        texts: str | Sequence[str],
-        *,
-        negative: str | Sequence[str] = (),
-        encoded: Float[np.ndarray, "n D"] | None = None,
-    ) -> Grounding:
-        """What `ground` gives for a slide that `prepare` has encoded: a matrix product for each further text.
-
-        `encoded` is what `encode_text` made of the texts and the negative ones behind them, where that is known.
-        """
         texts, negative = _as_tuple(texts), _as_tuple(negative)
-        encoded = self.encode_text(texts + negative) if encoded is None else encoded
-        return maps.subtract(self._score(prepared, texts + negative, encoded), len(negative))
+        encoded = self.encode_text(texts + negative)  # first: a text of no words is told before the slide is encoded
+        prepared = self.prepare(slide, method=method, window=window, context=context)
+        return self.score(prepared, texts, negative=negative, encoded=encoded)
 
     def prepare(
         self,
@@ -298,7 +285,20 @@ class Predictor:
             windows=windows,
         )
 
-    def _score(self, prepared: Prepared, texts: tuple[str, ...], text: Float[np.ndarray, "C D"]) -> Grounding:
+    def score(
+        self,
+        prepared: Prepared,
+        texts: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = (),
+        encoded: Float[np.ndarray, "n D"] | None = None,
+    ) -> Grounding:
+        """What `ground` gives for a slide that `prepare` has encoded: a matrix product for each further text.
+
+        `encoded` is what `encode_text` made of the texts and the negative ones behind them, where that is known.
+        """
+        texts, negative = _as_tuple(texts), _as_tuple(negative)
+        text = self.encode_text(texts + negative) if encoded is None else encoded
         region_scores = maps.log_ratio(self._attend(text, prepared.regions))
         if prepared.windows is None:
             scores = maps.spread(region_scores, prepared.slots, len(prepared.coords))
@@ -308,9 +308,9 @@ class Predictor:
             scores = maps.log_ratio(self._attend(text, prepared.windows))
         else:
             scores = _cosine(text, prepared.windows)
-        return Grounding(
+        found = Grounding(
             slide_id=prepared.slide_id,
-            texts=texts,
+            texts=texts + negative,
             patch_scores=np.asarray(scores, np.float32),
             region_scores=np.asarray(region_scores, np.float32),
             coords=prepared.coords,
@@ -320,6 +320,17 @@ class Predictor:
             height=prepared.height,
             method=prepared.method,
         )
+        return maps.subtract(found, len(negative))
+
+    def attend(self, slide: SlideFeatures) -> Float[np.ndarray, "N"]:
+        """The cross-attention of the Slide Q-Former to each patch, as a logarithm over its mean: a map of no text.
+
+        What a grounding must beat: the model looks at some patches more than at others whatever is asked.
+        """
+        bag = self.bag(slide)
+        encoding = self._encode([bag.features], [bag.slots], attention=True)
+        weights = maps.patch_weights(encoding.slide_attention[0], bag.slots, len(slide.features))
+        return np.log(np.maximum(weights, 1e-9))
 
     def _attend(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
         """The attention of each text over the regions [C, R], mean over heads."""
@@ -379,6 +390,11 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
                 f"{path}: feature files are read from a local disk only; copy it, or import it into records"
             )
         return read_features(path, slide_id=slide_id or "", **known)
+    if known:
+        raise ValueError(
+            f"{path}: records say {' and '.join(sorted(known))} themselves; leave it out here, and import the features "
+            "again if what they say is wrong"
+        )
     records = Records(path if path.is_dir() else [path])
     if slide_id is None:
         if len(records.slides) != 1:

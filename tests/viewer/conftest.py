@@ -13,6 +13,7 @@ from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.inference import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.viewer import grounder
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.pictures import Pictures
 from pathflip_jax.viewer.search import Search
@@ -70,7 +71,8 @@ def slides_dir(tmp_path, write_slide):
 
 
 @pytest.fixture
-def session(slides_dir, tiny_cohort, predictor):
+def session(slides_dir, tiny_cohort, predictor, monkeypatch):
+    monkeypatch.setattr(grounder, "WARM_WORDS", 0)  # nobody waits here
     slides = list_slides(slides_dir, records=tiny_cohort.records)
     session = Session(slides, Pictures(readers=2), Grounder(predictor), Search(slides))
     yield session

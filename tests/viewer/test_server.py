@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from pathflip_jax.grounding import maps
+from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.page_files import page_files
 from pathflip_jax.viewer.pictures import Pictures
 from pathflip_jax.viewer.search import Search
@@ -66,18 +66,6 @@ def test_scores_are_those_of_the_predictor(client, predictor, session):
     assert np.array_equal(np.reshape(patches["coords"], (-1, 2)), expected.coords)
     assert (patches["patch_size"], patches["mpp"], patches["warnings"]) == (64, 0.5, [])
     assert (found["text"], found["negative"]) == (text, [negative])
-
-
-@pytest.mark.parametrize("method", maps.METHODS)
-def test_a_prepared_slide_gives_every_text_what_ground_gives(predictor, session, method):
-    slide, texts = session.slides[0].features(), ["necrosis", "dense stroma"]
-    prepared = predictor.prepare(slide, method=method)
-    for text in texts:
-        expected = predictor.ground(slide, text, method=method)
-        assert np.array_equal(predictor.score(prepared, text).patch_scores, expected.patch_scores)
-    together = predictor.score(prepared, texts, negative="fat")
-    expected = predictor.ground(slide, texts, negative="fat", method=method)
-    assert np.array_equal(together.patch_scores, expected.patch_scores) and together.negative == ("fat",)
 
 
 def test_areas_lie_where_the_scores_are_high(client):
@@ -195,8 +183,6 @@ def test_one_broken_and_one_deleted_slide_leave_the_rest(client, slides_dir):
 def test_features_of_another_slide_or_scale_are_told(slides_dir, tiny_cohort, predictor, write_slide):
     write_slide(slides_dir / "S03.tiff", size=(120, 140))
     slides = list_slides(slides_dir, records=tiny_cohort.records, only=["S03"])
-    from pathflip_jax.viewer.grounder import Grounder
-
     session = Session(slides, Pictures(readers=1), Grounder(predictor), Search(slides))
     (warning,) = session.patches(0)["warnings"]
     assert "patches lie beyond the slide" in warning and "140 x 120 pixels" in warning
