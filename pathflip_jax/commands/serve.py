@@ -27,6 +27,8 @@ def add(commands) -> None:
         "--embeddings", type=Path, metavar="FILE", help="file of `pathflip embed`: search finds all slides at once"
     )
     parser.add_argument("--language", type=Path, metavar="RUN", help="run of a language stage: reports and answers")
+    parser.add_argument("--decoder", default="", metavar="FOLDER", help="where its decoder's folder lies, if it moved")
+    parser.add_argument("--aligner", default="", metavar="RUN", help="where its aligner's run lies, if it moved")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default 8000; 0: any that is free)")
     parser.add_argument(
@@ -65,7 +67,8 @@ def _run(options: argparse.Namespace) -> int:
             from pathflip_jax.llm.assistant import load_assistant
             from pathflip_jax.viewer.speaker import Speaker
 
-            speaker = Speaker(load_assistant(options.language), sampling(options))
+            assistant = load_assistant(options.language, decoder=options.decoder, aligner=options.aligner)
+            speaker = Speaker(assistant, sampling(options))
         grounder = Grounder(predictor, options.method, options.window)
         run(Session(slides, Pictures(), grounder, Search(slides, found), speaker), listener, token)
     return 0

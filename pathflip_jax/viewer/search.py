@@ -57,7 +57,7 @@ class Search:
         """How many slides can be found, and whether more are on their way."""
         return {
             "ready": len(self._found),
-            "slides": len(self._slides),
+            "all": len(self._slides),
             "busy": self._thread is not None and self._thread.is_alive(),
         }
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,12 @@ def check_accessibility(tab):
     assert [(rule["id"], [node["html"][:120] for node in rule["nodes"]]) for rule in found] == []
 
 
-def wait_for(tab, expression):
-    tab.wait_for_function(expression)
+def wait_for(tab, expression, seconds=30):
+    """Wait until an expression of the page is true. Playwright's own would evaluate text, which the page forbids."""
+    deadline = time.monotonic() + seconds
+    while not tab.evaluate(f"Promise.resolve({expression}).then(Boolean)"):
+        assert time.monotonic() < deadline, expression
+        time.sleep(0.03)
 
 
 def ready(tab):

@@ -46,7 +46,7 @@ def test_a_page_holds_scores_areas_and_tiles(command, predictor, session, tmp_pa
             assert content["image"] is None and not (out / "slides" / str(number) / "tiles").exists()
             continue
         image, tiles = content["image"], out / "slides" / str(number) / "tiles"
-        assert (image["width"], image["height"], image["first"], image["last"]) == (384, 320, 7, 9)
+        assert (image["width"], image["height"], image["first"], image["last"]) == (384, 320, 8, 9)
         assert sorted(file.name for file in (tiles / "9").iterdir()) == ["0_0.jpg", "0_1.jpg", "1_0.jpg", "1_1.jpg"]
         live = session.pictures.tile(slide.image, 9, 1, 0)
         assert (tiles / "9/1_0.jpg").read_bytes() == live

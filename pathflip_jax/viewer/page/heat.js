@@ -132,7 +132,7 @@ function paintRaster(patches, raster, { low, high, threshold, colours, colour })
     image.data[4 * p] = red;
     image.data[4 * p + 1] = green;
     image.data[4 * p + 2] = blue;
-    image.data[4 * p + 3] = colours ? 255 : 90 + 165 * share;
+    image.data[4 * p + 3] = colours ? 255 : 40 + 150 * share;
   }
   context.putImageData(image, 0, 0);
   return canvas;

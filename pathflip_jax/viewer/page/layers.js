@@ -34,7 +34,7 @@ class Layer {
     const { scores } = this.facts;
     const score = scores[patch];
     const below = scores.reduce((count, other) => count + (other < score), 0);
-    return `${score.toFixed(3)}, above ${Math.round((100 * below) / scores.length)}% of patches`;
+    return `${score.toFixed(3)}, above ${Math.floor((100 * below) / scores.length)}% of patches`;
   }
 
   summary() {
@@ -84,7 +84,7 @@ function layerRow(layer, { steps, removable, colours, does }) {
   const foot = make("div", { className: "foot" });
   foot.append(make("span", { className: layer.error ? "error" : "quiet", textContent: layer.summary() }));
   if (layer.areas.length) {
-    const next = make("button", { type: "button", textContent: "Go to next area" });
+    const next = make("button", { type: "button", textContent: "Next area" });
     next.addEventListener("click", () => does.next(layer));
     foot.append(next);
   }

@@ -21,6 +21,7 @@ class Stage {
       showNavigator: true,
       navigatorPosition: "TOP_RIGHT",
       navigatorSizeRatio: 0.16,
+      navigatorAutoFade: false,
       animationTime: 0.5,
       springStiffness: 9,
       minZoomImageRatio: 0.7,
