@@ -85,7 +85,7 @@ def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
     """What the page says of the model, and the colours that it draws with."""
     heat = np.round(colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(int)
     return {
-        "run": predictor.name,
+        "run": predictor.name.rstrip("/").rpartition("/")[2],  # a page is sent to others: no folders of this machine
         "encoder": predictor.encoder,
         "method": method,
         "notice": RESEARCH_ONLY,

@@ -424,7 +424,10 @@ function start() {
   changedOpacity($("opacity"));
   changed("show-maps", ({ checked }) => Object.assign(stage, { showMaps: checked }).draw());
   changed("show-areas", ({ checked }) => Object.assign(stage, { showAreas: checked }).draw());
-  changed("smooth", paintLayers);
+  changed("smooth", ({ checked }) => {
+    stage.smooth = checked;
+    paintLayers();
+  });
   changed("grey", ({ checked }) => $("stage").classList.toggle("grey", checked));
   $("download").addEventListener("click", download);
   $("help-open").addEventListener("click", () => $("help").showModal());

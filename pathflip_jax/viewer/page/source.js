@@ -95,7 +95,7 @@ class WrittenSource {
   }
 
   async areas(number, layer, threshold) {
-    return layer.areas[String(threshold)];
+    return layer.facts.areas[String(threshold)];
   }
 
   async find(text) {

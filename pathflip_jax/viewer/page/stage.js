@@ -13,7 +13,7 @@ class Stage {
     this.report = report;
     this.layers = []; // {canvas, path, colour}, what is drawn
     this.opacity = 0.6;
-    this.showMaps = this.showAreas = true;
+    this.showMaps = this.showAreas = this.smooth = true;
     this.viewer = OpenSeadragon({
       element,
       drawer: "canvas", // WebGL refuses pictures of a page from file://
@@ -139,16 +139,16 @@ class Stage {
     if (!this.width || !this.viewer.isOpen()) return;
     const { scale, x, y } = this.view();
     context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
-    if (this.blank && this.patches) this.#drawRaster(context, this.patches.ground, 1);
-    if (this.showMaps) for (const layer of this.layers) this.#drawRaster(context, layer.canvas, this.opacity);
+    if (this.blank && this.patches) this.#drawRaster(context, this.patches.ground, 1, false);
+    if (this.showMaps) for (const { canvas } of this.layers) this.#drawRaster(context, canvas, this.opacity, this.smooth);
     if (this.showAreas) for (const layer of this.layers) this.#drawAreas(context, layer, scale);
     this.#drawScale(scale);
   }
 
-  #drawRaster(context, canvas, opacity) {
+  #drawRaster(context, canvas, opacity, smooth) {
     const [left, top] = this.patches.bounds;
     context.globalAlpha = opacity;
-    context.imageSmoothingEnabled = true;
+    context.imageSmoothingEnabled = smooth;
     context.drawImage(canvas, left, top, canvas.width * this.patches.step, canvas.height * this.patches.step);
     context.globalAlpha = 1;
   }
