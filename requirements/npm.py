@@ -15,10 +15,14 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parent.parent / "pathflip_jax/viewer/page"
 PACKAGE = "openseadragon@6.1.1"
 INTEGRITY = "sha512-g4iKe2q8B642SaBT3+x4ZF3/8b1TxPPydyjmtrOLgDrlYWMKd9ZXM+1Cb/xa9DVySkvs/7l6HR1nHKfD5F3Tsw=="
-# File of the package: its name in the page.
+# File of the package: its name in the page. The SHA-256 of each, as it lies there, is what the tests look for.
 FILES = {
     "package/build/openseadragon/openseadragon.min.js": "openseadragon.min.js",
     "package/LICENSE.txt": "LICENSE.openseadragon.txt",
+}
+HASHES = {
+    "openseadragon.min.js": "4e6fe442742db946dfbe1e748486552078e28ba617412e91b81146443465d2c4",
+    "LICENSE.openseadragon.txt": "17da96b26ac706d2cbd06d4555dedb43026782f4943faf0156fe7acf89454228",
 }
 
 

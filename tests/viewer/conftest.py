@@ -72,8 +72,9 @@ def slides_dir(tmp_path, write_slide):
 
 @pytest.fixture
 def session(slides_dir, tiny_cohort, predictor, monkeypatch):
+    """Its maps are of method `region`: few programs to compile. `tests/test_inference.py` compares the others."""
     monkeypatch.setattr(grounder, "WARM_WORDS", 0)  # nobody waits here
     slides = list_slides(slides_dir, records=tiny_cohort.records)
-    session = Session(slides, Pictures(readers=2), Grounder(predictor), Search(slides))
+    session = Session(slides, Pictures(readers=2), Grounder(predictor, "region"), Search(slides))
     yield session
     session.pictures.close()

@@ -10,12 +10,21 @@ from pathflip_jax import cli
 from pathflip_jax.viewer import static
 from pathflip_jax.viewer.layers import STEPS
 
-TEXTS = ["Necrosis is extensive.", "Fat is seen at the edge."]
+TEXTS = ["necrosis", "fat"]
 
 
 @pytest.fixture
 def command(run_folder, tiny_cohort, slides_dir, tmp_path):
-    sources = ["--records", str(tiny_cohort.records), "--slides-dir", str(slides_dir), "--texts", *TEXTS]
+    sources = [
+        "--records",
+        str(tiny_cohort.records),
+        "--slides-dir",
+        str(slides_dir),
+        "--texts",
+        *TEXTS,
+        "--method",
+        "region",
+    ]
     return ["report", str(run_folder), *sources, "--out", str(tmp_path / "page"), "--json"]
 
 
@@ -36,7 +45,7 @@ def test_a_page_holds_scores_areas_and_tiles(command, predictor, session, tmp_pa
     for number, name in enumerate(outcome["done"]):
         slide = session.slides[int(name[1:])]
         content = read_script(out / "slides" / str(number) / "slide.js", rf"\.loaded\({number}, ")
-        expected = predictor.ground(slide.features(), TEXTS, negative=["glands"])
+        expected = predictor.ground(slide.features(), TEXTS, negative=["glands"], method="region")
         assert [layer["text"] for layer in content["layers"]] == TEXTS
         scores = [layer["scores"] for layer in content["layers"]]
         np.testing.assert_allclose(scores, expected.patch_scores, atol=1e-4)
