@@ -352,7 +352,8 @@ const KEYS = {
   k: () => step(-1),
   n: () => goToNext(shownLayers()[0]),
   h: () => toggle("show-maps"),
-  b: () => toggle("show-areas"),
+  a: () => toggle("show-areas"),
+  b: () => toggle("show-boxes"),
   g: () => toggle("grey"),
   c: () => {
     const found = scoresAt(...stage.middle()).map(([layer, score]) => `${layer.text}: ${score}`);
@@ -424,6 +425,7 @@ function start() {
   changedOpacity($("opacity"));
   changed("show-maps", ({ checked }) => Object.assign(stage, { showMaps: checked }).draw());
   changed("show-areas", ({ checked }) => Object.assign(stage, { showAreas: checked }).draw());
+  changed("show-boxes", ({ checked }) => Object.assign(stage, { showBoxes: checked }).draw());
   changed("smooth", ({ checked }) => {
     stage.smooth = checked;
     paintLayers();

@@ -10,7 +10,7 @@ class Layer {
 
   /** Forget the slide that it was on. */
   reset() {
-    Object.assign(this, { facts: null, threshold: null, areas: [], next: 0, error: "", canvas: null, path: null });
+    Object.assign(this, { facts: null, threshold: null, areas: [], next: 0, error: "", canvas: null, path: null, boxes: null });
   }
 
   paint(patches, smooth, colours) {
@@ -27,6 +27,7 @@ class Layer {
     this.areas = areas;
     this.next = 0;
     this.path = pathOf(areas);
+    this.boxes = boxesOf(areas);
   }
 
   /** The score of a patch, and the share of patches that score less. */

@@ -11,9 +11,9 @@ class Stage {
   constructor(element, report) {
     this.element = element;
     this.report = report;
-    this.layers = []; // {canvas, path, colour}, what is drawn
+    this.layers = []; // {canvas, path, boxes, colour}, what is drawn
     this.opacity = 0.6;
-    this.showMaps = this.showAreas = this.smooth = true;
+    this.showMaps = this.showAreas = this.showBoxes = this.smooth = true;
     this.viewer = OpenSeadragon({
       element,
       drawer: "canvas", // WebGL refuses pictures of a page from file://
@@ -141,7 +141,10 @@ class Stage {
     context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
     if (this.blank && this.patches) this.#drawRaster(context, this.patches.ground, 1, false);
     if (this.showMaps) for (const { canvas } of this.layers) this.#drawRaster(context, canvas, this.opacity, this.smooth);
-    if (this.showAreas) for (const layer of this.layers) this.#drawAreas(context, layer, scale);
+    for (const { path, boxes, colour } of this.layers) {
+      if (this.showBoxes) this.#drawLines(context, boxes, { colour, width: 1.2, dash: [7, 5] }, scale);
+      if (this.showAreas) this.#drawLines(context, path, { colour, width: 2.2, dash: [] }, scale);
+    }
     this.#drawScale(scale);
   }
 
@@ -153,14 +156,17 @@ class Stage {
     context.globalAlpha = 1;
   }
 
-  #drawAreas(context, { path, colour }, scale) {
+  /** Lines in the colour of their layer on a white rim, so that they show on any stain; widths in screen pixels. */
+  #drawLines(context, path, { colour, width, dash }, scale) {
     if (!path) return;
     context.lineJoin = "round";
-    for (const [width, style] of [[4.5, "rgb(255 255 255 / 0.85)"], [2.2, `rgb(${colour.join(" ")})`]]) {
-      context.lineWidth = width / scale;
+    context.setLineDash(dash.map((length) => length / scale));
+    for (const [wide, style] of [[width + 2.3, "rgb(255 255 255 / 0.85)"], [width, `rgb(${colour.join(" ")})`]]) {
+      context.lineWidth = wide / scale;
       context.strokeStyle = style;
       context.stroke(path);
     }
+    context.setLineDash([]);
   }
 
   #drawScale(scale) {
@@ -188,6 +194,13 @@ function pathOf(features) {
       path.closePath();
     }
   }
+  return path;
+}
+
+/** The rectangles around GeoJSON features as one path. */
+function boxesOf(features) {
+  const path = new Path2D();
+  for (const [left, top, right, bottom] of features.map(boundsOf)) path.rect(left, top, right - left, bottom - top);
   return path;
 }
 
