@@ -44,6 +44,11 @@ def add(commands) -> None:
     parser.add_argument(
         "--clear", type=float, metavar="SHARE", help="patches cut by an outline by more than this share do not count"
     )
+    parser.add_argument(
+        "--lesions",
+        metavar="CONCEPT",
+        help="concept whose outlines are lesions to detect: scores FROC as CAMELYON16 does",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of scores, figures, report")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -73,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         method=options.method,
         window=options.window,
         clear=options.clear,
+        lesions=options.lesions,
     )
     print(json.dumps(scores) if options.json else options.out / "report.html")
     return 0

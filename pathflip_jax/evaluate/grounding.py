@@ -1,20 +1,56 @@
 """Grounding scored against true outlines: do patches inside a concept's outline score above the others?
 
-One ROC AUC per slide and concept, over the patches of the slide; a slide's figure is the mean over the concepts
-present in it, a cohort's the mean over slides. A random map has 0.5.
+Per slide and concept, over the patches of the slide:
+
+- ROC AUC: does a patch inside outscore one outside? A random map has 0.5.
+- Pointing game: does the highest patch lie inside? A random map has the share of patches that do.
+- Dice of the patches above a fixed threshold with those inside. The threshold is one for each concept, the best for
+  training slides with outlines; no slide that is scored has a say in it.
+
+A slide's figure is the mean over the concepts present in it, a cohort's the mean over slides. Beside the map stand what
+knows no text (the cross-attention of the Q-Former) and what knows no pathology (mean colour), under the same rules.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from tqdm import tqdm
 
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.evaluate import colour, scores
+from pathflip_jax.evaluate import colour, froc, scores
 from pathflip_jax.grounding.outlines import area_fraction, patches_inside, read_outlines
 
 TRAIN_PATCHES = 100  # per training slide, for the colour baseline
 TRAIN_SLIDES = 100
+THRESHOLD_SLIDES = 50  # training slides that choose the thresholds
+CANDIDATES = 400  # quantiles of the scores that are tried as thresholds
+METRICS = ("auc", "pointing", "dice")
+
+Truth = tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]  # which patches lie inside, and which count
+
+
+class LesionTask(NamedTuple):
+    """The concept whose outlines are lesions to detect, by number, and those of each slide."""
+
+    concept: int
+    slides: dict[str, froc.Lesions]
+
+
+class MapScores(NamedTuple):
+    """What maps are worth on each slide and concept [n, C]: NaN where a slide has no patch of it or nothing else.
+
+    `thresholds` [C] are those of the Dice, NaN where no training slide could choose one; `found` is what the maps
+    detect of the lesions of each slide, where that is asked.
+    """
+
+    auc: Float[np.ndarray, "n C"]
+    pointing: Float[np.ndarray, "n C"]
+    dice: Float[np.ndarray, "n C"]
+    thresholds: Float[np.ndarray, "C"]
+    found: list[froc.Found] | None = None
 
 
 def true_patches(
@@ -53,6 +89,100 @@ def concept_aucs(
     counts = np.ones(inside.shape[1], bool) if counts is None else counts
     ones = np.ones((1, int(counts.sum())))
     return np.array([scores.auc(t[counts], s[counts])(ones)[0] for t, s in zip(inside, found, strict=True)])
+
+
+def pointing_hits(
+    inside: Bool[np.ndarray, "C N"], found: Float[np.ndarray, "C N"], counts: Bool[np.ndarray, "N"]
+) -> Float[np.ndarray, "C"]:
+    """Whether the highest patch of each map lies inside: the share of those that do where several tie."""
+    hits = np.full(len(inside), np.nan)
+    for c, (true, score) in enumerate(zip(inside[:, counts], found[:, counts], strict=True)):
+        if true.any() and not true.all():
+            hits[c] = true[score == score.max()].mean()
+    return hits
+
+
+def dice_at(
+    thresholds: Float[np.ndarray, "T"], true: Bool[np.ndarray, "N"], score: Float[np.ndarray, "N"]
+) -> Float[np.ndarray, "T"]:
+    """The Dice of the patches at or above each threshold with the true ones: 2 |both| / (|marked| + |true|)."""
+    marked = len(score) - np.searchsorted(np.sort(score), thresholds)
+    both = true.sum() - np.searchsorted(np.sort(score[true]), thresholds)
+    return 2 * both / np.maximum(marked + true.sum(), 1)
+
+
+def choose_thresholds(maps: Iterable[tuple[Truth, Float[np.ndarray, "C N"]]], concepts: int) -> Float[np.ndarray, "C"]:
+    """The threshold of each concept with the best mean Dice over slides that show it; NaN where none does."""
+    seen: list[list] = [[] for _ in range(concepts)]
+    for (inside, counts), found in maps:
+        for c, (true, score) in enumerate(zip(inside[:, counts], found[:, counts], strict=True)):
+            if true.any() and not true.all():
+                seen[c].append((true, score))
+    chosen = np.full(concepts, np.nan)
+    for c, slides in enumerate(seen):
+        if slides:
+            candidates = np.quantile(np.concatenate([score for _, score in slides]), np.linspace(0, 1, CANDIDATES))
+            reached = np.mean([dice_at(candidates, true, score) for true, score in slides], axis=0)
+            chosen[c] = candidates[reached.argmax()]
+    return chosen
+
+
+def score_maps(
+    map_of: Callable[[SlideFeatures], Float[np.ndarray, "C N"]],
+    features: Callable[[str], SlideFeatures],
+    truth: dict[str, Truth],
+    training: dict[str, Truth],
+    lesions: LesionTask | None = None,
+    name: str = "",
+) -> MapScores:
+    """Score what makes maps of slides: thresholds from the `training` slides, figures from the others."""
+    concepts = len(next(iter(truth.values()))[0])
+    bar = tqdm(training.items(), desc=f"{name}: thresholds", unit="slide", leave=False)
+    thresholds = choose_thresholds(((known, map_of(features(slide))) for slide, known in bar), concepts)
+    rows, detected = [], []
+    for slide_id, (inside, counts) in tqdm(truth.items(), desc=f"{name}: grounding", unit="slide", leave=False):
+        slide = features(slide_id)
+        found = map_of(slide)
+        aucs = concept_aucs(inside, found, counts)
+        dices = [
+            dice_at(thresholds[c : c + 1], inside[c, counts], found[c, counts])[0] if known else np.nan
+            for c, known in enumerate(np.isfinite(aucs) & np.isfinite(thresholds))
+        ]
+        rows.append((aucs, pointing_hits(inside, found, counts), np.array(dices)))
+        if lesions is not None:
+            detections = froc.detect(found[lesions.concept], slide.coords, slide.patch_size)
+            detected.append(froc.match(lesions.slides[slide_id], detections))
+    columns = (np.stack(column) for column in zip(*rows, strict=True))
+    return MapScores(*columns, thresholds, detected if lesions is not None else None)
+
+
+def read_lesion_task(folder, slides: Iterable[SlideFeatures], concepts: list[str], concept: str) -> LesionTask:
+    """The lesions that the outlines of a concept make on each slide.
+
+    Raises ValueError for a concept that there is not, for slides of unknown size or mpp, and where no slide has a
+    lesion that counts.
+    """
+    if concept not in concepts:
+        raise ValueError(f"lesions of {concept!r}: no such concept; the concepts are {', '.join(concepts)}")
+    found = {}
+    for slide in slides:
+        if not (slide.width and slide.height and slide.mpp):
+            raise ValueError(
+                f"slide {slide.slide_id}: its size or mpp is unknown, and lesions are measured in micrometres; prepare "
+                "the slide, or import its features with --mpp from files that say the size (CLAM, TRIDENT)"
+            )
+        polygons = read_outlines(Path(folder) / f"{slide.slide_id}.geojson").get(concept, [])
+        found[slide.slide_id] = froc.read_lesions(polygons, slide.width, slide.height, slide.mpp)
+    if not any(area.counts for lesions in found.values() for area in lesions.areas):
+        raise ValueError(f"{folder}: no outline of {concept!r} is a lesion of {froc.ISOLATED_UM:g} um or more")
+    return LesionTask(concepts.index(concept), found)
+
+
+def chance(truth: dict[str, Truth]) -> MapScores:
+    """What a map of chance reaches: an AUC of 0.5, a hit as often as patches lie inside, the Dice of marking all."""
+    share = np.stack([inside[:, counts].mean(1) for inside, counts in truth.values()])
+    share[(share == 0) | (share == 1)] = np.nan
+    return MapScores(np.where(np.isnan(share), np.nan, 0.5), share, 2 * share / (1 + share), share.mean(0) * np.nan)
 
 
 class ColourMap:

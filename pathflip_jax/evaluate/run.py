@@ -52,20 +52,24 @@ def evaluate(
     window: int = maps.WINDOW,
     context: int = maps.CONTEXT,
     clear: float | None = None,
+    lesions: str | None = None,
 ) -> dict:
     """Score a run on a split and write scores.json, CSVs, figures and report.html into `out`.
 
     `texts` scores retrieval, `prompts` zero-shot classification, `grounding` with `outlines` grounding; `images`
     (slide files) adds thumbnails and the mean-colour baselines; `compare_to` is a second run, compared slide by slide.
     `method`, `window` and `context` say how to ground (`Predictor.ground`); with `clear` (0 to 0.5) patches that an
-    outline cuts by more than this share of their area do not count. A list of run folders (seeds of one experiment)
-    is scored as their mean, and `compare_to` is then a list too. `language` is a run of the language stage, whose
-    captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what they assert) and whose
-    answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run itself, to be scored alone.
+    outline cuts by more than this share of their area do not count; `lesions` names the concept whose outlines are
+    lesions to detect (`evaluate/froc.py`). A list of run folders (seeds of one experiment) is scored as their mean,
+    and `compare_to` is then a list too. `language` is a run of the language stage, whose captions are scored against
+    `texts` (with the phrasings of concepts, a JSON, also by what they assert) and whose answers to `questions`;
+    `sampling` says how it writes. `run_folder` may be such a run itself, to be scored alone.
     Returns what scores.json holds.
     """
     if (grounding is None) != (outlines is None):
         raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
+    if lesions is not None and grounding is None:
+        raise ValueError(f"lesions of {lesions!r} are detected by grounding: give the texts of concepts and outlines")
     if clear is not None and not 0 <= clear < 0.5:
         raise ValueError(f"clear {clear}: expected a share of a patch's area, at least 0 and below 0.5")
     if texts is None and prompts is None and grounding is None and questions is None:
@@ -86,7 +90,7 @@ def evaluate(
     if others and len(others) != len(folders):
         raise ValueError(f"{len(folders)} runs cannot be paired with {len(others)} runs to compare to")
     cohort = read_cohort(records, slides, split)
-    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear)
+    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear, lesions, seed)
     labels = None
     if tasks.prompts is not None:
         labels = label_index(cohort, list(tasks.prompts.classes), prompts)
@@ -119,13 +123,19 @@ def evaluate(
         pictures["confusion"] = figures.confusion(labels, outcomes[0].probabilities.argmax(1), names)
         tables["predictions"] = _prediction_rows(folders, outcomes, cohort, names)
     if tasks.concepts is not None:
-        by_colour = summary.colour_aucs(cohort, tasks, files, outlines, seed)
+        by_colour = summary.colour_maps(cohort, tasks, files, outlines, seed)
         scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
         found["grounding"] = scored | {"how": how | {"clear": clear}}
+        if lesions is not None:
+            froc = summary.score_lesions(outcomes, compared, cohort, tasks, by_colour, seed)
+            found["grounding"]["froc"] = froc
+            pictures["froc"] = figures.froc_curves(
+                {"this run": outcomes[0].maps, "attention, no text": outcomes[0].no_text, "mean colour": by_colour}
+            )
         second = Path(others[0]).name if others else None
         pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
-        for kind, slide_id in _examples(outcomes[0].aucs, list(tasks.truth)).items():
+        for kind, slide_id in _examples(outcomes[0].maps.auc, list(tasks.truth)).items():
             pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
     if language is not None:
         concepts = zero_shot.read_prompts(phrasings).classes if phrasings is not None else None
@@ -152,7 +162,7 @@ def _as_list(folders) -> list:
     return [folders] if isinstance(folders, str | os.PathLike) else list(folders)
 
 
-def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear) -> Tasks:
+def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear, lesions, seed) -> Tasks:
     pairs = read_pairs(texts, cohort) if texts is not None else None
     classes = zero_shot.read_prompts(prompts) if prompts is not None else None
     if concepts is None:
@@ -169,7 +179,25 @@ def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear) -> Ta
     truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named), clear) for slide in outlined}
     if not any(inside.any() for inside, _ in truth.values()):
         raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
-    return Tasks(pairs, classes, named, truth)
+    training = _threshold_slides(cohort, outlines, list(named), clear, seed)
+    if not training:
+        cohort.warnings.append(
+            "no training slide has outlines, so nothing may choose a threshold: grounding has no Dice"
+        )
+    wanted = (cohort.features(slide) for slide in outlined)
+    task = None if lesions is None else grounding.read_lesion_task(outlines, wanted, list(named), lesions)
+    return Tasks(pairs, classes, named, truth, training=training, lesions=task)
+
+
+def _threshold_slides(cohort: Cohort, outlines, concepts: list[str], clear, seed) -> dict[str, grounding.Truth]:
+    """What is true of some training slides with outlines: they choose the thresholds of the others."""
+    found: dict[str, grounding.Truth] = {}
+    for slide in cohort.train_features(seed):
+        if len(found) == grounding.THRESHOLD_SLIDES:
+            break
+        if (Path(outlines) / f"{slide.slide_id}.geojson").exists():
+            found[slide.slide_id] = grounding.true_patches(outlines, slide, concepts, clear)
+    return found
 
 
 def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict) -> Outcome:
@@ -178,7 +206,7 @@ def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict) -> O
     features = (cohort.features(slide) for slide in cohort.slide_ids)
     bar = tqdm(features, total=len(cohort.slide_ids), desc=f"{name}: slides", unit="slide", leave=False)
     slides = np.stack([embedding.slide for embedding in predictor.encode_slides(bar)])
-    ranks = probabilities = aucs = None
+    ranks = probabilities = found = no_text = None
     if tasks.pairs is not None:
         row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
         images = [
@@ -197,17 +225,14 @@ def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict) -> O
         classes = zero_shot.class_embeddings(predictor.encode_text, tasks.prompts.classes)
         probabilities = zero_shot.class_probabilities(slides, classes)
     if tasks.concepts is not None:
-        aucs = np.stack(
-            [
-                grounding.concept_aucs(
-                    inside, grounding.concept_scores(predictor, cohort.features(slide), tasks.concepts, **how), counts
-                )
-                for slide, (inside, counts) in tqdm(
-                    tasks.truth.items(), desc=f"{name}: grounding", unit="slide", leave=False
-                )
-            ]
+        known, concepts = (cohort.features, tasks.truth, tasks.training, tasks.lesions), tasks.concepts
+        found = grounding.score_maps(
+            lambda slide: grounding.concept_scores(predictor, slide, concepts, **how), *known, name=name
         )
-    return Outcome(ranks, probabilities, aucs)
+        no_text = grounding.score_maps(
+            lambda slide: np.tile(predictor.attend(slide), (len(concepts), 1)), *known, name=f"{name}, no text"
+        )
+    return Outcome(ranks, probabilities, found, no_text)
 
 
 def _examples(aucs: np.ndarray, slide_ids: list[str]) -> dict[str, str]:
@@ -275,11 +300,16 @@ def _grounding_rows(names, outcomes: list[Outcome], cohort: Cohort, tasks: Tasks
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     rows = []
     for name, outcome in zip(names, outcomes, strict=True):
+        sources = {"": outcome.maps, "no_text_": outcome.no_text}
+        if by_colour is not None:
+            sources["mean_colour_"] = by_colour
         for i, (slide_id, (inside, counts)) in enumerate(tasks.truth.items()):
             for c, concept in enumerate(tasks.concepts):
-                if np.isfinite(outcome.aucs[i, c]):
+                if np.isfinite(outcome.maps.auc[i, c]):
                     row = {"run": name, "slide_id": slide_id, "patient_id": patient[slide_id], "concept": concept}
                     row |= {"patches": int(counts.sum()), "inside": int((inside[c] & counts).sum())}
-                    row["auc"] = round(float(outcome.aucs[i, c]), 6)
-                    rows.append(row if by_colour is None else row | {"mean_colour": round(float(by_colour[i, c]), 6)})
+                    for source, maps in sources.items():
+                        values = {source + metric: getattr(maps, metric)[i, c] for metric in grounding.METRICS}
+                        row |= {key: round(float(v), 6) if np.isfinite(v) else "" for key, v in values.items()}
+                    rows.append(row)
     return rows

@@ -106,6 +106,9 @@ class Oracle:
         scores = [next(inside for name, inside in maps.items() if name in text) for text in texts]
         return SimpleNamespace(patch_scores=np.array(scores, float) * (-1 if self.mirrored else 1))
 
+    def attend(self, slide):
+        return np.zeros(len(slide.coords))
+
 
 def test_an_oracle_scores_one_and_its_opposite_nought(setting, monkeypatch, tmp_path):
     """Were slides, texts, patches or outlines mixed up anywhere on the way, this would not come out."""
@@ -116,6 +119,11 @@ def test_an_oracle_scores_one_and_its_opposite_nought(setting, monkeypatch, tmp_
     assert found["grounding"]["auc"]["compared"]["value"] == 0
     assert found["grounding"]["auc"]["difference"] == {"value": 1, "low": 1, "high": 1}
     assert 0.35 < found["grounding"]["auc"]["mean_colour"]["value"] < 0.65  # the slides are noise
+    assert found["grounding"]["auc"]["no_text"]["value"] == 0.5
+    pointing, dice = found["grounding"]["pointing"], found["grounding"]["dice"]
+    assert pointing["value"] == dice["value"] == 1 and pointing["compared"]["value"] == 0
+    assert pointing["no_text"]["value"] == pytest.approx(pointing["chance"])  # every patch ties
+    assert pointing["gain"]["no_text"]["low"] > 0 and found["grounding"]["threshold_slides"] == 12
     assert [row["concept"] for row in found["grounding"]["per_concept"]] == ["fat", "necrosis"]  # mucin is nowhere
     zero_shot = found["zero_shot"]["metrics"]
     assert zero_shot["balanced_accuracy"]["value"] == zero_shot["auc"]["value"] == zero_shot["macro_f1"]["value"] == 1
@@ -279,6 +287,9 @@ def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
         ({"outlines": "empty"}, "no outlines of any slide"),
         ({"compare_to": ["a", "b"]}, "1 runs cannot be paired with 2"),
         ({"clear": 0.5}, "clear 0.5: expected a share"),
+        ({"lesions": "bone"}, "lesions of 'bone': no such concept; the concepts are fat, necrosis, mucin"),
+        ({"lesions": "fat", "grounding": None, "outlines": None}, "lesions of 'fat' are detected by grounding"),
+        ({"lesions": "mucin"}, "no outline of 'mucin' is a lesion of 275 um or more"),
     ],
 )  # fmt: skip
 def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch, tmp_path, change, message):
