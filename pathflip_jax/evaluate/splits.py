@@ -20,6 +20,7 @@ from pathflip_jax.data.text import slide_row, some
 
 SIDES = ("train", "val", "test")
 SHARES = (0.7, 0.1, 0.2)
+LABEL_WEIGHT = 50  # against sites: labels that are uneven by 2% of a share outweigh a site that is all in one part
 NO_SIDE = "slides on no side"
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}(?:-(\d{2}))?(?!\d)", re.IGNORECASE)
 _NORMAL_LABEL = re.compile(r"normal|benign|healthy|non[-_ ]?(?:tumou?r|neoplastic)|negative", re.IGNORECASE)
@@ -184,10 +185,33 @@ def make_split(
     members: dict[int, list[Mapping[str, str]]] = {}
     for row, group in zip(rows, groups, strict=True):
         members.setdefault(group, []).append(row)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(sorted(members)).tolist()
-    part = (_balance if by_site else _deal)(order, members, shares, rng)
+    order = np.random.default_rng(seed).permutation(sorted(members)).tolist()
+    part = _deal(sorted(order, key=lambda group: -len(members[group])), members, shares)
     return [part[group] for group in groups]
+
+
+def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> dict[int, int]:
+    """Give each group, the largest first, to the part that is least full of its labels and of its labels' sites.
+
+    A part is full of a label when it holds its share of that label's slides. Labels count so much more that sites
+    decide where labels are even to some percent; small groups, the last, even out what large ones left.
+    """
+
+    def kinds(row) -> tuple:
+        return row["label"], (row["label"], site_of(row))
+
+    total = Counter(kind for rows in members.values() for row in rows for kind in kinds(row))
+    given = {kind: np.zeros(len(shares)) for kind in total}
+    part = {}
+    for group in order:
+        empty = np.zeros(len(shares))
+        for label, site in map(kinds, members[group]):
+            empty -= (LABEL_WEIGHT * given[label] / total[label] + given[site] / total[site]) / shares
+        part[group] = int(np.argmax(empty))
+        for row in members[group]:
+            for kind in kinds(row):
+                given[kind][part[group]] += 1
+    return part
 
 
 def write_splits(
@@ -264,37 +288,3 @@ def _groups(rows, keys: Sequence[Callable]) -> list[int]:
     size = len(rows) + len(ids)
     graph = coo_array((np.ones(len(edges)), np.array(edges, int).T), shape=(size, size))
     return connected_components(graph, directed=False)[1][: len(rows)].tolist()
-
-
-def _deal(
-    order: list[int], members: Mapping[int, list], shares: np.ndarray, rng: np.random.Generator
-) -> dict[int, int]:
-    """Deal out patients by label and within it by site, each to the part that is furthest behind its share so far.
-
-    So every run of neighbours, a label and within it a site, is spread over the parts by their shares.
-    """
-    sites = sorted({site_of(row) for rows in members.values() for row in rows})
-    place = dict(zip(sites, rng.permutation(len(sites)).tolist(), strict=True))
-    order = sorted(order, key=lambda g: (sorted({row["label"] for row in members[g]}), place[site_of(members[g][0])]))
-    behind, part = np.zeros(len(shares)), {}
-    for group in order:
-        behind += shares * len(members[group])
-        part[group] = int(np.argmax(behind))
-        behind[part[group]] -= len(members[group])
-    return part
-
-
-def _balance(order: list[int], members: Mapping[int, list], shares: np.ndarray, _) -> dict[int, int]:
-    """Give out sites, the largest first, each to the part whose labels it brings nearest to their shares.
-
-    Sites are few, of all sizes and often of one label: dealing them out in turn would leave labels to chance.
-    """
-    labels = sorted({row["label"] for rows in members.values() for row in rows})
-    counts = {g: np.array([sum(row["label"] == label for row in members[g]) for label in labels], float) for g in order}
-    wanted = shares[:, None] * sum(counts.values())  # [parts, labels]
-    given, part = np.zeros_like(wanted), {}
-    for group in sorted(order, key=lambda g: -counts[g].sum()):
-        worse = (counts[group] * (2 * (given - wanted) + counts[group]) / wanted).sum(1)  # of the squared distance
-        part[group] = int(np.argmin(worse))
-        given[part[group]] += counts[group]
-    return part
