@@ -171,6 +171,11 @@ class Predictor:
                         found[i] = Embedding(window[i].slide_id, encoding.slide[row], regions, window[i].grid)
             yield from (found[i] for i in range(len(window)))
 
+    def encode_regions(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
+        """Embed slides as `encode_slides`, their regions in the space of texts, where the region loss compares them."""
+        for embedding in self.encode_slides(slides, batch_size):
+            yield embedding._replace(regions=self._alone(embedding.regions))
+
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "n D"]:
         """Embed texts, in their order. Raises ValueError for a text of no words."""
         texts = [texts] if isinstance(texts, str) else list(texts)

@@ -29,7 +29,7 @@ def _title(axis, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
 
 
-def confusion(labels, predictions, names: Sequence[str]) -> Figure:
+def confusion(labels, predictions, names: Sequence[str], title: str = "Slides by true and predicted class") -> Figure:
     """Truth by prediction: counts in the cells, their share of the true class as shade."""
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (labels, predictions), 1)
@@ -47,8 +47,39 @@ def confusion(labels, predictions, names: Sequence[str]) -> Figure:
     axis.set_ylabel("true")
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)
-    _title(axis, "Slides by true and predicted class")
+    _title(axis, title)
     return figure
+
+
+def few_shot(block: dict, labels, beliefs: dict[tuple, np.ndarray]) -> dict[str, Figure]:
+    """The figures of a few-shot task: balanced accuracy over shots, and the confusion of each probe at the most shots.
+
+    The confusion is that of the first seed, whichever it is.
+    """
+    figure, (axis,) = _axes(5.6, 3.4)
+    places = np.arange(len(block["shots"]))
+    colours = (MAIN, SECOND, "#5b4b9a", BASE)
+    for shift, (colour, (probe, by_shots)) in enumerate(zip(colours, block["probes"].items(), strict=True)):
+        entries = [by_shots[k]["metrics"]["balanced_accuracy"] for k in block["shots"]]
+        x = places + 0.06 * (shift - 1.5)
+        axis.vlines(x, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, linewidth=1.5)
+        axis.plot(x, [e["value"] for e in entries], color=colour, marker="o", markersize=5, linewidth=1.5, label=probe)
+    axis.axhline(1 / len(block["classes"]), color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
+    axis.set_xticks(places, block["shots"])
+    axis.set_ylim(0, 1.02)
+    axis.grid(color=GRID, axis="y")
+    axis.set_xlabel("training slides per class")
+    axis.set_ylabel("balanced accuracy, 95% interval")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    _title(axis, f"Few-shot: {block['label']}")
+    found = {f"{block['figures']}_curve": figure}
+    most = max(beliefs, key=lambda key: block["shots"].index(str(key[1])))[1]
+    for number, probe in enumerate(block["probes"]):
+        predicted = beliefs[probe, most][0].argmax(1)
+        found[f"{block['figures']}_confusion_{number + 1}"] = confusion(
+            labels, predicted, list(block["classes"]), probe
+        )
+    return found
 
 
 def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:

@@ -1,14 +1,17 @@
 """What the answers of runs add up to: every figure with its interval, its baselines and the compared runs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.evaluate import colour, froc, grounding, retrieval, scores, zero_shot
+from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.region_texts import RegionText
 
 GALLERY = 100
 DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}
+REGION_DIRECTIONS = {"region_to_text": "region to text", "text_to_region": "text to region"}
 
 
 class Tasks(NamedTuple):
@@ -20,6 +23,8 @@ class Tasks(NamedTuple):
     truth: dict[str, grounding.Truth] | None  # by slide id
     training: dict[str, grounding.Truth] | None = None  # of the slides that choose thresholds
     lesions: grounding.LesionTask | None = None
+    regions: list[RegionText] | None = None
+    probed: Sequence[few_shot.Task] = ()
 
 
 class Outcome(NamedTuple):
@@ -29,6 +34,8 @@ class Outcome(NamedTuple):
     probabilities: np.ndarray | None  # [n, C]
     maps: grounding.MapScores | None  # of the slides with outlines
     no_text: grounding.MapScores | None  # of attention that no text guides
+    region_ranks: dict[str, retrieval.Ranks] | None = None
+    beliefs: Sequence[dict[tuple, np.ndarray]] = ()  # of each few-shot task: (probe, shots) -> [seeds, n, C]
 
 
 def _entry(ours: list, theirs: list, weights, **baselines) -> dict:
@@ -44,15 +51,20 @@ def _entry(ours: list, theirs: list, weights, **baselines) -> dict:
     return entry
 
 
-def score_retrieval(outcomes: list[Outcome], compared: list[Outcome], patients: list[str], seed: int) -> dict:
+def score_retrieval(
+    found_ranks: list[dict[str, retrieval.Ranks]],
+    compared: list[dict[str, retrieval.Ranks]],
+    patients: list[str],
+    seed: int,
+) -> dict:
     """R@k and median rank both ways, in the whole gallery and in galleries of 100.
 
     The gallery stays as it is in the bootstrap; the patients whose slides and texts ask are drawn.
     """
     weights = scores.patient_weights(patients, seed=seed)
     found = {}
-    for key in DIRECTIONS:
-        ours, theirs = [o.ranks[key] for o in outcomes], [o.ranks[key] for o in compared]
+    for key in found_ranks[0]:
+        ours, theirs = [ranks[key] for ranks in found_ranks], [ranks[key] for ranks in compared]
         sizes = retrieval.gallery_sizes(ours[0])
         galleries = {"all": None} | ({f"of_{GALLERY}": GALLERY} if sizes.max() >= GALLERY else {})
         found[key] = {}
@@ -68,19 +80,34 @@ def score_retrieval(outcomes: list[Outcome], compared: list[Outcome], patients: 
 
 
 def score_zero_shot(
-    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, prompts, labels, files: dict, seed: int
+    outcomes: list[Outcome],
+    compared: list[Outcome],
+    cohort: Cohort,
+    prompts,
+    labels,
+    files: dict,
+    seed: int,
+    published: bool = False,
 ) -> dict:
-    """The scores of the classification beside a guess, the majority class and the nearest colour."""
+    """The scores of the classification beside a guess, the majority class and the nearest colour.
+
+    `published` adds F1 as published scripts compute it.
+    """
     names = list(prompts.classes)
     weights = scores.patient_weights(cohort.patients, seed=seed)
-    ours, theirs = (
-        [scores.classification(labels, o.probabilities.argmax(1), o.probabilities) for o in side]
-        for side in (outcomes, compared)
-    )
+
+    def statistics(belief):
+        found = scores.classification(labels, belief.argmax(1), belief)
+        if published:
+            found["published_f1"] = scores.published_f1(labels, belief.argmax(1), len(names))
+        return found
+
+    ours, theirs = ([statistics(o.probabilities) for o in side] for side in (outcomes, compared))
     counted = [names.index(row["label"]) for row in cohort.train if row.get("label") in names]
     majority = int(np.bincount(counted if counted else labels, minlength=len(names)).argmax())
     blind = scores.baselines(labels, len(names), majority)
-    by_colour = colour_classes(cohort, names, labels, files)
+    belief = colour_belief(cohort, names, files)
+    by_colour = None if belief is None else statistics(belief)
     metrics = {}
     for metric in ours[0]:
         baselines = {name: blind[name][metric] for name in blind}
@@ -99,8 +126,8 @@ def score_zero_shot(
     }
 
 
-def colour_classes(cohort: Cohort, names, labels, files) -> dict | None:
-    """The statistics of the nearest training slide by mean colour; None where there are no slide files for it."""
+def colour_belief(cohort: Cohort, names, files) -> np.ndarray | None:
+    """The belief by the nearest training slide in mean colour [n, C]; None where there are no slide files for it."""
     label_of = {row["slide_id"]: row.get("label") for row in cohort.train}
 
     def mean(slide):
@@ -112,13 +139,12 @@ def colour_classes(cohort: Cohort, names, labels, files) -> dict | None:
     test = [mean(cohort.features(slide)) for slide in cohort.slide_ids]
     if not train or any(rgb is None for rgb in test):
         return None
-    belief = colour.nearest_class(
+    return colour.nearest_class(
         np.stack([rgb for _, rgb in train]),
         np.array([label for label, _ in train]),
         np.stack(test),
         len(names),
     )
-    return scores.classification(labels, belief.argmax(1), belief)
 
 
 def colour_maps(cohort: Cohort, tasks: Tasks, files, outlines, seed) -> grounding.MapScores | None:
