@@ -238,10 +238,10 @@ class Predictor:
             share = maps.patch_shares(encoding.region_attention[0], bag.slots, patches)
             scores = maps.spread(region_scores, bag.slots, patches) + np.log(np.maximum(share, 1e-9))
         else:
-            if slide.patch_size <= 0:
+            if slide.patch_size <= 0 and window > 1:
                 raise ValueError(
                     f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
-                    "import it with --patch-size, or ground with method 'region'"
+                    "import it with --patch-size, or ground with a window of 1"
                 )
             slots = maps.window_slots(slide.coords, slide.patch_size, window)
             encode_windows = maps.window_slides if method == "slide" else maps.window_regions

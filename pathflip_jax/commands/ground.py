@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, command, place
+from pathflip_jax.commands.options import add_grounding_options, add_smooth_option, command, place
 
 
 def add(commands) -> None:
@@ -34,15 +34,13 @@ def add(commands) -> None:
         "a patch looks more like the text",
     )
     add_grounding_options(parser)
+    add_smooth_option(parser)
     parser.add_argument(
         "--threshold",
         type=float,
         metavar="SCORE",
         help="areas are where the smoothed score is above (default: 0 with --negative, else the value that parts a "
         "map best in two, which finds areas on any slide)",
-    )
-    parser.add_argument(
-        "--smooth", type=float, default=0.5, metavar="EDGES", help="Gaussian of so many patch edges, 0: none (0.5)"
     )
     parser.add_argument(
         "--min-patches", type=float, default=2.0, metavar="N", help="smaller areas are dropped (default 2 patches)"

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.evaluate import colour, froc, scores
 from pathflip_jax.grounding.outlines import area_fraction, patches_inside, read_outlines
+from pathflip_jax.grounding.surface import smooth_patches
 
 TRAIN_PATCHES = 100  # per training slide, for the colour baseline
 TRAIN_SLIDES = 100
-THRESHOLD_SLIDES = 50  # training slides that choose the thresholds
+THRESHOLD_SLIDES = 30  # training slides that choose the thresholds
 CANDIDATES = 400  # quantiles of the scores that are tried as thresholds
 METRICS = ("auc", "pointing", "dice")
 
@@ -133,16 +134,24 @@ def score_maps(
     truth: dict[str, Truth],
     training: dict[str, Truth],
     lesions: LesionTask | None = None,
+    smooth: float = 0.0,
     name: str = "",
 ) -> MapScores:
-    """Score what makes maps of slides: thresholds from the `training` slides, figures from the others."""
+    """Score what makes maps of slides: thresholds from the `training` slides, figures from the others.
+
+    Maps are scored as they are shown: smoothed by a Gaussian of `smooth` patch edges.
+    """
+
+    def smoothed(slide: SlideFeatures) -> Float[np.ndarray, "C N"]:
+        return smooth_patches(map_of(slide), slide.coords, slide.patch_size, smooth)
+
     concepts = len(next(iter(truth.values()))[0])
     bar = tqdm(training.items(), desc=f"{name}: thresholds", unit="slide", leave=False)
-    thresholds = choose_thresholds(((known, map_of(features(slide))) for slide, known in bar), concepts)
+    thresholds = choose_thresholds(((known, smoothed(features(slide))) for slide, known in bar), concepts)
     rows, detected = [], []
     for slide_id, (inside, counts) in tqdm(truth.items(), desc=f"{name}: grounding", unit="slide", leave=False):
         slide = features(slide_id)
-        found = map_of(slide)
+        found = smoothed(slide)
         aucs = concept_aucs(inside, found, counts)
         dices = [
             dice_at(thresholds[c : c + 1], inside[c, counts], found[c, counts])[0] if known else np.nan

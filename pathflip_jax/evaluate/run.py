@@ -30,6 +30,7 @@ from pathflip_jax.evaluate.region_texts import embed_regions, read_region_texts
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.outlines import read_outlines
+from pathflip_jax.grounding.surface import SMOOTH, smooth_patches
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.llm.assistant import is_language_run
 from pathflip_jax.llm.generate import Sampling
@@ -69,6 +70,7 @@ def evaluate(
     window: int = maps.WINDOW,
     context: int = maps.CONTEXT,
     clear: float | None = None,
+    smooth: float = SMOOTH,
     lesions: str | None = None,
     protocol: str = protocols.STRICT,
     strict: bool = False,
@@ -83,11 +85,12 @@ def evaluate(
     by slide. `protocol` is "strict" or "paper" (protocols.py); `strict` makes a faulty split an error. `name` is what
     the benchmark is called, for published rows beside it.
     `method`, `window` and `context` say how to ground (`Predictor.ground`); with `clear` (0 to 0.5) patches that an
-    outline cuts by more than this share of their area do not count; `lesions` names the concept whose outlines are
-    lesions to detect (`evaluate/froc.py`). A list of run folders (seeds of one experiment) is scored as their mean,
-    and `compare_to` is then a list too. `language` is a run of the language stage, whose captions are scored against
-    `texts` (with the phrasings of concepts, a JSON, also by what they assert) and whose answers to `questions`;
-    `sampling` says how it writes. `run_folder` may be such a run itself, to be scored alone.
+    outline cuts by more than this share of their area do not count; maps are smoothed by `smooth` patch edges;
+    `lesions` names the concept whose outlines are lesions to detect (`evaluate/froc.py`). A list of run folders
+    (seeds of one experiment) is scored as their mean, and `compare_to` is then a list too. `language` is a run of the
+    language stage, whose captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what
+    they assert) and whose answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run
+    itself, to be scored alone.
     Returns what scores.json holds.
     """
     if (grounding is None) != (outlines is None):
@@ -130,8 +133,8 @@ def evaluate(
         truth = label_index(cohort, list(tasks.prompts.classes), prompts)
     how = {"method": method, "window": window, "context": context}
     predictors = [load(folder) for folder in folders]
-    outcomes = [_outcome(predictor, cohort, tasks, how, rules) for predictor in predictors]
-    compared = [_outcome(load(folder), cohort, tasks, how, rules) for folder in others]
+    outcomes = [_outcome(predictor, cohort, tasks, how, smooth, rules) for predictor in predictors]
+    compared = [_outcome(load(folder), cohort, tasks, how, smooth, rules) for folder in others]
 
     found = {
         "name": name,
@@ -174,9 +177,9 @@ def evaluate(
         pictures |= figures.few_shot(block, task.test.classes, ours[0])
         tables[f"few_shot_{number + 1}"] = few_shot.probe_rows(task, folders, ours)
     if tasks.concepts is not None:
-        by_colour = summary.colour_maps(cohort, tasks, files, outlines, seed)
+        by_colour = summary.colour_maps(cohort, tasks, files, outlines, smooth, seed)
         scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
-        found["grounding"] = scored | {"how": how | {"clear": clear}}
+        found["grounding"] = scored | {"how": how | {"smooth": smooth, "clear": clear}}
         if lesions is not None:
             froc = summary.score_lesions(outcomes, compared, cohort, tasks, by_colour, seed)
             found["grounding"]["froc"] = froc
@@ -187,7 +190,9 @@ def evaluate(
         pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
         for kind, slide_id in _examples(outcomes[0].maps.auc, list(tasks.truth)).items():
-            pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
+            pictures[f"grounding_{kind}"] = _panels(
+                predictors[0], cohort, tasks, slide_id, outlines, files, how, smooth
+            )
     if language is not None:
         concepts = zero_shot.read_prompts(phrasings).classes if phrasings is not None else None
         found["language"], more, settings = evaluate_language(
@@ -252,7 +257,9 @@ def _threshold_slides(cohort: Cohort, outlines, concepts: list[str], clear, seed
     return found
 
 
-def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, rules: protocols.Protocol) -> Outcome:
+def _outcome(
+    predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, smooth: float, rules: protocols.Protocol
+) -> Outcome:
     """Let one run answer every question of every task."""
     name = Path(predictor.name).name
     features = (cohort.features(slide) for slide in cohort.slide_ids)
@@ -279,7 +286,7 @@ def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, rule
         classes = zero_shot.class_embeddings(predictor.encode_text, tasks.prompts.classes)
         probabilities = zero_shot.class_probabilities(slides, classes)
     if tasks.concepts is not None:
-        known, concepts = (cohort.features, tasks.truth, tasks.training, tasks.lesions), tasks.concepts
+        known, concepts = (cohort.features, tasks.truth, tasks.training, tasks.lesions, smooth), tasks.concepts
         found = grounding.score_maps(
             lambda slide: grounding.concept_scores(predictor, slide, concepts, **how), *known, name=name
         )
@@ -312,11 +319,12 @@ def _examples(aucs: np.ndarray, slide_ids: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how):
+def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how, smooth):
     """The maps of the concepts present in a slide, the true outline on each."""
     slide = cohort.features(slide_id)
     inside, counts = tasks.truth[slide_id]
-    found = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    raw = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    found = smooth_patches(raw, slide.coords, slide.patch_size, smooth)
     aucs = grounding.concept_aucs(inside, found, counts)
     present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
     names = list(tasks.concepts)
@@ -328,13 +336,14 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
     return heatmap.draw_panels(
         canvas,
         [f"“{tasks.concepts[names[c]][0]}”" for c in present],
-        found[present],
+        raw[present],
         slide.coords,
         slide.patch_size,
         mpp=slide.mpp,
         outlines=[true.get(names[c], []) for c in present],
         notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
+        smooth=smooth,
     )
 
 

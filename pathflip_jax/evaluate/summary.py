@@ -147,13 +147,15 @@ def colour_belief(cohort: Cohort, names, files) -> np.ndarray | None:
     )
 
 
-def colour_maps(cohort: Cohort, tasks: Tasks, files, outlines, seed) -> grounding.MapScores | None:
+def colour_maps(cohort: Cohort, tasks: Tasks, files, outlines, smooth: float, seed) -> grounding.MapScores | None:
     """The scores of the mean-colour map; None where there are no slide files for it."""
     if not set(tasks.truth) <= set(files) or not cohort.train:
         return None
     colour_map = grounding.ColourMap(cohort.train_features(seed), files, outlines, list(tasks.concepts), seed)
     training = {slide: known for slide, known in tasks.training.items() if slide in files}
-    return grounding.score_maps(colour_map, cohort.features, tasks.truth, training, tasks.lesions, name="mean colour")
+    return grounding.score_maps(
+        colour_map, cohort.features, tasks.truth, training, tasks.lesions, smooth, name="mean colour"
+    )
 
 
 def slide_means(values: np.ndarray) -> np.ndarray:

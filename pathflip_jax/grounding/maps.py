@@ -24,7 +24,7 @@ from scipy.spatial import cKDTree
 
 METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
 DEFAULT_METHOD = "slide"
-WINDOW = 3
+WINDOW = 1
 CONTEXT = 256  # windows that go through the region transformer together
 
 
