@@ -21,23 +21,13 @@ from tqdm import tqdm
 
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.evaluate import colour, froc, scores
-from pathflip_jax.grounding.outlines import area_fraction, patches_inside, read_outlines
+from pathflip_jax.evaluate.truth import LesionTask, Truth, true_patches
 from pathflip_jax.grounding.surface import smooth_patches
 
 TRAIN_PATCHES = 100  # per training slide, for the colour baseline
 TRAIN_SLIDES = 100
-THRESHOLD_SLIDES = 30  # training slides that choose the thresholds
 CANDIDATES = 400  # quantiles of the scores that are tried as thresholds
 METRICS = ("auc", "pointing", "dice")
-
-Truth = tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]  # which patches lie inside, and which count
-
-
-class LesionTask(NamedTuple):
-    """The concept whose outlines are lesions to detect, by number, and those of each slide."""
-
-    concept: int
-    slides: dict[str, froc.Lesions]
 
 
 class MapScores(NamedTuple):
@@ -52,27 +42,6 @@ class MapScores(NamedTuple):
     dice: Float[np.ndarray, "n C"]
     thresholds: Float[np.ndarray, "C"]
     found: list[froc.Found] | None = None
-
-
-def true_patches(
-    folder, slide: SlideFeatures, concepts: list[str], clear: float | None = None
-) -> tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]:
-    """Which patches lie in each concept's outlines, and which patches count.
-
-    A patch lies where its centre lies. With `clear` (say 0.25), patches that an outline cuts with a share of their
-    area between `clear` and 1 - `clear` do not count: nobody can say what they show.
-    """
-    path = Path(folder) / f"{slide.slide_id}.geojson"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no outlines of slide {slide.slide_id}; expected <slide_id>.geojson")
-    outlines = read_outlines(path)
-    inside = np.stack([patches_inside(outlines.get(c, []), slide.coords, slide.patch_size) for c in concepts])
-    counts = np.ones(len(slide.coords), bool)
-    if clear is not None:
-        for concept in concepts:
-            share = area_fraction(outlines.get(concept, []), slide.coords, slide.patch_size)
-            counts &= (share <= clear) | (share >= 1 - clear)
-    return inside, counts
 
 
 def concept_scores(predictor, slide: SlideFeatures, concepts: dict[str, list[str]], **how) -> Float[np.ndarray, "C N"]:
@@ -163,28 +132,6 @@ def score_maps(
             detected.append(froc.match(lesions.slides[slide_id], detections))
     columns = (np.stack(column) for column in zip(*rows, strict=True))
     return MapScores(*columns, thresholds, detected if lesions is not None else None)
-
-
-def read_lesion_task(folder, slides: Iterable[SlideFeatures], concepts: list[str], concept: str) -> LesionTask:
-    """The lesions that the outlines of a concept make on each slide.
-
-    Raises ValueError for a concept that there is not, for slides of unknown size or mpp, and where no slide has a
-    lesion that counts.
-    """
-    if concept not in concepts:
-        raise ValueError(f"lesions of {concept!r}: no such concept; the concepts are {', '.join(concepts)}")
-    found = {}
-    for slide in slides:
-        if not (slide.width and slide.height and slide.mpp):
-            raise ValueError(
-                f"slide {slide.slide_id}: its size or mpp is unknown, and lesions are measured in micrometres; prepare "
-                "the slide, or import its features with --mpp from files that say the size (CLAM, TRIDENT)"
-            )
-        polygons = read_outlines(Path(folder) / f"{slide.slide_id}.geojson").get(concept, [])
-        found[slide.slide_id] = froc.read_lesions(polygons, slide.width, slide.height, slide.mpp)
-    if not any(area.counts for lesions in found.values() for area in lesions.areas):
-        raise ValueError(f"{folder}: no outline of {concept!r} is a lesion of {froc.ISOLATED_UM:g} um or more")
-    return LesionTask(concepts.index(concept), found)
 
 
 def chance(truth: dict[str, Truth]) -> MapScores:

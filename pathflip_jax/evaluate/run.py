@@ -28,6 +28,7 @@ from pathflip_jax.evaluate.cohort import Cohort, label_index, name_labels, read_
 from pathflip_jax.evaluate.language import evaluate_language
 from pathflip_jax.evaluate.region_texts import embed_regions, read_region_texts
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
+from pathflip_jax.evaluate.truth import read_outlined
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.outlines import read_outlines
 from pathflip_jax.grounding.surface import SMOOTH, smooth_patches
@@ -224,37 +225,8 @@ def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear, lesio
     classes = zero_shot.read_prompts(zero_shot.find_prompts(prompts)) if prompts is not None else None
     if concepts is None:
         return Tasks(pairs, classes, None, None)
-    named = zero_shot.read_prompts(concepts).classes
-    if not Path(outlines).is_dir():
-        raise FileNotFoundError(f"{outlines}: no such folder of outlines (<slide_id>.geojson)")
-    outlined = [slide for slide in cohort.slide_ids if (Path(outlines) / f"{slide}.geojson").exists()]
-    if not outlined:
-        raise ValueError(f"{outlines}: no outlines of any slide of the split; expected {cohort.slide_ids[0]}.geojson")
-    if len(outlined) < len(cohort.slide_ids):
-        left = len(cohort.slide_ids) - len(outlined)
-        cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
-    truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named), clear) for slide in outlined}
-    if not any(inside.any() for inside, _ in truth.values()):
-        raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
-    training = _threshold_slides(cohort, outlines, list(named), clear, seed)
-    if not training:
-        cohort.warnings.append(
-            "no training slide has outlines, so nothing may choose a threshold: grounding has no Dice"
-        )
-    wanted = (cohort.features(slide) for slide in outlined)
-    task = None if lesions is None else grounding.read_lesion_task(outlines, wanted, list(named), lesions)
-    return Tasks(pairs, classes, named, truth, training=training, lesions=task)
-
-
-def _threshold_slides(cohort: Cohort, outlines, concepts: list[str], clear, seed) -> dict[str, grounding.Truth]:
-    """What is true of some training slides with outlines: they choose the thresholds of the others."""
-    found: dict[str, grounding.Truth] = {}
-    for slide in cohort.train_features(seed):
-        if len(found) == grounding.THRESHOLD_SLIDES:
-            break
-        if (Path(outlines) / f"{slide.slide_id}.geojson").exists():
-            found[slide.slide_id] = grounding.true_patches(outlines, slide, concepts, clear)
-    return found
+    found = read_outlined(cohort, concepts, outlines, clear=clear, lesions=lesions, seed=seed)
+    return Tasks(pairs, classes, found.concepts, found.truth, training=found.training, lesions=found.lesions)
 
 
 def _outcome(

@@ -8,6 +8,7 @@ import numpy as np
 from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.region_texts import RegionText
+from pathflip_jax.evaluate.truth import LesionTask, Truth
 
 GALLERY = 100
 DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}
@@ -20,9 +21,9 @@ class Tasks(NamedTuple):
     pairs: list | None
     prompts: zero_shot.Prompts | None
     concepts: dict[str, list[str]] | None
-    truth: dict[str, grounding.Truth] | None  # by slide id
-    training: dict[str, grounding.Truth] | None = None  # of the slides that choose thresholds
-    lesions: grounding.LesionTask | None = None
+    truth: dict[str, Truth] | None  # by slide id
+    training: dict[str, Truth] | None = None  # of the slides that choose thresholds
+    lesions: LesionTask | None = None
     regions: list[RegionText] | None = None
     probed: Sequence[few_shot.Task] = ()
 

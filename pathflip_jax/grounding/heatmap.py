@@ -129,11 +129,16 @@ def draw_panels(
 
 
 def draw_grounding(
-    grounding, image=None, outlines: dict[str, list[Polygon]] | None = None, smooth: float = 0.0
+    grounding,
+    image=None,
+    outlines: dict[str, list[Polygon]] | None = None,
+    notes: Sequence[str] | None = None,
+    smooth: float = 0.0,
 ) -> Figure:
     """Draw a `Grounding`: every text over the thumbnail of `image`, or over white when there is none.
 
-    `outlines` holds true outlines, or found ones, by text; `smooth` is as `draw_panels` takes it.
+    `outlines` holds true outlines, or found ones, by text; `notes` (a line under each map) and `smooth` are as
+    `draw_panels` takes them.
     """
     if image is not None:
         canvas = read_thumbnail(image)
@@ -147,6 +152,7 @@ def draw_grounding(
         grounding.patch_size,
         mpp=grounding.mpp,
         outlines=None if outlines is None else [outlines.get(text, []) for text in grounding.texts],
+        notes=notes,
         heading=grounding.slide_id,
         reference=image is not None,
         smooth=smooth,

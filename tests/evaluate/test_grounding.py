@@ -1,11 +1,13 @@
 """Grounding against outlines: which patches are true, which count, and what an AUC is."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.evaluate import grounding, summary
+from pathflip_jax.evaluate import grounding, summary, truth
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 
 SQUARE = Polygon(np.array([[100, 100], [260, 100], [260, 260], [100, 260], [100, 100]], float))
@@ -20,16 +22,16 @@ def slide():
 
 def test_true_patches_and_those_cut_by_an_outline(slide, tmp_path):
     write_outlines(tmp_path / "S1.geojson", {"tumor": [SQUARE]})
-    inside, counts = grounding.true_patches(tmp_path, slide, ["tumor", "fat"])
+    inside, counts = truth.true_patches(tmp_path, slide, ["tumor", "fat"])
     centres = slide.coords + 32
     assert inside[0].tolist() == ((centres > 100) & (centres < 260)).all(1).tolist()
     assert not inside[1].any() and counts.all()
-    _, clear = grounding.true_patches(tmp_path, slide, ["tumor", "fat"], clear=0.25)
+    _, clear = truth.true_patches(tmp_path, slide, ["tumor", "fat"], clear=0.25)
     low, high = np.maximum(slide.coords, 100), np.minimum(slide.coords + 64, 260)
     share = np.clip(high - low, 0, None).prod(1) / 64**2
     assert clear.tolist() == ((share < 0.25) | (share > 0.75)).tolist() and not clear.all()
     with pytest.raises(FileNotFoundError, match=r"S1\.geojson"):
-        grounding.true_patches(tmp_path / "gone", slide, ["tumor"])
+        truth.true_patches(tmp_path / "gone", slide, ["tumor"])
 
 
 def test_concept_aucs_are_those_of_scikit_learn():
@@ -98,15 +100,18 @@ def test_thresholds_are_the_training_slides_best():
     assert np.isnan(chosen[1])  # no slide shows the concept
 
 
-def test_scored_slides_have_no_say_in_the_thresholds(slide):
+def test_scored_slides_have_no_say_in_the_thresholds():
+    def features(slide_id):
+        return SimpleNamespace(slide_id=slide_id, coords=np.zeros((36, 2)), patch_size=64)
+
     inside = np.arange(36)[None] < 9
-    truth = (inside, np.ones(36, bool))
+    known = (inside, np.ones(36, bool))
     maps = {"train": np.arange(36, 0, -1.0)[None], "S1": np.arange(36, 0, -1.0)[None] + 100}
-    found = grounding.score_maps(lambda s: maps[s], lambda slide_id: slide_id, {"S1": truth}, {"train": truth})
+    found = grounding.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {"train": known})
     assert 27 <= found.thresholds[0] <= 28
     assert found.auc[0, 0] == found.pointing[0, 0] == 1
     assert found.dice[0, 0] == pytest.approx(2 * 9 / (36 + 9))  # by the old threshold all patches are marked
-    alone = grounding.score_maps(lambda s: maps[s], lambda slide_id: slide_id, {"S1": truth}, {})
+    alone = grounding.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {})
     assert np.isnan(alone.dice).all() and alone.auc[0, 0] == 1
 
 
@@ -121,9 +126,9 @@ def test_chance_is_the_share_of_patches_inside():
 def test_lesions_need_a_slides_measures(slide, tmp_path):
     write_outlines(tmp_path / "S1.geojson", {"tumor": [SQUARE]})
     with pytest.raises(ValueError, match=r"S1: its size or mpp is unknown.*--mpp"):
-        grounding.read_lesion_task(tmp_path, [slide], ["tumor"], "tumor")
+        truth.read_lesion_task(tmp_path, [slide], ["tumor"], "tumor")
     large = Polygon(SQUARE.ring * 8)
     write_outlines(tmp_path / "S1.geojson", {"tumor": [large]})
     known = SlideFeatures("S1", "P1", slide.features, slide.coords, 64, 0.5, width=3000, height=3000)
-    task = grounding.read_lesion_task(tmp_path, [known], ["fat", "tumor"], "tumor")
+    task = truth.read_lesion_task(tmp_path, [known], ["fat", "tumor"], "tumor")
     assert task.concept == 1 and [area.counts for area in task.slides["S1"].areas] == [True]
