@@ -39,8 +39,8 @@ def add(commands) -> None:
         "--threshold",
         type=float,
         metavar="SCORE",
-        help="areas are where the smoothed score is above (default: 0 with --negative, else the value that parts a "
-        "map best in two, which finds areas on any slide)",
+        help="areas are where the smoothed score is above (default: 0 with --negative, else half way from a map's "
+        "median to its highest, which finds areas on any slide)",
     )
     parser.add_argument(
         "--min-patches", type=float, default=2.0, metavar="N", help="smaller areas are dropped (default 2 patches)"
