@@ -191,6 +191,11 @@ class Predictor:
                         found[i] = Embedding(window[i].slide_id, encoding.slide[row], regions, window[i].grid)
             yield from (found[i] for i in range(len(window)))
 
+    def encode_regions(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
+        """Embed slides as `encode_slides`, their regions in the space of texts, where the region loss compares them."""
+        for embedding in self.encode_slides(slides, batch_size):
+            yield embedding._replace(regions=self._alone(embedding.regions))
+
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "n D"]:
         """Embed texts, in their order. Raises ValueError for a text of no words."""
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -261,10 +266,10 @@ class Predictor:
         if method == "attention":
             shares = maps.patch_shares(encoding.region_attention[0], bag.slots, len(slide.features))
         elif method != "region":
-            if slide.patch_size <= 0:
+            if slide.patch_size <= 0 and window > 1:
                 raise ValueError(
                     f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
-                    "import it with --patch-size, or ground with method 'region'"
+                    "import it with --patch-size, or ground with a window of 1"
                 )
             slots = maps.window_slots(slide.coords, slide.patch_size, window)
             encode_windows = maps.window_slides if method == "slide" else maps.window_regions

@@ -3,6 +3,7 @@
 from pathflip_jax.commands import (
     ask,
     caption,
+    compare,
     convert,
     demo,
     doctor,
@@ -15,12 +16,13 @@ from pathflip_jax.commands import (
     prepare,
     report,
     serve,
+    split,
     train,
     vocabulary,
 )
 
 # In the order in which `pathflip --help` lists them.
 COMMANDS = (
-    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, report, serve, caption, ask,
-    embed, convert, export,
+    demo, doctor, prepare, import_features, split, vocabulary, train, goodput, evaluate, compare, ground, report, serve,
+    caption, ask, embed, convert, export,
 )  # fmt: skip

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, command, place
+from pathflip_jax.commands.options import add_grounding_options, add_smooth_option, command, place
 
 
 def add(commands) -> None:
@@ -34,15 +34,13 @@ def add(commands) -> None:
         "a patch looks more like the text",
     )
     add_grounding_options(parser)
+    add_smooth_option(parser)
     parser.add_argument(
         "--threshold",
         type=float,
         metavar="SCORE",
-        help="areas are where the smoothed score is above (default: 0 with --negative, else the value that parts a "
-        "map best in two, which finds areas on any slide)",
-    )
-    parser.add_argument(
-        "--smooth", type=float, default=0.5, metavar="EDGES", help="Gaussian of so many patch edges, 0: none (0.5)"
+        help="areas are where the smoothed score is above (default: 0 with --negative, else half way from a map's "
+        "median to its highest, which finds areas on any slide)",
     )
     parser.add_argument(
         "--min-patches", type=float, default=2.0, metavar="N", help="smaller areas are dropped (default 2 patches)"
@@ -50,6 +48,9 @@ def add(commands) -> None:
     parser.add_argument("--top", type=int, metavar="N", help="best patches of each text as pictures (8 with --image)")
     parser.add_argument("--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, if its file is silent")
     parser.add_argument("--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, if its file is silent")
+    parser.add_argument(
+        "--page", action="store_true", help="also write DIR/page, which shows slide and maps by deep zoom in a browser"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--json", action="store_true", help="print the files written as JSON")
 
@@ -72,7 +73,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.image is not None:
             measures = read_measures(options.image)
             check_same_slide(slide, measures, options.image)
-    grounding = load(options.checkpoint).ground(
+    predictor = load(options.checkpoint)
+    grounding = predictor.ground(
         slide,
         list(dict.fromkeys(options.texts)),
         negative=options.negative,
@@ -89,6 +91,13 @@ def _run(options: argparse.Namespace) -> int:
         min_patches=options.min_patches,
         top=options.top or 8,
     )
+    if options.page:
+        from pathflip_jax.viewer.session import model_facts
+        from pathflip_jax.viewer.static import PageSlide, write_page
+
+        shown = PageSlide(slide.slide_id, options.image, lambda: grounding)
+        page = write_page(options.out / "page", [shown], model_facts(predictor, options.method))
+        written["page"] = str(page.out / "index.html")
     if options.json:
         print(json.dumps(written))
     else:

@@ -7,7 +7,6 @@ patient, are read by nothing here.
 
 import functools
 import io
-import math
 import os
 
 import numpy as np
@@ -125,20 +124,15 @@ def _mean_on_white(patch: Image.Image) -> np.ndarray:
 
 
 def pyramid(path: str) -> Parsed:
-    """The size of a slide at level 0 in pixels, its `mpp` (0 = unknown), and how Deep Zoom cuts it.
+    """The measures of a slide, and how Deep Zoom cuts it.
 
     Level k of its `levels` has half the pixels of level k + 1 a side; the last one is level 0 of the slide. Tiles have
     `tile` pixels a side, and `overlap` more where they have a neighbour.
     """
+    facts, _ = measures(path)
     with _opened(path) as slide:
-        width, height = slide.dimensions
-        try:
-            mpp = float(slide.properties.get(openslide.PROPERTY_NAME_MPP_X, 0))
-        except ValueError:
-            mpp = 0.0
-        facts = {"width": width, "height": height, "mpp": mpp if 0 < mpp < math.inf else 0.0}
-        tiles = DeepZoomGenerator(slide, TILE, OVERLAP)
-        return facts | {"levels": tiles.level_count, "tile": TILE, "overlap": OVERLAP}, {}
+        levels = DeepZoomGenerator(slide, TILE, OVERLAP).level_count
+    return facts | {"levels": levels, "tile": TILE, "overlap": OVERLAP}, {}
 
 
 def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:

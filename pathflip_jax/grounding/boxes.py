@@ -7,7 +7,6 @@ import numpy as np
 from contourpy import FillType, contour_generator
 from jaxtyping import Bool, Float
 from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from pathflip_jax.grounding.outlines import Polygon
 from pathflip_jax.grounding.surface import Surface
@@ -36,12 +35,12 @@ class Box(NamedTuple):
 
 
 def split_threshold(values: Float[np.ndarray, "..."]) -> float:
-    """The score that parts a map best in two (Otsu); a map of one value has none above it.
+    """The score that parts a map: half way from its median to its highest; a map of one value has none above it.
 
     It finds areas on every slide, whether or not the text's subject is there; only scores of many slides can tell that.
     """
     known = np.asarray(values)[np.isfinite(values)]
-    return float(threshold_otsu(known)) if np.ptp(known) > 0 else float(known[0])
+    return float((np.median(known) + known.max()) / 2)
 
 
 def thresholds_of(surface: Surface, threshold: float | Sequence[float] | None) -> list[float]:

@@ -86,6 +86,7 @@ def draw_panels(
     notes: Sequence[str] | None = None,
     heading: str = "",
     reference: bool = True,
+    outlines_on_reference: bool = True,
     smooth: float = 0.0,
 ) -> Figure:
     """Draw one heatmap per text side by side, true outlines as lines where given, after the slide itself.
@@ -107,7 +108,7 @@ def draw_panels(
     if reference:
         axes[0].imshow(canvas.picture, interpolation="antialiased")
         axes[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
-        if outlines is not None:
+        if outlines is not None and outlines_on_reference:
             for polygons in outlines:
                 _draw_outline(axes[0], polygons, canvas)
     for i, (axis, title) in enumerate(zip(axes[reference:], titles, strict=False)):
@@ -129,11 +130,16 @@ def draw_panels(
 
 
 def draw_grounding(
-    grounding, image=None, outlines: dict[str, list[Polygon]] | None = None, smooth: float = 0.0
+    grounding,
+    image=None,
+    outlines: dict[str, list[Polygon]] | None = None,
+    notes: Sequence[str] | None = None,
+    smooth: float = 0.0,
 ) -> Figure:
     """Draw a `Grounding`: every text over the thumbnail of `image`, or over white when there is none.
 
-    `outlines` holds true outlines, or found ones, by text; `smooth` is as `draw_panels` takes it.
+    `outlines` holds the areas of each text, drawn on its map; `notes` (a line under each map) and `smooth` are as
+    `draw_panels` takes them.
     """
     if image is not None:
         canvas = read_thumbnail(image)
@@ -147,8 +153,10 @@ def draw_grounding(
         grounding.patch_size,
         mpp=grounding.mpp,
         outlines=None if outlines is None else [outlines.get(text, []) for text in grounding.texts],
+        notes=notes,
         heading=grounding.slide_id,
         reference=image is not None,
+        outlines_on_reference=False,
         smooth=smooth,
     )
 

@@ -14,6 +14,17 @@ differ in how they get from one to the other:
   trains, so it is also the fair map of a model that was trained without that loss.
 
 The first three are logarithms of attention over its uniform value: 0 means "no more than anywhere else".
+
+The first two are what the model is trained to attend to, and say little of where: a region is many patches, and what
+draws its attention is mostly not the text. On 24 held-out slides of the demo (windows of one patch, smoothed by half a
+patch edge), ROC AUC of patches / how often the highest patch lies inside / Dice at a fixed threshold:
+
+    slide       0.95  0.97  0.77        attention   0.65  0.34  0.36
+    cosine      0.91  0.86  0.61        region      0.67  0.38  0.34
+    similarity  0.89  0.79  0.53        no text     0.59  0.26  0.37
+    patch       0.74  0.37  0.43
+
+Windows of 3 x 3 patches score the neighbours of what a text names as high as itself: `slide` has 0.93, 0.75 and 0.70.
 """
 
 from typing import NamedTuple
@@ -24,7 +35,7 @@ from scipy.spatial import cKDTree
 
 METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
 DEFAULT_METHOD = "slide"
-WINDOW = 3
+WINDOW = 1
 CONTEXT = 256  # windows that go through the region transformer together
 
 

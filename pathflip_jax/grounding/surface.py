@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.ndimage import gaussian_filter
+from scipy.sparse import csr_array
+from scipy.spatial import cKDTree
 
 PIXELS_PER_PATCH = 4  # along an edge: boxes and contours are right to a quarter of a patch
 LONGEST = 2048  # pixels of a surface's longer side; larger slides get fewer pixels a patch
@@ -103,3 +105,15 @@ def smooth_covered(values: Float[np.ndarray, "*C h w"], sigma: float) -> Float[n
 
     weight = np.maximum(spread(known.astype(np.float64)), 1e-12)
     return np.where(known, spread(np.where(known, values, 0.0)) / weight, np.nan)
+
+
+def smooth_patches(
+    scores: Float[np.ndarray, "C N"], coords: Int[np.ndarray, "N 2"], patch_size: float, smooth: float
+) -> Float[np.ndarray, "C N"]:
+    """Smooth patch scores by a Gaussian of `smooth` patch edges: the scores of a smoothed map at its patches."""
+    if smooth <= 0:
+        return scores
+    tree = cKDTree(np.asarray(coords, np.float64))
+    near = tree.sparse_distance_matrix(tree, TRUNCATE * smooth * patch_size, output_type="coo_matrix")
+    weights = csr_array((np.exp(-0.5 * (near.data / (smooth * patch_size)) ** 2), (near.row, near.col)), near.shape)
+    return ((weights @ scores.T) / weights.sum(1)[:, None]).T

@@ -14,7 +14,7 @@ from pathflip_jax.grounding.files import short_name, write_picture, write_whole
 
 PIXELS = 256  # of a picture's edge
 ACROSS = 8  # pictures in a row of the sheet
-TILE = 1.35  # inches of a picture on the sheet
+TILE, GAP, SCORE, TITLE = 1.2, 0.08, 0.2, 0.3  # inches of the sheet: a picture, between two, under one, over a text's
 INK, MUTED = "#1d2530", "#5b6673"
 
 
@@ -74,18 +74,26 @@ def write_top_patches(folder: Path, grounding, image, count: int, pixels: int = 
 def draw_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]], heading: str) -> Figure:
     """A sheet of pictures: for each text its patches, best first, the score under each."""
     across = min(ACROSS, max(len(pictures) for _, pictures, _ in rows))
-    lines = [-(-len(pictures) // across) for _, pictures, _ in rows]
-    figure = Figure(figsize=(TILE * max(across, 3), (TILE + 0.28) * sum(lines) + 0.34 * len(rows) + 0.3))
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=8, color=MUTED)
-    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=lines)[:, 0]
-    for part, (text, pictures, scores), down in zip(parts, rows, lines, strict=True):
-        part.suptitle(
-            textwrap.shorten(text, 110, placeholder=" ..."), x=0.01, ha="left", fontsize=9, color=INK, weight="bold"
-        )
-        axes = part.subplots(down, across, squeeze=False).ravel()
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, picture, score in zip(axes, pictures, scores, strict=False):
-            axis.imshow(picture)
-            axis.set_title(f"{score:.3f}", fontsize=7, color=MUTED, y=-0.17, pad=0)
+    lines = sum(-(-len(pictures) // across) for _, pictures, _ in rows)
+    width = max(across, 4) * (TILE + GAP) + GAP
+    height = TITLE * (1 + len(rows)) + (TILE + SCORE) * lines  # all in inches
+    figure = Figure(figsize=(width, height))
+    figure.text(GAP / width, 1 - TITLE / 2 / height, heading, va="center", fontsize=8, color=MUTED)
+    top = height - TITLE
+    for text, pictures, scores in rows:
+        shown = textwrap.shorten(text, int(11 * width), placeholder=" ...")
+        middle = (top - TITLE / 2) / height
+        figure.text(GAP / width, middle, shown, va="center", fontsize=9, color=INK, weight="bold")
+        top -= TITLE
+        for first in range(0, len(pictures), across):
+            top -= TILE + SCORE
+            for column, (picture, score) in enumerate(
+                zip(pictures[first : first + across], scores[first : first + across], strict=True)
+            ):
+                left = GAP + column * (TILE + GAP)
+                axis = figure.add_axes((left / width, (top + SCORE) / height, TILE / width, TILE / height))
+                axis.set_axis_off()
+                axis.imshow(picture)
+                centre = ((left + TILE / 2) / width, (top + SCORE / 2) / height)
+                figure.text(*centre, f"{score:.3f}", ha="center", va="center", fontsize=7, color=MUTED)
     return figure

@@ -37,9 +37,10 @@ def write_grounding(
 ) -> dict[str, str | list[str]]:
     """Write a grounding into `out` and return the files by kind.
 
-    `<slide>.png` (maps), `.npz` (scores), `.json` (boxes), `.geojson` (areas, for QuPath) and one `_blockmap.h5` a text
-    (as CLAM has them); with the slide file `image` and its `measures`, also the `top` patches of each text in
-    `patches/<slide>/`. `threshold`, `smooth` and `min_patches` are those of `find_boxes` and `make_surface`.
+    `<slide>.png` (maps), `.npz` (scores of patches and regions), `.json` (boxes), `.geojson` (areas, for QuPath) and a
+    `_blockmap.h5` for each text (as CLAM has them); with the slide file `image` and its `measures`, also the `top`
+    patches of each text in `patches/<slide>/`. `threshold`, `smooth` and `min_patches` are those of `find_boxes` and
+    `make_surface`.
     """
     name = grounding.slide_id
     out.mkdir(parents=True, exist_ok=True)
@@ -49,12 +50,14 @@ def write_grounding(
     limits = thresholds_of(surface, threshold)
     boxes = find_boxes(grounding, surface, limits, min_patches=min_patches)
     outlines = {text: [ring for box in boxes if box.text == text for ring in box.outline] for text in grounding.texts}
-    picture = draw_grounding(grounding, image=image, outlines=outlines, smooth=smooth)
+    counts = [sum(box.text == text for box in boxes) for text in grounding.texts]
+    notes = [f"areas above {limit:.3g}: {count}" for limit, count in zip(limits, counts, strict=True)]
+    picture = draw_grounding(grounding, image=image, outlines=outlines, notes=notes, smooth=smooth)
     written: dict[str, str | list[str]] = {"picture": str(write_picture(out / f"{name}.png", picture, dpi=150))}
     stream = io.BytesIO()
     np.savez(
         stream, texts=grounding.texts, patch_scores=grounding.patch_scores, coords=grounding.coords,
-        patch_size=grounding.patch_size,
+        patch_size=grounding.patch_size, region_scores=grounding.region_scores,
     )  # fmt: skip
     written["scores"] = str(write_whole(out / f"{name}.npz", stream.getvalue()))
     facts = as_facts(grounding, limits, smooth, boxes)

@@ -48,8 +48,11 @@ class Grounder:
             raise ValueError(f"slide {slide.slide_id}: no features of it are known; {NO_FEATURES}")
         return self._prepared.get(slide.slide_id, make)
 
-    def layer(self, slide: ShownSlide, text: str, negative: Sequence[str] = ()) -> Layer:
-        """A text on a slide, the negative texts subtracted. Raises ValueError for a text of no words."""
+    def layer(self, slide: ShownSlide, text: str, negative: Sequence[str] = (), mpp: float = 0.0) -> Layer:
+        """A text on a slide, the negative texts subtracted; `mpp` is for features that do not know theirs.
+
+        Raises ValueError for a text of no words.
+        """
         text, negative = text.strip(), tuple(x.strip() for x in negative)
         for given in (text, *negative):
             if not given or len(given) > LONGEST_TEXT:
@@ -58,7 +61,8 @@ class Grounder:
             raise ValueError(f"{len(negative)} negative texts, expected up to {MOST_NEGATIVE}")
 
         def make() -> Layer:
-            return make_layer(self._score(self.prepared(slide), (text,), negative))
+            grounding = self._score(self.prepared(slide), (text,), negative)
+            return make_layer(grounding._replace(mpp=grounding.mpp or mpp))
 
         return self._layers.get((slide.slide_id, text, negative), make)
 

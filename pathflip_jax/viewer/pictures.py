@@ -24,11 +24,12 @@ SOURCE = "pathflip_jax.data.slide_pixels"
 
 
 class Pyramid(NamedTuple):
-    """A slide as Deep Zoom tiles: level-0 pixels, `mpp` by its scanner (0 = unknown), levels, how tiles are cut."""
+    """A slide as Deep Zoom tiles: its measures (as `grounding.placement.Measures`), levels, and how tiles are cut."""
 
     width: int
     height: int
     mpp: float
+    bounds: tuple[int, int]
     levels: int
     tile: int
     overlap: int

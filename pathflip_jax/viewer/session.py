@@ -9,9 +9,10 @@ from matplotlib import colormaps
 from pathflip_jax.grounding.files import COLOURS
 from pathflip_jax.grounding.heatmap import COLORMAP
 from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.placement import check_on_slide, check_same_slide
 from pathflip_jax.inference import Predictor, Prepared
 from pathflip_jax.viewer.grounder import Grounder
-from pathflip_jax.viewer.layers import areas, layer_facts
+from pathflip_jax.viewer.layers import Layer, areas, layer_facts
 from pathflip_jax.viewer.pictures import Pictures, Pyramid
 from pathflip_jax.viewer.search import Search
 from pathflip_jax.viewer.slides import ShownSlide
@@ -59,26 +60,32 @@ class Session:
 
     def patches(self, number: int) -> dict[str, Any]:
         """Where the patches of a slide lie; returns once the slide is encoded."""
-        slide = self.slides[number]
-        prepared = self.grounder.prepared(slide)
-        try:
-            pyramid = None if slide.image is None else self.pictures.pyramid(slide.image)
-        except (ValueError, OSError):  # `slide` has said so
-            pyramid = None
-        return patches_facts(prepared, pyramid)
+        return patches_facts(self.grounder.prepared(self.slides[number]), self._pyramid(number))
 
     def layer(self, number: int, text: str, negative: Sequence[str]) -> dict[str, Any]:
         """The scores of a text on a slide."""
-        return layer_facts(self.grounder.layer(self.slides[number], text, negative))
+        return layer_facts(self._layer(number, text, negative))
 
     def areas(self, number: int, text: str, negative: Sequence[str], percent: float) -> dict[str, Any]:
         """The areas of a text above a threshold, in percent of its layer's range."""
-        return {"areas": areas(self.grounder.layer(self.slides[number], text, negative), percent)}
+        return {"areas": areas(self._layer(number, text, negative), percent)}
 
     def find(self, text: str) -> dict[str, Any]:
         """Slides by their similarity to a text, the best first."""
         found = self.search.similarities(self.grounder.embed_text(text))
         return {"slides": [[number, cosine] for number, cosine in found.items()], **self.search.progress()}
+
+    def _layer(self, number: int, text: str, negative: Sequence[str]) -> Layer:
+        pyramid = self._pyramid(number)
+        return self.grounder.layer(self.slides[number], text, negative, mpp=pyramid.mpp if pyramid else 0.0)
+
+    def _pyramid(self, number: int) -> Pyramid | None:
+        """The slide file's, None where there is none or where it cannot be read: `slide` tells that."""
+        image = self.slides[number].image
+        try:
+            return None if image is None else self.pictures.pyramid(image)
+        except (ValueError, OSError):
+            return None
 
 
 def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
@@ -103,6 +110,7 @@ def image_facts(pyramid: Pyramid, last: int | None = None) -> dict[str, Any]:
         "width": pyramid.width,
         "height": pyramid.height,
         "mpp": pyramid.mpp,
+        "bounds": pyramid.bounds,
         "shown": pyramid.size(last),
         "first": first,
         "last": last,
@@ -113,14 +121,15 @@ def image_facts(pyramid: Pyramid, last: int | None = None) -> dict[str, Any]:
 
 def patches_facts(slide: Prepared | Grounding, pyramid: Pyramid | None) -> dict[str, Any]:
     """The patches of a slide for the page, and what does not fit together between them and its file."""
-    coords, warnings = np.asarray(slide.coords), []
-    low, high = coords.min(0), coords.max(0) + slide.patch_size
     width, height = (slide.width, slide.height) if pyramid is None else (pyramid.width, pyramid.height)
-    if width and height and (low.min() < 0 or coords[:, 0].max() >= width or coords[:, 1].max() >= height):
-        warnings.append(
-            f"patches lie beyond the slide: they reach from {low[0]}, {low[1]} to {high[0]}, {high[1]}, the slide has "
-            f"{width} x {height} pixels; its features may be of another file, or in pixels of another level"
-        )
+    warnings = []
+    try:
+        if pyramid is not None:
+            check_same_slide(slide, pyramid, "the slide file")
+        elif width and height:
+            check_on_slide(slide, width, height, "the slide by its features' file")
+    except ValueError as error:  # here the user sees what is where
+        warnings.append(str(error))
     if pyramid is not None and slide.mpp > 0 < pyramid.mpp:
         if not 1 / MPP_DIFFERENCE < slide.mpp / pyramid.mpp < MPP_DIFFERENCE:
             warnings.append(f"the features say {slide.mpp:g} um per pixel, the slide file {pyramid.mpp:g}")
@@ -128,7 +137,7 @@ def patches_facts(slide: Prepared | Grounding, pyramid: Pyramid | None) -> dict[
     if not mpp:
         warnings.append("the size of a pixel is unknown: no scale in micrometres, no areas in square millimetres")
     return {
-        "coords": coords.ravel().tolist(),
+        "coords": np.asarray(slide.coords).ravel().tolist(),
         "patch_size": slide.patch_size,
         "mpp": mpp,
         "width": width,

@@ -125,6 +125,8 @@ def _write_slide(
     """Write what the page needs of one slide; what the table of slides says of it, and how many tiles it has."""
     pyramid = None if slide.image is None else pictures.pyramid(slide.image)
     grounding = slide.ground()
+    if pyramid is not None:
+        grounding = grounding._replace(mpp=grounding.mpp or pyramid.mpp)
     facts = patches_facts(grounding, pyramid)
     image, count = None, 0
     folder.mkdir(parents=True)

@@ -50,7 +50,7 @@ def test_each_text_has_its_threshold(made, grid, hot):
     surface = make_surface(found, smooth=0)
     assert [b.text for b in find_boxes(found, surface, 2.0)] == ["text 1"]
     assert [b.text for b in find_boxes(found, surface, (0.5, 20.0))] == ["text 0"]
-    both = find_boxes(found, surface)  # each by its own split
+    both = find_boxes(found, surface)  # each by its own half maximum
     assert [(b.text, b.patches) for b in both] == [("text 0", 3), ("text 1", 2)]
     with pytest.raises(ValueError, match="threshold nan"):
         thresholds_of(surface, float("nan"))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pathflip_jax.grounding.surface import make_surface, smooth_covered
+from pathflip_jax.grounding.surface import make_surface, smooth_covered, smooth_patches
 
 
 def value_at(surface, text, x, y):
@@ -67,3 +67,14 @@ def test_what_has_no_surface_is_named(made):
         make_surface(made([[0, 0]], [[1.0]], patch_size=0))
     with pytest.raises(ValueError, match="smooth -1"):
         make_surface(made([[0, 0]], [[1.0]]), smooth=-1)
+
+
+@pytest.mark.parametrize("smooth", [0.5, 1.2])
+def test_smoothed_patches_are_the_weighted_means_of_their_neighbours(smooth):
+    rng = np.random.default_rng(0)
+    coords, scores = rng.integers(0, 1000, (60, 2)), rng.normal(size=(2, 60))
+    distance = np.linalg.norm(coords[:, None] - coords, axis=-1) / 64
+    weight = np.exp(-(distance**2) / (2 * smooth**2)) * (distance <= 3 * smooth)
+    expected = scores @ weight.T / weight.sum(1)
+    assert smooth_patches(scores, coords, 64, smooth) == pytest.approx(expected)
+    assert smooth_patches(scores, coords, 64, 0) is scores

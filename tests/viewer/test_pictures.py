@@ -55,7 +55,7 @@ def test_levels_are_those_of_openslide_for_every_size(width, height):
         get_best_level_for_downsample=lambda downsample: 0,
     )
     oracle = DeepZoomGenerator(slide, tile_size=254, overlap=1)
-    pyramid = Pyramid(width, height, 0.0, oracle.level_count, 254, 1)
+    pyramid = Pyramid(width, height, 0.0, (0, 0), oracle.level_count, 254, 1)
     assert tuple(pyramid.size(level) for level in range(pyramid.levels)) == oracle.level_dimensions
     assert tuple(pyramid.tiles(level) for level in range(pyramid.levels)) == oracle.level_tiles
 

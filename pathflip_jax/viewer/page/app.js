@@ -308,11 +308,14 @@ function hover(event) {
 }
 
 function download() {
+  const [x0, y0] = stage.bounds; // QuPath crops slides that tell their bounds, and counts from there
+  const moved = (part) => (Array.isArray(part[0]) ? part.map(moved) : [part[0] - x0, part[1] - y0]);
   const features = shownLayers().flatMap((layer) =>
-    layer.areas.map(({ properties, ...feature }) => {
-      const classification = { ...properties.classification, color: layer.colour };
-      return { ...feature, properties: { ...properties, classification } };
-    }),
+    layer.areas.map(({ properties, geometry, ...feature }) => ({
+      ...feature,
+      geometry: { ...geometry, coordinates: moved(geometry.coordinates) },
+      properties: { ...properties, classification: { ...properties.classification, color: layer.colour } },
+    })),
   );
   const content = JSON.stringify({ type: "FeatureCollection", features }, null, 1);
   const link = make("a", { href: URL.createObjectURL(new Blob([content], { type: "application/geo+json" })) });

@@ -50,6 +50,7 @@ class Stage {
     this.patches = null;
     this.blank = !image;
     this.mpp = image?.mpp ?? 0;
+    this.bounds = image?.bounds ?? [0, 0];
     const [left, top, right, bottom] = image ? [0, 0, image.width, image.height] : bounds;
     [this.left, this.top, this.width, this.height] = [left, top, right - left, bottom - top];
     return new Promise((resolve, reject) => {
