@@ -40,7 +40,8 @@ def make_layer(grounding: Grounding, number: int = 0) -> Layer:
 
 def layer_facts(layer: Layer) -> dict[str, Any]:
     """The layer as JSON: a score per patch in the order of the slide's coordinates, and where to cut it at first."""
-    split = split_threshold(layer.surface.values[0])
+    # Above 0 a patch looks more like the text than like the negative ones.
+    split = 0.0 if layer.grounding.negative else split_threshold(layer.surface.values[0])
     percent = 100 * (split - layer.low) / (layer.high - layer.low)
     return {
         "text": layer.grounding.texts[0],

@@ -1,6 +1,7 @@
 """Who may ask the viewer: this machine alone, or who has its token."""
 
 import re
+import sys
 
 import pytest
 from starlette.testclient import TestClient
@@ -92,3 +93,12 @@ def test_serve_says_at_once_what_is_wrong(tmp_path, capsys):
     assert "no file in it that OpenSlide opens" in capsys.readouterr().err
     assert cli.main([*run, "--port=70000"]) == 2
     assert "--port 70000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+def test_without_its_packages_the_viewer_names_the_extra(monkeypatch, capsys, missing):
+    for name in [name for name in sys.modules if name.startswith(("pathflip_jax.viewer", missing))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(["serve", "--slides", "slides", "--checkpoint", "run"]) == 2
+    assert f"the viewer needs {missing}: pip install pathflip-jax[viewer]" in capsys.readouterr().err

@@ -6,11 +6,16 @@ tests are skipped and say so. PATHFLIP_SCREENSHOTS names a folder that gets pict
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 import uvicorn
@@ -263,3 +268,25 @@ def test_the_written_page_opens_by_a_double_click(tab, run_folder, tiny_cohort, 
     tab.keyboard.press("Escape")
     tab.keyboard.press("g")
     photograph(tab, "written")
+
+
+def test_the_command_serves_until_it_is_interrupted(run_folder, tiny_cohort, slides_dir, tmp_path):
+    """With a token, which it prints; nothing but one line is said, and ctrl-C is no error."""
+    token = "a-token-of-this-test"
+    sources = ["--records", tiny_cohort.records, "--slides", slides_dir, "--checkpoint", run_folder]
+    command = [sys.executable, "-m", "pathflip_jax.cli", "serve", *sources, "--method", "region", "--port", "0"]
+    command += ["--token", token]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = re.fullmatch(
+                r"24 slides at (http://127\.0\.0\.1:\d+/)\?token=(.*) \(ctrl-C ends\)\n", server.stdout.readline()
+            )
+            assert address and address[2] == token
+            assert httpx2.get(address[1]).status_code == 401
+            with httpx2.Client(base_url=address[1], follow_redirects=True, timeout=60) as client:
+                assert "<title>PathFLIP viewer</title>" in client.get(f"/?token={token}").text
+                assert client.post("/slides/3/layer", json={"text": "necrosis"}).status_code == 200
+                assert client.get("/slides/3/tiles/9/0_0.jpg").status_code == 200
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0, server.stderr.read()

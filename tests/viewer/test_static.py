@@ -79,6 +79,18 @@ def test_the_page_names_no_path_of_this_machine(command, tmp_path, slides_dir):
         assert str(slides_dir) not in file.read_text()
 
 
+def test_ground_writes_the_page_of_its_slide(run_folder, tiny_cohort, slides_dir, tmp_path, capsys):
+    place = ["--slide-id", "S01", "--image", str(slides_dir / "S01.tiff"), "--out", str(tmp_path / "maps")]
+    command = ["ground", str(tiny_cohort.records), *TEXTS, "--checkpoint", str(run_folder), "--method", "region"]
+    assert cli.main([*command, *place, "--page", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    page = tmp_path / "maps/page"
+    assert written["page"] == str(page / "index.html") and (page / "page/openseadragon.min.js").is_file()
+    content = read_script(page / "slides/0/slide.js", r"\.loaded\(0, ")
+    scores = np.load(written["scores"])["patch_scores"]
+    np.testing.assert_allclose([layer["scores"] for layer in content["layers"]], scores, atol=1e-4)
+
+
 def test_a_broken_slide_is_reported_and_the_rest_is_there(command, slides_dir, tmp_path, capsys):
     whole = (slides_dir / "S01.tiff").read_bytes()
     (slides_dir / "S01.tiff").write_bytes(whole[: len(whole) - 6000])
