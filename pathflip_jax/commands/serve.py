@@ -43,7 +43,10 @@ def _run(options: argparse.Namespace) -> int:
         from pathflip_jax.viewer.access import choose_token
         from pathflip_jax.viewer.server import listen, run
     except ModuleNotFoundError as error:
-        raise ImportError(f"the viewer needs {error.name}: pip install pathflip-jax[viewer]") from None
+        name = (error.name or "").partition(".")[0]
+        if name not in ("starlette", "uvicorn"):
+            raise
+        raise ImportError(f"the viewer needs {name}: pip install pathflip-jax[viewer]") from None
     if options.slides is None and options.records is None and options.features is None:
         raise ValueError("nothing to show: name --slides DIR and --records or --features, or one of them")
     if not 0 <= options.port < 2**16:

@@ -3,6 +3,7 @@
 Embeddings come from a file of `pathflip embed`, or are made in the background from the moment the viewer starts.
 """
 
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ class Search:
                 with grounder.model_lock:  # for one slide at a time, so that whoever looks at one is served between
                     self._found[number] = grounder.predictor.encode_slide(features).slide
             except (ValueError, OSError, MemoryError) as error:
-                tqdm.write(f"slide {slide.slide_id} is not searched: {error}")
+                tqdm.write(f"slide {slide.slide_id} is not searched: {error}", file=sys.stderr)
 
     def progress(self) -> dict[str, int | bool]:
         """How many slides can be found, and whether more are on their way."""

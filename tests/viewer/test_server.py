@@ -189,6 +189,16 @@ def test_features_of_another_slide_or_scale_are_told(slides_dir, tiny_cohort, pr
     session.pictures.close()
 
 
+def test_features_of_another_encoder_are_told_and_tiles_go_on(client, predictor, monkeypatch):
+    monkeypatch.setattr(predictor, "encoder", "conch")
+    for path in ("patches.json", "layer"):
+        ask = client.get if path.endswith("json") else lambda url: client.post(url, json={"text": "fat"})
+        response = ask(f"/slides/4/{path}")
+        assert response.status_code == 422 and "features come from 'tiny'" in response.json()["error"]
+        assert "extract them again" in response.json()["error"]
+    assert client.get("/slides/4/tiles/9/0_0.jpg").status_code == 200
+
+
 def test_a_port_in_use_is_told_with_the_cure():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
