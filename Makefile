@@ -15,6 +15,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 PACKAGING := setup.cfg pyproject.toml
+CHROMIUM = { test "$$(id -u)" = 0 && timeout 60 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 \
+	apt-get -qq install --no-install-recommends --yes chromium; }
 
 .PHONY: setup setup-test setup-slow demo test test-slow lint clean
 
@@ -40,9 +42,12 @@ setup-slow: .venv/.slow
 	$(BIN)/python requirements/torch_cpu.py $(TORCH) --index-url "$(TORCH_INDEX)"
 	@touch $@
 
-# What the slow tests need besides: Apache Beam, and the compiler for TPUs.
+# What the slow tests need besides: Apache Beam, the compiler for TPUs, and a browser. The browser is Debian's Chromium:
+# root gets it where apt has it; without one the tests of the viewer's page are skipped, and say so.
 .venv/.slow: .venv/.test $(wildcard requirements/slow-*.txt)
 	$(PIP) --no-deps --requirement requirements/slow-$(LOCK)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(CHROMIUM) >/dev/null 2>&1 \
+		|| echo "No Chromium here: the tests of the viewer's page will be skipped"
 	@touch $@
 
 demo: setup

@@ -24,6 +24,7 @@ EXTRAS = {
     "s3": ("s3fs", "read and write records in Amazon S3 and what speaks like it, s3://"),
     "aot": ("libtpu", "compile for TPUs that are not there: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
     "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
+    "viewer": ("starlette", "show slides in a browser: pathflip serve"),
     "profile": ("xprof", "view what `pathflip train --profile` traces"),
     "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),
     "beam": ("apache_beam", "prepare slides on a cluster with Apache Beam"),

@@ -71,6 +71,26 @@ class Bag(NamedTuple):
     grid: Int[np.ndarray, "R 2"]
 
 
+class Prepared(NamedTuple):
+    """A slide as `Predictor.prepare` encodes it before any text comes: where its patches lie, regions and windows.
+
+    `windows` [N, D] is None for the methods that spread the score of a region over its patches; `shares` [N] is what
+    method `attention` weighs those by.
+    """
+
+    slide_id: str
+    coords: Int[np.ndarray, "N 2"]
+    patch_size: int
+    mpp: float
+    width: int
+    height: int
+    method: str
+    slots: Int[np.ndarray, "R S"]
+    regions: Float[np.ndarray, "R D"]
+    shares: Float[np.ndarray, "N"] | None
+    windows: Float[np.ndarray, "N D"] | None
+
+
 class Predictor:
     """A trained run: encodes slides and texts, and grounds texts on slides.
 
@@ -172,6 +192,11 @@ class Predictor:
                         found[i] = Embedding(window[i].slide_id, encoding.slide[row], regions, window[i].grid)
             yield from (found[i] for i in range(len(window)))
 
+    def encode_regions(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
+        """Embed slides as `encode_slides`, their regions in the space of texts, where the region loss compares them."""
+        for embedding in self.encode_slides(slides, batch_size):
+            yield embedding._replace(regions=self._alone(embedding.regions))
+
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "n D"]:
         """Embed texts, in their order. Raises ValueError for a text of no words."""
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -201,15 +226,31 @@ class Predictor:
         slide: SlideFeatures,
         texts: str | Sequence[str],
         *,
+        negative: str | Sequence[str] = (),
         method: str = maps.DEFAULT_METHOD,
         window: int = maps.WINDOW,
         context: int = maps.CONTEXT,
     ) -> Grounding:
         """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are.
 
-        `window` (an odd number of patches) and `context` matter to the methods that look at patches one by one.
+        The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
+        and `context` matter to the methods that look at patches one by one.
         Raises ValueError for a slide without coordinates: there is no place to put a score.
         """
+        texts, negative = _as_tuple(texts), _as_tuple(negative)
+        encoded = self.encode_text(texts + negative)  # first: a text of no words is told before the slide is encoded
+        prepared = self.prepare(slide, method=method, window=window, context=context)
+        return self.score(prepared, texts, negative=negative, encoded=encoded)
+
+    def prepare(
+        self,
+        slide: SlideFeatures,
+        *,
+        method: str = maps.DEFAULT_METHOD,
+        window: int = maps.WINDOW,
+        context: int = maps.CONTEXT,
+    ) -> Prepared:
+        """Encode of a slide what no text changes, so that many texts can be scored on it. Raises as `ground`."""
         if method not in maps.METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(maps.METHODS)}")
         if window < 1 or window % 2 == 0:
@@ -219,42 +260,83 @@ class Predictor:
                 f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
                 "extract features in a format that stores them (CLAM or TRIDENT h5)"
             )
-        texts = (texts,) if isinstance(texts, str) else tuple(texts)
-        text = self.encode_text(texts)
         bag = self.bag(slide)
-        patches, regions = len(slide.features), len(bag.slots)
+        regions = len(bag.slots)
         encoding = self._encode([bag.features], [bag.slots], attention=method == "attention")
-        region_scores = maps.log_ratio(self._attend(text, encoding.regions[0, :regions]))
-        if method == "region":
-            scores = maps.spread(region_scores, bag.slots, patches)
-        elif method == "attention":
-            share = maps.patch_shares(encoding.region_attention[0], bag.slots, patches)
-            scores = maps.spread(region_scores, bag.slots, patches) + np.log(np.maximum(share, 1e-9))
-        else:
-            if slide.patch_size <= 0:
+        shares = windows = None
+        if method == "attention":
+            shares = maps.patch_shares(encoding.region_attention[0], bag.slots, len(slide.features))
+        elif method != "region":
+            if slide.patch_size <= 0 and window > 1:
                 raise ValueError(
                     f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
-                    "import it with --patch-size, or ground with method 'region'"
+                    "import it with --patch-size, or ground with a window of 1"
                 )
             slots = maps.window_slots(slide.coords, slide.patch_size, window)
             encode_windows = maps.window_slides if method == "slide" else maps.window_regions
             windows = encode_windows(lambda index: self._encode([bag.features] * len(index), index), slots, context)
-            if method == "patch":
-                scores = maps.log_ratio(self._attend(text, windows))
-            else:
-                scores = _cosine(text, self._alone(windows) if method == "similarity" else windows)
-        return Grounding(
+            if method == "similarity":
+                windows = self._alone(windows)
+        return Prepared(
             slide_id=slide.slide_id,
-            texts=texts,
-            patch_scores=np.asarray(scores, np.float32),
-            region_scores=np.asarray(region_scores, np.float32),
             coords=slide.coords,
             patch_size=slide.patch_size,
             mpp=slide.mpp,
             width=slide.width,
             height=slide.height,
             method=method,
+            slots=bag.slots,
+            regions=encoding.regions[0, :regions],
+            shares=shares,
+            windows=windows,
         )
+
+    def score(
+        self,
+        prepared: Prepared,
+        texts: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = (),
+        encoded: Float[np.ndarray, "n D"] | None = None,
+    ) -> Grounding:
+        """What `ground` gives for a slide that `prepare` has encoded: a matrix product for each further text.
+
+        `encoded` is what `encode_text` made of the texts and the negative ones behind them, where that is known.
+        """
+        texts, negative = _as_tuple(texts), _as_tuple(negative)
+        text = self.encode_text(texts + negative) if encoded is None else encoded
+        region_scores = maps.log_ratio(self._attend(text, prepared.regions))
+        if prepared.windows is None:
+            scores = maps.spread(region_scores, prepared.slots, len(prepared.coords))
+            if prepared.shares is not None:
+                scores = scores + np.log(np.maximum(prepared.shares, 1e-9))
+        elif prepared.method == "patch":
+            scores = maps.log_ratio(self._attend(text, prepared.windows))
+        else:
+            scores = _cosine(text, prepared.windows)
+        found = Grounding(
+            slide_id=prepared.slide_id,
+            texts=texts + negative,
+            patch_scores=np.asarray(scores, np.float32),
+            region_scores=np.asarray(region_scores, np.float32),
+            coords=prepared.coords,
+            patch_size=prepared.patch_size,
+            mpp=prepared.mpp,
+            width=prepared.width,
+            height=prepared.height,
+            method=prepared.method,
+        )
+        return maps.subtract(found, len(negative))
+
+    def attend(self, slide: SlideFeatures) -> Float[np.ndarray, "N"]:
+        """The cross-attention of the Slide Q-Former to each patch, as a logarithm over its mean: a map of no text.
+
+        What a grounding must beat: the model looks at some patches more than at others whatever is asked.
+        """
+        bag = self.bag(slide)
+        encoding = self._encode([bag.features], [bag.slots], attention=True)
+        weights = maps.patch_weights(encoding.slide_attention[0], bag.slots, len(slide.features))
+        return np.log(np.maximum(weights, 1e-9))
 
     def _attend(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
         """The attention of each text over the regions [C, R], mean over heads."""
@@ -276,6 +358,10 @@ class Predictor:
         keys[: len(regions), 0] = regions
         pooled, _ = _text_region_attention(self.model, np.zeros_like(keys), keys, np.ones((size, 1), bool))
         return np.asarray(pooled, np.float32)[: len(regions), 0]
+
+
+def _as_tuple(texts: str | Sequence[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -317,6 +403,11 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
                 f"{path}: feature files are read from a local disk only; copy it, or import it into records"
             )
         return read_features(path, slide_id=slide_id or "", **known)
+    if known:
+        raise ValueError(
+            f"{path}: records say {' and '.join(sorted(known))} themselves; leave it out here, and import the features "
+            "again if what they say is wrong"
+        )
     records = Records(path if path.is_dir() else [path])
     if slide_id is None:
         if len(records.slides) != 1:

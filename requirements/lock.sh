@@ -38,6 +38,8 @@ for python in 3.11 3.12; do
     # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests alone.
     # The servers speak the protocols of S3 and Google Cloud Storage on this machine.
     printf '%s\n' "moto[server]" gcp-storage-emulator > "$work/servers"
-    lock slow ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 "$work/servers" \
+    # Playwright drives a browser that is there (Debian's Chromium), axe judges what it shows.
+    printf '%s\n' playwright axe-playwright-python > "$work/browser"
+    lock slow ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 "$work/servers" "$work/browser" \
         "$work/torch-requires" "$work/minilm"
 done

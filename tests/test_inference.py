@@ -140,6 +140,11 @@ def test_maps_follow_their_patches(predictor, method):
     assert again.patch_scores == pytest.approx(found.patch_scores[:, order], abs=2e-5)
     assert np.ptp(found.patch_scores, axis=1).min() > 1e-4
     assert np.abs(found.patch_scores[0] - found.patch_scores[1]).max() > 1e-4
+    prepared = predictor.prepare(slide, method=method, context=1000)  # once, then any text
+    assert np.array_equal(predictor.score(prepared, texts).patch_scores, found.patch_scores)
+    less = predictor.score(prepared, texts[0], negative=texts[1])
+    assert less.patch_scores[0] == pytest.approx(found.patch_scores[0] - found.patch_scores[1], abs=1e-5)
+    assert less.texts == (texts[0],) and less.negative == (texts[1],)
 
 
 def test_region_and_attention_maps_are_the_models_own(predictor):
@@ -157,6 +162,27 @@ def test_region_and_attention_maps_are_the_models_own(predictor):
         assert region_map.patch_scores[0, row[valid]] == pytest.approx(by_region[r], abs=1e-4)
         expected = by_region[r] + np.log(cross[r, valid] * valid.sum())
         assert refined.patch_scores[0, row[valid]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["slide", "region"])
+def test_the_highest_negative_text_is_subtracted(predictor, method):
+    slide = make_slide()
+    apart = [predictor.ground(slide, text, method=method) for text in ("tumor", "fat", "mucin of stroma")]
+    found = predictor.ground(slide, ["tumor"], negative=["fat", "mucin of stroma"], method=method)
+    assert found.texts == ("tumor",) and found.negative == ("fat", "mucin of stroma")
+    for name in ("patch_scores", "region_scores"):
+        tumor, *others = (getattr(one, name)[0] for one in apart)
+        assert getattr(found, name)[0] == pytest.approx(tumor - np.maximum(*others), abs=1e-5)
+
+
+def test_attention_without_text_is_the_slide_passs_own(predictor):
+    slide = make_slide()
+    slots, encoding = exactly(predictor, slide)
+    weights = np.asarray(encoding.slide_attention[0]).mean((0, 1))  # [R, S]
+    found = predictor.attend(slide)
+    valid = slots >= 0
+    assert found[slots[valid]] == pytest.approx(np.log(weights[valid] * len(slide.features)), abs=1e-4)
+    assert np.exp(found).mean() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["slide", "similarity", "cosine", "patch"])

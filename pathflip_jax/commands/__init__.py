@@ -3,6 +3,7 @@
 from pathflip_jax.commands import (
     ask,
     caption,
+    compare,
     convert,
     demo,
     doctor,
@@ -13,12 +14,15 @@ from pathflip_jax.commands import (
     ground,
     import_features,
     prepare,
+    report,
+    serve,
+    split,
     train,
     vocabulary,
 )
 
 # In the order in which `pathflip --help` lists them.
 COMMANDS = (
-    demo, doctor, prepare, import_features, vocabulary, train, goodput, evaluate, ground, caption, ask, embed, convert,
-    export,
+    demo, doctor, prepare, import_features, split, vocabulary, train, goodput, evaluate, compare, ground, report, serve,
+    caption, ask, embed, convert, export,
 )  # fmt: skip

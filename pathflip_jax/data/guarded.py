@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,26 +44,70 @@ LONGEST_MESSAGE = 1000  # characters of an error
 Parsed = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
-def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
-    """Call `function`, given as "module:name", in the worker with a file's path and arguments that JSON can hold.
+class Reader:
+    """A worker process that parses files, one at a time: several of them read side by side.
 
-    It returns what it returns: facts that JSON can hold, and arrays. What it raises comes as ValueError, OSError or
-    ImportError with the file's name in front; so does the end of the worker by a crash, or because the file took more
-    than `memory` bytes or too long.
+    It keeps what its functions keep, such as an open slide, until it ends; it starts with the first file.
     """
-    size = os.path.getsize(path)
-    request = {
-        "function": function,
-        "path": os.path.abspath(path),
-        "arguments": arguments,
-        "memory": memory + size,
-        "computing": math.ceil(COMPUTING + size / SLOWEST_PARSE),
-    }
-    try:
-        with _lock:
-            return _ask(request, WAITING + size / SLOWEST_DISK)
-    except _Fault as fault:
-        raise fault.kind(f"{path}: {fault}") from None
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+        _readers.add(self)
+
+    def parse(self, function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
+        """Call `function`, given as "module:name", in the worker with a file's path and arguments that JSON can hold.
+
+        It returns what it returns: facts that JSON can hold, and arrays. What it raises comes as ValueError, OSError
+        or ImportError with the file's name in front; so does the end of the worker by a crash, or because the file
+        took more than `memory` bytes or too long.
+        """
+        size = os.path.getsize(path)
+        request = {
+            "function": function,
+            "path": os.path.abspath(path),
+            "arguments": arguments,
+            "memory": memory + size,
+            "computing": math.ceil(COMPUTING + size / SLOWEST_PARSE),
+        }
+        try:
+            with self._lock:
+                return self._ask(request, WAITING + size / SLOWEST_DISK)
+        except _Fault as fault:
+            raise fault.kind(f"{path}: {fault}") from None
+
+    def _ask(self, request: dict, seconds: float) -> Parsed:
+        """An answer from the worker, or from a fresh one: a crash may be owed to a file that it read before."""
+        used = self._worker is not None
+        worker = self._worker = self._worker or _Worker()
+        try:
+            return worker.ask(request, seconds)
+        except _Refusal:
+            raise
+        except BaseException as error:  # a library that met a broken file is not asked again
+            self.stop()
+            if used and isinstance(error, _Died):
+                return self._ask(request, seconds)
+            raise
+
+    def stop(self) -> None:
+        """End the worker, whatever it is doing; the next file starts another."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
+
+    def forget(self) -> None:
+        """After a fork the worker is the parent's: the child starts its own."""
+        self._lock = threading.Lock()
+        if self._worker is not None:
+            self._worker.connection.close()
+            self._worker.process.returncode = 0  # not this process's to wait for
+            self._worker = None
+
+
+def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
+    """Parse a file in the worker that all of this process share; `Reader.parse` says how."""
+    return _shared_reader.parse(function, path, *arguments, memory=memory)
 
 
 def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: str) -> None:
@@ -122,41 +167,18 @@ def limits(seconds: float, memory: int) -> Iterator[None]:
 
 # ---- in the process that wants a file read ----
 
-_lock = threading.Lock()
-_worker: "_Worker | None" = None
-
-
-def _ask(request: dict, seconds: float) -> Parsed:
-    """An answer from the worker, or from a fresh one: a crash may be owed to a file that it read before."""
-    global _worker
-    used = _worker is not None
-    worker = _worker = _worker or _Worker()
-    try:
-        return worker.ask(request, seconds)
-    except _Refusal:
-        raise
-    except BaseException as error:  # a library that met a broken file is not asked again
-        _stop()
-        if used and isinstance(error, _Died):
-            return _ask(request, seconds)
-        raise
+_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+_shared_reader = Reader()
 
 
 def _stop() -> None:
-    global _worker
-    worker, _worker = _worker, None
-    if worker is not None:
-        worker.stop()
+    for reader in list(_readers):
+        reader.stop()
 
 
 def _forget() -> None:
-    """After a fork the worker is the parent's: the child starts its own."""
-    global _lock, _worker
-    _lock = threading.Lock()
-    if _worker is not None:
-        _worker.connection.close()
-        _worker.process.returncode = 0  # not this process's to wait for
-        _worker = None
+    for reader in list(_readers):
+        reader.forget()
 
 
 atexit.register(_stop)

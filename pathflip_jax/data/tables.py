@@ -6,9 +6,11 @@ Every row knows its place ("reports.csv, line 17"), so that what is wrong with i
 import csv
 import io
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from pathflip_jax.data.storage import Place, as_path, file_sizes, is_url, read_bytes
@@ -62,6 +64,16 @@ def read_rows(path: str | Place) -> list[Row]:
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns as CSV; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
 
 
 def parse_json(text: str, **options: Any) -> Any:

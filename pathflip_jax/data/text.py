@@ -127,34 +127,42 @@ def row_questions(row: Row, number: int) -> list[Question]:
 
 
 def read_slide_table(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a slides table (CSV or JSON Lines) with at least a column slide_id.
+    """The rows of a slides table (CSV or JSON Lines) with at least a column slide_id, as `slide_row` reads them.
 
-    Every row holds slide_id, case_id, patient_id (each stands in for the other, TCGA barcodes for both; "" =
-    unknown), label, split (train, val, test or "") and the table's other columns as they are. Raises ValueError with
-    file and line for a row without a slide id, a slide listed twice and a split of another name.
+    Raises ValueError with file and line as `slide_row` does, and for a slide listed twice.
     """
     found: list[dict[str, str]] = []
     places: dict[str, str] = {}
     for row in read_rows(path):
-        raw = row.first(*_SLIDE)
-        slide = clean_id(str(raw)) if isinstance(raw, str | int) else ""
-        if not slide:
-            raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {row_columns(row)}")
+        found.append(slide_row(row))
+        slide = found[-1]["slide_id"]
         if slide in places:
             raise ValueError(
                 f"{row.place}: slide {slide} is listed more than once (first in {places[slide]}); "
                 "a slide counts once, remove the others"
             )
         places[slide] = row.place
-        split = str(row.first("split")).lower()
-        if split not in SPLITS:
-            raise ValueError(f"{row.place}: split {split!r} of slide {slide}; expected train, val, test or nothing")
-        values = {name: "" if value is None else str(value).strip() for name, value in row.values.items()}
-        case = str(row.first("case_id", "patient_id", "case", "patient")) or tcga_case(slide)
-        patient = str(row.first("patient_id", "case_id", "patient", "case")) or case
-        known = {"slide_id": slide, "case_id": case, "patient_id": patient, "split": SPLITS[split]}
-        found.append({"label": ""} | values | known)
     return found
+
+
+def slide_row(row: Row) -> dict[str, str]:
+    """A row of a slides table: slide_id, case_id, patient_id, label, split, and the table's other columns as they are.
+
+    Case and patient stand in for each other, TCGA barcodes for both ("" = unknown); split is train, val, test or "".
+    Raises ValueError with file and line for a row without a slide id and a split of another name.
+    """
+    raw = row.first(*_SLIDE)
+    slide = clean_id(str(raw)) if isinstance(raw, str | int) else ""
+    if not slide:
+        raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {row_columns(row)}")
+    split = str(row.first("split")).lower()
+    if split not in SPLITS:
+        raise ValueError(f"{row.place}: split {split!r} of slide {slide}; expected train, val, test or nothing")
+    values = {name: "" if value is None else str(value).strip() for name, value in row.values.items()}
+    case = str(row.first("case_id", "patient_id", "case", "patient")) or tcga_case(slide)
+    patient = str(row.first("patient_id", "case_id", "patient", "case")) or case
+    known = {"slide_id": slide, "case_id": case, "patient_id": patient, "split": SPLITS[split]}
+    return {"label": ""} | values | known
 
 
 def match_texts(

@@ -1,7 +1,7 @@
 """The slides that a split scores, and what is wrong with it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,10 +10,14 @@ import numpy as np
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText, match_texts, read_slide_table, read_texts, some
+from pathflip_jax.evaluate.splits import NO_SIDE, check_split, patient_of
 
 
 class Cohort(NamedTuple):
-    """One split of a slide table: records, ids, patients and labels of its slides, and the rows of the train split."""
+    """One split of a slide table: records, ids, patients and labels of its slides, and the rows of the whole table.
+
+    `train` are the rows of the training split, none where that is the one to score; `table` all rows.
+    """
 
     records: Records
     slide_ids: list[str]
@@ -21,6 +25,13 @@ class Cohort(NamedTuple):
     labels: list[str | None]
     train: list[dict]
     warnings: list[str]
+    split: str
+    table: list[dict]
+
+    def rows(self, split: str) -> list[dict]:
+        """The rows of a split of the table that the records hold."""
+        known = {info.slide_id for info in self.records.slides}
+        return [row for row in self.table if row["split"] == split and row["slide_id"] in known]
 
     def features(self, slide_id: str) -> SlideFeatures:
         """The features of a slide."""
@@ -34,16 +45,12 @@ class Cohort(NamedTuple):
             yield self.features(ids[i])
 
 
-def patient_of(row: dict) -> str:
-    """The patient of a row of the slide table; a slide with no patient named is one by itself."""
-    return row["patient_id"] or row["slide_id"]
-
-
-def read_cohort(records, slides, split: str) -> Cohort:
+def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     """Read the slides of one split, ready to score.
 
     Raises ValueError for a split with no slides and for slides of which there are no records; what makes a score
-    optimistic but not meaningless (patients on both sides of the split) is a warning of the report.
+    optimistic but not meaningless (patients on both sides of the split) is a warning of the report, and with `strict`
+    an error.
     """
     table = read_slide_table(slides)
     splits = Counter(row["split"] for row in table)
@@ -61,13 +68,11 @@ def read_cohort(records, slides, split: str) -> Cohort:
         )
     train = [row for row in table if row["split"] == "train" and split != "train"]
     patients = [patient_of(row) for row in rows]
-    warnings = []
-    shared = sorted(set(patients) & {patient_of(row) for row in table if row["split"] not in (split, "")})
-    if shared:
-        warnings.append(
-            f"{len(shared)} patients of split {split!r} have slides in other splits too ({some(shared)}): "
-            "the scores below are too good"
-        )
+    check = check_split(table)
+    if strict and check.faults:
+        listed = "; ".join(fault.text for fault in check.faults)
+        raise ValueError(f"{slides}: a faulty split: {listed}. Mend it (pathflip split), or score without --strict")
+    warnings = [finding.text for finding in check.findings if finding.kind != NO_SIDE]
     if split == "train":
         warnings.append("these are the slides that the model was trained on: the scores say nothing about new ones")
     return Cohort(
@@ -77,7 +82,16 @@ def read_cohort(records, slides, split: str) -> Cohort:
         [row["label"] or None for row in rows],
         train,
         warnings,
+        split,
+        table,
     )
+
+
+def name_labels(cohort: Cohort, class_of: Callable[[str | None], str | None]) -> Cohort:
+    """The cohort with its labels spelt as the classes that they mean."""
+    table = [row | {"label": class_of(row["label"] or None) or ""} for row in cohort.table]
+    train = [row for row in table if row["split"] == "train" and cohort.split != "train"]
+    return cohort._replace(labels=[class_of(label) for label in cohort.labels], train=train, table=table)
 
 
 def read_pairs(path, cohort: Cohort) -> list[SlideText]:

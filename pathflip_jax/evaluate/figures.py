@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from pathflip_jax.evaluate import retrieval
+from pathflip_jax.evaluate import froc, retrieval
 
 INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
 MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"
@@ -29,7 +29,7 @@ def _title(axis, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=10, fontweight="bold", color=INK)
 
 
-def confusion(labels, predictions, names: Sequence[str]) -> Figure:
+def confusion(labels, predictions, names: Sequence[str], title: str = "Slides by true and predicted class") -> Figure:
     """Truth by prediction: counts in the cells, their share of the true class as shade."""
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (labels, predictions), 1)
@@ -47,8 +47,39 @@ def confusion(labels, predictions, names: Sequence[str]) -> Figure:
     axis.set_ylabel("true")
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)
-    _title(axis, "Slides by true and predicted class")
+    _title(axis, title)
     return figure
+
+
+def few_shot(block: dict, labels, beliefs: dict[tuple, np.ndarray]) -> dict[str, Figure]:
+    """The figures of a few-shot task: balanced accuracy over shots, and the confusion of each probe at the most shots.
+
+    The confusion is that of the first seed, whichever it is.
+    """
+    figure, (axis,) = _axes(5.6, 3.4)
+    places = np.arange(len(block["shots"]))
+    colours = (MAIN, SECOND, "#5b4b9a", BASE)
+    for shift, (colour, (probe, by_shots)) in enumerate(zip(colours, block["probes"].items(), strict=True)):
+        entries = [by_shots[k]["metrics"]["balanced_accuracy"] for k in block["shots"]]
+        x = places + 0.06 * (shift - 1.5)
+        axis.vlines(x, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, linewidth=1.5)
+        axis.plot(x, [e["value"] for e in entries], color=colour, marker="o", markersize=5, linewidth=1.5, label=probe)
+    axis.axhline(1 / len(block["classes"]), color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
+    axis.set_xticks(places, block["shots"])
+    axis.set_ylim(0, 1.02)
+    axis.grid(color=GRID, axis="y")
+    axis.set_xlabel("training slides per class")
+    axis.set_ylabel("balanced accuracy, 95% interval")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    _title(axis, f"Few-shot: {block['label']}")
+    found = {f"{block['figures']}_curve": figure}
+    most = max(beliefs, key=lambda key: block["shots"].index(str(key[1])))[1]
+    for number, probe in enumerate(block["probes"]):
+        predicted = beliefs[probe, most][0].argmax(1)
+        found[f"{block['figures']}_confusion_{number + 1}"] = confusion(
+            labels, predicted, list(block["classes"]), probe
+        )
+    return found
 
 
 def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:
@@ -74,24 +105,54 @@ def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:
     return figure
 
 
+GROUNDING = {"auc": "ROC AUC of patches", "pointing": "highest patch inside", "dice": "Dice, fixed threshold"}
+
+
 def concept_dots(rows: list[dict], second: str | None) -> Figure:
-    """Each concept's AUC with its interval, beside the colour baseline and the compared run."""
+    """Each concept's AUC, pointing game and Dice with their intervals, beside the baselines and the compared run."""
     rows = sorted(rows, key=lambda row: np.nan_to_num(row["auc"]["value"]))
-    figure, (axis,) = _axes(6.4, 1.1 + 0.34 * len(rows))
+    metrics = [metric for metric in GROUNDING if metric in rows[0]]
+    figure, axes = _axes(1.6 + 2.9 * len(metrics), 1.1 + 0.34 * len(rows), len(metrics))
     y = np.arange(len(rows))
-    axis.axvline(0.5, color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
-    if any("mean_colour" in row for row in rows):
-        colour = [row["mean_colour"] for row in rows]
-        axis.scatter(colour, y, marker="D", s=22, color=BASE, label="mean colour", zorder=3)
-    if second is not None:
-        axis.scatter([row["compared"] for row in rows], y, s=30, color=SECOND, label=second, zorder=3)
-    axis.hlines(y, [row["auc"]["low"] for row in rows], [row["auc"]["high"] for row in rows], color=MAIN, linewidth=2)
-    axis.scatter([row["auc"]["value"] for row in rows], y, s=38, color=MAIN, label="this run", zorder=4)
-    axis.set_yticks(y, [row["concept"] for row in rows])
-    axis.set_xlabel("ROC AUC of patch scores against the true outlines, 95% interval by patient")
-    axis.grid(color=GRID, axis="x")
-    axis.tick_params(axis="y", length=0, labelcolor=INK)
-    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside upper left", ncols=4)
+    others = [("chance", "|", BASE, "chance"), ("no_text", "s", "#a8871c", "attention, no text")]
+    others += [("mean_colour", "D", BASE, "mean colour"), ("compared", "o", SECOND, second)]
+    for axis, metric in zip(axes, metrics, strict=True):
+        entries = [row[metric] for row in rows]
+        for key, marker, colour, label in others:
+            if key in entries[0]:
+                values = [entry[key] if key == "chance" else entry[key]["value"] for entry in entries]
+                axis.scatter(values, y, marker=marker, s=26, color=colour, label=label, zorder=3)
+        axis.hlines(
+            y, [entry["low"] for entry in entries], [entry["high"] for entry in entries], color=MAIN, linewidth=2
+        )
+        axis.scatter([entry["value"] for entry in entries], y, s=38, color=MAIN, label="this run", zorder=4)
+        axis.set_yticks(y, [row["concept"] for row in rows] if axis is axes[0] else [""] * len(rows))
+        axis.set_xlim(right=1.02)
+        axis.set_xlabel(GROUNDING[metric])
+        axis.grid(color=GRID, axis="x")
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, labelcolor=INK, loc="outside upper left", ncols=5)
+    return figure
+
+
+def froc_curves(maps: dict) -> Figure:
+    """Sensitivity over false positives a slide, of each kind of map that there is."""
+    figure, (axis,) = _axes(5.2, 3.4)
+    for (name, found), colour in zip(maps.items(), (MAIN, "#a8871c", BASE), strict=True):
+        if found is not None:
+            axis.step(*froc.curve(found.found), where="post", color=colour, linewidth=2, label=name)
+    axis.set_xscale("symlog", base=2, linthresh=0.125)
+    axis.set_xticks(froc.RATES)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(0, 16)
+    axis.set_ylim(0, 1.02)
+    axis.grid(color=GRID)
+    axis.set_xlabel("false positives a slide")
+    axis.set_ylabel("lesions found")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    _title(axis, "Lesion detection")
     return figure
 
 

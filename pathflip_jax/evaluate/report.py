@@ -4,18 +4,20 @@ The page stands alone (pictures and style inside it, no network), so it can be m
 """
 
 import base64
-import csv
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jinja2
 from matplotlib.figure import Figure
+
+from pathflip_jax.data.tables import write_csv
 
 PACKAGES = ("pathflip-jax", "jax", "flax", "numpy", "scikit-learn", "openslide-python")
 METRICS = {
@@ -24,6 +26,7 @@ METRICS = {
     "auc": "AUC (one against the rest)",
     "weighted_f1": "F1, weighted",
     "macro_f1": "F1, macro",
+    "published_f1": "F1 as published",
 }
 
 
@@ -45,10 +48,7 @@ def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str
     for name, figure in pictures.items():
         figure.savefig(out / "figures" / f"{name}.png", dpi=160, facecolor="white")
     for name, rows in tables.items():
-        with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(out / f"{name}.csv", rows)
     scores = without_nan(scores)
     text = json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False)
     (out / "scores.json").write_text(text + "\n", encoding="utf-8")
@@ -71,19 +71,32 @@ def without_nan(value):
 
 def render(scores: dict, images: dict[str, bytes], config: dict, files: list[str]) -> str:
     """The report as one HTML page; `images` are PNG by figure name."""
-    environment = jinja2.Environment(
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            scores=scores,
+            images={name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()},
+            metrics=METRICS,
+            command=command_line(scores["command"]),
+            config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
+            files=["scores.json", *files],
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """The templates beside this file, with the ways in which a page writes numbers."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"figure": _figure, "percent": _percent, "signed": _signed, "merged": dict.__or__}
-    command = scores["command"]
-    return environment.get_template("report.html").render(
-        scores=scores,
-        images={name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()},
-        metrics=METRICS,
-        command=None if command is None else shlex.join(["pathflip", *command]),
-        config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
-        files=["scores.json", *files],
-    )
+    found.filters |= {"figure": _figure, "percent": _percent, "signed": _signed, "merged": dict.__or__}
+    return found
+
+
+def command_line(command: Sequence[str] | None) -> str | None:
+    """The command that made a page, as one would type it."""
+    return None if command is None else shlex.join(["pathflip", *command])
 
 
 def _figure(value, digits: int = 3) -> str:

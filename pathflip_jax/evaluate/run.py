@@ -12,12 +12,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pathflip_jax.evaluate import colour, figures, grounding, report, retrieval, scores, summary, zero_shot
-from pathflip_jax.evaluate.cohort import Cohort, label_index, read_cohort, read_pairs
+from pathflip_jax.evaluate import (
+    colour,
+    few_shot,
+    figures,
+    grounding,
+    protocols,
+    report,
+    retrieval,
+    scores,
+    summary,
+    zero_shot,
+)
+from pathflip_jax.evaluate.cohort import Cohort, label_index, name_labels, read_cohort, read_pairs
 from pathflip_jax.evaluate.language import evaluate_language
-from pathflip_jax.evaluate.summary import DIRECTIONS, Outcome, Tasks
+from pathflip_jax.evaluate.region_texts import embed_regions, read_region_texts
+from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
+from pathflip_jax.evaluate.truth import read_outlined
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.outlines import read_outlines
+from pathflip_jax.grounding.surface import SMOOTH, smooth_patches
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.llm.assistant import is_language_run
 from pathflip_jax.llm.generate import Sampling
@@ -37,7 +51,12 @@ def evaluate(
     out,
     split: str = "test",
     texts=None,
+    region_texts=None,
     prompts=None,
+    shots: Sequence[str | int] | None = None,
+    labels: Sequence[str] = ("label",),
+    label_table=None,
+    draws: int = few_shot.SEEDS,
     grounding=None,
     outlines=None,
     images=None,
@@ -52,30 +71,45 @@ def evaluate(
     window: int = maps.WINDOW,
     context: int = maps.CONTEXT,
     clear: float | None = None,
+    smooth: float = SMOOTH,
+    lesions: str | None = None,
+    protocol: str = protocols.STRICT,
+    strict: bool = False,
+    name: str = "",
 ) -> dict:
     """Score a run on a split and write scores.json, CSVs, figures and report.html into `out`.
 
-    `texts` scores retrieval, `prompts` zero-shot classification, `grounding` with `outlines` grounding; `images`
-    (slide files) adds thumbnails and the mean-colour baselines; `compare_to` is a second run, compared slide by slide.
+    `texts` scores retrieval, `region_texts` that of regions, `prompts` (a file, or the name of a shipped one) zero-shot
+    classification, `grounding` with `outlines` grounding; `shots` (numbers of slides per class, "all") few-shot probes
+    of each column of `labels`, in the slide table or in `label_table`, with `draws` draws of each number of shots.
+    `images` (slide files) adds thumbnails and the mean-colour baselines; `compare_to` is a second run, compared slide
+    by slide. `protocol` is "strict" or "paper" (protocols.py); `strict` makes a faulty split an error. `name` is what
+    the benchmark is called, for published rows beside it.
     `method`, `window` and `context` say how to ground (`Predictor.ground`); with `clear` (0 to 0.5) patches that an
-    outline cuts by more than this share of their area do not count. A list of run folders (seeds of one experiment)
-    is scored as their mean, and `compare_to` is then a list too. `language` is a run of the language stage, whose
-    captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what they assert) and whose
-    answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run itself, to be scored alone.
+    outline cuts by more than this share of their area do not count; maps are smoothed by `smooth` patch edges;
+    `lesions` names the concept whose outlines are lesions to detect (`evaluate/froc.py`). A list of run folders
+    (seeds of one experiment) is scored as their mean, and `compare_to` is then a list too. `language` is a run of the
+    language stage, whose captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what
+    they assert) and whose answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run
+    itself, to be scored alone.
     Returns what scores.json holds.
     """
     if (grounding is None) != (outlines is None):
         raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
+    if lesions is not None and grounding is None:
+        raise ValueError(f"lesions of {lesions!r} are detected by grounding: give the texts of concepts and outlines")
     if clear is not None and not 0 <= clear < 0.5:
         raise ValueError(f"clear {clear}: expected a share of a patch's area, at least 0 and below 0.5")
-    if texts is None and prompts is None and grounding is None and questions is None:
+    if all(given is None for given in (texts, region_texts, prompts, shots, grounding, questions)):
         raise ValueError(
-            "nothing to score: give texts (retrieval, captions), prompts (zero-shot), questions, or grounding with "
-            "outlines"
+            "nothing to score: give texts (retrieval, captions), region texts, prompts (zero-shot), shots (few-shot), "
+            "questions, or grounding with outlines"
         )
+    rules = protocols.read_protocol(protocol)
     folders, others = _as_list(run_folder), _as_list(compare_to)
     if is_language_run(folders[0]):
-        if language is not None or len(folders) > 1 or others or prompts is not None or grounding is not None:
+        aligned = (language, prompts, grounding, region_texts, shots)
+        if len(folders) > 1 or others or any(given is not None for given in aligned):
             raise ValueError(
                 f"{folders[0]}: a run of the language stage is scored by itself, with texts and questions; put it "
                 "beside an alignment run by language (--language)"
@@ -85,17 +119,26 @@ def evaluate(
         raise ValueError("questions and concepts of captions are for a language stage: name its run (--language)")
     if others and len(others) != len(folders):
         raise ValueError(f"{len(folders)} runs cannot be paired with {len(others)} runs to compare to")
-    cohort = read_cohort(records, slides, split)
-    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear)
-    labels = None
+    cohort = read_cohort(records, slides, split, strict)
+    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear, lesions, seed)
+    if region_texts is not None:
+        tasks = tasks._replace(regions=read_region_texts(region_texts, cohort))
+    if shots is not None:
+        probed = [few_shot.read_task(cohort, column, label_table, shots, draws) for column in labels]
+        tasks = tasks._replace(probed=probed)
+    truth = None
     if tasks.prompts is not None:
-        labels = label_index(cohort, list(tasks.prompts.classes), prompts)
+        if not rules.ensemble:
+            tasks = tasks._replace(prompts=tasks.prompts.first_texts())
+        cohort = name_labels(cohort, tasks.prompts.class_of)
+        truth = label_index(cohort, list(tasks.prompts.classes), prompts)
     how = {"method": method, "window": window, "context": context}
     predictors = [load(folder) for folder in folders]
-    outcomes = [_outcome(predictor, cohort, tasks, how) for predictor in predictors]
-    compared = [_outcome(load(folder), cohort, tasks, how) for folder in others]
+    outcomes = [_outcome(predictor, cohort, tasks, how, smooth, rules) for predictor in predictors]
+    compared = [_outcome(load(folder), cohort, tasks, how, smooth, rules) for folder in others]
 
     found = {
+        "name": name,
         "runs": [str(folder) for folder in folders],
         "compared_to": [str(folder) for folder in others],
         "split": split,
@@ -107,26 +150,50 @@ def evaluate(
     if tasks.pairs is not None:
         case_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
         patients = [case_of[text.slide_ids[0]] for text in tasks.pairs]
-        found["retrieval"] = summary.score_retrieval(outcomes, compared, patients, seed)
-        pictures["retrieval"] = figures.recall_curves(
-            {name: outcomes[0].ranks[key] for key, name in DIRECTIONS.items()}
+        ranks = [outcome.ranks for outcome in outcomes]
+        found["retrieval"] = summary.score_retrieval(ranks, [outcome.ranks for outcome in compared], patients, seed)
+        pictures["retrieval"] = figures.recall_curves({name: ranks[0][key] for key, name in DIRECTIONS.items()})
+        tables["ranks"] = _rank_rows(folders, ranks, [" ".join(text.slide_ids) for text in tasks.pairs], patients)
+    if tasks.regions is not None:
+        patients = [text.patient for text in tasks.regions]
+        ranks = [outcome.region_ranks for outcome in outcomes]
+        theirs = [outcome.region_ranks for outcome in compared]
+        found["region_retrieval"] = summary.score_retrieval(ranks, theirs, patients, seed)
+        pictures["region_retrieval"] = figures.recall_curves(
+            {name: ranks[0][key] for key, name in REGION_DIRECTIONS.items()}
         )
-        tables["ranks"] = _rank_rows(folders, outcomes, tasks.pairs, patients)
+        tables["region_ranks"] = _rank_rows(folders, ranks, [text.slide_id for text in tasks.regions], patients)
     files = colour.slide_files(images) if images is not None else {}
     if tasks.prompts is not None:
-        found["zero_shot"] = summary.score_zero_shot(outcomes, compared, cohort, tasks.prompts, labels, files, seed)
+        found["zero_shot"] = summary.score_zero_shot(
+            outcomes, compared, cohort, tasks.prompts, truth, files, seed, rules.published_f1
+        )
         names = list(tasks.prompts.classes)
-        pictures["confusion"] = figures.confusion(labels, outcomes[0].probabilities.argmax(1), names)
+        pictures["confusion"] = figures.confusion(truth, outcomes[0].probabilities.argmax(1), names)
         tables["predictions"] = _prediction_rows(folders, outcomes, cohort, names)
+    for number, task in enumerate(tasks.probed):
+        ours, theirs = ([outcome.beliefs[number] for outcome in side] for side in (outcomes, compared))
+        block = few_shot.score_task(task, ours, theirs, rules, seed) | {"figures": f"few_shot_{number + 1}"}
+        found.setdefault("few_shot", []).append(block)
+        pictures |= figures.few_shot(block, task.test.classes, ours[0])
+        tables[f"few_shot_{number + 1}"] = few_shot.probe_rows(task, folders, ours)
     if tasks.concepts is not None:
-        by_colour = summary.colour_aucs(cohort, tasks, files, outlines, seed)
+        by_colour = summary.colour_maps(cohort, tasks, files, outlines, smooth, seed)
         scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
-        found["grounding"] = scored | {"how": how | {"clear": clear}}
+        found["grounding"] = scored | {"how": how | {"smooth": smooth, "clear": clear}}
+        if lesions is not None:
+            froc = summary.score_lesions(outcomes, compared, cohort, tasks, by_colour, seed)
+            found["grounding"]["froc"] = froc
+            pictures["froc"] = figures.froc_curves(
+                {"this run": outcomes[0].maps, "attention, no text": outcomes[0].no_text, "mean colour": by_colour}
+            )
         second = Path(others[0]).name if others else None
         pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
-        for kind, slide_id in _examples(outcomes[0].aucs, list(tasks.truth)).items():
-            pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
+        for kind, slide_id in _examples(outcomes[0].maps.auc, list(tasks.truth)).items():
+            pictures[f"grounding_{kind}"] = _panels(
+                predictors[0], cohort, tasks, slide_id, outlines, files, how, smooth
+            )
     if language is not None:
         concepts = zero_shot.read_prompts(phrasings).classes if phrasings is not None else None
         found["language"], more, settings = evaluate_language(
@@ -141,6 +208,7 @@ def evaluate(
     for warning in cohort.warnings:
         log.warning("%s", warning)
     found["warnings"] = cohort.warnings
+    found["protocol"] = {"name": rules.name, "notes": rules.words(found)}
     found["versions"] = report.versions()
     found["command"] = list(command) if command is not None else None
     return report.write(Path(out), found, pictures, tables, predictors[0].config if predictors else settings)
@@ -152,33 +220,24 @@ def _as_list(folders) -> list:
     return [folders] if isinstance(folders, str | os.PathLike) else list(folders)
 
 
-def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear) -> Tasks:
+def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear, lesions, seed) -> Tasks:
     pairs = read_pairs(texts, cohort) if texts is not None else None
-    classes = zero_shot.read_prompts(prompts) if prompts is not None else None
+    classes = zero_shot.read_prompts(zero_shot.find_prompts(prompts)) if prompts is not None else None
     if concepts is None:
         return Tasks(pairs, classes, None, None)
-    named = zero_shot.read_prompts(concepts).classes
-    if not Path(outlines).is_dir():
-        raise FileNotFoundError(f"{outlines}: no such folder of outlines (<slide_id>.geojson)")
-    outlined = [slide for slide in cohort.slide_ids if (Path(outlines) / f"{slide}.geojson").exists()]
-    if not outlined:
-        raise ValueError(f"{outlines}: no outlines of any slide of the split; expected {cohort.slide_ids[0]}.geojson")
-    if len(outlined) < len(cohort.slide_ids):
-        left = len(cohort.slide_ids) - len(outlined)
-        cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
-    truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named), clear) for slide in outlined}
-    if not any(inside.any() for inside, _ in truth.values()):
-        raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
-    return Tasks(pairs, classes, named, truth)
+    found = read_outlined(cohort, concepts, outlines, clear=clear, lesions=lesions, seed=seed)
+    return Tasks(pairs, classes, found.concepts, found.truth, training=found.training, lesions=found.lesions)
 
 
-def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict) -> Outcome:
+def _outcome(
+    predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, smooth: float, rules: protocols.Protocol
+) -> Outcome:
     """Let one run answer every question of every task."""
     name = Path(predictor.name).name
     features = (cohort.features(slide) for slide in cohort.slide_ids)
     bar = tqdm(features, total=len(cohort.slide_ids), desc=f"{name}: slides", unit="slide", leave=False)
     slides = np.stack([embedding.slide for embedding in predictor.encode_slides(bar)])
-    ranks = probabilities = aucs = None
+    ranks = probabilities = found = no_text = region_ranks = None
     if tasks.pairs is not None:
         row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
         images = [
@@ -189,25 +248,35 @@ def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict) -> O
         ]
         captions = predictor.encode_text([text.caption for text in tasks.pairs])
         cases = [cohort.patients[row[text.slide_ids[0]]] for text in tasks.pairs]
-        ranks = {
-            "slide_to_text": retrieval.rank(np.stack(images), captions, cases),
-            "text_to_slide": retrieval.rank(captions, np.stack(images), cases),
-        }
+        ranks = _rank_both_ways(DIRECTIONS, np.stack(images), captions, cases if rules.mask_cases else None)
+    if tasks.regions is not None:
+        images = embed_regions(predictor, cohort, tasks.regions, name)
+        captions = predictor.encode_text([text.caption for text in tasks.regions])
+        cases = [text.patient for text in tasks.regions]
+        region_ranks = _rank_both_ways(REGION_DIRECTIONS, images, captions, cases if rules.mask_cases else None)
     if tasks.prompts is not None:
         classes = zero_shot.class_embeddings(predictor.encode_text, tasks.prompts.classes)
         probabilities = zero_shot.class_probabilities(slides, classes)
     if tasks.concepts is not None:
-        aucs = np.stack(
-            [
-                grounding.concept_aucs(
-                    inside, grounding.concept_scores(predictor, cohort.features(slide), tasks.concepts, **how), counts
-                )
-                for slide, (inside, counts) in tqdm(
-                    tasks.truth.items(), desc=f"{name}: grounding", unit="slide", leave=False
-                )
-            ]
+        known, concepts = (cohort.features, tasks.truth, tasks.training, tasks.lesions, smooth), tasks.concepts
+        found = grounding.score_maps(
+            lambda slide: grounding.concept_scores(predictor, slide, concepts, **how), *known, name=name
         )
-    return Outcome(ranks, probabilities, aucs)
+        no_text = grounding.score_maps(
+            lambda slide: np.tile(predictor.attend(slide), (len(concepts), 1)), *known, name=f"{name}, no text"
+        )
+    beliefs = []
+    if tasks.probed:
+        bags = few_shot.embed_bags(predictor, cohort, few_shot.needed(tasks.probed), name)
+        beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
+    return Outcome(ranks, probabilities, found, no_text, region_ranks, beliefs)
+
+
+def _rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, cases) -> dict[str, retrieval.Ranks]:
+    """The ranks of both directions; without cases every row is a case by itself, and nothing is masked."""
+    cases = [str(i) for i in range(len(images))] if cases is None else cases
+    there, back = directions
+    return {there: retrieval.rank(images, texts, cases), back: retrieval.rank(texts, images, cases)}
 
 
 def _examples(aucs: np.ndarray, slide_ids: list[str]) -> dict[str, str]:
@@ -222,11 +291,12 @@ def _examples(aucs: np.ndarray, slide_ids: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how):
+def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how, smooth):
     """The maps of the concepts present in a slide, the true outline on each."""
     slide = cohort.features(slide_id)
     inside, counts = tasks.truth[slide_id]
-    found = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    raw = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    found = smooth_patches(raw, slide.coords, slide.patch_size, smooth)
     aucs = grounding.concept_aucs(inside, found, counts)
     present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
     names = list(tasks.concepts)
@@ -238,24 +308,27 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
     return heatmap.draw_panels(
         canvas,
         [f"“{tasks.concepts[names[c]][0]}”" for c in present],
-        found[present],
+        raw[present],
         slide.coords,
         slide.patch_size,
         mpp=slide.mpp,
         outlines=[true.get(names[c], []) for c in present],
         notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
+        smooth=smooth,
     )
 
 
-def _rank_rows(names, outcomes: list[Outcome], pairs, patients) -> list[dict]:
+def _rank_rows(names, found: list[dict[str, retrieval.Ranks]], slide_ids: list[str], patients) -> list[dict]:
     rows = []
-    for name, outcome in zip(names, outcomes, strict=True):
-        places = {key: retrieval.expected_rank(ranks) for key, ranks in outcome.ranks.items()}
-        sizes = retrieval.gallery_sizes(outcome.ranks["slide_to_text"])
-        for i, (text, patient) in enumerate(zip(pairs, patients, strict=True)):
-            row = {"run": name, "slide_ids": " ".join(text.slide_ids), "patient_id": patient}
-            row |= {f"{key}_rank": float(places[key][i]) for key in DIRECTIONS}
+    for name, ranks in zip(names, found, strict=True):
+        places = {key: retrieval.expected_rank(one) for key, one in ranks.items()}
+        sizes = retrieval.gallery_sizes(next(iter(ranks.values())))
+        for i, (slide_id, patient) in enumerate(zip(slide_ids, patients, strict=True)):
+            row = {"run": name, "slide_ids": slide_id, "patient_id": patient}
+            row |= {f"{key}_rank": float(place[i]) for key, place in places.items()}
+            row |= {f"{key}_above": int(one.above[i]) for key, one in ranks.items()}
+            row |= {f"{key}_tied": int(one.tied[i]) for key, one in ranks.items()}
             rows.append(row | {"gallery": int(sizes[i])})
     return rows
 
@@ -275,11 +348,16 @@ def _grounding_rows(names, outcomes: list[Outcome], cohort: Cohort, tasks: Tasks
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     rows = []
     for name, outcome in zip(names, outcomes, strict=True):
+        sources = {"": outcome.maps, "no_text_": outcome.no_text}
+        if by_colour is not None:
+            sources["mean_colour_"] = by_colour
         for i, (slide_id, (inside, counts)) in enumerate(tasks.truth.items()):
             for c, concept in enumerate(tasks.concepts):
-                if np.isfinite(outcome.aucs[i, c]):
+                if np.isfinite(outcome.maps.auc[i, c]):
                     row = {"run": name, "slide_id": slide_id, "patient_id": patient[slide_id], "concept": concept}
                     row |= {"patches": int(counts.sum()), "inside": int((inside[c] & counts).sum())}
-                    row["auc"] = round(float(outcome.aucs[i, c]), 6)
-                    rows.append(row if by_colour is None else row | {"mean_colour": round(float(by_colour[i, c]), 6)})
+                    for source, maps in sources.items():
+                        values = {source + metric: getattr(maps, metric)[i, c] for metric in grounding.METRICS}
+                        row |= {key: round(float(v), 6) if np.isfinite(v) else "" for key, v in values.items()}
+                    rows.append(row)
     return rows

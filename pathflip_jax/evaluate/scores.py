@@ -57,6 +57,18 @@ def difference(first: Statistic, second: Statistic) -> Statistic:
     return lambda weights: first(weights) - second(weights)
 
 
+def p_value(change: Statistic, weights: Float[np.ndarray, "W n"]) -> float:
+    """The two-sided bootstrap p-value of a paired difference: twice the share of draws on the far side of 0.
+
+    The observed slides count as one draw more, so that it is never 0; NaN where no draw has a difference.
+    """
+    draws = change(weights)
+    draws = draws[np.isfinite(draws)]
+    if len(draws) == 0:
+        return float("nan")
+    return float(min(1.0, 2 * min((draws <= 0).sum() + 1, (draws >= 0).sum() + 1) / (len(draws) + 1)))
+
+
 def beside(statistic: Statistic, baselines: Mapping[str, Statistic], weights: Float[np.ndarray, "W n"]) -> dict:
     """A figure with its interval, that of each baseline, and the paired difference to each (above 0: better than it).
 
@@ -201,6 +213,18 @@ def classification(
     }
 
 
+def published_f1(labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"], classes: int) -> Statistic:
+    """F1 as published scripts compute it: of the second class where there are two, else weighted by class size."""
+    confusion = _confusion(labels, predictions, classes)
+
+    def statistic(weights):
+        cm = confusion(weights)
+        f1 = _f1(cm)[0]
+        return f1[:, 1] if classes == 2 else (f1 * cm.sum(2)).sum(1) / cm.sum((1, 2))
+
+    return statistic
+
+
 def baselines(labels: Int[np.ndarray, "n"], classes: int, majority: int) -> dict[str, dict[str, float]]:
     """What two answers that never look at the slide score: a uniform guess, and always the same class.
 
@@ -211,6 +235,7 @@ def baselines(labels: Int[np.ndarray, "n"], classes: int, majority: int) -> dict
     share = np.bincount(labels, minlength=classes) / len(labels)
     guess_f1 = 2 * share / classes / (share + 1 / classes)
     always = np.full(len(labels), majority)
+    once = np.ones((1, len(labels)))
     occurs = np.union1d(labels, [majority])
     return {
         "chance": {
@@ -219,6 +244,7 @@ def baselines(labels: Int[np.ndarray, "n"], classes: int, majority: int) -> dict
             "auc": 0.5,
             "weighted_f1": float((share * guess_f1).sum()),
             "macro_f1": float(guess_f1.mean()),
+            "published_f1": float(guess_f1[1] if classes == 2 else (share * guess_f1).sum()),
         },
         "majority": {
             "accuracy": float(metrics.accuracy_score(labels, always)),
@@ -228,6 +254,7 @@ def baselines(labels: Int[np.ndarray, "n"], classes: int, majority: int) -> dict
                 metrics.f1_score(labels, always, labels=occurs, average="weighted", zero_division=0.0)
             ),
             "macro_f1": float(metrics.f1_score(labels, always, labels=occurs, average="macro", zero_division=0.0)),
+            "published_f1": float(published_f1(labels, always, classes)(once)[0]),
         },
     }
 

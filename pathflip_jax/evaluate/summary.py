@@ -1,14 +1,18 @@
 """What the answers of runs add up to: every figure with its interval, its baselines and the compared runs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.evaluate import colour, grounding, retrieval, scores, zero_shot
+from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.region_texts import RegionText
+from pathflip_jax.evaluate.truth import LesionTask, Truth
 
 GALLERY = 100
 DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}
+REGION_DIRECTIONS = {"region_to_text": "region to text", "text_to_region": "text to region"}
 
 
 class Tasks(NamedTuple):
@@ -17,7 +21,11 @@ class Tasks(NamedTuple):
     pairs: list | None
     prompts: zero_shot.Prompts | None
     concepts: dict[str, list[str]] | None
-    truth: dict[str, tuple] | None  # slide id -> (inside [C, N], counts [N])
+    truth: dict[str, Truth] | None  # by slide id
+    training: dict[str, Truth] | None = None  # of the slides that choose thresholds
+    lesions: LesionTask | None = None
+    regions: list[RegionText] | None = None
+    probed: Sequence[few_shot.Task] = ()
 
 
 class Outcome(NamedTuple):
@@ -25,7 +33,10 @@ class Outcome(NamedTuple):
 
     ranks: dict[str, retrieval.Ranks] | None
     probabilities: np.ndarray | None  # [n, C]
-    aucs: np.ndarray | None  # [slides with outlines, C], NaN where a concept is absent
+    maps: grounding.MapScores | None  # of the slides with outlines
+    no_text: grounding.MapScores | None  # of attention that no text guides
+    region_ranks: dict[str, retrieval.Ranks] | None = None
+    beliefs: Sequence[dict[tuple, np.ndarray]] = ()  # of each few-shot task: (probe, shots) -> [seeds, n, C]
 
 
 def _entry(ours: list, theirs: list, weights, **baselines) -> dict:
@@ -41,15 +52,20 @@ def _entry(ours: list, theirs: list, weights, **baselines) -> dict:
     return entry
 
 
-def score_retrieval(outcomes: list[Outcome], compared: list[Outcome], patients: list[str], seed: int) -> dict:
+def score_retrieval(
+    found_ranks: list[dict[str, retrieval.Ranks]],
+    compared: list[dict[str, retrieval.Ranks]],
+    patients: list[str],
+    seed: int,
+) -> dict:
     """R@k and median rank both ways, in the whole gallery and in galleries of 100.
 
     The gallery stays as it is in the bootstrap; the patients whose slides and texts ask are drawn.
     """
     weights = scores.patient_weights(patients, seed=seed)
     found = {}
-    for key in DIRECTIONS:
-        ours, theirs = [o.ranks[key] for o in outcomes], [o.ranks[key] for o in compared]
+    for key in found_ranks[0]:
+        ours, theirs = [ranks[key] for ranks in found_ranks], [ranks[key] for ranks in compared]
         sizes = retrieval.gallery_sizes(ours[0])
         galleries = {"all": None} | ({f"of_{GALLERY}": GALLERY} if sizes.max() >= GALLERY else {})
         found[key] = {}
@@ -65,19 +81,34 @@ def score_retrieval(outcomes: list[Outcome], compared: list[Outcome], patients: 
 
 
 def score_zero_shot(
-    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, prompts, labels, files: dict, seed: int
+    outcomes: list[Outcome],
+    compared: list[Outcome],
+    cohort: Cohort,
+    prompts,
+    labels,
+    files: dict,
+    seed: int,
+    published: bool = False,
 ) -> dict:
-    """The scores of the classification beside a guess, the majority class and the nearest colour."""
+    """The scores of the classification beside a guess, the majority class and the nearest colour.
+
+    `published` adds F1 as published scripts compute it.
+    """
     names = list(prompts.classes)
     weights = scores.patient_weights(cohort.patients, seed=seed)
-    ours, theirs = (
-        [scores.classification(labels, o.probabilities.argmax(1), o.probabilities) for o in side]
-        for side in (outcomes, compared)
-    )
+
+    def statistics(belief):
+        found = scores.classification(labels, belief.argmax(1), belief)
+        if published:
+            found["published_f1"] = scores.published_f1(labels, belief.argmax(1), len(names))
+        return found
+
+    ours, theirs = ([statistics(o.probabilities) for o in side] for side in (outcomes, compared))
     counted = [names.index(row["label"]) for row in cohort.train if row.get("label") in names]
     majority = int(np.bincount(counted if counted else labels, minlength=len(names)).argmax())
     blind = scores.baselines(labels, len(names), majority)
-    by_colour = colour_classes(cohort, names, labels, files)
+    belief = colour_belief(cohort, names, files)
+    by_colour = None if belief is None else statistics(belief)
     metrics = {}
     for metric in ours[0]:
         baselines = {name: blind[name][metric] for name in blind}
@@ -96,8 +127,8 @@ def score_zero_shot(
     }
 
 
-def colour_classes(cohort: Cohort, names, labels, files) -> dict | None:
-    """The statistics of the nearest training slide by mean colour; None where there are no slide files for it."""
+def colour_belief(cohort: Cohort, names, files) -> np.ndarray | None:
+    """The belief by the nearest training slide in mean colour [n, C]; None where there are no slide files for it."""
     label_of = {row["slide_id"]: row.get("label") for row in cohort.train}
 
     def mean(slide):
@@ -109,61 +140,101 @@ def colour_classes(cohort: Cohort, names, labels, files) -> dict | None:
     test = [mean(cohort.features(slide)) for slide in cohort.slide_ids]
     if not train or any(rgb is None for rgb in test):
         return None
-    belief = colour.nearest_class(
+    return colour.nearest_class(
         np.stack([rgb for _, rgb in train]),
         np.array([label for label, _ in train]),
         np.stack(test),
         len(names),
     )
-    return scores.classification(labels, belief.argmax(1), belief)
 
 
-def colour_aucs(cohort: Cohort, tasks: Tasks, files, outlines, seed) -> np.ndarray | None:
-    """The AUCs of the mean-colour map, as an `Outcome` has them; None where there are no slide files for it."""
+def colour_maps(cohort: Cohort, tasks: Tasks, files, outlines, smooth: float, seed) -> grounding.MapScores | None:
+    """The scores of the mean-colour map; None where there are no slide files for it."""
     if not set(tasks.truth) <= set(files) or not cohort.train:
         return None
     colour_map = grounding.ColourMap(cohort.train_features(seed), files, outlines, list(tasks.concepts), seed)
-    return np.stack(
-        [
-            grounding.concept_aucs(inside, colour_map(cohort.features(slide)), counts)
-            for slide, (inside, counts) in tasks.truth.items()
-        ]
+    training = {slide: known for slide, known in tasks.training.items() if slide in files}
+    return grounding.score_maps(
+        colour_map, cohort.features, tasks.truth, training, tasks.lesions, smooth, name="mean colour"
     )
 
 
-def slide_means(aucs: np.ndarray) -> np.ndarray:
-    """The mean AUC of each slide over its concepts, NaN for a slide with none."""
-    known = np.isfinite(aucs)
+def slide_means(values: np.ndarray) -> np.ndarray:
+    """The mean of each slide over its concepts [n, C] -> [n], NaN for a slide with none."""
+    known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
-        return np.where(known, aucs, 0).sum(1) / known.sum(1)
+        return np.where(known, values, 0).sum(1) / known.sum(1)
 
 
 def score_grounding(
     outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed: int
 ) -> dict:
-    """The AUC over slides and by concept; two runs are compared slide by slide."""
+    """AUC, pointing game and Dice over slides and by concept, beside what knows less; runs are compared by slide."""
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
-    ours, theirs = ([scores.mean(slide_means(o.aucs)) for o in side] for side in (outcomes, compared))
-    baselines = {"chance": 0.5}
+    ours, theirs = [o.maps for o in outcomes], [o.maps for o in compared]
+    blind = {"no_text": [o.no_text for o in outcomes]}
     if by_colour is not None:
-        baselines["mean_colour"] = scores.interval(scores.mean(slide_means(by_colour)), weights)._asdict()
+        blind["mean_colour"] = [by_colour]
+    chance = grounding.chance(tasks.truth)
+    metrics = [name for name in grounding.METRICS if np.isfinite(getattr(ours[0], name)).any()]
+
+    def scored(of_slides, with_difference: bool) -> dict:
+        """Every metric of one choice of values [n, C] -> [n]."""
+        found = {}
+        for metric in metrics:
+
+            def over_runs(side, metric=metric):
+                return [scores.mean(of_slides(getattr(maps, metric))) for maps in side]
+
+            by_chance = scores.interval(over_runs([chance])[0], weights).value
+            entry = _entry(over_runs(ours), over_runs(theirs), weights, chance=by_chance)
+            for name, side in blind.items():
+                other = scores.mean_over_runs(over_runs(side))
+                entry[name] = scores.interval(other, weights)._asdict()
+                if with_difference:
+                    gain = scores.difference(scores.mean_over_runs(over_runs(ours)), other)
+                    entry.setdefault("gain", {})[name] = scores.interval(gain, weights)._asdict()
+            found[metric] = entry
+        return found
+
     rows = []
     for c, concept in enumerate(tasks.concepts):
-        entry = {
-            "concept": concept,
-            "slides": int(np.isfinite(outcomes[0].aucs[:, c]).sum()),
-            "auc": _entry([scores.mean(o.aucs[:, c]) for o in outcomes], [], weights),
-        }
-        if compared:
-            others = scores.mean_over_runs([scores.mean(o.aucs[:, c]) for o in compared])
-            entry["compared"] = scores.interval(others, weights).value
-        if by_colour is not None:
-            entry["mean_colour"] = scores.interval(scores.mean(by_colour[:, c]), weights).value
-        rows.append(entry)
+        row = {"concept": concept, "slides": int(np.isfinite(ours[0].auc[:, c]).sum())}
+        row |= scored(lambda values, c=c: values[:, c], with_difference=False)
+        rows.append(row | {"thresholds": [float(maps.thresholds[c]) for maps in ours]})
     return {
-        "slides": int(np.isfinite(slide_means(outcomes[0].aucs)).sum()),
+        "slides": int(np.isfinite(slide_means(ours[0].auc)).sum()),
+        "threshold_slides": len(tasks.training),
         "texts": tasks.concepts,
-        "auc": _entry(ours, theirs, weights, **baselines),
+        **scored(slide_means, with_difference=True),
         "per_concept": [row for row in rows if row["slides"]],
+    }
+
+
+def score_lesions(
+    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed
+) -> dict:
+    """The detection of lesions: the challenge's score and the sensitivity at each rate of false positives."""
+    patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
+    blind = {"no_text": [o.no_text for o in outcomes]} | ({"mean_colour": [by_colour]} if by_colour is not None else {})
+
+    def scored(rates) -> dict:
+        def over_runs(side):
+            return [froc.sensitivity(maps.found, rates) for maps in side]
+
+        entry = _entry(over_runs([o.maps for o in outcomes]), over_runs([o.maps for o in compared]), weights)
+        for name, side in blind.items():
+            entry[name] = scores.interval(scores.mean_over_runs(over_runs(side)), weights)._asdict()
+        return entry
+
+    found = outcomes[0].maps.found
+    return {
+        "concept": list(tasks.concepts)[tasks.lesions.concept],
+        "slides": len(found),
+        "slides_with_lesions": sum(len(one.lesions) > 0 for one in found),
+        "lesions": sum(len(one.lesions) for one in found),
+        "score": scored(froc.RATES),
+        "at": {f"{rate:g}": scored([rate]) for rate in froc.RATES},
     }

@@ -16,19 +16,45 @@ from pathflip_jax.evaluate.retrieval import normalise
 TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
 
 
+SHIPPED = Path(__file__).parent / "prompts"  # prompt files that come with the package, by name
+
+
 class Prompts(NamedTuple):
-    """Texts of each class, in the order of the classes."""
+    """Texts of each class, in the order of the classes, and the class of every label that a slide table may have.
+
+    `labels` are in lower case: the classes themselves and their other spellings.
+    """
 
     task: str
     classes: dict[str, list[str]]
+    labels: dict[str, str]
+
+    def class_of(self, label: str | None) -> str | None:
+        """The class that a slide table's label means; a label of none stays as it is."""
+        return None if label is None else self.labels.get(label.lower(), label)
+
+    def first_texts(self) -> "Prompts":
+        """The same classes with one text each, their first: no ensemble."""
+        return self._replace(classes={label: texts[:1] for label, texts in self.classes.items()})
+
+
+def find_prompts(name) -> Path:
+    """The prompt file of that path, or the one shipped under that name. Raises FileNotFoundError naming the shipped."""
+    path, shipped = Path(name), {file.stem: file for file in SHIPPED.glob("*.json")}
+    if path.is_file():  # a folder called like a shipped file is no prompt file
+        return path
+    if str(name) not in shipped:
+        raise FileNotFoundError(f"{name}: no such prompt file; those shipped are named {', '.join(sorted(shipped))}")
+    return shipped[str(name)]
 
 
 def read_prompts(path) -> Prompts:
-    """Read {"classes": {label: [texts]}}, with optional "task" and "templates".
+    """Read {"classes": {label: [texts]}}, with optional "task", "templates" and "spellings".
 
-    A template holds `{}`, the place of the text; with templates every text is said in each of them. A bare
-    {label: [texts]} is taken too (texts of concepts for grounding). Raises ValueError naming the file for a class
-    given twice, a class without texts, or one text in two classes.
+    A template holds `{}`, the place of the text; with templates every text is said in each of them. "spellings" are
+    other labels of a class in slide tables, {label: [others]}. A bare {label: [texts]} is taken too (texts of concepts
+    for grounding). Raises ValueError naming the file for a class given twice, a class without texts, one text in two
+    classes, or one spelling of two.
     """
     path = Path(path)
     try:
@@ -54,7 +80,25 @@ def read_prompts(path) -> Prompts:
             if owner.setdefault(text.strip().lower(), label) != label:
                 raise ValueError(f"{path}: {text!r} stands for class {owner[text.strip().lower()]!r} and {label!r}")
         classes[label] = [template.replace("{}", text) for text in texts for template in templates]
-    return Prompts(str(content.get("task", "")) if "classes" in content else "", classes)
+    spellings = content.get("spellings", {}) if "classes" in content else {}
+    task = str(content.get("task", "")) if "classes" in content else ""
+    return Prompts(task, classes, _spellings(path, list(classes), spellings))
+
+
+def _spellings(path: Path, classes: list[str], given) -> dict[str, str]:
+    """The class of every label, in lower case."""
+    found = {label.lower(): label for label in classes}
+    if len(found) < len(classes):
+        raise ValueError(f"{path}: two classes differ in capital letters only; name them apart")
+    if not isinstance(given, dict) or not set(given) <= set(classes):
+        raise ValueError(f"{path}: spellings must be {{class: [other labels]}} of its classes {', '.join(classes)}")
+    for label, others in given.items():
+        if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
+            raise ValueError(f"{path}: the spellings of {label!r} must be a list of labels, found {others!r:.80}")
+        for other in others:
+            if found.setdefault(other.strip().lower(), label) != label:
+                raise ValueError(f"{path}: {other!r} is a spelling of {found[other.strip().lower()]!r} and {label!r}")
+    return found
 
 
 def _no_key_twice(pairs):

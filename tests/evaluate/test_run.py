@@ -106,16 +106,25 @@ class Oracle:
         scores = [next(inside for name, inside in maps.items() if name in text) for text in texts]
         return SimpleNamespace(patch_scores=np.array(scores, float) * (-1 if self.mirrored else 1))
 
+    def attend(self, slide):
+        return np.zeros(len(slide.coords))
+
 
 def test_an_oracle_scores_one_and_its_opposite_nought(setting, monkeypatch, tmp_path):
     """Were slides, texts, patches or outlines mixed up anywhere on the way, this would not come out."""
     oracles = {"right": Oracle(setting.cohort), "wrong": Oracle(setting.cohort, mirrored=True)}
     monkeypatch.setattr(run, "load", lambda folder: oracles[folder])
-    found = run.evaluate("right", compare_to="wrong", out=tmp_path, images=setting.images, **setting.inputs)
+    plain = {"images": setting.images, "smooth": 0}  # a smoothed map of two values is wrong at its rim
+    found = run.evaluate("right", compare_to="wrong", out=tmp_path, **plain, **setting.inputs)
     assert found["grounding"]["auc"]["value"] == found["grounding"]["auc"]["low"] == 1
     assert found["grounding"]["auc"]["compared"]["value"] == 0
     assert found["grounding"]["auc"]["difference"] == {"value": 1, "low": 1, "high": 1}
     assert 0.35 < found["grounding"]["auc"]["mean_colour"]["value"] < 0.65  # the slides are noise
+    assert found["grounding"]["auc"]["no_text"]["value"] == 0.5
+    pointing, dice = found["grounding"]["pointing"], found["grounding"]["dice"]
+    assert pointing["value"] == dice["value"] == 1 and pointing["compared"]["value"] == 0
+    assert pointing["no_text"]["value"] == pytest.approx(pointing["chance"])  # every patch ties
+    assert pointing["gain"]["no_text"]["low"] > 0 and found["grounding"]["threshold_slides"] == 12
     assert [row["concept"] for row in found["grounding"]["per_concept"]] == ["fat", "necrosis"]  # mucin is nowhere
     zero_shot = found["zero_shot"]["metrics"]
     assert zero_shot["balanced_accuracy"]["value"] == zero_shot["auc"]["value"] == zero_shot["macro_f1"]["value"] == 1
@@ -157,7 +166,16 @@ class Page(HTMLParser):
 def evaluated(setting, runs):
     out = setting.folder / "out"
     command = ["evaluate", "run 0", "--out", "out"]
-    found = run.evaluate(runs[0], compare_to=runs[1], out=out, images=setting.images, command=command, **setting.inputs)
+    records = Records(setting.cohort.records)
+    corners = {f"S{i}": records.coords(records.position(f"S{i}"))[[0, -1]].tolist() for i in range(18, 24)}
+    captions = [
+        {"slide_id": slide, "x": x, "y": y, "caption": f"glands of {slide}, {place}"}
+        for slide, points in corners.items()
+        for place, (x, y) in enumerate(points)
+    ]
+    (setting.folder / "regions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    more = {"region_texts": setting.folder / "regions.jsonl", "shots": [1], "draws": 2, "images": setting.images}
+    found = run.evaluate(runs[0], compare_to=runs[1], out=out, command=command, **more, **setting.inputs)
     return out, found
 
 
@@ -196,12 +214,20 @@ def test_the_page_stands_alone_and_holds_every_figure(evaluated):
     assert shown == {path.read_bytes() for path in (out / "figures").glob("*.png")}
     names = {path.stem for path in (out / "figures").glob("*.png")}
     assert names >= {"retrieval", "confusion", "concepts", "training", "grounding_good", "grounding_poor"}
+    assert names >= {"region_retrieval", "few_shot_1_curve", "few_shot_1_confusion_1"}
     assert all((out / link).exists() for link in page.links), page.links
     assert not re.search(r"https?://|//cdn|<script", source)
     assert "For research use only" in page.text and "pathflip evaluate 'run 0' --out out" in page.text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", source).lower().split()
     zero_shot = found["zero_shot"]["metrics"]["balanced_accuracy"]
-    for value in (zero_shot["value"], zero_shot["low"], zero_shot["high"], found["grounding"]["auc"]["value"]):
+    probe = found["few_shot"][0]["probes"]["attention MIL"]["1"]["metrics"]["auc"]
+    for value in (
+        probe["value"],
+        zero_shot["value"],
+        zero_shot["low"],
+        zero_shot["high"],
+        found["grounding"]["auc"]["value"],
+    ):
         assert f"{value:.3f}" in page.text
 
 
@@ -214,6 +240,9 @@ def test_the_maps_of_the_report_are_the_models_own(evaluated, setting, runs):
     slide = records.read(records.position(row["slide_id"]))
     predictor = load(runs[0])
     scores = np.mean([predictor.ground(slide, text).patch_scores[0] for text in CONCEPTS["necrosis"]], axis=0)
+    weight = np.exp(-2.0 * ((slide.coords[:, None] - slide.coords) ** 2).sum(-1) / slide.patch_size**2)
+    weight *= np.abs(slide.coords[:, None] - slide.coords).max(-1) <= slide.patch_size  # 1.5 edges, as a grid has them
+    scores = weight @ scores / weight.sum(1)
     x, y = slide.coords.T
     expected = metrics.roc_auc_score((x >= 256) & (y >= 192), scores)
     assert float(row["auc"]) == pytest.approx(expected, abs=1e-3)
@@ -265,10 +294,49 @@ def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
     assert "P00" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_strict_stops_at_a_faulty_split(setting, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "load", lambda folder: pytest.fail("a model was loaded"))
+    slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("S22,P22", "S22,P00"))
+    with pytest.raises(ValueError, match="a faulty split: 1 patients have slides on more than one side .P00."):
+        run.evaluate("run", out=tmp_path / "out", strict=True, **(setting.inputs | {"slides": slides}))
+
+
+def test_the_paper_protocol_has_no_ensemble_and_says_where_it_is_optimistic(setting, runs, tmp_path):
+    """One text per class, F1 of the second class, cases unmasked; strict has none of it."""
+    inputs = setting.inputs | {"grounding": None, "outlines": None}
+    found = {name: run.evaluate(runs[0], out=tmp_path / name, protocol=name, **inputs) for name in ("strict", "paper")}
+    assert [len(texts) for texts in found["paper"]["zero_shot"]["texts"].values()] == [1, 1]
+    assert "published_f1" not in found["strict"]["zero_shot"]["metrics"] and found["strict"]["protocol"]["notes"] == []
+    with open(tmp_path / "paper" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels, predicted = ([row[key] for row in rows] for key in ("label", "predicted"))
+    f1 = metrics.f1_score(labels, predicted, pos_label="solid", zero_division=0)
+    assert found["paper"]["zero_shot"]["metrics"]["published_f1"]["value"] == pytest.approx(f1)
+    sizes = [one["retrieval"]["slide_to_text"]["all"]["gallery"] for one in found.values()]
+    assert sizes == [6, 6] and "F1 as published" in (tmp_path / "paper" / "report.html").read_text()
+    with open(tmp_path / "paper" / "ranks.csv", newline="") as file:
+        assert {row["gallery"] for row in csv.DictReader(file)} == {"6"}
+    with pytest.raises(ValueError, match="protocol 'kind': expected one of strict, paper"):
+        run.evaluate(runs[0], out=tmp_path / "none", protocol="kind", **inputs)
+
+
+def test_labels_of_other_spelling_are_the_classes_they_mean(setting, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "load", lambda folder: Oracle(setting.cohort))
+    content = PROMPTS | {"spellings": {"solid": ["massive"]}}
+    (tmp_path / "prompts.json").write_text(json.dumps(content))
+    slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("solid", "Massive"))
+    inputs = {"records": setting.cohort.records, "slides": slides, "prompts": tmp_path / "prompts.json"}
+    found = run.evaluate("oracle", out=tmp_path / "out", **inputs)
+    assert found["zero_shot"]["metrics"]["accuracy"]["value"] == 1 and found["zero_shot"]["majority_from"] == "train"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"split": "validation"}, "no slide is in split 'validation'; the splits are test"),
+        ({"slides": lambda text: text + "S20,P20,solid,test\n"}, "S20 is listed more than once"),
+        ({"prompts": "nowhere"}, "nowhere: no such prompt file; those shipped are named bracs"),
+        ({"shots": [1], "labels": ["grade"]}, "no column 'grade'"),
         ({"slides": lambda text: text + "GHOST,P99,solid,test\n"}, "GHOST of split 'test'.*prepare them"),
         ({"slides": lambda text: text.replace("S20,P20,solid", "S20,P20,mixed")}, "no class for the labels mixed"),
         ({"slides": lambda text: text.replace("S20,P20,solid", "S20,P20,")}, "S20 without a label"),
@@ -279,6 +347,9 @@ def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
         ({"outlines": "empty"}, "no outlines of any slide"),
         ({"compare_to": ["a", "b"]}, "1 runs cannot be paired with 2"),
         ({"clear": 0.5}, "clear 0.5: expected a share"),
+        ({"lesions": "bone"}, "lesions of 'bone': no such concept; the concepts are fat, necrosis, mucin"),
+        ({"lesions": "fat", "grounding": None, "outlines": None}, "lesions of 'fat' are detected by grounding"),
+        ({"lesions": "mucin"}, "no outline of 'mucin' is a lesion of 275 um or more"),
     ],
 )  # fmt: skip
 def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch, tmp_path, change, message):
@@ -291,6 +362,6 @@ def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch,
             change = change | {key: tmp_path / "empty"}
     if "texts" in change and change["texts"] is not None:
         change["texts"] = change["texts"].rename(tmp_path / "texts.jsonl")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run.evaluate("run", out=tmp_path / "out", **(setting.inputs | change))
     assert not (tmp_path / "out").exists()

@@ -164,3 +164,16 @@ def test_per_class_table(case):
 def test_no_slides_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         scores.patient_weights([])
+
+
+@pytest.mark.parametrize(("classes", "how"), [(2, {"pos_label": 1}), (3, {"average": "weighted"})])
+def test_the_published_f1_is_binary_for_two_classes_and_weighted_for_more(classes, how):
+    rng = np.random.default_rng(5)
+    labels, predictions = rng.integers(0, classes, (2, 50))
+    found = scores.published_f1(labels, predictions, classes)(np.ones((1, 50)))[0]
+    assert found == pytest.approx(metrics.f1_score(labels, predictions, **how))
+    blind = scores.baselines(labels, classes, majority=1)
+    always = metrics.f1_score(labels, np.ones(50, int), zero_division=0, **how)
+    assert blind["majority"]["published_f1"] == pytest.approx(always)
+    many, guess = np.tile(labels, 4000), rng.integers(0, classes, 200_000)
+    assert blind["chance"]["published_f1"] == pytest.approx(metrics.f1_score(many, guess, **how), abs=0.01)

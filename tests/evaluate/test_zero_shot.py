@@ -68,3 +68,54 @@ def test_probabilities_follow_the_cosine():
     expected = np.exp(cosine / 0.1) / np.exp(cosine / 0.1).sum(1, keepdims=True)
     assert found == pytest.approx(expected, rel=1e-4)
     assert found.argmax(1).tolist() == cosine.argmax(1).tolist()
+
+
+SHIPPED = sorted(path.stem for path in zero_shot.SHIPPED.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_prompts_are_sound(name):
+    """Every class has synonyms, every text is an ensemble over templates, and no text stands for two classes."""
+    found = zero_shot.read_prompts(zero_shot.find_prompts(name))
+    assert found.task and all(len(texts) >= 10 for texts in found.classes.values())
+    texts = [text for listed in found.classes.values() for text in listed]
+    assert len(set(texts)) == len(texts)
+
+
+def test_shipped_prompts_know_the_labels_of_published_tables():
+    found = {name: zero_shot.read_prompts(zero_shot.find_prompts(name)) for name in SHIPPED}
+    assert {name: len(prompts.classes) for name, prompts in found.items()} == {
+        "bracs": 7, "camelyon16": 2, "cptac-nsclc": 2, "tcga-cancer-types": 32, "tcga-nsclc": 2, "tcga-rcc": 3,
+    }  # fmt: skip
+    assert [found["tcga-rcc"].class_of(label) for label in ("TCGA-KICH", "kirc", "other", None)] == [
+        "KICH", "KIRC", "other", None,
+    ]  # fmt: skip
+    assert list(found["camelyon16"].classes) == ["Normal", "Tumor"]  # the second is what published F1 scores count
+
+
+def test_a_file_goes_before_a_shipped_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert zero_shot.find_prompts("bracs").parent == zero_shot.SHIPPED
+    (tmp_path / "bracs").write_text("{}")
+    assert zero_shot.find_prompts("bracs").resolve() == tmp_path / "bracs"
+    with pytest.raises(FileNotFoundError, match="brac: no such prompt file; those shipped are named bracs, camelyon16"):
+        zero_shot.find_prompts("brac")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"spellings": {"a": ["b"]}}, "'b' is a spelling of 'b' and 'a'"),
+        ({"spellings": {"c": ["x"]}}, "spellings must be"),
+        ({"spellings": {"a": "x"}}, "must be a list of labels"),
+        ({"classes": {"a": ["x"], "A": ["y"]}}, "capital letters only"),
+    ],
+)
+def test_faulty_spellings_name_the_fault(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        zero_shot.read_prompts(write(tmp_path, {"classes": {"a": ["x"], "b": ["y"]}} | more))
+
+
+def test_one_text_for_each_class(tmp_path):
+    content = {"templates": ["{}.", "image of {}."], "classes": {"a": ["x", "y"], "b": "z"}}
+    assert zero_shot.read_prompts(write(tmp_path, content)).first_texts().classes == {"a": ["x."], "b": ["z."]}

@@ -1,0 +1,32 @@
+"""`pathflip compare`: evaluations side by side."""
+
+import argparse
+import json
+from pathlib import Path
+
+from pathflip_jax.commands.options import command
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "compare",
+        _run,
+        "put evaluations of the same slides side by side: paired differences to the first, with p-values",
+        "pathflip compare scores/base scores/slide-loss --out compared",
+    )
+    parser.add_argument("scores", type=Path, nargs="+", metavar="SCORES", help="folders that `pathflip evaluate` wrote")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of compare.html and compare.json"
+    )
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.evaluate.compare import compare
+
+    found = compare(options.scores, options.out, seed=options.seed, command=options.command_line)
+    print(json.dumps(found) if options.json else options.out / "compare.html")
+    return 0

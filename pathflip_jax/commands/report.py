@@ -1,0 +1,68 @@
+"""`pathflip report`: slides and where texts are seen on them, as a page that opens by a double click."""
+
+import argparse
+from pathlib import Path
+
+from pathflip_jax.commands.options import add_grounding_options, command, place, print_report
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "report",
+        _run,
+        "write slides and where texts are seen on them as a folder that opens in any browser",
+        'pathflip report runs/base --records records --slides-dir slides --texts "tumor necrosis" "fat" --out page',
+        'pathflip report runs/base --features features --texts "necrosis" --negative "normal tissue" --slide-ids S1 S2 '
+        "--out page",
+    )
+    parser.add_argument("checkpoint", type=place, metavar="RUN", help="run folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--records", type=place, help="folder of records")
+    source.add_argument("--features", type=Path, metavar="DIR", help="folder of feature files, instead of records")
+    parser.add_argument(
+        "--slides-dir", type=Path, metavar="DIR", help="slide files by id; without it, maps are drawn on white"
+    )
+    parser.add_argument("--texts", nargs="+", required=True, metavar="TEXT", help="what to look for")
+    parser.add_argument("--negative", nargs="+", default=[], metavar="TEXT", help="texts whose scores are subtracted")
+    parser.add_argument("--slide-ids", nargs="+", metavar="ID", help="the slides to show (default: all)")
+    parser.add_argument(
+        "--most-slides", type=int, metavar="N", help="show the N slides that are most similar to any of the texts"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="longer side of the finest level that is written (default 8192, about 15 MB a slide; 0: all levels)",
+    )
+    parser.add_argument("--quality", type=int, default=82, metavar="Q", help="of the JPEG tiles, 1 to 95 (default 82)")
+    add_grounding_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the page")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.viewer.report import report
+
+    if not 1 <= options.quality <= 95:
+        raise ValueError(f"--quality {options.quality}: expected 1 to 95")
+    if options.max_pixels < 0 or (options.most_slides is not None and options.most_slides < 1):
+        raise ValueError("--max-pixels and --most-slides: expected a number above 0 (--max-pixels 0: all levels)")
+    written = report(
+        options.checkpoint,
+        options.texts,
+        options.out,
+        records=options.records,
+        features=options.features,
+        slides_dir=options.slides_dir,
+        negative=options.negative,
+        slide_ids=options.slide_ids,
+        most_slides=options.most_slides,
+        most_pixels=options.max_pixels or 2**31,
+        quality=options.quality,
+        method=options.method,
+        window=options.window,
+    )
+    return print_report(written, options.json, page=str(written.out / "index.html"), bytes=written.bytes)

@@ -1,0 +1,77 @@
+"""`pathflip serve`: slides in a browser, and where on them a text is seen."""
+
+import argparse
+from pathlib import Path
+
+from pathflip_jax.commands.options import add_grounding_options, add_writing_options, command, place, sampling
+
+
+def add(commands) -> None:
+    """Add the command and its options."""
+    parser = command(
+        commands,
+        "serve",
+        _run,
+        "show slides in a browser: search them by text, see where a text is seen, ask about them",
+        "pathflip serve --slides slides --records records --checkpoint runs/base",
+        "pathflip serve --slides slides --features features --checkpoint runs/base --embeddings embeddings.parquet "
+        "--language runs/lm2",
+        "pathflip serve --records records --checkpoint runs/base --host 0.0.0.0 --port 8080",
+    )
+    parser.add_argument("--slides", type=Path, metavar="DIR", help="folder of slide files; without it, patches alone")
+    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--records", type=place, help="folder of records of these slides")
+    source.add_argument("--features", type=Path, metavar="DIR", help="folder of feature files, instead of records")
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE", help="file of `pathflip embed`: search finds all slides at once"
+    )
+    parser.add_argument("--language", type=Path, metavar="RUN", help="run of a language stage: reports and answers")
+    parser.add_argument("--decoder", default="", metavar="FOLDER", help="where its decoder's folder lies, if it moved")
+    parser.add_argument("--aligner", default="", metavar="RUN", help="where its aligner's run lies, if it moved")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default 8000; 0: any that is free)")
+    parser.add_argument(
+        "--token", help="what a visitor must show; an address other than this machine's gets one in any case"
+    )
+    add_grounding_options(parser)
+    add_writing_options(parser, max_tokens=256)
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        from pathflip_jax.viewer.access import choose_token
+        from pathflip_jax.viewer.server import listen, run
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in ("starlette", "uvicorn"):
+            raise
+        raise ImportError(f"the viewer needs {name}: pip install pathflip-jax[viewer]") from None
+    if options.slides is None and options.records is None and options.features is None:
+        raise ValueError("nothing to show: name --slides DIR and --records or --features, or one of them")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port {options.port}: expected 0 to 65535")
+    token = choose_token(options.host, options.token)
+    listener = listen(options.host, options.port)  # first: a port in use is known before the model is loaded
+
+    from pathflip_jax.inference import load
+    from pathflip_jax.viewer.grounder import Grounder
+    from pathflip_jax.viewer.pictures import Pictures
+    from pathflip_jax.viewer.search import Search, read_slide_embeddings
+    from pathflip_jax.viewer.session import Session
+    from pathflip_jax.viewer.slides import list_slides
+
+    with listener:
+        slides = list_slides(options.slides, records=options.records, features=options.features)
+        predictor = load(options.checkpoint)
+        found = {} if options.embeddings is None else read_slide_embeddings(options.embeddings, predictor, slides)
+        speaker = None
+        if options.language is not None:
+            from pathflip_jax.llm.assistant import load_assistant
+            from pathflip_jax.viewer.speaker import Speaker
+
+            assistant = load_assistant(options.language, decoder=options.decoder, aligner=options.aligner)
+            speaker = Speaker(assistant, sampling(options))
+        grounder = Grounder(predictor, options.method, options.window)
+        run(Session(slides, Pictures(), grounder, Search(slides, found), speaker), listener, token)
+    return 0

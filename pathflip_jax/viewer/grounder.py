@@ -1,0 +1,93 @@
+"""Texts on slides within a second: each slide is encoded once, after which a text is a matrix product.
+
+One model call at a time: two at once would share the same cores and be slower, and need the memory twice.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from pathflip_jax.grounding import maps
+from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.inference import Predictor, Prepared
+from pathflip_jax.viewer.cache import Cache
+from pathflip_jax.viewer.layers import Layer, make_layer
+from pathflip_jax.viewer.slides import ShownSlide
+
+PREPARED_BYTES = 2**30  # of encoded slides: 10,000 patches of 256 numbers are 10 MB
+LAYERS_BYTES = 256 * 2**20
+TEXTS_BYTES = 16 * 2**20
+WARM_TEXT, WARM_WORDS = "tissue", 24
+LONGEST_TEXT, MOST_NEGATIVE = 2000, 8  # characters, texts
+
+
+class Grounder:
+    """Scores texts on the slides of a viewer by a trained run; keeps what it has encoded."""
+
+    def __init__(self, predictor: Predictor, method: str = maps.DEFAULT_METHOD, window: int = maps.WINDOW) -> None:
+        self.predictor, self.method, self.window = predictor, method, window
+        self.model_lock = threading.Lock()
+        self._prepared = Cache(PREPARED_BYTES, _bytes_of)
+        self._texts = Cache(TEXTS_BYTES, lambda embedding: embedding.nbytes)
+        self._layers = Cache(LAYERS_BYTES, lambda layer: layer.surface.values.nbytes + _bytes_of(layer.grounding))
+
+    def prepared(self, slide: ShownSlide) -> Prepared:
+        """The encoded slide. Raises ValueError or OSError for features that cannot be read or are of no use here."""
+
+        def make() -> Prepared:
+            features = slide.features()
+            with self.model_lock:
+                prepared = self.predictor.prepare(features, method=self.method, window=self.window)
+            self._score(prepared, (WARM_TEXT,), ())  # compiled now, not at the first question
+            return prepared
+
+        if slide.features is None:
+            raise ValueError(f"slide {slide.slide_id}: no features of it are known; {NO_FEATURES}")
+        return self._prepared.get(slide.slide_id, make)
+
+    def layer(self, slide: ShownSlide, text: str, negative: Sequence[str] = (), mpp: float = 0.0) -> Layer:
+        """A text on a slide, the negative texts subtracted; `mpp` is for features that do not know theirs.
+
+        Raises ValueError for a text of no words.
+        """
+        text, negative = text.strip(), tuple(x.strip() for x in negative)
+        for given in (text, *negative):
+            if not given or len(given) > LONGEST_TEXT:
+                raise ValueError(f"a text of {len(given)} characters; write what to look for, in 1 to {LONGEST_TEXT}")
+        if len(negative) > MOST_NEGATIVE:
+            raise ValueError(f"{len(negative)} negative texts, expected up to {MOST_NEGATIVE}")
+
+        def make() -> Layer:
+            grounding = self._score(self.prepared(slide), (text,), negative)
+            return make_layer(grounding._replace(mpp=grounding.mpp or mpp))
+
+        return self._layers.get((slide.slide_id, text, negative), make)
+
+    def embed_text(self, text: str) -> Float[np.ndarray, "D"]:
+        """A text in the joint space. Raises ValueError for a text of no words."""
+
+        def make() -> np.ndarray:
+            with self.model_lock:
+                return self.predictor.encode_text(text)[0]
+
+        return self._texts.get(text, make)
+
+    def warm(self) -> None:
+        """Encode a text of each length up to a long sentence, so that no question waits for a compilation."""
+        for words in range(1, WARM_WORDS + 1):
+            self.embed_text(" ".join([WARM_TEXT] * words))
+
+    def _score(self, prepared: Prepared, texts: tuple[str, ...], negative: tuple[str, ...]) -> Grounding:
+        encoded = np.stack([self.embed_text(text) for text in texts + negative])  # one by one: few shapes to compile
+        with self.model_lock:
+            return self.predictor.score(prepared, texts, negative=negative, encoded=encoded)
+
+
+NO_FEATURES = "prepare the slide, and name its records by --records or its feature files by --features"
+
+
+def _bytes_of(found: NamedTuple) -> int:
+    return sum(value.nbytes for value in found if isinstance(value, np.ndarray))

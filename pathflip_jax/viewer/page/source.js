@@ -1,0 +1,110 @@
+"use strict";
+
+/* Where the page's data come from. Both sources answer the same questions with promises, and both have pictures at
+   slides/N/thumbnail.jpg and slides/N/tiles/LEVEL/COLUMN_ROW.jpg. */
+
+/** A server that answers (pathflip serve). */
+class LiveSource {
+  constructor() {
+    this.steps = 1; // percent between two thresholds
+  }
+
+  slide(number) {
+    return this.#ask(`slides/${number}/slide.json`);
+  }
+
+  patches(number) {
+    return this.#ask(`slides/${number}/patches.json`);
+  }
+
+  layer(number, text, negative) {
+    return this.#ask(`slides/${number}/layer`, { text, negative });
+  }
+
+  async areas(number, layer, threshold) {
+    const { text, negative } = layer;
+    return (await this.#ask(`slides/${number}/areas`, { text, negative, threshold })).areas;
+  }
+
+  find(text) {
+    return this.#ask("find", { text });
+  }
+
+  async report(number) {
+    return (await this.#ask(`slides/${number}/report`, {})).text;
+  }
+
+  async answer(number, question, before) {
+    return (await this.#ask(`slides/${number}/answer`, { question, before })).text;
+  }
+
+  async #ask(address, body) {
+    const asked = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+    let response;
+    try {
+      response = await fetch(address, body === undefined ? {} : asked);
+    } catch {
+      throw new Error("The viewer does not answer; is `pathflip serve` still running?");
+    }
+    if (response.ok) return response.json();
+    const text = await response.text();
+    let message = text || `${response.status} ${response.statusText}`;
+    try {
+      message = JSON.parse(text).error;
+    } catch {} // it was no JSON
+    throw new Error(message);
+  }
+}
+
+/** Scripts written beforehand (pathflip report): a page that is opened from file:// may load nothing else. */
+class WrittenSource {
+  #slides = new Map();
+  #waiting = new Map();
+
+  constructor(page) {
+    this.page = page;
+    this.steps = 10;
+    page.loaded = (number, content) => this.#waiting.get(number)(content);
+  }
+
+  slide(number) {
+    if (!this.#slides.has(number)) {
+      const loaded = new Promise((resolve, reject) => {
+        this.#waiting.set(number, resolve);
+        const script = document.createElement("script");
+        script.src = `slides/${number}/slide.js`;
+        script.onerror = () => reject(new Error(`slides/${number}/slide.js is missing; write the page again`));
+        document.head.append(script);
+      });
+      loaded.catch(() => this.#slides.delete(number));
+      this.#slides.set(number, loaded.then((content) => ({ ...content, warnings: [] })));
+      this.#slides.set(`${number} whole`, loaded);
+    }
+    return this.#slides.get(number);
+  }
+
+  async patches(number) {
+    await this.slide(number);
+    return this.#slides.get(`${number} whole`);
+  }
+
+  async layer(number, text) {
+    const found = (await this.slide(number)).layers.find((layer) => layer.text === text);
+    if (!found) throw new Error(`This page was written for other texts: ${this.page.texts.join("; ")}`);
+    return found;
+  }
+
+  async areas(number, layer, threshold) {
+    return layer.facts.areas[String(threshold)];
+  }
+
+  async find(text) {
+    const column = this.page.texts.findIndex((known) => known.toLowerCase() === text.trim().toLowerCase());
+    if (column < 0) throw new Error(`This page knows the texts it was written for: ${this.page.texts.join("; ")}`);
+    const found = this.page.slides.flatMap((slide, number) =>
+      slide.similarities ? [[number, slide.similarities[column]]] : [],
+    );
+    found.sort((a, b) => b[1] - a[1]);
+    return { slides: found, ready: found.length, busy: false };
+  }
+}

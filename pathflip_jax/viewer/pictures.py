@@ -1,0 +1,106 @@
+"""Tiles and thumbnails of slide files, read by worker processes that a broken file may end.
+
+A file is asked for its state on disk each time, so a slide that was deleted or replaced while it is shown is told at
+once, and what was cached of it before is not shown in its place. Nothing here reads labels, macro images or the
+properties that scanners write: they can name the patient.
+"""
+
+import io
+import os
+import queue
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from pathflip_jax.data import guarded
+from pathflip_jax.viewer.cache import Cache
+
+READERS = max(1, min(4, os.cpu_count() or 1))  # worker processes
+CACHE_BYTES = 256 * 2**20  # of JPEG tiles
+THUMBNAIL = 256  # pixels
+QUALITY = 82
+SOURCE = "pathflip_jax.data.slide_pixels"
+
+
+class Pyramid(NamedTuple):
+    """A slide as Deep Zoom tiles: its measures (as `grounding.placement.Measures`), levels, and how tiles are cut."""
+
+    width: int
+    height: int
+    mpp: float
+    bounds: tuple[int, int]
+    levels: int
+    tile: int
+    overlap: int
+
+    def size(self, level: int) -> tuple[int, int]:
+        """The pixels of a level; the last level is the slide's own level 0."""
+        step = 2 ** (self.levels - 1 - level)
+        return -(-self.width // step), -(-self.height // step)
+
+    def tiles(self, level: int) -> tuple[int, int]:
+        """How many tiles a level has across and down."""
+        width, height = self.size(level)
+        return -(-width // self.tile), -(-height // self.tile)
+
+
+class Pictures:
+    """Reads slide files by `readers` worker processes, from any number of threads."""
+
+    def __init__(self, readers: int = READERS, cache_bytes: int = CACHE_BYTES) -> None:
+        self._readers: queue.SimpleQueue[guarded.Reader] = queue.SimpleQueue()
+        for _ in range(readers):
+            self._readers.put(guarded.Reader())
+        self._cache = Cache(cache_bytes, lambda value: len(value) if isinstance(value, bytes) else 1)
+
+    def pyramid(self, path: Path) -> Pyramid:
+        """The levels of a slide. Raises ValueError or OSError, naming the file, where it cannot be read."""
+        return self._cached(path, ("pyramid",), lambda: Pyramid(**self._parse("pyramid", path)[0]))
+
+    def tile(self, path: Path, level: int, column: int, row: int, quality: int = QUALITY) -> bytes:
+        """One tile as JPEG. Raises IndexError for one that the slide does not have, else as `pyramid`."""
+        pyramid = self.pyramid(path)
+        if not 0 <= level < pyramid.levels:
+            raise IndexError(f"{path.name}: no level {level} among its {pyramid.levels}")
+        across, down = pyramid.tiles(level)
+        if not (0 <= column < across and 0 <= row < down):
+            raise IndexError(f"{path.name}: no tile {column}, {row} among the {across} x {down} of level {level}")
+
+        def make() -> bytes:
+            return self._parse("tile", path, level, column, row, quality)[1]["jpeg"].tobytes()
+
+        return self._cached(path, (level, column, row, quality), make)
+
+    def thumbnail(self, path: Path) -> bytes:
+        """The whole slide as a small JPEG."""
+
+        def make() -> bytes:
+            picture = Image.fromarray(self._parse("thumbnail", path, THUMBNAIL)[1]["picture"])
+            with io.BytesIO() as out:
+                picture.save(out, "JPEG", quality=QUALITY)
+                return out.getvalue()
+
+        return self._cached(path, ("thumbnail",), make)
+
+    def _cached(self, path: Path, what: tuple, make) -> Any:
+        try:
+            state = os.stat(path)
+        except FileNotFoundError:
+            cure = "put it back, or start again without it"
+            raise FileNotFoundError(f"{path.name}: the slide file is gone; {cure}") from None
+        return self._cache.get((path, state.st_mtime_ns, state.st_size, *what), make)
+
+    def _parse(self, function: str, path: Path, *arguments: Any) -> guarded.Parsed:
+        reader = self._readers.get()
+        try:
+            return reader.parse(f"{SOURCE}:{function}", path, *arguments, memory=guarded.SLIDE_MEMORY)
+        except (ValueError, OSError) as error:  # by its name alone: a page has no business with folders
+            raise type(error)(str(error).replace(str(path), path.name)) from None
+        finally:
+            self._readers.put(reader)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        while not self._readers.empty():
+            self._readers.get().stop()

@@ -1,0 +1,91 @@
+"""Slides by text: the cosine of a text with the embedding of every slide.
+
+Embeddings come from a file of `pathflip embed`, or are made in the background from the moment the viewer starts.
+"""
+
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from pathflip_jax.embed import checkpoint_hash, open_embeddings
+from pathflip_jax.inference import Predictor
+from pathflip_jax.viewer.grounder import Grounder
+from pathflip_jax.viewer.slides import ShownSlide
+
+
+class Search:
+    """The embeddings of the slides that have one, by their number in the viewer's table."""
+
+    def __init__(self, slides: Sequence[ShownSlide], found: dict[int, Float[np.ndarray, "D"]] | None = None) -> None:
+        self._slides = slides
+        self._found = dict(found or {})
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, grounder: Grounder) -> None:
+        """Compile for texts and embed the slides that have features and no embedding yet, in the background."""
+        left = [i for i, slide in enumerate(self._slides) if slide.features is not None and i not in self._found]
+        self._thread = threading.Thread(target=self._embed, args=(grounder, left), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the background's work after the slide that it is at."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _embed(self, grounder: Grounder, numbers: Sequence[int]) -> None:
+        grounder.warm()
+        for number in tqdm(
+            numbers, unit="slide", desc="slides to embeddings, for search", leave=False, disable=not numbers
+        ):
+            if self._stop.is_set():
+                return
+            slide = self._slides[number]
+            try:
+                features = slide.features()
+                with grounder.model_lock:  # for one slide at a time, so that whoever looks at one is served between
+                    self._found[number] = grounder.predictor.encode_slide(features).slide
+            except (ValueError, OSError, MemoryError) as error:
+                tqdm.write(f"slide {slide.slide_id} is not searched: {error}", file=sys.stderr)
+
+    def progress(self) -> dict[str, int | bool]:
+        """How many slides can be found, and whether more are on their way."""
+        return {
+            "ready": len(self._found),
+            "all": len(self._slides),
+            "busy": self._thread is not None and self._thread.is_alive(),
+        }
+
+    def similarities(self, text: Float[np.ndarray, "D"]) -> dict[int, float]:
+        """The cosine of a text with each slide that has an embedding, the best first."""
+        found = dict(self._found)
+        if not found:
+            return {}
+        vectors = np.stack(list(found.values()))
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(text)
+        cosines = vectors @ text / np.maximum(norms, 1e-12)
+        numbers = list(found)
+        return {numbers[i]: round(float(cosines[i]), 4) for i in np.argsort(-cosines)}
+
+
+def read_slide_embeddings(
+    path: Path, predictor: Predictor, slides: Sequence[ShownSlide]
+) -> dict[int, Float[np.ndarray, "D"]]:
+    """The embeddings of the shown slides out of a file of `pathflip embed`.
+
+    Raises ValueError for a file that another run wrote: its embeddings share no space with this run's texts.
+    """
+    table, claim = open_embeddings(path)
+    if claim.get("checkpoint_hash") != checkpoint_hash(predictor):
+        raise ValueError(
+            f"{path}: embeddings of another run ({claim.get('checkpoint') or 'unnamed'}) than {predictor.name}; write "
+            f"them with `pathflip embed RECORDS --checkpoint {predictor.name}`, or leave --embeddings out"
+        )
+    rows = dict(zip(table["slide_id"].to_pylist(), table["embedding"].to_numpy(), strict=True))
+    return {i: rows[slide.slide_id] for i, slide in enumerate(slides) if slide.slide_id in rows}

@@ -1,0 +1,221 @@
+"""The viewer over HTTP: the page, tiles, and what the page asks of the model.
+
+Requests name slides by number, tiles by three numbers and files of the page by a table of their names: no path is made
+of what a client sends. What is wrong with one slide is answered as JSON with status 4xx, and the rest goes on.
+"""
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pathflip_jax.data.tables import parse_json
+from pathflip_jax.viewer.access import Access, is_local
+from pathflip_jax.viewer.page_files import page_files
+from pathflip_jax.viewer.pictures import READERS
+from pathflip_jax.viewer.session import Session
+
+LONGEST_BODY = 2**16  # bytes of a question
+AT_ONCE = 8  # requests that read features or ask the model; the others of such wait
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+def make_app(session: Session, token: str = "", local: bool = True) -> Starlette:
+    """The viewer as an ASGI application; with `local` it answers to the names of this machine only."""
+    files = page_files()
+    tile_limit, work_limit = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(AT_ONCE)
+
+    async def index(request: Request) -> Response:
+        return _file("index.html", files["index.html"])
+
+    async def page_file(request: Request) -> Response:
+        name = request.path_params["name"]
+        return _file(name, files[name]) if name in files else _error(404, f"the page has no file {name!r:.80}")
+
+    async def slides(request: Request) -> Response:
+        script = f"globalThis.PATHFLIP = {json.dumps(session.page())};\n"
+        return Response(script, media_type=MEDIA_TYPES[".js"], headers={"cache-control": "no-store"})
+
+    def picture(limit_to: Callable[..., bytes]) -> Callable:
+        async def answer(request: Request) -> Response:
+            path = session.slides[request.path_params["number"]].image
+            if path is None:
+                return _error(404, "there is no file of this slide")
+            numbers = [request.path_params[name] for name in ("level", "column", "row") if name in request.path_params]
+            data = await anyio.to_thread.run_sync(limit_to, path, *numbers, limiter=tile_limit)
+            return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
+
+        return _guard(session, answer)
+
+    def told(work: Callable[..., Any]) -> Callable:
+        async def answer(request: Request) -> Response:
+            body = await _body(request) if request.method == "POST" else {}
+            number = [request.path_params["number"]] if "number" in request.path_params else []
+            found = await anyio.to_thread.run_sync(lambda: work(*number, **body), limiter=work_limit)
+            return JSONResponse(found, headers={"cache-control": "no-store"})
+
+        return _guard(session, answer)
+
+    def layer(number: int, text: str = "", negative: list[str] = (), **_) -> dict:
+        return session.layer(number, _text(text), _texts(negative))
+
+    def areas(number: int, text: str = "", negative: list[str] = (), threshold: float = 50, **_) -> dict:
+        return session.areas(number, _text(text), _texts(negative), _percent(threshold))
+
+    def find(text: str = "", **_) -> dict:
+        return session.find(_text(text))
+
+    def report(number: int, **_) -> dict:
+        return {"text": _speaker(session).report(session.slides[number])}
+
+    def answer(number: int, question: str = "", before: list = (), **_) -> dict:
+        return {"text": _speaker(session).answer(session.slides[number], _text(question), _turns(before))}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        session.search.start(session.grounder)
+        yield
+        await anyio.to_thread.run_sync(session.search.stop)
+        session.pictures.close()
+
+    slide = "/slides/{number:int}"
+    return Starlette(
+        routes=[
+            Route("/", index),
+            Route("/index.html", index),
+            Route("/page/{name}", page_file),
+            Route("/slides.js", slides),
+            Route(f"{slide}/thumbnail.jpg", picture(session.pictures.thumbnail)),
+            Route(f"{slide}/tiles/{{level:int}}/{{column:int}}_{{row:int}}.jpg", picture(session.pictures.tile)),
+            Route(f"{slide}/slide.json", told(session.slide)),
+            Route(f"{slide}/patches.json", told(session.patches)),
+            Route(f"{slide}/layer", told(layer), methods=["POST"]),
+            Route(f"{slide}/areas", told(areas), methods=["POST"]),
+            Route(f"{slide}/report", told(report), methods=["POST"]),
+            Route(f"{slide}/answer", told(answer), methods=["POST"]),
+            Route("/search", told(lambda **_: session.search.progress())),
+            Route("/find", told(find), methods=["POST"]),
+        ],
+        middleware=[Middleware(Access, token=token, local=local), Middleware(GZipMiddleware, minimum_size=2048)],
+        lifespan=lifespan,
+    )
+
+
+def _guard(session: Session, answer: Callable) -> Callable:
+    """The same, with errors as JSON, and 404 for a slide that the table does not have."""
+
+    async def guarded(request: Request) -> Response:
+        number = request.path_params.get("number", 0)
+        if number >= len(session.slides):
+            return _error(404, f"no slide {number} among the {len(session.slides)} of this viewer")
+        try:
+            return await answer(request)
+        except FileNotFoundError as error:
+            return _error(410, str(error))
+        except IndexError as error:
+            return _error(404, str(error))
+        except (ValueError, TypeError, OSError) as error:
+            return _error(422, str(error))
+        except MemoryError as error:
+            return _error(503, f"{error}; look at a smaller slide, or give the viewer a machine with more memory")
+
+    return guarded
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status, headers={"cache-control": "no-store"})
+
+
+def _file(name: str, data: bytes) -> Response:
+    kind = MEDIA_TYPES.get(name[name.rfind(".") :], "application/octet-stream")
+    return Response(data, media_type=kind, headers={"cache-control": "no-cache"})
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The JSON object of a request. JSON by its type too, which no form of another site can send."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise ValueError("expected a body of type application/json")
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > LONGEST_BODY:
+            raise ValueError(f"a body of more than {LONGEST_BODY} bytes")
+    found = parse_json(data.decode("utf-8")) if data else {}
+    if not isinstance(found, dict) or "number" in found:
+        raise ValueError("expected a JSON object")
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected a text, found {value!r:.80}")
+    return value
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"expected a list of texts, found {values!r:.80}")
+    return [_text(value) for value in values]
+
+
+def _turns(values: Any) -> list[tuple[str, str]]:
+    if not isinstance(values, list | tuple) or any(not isinstance(turn, list) or len(turn) != 2 for turn in values):
+        raise ValueError("expected a list of questions with their answers")
+    return [(_text(asked), str(answered)) for asked, answered in values]
+
+
+def _percent(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise ValueError(f"threshold {value!r:.80}: expected a number from 0 to 100")
+    return float(value)
+
+
+def _speaker(session: Session):
+    if session.speaker is None:
+        raise ValueError("no language stage is loaded; start the viewer with --language RUN")
+    return session.speaker
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address. Raises OSError with the cure where it is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+        found.listen(256)
+    except OSError as error:
+        found.close()
+        raise OSError(
+            f"{host}, port {port}: cannot listen there ({error.strerror}); choose another --port (0: any that is free) "
+            "or --host, or end what runs there"
+        ) from None
+    return found
+
+
+def run(session: Session, listener: socket.socket, token: str) -> None:
+    """Serve until ctrl-C or SIGTERM."""
+    host, port = listener.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    query = f"?token={token}" if token else ""
+    print(f"{len(session.slides)} slides at http://{name}:{port}/{query} (ctrl-C ends)", flush=True)
+    app = make_app(session, token, is_local(host))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,146 @@
+"""What a viewer knows of its slides, as the JSON that the page reads: the same in a static folder and from a server."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+
+from pathflip_jax.grounding.files import COLOURS
+from pathflip_jax.grounding.heatmap import COLORMAP
+from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.placement import check_on_slide, check_same_slide
+from pathflip_jax.inference import Predictor, Prepared
+from pathflip_jax.viewer.grounder import Grounder
+from pathflip_jax.viewer.layers import Layer, areas, layer_facts
+from pathflip_jax.viewer.pictures import Pictures, Pyramid
+from pathflip_jax.viewer.search import Search
+from pathflip_jax.viewer.slides import ShownSlide
+from pathflip_jax.viewer.speaker import Speaker
+
+RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
+MPP_DIFFERENCE = 1.1  # a slide file and its features whose resolutions differ by more are no pair
+
+
+class Session:
+    """The slides of a viewer and all that answers questions about them."""
+
+    def __init__(
+        self,
+        slides: Sequence[ShownSlide],
+        pictures: Pictures,
+        grounder: Grounder,
+        search: Search,
+        speaker: Speaker | None = None,
+    ) -> None:
+        self.slides, self.pictures, self.grounder = slides, pictures, grounder
+        self.search, self.speaker = search, speaker
+
+    def page(self) -> dict[str, Any]:
+        """What the page is told first: the model and the table of slides."""
+        predictor = self.grounder.predictor
+        slides = [
+            {"id": slide.slide_id, "image": slide.image is not None, "features": slide.features is not None}
+            for slide in self.slides
+        ]
+        model = model_facts(predictor, self.grounder.method) | {"language": self.speaker is not None}
+        return {"live": True, **model, "slides": slides}
+
+    def slide(self, number: int) -> dict[str, Any]:
+        """How a slide's tiles are asked for; `image` is None where there is no slide file, or none that opens."""
+        slide = self.slides[number]
+        if slide.image is None:
+            return {"image": None, "warnings": ["no slide file: drawn on the coordinates of its patches alone"]}
+        try:
+            return {"image": image_facts(self.pictures.pyramid(slide.image)), "warnings": []}
+        except (ValueError, OSError) as error:
+            if slide.features is None:
+                raise
+            return {"image": None, "warnings": [f"{error}; drawn on the coordinates of its patches alone"]}
+
+    def patches(self, number: int) -> dict[str, Any]:
+        """Where the patches of a slide lie; returns once the slide is encoded."""
+        return patches_facts(self.grounder.prepared(self.slides[number]), self._pyramid(number))
+
+    def layer(self, number: int, text: str, negative: Sequence[str]) -> dict[str, Any]:
+        """The scores of a text on a slide."""
+        return layer_facts(self._layer(number, text, negative))
+
+    def areas(self, number: int, text: str, negative: Sequence[str], percent: float) -> dict[str, Any]:
+        """The areas of a text above a threshold, in percent of its layer's range."""
+        return {"areas": areas(self._layer(number, text, negative), percent)}
+
+    def find(self, text: str) -> dict[str, Any]:
+        """Slides by their similarity to a text, the best first."""
+        found = self.search.similarities(self.grounder.embed_text(text))
+        return {"slides": [[number, cosine] for number, cosine in found.items()], **self.search.progress()}
+
+    def _layer(self, number: int, text: str, negative: Sequence[str]) -> Layer:
+        pyramid = self._pyramid(number)
+        return self.grounder.layer(self.slides[number], text, negative, mpp=pyramid.mpp if pyramid else 0.0)
+
+    def _pyramid(self, number: int) -> Pyramid | None:
+        """The slide file's, None where there is none or where it cannot be read: `slide` tells that."""
+        image = self.slides[number].image
+        try:
+            return None if image is None else self.pictures.pyramid(image)
+        except (ValueError, OSError):
+            return None
+
+
+def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
+    """What the page says of the model, and the colours that it draws with."""
+    heat = np.round(colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(int)
+    return {
+        "run": predictor.name.rstrip("/").rpartition("/")[2],  # a page is sent to others: no folders of this machine
+        "encoder": predictor.encoder,
+        "method": method,
+        "notice": RESEARCH_ONLY,
+        "colours": COLOURS,
+        "heat": heat.tolist(),
+        "language": False,
+    }
+
+
+def image_facts(pyramid: Pyramid, last: int | None = None) -> dict[str, Any]:
+    """A pyramid for the page: its size at level 0, and the levels that are there (up to `last`) with their tiles."""
+    last = pyramid.levels - 1 if last is None else last
+    first = next(level for level in range(last, -1, -1) if pyramid.tiles(level) == (1, 1) or level == 0)
+    return {
+        "width": pyramid.width,
+        "height": pyramid.height,
+        "mpp": pyramid.mpp,
+        "bounds": pyramid.bounds,
+        "shown": pyramid.size(last),
+        "first": first,
+        "last": last,
+        "tile": pyramid.tile,
+        "overlap": pyramid.overlap,
+    }
+
+
+def patches_facts(slide: Prepared | Grounding, pyramid: Pyramid | None) -> dict[str, Any]:
+    """The patches of a slide for the page, and what does not fit together between them and its file."""
+    width, height = (slide.width, slide.height) if pyramid is None else (pyramid.width, pyramid.height)
+    warnings = []
+    try:
+        if pyramid is not None:
+            check_same_slide(slide, pyramid, "the slide file")
+        elif width and height:
+            check_on_slide(slide, width, height, "the slide by its features' file")
+    except ValueError as error:  # here the user sees what is where
+        warnings.append(str(error))
+    if pyramid is not None and slide.mpp > 0 < pyramid.mpp:
+        if not 1 / MPP_DIFFERENCE < slide.mpp / pyramid.mpp < MPP_DIFFERENCE:
+            warnings.append(f"the features say {slide.mpp:g} um per pixel, the slide file {pyramid.mpp:g}")
+    mpp = slide.mpp or (0.0 if pyramid is None else pyramid.mpp)
+    if not mpp:
+        warnings.append("the size of a pixel is unknown: no scale in micrometres, no areas in square millimetres")
+    return {
+        "coords": np.asarray(slide.coords).ravel().tolist(),
+        "patch_size": slide.patch_size,
+        "mpp": mpp,
+        "width": width,
+        "height": height,
+        "warnings": warnings,
+    }

@@ -1,0 +1,57 @@
+"""Which slides a viewer shows: slide files and features, matched by slide id when it starts.
+
+Requests name a slide by its number in this table, so no id and nothing that a client sends becomes a path.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from pathflip_jax.data.features import SlideFeatures, find_feature_files, read_features, slide_id_of
+from pathflip_jax.data.records import Records
+from pathflip_jax.data.storage import Place
+from pathflip_jax.data.text import some
+from pathflip_jax.evaluate.colour import slide_files
+
+
+class ShownSlide(NamedTuple):
+    """A slide of the table: its id, its file and what reads its features, None where there is none."""
+
+    slide_id: str
+    image: Path | None
+    features: Callable[[], SlideFeatures] | None
+
+
+def list_slides(
+    slides_dir: Path | None,
+    *,
+    records: Place | None = None,
+    features: Path | None = None,
+    only: Sequence[str] | None = None,
+) -> list[ShownSlide]:
+    """The slides of a folder of slide files and of records or feature files, in order of their ids.
+
+    A slide that is in one of them alone is shown by what there is of it. `only` chooses slides by id. Raises
+    ValueError where files and features have no slide in common, and for an id of `only` that is not there.
+    """
+    images = {} if slides_dir is None else slide_files(slides_dir)
+    readers: dict[str, Callable[[], SlideFeatures]] = {}
+    if records is not None:
+        archive = Records(records)
+        readers = {info.slide_id: partial(archive.read, i) for i, info in enumerate(archive.slides)}
+    elif features is not None:
+        readers = {slide_id_of(path): partial(read_features, path) for path in find_feature_files(features)}
+    if images and readers and not images.keys() & readers.keys():
+        raise ValueError(
+            f"{slides_dir}: none of its {len(images)} slides ({some(images)}) is among the {len(readers)} slides of "
+            f"{records or features} ({some(readers)}); slides are matched by file name without its ending"
+        )
+    found = sorted(images.keys() | readers.keys())
+    if only is not None:
+        if absent := [name for name in only if name not in images and name not in readers]:
+            raise ValueError(f"no slide {absent[0]!r} among the {len(found)} there ({some(found)})")
+        found = list(dict.fromkeys(only))
+    if not found:
+        raise ValueError(f"{slides_dir}: no file in it that OpenSlide opens; name the folder of the slide files")
+    return [ShownSlide(name, images.get(name), readers.get(name)) for name in found]

@@ -1,0 +1,50 @@
+"""Reports and answers of a language stage about the slides of a viewer."""
+
+import threading
+from collections.abc import Sequence
+
+from pathflip_jax.data.conversations import Turn
+from pathflip_jax.llm.assistant import Rows, SlideAssistant
+from pathflip_jax.llm.generate import Sampling
+from pathflip_jax.viewer.cache import Cache
+from pathflip_jax.viewer.grounder import LONGEST_TEXT, NO_FEATURES
+from pathflip_jax.viewer.slides import ShownSlide
+
+ROWS_BYTES = 256 * 2**20
+MOST_TURNS = 20
+
+
+class Speaker:
+    """Writes about slides, one answer at a time; embeds each slide once."""
+
+    def __init__(self, assistant: SlideAssistant, sampling: Sampling) -> None:
+        self.assistant, self.sampling = assistant, sampling
+        self._lock = threading.Lock()
+        self._rows = Cache(ROWS_BYTES, lambda rows: rows.nbytes)
+
+    def report(self, slide: ShownSlide) -> str:
+        """A report of the slide."""
+        rows = self._embedded(slide)
+        with self._lock:
+            return self.assistant.caption([rows], self.sampling)[0]
+
+    def answer(self, slide: ShownSlide, question: str, before: Sequence[tuple[str, str]] = ()) -> str:
+        """An answer about the slide; `before` holds the questions and answers that led to it."""
+        if not question.strip() or len(question) > LONGEST_TEXT:
+            raise ValueError(f"a question of {len(question)} characters; write it in 1 to {LONGEST_TEXT}")
+        if len(before) > MOST_TURNS:
+            raise ValueError(f"a talk of {len(before)} questions, expected up to {MOST_TURNS}; begin a new one")
+        rows = self._embedded(slide)
+        asked = self.assistant.prompt(question, rows, [Turn(*turn) for turn in before])
+        with self._lock:
+            return self.assistant.answer([asked], self.sampling)[0]
+
+    def _embedded(self, slide: ShownSlide) -> Rows:
+        def make() -> Rows:
+            features = slide.features()
+            with self._lock:
+                return self.assistant.embed_slides([features])[0]
+
+        if slide.features is None:
+            raise ValueError(f"slide {slide.slide_id}: no features of it are known; {NO_FEATURES}")
+        return self._rows.get(slide.slide_id, make)

@@ -1,0 +1,175 @@
+"""Few-shot: which slides are drawn, which labels count, what chooses, and what the scores are."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from pathflip_jax.evaluate import few_shot, run
+from pathflip_jax.evaluate.cohort import read_cohort
+from pathflip_jax.evaluate.few_shot import ATTENTION, FLOOR, LINEAR, NEAREST, Slides
+from pathflip_jax.evaluate.protocols import read_protocol
+from pathflip_jax.inference import Embedding
+
+
+class Knowing:
+    """A model that sees the class of every slide, in one of its regions and in the slide as a whole."""
+
+    name, config = "knowing", {}
+
+    def __init__(self, label_of, noise=0.1):
+        self.label_of, self.noise = label_of, noise
+
+    def encode_slides(self, slides):
+        for slide in slides:
+            rng = np.random.default_rng(int(slide.slide_id[1:]))
+            regions = rng.normal(size=(4, 8)) * self.noise
+            regions[rng.integers(4)] += np.eye(8)[self.label_of[slide.slide_id]]
+            yield Embedding(slide.slide_id, regions.sum(0), regions, np.zeros((4, 2)))
+
+
+@pytest.fixture
+def cohort(tiny_cohort):
+    return read_cohort(tiny_cohort.records, tiny_cohort.slides, "test")
+
+
+@pytest.fixture
+def knowing(cohort):
+    return Knowing({row["slide_id"]: int(row["label"] == "solid") for row in cohort.table})
+
+
+def test_draws_are_balanced_nested_and_of_different_patients():
+    patients = ["P0", "P0", "P0", "P1", "P2", "P3", "P4", "P5"]
+    train = Slides([f"S{i}" for i in range(8)], patients, np.array([0, 0, 0, 0, 0, 1, 1, 1]))
+    for seed in range(20):
+        one, three, all_of_them = (few_shot.draw_shots(train, k, seed).tolist() for k in (1, 3, "all"))
+        assert [train.classes[i] for i in three] == [0, 0, 0, 1, 1, 1]
+        assert len({patients[i] for i in three[:3]}) == 3  # P0, P1 and P2, although P0 has most slides
+        assert set(one) <= set(three) <= set(all_of_them) == set(range(8))
+    assert len({tuple(few_shot.draw_shots(train, 1, seed)) for seed in range(20)}) > 3
+
+
+def test_a_model_that_knows_beats_its_raw_features(cohort, knowing):
+    task = few_shot.read_task(cohort, "label", None, ["4", "all"], 2)
+    assert task.classes == ["glandular", "solid"] and task.val is not None and len(task.test.ids) == 6
+    bags = few_shot.embed_bags(knowing, cohort, few_shot.needed([task]), "knowing")
+    beliefs = few_shot.run_probes(task, bags, read_protocol("strict"), "knowing")
+    assert {probe for probe, _ in beliefs} == set(few_shot.PROBES) and beliefs[LINEAR, 4].shape == (2, 6, 2)
+    found = few_shot.score_task(task, [beliefs], [beliefs], read_protocol("strict"), 0)
+    for probe in (ATTENTION, LINEAR, NEAREST):
+        entry = found["probes"][probe]["all"]["metrics"]["balanced_accuracy"]
+        assert entry["value"] == entry["low"] == 1 and entry["spread"] == 0 and entry["chance"] == 0.5
+        assert entry["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert found["probes"][LINEAR]["4"]["metrics"]["auc"]["gain"]["value"] > 0.2
+    assert "gain" not in found["probes"][FLOOR]["4"]["metrics"]["auc"]
+    assert found["chosen_on"] == "val" and found["classes"]["solid"] == {"train": 6, "val": 3, "test": 3}
+
+
+def test_scores_are_the_mean_over_draws_of_scikit_learns(cohort, knowing):
+    knowing.noise = 1.5
+    task = few_shot.read_task(cohort, "label", None, [1], 3)
+    bags = few_shot.embed_bags(knowing, cohort, few_shot.needed([task]), "knowing")
+    beliefs = few_shot.run_probes(task, bags, read_protocol("strict"), "knowing")
+    entries = few_shot.score_task(task, [beliefs], [], read_protocol("strict"), 0)["probes"][LINEAR]["1"]["metrics"]
+    truth = task.test.classes
+    aucs = [metrics.roc_auc_score(truth, belief[:, 1]) for belief in beliefs[LINEAR, 1]]
+    assert entries["auc"]["by_seed"] == pytest.approx(aucs) and entries["auc"]["value"] == pytest.approx(np.mean(aucs))
+    assert entries["auc"]["spread"] == pytest.approx(np.std(aucs, ddof=1))
+    f1 = [metrics.f1_score(truth, b.argmax(1), average="weighted", zero_division=0) for b in beliefs[LINEAR, 1]]
+    assert entries["weighted_f1"]["value"] == pytest.approx(np.mean(f1))
+
+
+def test_no_label_of_the_tested_slides_changes_a_belief(cohort, knowing):
+    """With every test label turned round the predictions stay as they were; under `paper` the best epoch is kept."""
+    task = few_shot.read_task(cohort, "label", None, [1], 1)
+    bags = few_shot.embed_bags(knowing, cohort, few_shot.needed([task]), "knowing")
+    turned = task._replace(test=task.test._replace(classes=1 - task.test.classes))
+    strict = [few_shot.run_probes(t, bags, read_protocol("strict"), "") for t in (task, turned)]
+    for key, belief in strict[0].items():
+        assert (belief == strict[1][key]).all(), key
+
+    def area(task, name):
+        rules = read_protocol(name)
+        if rules.test_chooses:
+            rules = rules._replace(attention=read_protocol("strict").attention)
+        belief = few_shot.run_probes(task, bags, rules, "")[ATTENTION, 1][0]
+        return metrics.roc_auc_score(task.test.classes, belief[:, 1])
+
+    no_val = [one._replace(val=None) for one in (task, turned)]
+    assert all(area(one, "paper") >= area(one, "strict") for one in no_val)
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_label_table_by_patient_leaves_out_what_it_does_not_know(cohort, tmp_path):
+    """Mutations: by patient, unknown for some, and the same task as any other."""
+    mutated = {row["patient_id"]: str(i % 2) for i, row in enumerate(cohort.table)}
+    mutated["P03"], unknown = "NA", {"P03"}
+    table = write(tmp_path / "tp53.csv", [{"patient_id": p, "TP53": m} for p, m in mutated.items() if p != "P04"])
+    task = few_shot.read_task(cohort, "TP53", table, [1], 1)
+    assert task.classes == ["0", "1"]
+    kept = [row for row in cohort.table if row["patient_id"] not in unknown | {"P04"}]
+    assert len(task.train.ids) + len(task.val.ids) + len(task.test.ids) == len(kept)
+    assert sum(task.unlabelled.values()) == len(cohort.table) - len(kept) and "TP53" in cohort.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column": "grade"}, "slide table: no column 'grade'; its columns are"),
+        ({"column": "kras", "table": [{"slide_id": "S00", "tp53": "1"}]}, "line 2: no column 'kras'"),
+        ({"column": "tp53", "table": [{"gene": "S00", "tp53": "1"}]}, "line 2: no slide_id or patient_id"),
+        ({"column": "tp53", "table": [{"slide_id": "X", "tp53": "1"}]}, "labels no slide"),
+        ({"column": "tp53", "table": [{"slide_id": "S00", "tp53": x} for x in "01"]}, "S00 is '0' and '1'"),
+        ({"column": "tp53", "table": [{"slide_id": "S00", "tp53": "1"}]}, "the training split has 1 classes"),
+        ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": str(i // 9)} for i in range(24)]}, "of 2, of"),
+        ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": str(i % 2)} for i in range(9)]}, "no slide of"),
+        ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": "aAb"[i % 3]} for i in range(24)]}, "capital"),
+        ({"shots": [0]}, "few-shot 0: expected numbers"),
+        ({"shots": ["few"]}, "few-shot 'few'"),
+        ({"seeds": 0}, "expected at least 1"),
+        ({"split": "train"}, "draws its shots from split 'train'"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_learnt_are_named(cohort, tmp_path, change, message):
+    asked = {"column": "label", "table": None, "shots": [1], "seeds": 1} | change
+    if asked["table"]:
+        asked["table"] = write(tmp_path / "labels.csv", asked["table"])
+    if split := asked.pop("split", ""):
+        cohort = cohort._replace(split=split)
+    with pytest.raises(ValueError, match=message):
+        few_shot.read_task(cohort, **asked)
+
+
+def test_the_report_shows_every_probe(tiny_cohort, knowing, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "load", lambda folder: knowing)
+    monkeypatch.setattr(few_shot, "read_shots", lambda given: (1, "all"))
+    inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "draws": 2, "shots": ["1", "all"]}
+    knowing.encode_text = SimpleNamespace
+    found = run.evaluate("knowing", out=tmp_path, protocol="paper", **inputs)
+    assert json.loads((tmp_path / "scores.json").read_text()) == found
+    (block,) = found["few_shot"]
+    page = (tmp_path / "report.html").read_text()
+    value = block["probes"]["linear"]["1"]["metrics"]["auc"]["value"]
+    assert all(
+        name in page for name in (*few_shot.PROBES, f"{value:.3f}", "keeps the epoch that does best on the test")
+    )
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "few_shot_1_curve",
+        *(f"few_shot_1_confusion_{number}" for number in range(1, 5)),
+    }
+    with open(tmp_path / "few_shot_1.csv", newline="") as file:
+        rows = [
+            row for row in csv.DictReader(file) if (row["probe"], row["shots"], row["seed"]) == ("linear", "1", "0")
+        ]
+    right = np.mean([row["label"] == row["predicted"] for row in rows])
+    assert len(rows) == 6 and right == block["probes"]["linear"]["1"]["metrics"]["accuracy"]["by_seed"][0]

@@ -1,0 +1,96 @@
+"""One file as a benchmark: the options by their names, paths beside the file, and nothing unknown."""
+
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from pathflip_jax import cli
+from pathflip_jax.checkpoint import save_run
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.evaluate.tasks import read_tasks
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP
+
+
+def write(folder, text):
+    path = folder / "benchmark.yaml"
+    path.write_text(text, encoding="utf-8-sig")
+    return path
+
+
+def test_tasks_share_what_stands_at_the_top(tmp_path):
+    text = """
+records: records
+slides: gs://bucket/slides.csv
+split: val
+strict: true
+tasks:
+  rcc: {prompts: tcga-rcc, few-shot: [1, all]}
+  own: {split: test, prompts: prompts.json, labels: TP53, compare-to: [runs/other], clear: 0, seed: 3}
+"""
+    found = read_tasks(write(tmp_path, text))
+    shared = {"records": tmp_path / "records", "strict": True}
+    assert found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "gs://bucket/slides.csv"
+    assert found["rcc"] == shared | {"split": "val", "prompts": Path("tcga-rcc"), "few_shot": ["1", "all"]}
+    assert found["own"] == shared | {
+        "split": "test", "prompts": tmp_path / "prompts.json", "labels": ["TP53"], "clear": 0.0, "seed": 3,
+        "compare_to": [tmp_path / "runs/other"],
+    }  # fmt: skip
+
+
+def test_without_tasks_the_file_is_one(tmp_path):
+    assert read_tasks(write(tmp_path, "texts: reports.jsonl\nregion_texts: roi.csv\n")) == {
+        "": {"texts": tmp_path / "reports.jsonl", "region_texts": tmp_path / "roi.csv"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("promts: tcga-rcc", "unknown key 'promts'; did you mean 'prompts'. Known are .*records.*slides"),
+        ("tasks: {a: {out: x}}", "unknown key 'out'"),
+        ("records: a\nrecords: b", "'records' stands there twice"),
+        ("tasks: {a: {}, a: {}}", "'a' stands there twice"),
+        ("records: [a]", "records: .'a'. is not what this option takes"),
+        ("strict: 1", "strict: 1 is not"),
+        ("seed: true", "seed: True is not"),
+        ("few-shot: [[1]]", "few-shot"),
+        ("tasks: [a]", "tasks must name tasks"),
+        ("tasks: {../a: {}}", "names a folder of results"),
+        ("tasks: {a: 3}", "must hold keys, found 3"),
+        ("- a", "expected keys such as"),
+        ("", "expected keys such as"),
+        ("a: [", "not YAML"),
+        ("a: !!python/object:os.system {}", "not YAML"),
+        ("? {a: 1}\n: 2", "not YAML|unknown key"),
+    ],
+)
+def test_what_no_option_takes_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_tasks(write(tmp_path, text))
+    assert "benchmark.yaml" in str(error.value)
+
+
+def test_the_command_runs_every_task_and_its_own_options_win(tiny_cohort, tmp_path, capsys):
+    config = PathFLIPConfig(
+        feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,
+        max_positions=128, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in",
+    )  # fmt: skip
+    data = {"encoder": "tiny", "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96}
+    save_run(tmp_path / "run", PathFLIP(config, nnx.Rngs(0)), {"data": data}, TextTokenizer(tiny_cohort.vocabulary))
+    (tmp_path / "prompts.json").write_text('{"classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}')
+    path = write(
+        tmp_path,
+        f"records: {tiny_cohort.records}\ntasks:\n  classes: {{prompts: prompts.json}}\n"
+        f"  reports: {{texts: {tiny_cohort.texts}, split: val}}\n",
+    )
+    command = ["evaluate", str(tmp_path / "run"), "--tasks", str(path), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == cli.WRONG_INPUT
+    assert "benchmark.yaml, task classes: no slides; give --slides" in capsys.readouterr().err
+    assert cli.main([*command, "--slides", str(tiny_cohort.slides), "--seed", "3"]) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed == [str(tmp_path / "out" / name / "report.html") for name in ("classes", "reports")]
+    assert "split “val”" in (tmp_path / "out/reports/report.html").read_text()
+    assert "split “test”" in (tmp_path / "out/classes/report.html").read_text()
+    assert "seed 3" in (tmp_path / "out/classes/scores.json").read_text()
