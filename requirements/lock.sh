@@ -40,6 +40,7 @@ for python in 3.11 3.12; do
     printf '%s\n' "moto[server]" gcp-storage-emulator > "$work/servers"
     # Playwright drives a browser that is there (Debian's Chromium), axe judges what it shows.
     printf '%s\n' playwright axe-playwright-python > "$work/browser"
+    printf '%s\n' nbclient ipykernel > "$work/notebook"
     lock slow ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 "$work/servers" "$work/browser" \
-        "$work/torch-requires" "$work/minilm"
+        "$work/notebook" "$work/torch-requires" "$work/minilm"
 done
