@@ -1,5 +1,6 @@
-"""Every command of the tutorial is run, in its order, on fewer slides and for fewer steps."""
+"""Tutorial and notebook: every command of the page is run, on fewer slides; then the notebook, on what they made."""
 
+import json
 import os
 import re
 import shlex
@@ -7,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
-TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+ROOT = Path(__file__).parents[2]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"
 # What makes the page short enough for a test; each must change a command.
 SMALLER = {
     "--slides 240 --size 1280": "--slides 30 --size 640",
@@ -27,9 +32,10 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-@pytest.mark.slow
-def test_every_command_runs(tmp_path):
-    lines = commands()
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory) -> Path:
+    """The folder of someone who has followed the page."""
+    folder, lines = tmp_path_factory.mktemp("tutorial"), commands()
     assert len(lines) > 10
     for full, smaller in SMALLER.items():
         assert any(full in line for line in lines), full
@@ -37,13 +43,78 @@ def test_every_command_runs(tmp_path):
     for line in lines:
         program, *rest = shlex.split(line)
         command = [sys.executable, *(["-m", "pathflip_jax.cli"] if program == "pathflip" else []), *rest]
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-        )
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
-    made = ("scores/report.html", "maps/SYN-0001-A.png", "maps/page/index.html", "page/index.html", "probes/report.html")
+    return folder
+
+
+@pytest.mark.slow
+def test_every_command_leaves_what_the_page_promises(walked):
+    made = (
+        "scores/report.html",
+        "maps/SYN-0001-A.png",
+        "maps/page/index.html",
+        "page/index.html",
+        "probes/report.html",
+    )
     for name in (*made, "compared/compare.html", "for_transformers/README.md"):
-        assert (tmp_path / name).stat().st_size > 1000, name
+        assert (walked / name).stat().st_size > 1000, name
+
+
+def write_feature_files(records: Path, folder: Path) -> None:
+    """The slides of some records as CLAM writes them, which says nothing of patch size and mpp."""
+    from pathflip_jax.data.records import Records
+
+    opened = Records(records)
+    folder.mkdir()
+    for number in range(len(opened.slides)):
+        slide = opened.read(number)
+        with h5py.File(folder / f"{slide.slide_id}.h5", "w") as file:
+            file["features"], file["coords"] = np.asarray(slide.features, np.float32), slide.coords
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["run and records", "PyTorch weights and feature files"])
+def test_the_notebook_runs(source, walked, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    chosen = {
+        "CHECKPOINT": f"{walked}/run", "BERT": None, "FEATURES": f"{walked}/records", "PATCH": {},
+        "REPORTS": f"{walked}/cohort/reports.jsonl", "PROMPTS": f"{walked}/cohort/prompts.json",
+        "LABELS": f"{walked}/slides.csv", "IMAGES": f"{walked}/cohort", "TEXTS": ["extensive necrosis", "adipose tissue"],
+    }  # fmt: skip
+    if source != "run and records":
+        from pathflip_jax.convert.pytorch import export
+
+        export(walked / "run", tmp_path / "torch")
+        write_feature_files(walked / "records", tmp_path / "features")
+        chosen |= {
+            "CHECKPOINT": f"{tmp_path}/torch/model.safetensors",
+            "BERT": f"{tmp_path}/torch/bert",
+            "IMAGES": None,
+        }
+        chosen |= {"FEATURES": f"{tmp_path}/features", "PATCH": {"patch_size": 64, "mpp": 0.5}}
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source = "\n".join(f"{name} = {value!r}" for name, value in chosen.items())
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    said = "".join(out.text for out in outputs if out.output_type == "stream")
+    assert "30 slides" in said and "balanced_accuracy" in said and "slide to text: R@1" in said
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 3, said
+    assert (tmp_path / "grounding.png").stat().st_size > 10_000
+
+
+def test_the_notebook_is_short_clean_and_installs_with_one_line():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(cells) < 10 and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    (install,) = [cell["source"] for cell in code if "install" in cell["metadata"].get("tags", [])]
+    assert install == ["%pip install --quiet pathflip-jax"]
 
 
 def test_it_names_commands_and_pictures_that_there_are():
