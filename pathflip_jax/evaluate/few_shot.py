@@ -223,7 +223,8 @@ def _run_probe(probe: str, task: Task, bags: dict[str, Bag], how: Protocol, rows
     test, classes = look(task.test.ids), len(task.classes)
     if probe != ATTENTION:
         return (probes.nearest if probe == NEAREST else probes.linear)(train, val, test, classes)
-    settings = {"seed": seed, "settings": how.attention, "widest": max(len(bag.regions) for bag in bags.values())}
+    regions = [len(bag.regions) for bag in bags.values()]
+    settings = {"seed": seed, "settings": how.attention, "room": (max(regions), sum(regions))}
     if not how.test_chooses:
         return probes.attention_mil(train, val, test, classes, **settings)
     _, beliefs = probes.attention_rounds(train, None, test, classes, **settings)

@@ -16,7 +16,7 @@ from pathflip_jax.inference import Embedding
 
 
 class Knowing:
-    """A model that sees the class of every slide, in one of its regions and in the slide as a whole."""
+    """A model that sees the class of every slide, in each of its regions and in the slide as a whole."""
 
     name, config = "knowing", {}
 
@@ -27,8 +27,13 @@ class Knowing:
         for slide in slides:
             rng = np.random.default_rng(int(slide.slide_id[1:]))
             regions = rng.normal(size=(4, 8)) * self.noise
-            regions[rng.integers(4)] += np.eye(8)[self.label_of[slide.slide_id]]
+            regions += np.eye(8)[self.label_of[slide.slide_id]]
             yield Embedding(slide.slide_id, regions.sum(0), regions, np.zeros((4, 2)))
+
+
+def bags_of(cohort, model):
+    """All slides, whatever a task needs: attention MIL is compiled once for all tests."""
+    return few_shot.embed_bags(model, cohort, [row["slide_id"] for row in cohort.table], "model")
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def test_draws_are_balanced_nested_and_of_different_patients():
 def test_a_model_that_knows_beats_its_raw_features(cohort, knowing):
     task = few_shot.read_task(cohort, "label", None, ["4", "all"], 2)
     assert task.classes == ["glandular", "solid"] and task.val is not None and len(task.test.ids) == 6
-    bags = few_shot.embed_bags(knowing, cohort, few_shot.needed([task]), "knowing")
+    bags = bags_of(cohort, knowing)
     beliefs = few_shot.run_probes(task, bags, read_protocol("strict"), "knowing")
     assert {probe for probe, _ in beliefs} == set(few_shot.PROBES) and beliefs[LINEAR, 4].shape == (2, 6, 2)
     found = few_shot.score_task(task, [beliefs], [beliefs], read_protocol("strict"), 0)
@@ -63,7 +68,7 @@ def test_a_model_that_knows_beats_its_raw_features(cohort, knowing):
         entry = found["probes"][probe]["all"]["metrics"]["balanced_accuracy"]
         assert entry["value"] == entry["low"] == 1 and entry["spread"] == 0 and entry["chance"] == 0.5
         assert entry["difference"] == {"value": 0, "low": 0, "high": 0}
-    assert found["probes"][LINEAR]["4"]["metrics"]["auc"]["gain"]["value"] > 0.2
+    assert found["probes"][LINEAR]["4"]["metrics"]["auc"]["gain"]["value"] > 0
     assert "gain" not in found["probes"][FLOOR]["4"]["metrics"]["auc"]
     assert found["chosen_on"] == "val" and found["classes"]["solid"] == {"train": 6, "val": 3, "test": 3}
 
@@ -71,7 +76,7 @@ def test_a_model_that_knows_beats_its_raw_features(cohort, knowing):
 def test_scores_are_the_mean_over_draws_of_scikit_learns(cohort, knowing):
     knowing.noise = 1.5
     task = few_shot.read_task(cohort, "label", None, [1], 3)
-    bags = few_shot.embed_bags(knowing, cohort, few_shot.needed([task]), "knowing")
+    bags = bags_of(cohort, knowing)
     beliefs = few_shot.run_probes(task, bags, read_protocol("strict"), "knowing")
     entries = few_shot.score_task(task, [beliefs], [], read_protocol("strict"), 0)["probes"][LINEAR]["1"]["metrics"]
     truth = task.test.classes
@@ -85,7 +90,7 @@ def test_scores_are_the_mean_over_draws_of_scikit_learns(cohort, knowing):
 def test_no_label_of_the_tested_slides_changes_a_belief(cohort, knowing):
     """With every test label turned round the predictions stay as they were; under `paper` the best epoch is kept."""
     task = few_shot.read_task(cohort, "label", None, [1], 1)
-    bags = few_shot.embed_bags(knowing, cohort, few_shot.needed([task]), "knowing")
+    bags = bags_of(cohort, knowing)
     turned = task._replace(test=task.test._replace(classes=1 - task.test.classes))
     strict = [few_shot.run_probes(t, bags, read_protocol("strict"), "") for t in (task, turned)]
     for key, belief in strict[0].items():
