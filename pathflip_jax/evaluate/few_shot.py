@@ -188,11 +188,11 @@ def needed(tasks: Sequence[Task]) -> list[str]:
 
 
 def embed_bags(predictor, cohort: Cohort, ids: Sequence[str], name: str) -> dict[str, Bag]:
-    """What probes see of these slides."""
-    means = {}
+    """What tasks see of these slides, each encoded once however often it is named."""
+    ids, means = list(dict.fromkeys(ids)), {}
 
     def slides():
-        for slide_id in tqdm(ids, desc=f"{name}: slides of probes", unit="slide", leave=False):
+        for slide_id in tqdm(ids, desc=f"{name}: slides", unit="slide", leave=False):
             slide = cohort.features(slide_id)
             means[slide_id] = np.asarray(slide.features, np.float32).mean(0)
             yield slide

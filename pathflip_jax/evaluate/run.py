@@ -227,9 +227,8 @@ def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear) -> Ta
 def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, rules: protocols.Protocol) -> Outcome:
     """Let one run answer every question of every task."""
     name = Path(predictor.name).name
-    features = (cohort.features(slide) for slide in cohort.slide_ids)
-    bar = tqdm(features, total=len(cohort.slide_ids), desc=f"{name}: slides", unit="slide", leave=False)
-    slides = np.stack([embedding.slide for embedding in predictor.encode_slides(bar)])
+    bags = few_shot.embed_bags(predictor, cohort, [*cohort.slide_ids, *few_shot.needed(tasks.probed)], name)
+    slides = np.stack([bags[slide].slide for slide in cohort.slide_ids])
     ranks = probabilities = aucs = region_ranks = None
     if tasks.pairs is not None:
         row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
@@ -261,10 +260,7 @@ def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, rule
                 )
             ]
         )
-    beliefs = []
-    if tasks.probed:
-        bags = few_shot.embed_bags(predictor, cohort, few_shot.needed(tasks.probed), name)
-        beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
+    beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
     return Outcome(ranks, probabilities, aucs, region_ranks, beliefs)
 
 

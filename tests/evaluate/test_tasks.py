@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flax import nnx
 
 from pathflip_jax import cli
-from pathflip_jax.checkpoint import save_run
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.evaluate import run
 from pathflip_jax.evaluate.tasks import read_tasks
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.inference import Embedding
 
 
 def write(folder, text):
@@ -22,7 +20,7 @@ def write(folder, text):
 def test_tasks_share_what_stands_at_the_top(tmp_path):
     text = """
 records: records
-slides: gs://bucket/slides.csv
+slides: memory://bucket/slides.csv
 split: val
 strict: true
 tasks:
@@ -31,7 +29,9 @@ tasks:
 """
     found = read_tasks(write(tmp_path, text))
     shared = {"records": tmp_path / "records", "strict": True}
-    assert found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "gs://bucket/slides.csv"
+    assert (
+        found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "memory://bucket/slides.csv"
+    )
     assert found["rcc"] == shared | {"split": "val", "prompts": Path("tcga-rcc"), "few_shot": ["1", "all"]}
     assert found["own"] == shared | {
         "split": "test", "prompts": tmp_path / "prompts.json", "labels": ["TP53"], "clear": 0.0, "seed": 3,
@@ -72,13 +72,22 @@ def test_what_no_option_takes_is_named(tmp_path, text, message):
     assert "benchmark.yaml" in str(error.value)
 
 
-def test_the_command_runs_every_task_and_its_own_options_win(tiny_cohort, tmp_path, capsys):
-    config = PathFLIPConfig(
-        feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,
-        max_positions=128, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in",
-    )  # fmt: skip
-    data = {"encoder": "tiny", "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96}
-    save_run(tmp_path / "run", PathFLIP(config, nnx.Rngs(0)), {"data": data}, TextTokenizer(tiny_cohort.vocabulary))
+class Guessing:
+    """Says the same of everything."""
+
+    name, config = "guessing", {}
+
+    def encode_slides(self, slides):
+        return (Embedding(slide.slide_id, np.ones(4), np.ones((1, 4)), np.zeros((1, 2))) for slide in slides)
+
+    def encode_text(self, texts):
+        return np.ones((len(texts), 4))
+
+
+def test_the_command_runs_every_task_and_its_own_options_win(tiny_cohort, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "load", lambda folder: Guessing())
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(run, "is_language_run", lambda folder: False)
     (tmp_path / "prompts.json").write_text('{"classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}')
     path = write(
         tmp_path,
