@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pathflip_jax import cli
 from pathflip_jax.evaluate import run
@@ -55,6 +57,10 @@ def test_without_tasks_the_file_is_one(tmp_path):
         ("records: [a]", "records: .'a'. is not what this option takes"),
         ("strict: 1", "strict: 1 is not"),
         ("seed: true", "seed: True is not"),
+        ("seed: 3.5", "seed: 3.5 is not"),
+        ("protocol: kind", "protocol: 'kind' is not"),
+        ("method: guess", "method: 'guess' is not"),
+        ("labels: &a [x]\nfew-shot: *a", "references .* are not read"),
         ("few-shot: [[1]]", "few-shot"),
         ("tasks: [a]", "tasks must name tasks"),
         ("tasks: {../a: {}}", "names a folder of results"),
@@ -70,6 +76,23 @@ def test_what_no_option_takes_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_tasks(write(tmp_path, text))
     assert "benchmark.yaml" in str(error.value)
+
+
+WORDS = [
+    "records", "tasks", "few-shot", "split", "a", ": ", "\n", "  ", "- ", "{", "}", "[", "]", "&x ", "*x", "!!int ", "~",
+    "1e9", "2020-13-45", "<<", "? ", "'", '"', "#", "|", ">", "0x", "...", "---", "\t", "é",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.lists(st.sampled_from(WORDS), max_size=12).map("".join), st.text(max_size=20)))
+def test_whatever_stands_in_it_is_read_or_refused_by_name(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "benchmark.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        assert read_tasks(path)
+    except ValueError as error:
+        assert "benchmark.yaml" in str(error)
 
 
 class Guessing:
