@@ -100,7 +100,10 @@ def read_task(cohort: Cohort, column: str, table, shots: Sequence[str | int], se
     if not any(labels[cohort.split]):
         raise ValueError(f"{where}, column {column!r}: no slide of split {cohort.split!r} has a label")
     parts = {name: _slides(rows[name], labels[name], known) for name in rows}
-    val = parts["val"] if cohort.split != "val" and set(parts["val"].classes) == set(range(len(known))) else None
+    val = parts["val"] if cohort.split != "val" and len(parts["val"].ids) else None
+    if val and (lacking := [label for c, label in enumerate(known) if c not in val.classes]):
+        cohort.warnings.append(f"few-shot, {column}: split 'val' has no slide of {some(lacking)} and chooses nothing")
+        val = None
     unlabelled = {name: sum(not label for label in found) for name, found in labels.items()}
     lost = sum(unlabelled.values())
     if lost:

@@ -142,19 +142,15 @@ def evaluate(
     if tasks.pairs is not None:
         case_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
         patients = [case_of[text.slide_ids[0]] for text in tasks.pairs]
-        ranks = [outcome.ranks for outcome in outcomes]
-        found["retrieval"] = summary.score_retrieval(ranks, [outcome.ranks for outcome in compared], patients, seed)
-        pictures["retrieval"] = figures.recall_curves({name: ranks[0][key] for key, name in DIRECTIONS.items()})
-        tables["ranks"] = _rank_rows(folders, ranks, [" ".join(text.slide_ids) for text in tasks.pairs], patients)
+        found["retrieval"], pictures["retrieval"], tables["ranks"] = _score_ranks(
+            [one.ranks for one in outcomes], [one.ranks for one in compared], DIRECTIONS,
+            [" ".join(text.slide_ids) for text in tasks.pairs], patients, folders, seed,
+        )  # fmt: skip
     if tasks.regions is not None:
-        patients = [text.patient for text in tasks.regions]
-        ranks = [outcome.region_ranks for outcome in outcomes]
-        theirs = [outcome.region_ranks for outcome in compared]
-        found["region_retrieval"] = summary.score_retrieval(ranks, theirs, patients, seed)
-        pictures["region_retrieval"] = figures.recall_curves(
-            {name: ranks[0][key] for key, name in REGION_DIRECTIONS.items()}
-        )
-        tables["region_ranks"] = _rank_rows(folders, ranks, [text.slide_id for text in tasks.regions], patients)
+        found["region_retrieval"], pictures["region_retrieval"], tables["region_ranks"] = _score_ranks(
+            [one.region_ranks for one in outcomes], [one.region_ranks for one in compared], REGION_DIRECTIONS,
+            [text.slide_id for text in tasks.regions], [text.patient for text in tasks.regions], folders, seed,
+        )  # fmt: skip
     files = colour.slide_files(images) if images is not None else {}
     if tasks.prompts is not None:
         found["zero_shot"] = summary.score_zero_shot(
@@ -307,6 +303,14 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
         notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
     )
+
+
+def _score_ranks(ours: list, theirs: list, directions: dict[str, str], slide_ids: list[str], patients, names, seed):
+    """The scores of a retrieval task, its figure and its table."""
+    curves = figures.recall_curves({name: ours[0][key] for key, name in directions.items()})
+    return (
+        summary.score_retrieval(ours, theirs, patients, seed), curves, _rank_rows(names, ours, slide_ids, patients)
+    )  # fmt: skip
 
 
 def _rank_rows(names, found: list[dict[str, retrieval.Ranks]], slide_ids: list[str], patients) -> list[dict]:
