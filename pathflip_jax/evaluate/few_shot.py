@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from pathflip_jax.data.tables import read_rows
-from pathflip_jax.data.text import clean_id, some
+from pathflip_jax.data.text import row_slides, some
 from pathflip_jax.evaluate import probes, scores
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.protocols import Protocol
@@ -139,13 +139,11 @@ def _label_table(cohort: Cohort, column: str, table) -> dict[str, str]:
     for row in read_rows(table):
         if column.lower() not in row.values:
             raise ValueError(f"{row.place}: no column {column!r}; its columns are {', '.join(row.values)}")
-        name = clean_id(str(row.first("slide_id", "slide", "patient_id", "case_id", "patient", "case")))
-        if not name:
-            raise ValueError(f"{row.place}: no slide_id or patient_id; its columns are {', '.join(row.values)}")
+        slides, case = row_slides(row)
         label = _known(str(row.values[column.lower()]))
-        for slide in slides_of.get(name, []) if label else []:
+        for slide in [slide for name in slides or (case,) for slide in slides_of.get(name, ()) if label]:
             if found.setdefault(slide, label) != label:
-                raise ValueError(f"{row.place}: {column} of {name} is {found[slide]!r} and {label!r}; keep one")
+                raise ValueError(f"{row.place}: {column} of {slide} is {found[slide]!r} and {label!r}; keep one")
     if not found:
         raise ValueError(f"{table}: labels no slide of the slide table, whose ids are such as {some(slides_of)}")
     return found

@@ -174,7 +174,7 @@ def test_every_file_is_there_and_says_the_same(evaluated):
     out, found = evaluated
     assert json.loads((out / "scores.json").read_text()) == found
     tables = {}
-    for name in ("predictions", "ranks", "grounding"):
+    for name in ("predictions", "ranks", "grounding", "few_shot_1"):
         with open(out / f"{name}.csv", newline="") as file:
             tables[name] = list(csv.DictReader(file))
     labels, predicted = ([row[key] for row in tables["predictions"]] for key in ("label", "predicted"))
@@ -185,6 +185,10 @@ def test_every_file_is_there_and_says_the_same(evaluated):
     assert zero_shot["auc"]["value"] == pytest.approx(metrics.roc_auc_score([x == "solid" for x in labels], belief))
     ranks = np.array([float(row["slide_to_text_rank"]) for row in tables["ranks"]])
     assert found["retrieval"]["slide_to_text"]["all"]["R@1"]["value"] == pytest.approx((ranks == 1).mean())
+    drawn = [row for row in tables["few_shot_1"] if (row["probe"], row["seed"]) == ("linear", "0")]
+    right = np.mean([row["label"] == row["predicted"] for row in drawn])
+    (block,) = found["few_shot"]
+    assert len(drawn) == 6 and right == block["probes"]["linear"]["1"]["metrics"]["accuracy"]["by_seed"][0]
     by_slide = {}
     for row in tables["grounding"]:
         by_slide.setdefault(row["slide_id"], []).append(float(row["auc"]))
