@@ -281,6 +281,22 @@ def score_task(task: Task, ours: Sequence[dict], theirs: Sequence[dict], how: Pr
     }
 
 
+def unbeaten(block: dict) -> list[str]:
+    """A warning where probes at the most shots do not beat the linear probe on the mean patch feature.
+
+    Not beaten: the interval of the gain in balanced accuracy is not above 0.
+    """
+    most = block["shots"][-1]
+    entries = {probe: by_shots[most]["metrics"]["balanced_accuracy"] for probe, by_shots in block["probes"].items()}
+    behind = [probe for probe, entry in entries.items() if "gain" in entry and not entry["gain"]["low"] > 0]
+    if not behind:
+        return []
+    return [
+        f"few-shot, {block['label']}, {most} shots: {', '.join(behind)} no better than a linear probe on the {FLOOR} "
+        "(the 95% interval of the gain is not above 0)"
+    ]
+
+
 def _entry(ours: list, theirs: list | None, floor: list | None, weights) -> dict:
     statistic = scores.mean_over_runs(ours)
     alone = np.ones((1, weights.shape[1]))

@@ -163,6 +163,7 @@ def evaluate(
         ours, theirs = ([outcome.beliefs[number] for outcome in side] for side in (outcomes, compared))
         block = few_shot.score_task(task, ours, theirs, rules, seed) | {"figures": f"few_shot_{number + 1}"}
         found.setdefault("few_shot", []).append(block)
+        cohort.warnings.extend(few_shot.unbeaten(block))
         pictures |= figures.few_shot(block, task.test.classes, ours[0])
         tables[f"few_shot_{number + 1}"] = few_shot.probe_rows(task, folders, ours)
     if tasks.concepts is not None:

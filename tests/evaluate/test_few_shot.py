@@ -68,6 +68,10 @@ def test_a_model_that_knows_beats_its_raw_features(cohort, knowing):
         assert entry["difference"] == {"value": 0, "low": 0, "high": 0}
     assert found["probes"][LINEAR]["4"]["metrics"]["auc"]["gain"]["value"] > 0
     assert "gain" not in found["probes"][FLOOR]["4"]["metrics"]["auc"]
+    assert few_shot.unbeaten(found) == []
+    entry = found["probes"][LINEAR]["all"]["metrics"]["balanced_accuracy"]
+    entry["gain"]["low"] = 0.0
+    assert "label, all shots: linear no better than" in few_shot.unbeaten(found)[0]
     assert found["chosen_on"] == "val" and found["classes"]["solid"] == {"train": 6, "val": 3, "test": 3}
 
 
