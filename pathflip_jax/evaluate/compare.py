@@ -14,7 +14,7 @@ import numpy as np
 
 from pathflip_jax.data.tables import json_object, read_rows
 from pathflip_jax.data.text import some
-from pathflip_jax.evaluate import report, retrieval, scores, summary
+from pathflip_jax.evaluate import few_shot, report, retrieval, scores, summary
 
 CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -118,7 +118,7 @@ def _tasks(evaluation: Evaluation) -> dict[tuple, Callable[[], Units]]:
             found[task, direction] = lambda table=table, direction=direction: _ranked(evaluation, table, direction)
     for block in evaluation.scores.get("few_shot", []):
         for probe, by_shots in block["probes"].items():
-            for shots in by_shots:
+            for shots in by_shots if probe != few_shot.FLOOR else ():  # which no run has a part in
                 chosen = {"probe": probe, "shots": shots}
                 found["few_shot", block["label"], probe, shots] = lambda table=block["figures"], chosen=chosen: (
                     _classified(evaluation, table, chosen)
