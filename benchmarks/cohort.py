@@ -28,10 +28,17 @@ FIGURES = {
     "zero_shot_mean_colour": ("zero_shot", "metrics", "balanced_accuracy", "mean_colour", "value"),
     "grounding_auc": ("grounding", "auc", "value"),
     "grounding_mean_colour": ("grounding", "auc", "mean_colour", "value"),
+    "grounding_no_text": ("grounding", "auc", "no_text", "value"),
     "grounding_slide_loss_only": ("grounding", "auc", "compared", "value"),
     "grounding_gain": ("grounding", "auc", "difference", "value"),
     "grounding_gain_low": ("grounding", "auc", "difference", "low"),
     "grounding_gain_high": ("grounding", "auc", "difference", "high"),
+    "pointing": ("grounding", "pointing", "value"),
+    "pointing_no_text": ("grounding", "pointing", "no_text", "value"),
+    "pointing_mean_colour": ("grounding", "pointing", "mean_colour", "value"),
+    "dice": ("grounding", "dice", "value"),
+    "dice_no_text": ("grounding", "dice", "no_text", "value"),
+    "dice_mean_colour": ("grounding", "dice", "mean_colour", "value"),
 }
 
 

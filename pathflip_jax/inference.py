@@ -205,13 +205,15 @@ class Predictor:
         slide: SlideFeatures,
         texts: str | Sequence[str],
         *,
+        negative: str | Sequence[str] = (),
         method: str = maps.DEFAULT_METHOD,
         window: int = maps.WINDOW,
         context: int = maps.CONTEXT,
     ) -> Grounding:
         """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are.
 
-        `window` (an odd number of patches) and `context` matter to the methods that look at patches one by one.
+        The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
+        and `context` matter to the methods that look at patches one by one.
         Raises ValueError for a slide without coordinates: there is no place to put a score.
         """
         if method not in maps.METHODS:
@@ -223,7 +225,8 @@ class Predictor:
                 f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
                 "extract features in a format that stores them (CLAM or TRIDENT h5)"
             )
-        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        negative = (negative,) if isinstance(negative, str) else tuple(negative)
+        texts = ((texts,) if isinstance(texts, str) else tuple(texts)) + negative
         text = self.encode_text(texts)
         bag = self.bag(slide)
         patches, regions = len(slide.features), len(bag.slots)
@@ -235,10 +238,10 @@ class Predictor:
             share = maps.patch_shares(encoding.region_attention[0], bag.slots, patches)
             scores = maps.spread(region_scores, bag.slots, patches) + np.log(np.maximum(share, 1e-9))
         else:
-            if slide.patch_size <= 0:
+            if slide.patch_size <= 0 and window > 1:
                 raise ValueError(
                     f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
-                    "import it with --patch-size, or ground with method 'region'"
+                    "import it with --patch-size, or ground with a window of 1"
                 )
             slots = maps.window_slots(slide.coords, slide.patch_size, window)
             encode_windows = maps.window_slides if method == "slide" else maps.window_regions
@@ -247,7 +250,7 @@ class Predictor:
                 scores = maps.log_ratio(self._attend(text, windows))
             else:
                 scores = _cosine(text, self._alone(windows) if method == "similarity" else windows)
-        return Grounding(
+        found = Grounding(
             slide_id=slide.slide_id,
             texts=texts,
             patch_scores=np.asarray(scores, np.float32),
@@ -259,6 +262,17 @@ class Predictor:
             height=slide.height,
             method=method,
         )
+        return maps.subtract(found, len(negative))
+
+    def attend(self, slide: SlideFeatures) -> Float[np.ndarray, "N"]:
+        """The cross-attention of the Slide Q-Former to each patch, as a logarithm over its mean: a map of no text.
+
+        What a grounding must beat: the model looks at some patches more than at others whatever is asked.
+        """
+        bag = self.bag(slide)
+        encoding = self._encode([bag.features], [bag.slots], attention=True)
+        weights = maps.patch_weights(encoding.slide_attention[0], bag.slots, len(slide.features))
+        return np.log(np.maximum(weights, 1e-9))
 
     def _attend(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
         """The attention of each text over the regions [C, R], mean over heads."""
@@ -314,6 +328,11 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
                 f"{path}: feature files are read from a local disk only; copy it, or import it into records"
             )
         return read_features(path, slide_id=slide_id or "", **known)
+    if known:
+        raise ValueError(
+            f"{path}: records say {' and '.join(sorted(known))} themselves; leave it out here, and import the features "
+            "again if what they say is wrong"
+        )
     records = Records(path if path.is_dir() else [path])
     if slide_id is None:
         if len(records.slides) != 1:

@@ -159,6 +159,27 @@ def test_region_and_attention_maps_are_the_models_own(predictor):
         assert refined.patch_scores[0, row[valid]] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("method", ["slide", "region"])
+def test_the_highest_negative_text_is_subtracted(predictor, method):
+    slide = make_slide()
+    apart = [predictor.ground(slide, text, method=method) for text in ("tumor", "fat", "mucin of stroma")]
+    found = predictor.ground(slide, ["tumor"], negative=["fat", "mucin of stroma"], method=method)
+    assert found.texts == ("tumor",) and found.negative == ("fat", "mucin of stroma")
+    for name in ("patch_scores", "region_scores"):
+        tumor, *others = (getattr(one, name)[0] for one in apart)
+        assert getattr(found, name)[0] == pytest.approx(tumor - np.maximum(*others), abs=1e-5)
+
+
+def test_attention_without_text_is_the_slide_passs_own(predictor):
+    slide = make_slide()
+    slots, encoding = exactly(predictor, slide)
+    weights = np.asarray(encoding.slide_attention[0]).mean((0, 1))  # [R, S]
+    found = predictor.attend(slide)
+    valid = slots >= 0
+    assert found[slots[valid]] == pytest.approx(np.log(weights[valid] * len(slide.features)), abs=1e-4)
+    assert np.exp(found).mean() == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["slide", "similarity", "cosine", "patch"])
 def test_window_maps_equal_patches_encoded_one_by_one(predictor, method):
     slide = make_slide(4, 3)

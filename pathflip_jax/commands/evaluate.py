@@ -4,7 +4,14 @@ import argparse
 import json
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, add_writing_options, command, place, sampling
+from pathflip_jax.commands.options import (
+    add_grounding_options,
+    add_smooth_option,
+    add_writing_options,
+    command,
+    place,
+    sampling,
+)
 
 
 def add(commands) -> None:
@@ -72,8 +79,14 @@ def add(commands) -> None:
     )
     add_writing_options(parser, max_tokens=384)
     add_grounding_options(parser)
+    add_smooth_option(parser)
     parser.add_argument(
         "--clear", type=float, metavar="SHARE", help="patches cut by an outline by more than this share do not count"
+    )
+    parser.add_argument(
+        "--lesions",
+        metavar="CONCEPT",
+        help="concept whose outlines are lesions to detect: scores FROC as CAMELYON16 does",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of scores, figures, report")
@@ -133,5 +146,7 @@ def _evaluate(options: argparse.Namespace, out: Path, name: str) -> dict:
         method=options.method,
         window=options.window,
         clear=options.clear,
+        smooth=options.smooth,
+        lesions=options.lesions,
         name=name,
     )

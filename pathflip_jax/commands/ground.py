@@ -4,9 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
-from pathflip_jax.commands.options import add_grounding_options, command, place
+from pathflip_jax.commands.options import add_grounding_options, add_smooth_option, command, place
 
 
 def add(commands) -> None:
@@ -17,31 +15,81 @@ def add(commands) -> None:
         _run,
         "show where on a slide a text is seen",
         'pathflip ground features/S1.h5 "tumor necrosis" --checkpoint runs/base --image slides/S1.svs --out maps',
+        'pathflip ground records --slide-id S1 "invasive carcinoma" "lymphocytes" --negative "normal stroma" '
+        "--checkpoint runs/base --threshold 0.05 --out maps",
     )
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="one or several texts")
     parser.add_argument("--slide-id", help="slide of a folder of records")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="the slide file, drawn under the heatmap")
+    parser.add_argument(
+        "--image", type=Path, metavar="FILE", help="the slide file: drawn under the heatmap, top patches are cut of it"
+    )
+    parser.add_argument(
+        "--negative",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what it is not (may be given several times): the highest score of these is subtracted, so that above 0 "
+        "a patch looks more like the text",
+    )
     add_grounding_options(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
+    add_smooth_option(parser)
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="SCORE",
+        help="areas are where the smoothed score is above (default: 0 with --negative, else half way from a map's "
+        "median to its highest, which finds areas on any slide)",
+    )
+    parser.add_argument(
+        "--min-patches", type=float, default=2.0, metavar="N", help="smaller areas are dropped (default 2 patches)"
+    )
+    parser.add_argument("--top", type=int, metavar="N", help="best patches of each text as pictures (8 with --image)")
+    parser.add_argument("--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, if its file is silent")
+    parser.add_argument("--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, if its file is silent")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--json", action="store_true", help="print the files written as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.grounding.heatmap import draw_grounding
+    from pathflip_jax.grounding.placement import check_on_slide, check_same_slide, read_measures
+    from pathflip_jax.grounding.write import write_grounding
     from pathflip_jax.inference import load, read_slide
 
-    predictor = load(options.checkpoint)
-    slide = read_slide(options.slide, slide_id=options.slide_id)
-    grounding = predictor.ground(slide, options.texts, method=options.method, window=options.window)
-    options.out.mkdir(parents=True, exist_ok=True)
-    picture = options.out / f"{slide.slide_id}.png"
-    draw_grounding(grounding, picture, image=options.image)
-    scores = options.out / f"{slide.slide_id}.npz"
-    np.savez(scores, texts=grounding.texts, patch_scores=grounding.patch_scores, coords=grounding.coords)
+    if options.top is not None and (options.top < 1 or options.image is None):
+        raise ValueError(f"--top {options.top}: a number above 0, of patches cut out of the slide file (--image)")
+    known = {"patch_size": options.patch_size, "mpp": options.mpp}
+    slide = read_slide(
+        options.slide, slide_id=options.slide_id, **{name: value for name, value in known.items() if value is not None}
+    )
+    measures = None
+    if slide.coords is not None:
+        if slide.width and slide.height:
+            check_on_slide(slide, slide.width, slide.height, "the slide by its features' file")
+        if options.image is not None:
+            measures = read_measures(options.image)
+            check_same_slide(slide, measures, options.image)
+    grounding = load(options.checkpoint).ground(
+        slide,
+        list(dict.fromkeys(options.texts)),
+        negative=options.negative,
+        method=options.method,
+        window=options.window,
+    )
+    written = write_grounding(
+        options.out,
+        grounding,
+        image=options.image,
+        measures=measures,
+        threshold=0.0 if options.threshold is None and options.negative else options.threshold,
+        smooth=options.smooth,
+        min_patches=options.min_patches,
+        top=options.top or 8,
+    )
     if options.json:
-        print(json.dumps({"picture": str(picture), "scores": str(scores)}))
+        print(json.dumps(written))
     else:
-        print(f"{picture}\n{scores}")
+        files = (path for found in written.values() for path in (found if isinstance(found, list) else [found]))
+        print("\n".join(files))
     return 0

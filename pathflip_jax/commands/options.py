@@ -78,6 +78,17 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_smooth_option(parser: argparse.ArgumentParser) -> None:
+    """How `evaluate` and `ground` smooth a map."""
+    parser.add_argument(
+        "--smooth",
+        type=float,
+        default=0.5,
+        metavar="EDGES",
+        help="smooth maps by a Gaussian of so many patch edges (default 0.5; 0: not at all)",
+    )
+
+
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
     """What `caption` and `ask` share: which slide, and by which run."""
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")

@@ -1,6 +1,6 @@
 """What an HDF5 file of features holds, as plain numbers and texts; runs in the worker of `guarded.py` only.
 
-libhdf5 crashes and stalls on mutated files, so no other file imports h5py, and no other process this one.
+libhdf5 crashes and stalls on mutated files, so no other file reads by h5py, and no other process imports this one.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Thumbnails and mean colours of slide files; runs in the worker of `guarded.py` only.
+"""Thumbnails, patches and mean colours of slide files; runs in the worker of `guarded.py` only.
 
 OpenSlide and what it stands on (libtiff, libjpeg, OpenJPEG) parse whatever claims to be a slide, and some of it ends or
 stalls the process. `data_prep` opens slides in worker processes of its own.
@@ -16,6 +16,23 @@ WHOLE_LEVEL = 2**26  # pixels of a level that is read in one go for a thumbnail,
 def detect(path: str) -> Parsed:
     """Which format OpenSlide takes a file for: the fact `format`, None for none."""
     return {"format": openslide.OpenSlide.detect_format(path)}, {}
+
+
+def measures(path: str) -> Parsed:
+    """The facts `width`, `height` at level 0, `mpp` (0 where the file does not say) and `bounds` (x, y of what is not
+    empty; 0, 0 for most formats): viewers that crop a slide to its bounds count from there."""
+    with _opened(path) as slide:
+
+        def number(name: str) -> float:
+            try:
+                return float(slide.properties.get(name, 0))
+            except ValueError:
+                return 0.0
+
+        mpp = number(openslide.PROPERTY_NAME_MPP_X)
+        bounds = [int(number(name)) for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)]
+        width, height = slide.dimensions
+        return {"width": width, "height": height, "mpp": mpp if 0 < mpp < 1e4 else 0.0, "bounds": bounds}, {}
 
 
 def thumbnail(path: str, pixels: int) -> Parsed:
@@ -59,6 +76,38 @@ def colours(path: str, coords: list[list[int]], patch_size: int, whole: int) -> 
         edge = max(round(patch_size / scale), 1)
         patches = (slide.read_region((int(x), int(y)), level, (edge, edge)) for x, y in coords)
         return {"scale": scale}, {"colours": np.array([_mean_on_white(patch) for patch in patches]).reshape(-1, 3)}
+
+
+def patches(path: str, coords: list[list[int]], patch_size: int, pixels: int) -> Parsed:
+    """`patches` [n, pixels, pixels, 3]: squares of `patch_size` level-0 pixels at `coords`, on the slide's background.
+
+    Read at the lowest level that still has `pixels` pixels of a patch, then resized. What lies beyond the slide is
+    background.
+    """
+    with _opened(path) as slide:
+        level = slide.get_best_level_for_downsample(max(patch_size / pixels, 1))
+        edge = max(round(patch_size / slide.level_downsamples[level]), 1)
+        ground = f"#{slide.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, 'ffffff')}"
+        found = np.empty((len(coords), pixels, pixels, 3), np.uint8)
+        for number, (x, y) in enumerate(coords):
+            patch = slide.read_region((int(x), int(y)), level, (edge, edge))
+            flat = Image.new("RGB", patch.size, ground)
+            flat.paste(patch, None, patch)
+            found[number] = np.asarray(flat.resize((pixels, pixels), Image.Resampling.LANCZOS))
+        return {}, {"patches": found}
+
+
+def mask(path: str, most: int) -> Parsed:
+    """`mask` [h, w], where a level of at most `most` pixels has more than half of its highest value: 1 of 0 and 1, 2 of
+    0, 1 (tissue) and 2, 255 of 0 and 255. The fact `downsample` is that level's."""
+    with _opened(path) as slide:
+        sizes = [width * height for width, height in slide.level_dimensions]
+        level = next((number for number, size in enumerate(sizes) if size <= most), len(sizes) - 1)
+        if sizes[level] > WHOLE_LEVEL:
+            raise ValueError(f"its smallest level has {sizes[level]:,} pixels; expected a pyramid, as masks come")
+        picture = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))
+        values = np.where(picture[..., 3] > 0, picture[..., 0], 0)
+        return {"downsample": slide.level_downsamples[level]}, {"mask": values > values.max() / 2}
 
 
 def _mean_on_white(patch: Image.Image) -> np.ndarray:

@@ -14,8 +14,9 @@ import numpy as np
 
 from pathflip_jax.data.tables import json_object, read_rows
 from pathflip_jax.data.text import some
-from pathflip_jax.evaluate import few_shot, report, retrieval, scores, summary
+from pathflip_jax.evaluate import few_shot, grounding, report, retrieval, scores, summary
 
+GROUNDING = {"auc": "ROC AUC of patches", "pointing": "Pointing game", "dice": "Dice"}
 CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")
 PUBLISHED = Path(__file__).parent / "published.json"
 
@@ -175,10 +176,15 @@ def _ranked(evaluation: Evaluation, table: str, direction: str) -> Units:
 def _grounded(evaluation: Evaluation) -> Units:
     runs = list(_by_run(evaluation.rows("grounding"), ("run",)).values())
     slides = [_by_run(sorted(run, key=lambda row: (row["slide_id"], row["concept"])), ("slide_id",)) for run in runs]
-    means = [scores.mean([np.mean([float(row["auc"]) for row in rows]) for rows in one.values()]) for one in slides]
     first = slides[0].values()
+    metrics = {}
+    for metric in grounding.METRICS:
+        known = [[[row[metric] for row in rows if row[metric]] for rows in one.values()] for one in slides]
+        if any(values for one in known for values in one):  # Dice needs training slides, which may have no outlines
+            means = [[np.mean(np.array(values, float)) if values else np.nan for values in one] for one in known]
+            metrics[metric] = [scores.mean(values) for values in means]
     concepts = ["+".join(row["concept"] for row in rows) for rows in first]
-    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, {"auc": means})
+    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, metrics)
 
 
 def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers: list, seed: int) -> list[dict]:
@@ -190,6 +196,8 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
     for metric in units[0].metrics:
         statistics = [scores.mean_over_runs(one.metrics[metric]) for one in units]
         row = {"part": part, "task": list(task), "heading": _heading(part, task), "metric": metric}
+        names = GROUNDING if task[0] == "grounding" else report.METRICS
+        row["name"] = names.get(metric, metric.replace("_", " "))
         row["units"] = len(units[0].keys)
         row["patients"] = len(set(units[0].patients))
         row["values"] = [scores.interval(statistic, weights)._asdict() for statistic in statistics]
@@ -255,7 +263,7 @@ def _write(out: Path, result: dict) -> dict:
     page = (
         report.environment()
         .get_template("compare.html")
-        .render(found=result, groups=groups, metrics=report.METRICS, command=report.command_line(result["command"]))
+        .render(found=result, groups=groups, command=report.command_line(result["command"]))
     )
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in (("compare.json", text), ("compare.html", page)):

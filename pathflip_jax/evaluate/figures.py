@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from pathflip_jax.evaluate import retrieval
+from pathflip_jax.evaluate import froc, retrieval
 
 INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
 MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"
@@ -105,24 +105,54 @@ def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:
     return figure
 
 
+GROUNDING = {"auc": "ROC AUC of patches", "pointing": "highest patch inside", "dice": "Dice, fixed threshold"}
+
+
 def concept_dots(rows: list[dict], second: str | None) -> Figure:
-    """Each concept's AUC with its interval, beside the colour baseline and the compared run."""
+    """Each concept's AUC, pointing game and Dice with their intervals, beside the baselines and the compared run."""
     rows = sorted(rows, key=lambda row: np.nan_to_num(row["auc"]["value"]))
-    figure, (axis,) = _axes(6.4, 1.1 + 0.34 * len(rows))
+    metrics = [metric for metric in GROUNDING if metric in rows[0]]
+    figure, axes = _axes(1.6 + 2.9 * len(metrics), 1.1 + 0.34 * len(rows), len(metrics))
     y = np.arange(len(rows))
-    axis.axvline(0.5, color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
-    if any("mean_colour" in row for row in rows):
-        colour = [row["mean_colour"] for row in rows]
-        axis.scatter(colour, y, marker="D", s=22, color=BASE, label="mean colour", zorder=3)
-    if second is not None:
-        axis.scatter([row["compared"] for row in rows], y, s=30, color=SECOND, label=second, zorder=3)
-    axis.hlines(y, [row["auc"]["low"] for row in rows], [row["auc"]["high"] for row in rows], color=MAIN, linewidth=2)
-    axis.scatter([row["auc"]["value"] for row in rows], y, s=38, color=MAIN, label="this run", zorder=4)
-    axis.set_yticks(y, [row["concept"] for row in rows])
-    axis.set_xlabel("ROC AUC of patch scores against the true outlines, 95% interval by patient")
-    axis.grid(color=GRID, axis="x")
-    axis.tick_params(axis="y", length=0, labelcolor=INK)
-    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside upper left", ncols=4)
+    others = [("chance", "|", BASE, "chance"), ("no_text", "s", "#a8871c", "attention, no text")]
+    others += [("mean_colour", "D", BASE, "mean colour"), ("compared", "o", SECOND, second)]
+    for axis, metric in zip(axes, metrics, strict=True):
+        entries = [row[metric] for row in rows]
+        for key, marker, colour, label in others:
+            if key in entries[0]:
+                values = [entry[key] if key == "chance" else entry[key]["value"] for entry in entries]
+                axis.scatter(values, y, marker=marker, s=26, color=colour, label=label, zorder=3)
+        axis.hlines(
+            y, [entry["low"] for entry in entries], [entry["high"] for entry in entries], color=MAIN, linewidth=2
+        )
+        axis.scatter([entry["value"] for entry in entries], y, s=38, color=MAIN, label="this run", zorder=4)
+        axis.set_yticks(y, [row["concept"] for row in rows] if axis is axes[0] else [""] * len(rows))
+        axis.set_xlim(right=1.02)
+        axis.set_xlabel(GROUNDING[metric])
+        axis.grid(color=GRID, axis="x")
+        axis.tick_params(axis="y", length=0, labelcolor=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, labelcolor=INK, loc="outside upper left", ncols=5)
+    return figure
+
+
+def froc_curves(maps: dict) -> Figure:
+    """Sensitivity over false positives a slide, of each kind of map that there is."""
+    figure, (axis,) = _axes(5.2, 3.4)
+    for (name, found), colour in zip(maps.items(), (MAIN, "#a8871c", BASE), strict=True):
+        if found is not None:
+            axis.step(*froc.curve(found.found), where="post", color=colour, linewidth=2, label=name)
+    axis.set_xscale("symlog", base=2, linthresh=0.125)
+    axis.set_xticks(froc.RATES)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(0, 16)
+    axis.set_ylim(0, 1.02)
+    axis.grid(color=GRID)
+    axis.set_xlabel("false positives a slide")
+    axis.set_ylabel("lesions found")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    _title(axis, "Lesion detection")
     return figure
 
 

@@ -1,41 +1,47 @@
 """Grounding scored against true outlines: do patches inside a concept's outline score above the others?
 
-One ROC AUC per slide and concept, over the patches of the slide; a slide's figure is the mean over the concepts
-present in it, a cohort's the mean over slides. A random map has 0.5.
+Per slide and concept, over the patches of the slide:
+
+- ROC AUC: does a patch inside outscore one outside? A random map has 0.5.
+- Pointing game: does the highest patch lie inside? A random map has the share of patches that do.
+- Dice of the patches above a fixed threshold with those inside. The threshold is one for each concept, the best for
+  training slides with outlines; no slide that is scored has a say in it.
+
+A slide's figure is the mean over the concepts present in it, a cohort's the mean over slides. Beside the map stand what
+knows no text (the cross-attention of the Q-Former) and what knows no pathology (mean colour), under the same rules.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from tqdm import tqdm
 
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.evaluate import colour, scores
-from pathflip_jax.grounding.outlines import area_fraction, patches_inside, read_outlines
+from pathflip_jax.evaluate import colour, froc, scores
+from pathflip_jax.evaluate.truth import LesionTask, Truth, true_patches
+from pathflip_jax.grounding.surface import smooth_patches
 
 TRAIN_PATCHES = 100  # per training slide, for the colour baseline
 TRAIN_SLIDES = 100
+CANDIDATES = 400  # quantiles of the scores that are tried as thresholds
+METRICS = ("auc", "pointing", "dice")
 
 
-def true_patches(
-    folder, slide: SlideFeatures, concepts: list[str], clear: float | None = None
-) -> tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]:
-    """Which patches lie in each concept's outlines, and which patches count.
+class MapScores(NamedTuple):
+    """What maps are worth on each slide and concept [n, C]: NaN where a slide has no patch of it or nothing else.
 
-    A patch lies where its centre lies. With `clear` (say 0.25), patches that an outline cuts with a share of their
-    area between `clear` and 1 - `clear` do not count: nobody can say what they show.
+    `thresholds` [C] are those of the Dice, NaN where no training slide could choose one; `found` is what the maps
+    detect of the lesions of each slide, where that is asked.
     """
-    path = Path(folder) / f"{slide.slide_id}.geojson"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no outlines of slide {slide.slide_id}; expected <slide_id>.geojson")
-    outlines = read_outlines(path)
-    inside = np.stack([patches_inside(outlines.get(c, []), slide.coords, slide.patch_size) for c in concepts])
-    counts = np.ones(len(slide.coords), bool)
-    if clear is not None:
-        for concept in concepts:
-            share = area_fraction(outlines.get(concept, []), slide.coords, slide.patch_size)
-            counts &= (share <= clear) | (share >= 1 - clear)
-    return inside, counts
+
+    auc: Float[np.ndarray, "n C"]
+    pointing: Float[np.ndarray, "n C"]
+    dice: Float[np.ndarray, "n C"]
+    thresholds: Float[np.ndarray, "C"]
+    found: list[froc.Found] | None = None
 
 
 def concept_scores(predictor, slide: SlideFeatures, concepts: dict[str, list[str]], **how) -> Float[np.ndarray, "C N"]:
@@ -55,26 +61,110 @@ def concept_aucs(
     return np.array([scores.auc(t[counts], s[counts])(ones)[0] for t, s in zip(inside, found, strict=True)])
 
 
+def pointing_hits(
+    inside: Bool[np.ndarray, "C N"], found: Float[np.ndarray, "C N"], counts: Bool[np.ndarray, "N"]
+) -> Float[np.ndarray, "C"]:
+    """Whether the highest patch of each map lies inside: the share of those that do where several tie."""
+    hits = np.full(len(inside), np.nan)
+    for c, (true, score) in enumerate(zip(inside[:, counts], found[:, counts], strict=True)):
+        if true.any() and not true.all():
+            hits[c] = true[score == score.max()].mean()
+    return hits
+
+
+def dice_at(
+    thresholds: Float[np.ndarray, "T"], true: Bool[np.ndarray, "N"], score: Float[np.ndarray, "N"]
+) -> Float[np.ndarray, "T"]:
+    """The Dice of the patches at or above each threshold with the true ones: 2 |both| / (|marked| + |true|)."""
+    marked = len(score) - np.searchsorted(np.sort(score), thresholds)
+    both = true.sum() - np.searchsorted(np.sort(score[true]), thresholds)
+    return 2 * both / np.maximum(marked + true.sum(), 1)
+
+
+def choose_thresholds(maps: Iterable[tuple[Truth, Float[np.ndarray, "C N"]]], concepts: int) -> Float[np.ndarray, "C"]:
+    """The threshold of each concept with the best mean Dice over slides that show it; NaN where none does."""
+    seen: list[list] = [[] for _ in range(concepts)]
+    for (inside, counts), found in maps:
+        for c, (true, score) in enumerate(zip(inside[:, counts], found[:, counts], strict=True)):
+            if true.any() and not true.all():
+                seen[c].append((true, score))
+    chosen = np.full(concepts, np.nan)
+    for c, slides in enumerate(seen):
+        if slides:
+            candidates = np.quantile(np.concatenate([score for _, score in slides]), np.linspace(0, 1, CANDIDATES))
+            reached = np.mean([dice_at(candidates, true, score) for true, score in slides], axis=0)
+            chosen[c] = candidates[reached.argmax()]
+    return chosen
+
+
+def score_maps(
+    map_of: Callable[[SlideFeatures], Float[np.ndarray, "C N"]],
+    features: Callable[[str], SlideFeatures],
+    truth: dict[str, Truth],
+    training: dict[str, Truth],
+    lesions: LesionTask | None = None,
+    smooth: float = 0.0,
+    name: str = "",
+) -> MapScores:
+    """Score what makes maps of slides: thresholds from the `training` slides, figures from the others.
+
+    Maps are scored as they are shown: smoothed by a Gaussian of `smooth` patch edges.
+    """
+
+    def smoothed(slide: SlideFeatures) -> Float[np.ndarray, "C N"]:
+        return smooth_patches(map_of(slide), slide.coords, slide.patch_size, smooth)
+
+    concepts = len(next(iter(truth.values()))[0])
+    bar = tqdm(training.items(), desc=f"{name}: thresholds", unit="slide", leave=False)
+    thresholds = choose_thresholds(((known, smoothed(features(slide))) for slide, known in bar), concepts)
+    rows, detected = [], []
+    for slide_id, (inside, counts) in tqdm(truth.items(), desc=f"{name}: grounding", unit="slide", leave=False):
+        slide = features(slide_id)
+        found = smoothed(slide)
+        aucs = concept_aucs(inside, found, counts)
+        dices = [
+            dice_at(thresholds[c : c + 1], inside[c, counts], found[c, counts])[0] if known else np.nan
+            for c, known in enumerate(np.isfinite(aucs) & np.isfinite(thresholds))
+        ]
+        rows.append((aucs, pointing_hits(inside, found, counts), np.array(dices)))
+        if lesions is not None:
+            detections = froc.detect(found[lesions.concept], slide.coords, slide.patch_size)
+            detected.append(froc.match(lesions.slides[slide_id], detections))
+    columns = (np.stack(column) for column in zip(*rows, strict=True))
+    return MapScores(*columns, thresholds, detected if lesions is not None else None)
+
+
+def chance(truth: dict[str, Truth]) -> MapScores:
+    """What a map of chance reaches: an AUC of 0.5, a hit as often as patches lie inside, the Dice of marking all."""
+    share = np.stack([inside[:, counts].mean(1) for inside, counts in truth.values()])
+    share[(share == 0) | (share == 1)] = np.nan
+    return MapScores(np.where(np.isnan(share), np.nan, 0.5), share, 2 * share / (1 + share), share.mean(0) * np.nan)
+
+
 class ColourMap:
     """The mean-colour baseline: a patch scores the share of a concept among the training patches of its colour."""
 
     def __init__(self, slides, files: dict[str, Path], folder, concepts: list[str], seed: int = 0) -> None:
         """Gather colours of patches of the training slides; `slides` yields their `SlideFeatures`."""
         rng = np.random.default_rng(seed)
-        colours, inside = [], []
+        colours, inside, owners = [], [], []
         for slide in slides:
             if slide.slide_id not in files or not (Path(folder) / f"{slide.slide_id}.geojson").exists():
                 continue
             kept = rng.permutation(len(slide.coords))[:TRAIN_PATCHES]
             colours.append(colour.patch_colours(files[slide.slide_id], slide.coords[kept], slide.patch_size))
             inside.append(true_patches(folder, slide, concepts)[0][:, kept].T)
+            owners += [slide.slide_id] * len(kept)
             if len(colours) == TRAIN_SLIDES:
                 break
         if not colours:
             raise ValueError(f"no training slide has both a slide file and outlines in {folder}: no colour baseline")
-        self.files, self.colours, self.inside = files, np.concatenate(colours), np.concatenate(inside)
+        self.files, self.owners = files, np.array(owners)
+        self.colours, self.inside = np.concatenate(colours), np.concatenate(inside)
 
     def __call__(self, slide: SlideFeatures) -> Float[np.ndarray, "C N"]:
-        """The scores of every concept on a slide that has a slide file."""
+        """The scores of every concept on a slide with a slide file; what was gathered from that slide is left out."""
         found = colour.patch_colours(self.files[slide.slide_id], slide.coords, slide.patch_size)
-        return colour.concept_shares(self.colours, self.inside, found).T
+        others = self.owners != slide.slide_id
+        others |= not others.any()  # it knows of one slide, this one
+        return colour.concept_shares(self.colours[others], self.inside[others], found).T

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pathflip_jax.evaluate import (
     colour,
@@ -28,8 +27,10 @@ from pathflip_jax.evaluate.cohort import Cohort, label_index, name_labels, read_
 from pathflip_jax.evaluate.language import evaluate_language
 from pathflip_jax.evaluate.region_texts import embed_regions, read_region_texts
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
+from pathflip_jax.evaluate.truth import read_outlined
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.outlines import read_outlines
+from pathflip_jax.grounding.surface import SMOOTH, smooth_patches
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.llm.assistant import is_language_run
 from pathflip_jax.llm.generate import Sampling
@@ -69,6 +70,8 @@ def evaluate(
     window: int = maps.WINDOW,
     context: int = maps.CONTEXT,
     clear: float | None = None,
+    smooth: float = SMOOTH,
+    lesions: str | None = None,
     protocol: str = protocols.STRICT,
     strict: bool = False,
     name: str = "",
@@ -82,14 +85,18 @@ def evaluate(
     by slide. `protocol` is "strict" or "paper" (protocols.py); `strict` makes a faulty split an error. `name` is what
     the benchmark is called, for published rows beside it.
     `method`, `window` and `context` say how to ground (`Predictor.ground`); with `clear` (0 to 0.5) patches that an
-    outline cuts by more than this share of their area do not count. A list of run folders (seeds of one experiment)
-    is scored as their mean, and `compare_to` is then a list too. `language` is a run of the language stage, whose
-    captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what they assert) and whose
-    answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run itself, to be scored alone.
+    outline cuts by more than this share of their area do not count; maps are smoothed by `smooth` patch edges;
+    `lesions` names the concept whose outlines are lesions to detect (`evaluate/froc.py`). A list of run folders
+    (seeds of one experiment) is scored as their mean, and `compare_to` is then a list too. `language` is a run of the
+    language stage, whose captions are scored against `texts` (with the phrasings of concepts, a JSON, also by what
+    they assert) and whose answers to `questions`; `sampling` says how it writes. `run_folder` may be such a run
+    itself, to be scored alone.
     Returns what scores.json holds.
     """
     if (grounding is None) != (outlines is None):
         raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
+    if lesions is not None and grounding is None:
+        raise ValueError(f"lesions of {lesions!r} are detected by grounding: give the texts of concepts and outlines")
     if clear is not None and not 0 <= clear < 0.5:
         raise ValueError(f"clear {clear}: expected a share of a patch's area, at least 0 and below 0.5")
     if all(given is None for given in (texts, region_texts, prompts, shots, grounding, questions)):
@@ -112,7 +119,7 @@ def evaluate(
     if others and len(others) != len(folders):
         raise ValueError(f"{len(folders)} runs cannot be paired with {len(others)} runs to compare to")
     cohort = read_cohort(records, slides, split, strict)
-    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear)
+    tasks = _read_tasks(cohort, texts if folders else None, prompts, grounding, outlines, clear, lesions, seed)
     if region_texts is not None:
         tasks = tasks._replace(regions=read_region_texts(region_texts, cohort))
     if shots is not None:
@@ -126,8 +133,8 @@ def evaluate(
         truth = label_index(cohort, list(tasks.prompts.classes), prompts)
     how = {"method": method, "window": window, "context": context}
     predictors = [load(folder) for folder in folders]
-    outcomes = [_outcome(predictor, cohort, tasks, how, rules) for predictor in predictors]
-    compared = [_outcome(load(folder), cohort, tasks, how, rules) for folder in others]
+    outcomes = [_outcome(predictor, cohort, tasks, how, smooth, rules) for predictor in predictors]
+    compared = [_outcome(load(folder), cohort, tasks, how, smooth, rules) for folder in others]
 
     found = {
         "name": name,
@@ -167,14 +174,22 @@ def evaluate(
         pictures |= figures.few_shot(block, task.test.classes, ours[0])
         tables[f"few_shot_{number + 1}"] = few_shot.probe_rows(task, folders, ours)
     if tasks.concepts is not None:
-        by_colour = summary.colour_aucs(cohort, tasks, files, outlines, seed)
+        by_colour = summary.colour_maps(cohort, tasks, files, outlines, smooth, seed)
         scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
-        found["grounding"] = scored | {"how": how | {"clear": clear}}
+        found["grounding"] = scored | {"how": how | {"smooth": smooth, "clear": clear}}
+        if lesions is not None:
+            froc = summary.score_lesions(outcomes, compared, cohort, tasks, by_colour, seed)
+            found["grounding"]["froc"] = froc
+            pictures["froc"] = figures.froc_curves(
+                {"this run": outcomes[0].maps, "attention, no text": outcomes[0].no_text, "mean colour": by_colour}
+            )
         second = Path(others[0]).name if others else None
         pictures["concepts"] = figures.concept_dots(found["grounding"]["per_concept"], second)
         tables["grounding"] = _grounding_rows(folders, outcomes, cohort, tasks, by_colour)
-        for kind, slide_id in _examples(outcomes[0].aucs, list(tasks.truth)).items():
-            pictures[f"grounding_{kind}"] = _panels(predictors[0], cohort, tasks, slide_id, outlines, files, how)
+        for kind, slide_id in _examples(outcomes[0].maps.auc, list(tasks.truth)).items():
+            pictures[f"grounding_{kind}"] = _panels(
+                predictors[0], cohort, tasks, slide_id, outlines, files, how, smooth
+            )
     if language is not None:
         concepts = zero_shot.read_prompts(phrasings).classes if phrasings is not None else None
         found["language"], more, settings = evaluate_language(
@@ -201,32 +216,23 @@ def _as_list(folders) -> list:
     return [folders] if isinstance(folders, str | os.PathLike) else list(folders)
 
 
-def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear) -> Tasks:
+def _read_tasks(cohort: Cohort, texts, prompts, concepts, outlines, clear, lesions, seed) -> Tasks:
     pairs = read_pairs(texts, cohort) if texts is not None else None
     classes = zero_shot.read_prompts(zero_shot.find_prompts(prompts)) if prompts is not None else None
     if concepts is None:
         return Tasks(pairs, classes, None, None)
-    named = zero_shot.read_prompts(concepts).classes
-    if not Path(outlines).is_dir():
-        raise FileNotFoundError(f"{outlines}: no such folder of outlines (<slide_id>.geojson)")
-    outlined = [slide for slide in cohort.slide_ids if (Path(outlines) / f"{slide}.geojson").exists()]
-    if not outlined:
-        raise ValueError(f"{outlines}: no outlines of any slide of the split; expected {cohort.slide_ids[0]}.geojson")
-    if len(outlined) < len(cohort.slide_ids):
-        left = len(cohort.slide_ids) - len(outlined)
-        cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
-    truth = {slide: grounding.true_patches(outlines, cohort.features(slide), list(named), clear) for slide in outlined}
-    if not any(inside.any() for inside, _ in truth.values()):
-        raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
-    return Tasks(pairs, classes, named, truth)
+    found = read_outlined(cohort, concepts, outlines, clear=clear, lesions=lesions, seed=seed)
+    return Tasks(pairs, classes, found.concepts, found.truth, training=found.training, lesions=found.lesions)
 
 
-def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, rules: protocols.Protocol) -> Outcome:
+def _outcome(
+    predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, smooth: float, rules: protocols.Protocol
+) -> Outcome:
     """Let one run answer every question of every task."""
     name = Path(predictor.name).name
     bags = few_shot.embed_bags(predictor, cohort, [*cohort.slide_ids, *few_shot.needed(tasks.probed)], name)
     slides = np.stack([bags[slide].slide for slide in cohort.slide_ids])
-    ranks = probabilities = aucs = region_ranks = None
+    ranks = probabilities = found = no_text = region_ranks = None
     if tasks.pairs is not None:
         row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
         images = [
@@ -247,18 +253,15 @@ def _outcome(predictor: Predictor, cohort: Cohort, tasks: Tasks, how: dict, rule
         classes = zero_shot.class_embeddings(predictor.encode_text, tasks.prompts.classes)
         probabilities = zero_shot.class_probabilities(slides, classes)
     if tasks.concepts is not None:
-        aucs = np.stack(
-            [
-                grounding.concept_aucs(
-                    inside, grounding.concept_scores(predictor, cohort.features(slide), tasks.concepts, **how), counts
-                )
-                for slide, (inside, counts) in tqdm(
-                    tasks.truth.items(), desc=f"{name}: grounding", unit="slide", leave=False
-                )
-            ]
+        known, concepts = (cohort.features, tasks.truth, tasks.training, tasks.lesions, smooth), tasks.concepts
+        found = grounding.score_maps(
+            lambda slide: grounding.concept_scores(predictor, slide, concepts, **how), *known, name=name
+        )
+        no_text = grounding.score_maps(
+            lambda slide: np.tile(predictor.attend(slide), (len(concepts), 1)), *known, name=f"{name}, no text"
         )
     beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
-    return Outcome(ranks, probabilities, aucs, region_ranks, beliefs)
+    return Outcome(ranks, probabilities, found, no_text, region_ranks, beliefs)
 
 
 def _rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, cases) -> dict[str, retrieval.Ranks]:
@@ -280,11 +283,12 @@ def _examples(aucs: np.ndarray, slide_ids: list[str]) -> dict[str, str]:
     return chosen
 
 
-def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how):
+def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, outlines, files, how, smooth):
     """The maps of the concepts present in a slide, the true outline on each."""
     slide = cohort.features(slide_id)
     inside, counts = tasks.truth[slide_id]
-    found = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    raw = grounding.concept_scores(predictor, slide, tasks.concepts, **how)
+    found = smooth_patches(raw, slide.coords, slide.patch_size, smooth)
     aucs = grounding.concept_aucs(inside, found, counts)
     present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
     names = list(tasks.concepts)
@@ -296,13 +300,14 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
     return heatmap.draw_panels(
         canvas,
         [f"“{tasks.concepts[names[c]][0]}”" for c in present],
-        found[present],
+        raw[present],
         slide.coords,
         slide.patch_size,
         mpp=slide.mpp,
         outlines=[true.get(names[c], []) for c in present],
         notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
+        smooth=smooth,
     )
 
 
@@ -343,11 +348,16 @@ def _grounding_rows(names, outcomes: list[Outcome], cohort: Cohort, tasks: Tasks
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     rows = []
     for name, outcome in zip(names, outcomes, strict=True):
+        sources = {"": outcome.maps, "no_text_": outcome.no_text}
+        if by_colour is not None:
+            sources["mean_colour_"] = by_colour
         for i, (slide_id, (inside, counts)) in enumerate(tasks.truth.items()):
             for c, concept in enumerate(tasks.concepts):
-                if np.isfinite(outcome.aucs[i, c]):
+                if np.isfinite(outcome.maps.auc[i, c]):
                     row = {"run": name, "slide_id": slide_id, "patient_id": patient[slide_id], "concept": concept}
                     row |= {"patches": int(counts.sum()), "inside": int((inside[c] & counts).sum())}
-                    row["auc"] = round(float(outcome.aucs[i, c]), 6)
-                    rows.append(row if by_colour is None else row | {"mean_colour": round(float(by_colour[i, c]), 6)})
+                    for source, maps in sources.items():
+                        values = {source + metric: getattr(maps, metric)[i, c] for metric in grounding.METRICS}
+                        row |= {key: round(float(v), 6) if np.isfinite(v) else "" for key, v in values.items()}
+                    rows.append(row)
     return rows

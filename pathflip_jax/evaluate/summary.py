@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.evaluate import colour, few_shot, grounding, retrieval, scores, zero_shot
+from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.region_texts import RegionText
+from pathflip_jax.evaluate.truth import LesionTask, Truth
 
 GALLERY = 100
 DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}
@@ -20,7 +21,9 @@ class Tasks(NamedTuple):
     pairs: list | None
     prompts: zero_shot.Prompts | None
     concepts: dict[str, list[str]] | None
-    truth: dict[str, tuple] | None  # slide id -> (inside [C, N], counts [N])
+    truth: dict[str, Truth] | None  # by slide id
+    training: dict[str, Truth] | None = None  # of the slides that choose thresholds
+    lesions: LesionTask | None = None
     regions: list[RegionText] | None = None
     probed: Sequence[few_shot.Task] = ()
 
@@ -30,7 +33,8 @@ class Outcome(NamedTuple):
 
     ranks: dict[str, retrieval.Ranks] | None
     probabilities: np.ndarray | None  # [n, C]
-    aucs: np.ndarray | None  # [slides with outlines, C], NaN where a concept is absent
+    maps: grounding.MapScores | None  # of the slides with outlines
+    no_text: grounding.MapScores | None  # of attention that no text guides
     region_ranks: dict[str, retrieval.Ranks] | None = None
     beliefs: Sequence[dict[tuple, np.ndarray]] = ()  # of each few-shot task: (probe, shots) -> [seeds, n, C]
 
@@ -144,52 +148,93 @@ def colour_belief(cohort: Cohort, names, files) -> np.ndarray | None:
     )
 
 
-def colour_aucs(cohort: Cohort, tasks: Tasks, files, outlines, seed) -> np.ndarray | None:
-    """The AUCs of the mean-colour map, as an `Outcome` has them; None where there are no slide files for it."""
+def colour_maps(cohort: Cohort, tasks: Tasks, files, outlines, smooth: float, seed) -> grounding.MapScores | None:
+    """The scores of the mean-colour map; None where there are no slide files for it."""
     if not set(tasks.truth) <= set(files) or not cohort.train:
         return None
     colour_map = grounding.ColourMap(cohort.train_features(seed), files, outlines, list(tasks.concepts), seed)
-    return np.stack(
-        [
-            grounding.concept_aucs(inside, colour_map(cohort.features(slide)), counts)
-            for slide, (inside, counts) in tasks.truth.items()
-        ]
+    training = {slide: known for slide, known in tasks.training.items() if slide in files}
+    return grounding.score_maps(
+        colour_map, cohort.features, tasks.truth, training, tasks.lesions, smooth, name="mean colour"
     )
 
 
-def slide_means(aucs: np.ndarray) -> np.ndarray:
-    """The mean AUC of each slide over its concepts, NaN for a slide with none."""
-    known = np.isfinite(aucs)
+def slide_means(values: np.ndarray) -> np.ndarray:
+    """The mean of each slide over its concepts [n, C] -> [n], NaN for a slide with none."""
+    known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
-        return np.where(known, aucs, 0).sum(1) / known.sum(1)
+        return np.where(known, values, 0).sum(1) / known.sum(1)
 
 
 def score_grounding(
     outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed: int
 ) -> dict:
-    """The AUC over slides and by concept; two runs are compared slide by slide."""
+    """AUC, pointing game and Dice over slides and by concept, beside what knows less; runs are compared by slide."""
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
-    ours, theirs = ([scores.mean(slide_means(o.aucs)) for o in side] for side in (outcomes, compared))
-    baselines = {"chance": 0.5}
+    ours, theirs = [o.maps for o in outcomes], [o.maps for o in compared]
+    blind = {"no_text": [o.no_text for o in outcomes]}
     if by_colour is not None:
-        baselines["mean_colour"] = scores.interval(scores.mean(slide_means(by_colour)), weights)._asdict()
+        blind["mean_colour"] = [by_colour]
+    chance = grounding.chance(tasks.truth)
+    metrics = [name for name in grounding.METRICS if np.isfinite(getattr(ours[0], name)).any()]
+
+    def scored(of_slides, with_difference: bool) -> dict:
+        """Every metric of one choice of values [n, C] -> [n]."""
+        found = {}
+        for metric in metrics:
+
+            def over_runs(side, metric=metric):
+                return [scores.mean(of_slides(getattr(maps, metric))) for maps in side]
+
+            by_chance = scores.interval(over_runs([chance])[0], weights).value
+            entry = _entry(over_runs(ours), over_runs(theirs), weights, chance=by_chance)
+            for name, side in blind.items():
+                other = scores.mean_over_runs(over_runs(side))
+                entry[name] = scores.interval(other, weights)._asdict()
+                if with_difference:
+                    gain = scores.difference(scores.mean_over_runs(over_runs(ours)), other)
+                    entry.setdefault("gain", {})[name] = scores.interval(gain, weights)._asdict()
+            found[metric] = entry
+        return found
+
     rows = []
     for c, concept in enumerate(tasks.concepts):
-        entry = {
-            "concept": concept,
-            "slides": int(np.isfinite(outcomes[0].aucs[:, c]).sum()),
-            "auc": _entry([scores.mean(o.aucs[:, c]) for o in outcomes], [], weights),
-        }
-        if compared:
-            others = scores.mean_over_runs([scores.mean(o.aucs[:, c]) for o in compared])
-            entry["compared"] = scores.interval(others, weights).value
-        if by_colour is not None:
-            entry["mean_colour"] = scores.interval(scores.mean(by_colour[:, c]), weights).value
-        rows.append(entry)
+        row = {"concept": concept, "slides": int(np.isfinite(ours[0].auc[:, c]).sum())}
+        row |= scored(lambda values, c=c: values[:, c], with_difference=False)
+        rows.append(row | {"thresholds": [float(maps.thresholds[c]) for maps in ours]})
     return {
-        "slides": int(np.isfinite(slide_means(outcomes[0].aucs)).sum()),
+        "slides": int(np.isfinite(slide_means(ours[0].auc)).sum()),
+        "threshold_slides": len(tasks.training),
         "texts": tasks.concepts,
-        "auc": _entry(ours, theirs, weights, **baselines),
+        **scored(slide_means, with_difference=True),
         "per_concept": [row for row in rows if row["slides"]],
+    }
+
+
+def score_lesions(
+    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed
+) -> dict:
+    """The detection of lesions: the challenge's score and the sensitivity at each rate of false positives."""
+    patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
+    blind = {"no_text": [o.no_text for o in outcomes]} | ({"mean_colour": [by_colour]} if by_colour is not None else {})
+
+    def scored(rates) -> dict:
+        def over_runs(side):
+            return [froc.sensitivity(maps.found, rates) for maps in side]
+
+        entry = _entry(over_runs([o.maps for o in outcomes]), over_runs([o.maps for o in compared]), weights)
+        for name, side in blind.items():
+            entry[name] = scores.interval(scores.mean_over_runs(over_runs(side)), weights)._asdict()
+        return entry
+
+    found = outcomes[0].maps.found
+    return {
+        "concept": list(tasks.concepts)[tasks.lesions.concept],
+        "slides": len(found),
+        "slides_with_lesions": sum(len(one.lesions) > 0 for one in found),
+        "lesions": sum(len(one.lesions) for one in found),
+        "score": scored(froc.RATES),
+        "at": {f"{rate:g}": scored([rate]) for rate in froc.RATES},
     }

@@ -41,7 +41,7 @@ class Prompts(NamedTuple):
 def find_prompts(name) -> Path:
     """The prompt file of that path, or the one shipped under that name. Raises FileNotFoundError naming the shipped."""
     path, shipped = Path(name), {file.stem: file for file in SHIPPED.glob("*.json")}
-    if path.exists():
+    if path.is_file():  # a folder called like a shipped file is no prompt file
         return path
     if str(name) not in shipped:
         raise FileNotFoundError(f"{name}: no such prompt file; those shipped are named {', '.join(sorted(shipped))}")

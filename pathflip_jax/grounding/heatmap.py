@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 
 from pathflip_jax.data import guarded
 from pathflip_jax.grounding.outlines import Polygon
+from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
 COLORMAP = "inferno"  # perceptually even, readable in grey and by the colour-blind
 OPACITY = 0.62
@@ -60,24 +61,7 @@ def paint(
     scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, canvas: Canvas
 ) -> Float[np.ndarray, "h w"]:
     """Spread patch scores over the canvas: the mean where patches overlap, NaN where there is none."""
-    rows, columns = canvas.picture.shape[:2]
-    low = (np.asarray(coords, np.float64) - canvas.origin) / canvas.downsample
-    high = np.round(low + patch_size / canvas.downsample).astype(int)
-    low = np.round(low).astype(int)
-    high = np.maximum(high, low + 1)  # a patch smaller than a pixel still shows
-    x0, x1 = (np.clip(side[:, 0], 0, columns) for side in (low, high))
-    y0, y1 = (np.clip(side[:, 1], 0, rows) for side in (low, high))
-
-    def cover(values):  # the sum over the patches that cover a pixel, by differences at their corners
-        corners = np.zeros((rows + 1, columns + 1))
-        for y, x, sign in ((y0, x0, 1), (y1, x1, 1), (y0, x1, -1), (y1, x0, -1)):
-            np.add.at(corners, (y, x), sign * values)
-        return corners.cumsum(0).cumsum(1)[:rows, :columns]
-
-    count = np.round(cover(np.ones(len(coords))))
-    shift = float(np.mean(scores)) if len(scores) else 0.0  # keeps the cumulative sums small
-    with np.errstate(invalid="ignore"):
-        return np.where(count > 0, cover(np.asarray(scores, np.float64) - shift) / np.maximum(count, 1) + shift, np.nan)
+    return average_patches(scores, coords, patch_size, canvas.picture.shape[:2], canvas.origin, canvas.downsample)
 
 
 def blend(
@@ -102,10 +86,13 @@ def draw_panels(
     notes: Sequence[str] | None = None,
     heading: str = "",
     reference: bool = True,
+    outlines_on_reference: bool = True,
+    smooth: float = 0.0,
 ) -> Figure:
     """Draw one heatmap per text side by side, true outlines as lines where given, after the slide itself.
 
-    Each text has its own colour scale (1st to 99th percentile): scores of two texts are no common measure.
+    Each text has its own colour scale (1st to 99th percentile): scores of two texts are no common measure. `smooth` is
+    the standard deviation, in patch edges, of the Gaussian that smooths the maps.
     """
     if len(coords) == 0:
         raise ValueError("a slide with no patches has nothing to draw")
@@ -121,11 +108,11 @@ def draw_panels(
     if reference:
         axes[0].imshow(canvas.picture, interpolation="antialiased")
         axes[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
-        if outlines is not None:
+        if outlines is not None and outlines_on_reference:
             for polygons in outlines:
                 _draw_outline(axes[0], polygons, canvas)
     for i, (axis, title) in enumerate(zip(axes[reference:], titles, strict=False)):
-        heat = paint(scores[i], coords, patch_size, canvas)
+        heat = smooth_covered(paint(scores[i], coords, patch_size, canvas), smooth * patch_size / canvas.downsample)
         low, high = np.quantile(scores[i], [0.01, 0.99])
         norm = Normalize(low, high if high > low else low + 1e-6, clip=True)
         axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
@@ -142,16 +129,23 @@ def draw_panels(
     return figure
 
 
-def draw_grounding(grounding, picture, image=None, outlines: dict[str, list[Polygon]] | None = None) -> None:
-    """Write the PNG of a `Grounding`: every text over the thumbnail of `image`, or over white when there is none.
+def draw_grounding(
+    grounding,
+    image=None,
+    outlines: dict[str, list[Polygon]] | None = None,
+    notes: Sequence[str] | None = None,
+    smooth: float = 0.0,
+) -> Figure:
+    """Draw a `Grounding`: every text over the thumbnail of `image`, or over white when there is none.
 
-    `outlines` holds true outlines by text, where they are known.
+    `outlines` holds the areas of each text, drawn on its map; `notes` (a line under each map) and `smooth` are as
+    `draw_panels` takes them.
     """
     if image is not None:
         canvas = read_thumbnail(image)
     else:
         canvas = blank_canvas(grounding.coords, grounding.patch_size, grounding.width, grounding.height)
-    figure = draw_panels(
+    return draw_panels(
         canvas,
         grounding.texts,
         grounding.patch_scores,
@@ -159,10 +153,12 @@ def draw_grounding(grounding, picture, image=None, outlines: dict[str, list[Poly
         grounding.patch_size,
         mpp=grounding.mpp,
         outlines=None if outlines is None else [outlines.get(text, []) for text in grounding.texts],
+        notes=notes,
         heading=grounding.slide_id,
         reference=image is not None,
+        outlines_on_reference=False,
+        smooth=smooth,
     )
-    figure.savefig(picture, dpi=150, facecolor="white")
 
 
 def scale_bar(mpp: float, downsample: float, columns: int) -> tuple[float, str]:

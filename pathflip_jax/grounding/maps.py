@@ -14,6 +14,17 @@ differ in how they get from one to the other:
   trains, so it is also the fair map of a model that was trained without that loss.
 
 The first three are logarithms of attention over its uniform value: 0 means "no more than anywhere else".
+
+The first two are what the model is trained to attend to, and say little of where: a region is many patches, and what
+draws its attention is mostly not the text. On 24 held-out slides of the demo (windows of one patch, smoothed by half a
+patch edge), ROC AUC of patches / how often the highest patch lies inside / Dice at a fixed threshold:
+
+    slide       0.95  0.97  0.77        attention   0.65  0.34  0.36
+    cosine      0.91  0.86  0.61        region      0.67  0.38  0.34
+    similarity  0.89  0.79  0.53        no text     0.59  0.26  0.37
+    patch       0.74  0.37  0.43
+
+Windows of 3 x 3 patches score the neighbours of what a text names as high as itself: `slide` has 0.94, 0.73 and 0.71.
 """
 
 from typing import NamedTuple
@@ -24,12 +35,15 @@ from scipy.spatial import cKDTree
 
 METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
 DEFAULT_METHOD = "slide"
-WINDOW = 3
+WINDOW = 1
 CONTEXT = 256  # windows that go through the region transformer together
 
 
 class Grounding(NamedTuple):
-    """Scores of texts on one slide: per patch in the order of its `coords`, and per region of the run's cut."""
+    """Scores of texts on one slide: per patch in the order of its `coords`, and per region of the run's cut.
+
+    With `negative` texts, the highest of their scores has been subtracted (`subtract`).
+    """
 
     slide_id: str
     texts: tuple[str, ...]
@@ -41,6 +55,26 @@ class Grounding(NamedTuple):
     width: int
     height: int
     method: str
+    negative: tuple[str, ...] = ()
+
+
+def subtract(grounding: Grounding, negatives: int) -> Grounding:
+    """Take the last `negatives` texts out of a grounding, and the highest of their scores off the others'.
+
+    A score is then a difference of cosines, or of logarithms of attention (a ratio), by method: above 0 a patch looks
+    more like the text than like any of the negative ones. The highest and not the mean, so that a negative text counts
+    where it applies and nowhere else.
+    """
+    if not negatives:
+        return grounding
+    kept = len(grounding.texts) - negatives
+    patches, regions = grounding.patch_scores, grounding.region_scores
+    return grounding._replace(
+        texts=grounding.texts[:kept],
+        negative=grounding.texts[kept:],
+        patch_scores=patches[:kept] - patches[kept:].max(0),
+        region_scores=regions[:kept] - regions[kept:].max(0),
+    )
 
 
 def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int) -> Int[np.ndarray, "N S"]:
@@ -82,6 +116,14 @@ def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"
     values = np.empty((len(region_values), patches), np.float32)
     values[:, slots[region, column]] = region_values[:, region]
     return values
+
+
+def patch_weights(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndarray, "R S"], patches: int):
+    """The Slide Q-Former's attention to each patch, mean of heads and queries, 1 = the slide's mean: [N]."""
+    region, column = np.nonzero(slots >= 0)
+    weights = np.zeros(patches, np.float32)
+    weights[slots[region, column]] = attention.mean((0, 1))[region, column]
+    return weights * patches / max(float(weights.sum()), 1e-12)
 
 
 def patch_shares(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndarray, "R S"], patches: int):

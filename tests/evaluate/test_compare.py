@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from pathflip_jax import cli
+from pathflip_jax.data.tables import write_csv
 from pathflip_jax.evaluate import compare, run, scores
 from pathflip_jax.evaluate.compare import PUBLISHED, published
 from pathflip_jax.inference import Embedding
@@ -74,6 +75,30 @@ def test_every_score_is_as_in_the_reports_and_differences_are_paired(evaluated, 
     assert json.loads((tmp_path / "compare.json").read_text()) == found
     page = (tmp_path / "compare.html").read_text()
     assert "KEEP" in page and "github.com/MAGIC-AI4Med/KEEP" in page and "pathflip compare good bad" in page
+
+
+def test_grounding_is_compared_by_the_mean_of_each_slide(evaluated, tmp_path):
+    """Means over the concepts of a slide, then over slides; a score that no row has is left out."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in ("good", "bad"):
+        folder = shutil.copytree(evaluated / name, tmp_path / name)
+        content = json.loads((folder / "scores.json").read_text()) | {"grounding": {}}
+        (folder / "scores.json").write_text(json.dumps(content))
+        found[name] = rng.random((6, 2)).round(6)
+        rows = [
+            {"run": name, "slide_id": f"S{18 + i}", "patient_id": f"P{i}", "concept": concept, "auc": auc,
+             "pointing": 1.0, "dice": ""}
+            for i, aucs in enumerate(found[name]) for concept, auc in zip(("fat", "mucin"), aucs, strict=True)
+        ]  # fmt: skip
+        write_csv(folder / "grounding.csv", rows)
+    rows = compare.compare([tmp_path / "good", tmp_path / "bad"], tmp_path / "out")["rows"]
+    rows = {row["metric"]: row for row in rows if row["task"] == ["grounding"]}
+    assert set(rows) == {"auc", "pointing"}
+    assert [x["value"] for x in rows["auc"]["values"]] == pytest.approx(
+        [found[name].mean() for name in ("good", "bad")]
+    )
+    assert "ROC AUC of patches" in (tmp_path / "out" / "compare.html").read_text()
 
 
 def test_an_evaluation_equals_itself(evaluated, tmp_path, capsys):

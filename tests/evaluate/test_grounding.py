@@ -1,11 +1,13 @@
 """Grounding against outlines: which patches are true, which count, and what an AUC is."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.evaluate import grounding, summary
+from pathflip_jax.evaluate import grounding, summary, truth
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 
 SQUARE = Polygon(np.array([[100, 100], [260, 100], [260, 260], [100, 260], [100, 100]], float))
@@ -20,16 +22,16 @@ def slide():
 
 def test_true_patches_and_those_cut_by_an_outline(slide, tmp_path):
     write_outlines(tmp_path / "S1.geojson", {"tumor": [SQUARE]})
-    inside, counts = grounding.true_patches(tmp_path, slide, ["tumor", "fat"])
+    inside, counts = truth.true_patches(tmp_path, slide, ["tumor", "fat"])
     centres = slide.coords + 32
     assert inside[0].tolist() == ((centres > 100) & (centres < 260)).all(1).tolist()
     assert not inside[1].any() and counts.all()
-    _, clear = grounding.true_patches(tmp_path, slide, ["tumor", "fat"], clear=0.25)
+    _, clear = truth.true_patches(tmp_path, slide, ["tumor", "fat"], clear=0.25)
     low, high = np.maximum(slide.coords, 100), np.minimum(slide.coords + 64, 260)
     share = np.clip(high - low, 0, None).prod(1) / 64**2
     assert clear.tolist() == ((share < 0.25) | (share > 0.75)).tolist() and not clear.all()
     with pytest.raises(FileNotFoundError, match=r"S1\.geojson"):
-        grounding.true_patches(tmp_path / "gone", slide, ["tumor"])
+        truth.true_patches(tmp_path / "gone", slide, ["tumor"])
 
 
 def test_concept_aucs_are_those_of_scikit_learn():
@@ -62,3 +64,82 @@ def test_a_slides_figure_is_the_mean_over_its_concepts():
 def test_a_colour_map_needs_training_slides(slide, tmp_path):
     with pytest.raises(ValueError, match="no training slide has both"):
         grounding.ColourMap([slide], {}, tmp_path, ["tumor"])
+
+
+def test_a_colour_map_does_not_know_the_slide_that_it_maps(slide, tmp_path, monkeypatch):
+    """Else its thresholds, which training slides choose, were those of colours that it has seen."""
+    inside = Polygon(np.array([[0, 0], [400, 0], [400, 400], [0, 400], [0, 0]], float))
+    other = SlideFeatures("S2", "P2", slide.features, slide.coords, patch_size=64, mpp=0.5)
+    write_outlines(tmp_path / "S1.geojson", {"tumor": [inside]})
+    write_outlines(tmp_path / "S2.geojson", {})
+    monkeypatch.setattr(grounding.colour, "patch_colours", lambda path, coords, size: np.full((len(coords), 3), 9.0))
+    found = grounding.ColourMap([slide, other], {"S1": "a", "S2": "b"}, tmp_path, ["tumor"])
+    assert (found(slide) == 0).all() and (found(other) == 1).all()
+
+
+def test_pointing_is_won_by_the_highest_patch_that_counts():
+    inside = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]], bool)
+    found = np.array([[1, 2, 9, 0, 0], [1, 2, 3, 4, 5], [7, 7, 7, 7, 1]], float)
+    counts = np.array([True, True, False, True, True])
+    hits = grounding.pointing_hits(inside, found, counts)
+    assert hits[0] == 1 and np.isnan(hits[1]) and hits[2] == pytest.approx(1 / 3)  # patch 2 does not count; three tie
+
+
+def test_dice_is_scikit_learns_f1():
+    rng = np.random.default_rng(0)
+    true, score = rng.random(40) < 0.4, rng.normal(size=40).round(1)
+    thresholds = np.array([-9.0, -0.3, 0.0, 0.7, 9.0])
+    expected = [metrics.f1_score(true, score >= threshold, zero_division=0) for threshold in thresholds]
+    assert grounding.dice_at(thresholds, true, score) == pytest.approx(expected)
+
+
+def test_thresholds_are_the_training_slides_best():
+    """No score of the slides has, as a threshold, a better mean Dice than the chosen one."""
+    rng = np.random.default_rng(1)
+    slides = []
+    for _ in range(3):
+        inside = np.stack([rng.random(25) < 0.3, np.zeros(25, bool)])
+        slides.append(((inside, rng.random(25) < 0.9), rng.normal(size=(2, 25)) + inside))
+    chosen = grounding.choose_thresholds(slides, 2)
+    seen = [(inside[0, counts], found[0, counts]) for (inside, counts), found in slides]
+
+    def reached(threshold):
+        return np.mean([metrics.f1_score(true, score >= threshold, zero_division=0) for true, score in seen])
+
+    best = max(reached(threshold) for _, scores in seen for threshold in scores)
+    assert best - 0.01 <= reached(chosen[0]) <= best + 1e-9
+    assert np.isnan(chosen[1])  # no slide shows the concept
+
+
+def test_scored_slides_have_no_say_in_the_thresholds():
+    def features(slide_id):
+        return SimpleNamespace(slide_id=slide_id, coords=np.zeros((36, 2)), patch_size=64)
+
+    inside = np.arange(36)[None] < 9
+    known = (inside, np.ones(36, bool))
+    maps = {"train": np.arange(36, 0, -1.0)[None], "S1": np.arange(36, 0, -1.0)[None] + 100}
+    found = grounding.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {"train": known})
+    assert 27 <= found.thresholds[0] <= 28
+    assert found.auc[0, 0] == found.pointing[0, 0] == 1
+    assert found.dice[0, 0] == pytest.approx(2 * 9 / (36 + 9))  # by the old threshold all patches are marked
+    alone = grounding.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {})
+    assert np.isnan(alone.dice).all() and alone.auc[0, 0] == 1
+
+
+def test_chance_is_the_share_of_patches_inside():
+    inside = np.array([[True, False, False, False], [False] * 4])
+    found = grounding.chance({"S1": (inside, np.array([True, True, True, False]))})
+    assert found.auc[0, 0] == 0.5 and found.pointing[0, 0] == pytest.approx(1 / 3)
+    assert found.dice[0, 0] == pytest.approx(metrics.f1_score([1, 0, 0], [1, 1, 1]))
+    assert np.isnan([found.auc[0, 1], found.pointing[0, 1], found.dice[0, 1]]).all()
+
+
+def test_lesions_need_a_slides_measures(slide, tmp_path):
+    write_outlines(tmp_path / "S1.geojson", {"tumor": [SQUARE]})
+    with pytest.raises(ValueError, match=r"S1: its size or mpp is unknown.*--mpp"):
+        truth.read_lesion_task(tmp_path, [slide], ["tumor"], "tumor")
+    large = Polygon(SQUARE.ring * 8)
+    write_outlines(tmp_path / "S1.geojson", {"tumor": [large]})
+    known = SlideFeatures("S1", "P1", slide.features, slide.coords, 64, 0.5, width=3000, height=3000)
+    task = truth.read_lesion_task(tmp_path, [known], ["fat", "tumor"], "tumor")
+    assert task.concept == 1 and [area.counts for area in task.slides["S1"].areas] == [True]

@@ -11,6 +11,7 @@ import tifffile
 from matplotlib.colors import Normalize
 
 from pathflip_jax.grounding import heatmap
+from pathflip_jax.grounding.files import write_picture
 from pathflip_jax.grounding.heatmap import Canvas
 from pathflip_jax.grounding.outlines import Polygon
 
@@ -77,8 +78,8 @@ def test_the_drawn_picture_glows_where_the_tissue_is(slide_file, tmp_path):
         width=960, height=640, slide_id="S1",
     )  # fmt: skip
     outline = {"a black square": [Polygon(np.array([[448, 192], [512, 192], [512, 256], [448, 256]], float))]}
-    heatmap.draw_grounding(grounding, tmp_path / "with.png", image=slide_file, outlines=outline)
-    heatmap.draw_grounding(grounding, tmp_path / "without.png")
+    write_picture(tmp_path / "with.png", heatmap.draw_grounding(grounding, slide_file, outline), dpi=150)
+    write_picture(tmp_path / "without.png", heatmap.draw_grounding(grounding), dpi=150)
     assert (tmp_path / "with.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     widths = [struct.unpack(">I", (tmp_path / n).read_bytes()[16:20])[0] for n in ("with.png", "without.png")]
     assert widths[0] == 2 * widths[1]  # the slide beside the map

@@ -1,0 +1,208 @@
+"""CAMELYON16 as it is downloaded, made ready for `pathflip`: slide table, outlines, texts, one folder of slides.
+
+    python -m pathflip_jax.evaluate.camelyon16 CAMELYON16 --out camelyon16
+
+Slides (normal_001.tif, tumor_001.tif, test_001.tif) and annotations (tumor_001.xml of ASAP, or tumor_001_mask.tif) are
+found anywhere below the folder, so the layouts of GigaDB and of the AWS registry both do; the truth of test slides is
+in reference.csv. As the organisers say, test_049 is left out (it is there twice) and test_114 has no outlines (not all
+of its lesions are annotated). What is missing is said; the slides that are there are used.
+
+    OUT/slides/<slide>.tif          links to the slides
+    OUT/slides.csv                  slide_id, patient_id, label (Normal, Tumor), split
+    OUT/outlines/<slide>.geojson    tumor areas less what is cut out of them; none for normal slides
+    OUT/grounding.json              texts of the concept "tumor"
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from tqdm import tqdm
+
+from pathflip_jax.data import guarded
+from pathflip_jax.data.text import some
+from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.grounding.boxes import trace
+from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
+
+SLIDE = re.compile(r"(normal|tumor|test)_\d{3}", re.IGNORECASE)
+TUMOR_GROUPS, CUT_OUT_GROUPS = {"tumor", "_0", "_1", "metastases"}, {"_2", "exclusion", "normal"}
+TWICE, PARTLY_ANNOTATED = "test_049", "test_114"
+MASK_PIXELS = 2**25  # of the level of a mask that outlines are traced on
+TEXTS = {
+    "tumor": [
+        "metastatic carcinoma",
+        "metastatic breast cancer",
+        "clusters of atypical epithelial tumor cells",
+        "lymph node metastasis of breast carcinoma",
+    ]
+}
+
+
+class Found(NamedTuple):
+    """What lies below the downloaded folder, by slide id in small letters."""
+
+    slides: dict[str, Path]
+    annotations: dict[str, Path]
+    masks: dict[str, Path]
+    labels: dict[str, str]
+
+
+def find(folder: Path, out: Path) -> Found:
+    """Find slides, annotations, masks and the labels of test slides, but for what an earlier run left in `out`.
+
+    Raises FileNotFoundError for no slide at all.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; name the one that CAMELYON16 was downloaded to")
+    slides, masks = {}, {}
+    mine = out.absolute()
+    for path in sorted(path for path in folder.rglob("*.tif") if mine not in path.absolute().parents):
+        name = path.stem.lower()
+        if SLIDE.fullmatch(name):
+            slides[name] = path
+        elif SLIDE.fullmatch(name.removesuffix("_mask")):
+            masks[name.removesuffix("_mask")] = path
+    if not slides:
+        raise FileNotFoundError(
+            f"{folder}: no slides in it or below; expected names such as normal_001.tif, tumor_001.tif, test_001.tif"
+        )
+    annotations = {path.stem.lower(): path for path in sorted(folder.rglob("*.xml"))}
+    tables = sorted(folder.rglob("reference.csv"))
+    return Found(slides, annotations, masks, read_reference(tables[0]) if tables else {})
+
+
+def read_reference(path: Path) -> dict[str, str]:
+    """The labels of the test slides: rows of slide and Normal or Tumor, whatever columns follow, with header or not."""
+    labels = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for row in csv.reader(file):
+            name, label = (cell.strip() for cell in [*row, "", ""][:2])
+            name = name.removesuffix(".tif").lower()
+            if SLIDE.fullmatch(name) and label.lower() in ("normal", "tumor"):
+                labels[name] = label.capitalize()
+    if not labels:
+        raise ValueError(f"{path}: no row such as `test_001,Tumor,...`; the table comes with the test slides")
+    return labels
+
+
+def read_asap(path: Path) -> tuple[list[Polygon], list[str]]:
+    """The tumor areas of an ASAP file, what is cut out as their holes; and the groups that are neither.
+
+    Groups Tumor, _0 and _1 are tumor, _2 (Exclusion) is cut out. Raises ValueError, naming the file, for no ASAP file.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+        rings, foreign = {True: [], False: []}, set()
+        for annotation in root.iter("Annotation"):
+            group = annotation.get("PartOfGroup", "")
+            points = [(float(c.get("X")), float(c.get("Y"))) for c in annotation.iter("Coordinate")]
+            if group.lower() not in TUMOR_GROUPS | CUT_OUT_GROUPS:
+                foreign.add(group)
+            elif len(points) > 2:
+                rings[group.lower() in TUMOR_GROUPS].append(np.array([*points, points[0]]))
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no annotations of ASAP ({error}); download it again") from None
+    polygons = [Polygon(ring, tuple(cut for cut in rings[False] if _reaches(ring, cut))) for ring in rings[True]]
+    return polygons, sorted(foreign)
+
+
+def _reaches(ring: np.ndarray, cut: np.ndarray) -> bool:
+    return bool(contains([Polygon(ring)], cut).any())
+
+
+def read_mask(path: Path) -> list[Polygon]:
+    """The tumor areas of a mask (its upper half of values), traced on a level of at most 2^25 pixels."""
+    facts, arrays = guarded.parse("pathflip_jax.data.slide_pixels:mask", path, MASK_PIXELS, memory=guarded.SLIDE_MEMORY)
+    return list(trace(arrays["mask"], np.zeros(2), facts["downsample"]))
+
+
+def build(folder: Path, out: Path) -> list[str]:
+    """Write everything into `out`; returns what is to be said of it, line by line.
+
+    Raises ValueError where test slides have no label: a score over the rest would hide them.
+    """
+    found = find(folder, out)
+    slides = {name: path for name, path in found.slides.items() if name != TWICE}
+    labels = {name: name.partition("_")[0].capitalize() for name in slides if not name.startswith("test")}
+    labels |= {name: label for name, label in found.labels.items() if name in slides}
+    silent = [name for name in slides if name not in labels]
+    if silent:
+        raise ValueError(
+            f"{folder}: {some(silent)} without a label; put reference.csv of the test slides anywhere below the folder"
+        )
+    for part in ("slides", "outlines"):
+        (out / part).mkdir(parents=True, exist_ok=True)
+    for name, path in slides.items():
+        link = out / "slides" / f"{name}.tif"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.resolve())
+    notes = _write_outlines(found, labels, out / "outlines")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["slide_id", "patient_id", "label", "split"])
+    writer.writerows([name, name, labels[name], "test" if name.startswith("test") else "train"] for name in slides)
+    _write(out / "grounding.json", json.dumps(TEXTS, indent=1) + "\n")
+    _write(out / "slides.csv", table.getvalue())
+    tests = sum(name.startswith("test") for name in slides)
+    tumors = sum(label == "Tumor" for label in labels.values())
+    return [f"{out}: {len(slides) - tests} training and {tests} test slides, {tumors} with tumor", *notes]
+
+
+def _write_outlines(found: Found, labels: dict[str, str], folder: Path) -> list[str]:
+    """Write the outlines of every slide of which they are known; returns what is missing."""
+    bare, groups = [], set()
+    for name, label in tqdm(labels.items(), desc="outlines", unit="slide", leave=False):
+        path = folder / f"{name}.geojson"
+        polygons: Iterable[Polygon] = ()
+        if label == "Tumor":
+            if name == PARTLY_ANNOTATED:
+                continue
+            if name in found.annotations:
+                polygons, foreign = read_asap(found.annotations[name])
+                groups.update(foreign)
+            elif name in found.masks:
+                polygons = read_mask(found.masks[name])
+            if not polygons:
+                bare.append(name)
+                continue
+        write_outlines(path, {"tumor": list(polygons)} if label == "Tumor" else {})
+    notes = [f"annotations of the groups {', '.join(sorted(groups))} are left out"] if groups else []
+    if bare:
+        notes.append(f"tumor slides without annotations, left out of grounding: {some(bare)}")
+    return notes
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as out:
+        out.write(text.encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the folder ready from the command line; the exit code is 0, or 2 for what cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pathflip_jax.evaluate.camelyon16",
+        description="Make CAMELYON16 ready for pathflip: slide table, outlines, texts (docs/camelyon16.md).",
+        epilog="example: python -m pathflip_jax.evaluate.camelyon16 CAMELYON16 --out camelyon16",
+    )
+    parser.add_argument("folder", type=Path, metavar="CAMELYON16", help="folder of the download, searched below")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    options = parser.parse_args(argv)
+    try:
+        print("\n".join(build(options.folder, options.out)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What is true of a cohort's slides: which patches lie in the outlines of a concept, and which areas are lesions."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.evaluate import froc
+from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.zero_shot import read_prompts
+from pathflip_jax.grounding.outlines import area_fraction, patches_inside, read_outlines
+from pathflip_jax.grounding.placement import check_on_slide
+
+THRESHOLD_SLIDES = 30  # training slides that choose the thresholds
+
+Truth = tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]  # which patches lie inside, and which count
+
+
+class LesionTask(NamedTuple):
+    """The concept whose outlines are lesions to detect, by number, and those of each slide."""
+
+    concept: int
+    slides: dict[str, froc.Lesions]
+
+
+class Outlined(NamedTuple):
+    """What grounding is scored against: the texts of each concept, and what is true of the slides with outlines.
+
+    `training` are the slides that choose thresholds, none of which is scored.
+    """
+
+    concepts: dict[str, list[str]]
+    truth: dict[str, Truth]  # by slide id
+    training: dict[str, Truth]
+    lesions: LesionTask | None
+
+
+def read_outlined(
+    cohort: Cohort, concepts, outlines, *, clear: float | None, lesions: str | None, seed: int
+) -> Outlined:
+    """Read the texts of concepts (`read_prompts`) and the outlines of a cohort, `<slide_id>.geojson` in a folder.
+
+    `clear` is that of `true_patches`, `lesions` the concept whose outlines are lesions, `seed` draws the slides of the
+    thresholds. What makes scores partial is a warning of the cohort.
+    """
+    named, folder = read_prompts(concepts).classes, Path(outlines)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{outlines}: no such folder of outlines (<slide_id>.geojson)")
+    outlined = [slide for slide in cohort.slide_ids if (folder / f"{slide}.geojson").exists()]
+    if not outlined:
+        raise ValueError(f"{outlines}: no outlines of any slide of the split; expected {cohort.slide_ids[0]}.geojson")
+    if len(outlined) < len(cohort.slide_ids):
+        left = len(cohort.slide_ids) - len(outlined)
+        cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
+    truth = {}
+    for slide in map(cohort.features, outlined):
+        truth[slide.slide_id] = true_patches(folder, slide, list(named), clear)
+        if slide.width and slide.height:
+            try:
+                check_on_slide(slide, slide.width, slide.height, "the slide by its record")
+            except ValueError as error:
+                cohort.warnings.append(str(error))
+    if not any(inside.any() for inside, _ in truth.values()):
+        raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
+    training: dict[str, Truth] = {}
+    for slide in cohort.train_features(seed):
+        if len(training) == THRESHOLD_SLIDES:
+            break
+        if (folder / f"{slide.slide_id}.geojson").exists():
+            training[slide.slide_id] = true_patches(folder, slide, list(named), clear)
+    if not training:
+        cohort.warnings.append("no training slide has outlines to choose a threshold by: grounding has no Dice")
+    task = None
+    if lesions is not None:
+        task = read_lesion_task(folder, map(cohort.features, outlined), list(named), lesions)
+    return Outlined(named, truth, training, task)
+
+
+def true_patches(
+    folder, slide: SlideFeatures, concepts: list[str], clear: float | None = None
+) -> tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]:
+    """Which patches lie in each concept's outlines, and which patches count.
+
+    A patch lies where its centre lies. With `clear` (say 0.25), patches that an outline cuts with a share of their
+    area between `clear` and 1 - `clear` do not count: nobody can say what they show.
+    """
+    path = Path(folder) / f"{slide.slide_id}.geojson"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no outlines of slide {slide.slide_id}; expected <slide_id>.geojson")
+    outlines = read_outlines(path)
+    inside = np.stack([patches_inside(outlines.get(c, []), slide.coords, slide.patch_size) for c in concepts])
+    counts = np.ones(len(slide.coords), bool)
+    if clear is not None:
+        for concept in concepts:
+            share = area_fraction(outlines.get(concept, []), slide.coords, slide.patch_size)
+            counts &= (share <= clear) | (share >= 1 - clear)
+    return inside, counts
+
+
+def read_lesion_task(folder, slides: Iterable[SlideFeatures], concepts: list[str], concept: str) -> LesionTask:
+    """The lesions that the outlines of a concept make on each slide.
+
+    Raises ValueError for a concept that there is not, for slides of unknown size or mpp, and where no slide has a
+    lesion that counts.
+    """
+    if concept not in concepts:
+        raise ValueError(f"lesions of {concept!r}: no such concept; the concepts are {', '.join(concepts)}")
+    found = {}
+    for slide in slides:
+        if not (slide.width and slide.height and slide.mpp):
+            raise ValueError(
+                f"slide {slide.slide_id}: its size or mpp is unknown, and lesions are measured in micrometres; prepare "
+                "the slide, or import its features with --mpp from files that say the size (CLAM, TRIDENT)"
+            )
+        polygons = read_outlines(Path(folder) / f"{slide.slide_id}.geojson").get(concept, [])
+        found[slide.slide_id] = froc.read_lesions(polygons, slide.width, slide.height, slide.mpp)
+    if not any(area.counts for lesions in found.values() for area in lesions.areas):
+        raise ValueError(f"{folder}: no outline of {concept!r} is a lesion of {froc.ISOLATED_UM:g} um or more")
+    return LesionTask(concepts.index(concept), found)

@@ -1,0 +1,129 @@
+"""Areas in which a text is seen: connected parts of its heatmap above a threshold, and the boxes around them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from contourpy import FillType, contour_generator
+from jaxtyping import Bool, Float
+from scipy import ndimage
+
+from pathflip_jax.grounding.outlines import Polygon
+from pathflip_jax.grounding.surface import Surface
+
+MIN_PATCHES = 2.0  # an area smaller than so many patches is dropped: one patch is little evidence
+TOUCHING = np.ones((3, 3), int)  # pixels that touch at a corner belong together
+
+
+class Box(NamedTuple):
+    """One area of a text on a slide, in level-0 pixels: the box around it, and its outline with holes.
+
+    `score` is the mean and `peak` the highest value of the (smoothed) heatmap inside, in the units of the patch scores;
+    `patches` counts the patches whose centre lies inside; `area_mm2` is None where the slide's mpp is unknown.
+    """
+
+    text: str
+    x: int
+    y: int
+    width: int
+    height: int
+    score: float
+    peak: float
+    patches: int
+    area_mm2: float | None
+    outline: tuple[Polygon, ...]
+
+
+def split_threshold(values: Float[np.ndarray, "..."]) -> float:
+    """The score that parts a map: half way from its median to its highest; a map of one value has none above it.
+
+    It finds areas on every slide, whether or not the text's subject is there; only scores of many slides can tell that.
+    """
+    known = np.asarray(values)[np.isfinite(values)]
+    return float((np.median(known) + known.max()) / 2)
+
+
+def thresholds_of(surface: Surface, threshold: float | Sequence[float] | None) -> list[float]:
+    """The threshold of each text: the one given for all, one for each, or (None) each map's own `split_threshold`."""
+    if threshold is None:
+        return [split_threshold(values) for values in surface.values]
+    wanted = np.broadcast_to(np.asarray(threshold, np.float64), len(surface.values))
+    if not np.isfinite(wanted).all():
+        raise ValueError(f"threshold {threshold}: expected a score, such as 0.3")
+    return wanted.tolist()
+
+
+def find_boxes(
+    grounding,
+    surface: Surface,
+    threshold: float | Sequence[float] | None = None,
+    *,
+    min_patches: float = MIN_PATCHES,
+) -> list[Box]:
+    """The areas of each text whose heatmap lies above `threshold` (`thresholds_of`), the highest peak first.
+
+    Pixels that touch, by an edge or a corner, are one area. An area smaller than `min_patches` patches is dropped.
+    """
+    found = []
+    for number, limit in enumerate(thresholds_of(surface, threshold)):
+        found.extend(_boxes(grounding, surface, number, limit, min_patches))
+    return found
+
+
+def _boxes(grounding, surface: Surface, number: int, limit: float, min_patches: float) -> list[Box]:
+    values, scale = surface.values[number], surface.downsample
+    with np.errstate(invalid="ignore"):
+        labels, count = ndimage.label(values > limit, TOUCHING)
+    if not count:
+        return []
+    areas = np.bincount(labels.ravel(), minlength=count + 1) * scale**2  # level-0 pixels
+    inside = _patches_inside(grounding, surface, labels, count)
+    boxes = []
+    for label, window in enumerate(ndimage.find_objects(labels), 1):
+        if areas[label] < min_patches * grounding.patch_size**2 * (1 - 1e-9):
+            continue
+        mask = labels[window] == label
+        row, column = window[0].start, window[1].start
+        corner = np.array(surface.origin) + np.array([column, row]) * scale
+        x0, y0 = (round(float(v)) for v in corner)
+        x1, y1 = (round(float(v)) for v in corner + np.array(mask.shape[::-1]) * scale)
+        scores = values[window][mask]
+        boxes.append(
+            Box(
+                text=grounding.texts[number],
+                x=x0,
+                y=y0,
+                width=x1 - x0,
+                height=y1 - y0,
+                score=float(scores.mean(dtype=np.float64)),
+                peak=float(scores.max()),
+                patches=int(inside[label]),
+                area_mm2=float(areas[label]) * (grounding.mpp / 1000) ** 2 if grounding.mpp > 0 else None,
+                outline=trace(mask, corner, scale),
+            )
+        )
+    return sorted(boxes, key=lambda box: -box.peak)
+
+
+def _patches_inside(grounding, surface: Surface, labels: np.ndarray, count: int) -> np.ndarray:
+    """How many patches have their centre in each labelled area; number 0 is outside of all."""
+    centres = np.asarray(grounding.coords, np.float64) + grounding.patch_size / 2
+    column, row = ((centres - surface.origin) / surface.downsample).astype(int).T
+    rows, columns = labels.shape
+    return np.bincount(labels[np.clip(row, 0, rows - 1), np.clip(column, 0, columns - 1)], minlength=count + 1)
+
+
+def trace(mask: Bool[np.ndarray, "h w"], corner: np.ndarray, scale: float) -> tuple[Polygon, ...]:
+    """The rings around the set pixels of a mask whose corner lies at `corner`, in level-0 pixels.
+
+    They run half way between the centres of pixels in and out: along pixel edges, corners cut. Parts that touch only
+    at a corner may come as two.
+    """
+    padded = np.pad(mask.astype(np.float64), 1)
+    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)
+    polygons = []
+    for ring_points, ends in zip(points, offsets, strict=True):
+        placed = corner + (ring_points - 0.5) * scale  # the padded centre of pixel j stands at j + 1
+        rings = [placed[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        polygons.append(Polygon(rings[0], tuple(rings[1:])))
+    return tuple(polygons)

@@ -1,0 +1,131 @@
+"""Groundings as files that other tools open: GeoJSON for QuPath, JSON, and attention maps as CLAM writes them.
+
+Every file appears whole or not at all.
+"""
+
+import io
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from matplotlib.figure import Figure
+
+from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.grounding.boxes import Box
+from pathflip_jax.grounding.outlines import Polygon
+
+# Told apart by the colour-blind too, on pink tissue: Okabe and Ito's palette, its yellow and grey left out.
+COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (148, 33, 146))
+
+
+def write_whole(path: Path, data: bytes) -> Path:
+    """Write a file that appears whole or not at all."""
+    with whole_file(path) as out:
+        out.write(data)
+    return path
+
+
+def colour_of(texts: Sequence[str], text: str) -> tuple[int, int, int]:
+    """The colour (red, green, blue; 0 to 255) in which a text of several is shown."""
+    return COLOURS[list(texts).index(text) % len(COLOURS)]
+
+
+def short_name(number: int, text: str) -> str:
+    """A file name for a text: its number among the texts, from 1, and its first words."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:16].strip("-")
+    return f"{number}-{words}" if words else str(number)
+
+
+def as_geojson(slide_id: str, texts: Sequence[str], boxes: Sequence[Box], bounds: tuple[int, int] = (0, 0)) -> dict:
+    """The areas as a FeatureCollection of QuPath annotations: outlines in level-0 pixels, the text as their class.
+
+    QuPath crops slides that tell their bounds (MRXS and some others) and counts pixels from there: `bounds` is
+    that corner.
+    """
+    counts: dict[str, int] = {}
+    features = []
+    for box in boxes:
+        counts[box.text] = counts.get(box.text, 0) + 1
+        name = f"{box.text} {counts[box.text]}"
+        parts = [_rings(polygon, bounds) for polygon in box.outline]
+        measured = {"score": box.score, "peak": box.peak, "patches": box.patches}
+        if box.area_mm2 is not None:
+            measured["area mm^2"] = box.area_mm2
+        features.append(
+            {
+                "type": "Feature",
+                "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{slide_id}/{name}")),
+                "geometry": {
+                    "type": "MultiPolygon" if len(parts) > 1 else "Polygon",
+                    "coordinates": parts if len(parts) > 1 else parts[0],
+                },
+                "properties": {
+                    "objectType": "annotation",
+                    "name": name,
+                    "classification": {"name": box.text, "color": list(colour_of(texts, box.text))},
+                    "measurements": measured,
+                },
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _rings(polygon: Polygon, bounds: tuple[int, int]) -> list[list[list[float]]]:
+    return [np.round(ring - np.asarray(bounds), 1).tolist() for ring in (polygon.ring, *polygon.holes)]
+
+
+def as_facts(grounding, thresholds: Sequence[float], smooth: float, boxes: Sequence[Box]) -> dict:
+    """What a grounding found, for scripts: how it was made, and the boxes of each text with its threshold."""
+    found = []
+    for number, text in enumerate(grounding.texts):
+        mine = [
+            {k: v for k, v in box._asdict().items() if k not in ("text", "outline")}
+            for box in boxes
+            if box.text == text
+        ]
+        found.append({"text": text, "threshold": thresholds[number], "boxes": mine})
+    return {
+        "slide_id": grounding.slide_id,
+        "method": grounding.method,
+        "negative": list(grounding.negative),
+        "smooth": smooth,
+        "patch_size": grounding.patch_size,
+        "mpp": grounding.mpp or None,
+        "width": grounding.width or None,
+        "height": grounding.height or None,
+        "patches": len(grounding.coords),
+        "texts": found,
+    }
+
+
+def write_json(path: Path, content: dict) -> Path:
+    """Write JSON (GeoJSON is JSON)."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return write_whole(path, (text + "\n").encode())
+
+
+def write_attention(path: Path, grounding, number: int) -> Path:
+    """Write one text's scores as CLAM's `<slide>_blockmap.h5`: `attention_scores` [N, 1], `coords` [N, 2] at level 0.
+
+    CLAM's heatmap code reads both by name and has the patch size from its caller; attributes say it, and the text.
+    """
+    stream = io.BytesIO()
+    with h5py.File(stream, "w") as file:
+        scores = np.asarray(grounding.patch_scores[number], np.float32)[:, None]
+        file.create_dataset("attention_scores", data=scores)
+        coords = file.create_dataset("coords", data=np.asarray(grounding.coords, np.int64))
+        coords.attrs["patch_size_level0"] = grounding.patch_size
+        file.attrs["text"] = grounding.texts[number]
+        file.attrs["method"] = grounding.method
+    return write_whole(path, stream.getvalue())
+
+
+def write_picture(path: Path, figure: Figure, dpi: int) -> Path:
+    """Write a figure as PNG."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi, facecolor="white")
+    return write_whole(path, stream.getvalue())

@@ -1,0 +1,54 @@
+"""Whether the patches of a slide lie on it: coordinates of another level or slide are found out before drawing."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pathflip_jax.data import guarded
+
+
+class Measures(NamedTuple):
+    """What a slide file says of itself: size at level 0, mpp (0: unknown), and the corner of what is not empty."""
+
+    width: int
+    height: int
+    mpp: float
+    bounds: tuple[int, int]
+
+
+def read_measures(path) -> Measures:
+    """The measures of a slide file. Raises OSError or ValueError, naming it, for what is no slide."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such slide file")
+    facts, _ = guarded.parse("pathflip_jax.data.slide_pixels:measures", path, memory=guarded.SLIDE_MEMORY)
+    return Measures(facts["width"], facts["height"], facts["mpp"], tuple(facts["bounds"]))
+
+
+def check_on_slide(slide, width: int, height: int, source: str) -> None:
+    """Raise ValueError where patches of `slide` (features, or a grounding) lie wholly beyond `width` x `height` pixels.
+
+    A patch that only sticks out is sound: some tools pad the last row and column.
+    """
+    coords, size = np.asarray(slide.coords, np.int64), max(slide.patch_size, 1)
+    beyond = ((coords >= (width, height)) | (coords + size <= 0)).any(1)
+    if beyond.any():
+        x, y = coords[beyond][0]
+        raise ValueError(
+            f"slide {slide.slide_id}: {beyond.sum()} of {len(coords)} patches lie beyond the slide, such as one at "
+            f"({x}, {y}), while {source} is {width} x {height} pixels; coordinates count level-0 pixels of the same "
+            "slide: were the features made of another file, or at another level? Extract them again"
+        )
+
+
+def check_same_slide(slide, measures: Measures, path) -> None:
+    """Raise ValueError where a slide file is not of the size that the features' slide had, or patches lie beyond it."""
+    differ = max(abs(slide.width - measures.width), abs(slide.height - measures.height))
+    if slide.width and slide.height and differ > max(slide.patch_size, 1):
+        raise ValueError(
+            f"{path}: {measures.width} x {measures.height} pixels, but the features of slide {slide.slide_id} are of "
+            f"one of {slide.width} x {slide.height}: another slide, or another export of it; name the file that they "
+            "were made from"
+        )
+    check_on_slide(slide, measures.width, measures.height, str(path))

@@ -1,0 +1,75 @@
+"""Everything that `pathflip ground` leaves behind of one slide."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from pathflip_jax.grounding.boxes import MIN_PATCHES, find_boxes, thresholds_of
+from pathflip_jax.grounding.files import (
+    as_facts,
+    as_geojson,
+    short_name,
+    write_attention,
+    write_json,
+    write_picture,
+    write_whole,
+)
+from pathflip_jax.grounding.heatmap import draw_grounding
+from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.placement import Measures
+from pathflip_jax.grounding.surface import SMOOTH, make_surface
+from pathflip_jax.grounding.top_patches import write_top_patches
+
+TOP = 8
+
+
+def write_grounding(
+    out: Path,
+    grounding: Grounding,
+    *,
+    image: Path | None = None,
+    measures: Measures | None = None,
+    threshold: float | None = None,
+    smooth: float = SMOOTH,
+    min_patches: float = MIN_PATCHES,
+    top: int = TOP,
+) -> dict[str, str | list[str]]:
+    """Write a grounding into `out` and return the files by kind.
+
+    `<slide>.png` (maps), `.npz` (scores of patches and regions), `.json` (boxes), `.geojson` (areas, for QuPath) and a
+    `_blockmap.h5` for each text (as CLAM has them); with the slide file `image` and its `measures`, also the `top`
+    patches of each text in `patches/<slide>/`. `threshold`, `smooth` and `min_patches` are those of `find_boxes` and
+    `make_surface`.
+    """
+    name = grounding.slide_id
+    out.mkdir(parents=True, exist_ok=True)
+    if measures is not None and not grounding.mpp:
+        grounding = grounding._replace(mpp=measures.mpp)
+    surface = make_surface(grounding, smooth)
+    limits = thresholds_of(surface, threshold)
+    boxes = find_boxes(grounding, surface, limits, min_patches=min_patches)
+    outlines = {text: [ring for box in boxes if box.text == text for ring in box.outline] for text in grounding.texts}
+    counts = [sum(box.text == text for box in boxes) for text in grounding.texts]
+    notes = [f"areas above {limit:.3g}: {count}" for limit, count in zip(limits, counts, strict=True)]
+    picture = draw_grounding(grounding, image=image, outlines=outlines, notes=notes, smooth=smooth)
+    written: dict[str, str | list[str]] = {"picture": str(write_picture(out / f"{name}.png", picture, dpi=150))}
+    stream = io.BytesIO()
+    np.savez(
+        stream, texts=grounding.texts, patch_scores=grounding.patch_scores, coords=grounding.coords,
+        patch_size=grounding.patch_size, region_scores=grounding.region_scores,
+    )  # fmt: skip
+    written["scores"] = str(write_whole(out / f"{name}.npz", stream.getvalue()))
+    facts = as_facts(grounding, limits, smooth, boxes)
+    bounds = (0, 0) if measures is None else measures.bounds
+    areas = as_geojson(name, grounding.texts, boxes, bounds)
+    written["geojson"] = str(write_json(out / f"{name}.geojson", areas))
+    written["attention"] = [
+        str(write_attention(out / f"{name}_{short_name(number + 1, text)}_blockmap.h5", grounding, number))
+        for number, text in enumerate(grounding.texts)
+    ]
+    if image is not None:
+        facts["top_patches"] = write_top_patches(out / "patches" / name, grounding, image, top)
+        written["patches"] = [str(out / "patches" / name / "sheet.png"), *(p["file"] for p in facts["top_patches"])]
+    written["json"] = str(write_json(out / f"{name}.json", facts))
+    return written
