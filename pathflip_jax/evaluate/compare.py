@@ -15,10 +15,10 @@ import numpy as np
 from pathflip_jax.data.tables import json_object, read_rows
 from pathflip_jax.data.text import some
 from pathflip_jax.evaluate import few_shot, grounding, report, retrieval, scores, summary
+from pathflip_jax.evaluate.published import published
 
 GROUNDING = {"auc": "ROC AUC of patches", "pointing": "Pointing game", "dice": "Dice"}
 CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")
-PUBLISHED = Path(__file__).parent / "published.json"
 
 
 class Evaluation(NamedTuple):
@@ -238,20 +238,6 @@ def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units,
             f"{first.folder} and {second.folder} differ in what is true of {some(other)} in {' '.join(task)} (label, "
             "concepts or gallery); evaluate both on the same table, under the same protocol"
         )
-
-
-def published(found: dict, task: tuple, metric: str) -> list[dict]:
-    """The published rows of the same benchmark, task, metric and protocol, each with its source and what differs."""
-    names = {found.get("name", "").lower(), found.get("zero_shot", {}).get("task", "").lower()} - {""}
-    kind, *rest = task
-    rows = []
-    for row in json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]:
-        known = names | ({rest[0].lower()} if kind == "few_shot" else set())
-        asked = [row[name] for name in ("direction", "probe", "shots") if name in row]
-        same = row["task"] == kind and row["metric"] == metric and row["benchmark"].lower() in known
-        if same and all(value in rest for value in asked) and row.get("protocol") in (None, found["protocol"]["name"]):
-            rows.append({name: row[name] for name in ("model", "value", "source", "differs")})
-    return rows
 
 
 def _write(out: Path, result: dict) -> dict:

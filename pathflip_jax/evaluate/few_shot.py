@@ -96,7 +96,11 @@ def read_task(cohort: Cohort, column: str, table, shots: Sequence[str | int], se
     if len({label.lower() for label in known}) < len(known):
         raise ValueError(f"{where}, column {column!r}: labels that differ in capital letters only: {some(known, 8)}")
     if len(known) < 2:
-        raise ValueError(f"{where}, column {column!r}: the training split has {len(known)} classes; a probe needs two")
+        listed = sum(row["split"] == "train" for row in cohort.table)
+        raise ValueError(
+            f"{where}, column {column!r}: the training split has {len(known)} classes; a probe needs two (the records "
+            f"hold {len(rows['train'])} of its {listed} slides)"
+        )
     if not any(labels[cohort.split]):
         raise ValueError(f"{where}, column {column!r}: no slide of split {cohort.split!r} has a label")
     parts = {name: _slides(rows[name], labels[name], known) for name in rows}

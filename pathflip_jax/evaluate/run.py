@@ -17,6 +17,7 @@ from pathflip_jax.evaluate import (
     figures,
     grounding,
     protocols,
+    published,
     report,
     retrieval,
     scores,
@@ -205,6 +206,7 @@ def evaluate(
         log.warning("%s", warning)
     found["warnings"] = cohort.warnings
     found["protocol"] = {"name": rules.name, "notes": rules.words(found)}
+    found["published"] = published.beside(found)
     found["versions"] = report.versions()
     found["command"] = list(command) if command is not None else None
     return report.write(Path(out), found, pictures, tables, predictors[0].config if predictors else settings)

@@ -11,7 +11,7 @@ from scipy import stats
 from pathflip_jax import cli
 from pathflip_jax.data.tables import write_csv
 from pathflip_jax.evaluate import compare, run, scores
-from pathflip_jax.evaluate.compare import PUBLISHED, published
+from pathflip_jax.evaluate.published import FIGURES, published
 from pathflip_jax.inference import Embedding
 
 PROMPTS = {"task": "TCGA-NSCLC", "classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}
@@ -69,6 +69,10 @@ def test_every_score_is_as_in_the_reports_and_differences_are_paired(evaluated, 
         for probe, by_shots in probes.items():
             row = rows["few_shot", "label", probe, "1", "auc"]
             assert row["values"][place]["value"] == pytest.approx(by_shots["1"]["metrics"]["auc"]["value"], abs=1e-9)
+    beside = {row["score"]: row for row in own["published"]}["zero shot, TCGA-NSCLC, balanced accuracy"]
+    assert beside["ours"] == own["zero_shot"]["metrics"]["balanced_accuracy"]["value"]
+    assert beside["rows"] == rows["zero_shot", "TCGA-NSCLC", "balanced_accuracy"]["published"]
+    assert "github.com/MAGIC-AI4Med/KEEP" in (evaluated / "bad" / "report.html").read_text()
     row = rows["retrieval", "text_to_slide", "R@1"]
     assert row["differences"][0]["value"] == pytest.approx(row["values"][1]["value"] - row["values"][0]["value"])
     assert row["differences"][0]["value"] < 0 and row["differences"][0]["p"] < 0.05
@@ -167,7 +171,7 @@ def test_p_values_are_those_of_a_normal_mean():
 
 
 def test_published_rows_have_a_source_and_stand_where_the_protocol_matches():
-    rows = json.loads(PUBLISHED.read_text())["rows"]
+    rows = json.loads(FIGURES.read_text())["rows"]
     assert all(row["source"] and row["differs"] and 0 < row["value"] < 1 for row in rows)
     strict, paper = ({"name": "slidebench", "protocol": {"name": name}} for name in ("strict", "paper"))
     assert published(strict, ("retrieval", "slide_to_text"), "R@1") == []
