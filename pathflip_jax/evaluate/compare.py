@@ -14,10 +14,11 @@ import numpy as np
 
 from pathflip_jax.data.tables import json_object, read_rows
 from pathflip_jax.data.text import some
-from pathflip_jax.evaluate import report, retrieval, scores, summary
+from pathflip_jax.evaluate import few_shot, grounding, report, retrieval, scores, summary
+from pathflip_jax.evaluate.published import published
 
+GROUNDING = {"auc": "ROC AUC of patches", "pointing": "Pointing game", "dice": "Dice"}
 CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")
-PUBLISHED = Path(__file__).parent / "published.json"
 
 
 class Evaluation(NamedTuple):
@@ -68,7 +69,7 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
         raise ValueError(f"{', '.join(map(str, folders))}: have no score in common; evaluate them on the same tasks")
     result = {
         "evaluations": [str(folder) for folder in folders],
-        "reference": str(folders[0]),
+        "names": _names([Path(folder) for folder in folders]),
         "interval": f"95%, bootstrap by patient, {scores.DRAWS} draws, seed {seed}",
         "rows": rows,
         "left_out": sorted(left_out),
@@ -77,6 +78,12 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
         "command": list(command) if command is not None else None,
     }
     return _write(Path(out), report.without_nan(result))
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What the evaluations are called on the page: their folders' last names, where these are different."""
+    last = [folder.resolve().name for folder in folders]
+    return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
 def read_evaluations(folder) -> dict[str, Evaluation]:
@@ -112,7 +119,7 @@ def _tasks(evaluation: Evaluation) -> dict[tuple, Callable[[], Units]]:
             found[task, direction] = lambda table=table, direction=direction: _ranked(evaluation, table, direction)
     for block in evaluation.scores.get("few_shot", []):
         for probe, by_shots in block["probes"].items():
-            for shots in by_shots:
+            for shots in by_shots if probe != few_shot.FLOOR else ():  # which no run has a part in
                 chosen = {"probe": probe, "shots": shots}
                 found["few_shot", block["label"], probe, shots] = lambda table=block["figures"], chosen=chosen: (
                     _classified(evaluation, table, chosen)
@@ -169,10 +176,15 @@ def _ranked(evaluation: Evaluation, table: str, direction: str) -> Units:
 def _grounded(evaluation: Evaluation) -> Units:
     runs = list(_by_run(evaluation.rows("grounding"), ("run",)).values())
     slides = [_by_run(sorted(run, key=lambda row: (row["slide_id"], row["concept"])), ("slide_id",)) for run in runs]
-    means = [scores.mean([np.mean([float(row["auc"]) for row in rows]) for rows in one.values()]) for one in slides]
     first = slides[0].values()
+    metrics = {}
+    for metric in grounding.METRICS:
+        known = [[[row[metric] for row in rows if row[metric]] for rows in one.values()] for one in slides]
+        if any(values for one in known for values in one):  # Dice needs training slides, which may have no outlines
+            means = [[np.mean(np.array(values, float)) if values else np.nan for values in one] for one in known]
+            metrics[metric] = [scores.mean(values) for values in means]
     concepts = ["+".join(row["concept"] for row in rows) for rows in first]
-    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, {"auc": means})
+    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, metrics)
 
 
 def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers: list, seed: int) -> list[dict]:
@@ -184,6 +196,8 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
     for metric in units[0].metrics:
         statistics = [scores.mean_over_runs(one.metrics[metric]) for one in units]
         row = {"part": part, "task": list(task), "heading": _heading(part, task), "metric": metric}
+        names = GROUNDING if task[0] == "grounding" else report.METRICS
+        row["name"] = names.get(metric, metric.replace("_", " "))
         row["units"] = len(units[0].keys)
         row["patients"] = len(set(units[0].patients))
         row["values"] = [scores.interval(statistic, weights)._asdict() for statistic in statistics]
@@ -200,8 +214,9 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
 
 def _heading(part: str, task: tuple) -> str:
     """A score's name for people: "zero-shot, TCGA-RCC"."""
-    words = [part, task[0].replace("_", " "), *(str(name).replace("_", " ") for name in task[1:])]
-    return ", ".join(filter(None, words)) + (" slides per class" if task[0] == "few_shot" else "")
+    kind = {"zero_shot": "zero-shot", "few_shot": "few-shot", "region_retrieval": "retrieval of regions"}
+    words = [part, kind.get(task[0], task[0]), *(str(name).replace("_", " ") for name in task[1:])]
+    return ", ".join(filter(None, words)) + (" shots" if task[0] == "few_shot" else "")
 
 
 def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units, theirs: Units) -> None:
@@ -225,20 +240,6 @@ def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units,
         )
 
 
-def published(found: dict, task: tuple, metric: str) -> list[dict]:
-    """The published rows of the same benchmark, task, metric and protocol, each with its source and what differs."""
-    names = {found.get("name", "").lower(), found.get("zero_shot", {}).get("task", "").lower()} - {""}
-    kind, *rest = task
-    rows = []
-    for row in json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]:
-        known = names | ({rest[0].lower()} if kind == "few_shot" else set())
-        asked = [row[name] for name in ("direction", "probe", "shots") if name in row]
-        same = row["task"] == kind and row["metric"] == metric and row["benchmark"].lower() in known
-        if same and all(value in rest for value in asked) and row.get("protocol") in (None, found["protocol"]["name"]):
-            rows.append({name: row[name] for name in ("model", "value", "source", "differs")})
-    return rows
-
-
 def _write(out: Path, result: dict) -> dict:
     """Write compare.json and compare.html; each appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
@@ -248,7 +249,7 @@ def _write(out: Path, result: dict) -> dict:
     page = (
         report.environment()
         .get_template("compare.html")
-        .render(found=result, groups=groups, metrics=report.METRICS, command=report.command_line(result["command"]))
+        .render(found=result, groups=groups, command=report.command_line(result["command"]))
     )
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, content in (("compare.json", text), ("compare.html", page)):

@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from pathflip_jax import cli
+from pathflip_jax.data.tables import write_csv
 from pathflip_jax.evaluate import compare, run, scores
-from pathflip_jax.evaluate.compare import PUBLISHED, published
+from pathflip_jax.evaluate.published import FIGURES, published
 from pathflip_jax.inference import Embedding
 
 PROMPTS = {"task": "TCGA-NSCLC", "classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}
@@ -63,15 +64,45 @@ def test_every_score_is_as_in_the_reports_and_differences_are_paired(evaluated, 
             assert row["values"][place]["value"] == pytest.approx(
                 own["retrieval"]["slide_to_text"]["all"][f"R@{k}"]["value"]
             )
-        for probe, by_shots in own["few_shot"][0]["probes"].items():
+        probes = own["few_shot"][0]["probes"]
+        del probes["mean patch feature"]  # of no model
+        for probe, by_shots in probes.items():
             row = rows["few_shot", "label", probe, "1", "auc"]
             assert row["values"][place]["value"] == pytest.approx(by_shots["1"]["metrics"]["auc"]["value"], abs=1e-9)
+    beside = {row["score"]: row for row in own["published"]}["zero shot, TCGA-NSCLC, balanced accuracy"]
+    assert beside["ours"] == own["zero_shot"]["metrics"]["balanced_accuracy"]["value"]
+    assert beside["rows"] == rows["zero_shot", "TCGA-NSCLC", "balanced_accuracy"]["published"]
+    assert "github.com/MAGIC-AI4Med/KEEP" in (evaluated / "bad" / "report.html").read_text()
     row = rows["retrieval", "text_to_slide", "R@1"]
     assert row["differences"][0]["value"] == pytest.approx(row["values"][1]["value"] - row["values"][0]["value"])
     assert row["differences"][0]["value"] < 0 and row["differences"][0]["p"] < 0.05
     assert json.loads((tmp_path / "compare.json").read_text()) == found
     page = (tmp_path / "compare.html").read_text()
     assert "KEEP" in page and "github.com/MAGIC-AI4Med/KEEP" in page and "pathflip compare good bad" in page
+
+
+def test_grounding_is_compared_by_the_mean_of_each_slide(evaluated, tmp_path):
+    """Means over the concepts of a slide, then over slides; a score that no row has is left out."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in ("good", "bad"):
+        folder = shutil.copytree(evaluated / name, tmp_path / name)
+        content = json.loads((folder / "scores.json").read_text()) | {"grounding": {}}
+        (folder / "scores.json").write_text(json.dumps(content))
+        found[name] = rng.random((6, 2)).round(6)
+        rows = [
+            {"run": name, "slide_id": f"S{18 + i}", "patient_id": f"P{i}", "concept": concept, "auc": auc,
+             "pointing": 1.0, "dice": ""}
+            for i, aucs in enumerate(found[name]) for concept, auc in zip(("fat", "mucin"), aucs, strict=True)
+        ]  # fmt: skip
+        write_csv(folder / "grounding.csv", rows)
+    rows = compare.compare([tmp_path / "good", tmp_path / "bad"], tmp_path / "out")["rows"]
+    rows = {row["metric"]: row for row in rows if row["task"] == ["grounding"]}
+    assert set(rows) == {"auc", "pointing"}
+    assert [x["value"] for x in rows["auc"]["values"]] == pytest.approx(
+        [found[name].mean() for name in ("good", "bad")]
+    )
+    assert "ROC AUC of patches" in (tmp_path / "out" / "compare.html").read_text()
 
 
 def test_an_evaluation_equals_itself(evaluated, tmp_path, capsys):
@@ -140,7 +171,7 @@ def test_p_values_are_those_of_a_normal_mean():
 
 
 def test_published_rows_have_a_source_and_stand_where_the_protocol_matches():
-    rows = json.loads(PUBLISHED.read_text())["rows"]
+    rows = json.loads(FIGURES.read_text())["rows"]
     assert all(row["source"] and row["differs"] and 0 < row["value"] < 1 for row in rows)
     strict, paper = ({"name": "slidebench", "protocol": {"name": name}} for name in ("strict", "paper"))
     assert published(strict, ("retrieval", "slide_to_text"), "R@1") == []
