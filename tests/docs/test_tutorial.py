@@ -83,7 +83,7 @@ def test_the_notebook_runs(source, walked, tmp_path):
     chosen = {
         "CHECKPOINT": f"{walked}/run", "BERT": None, "FEATURES": f"{walked}/records", "PATCH": {},
         "REPORTS": f"{walked}/cohort/reports.jsonl", "PROMPTS": f"{walked}/cohort/prompts.json",
-        "LABELS": f"{walked}/slides.csv", "IMAGES": f"{walked}/cohort", "TEXTS": ["extensive necrosis", "adipose tissue"],
+        "LABELS": f"{walked}/slides.csv", "IMAGES": f"{walked}/cohort", "TEXTS": ["extensive necrosis", "fat"],
     }  # fmt: skip
     if source != "run and records":
         from pathflip_jax.convert.pytorch import export
