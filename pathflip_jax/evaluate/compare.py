@@ -68,7 +68,7 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
         raise ValueError(f"{', '.join(map(str, folders))}: have no score in common; evaluate them on the same tasks")
     result = {
         "evaluations": [str(folder) for folder in folders],
-        "reference": str(folders[0]),
+        "names": _names([Path(folder) for folder in folders]),
         "interval": f"95%, bootstrap by patient, {scores.DRAWS} draws, seed {seed}",
         "rows": rows,
         "left_out": sorted(left_out),
@@ -77,6 +77,12 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
         "command": list(command) if command is not None else None,
     }
     return _write(Path(out), report.without_nan(result))
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What the evaluations are called on the page: their folders' last names, where these are different."""
+    last = [folder.resolve().name for folder in folders]
+    return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
 def read_evaluations(folder) -> dict[str, Evaluation]:
@@ -200,8 +206,9 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
 
 def _heading(part: str, task: tuple) -> str:
     """A score's name for people: "zero-shot, TCGA-RCC"."""
-    words = [part, task[0].replace("_", " "), *(str(name).replace("_", " ") for name in task[1:])]
-    return ", ".join(filter(None, words)) + (" slides per class" if task[0] == "few_shot" else "")
+    kind = {"zero_shot": "zero-shot", "few_shot": "few-shot", "region_retrieval": "retrieval of regions"}
+    words = [part, kind.get(task[0], task[0]), *(str(name).replace("_", " ") for name in task[1:])]
+    return ", ".join(filter(None, words)) + (" shots" if task[0] == "few_shot" else "")
 
 
 def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units, theirs: Units) -> None:
