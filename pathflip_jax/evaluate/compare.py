@@ -14,7 +14,7 @@ import numpy as np
 
 from pathflip_jax.data.tables import json_object, read_rows
 from pathflip_jax.data.text import some
-from pathflip_jax.evaluate import report, retrieval, scores, summary
+from pathflip_jax.evaluate import grounding, report, retrieval, scores, summary
 
 CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -175,10 +175,15 @@ def _ranked(evaluation: Evaluation, table: str, direction: str) -> Units:
 def _grounded(evaluation: Evaluation) -> Units:
     runs = list(_by_run(evaluation.rows("grounding"), ("run",)).values())
     slides = [_by_run(sorted(run, key=lambda row: (row["slide_id"], row["concept"])), ("slide_id",)) for run in runs]
-    means = [scores.mean([np.mean([float(row["auc"]) for row in rows]) for rows in one.values()]) for one in slides]
+    metrics = {}
+    for metric in grounding.METRICS:  # a row without one: an evaluation with no training slides to choose a threshold
+        if all(row.get(metric) not in (None, "") for run in runs for row in run):
+            metrics[metric] = [
+                scores.mean([np.mean([float(row[metric]) for row in rows]) for rows in one.values()]) for one in slides
+            ]
     first = slides[0].values()
     concepts = ["+".join(row["concept"] for row in rows) for rows in first]
-    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, {"auc": means})
+    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, metrics)
 
 
 def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers: list, seed: int) -> list[dict]:
@@ -187,7 +192,7 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
         _check_same(evaluations[0], evaluation, task, units[0], other)
     weights = scores.patient_weights(units[0].patients, seed=seed)
     rows = []
-    for metric in units[0].metrics:
+    for metric in [name for name in units[0].metrics if all(name in one.metrics for one in units)]:
         statistics = [scores.mean_over_runs(one.metrics[metric]) for one in units]
         row = {"part": part, "task": list(task), "heading": _heading(part, task), "metric": metric}
         row["units"] = len(units[0].keys)
