@@ -157,7 +157,8 @@ def test_the_live_page(tab, address, session, tmp_path, slides_dir):
     box = tab.locator("#stage").bounding_box()
     tab.mouse.move(box["x"] + place[0], box["y"] + place[1])
     said = tab.locator("#hover").inner_text()
-    assert f"{layer.grounding.patch_scores[0, best]:.3f}" in said and TEXT in said
+    score = re.fullmatch(rf"{re.escape(TEXT)}: (-?[\d.]+), above \d+% of patches", said.strip())
+    assert float(score[1]) == pytest.approx(layer.grounding.patch_scores[0, best], abs=1e-3)
     alpha = "stage.canvas.getContext('2d').getImageData({}, {}, 1, 1).data[3]"
     assert tab.evaluate(alpha.format(*map(int, place))) > 100, "no heat on the hottest patch"
 
