@@ -180,7 +180,7 @@ class Predictor:
         """Embed texts, in their order. Raises ValueError for a text of no words."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(texts):
-            if not text.strip():
+            if not any(letter.isalnum() for letter in text):
                 raise ValueError(f"text {number} has no words: {text!r}; leave it out or write what to look for")
         tokens = self.tokenizer.encode(texts, self.caption_length)
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # texts of one length share a call

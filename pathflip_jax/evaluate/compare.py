@@ -14,7 +14,7 @@ import numpy as np
 
 from pathflip_jax.data.tables import json_object, read_rows
 from pathflip_jax.data.text import some
-from pathflip_jax.evaluate import report, retrieval, scores, summary
+from pathflip_jax.evaluate import grounding, report, retrieval, scores, summary
 
 CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -68,7 +68,7 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
         raise ValueError(f"{', '.join(map(str, folders))}: have no score in common; evaluate them on the same tasks")
     result = {
         "evaluations": [str(folder) for folder in folders],
-        "reference": str(folders[0]),
+        "names": _names([Path(folder) for folder in folders]),
         "interval": f"95%, bootstrap by patient, {scores.DRAWS} draws, seed {seed}",
         "rows": rows,
         "left_out": sorted(left_out),
@@ -77,6 +77,12 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
         "command": list(command) if command is not None else None,
     }
     return _write(Path(out), report.without_nan(result))
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What the evaluations are called on the page: their folders' last names, where these are different."""
+    last = [folder.resolve().name for folder in folders]
+    return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
 def read_evaluations(folder) -> dict[str, Evaluation]:
@@ -169,10 +175,15 @@ def _ranked(evaluation: Evaluation, table: str, direction: str) -> Units:
 def _grounded(evaluation: Evaluation) -> Units:
     runs = list(_by_run(evaluation.rows("grounding"), ("run",)).values())
     slides = [_by_run(sorted(run, key=lambda row: (row["slide_id"], row["concept"])), ("slide_id",)) for run in runs]
-    means = [scores.mean([np.mean([float(row["auc"]) for row in rows]) for rows in one.values()]) for one in slides]
+    metrics = {}
+    for metric in grounding.METRICS:  # a row without one: an evaluation with no training slides to choose a threshold
+        if all(row.get(metric) not in (None, "") for run in runs for row in run):
+            metrics[metric] = [
+                scores.mean([np.mean([float(row[metric]) for row in rows]) for rows in one.values()]) for one in slides
+            ]
     first = slides[0].values()
     concepts = ["+".join(row["concept"] for row in rows) for rows in first]
-    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, {"auc": means})
+    return Units(list(slides[0]), [rows[0]["patient_id"] for rows in first], concepts, metrics)
 
 
 def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers: list, seed: int) -> list[dict]:
@@ -181,7 +192,7 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
         _check_same(evaluations[0], evaluation, task, units[0], other)
     weights = scores.patient_weights(units[0].patients, seed=seed)
     rows = []
-    for metric in units[0].metrics:
+    for metric in [name for name in units[0].metrics if all(name in one.metrics for one in units)]:
         statistics = [scores.mean_over_runs(one.metrics[metric]) for one in units]
         row = {"part": part, "task": list(task), "heading": _heading(part, task), "metric": metric}
         row["units"] = len(units[0].keys)
@@ -200,8 +211,9 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
 
 def _heading(part: str, task: tuple) -> str:
     """A score's name for people: "zero-shot, TCGA-RCC"."""
-    words = [part, task[0].replace("_", " "), *(str(name).replace("_", " ") for name in task[1:])]
-    return ", ".join(filter(None, words)) + (" slides per class" if task[0] == "few_shot" else "")
+    kind = {"zero_shot": "zero-shot", "few_shot": "few-shot", "region_retrieval": "retrieval of regions"}
+    words = [part, kind.get(task[0], task[0]), *(str(name).replace("_", " ") for name in task[1:])]
+    return ", ".join(filter(None, words)) + (" shots" if task[0] == "few_shot" else "")
 
 
 def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units, theirs: Units) -> None:

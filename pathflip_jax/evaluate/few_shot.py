@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from pathflip_jax.data.tables import read_rows
-from pathflip_jax.data.text import clean_id, some
+from pathflip_jax.data.text import row_slides, some
 from pathflip_jax.evaluate import probes, scores
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.protocols import Protocol
@@ -100,7 +100,10 @@ def read_task(cohort: Cohort, column: str, table, shots: Sequence[str | int], se
     if not any(labels[cohort.split]):
         raise ValueError(f"{where}, column {column!r}: no slide of split {cohort.split!r} has a label")
     parts = {name: _slides(rows[name], labels[name], known) for name in rows}
-    val = parts["val"] if cohort.split != "val" and set(parts["val"].classes) == set(range(len(known))) else None
+    val = parts["val"] if cohort.split != "val" and len(parts["val"].ids) else None
+    if val and (lacking := [label for c, label in enumerate(known) if c not in val.classes]):
+        cohort.warnings.append(f"few-shot, {column}: split 'val' has no slide of {some(lacking)} and chooses nothing")
+        val = None
     unlabelled = {name: sum(not label for label in found) for name, found in labels.items()}
     lost = sum(unlabelled.values())
     if lost:
@@ -136,13 +139,11 @@ def _label_table(cohort: Cohort, column: str, table) -> dict[str, str]:
     for row in read_rows(table):
         if column.lower() not in row.values:
             raise ValueError(f"{row.place}: no column {column!r}; its columns are {', '.join(row.values)}")
-        name = clean_id(str(row.first("slide_id", "slide", "patient_id", "case_id", "patient", "case")))
-        if not name:
-            raise ValueError(f"{row.place}: no slide_id or patient_id; its columns are {', '.join(row.values)}")
+        slides, case = row_slides(row)
         label = _known(str(row.values[column.lower()]))
-        for slide in slides_of.get(name, []) if label else []:
+        for slide in [slide for name in slides or (case,) for slide in slides_of.get(name, ()) if label]:
             if found.setdefault(slide, label) != label:
-                raise ValueError(f"{row.place}: {column} of {name} is {found[slide]!r} and {label!r}; keep one")
+                raise ValueError(f"{row.place}: {column} of {slide} is {found[slide]!r} and {label!r}; keep one")
     if not found:
         raise ValueError(f"{table}: labels no slide of the slide table, whose ids are such as {some(slides_of)}")
     return found
@@ -188,11 +189,11 @@ def needed(tasks: Sequence[Task]) -> list[str]:
 
 
 def embed_bags(predictor, cohort: Cohort, ids: Sequence[str], name: str) -> dict[str, Bag]:
-    """What probes see of these slides."""
-    means = {}
+    """What tasks see of these slides, each encoded once however often it is named."""
+    ids, means = list(dict.fromkeys(ids)), {}
 
     def slides():
-        for slide_id in tqdm(ids, desc=f"{name}: slides of probes", unit="slide", leave=False):
+        for slide_id in tqdm(ids, desc=f"{name}: slides", unit="slide", leave=False):
             slide = cohort.features(slide_id)
             means[slide_id] = np.asarray(slide.features, np.float32).mean(0)
             yield slide
@@ -223,7 +224,8 @@ def _run_probe(probe: str, task: Task, bags: dict[str, Bag], how: Protocol, rows
     test, classes = look(task.test.ids), len(task.classes)
     if probe != ATTENTION:
         return (probes.nearest if probe == NEAREST else probes.linear)(train, val, test, classes)
-    settings = {"seed": seed, "settings": how.attention, "widest": max(len(bag.regions) for bag in bags.values())}
+    regions = [len(bag.regions) for bag in bags.values()]
+    settings = {"seed": seed, "settings": how.attention, "room": (max(regions), sum(regions))}
     if not how.test_chooses:
         return probes.attention_mil(train, val, test, classes, **settings)
     _, beliefs = probes.attention_rounds(train, None, test, classes, **settings)
@@ -277,6 +279,22 @@ def score_task(task: Task, ours: Sequence[dict], theirs: Sequence[dict], how: Pr
         "majority_class": names[majority],
         "probes": found,
     }
+
+
+def unbeaten(block: dict) -> list[str]:
+    """A warning where probes at the most shots do not beat the linear probe on the mean patch feature.
+
+    Not beaten: the interval of the gain in balanced accuracy is not above 0.
+    """
+    most = block["shots"][-1]
+    entries = {probe: by_shots[most]["metrics"]["balanced_accuracy"] for probe, by_shots in block["probes"].items()}
+    behind = [probe for probe, entry in entries.items() if "gain" in entry and not entry["gain"]["low"] > 0]
+    if not behind:
+        return []
+    return [
+        f"few-shot, {block['label']}, {most} shots: {', '.join(behind)} no better than a linear probe on the {FLOOR} "
+        "(the 95% interval of the gain is not above 0)"
+    ]
 
 
 def _entry(ours: list, theirs: list | None, floor: list | None, weights) -> dict:

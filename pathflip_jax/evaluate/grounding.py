@@ -147,20 +147,24 @@ class ColourMap:
     def __init__(self, slides, files: dict[str, Path], folder, concepts: list[str], seed: int = 0) -> None:
         """Gather colours of patches of the training slides; `slides` yields their `SlideFeatures`."""
         rng = np.random.default_rng(seed)
-        colours, inside = [], []
+        colours, inside, owners = [], [], []
         for slide in slides:
             if slide.slide_id not in files or not (Path(folder) / f"{slide.slide_id}.geojson").exists():
                 continue
             kept = rng.permutation(len(slide.coords))[:TRAIN_PATCHES]
             colours.append(colour.patch_colours(files[slide.slide_id], slide.coords[kept], slide.patch_size))
             inside.append(true_patches(folder, slide, concepts)[0][:, kept].T)
+            owners += [slide.slide_id] * len(kept)
             if len(colours) == TRAIN_SLIDES:
                 break
         if not colours:
             raise ValueError(f"no training slide has both a slide file and outlines in {folder}: no colour baseline")
-        self.files, self.colours, self.inside = files, np.concatenate(colours), np.concatenate(inside)
+        self.files, self.owners = files, np.array(owners)
+        self.colours, self.inside = np.concatenate(colours), np.concatenate(inside)
 
     def __call__(self, slide: SlideFeatures) -> Float[np.ndarray, "C N"]:
-        """The scores of every concept on a slide that has a slide file."""
+        """The scores of every concept on a slide with a slide file; what was gathered from that slide is left out."""
         found = colour.patch_colours(self.files[slide.slide_id], slide.coords, slide.patch_size)
-        return colour.concept_shares(self.colours, self.inside, found).T
+        others = self.owners != slide.slide_id
+        others |= not others.any()  # it knows of one slide, this one
+        return colour.concept_shares(self.colours[others], self.inside[others], found).T

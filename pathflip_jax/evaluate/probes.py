@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
 from sklearn.linear_model import LogisticRegression
 
 from pathflip_jax.buckets import bucket
 from pathflip_jax.evaluate.retrieval import normalise
+from pathflip_jax.model.attention import drop, softmax_where
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # inverse regularisation C of the linear probe on rows of unit length
 NEIGHBOURS = (1, 3, 5, 9, 15, 25)
@@ -86,7 +88,7 @@ class Attention(NamedTuple):
     dropout: float = 0.25
     batch: int = 16
     rounds: int = 20
-    least_steps: int = 10
+    least_steps: int = 20
 
 
 def attention_mil(
@@ -97,105 +99,103 @@ def attention_mil(
     *,
     seed: int,
     settings: Attention,
-    widest: int,
+    room: tuple[int, int],
 ) -> Float[np.ndarray, "n C"]:
     """Gated attention MIL (Ilse et al., ICML 2018) over region embeddings: the belief after the round chosen on `val`.
 
-    Where `val` is None the last round counts. `widest` is the most regions of any slide, so that one size of the
-    compiled program serves all draws.
+    Where `val` is None the last round counts. `room` is the most regions of any slide and the regions of all, so that
+    one size of the compiled program serves all draws.
     """
-    on_val, on_test = attention_rounds(train, val, test, classes, seed=seed, settings=settings, widest=widest)
+    on_val, on_test = attention_rounds(train, val, test, classes, seed=seed, settings=settings, room=room)
     chosen = len(on_test) - 1 if on_val is None else _best(on_val, val.y)
     return on_test[chosen]
 
 
 def attention_rounds(
-    train: Labelled, val: Labelled | None, test, classes: int, *, seed: int, settings: Attention, widest: int
+    train: Labelled, val: Labelled | None, test, classes: int, *, seed: int, settings: Attention, room: tuple[int, int]
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """The belief of attention MIL about the slides of `val` and `test` after every round [rounds, n, C]."""
     bags = [*train.x, *(val.x if val is not None else []), *test]
     rows = np.concatenate([[0], np.cumsum([len(bag) for bag in bags])])
-    flat = np.zeros((bucket(int(rows[-1]) + 1), bags[0].shape[1]), np.float32)
+    flat = np.zeros((bucket(max(room[1], int(rows[-1]))), bags[0].shape[1]), np.float32)
     flat[: rows[-1]] = normalise(np.concatenate(bags)) * np.sqrt(flat.shape[1])  # entries of about unit size
-    slots = np.full((len(bags), bucket(widest)), -1, np.int32)
+    slots = np.full((len(bags), bucket(room[0])), -1, np.int32)
     for slot, first, end in zip(slots, rows, rows[1:], strict=False):
         slot[: end - first] = np.arange(first, end)
     n, unseen = len(train.y), slots[len(train.y) :]
+    labels = np.zeros(bucket(max(n, AT_ONCE)), np.int32)  # a few shots and some more share a program
+    learnt = np.full((len(labels), slots.shape[1]), -1, np.int32)
+    labels[:n], learnt[:n] = train.y, slots[:n]
     padded = np.full((bucket(len(unseen)), slots.shape[1]), -1, np.int32)
     padded[: len(unseen)] = unseen
     rng = np.random.default_rng(seed)
-    batch = min(settings.batch, n)
-    steps = max(-(-n // batch), settings.least_steps)
-    epochs = -(-steps * batch // n)
+    steps = max(-(-n // settings.batch), settings.least_steps)
+    epochs = -(-steps * settings.batch // n)
     order = np.stack(
-        [np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * batch] for _ in range(settings.rounds)]
-    ).reshape(settings.rounds, steps, batch)
-    logits = _train_attention(
-        jax.random.key(seed), flat, slots[:n], np.asarray(train.y, np.int32), order.astype(np.int32), padded,
-        classes=classes, settings=settings,
-    )  # fmt: skip
+        [
+            np.concatenate([rng.permutation(n) for _ in range(epochs)])[: steps * settings.batch]
+            for _ in range(settings.rounds)
+        ]
+    ).reshape(settings.rounds, steps, settings.batch)
+    dropped = rng.integers(0, 2**32, (settings.rounds, steps, 2, 2), np.uint32)  # seeds of what falls in each step
+    start = _start(rng, flat.shape[1], settings.hidden, classes)
+    logits = _train_attention(start, flat, learnt, labels, order.astype(np.int32), dropped, padded, settings=settings)
     belief = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)[:, : len(unseen)]
     count = len(unseen) - len(test)
     return (belief[:, :count] if val is not None else None), belief[:, count:]
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "settings"))
-def _train_attention(key, flat, slots, labels, order, unseen, *, classes: int, settings: Attention):
+@functools.partial(jax.jit, static_argnames="settings")
+def _train_attention(start, flat, slots, labels, order, dropped, unseen, *, settings: Attention):
     """Train on the bags `slots` in the given order of batches; the logits of unseen bags after every round."""
-    key, drawn = jax.random.split(key)
-    params = _start(drawn, flat.shape[1], settings.hidden, classes)
-    steps = order.shape[0] * order.shape[1]
+    params, tree = ravel_pytree(start)  # one vector: a program of fewer parts, which compiles sooner
     adam = optax.scale_by_adam()
     decay = optax.add_decayed_weights(settings.decay)
+    steps = order.shape[0] * order.shape[1]
     rate = optax.scale_by_learning_rate(
         settings.learning_rate if settings.l2 else optax.cosine_decay_schedule(settings.learning_rate, steps)
     )
     optimizer = optax.chain(decay, adam, rate) if settings.l2 else optax.chain(adam, decay, rate)
 
-    def loss(params, chosen, key):
-        found = _pool(params, flat, slots[chosen], key, settings.dropout)
+    def loss(params, chosen, seeds):
+        found = _pool(tree(params), flat, slots[chosen], settings.dropout, seeds)
         return optax.softmax_cross_entropy_with_integer_labels(found, labels[chosen]).mean()
 
     def step(state, given):
         params, moments = state
         updates, moments = optimizer.update(jax.grad(loss)(params, *given), moments, params)
-        return (optax.apply_updates(params, updates), moments), None
+        return (params + updates, moments), None
 
     def one_round(state, given):
-        chosen, key = given
-        state, _ = jax.lax.scan(step, state, (chosen, jax.random.split(key, len(chosen))))
-        pool = functools.partial(_pool, state[0], flat)
-        return state, jax.lax.map(lambda bag: pool(bag[None])[0], unseen, batch_size=AT_ONCE)
+        state, _ = jax.lax.scan(step, state, given)
+        pool = functools.partial(_pool, tree(state[0]), flat)
+        return state, jax.lax.map(lambda bag: pool(bag[None])[0], unseen, batch_size=min(AT_ONCE, len(unseen)))
 
-    keys = jax.random.split(key, len(order))
-    return jax.lax.scan(one_round, (params, optimizer.init(params)), (order, keys))[1]
+    return jax.lax.scan(one_round, (params, optimizer.init(params)), (order, dropped))[1]
 
 
-def _start(key, width: int, hidden: int, classes: int) -> dict[str, Array]:
+def _start(rng: np.random.Generator, width: int, hidden: int, classes: int) -> dict[str, np.ndarray]:
     """Weights as PyTorch starts a Linear, uniform within one over the root of its inputs; biases zero.
 
     The attention has no bias: it would shift the scores of all regions alike.
     """
-    keys = jax.random.split(key, 4)
     sizes = {"content": (width, hidden), "gate": (width, hidden), "attend": (hidden, 1), "classify": (width, classes)}
-    return {
-        name: jax.random.uniform(k, size, minval=-1.0, maxval=1.0) / np.sqrt(size[0])
-        for k, (name, size) in zip(keys, sizes.items(), strict=True)
-    } | {f"{name}_bias": jnp.zeros(size[1]) for name, size in sizes.items() if name != "attend"}
+    params = {name: (rng.uniform(-1, 1, size) / size[0] ** 0.5).astype(np.float32) for name, size in sizes.items()}
+    return params | {f"{name}_bias": np.zeros(sizes[name][1], np.float32) for name in ("content", "gate", "classify")}
 
 
 def _pool(
-    params, flat: Float[Array, "P D"], slots: Int[Array, "b R"], key=None, dropout: float = 0.0
+    params,
+    flat: Float[Array, "P D"],
+    slots: Int[Array, "b R"],
+    rate: float = 0.0,
+    seeds: Int[Array, "2 2"] | None = None,
 ) -> Float[Array, "b C"]:
     """The logits of bags: regions weighed by gated attention, their weighted mean classified."""
     regions = flat[slots]  # [b, R, D]
-    mask: Bool[Array, "b R"] = slots >= 0
     content = jnp.tanh(regions @ params["content"] + params["content_bias"])
     gate = jax.nn.sigmoid(regions @ params["gate"] + params["gate_bias"])
-    if key is not None:
-        for_content, for_gate = (jax.random.bernoulli(k, 1 - dropout, content.shape) for k in jax.random.split(key))
-        content, gate = content * for_content / (1 - dropout), gate * for_gate / (1 - dropout)
-    scores = (content * gate @ params["attend"])[..., 0]  # [b, R]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-    pooled = jnp.einsum("br,brd->bd", jnp.where(mask, weights, 0.0), regions)
-    return pooled @ params["classify"] + params["classify_bias"]
+    if seeds is not None and rate > 0:
+        content, gate = drop(content, rate, seeds[0]), drop(gate, rate, seeds[1])
+    weights = softmax_where((content * gate @ params["attend"])[..., 0], slots >= 0)  # [b, R]
+    return jnp.einsum("br,brd->bd", weights, regions) @ params["classify"] + params["classify_bias"]

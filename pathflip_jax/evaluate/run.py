@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pathflip_jax.evaluate import (
     colour,
@@ -150,19 +149,15 @@ def evaluate(
     if tasks.pairs is not None:
         case_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
         patients = [case_of[text.slide_ids[0]] for text in tasks.pairs]
-        ranks = [outcome.ranks for outcome in outcomes]
-        found["retrieval"] = summary.score_retrieval(ranks, [outcome.ranks for outcome in compared], patients, seed)
-        pictures["retrieval"] = figures.recall_curves({name: ranks[0][key] for key, name in DIRECTIONS.items()})
-        tables["ranks"] = _rank_rows(folders, ranks, [" ".join(text.slide_ids) for text in tasks.pairs], patients)
+        found["retrieval"], pictures["retrieval"], tables["ranks"] = _score_ranks(
+            [one.ranks for one in outcomes], [one.ranks for one in compared], DIRECTIONS,
+            [" ".join(text.slide_ids) for text in tasks.pairs], patients, folders, seed,
+        )  # fmt: skip
     if tasks.regions is not None:
-        patients = [text.patient for text in tasks.regions]
-        ranks = [outcome.region_ranks for outcome in outcomes]
-        theirs = [outcome.region_ranks for outcome in compared]
-        found["region_retrieval"] = summary.score_retrieval(ranks, theirs, patients, seed)
-        pictures["region_retrieval"] = figures.recall_curves(
-            {name: ranks[0][key] for key, name in REGION_DIRECTIONS.items()}
-        )
-        tables["region_ranks"] = _rank_rows(folders, ranks, [text.slide_id for text in tasks.regions], patients)
+        found["region_retrieval"], pictures["region_retrieval"], tables["region_ranks"] = _score_ranks(
+            [one.region_ranks for one in outcomes], [one.region_ranks for one in compared], REGION_DIRECTIONS,
+            [text.slide_id for text in tasks.regions], [text.patient for text in tasks.regions], folders, seed,
+        )  # fmt: skip
     files = colour.slide_files(images) if images is not None else {}
     if tasks.prompts is not None:
         found["zero_shot"] = summary.score_zero_shot(
@@ -175,6 +170,7 @@ def evaluate(
         ours, theirs = ([outcome.beliefs[number] for outcome in side] for side in (outcomes, compared))
         block = few_shot.score_task(task, ours, theirs, rules, seed) | {"figures": f"few_shot_{number + 1}"}
         found.setdefault("few_shot", []).append(block)
+        cohort.warnings.extend(few_shot.unbeaten(block))
         pictures |= figures.few_shot(block, task.test.classes, ours[0])
         tables[f"few_shot_{number + 1}"] = few_shot.probe_rows(task, folders, ours)
     if tasks.concepts is not None:
@@ -234,9 +230,8 @@ def _outcome(
 ) -> Outcome:
     """Let one run answer every question of every task."""
     name = Path(predictor.name).name
-    features = (cohort.features(slide) for slide in cohort.slide_ids)
-    bar = tqdm(features, total=len(cohort.slide_ids), desc=f"{name}: slides", unit="slide", leave=False)
-    slides = np.stack([embedding.slide for embedding in predictor.encode_slides(bar)])
+    bags = few_shot.embed_bags(predictor, cohort, [*cohort.slide_ids, *few_shot.needed(tasks.probed)], name)
+    slides = np.stack([bags[slide].slide for slide in cohort.slide_ids])
     ranks = probabilities = found = no_text = region_ranks = None
     if tasks.pairs is not None:
         row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
@@ -265,10 +260,7 @@ def _outcome(
         no_text = grounding.score_maps(
             lambda slide: np.tile(predictor.attend(slide), (len(concepts), 1)), *known, name=f"{name}, no text"
         )
-    beliefs = []
-    if tasks.probed:
-        bags = few_shot.embed_bags(predictor, cohort, few_shot.needed(tasks.probed), name)
-        beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
+    beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
     return Outcome(ranks, probabilities, found, no_text, region_ranks, beliefs)
 
 
@@ -317,6 +309,14 @@ def _panels(predictor: Predictor, cohort: Cohort, tasks: Tasks, slide_id: str, o
         heading=slide_id,
         smooth=smooth,
     )
+
+
+def _score_ranks(ours: list, theirs: list, directions: dict[str, str], slide_ids: list[str], patients, names, seed):
+    """The scores of a retrieval task, its figure and its table."""
+    curves = figures.recall_curves({name: ours[0][key] for key, name in directions.items()})
+    return (
+        summary.score_retrieval(ours, theirs, patients, seed), curves, _rank_rows(names, ours, slide_ids, patients)
+    )  # fmt: skip
 
 
 def _rank_rows(names, found: list[dict[str, retrieval.Ranks]], slide_ids: list[str], patients) -> list[dict]:

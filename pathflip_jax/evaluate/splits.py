@@ -124,7 +124,14 @@ def _sites(rows: Sequence[Mapping[str, str]]) -> list[dict]:
             entry["slides"][row["split"]] += 1
             entry["labels"][row["label"] or "(none)"] += 1
     order = sorted(found, key=lambda site: (-found[site]["slides"].total(), site))
-    return [{"site": site} | {name: dict(count) for name, count in found[site].items()} for site in order]
+    return [
+        {
+            "site": site,
+            "slides": {side: found[site]["slides"][side] for side in SIDES if found[site]["slides"][side]},
+            "labels": dict(sorted(found[site]["labels"].items())),
+        }
+        for site in order
+    ]
 
 
 def _shared_patients(rows) -> list[Finding]:
@@ -197,21 +204,25 @@ def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> 
     decide where labels are even to some percent; small groups, the last, even out what large ones left.
     """
 
-    def kinds(row) -> tuple:
-        return row["label"], (row["label"], site_of(row))
-
-    total = Counter(kind for rows in members.values() for row in rows for kind in kinds(row))
+    counts = {group: Counter(kind for row in rows for kind in _kinds(row)) for group, rows in members.items()}
+    total = sum(counts.values(), Counter())
     given = {kind: np.zeros(len(shares)) for kind in total}
     part = {}
     for group in order:
-        empty = np.zeros(len(shares))
-        for label, site in map(kinds, members[group]):
-            empty -= (LABEL_WEIGHT * given[label] / total[label] + given[site] / total[site]) / shares
-        part[group] = int(np.argmax(empty))
-        for row in members[group]:
-            for kind in kinds(row):
-                given[kind][part[group]] += 1
+        full = np.zeros(len(shares))
+        for (label, site), count in counts[group].items():
+            # With half of the group itself, a part is chosen that it does not overfill: the squared error falls most.
+            held = given[label, site] + (count / 2 if site is None else 0)
+            full += (LABEL_WEIGHT if site is None else 1) * count * held / (total[label, site] * shares)
+        part[group] = int(np.argmin(full))
+        for kind, count in counts[group].items():
+            given[kind][part[group]] += count
     return part
+
+
+def _kinds(row) -> tuple:
+    """What a slide counts as: of its label, and of its label at its site."""
+    return (row["label"], None), (row["label"], site_of(row))
 
 
 def write_splits(

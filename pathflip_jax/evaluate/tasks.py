@@ -17,16 +17,21 @@ from pathlib import Path
 import yaml
 
 from pathflip_jax.data.storage import as_path
+from pathflip_jax.evaluate.protocols import PROTOCOLS
 from pathflip_jax.evaluate.zero_shot import SHIPPED
+from pathflip_jax.grounding.maps import METHODS
 
 TASKS = "tasks"
+# PyYAML lets through what its own constructors stumble over ("!!int" with nothing behind it is an IndexError).
+_UNREADABLE = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 PLACES = {"records", "slides", "texts", "region-texts", "label-table", "questions", "language"}  # or URLs
 FILES = {"prompts", "grounding", "outlines", "images", "concepts"}
-TEXTS = {"split", "protocol", "method"}
-NUMBERS = {"seed": int, "draws": int, "window": int, "clear": float, "max-tokens": int, "beams": int}
+CHOICES = {"split": None, "protocol": PROTOCOLS, "method": METHODS, "lesions": None}
+NUMBERS = {"seed": int, "draws": int, "window": int, "clear": float, "max-tokens": int, "min-tokens": int, "beams": int}
+NUMBERS |= {"length-penalty": float, "repetition-penalty": float, "smooth": float}
 LISTS = {"few-shot", "labels", "compare-to"}
 FLAGS = {"strict"}
-KEYS = sorted(PLACES | FILES | TEXTS | set(NUMBERS) | LISTS | FLAGS)
+KEYS = sorted(PLACES | FILES | set(CHOICES) | set(NUMBERS) | LISTS | FLAGS)
 
 
 def read_tasks(path) -> dict[str, dict]:
@@ -38,7 +43,7 @@ def read_tasks(path) -> dict[str, dict]:
     path = Path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path}: not YAML ({str(error) or 'nested too deeply'})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected keys such as records, slides and prompts, found {type(content).__name__}")
@@ -57,7 +62,17 @@ def read_tasks(path) -> dict[str, dict]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which plain YAML silently takes the last."""
+    """YAML that refuses a key given twice, of which plain YAML silently takes the last, and references.
+
+    A few lines of references to references stand for more values than memory holds.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "references (*name) are not read", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -86,10 +101,12 @@ def _settings(path: Path, given: Mapping) -> dict:
 def _value(folder: Path, name: str, value):
     if name in FLAGS:
         return _is(bool, value)
-    if name in TEXTS:
+    if name in CHOICES:
+        if CHOICES[name] is not None and value not in CHOICES[name]:
+            raise ValueError(value)
         return _is(str, value)
     if name in NUMBERS:
-        return NUMBERS[name](_is(int | float, value))
+        return float(_is(int | float, value)) if NUMBERS[name] is float else _is(int, value)
     if name in LISTS:
         listed = [_is(str | int, item) for item in (value if isinstance(value, list) else [value])]
         return [_place(folder, item) for item in listed] if name == "compare-to" else [str(item) for item in listed]

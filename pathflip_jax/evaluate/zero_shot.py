@@ -74,7 +74,7 @@ def read_prompts(path) -> Prompts:
     owner: dict[str, str] = {}
     for label, texts in listed.items():
         texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and has_words(t) for t in texts):
             raise ValueError(f"{path}: class {label!r} needs a list of texts with words in them, found {texts!r:.80}")
         for text in texts:
             if owner.setdefault(text.strip().lower(), label) != label:
@@ -99,6 +99,11 @@ def _spellings(path: Path, classes: list[str], given) -> dict[str, str]:
             if found.setdefault(other.strip().lower(), label) != label:
                 raise ValueError(f"{path}: {other!r} is a spelling of {found[other.strip().lower()]!r} and {label!r}")
     return found
+
+
+def has_words(text: str) -> bool:
+    """Whether a text has a letter or a digit in it."""
+    return any(letter.isalnum() for letter in text)
 
 
 def _no_key_twice(pairs):

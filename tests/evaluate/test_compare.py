@@ -149,3 +149,26 @@ def test_published_rows_have_a_source_and_stand_where_the_protocol_matches():
     rcc = {"zero_shot": {"task": "TCGA-RCC"}, "protocol": {"name": "strict"}}
     assert {row["model"] for row in published(rcc, ("zero_shot", "TCGA-RCC"), "balanced_accuracy")} >= {"KEEP", "CONCH"}
     assert published(rcc, ("zero_shot", "TCGA-RCC"), "auc") == []
+
+
+def test_groundings_are_compared_by_all_that_both_have(tmp_path):
+    """By slide: the mean over its concepts; an evaluation without a Dice leaves the Dice out."""
+
+    def write(name, dice, lift):
+        (tmp_path / name).mkdir()
+        rows = ["run,slide_id,patient_id,concept,auc,pointing,dice"]
+        for i in range(6):
+            for concept, own in (("fat", 0.1), ("ulcer", 0.3)):
+                value = 0.5 + own + lift * (i + 1) / 10
+                rows.append(f"r,S{i},P{i},{concept},{value},{i % 2},{value / 2 if dice else ''}")
+        (tmp_path / name / "grounding.csv").write_text("\n".join(rows) + "\n")
+        (tmp_path / name / "scores.json").write_text(json.dumps({"grounding": {}, "protocol": {"name": "strict"}}))
+        return tmp_path / name
+
+    first, second, third = write("a", True, 0.0), write("b", True, 0.5), write("c", False, 0.5)
+    rows = {row["metric"]: row for row in compare.compare([first, second], tmp_path / "ab")["rows"]}
+    assert list(rows) == ["auc", "pointing", "dice"]
+    assert [x["value"] for x in rows["auc"]["values"]] == pytest.approx([0.7, 0.7 + 0.5 * 0.35])
+    assert rows["auc"]["differences"][0]["low"] > 0 and rows["pointing"]["differences"][0]["value"] == 0
+    rows = {row["metric"] for row in compare.compare([first, third], tmp_path / "ac")["rows"]}
+    assert rows == {"auc", "pointing"}

@@ -66,6 +66,17 @@ def test_a_colour_map_needs_training_slides(slide, tmp_path):
         grounding.ColourMap([slide], {}, tmp_path, ["tumor"])
 
 
+def test_a_colour_map_does_not_know_the_slide_that_it_maps(slide, tmp_path, monkeypatch):
+    """Else its thresholds, which training slides choose, were those of colours that it has seen."""
+    inside = Polygon(np.array([[0, 0], [400, 0], [400, 400], [0, 400], [0, 0]], float))
+    other = SlideFeatures("S2", "P2", slide.features, slide.coords, patch_size=64, mpp=0.5)
+    write_outlines(tmp_path / "S1.geojson", {"tumor": [inside]})
+    write_outlines(tmp_path / "S2.geojson", {})
+    monkeypatch.setattr(grounding.colour, "patch_colours", lambda path, coords, size: np.full((len(coords), 3), 9.0))
+    found = grounding.ColourMap([slide, other], {"S1": "a", "S2": "b"}, tmp_path, ["tumor"])
+    assert (found(slide) == 0).all() and (found(other) == 1).all()
+
+
 def test_pointing_is_won_by_the_highest_patch_that_counts():
     inside = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]], bool)
     found = np.array([[1, 2, 9, 0, 0], [1, 2, 3, 4, 5], [7, 7, 7, 7, 1]], float)

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.checkpoint import save_run
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.evaluate import run, tasks
 from pathflip_jax.evaluate.tasks import read_tasks
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.inference import Embedding
 
 
 def write(folder, text):
@@ -22,7 +22,7 @@ def write(folder, text):
 def test_tasks_share_what_stands_at_the_top(tmp_path):
     text = """
 records: records
-slides: gs://bucket/slides.csv
+slides: memory://bucket/slides.csv
 split: val
 strict: true
 tasks:
@@ -31,7 +31,9 @@ tasks:
 """
     found = read_tasks(write(tmp_path, text))
     shared = {"records": tmp_path / "records", "strict": True}
-    assert found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "gs://bucket/slides.csv"
+    assert (
+        found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "memory://bucket/slides.csv"
+    )
     assert found["rcc"] == shared | {"split": "val", "prompts": Path("tcga-rcc"), "few_shot": ["1", "all"]}
     assert found["own"] == shared | {
         "split": "test", "prompts": tmp_path / "prompts.json", "labels": ["TP53"], "clear": 0.0, "seed": 3,
@@ -45,6 +47,13 @@ def test_without_tasks_the_file_is_one(tmp_path):
     }
 
 
+def test_a_file_names_every_option_of_the_command_but_those_of_the_call():
+    parser = cli.build_parser()
+    commands = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
+    options = {string[2:] for action in commands["evaluate"]._actions for string in action.option_strings}
+    assert {name for name in options if len(name) > 1} - {"help", "tasks", "out", "json"} == set(tasks.KEYS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -55,6 +64,10 @@ def test_without_tasks_the_file_is_one(tmp_path):
         ("records: [a]", "records: .'a'. is not what this option takes"),
         ("strict: 1", "strict: 1 is not"),
         ("seed: true", "seed: True is not"),
+        ("seed: 3.5", "seed: 3.5 is not"),
+        ("protocol: kind", "protocol: 'kind' is not"),
+        ("method: guess", "method: 'guess' is not"),
+        ("labels: &a [x]\nfew-shot: *a", "references .* are not read"),
         ("few-shot: [[1]]", "few-shot"),
         ("tasks: [a]", "tasks must name tasks"),
         ("tasks: {../a: {}}", "names a folder of results"),
@@ -72,13 +85,39 @@ def test_what_no_option_takes_is_named(tmp_path, text, message):
     assert "benchmark.yaml" in str(error.value)
 
 
-def test_the_command_runs_every_task_and_its_own_options_win(tiny_cohort, tmp_path, capsys):
-    config = PathFLIPConfig(
-        feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,
-        max_positions=128, region_layers=1, region_heads=2, text_region_heads=2, init="fan_in",
-    )  # fmt: skip
-    data = {"encoder": "tiny", "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96}
-    save_run(tmp_path / "run", PathFLIP(config, nnx.Rngs(0)), {"data": data}, TextTokenizer(tiny_cohort.vocabulary))
+WORDS = [
+    "records", "tasks", "few-shot", "split", "a", ": ", "\n", "  ", "- ", "{", "}", "[", "]", "&x ", "*x", "!!int ",
+    "~", "1e9", "2020-13-45", "<<", "? ", "'", '"', "#", "|", ">", "0x", "...", "---", "\t", "é",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.lists(st.sampled_from(WORDS), max_size=12).map("".join), st.text(max_size=20)))
+def test_whatever_stands_in_it_is_read_or_refused_by_name(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "benchmark.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        assert read_tasks(path)
+    except ValueError as error:
+        assert "benchmark.yaml" in str(error)
+
+
+class Guessing:
+    """Says the same of everything."""
+
+    name, config = "guessing", {}
+
+    def encode_slides(self, slides):
+        return (Embedding(slide.slide_id, np.ones(4), np.ones((1, 4)), np.zeros((1, 2))) for slide in slides)
+
+    def encode_text(self, texts):
+        return np.ones((len(texts), 4))
+
+
+def test_the_command_runs_every_task_and_its_own_options_win(tiny_cohort, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "load", lambda folder: Guessing())
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(run, "is_language_run", lambda folder: False)
     (tmp_path / "prompts.json").write_text('{"classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}')
     path = write(
         tmp_path,

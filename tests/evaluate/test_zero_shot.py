@@ -33,6 +33,7 @@ def test_concepts_of_grounding_need_no_wrapping(tmp_path):
     [
         ({"classes": {"a": ["x"], "b": []}}, "'b' needs a list of texts"),
         ({"classes": {"a": ["x"], "b": ["  "]}}, "'b' needs a list of texts"),
+        ({"classes": {"a": ["x"], "b": ["?!"]}}, "'b' needs a list of texts"),
         ({"classes": {"a": ["x"], "b": [3]}}, "'b' needs a list of texts"),
         ('{"classes": {"a": ["x"], "a": ["y"]}}', "'a' stands there twice"),
         ({"classes": {"a": ["Same"], "b": ["same "]}}, "stands for class 'a' and 'b'"),
