@@ -21,7 +21,7 @@ from pathflip_jax.data.records import Records
 from pathflip_jax.data.regions import EDGE_UM, cut_regions
 from pathflip_jax.data.storage import as_path, exists, is_url
 from pathflip_jax.grounding import maps
-from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.model.pathflip import SlideEncoding
 
 LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
@@ -69,26 +69,6 @@ class Bag(NamedTuple):
     features: Float[np.ndarray, "N F"]
     slots: Int[np.ndarray, "R S"]
     grid: Int[np.ndarray, "R 2"]
-
-
-class Prepared(NamedTuple):
-    """A slide as `Predictor.prepare` encodes it before any text comes: where its patches lie, regions and windows.
-
-    `windows` [N, D] is None for the methods that spread the score of a region over its patches; `shares` [N] is what
-    method `attention` weighs those by.
-    """
-
-    slide_id: str
-    coords: Int[np.ndarray, "N 2"]
-    patch_size: int
-    mpp: float
-    width: int
-    height: int
-    method: str
-    slots: Int[np.ndarray, "R S"]
-    regions: Float[np.ndarray, "R D"]
-    shares: Float[np.ndarray, "N"] | None
-    windows: Float[np.ndarray, "N D"] | None
 
 
 class Predictor:

@@ -58,6 +58,26 @@ class Grounding(NamedTuple):
     negative: tuple[str, ...] = ()
 
 
+class Prepared(NamedTuple):
+    """A slide as `Predictor.prepare` encodes it before any text comes: where its patches lie, regions and windows.
+
+    `windows` [N, D] is None for the methods that spread the score of a region over its patches; `shares` [N] is what
+    method `attention` weighs those by.
+    """
+
+    slide_id: str
+    coords: Int[np.ndarray, "N 2"]
+    patch_size: int
+    mpp: float
+    width: int
+    height: int
+    method: str
+    slots: Int[np.ndarray, "R S"]
+    regions: Float[np.ndarray, "R D"]
+    shares: Float[np.ndarray, "N"] | None
+    windows: Float[np.ndarray, "N D"] | None
+
+
 def subtract(grounding: Grounding, negatives: int) -> Grounding:
     """Take the last `negatives` texts out of a grounding, and the highest of their scores off the others'.
 

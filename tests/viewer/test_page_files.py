@@ -29,5 +29,5 @@ def test_the_page_names_no_other_site_and_loads_what_is_there():
     named = re.findall(r'(?:src|href)="page/([^"]+)"', index)
     assert set(named) | {"index.html", "LICENSE.openseadragon.txt"} == files.keys()
     assert 'type="module"' not in index, "no module loads from file://"
-    used = set(re.findall(r'\$\("([\w-]+)"\)', files["app.js"].decode()))
+    used = set(re.findall(r'\$\("([\w-]+)"\)', (files["app.js"] + files["list.js"]).decode()))
     assert used <= set(re.findall(r'id="([\w-]+)"', index)), "a control that the page does not have"

@@ -93,12 +93,10 @@ def test_ground_writes_the_page_of_its_slide(run_folder, tiny_cohort, slides_dir
 
 def test_a_broken_slide_is_reported_and_the_rest_is_there(command, slides_dir, tmp_path, capsys):
     whole = (slides_dir / "S01.tiff").read_bytes()
-    (slides_dir / "S01.tiff").write_bytes(whole[: len(whole) - 6000])
-    code = cli.main([*command, "--slide-ids", "S00", "S01", "S02"])
+    (slides_dir / "S01.tiff").write_bytes(whole[:-6000])  # OpenSlide still takes it for a slide
+    assert cli.main([*command, "--slide-ids", "S00", "S01", "S02"]) == 1
     outcome = json.loads(capsys.readouterr().out)
-    if "S01" in outcome["done"]:
-        pytest.skip("what was cut off was not needed")
-    assert code == 1 and outcome["done"] == ["S00", "S02"]
+    assert outcome["done"] == ["S00", "S02"]
     assert outcome["failed"][0]["slide"] == "S01"
     assert [slide["id"] for slide in read_script(tmp_path / "page/slides.js", " = ")["slides"]] == ["S00", "S02"]
 

@@ -2,7 +2,6 @@
 
 /* The page itself: which slide is open, which texts are shown on it, and what its controls do. */
 
-const ROWS = 100; // slides that the list shows at once
 const page = globalThis.PATHFLIP;
 const source = page.live ? new LiveSource() : new WrittenSource(page);
 const $ = (id) => document.getElementById(id);
@@ -48,61 +47,6 @@ async function tileFailed(address) {
     }
   }
   tell(`Part of slide ${name} cannot be shown: ${reason}`);
-}
-
-/* ---- the list of slides ---- */
-
-function drawList() {
-  const wanted = $("filter").value.trim().toLowerCase();
-  const found = state.order.filter((number) => page.slides[number].id.toLowerCase().includes(wanted));
-  const best = Math.max(...state.similarity.values(), 1e-9);
-  $("slide-list").replaceChildren(...found.slice(0, state.rows).map((number) => slideRow(number, best)));
-  $("more").hidden = found.length <= state.rows;
-  state.listed = found;
-}
-
-function slideRow(number, best) {
-  const slide = page.slides[number];
-  const button = make("button", { type: "button", className: "slide" });
-  button.setAttribute("aria-current", number === state.number ? "true" : "false");
-  const picture = make("span", { className: "thumbnail" });
-  if (slide.image) {
-    const image = make("img", { src: `slides/${number}/thumbnail.jpg`, alt: "", loading: "lazy" });
-    image.addEventListener("error", () => picture.replaceChildren("not readable"));
-    picture.append(image);
-  } else picture.append("no picture");
-  const words = make("span", { className: "words" }, make("span", { className: "name", textContent: slide.id }));
-  const similarity = state.similarity.get(number);
-  if (similarity !== undefined) {
-    const bar = make("i", { className: "similarity" });
-    bar.style.width = `${(100 * Math.max(similarity, 0)) / Math.max(best, 1e-9)}%`;
-    words.append(make("span", { className: "quiet", textContent: `similarity ${similarity.toFixed(3)}` }), bar);
-  } else if (!slide.features) words.append(make("span", { className: "quiet", textContent: "no features" }));
-  button.append(picture, words);
-  button.addEventListener("click", () => open(number));
-  return make("li", {}, button);
-}
-
-async function findSlides() {
-  const text = $("find-text").value.trim();
-  state.rows = ROWS;
-  if (!text) {
-    state.order = page.slides.map((_, number) => number);
-    state.similarity.clear();
-    $("find-state").textContent = "";
-    return drawList();
-  }
-  try {
-    const { slides, ready, busy: more } = await source.find(text);
-    state.order = slides.map(([number]) => number);
-    state.similarity = new Map(slides);
-    const of = `${ready} of ${page.slides.length} slides`;
-    $("find-state").textContent = more ? `The best of ${of} that are embedded so far` : `The best of ${of}`;
-    if (!ready) $("find-state").textContent = "No slide is embedded yet: wait, or start with --embeddings";
-  } catch (error) {
-    tell(error.message);
-  }
-  drawList();
 }
 
 /* ---- the open slide ---- */
