@@ -14,7 +14,7 @@ def add(commands) -> None:
         commands,
         "demo",
         _run,
-        "the main job on an embedded cohort: slides to report, in about a quarter of an hour",
+        "the main job on an embedded cohort: slides to report, in a quarter to half of an hour",
         "pathflip demo --out demo",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything it makes (default demo)")
