@@ -193,7 +193,7 @@ def _compare_task(part: str, task: tuple, evaluations: list[Evaluation], readers
         _check_same(evaluations[0], evaluation, task, units[0], other)
     weights = scores.patient_weights(units[0].patients, seed=seed)
     rows = []
-    for metric in units[0].metrics:
+    for metric in [name for name in units[0].metrics if all(name in one.metrics for one in units)]:
         statistics = [scores.mean_over_runs(one.metrics[metric]) for one in units]
         row = {"part": part, "task": list(task), "heading": _heading(part, task), "metric": metric}
         names = GROUNDING if task[0] == "grounding" else report.METRICS
