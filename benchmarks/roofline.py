@@ -117,7 +117,8 @@ def measure(job: Job, sizes: dict, dtype: str) -> Measured:
     import jax
     from flax import nnx
 
-    from pathflip_jax.model.pathflip import PathFLIP, flatten
+    from pathflip_jax.model.parameters import flatten
+    from pathflip_jax.model.pathflip import PathFLIP
 
     config = PathFLIPConfig(**sizes, compute_dtype=dtype)
     batch = our_batch(job, make_inputs(job, sizes))

@@ -104,7 +104,7 @@ def our_training(config) -> tuple[Callable, Any]:
 
     from pathflip_jax.compilation import compiler_options
     from pathflip_jax.losses import LossConfig
-    from pathflip_jax.model.pathflip import unflatten
+    from pathflip_jax.model.parameters import unflatten
     from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
     from pathflip_jax.stage import alignment, make_step
 
@@ -124,7 +124,8 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     from pathflip_jax.convert.pytorch import read_checkpoint, to_jax
     from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
     from pathflip_jax.model.config import PathFLIPConfig
-    from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+    from pathflip_jax.model.parameters import flatten, unflatten
+    from pathflip_jax.model.pathflip import PathFLIP
 
     config = PathFLIPConfig(**sizes, compute_dtype=dtype)
     if weights is None:

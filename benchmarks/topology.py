@@ -115,7 +115,7 @@ def lower(config, layers: int, slides: int, mesh):
 
     from pathflip_jax import sharding
     from pathflip_jax.losses import LossConfig
-    from pathflip_jax.model.pathflip import abstract_params, unflatten
+    from pathflip_jax.model.parameters import abstract_params, unflatten
     from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
     from pathflip_jax.stage import alignment, make_step
 

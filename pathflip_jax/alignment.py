@@ -1,19 +1,22 @@
 """The alignment stage as the training loop takes it: model, data, start, validation, from a config."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, memory, settings, sharding
-from pathflip_jax.losses import LossConfig, pair_bytes
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.losses import LossConfig, Spread, pair_bytes
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.flops import useful_operations
-from pathflip_jax.model.pathflip import PathFLIP, abstract_params, flatten, unflatten
+from pathflip_jax.model.parameters import AlignmentModel, abstract_params, flatten, make_model, unflatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import open_data
-from pathflip_jax.stage import Params, Training, alignment
+from pathflip_jax.sigmoid_losses import SigmoidLossConfig, pairs_bytes
+from pathflip_jax.stage import Params, Stage, Training, alignment, sigmoid_alignment
 from pathflip_jax.validation import MEASURED, make_validation, require_score
 
 
@@ -26,14 +29,15 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
     if not losses:
         raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
     require_score(config.train.select, (*MEASURED, *losses))
+    family = family_of(config)
     data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh), begun_groups)
     model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
     resolved = config.to_dict()
     resolved["data"] |= data.facts
     resolved["model"] |= model.to_dict()
-    stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
+    stage = family.stage(config, model, sharding.by_slide(mesh))
 
-    def build(learned: Params, frozen: Params) -> PathFLIP:
+    def build(learned: Params, frozen: Params) -> AlignmentModel:
         return unflatten(model, learned | frozen)
 
     return Training(
@@ -52,25 +56,79 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
     )
 
 
-def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> PathFLIPConfig:
-    """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees."""
+class Family(NamedTuple):
+    """What the families of models do not share: their losses, and which parameters learn."""
+
+    loss: type
+    stage: Callable[[ConfigDict, ModelConfig, Spread], Stage]
+    pair_bytes: Callable[[ConfigDict, ModelConfig, int], int]
+
+
+def _pathflip_stage(config: ConfigDict, model: PathFLIPConfig, spread: Spread) -> Stage:
+    return alignment(LossConfig(**config.loss), spread)
+
+
+def _pathflip_pairs(config: ConfigDict, model: PathFLIPConfig, slides: int) -> int:
+    sizes = config.train.batch_size, model.text_region_heads, config.data.regions
+    return pair_bytes(LossConfig(**config.loss), slides, *sizes, model.embed_dim)
+
+
+def _pathflip2_stage(config: ConfigDict, model: PathFLIP2Config, spread: Spread) -> Stage:
+    if model.text_pooling == "mean_padded":
+        raise ValueError(
+            "model.text_pooling=mean_padded repeats what a published checkpoint computes, where padding counts; texts "
+            "that are trained on are packed without: set mean or cls"
+        )
+    freeze = config.model.freeze_text_encoder
+
+    def frozen(name: str) -> bool:
+        return name.startswith("text_encoder/") and (freeze or model.text_lora_rank > 0) and "/lora/" not in name
+
+    return sigmoid_alignment(SigmoidLossConfig(**config.loss), spread, frozen)
+
+
+def _pathflip2_pairs(config: ConfigDict, model: PathFLIP2Config, slides: int) -> int:
+    return pairs_bytes(SigmoidLossConfig(**config.loss), slides, config.train.batch_size, config.data.subcaptions)
+
+
+FAMILIES = {
+    "pathflip": Family(LossConfig, _pathflip_stage, _pathflip_pairs),
+    "pathflip2": Family(SigmoidLossConfig, _pathflip2_stage, _pathflip2_pairs),
+}
+
+
+def family_of(config: ConfigDict) -> Family:
+    """The family of a config's model. Raises ValueError for a name that is none."""
+    name = config.model.get("family", "pathflip")
+    if name not in FAMILIES:
+        raise ValueError(f"model.family={name!r}: expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 30523) -> ModelConfig:
+    """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees.
+
+    `vocab_size` counts `[DEC]`, which a PathFLIP2 does not have.
+    """
     values = config.model.to_dict()
-    values.pop("bert")
-    for name, found in (("feature_dim", feature_dim), ("vocab_size", vocab_size)):
+    for name in ("bert", "freeze_text_encoder"):
+        values.pop(name, None)
+    words = vocab_size - 1 if values.get("family") == PathFLIP2Config.family else vocab_size
+    for name, found in (("feature_dim", feature_dim), ("vocab_size", words)):
         values[name] = values[name] or found
-    return PathFLIPConfig.from_dict(values)
+    return ModelConfig.from_dict(values)
 
 
 def check_config(name: str) -> int:
     """The number of parameters of a config's model; raises ValueError for what is wrong in it. Computes nothing."""
     config = settings.load_config(name)
-    OptimConfig(**config.optim), LossConfig(**config.loss)
+    OptimConfig(**config.optim), family_of(config).loss(**config.loss)
     return sum(math.prod(x.shape) for x in abstract_params(model_config(config)).values())
 
 
-def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) -> Params:
-    """Random parameters made where they live; with `bert`, the Q-Former starts from that Hugging Face folder."""
-    make = jax.jit(lambda key: flatten(PathFLIP(model, nnx.Rngs(key))), out_shardings=places)
+def initial_params(model: ModelConfig, bert: str, seed: int, places: dict) -> Params:
+    """Random parameters made where they live; with `bert`, what reads text starts from that Hugging Face folder."""
+    make = jax.jit(lambda key: flatten(make_model(model, nnx.Rngs(key))), out_shardings=places)
     params = make(jax.random.key(seed))
     if bert:
         from pathflip_jax.convert.bert import bert_parameters
@@ -79,9 +137,8 @@ def initial_params(model: PathFLIPConfig, bert: str, seed: int, places: dict) ->
     return params
 
 
-def _require_room(step, config: ConfigDict, model: PathFLIPConfig, shards: int) -> None:
+def _require_room(step, config: ConfigDict, model: ModelConfig, shards: int) -> None:
     """Raise MemoryError where a compiled step does not fit on a device, with the settings that would."""
-    setup, loss = config.train, LossConfig(**config.loss)
-    sizes = setup.batch_size // shards, setup.batch_size, model.text_region_heads, config.data.regions
-    pairs = pair_bytes(loss, *sizes, model.embed_dim)
+    setup = config.train
+    pairs = family_of(config).pair_bytes(config, model, setup.batch_size // shards)
     memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, shards, pairs)

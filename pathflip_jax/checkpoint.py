@@ -24,8 +24,8 @@ from pathflip_jax import distributed
 from pathflip_jax.data.storage import as_path, is_url, make_folder, read_bytes
 from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfrecord import whole_file
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
+from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 
 CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
 
@@ -94,10 +94,10 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def read_model_config(path: Path) -> PathFLIPConfig:
+def read_model_config(path: Path) -> ModelConfig:
     """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting."""
     try:
-        return PathFLIPConfig.from_dict(read_json(path))
+        return ModelConfig.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
@@ -299,7 +299,7 @@ def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
     epath.Path(workdir / CHECKPOINTS).rmtree()
 
 
-def describe_run(workdir: Path, model: PathFLIPConfig, config: dict, tokenizer) -> None:
+def describe_run(workdir: Path, model: ModelConfig, config: dict, tokenizer) -> None:
     """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
     make_folder(as_path(workdir))
     tokenizer.save(workdir / TOKENIZER)

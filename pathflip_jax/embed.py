@@ -30,7 +30,7 @@ from pathflip_jax.data.storage import Place
 from pathflip_jax.data.text import read_slide_table, some
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.inference import Embedding, Predictor, load
-from pathflip_jax.model.pathflip import flatten
+from pathflip_jax.model.parameters import flatten
 
 FORMAT = 1
 METADATA = b"pathflip"  # key of the Parquet metadata under which a JSON object says what the file is

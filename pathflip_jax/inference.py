@@ -5,6 +5,7 @@ sizes (masked, hence without effect), and a cohort costs a handful of compilatio
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -18,15 +19,27 @@ from pathflip_jax.buckets import bucket
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import Records
-from pathflip_jax.data.regions import EDGE_UM, cut_regions
+from pathflip_jax.data.regions import EDGE_UM, Regions, cut_regions
 from pathflip_jax.data.storage import as_path, exists, is_url
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
+from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
 
 LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
+
+
+class TextEncoding(NamedTuple):
+    """Texts in the space of slides and in that of regions: the same for PathFLIP, two for PathFLIP2."""
+
+    slide: Float[np.ndarray, "n D"]
+    region: Float[np.ndarray, "n D"]
+
+    def level(self, method: str) -> Float[np.ndarray, "n D"]:
+        """What a map of this method compares with: `slide` makes a slide of each window, all others read regions."""
+        return self.slide if method == "slide" else self.region
 
 
 class Embedding(NamedTuple):
@@ -45,7 +58,8 @@ def _encode_slides(model, patches, mask, attention):
 
 @jax.jit
 def _encode_texts(model, rows, text_index):
-    return model.encode_texts(rows, text_index)
+    states = model.read_texts(rows, text_index)
+    return TextEncoding(model.project_texts(states, "slide"), model.project_texts(states, "region"))
 
 
 @jax.jit
@@ -91,6 +105,9 @@ class Predictor:
             self.caption_length = int(data.get("caption_length") or 384)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
+        #: A PathFLIP2 knows no regions: each patch stands where a PathFLIP has one.
+        self.patchwise = isinstance(model.config, PathFLIP2Config)
+        self.default_method = "cosine" if self.patchwise else maps.DEFAULT_METHOD
         self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
 
     def check_features(self, where: str, width: int, encoder: str) -> None:
@@ -116,7 +133,7 @@ class Predictor:
         slots, grids, start = [], [], 0
         for slide in slides:
             self.check_features(f"slide {slide.slide_id}", slide.features.shape[1], slide.encoder)
-            regions = cut_regions(slide, cut=self.cut, edge_um=self.edge_um, edge_px=self.edge_px)
+            regions = self._patches(slide) if self.patchwise else self._regions(slide)
             cut = region_slots(regions.order, regions.rows)
             slots.append(np.where(cut >= 0, cut + start, -1))
             grids.append(regions.grid)
@@ -125,6 +142,17 @@ class Predictor:
         slots = [np.pad(cut, ((0, 0), (0, widest - cut.shape[1])), constant_values=-1) for cut in slots]
         features = slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides])
         return Bag("+".join(s.slide_id for s in slides), features, np.concatenate(slots), np.concatenate(grids))
+
+    def region_patches(self, slide: SlideFeatures) -> Int[np.ndarray, "R S"]:
+        """The patches of the regions that `encode_regions` embeds, -1 where a region has fewer than the fullest."""
+        regions = self._regions(slide)
+        return region_slots(regions.order, regions.rows)
+
+    def _regions(self, slide: SlideFeatures) -> Regions:
+        return cut_regions(slide, cut=self.cut, edge_um=self.edge_um, edge_px=self.edge_px)
+
+    def _patches(self, slide: SlideFeatures) -> Regions:
+        return cut_regions(slide, cut="patch")
 
     def _encode(self, features: Sequence[np.ndarray], slots: Sequence[np.ndarray], attention=False) -> SlideEncoding:
         """Encode several bags of patch indices [R, S] in one padded call; arrays come back as NumPy, still padded."""
@@ -173,22 +201,40 @@ class Predictor:
             yield from (found[i] for i in range(len(window)))
 
     def encode_regions(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
-        """Embed slides as `encode_slides`, their regions in the space of texts, where the region loss compares them."""
-        for embedding in self.encode_slides(slides, batch_size):
-            yield embedding._replace(regions=self._alone(embedding.regions))
+        """Embed slides as `encode_slides`, their regions in the space of texts, where the region loss compares them.
+
+        A region of a PathFLIP2 is the mean of its patches, which are cut into regions as the run's records were.
+        """
+        slides, again = itertools.tee(slides)
+        for slide, embedding in zip(again, self.encode_slides(slides, batch_size), strict=True):
+            regions = self._alone(embedding.regions)
+            if self.patchwise:
+                cut = self._regions(slide)
+                regions = np.add.reduceat(regions[cut.order], cut.rows[:-1]) / np.diff(cut.rows)[:, None]
+                embedding = embedding._replace(grid=cut.grid)
+            yield embedding._replace(regions=regions)
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "n D"]:
-        """Embed texts, in their order. Raises ValueError for a text of no words."""
+        """Embed texts in the space of slides, in their order. Raises ValueError for a text of no words."""
+        return self.encode_texts(texts, batch_size).slide
+
+    def encode_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> TextEncoding:
+        """Embed texts, in their order, to be compared with slides and with regions.
+
+        Where a PathFLIP2 pools "mean_padded", an embedding depends on the longest of the texts given together, as in
+        the released code. Raises ValueError for a text of no words.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(texts):
             if not any(letter.isalnum() for letter in text):
                 raise ValueError(f"text {number} has no words: {text!r}; leave it out or write what to look for")
         tokens = self.tokenizer.encode(texts, self.caption_length)
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # texts of one length share a call
-        found = np.zeros((len(texts), self.model.config.embed_dim), np.float32)
+        found = TextEncoding(*(np.zeros((len(texts), self.model.config.embed_dim), np.float32) for _ in range(2)))
+        padded = max(map(len, tokens)) if getattr(self.model.config, "text_pooling", "") == "mean_padded" else 0
         for first in range(0, len(order), batch_size):
             members = order[first : first + batch_size]
-            rows, length = bucket(len(members)), bucket(max(len(tokens[i]) for i in members))
+            rows, length = bucket(len(members)), padded or bucket(max(len(tokens[i]) for i in members))
             length = min(length, self.model.config.max_positions)
             ids, segments = np.zeros((1, rows, length), np.int32), np.zeros((1, rows, length), np.int32)
             segments[:, :, 0] = 1  # rows without a text hold one padding token, so that no row is all masked
@@ -198,7 +244,8 @@ class Predictor:
             positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
             starts = np.arange(rows, dtype=np.int32)[None] * length
             encoded = _encode_texts(self.model, [(ids, segments, positions)], starts)
-            found[members] = np.asarray(encoded, np.float32)[0, : len(members)]
+            for whole, part in zip(found, encoded, strict=True):
+                whole[members] = np.asarray(part, np.float32)[0, : len(members)]
         return found
 
     def ground(
@@ -207,18 +254,19 @@ class Predictor:
         texts: str | Sequence[str],
         *,
         negative: str | Sequence[str] = (),
-        method: str = maps.DEFAULT_METHOD,
+        method: str | None = None,
         window: int = maps.WINDOW,
         context: int = maps.CONTEXT,
     ) -> Grounding:
-        """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are.
+        """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are (None: the
+        family's own default).
 
         The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
         and `context` matter to the methods that look at patches one by one.
         Raises ValueError for a slide without coordinates: there is no place to put a score.
         """
         texts, negative = _as_tuple(texts), _as_tuple(negative)
-        encoded = self.encode_text(texts + negative)  # first: a text of no words is told before the slide is encoded
+        encoded = self.encode_texts(texts + negative)  # first: a text of no words is told before the slide is encoded
         prepared = self.prepare(slide, method=method, window=window, context=context)
         return self.score(prepared, texts, negative=negative, encoded=encoded)
 
@@ -226,15 +274,21 @@ class Predictor:
         self,
         slide: SlideFeatures,
         *,
-        method: str = maps.DEFAULT_METHOD,
+        method: str | None = None,
         window: int = maps.WINDOW,
         context: int = maps.CONTEXT,
     ) -> Prepared:
         """Encode of a slide what no text changes, so that many texts can be scored on it. Raises as `ground`."""
+        method = method or self.default_method
         if method not in maps.METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(maps.METHODS)}")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"window {window}: a patch stands in the middle of its window; give an odd number")
+        if self.patchwise and method == "attention":
+            raise ValueError(
+                "method 'attention' refines regions by their patches, and a PathFLIP2 attends to patches; ground with "
+                "'region'"
+            )
         if slide.coords is None:
             raise ValueError(
                 f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
@@ -253,8 +307,11 @@ class Predictor:
                     "import it with --patch-size, or ground with a window of 1"
                 )
             slots = maps.window_slots(slide.coords, slide.patch_size, window)
-            encode_windows = maps.window_slides if method == "slide" else maps.window_regions
-            windows = encode_windows(lambda index: self._encode([bag.features] * len(index), index), slots, context)
+            if self.patchwise and method != "slide":
+                windows = maps.window_means(encoding.regions[0], slots)
+            else:
+                encode_windows = maps.window_slides if method == "slide" else maps.window_regions
+                windows = encode_windows(lambda index: self._encode([bag.features] * len(index), index), slots, context)
             if method == "similarity":
                 windows = self._alone(windows)
         return Prepared(
@@ -277,23 +334,23 @@ class Predictor:
         texts: str | Sequence[str],
         *,
         negative: str | Sequence[str] = (),
-        encoded: Float[np.ndarray, "n D"] | None = None,
+        encoded: TextEncoding | None = None,
     ) -> Grounding:
         """What `ground` gives for a slide that `prepare` has encoded: a matrix product for each further text.
 
-        `encoded` is what `encode_text` made of the texts and the negative ones behind them, where that is known.
+        `encoded` is what `encode_texts` made of the texts and the negative ones behind them, where that is known.
         """
         texts, negative = _as_tuple(texts), _as_tuple(negative)
-        text = self.encode_text(texts + negative) if encoded is None else encoded
-        region_scores = maps.log_ratio(self._attend(text, prepared.regions))
+        text = self.encode_texts(texts + negative) if encoded is None else encoded
+        region_scores = maps.log_ratio(self._attend(text.region, prepared.regions))
         if prepared.windows is None:
             scores = maps.spread(region_scores, prepared.slots, len(prepared.coords))
             if prepared.shares is not None:
                 scores = scores + np.log(np.maximum(prepared.shares, 1e-9))
         elif prepared.method == "patch":
-            scores = maps.log_ratio(self._attend(text, prepared.windows))
+            scores = maps.log_ratio(self._attend(text.region, prepared.windows))
         else:
-            scores = _cosine(text, prepared.windows)
+            scores = _cosine(text.level(prepared.method), prepared.windows)
         found = Grounding(
             slide_id=prepared.slide_id,
             texts=texts + negative,
@@ -349,18 +406,19 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b.T
 
 
-def load(path, which: str | int = "best", *, bert=None) -> Predictor:
+def load(path, which: str | int = "best", *, bert=None, arguments=None) -> Predictor:
     """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
 
     `which` is "best" (by validation), "latest" or a step. A file is a checkpoint of the released PyTorch model, and
-    `bert` the folder of the BERT that it was trained with.
+    `bert` the folder of the BERT that it was trained with; `arguments` those of the published run, where the file does
+    not hold them.
     """
     if as_path(path).suffix in WEIGHTS:
         if bert is None:
             raise ValueError(f"{path}: PyTorch weights hold no tokenizer; give bert=, the BERT folder of this model")
         from pathflip_jax.convert.pytorch import load_released
 
-        return Predictor(*load_released(path, bert), name=str(path))
+        return Predictor(*load_released(path, bert, arguments=arguments), name=str(path))
     model, config, tokenizer = load_run(path, which=which)
     return Predictor(model, config, tokenizer, name=str(path))
 

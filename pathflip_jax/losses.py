@@ -31,14 +31,16 @@ class LossConfig:
     region_weight: float = 1.0
     temperature: float = 0.1
     label_smoothing: float = 0.1
-    normaliser: Literal["released", "per_slide"] = "released"
+    normaliser: Literal["released", "per_slide", "per_positive"] = "released"
     negative_weight: float = 1.0
     negatives_per_slide: int | None = None
     negatives_at_once: int | None = None
 
     def __post_init__(self):
-        if self.normaliser not in ("released", "per_slide"):
-            raise ValueError(f"loss config: normaliser={self.normaliser!r}, expected 'released' or 'per_slide'")
+        if self.normaliser not in ("released", "per_slide", "per_positive"):
+            raise ValueError(
+                f"loss config: normaliser={self.normaliser!r}, expected 'released', 'per_slide' or 'per_positive'"
+            )
         for name in ("negatives_per_slide", "negatives_at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -131,6 +133,7 @@ def region_loss(
 
     The texts of slide i are its own K subcaptions (label +1) and one subcaption of each other slide (label -1).
     `released` divides the sum by K + B - 1, one device's arithmetic in the released code, and so grows with B;
+    `per_positive` by B * K, as the follow-up's code;
     `per_slide` is the mean over slides of (mean over positives + w * mean over negatives) / 2.
 
     Each text pools the regions of each slide anew, so pairs of slides and texts are what takes memory. With n slides
@@ -140,7 +143,7 @@ def region_loss(
     (B, K, _), case = embeddings.subcaptions.shape, jnp.asarray(case)
     shown = B - 1 if config.negatives_per_slide is None else min(config.negatives_per_slide, B - 1)
     positive = _cosines(text_region_attention, embeddings.subcaptions, embeddings.regions, embeddings.region_mask)
-    positive_terms = -_log_sigmoid(positive, 1.0, scale, bias)  # [B, K]
+    positive_terms = -log_sigmoid(positive, 1.0, scale, bias)  # [B, K]
 
     def score(slides: _Slides, everyone: tuple[Array, Array], whole: tuple) -> tuple[Array, Array, Array]:
         return _negatives(slides, *everyone, *whole, shown, config.negatives_at_once or max(shown, 1))
@@ -151,6 +154,8 @@ def region_loss(
     count = jnp.maximum(count, 1.0)
     if config.normaliser == "released":
         loss = (jnp.sum(positive_terms) + jnp.sum(negative_sum)) / (K + shown)
+    elif config.normaliser == "per_positive":
+        loss = (jnp.sum(positive_terms) + jnp.sum(negative_sum)) / (B * K)
     else:
         loss = jnp.mean(jnp.mean(positive_terms, axis=1) + config.negative_weight * negative_sum / count) / 2
     return loss, {"cosine_positive": jnp.mean(positive), "cosine_negative": jnp.mean(cosine_sum / count)}
@@ -187,7 +192,7 @@ def _negatives(
         texts = subcaptions[others, jnp.take_along_axis(slides.drawn, others, axis=1)]
         cosine = _cosines(attention, texts, slides.regions, slides.region_mask)
         counted = counted.astype(cosine.dtype)
-        terms = -_log_sigmoid(cosine, -1.0, scale, bias)
+        terms = -log_sigmoid(cosine, -1.0, scale, bias)
         return tuple(jnp.sum(x * counted, axis=1) for x in (terms, cosine, jnp.ones_like(cosine)))
 
     chunks = -(-shown // chunk)
@@ -203,7 +208,8 @@ def _cosines(attention: TextRegionAttention, texts: Array, regions: Array, mask:
     return jnp.sum(normalise(pooled) * normalise(texts), axis=-1)
 
 
-def _log_sigmoid(cosine: Array, label: float, scale: Array, bias: Array | None) -> Array:
+def log_sigmoid(cosine: Array, label: float | Array, scale: Array, bias: Array | None) -> Array:
+    """The logarithm of how probable it is that a pair of this cosine is a match (label 1) or none (-1)."""
     return jax.nn.log_sigmoid(label * (scale * cosine if bias is None else scale * cosine + bias))
 
 

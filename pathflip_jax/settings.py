@@ -1,8 +1,8 @@
 """Settings of a run, from a config file and the command line, checked before anything costs time.
 
-configs/align_base.py lists every setting of alignment, configs/lm_stage1.py every one of the language stage: a config
-may set other values, never other names. What is wrong is said with the file, the name, and the name that was probably
-meant.
+configs/align_base.py lists every setting of alignment, configs/pathflip2.py of the follow-up network,
+configs/lm_stage1.py of the language stage: a config may set other values, never other names. What is wrong is said with
+the file, the name, and the name that was probably meant.
 """
 
 import difflib
@@ -48,7 +48,7 @@ def load_config(name: str) -> ConfigDict:
     """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours."""
     path, argument = find_config(name)
     config = _execute(path, argument)
-    reference = _flat(_execute(bundled_configs()["lm_stage1" if "lm" in config else "align_base"], ""))
+    reference = _flat(_execute(bundled_configs()[_reference(config)], ""))
     found = _flat(config)
     faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
     faults += [f"{key} is missing" for key in reference if key not in found]
@@ -61,6 +61,13 @@ def load_config(name: str) -> ConfigDict:
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
     return config.lock()
+
+
+def _reference(config: ConfigDict) -> str:
+    """The bundled config that lists every setting of this one's kind."""
+    if "lm" in config:
+        return "lm_stage1"
+    return "pathflip2" if config.get("model", {}).get("family") == "pathflip2" else "align_base"
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, dict]:

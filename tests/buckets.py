@@ -116,7 +116,7 @@ def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     from pathflip_jax import train
     from pathflip_jax.checkpoint import load_run
     from pathflip_jax.data.storage import as_path
-    from pathflip_jax.model.pathflip import flatten
+    from pathflip_jax.model.parameters import flatten
 
     def command(place: str | Path, workdir: Path, *more: str) -> list:
         files = {"records": "records", "texts": "reports.jsonl", "slides": "slides.csv"}

@@ -1,6 +1,7 @@
-"""Run by test_sharding.py in a process of its own: FOLDER ACCUMULATE NORMALISER MESH... Ends with "equal" if all is.
+"""Run by test_sharding.py in a process of its own: FOLDER ACCUMULATE LOSS MESH... Ends with "equal" if all is.
 
-A MESH is "data fsdp region", such as 4x2x1.
+A LOSS is a normaliser of PathFLIP's region loss, or `pairs` or `flair` of PathFLIP2's. A MESH is "data fsdp region",
+such as 4x2x1.
 """
 
 import dataclasses
@@ -17,9 +18,10 @@ from pathflip_jax import checkpoint, sharding
 from pathflip_jax.data.pipeline import Batch, look_up
 from pathflip_jax.data.tokens import TextRows
 from pathflip_jax.losses import LossConfig, draw_negatives
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
-from pathflip_jax.stage import alignment, loss_and_gradients
+from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
+from pathflip_jax.model.parameters import flatten, make_model, unflatten
+from pathflip_jax.sigmoid_losses import SigmoidLossConfig
+from pathflip_jax.stage import alignment, loss_and_gradients, sigmoid_alignment
 
 B, R, S, F, K, G, L = 16, 4, 4, 16, 2, 16, 12
 CONFIG = PathFLIPConfig(
@@ -46,24 +48,42 @@ def make_batch():
     )
 
 
-def compute(params, batch, stage, accumulate):
+CONFIG2 = PathFLIP2Config(
+    feature_dim=F, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=32, vocab_size=32, max_positions=16,
+    tokens=4, token_heads=2, text_region_heads=2, top_k=5, init="fan_in", region_head="attention",
+)  # fmt: skip
+
+
+def family(loss):
+    """The config of a loss, and a function (texts at a time, spread) -> its stage."""
+    if loss in ("pairs", "flair"):
+        config = SigmoidLossConfig(region=loss)
+        return CONFIG2, lambda at_once, *spread: sigmoid_alignment(
+            dataclasses.replace(config, slides_at_once=at_once), *spread
+        )
+    config = LossConfig(normaliser=loss)
+    return CONFIG, lambda at_once, *spread: alignment(
+        dataclasses.replace(config, negatives_at_once=at_once or None), *spread
+    )
+
+
+def compute(params, batch, stage, accumulate, config):
     key = jax.random.key(3)
-    (loss, _), gradients = loss_and_gradients(stage, lambda p: unflatten(CONFIG, p), params, batch, key, accumulate)
+    (loss, _), gradients = loss_and_gradients(stage, lambda p: unflatten(config, p), params, batch, key, accumulate)
     return gradients | {"loss": loss, "negatives": draw_negatives(key, B, K).astype(jnp.float32)}
 
 
-def same_on_every_mesh(meshes, params, accumulate, normaliser):
-    run = jax.jit(compute, static_argnums=(2, 3))
-    config, batch = LossConfig(normaliser=normaliser), make_batch()
-    one = run(params, batch, alignment(config), accumulate)
-    no_negatives = run(params, batch._replace(case=np.zeros(B, np.int32)), alignment(config), accumulate)
+def same_on_every_mesh(meshes, params, accumulate, loss):
+    run = jax.jit(compute, static_argnums=(2, 3, 4))
+    (config, make), batch = family(loss), make_batch()
+    one = run(params, batch, make(0), accumulate, config)
+    no_negatives = run(params, batch._replace(case=np.zeros(B, np.int32)), make(0), accumulate, config)
     assert abs(float(no_negatives["loss"] - one["loss"])) > 1e-3, "the negatives do not matter"
     for number, mesh in enumerate(meshes):
-        in_chunks = dataclasses.replace(config, negatives_at_once=None if number else 4)
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, sharding.placements(mesh, params))
-            stage = alignment(in_chunks, sharding.by_slide(mesh))
-            found = run(placed, sharding.place_batch(mesh, batch), stage, accumulate)
+            stage = make(0 if number else 4, sharding.by_slide(mesh))
+            found = run(placed, sharding.place_batch(mesh, batch), stage, accumulate, config)
         compare(one, found, dict(mesh.shape))
 
 
@@ -113,14 +133,16 @@ def checkpoint_goes_both_ways(workdir, params, places):
 if __name__ == "__main__":
     assert jax.device_count() == 8
     meshes = [sharding.make_mesh(*map(int, shape.split("x"))) for shape in sys.argv[4:]]
-    params = jax.jit(lambda key: flatten(PathFLIP(CONFIG, nnx.Rngs(key))))(jax.random.key(0))
+    config, _ = family(sys.argv[3])
+    params = jax.jit(lambda key: flatten(make_model(config, nnx.Rngs(key))))(jax.random.key(0))
     same_on_every_mesh(meshes, params, int(sys.argv[2]), sys.argv[3])
     for mesh in meshes:
         batch_lies_on_all_devices(mesh)
     mesh = sharding.make_mesh(-1, 2)
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "region": 1}
     places = sharding.placements(mesh, params)
-    assert not places["qformer/layers/0/ffn/output/kernel"].is_fully_replicated
+    reads_text = "qformer" if config is CONFIG else "text_encoder"
+    assert not places[f"{reads_text}/layers/0/ffn/output/kernel"].is_fully_replicated
     features_are_looked_up_wherever_they_lie(mesh)
     checkpoint_goes_both_ways(Path(sys.argv[1]), params, places)
     print("equal")

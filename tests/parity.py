@@ -1,10 +1,11 @@
-"""Compare this implementation with the released PyTorch model's own outputs, losses and gradients.
+"""Compare this implementation with the released PyTorch models' own outputs, losses and gradients.
 
     python tests/parity.py DIR [--json]
 
-DIR holds meta.json, state_dict.safetensors, io.npz and grads.safetensors as the released model wrote them
-(tests/golden/base is one). Prints every figure beside its tolerance; exits non-zero beyond one. Sizes are read from
-the tensors' shapes, the heads of BERT from meta.json.
+DIR holds meta.json, state_dict.safetensors, io.npz and perhaps grads.safetensors as a released model wrote them
+(tests/golden/base is one of PathFLIP, tests/golden/pathflip2 of the follow-up network; the tensors tell which). Prints
+every figure beside its tolerance; exits non-zero beyond one. Sizes are read from the tensors' shapes, heads and pooling
+from meta.json.
 """
 
 import argparse
@@ -19,10 +20,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pathflip_jax.convert.names import is_unused, names
+from pathflip_jax.convert.pathflip2 import TOKENS
 from pathflip_jax.convert.pytorch import infer_config, read_checkpoint, to_jax
 from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
+from pathflip_jax.model.parameters import AlignmentModel, flatten, unflatten
+from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.model.pathflip2 import PathFLIP2
+from pathflip_jax.sigmoid_losses import SigmoidLossConfig, pair_loss
 
 OUTPUT_ATOL, LOSS_RTOL = 1e-4, 1e-5
 GRADIENT_RTOL, GRADIENT_ATOL = 1e-3, 1e-7  # of the tensor's largest entry; or absolute
@@ -37,6 +42,22 @@ OUTPUTS = (
     "loss_slide",
     "loss_region",
     "loss",
+)
+
+
+# Of the follow-up network, whose global loss does not run as published.
+INPUTS2 = ("patches", "caption_ids", "caption_mask", "subcaption_ids", "subcaption_mask")
+OUTPUTS2 = (
+    "slide_features",
+    "caption_features",
+    "tokens",
+    "patch_features",
+    "patch_features_local",
+    "slide_attention",
+    "subcaption_features",
+    "text_conditioned_features",
+    "patch_weights",
+    "loss_region",
 )
 
 
@@ -67,15 +88,36 @@ def read_meta(folder: Path) -> dict:
     return json.loads((folder / "meta.json").read_text(encoding="utf-8"))["config"]
 
 
-def read_config(folder: Path) -> PathFLIPConfig:
+def read_config(folder: Path) -> ModelConfig:
     """The model's sizes."""
-    return infer_config(read_checkpoint(folder / "state_dict.safetensors"), heads=read_meta(folder)["heads"])
+    meta, state = read_meta(folder), read_checkpoint(folder / "state_dict.safetensors")
+    if TOKENS not in state:
+        return infer_config(state, heads=meta["heads"])
+    arguments = {
+        "num_heads": meta["num_heads"],
+        "num_flair_heads": meta.get("region_heads", meta["num_heads"]),
+        "text_pooling_type": {"cls": "cls_token"}.get(meta["text_pooling"], meta["text_pooling"]),
+        "use_soft_topk": meta["region_head"] == "soft_topk",
+    }
+    arguments |= {name: meta[name] for name in ("top_k", "topk_temperature") if meta.get(name)}
+    if meta.get("text_lora"):
+        arguments |= {"lora_rank": meta["text_lora"]["r"], "lora_alpha": meta["text_lora"]["alpha"]}
+    return infer_config(state, meta["bert_heads"], arguments)
 
 
-def read_model(folder: Path, config: PathFLIPConfig) -> PathFLIP:
+def read_model(folder: Path, config: ModelConfig) -> AlignmentModel:
     """The model with the case's weights; a tensor that is missing or left over raises ValueError."""
     flat = to_jax(read_checkpoint(folder / "state_dict.safetensors"), config)
     return unflatten(config, jax.tree.map(jnp.asarray, flat))
+
+
+def encode_texts(model: AlignmentModel, ids, mask, level: str = "slide") -> jax.Array:
+    """Padded rows, one text each: [CLS] stands at the start of its row."""
+    rows, length = ids.shape
+    positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
+    first = jnp.arange(rows) * length
+    packed = [(ids[None], mask[None].astype(jnp.int32), positions[None])]
+    return model.encode_texts(packed, first[None], level=level)[0]
 
 
 def forward(model: PathFLIP, case: dict, config: LossConfig) -> tuple[jax.Array, dict]:
@@ -83,17 +125,10 @@ def forward(model: PathFLIP, case: dict, config: LossConfig) -> tuple[jax.Array,
     B, R, S, _ = case["patches"].shape
     slides = model.encode_slides(case["patches"], jnp.ones((B, R, S), bool), attention=True)
 
-    def texts(ids, mask):
-        """Padded rows, one text each: [CLS] stands at the start of its row."""
-        rows, length = ids.shape
-        positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-        first = jnp.arange(rows) * length
-        return model.encode_texts([(ids[None], mask[None].astype(jnp.int32), positions[None])], first[None])[0]
-
     K = case["subcaption_ids"].shape[1]
-    captions = texts(case["caption_ids"], case["caption_mask"])
+    captions = encode_texts(model, case["caption_ids"], case["caption_mask"])
     flat = [case[name].reshape(B * K, -1) for name in ("subcaption_ids", "subcaption_mask")]
-    subcaptions = texts(*flat).reshape(B, K, -1)
+    subcaptions = encode_texts(model, *flat).reshape(B, K, -1)
     loss, metrics = alignment_loss(
         Embeddings(slides.slide, slides.regions, slides.region_mask, captions, subcaptions),
         model.text_region,
@@ -120,17 +155,54 @@ def forward(model: PathFLIP, case: dict, config: LossConfig) -> tuple[jax.Array,
 STEP = jax.jit(jax.value_and_grad(forward, has_aux=True), static_argnums=2)
 
 
+def forward2(model: PathFLIP2, case: dict) -> tuple[jax.Array, dict]:
+    """The region loss of the follow-up network, and every named output of the case."""
+    B, N, _ = case["patches"].shape
+    K = case["subcaption_ids"].shape[1]
+    mask = jnp.ones((B, N), bool)
+    states = model.read_patches(case["patches"], mask)
+    slides = model.encode_slides(case["patches"][:, None], mask[:, None], attention=True)
+    captions = encode_texts(model, case["caption_ids"], case["caption_mask"])
+    flat = [case[name].reshape(B * K, -1) for name in ("subcaption_ids", "subcaption_mask")]
+    subcaptions = encode_texts(model, *flat, "region").reshape(B, K, -1)
+    pooled, weights = model.text_region(subcaptions, slides.regions, slides.region_mask)
+    known = model.region_scale[...], model.region_bias[...]
+    loss, _ = pair_loss(pooled, subcaptions, jnp.arange(B), *known, SigmoidLossConfig())
+    outputs = {
+        "slide_features": slides.slide,
+        "caption_features": captions,
+        "tokens": states.tokens,
+        "patch_features": states.patches,
+        "patch_features_local": slides.regions,
+        "slide_attention": slides.slide_attention.mean(1).reshape(B, -1, N),
+        "subcaption_features": subcaptions,
+        "text_conditioned_features": pooled,
+        "patch_weights": weights,
+        "loss_region": loss,
+    }
+    return loss, outputs
+
+
+STEP2 = jax.jit(jax.value_and_grad(forward2, has_aux=True))
+
+
 def compare(folder: Path) -> list[Row]:
     """Every output, loss and (where the case holds them) gradient beside its tolerance."""
     config, meta = read_config(folder), read_meta(folder)
-    loss_config = LossConfig(temperature=meta["temperature"], label_smoothing=meta["label_smoothing"])
+    second = isinstance(config, PathFLIP2Config)
+    inputs, outputs = (INPUTS2, OUTPUTS2) if second else (INPUTS, OUTPUTS)
     with np.load(folder / "io.npz") as archive:
-        if absent := [name for name in INPUTS + OUTPUTS if name not in archive.files]:
+        if absent := [name for name in inputs + outputs if name not in archive.files]:
             raise ValueError(f"{folder / 'io.npz'}: lacks {', '.join(absent)}; it has {', '.join(archive.files)}")
-        case, theirs = ({name: archive[name] for name in part} for part in (INPUTS, OUTPUTS))
-    (_, ours), gradients = STEP(read_model(folder, config), case, loss_config)
+        case, theirs = ({name: archive[name] for name in part} for part in (inputs, outputs))
+    model = read_model(folder, config)
+    if second:
+        (_, ours), gradients = STEP2(model, case)
+    else:
+        loss = LossConfig(temperature=meta["temperature"], label_smoothing=meta["label_smoothing"])
+        (_, ours), gradients = STEP(model, case, loss)
     rows = []
-    for name in OUTPUTS:
+    for name in outputs:
         rtol, atol = (LOSS_RTOL, 0) if name.startswith("loss") else (0, OUTPUT_ATOL)
         rows.append(compare_array(name, ours[name], theirs[name], rtol, atol))
     if (folder / "grads.safetensors").exists():
@@ -138,7 +210,7 @@ def compare(folder: Path) -> list[Row]:
     return rows
 
 
-def compare_gradients(ours: dict, theirs: dict, config: PathFLIPConfig) -> list[Row]:
+def compare_gradients(ours: dict, theirs: dict, config: ModelConfig) -> list[Row]:
     """Each parameter's gradient; one that the reference lacks is not reached by its loss and must be zero here."""
     rows, known = [], set()
     for name in names(config):

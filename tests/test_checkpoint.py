@@ -16,7 +16,8 @@ from pathflip_jax import checkpoint
 from pathflip_jax.checkpoint import Checkpoints, checksums, load_run, save_run
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten
+from pathflip_jax.model.parameters import flatten
+from pathflip_jax.model.pathflip import PathFLIP
 
 # Orbax leaves coroutines and threads behind when a file cannot be read or written.
 pytestmark = [

@@ -2,19 +2,21 @@
 
 import pytest
 
-from pathflip_jax.alignment import check_config, model_config
+from pathflip_jax.alignment import check_config, family_of, model_config
 from pathflip_jax.llm.training import check_language_config
 from pathflip_jax.losses import LossConfig
+from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import choose_groups
 from pathflip_jax.settings import bundled_configs, load_config
+from pathflip_jax.sigmoid_losses import SigmoidLossConfig
 
-NAMES = ["align_base", "align_large", "demo"]
+NAMES = ["align_base", "align_large", "demo", "pathflip2"]
 LANGUAGE = ["lm_demo", "lm_joint", "lm_stage1", "lm_stage2"]
 
 
 def test_all_bundled_configs_are_tested():
-    assert sorted(bundled_configs()) == NAMES + LANGUAGE
+    assert sorted(bundled_configs()) == sorted(NAMES + LANGUAGE)
 
 
 @pytest.mark.parametrize("argument", ["", ":smoke"])
@@ -61,6 +63,18 @@ def test_align_base_is_the_released_code():
     assert LossConfig(**config.loss) == LossConfig()
     data = config.data
     assert (data.regions, data.subcaptions, data.caption_length, data.subcaption_length) == (24, 8, 384, 192)
+
+
+def test_pathflip2_is_the_published_network():
+    config = load_config("pathflip2")
+    model = model_config(config, vocab_size=28997)  # Bio_ClinicalBERT's words, and [DEC]
+    published = PathFLIP2Config(compute_dtype="bfloat16")
+    assert model == published and published.vocab_size == 28996
+    assert SigmoidLossConfig(**config.loss) == SigmoidLossConfig()
+    with pytest.raises(ValueError, match="mean_padded"):
+        with config.unlocked():
+            config.model.text_pooling = "mean_padded"
+        family_of(config).stage(config, model_config(config), None)
 
 
 def test_align_large_loss_does_not_grow_with_the_batch():

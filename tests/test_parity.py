@@ -32,6 +32,14 @@ def test_agrees_with_the_released_model(capsys):
     assert sum(row["largest"] > 1e-5 for row in gradients) > 140  # the reference is no set of zeros
 
 
+def test_agrees_with_the_follow_up_network(capsys):
+    """Its LoRA kept, its texts pooled over padding, as published."""
+    assert parity.main([str(TESTS / "golden" / "pathflip2"), "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(parity.OUTPUTS2)
+    assert all(row["error"] < 2e-6 for row in rows.values())
+
+
 def test_wrong_outputs_and_gradients_fail(case, capsys):
     with np.load(case / "io.npz") as archive:
         arrays = dict(archive)

@@ -20,18 +20,20 @@ EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
 
 
 @pytest.mark.parametrize(
-    "accumulate, normaliser, meshes",
+    "accumulate, loss, meshes",
     [
         (1, "released", ["4x2x1", "2x1x4"]),
         pytest.param(1, "per_slide", ["8x1x1", "2x4x1", "1x8x1", "2x2x2"], marks=pytest.mark.slow),
         pytest.param(2, "per_slide", ["4x2x1", "4x1x2"], marks=pytest.mark.slow),
+        pytest.param(1, "pairs", ["4x2x1", "2x1x4"], marks=pytest.mark.slow),
+        pytest.param(2, "flair", ["8x1x1", "2x2x2"], marks=pytest.mark.slow),
     ],
 )
-def test_loss_gradients_and_checkpoints_are_the_same_on_eight_devices(tmp_path, accumulate, normaliser, meshes):
+def test_loss_gradients_and_checkpoints_are_the_same_on_eight_devices(tmp_path, accumulate, loss, meshes):
     # Without LLVM's optimisation it compiles in half the time, to the same mathematics.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", str(EIGHT_DEVICES), str(tmp_path), str(accumulate), normaliser, *meshes]
+    command = [sys.executable, "-W", "error", str(EIGHT_DEVICES), str(tmp_path), str(accumulate), loss, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.stdout.endswith("equal\n"), done.stdout + done.stderr
 

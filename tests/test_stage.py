@@ -12,7 +12,8 @@ from pathflip_jax.data.pipeline import Batch
 from pathflip_jax.data.tokens import TextRows
 from pathflip_jax.losses import LossConfig
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
+from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.stage import alignment, join, loss_and_gradients, make_step, split
 

@@ -21,7 +21,7 @@ from pathflip_jax import checkpoint, goodput, settings, train
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.metrics import MetricsWriter, read_metrics
-from pathflip_jax.model.pathflip import flatten
+from pathflip_jax.model.parameters import flatten
 from pathflip_jax.stage import alignment
 
 SMALL = [

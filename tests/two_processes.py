@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from pathflip_jax import checkpoint, distributed, sharding
 from pathflip_jax.losses import LossConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten
+from pathflip_jax.model.parameters import flatten
+from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.stage import alignment
 
 

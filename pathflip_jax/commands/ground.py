@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
         from pathflip_jax.viewer.static import PageSlide, write_page
 
         shown = PageSlide(slide.slide_id, options.image, lambda: grounding)
-        page = write_page(options.out / "page", [shown], model_facts(predictor, options.method))
+        page = write_page(options.out / "page", [shown], model_facts(predictor, grounding.method))
         written["page"] = str(page.out / "index.html")
     if options.json:
         print(json.dumps(written))

@@ -70,8 +70,7 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=maps.METHODS,
-        default=maps.DEFAULT_METHOD,
-        help=f"how to map a text on patches (default {maps.DEFAULT_METHOD})",
+        help=f"how to map a text on patches (default {maps.DEFAULT_METHOD}; of a PathFLIP2 cosine)",
     )
     parser.add_argument(
         "--window", type=int, default=maps.WINDOW, metavar="N", help=f"patches across a window (default {maps.WINDOW})"

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from pathflip_jax.convert.names import bert_names, query_copy
+from pathflip_jax.convert.names import Name, bert_names, query_copy
 from pathflip_jax.convert.pytorch import read_tensors
 from pathflip_jax.data.tables import parse_json
-from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import abstract_params
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
+from pathflip_jax.model.parameters import abstract_params
 
 WORDS, POSITIONS = "qformer/word_embeddings/embedding", "qformer/position_embeddings/embedding"
+TABLES = ("/word_embeddings/embedding", "/position_embeddings/embedding")
+TYPES = "embeddings.token_type_embeddings.weight"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What this architecture takes for granted; the values that transformers assumes when a config.json is silent.
 ASSUMED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
@@ -53,14 +55,13 @@ def bert_settings(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
-def bert_parameters(
-    folder: str | Path, config: PathFLIPConfig, *, fold_token_types: bool = True
-) -> dict[str, np.ndarray]:
-    """The parameters of a Q-Former that BERT decides, by our names: `flatten(model) | bert_parameters(...)`.
+def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types: bool = True) -> dict[str, np.ndarray]:
+    """The parameters that BERT decides, by our names: `flatten(model) | bert_parameters(...)`.
 
-    The Q-Former knows no token types, but every BERT was trained with the embedding of type 0 added to each word:
-    folded into the positions, it gives exactly BERT's own features. `fold_token_types=False` drops it, as the released
-    code does. The row of [DEC] is the mean of the words. Raises ValueError listing all that does not fit the config.
+    The text encoder of a PathFLIP2 is the folder's BERT as it is. The Q-Former of a PathFLIP knows no token types, but
+    every BERT was trained with the embedding of type 0 added to each word: folded into the positions, it gives exactly
+    BERT's own features. `fold_token_types=False` drops it, as the released code does. The row of [DEC] is the mean of
+    the words. Raises ValueError listing all that does not fit the config.
     """
     folder = Path(folder)
     settings = bert_settings(folder)
@@ -77,11 +78,15 @@ def bert_parameters(
     tensors = {_current_name(name): tensor for name, tensor in read_tensors(weights).items()}
 
     shapes = abstract_params(config)
+    whole = isinstance(config, PathFLIP2Config)
+    wanted = list(bert_names(config.layers, path="text_encoder" if whole else "qformer"))
+    if whole:
+        wanted.append(Name("text_encoder/type_embeddings/embedding", TYPES))
     flat: dict[str, np.ndarray] = {}
-    for name in bert_names(config.layers):
+    for name in wanted:
         expected = name.torch_shape(tuple(shapes[name.path].shape))
         tensor = tensors.get(name.torch)
-        if name.path in (WORDS, POSITIONS):
+        if name.path.endswith(TABLES):
             rows = expected[0] - (name.path == WORDS)  # the row of [DEC] comes below
             expected = (rows, *expected[1:])
             tensor = None if tensor is None else tensor[:rows]  # some folders pad their tables
@@ -91,12 +96,14 @@ def bert_parameters(
             faults.append(f"{name.torch}: has shape {tensors[name.torch].shape}, expected {expected}")
         else:
             flat[name.path] = np.array(name.to_jax(tensor), order="C")
-    types = tensors.get("embeddings.token_type_embeddings.weight")
-    if fold_token_types and (types is None or types.shape[1:] != (config.hidden,)):
-        faults.append("embeddings.token_type_embeddings.weight: missing, or of another width")
+    types = tensors.get(TYPES)
+    if fold_token_types and not whole and (types is None or types.shape[1:] != (config.hidden,)):
+        faults.append(f"{TYPES}: missing, or of another width")
     if faults:
         raise ValueError(f"{weights}: {len(faults)} tensors do not fit the model config\n  " + "\n  ".join(faults))
 
+    if whole:
+        return flat
     flat[WORDS] = np.concatenate([flat[WORDS], flat[WORDS].mean(0, keepdims=True)])
     if fold_token_types:
         flat[POSITIONS] += types[0]

@@ -57,11 +57,13 @@ def export_huggingface(
     another run.
     """
     from pathflip_jax.checkpoint import load_run
-    from pathflip_jax.model.pathflip import flatten
+    from pathflip_jax.model.parameters import flatten
 
     found = None if scores is None else read_scores(scores, run)
     with new_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
+        if not isinstance(model.config, PathFLIPConfig):
+            raise ValueError(f"{run}: a PathFLIP2 is exported for PyTorch alone; use --to pytorch")
         tokenizer.save(part)
         write_checkpoint(part / "model.safetensors", to_torch(flatten(model), model.config))
         (part / "config.json").write_text(json.dumps(_config(model.config), indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The ONE table of names: every tensor of the released PyTorch model, and where it lives here.
+"""The ONE table of names: every tensor of the released PyTorch models, and where it lives here.
 
-Both directions of conversion, the parity command and the exporter read this table and nothing else. What the
+Both directions of conversion, the parity command and the exporter read this table and nothing else. What a
 released model holds and no loss or embedding uses stands in `unused`, so that every entry is accounted for.
 """
 
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 
 class Name(NamedTuple):
@@ -44,9 +44,14 @@ class Name(NamedTuple):
         return (1, *shape) if self.form == "leading_axis" else shape
 
 
-def _linear(path: str, torch: str) -> Iterator[Name]:
-    yield Name(f"{path}/kernel", f"{torch}.weight", "transpose")
-    yield Name(f"{path}/bias", f"{torch}.bias")
+def _linear(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
+    """A Linear; with `lora` as PEFT wraps it."""
+    base = f"{torch}.base_layer" if lora else torch
+    yield Name(f"{path}/kernel", f"{base}.weight", "transpose")
+    yield Name(f"{path}/bias", f"{base}.bias")
+    if lora:
+        yield Name(f"{path}/lora/a", f"{torch}.lora_A.default.weight", "transpose")
+        yield Name(f"{path}/lora/b", f"{torch}.lora_B.default.weight", "transpose")
 
 
 def _norm(path: str, torch: str) -> Iterator[Name]:
@@ -54,16 +59,20 @@ def _norm(path: str, torch: str) -> Iterator[Name]:
     yield Name(f"{path}/bias", f"{torch}.bias")
 
 
-def _attention(path: str, torch: str) -> Iterator[Name]:
+def _rms_norm(path: str, torch: str) -> Iterator[Name]:
+    yield Name(f"{path}/scale", f"{torch}.weight")
+
+
+def _attention(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
     for name in ("query", "key", "value"):
-        yield from _linear(f"{path}/{name}", f"{torch}.self.{name}")
-    yield from _linear(f"{path}/output", f"{torch}.output.dense")
+        yield from _linear(f"{path}/{name}", f"{torch}.self.{name}", lora)
+    yield from _linear(f"{path}/output", f"{torch}.output.dense", lora)
     yield from _norm(f"{path}/norm", f"{torch}.output.LayerNorm")
 
 
-def _ffn(path: str, torch: str, suffix: str) -> Iterator[Name]:
-    yield from _linear(f"{path}/intermediate", f"{torch}.intermediate{suffix}.dense")
-    yield from _linear(f"{path}/output", f"{torch}.output{suffix}.dense")
+def _ffn(path: str, torch: str, suffix: str = "", lora: bool = False) -> Iterator[Name]:
+    yield from _linear(f"{path}/intermediate", f"{torch}.intermediate{suffix}.dense", lora)
+    yield from _linear(f"{path}/output", f"{torch}.output{suffix}.dense", lora)
     yield from _norm(f"{path}/norm", f"{torch}.output{suffix}.LayerNorm")
 
 
@@ -74,16 +83,16 @@ def _multihead(path: str, torch: str) -> Iterator[Name]:
     yield from _linear(f"{path}/output", f"{torch}.out_proj")
 
 
-def bert_names(layers: int, prefix: str = "") -> Iterator[Name]:
-    """The part of the Q-Former that any BERT has, under the names of `transformers.BertModel` after `prefix`."""
+def bert_names(layers: int, prefix: str = "", path: str = "qformer", lora: bool = False) -> Iterator[Name]:
+    """What any BERT has, under the names of `transformers.BertModel` after `prefix`; here it is part of `path`."""
     embeddings = f"{prefix}embeddings"
-    yield Name("qformer/word_embeddings/embedding", f"{embeddings}.word_embeddings.weight")
-    yield Name("qformer/position_embeddings/embedding", f"{embeddings}.position_embeddings.weight")
-    yield from _norm("qformer/norm", f"{embeddings}.LayerNorm")
+    yield Name(f"{path}/word_embeddings/embedding", f"{embeddings}.word_embeddings.weight")
+    yield Name(f"{path}/position_embeddings/embedding", f"{embeddings}.position_embeddings.weight")
+    yield from _norm(f"{path}/norm", f"{embeddings}.LayerNorm")
     for number in range(layers):
-        path, torch = f"qformer/layers/{number}", f"{prefix}encoder.layer.{number}"
-        yield from _attention(f"{path}/self_attention", f"{torch}.attention")
-        yield from _ffn(f"{path}/ffn", torch, "")
+        here, torch = f"{path}/layers/{number}", f"{prefix}encoder.layer.{number}"
+        yield from _attention(f"{here}/self_attention", f"{torch}.attention", lora)
+        yield from _ffn(f"{here}/ffn", torch, lora=lora)
 
 
 def query_copy(path: str) -> str | None:
@@ -91,12 +100,12 @@ def query_copy(path: str) -> str | None:
     return path.replace("/ffn/", "/query_ffn/") if "/ffn/" in path else None
 
 
-def names(config: PathFLIPConfig) -> list[Name]:
+def names(config: ModelConfig) -> list[Name]:
     """All parameters of a model of this config, each once."""
-    return list(_names(config))
+    return list(_pathflip2_names(config) if isinstance(config, PathFLIP2Config) else _pathflip_names(config))
 
 
-def _names(config: PathFLIPConfig) -> Iterator[Name]:
+def _pathflip_names(config: PathFLIPConfig) -> Iterator[Name]:
     if config.patch_projection == "linear":
         yield from _linear("patch_projection/linear", "path_encoder")
     else:
@@ -128,21 +137,80 @@ def _names(config: PathFLIPConfig) -> Iterator[Name]:
         yield Name("logit_bias", "logit_bias")  # the released model has none
 
 
+def _pathflip2_names(config: PathFLIP2Config) -> Iterator[Name]:
+    yield from _projection("patch_projection", "image_proj")
+    yield Name("tokens", "slide_encoder.visual_tokens", "leading_axis")
+    for number in range(config.token_layers):
+        for name, torch in (("cross", "cross"), ("among", "self")):
+            block = f"slide_encoder.encoder_layers.{number}.{torch}"
+            yield from _block(f"layers/{number}/{name}", block, itself=name == "among")
+    yield from _block("patch_decoder", "slide_encoder.patch_decoder")
+    yield from _projection("slide_projection", "image_projection_global")
+    yield from _projection("region_projection", "image_projection_local")
+    lora = config.text_lora_rank > 0
+    bert = PEFT_TEXT_ENCODER if lora else TEXT_ENCODER
+    yield from bert_names(config.layers, bert, "text_encoder", lora)
+    yield Name("text_encoder/type_embeddings/embedding", f"{bert}embeddings.token_type_embeddings.weight")
+    yield from _projection("text_projection", "text_projection_global")
+    yield from _projection("region_text_projection", "text_projection_local")
+    if config.region_head == "attention":
+        head = "fine_gained_loss_head"
+        yield from _multihead("text_region/attention", f"{head}.attn")
+        for name, torch in (("query_norm", "ln_q"), ("key_norm", "ln_k"), ("value_norm", "ln_v")):
+            yield from _norm(f"text_region/{name}", f"{head}.{torch}")
+    for level, torch in (("slide", "global"), ("region", "local")):
+        for name in ("scale", "bias"):
+            yield Name(f"{level}_{name}", f"{torch}_logit_{name}")
+
+
+def _projection(path: str, torch: str) -> Iterator[Name]:
+    yield from _linear(f"{path}/linear", f"{torch}.0")
+    yield from _rms_norm(f"{path}/norm", f"{torch}.1")
+
+
+def _block(path: str, torch: str, itself: bool = False) -> Iterator[Name]:
+    yield from _multihead(f"{path}/attention", f"{torch}.mha")
+    yield from _rms_norm(f"{path}/query_norm", f"{torch}.norm_q")
+    if not itself:
+        yield from _rms_norm(f"{path}/key_norm", f"{torch}.norm_kv")
+    yield from _rms_norm(f"{path}/norm", f"{torch}.norm2")
+    yield from _linear(f"{path}/intermediate", f"{torch}.ffn.0")
+    yield from _linear(f"{path}/output", f"{torch}.ffn.3")
+
+
+TEXT_ENCODER = "text_encoder."
+PEFT_TEXT_ENCODER = f"{TEXT_ENCODER}base_model.model."
+
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 LANGUAGE_HEAD = "Qformer.cls."
 
 
 def is_unused(torch: str) -> bool:
-    """Whether this entry of the released model is one that no loss or embedding uses: it is not read."""
-    return torch == POSITION_IDS or torch.startswith(LANGUAGE_HEAD)
+    """Whether this entry of a released model is one that no loss or embedding uses: it is not read."""
+    return why_unused(torch) is not None
 
 
-def unused(config: PathFLIPConfig, words: np.ndarray) -> dict[str, np.ndarray]:
+def why_unused(torch: str) -> str | None:
+    """Why an entry of a released model is not read; None for one that is a parameter, or unknown."""
+    if torch == POSITION_IDS or (torch.startswith(TEXT_ENCODER) and torch.endswith("embeddings.position_ids")):
+        return "a buffer: 0, 1, 2, ..."
+    if torch.startswith(LANGUAGE_HEAD):
+        return "BERT's language-model head, which no loss or embedding of the alignment uses"
+    if torch.startswith(TEXT_ENCODER) and ".pooler." in torch:
+        return "BERT's pooler, which nothing reads: texts are pooled from the last states"
+    return None
+
+
+def unused(config: ModelConfig, words: np.ndarray) -> dict[str, np.ndarray]:
     """The entries of the released `state_dict` that are no parameter here, filled so that it loads with strict=True.
 
     The language-model head is tied to the word table `words` as in BERT, and otherwise neutral.
     """
     H, head = config.hidden, f"{LANGUAGE_HEAD}predictions"
+    if isinstance(config, PathFLIP2Config):
+        bert = PEFT_TEXT_ENCODER if config.text_lora_rank else TEXT_ENCODER
+        dense = f"{bert}pooler.dense"
+        return {f"{dense}.weight": np.zeros((H, H), np.float32), f"{dense}.bias": np.zeros(H, np.float32)}
     return {
         POSITION_IDS: np.arange(config.max_positions, dtype=np.int64)[None],
         # One short: the released code adds [DEC] to the tables after BERT has made this bias.

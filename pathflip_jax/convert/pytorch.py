@@ -5,6 +5,7 @@ one error that lists all of it. Safetensors files need no torch; for the others 
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
@@ -20,7 +21,8 @@ import safetensors
 import safetensors.numpy
 
 from pathflip_jax.convert.names import is_unused, names, unused
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.convert.pathflip2 import TOKENS, complete, infer_pathflip2, merge_lora
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 PREFIXES = ("pathflip_align.", "pathflip_finetune.", "module.", "model.", "_orig_mod.")
 CONTAINERS = ("state_dict", "model", "module")  # Lightning, plain training scripts, DeepSpeed
@@ -128,13 +130,17 @@ def read_checkpoint(path: str | Path) -> StateDict:
     return stripped
 
 
-def infer_config(state: Mapping[str, np.ndarray], heads: int | None = None) -> PathFLIPConfig:
-    """The config of a `state_dict`, from names and shapes.
+def infer_config(
+    state: Mapping[str, np.ndarray], heads: int | None = None, arguments: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The config of a `state_dict`, from names and shapes, and for a PathFLIP2 the `arguments` it was trained with.
 
     Heads leave no trace in either: those of BERT are `heads`, or one per 64 of the hidden width as in every published
     BERT of 768 or 1,024 (a MiniLM has one per 32), those of the region transformer and of the text-region attention
     are the released 8. Raises ValueError listing the tensors without which nothing can be inferred.
     """
+    if TOKENS in state:
+        return infer_pathflip2(state, heads, arguments)
     bert = "Qformer.bert."
     layer = re.compile(re.escape(bert) + r"encoder\.layer\.(\d+)\.(crossattention\.)?")
     found = [match for match in map(layer.match, state) if match]
@@ -192,20 +198,22 @@ def _not_the_model(faults: list[str], state: Mapping[str, np.ndarray]) -> str:
     )
 
 
-def torch_shapes(config: PathFLIPConfig) -> dict[str, tuple[int, ...]]:
+def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the PyTorch model that is a parameter here."""
-    from pathflip_jax.model.pathflip import abstract_params
+    from pathflip_jax.model.parameters import abstract_params
 
     shapes = abstract_params(config)
     return {name.torch: name.torch_shape(tuple(shapes[name.path].shape)) for name in names(config)}
 
 
-def to_jax(state: Mapping[str, np.ndarray], config: PathFLIPConfig) -> dict[str, np.ndarray]:
+def to_jax(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Parameters by our names, for `unflatten`, from a PyTorch `state_dict`.
 
     Buffers and the language-model head are dropped, whether there or not. Raises ValueError that lists every other
     tensor that is missing, unknown, of another shape, or not finite.
     """
+    if isinstance(config, PathFLIP2Config):
+        state = complete(state, config)
     shapes = torch_shapes(config)
     faults = [f"{name}: missing" for name in shapes if name not in state]
     faults += [f"{name}: unknown" for name in state if name not in shapes and not is_unused(name)]
@@ -219,7 +227,7 @@ def to_jax(state: Mapping[str, np.ndarray], config: PathFLIPConfig) -> dict[str,
     return {name.path: np.array(name.to_jax(state[name.torch]), order="C") for name in names(config)}
 
 
-def to_torch(flat: Mapping[str, Any], config: PathFLIPConfig) -> StateDict:
+def to_torch(flat: Mapping[str, Any], config: ModelConfig) -> StateDict:
     """The `state_dict` of parameters by our names, complete for `load_state_dict(strict=True)` of the released class.
 
     What that class holds and nothing uses is filled (`names.unused`). A `logit_bias` has no counterpart there: it is
@@ -229,7 +237,8 @@ def to_torch(flat: Mapping[str, Any], config: PathFLIPConfig) -> StateDict:
     for name in names(config):
         parts.setdefault(name.torch, []).append(name.to_torch(np.asarray(flat[name.path], np.float32)))
     tensors = {name: np.concatenate(thirds) if len(thirds) > 1 else thirds[0] for name, thirds in parts.items()}
-    tensors |= unused(config, tensors["Qformer.bert.embeddings.word_embeddings.weight"])
+    words = next(tensors[name] for name in tensors if name.endswith("embeddings.word_embeddings.weight"))
+    tensors |= unused(config, words)
     return {name: np.array(tensor, order="C") for name, tensor in sorted(tensors.items())}
 
 
@@ -257,31 +266,50 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def load_released(
-    source: str | Path, bert_folder: str | Path, heads: int | None = None, config: PathFLIPConfig | None = None
+    source: str | Path,
+    bert_folder: str | Path,
+    heads: int | None = None,
+    config: ModelConfig | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    keep_lora: bool = False,
 ):
     """(model, settings, tokenizer) of a released PyTorch checkpoint and the BERT folder that it was trained with.
 
     Without a config it is inferred; BERT's heads are `heads`, else those of the folder's config.json, else one per 64
-    of the hidden width. Regions are cut by `scan`, as the released code cuts them. Raises ValueError when the
-    checkpoint is not a PathFLIP or the vocabulary is not its own.
+    of the hidden width. `arguments` are those that a PathFLIP2 was trained with, in place of the ones that its file
+    knows; its LoRA is merged into BERT unless `keep_lora`. Regions are cut by `scan`, as the released code cuts them.
+    Raises ValueError when the checkpoint is neither model or the vocabulary is not its own.
     """
     from pathflip_jax.data.tokens import TextTokenizer
-    from pathflip_jax.model.pathflip import unflatten
+    from pathflip_jax.model.parameters import unflatten
 
     tokenizer = TextTokenizer(bert_folder)
     state = read_checkpoint(source)
     try:
         if config is None:
-            config = infer_config(state, heads or _bert_heads(Path(bert_folder)))
+            config = infer_config(state, heads or _bert_heads(Path(bert_folder)), arguments)
+        if isinstance(config, PathFLIP2Config) and config.text_lora_rank and not keep_lora:
+            state = merge_lora(state, config.text_lora_alpha)
+            config = dataclasses.replace(config, text_lora_rank=0)
         model = unflatten(config, to_jax(state, config))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    if tokenizer.vocab_size != config.vocab_size:
+    whole = isinstance(config, PathFLIP2Config)
+    words = tokenizer.vocab_size - whole
+    if config.vocab_size != words and not (whole and _bert_setting(bert_folder, "vocab_size") == config.vocab_size):
         raise ValueError(
-            f"{source}: its word table has {config.vocab_size} rows, {bert_folder} has {tokenizer.vocab_size} words "
-            "with [DEC]; give the BERT folder that this checkpoint was trained with"
+            f"{source}: its word table has {config.vocab_size} rows, {bert_folder} has {words} words"
+            f"{'' if whole else ' with [DEC]'}; give the BERT folder that this checkpoint was trained with"
         )
-    data = {"cut": "scan", "caption_length": 384, "subcaption_length": 192}
+    width = _bert_setting(bert_folder, "hidden_size")
+    if whole and width not in (None, config.hidden):
+        raise ValueError(
+            f"{source}: its text encoder is {config.hidden} wide, {bert_folder} is a BERT of {width}; give the BERT "
+            "folder that this checkpoint was trained with"
+        )
+    lengths = (512, 512) if whole else (384, 192)
+    data = {"cut": "scan", "caption_length": lengths[0], "subcaption_length": lengths[1]}
     return model, {"data": data, "converted_from": Path(source).name}, tokenizer
 
 
@@ -291,18 +319,26 @@ def convert(
     *,
     bert_folder: str | Path,
     heads: int | None = None,
-    config: PathFLIPConfig | None = None,
+    config: ModelConfig | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    keep_lora: bool = False,
 ) -> None:
     """Make a run folder of what `load_released` reads."""
     from pathflip_jax.checkpoint import save_run
 
-    save_run(out, *load_released(source, bert_folder, heads, config))
+    released = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora)
+    save_run(out, *released)
 
 
 def _bert_heads(folder: Path) -> int | None:
-    path = folder / "config.json"
+    return _bert_setting(folder, "num_attention_heads")
+
+
+def _bert_setting(folder: str | Path, name: str) -> int | None:
+    """What the config.json of a BERT folder says, where there is one."""
+    path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("num_attention_heads") if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy the BERT folder again") from error
 
@@ -314,20 +350,25 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     FileExistsError when there is one with content.
     """
     from pathflip_jax.checkpoint import load_run
-    from pathflip_jax.model.pathflip import flatten
+    from pathflip_jax.model.parameters import flatten
 
     with new_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
         config = model.config
         state = to_torch(flatten(model), config)
+        if isinstance(config, PathFLIP2Config):
+            state = merge_lora(state, config.text_lora_alpha)
+            config = dataclasses.replace(config, text_lora_rank=0)
         tokenizer.save(part / "bert")
         _complete_bert_folder(part / "bert", config)
         write_checkpoint(part / "model.safetensors", state)
         if pt:
             write_checkpoint(part / "model.pt", state)
         (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(Path(__file__).with_name("torch_model.py"), part / "torch_model.py")
-        (part / "README.md").write_text(_readme(config, settings), encoding="utf-8")
+        whole = isinstance(config, PathFLIP2Config)
+        code, readme = ("torch_pathflip2.py", _readme2) if whole else ("torch_model.py", _readme)
+        shutil.copyfile(Path(__file__).with_name(code), part / code)
+        (part / "README.md").write_text(readme(config, settings), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -349,16 +390,17 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _complete_bert_folder(folder: Path, config: PathFLIPConfig) -> None:
+def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
     """Add what the released code reads of a BERT folder: vocab.txt and the sizes in config.json."""
     if not (folder / "vocab.txt").exists():
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         words = sorted(vocabulary, key=vocabulary.get)
         (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    whole = isinstance(config, PathFLIP2Config)
     sizes = {
         "model_type": "bert",
-        "architectures": ["BertLMHeadModel"],
-        "vocab_size": config.vocab_size - 1,  # [DEC] is added by the code that reads the folder
+        "architectures": ["BertModel" if whole else "BertLMHeadModel"],
+        "vocab_size": config.vocab_size - (not whole),  # [DEC] is added by the code that reads the folder
         "hidden_size": config.hidden,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
@@ -406,3 +448,29 @@ pooled, weights = model.text_region_attention(texts[None].expand(len(slides.slid
 Regions are R groups of up to S patches of a slide. Compare slides and texts by the cosine of `slides.slide` and
 `texts`, regions and texts by that of `pooled` and `texts`; `weights` say where in the slide a text was found.
 {bias}"""
+
+
+def _readme2(config: PathFLIP2Config, settings: dict) -> str:
+    encoder = settings.get("data", {}).get("encoder") or "not recorded"
+    return f"""# A PathFLIP2, for PyTorch
+
+`model.safetensors` holds the parameters under the names of the published class, any LoRA of the text encoder merged
+into it; `torch_pathflip2.py` is the model's own code and needs torch, transformers and safetensors; `bert/` is its
+tokenizer.
+
+```python
+from torch_pathflip2 import load
+from transformers import BertTokenizerFast
+
+model, tokenizer = load("."), BertTokenizerFast.from_pretrained("bert")
+slides = model.encode_slides(patches)  # [B, N, {config.feature_dim}]
+ids = tokenizer(captions, padding=True, truncation=True, max_length={config.max_positions}, return_tensors="pt")
+texts = model.encode_texts(ids.input_ids, ids.attention_mask)
+```
+
+Embeddings are not normalised; compare them by cosine. Patch encoder: {encoder}. Texts are pooled by
+`{config.text_pooling}`, regions by `{config.region_head}`.
+
+In the published code: `pathflip_pl(args).model.load_state_dict(load_file("model.safetensors"), strict=False)`, with
+`contrast_loss="siglip"` in its arguments, or the entries `global_logit_scale` and `global_logit_bias` are left over.
+"""

@@ -10,13 +10,13 @@ from pathflip_jax.data.features import SlideFeatures
 EDGE_UM = 2048.0
 PATCHES_PER_EDGE = 16
 PATCHES_PER_SCAN = 256
-CUTS = ("grid", "scan")
+CUTS = ("grid", "scan", "patch")
 
 
 class Regions(NamedTuple):
     """A slide cut into regions: region r holds the patches `order[rows[r]:rows[r + 1]]`, at cell `grid[r]`.
 
-    `grid` is (column, row) counted from the level-0 origin, (-1, -1) throughout in `scan`.
+    `grid` is (column, row) counted from the level-0 origin, (-1, -1) throughout in `scan` and `patch`.
     """
 
     order: Int[np.ndarray, "N"]
@@ -70,10 +70,14 @@ def cut_regions(
     `grid`: squares of `region_edge` pixels from the level-0 origin; a patch belongs to the square that holds its
     top-left corner (a corner outside the slide, to the nearest), so `coords // edge` is the cell. Regions and the
     patches inside them run row by row, whatever the order in the file. `scan` (the released code): consecutive patches
-    in the order of the file, the last region may be short. Raises ValueError for a grid without coordinates or edge.
+    in the order of the file, the last region may be short. `patch` (PathFLIP2): every patch is one. Raises ValueError
+    for a grid without coordinates or edge.
     """
     if cut not in CUTS:
         raise ValueError(f"region cut {cut!r}: expected one of {', '.join(CUTS)}")
+    if cut == "patch":
+        each = np.arange(len(slide.features))
+        return Regions(each, np.arange(len(each) + 1), np.full((len(each), 2), -1, np.int32))
     if cut == "scan":
         if patches_per_region < 1:
             raise ValueError(f"patches_per_region is {patches_per_region}, expected at least 1")

@@ -89,7 +89,7 @@ def embed_regions(predictor, cohort: Cohort, texts: Sequence[RegionText], name: 
     def slides() -> Iterator[SlideFeatures]:
         for slide_id in tqdm(wanted, desc=f"{name}: regions", unit="slide", leave=False):
             slide = cohort.features(slide_id)
-            slots[slide_id] = predictor.bag(slide).slots
+            slots[slide_id] = predictor.region_patches(slide)
             yield slide
 
     found = [np.zeros(0)] * len(texts)

@@ -67,7 +67,7 @@ def evaluate(
     sampling=None,
     seed: int = 0,
     command: Sequence[str] | None = None,
-    method: str = maps.DEFAULT_METHOD,
+    method: str | None = None,
     window: int = maps.WINDOW,
     context: int = maps.CONTEXT,
     clear: float | None = None,
@@ -177,7 +177,8 @@ def evaluate(
     if tasks.concepts is not None:
         by_colour = summary.colour_maps(cohort, tasks, files, outlines, smooth, seed)
         scored = summary.score_grounding(outcomes, compared, cohort, tasks, by_colour, seed)
-        found["grounding"] = scored | {"how": how | {"smooth": smooth, "clear": clear}}
+        shown = {"method": method or predictors[0].default_method, "smooth": smooth, "clear": clear}
+        found["grounding"] = scored | {"how": how | shown}
         if lesions is not None:
             froc = summary.score_lesions(outcomes, compared, cohort, tasks, by_colour, seed)
             found["grounding"]["froc"] = froc
@@ -248,7 +249,7 @@ def _outcome(
         ranks = _rank_both_ways(DIRECTIONS, np.stack(images), captions, cases if rules.mask_cases else None)
     if tasks.regions is not None:
         images = embed_regions(predictor, cohort, tasks.regions, name)
-        captions = predictor.encode_text([text.caption for text in tasks.regions])
+        captions = predictor.encode_texts([text.caption for text in tasks.regions]).region
         cases = [text.patient for text in tasks.regions]
         region_ranks = _rank_both_ways(REGION_DIRECTIONS, images, captions, cases if rules.mask_cases else None)
     if tasks.prompts is not None:

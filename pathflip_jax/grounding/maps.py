@@ -130,6 +130,14 @@ def window_slides(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT)
     return np.concatenate([encode(part[:, None]).slide[: len(part)] for part in parts])
 
 
+def window_means(regions: Float[np.ndarray, "N D"], slots: Int[np.ndarray, "N S"]) -> Float[np.ndarray, "N D"]:
+    """The mean embedding of each window's patches, of a model that embeds patches: one of them is its own window."""
+    if slots.shape[1] == 1:
+        return regions[slots[:, 0]]
+    there = (slots >= 0)[..., None]
+    return (regions[slots] * there).sum(1) / there.sum(1)
+
+
 def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):
     """Give every patch the value of its region: [C, N]."""
     region, column = np.nonzero(slots >= 0)

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
-from pathflip_jax.model.attention import INITS, Embedding, add_bias, contract, dropout, pool, split_key
+from pathflip_jax.model.attention import INITS, Embedding, LowRank, RMSNorm, add_bias, contract, pool, split_key
 
 
 class Cache(NamedTuple):
@@ -33,35 +33,6 @@ class Cache(NamedTuple):
     filled: Int[Array, ""]
 
 
-class RMSNorm(nnx.Module):
-    """Root mean square normalisation in float32, whatever the dtype of the activations."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width))
-
-    def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
-        """[..., W] -> [..., W]."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
-
-
-class LowRank(nnx.Module):
-    """What LoRA adds to a projection; `b` starts at zero, so that at first it adds nothing."""
-
-    def __init__(self, inputs: int, outputs: int, config: LoRAConfig, rngs: nnx.Rngs) -> None:
-        bound = 1 / math.sqrt(inputs)
-        self.rate, self.scale = config.dropout, config.alpha / config.rank
-        self.a = nnx.Param(jax.random.uniform(rngs.params(), (inputs, config.rank), minval=-bound, maxval=bound))
-        self.b = nnx.Param(jnp.zeros((config.rank, outputs)))
-
-    def __call__(self, x: Float[Array, "B T I"], key: Array | None) -> Float[Array, "B T O"]:
-        """[B, T, I] -> [B, T, O]."""
-        inner = contract("bti,ir->btr", dropout(x, self.rate, key), self.a[...])
-        return contract("btr,ro->bto", inner, self.b[...]) * self.scale
-
-
 class Projection(nnx.Module):
     """x @ kernel (+ bias) (+ LoRA); the kernel is [inputs, outputs]."""
 
@@ -70,7 +41,7 @@ class Projection(nnx.Module):
     ) -> None:
         self.kernel = nnx.Param(INITS["bert"](rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-        self.lora = LowRank(inputs, outputs, lora, rngs) if lora else None
+        self.lora = LowRank(inputs, outputs, lora.rank, lora.alpha, lora.dropout, rngs) if lora else None
 
     def __call__(self, x: Float[Array, "B T I"], key: Array | None = None) -> Float[Array, "B T O"]:
         """[B, T, I] -> [B, T, O]; `key` draws LoRA's dropout."""

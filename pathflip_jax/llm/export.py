@@ -12,7 +12,7 @@ from pathflip_jax.llm.folders import write_tensors
 from pathflip_jax.llm.hf_io import save_decoder
 from pathflip_jax.llm.lora import save_peft
 from pathflip_jax.llm.training import assemble
-from pathflip_jax.model.pathflip import flatten
+from pathflip_jax.model.parameters import flatten
 
 PROJECTOR = "projector.safetensors"
 

@@ -34,7 +34,7 @@ from pathflip_jax.llm.folders import (
 from pathflip_jax.llm.lora import adapters, is_adapter, merged
 from pathflip_jax.llm.names import CLASSES, HEAD, TABLE, Name, is_buffer, names
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.sharding import placements
 
 STORED = ("float32", "bfloat16")

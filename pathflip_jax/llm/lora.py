@@ -21,7 +21,7 @@ from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.folders import local_folder, read_decoder_config, read_object, whole_folder, write_tensors
 from pathflip_jax.llm.names import CLASSES, adapter_names
-from pathflip_jax.model.pathflip import flatten
+from pathflip_jax.model.parameters import flatten
 from pathflip_jax.sharding import placements
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -42,7 +42,7 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.metrics import VALIDATION
 from pathflip_jax.model.attention import Linear
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import read_manifest, slides_of_splits
 from pathflip_jax.stage import Params, Stage, Training
@@ -177,6 +177,11 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
     if "lm" in checkpoint.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
     predictor = load(folder)
+    if predictor.patchwise:
+        raise ValueError(
+            f"lm.aligner={folder}: a PathFLIP2, which knows no regions; the language stage reads a slide and its "
+            "regions: name a run of a PathFLIP (align_base)"
+        )
     if records is not None:
         predictor.check_features(where, records.feature_dim, records.encoder)
     params = jax.device_get(flatten(predictor.model))

@@ -30,8 +30,27 @@ INITS: dict[str, Initializer] = {
 }
 
 
+class LowRank(nnx.Module):
+    """What LoRA adds to a projection (arXiv 2106.09685); `b` starts at zero, so that at first it adds nothing."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, rate: float, rngs: nnx.Rngs) -> None:
+        bound = 1 / math.sqrt(inputs)
+        self.rate, self.scale = rate, alpha / rank
+        self.a = nnx.Param(jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound))
+        self.b = nnx.Param(jnp.zeros((rank, outputs)))
+
+    def __call__(self, x: Float[Array, "... I"], key: Array | None = None) -> Float[Array, "... O"]:
+        """[..., I] -> [..., O]; `key` draws dropout of the inputs."""
+        axes = _axes(x)
+        inner = contract(f"{axes}i,ir->{axes}r", dropout(x, self.rate, key), self.a[...])
+        return contract(f"{axes}r,ro->{axes}o", inner, self.b[...]) * self.scale
+
+
 class Linear(nnx.Module):
-    """x @ kernel + bias in the dtype of x; the kernel is [inputs, outputs] and starts as `INITS[init]` says."""
+    """x @ kernel + bias in the dtype of x; the kernel is [inputs, outputs] and starts as `INITS[init]` says.
+
+    A `lora` that it is given later is added.
+    """
 
     def __init__(self, inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> None:
         self.kernel = nnx.Param(INITS[init](rngs.params(), (inputs, outputs), jnp.float32))
@@ -40,11 +59,18 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jax.random.uniform(rngs.params(), (outputs,), minval=-bound, maxval=bound))
         else:
             self.bias = nnx.Param(jnp.zeros(outputs))
+        self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """[..., I] -> [..., O]."""
-        axes = "abcdefgh"[: x.ndim - 1]
-        return add_bias(contract(f"{axes}i,io->{axes}o", x, self.kernel[...]), self.bias[...])
+        axes = _axes(x)
+        y = add_bias(contract(f"{axes}i,io->{axes}o", x, self.kernel[...]), self.bias[...])
+        return y if self.lora is None else y + self.lora(x)
+
+
+def _axes(x: Array) -> str:
+    """A letter for each axis but the last."""
+    return "abcdefgh"[: x.ndim - 1]
 
 
 class Embedding(nnx.Module):
@@ -71,6 +97,20 @@ class LayerNorm(nnx.Module):
         y = _normalise(x, self.scale[...], self.bias[...], self.eps)
         # Here fusion ends: XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
         return lax.optimization_barrier(y)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation in float32, whatever the dtype of the activations."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
+        """[..., W] -> [..., W]."""
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

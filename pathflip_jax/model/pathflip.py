@@ -10,9 +10,9 @@
 Padding is masked everywhere: a padded slide gives what the unpadded one gives, outputs and gradients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.attention import LayerNorm, Linear, MultiheadAttention, dropout, recompute, split_key
+from pathflip_jax.model.bert import Rows
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.qformer import QFormer
 
@@ -162,56 +163,30 @@ class PathFLIP(nnx.Module):
         x = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
         return SlideEncoding(x[:, 0], x[:, 1:], region_mask, states.slide_attention, states.region_attention)
 
-    def encode_texts(
-        self,
-        rows: Sequence[tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]],
-        text_index: Int[Array, "G n"],
-        *,
-        key: Array | None = None,
-    ) -> Float[Array, "G n D"]:
-        """Embed packed texts: the state of each [CLS], whose place in the T tokens of its group is `text_index`.
+    def read_texts(
+        self, rows: Sequence[Rows], text_index: Int[Array, "G n"], *, key: Array | None = None
+    ) -> Float[Array, "G n H"]:
+        """The state of each text's [CLS], whose place in the T tokens of its group is `text_index`.
 
         `rows` are (tokens, segments, positions), a triple for each length of rows that there are; laid end to end they
         are the group's tokens. A row holds several texts, told apart by their segments (0 is padding); positions
         restart with each.
         """
-        states = self.qformer.read_text(rows, text_index, key)
+        return self.qformer.read_text(rows, text_index, key)
+
+    def project_texts(
+        self, states: Float[Array, "... H"], level: Literal["slide", "region"] = "slide", *, key: Array | None = None
+    ) -> Float[Array, "... D"]:
+        """States of texts in the joint space, one for slides and regions: the level makes no difference here."""
         return self.text_projection(states).astype(jnp.float32)
 
-
-def flatten(model: nnx.Module) -> dict[str, Array]:
-    """Parameters by name, such as "qformer/layers/0/self_attention/query/kernel".
-
-    These names serve checkpoints, conversion, sharding rules and masks alike. Optimizer moments, which are
-    trees of the same form, flatten the same way.
-    """
-    return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
-
-
-def abstract_params(config: PathFLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter; nothing is computed."""
-    return jax.eval_shape(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))
-
-
-def unflatten(template: PathFLIP | PathFLIPConfig, flat: Mapping[str, Array]) -> PathFLIP:
-    """Build the model of `template` (a config, a model, or its `jax.eval_shape`) from the parameters of `flatten`.
-
-    Raises ValueError with every name that is missing, unknown or of another shape.
-    """
-    if isinstance(template, PathFLIPConfig):
-        config = template
-        template = jax.eval_shape(lambda: PathFLIP(config, nnx.Rngs(0)))
-    graph, state = nnx.split(template)
-    wanted = nnx.to_flat_state(state)
-    names = {"/".join(map(str, path)): (path, variable) for path, variable in wanted}
-    faults = [f"missing {name}" for name in names if name not in flat]
-    faults += [f"unknown {name}" for name in flat if name not in names]
-    faults += [
-        f"{name} is {tuple(flat[name].shape)}, expected {tuple(variable.shape)}"
-        for name, (_, variable) in names.items()
-        if name in flat and tuple(flat[name].shape) != tuple(variable.shape)
-    ]
-    if faults:
-        raise ValueError("parameters do not fit this model: " + "; ".join(faults))
-    filled = [(path, variable.replace(flat[name])) for name, (path, variable) in names.items()]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    def encode_texts(
+        self,
+        rows: Sequence[Rows],
+        text_index: Int[Array, "G n"],
+        *,
+        level: Literal["slide", "region"] = "slide",
+        key: Array | None = None,
+    ) -> Float[Array, "G n D"]:
+        """Embed packed texts: `rows` and `text_index` as in `read_texts`."""
+        return self.project_texts(self.read_texts(rows, text_index, key=key), level)

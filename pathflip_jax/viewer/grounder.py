@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference import Predictor, TextEncoding
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.layers import Layer, make_layer
 from pathflip_jax.viewer.slides import ShownSlide
@@ -27,11 +27,11 @@ LONGEST_TEXT, MOST_NEGATIVE = 2000, 8  # characters, texts
 class Grounder:
     """Scores texts on the slides of a viewer by a trained run; keeps what it has encoded."""
 
-    def __init__(self, predictor: Predictor, method: str = maps.DEFAULT_METHOD, window: int = maps.WINDOW) -> None:
-        self.predictor, self.method, self.window = predictor, method, window
+    def __init__(self, predictor: Predictor, method: str | None = None, window: int = maps.WINDOW) -> None:
+        self.predictor, self.method, self.window = predictor, method or predictor.default_method, window
         self.model_lock = threading.Lock()
         self._prepared = Cache(PREPARED_BYTES, _bytes_of)
-        self._texts = Cache(TEXTS_BYTES, lambda embedding: embedding.nbytes)
+        self._texts = Cache(TEXTS_BYTES, _bytes_of)
         self._layers = Cache(LAYERS_BYTES, lambda layer: layer.surface.values.nbytes + _bytes_of(layer.grounding))
 
     def prepared(self, slide: ShownSlide) -> Prepared:
@@ -67,11 +67,13 @@ class Grounder:
         return self._layers.get((slide.slide_id, text, negative), make)
 
     def embed_text(self, text: str) -> Float[np.ndarray, "D"]:
-        """A text in the joint space. Raises ValueError for a text of no words."""
+        """A text in the space of slides. Raises ValueError for a text of no words."""
+        return self._encode_text(text).slide[0]
 
-        def make() -> np.ndarray:
+    def _encode_text(self, text: str) -> TextEncoding:
+        def make() -> TextEncoding:
             with self.model_lock:
-                return self.predictor.encode_text(text)[0]
+                return self.predictor.encode_texts(text)
 
         return self._texts.get(text, make)
 
@@ -81,7 +83,8 @@ class Grounder:
             self.embed_text(" ".join([WARM_TEXT] * words))
 
     def _score(self, prepared: Prepared, texts: tuple[str, ...], negative: tuple[str, ...]) -> Grounding:
-        encoded = np.stack([self.embed_text(text) for text in texts + negative])  # one by one: few shapes to compile
+        each = [self._encode_text(text) for text in texts + negative]  # one by one: few shapes to compile
+        encoded = TextEncoding(*(np.concatenate(level) for level in zip(*each, strict=True)))
         with self.model_lock:
             return self.predictor.score(prepared, texts, negative=negative, encoded=encoded)
 

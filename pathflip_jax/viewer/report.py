@@ -30,7 +30,7 @@ def report(
     most_slides: int | None = None,
     most_pixels: int = MOST_PIXELS,
     quality: int = QUALITY,
-    method: str = maps.DEFAULT_METHOD,
+    method: str | None = None,
     window: int = maps.WINDOW,
 ) -> Report:
     """Write the page of the slides of `records` (or `features`) with the files of `slides_dir` under them.
@@ -56,7 +56,9 @@ def report(
         PageSlide(slide.slide_id, slide.image, partial(ground, slide), similarities[i])
         for i, slide in ((i, slides[i]) for i in order)
     ]
-    return write_page(out, pages, model_facts(predictor, method), most_pixels=most_pixels, quality=quality)
+    return write_page(
+        out, pages, model_facts(predictor, method or predictor.default_method), most_pixels=most_pixels, quality=quality
+    )
 
 
 def _similarities(

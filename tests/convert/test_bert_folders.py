@@ -15,7 +15,8 @@ from pathflip_jax.convert.bert import bert_parameters, bert_settings
 from pathflip_jax.convert.pytorch import read_tensors
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, abstract_params, unflatten
+from pathflip_jax.model.parameters import abstract_params, unflatten
+from pathflip_jax.model.pathflip import PathFLIP
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

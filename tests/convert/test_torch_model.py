@@ -19,12 +19,8 @@ from pathflip_jax.convert import pytorch  # noqa: E402
 from pathflip_jax.convert.names import names  # noqa: E402
 from pathflip_jax.convert.torch_model import PathFLIP as TorchPathFLIP  # noqa: E402
 from pathflip_jax.model.config import PathFLIPConfig  # noqa: E402
-from pathflip_jax.model.pathflip import (  # noqa: E402
-    PathFLIP,
-    abstract_params,  # noqa: E402
-    flatten,
-    unflatten,
-)
+from pathflip_jax.model.parameters import abstract_params, flatten, unflatten  # noqa: E402
+from pathflip_jax.model.pathflip import PathFLIP  # noqa: E402
 
 TESTS = Path(__file__).parents[1]
 BASE = TESTS / "golden" / "base"

@@ -21,7 +21,7 @@ from pathflip_jax.checkpoint import load_run
 from pathflip_jax.convert import pytorch
 from pathflip_jax.convert.names import is_unused, names
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import abstract_params, flatten, unflatten
+from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 
 BASE = Path(__file__).parents[1] / "golden" / "base"
 WEIGHTS = BASE / "state_dict.safetensors"

@@ -17,7 +17,7 @@ from pathflip_jax.llm.generate import Sampling
 from pathflip_jax.llm.hf_io import load_decoder
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
 
 ALIGNER = PathFLIPConfig(
     feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=8,

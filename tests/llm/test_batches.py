@@ -17,7 +17,8 @@ from pathflip_jax.llm.config import DecoderConfig
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.llm.training import Shape
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten
+from pathflip_jax.model.parameters import flatten
+from pathflip_jax.model.pathflip import PathFLIP
 
 REGIONS = 4
 

@@ -11,7 +11,7 @@ import pytest
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig, RopeScaling
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.hf_io import init_decoder, load_decoder
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

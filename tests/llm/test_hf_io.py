@@ -23,7 +23,7 @@ from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.folders import open_tensors
 from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder, read_decoder_config, save_decoder
 from pathflip_jax.llm.names import names
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -15,7 +15,7 @@ from pathflip_jax.llm.config import TARGETS, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.hf_io import load_decoder
 from pathflip_jax.llm.lora import adapters, attach, is_adapter, load_peft, merge, save_peft
-from pathflip_jax.model.pathflip import flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -18,7 +18,8 @@ from pathflip_jax.llm.hf_io import load_decoder
 from pathflip_jax.llm.training import Shape, assemble, read_trained
 from pathflip_jax.metrics import read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten
+from pathflip_jax.model.parameters import flatten
+from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.stage import loss_and_gradients
 
 ALIGNER = PathFLIPConfig(

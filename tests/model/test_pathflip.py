@@ -11,7 +11,8 @@ from flax import nnx
 
 from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.pathflip import PathFLIP, flatten, unflatten
+from pathflip_jax.model.parameters import flatten, unflatten
+from pathflip_jax.model.pathflip import PathFLIP
 
 CONFIG = PathFLIPConfig(
     feature_dim=10,

@@ -1,0 +1,213 @@
+"""BERT over packed texts: alone the text encoder of PathFLIP2, and in a Q-Former the part that reads text.
+
+Letters as in `pathflip_jax.model.pathflip`. A row of tokens holds several texts, each seeing only its own segment.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pathflip_jax.model.attention import (
+    BERT_EPS,
+    Embedding,
+    LayerNorm,
+    Linear,
+    LowRank,
+    attend,
+    dropout,
+    gelu,
+    recompute,
+    split_key,
+)
+from pathflip_jax.model.config import ModelConfig
+
+# Tokens, segments (0 is padding) and positions of the rows of one length.
+Rows = tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]
+TOKEN_TYPES = 2  # a BERT knows two kinds of sentences; all of ours are of kind 0
+
+
+def pick(states: Float[Array, "G T H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
+    """States by their place among the tokens of their group."""
+    return jnp.take_along_axis(states, index[..., None], axis=1)
+
+
+class SelfAttention(nnx.Module):
+    """BERT self-attention with its output Linear, residual and LayerNorm; queries and text share it."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.heads, self.rate = config.heads, config.dropout
+        self.query = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.key = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.value = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.output = Linear(config.hidden, config.hidden, config.init, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
+
+    def among_queries(self, x: Float[Array, "... Q H"], key: Array | None) -> Float[Array, "... Q H"]:
+        """Every query of a set sees all of its set."""
+        keys = split_key(key, 2)
+        pooled, _ = attend(self.query(x), self.key(x), self.value(x), None, self.heads, self.rate, keys[0])
+        return self._finish(x, pooled, keys[1])
+
+    def within_texts(
+        self,
+        x: Float[Array, "G T H"],
+        masks: Sequence[Bool[Array, "G P L L"]],
+        key: Array | None,
+        kept: Int[Array, "G n"] | None = None,
+    ) -> Float[Array, "G T H"]:
+        """Token t of a row sees token u of it where the row's mask says so; the T tokens are all rows, end to end.
+
+        With `kept`, only those states come out, [G, n, H] (see `pick`).
+        """
+        keys = split_key(key, 1 + len(masks))
+        projected = [_rows(project(x), masks) for project in (self.query, self.key, self.value)]
+        pooled = [
+            attend(*qkv, mask[:, :, None], self.heads, self.rate, row_key)[0]
+            for *qkv, mask, row_key in zip(*projected, masks, keys[1:], strict=True)
+        ]
+        pooled = jnp.concatenate([part.reshape(len(x), -1, x.shape[-1]) for part in pooled], axis=1)
+        if kept is not None:
+            x, pooled = pick(x, kept), pick(pooled, kept)
+        return self._finish(x, pooled, keys[0])
+
+    def _finish(self, x: Array, pooled: Array, key: Array | None) -> Array:
+        return self.norm(x + dropout(self.output(pooled), self.rate, key))
+
+
+def _rows(x: Float[Array, "G T H"], masks: Sequence[Bool[Array, "G P L L"]]) -> list[Float[Array, "G P L H"]]:
+    """Cut the tokens of a group into the rows that each mask is for."""
+    sizes = [mask.shape[1] * mask.shape[2] for mask in masks]
+    parts = jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=1)
+    return [part.reshape(*mask.shape[:3], x.shape[-1]) for part, mask in zip(parts, masks, strict=True)]
+
+
+class FeedForward(nnx.Module):
+    """Linear, exact GELU, Linear, residual, LayerNorm."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.rate = config.dropout
+        self.intermediate = Linear(config.hidden, config.intermediate, config.init, rngs)
+        self.output = Linear(config.intermediate, config.hidden, config.init, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
+
+    def __call__(self, x: Float[Array, "... H"], key: Array | None) -> Float[Array, "... H"]:
+        """[..., H] -> [..., H]."""
+        outer = recompute(_contract, self.intermediate(x), self.output)
+        return self.norm(x + dropout(outer, self.rate, key))
+
+
+def _contract(inner: Array, output: Linear) -> Array:
+    return output(gelu(inner))
+
+
+class BertLayer(nnx.Module):
+    """One layer: self-attention, then a feed-forward network."""
+
+    def __init__(self, config: ModelConfig, index: int, rngs: nnx.Rngs) -> None:
+        self.self_attention = SelfAttention(config, rngs)
+        self.ffn = FeedForward(config, rngs)
+
+    def read_text(self, x: Array, masks: Sequence[Array], key: Array | None, kept: Array | None = None) -> Array:
+        """Tokens [G, T, H] through the layer; with `kept` only those states come out, [G, n, H]."""
+        keys = split_key(key, 2)
+        with jax.named_scope("text_attention"):
+            x = self.self_attention.within_texts(x, masks, keys[0], kept)
+        with jax.named_scope("text_feed_forward"):
+            return self.ffn(x, keys[1])
+
+
+class Bert(nnx.Module):
+    """Words and positions, and layers of the class given."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: type[BertLayer] = BertLayer) -> None:
+        self.config = config
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden, rngs)
+        self.position_embeddings = Embedding(config.max_positions, config.hidden, rngs)
+        self.norm = LayerNorm(config.hidden, BERT_EPS)
+        self.layers = nnx.List([layer(config, index, rngs) for index in range(config.layers)])
+
+    def read_text(
+        self,
+        rows: Sequence[Rows],
+        text_index: Int[Array, "G n"],
+        key: Array | None = None,
+        pooling: Literal["mean", "cls", "mean_padded"] = "cls",
+    ) -> Float[Array, "G n H"]:
+        """The final state of each text: that of its [CLS], or the mean of its tokens.
+
+        Rows as in `PathFLIP.encode_texts`. Attention is bidirectional, although a BERT folder may say `is_decoder`
+        (DESIGN section 3.2). For "cls" all other tokens leave before the feed-forward of the last layer: nobody reads
+        them. For "mean_padded" a row holds one text, and its padding counts in the mean.
+        """
+        keys = split_key(key, len(self.layers) + 1)
+        tokens, segments, positions = zip(*rows, strict=True)
+        tokens, positions = (
+            jnp.concatenate([x.reshape(len(x), -1) for x in parts], axis=1) for parts in (tokens, positions)
+        )
+        x = self.embed(tokens, positions)  # [G, T, H]
+        x = self.norm(x).astype(self.config.compute_dtype)
+        x = dropout(x, self.config.dropout, keys[-1])
+        if pooling == "mean_padded":  # padding sees the words too
+            masks = [jnp.broadcast_to((part > 0)[..., None, :], (*part.shape, part.shape[-1])) for part in segments]
+        else:
+            masks = [part[..., :, None] == part[..., None, :] for part in segments]
+        *inner, last = zip(self.layers, keys[:-1], strict=True)
+        for layer, layer_key in inner:
+            x = self.run(type(layer).read_text, layer, x, masks, layer_key)
+        if pooling == "cls":
+            return self.run(type(last[0]).read_text, last[0], x, masks, last[1], text_index)
+        x = self.run(type(last[0]).read_text, last[0], x, masks, last[1])
+        return _mean_of_texts(x, segments, positions, text_index, padded=pooling == "mean_padded")
+
+    def embed(self, tokens: Int[Array, "G T"], positions: Int[Array, "G T"]) -> Float[Array, "G T H"]:
+        """Words at their positions, before normalisation."""
+        return self.word_embeddings(tokens) + self.position_embeddings(positions)
+
+    def run(self, method, *arguments):
+        """method(*arguments), computed again for the gradient where the config has `remat`."""
+        return (jax.checkpoint(method) if self.config.remat else method)(*arguments)
+
+
+def _mean_of_texts(
+    states: Float[Array, "G T H"],
+    segments: Sequence[Int[Array, "G P L"]],
+    positions: Int[Array, "G T"],
+    text_index: Int[Array, "G n"],
+    padded: bool,
+) -> Float[Array, "G n H"]:
+    """The mean over the tokens of each text; `padded`: of one text a row, over the length of its row."""
+    starts = jnp.arange(states.shape[1]) - positions  # where the text of a token begins: positions restart with each
+    own = starts[:, None] == text_index[..., None]  # [G, n, T]
+    if not padded:
+        own &= jnp.concatenate([part.reshape(len(part), -1) for part in segments], axis=1)[:, None] > 0
+    own = own.astype(states.dtype)
+    count = jnp.maximum(own.astype(jnp.float32).sum(-1, keepdims=True), 1)
+    return (jnp.einsum("gnt,gth->gnh", own, states, preferred_element_type=jnp.float32) / count).astype(states.dtype)
+
+
+class TextEncoder(Bert):
+    """A whole BERT as published: with token types, and with LoRA at every projection where the config has a rank."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rngs)
+        self.type_embeddings = Embedding(TOKEN_TYPES, config.hidden, rngs)
+        if config.text_lora_rank:
+            for layer in self.layers:
+                attention = layer.self_attention
+                for linear in (attention.query, attention.key, attention.value, attention.output):
+                    linear.lora = _low_rank(config, linear, rngs)
+                for linear in (layer.ffn.intermediate, layer.ffn.output):
+                    linear.lora = _low_rank(config, linear, rngs)
+
+    def embed(self, tokens: Int[Array, "G T"], positions: Int[Array, "G T"]) -> Float[Array, "G T H"]:
+        """Words of type 0 at their positions, before normalisation."""
+        return super().embed(tokens, positions) + self.type_embeddings.embedding[0]
+
+
+def _low_rank(config: ModelConfig, linear: Linear, rngs: nnx.Rngs) -> LowRank:
+    return LowRank(*linear.kernel.shape, config.text_lora_rank, config.text_lora_alpha, 0.0, rngs)

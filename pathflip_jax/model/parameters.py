@@ -1,0 +1,59 @@
+"""Models as flat dicts of parameters by name, and back; which class a config is of.
+
+Names such as "qformer/layers/0/self_attention/query/kernel" serve checkpoints, conversion, sharding rules and masks
+alike.
+"""
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
+from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.model.pathflip2 import PathFLIP2
+
+AlignmentModel = PathFLIP | PathFLIP2
+
+
+def make_model(config: ModelConfig, rngs: nnx.Rngs) -> AlignmentModel:
+    """A model of the config's family with random parameters."""
+    return (PathFLIP2 if isinstance(config, PathFLIP2Config) else PathFLIP)(config, rngs)
+
+
+def flatten(model: nnx.Module) -> dict[str, Array]:
+    """Parameters by name.
+
+    Optimizer moments, which are trees of the same form, flatten the same way.
+    """
+    return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of every parameter; nothing is computed."""
+    return jax.eval_shape(lambda: flatten(make_model(config, nnx.Rngs(0))))
+
+
+def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
+    """Build the model of `template` (a config, a model, or its `jax.eval_shape`) from the parameters of `flatten`.
+
+    Raises ValueError with every name that is missing, unknown or of another shape.
+    """
+    if isinstance(template, ModelConfig):
+        config = template
+        template = jax.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
+    graph, state = nnx.split(template)
+    wanted = nnx.to_flat_state(state)
+    names = {"/".join(map(str, path)): (path, variable) for path, variable in wanted}
+    faults = [f"missing {name}" for name in names if name not in flat]
+    faults += [f"unknown {name}" for name in flat if name not in names]
+    faults += [
+        f"{name} is {tuple(flat[name].shape)}, expected {tuple(variable.shape)}"
+        for name, (_, variable) in names.items()
+        if name in flat and tuple(flat[name].shape) != tuple(variable.shape)
+    ]
+    if faults:
+        raise ValueError("parameters do not fit this model: " + "; ".join(faults))
+    filled = [(path, variable.replace(flat[name])) for name, (path, variable) in names.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

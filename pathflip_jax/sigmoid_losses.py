@@ -1,0 +1,125 @@
+"""The losses of PathFLIP2, as pure functions of arrays: sigmoid losses over pairs (SigLIP, arXiv 2303.15343).
+
+Both run over the global batch, as those of `losses.py`, and treat cases alike: another slide of a case is neither a
+positive nor a negative.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pathflip_jax.losses import Spread, at_once, log_sigmoid, normalise, other_cases
+
+
+@dataclass(frozen=True)
+class SigmoidLossConfig:
+    """Weights and settings; the defaults are the published code's, but for `slide`.
+
+    `slide`: "sigmoid", SigLIP's loss, whose published function does not run, or "infonce" with `temperature` and
+    `label_smoothing`, what the published runs had to use. `region`: "pairs", every text against every text-conditioned
+    embedding, or "flair", what is published with the attention head: each slide pools anew for its own texts and one
+    of each other slide. `slides_at_once` bounds memory, not the loss: the texts of so many slides stand against a
+    device's at a time; 0: all.
+    """
+
+    slide: Literal["sigmoid", "infonce"] = "sigmoid"
+    region: Literal["pairs", "flair"] = "pairs"
+    slide_weight: float = 1.0
+    region_weight: float = 1.0
+    temperature: float = 0.1
+    label_smoothing: float = 0.1
+    slides_at_once: int = 0
+
+    def __post_init__(self):
+        for name, choices in (("slide", ("sigmoid", "infonce")), ("region", ("pairs", "flair"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"loss config: {name}={getattr(self, name)!r}, expected {' or '.join(choices)}")
+        if self.slides_at_once < 0:
+            raise ValueError(f"loss config: slides_at_once={self.slides_at_once}, expected at least 1, or 0 for all")
+
+
+def sigmoid_slide_loss(
+    slides: Float[Array, "B D"],
+    captions: Float[Array, "B D"],
+    case: Int[Array, "B"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+) -> Float[Array, ""]:
+    """SigLIP: every pair of slide and caption is a match or none; the sum over pairs, divided by the slides."""
+    same = jnp.eye(len(slides), dtype=bool)
+    cosine = normalise(slides) @ normalise(captions).T
+    terms = -log_sigmoid(cosine, jnp.where(same, 1.0, -1.0), scale, bias)
+    return jnp.sum(jnp.where(other_cases(case) | same, terms, 0)) / len(slides)
+
+
+class _Slides(NamedTuple):
+    """All slides of the batch, or those of one device: which they are, and what their texts pooled of them."""
+
+    number: Int[Array, "n"]
+    case: Int[Array, "n"]
+    pooled: Float[Array, "n K D"]
+
+
+def pair_loss(
+    pooled: Float[Array, "B K D"],
+    texts: Float[Array, "B K D"],
+    case: Int[Array, "B"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    config: SigmoidLossConfig,
+    spread: Spread = at_once,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Sigmoid loss between every text-conditioned embedding and every subcaption: the mean over pairs, and cosines.
+
+    `pooled[i, k]` is what subcaption k of slide i pooled of it, and matches that subcaption alone: others of the slide
+    are negatives too, as published. Both directions of the published loss are this one sum. With n slides on a device
+    and C = `config.slides_at_once` slides at a time, the largest array is [n, K, C, K]; subcaptions are gathered once.
+    """
+    B, K, _ = texts.shape
+
+    def score(slides: _Slides, everyone: tuple[Array, Array], whole: tuple) -> tuple[Array, ...]:
+        return _sums(slides, *everyone, *whole, config.slides_at_once or B)
+
+    slides = _Slides(jnp.arange(B), case, normalise(pooled))
+    found = spread(score, slides, (normalise(texts), case), (scale, bias))
+    total, count, positive, negative = (jnp.sum(x) for x in found)
+    cosines = {"cosine_positive": positive / (B * K), "cosine_negative": negative / jnp.maximum(count - B * K, 1)}
+    return total / count, cosines
+
+
+def _sums(
+    slides: _Slides, texts: Float[Array, "B K D"], cases: Int[Array, "B"], scale: Array, bias: Array, chunk: int
+) -> tuple[Float[Array, "n"], ...]:
+    """Of each slide's pairs with the texts of all: the terms, how many count, the cosines of matches and of others.
+
+    Chunks are computed again for the gradient, so that only one stands in memory at a time.
+    """
+    K = texts.shape[1]
+
+    def one(numbers: Int[Array, "C"]):
+        there = numbers < len(cases)
+        numbers = jnp.minimum(numbers, len(cases) - 1)
+        own = slides.number[:, None] == numbers  # [n, C]
+        counted = ((slides.case[:, None] != cases[numbers]) | own) & there
+        match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[:, None]  # [n, K, C, K]
+        cosine = jnp.einsum("nkd,cjd->nkcj", slides.pooled, texts[numbers], precision="highest")
+        terms = -log_sigmoid(cosine, jnp.where(match, 1.0, -1.0), scale, bias)
+        weight = jnp.broadcast_to(counted[:, None, :, None], cosine.shape).astype(cosine.dtype)
+        matched = match & there[:, None]
+        sums = terms * weight, weight, jnp.where(matched, cosine, 0), jnp.where(matched, 0, cosine * weight)
+        return tuple(x.sum((1, 2, 3)) for x in sums)
+
+    chunks = -(-len(cases) // chunk)
+    if chunks <= 1:
+        return one(jnp.arange(len(cases)))
+    numbers = jnp.arange(chunks * chunk).reshape(chunks, chunk)
+    return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(one), numbers))
+
+
+def pairs_bytes(config: SigmoidLossConfig, slides: int, batch_size: int, subcaptions: int) -> int:
+    """Bytes of the largest array of `pair_loss` on a device of `slides` slides of a batch, in float32."""
+    texts = min(config.slides_at_once or batch_size, batch_size)
+    return 4 * slides * texts * subcaptions**2 if config.region_weight else 0
