@@ -78,7 +78,7 @@ def runs(setting):
 class Oracle:
     """Knows everything: each slide its own direction in which its caption lies too, its class, its outlines."""
 
-    name, config = "oracle", {}
+    name, config, default_method = "oracle", {}, "slide"
 
     def __init__(self, cohort, mirrored=False):
         self.captions = [json.loads(line) for line in cohort.texts.read_text().splitlines()]
