@@ -291,11 +291,22 @@ class Peak:
         return torch.cuda.max_memory_allocated()
 
 
-def main() -> int:
+class Family(NamedTuple):
+    """What is measured of one family of models: its sides, jobs and sizes, and what builds either kind of side."""
+
+    sides: tuple[str, ...]
+    jobs: dict[str, Job]
+    base: dict
+    small: dict
+    ours: Callable
+    in_torch: Callable
+
+
+def main(family: Family, about: str) -> int:
     """Run one job of one side; the last line printed is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=["ours", "released", "competent"], required=True)
-    parser.add_argument("--job", choices=list(JOBS), required=True)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=family.sides, required=True)
+    parser.add_argument("--job", choices=list(family.jobs), required=True)
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmup", type=int, default=1, help="steps before")
     parser.add_argument("--batch", type=int, help="slides, instead of the job's")
@@ -308,12 +319,15 @@ def main() -> int:
     options = parser.parse_args()
     if options.device == "cpu":
         keep_freed()
-    sizes, job = SMALL if options.small else BASE, JOBS[options.job]
+    sizes, job = family.small if options.small else family.base, family.jobs[options.job]
     job = job._replace(slides=options.batch or job.slides, regions=options.regions or job.regions)
     inputs = make_inputs(job, sizes)
     training = job.kind == "train" and options.outputs is None
     given = (job, sizes, inputs, options.dtype, options.weights, training)
-    run = ours(*given) if options.side == "ours" else in_torch(options.side, *given, options.device)
+    if options.side == "ours":
+        run = family.ours(*given)
+    else:
+        run = family.in_torch(options.side, *given, options.device)
     for number in range(options.warmup):
         found = run(number)
     if options.outputs:
@@ -331,5 +345,7 @@ def main() -> int:
     return 0
 
 
+FAMILY = Family(("ours", "released", "competent"), JOBS, BASE, SMALL, ours, in_torch)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(FAMILY, __doc__))

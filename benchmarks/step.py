@@ -7,6 +7,7 @@ comes from one side alone. A ratio above 1 means that ours is better. Where the 
 released code did, scaled by the rate of this machine's matrix products, by more than 15%, it counts at that time.
 
     python benchmarks/step.py --rounds 3 --json benchmarks/results/step.json
+    python benchmarks/step.py --family pathflip2 --rounds 3 --json benchmarks/results/step_pathflip2.json
     python benchmarks/step.py --jobs encode_slide_base --rounds 1
     python benchmarks/step.py --device cuda --dtype bfloat16 --batch 16
 
@@ -25,22 +26,48 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import sides
+import sides_pathflip2
 from machine import describe
 from roofline import large_product, torch_product_rate
-from sides import BASE, JOBS, SMALL
+from sides import Job
 
 from pathflip_jax.model import flops
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 HERE = Path(__file__).parent
-SIDES = ("ours", "released", "competent")
-STEPS = {"train_base": 2, "train_whole_slide": 1, "encode_slide_base": 5, "encode_text": 5}
+STEPS = {"train_base": 2, "train_whole_slide": 1, "encode_slide_base": 5, "encode_text": 5, "encode_whole_slide": 2}
 AGREE = 1e-4
 # Seconds a slide of the released code on two cores whose float32 matrix products ran at 250 GFLOP/s.
 RELEASED_SECONDS = {"train_base": 9.7, "train_whole_slide": 80.0, "encode_slide_base": 1.07}
 RELEASED_RATE, SLACK = 250e9, 1.15
+
+
+class Compared(NamedTuple):
+    """What is compared of one family of models: the script that runs a side, and sides, jobs and sizes.
+
+    The second side is the yardstick, whose ratios carry no name of a side.
+    """
+
+    script: str
+    sides: tuple[str, ...]
+    jobs: dict[str, Job]
+    base: ModelConfig
+    small: ModelConfig
+
+
+def _compared(module, config: type[ModelConfig]) -> Compared:
+    family = module.FAMILY
+    return Compared(f"{module.__name__}.py", family.sides, family.jobs, config(**family.base), config(**family.small))
+
+
+FAMILIES = {
+    "pathflip": _compared(sides, PathFLIPConfig),
+    "pathflip2": _compared(sides_pathflip2, PathFLIP2Config),
+}
 
 
 class SideError(RuntimeError):
@@ -49,7 +76,16 @@ class SideError(RuntimeError):
 
 def run_side(side: str, job: str, options: argparse.Namespace, *more: str) -> dict:
     """Run `sides.py` once and return the JSON of its last line."""
-    command = [sys.executable, str(HERE / "sides.py"), "--side", side, "--job", job, "--device", options.device]
+    command = [
+        sys.executable,
+        str(HERE / FAMILIES[options.family].script),
+        "--side",
+        side,
+        "--job",
+        job,
+        "--device",
+        options.device,
+    ]
     command += ["--dtype", options.dtype] + ["--small"] * options.small
     for name in ("batch", "regions"):
         if getattr(options, name):
@@ -65,18 +101,18 @@ def run_side(side: str, job: str, options: argparse.Namespace, *more: str) -> di
 
 def check_agreement(options: argparse.Namespace) -> float:
     """The largest difference between sides in slides, regions, texts and losses of one small batch in float32."""
-    sizes = SMALL if options.small else BASE
+    family = FAMILIES[options.family]
     plain = argparse.Namespace(**vars(options) | {"dtype": "float32", "batch": 2, "regions": 3})
     with tempfile.TemporaryDirectory() as folder:
-        _write_weights(Path(folder), sizes)
+        _write_weights(Path(folder), family.small if options.small else family.base)
         found = {}
-        for side in SIDES:
+        for side in family.sides:
             outputs = Path(folder) / f"{side}.npz"
             run_side(side, "train_base", plain, "--weights", folder, "--outputs", str(outputs), "--steps", "0")
             with np.load(outputs) as archive:
                 found[side] = [archive[name] for name in sorted(archive.files)]
     worst = 0.0
-    for side in SIDES[1:]:
+    for side in family.sides[1:]:
         for mine, theirs in zip(found["ours"], found[side], strict=True):
             error = float(np.abs(mine.reshape(theirs.shape) - theirs).max() / max(1.0, np.abs(theirs).max()))
             worst = max(worst, error)
@@ -85,19 +121,19 @@ def check_agreement(options: argparse.Namespace) -> float:
     return worst
 
 
-def _write_weights(folder: Path, sizes: dict) -> None:
+def _write_weights(folder: Path, config: ModelConfig) -> None:
     """Random weights under the released names, moved off their initial values so that nothing is zero."""
     from pathflip_jax.convert.names import unused
     from pathflip_jax.convert.pytorch import torch_shapes, write_checkpoint
 
-    config, rng = PathFLIPConfig(**sizes), np.random.default_rng(1)
-    state = {}
+    rng, state = np.random.default_rng(1), {}
     for name, shape in torch_shapes(config).items():
         drawn = rng.standard_normal(shape).astype(np.float32)
-        one = name.endswith(("LayerNorm.weight", "norm1.weight", "norm2.weight"))
+        one = len(shape) == 1 and name.endswith("weight")  # of a normalisation
         state[name] = one + drawn * np.float32(1 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.1)
-    state["logit_scale"] = np.array(2.659, np.float32)
-    state |= unused(config, state["Qformer.bert.embeddings.word_embeddings.weight"])
+    state |= {name: np.array(2.659, np.float32) for name in state if name.endswith("logit_scale")}
+    words = next(state[name] for name in state if name.endswith("word_embeddings.weight"))
+    state |= unused(config, words)
     write_checkpoint(folder / "model.safetensors", state)
 
 
@@ -108,7 +144,8 @@ def matrix_rate(device: str, dtype: str) -> float:
 
 def measure(options: argparse.Namespace) -> dict:
     """All rounds of all jobs: times, peaks and ratios by name."""
-    parameters = flops.parameters(PathFLIPConfig(**(SMALL if options.small else BASE)))
+    family = FAMILIES[options.family]
+    parameters = flops.parameters(family.small if options.small else family.base)
     times = {job: {side: [] for side in options.sides} for job in options.jobs}
     peaks = {job: {side: [] for side in options.sides} for job in options.jobs}
     for job in options.jobs:
@@ -116,7 +153,9 @@ def measure(options: argparse.Namespace) -> dict:
             order = options.sides[number % len(options.sides) :] + options.sides[: number % len(options.sides)]
             for side in order:
                 steps = str(STEPS[job] * (3 if side == "ours" else 1))
-                row = run_side(side, job, options, "--steps", steps, "--warmup", "2" if side != "released" else "1")
+                row = run_side(
+                    side, job, options, "--steps", steps, "--warmup", "2" if side in ("ours", "competent") else "1"
+                )
                 times[job][side].append(statistics.median(row["seconds"]))
                 peaks[job][side].append(row["peak_bytes"])
                 print(
@@ -125,10 +164,10 @@ def measure(options: argparse.Namespace) -> dict:
     ratios = {}
     for job in options.jobs:
         for side in options.sides[1:]:
-            suffix = "" if side == "released" else f"_{side}"
+            suffix = "" if side == family.sides[1] else f"_{side}"
             pairs = list(zip(times[job][side], times[job]["ours"], strict=True))
             ratios[job + suffix] = statistics.median(theirs / ours for theirs, ours in pairs)
-            if JOBS[job].kind == "train":
+            if family.jobs[job].kind == "train":
                 spare = 16 * parameters
                 pairs = list(zip(peaks[job][side], peaks[job]["ours"], strict=True))
                 ratio = statistics.median((theirs - spare) / (ours - spare) for theirs, ours in pairs)
@@ -138,7 +177,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 def allowed_seconds(job: str, rate: float) -> float:
     """The most that a step of the released side may take to count: 15% more than the released code, at this rate."""
-    return JOBS[job].slides * SLACK * RELEASED_SECONDS[job] * RELEASED_RATE / rate
+    return sides.JOBS[job].slides * SLACK * RELEASED_SECONDS[job] * RELEASED_RATE / rate
 
 
 def hold_to_yardstick(found: dict, rate: float) -> dict[str, float]:
@@ -156,8 +195,9 @@ def hold_to_yardstick(found: dict, rate: float) -> dict[str, float]:
 def main() -> int:
     """Check, measure, print the table, write the JSON; 1 where a side failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and at least one other")
+    parser.add_argument("--family", choices=list(FAMILIES), default="pathflip", help="of models (default pathflip)")
+    parser.add_argument("--jobs", nargs="+", metavar="JOB", help="those of the family; default all")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="ours and at least one other; default all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, help="slides a step, instead of each job's")
     parser.add_argument("--regions", type=int, help="regions a slide, instead of each job's")
@@ -166,12 +206,17 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
+    family = FAMILIES[options.family]
+    for name, known in (("jobs", family.jobs), ("sides", family.sides)):
+        chosen = getattr(options, name) or list(known)
+        if unknown := sorted(set(chosen) - set(known)):
+            parser.error(f"--{name} {' '.join(unknown)}: of {options.family} there are {', '.join(known)}")
+        setattr(options, name, [one for one in known if one in chosen])
     if "ours" not in options.sides or len(options.sides) < 2:
         parser.error("--sides needs ours and at least one other")
-    options.sides = [side for side in SIDES if side in options.sides]
     try:
         error = check_agreement(options)
-        print(f"ours, released and competent agree: largest difference {error:.1e}")
+        print(f"{', '.join(family.sides)} agree: largest difference {error:.1e}")
         rate = matrix_rate(options.device, options.dtype)
         print(f"matrix products run at {rate / 1e9:.0f} GFLOP/s in {options.dtype}")
         found = measure(options)
@@ -180,7 +225,7 @@ def main() -> int:
         return 1
     held = {}
     if options.device == "cpu" and options.dtype == "float32":
-        if not (options.small or options.batch or options.regions):
+        if options.family == "pathflip" and not (options.small or options.batch or options.regions):
             held = hold_to_yardstick(found, rate)
     width = max(map(len, found["ratios"]))
     for name, ratio in found["ratios"].items():
@@ -196,7 +241,7 @@ def main() -> int:
             import torch
 
             described["accelerator"] = torch.cuda.get_device_name()
-        names = ("jobs", "sides", "rounds", "batch", "regions", "dtype", "small")
+        names = ("family", "jobs", "sides", "rounds", "batch", "regions", "dtype", "small")
         settings = {name: getattr(options, name) for name in names} | {"agreement": error, "held_to": held}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": described, "settings": settings} | found, indent=1) + "\n")

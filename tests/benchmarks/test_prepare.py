@@ -1,7 +1,7 @@
 """The benchmark of preparation runs to its end, and a slide of any size is prepared in little memory."""
 
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +70,10 @@ def test_a_tiny_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_slide_of_100000_pixels_is_prepared_under_2_gb(bench, tmp_path):
-    """A worker's job and the shard that comes of it, in one process; its peak is what the kernel says of it."""
+    """A worker's job and the shard that comes of it, in one process; its peak is what the kernel says of it.
+
+    Its own (VmHWM): what `wait4` tells begins at the size of the process that started it.
+    """
     slide, shard = tmp_path / "huge.tiff", tmp_path / "pathflip-00000.tfrecord"
     bench.write_huge_slide(slide, 100_000, 8192)
     lines = ["import sys", "from pathlib import Path", "from data_prep.jobs import Job, prepare_slide"]
@@ -79,10 +82,11 @@ def test_a_slide_of_100000_pixels_is_prepared_under_2_gb(bench, tmp_path):
     lines += ["settings |= {'assume_mpp': None, 'min_tissue': 0.25, 'cut': 'grid', 'edge_um': 2048.0}"]
     lines += ["job = Job('huge', '', slide, shard, part, settings)"]
     lines += ["assert not prepare_slide(job).error and assemble([job], None).done == ['huge']"]
+    lines += ["print(Path('/proc/self/status').read_text())"]
     command = [sys.executable, "-c", "\n".join(lines), slide, shard, tmp_path / "part.tfrecord"]
-    child = os.posix_spawn(sys.executable, list(map(str, command)), os.environ)
-    _, status, usage = os.wait4(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     (info,) = Records([shard]).slides
     assert (info.num_patches, info.width) == (1024, 100_000)
-    assert usage.ru_maxrss * 1024 < 2e9
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024
+    assert 1e8 < peak < 2e9

@@ -94,16 +94,27 @@ def test_a_slow_yardstick_counts_at_what_it_may_take(modules):
 
 
 @pytest.mark.slow
-def test_the_whole_benchmark_at_a_small_size(modules, tmp_path, monkeypatch, capsys):
+def test_the_whole_benchmark_at_a_small_size(modules, tmp_path, monkeypatch):
     out = tmp_path / "step.json"
-    monkeypatch.setattr(sys, "argv", ["step.py", "--small", "--regions=3", "--rounds=1", "--json", str(out)])
+    jobs = ["train_base", "encode_text"]
+    options = ["--small", "--regions=3", "--rounds=1", "--jobs", *jobs, "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["step.py", *options])
     assert modules["step"].main() == 0
-    ratios = json.loads(out.read_text())["ratios"]
-    jobs = {"train_base", "train_whole_slide", "encode_slide_base", "encode_text"}
+    ratios, jobs = json.loads(out.read_text())["ratios"], set(jobs)
     expected = jobs | {f"memory_{job}" for job in jobs if job.startswith("train")}
     assert set(ratios) == expected | {f"{name}_competent" for name in expected}
-    monkeypatch.setattr(modules["step"], "AGREE", 0.0)
-    assert modules["step"].main() == 1 and "no comparison" in capsys.readouterr().err
+
+
+def test_sides_that_differ_are_not_compared(modules, monkeypatch, capsys):
+    def run_side(side, job, options, *more):
+        off = 1e-3 if side == "competent" else 0.0
+        np.savez(more[more.index("--outputs") + 1], arr0=np.ones(3) + off)
+        return {}
+
+    monkeypatch.setattr(modules["step"], "run_side", run_side)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--small"])
+    assert modules["step"].main() == 1
+    assert "ours and competent differ by 1.0e-03" in capsys.readouterr().err
 
 
 def test_the_step_benchmark_needs_none_of_the_data_packages(tmp_path):
@@ -115,11 +126,11 @@ for name in {PACKAGES_OF_DATA!r}:
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import sides, step
 from pathlib import Path
-step._write_weights(Path({str(tmp_path)!r}), step.SMALL)
-assert step.flops.parameters(step.PathFLIPConfig(**step.SMALL)) > 1000
+step._write_weights(Path({str(tmp_path)!r}), step.FAMILIES["pathflip"].small)
+assert step.flops.parameters(step.FAMILIES["pathflip"].small) > 1000
 sys.argv = ["sides.py", "--side", "ours", "--job", "train_base", "--small", "--regions", "2", "--steps", "0"]
 sys.argv += ["--weights", {str(tmp_path)!r}, "--outputs", {str(tmp_path / "outputs.npz")!r}]
-sys.exit(sides.main())
+sys.exit(sides.main(sides.FAMILY, ""))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
