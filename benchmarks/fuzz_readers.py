@@ -23,7 +23,7 @@ from data_prep.jobs import Job, prepare_slide
 from data_prep.pool import run_each
 from pathflip_jax import checkpoint, metrics
 from pathflip_jax.convert.bert import bert_settings
-from pathflip_jax.convert.pytorch import read_checkpoint
+from pathflip_jax.convert.checkpoint_files import read_checkpoint
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.index import INDEX_HEAD, encode_slide, index_path

@@ -121,7 +121,8 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     import jax.numpy as jnp
     from flax import nnx
 
-    from pathflip_jax.convert.pytorch import read_checkpoint, to_jax
+    from pathflip_jax.convert.checkpoint_files import read_checkpoint
+    from pathflip_jax.convert.pytorch import to_jax
     from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.parameters import flatten, unflatten

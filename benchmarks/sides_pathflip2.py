@@ -37,7 +37,8 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     from flax import nnx
 
     from pathflip_jax.compilation import compiler_options
-    from pathflip_jax.convert.pytorch import read_checkpoint, to_jax
+    from pathflip_jax.convert.checkpoint_files import read_checkpoint
+    from pathflip_jax.convert.pytorch import to_jax
     from pathflip_jax.model.config import PathFLIP2Config
     from pathflip_jax.model.parameters import flatten, make_model, unflatten
     from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer

@@ -418,7 +418,8 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None) -> Predi
             raise ValueError(f"{path}: PyTorch weights hold no tokenizer; give bert=, the BERT folder of this model")
         from pathflip_jax.convert.pytorch import load_released
 
-        return Predictor(*load_released(path, bert, arguments=arguments), name=str(path))
+        found = load_released(path, bert, arguments=arguments)
+        return Predictor(found.model, found.settings, found.tokenizer, name=str(path))
     model, config, tokenizer = load_run(path, which=which)
     return Predictor(model, config, tokenizer, name=str(path))
 

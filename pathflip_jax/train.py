@@ -311,8 +311,9 @@ usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=va
               join N processes; TPU pods, Slurm, Open MPI and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
               JAX_PROCESS_ID need no option; PATHFLIP_DISTRIBUTED=0 ignores them, 1 insists on them
 
-configs/align_base.py lists and explains every setting, configs/lm_stage1.py those of the language stage. Exit code 75:
-stopped by SIGTERM and saved, or a host was lost or hung; start it again.
+configs/align_base.py lists and explains every setting, configs/pathflip2.py those of the follow-up network,
+configs/lm_stage1.py those of the language stage. Exit code 75: stopped by SIGTERM and saved, or a host was lost or
+hung; start it again.
 
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from pathflip_jax.convert.checkpoint_files import read_checkpoint
 from pathflip_jax.convert.names import is_unused, names
 from pathflip_jax.convert.pathflip2 import TOKENS
-from pathflip_jax.convert.pytorch import infer_config, read_checkpoint, to_jax
+from pathflip_jax.convert.pytorch import infer_config, to_jax
 from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
 from pathflip_jax.model.parameters import AlignmentModel, flatten, unflatten

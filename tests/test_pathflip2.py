@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pathflip_jax import cli
-from pathflip_jax.convert import pytorch
+from pathflip_jax.convert import checkpoint_files, pytorch
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.tokens import TextTokenizer
@@ -156,7 +156,7 @@ def test_published_weights_embed_as_published(published):
         case = dict(archive)
     weights, bert = published / "state_dict.safetensors", published / "bert"
     merged = load(weights, bert=bert, arguments=ARGUMENTS)
-    kept = Predictor(*pytorch.load_released(weights, bert, arguments=ARGUMENTS, keep_lora=True))
+    kept = Predictor(*pytorch.load_released(weights, bert, arguments=ARGUMENTS, keep_lora=True)[:3])
     assert merged.model.config.text_lora_rank == 0 and kept.model.config.text_lora_rank == 3
     captions = json.loads((GOLDEN / "meta.json").read_text())["captions"]
     for predictor in (merged, kept):
@@ -168,7 +168,7 @@ def test_published_weights_embed_as_published(published):
 
 
 def test_arguments_decide_what_tensors_do_not_tell(published):
-    state = pytorch.read_checkpoint(published / "state_dict.safetensors")
+    state = checkpoint_files.read_checkpoint(published / "state_dict.safetensors")
     config = pytorch.infer_config(state, 4, ARGUMENTS)
     assert (config.token_heads, config.text_pooling, config.text_lora_alpha, config.top_k) == (4, "mean_padded", 12, 6)
     for wrong, words in (
@@ -190,7 +190,7 @@ def test_arguments_decide_what_tensors_do_not_tell(published):
 
 def test_a_run_without_a_scale_of_slides_converts_too(published):
     """Published runs had to use InfoNCE for slides, which has no scale and bias."""
-    state = pytorch.read_checkpoint(published / "state_dict.safetensors")
+    state = checkpoint_files.read_checkpoint(published / "state_dict.safetensors")
     config = pytorch.infer_config(state, 4, ARGUMENTS)
     flat = pytorch.to_jax({name: x for name, x in state.items() if not name.startswith("global_logit")}, config)
     assert flat["slide_scale"] == 10 and flat["slide_bias"] == -10
@@ -207,7 +207,7 @@ def test_a_bert_folder_of_another_model_is_refused(published, tiny_cohort):
 
 
 def test_weights_go_out_and_in_again(published):
-    state = pytorch.read_checkpoint(published / "state_dict.safetensors")
+    state = checkpoint_files.read_checkpoint(published / "state_dict.safetensors")
     config = pytorch.infer_config(state, 4, ARGUMENTS)
     out = pytorch.to_torch(pytorch.to_jax(state, config), config)
     assert out.keys() == state.keys()

@@ -12,18 +12,58 @@ def add(commands) -> None:
         commands,
         "convert",
         _run,
-        "turn a PyTorch checkpoint of the released model into a run folder",
-        "pathflip convert epoch9.ckpt --bert bert_folder --out runs/released",
+        "turn a PyTorch checkpoint of a released model into a run folder",
+        "pathflip convert epoch9.ckpt --bert biobert --out runs/released",
+        "pathflip convert outputs/pathflip/checkpoint/pytorch_model.bin --bert clinicalbert --out runs/two",
+        "pathflip convert finetune.ckpt --bert biobert --decoder Qwen3-0.6B --out runs/language",
     )
-    parser.add_argument("source", type=Path, metavar="CHECKPOINT", help=".ckpt, .pt, .bin or .safetensors")
+    parser.add_argument(
+        "source", type=Path, metavar="CHECKPOINT", help=".ckpt, .pt, .bin, .safetensors, or a folder of shards"
+    )
     parser.add_argument("--bert", type=Path, required=True, metavar="FOLDER", help="its BERT folder (the tokenizer)")
     parser.add_argument("--heads", type=int, help="attention heads, where the BERT folder's config.json lacks them")
+    parser.add_argument(
+        "--hparams", type=Path, metavar="YAML", help="the run's arguments; those beside the checkpoint are found"
+    )
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="X", help="scale of the text encoder's LoRA, where no arguments say it"
+    )
+    parser.add_argument("--keep-lora", action="store_true", help="do not merge that LoRA into BERT")
+    parser.add_argument(
+        "--decoder", type=Path, metavar="FOLDER", help="the language model that a finetune checkpoint was trained on"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.convert.checkpoint_files import read_hparams
     from pathflip_jax.convert.pytorch import convert
+    from pathflip_jax.convert.recognise import summary
 
-    convert(options.source, options.out, heads=options.heads, bert_folder=options.bert)
-    print(f"{options.out}: a run folder that `pathflip evaluate` and pathflip_jax.load read")
+    if options.decoder is not None:
+        from pathflip_jax.convert.finetune import convert_finetune
+
+        if options.hparams or options.lora_alpha or options.keep_lora:
+            raise ValueError("--hparams, --lora-alpha and --keep-lora are for a PathFLIP2, --decoder is for another")
+        rows = convert_finetune(
+            options.source, options.out, bert_folder=options.bert, decoder_folder=options.decoder, heads=options.heads
+        )
+        print(summary(rows))
+        print(f"{options.out}: a run that `pathflip caption` and `pathflip ask` read; its aligner is in aligner/")
+        return 0
+    arguments = {} if options.hparams is None else read_hparams(options.hparams)
+    if options.lora_alpha is not None:
+        arguments["lora_alpha"] = options.lora_alpha
+    rows = convert(
+        options.source,
+        options.out,
+        heads=options.heads,
+        bert_folder=options.bert,
+        arguments=arguments,
+        keep_lora=options.keep_lora,
+    )
+    print(summary(rows))
+    print(
+        f"{options.out}: a run folder that `pathflip evaluate` and pathflip_jax.load read; each tensor in tensors.csv"
+    )
     return 0

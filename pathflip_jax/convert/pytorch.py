@@ -8,126 +8,21 @@ import contextlib
 import dataclasses
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pathflip_jax.convert.names import is_unused, names, unused
+from pathflip_jax.convert.checkpoint_files import StateDict, import_torch, open_checkpoint
+from pathflip_jax.convert.names import is_unused, names, unused, why_unused
 from pathflip_jax.convert.pathflip2 import TOKENS, complete, infer_pathflip2, merge_lora
+from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
-
-PREFIXES = ("pathflip_align.", "pathflip_finetune.", "module.", "model.", "_orig_mod.")
-CONTAINERS = ("state_dict", "model", "module")  # Lightning, plain training scripts, DeepSpeed
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-}
-
-StateDict = dict[str, np.ndarray]
-
-
-def read_tensors(path: str | Path) -> StateDict:
-    """Read every tensor of a .safetensors, .pt, .pth, .ckpt or .bin file; floats come as float32.
-
-    Raises ValueError for a file that is damaged, holds no tensors, or could only be read by running code in it;
-    ImportError where a format needs torch and there is none.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a checkpoint (.safetensors, .pt, .pth, .ckpt, .bin)")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    try:
-        views = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-    tensors = {}
-    for name, view in views:
-        if view["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is of type {view['dtype']}; expected one of {', '.join(DTYPES)}")
-        array = np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
-        tensors[name] = array if array.dtype.kind == "i" else array.astype(np.float32)
-    return tensors
-
-
-def import_torch(path: str | Path):
-    """The torch module, or an ImportError that says for which file and how to get it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: this format needs PyTorch; pip install 'pathflip-jax[torch]', or use .safetensors instead"
-        ) from error
-    return torch
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _read_torch(path: Path) -> StateDict:
-    torch = import_torch(path)
-    from argparse import Namespace  # Lightning keeps the command line in the file; it is inert
-
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own message advises weights_only=False, the one thing not to do with a file from elsewhere.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found.group(1) if found else _first_line(error)
-        raise ValueError(
-            f"{path}: holds more than tensors ({what}), or is damaged; only tensors are read, since anything else in "
-            "such a file can run code. Where it was written, keep the weights alone: "
-            'torch.save(checkpoint["state_dict"], "weights.pt")'
-        ) from error
-    except Exception as error:  # on damaged bytes torch's unpickler fails in any way
-        raise ValueError(f"{path}: not a whole PyTorch file ({_first_line(error)}); copy it again") from error
-    for container in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
-            content = content[container]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state_dict (tensors by name)")
-    other = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
-    if other:
-        raise ValueError(
-            f"{path}: not a state_dict, since these are no tensors: {', '.join(other)}; save model.state_dict() alone"
-        )
-    return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
-        for name, tensor in content.items()
-    }
-
-
-def read_checkpoint(path: str | Path) -> StateDict:
-    """Read a checkpoint of the released model: its `state_dict`, without the prefixes that training code adds."""
-    stripped: StateDict = {}
-    origin: dict[str, str] = {}
-    for name, tensor in read_tensors(path).items():
-        short = name
-        while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None):
-            short = short.removeprefix(prefix)
-        if short in stripped and not is_unused(short):
-            raise ValueError(
-                f"{path}: holds two models, {origin[short]} and {name} both stand for {short}; save one of them alone"
-            )
-        stripped[short], origin[short] = tensor, name
-    return stripped
 
 
 def infer_config(
@@ -265,6 +160,15 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class Released(NamedTuple):
+    """What becomes of a released checkpoint: model, settings and tokenizer of a run, and of each tensor."""
+
+    model: Any
+    settings: dict
+    tokenizer: Any
+    tensors: list[Tensor]
+
+
 def load_released(
     source: str | Path,
     bert_folder: str | Path,
@@ -273,44 +177,47 @@ def load_released(
     *,
     arguments: Mapping[str, Any] | None = None,
     keep_lora: bool = False,
-):
-    """(model, settings, tokenizer) of a released PyTorch checkpoint and the BERT folder that it was trained with.
+) -> Released:
+    """A released PyTorch checkpoint of either family, and the BERT folder that it was trained with.
 
     Without a config it is inferred; BERT's heads are `heads`, else those of the folder's config.json, else one per 64
-    of the hidden width. `arguments` are those that a PathFLIP2 was trained with, in place of the ones that its file
-    knows; its LoRA is merged into BERT unless `keep_lora`. Regions are cut by `scan`, as the released code cuts them.
-    Raises ValueError when the checkpoint is neither model or the vocabulary is not its own.
+    of the hidden width. `arguments` count beside those that the checkpoint comes with (`open_checkpoint`), and win. The
+    LoRA of a PathFLIP2 is merged into its BERT unless `keep_lora`. Regions are cut by `scan`, as the released code cuts
+    them. Raises ValueError when the checkpoint is neither model or the vocabulary is not its own.
     """
     from pathflip_jax.data.tokens import TextTokenizer
     from pathflip_jax.model.parameters import unflatten
 
     tokenizer = TextTokenizer(bert_folder)
-    state = read_checkpoint(source)
     try:
+        state, known = open_checkpoint(source)
+        if recognise(state) == "finetune":
+            raise ValueError("of the finetune stage; name its language model too (`pathflip convert --decoder FOLDER`)")
         if config is None:
-            config = infer_config(state, heads or _bert_heads(Path(bert_folder)), arguments)
+            config = infer_config(state, heads or read_bert_heads(Path(bert_folder)), known | dict(arguments or {}))
+        rows = account(state, torch_shapes(config), why_unused)
         if isinstance(config, PathFLIP2Config) and config.text_lora_rank and not keep_lora:
             state = merge_lora(state, config.text_lora_alpha)
             config = dataclasses.replace(config, text_lora_rank=0)
         model = unflatten(config, to_jax(state, config))
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    whole = isinstance(config, PathFLIP2Config)
-    words = tokenizer.vocab_size - whole
-    if config.vocab_size != words and not (whole and _bert_setting(bert_folder, "vocab_size") == config.vocab_size):
-        raise ValueError(
-            f"{source}: its word table has {config.vocab_size} rows, {bert_folder} has {words} words"
-            f"{'' if whole else ' with [DEC]'}; give the BERT folder that this checkpoint was trained with"
-        )
-    width = _bert_setting(bert_folder, "hidden_size")
-    if whole and width not in (None, config.hidden):
-        raise ValueError(
-            f"{source}: its text encoder is {config.hidden} wide, {bert_folder} is a BERT of {width}; give the BERT "
-            "folder that this checkpoint was trained with"
-        )
-    lengths = (512, 512) if whole else (384, 192)
+        raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
+    require_own_bert(source, config, bert_folder, tokenizer)
+    lengths = (512, 512) if isinstance(config, PathFLIP2Config) else (384, 192)
     data = {"cut": "scan", "caption_length": lengths[0], "subcaption_length": lengths[1]}
-    return model, {"data": data, "converted_from": Path(source).name}, tokenizer
+    return Released(model, {"data": data, "converted_from": Path(source).name}, tokenizer, rows)
+
+
+def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path, tokenizer) -> None:
+    """Raise ValueError where the BERT folder is not that of the checkpoint: every word would mean another."""
+    whole = isinstance(config, PathFLIP2Config)
+    words, cure = tokenizer.vocab_size - whole, "give the BERT folder that this checkpoint was trained with"
+    if config.vocab_size != words and not (whole and _bert_setting(folder, "vocab_size") == config.vocab_size):
+        ours = f"{folder} has {words} words{'' if whole else ' with [DEC]'}"
+        raise ValueError(f"{source}: its word table has {config.vocab_size} rows, {ours}; {cure}")
+    width = _bert_setting(folder, "hidden_size")
+    if whole and width not in (None, config.hidden):
+        raise ValueError(f"{source}: its text encoder is {config.hidden} wide, {folder} is a BERT of {width}; {cure}")
 
 
 def convert(
@@ -322,15 +229,18 @@ def convert(
     config: ModelConfig | None = None,
     arguments: Mapping[str, Any] | None = None,
     keep_lora: bool = False,
-) -> None:
-    """Make a run folder of what `load_released` reads."""
+) -> list[Tensor]:
+    """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
     from pathflip_jax.checkpoint import save_run
 
     released = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora)
-    save_run(out, *released)
+    save_run(out, released.model, released.settings, released.tokenizer)
+    write_rows(Path(out) / "tensors.csv", released.tensors)
+    return released.tensors
 
 
-def _bert_heads(folder: Path) -> int | None:
+def read_bert_heads(folder: Path) -> int | None:
+    """The attention heads that the config.json of a BERT folder names, None without one."""
     return _bert_setting(folder, "num_attention_heads")
 
 

@@ -2,8 +2,8 @@
 
 Features are written once; texts are tables beside them, keyed by slide id. The canonical table is JSON Lines, one
 text a line: {"slide_id": "a" or ["a", "b"], "case_id": "p", "caption": "...", "subcaptions": [...]}, of which only a
-caption and a slide_id or case_id are needed. SlideInstruct, WSI-Bench, WSI-VQA and SlideBench files are read as
-they are published.
+caption and a slide_id or case_id are needed. SlideInstruct (also with the fine-grained concepts of
+PathFLIP2), WSI-Bench, WSI-VQA and SlideBench files are read as they are published.
 """
 
 import json
@@ -23,6 +23,7 @@ SPLITS |= {"test": "test", "testing": "test", "": ""}
 _SLIDE = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
 _CASE = ("case_id", "patient_id", "case", "patient")
 _CAPTION = ("caption", "report", "text")
+_CONCEPTS, _DESCRIPTION = "fine_grained_concepts", "visual_description"
 _EXTENSIONS = re.compile(
     r"\.(h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|bif|dcm|svslide|png|jpe?g)$", re.IGNORECASE
 )
@@ -292,6 +293,8 @@ def _written(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str
 
 def _subcaptions(row: Row) -> tuple[str, ...] | None:
     given = row.first("subcaptions")
+    if not given and row.values.get(_CONCEPTS):
+        given = _descriptions(row)
     if isinstance(given, str):
         given = given.splitlines()
     if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
@@ -299,6 +302,14 @@ def _subcaptions(row: Row) -> tuple[str, ...] | None:
     if not all(any(letter.isalnum() for letter in item) for item in given):
         raise ValueError(f"{row.place}: an empty subcaption; write it or remove it")
     return tuple(item.strip() for item in given) or None
+
+
+def _descriptions(row: Row) -> list[str]:
+    """The subcaptions of a row as PathFLIP2's code reads them: objects with a visual description."""
+    found = row.values[_CONCEPTS]
+    if not isinstance(found, list) or not all(isinstance(one, dict) and one.get(_DESCRIPTION) for one in found):
+        raise ValueError(f"{row.place}: {_CONCEPTS} must be a list of objects with a {_DESCRIPTION}, not {found!r:.60}")
+    return [one[_DESCRIPTION] for one in found]
 
 
 def row_name(row: Row, number: int) -> str:

@@ -31,7 +31,8 @@ def case():
 
 
 def golden_settings() -> dict:
-    from pathflip_jax.convert.pytorch import infer_config, read_checkpoint
+    from pathflip_jax.convert.checkpoint_files import read_checkpoint
+    from pathflip_jax.convert.pytorch import infer_config
 
     meta = json.loads((GOLDEN / "meta.json").read_text(encoding="utf-8"))["config"]
     return infer_config(read_checkpoint(GOLDEN / "state_dict.safetensors"), heads=meta["heads"]).to_dict()
@@ -94,15 +95,19 @@ def test_a_slow_yardstick_counts_at_what_it_may_take(modules):
 
 
 @pytest.mark.slow
-def test_the_whole_benchmark_at_a_small_size(modules, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "jobs"),
+    [("pathflip", ["train_base", "encode_text"]), ("pathflip2", ["train_base", "encode_whole_slide"])],
+)
+def test_the_whole_benchmark_at_a_small_size(modules, tmp_path, monkeypatch, family, jobs):
     out = tmp_path / "step.json"
-    jobs = ["train_base", "encode_text"]
-    options = ["--small", "--regions=3", "--rounds=1", "--jobs", *jobs, "--json", str(out)]
+    options = ["--family", family, "--small", "--regions=3", "--rounds=1", "--jobs", *jobs, "--json", str(out)]
     monkeypatch.setattr(sys, "argv", ["step.py", *options])
     assert modules["step"].main() == 0
-    ratios, jobs = json.loads(out.read_text())["ratios"], set(jobs)
-    expected = jobs | {f"memory_{job}" for job in jobs if job.startswith("train")}
-    assert set(ratios) == expected | {f"{name}_competent" for name in expected}
+    ratios = json.loads(out.read_text())["ratios"]
+    expected = {*jobs, *(f"memory_{job}" for job in jobs if job.startswith("train"))}
+    competent = {f"{name}_competent" for name in expected} if family == "pathflip" else set()
+    assert set(ratios) == expected | competent
 
 
 def test_sides_that_differ_are_not_compared(modules, monkeypatch, capsys):

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from pathflip_jax.convert import pytorch  # noqa: E402
+from pathflip_jax.convert import checkpoint_files, pytorch  # noqa: E402
 from pathflip_jax.convert.names import names  # noqa: E402
 from pathflip_jax.convert.torch_model import PathFLIP as TorchPathFLIP  # noqa: E402
 from pathflip_jax.model.config import PathFLIPConfig  # noqa: E402
@@ -95,7 +95,7 @@ def encode_torch(model: TorchPathFLIP, case: dict):
 @pytest.mark.parametrize("masked", [False, True])
 def test_agrees_with_the_released_model(masked):
     meta = json.loads((BASE / "meta.json").read_text())["config"]
-    state = pytorch.read_checkpoint(BASE / "state_dict.safetensors")
+    state = checkpoint_files.read_checkpoint(BASE / "state_dict.safetensors")
     model = TorchPathFLIP(pytorch.infer_config(state, heads=meta["heads"]).to_dict()).eval()
     model.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in state.items()}, strict=True)
     with np.load(BASE / "io.npz") as archive:

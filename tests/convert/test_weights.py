@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from pathflip_jax.checkpoint import load_run
-from pathflip_jax.convert import pytorch
+from pathflip_jax.convert import checkpoint_files, pytorch
 from pathflip_jax.convert.names import is_unused, names
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
@@ -117,7 +117,7 @@ def test_lightning_prefixes(torch, prefix, tmp_path):
         "hyper_parameters": {"args": argparse.Namespace(lr=1e-4)},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}],
     }
-    state = pytorch.read_checkpoint(save_torch(torch, tmp_path / "last.ckpt", lightning))
+    state = checkpoint_files.read_checkpoint(save_torch(torch, tmp_path / "last.ckpt", lightning))
     flat = pytorch.to_jax(state, CONFIG)
     expected = pytorch.to_jax(RELEASED, CONFIG)
     assert all(np.array_equal(flat[name], expected[name]) for name in expected)
@@ -134,7 +134,7 @@ def test_plain_and_half_precision_files(torch, tmp_path):
     save_file({name: x.numpy() for name, x in used.items()}, tmp_path / "model.safetensors")
     exact = pytorch.to_jax(RELEASED, CONFIG)
     for path in (torch_file, half_file, tmp_path / "half.safetensors", tmp_path / "model.safetensors"):
-        flat = pytorch.to_jax(pytorch.read_checkpoint(path), CONFIG)
+        flat = pytorch.to_jax(checkpoint_files.read_checkpoint(path), CONFIG)
         rounded = "half" in path.name
         for name in exact:
             assert flat[name].dtype == np.float32
@@ -145,7 +145,7 @@ def test_two_models_in_one_file_are_refused(torch, tmp_path):
     both = tensors(torch, prefix="pathflip_align.") | tensors(torch, prefix="pathflip_finetune.")
     path = save_torch(torch, tmp_path / "both.ckpt", both)
     with pytest.raises(ValueError, match=r"both\.ckpt: holds two models, pathflip_align\.\S+ and pathflip_finetune\."):
-        pytorch.read_checkpoint(path)
+        checkpoint_files.read_checkpoint(path)
 
 
 def test_errors_list_everything():
@@ -190,7 +190,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(torch, zipped, tmp_path):
     else:
         path.write_bytes(pickle.dumps({"callbacks": Evil(target)}, protocol=2))
     with pytest.raises(ValueError, match=r"evil\.ckpt: holds more than tensors \(\S*mkdir") as caught:
-        pytorch.read_checkpoint(path)
+        checkpoint_files.read_checkpoint(path)
     assert not target.exists()
     assert "weights_only=False" not in str(caught.value)
     with warnings.catch_warnings():
@@ -203,7 +203,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(torch, zipped, tmp_path):
 def test_files_without_weights(torch, content, tmp_path):
     path = save_torch(torch, tmp_path / "odd.pt", content)
     with pytest.raises(ValueError, match=r"odd\.pt: (holds a|not a state_dict)"):
-        pytorch.read_checkpoint(path)
+        checkpoint_files.read_checkpoint(path)
 
 
 SMALL = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.full((), 2, np.float32)}
@@ -221,7 +221,7 @@ def test_truncated_files_are_named(torch, tmp_path, data, suffix):
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(ValueError, match=rf"cut\{suffix}: "):
-        pytorch.read_checkpoint(path)
+        checkpoint_files.read_checkpoint(path)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -238,7 +238,7 @@ def test_damaged_files_never_crash(torch, tmp_path, data, suffix):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     try:
-        found = pytorch.read_checkpoint(path)
+        found = checkpoint_files.read_checkpoint(path)
     except ValueError as error:
         assert path.name in str(error)
     else:
@@ -247,7 +247,7 @@ def test_damaged_files_never_crash(torch, tmp_path, data, suffix):
 
 def test_absent_files_and_formats_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt: no such file"):
-        pytorch.read_checkpoint(tmp_path / "none.ckpt")
+        checkpoint_files.read_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match=r"out\.h5: weights are written as"):
         pytorch.write_checkpoint(tmp_path / "out.h5", {})
 
@@ -256,15 +256,15 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(ImportError, match=r"model\.ckpt: .*pip install 'pathflip-jax\[torch\]'"):
-        pytorch.read_checkpoint(tmp_path / "model.ckpt")
-    assert pytorch.read_checkpoint(WEIGHTS)  # safetensors need none
+        checkpoint_files.read_checkpoint(tmp_path / "model.ckpt")
+    assert checkpoint_files.read_checkpoint(WEIGHTS)  # safetensors need none
 
 
 def test_files_are_written_whole(torch, tmp_path):
     state = pytorch.to_torch(pytorch.to_jax(RELEASED, CONFIG), CONFIG)
     for name in ("model.safetensors", "model.pt"):
         pytorch.write_checkpoint(tmp_path / name, state)
-        back = pytorch.read_tensors(tmp_path / name)
+        back = checkpoint_files.read_tensors(tmp_path / name)
         assert all(np.array_equal(back[key], state[key]) and back[key].shape == state[key].shape for key in state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.safetensors"]
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)

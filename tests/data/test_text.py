@@ -100,6 +100,19 @@ def test_given_subcaptions(table):
             read_texts(table([{"slide_id": "S1", "caption": "A. B.", "subcaptions": wrong}]))
 
 
+def test_the_concepts_of_the_follow_ups_files_are_subcaptions(table):
+    concepts = [{"concept": "glands", "visual_description": "Many glands."}, {"visual_description": "Pale fat."}]
+    row = {"image": "features/S1.h5", "caption": "A tumor of glands. Much fat.", "fine_grained_concepts": concepts}
+    (text,) = read_texts(table([row]))
+    assert text.slide_ids == ("S1",) and text.subcaptions == ("Many glands.", "Pale fat.")
+    row["fine_grained_concepts"] = [{"concept": "glands"}]
+    with pytest.raises(ValueError, match="objects with a visual_description"):
+        read_texts(table([row]))
+    row["fine_grained_concepts"] = []
+    (text,) = read_texts(table([row]))
+    assert text.subcaptions is None
+
+
 def test_rows_that_repeat_are_left_out_and_counted(table, caplog):
     rows = "slide_id,caption\nS1,A.\nS1,A.\nS1,B.\n"
     assert [text.caption for text in read_texts(table(rows))] == ["A.", "B."]  # two texts of one slide are two

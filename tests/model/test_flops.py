@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.flops import Work, parameters, parts, useful_operations
+from pathflip_jax.model.parameters import make_model
 
 CONFIG = PathFLIPConfig(
     feature_dim=16, embed_dim=8, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=30,
@@ -49,3 +51,28 @@ def test_large_batches_do_not_overflow():
     work = Work(1024, 1024 * 24, 1024 * 24 * 16, 2304 * 384, 2304 * 384**2)
     assert found == pytest.approx(sum(part.operations for part in parts(config, work, 4, training=True)), rel=1e-4)
     assert found > 2**33 and parameters(config) > 1e8
+
+
+def test_the_follow_up_network_takes_what_the_compiler_counts():
+    config = PathFLIP2Config(
+        feature_dim=64, embed_dim=64, hidden=16, layers=1, heads=2, intermediate=16, vocab_size=20, tokens=15,
+        token_heads=4,
+    )  # fmt: skip
+    model = jax.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
+    patches, mask = jax.ShapeDtypeStruct((2, 1, 512, 64), np.float32), jax.ShapeDtypeStruct((2, 1, 512), bool)
+
+    def encode(model, patches, mask):
+        found = model.encode_slides(patches, mask)
+        return found.slide, found.regions
+
+    compiled = jax.jit(encode).lower(model, patches, mask).compile()
+    counted = compiled.cost_analysis()["flops"]
+    work = Work(slides=2, regions=2, patches=1024, tokens=0, squared_lengths=0)
+    ours = sum(part.operations for part in parts(config, work, 4, training=False))
+    assert ours == pytest.approx(counted, rel=0.1)  # the compiler counts softmax and normalisation too
+
+
+def test_whole_slides_of_the_follow_up_network_cost_in_proportion_to_their_patches():
+    config = PathFLIP2Config()
+    sizes = [sum(p.operations for p in parts(config, Work(1, 1, n, 0, 0), 4, training=False)) for n in (0, 4096, 65536)]
+    assert sizes[2] - sizes[0] == pytest.approx(16 * (sizes[1] - sizes[0]))

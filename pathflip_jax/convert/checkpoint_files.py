@@ -1,0 +1,243 @@
+"""Checkpoint files of either code base: tensors by name, and the arguments of the run that made them.
+
+They come from other people's machines: nothing of a file is ever executed. Safetensors files need no torch; for the
+others it is imported late.
+"""
+
+import pickle
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import yaml
+
+from pathflip_jax.convert.names import is_unused
+from pathflip_jax.data.tables import parse_json
+
+PREFIXES = ("pathflip_align.", "pathflip_finetune.", "module.", "model.", "_orig_mod.")
+CONTAINERS = ("state_dict", "model", "module")  # Lightning, plain training scripts, DeepSpeed
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+HPARAMS = "hparams.yaml"
+
+StateDict = dict[str, np.ndarray]
+
+
+def read_tensors(path: str | Path) -> StateDict:
+    """Read every tensor of a .safetensors, .pt, .pth, .ckpt or .bin file, or of a folder; floats come as float32.
+
+    A folder holds one such file, or a set of shards with its index. Raises ValueError for a file that is damaged, holds
+    no tensors, or could only be read by running code in it, and for half a set; ImportError where a format needs torch
+    and there is none.
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    """Tensors and arguments, the latter where the file holds them."""
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a checkpoint ({', '.join(SUFFIXES)}) or its folder")
+    return (_read_safetensors(path), {}) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def _read_folder(folder: Path) -> tuple[StateDict, dict[str, Any]]:
+    index = next((path for path in sorted(folder.glob("*.index.json"))), None)
+    if index is not None:
+        return _read_shards(index), {}
+    if (folder / "zero_to_fp32.py").exists() or list(folder.glob("**/*_model_states.pt")):
+        raise ValueError(
+            f"{folder}: a DeepSpeed checkpoint whose parts are not merged; merge them by the script that DeepSpeed put "
+            f"there, `python zero_to_fp32.py . pytorch_model.bin`, and give that file"
+        )
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files[:5]) or "none"
+        raise ValueError(f"{folder}: holds {len(files)} files of weights ({found}); name the one that is meant")
+    return _read(files[0])
+
+
+def _read_shards(index: Path) -> StateDict:
+    """The tensors of a set of shards, as transformers and DeepSpeed write it."""
+    try:
+        places = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+        places = {str(name): Path(str(file)).name for name, file in places.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not the index of a set of shards ({error!r:.100}); copy it again") from None
+    names = sorted(set(places.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{index.parent}: {len(missing)} of {len(names)} shards are not there ({', '.join(missing[:5])}); copy them"
+        )
+    tensors: StateDict = {}
+    for name in names:
+        tensors |= _read(index.parent / name)[0]
+    if absent := sorted(set(places) - set(tensors)):
+        raise ValueError(
+            f"{index}: the shards lack {len(absent)} of its tensors ({', '.join(absent[:3])}); copy them again"
+        )
+    return tensors
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    try:
+        views = safetensors.deserialize(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+    tensors = {}
+    for name, view in views:
+        if view["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} is of type {view['dtype']}; expected one of {', '.join(DTYPES)}")
+        array = np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
+        tensors[name] = array if array.dtype.kind == "i" else array.astype(np.float32)
+    return tensors
+
+
+def import_torch(path: str | Path):
+    """The torch module, or an ImportError that says for which file and how to get it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: this format needs PyTorch; pip install 'pathflip-jax[torch]', or use .safetensors instead"
+        ) from error
+    return torch
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _read_torch(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    torch = import_torch(path)
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # Lightning keeps the command line; it is inert
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises weights_only=False, the one thing not to do with a file from elsewhere.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found.group(1) if found else _first_line(error)
+        raise ValueError(
+            f"{path}: holds more than tensors ({what}), or is damaged; only tensors are read, since anything else in "
+            "such a file can run code. Where it was written, keep the weights alone: "
+            'torch.save(checkpoint["state_dict"], "weights.pt")'
+        ) from error
+    except Exception as error:  # on damaged bytes torch's unpickler fails in any way
+        raise ValueError(f"{path}: not a whole PyTorch file ({_first_line(error)}); copy it again") from error
+    arguments = _arguments_within(content)
+    for container in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state_dict (tensors by name)")
+    other = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
+    if other:
+        raise ValueError(
+            f"{path}: not a state_dict, since these are no tensors: {', '.join(other)}; save model.state_dict() alone"
+        )
+    tensors = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+        for name, tensor in content.items()
+    }
+    return tensors, arguments
+
+
+def _arguments_within(content: Any) -> dict[str, Any]:
+    """The arguments that Lightning keeps in a file: a namespace, a mapping, or one of these under the name `args`."""
+    found = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    if isinstance(found, Mapping) and "args" in found:
+        found = found["args"]
+    found = vars(found) if isinstance(found, Namespace) else found
+    return {str(name): value for name, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+class Checkpoint(NamedTuple):
+    """The `state_dict` of a model without the prefixes that training code adds, and the arguments it was trained with.
+
+    `arguments` is empty where neither the file nor an hparams.yaml beside it holds any.
+    """
+
+    tensors: StateDict
+    arguments: dict[str, Any]
+
+
+def read_checkpoint(path: str | Path) -> StateDict:
+    """Read a checkpoint of a released model: its `state_dict`, without the prefixes that training code adds."""
+    return open_checkpoint(path).tensors
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint with its arguments: a file, a folder that holds one, or the folder of a set of shards.
+
+    Arguments come from the file (Lightning's `hyper_parameters`), else from the hparams.yaml beside it or in the folder
+    above, where Lightning writes it. Raises as `read_tensors`, and ValueError for a file of two models.
+    """
+    tensors, arguments = _read(Path(path))
+    stripped: StateDict = {}
+    origin: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        short = name
+        while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None):
+            short = short.removeprefix(prefix)
+        if short in stripped and not is_unused(short):
+            raise ValueError(
+                f"{path}: holds two models, {origin[short]} and {name} both stand for {short}; save one of them alone"
+            )
+        stripped[short], origin[short] = tensor, name
+    return Checkpoint(stripped, arguments or _arguments_beside(Path(path)))
+
+
+def _arguments_beside(path: Path) -> dict[str, Any]:
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder.parent):
+        if (place / HPARAMS).is_file():
+            return read_hparams(place / HPARAMS)
+    return {}
+
+
+def read_hparams(path: str | Path) -> dict[str, Any]:
+    """The arguments of a run as Lightning writes them: YAML, in which an argparse namespace is a mapping like others.
+
+    Raises ValueError for what is no mapping, and for any other Python object in it: nothing is constructed.
+    """
+    path = Path(path)
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Arguments)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not plain arguments ({' '.join(str(error).split())[:300]}); expected names and values, as "
+            "Lightning writes them to hparams.yaml"
+        ) from None
+    found = found if found is not None else {}
+    if isinstance(found, dict) and isinstance(found.get("args"), dict):
+        found = found["args"]
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected names and values")
+    return {str(name): value for name, value in found.items()}
+
+
+class _Arguments(yaml.SafeLoader):
+    """YAML without Python objects, but for the namespace of a command line, which becomes a dict."""
+
+
+def _namespace(loader: _Arguments, node: yaml.Node) -> dict:
+    return loader.construct_mapping(node, deep=True)
+
+
+for _tag in ("object", "object/new", "object/apply"):
+    _Arguments.add_constructor(f"tag:yaml.org,2002:python/{_tag}:argparse.Namespace", _namespace)

@@ -1,0 +1,157 @@
+"""The released finetune stage: aligner, projector and PEFT's LoRA of a language model, as a run of our language stage.
+
+The released code keeps what it trained and leaves out the frozen language model, so that is read from its folder, as
+ever here. It fixes rank 16 and alpha 32. Its class has no text-region attention: the aligner that comes of it embeds
+slides and regions, and grounds by `slide` or `cosine`, not by what its regions would attend to.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pathflip_jax import checkpoint, settings
+from pathflip_jax.convert.checkpoint_files import open_checkpoint
+from pathflip_jax.convert.names import why_unused
+from pathflip_jax.convert.pytorch import (
+    infer_config,
+    new_folder,
+    read_bert_heads,
+    require_own_bert,
+    to_jax,
+    torch_shapes,
+)
+from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.llm.config import LoRAConfig
+from pathflip_jax.llm.folders import read_decoder_config
+from pathflip_jax.llm.names import TARGETS, adapter_names
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.llm.training import Shape, describe_language_run, read_aligner, weights_hash
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.parameters import unflatten
+
+PROJECTOR, LANGUAGE_MODEL = "path_proj_llm.", "llm_model."
+ALPHA, DROPOUT = 32.0, 0.05  # of the released code
+TENSORS, ALIGNER = "tensors.csv", "aligner"
+
+
+class Adapter(NamedTuple):
+    """What a checkpoint holds of the language model: LoRA by our names, and how it is scaled."""
+
+    params: dict[str, np.ndarray]
+    config: LoRAConfig
+
+
+def convert_finetune(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bert_folder: str | Path,
+    decoder_folder: str | Path,
+    heads: int | None = None,
+) -> list[Tensor]:
+    """Make a run of the language stage, with its aligner in `out`/aligner, of a checkpoint of the finetune stage.
+
+    `decoder_folder` is the language model that it was trained on. The folder appears whole or not at all. Raises
+    ValueError for another checkpoint, another decoder or BERT, and for a language model that was trained without LoRA.
+    """
+    state, _ = open_checkpoint(source)
+    decoder = read_decoder_config(decoder_folder)
+    try:
+        if recognise(state) != "finetune":
+            raise ValueError("not of the finetune stage; convert it without --decoder")
+        aligner = {n: x for n, x in state.items() if not n.startswith((PROJECTOR, LANGUAGE_MODEL))}
+        config = infer_config(aligner, heads or read_bert_heads(Path(bert_folder)))
+        projector = _projector(state, config.embed_dim, decoder.width, decoder_folder)
+        adapter = _adapter(state, decoder.layers)
+        model = unflatten(config, to_jax(_with_text_region(aligner, config), config))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    words = TextTokenizer(bert_folder)
+    require_own_bert(source, config, bert_folder, words)
+    used = set(torch_shapes(config)) | {f"{PROJECTOR}weight", f"{PROJECTOR}bias"}
+    used |= {name for name in state if ".lora_" in name}
+    rows = account(state, used, _why_unused)
+    shape = Shape(config, decoder, adapter.config, "bfloat16")
+    params = {f"projector/{name}": x for name, x in projector.items()}
+    params |= {f"decoder/{name}": x for name, x in adapter.params.items()}
+    _check_shapes(params, shape, source, decoder_folder)
+    with new_folder(out) as part:
+        checkpoint.save_run(part / ALIGNER, model, {"data": {"cut": "scan", "caption_length": 384}}, words)
+        found = _settings(part / ALIGNER, Path(out).resolve() / ALIGNER, decoder_folder, Path(source).name)
+        describe_language_run(part, shape, found, DecoderTokenizer(decoder_folder))
+        with checkpoint.Checkpoints(part, keep=2, facts={"config": found}) as checkpoints:
+            checkpoints.save_best(0, jax.device_put(params), {})
+        (part / checkpoint.CHECKPOINTS).rmdir()
+        write_rows(part / TENSORS, rows)
+    return rows
+
+
+def _projector(state: Mapping[str, np.ndarray], width: int, decoder_width: int, folder: str | Path) -> dict:
+    weight, bias = state[f"{PROJECTOR}weight"], state.get(f"{PROJECTOR}bias")
+    if bias is None or weight.shape != (decoder_width, width) or bias.shape != (decoder_width,):
+        raise ValueError(
+            f"its projector is {weight.shape}, {folder} is a language model of width {decoder_width}, which needs "
+            f"{(decoder_width, width)} and a bias; give the language model that it was trained on"
+        )
+    return {"kernel": np.ascontiguousarray(weight.T), "bias": bias}
+
+
+def _adapter(state: Mapping[str, np.ndarray], layers: int) -> Adapter:
+    """LoRA of the language model, under our names."""
+    tensors = {
+        name.removeprefix(LANGUAGE_MODEL).replace(".default.", "."): x
+        for name, x in state.items()
+        if name.startswith(LANGUAGE_MODEL) and ".lora_" in name
+    }
+    if not tensors:
+        raise ValueError(
+            "its language model was trained whole, without LoRA; save it with save_pretrained, and train the projector "
+            "on it (lm_stage1)"
+        )
+    targets = tuple(target for target in TARGETS if any(f".{target}.lora_A" in name for name in tensors))
+    table = {name.torch: name for name in adapter_names(layers, targets)}
+    faults = [f"{name}: missing" for name in table if name not in tensors]
+    faults += [f"{name}: no place for it" for name in tensors if name not in table]
+    ranks = {x.shape[0] for name, x in tensors.items() if ".lora_A." in name}
+    if len(ranks) > 1:
+        faults.append(f"ranks {sorted(ranks)}, expected one")
+    if faults:
+        raise ValueError(f"its LoRA does not fit a language model of {layers} layers: {'; '.join(faults[:6])}")
+    params = {table[name].path: np.ascontiguousarray(table[name].turn(x)) for name, x in tensors.items()}
+    return Adapter(params, LoRAConfig(ranks.pop(), ALPHA, DROPOUT, targets))
+
+
+def _with_text_region(state: Mapping[str, np.ndarray], config: PathFLIPConfig) -> dict[str, np.ndarray]:
+    """The aligner with zeros where the class of this stage has nothing: the text-region attention and its scale."""
+    absent = {name: shape for name, shape in torch_shapes(config).items() if name.startswith("fg_head.")}
+    filled = {name: np.zeros(shape, np.float32) for name, shape in absent.items()}
+    return filled | {"logit_scale": np.float32(config.logit_scale_init).reshape(())} | dict(state)
+
+
+def _why_unused(name: str) -> str | None:
+    if name.startswith(LANGUAGE_MODEL) and ".lora_" not in name:
+        return "the language model's own weight, read from its folder"
+    return why_unused(name)
+
+
+def _check_shapes(params: Mapping[str, np.ndarray], shape: Shape, source: str | Path, folder: str | Path) -> None:
+    wanted = {name: x.shape for name, x in shape.abstract(lambda name: True).items()}
+    faults = [f"{n} is {x.shape}, expected {wanted[n]}" for n, x in params.items() if x.shape != wanted[n]]
+    if faults:
+        raise ValueError(
+            f"{source}: does not fit the language model in {folder} ({'; '.join(faults[:4])}); give the one that it "
+            "was trained on"
+        )
+
+
+def _settings(made: Path, aligner: Path, decoder: str | Path, source: str) -> dict:
+    """The settings of the run: those of lm_joint, its aligner at `made` now and at `aligner` when all is done."""
+    found = settings.load_config("lm_joint").to_dict()
+    found["data"] |= {"encoder": "", "cut": "scan", "edge_um": None, "edge_px": None}
+    found["lm"] |= {"aligner": str(aligner), "decoder": str(Path(decoder).resolve()), "trains": "projector,lora"}
+    found["lm"] |= {"aligner_hash": read_aligner(str(made)).hash, "decoder_hash": weights_hash(decoder)}
+    return found | {"converted_from": source, "lm": found["lm"] | {"start_hash": ""}}

@@ -1,0 +1,102 @@
+"""Whose checkpoint is it? The family from the names of its tensors, and what became of each of them."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from pathflip_jax.data.tfrecord import whole_file
+
+Family = Literal["pathflip", "pathflip2", "finetune"]
+# The tensors that a family is known by, all of them, the more particular family first.
+KNOWN_BY: dict[Family, tuple[str, ...]] = {
+    "finetune": ("path_proj_llm.weight", "path_proj.weight", "query_tokens"),
+    "pathflip2": ("slide_encoder.visual_tokens", "image_proj.0.weight"),
+    "pathflip": ("query_tokens", "path_proj.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
+}
+WHAT = {
+    "pathflip": "PathFLIP's alignment stage",
+    "pathflip2": "PathFLIP2",
+    "finetune": "PathFLIP's finetune stage",
+}
+# What other weights that lie around in a pathologist's folders are known by.
+OTHERS = {
+    "a CLIP-like model (CONCH, PLIP, KEEP, QuiltNet)": (
+        "visual.trunk.",
+        "visual.transformer.",
+        "vision_model.",
+        "text.",
+    ),
+    "a lone BERT": ("bert.embeddings.", "embeddings.word_embeddings."),
+    "a vision transformer (a patch encoder)": ("patch_embed.", "blocks.0.", "cls_token"),
+    "a language model": ("model.layers.", "layers.0.self_attn", "lm_head.", "embed_tokens."),
+    "an attention MIL": ("attention_a.", "attention_net.", "classifiers."),
+}
+
+
+def recognise(names: Iterable[str]) -> Family:
+    """The family of a `state_dict` by its names. Raises ValueError that says what it looks like instead."""
+    names = set(names)
+    for family, known in KNOWN_BY.items():
+        if names.issuperset(known):
+            return family
+    part = {
+        family: [name for name in known if name not in names]
+        for family, known in KNOWN_BY.items()
+        if names.intersection(known)
+    }
+    if part:
+        family = min(part, key=lambda family: len(part[family]))
+        raise ValueError(
+            f"half a checkpoint: {len(names)} tensors, some of {WHAT[family]}, yet without {', '.join(part[family])}; "
+            "give the whole checkpoint"
+        )
+    like = next((what for what, starts in OTHERS.items() if any(n.startswith(starts) for n in names)), None)
+    raise ValueError(
+        f"the checkpoint of another project{f', it looks like {like}' if like else ''}: {len(names)} tensors such as "
+        f"{', '.join(sorted(names)[:3])}; expected the names of {', '.join(WHAT.values())}"
+    )
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint, or one that it lacks, and what became of it."""
+
+    name: str
+    shape: str
+    state: Literal["used", "unused", "filled"]
+    why: str
+
+
+def account(
+    state: Mapping[str, np.ndarray], wanted: Iterable[str], why_unused: Callable[[str], str | None]
+) -> list[Tensor]:
+    """What becomes of every tensor of a checkpoint that has passed `to_jax`: nothing is left without a word."""
+    wanted, rows = set(wanted), []
+    for name, tensor in state.items():
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        rows.append(Tensor(name, shape, "used" if name in wanted else "unused", why_unused(name) or ""))
+    for name in sorted(wanted - set(state)):
+        rows.append(Tensor(name, "", "filled", "not in the checkpoint: a neutral value, which no embedding needs"))
+    return rows
+
+
+def summary(rows: list[Tensor]) -> str:
+    """The rows by state, the unused ones by reason."""
+    lines = [f"tensors used {sum(row.state == 'used' for row in rows)}"]
+    counts = Counter((row.state, row.why) for row in rows if row.state != "used")
+    lines += [f"{state} {count}: {why}" for (state, why), count in counts.items()]
+    return "\n".join(lines)
+
+
+def write_rows(path: Path, rows: list[Tensor]) -> None:
+    """The rows as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(Tensor._fields)
+    writer.writerows(rows)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
