@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import mutations
@@ -36,6 +37,7 @@ from pathflip_jax.evaluate.zero_shot import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail
 from pathflip_jax.grounding.outlines import patches_inside, read_outlines
 from pathflip_jax.inference import Predictor
+from pathflip_jax.model.config import PathFLIPConfig
 
 CAPTION = "Glands infiltrate the stroma. Necrosis is extensive, about 1.8 cm. No mucin is seen (see fig. 2)."
 
@@ -226,7 +228,7 @@ def _index(rng: random.Random, seeds: list[bytes]) -> bytes:
     return data + struct.pack("<I", crc32c(data))
 
 
-MODEL = checkpoint.PathFLIPConfig(
+MODEL = PathFLIPConfig(
     feature_dim=8, embed_dim=8, hidden=8, layers=1, heads=2, intermediate=16, num_queries=2, max_positions=16,
     region_layers=1, region_heads=2, text_region_heads=2, vocab_size=64,
 )  # fmt: skip
@@ -405,7 +407,7 @@ def readers() -> Iterator[Reader]:
     yield Reader("manifest", 20, "manifest.json", _of_records("manifest.json"), KNOWING, _read_manifest, **beside)
     model = _json_seeds(MODEL.to_dict())
     yield Reader("model.json", 30, "model.json", model, KNOWING, lambda p, _: checkpoint.read_model_config(p))
-    predict = lambda path, _: Predictor(None, checkpoint.read_json(path), None, str(path))  # noqa: E731
+    predict = lambda path, _: Predictor(SimpleNamespace(config=MODEL), checkpoint.read_json(path), None, str(path))  # noqa: E731
     yield Reader("config.json", 30, "config.json", _json_seeds(CONFIG), KNOWING, predict)
     lines = "".join(json.dumps(row) + "\n" for row in METRICS).encode()
     yield Reader("metrics.jsonl", 20, "metrics.jsonl", lambda _: [lines], KNOWING, _read_metrics)

@@ -9,8 +9,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.tfrecord import whole_file
-
 Family = Literal["pathflip", "pathflip2", "finetune"]
 # The tensors that a family is known by, all of them, the more particular family first.
 KNOWN_BY: dict[Family, tuple[str, ...]] = {
@@ -94,6 +92,9 @@ def summary(rows: list[Tensor]) -> str:
 
 def write_rows(path: Path, rows: list[Tensor]) -> None:
     """The rows as CSV."""
+    # Here: whoever makes a checkpoint only to measure it (benchmarks/step.py) has none of the packages of data.
+    from pathflip_jax.data.tfrecord import whole_file
+
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(Tensor._fields)

@@ -13,7 +13,7 @@ from pathflip_jax.data.records import finish_folder, shard_name, write_shard
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.evaluate import region_texts, run
 from pathflip_jax.evaluate.cohort import read_cohort
-from pathflip_jax.inference import Embedding, Predictor, load
+from pathflip_jax.inference import Embedding, Predictor, TextEncoding, load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 
@@ -72,10 +72,8 @@ class Seeing:
 
     name, config = "seeing", {}
 
-    def bag(self, slide):
-        return Predictor.bag(self, slide)
-
     cut, edge_um, edge_px = "grid", 10_000.0, None
+    region_patches, _regions = Predictor.region_patches, Predictor._regions
 
     def check_features(self, *_):
         pass
@@ -87,8 +85,9 @@ class Seeing:
         for slide in slides:
             yield Embedding(slide.slide_id, np.ones(9), np.eye(9)[[int(slide.slide_id[3:])]], np.zeros((1, 2)))
 
-    def encode_text(self, texts):
-        return np.eye(9)[[int(text.split()[-1]) for text in texts]]
+    def encode_texts(self, texts):
+        found = np.eye(9)[[int(text.split()[-1]) for text in texts]]
+        return TextEncoding(found, found)
 
 
 def test_images_with_captions_are_slides_of_one_region(monkeypatch, tmp_path):
