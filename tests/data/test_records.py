@@ -115,6 +115,7 @@ def test_plain_readers_read_the_shards(tmp_path):
     assert start == len(raw)
 
 
+@pytest.mark.filterwarnings("ignore:label\\(\\) is deprecated:DeprecationWarning")  # newer protobuf, of TFDS's own use
 def test_tfds_knows_the_folder(folder):
     import tensorflow_datasets as tfds
 

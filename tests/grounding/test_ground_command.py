@@ -90,11 +90,13 @@ def padded(folder):
 class Stand:
     """A predictor that reads the scores off the features."""
 
-    def ground(self, slide, texts, negative=(), method="slide", window=3):
+    default_method = "slide"
+
+    def ground(self, slide, texts, negative=(), method=None, window=3):
         scores = np.repeat(slide.features[:, :1].T, len(texts), 0)
         return Grounding(
             slide.slide_id, tuple(texts), scores, scores[:, :1], slide.coords, slide.patch_size, slide.mpp, slide.width,
-            slide.height, method, tuple(negative),
+            slide.height, method or self.default_method, tuple(negative),
         )  # fmt: skip
 
 
