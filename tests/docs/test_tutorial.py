@@ -12,6 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
+from pathflip_jax import cli
+
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"
@@ -76,7 +78,7 @@ def write_feature_files(records: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["run and records", "PyTorch weights and feature files"])
+@pytest.mark.parametrize("source", ["run and records", "PyTorch weights and feature files", "the follow-up network"])
 def test_the_notebook_runs(source, walked, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
@@ -86,7 +88,17 @@ def test_the_notebook_runs(source, walked, tmp_path):
         "REPORTS": f"{walked}/cohort/reports.jsonl", "PROMPTS": f"{walked}/cohort/prompts.json",
         "LABELS": f"{walked}/slides.csv", "IMAGES": f"{walked}/cohort", "TEXTS": ["extensive necrosis", "fat"],
     }  # fmt: skip
-    if source != "run and records":
+    if source == "the follow-up network":
+        chosen["CHECKPOINT"] = str(tmp_path / "two")
+        data = {
+            "records": "records",
+            "texts": "cohort/reports.jsonl",
+            "slides": "slides.csv",
+            "tokenizer": "vocabulary",
+        }
+        options = [f"--config.data.{name}={walked / path}" for name, path in data.items()]
+        assert cli.main(["train", "--config", "pathflip2:smoke", *options, "--workdir", chosen["CHECKPOINT"]]) == 0
+    if source == "PyTorch weights and feature files":
         from pathflip_jax.convert.pytorch import export
 
         export(walked / "run", tmp_path / "torch")
