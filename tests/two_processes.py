@@ -20,12 +20,14 @@ from pathflip_jax.stage import alignment
 
 def loss_and_gradients_are_those_of_one_device(mesh, params, places):
     stage, batch = alignment(LossConfig(normaliser="per_slide")), make_batch()
-    one = jax.device_get(jax.jit(compute, static_argnums=(2, 3))(params, batch, stage, 2))
+    one = jax.device_get(jax.jit(compute, static_argnums=(2, 3, 4))(params, batch, stage, 2, CONFIG))
     share = slice(jax.process_index() * B // 2, (jax.process_index() + 1) * B // 2)
     own = jax.tree.map(lambda x: x[share], batch)
-    whole = jax.jit(compute, static_argnums=(2, 3), out_shardings=NamedSharding(mesh, P()))
+    whole = jax.jit(compute, static_argnums=(2, 3, 4), out_shardings=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
-        found = jax.device_get(whole(params_on(mesh, params, places), sharding.place_batch(mesh, own), stage, 2))
+        found = jax.device_get(
+            whole(params_on(mesh, params, places), sharding.place_batch(mesh, own), stage, 2, CONFIG)
+        )
     assert one.keys() == found.keys()
     for name, expected in one.items():
         error = np.abs(found[name] - expected).max()
