@@ -95,10 +95,10 @@ def our_batch(job: Job, inputs: Inputs) -> "Batch":
     return jax.tree.map(jnp.asarray, Batch(inputs.patches, mask, rows, index, np.arange(job.slides, dtype=np.int32)))
 
 
-def our_training(config) -> tuple[Callable, Any]:
-    """The library's own step of a PathFLIPConfig, compiled as `pathflip train` does, and its optimizer.
+def our_training(config, stage=None) -> tuple[Callable, Any]:
+    """The library's own step of a model, compiled as `pathflip train` does, and its optimizer.
 
-    step(params, {}, opt_state, batch, number) -> (params, opt_state, metrics)
+    step(params, {}, opt_state, batch, number) -> (params, opt_state, metrics); `stage`: None for that of a PathFLIP.
     """
     import jax
 
@@ -111,39 +111,55 @@ def our_training(config) -> tuple[Callable, Any]:
     optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
     schedule = learning_rate(optim, 1000, 1000)
     optimizer = make_optimizer(optim, schedule)
-    step = make_step(alignment(LossConfig()), lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
+    stage = stage or alignment(LossConfig())
+    step = make_step(stage, lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
     return jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options()), optimizer
 
 
-def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None, training: bool) -> Callable:
-    """The JAX side: the library's own step, as `pathflip train` builds it, and its encoders as inference calls them."""
+def our_parameters(config, weights: Path | None) -> dict:
+    """The parameters of a model: those in a folder of weights, or fresh ones."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from pathflip_jax.convert.checkpoint_files import read_checkpoint
     from pathflip_jax.convert.pytorch import to_jax
+    from pathflip_jax.model.parameters import flatten, make_model
+
+    if weights is None:
+        return jax.jit(lambda: flatten(make_model(config, nnx.Rngs(0))))()
+    return jax.tree.map(jnp.asarray, to_jax(read_checkpoint(weights / "model.safetensors"), config))
+
+
+def our_steps(config, weights: Path | None, batch: "Batch", stage=None) -> Callable[[int], float]:
+    """What takes a training step on a batch each time it is called with the step's number; it returns the loss."""
+    import jax
+
+    step, optimizer = our_training(config, stage)
+    params = our_parameters(config, weights)
+    state = [params, jax.jit(optimizer.init)(params)]
+    del params
+
+    def run(number: int) -> float:
+        state[0], state[1], metrics = step(state[0], {}, state[1], batch, np.int32(number))
+        return float(metrics["loss"])
+
+    return run
+
+
+def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None, training: bool) -> Callable:
+    """The JAX side: the library's own step, as `pathflip train` builds it, and its encoders as inference calls them."""
+    import jax
+    import jax.numpy as jnp
+
     from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
     from pathflip_jax.model.config import PathFLIPConfig
-    from pathflip_jax.model.parameters import flatten, unflatten
-    from pathflip_jax.model.pathflip import PathFLIP
+    from pathflip_jax.model.parameters import unflatten
 
-    config = PathFLIPConfig(**sizes, compute_dtype=dtype)
-    if weights is None:
-        params = jax.jit(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))()
-    else:
-        params = jax.tree.map(jnp.asarray, to_jax(read_checkpoint(weights / "model.safetensors"), config))
-    batch = our_batch(job, inputs)
+    config, batch = PathFLIPConfig(**sizes, compute_dtype=dtype), our_batch(job, inputs)
     if training:
-        step, optimizer = our_training(config)
-        state = [params, jax.jit(optimizer.init)(params)]
-        del params
-
-        def run(number: int) -> float:
-            state[0], state[1], metrics = step(state[0], {}, state[1], batch, np.int32(number))
-            return float(metrics["loss"])
-
-        return run
+        return our_steps(config, weights, batch)
+    params = our_parameters(config, weights)
 
     @jax.jit
     def slides(params, batch):

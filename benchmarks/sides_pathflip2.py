@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import sides
-from sides import CLIP, LEARNING_RATE, WEIGHT_DECAY, Inputs, Job, K, our_batch, pad
+from sides import CLIP, LEARNING_RATE, WEIGHT_DECAY, Inputs, Job, K, our_batch, our_parameters, our_steps, pad
 
 BASE = {
     "feature_dim": 512, "embed_dim": 512, "hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072,
@@ -34,37 +34,17 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     """The JAX side: the library's own step, as `pathflip train` builds it, and its encoder as inference calls it."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    from pathflip_jax.compilation import compiler_options
-    from pathflip_jax.convert.checkpoint_files import read_checkpoint
-    from pathflip_jax.convert.pytorch import to_jax
     from pathflip_jax.model.config import PathFLIP2Config
-    from pathflip_jax.model.parameters import flatten, make_model, unflatten
-    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.model.parameters import unflatten
     from pathflip_jax.sigmoid_losses import SigmoidLossConfig
-    from pathflip_jax.stage import make_step, sigmoid_alignment
+    from pathflip_jax.stage import sigmoid_alignment
 
-    config = PathFLIP2Config(**sizes, compute_dtype=dtype)
-    if weights is None:
-        params = jax.jit(lambda: flatten(make_model(config, nnx.Rngs(0))))()
-    else:
-        params = jax.tree.map(jnp.asarray, to_jax(read_checkpoint(weights / "model.safetensors"), config))
-    batch, stage = our_batch(job, inputs), sigmoid_alignment(SigmoidLossConfig())
+    config, batch = PathFLIP2Config(**sizes, compute_dtype=dtype), our_batch(job, inputs)
+    stage = sigmoid_alignment(SigmoidLossConfig())
     if training:
-        optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
-        schedule = learning_rate(optim, 1000, 1000)
-        optimizer = make_optimizer(optim, schedule)
-        step = make_step(stage, lambda p, _: unflatten(config, p), optimizer, schedule, 1, 0)
-        step = jax.jit(step, donate_argnums=(0, 2), compiler_options=compiler_options())
-        state = [params, jax.jit(optimizer.init)(params)]
-        del params
-
-        def run(number: int) -> float:
-            state[0], state[1], metrics = step(state[0], {}, state[1], batch, np.int32(number))
-            return float(metrics["loss"])
-
-        return run
+        return our_steps(config, weights, batch, stage)
+    params = our_parameters(config, weights)
 
     @jax.jit
     def slides(params, batch):

@@ -7,10 +7,12 @@ import random
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 for name in ("torch", "h5py"):
     pytest.importorskip(name)
@@ -26,9 +28,15 @@ def bench(benchmark_modules):
 
 @pytest.fixture(scope="module")
 def sandbox(bench, tmp_path_factory):
+    """As in a process of the campaign: it sets `tempdir`; programs kept for later would count as written outside."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tempfile.tempdir", None)  # the sandbox sets it
+        patch.setattr("tempfile.tempdir", None)
         yield bench.Sandbox(tmp_path_factory.mktemp("fuzz") / "one")
+    jax.config.update("jax_enable_compilation_cache", kept)
+    reset_cache()
 
 
 def known(benchmark_modules):
