@@ -130,7 +130,7 @@ def _write_weights(folder: Path, config: ModelConfig) -> None:
     for name, shape in torch_shapes(config).items():
         drawn = rng.standard_normal(shape).astype(np.float32)
         one = len(shape) == 1 and name.endswith("weight")  # of a normalisation
-        state[name] = one + drawn * np.float32(1 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.1)
+        state[name] = np.asarray(one + drawn * np.float32(1 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.1))
     state |= {name: np.array(2.659, np.float32) for name in state if name.endswith("logit_scale")}
     words = next(state[name] for name in state if name.endswith("word_embeddings.weight"))
     state |= unused(config, words)
