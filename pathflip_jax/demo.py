@@ -41,7 +41,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
     evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json"]
     # Reports of the cohort are longer than 100 tokens; left alone, a caption ends early and leaves findings out.
-    evaluate += ["--max-tokens", "192", "--min-tokens", "100", "--repetition-penalty", "1.3"]
+    evaluate += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
     return [
         (
             "Slides, reports and outlines of the embedded cohort",

@@ -108,9 +108,32 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+        return _scale_by_rms(x, self.scale[...], self.eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scale_by_rms(x: Array, scale: Array, eps: float) -> Array:
+    return scale.astype(x.dtype) * unit_rms(x, eps)[0].astype(x.dtype)
+
+
+def unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
+    """x with root mean square 1, in float32, and what it was multiplied with."""
+    x = x.astype(jnp.float32)
+    factor = lax.rsqrt(row_sums(x * x) / x.shape[-1] + eps)
+    return x * factor, factor
+
+
+def _scale_by_rms_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    # By hand, as of `_normalise` below.
+    x, scale = kept
+    W, dtype = x.shape[-1], x.dtype
+    x, gradient = wait(x, gradient.astype(jnp.float32))
+    x, factor = unit_rms(x, eps)
+    inner = gradient * scale
+    return (factor * (inner - x * (row_sums(inner * x) / W))).astype(dtype), _column_sums(gradient * x)
+
+
+_scale_by_rms.defvjp(lambda x, scale, eps: (_scale_by_rms(x, scale, eps), (x, scale)), _scale_by_rms_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

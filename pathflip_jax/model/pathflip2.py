@@ -220,7 +220,8 @@ class PathFLIP2(nnx.Module):
         size = -(-N // parts)
         cut = jnp.pad(x, ((0, 0), (0, parts * size - N), (0, 0))).reshape(B, parts, size, D).swapaxes(0, 1)
         keys = None if key is None else jax.random.split(key, parts)
-        found = lax.map(lambda part: jax.checkpoint(read)(*part), (cut, keys))
+        kept = jax.checkpoint(read, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        found = lax.map(lambda part: kept(*part), (cut, keys))
         return found.swapaxes(0, 1).reshape(B, parts * size, D)[:, :N]
 
     def read_texts(
