@@ -40,7 +40,6 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     words = ["pathflip", "vocabulary", f"{cohort}/reports.jsonl", *table, "--split", "train", "--out"]
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
     evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json"]
-    # Reports of the cohort are longer than 100 tokens; left alone, a caption ends early and leaves findings out.
     evaluate += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
     return [
         (

@@ -113,10 +113,10 @@ class RMSNorm(nnx.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _scale_by_rms(x: Array, scale: Array, eps: float) -> Array:
-    return scale.astype(x.dtype) * unit_rms(x, eps)[0].astype(x.dtype)
+    return scale.astype(x.dtype) * _unit_rms(x, eps)[0].astype(x.dtype)
 
 
-def unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
+def _unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
     """x with root mean square 1, in float32, and what it was multiplied with."""
     x = x.astype(jnp.float32)
     factor = lax.rsqrt(row_sums(x * x) / x.shape[-1] + eps)
@@ -128,9 +128,10 @@ def _scale_by_rms_backward(eps: float, kept: tuple[Array, Array], gradient: Arra
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
     x, gradient = wait(x, gradient.astype(jnp.float32))
-    x, factor = unit_rms(x, eps)
+    x, factor = _unit_rms(x, eps)
     inner = gradient * scale
-    return (factor * (inner - x * (row_sums(inner * x) / W))).astype(dtype), _column_sums(gradient * x)
+    outer = factor * (inner - x * (row_sums(inner * x) / W))
+    return outer.astype(dtype), _column_sums(gradient * x).astype(scale.dtype)  # a decoder's scale may be bfloat16
 
 
 _scale_by_rms.defvjp(lambda x, scale, eps: (_scale_by_rms(x, scale, eps), (x, scale)), _scale_by_rms_backward)
@@ -144,9 +145,7 @@ def _normalise(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
     """x with mean 0 and variance 1, in float32, and what it was multiplied with."""
     x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    factor = lax.rsqrt(row_sums(x * x) / x.shape[-1] + eps)
-    return x * factor, factor
+    return _unit_rms(x - x.mean(-1, keepdims=True), eps)
 
 
 def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
