@@ -109,6 +109,9 @@ def test_evaluate_and_ground_take_it_as_it_is(tiny_cohort, run, tmp_path):
     command = ["ground", str(tiny_cohort.records), TEXTS[0], "--slide-id", "S00", "--checkpoint", str(run)]
     assert cli.main([*command, "--out", str(tmp_path / "map")]) == 0
     assert json.loads((tmp_path / "map" / "S00.json").read_text())["method"] == "cosine"
+    sources = ["--records", str(tiny_cohort.records), "--texts", *TEXTS[:2], "--slide-ids", "S00"]
+    assert cli.main(["report", str(run), *sources, "--out", str(tmp_path / "page")]) == 0
+    assert TEXTS[0] in "".join(path.read_text() for path in (tmp_path / "page").rglob("*.js"))
 
 
 def test_the_language_stage_wants_a_model_with_regions(run):
