@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.grounding import maps
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.viewer.grounder import Grounder
+from pathflip_jax.viewer.search import Search
+from pathflip_jax.viewer.slides import list_slides
 
 GOLDEN = Path(__file__).parent / "golden" / "pathflip2"
 ARGUMENTS = {"num_heads": 4, "text_pooling_type": "mean", "lora_alpha": 12, "top_k": 6, "use_soft_topk": True}
@@ -112,6 +116,20 @@ def test_evaluate_and_ground_take_it_as_it_is(tiny_cohort, run, tmp_path):
     sources = ["--records", str(tiny_cohort.records), "--texts", *TEXTS[:2], "--slide-ids", "S00"]
     assert cli.main(["report", str(run), *sources, "--out", str(tmp_path / "page")]) == 0
     assert TEXTS[0] in "".join(path.read_text() for path in (tmp_path / "page").rglob("*.js"))
+
+
+def test_the_viewer_grounds_and_searches_with_it(tiny_cohort, predictor, slide):
+    slides = list_slides(None, records=tiny_cohort.records, only=[slide.slide_id])
+    grounder, searched = Grounder(predictor), Search(slides)
+    searched.start(grounder)
+    layer = grounder.layer(slides[0], TEXTS[0])
+    np.testing.assert_allclose(layer.grounding.patch_scores, predictor.ground(slide, TEXTS[:1]).patch_scores, atol=1e-5)
+    deadline = time.monotonic() + 60
+    while searched.progress()["busy"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    searched.stop()
+    (found,) = searched.similarities(grounder.embed_text(TEXTS[0])).values()
+    assert -1 <= found <= 1 and layer.grounding.method == "cosine"
 
 
 def test_the_language_stage_wants_a_model_with_regions(run):
