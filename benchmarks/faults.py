@@ -14,7 +14,7 @@ full-disk        1      the disk fills up: a tmpfs of its own and a ballast file
                         allowed; else no file of the process may grow (RLIMIT_FSIZE, EFBIG)
 flipped-byte     1      kill -9, then one bit of one file of the newest checkpoint is flipped
 vanished-shard   2      the folder loses a file of records
-hang             2      a file of records stops answering (a FIFO stands in its place)
+hang             2      the files of records stop answering (FIFOs stand in their place)
 
 "lost" are the steps that the restarted run takes again: those since the last complete checkpoint, never more. A fault
 is told when every process that survives it says so on stderr and exits with the code that is right for it: 75 where
@@ -109,7 +109,9 @@ class Bench(Rig):
                 codes = run.wait()
             finally:
                 run.kill(list(range(hosts)))
-            if struck is None and any(codes):
+            if struck is not None:
+                struck.mend()
+            elif any(codes):
                 raise RuntimeError(f"{fault}: the run failed before it struck, with {codes}:\n{run.said()[0][-3000:]}")
             if struck is None or set(codes) == {0}:  # it was through before
                 continue
@@ -121,7 +123,6 @@ class Bench(Rig):
             survivors = [text for text, code in zip(run.said(), codes, strict=True) if code != KILLED]
             told = (any if struck.one_speaks else all)(re.search(struck.message, text) for text in survivors)
             reached, newest = run.step(), max(complete(workdir), default=0)
-            struck.mend()
             again = Run(self, workdir, hosts, [])
             if any(again.wait()):
                 wrong.append(f"the restarted run failed: {again.said()[0][-2000:]}")
@@ -271,19 +272,20 @@ def _vanished_shard(bench: Bench, run: Run, rng: random.Random) -> Struck | None
 def _hang(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
     if not _some_step(run, rng, STEPS // 2):
         return None
-    aside = bench.records.with_name("aside")
-    bench.records.rename(aside)
-    bench.records.mkdir()
-    for path in aside.glob("*.tfrecord"):
-        os.mkfifo(bench.records / path.name)
+    aside, shards = bench.records.with_name("aside"), list(bench.records.glob("*.tfrecord"))
+    aside.mkdir()
+    for shard in shards:  # none of them is missing at any time, which would be another fault
+        os.link(shard, aside / shard.name)
+        os.mkfifo(aside / "fifo")
+        os.replace(aside / "fifo", shard)
 
     def mend() -> None:
-        shutil.rmtree(bench.records)
-        aside.rename(bench.records)
+        for shard in shards:
+            os.replace(aside / shard.name, shard)
+        aside.rmdir()
 
-    return Struck(
-        [{AGAIN}, {AGAIN}], r"no progress for .*: process \d \(.*\) at step \d+, reading the next batch", mend
-    )
+    reading = "(reading the next batch|validating)"
+    return Struck([{AGAIN}, {AGAIN}], rf"no progress for .*: process \d \(.*\) at step \d+, {reading}", mend)
 
 
 def _some_step(run: Run, rng: random.Random, most: int) -> bool:

@@ -35,6 +35,7 @@ _ON_DEMAND = {"": "Kubernetes"}
 # What XLA and its network libraries say when another process is gone, and of nothing that a process did itself.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
 _agreements = 0
+_leaving = None  # the exit code of this process, from when it has told the others
 _held = []  # what C calls and keeps no reference to
 
 
@@ -286,7 +287,8 @@ def _may_be_a_lost_peer(error: BaseException | None) -> bool:
 
 def _leave(message: str, code: int) -> None:
     """Tell the others why and with which code to exit, give them the time to read it, and exit."""
-    client = _client()
+    global _leaving
+    client, _leaving = _client(), code
     if client is not None:
         _put(client, f"{_ENDED}{jax.process_index()}", {"message": message, "code": code, "by": this_process()})
         time.sleep(4 * POLL_SECONDS)  # process 0 holds what is told
@@ -298,6 +300,8 @@ def _follow(client) -> None:
     for process, ended in _read(client, _ENDED).items():
         if process != jax.process_index():
             print(f"pathflip: {this_process()} ends with {ended['by']}: {ended['message']}", file=sys.stderr)
+            if jax.process_index() == 0:
+                time.sleep(2 * POLL_SECONDS)  # the others read it here
             _exit(ended["code"])
 
 
@@ -309,7 +313,7 @@ def _exit(code: int) -> None:
 
 
 def _exit_where_jax_aborts() -> None:
-    """Exit with 75 where JAX would dump core because another process is lost.
+    """Exit with 75 where JAX would dump core because another process is lost; as said, where it was told to go.
 
     Its coordination service ends the survivors by abort(3), from a thread of its own, and takes no other wish (jaxlib
     0.10: a callback in Python ends in std::bad_cast). Launchers restart on 75, and take a core dump for a defect.
@@ -319,6 +323,8 @@ def _exit_where_jax_aborts() -> None:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(_: int) -> None:
+        if _leaving is not None:  # the others went first
+            os._exit(_leaving)
         os.write(2, message.encode())
         os._exit(TRY_AGAIN)
 

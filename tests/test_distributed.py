@@ -127,3 +127,38 @@ def test_the_host_that_came_least_far_is_named(monkeypatch, capsys):
         "process 3 (node3) at step 9, reading the next batch; the other 2 wait for it"
     )
     assert ended == [(message, 75)] and message in capsys.readouterr().err
+
+
+FAILURE = """
+import sys, time
+from pathflip_jax import distributed
+port, process = sys.argv[1:]
+distributed.initialize(distributed.Launch("the test", 3, int(process), "localhost:" + port))
+with distributed.Watchdog(0) as watchdog:
+    distributed.gather("here")
+    if process == "1":
+        distributed.end_together(ValueError("S1.h5: no features"), 10)
+    time.sleep(60)
+"""
+
+
+def test_all_processes_end_as_the_one_that_failed():
+    """Process 0 keeps what is told, and must not go before the others have read it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        command = [sys.executable, "-c", FAILURE, str(free.getsockname()[1])]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen([*command, str(number)], env={"JAX_PLATFORMS": "cpu"}, **pipes) for number in range(3)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [distributed.WRONG_INPUT] * 3, said
+    host = socket.gethostname()
+    for number in (0, 2):
+        assert f"process {number} ({host}) ends with process 1 ({host}): S1.h5: no features" in said[number]
+    assert f"pathflip: process 1 ({host}): S1.h5: no features" in said[1]
+    assert not any("another process of this run is lost" in text for text in said)
