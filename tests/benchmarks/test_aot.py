@@ -242,7 +242,7 @@ def test_what_cannot_be_predicted_is_said(bench, monkeypatch, capsys, arguments,
 def test_eight_chips_of_v5e(tmp_path):
     """The real step of align_large, two layers of it: summed in float32, most of it while the chips compute."""
     out = tmp_path / "out.json"
-    command = [sys.executable, SCRIPT, "--topology=v5e:2x4", "--fit", "--whole", f"--json={out}", "--"]
+    command = [sys.executable, SCRIPT, "--topology=v5e:2x4", f"--json={out}", "--"]
     done = subprocess.run(
         [*command, "--config.model.layers=2"], capture_output=True, text=True, timeout=1500, env=dict(os.environ)
     )
