@@ -35,7 +35,7 @@ _ON_DEMAND = {"": "Kubernetes"}
 # What XLA and its network libraries say when another process is gone, and of nothing that a process did itself.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
 _agreements = 0
-_leaving = None  # the exit code of this process, from when it has told the others
+_leaving = None  # the exit code of this process, from when it is settled
 _held = []  # what C calls and keeps no reference to
 
 
@@ -297,9 +297,11 @@ def _leave(message: str, code: int) -> None:
 
 def _follow(client) -> None:
     """Exit as another process did that has told so."""
+    global _leaving
     for process, ended in _read(client, _ENDED).items():
         if process != jax.process_index():
             print(f"pathflip: {this_process()} ends with {ended['by']}: {ended['message']}", file=sys.stderr)
+            _leaving = ended["code"]
             if jax.process_index() == 0:
                 time.sleep(2 * POLL_SECONDS)  # the others read it here
             _exit(ended["code"])
@@ -313,7 +315,7 @@ def _exit(code: int) -> None:
 
 
 def _exit_where_jax_aborts() -> None:
-    """Exit with 75 where JAX would dump core because another process is lost; as said, where it was told to go.
+    """Exit with 75 where JAX would dump core because another process is lost; with its own code where that is settled.
 
     Its coordination service ends the survivors by abort(3), from a thread of its own, and takes no other wish (jaxlib
     0.10: a callback in Python ends in std::bad_cast). Launchers restart on 75, and take a core dump for a defect.
