@@ -32,6 +32,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from machine import describe, resident_peak
 from tqdm import tqdm
 
 HANG_SECONDS, MOST_BYTES, CHUNK = 120.0, 2_000_000_000, 40
@@ -147,8 +148,8 @@ class Sandbox:
 
 def peak_bytes() -> int:
     """The most memory that this process or one of its ended children ever had."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(kind).ru_maxrss for kind in kinds) * (1 if sys.platform == "darwin" else 1024)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(resident_peak(), children)
 
 
 def work(connection, current, folder: str, seed: int) -> None:
@@ -337,8 +338,6 @@ def main() -> int:
         if seen[name, attempt.outcome] <= SHOWN:
             print(f"  {name}, input {attempt.number}: {attempt.outcome}: {attempt.message}")
     if options.json:
-        from machine import describe
-
         settings = {key: value for key, value in vars(options).items() if key != "json"}
         content = {
             "machine": describe("numpy", "h5py", "torch", "openslide-bin", "tokenizers", "orbax-checkpoint"),

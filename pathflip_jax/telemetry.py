@@ -5,8 +5,8 @@ the times are the devices' own although the loop runs a step ahead; the operatio
 hosts tell each other travels as one small program behind a step. Names of metrics begin with `perf/`.
 """
 
-import os
 import queue
+import re
 import resource
 import socket
 import sys
@@ -109,13 +109,14 @@ def memory_in_use() -> dict[str, int]:
         return most
     if jax.default_backend() != "cpu":
         return {}
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        status = Path("/proc/self/status").read_text()
     except OSError:  # not Linux: the peak alone is known
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"process_memory_peak_bytes": peak_bytes}
-    resident = pages * os.sysconf("SC_PAGE_SIZE")  # the system keeps the peak with a delay
-    return {"process_memory_bytes": resident, "process_memory_peak_bytes": max(resident, peak_bytes)}
+    # Not what getrusage tells on Linux: that begins at the size of the process that started this one.
+    resident, most = (int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return {"process_memory_bytes": resident, "process_memory_peak_bytes": most}
 
 
 class Started(NamedTuple):

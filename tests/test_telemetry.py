@@ -108,6 +108,14 @@ def test_a_loop_is_timed_without_waiting_for_its_steps():
     assert not watch._watcher.is_alive()
 
 
+def test_the_memory_of_a_process_does_not_begin_at_that_of_its_parent():
+    """What getrusage tells does: a small run started from a large notebook would seem as large."""
+    ballast = np.ones(2**30, np.uint8)
+    code = "from pathflip_jax.telemetry import memory_in_use; print(memory_in_use()['process_memory_peak_bytes'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1e7 < int(done.stdout) < ballast.nbytes
+
+
 def test_memory_of_devices_is_that_of_the_fullest(monkeypatch):
     stats = [{"bytes_in_use": 5, "peak_bytes_in_use": 9}, {"bytes_in_use": 7, "peak_bytes_in_use": 8}]
     devices = [SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]

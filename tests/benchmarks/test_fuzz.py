@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import random
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -137,6 +139,14 @@ def test_an_input_is_a_function_of_seed_and_number(benchmark_modules, sandbox):
             sandbox.load(reader)
             drawn = [[reader.mutate(random.Random(n), sandbox.sound) for n in range(5)] for _ in range(2)]
             assert drawn[0] == drawn[1] and len(set(drawn[0])) > 1, reader.name
+
+
+def test_the_memory_of_a_worker_does_not_begin_at_that_of_the_campaign(bench):
+    """What getrusage tells of a process does: started from a large one, it would be over the limit with any file."""
+    ballast = np.ones(2**29, np.uint8)
+    command = [sys.executable, "-c", "import fuzz; print(fuzz.peak_bytes())"]
+    done = subprocess.run(command, cwd=Path(bench.__file__).parent, capture_output=True, text=True, check=True)
+    assert 1e6 < int(done.stdout) < ballast.nbytes
 
 
 @pytest.mark.slow
