@@ -1,8 +1,11 @@
-"""What all tests share: how quickly programs are compiled, and a tiny cohort on disk for what reads a whole one."""
+"""What all tests share: how quickly programs are compiled, processes side by side, and a tiny cohort on disk."""
 
 import json
 import os
 import shutil
+import socket
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,35 @@ SENTENCES = (
     "Lymphoid aggregates are dense.",
     "The tumor measures 1.8 cm.",
 )
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives a port that nothing listens on."""
+
+    def find() -> int:
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            return listener.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def run_together():
+    """Runs commands side by side to their end, each in its environment: exit codes, and (stdout, stderr) of each."""
+
+    def run(commands, environments) -> tuple[list[int], list[tuple[str, str]]]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen(c, env=e, **pipes) for c, e in zip(commands, environments, strict=True)]
+        try:
+            said = [process.communicate(timeout=500) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return [process.returncode for process in started], said
+
+    return run
 
 
 @dataclass(frozen=True)

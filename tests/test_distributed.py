@@ -142,21 +142,12 @@ with distributed.Watchdog(0) as watchdog:
 """
 
 
-def test_all_processes_end_as_the_one_that_failed():
+def test_all_processes_end_as_the_one_that_failed(run_together, free_port):
     """Process 0 keeps what is told, and must not go before the others have read it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        command = [sys.executable, "-c", FAILURE, str(free.getsockname()[1])]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen([*command, str(number)], env={"JAX_PLATFORMS": "cpu"}, **pipes) for number in range(3)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [distributed.WRONG_INPUT] * 3, said
+    command = [sys.executable, "-c", FAILURE, str(free_port())]
+    codes, outputs = run_together([[*command, str(number)] for number in range(3)], [{"JAX_PLATFORMS": "cpu"}] * 3)
+    said = [stderr for _, stderr in outputs]
+    assert codes == [distributed.WRONG_INPUT] * 3, said
     host = socket.gethostname()
     for number in (0, 2):
         assert f"process {number} ({host}) ends with process 1 ({host}): S1.h5: no features" in said[number]

@@ -135,23 +135,9 @@ def test_the_host_that_is_late_is_found(seconds, expected):
     assert find_straggler(np.array(seconds)) == expected
 
 
-def test_two_processes_name_the_slow_one():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("two_hosts.py")), str(port)]
-    environment = {"JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(number)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for number in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def test_two_processes_name_the_slow_one(run_together, free_port):
+    command = [sys.executable, str(Path(__file__).with_name("two_hosts.py")), str(free_port())]
+    _, outputs = run_together([[*command, str(number)] for number in (0, 1)], [{"JAX_PLATFORMS": "cpu"}] * 2)
     for out, err in outputs:
         assert "done" in out, err
     warned = f"step 6: host 1 ({socket.gethostname()}) takes"

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,12 +19,6 @@ TRAIN = [
 TOLERANCE = 1e-5
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Devices -> the variables of a process that has them; compiled steps are shared."""
@@ -40,21 +32,20 @@ def environment(tmp_path_factory):
     return with_devices
 
 
-def together(commands, environments):
-    """Start processes, wait for all; what each said on stdout and stderr."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(c, env=e, **pipes) for c, e in zip(commands, environments, strict=True)]
-    try:
-        said = [process.communicate(timeout=500) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * len(started), said
-    return said
+@pytest.fixture(scope="module")
+def together(run_together):
+    """Runs processes that all end well; what each said on stdout and stderr."""
+
+    def run(commands, environments):
+        codes, said = run_together(commands, environments)
+        assert codes == [0] * len(commands), said
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_cohort, environment, tmp_path_factory):
+def trained(tiny_cohort, environment, together, free_port, tmp_path_factory):
     """Runs of 8 steps that were saved on one device, on eight, and on two processes of four."""
     folder = tmp_path_factory.mktemp("trained")
     command = [*TRAIN, *tiny_cohort.settings()]
@@ -80,7 +71,7 @@ def assert_same_curve(found, expected):
     assert expected[0]["loss"] > expected[-1]["loss"] and "val/mean_reciprocal_rank" in expected[-1]
 
 
-def test_loss_gradients_and_sound_checkpoints_are_agreed_on(environment, tmp_path):
+def test_loss_gradients_and_sound_checkpoints_are_agreed_on(environment, together, free_port, tmp_path):
     port = free_port()
     commands = [[sys.executable, "-W", "error", SCRIPT, str(port), str(i), tmp_path] for i in range(2)]
     said = together(commands, [environment(4)] * 2)
@@ -107,7 +98,9 @@ def test_process_0_alone_writes(trained):
 
 @pytest.mark.parametrize("saved", ["8", "2x4"])
 @pytest.mark.parametrize("devices", [1, 4, 8])
-def test_a_run_goes_on_elsewhere_with_the_same_curve(trained, environment, tiny_cohort, tmp_path, saved, devices):
+def test_a_run_goes_on_elsewhere_with_the_same_curve(
+    trained, environment, together, tiny_cohort, tmp_path, saved, devices
+):
     folder, _ = trained
     workdir = Path(shutil.copytree(folder / saved, tmp_path / "run"))
     for step in ("6", "8"):  # as it was after four steps, stopped before the next save
@@ -129,7 +122,7 @@ VARIABLES = {"JAX_NUM_PROCESSES": "2"}
      ("JAX_COORDINATOR_ADDRESS", VARIABLES, "JAX_PROCESS_ID")],
 )  # fmt: skip
 def test_processes_of_a_launcher_join_without_options(
-    trained, environment, tiny_cohort, tmp_path, name, variables, rank
+    trained, environment, together, free_port, tiny_cohort, tmp_path, name, variables, rank
 ):
     """The run is through already: the processes join, restore together and end."""
     folder, _ = trained
