@@ -7,7 +7,9 @@ same paths (a shared or mounted file system), and must have this package with it
 they lost again; both functions bear that.
 """
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +24,8 @@ from pathflip_jax.data.index import SlideInfo
 try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.portability import python_urns
+    from apache_beam.runners.portability.fn_api_runner.worker_handlers import SubprocessSdkWorkerHandler, WorkerHandler
     from apache_beam.runners.runner import PipelineState
 except ImportError as error:
     raise ImportError(
@@ -103,6 +107,38 @@ class _SlideToPart(beam.DoFn):
     def teardown(self) -> None:
         """Called by Beam when a worker ends."""
         self._worker.close()
+
+
+@WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
+class _LocalWorker(SubprocessSdkWorkerHandler):
+    """A worker process of the DirectRunner whose death ends the pipeline.
+
+    Beam (2.77) lets whoever waits for an answer of a dead process wait for ever, unless there was more to read of it;
+    of containers, it tells them. It takes this class in the place of its own.
+    """
+
+    def start_worker(self) -> None:
+        """Called by Beam once."""
+        super().start_worker()
+        self._stopping = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def stop_worker(self) -> None:
+        """Called by Beam when all is done."""
+        self._stopping.set()
+        super().stop_worker()
+
+    def _watch(self) -> None:
+        self.worker_thread.join()  # until the process has ended
+        if not self._stopping.is_set():
+            with contextlib.suppress(Exception):  # it raises what it met while it read; then nobody waits for it
+                self.data_conn.close()
+        while not self._stopping.wait(_ANSWER_SECONDS):  # again for what is asked of it later
+            with contextlib.suppress(RuntimeError):  # something is being asked just now
+                self.control_conn.abort(RuntimeError("a worker process of the DirectRunner died"))
+
+
+_ANSWER_SECONDS = 1.0  # from a worker's death until those that wait are told: an answer may be on its way
 
 
 def _seen_from_everywhere(job: Job) -> Job:

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow  # a pipeline takes seconds to start, one of sever
 
 SMALL = {"patch_size": 64, "edge_um": 64.0, "slides_per_shard": 2, "workers": 2}
 OPTIONS = ["--patch-size=64", "--edge-um=64", "--slides-per-shard=2"]
+BEAM_WORKER = f"{sys.executable} -m apache_beam.runners.worker.sdk_worker_main"  # not the shell around it
 TWO_WORKERS = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
 
 
@@ -188,8 +189,7 @@ def test_a_killed_run_is_continued(slides, whole, tmp_path, whom):
     deadline = time.monotonic() + 120
     while not list(out.glob(".parts/*.tfrecord")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    beam_worker = f"{sys.executable} -m apache_beam.runners.worker.sdk_worker_main"  # not the shell around it
-    workers = [pid for pid, command in _processes(mark).items() if command.startswith(beam_worker)]
+    workers = [pid for pid, command in _processes(mark).items() if command.startswith(BEAM_WORKER)]
     assert process.poll() is None and workers, (tmp_path / "log").read_text()
     os.kill(process.pid if whom == "the command" else workers[0], signal.SIGKILL)
     assert process.wait(timeout=120) == (-signal.SIGKILL if whom == "the command" else 2)
@@ -205,6 +205,38 @@ def test_a_killed_run_is_continued(slides, whole, tmp_path, whom):
     found = prepare(slides, out, beam=[], **SMALL)
     assert found.effort.patches == 36 * (4 - len(begun)) and len(Records(out)) == 4 and verify(out) == []
     assert _files(out) == _files(whole[0])
+
+
+DIES_AT_ITS_END = """
+import os, signal, sys
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+import data_prep.beam
+with beam.Pipeline(options=PipelineOptions(sys.argv[1:])) as pipeline:
+    _ = pipeline | beam.Create([1, 2]) | beam.Reshuffle() | beam.Map(lambda x: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_no_answer_of_a_dead_worker_is_waited_for():
+    """A stage that gives nothing to read: Beam alone would not notice."""
+    command = [sys.executable, "-c", DIES_AT_ITS_END, *TWO_WORKERS]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and "a worker process of the DirectRunner died" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_a_worker_that_dies_before_it_is_there_ends_the_run(slides, tmp_path):
+    mark = f"PATHFLIP_TEST_MARK={tmp_path}"
+    environment = os.environ | dict([mark.split("=", 1)])
+    with (tmp_path / "log").open("w") as log:
+        command = _command(slides, tmp_path / "records", "--beam", *TWO_WORKERS)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    deadline, workers = time.monotonic() + 120, []
+    while not workers and process.poll() is None and time.monotonic() < deadline:
+        workers = [pid for pid, command in _processes(mark).items() if command.startswith(BEAM_WORKER)]
+    os.kill(workers[0], signal.SIGKILL)
+    assert process.wait(timeout=120) == 2
+    assert "Beam pipeline failed" in (tmp_path / "log").read_text().splitlines()[-1]
 
 
 def _processes(mark: str) -> dict[int, str]:
