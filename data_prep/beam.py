@@ -25,7 +25,7 @@ try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.portability import python_urns
-    from apache_beam.runners.portability.fn_api_runner.worker_handlers import SubprocessSdkWorkerHandler, WorkerHandler
+    from apache_beam.runners.portability.fn_api_runner import worker_handlers
     from apache_beam.runners.runner import PipelineState
 except ImportError as error:
     raise ImportError(
@@ -109,12 +109,13 @@ class _SlideToPart(beam.DoFn):
         self._worker.close()
 
 
-@WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
-class _LocalWorker(SubprocessSdkWorkerHandler):
+@worker_handlers.WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
+class _LocalWorker(worker_handlers.SubprocessSdkWorkerHandler):
     """A worker process of the DirectRunner whose death ends the pipeline.
 
     Beam (2.77) lets whoever waits for an answer of a dead process wait for ever, unless there was more to read of it;
-    of containers, it tells them. It takes this class in the place of its own.
+    of containers, it tells them. At the end it waits for ever for a process that was just starting, which nobody has
+    told to end. It takes this class in the place of its own.
     """
 
     def start_worker(self) -> None:
@@ -126,6 +127,7 @@ class _LocalWorker(SubprocessSdkWorkerHandler):
     def stop_worker(self) -> None:
         """Called by Beam when all is done."""
         self._stopping.set()
+        self.control_conn.push(worker_handlers.BeamFnControlServicer._DONE_MARKER)  # for one that connects only now
         super().stop_worker()
 
     def _watch(self) -> None:
