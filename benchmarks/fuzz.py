@@ -18,7 +18,6 @@ import logging
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -32,7 +31,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
-from machine import describe, resident_peak
+from machine import describe, largest_child, resident_peak
 from tqdm import tqdm
 
 HANG_SECONDS, MOST_BYTES, CHUNK = 120.0, 2_000_000_000, 40
@@ -148,8 +147,7 @@ class Sandbox:
 
 def peak_bytes() -> int:
     """The most memory that this process or one of its ended children ever had."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return max(resident_peak(), children)
+    return max(resident_peak(), largest_child())
 
 
 def work(connection, current, folder: str, seed: int) -> None:

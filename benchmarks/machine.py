@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+import resource
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -57,8 +59,20 @@ def reset_peak() -> None:
 
 
 def resident_peak() -> int:
-    """The highest resident size since `reset_peak`, in bytes."""
+    """The highest resident size since `reset_peak`, in bytes; of the process's whole life where there is no /proc."""
+    if not Path("/proc/self/status").exists():
+        return _getrusage_peak(resource.RUSAGE_SELF)
+    # Not what getrusage tells on Linux: that begins at the size of the process that started this one.
     return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
+
+
+def largest_child() -> int:
+    """The most memory that one of this process's ended children ever had, in bytes."""
+    return _getrusage_peak(resource.RUSAGE_CHILDREN)
+
+
+def _getrusage_peak(whose: int) -> int:
+    return resource.getrusage(whose).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _lines(path: str) -> list[str]:

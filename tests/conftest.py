@@ -50,11 +50,11 @@ def free_port() -> Callable[[], int]:
 def run_together():
     """Runs commands side by side to their end, each in its environment: exit codes, and (stdout, stderr) of each."""
 
-    def run(commands, environments) -> tuple[list[int], list[tuple[str, str]]]:
+    def run(commands, environments, timeout: float = 300) -> tuple[list[int], list[tuple[str, str]]]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started = [subprocess.Popen(c, env=e, **pipes) for c, e in zip(commands, environments, strict=True)]
         try:
-            said = [process.communicate(timeout=500) for process in started]
+            said = [process.communicate(timeout=timeout) for process in started]
         finally:
             for process in started:
                 process.kill()

@@ -37,7 +37,7 @@ def together(run_together):
     """Runs processes that all end well; what each said on stdout and stderr."""
 
     def run(commands, environments):
-        codes, said = run_together(commands, environments)
+        codes, said = run_together(commands, environments, timeout=500)
         assert codes == [0] * len(commands), said
         return said
 

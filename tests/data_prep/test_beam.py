@@ -1,5 +1,6 @@
 """Preparation on Apache Beam: what one machine writes, byte for byte, whatever dies on the way."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -181,21 +182,17 @@ def test_no_features_travel_between_machines(slides, whole, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("whom", ["the command", "a Beam worker"])
 def test_a_killed_run_is_continued(slides, whole, tmp_path, whom):
-    out, mark = tmp_path / "records", f"PATHFLIP_TEST_MARK={tmp_path}"
-    environment = os.environ | dict([mark.split("=", 1)])
-    command = _command(slides, out, "--beam", *TWO_WORKERS)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    deadline = time.monotonic() + 120
-    while not list(out.glob(".parts/*.tfrecord")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    workers = [pid for pid, command in _processes(mark).items() if command.startswith(BEAM_WORKER)]
-    assert process.poll() is None and workers, (tmp_path / "log").read_text()
-    os.kill(process.pid if whom == "the command" else workers[0], signal.SIGKILL)
-    assert process.wait(timeout=120) == (-signal.SIGKILL if whom == "the command" else 2)
-    while _processes(mark) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _processes(mark)
+    out, deadline = tmp_path / "records", time.monotonic() + 120
+    with _under_way(slides, tmp_path) as (process, marked):
+        while not list(out.glob(".parts/*.tfrecord")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        workers = _beam_workers(marked())
+        assert process.poll() is None and workers, (tmp_path / "log").read_text()
+        os.kill(process.pid if whom == "the command" else workers[0], signal.SIGKILL)
+        assert process.wait(timeout=120) == (-signal.SIGKILL if whom == "the command" else 2)
+        while marked() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not marked()
     if whom == "a Beam worker":
         assert "Beam pipeline failed" in (tmp_path / "log").read_text().splitlines()[-1]
     for left in out.glob(".parts/*.tmp"):  # what was being written might be another writer's, until an hour has passed
@@ -226,17 +223,35 @@ def test_no_answer_of_a_dead_worker_is_waited_for():
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_worker_that_dies_before_it_is_there_ends_the_run(slides, tmp_path):
+    deadline, workers = time.monotonic() + 120, []
+    with _under_way(slides, tmp_path) as (process, marked):
+        while not workers and process.poll() is None and time.monotonic() < deadline:
+            workers = _beam_workers(marked())
+        assert process.poll() is None and workers, (tmp_path / "log").read_text()
+        os.kill(workers[0], signal.SIGKILL)
+        assert process.wait(timeout=120) == 2
+    assert "Beam pipeline failed" in (tmp_path / "log").read_text().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def _under_way(slides: Path, tmp_path: Path):
+    """The command on two Beam workers, and what gives its living processes; none of them outlives the block."""
     mark = f"PATHFLIP_TEST_MARK={tmp_path}"
     environment = os.environ | dict([mark.split("=", 1)])
+    command = _command(slides, tmp_path / "records", "--beam", *TWO_WORKERS)
     with (tmp_path / "log").open("w") as log:
-        command = _command(slides, tmp_path / "records", "--beam", *TWO_WORKERS)
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    deadline, workers = time.monotonic() + 120, []
-    while not workers and process.poll() is None and time.monotonic() < deadline:
-        workers = [pid for pid, command in _processes(mark).items() if command.startswith(BEAM_WORKER)]
-    os.kill(workers[0], signal.SIGKILL)
-    assert process.wait(timeout=120) == 2
-    assert "Beam pipeline failed" in (tmp_path / "log").read_text().splitlines()[-1]
+    try:
+        yield process, lambda: _processes(mark)
+    finally:
+        for pid in _processes(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _beam_workers(processes: dict[int, str]) -> list[int]:
+    return [pid for pid, command in processes.items() if command.startswith(BEAM_WORKER)]
 
 
 def _processes(mark: str) -> dict[int, str]:
