@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pathflip_jax.data.text import SlideText
 from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.region_texts import RegionText
-from pathflip_jax.evaluate.truth import LesionTask, Truth
+from pathflip_jax.evaluate.truth import Outlined
 
 GALLERY = 100
 DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}
@@ -18,14 +19,12 @@ REGION_DIRECTIONS = {"region_to_text": "region to text", "text_to_region": "text
 class Tasks(NamedTuple):
     """What is to be scored on a cohort; a task without its input is None."""
 
-    pairs: list | None
-    prompts: zero_shot.Prompts | None
-    concepts: dict[str, list[str]] | None
-    truth: dict[str, Truth] | None  # by slide id
-    training: dict[str, Truth] | None = None  # of the slides that choose thresholds
-    lesions: LesionTask | None = None
+    pairs: list[SlideText] | None = None
     regions: list[RegionText] | None = None
+    prompts: zero_shot.Prompts | None = None
+    labels: np.ndarray | None = None  # [n] the class of each slide, a number within the prompts
     probed: Sequence[few_shot.Task] = ()
+    outlined: Outlined | None = None
 
 
 class Outcome(NamedTuple):
@@ -148,14 +147,14 @@ def colour_belief(cohort: Cohort, names, files) -> np.ndarray | None:
     )
 
 
-def colour_maps(cohort: Cohort, tasks: Tasks, files, outlines, smooth: float, seed) -> grounding.MapScores | None:
+def colour_maps(cohort: Cohort, outlined: Outlined, files, outlines, smooth: float, seed) -> grounding.MapScores | None:
     """The scores of the mean-colour map; None where there are no slide files for it."""
-    if not set(tasks.truth) <= set(files) or not cohort.train:
+    if not set(outlined.truth) <= set(files) or not cohort.train:
         return None
-    colour_map = grounding.ColourMap(cohort.train_features(seed), files, outlines, list(tasks.concepts), seed)
-    training = {slide: known for slide, known in tasks.training.items() if slide in files}
+    colour_map = grounding.ColourMap(cohort.train_features(seed), files, outlines, list(outlined.concepts), seed)
+    training = {slide: known for slide, known in outlined.training.items() if slide in files}
     return grounding.score_maps(
-        colour_map, cohort.features, tasks.truth, training, tasks.lesions, smooth, name="mean colour"
+        colour_map, cohort.features, outlined.truth, training, outlined.lesions, smooth, name="mean colour"
     )
 
 
@@ -167,16 +166,16 @@ def slide_means(values: np.ndarray) -> np.ndarray:
 
 
 def score_grounding(
-    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed: int
+    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, outlined: Outlined, by_colour, seed: int
 ) -> dict:
     """AUC, pointing game and Dice over slides and by concept, beside what knows less; runs are compared by slide."""
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
-    weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
+    weights = scores.patient_weights([patient[slide] for slide in outlined.truth], seed=seed)
     ours, theirs = [o.maps for o in outcomes], [o.maps for o in compared]
     blind = {"no_text": [o.no_text for o in outcomes]}
     if by_colour is not None:
         blind["mean_colour"] = [by_colour]
-    chance = grounding.chance(tasks.truth)
+    chance = grounding.chance(outlined.truth)
     metrics = [name for name in grounding.METRICS if np.isfinite(getattr(ours[0], name)).any()]
 
     def scored(of_slides, with_difference: bool) -> dict:
@@ -199,25 +198,25 @@ def score_grounding(
         return found
 
     rows = []
-    for c, concept in enumerate(tasks.concepts):
+    for c, concept in enumerate(outlined.concepts):
         row = {"concept": concept, "slides": int(np.isfinite(ours[0].auc[:, c]).sum())}
         row |= scored(lambda values, c=c: values[:, c], with_difference=False)
         rows.append(row | {"thresholds": [float(maps.thresholds[c]) for maps in ours]})
     return {
         "slides": int(np.isfinite(slide_means(ours[0].auc)).sum()),
-        "threshold_slides": len(tasks.training),
-        "texts": tasks.concepts,
+        "threshold_slides": len(outlined.training),
+        "texts": outlined.concepts,
         **scored(slide_means, with_difference=True),
         "per_concept": [row for row in rows if row["slides"]],
     }
 
 
 def score_lesions(
-    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, tasks: Tasks, by_colour, seed
+    outcomes: list[Outcome], compared: list[Outcome], cohort: Cohort, outlined: Outlined, by_colour, seed
 ) -> dict:
     """The detection of lesions: the challenge's score and the sensitivity at each rate of false positives."""
     patient = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
-    weights = scores.patient_weights([patient[slide] for slide in tasks.truth], seed=seed)
+    weights = scores.patient_weights([patient[slide] for slide in outlined.truth], seed=seed)
     blind = {"no_text": [o.no_text for o in outcomes]} | ({"mean_colour": [by_colour]} if by_colour is not None else {})
 
     def scored(rates) -> dict:
@@ -231,7 +230,7 @@ def score_lesions(
 
     found = outcomes[0].maps.found
     return {
-        "concept": list(tasks.concepts)[tasks.lesions.concept],
+        "concept": list(outlined.concepts)[outlined.lesions.concept],
         "slides": len(found),
         "slides_with_lesions": sum(len(one.lesions) > 0 for one in found),
         "lesions": sum(len(one.lesions) for one in found),
