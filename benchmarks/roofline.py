@@ -62,6 +62,7 @@ PRODUCTS = {
     "scores of the heads of texts": ((192, 96, 64), (192, 64, 96)),
     "pooling of the heads of texts": ((192, 96, 96), (192, 96, 64)),
     "scores of the heads of queries": ((3084, 8, 64), (3084, 64, 8)),
+    "a whole slide of PathFLIP2 through a kernel": ((65536, 512), (512, 512)),
 }
 LENGTHS = Path(__file__).parent / "token_lengths.json"
 

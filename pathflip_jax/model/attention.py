@@ -164,12 +164,12 @@ _normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), 
 
 
 def contract(spec: str, x: Array, kernel: Array) -> Array:
-    """einsum of activations with a float32 kernel, in the dtype of x; `spec` names every axis, without dots.
+    """einsum of activations with a kernel, in the dtype of x; `spec` names every axis, without dots.
 
-    In bfloat16 too the kernel's gradient is summed in float32 and leaves so: devices add up their shares of it, and
-    each addition in bfloat16 would round to three digits.
+    In bfloat16 too the gradient of a float32 kernel is summed in float32 and leaves so: devices add up their shares of
+    it, and each addition in bfloat16 would round to three digits.
     """
-    return jnp.einsum(spec, x, kernel) if x.dtype == kernel.dtype else _contract(spec, x, kernel)
+    return _contract(spec, x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -181,7 +181,23 @@ def _contract_backward(spec: str, kept: tuple[Array, Array], gradient: Array) ->
     x, kernel = kept
     left, right, output = spec.replace("->", ",").split(",")
     towards_x = jnp.einsum(f"{output},{right}->{left}", gradient, kernel.astype(x.dtype))
-    return towards_x, jnp.einsum(f"{left},{output}->{right}", x, gradient, preferred_element_type=jnp.float32)
+    return towards_x, lax.platform_dependent(
+        x, gradient, cpu=partial(_sum_over_rows, left, output, right), default=partial(_sum, left, output, right)
+    ).astype(kernel.dtype)
+
+
+def _sum(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+    return jnp.einsum(f"{left},{output}->{right}", x, gradient, preferred_element_type=jnp.float32)
+
+
+def _sum_over_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+    # Summed over several axes, XLA for CPU turns x or the gradient first, and computes it anew to do so, one entry at
+    # a time; over one axis it does not. Elsewhere turning is free, and one axis of two may be hard to share out.
+    rows = len(left) - len(set(left) & set(right))
+    if rows > 1 and left[:rows] == output[:rows]:
+        x, gradient = (array.reshape(-1, *array.shape[rows:]) for array in (x, gradient))
+        left, output = left[rows - 1 :], output[rows - 1 :]
+    return _sum(left, output, right, x, gradient)
 
 
 _contract.defvjp(lambda spec, x, kernel: (_contract(spec, x, kernel), (x, kernel)), _contract_backward)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.attention import (
@@ -31,6 +32,7 @@ from pathflip_jax.model.pathflip import TORCH_EPS, SlideEncoding
 
 RMS_EPS = float(np.finfo(np.float32).eps)  # what torch.nn.RMSNorm takes when it is not told
 PATCHES_AT_ONCE = 8192  # of a slide, in the part that treats each patch alone: bounds memory, changes nothing
+KEPT = "kept"  # the values of a block that its part of a slide keeps for the gradient; the rest is computed again
 
 
 class Projection(nnx.Module):
@@ -70,8 +72,8 @@ class Block(nnx.Module):
         keys = split_key(key, 3)
         read = (self.query_norm if self.key_norm is None else self.key_norm)(y)
         pooled, weights = self.attention(self.query_norm(x), read, read, mask, self.rate, keys[0])
-        x = x + pooled
-        inner = self.intermediate(self.norm(x))
+        x = checkpoint_name(x + pooled, KEPT)
+        inner = checkpoint_name(self.intermediate(self.norm(x)), KEPT)
         outer = self.output(dropout(gelu(inner), self.rate, keys[1]))
         return x + dropout(outer, self.rate, keys[2]), weights
 
@@ -220,7 +222,7 @@ class PathFLIP2(nnx.Module):
         size = -(-N // parts)
         cut = jnp.pad(x, ((0, 0), (0, parts * size - N), (0, 0))).reshape(B, parts, size, D).swapaxes(0, 1)
         keys = None if key is None else jax.random.split(key, parts)
-        kept = jax.checkpoint(read, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        kept = jax.checkpoint(read, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
         found = lax.map(lambda part: kept(*part), (cut, keys))
         return found.swapaxes(0, 1).reshape(B, parts * size, D)[:, :N]
 
