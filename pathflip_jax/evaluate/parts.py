@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from pathflip_jax.evaluate import few_shot, figures, grounding, protocols, retrieval, summary, tables
+from pathflip_jax.evaluate import few_shot, figures, grounding, protocols, summary, tables
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
 from pathflip_jax.evaluate.truth import Outlined
@@ -72,11 +72,7 @@ def _retrieval(answers: Answers) -> Part:
     pairs = answers.tasks.pairs
     slides, patients = [" ".join(text.slide_ids) for text in pairs], [case_of[text.slide_ids[0]] for text in pairs]
     ours, theirs = ([one.ranks for one in side] for side in (answers.ours, answers.theirs))
-    return Part(
-        {"retrieval": summary.score_retrieval(ours, theirs, patients, answers.seed)},
-        {"retrieval": _recall_curves(ours[0], DIRECTIONS)},
-        {"ranks": tables.rank_rows(answers.runs, ours, slides, patients)},
-    )
+    return _ranking("", answers, ours, theirs, DIRECTIONS, slides, patients)
 
 
 def _region_retrieval(answers: Answers) -> Part:
@@ -84,15 +80,17 @@ def _region_retrieval(answers: Answers) -> Part:
     texts = answers.tasks.regions
     slides, patients = [text.slide_id for text in texts], [text.patient for text in texts]
     ours, theirs = ([one.region_ranks for one in side] for side in (answers.ours, answers.theirs))
+    return _ranking("region_", answers, ours, theirs, REGION_DIRECTIONS, slides, patients)
+
+
+def _ranking(prefix: str, answers: Answers, ours: list, theirs: list, directions, slides: list[str], patients) -> Part:
+    """The ranks of a retrieval, scored; `prefix` is what its names begin with."""
+    curves = {name: ours[0][key] for key, name in directions.items()}
     return Part(
-        {"region_retrieval": summary.score_retrieval(ours, theirs, patients, answers.seed)},
-        {"region_retrieval": _recall_curves(ours[0], REGION_DIRECTIONS)},
-        {"region_ranks": tables.rank_rows(answers.runs, ours, slides, patients)},
+        {f"{prefix}retrieval": summary.score_retrieval(ours, theirs, patients, answers.seed)},
+        {f"{prefix}retrieval": figures.recall_curves(curves)},
+        {f"{prefix}ranks": tables.rank_rows(answers.runs, ours, slides, patients)},
     )
-
-
-def _recall_curves(ranks: dict[str, retrieval.Ranks], directions: dict[str, str]) -> Figure:
-    return figures.recall_curves({name: ranks[key] for key, name in directions.items()})
 
 
 def _zero_shot(answers: Answers, rules: protocols.Protocol) -> Part:
@@ -124,9 +122,8 @@ def _few_shot(answers: Answers, rules: protocols.Protocol) -> Part:
 
 def _grounding(answers: Answers, predictor: Predictor, mapping: Mapping) -> Part:
     """Maps of concepts against their outlines, beside attention that no text guides and the mean colour."""
-    cohort, outlined, ours, theirs, seed = (
-        answers.cohort, answers.tasks.outlined, answers.ours, answers.theirs, answers.seed
-    )  # fmt: skip
+    cohort, outlined, seed = answers.cohort, answers.tasks.outlined, answers.seed
+    ours, theirs = answers.ours, answers.theirs
     by_colour = summary.colour_maps(cohort, outlined, answers.files, mapping.outlines, mapping.smooth, seed)
     found = summary.score_grounding(ours, theirs, cohort, outlined, by_colour, seed)
     method = mapping.how["method"] or predictor.default_method

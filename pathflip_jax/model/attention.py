@@ -163,17 +163,13 @@ def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) 
 _normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), (x, scale)), _normalise_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(spec: str, x: Array, kernel: Array) -> Array:
     """einsum of activations with a kernel, in the dtype of x; `spec` names every axis, without dots.
 
     In bfloat16 too the gradient of a float32 kernel is summed in float32 and leaves so: devices add up their shares of
     it, and each addition in bfloat16 would round to three digits.
     """
-    return _contract(spec, x, kernel)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(spec: str, x: Array, kernel: Array) -> Array:
     return jnp.einsum(spec, x, kernel.astype(x.dtype))
 
 
@@ -200,7 +196,7 @@ def _sum_over_rows(left: str, output: str, right: str, x: Array, gradient: Array
     return _sum(left, output, right, x, gradient)
 
 
-_contract.defvjp(lambda spec, x, kernel: (_contract(spec, x, kernel), (x, kernel)), _contract_backward)
+contract.defvjp(lambda spec, x, kernel: (contract(spec, x, kernel), (x, kernel)), _contract_backward)
 
 
 def add_bias(x: Float[Array, "... W"], bias: Float[Array, "W"]) -> Float[Array, "... W"]:

@@ -245,6 +245,7 @@ def test_a_slide_that_is_deleted_while_it_is_shown(tab, address, slides_dir):
     photograph(tab, "broken")
     tab.evaluate("open(2)")
     ready(tab)
+    assert tab.locator("#slide-name").inner_text() == "S02"
     show(tab, TEXT)
     tab.faults = [fault for fault in tab.faults if "410" not in fault and "422" not in fault]  # Chromium logs them
 
