@@ -1,0 +1,85 @@
+"""Identity of slides, cases and patients: when two spellings name one thing, and when a cell names nothing.
+
+Tables go through spreadsheets, data frames and file systems: 123 comes back as 123.0, "0045" as 45, an umlaut in two
+characters, a missing value as the text "nan". Every comparison of ids in this project is made on `fold`ed ids, and
+every question whether two slides are of one patient is answered by `connected` over `person_keys`.
+"""
+
+import re
+import unicodedata
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+MISSING = frozenset({"", "na", "n/a", "<na>", "nan", "nat", "none", "null", "unknown"})  # as `fold` spells them
+SUFFIXES = re.compile(
+    r"\.(h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g)$", re.IGNORECASE
+)
+_NUMBER = re.compile(r"0*([0-9]+?)(?:\.0+)?")
+_BARCODE = re.compile(r"TCGA-\w{2}-\w{4}(?!\w)|C3[LN]-\d{5}(?!\d)", re.IGNORECASE)
+
+Key = tuple[str, str]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, NaN, an empty text, or a word that tables write for "not available"."""
+    if value is None or (isinstance(value, float) and value != value):
+        return True
+    return isinstance(value, str) and _plain(value) in MISSING
+
+
+def clean_id(name: str) -> str:
+    """A slide id as a table gives it, without folder and without the suffix of a slide or feature file."""
+    last = name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return SUFFIXES.sub("", last.strip()).strip()
+
+
+def fold(name: str) -> str:
+    """An id as it is compared: equal for spellings that differ in case, Unicode form, spaces, suffix or ".0".
+
+    Zeros in front of a number are dropped too, for spreadsheets lose them; `"0045"` and `"45"` are one id.
+    """
+    text = _plain(SUFFIXES.sub("", name.strip()))
+    number = _NUMBER.fullmatch(text)
+    return number.group(1) if number else text
+
+
+def fold_slide(name: str) -> str:
+    """A slide id as it is compared: `fold`, of the file's name alone where it comes with its folder."""
+    return fold(clean_id(name))
+
+
+def barcode_patient(name: str) -> str:
+    """The patient that a TCGA or CPTAC barcode names ("TCGA-A7-A0CJ-01Z-00-DX2" -> "TCGA-A7-A0CJ"), else ""."""
+    match = _BARCODE.match(name.strip())
+    return match.group(0).upper() if match else ""
+
+
+def person_keys(slide_id: str = "", case_id: str = "", patient_id: str = "") -> set[Key]:
+    """All that a row says of who a slide is of: two slides that share a key are of one patient (`connected`)."""
+    keys = {("slide", fold_slide(slide_id))} if slide_id else set()
+    keys |= {(kind, fold(name)) for kind, name in (("case", case_id), ("patient", patient_id)) if not is_missing(name)}
+    patients = {barcode_patient(name) for name in (clean_id(slide_id), case_id, patient_id)} - {""}
+    return keys | {("patient", fold(patient)) for patient in patients}
+
+
+def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
+    """The group of each item, numbered by first appearance: items that share a key, also by way of others, are one."""
+    ids: dict[Hashable, int] = {}
+    pairs = [(item, ids.setdefault(key, len(ids))) for item, own in enumerate(keys) for key in own]
+    items, places = np.array(pairs, int).reshape(-1, 2).T
+    size = len(keys) + len(ids)
+    graph = coo_array((np.ones(len(pairs), bool), (items, places + len(keys))), shape=(size, size))
+    labels = connected_components(graph, directed=False)[1][: len(keys)].tolist()
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(label, len(numbers)) for label in labels]
+
+
+def _plain(text: str) -> str:
+    """A text without differences of case, Unicode form and white space."""
+    for _ in range(2):  # a folded character may decompose anew
+        text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text).split())

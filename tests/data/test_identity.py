@@ -1,0 +1,74 @@
+"""Identity of slides, cases and patients, against the spellings that tables come in and a plain graph search."""
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pathflip_jax.data.identity import barcode_patient, connected, fold, fold_slide, is_missing, person_keys
+
+IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "", "  ", "NA", "n/a", "nan", "NaN", "None", "null", "Unknown"])
+def test_what_tables_write_for_nothing_is_missing(value):
+    assert is_missing(value)
+
+
+@pytest.mark.parametrize("value", [0, False, 0.0, "0", "-", "Nan Ning", "no", "benign", [], "NA-12"])
+def test_what_says_something_is_not_missing(value):
+    assert not is_missing(value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("123", "123.0"), ("0045", "45"), ("p-01", "P-01"), ("Mu\u0308ller", "M\u00fcller"), (" A  1 ", "a 1"),
+     ("S1.svs", "s1.SVS"), ("00", "0"), ("A\u00a01", "A 1"), ("Straße", "STRASSE")],
+)  # fmt: skip
+def test_spellings_of_one_id_fold_to_one(one, other):
+    assert fold(one) == fold(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("P-1", "P-01"), ("1", "10"), ("S 1.v2", "S 1.v3"), ("12/100", "13/100"), ("1.5", "1")]
+)
+def test_other_ids_stay_apart(one, other):
+    assert fold(one) != fold(other)
+
+
+@given(IDS)
+def test_folding_ignores_unicode_form_case_and_space_and_is_done_once(name):
+    assert fold(fold(name)) == fold(name)
+    assert fold(unicodedata.normalize("NFD", name)) == fold(unicodedata.normalize("NFC", name)) == fold(f" {name}\t")
+
+
+def test_a_slide_is_compared_without_its_folder():
+    assert fold_slide("C:\\scans\\0045.svs") == fold_slide("/mnt/45.h5") == "45"
+
+
+def test_barcodes_name_their_patient():
+    assert barcode_patient("tcga-a7-a0cj-01Z-00-DX1") == "TCGA-A7-A0CJ"
+    assert barcode_patient("C3L-00001-21") == "C3L-00001"
+    assert barcode_patient("TCGA-A7-A0CJX") == barcode_patient("S1") == ""
+
+
+def test_a_barcode_names_the_patient_whatever_the_columns_say():
+    one = person_keys("TCGA-A7-A0CJ-01Z-00-DX1", "TCGA-A7-A0CJ-01Z-00-DX1", "nan")
+    other = person_keys("TCGA-A7-A0CJ-01Z-00-DX2.svs", "x", "y")
+    assert one & other == {("patient", fold("TCGA-A7-A0CJ"))}
+    assert not person_keys("S1", "NA", "") & person_keys("S2", "NA", "")
+
+
+@given(st.lists(st.lists(st.integers(0, 12), max_size=4), max_size=14))
+def test_groups_are_those_of_a_plain_graph_search(keys):
+    groups = connected(keys)
+    for start, own in enumerate(keys):
+        reached, open_ends = {start}, [start]
+        while open_ends:
+            here = set(keys[open_ends.pop()])
+            new = {i for i, others in enumerate(keys) if here & set(others)} - reached
+            reached |= new
+            open_ends += new
+        assert {i for i, group in enumerate(groups) if group == groups[start]} == reached, own
+    assert list(dict.fromkeys(groups)) == sorted(set(groups))
