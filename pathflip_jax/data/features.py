@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pathflip_jax.data import guarded
+from pathflip_jax.data.identity import barcode_patient
 
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
@@ -115,8 +116,7 @@ def check_slide_id(slide_id: str) -> None:
 
 def case_of(slide_id: str) -> str:
     """The patient that a slide's id names (TCGA, CPTAC), else the slide id itself."""
-    match = re.match(r"TCGA-\w{2}-\w{4}|C3[LN]-\d{5}", slide_id)
-    return match[0] if match else slide_id
+    return barcode_patient(slide_id) or slide_id
 
 
 def slide_id_of(path: Path | str) -> str:

@@ -7,6 +7,7 @@ every question whether two slides are of one patient is answered by `connected` 
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ from scipy.sparse.csgraph import connected_components
 
 MISSING = frozenset({"", "na", "n/a", "<na>", "nan", "nat", "none", "null", "unknown"})  # as `fold` spells them
 SUFFIXES = re.compile(
-    r"\.(h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g)$", re.IGNORECASE
+    r"(\.(ome|h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g))+$",
+    re.IGNORECASE,
 )
+UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # behind the id of a TCGA slide
 _NUMBER = re.compile(r"0*([0-9]+?)(?:\.0+)?")
 _BARCODE = re.compile(r"TCGA-\w{2}-\w{4}(?!\w)|C3[LN]-\d{5}(?!\d)", re.IGNORECASE)
 
@@ -78,8 +81,53 @@ def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
     return [numbers.setdefault(label, len(numbers)) for label in labels]
 
 
+class SlideNames:
+    """Slides by every name that a table may give them: the one way to find the slides that a table means.
+
+    `case_ids` names the case of each slide; TCGA and CPTAC barcodes name it too.
+    """
+
+    def __init__(self, slide_ids: Sequence[str], case_ids: Sequence[str] | None = None) -> None:
+        self._levels: list[defaultdict[str, set[str]]] = [defaultdict(set) for _ in _SPELLINGS]
+        self._bare: defaultdict[str, set[str]] = defaultdict(set)
+        self._cases: defaultdict[str, list[str]] = defaultdict(list)
+        for number, slide in enumerate(slide_ids):
+            for names, spell in zip(self._levels, _SPELLINGS, strict=True):
+                names[spell(slide)].add(slide)
+            self._bare[_without_uuid(slide)].add(slide)
+            case = case_ids[number] if case_ids is not None else ""
+            for known in {fold(name) for name in (case, barcode_patient(clean_id(slide))) if not is_missing(name)}:
+                self._cases[known].append(slide)
+
+    def find(self, name: str) -> list[str]:
+        """The slide of this name, [] where none is or where several could be meant.
+
+        The same spelling comes first, then a name without folder and suffix, then one that folds alike, then TCGA ids
+        of which one lacks the `.UUID`: DX1 is not DX10, and another UUID is another slide.
+        """
+        found: set[str] = set()
+        for names, spell in zip(self._levels, _SPELLINGS, strict=True):
+            found = found or names.get(spell(name), set())
+        if not found:
+            bare, folded = _without_uuid(name), self._levels[-1]
+            found = (folded if bare != fold_slide(name) else self._bare).get(bare, set())
+        return list(found) if len(found) == 1 else []
+
+    def of_case(self, case: str) -> list[str]:
+        """The slides of a case or patient, in their order."""
+        return [] if is_missing(case) else list(self._cases.get(fold(case), []))
+
+
+def _without_uuid(name: str) -> str:
+    return fold(UUID.sub("", clean_id(name)))
+
+
 def _plain(text: str) -> str:
     """A text without differences of case, Unicode form and white space."""
     for _ in range(2):  # a folded character may decompose anew
         text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+# How a slide's name is read, from its own spelling to the widest: where two slides share one, an earlier one tells.
+_SPELLINGS = (str, clean_id, lambda name: _plain(clean_id(name)), fold_slide)

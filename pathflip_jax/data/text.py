@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pathflip_jax.data.identity import SlideNames, barcode_patient, clean_id
 from pathflip_jax.data.tables import Row, read_rows
 
 IMAGE = "<image>"  # where the slide stands in what is asked
@@ -24,11 +24,6 @@ _SLIDE = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filena
 _CASE = ("case_id", "patient_id", "case", "patient")
 _CAPTION = ("caption", "report", "text")
 _CONCEPTS, _DESCRIPTION = "fine_grained_concepts", "visual_description"
-_EXTENSIONS = re.compile(
-    r"\.(h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|bif|dcm|svslide|png|jpe?g)$", re.IGNORECASE
-)
-_UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
-_TCGA = re.compile(r"(TCGA-\w{2}-\w{4})(?!\w)", re.IGNORECASE)
 _OPTION = re.compile(r"(?:^|\s)\(?([A-H])[).:]\s+")
 _log = logging.getLogger(__name__)
 
@@ -160,7 +155,7 @@ def slide_row(row: Row) -> dict[str, str]:
     if split not in SPLITS:
         raise ValueError(f"{row.place}: split {split!r} of slide {slide}; expected train, val, test or nothing")
     values = {name: "" if value is None else str(value).strip() for name, value in row.values.items()}
-    case = str(row.first("case_id", "patient_id", "case", "patient")) or tcga_case(slide)
+    case = str(row.first("case_id", "patient_id", "case", "patient")) or barcode_patient(slide)
     patient = str(row.first("patient_id", "case_id", "patient", "case")) or case
     known = {"slide_id": slide, "case_id": case, "patient_id": patient, "split": SPLITS[split]}
     return {"label": ""} | values | known
@@ -184,13 +179,12 @@ def match_slides(
     named: Sequence[tuple[Sequence[str], str]], slide_ids: Sequence[str], case_ids: Sequence[str] | None = None
 ) -> list[tuple[str, ...]]:
     """The slides that each text means by its (slide ids, case id), as `match_texts` finds them; () where none does."""
-    index = _Index(slide_ids, case_ids)
+    known = SlideNames(slide_ids, case_ids)
     matched, lost, samples = [], 0, []
     for names, case in named:
-        found = list(dict.fromkeys(slide for name in names for slide in index.find(name)))
-        if not names:
-            found = index.cases.get(case, [])
-        missing = [name for name in names if not index.find(name)] or ([] if found else [case])
+        slides = [known.find(name) or known.of_case(name) for name in names] or [known.of_case(case)]
+        found = list(dict.fromkeys(slide for some_slides in slides for slide in some_slides))
+        missing = [name for name, own in zip(names or [case], slides, strict=True) if not own]
         lost += len(missing)
         samples += missing
         matched.append(tuple(found))
@@ -208,46 +202,35 @@ def match_slides(
     return matched
 
 
-class _Index:
-    """Slides by every name that a table may give them. A name that two slides share finds neither."""
+def match_rows(
+    rows: Sequence[Mapping[str, str]], slide_ids: Sequence[str], table: object
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The row of a slide table for each slide that has one, with its `slide_id` spelt as the slide's, and notes.
 
-    def __init__(self, slide_ids: Sequence[str], case_ids: Sequence[str] | None) -> None:
-        self.exact = set(slide_ids)
-        self.names: defaultdict[str, set[str]] = defaultdict(set)
-        self.bare: defaultdict[str, set[str]] = defaultdict(set)
-        self.cases: defaultdict[str, list[str]] = defaultdict(list)
-        for number, slide in enumerate(slide_ids):
-            name = clean_id(slide).lower()
-            self.names[name].add(slide)
-            self.bare[_UUID.sub("", name)].add(slide)
-            case = case_ids[number] if case_ids is not None else ""
-            for known in {case, tcga_case(slide)} - {""}:
-                self.cases[known].append(slide)
-
-    def find(self, name: str) -> list[str]:
-        if name in self.exact:
-            return [name]
-        clean = clean_id(name).lower()
-        found = self.names.get(clean)
-        if not found and not _UUID.search(clean):
-            found = self.bare.get(clean)
-        elif not found:  # the table knows the UUID: a slide of that name without one, never one with another UUID
-            found = self.names.get(_UUID.sub("", clean))
-        if found:
-            return list(found) if len(found) == 1 else []
-        return self.cases.get(name, [])
-
-
-def clean_id(name: str) -> str:
-    """A slide id from what a table gives: no folder, and no extension of a slide or feature file."""
-    last = name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return _EXTENSIONS.sub("", last.strip()).strip()
-
-
-def tcga_case(slide_id: str) -> str:
-    """The patient in a TCGA barcode ("TCGA-A7-A0CJ-01Z-00-DX2" -> "TCGA-A7-A0CJ"), "" in other ids."""
-    match = _TCGA.match(slide_id)
-    return match.group(1).upper() if match else ""
+    The notes say which ids matched in another spelling only, and which rows belong to no slide. Raises ValueError for
+    two rows of one slide; `table` is the table's name for messages.
+    """
+    known = SlideNames(slide_ids)
+    means = [next(iter(known.find(row["slide_id"])), None) for row in rows]
+    exact = {row["slide_id"] for row in rows}
+    found: dict[str, dict[str, str]] = {}
+    spelt: dict[str, str] = {}
+    absent = []
+    for row, slide in zip(rows, means, strict=True):
+        name = row["slide_id"]
+        if slide is None or (name != slide and slide in exact):  # the slide has a row of its very name
+            absent.append(name)
+            continue
+        if slide in found:
+            both = f"{spelt[slide]} and {name} are both slide {slide}"
+            raise ValueError(f"{table}: {both}; a slide counts once, remove one of the rows")
+        found[slide], spelt[slide] = dict(row) | {"slide_id": slide}, name
+    notes = []
+    if other := [f"{name} is slide {slide}" for slide, name in spelt.items() if name != slide]:
+        notes.append(f"{len(other)} ids of {table} are spelt otherwise than the slides ({some(other)})")
+    if absent:
+        notes.append(f"{len(absent)} of {len(rows)} rows of {table} belong to no slide ({some(absent)})")
+    return found, notes
 
 
 def some(names: Iterable[object], most: int = 3) -> str:
@@ -331,7 +314,7 @@ def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
     slide_ids = tuple(dict.fromkeys(filter(None, (clean_id(str(name)) for name in given))))
     if not slide_ids and not case:
         raise ValueError(f"{row.place}: no slide; a column slide_id or case_id is needed, {row_columns(row)}")
-    return slide_ids, case or (tcga_case(slide_ids[0]) if slide_ids else "")
+    return slide_ids, case or (barcode_patient(slide_ids[0]) if slide_ids else "")
 
 
 def row_turns(row: Row) -> list[tuple[str, str]]:

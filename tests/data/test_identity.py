@@ -3,10 +3,19 @@
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pathflip_jax.data.identity import barcode_patient, connected, fold, fold_slide, is_missing, person_keys
+from pathflip_jax.data.identity import (
+    SlideNames,
+    barcode_patient,
+    clean_id,
+    connected,
+    fold,
+    fold_slide,
+    is_missing,
+    person_keys,
+)
 
 IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 
@@ -23,8 +32,8 @@ def test_what_says_something_is_not_missing(value):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("123", "123.0"), ("0045", "45"), ("p-01", "P-01"), ("Mu\u0308ller", "M\u00fcller"), (" A  1 ", "a 1"),
-     ("S1.svs", "s1.SVS"), ("00", "0"), ("A\u00a01", "A 1"), ("Straße", "STRASSE")],
+    [("123", "123.0"), ("S1.svs.h5", "S1"), ("0045", "45"), ("p-01", "P-01"), ("Mu\u0308ller", "M\u00fcller"),
+     (" A  1 ", "a 1"), ("S1.svs", "s1.SVS"), ("00", "0"), ("A\u00a01", "A 1"), ("Straße", "STRASSE")],
 )  # fmt: skip
 def test_spellings_of_one_id_fold_to_one(one, other):
     assert fold(one) == fold(other)
@@ -72,3 +81,59 @@ def test_groups_are_those_of_a_plain_graph_search(keys):
             open_ends += new
         assert {i for i, group in enumerate(groups) if group == groups[start]} == reached, own
     assert list(dict.fromkeys(groups)) == sorted(set(groups))
+
+
+A = "TCGA-AA-0001-01Z-00-DX1.0a1b2c3d-0000-4000-8000-00000000000a"
+B = "TCGA-AA-0001-01Z-00-DX10.0a1b2c3d-0000-4000-8000-00000000000b"
+
+
+@pytest.mark.parametrize(
+    ("name", "slides", "expected"),
+    [
+        ("S1", ["S1", "S10"], "S1"),
+        ("a/S1.h5", ["S10", "S1"], "S1"),
+        ("s1", ["S1", "S10"], "S1"),
+        ("S1", ["S1.svs"], "S1.svs"),
+        ("123.0", ["123", "124"], "123"),
+        ("45", ["0045", "0046"], "0045"),
+        ("0045", ["45", "46"], "45"),
+        ("Mu\u0308ller 7", ["M\u00fcller  7"], "M\u00fcller  7"),
+        ("S1.ome.tif", ["S1.ome"], "S1.ome"),
+        ("1", ["1", "01"], "1"),
+        ("01.svs", ["1", "01"], "01"),
+        ("001", ["1", "01"], None),  # two slides come into question
+        ("s1", ["S1", "S1.svs"], None),
+        ("S1.svs", ["S1", "S1.svs"], "S1.svs"),
+        ("TCGA-AA-0001-01Z-00-DX1", [B, A], A),  # DX1 is not DX10
+        (A, ["TCGA-AA-0001-01Z-00-DX10", "TCGA-AA-0001-01Z-00-DX1"], "TCGA-AA-0001-01Z-00-DX1"),
+        (A.upper(), [A, B], A),
+        ("TCGA-AA-0001-01Z-00-DX1", [A, A[:-1] + "c"], None),
+        (A, [A[:-1] + "c"], None),  # another file of that name
+        ("TCGA-AA-0001", [A], None),  # a patient is no slide
+        ("S21", ["S21.5"], None),
+        ("S21.5", ["S21.7", "S21"], None),
+        ("S", ["S1"], None),
+    ],
+)
+def test_a_name_finds_the_slide_it_means(name, slides, expected):
+    assert SlideNames(slides).find(name) == ([expected] if expected else [])
+
+
+@given(st.lists(IDS, min_size=1, max_size=6, unique=True))
+def test_every_slide_is_found_by_its_own_spelling(slides):
+    names = SlideNames(slides)
+    assert [names.find(slide) for slide in slides] == [[slide] for slide in slides]
+
+
+def test_a_case_finds_its_slides_however_it_is_spelt():
+    names = SlideNames(["S1", "S2", "S3", A], ["0010", "10.0", "nan", ""])
+    assert names.of_case("10") == ["S1", "S2"] and names.of_case("tcga-aa-0001") == [A]
+    assert names.of_case("nan") == names.of_case("") == names.of_case("11") == []
+
+
+@example("/\r0")  # a folder before a blank
+@given(st.text())
+def test_an_id_is_a_name_without_folder(name):
+    clean = clean_id(name)
+    assert "/" not in clean and "\\" not in clean and clean == clean.strip()
+    assert clean_id(f"a/b/{clean}.h5") == clean or not clean

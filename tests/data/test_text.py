@@ -4,18 +4,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pathflip_jax.data import tables
 from pathflip_jax.data.text import (
     SlideText,
-    clean_id,
+    match_rows,
     match_texts,
     read_questions,
     read_slide_table,
     read_texts,
-    tcga_case,
     write_texts,
 )
 
@@ -324,17 +323,19 @@ def test_what_matches_nothing_is_an_error():
         match_texts(texts_of(*"abcde"), ["x", "y"])
 
 
-@example("/\r0")  # a folder before a blank
-@given(st.text())
-def test_an_id_is_a_name_without_folder(name):
-    clean = clean_id(name)
-    assert "/" not in clean and "\\" not in clean and clean == clean.strip()
-    assert clean_id(f"a/b/{clean}.h5") == clean or not clean
-
-
-def test_barcodes():
-    assert tcga_case("TCGA-A7-A0CJ-01Z-00-DX2") == tcga_case("tcga-a7-a0cj") == "TCGA-A7-A0CJ"
-    assert tcga_case("TCGA-A7-A0CJ5") == tcga_case("SYN-0001-A") == ""
+def test_rows_of_a_slide_table_are_those_of_the_slides_they_mean():
+    rows = [{"slide_id": name, "case_id": case} for name, case in (("123.0", "10"), ("45", "11"), ("S9", "12"))]
+    found, notes = match_rows(rows, ["0045", "123", "S3"], "slides.csv")
+    assert found == {"123": {"slide_id": "123", "case_id": "10"}, "0045": {"slide_id": "0045", "case_id": "11"}}
+    assert notes == [
+        "2 ids of slides.csv are spelt otherwise than the slides (123.0 is slide 123, 45 is slide 0045)",
+        "1 of 3 rows of slides.csv belong to no slide (S9)",
+    ]
+    assert match_rows([{"slide_id": "S1"}], ["S1", "S2"], "slides.csv") == ({"S1": {"slide_id": "S1"}}, [])
+    found, notes = match_rows([{"slide_id": "01"}, {"slide_id": "1"}], ["1", "2"], "slides.csv")
+    assert list(found) == ["1"] and notes == ["1 of 2 rows of slides.csv belong to no slide (01)"]
+    with pytest.raises(ValueError, match="slides.csv: 01 and 1.0 are both slide 1"):
+        match_rows([{"slide_id": "01"}, {"slide_id": "1.0"}], ["1", "2"], "slides.csv")
 
 
 def real(name):
