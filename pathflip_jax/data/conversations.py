@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pathflip_jax.data.choices import row_options, same_text
+from pathflip_jax.data.identity import is_empty
 from pathflip_jax.data.storage import Place, as_path
 from pathflip_jax.data.tables import Row, read_rows
 from pathflip_jax.data.text import (
@@ -19,7 +21,6 @@ from pathflip_jax.data.text import (
     row_caption,
     row_columns,
     row_name,
-    row_options,
     row_questions,
     row_slides,
     row_turns,
@@ -97,12 +98,12 @@ def match_conversations(
 
 def _conversation(row: Row, number: int) -> Conversation:
     slide_ids, case_id = row_slides(row)
-    if "conversations" in row.values:
+    if row.first("conversations") or ("conversations" in row.values and not has_caption(row)):
         turns = [_turn(row, asked, answer) for asked, answer in row_turns(row)]
-    elif "answer" in row.values:
+    elif "answer" in row.values and not (row.said("answer") == "" and has_caption(row)):
         turns = [Turn(ask(question), question.answer) for question in row_questions(row, number)]
     elif has_caption(row):
-        instruction = row.first("question") or DESCRIBE
+        instruction = row.said("question") or DESCRIBE
         if not isinstance(instruction, str):
             raise ValueError(f"{row.place}: a question must be a text, not {instruction!r:.60}")
         turns = [Turn(instruction, row_caption(row).strip())]
@@ -123,7 +124,7 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
         if not asked.replace(IMAGE, "").strip():
             found = f"nothing but {IMAGE}" if asked else "nothing"
             raise ValueError(f"{where}: {found} is asked; write the question, or remove the row")
-        if not answer:
+        if is_empty(answer):
             raise ValueError(f"{where}: the answer to {asked!r:.60} is empty; write it or remove the row")
         if IMAGE in answer:
             raise ValueError(f"{where}: {IMAGE} in the answer {answer!r:.60}; it belongs into the first question")
@@ -151,10 +152,10 @@ def _turn(row: Row, asked: str, answer: str) -> Turn:
 def _letter(answer: str, options: dict[str, str]) -> str:
     """The letter of an answer given as "B", "B) text" or the text of an option; "" for one that says anything else."""
     match = re.fullmatch(r"\(?([A-Ha-h])(?:[).:]+\s*(.*))?", answer, re.DOTALL)
-    texts = {letter: text.strip(" .").lower() for letter, text in options.items()}
-    if match and match.group(1).upper() in options:
-        letter, said = match.group(1).upper(), (match.group(2) or "").strip(" .").lower()
-        if said in ("", texts[letter]):
+    named = same_text(answer, options)
+    if match and (letter := match.group(1).upper()) in options:
+        said = match.group(2) or ""
+        if letter in same_text(said, options) if said else letter in (named or [letter]):
             return letter
-    named = [letter for letter, text in texts.items() if text == answer.strip(" .").lower()]
+        return ""
     return named[0] if named else ""

@@ -7,21 +7,25 @@ every question whether two slides are of one patient is answered by `connected` 
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-MISSING = frozenset({"", "na", "n/a", "<na>", "nan", "nat", "none", "null", "unknown"})  # as `fold` spells them
+EMPTY = frozenset({"", "nan", "<na>", "nat", "null"})  # as `fold` spells them, as are MISSING
+MISSING = EMPTY | {
+    "na", "n/a", "#n/a", "none", "unknown", "'--", "not available", "not reported", "[not available]", "[unknown]",
+}  # fmt: skip
 SUFFIXES = re.compile(
     r"(\.(ome|h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g))+$",
     re.IGNORECASE,
 )
 UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # behind the id of a TCGA slide
-_NUMBER = re.compile(r"0*([0-9]+?)(?:\.0+)?")
+_NUMBER = re.compile(r"(0*([0-9]+?))(?:\.0+)?")
 _BARCODE = re.compile(r"TCGA-\w{2}-\w{4}(?!\w)|C3[LN]-\d{5}(?!\d)", re.IGNORECASE)
 
 Key = tuple[str, str]
@@ -29,9 +33,14 @@ Key = tuple[str, str]
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN, an empty text, or a word that tables write for "not available"."""
-    if value is None or (isinstance(value, float) and value != value):
+    return is_empty(value) or (isinstance(value, str) and _plain(value) in MISSING)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell of free text holds nothing: "None" and "unknown" are answers there, and options of a question."""
+    if value is None or (isinstance(value, Number) and value != value):
         return True
-    return isinstance(value, str) and _plain(value) in MISSING
+    return isinstance(value, str) and _plain(value) in EMPTY
 
 
 def clean_id(name: str) -> str:
@@ -40,19 +49,26 @@ def clean_id(name: str) -> str:
     return SUFFIXES.sub("", last.strip()).strip()
 
 
-def fold(name: str) -> str:
+def fold(name: str, zeros: bool = False) -> str:
     """An id as it is compared: equal for spellings that differ in case, Unicode form, spaces, suffix or ".0".
 
-    Zeros in front of a number are dropped too, for spreadsheets lose them; `"0045"` and `"45"` are one id.
+    Zeros in front of a number are dropped too unless `zeros` keeps them: spreadsheets lose them, "0045" and "45" are
+    one id.
     """
     text = _plain(SUFFIXES.sub("", name.strip()))
     number = _NUMBER.fullmatch(text)
-    return number.group(1) if number else text
+    return number.group(1 if zeros else 2) if number else text
 
 
-def fold_slide(name: str) -> str:
+def fold_slide(name: str, zeros: bool = False) -> str:
     """A slide id as it is compared: `fold`, of the file's name alone where it comes with its folder."""
-    return fold(clean_id(name))
+    return fold(clean_id(name), zeros)
+
+
+def natural(spellings: Iterable[str]) -> str:
+    """The most natural of several spellings of one id: 123 before 123.0, 0045 before 45, then the most frequent."""
+    counts = Counter(spellings)
+    return min(counts, key=lambda name: (name.endswith(".0"), -len(name) if name.isdigit() else 0, -counts[name]))
 
 
 def barcode_patient(name: str) -> str:
@@ -130,4 +146,4 @@ def _plain(text: str) -> str:
 
 
 # How a slide's name is read, from its own spelling to the widest: where two slides share one, an earlier one tells.
-_SPELLINGS = (str, clean_id, lambda name: _plain(clean_id(name)), fold_slide)
+_SPELLINGS = (str, clean_id, lambda name: fold_slide(name, zeros=True), fold_slide)

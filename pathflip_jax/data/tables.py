@@ -1,24 +1,29 @@
-"""Tables of any kind as rows: CSV, JSON and JSON Lines, told apart by what they hold, not by their names.
+"""Tables of any kind as rows: CSV, JSON, JSON Lines and Parquet, told apart by what they hold, not by their names.
 
 Every row knows its place ("reports.csv, line 17"), so that what is wrong with it can be found.
 """
 
+import codecs
 import csv
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
+from pathflip_jax.data.cells import as_list, as_text
+from pathflip_jax.data.identity import is_empty, is_missing
 from pathflip_jax.data.storage import Place, as_path, file_sizes, is_url, read_bytes
 
-LARGEST_JSON = 512 * 2**20  # bytes of a file that has to be parsed in one go
+LARGEST_JSON = 512 * 2**20  # bytes of a file that has to be parsed in one go, and of a Parquet file's values
 LONGEST_RECORD = 16 * 2**20  # characters of a line of JSON, or of a row of a csv over all its lines
 _SNIFFED = 2**20  # characters among which a table must begin
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)  # the line by which Excel knows its own files
+_PARQUET, _ZIP = b"PAR1", b"PK\x03\x04"
 
 
 class Row(NamedTuple):
@@ -28,39 +33,51 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
     def first(self, *names: str) -> Any:
-        """The first of these columns that holds something; "" when none does."""
+        """The first of these columns that is not missing (`is_missing`); "" when all are."""
+        return self._first(names, is_missing)
+
+    def said(self, *names: str) -> Any:
+        """The first of these columns of free text that holds something, be it "None" or "unknown"; "" when none does.
+
+        For answers, questions and options alone: elsewhere these words say that a value is missing.
+        """
+        return self._first(names, is_empty)
+
+    def text(self, *names: str) -> str:
+        """`first` as text: ids that became floats (123.0) are whole again."""
+        return as_text(self.first(*names))
+
+    def listed(self, *names: str) -> Any:
+        """`first` as the list or object that it is, also where CSV has it as text; as it is where it is neither."""
+        try:
+            return as_list(self.first(*names))
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from error
+
+    def _first(self, names: Sequence[str], lacks: Callable[[Any], bool]) -> Any:
         for name in names:
             value = self.values.get(name)
             if isinstance(value, str):
                 value = value.strip()
-            if value not in (None, "", []):
+            if not lacks(value) and value not in ([], {}):
                 return value
         return ""
 
 
 def read_rows(path: str | Place) -> list[Row]:
-    """The rows of a CSV (comma, semicolon or tab), JSON (a list of objects) or JSON Lines file, with a BOM or not.
+    """The rows of a table: CSV (comma, semicolon or tab), JSON (a list of objects), JSON Lines or Parquet.
 
-    CSV and JSON Lines are read row by row, so memory holds the rows and never the file. Raises ValueError with file and
-    line for a file that is none of these, and for a row or a JSON file beyond all measure; FileNotFoundError for a
-    missing one.
+    Texts are UTF-8, with a BOM or not, or UTF-16 with one, as Excel writes it. CSV and JSON Lines are read row by row,
+    so memory holds the rows and never the file. Raises ValueError with file and line for a file that is none of these,
+    and for a row or a JSON file beyond all measure; FileNotFoundError for a missing one.
     """
     path = as_path(path)
-    with _opened(path) as file:
-        lines = _Lines(path, file)
-        try:
-            head = file.read(_SNIFFED).lstrip()
-            file.seek(0)
-            if not head:
-                raise ValueError(f"{path}: the file is empty; a table of CSV, JSON or JSON Lines is needed")
-            if head[0] == "[":
-                rows = _json_rows(path, file)
-            elif head[0] == "{":
-                rows = _json_line_rows(path, file, lines)
-            else:
-                rows = _csv_rows(path, lines, head)
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not UTF-8 near line {lines.number}; save the table as UTF-8") from None
+    with _opened(path) as binary:
+        begins = binary.read(4)
+        binary.seek(0)
+        if begins == _ZIP:
+            raise ValueError(f"{path}: a zip archive or an Excel workbook, not a table; save it as CSV (UTF-8)")
+        rows = _parquet_rows(path, binary) if begins == _PARQUET else _text_rows(path, binary, _encoding(begins))
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
@@ -103,10 +120,67 @@ def json_object(path: Place, data: bytes) -> dict[str, Any]:
     return found
 
 
-def _opened(path: Place) -> TextIO:
-    if not is_url(path):
-        return open(path, encoding="utf-8-sig", newline="")
-    return io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig", newline="")
+def _opened(path: Place) -> BinaryIO:
+    return io.BytesIO(read_bytes(path)) if is_url(path) else open(path, "rb")
+
+
+def _encoding(begins: bytes) -> str:
+    return "utf-16" if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def _text_rows(path: Place, binary: BinaryIO, encoding: str) -> list[Row]:
+    with io.TextIOWrapper(binary, encoding=encoding, newline="") as file:
+        lines = _Lines(path, file)
+        try:
+            return _told_rows(path, file, lines)
+        except UnicodeError:
+            kind = "UTF-16" if encoding == "utf-16" else "UTF-8"
+            raise ValueError(f"{path}: not {kind} near line {lines.number}; save the table as UTF-8") from None
+
+
+def _told_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
+    """The rows of a text whose beginning tells its kind."""
+    head = file.read(_SNIFFED).lstrip()
+    file.seek(0)
+    if not head:
+        raise ValueError(f"{path}: the file is empty; a table of CSV, JSON, JSON Lines or Parquet is needed")
+    if "\0" in head:
+        raise ValueError(f"{path}: zero bytes in it: UTF-16 without a mark, or no table; save the table as UTF-8")
+    if head[0] == "[":
+        return _json_rows(path, file)
+    return _json_line_rows(path, file, lines) if head[0] == "{" else _csv_rows(path, lines, head)
+
+
+def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
+    """The rows of a Parquet file; lists and structures become Python's. Few at a time: one value may be repeated."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows: list[Row] = []
+    try:
+        table = parquet.ParquetFile(binary)
+        held = 0
+        for group in range(table.num_row_groups):
+            size = max(1, table.metadata.row_group(group).total_byte_size)
+            for batch in table.iter_batches(max(1, min(1024, LARGEST_JSON // size)), row_groups=[group]):
+                held += batch.nbytes
+                if held > LARGEST_JSON or size > LARGEST_JSON:
+                    most = f"{LARGEST_JSON / 1e6:.0f}"
+                    raise ValueError(f"{path}: its values take more than {most} MB; write the columns that are needed")
+                rows += [
+                    _row(f"{path}, row {len(rows) + n}", one.items()) for n, one in enumerate(batch.to_pylist(), 1)
+                ]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: broken Parquet ({error!s:.200}); was the file cut short?") from error
+    return rows
+
+
+def _row(place: str, cells: Iterable[tuple[str, Any]]) -> Row:
+    """A row by its cells, under lower-case names. Raises ValueError for a name that is there twice."""
+    cells = [(name.strip().lower(), value) for name, value in cells]
+    if twice := sorted(name for name, count in Counter(name for name, _ in cells).items() if name and count > 1):
+        raise ValueError(f"{place}: the column {twice[0]!r:.60} occurs twice; rename one")
+    return Row(place, dict(cells))
 
 
 class _Lines:
@@ -172,26 +246,28 @@ def _whole_object(path: Place, file: TextIO, place: str, error: ValueError) -> R
 def _json_row(place: str, value: Any) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{place}: a {type(value).__name__}, where an object with named values was expected")
-    return Row(place, {name.strip().lower(): item for name, item in value.items()})
+    return _row(place, value.items())
 
 
-def _csv_rows(path: Place, lines: _Lines, head: str) -> list[Row]:
-    header = head.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)
+def _csv_rows(path: Path, lines: _Lines, head: str) -> list[Row]:
+    said = _SEPARATOR.match(head)
+    if said:
+        next(lines)
+        head = head[said.end() :].lstrip()
+    delimiter = said.group(1) if said else max(",;\t", key=head.split("\n", 1)[0].count)
+    skipped = lines.number - 1
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
     rows = []
-    line = 1
+    line = 1 + skipped
     try:
         for fields in reader:
-            place, line, lines.record = f"{path}, line {line}", reader.line_num + 1, 0
+            place, line, lines.record = f"{path}, line {line}", reader.line_num + 1 + skipped, 0
             if not any(field.strip() for field in fields):
                 continue
             if not names:
                 names = [field.strip().lower() for field in fields]
-                twice = sorted(name for name, count in Counter(filter(None, names)).items() if count > 1)
-                if twice:
-                    raise ValueError(f"{place}: the column {twice[0]!r:.60} occurs twice; rename one")
+                _row(place, zip(names, names, strict=True))
                 continue
             if len(fields) != len(names):
                 raise ValueError(

@@ -9,22 +9,22 @@ PathFLIP2), WSI-Bench, WSI-VQA and SlideBench files are read as they are publish
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pathflip_jax.data.identity import SlideNames, barcode_patient, clean_id
+from pathflip_jax.data.cells import as_text
+from pathflip_jax.data.choices import OPTION, answer_letter, row_options
+from pathflip_jax.data.identity import SlideNames, barcode_patient, clean_id, fold_slide, is_empty, is_missing
 from pathflip_jax.data.tables import Row, read_rows
 
 IMAGE = "<image>"  # where the slide stands in what is asked
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test", "": ""}
-_SLIDE = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
+SLIDE_COLUMNS = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
 _CASE = ("case_id", "patient_id", "case", "patient")
 _CAPTION = ("caption", "report", "text")
 _CONCEPTS, _DESCRIPTION = "fine_grained_concepts", "visual_description"
-_OPTION = re.compile(r"(?:^|\s)\(?([A-H])[).:]\s+")
 _log = logging.getLogger(__name__)
 
 
@@ -93,8 +93,9 @@ def write_texts(path: str | Path, texts: Iterable[SlideText]) -> None:
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a VQA table: SlideBench-VQA, WSI-VQA, WSI-Bench or SlideInstruct, or columns named alike.
 
-    Options that are empty are left out. Raises ValueError with file and line for a row without question or answer,
-    and for an answer that is none of its options.
+    Options that are null, NaN or empty are left out; "None" and "unknown" are options and answers like any other.
+    Raises ValueError with file and line for a row without question or answer, for options that cannot be told apart,
+    and for an answer that is none of its options or that may be two of them.
     """
     rows = enumerate(read_rows(path), 1)
     return [question for number, row in rows for question in row_questions(row, number)]
@@ -104,61 +105,71 @@ def row_questions(row: Row, number: int) -> list[Question]:
     """The questions of a row of `read_questions`: one, or one for each turn of a conversation."""
     slide_ids, case_id = row_slides(row)
     name = row_name(row, number)
-    category = str(row.first("narrow category", "category", "broad category", "task", "type"))
-    broad = str(row.first("broad category"))
-    if "conversations" in row.values:
-        turns = _bare_turns(row)
+    category = row.text("narrow category", "category", "broad category", "task", "type")
+    broad = row.text("broad category")
+    if row.first("conversations"):
+        turns = bare_turns(row)
     else:
-        turns = [(str(row.first("question")), str(row.first("answer")))]
+        turns = [(as_text(row.said("question")), _answer(row))]
     questions = []
     for turn, (asked, answer) in enumerate(turns):
         if not asked or not answer:
             what = "answer" if asked else "question"
             raise ValueError(f"{row.place}: no {what}; write it or remove the row, {row_columns(row)}")
         asked, options = row_options(row, asked)
-        answer = _letter(row, answer, options) if options else answer
+        answer = answer_letter(row, answer, options) if options else answer
         turn_name = name if len(turns) == 1 else f"{name}/{turn}"
         questions.append(Question(turn_name, slide_ids, case_id, asked, answer, options, category, broad))
     return questions
 
 
-def read_slide_table(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a slides table (CSV or JSON Lines) with at least a column slide_id, as `slide_row` reads them.
+def _answer(row: Row) -> str:
+    given = row.said("answer")
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    if isinstance(given, list | dict):
+        raise ValueError(f"{row.place}: an answer must be one text, not {given!r:.60}; a question has one right answer")
+    return as_text(given)
 
-    Raises ValueError with file and line as `slide_row` does, and for a slide listed twice.
+
+def read_slide_table(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a slides table with at least a column slide_id, as `slide_row` reads them.
+
+    Raises ValueError with file and line as `slide_row` does, and for a slide listed twice, also in two spellings.
     """
     found: list[dict[str, str]] = []
-    places: dict[str, str] = {}
+    places: dict[str, tuple[str, str]] = {}
     for row in read_rows(path):
         found.append(slide_row(row))
         slide = found[-1]["slide_id"]
-        if slide in places:
+        other, place = places.setdefault(fold_slide(slide, zeros=True), (slide, row.place))
+        if place != row.place:
+            spelt = "" if other == slide else f" as {other}"
             raise ValueError(
-                f"{row.place}: slide {slide} is listed more than once (first in {places[slide]}); "
+                f"{row.place}: slide {slide} is listed more than once (first in {place}{spelt}); "
                 "a slide counts once, remove the others"
             )
-        places[slide] = row.place
     return found
 
 
 def slide_row(row: Row) -> dict[str, str]:
     """A row of a slides table: slide_id, case_id, patient_id, label, split, and the table's other columns as they are.
 
-    Case and patient stand in for each other, TCGA barcodes for both ("" = unknown); split is train, val, test or "".
-    Raises ValueError with file and line for a row without a slide id and a split of another name.
+    Case and patient stand in for each other, TCGA and CPTAC barcodes for both; what is missing is "". The split is
+    train, val, test or "". Raises ValueError with file and line for a row without a slide id and a split of another
+    name.
     """
-    raw = row.first(*_SLIDE)
-    slide = clean_id(str(raw)) if isinstance(raw, str | int) else ""
+    raw = row.first(*SLIDE_COLUMNS)
+    slide = clean_id(as_text(raw)) if isinstance(raw, str | int | float) else ""
     if not slide:
         raise ValueError(f"{row.place}: no slide id; a column slide_id is needed, {row_columns(row)}")
-    split = str(row.first("split")).lower()
+    split = row.text("split").lower()
     if split not in SPLITS:
         raise ValueError(f"{row.place}: split {split!r} of slide {slide}; expected train, val, test or nothing")
-    values = {name: "" if value is None else str(value).strip() for name, value in row.values.items()}
-    case = str(row.first("case_id", "patient_id", "case", "patient")) or barcode_patient(slide)
-    patient = str(row.first("patient_id", "case_id", "patient", "case")) or case
+    case = row.text("case_id", "patient_id", "case", "patient") or barcode_patient(slide)
+    patient = row.text("patient_id", "case_id", "patient", "case") or case
     known = {"slide_id": slide, "case_id": case, "patient_id": patient, "split": SPLITS[split]}
-    return {"label": ""} | values | known
+    return {"label": ""} | {name: row.text(name) for name in row.values} | known
 
 
 def match_texts(
@@ -242,16 +253,16 @@ def some(names: Iterable[object], most: int = 3) -> str:
 
 def _text(row: Row) -> SlideText:
     slide_ids, case_id = row_slides(row)
-    if "conversations" in row.values:
-        turns = _bare_turns(row)
-        if any(_OPTION.search(asked) and len(answer) <= 2 for asked, answer in turns):
+    if row.first("conversations"):
+        turns = bare_turns(row)
+        if any(OPTION.search(asked) and len(answer) <= 2 for asked, answer in turns):
             raise ValueError(f"{row.place}: a multiple-choice question; read_questions reads tables of questions")
         caption = "\n".join(answer for _, answer in turns)
+    elif has_caption(row):
+        caption = _caption(row)
     else:
-        caption = row.first(*_CAPTION)
-        if not has_caption(row):
-            hint = "; read_questions reads tables of questions" if "answer" in row.values else ""
-            raise ValueError(f"{row.place}: no column caption, {row_columns(row)}{hint}")
+        hint = "; read_questions reads tables of questions" if "answer" in row.values else ""
+        raise ValueError(f"{row.place}: no column caption, {row_columns(row)}{hint}")
     return SlideText(slide_ids, case_id, _written(row, caption, slide_ids, case_id), _subcaptions(row))
 
 
@@ -262,11 +273,16 @@ def has_caption(row: Row) -> bool:
 
 def row_caption(row: Row) -> str:
     """The caption of a row that has a column for it. Raises ValueError where it is empty."""
-    return _written(row, row.first(*_CAPTION), *row_slides(row))
+    return _written(row, _caption(row), *row_slides(row))
+
+
+def _caption(row: Row) -> object:
+    """The first caption that is not missing, else what stands there in its place."""
+    return row.first(*_CAPTION) or next(row.values[name] for name in _CAPTION if name in row.values)
 
 
 def _written(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str) -> str:
-    if not isinstance(caption, str) or not any(letter.isalnum() for letter in caption):
+    if is_missing(caption) or not isinstance(caption, str) or not any(letter.isalnum() for letter in caption):
         raise ValueError(
             f"{row.place}: the caption of {some(slide_ids) or case_id} is empty ({str(caption)[:20]!r}); "
             "write it or remove the row"
@@ -275,21 +291,20 @@ def _written(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str
 
 
 def _subcaptions(row: Row) -> tuple[str, ...] | None:
-    given = row.first("subcaptions")
-    if not given and row.values.get(_CONCEPTS):
-        given = _descriptions(row)
+    given = row.listed("subcaptions") or _descriptions(row)
     if isinstance(given, str):
         given = given.splitlines()
-    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+    if not isinstance(given, list) or not all(isinstance(item, str) or is_empty(item) for item in given):
         raise ValueError(f"{row.place}: subcaptions must be a list of texts (in CSV, one a line), not {given!r:.60}")
-    if not all(any(letter.isalnum() for letter in item) for item in given):
+    given = [item for item in given if isinstance(item, str)]  # lists are padded with null
+    if any(is_missing(item) or not any(letter.isalnum() for letter in item) for item in given):
         raise ValueError(f"{row.place}: an empty subcaption; write it or remove it")
     return tuple(item.strip() for item in given) or None
 
 
 def _descriptions(row: Row) -> list[str]:
     """The subcaptions of a row as PathFLIP2's code reads them: objects with a visual description."""
-    found = row.values[_CONCEPTS]
+    found = row.listed(_CONCEPTS) or []
     if not isinstance(found, list) or not all(isinstance(one, dict) and one.get(_DESCRIPTION) for one in found):
         raise ValueError(f"{row.place}: {_CONCEPTS} must be a list of objects with a {_DESCRIPTION}, not {found!r:.60}")
     return [one[_DESCRIPTION] for one in found]
@@ -297,21 +312,21 @@ def _descriptions(row: Row) -> list[str]:
 
 def row_name(row: Row, number: int) -> str:
     """What a row is called: its id, unless that is the slide's or patient's, else its number."""
-    return str(row.first("question_id") or (row.first(*_SLIDE, *_CASE) and row.first("id")) or number)
+    return row.text("question_id") or (row.text(*SLIDE_COLUMNS, *_CASE) and row.text("id")) or str(number)
 
 
 def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
     """The slide ids and the case of a row; WSI-VQA names neither, only an `Id`, which is the patient."""
-    given = row.first(*_SLIDE)
-    case = str(row.first(*_CASE))
-    if not given and not case:
+    given = row.listed(*SLIDE_COLUMNS)
+    case = row.text(*_CASE)
+    if given == "" and not case:
         given = row.first("id")
     if isinstance(given, str):
         given = given.split(";")
-    given = given if isinstance(given, list) else [given]
-    if not all(isinstance(name, str | int) for name in given):
+    given = [name for name in (given if isinstance(given, list) else [given]) if not is_missing(name)]
+    if not all(isinstance(name, str | int | float) for name in given):
         raise ValueError(f"{row.place}: slide ids must be texts, not {given!r:.60}")
-    slide_ids = tuple(dict.fromkeys(filter(None, (clean_id(str(name)) for name in given))))
+    slide_ids = tuple(dict.fromkeys(filter(None, (clean_id(as_text(name)) for name in given))))
     if not slide_ids and not case:
         raise ValueError(f"{row.place}: no slide; a column slide_id or case_id is needed, {row_columns(row)}")
     return slide_ids, case or (barcode_patient(slide_ids[0]) if slide_ids else "")
@@ -319,7 +334,7 @@ def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
 
 def row_turns(row: Row) -> list[tuple[str, str]]:
     """What is asked and answered in the conversation of a row, in turn. Raises ValueError where it is none."""
-    turns = row.values["conversations"]
+    turns = row.listed("conversations")
     try:
         spoken = [(turn["from"], str.strip(turn["value"])) for turn in turns]
     except (TypeError, KeyError) as error:
@@ -334,40 +349,10 @@ def row_turns(row: Row) -> list[tuple[str, str]]:
     return [(spoken[i][1], spoken[i + 1][1]) for i in range(0, len(spoken), 2)]
 
 
-def _bare_turns(row: Row) -> list[tuple[str, str]]:
-    """`row_turns` without the image token."""
-    return [(asked.replace(IMAGE, "").strip(), answer.replace(IMAGE, "").strip()) for asked, answer in row_turns(row)]
-
-
-def row_options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
-    """The question without its options, and the options by letter: from columns, from a list, or from the question."""
-    given = row.first("choice", "choices", "options")
-    if isinstance(given, dict):
-        return asked, {str(letter).upper(): str(text).strip() for letter, text in given.items() if str(text).strip()}
-    if isinstance(given, list):
-        return asked, {chr(65 + i): str(text).strip() for i, text in enumerate(given) if str(text).strip()}
-    columns = {letter.upper(): str(row.first(letter)) for letter in "abcdefgh" if row.first(letter)}
-    if columns:
-        return asked, columns
-    found = list(_OPTION.finditer(asked))
-    if len(found) < 2 or [match.group(1) for match in found] != [chr(65 + i) for i in range(len(found))]:
-        return asked, {}
-    ends = [match.start() for match in found[1:]] + [len(asked)]
-    options = {m.group(1): asked[m.end() : end].strip() for m, end in zip(found, ends, strict=True)}
-    return asked[: found[0].start()].strip(), options
-
-
-def _letter(row: Row, answer: str, options: dict[str, str]) -> str:
-    """The letter of an answer given as "B", "B) text" or the text of an option."""
-    if answer.upper() in options:
-        return answer.upper()
-    texts = {text.strip(" .").lower(): letter for letter, text in reversed(options.items())}
-    if answer.strip(" .").lower() in texts:
-        return texts[answer.strip(" .").lower()]
-    match = re.match(r"\(?([A-H])(?:[).:]|$)", answer.upper())
-    if match and match.group(1) in options:
-        return match.group(1)
-    raise ValueError(f"{row.place}: the answer {answer!r:.60} is none of the options {options}")
+def bare_turns(row: Row) -> list[tuple[str, str]]:
+    """`row_turns` without the image token; an answer that is empty or "nan" is ""."""
+    turns = [(asked.replace(IMAGE, "").strip(), answer.replace(IMAGE, "").strip()) for asked, answer in row_turns(row)]
+    return [(asked, "" if is_empty(answer) else answer) for asked, answer in turns]
 
 
 def row_columns(row: Row) -> str:

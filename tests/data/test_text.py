@@ -3,11 +3,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from pathflip_jax.data import tables
+from pathflip_jax.data.identity import is_missing
 from pathflip_jax.data.text import (
     SlideText,
     match_rows,
@@ -178,13 +181,15 @@ def test_a_list_that_is_too_large_to_be_read_at_once(table, monkeypatch):
 
 def test_files_that_are_no_tables(table, tmp_path):
     with pytest.raises(ValueError, match="table: not UTF-8 near line 1; save the table as UTF-8"):
-        read_texts(table("slide_id,caption\n", "utf-16"))
+        read_texts(table("slide_id,caption\nS1,Gr\xf6\xdfe\n", "latin-1"))
     with pytest.raises(FileNotFoundError):
         read_texts(tmp_path / "absent.csv")
 
 
 ids = st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True)
-words = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: any(c.isalnum() for c in text))
+words = st.text(st.characters(codec="utf-8"), min_size=1).filter(
+    lambda text: any(c.isalnum() for c in text) and not is_missing(text)
+)
 
 
 @given(
@@ -261,9 +266,66 @@ def test_slide_tables(table):
     assert (row["case_id"], row["patient_id"], row["split"], row["label"]) == ("TCGA-AA-0001", "TCGA-AA-0001", "", "")
 
 
+MISSING = [None, float("nan"), "", "nan", "NaN", "NA", "None", "null", "Unknown", " N/A "]
+
+
+@pytest.mark.parametrize("value", MISSING)
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_missing_patients_cases_and_labels_are_none_at_all(tmp_path, kind, value):
+    rows = [{"slide_id": f"S{i}", "patient_id": value, "label": value, "split": "test", "mpp": value} for i in (1, 2)]
+    path = tmp_path / "table"
+    if kind == "csv":
+        path.write_text("\n".join(",".join(map(str, row)) for row in [list(rows[0]), *(row.values() for row in rows)]))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows))) if kind == "json" else write_parquet(path, rows)
+    assert [[row[name] for name in ("patient_id", "case_id", "label", "mpp")] for row in read_slide_table(path)] == [
+        [""] * 4
+    ] * 2
+
+
+@pytest.mark.parametrize("value", MISSING)
+def test_a_missing_caption_is_refused_and_a_missing_case_is_none(table, value):
+    with pytest.raises(ValueError, match="the caption of S1 is empty"):
+        read_texts(table([{"slide_id": "S1", "caption": value}]))
+    rows = [{"slide_id": "S1", "case_id": value, "caption": value, "report": "A.", "subcaptions": value}]
+    assert read_texts(table(rows)) == [SlideText(("S1",), "", "A.")]
+    with pytest.raises(ValueError, match="no slide"):
+        read_texts(table([{"slide_id": [value], "case_id": value, "caption": "A."}]))
+
+
+def test_lists_are_padded_with_null_and_written_as_text(table):
+    rows = [{"slide_id": ["S1", None], "caption": "A. B.", "subcaptions": ["A.", None, float("nan")]}]
+    assert read_texts(table(rows)) == [SlideText(("S1",), "", "A. B.", ("A.",))]
+    as_text = "slide_id,caption,subcaptions\n\"['S1', 'S2']\",A. B.,\"['A.', 'B.']\"\n"
+    assert read_texts(table(as_text)) == [SlideText(("S1", "S2"), "", "A. B.", ("A.", "B."))]
+
+
+def test_ids_that_became_floats_are_whole(table, tmp_path):
+    rows = [{"slide_id": 123.0, "patient_id": 7.0, "label": 1.0, "mpp": 0.25}, {"slide_id": 124.0, "patient_id": None}]
+    for path in (table(rows), tmp_path / "parquet"):
+        if path.name == "parquet":
+            write_parquet(path, rows)
+        first = read_slide_table(path)[0]
+        assert [first[name] for name in ("slide_id", "patient_id", "label", "mpp")] == ["123", "7", "1", "0.25"]
+    assert read_texts(table([{"slide_id": [123.0], "case_id": 7.0, "caption": "A."}])) == [
+        SlideText(("123",), "7", "A.")
+    ]
+
+
+@pytest.mark.parametrize("answer", ["None", "Unknown", "no", "N/A", 0, False])
+def test_an_open_answer_may_be_a_word_that_elsewhere_is_missing(table, answer):
+    (found,) = read_questions(table([{"slide_id": "S1", "question": "Positive nodes?", "answer": answer}]))
+    assert (found.answer, found.options) == (str(answer), {})
+    for empty in (None, float("nan"), "nan", ""):
+        with pytest.raises(ValueError, match="no answer"):
+            read_questions(table([{"slide_id": "S1", "question": "Positive nodes?", "answer": empty}]))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("slide_id,split\nS1.svs,train\ns1.SVS,val\n", "line 3: slide s1 is listed more than once .*line 2 as S1.;"),
+        ("slide_id,split\n123,train\n123.0,val\n", "line 3: slide 123.0 is listed more than once"),
         ("slide_id,split\nS1,train\nS1,val\n", "line 3: slide S1 is listed more than once .first in .*line 2"),
         ("slide_id,split\nS1,fold1\n", "line 2: split 'fold1' of slide S1; expected train, val, test"),
         ("slide_id,split\n,train\n", "line 2: no slide id; a column slide_id is needed, found slide_id, split"),
@@ -336,6 +398,14 @@ def test_rows_of_a_slide_table_are_those_of_the_slides_they_mean():
     assert list(found) == ["1"] and notes == ["1 of 2 rows of slides.csv belong to no slide (01)"]
     with pytest.raises(ValueError, match="slides.csv: 01 and 1.0 are both slide 1"):
         match_rows([{"slide_id": "01"}, {"slide_id": "1.0"}], ["1", "2"], "slides.csv")
+
+
+def test_slides_whose_zeros_differ_may_be_two(table):
+    assert len(read_slide_table(table("slide_id\n1\n01\n"))) == 2
+
+
+def write_parquet(path, rows):
+    parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
 def real(name):
