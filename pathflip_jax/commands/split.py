@@ -17,7 +17,7 @@ def add(commands) -> None:
         _run,
         "split a slide table by patient, even in labels and sites; or check a given split",
         "pathflip split slides.csv --shares 0.7 0.1 0.2 --out split.csv",
-        "pathflip split slides.csv --folds 5 --out folds",
+        "pathflip split slides.csv --label subtype --folds 5 --out folds",
         "pathflip split --check train=TCGA_RCC_train.csv test=TCGA_RCC_test.csv",
     )
     parser.add_argument(
@@ -38,6 +38,9 @@ def add(commands) -> None:
     parser.add_argument(
         "--folds", type=int, metavar="K", help="K tables: a different fold is test in each, the next one val, K > 2"
     )
+    parser.add_argument(
+        "--label", default="", metavar="COLUMN", help="column of the labels; the new table has them as `label` too"
+    )
     parser.add_argument("--by-site", action="store_true", help="no site on two sides either (needs sites)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of patients (default 0)")
     parser.add_argument("--out", type=Path, metavar="CSV", help="table to write; with --folds a new folder")
@@ -47,7 +50,7 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.evaluate import splits
 
-    rows = splits.read_split(options.tables)
+    rows = splits.read_split(options.tables, options.label)
     if options.check:
         if options.out or options.shares or options.folds:
             raise ValueError("--check examines a split and makes none: leave --out, --shares and --folds out")
@@ -63,6 +66,8 @@ def _run(options: argparse.Namespace) -> int:
         checks = splits.write_splits(
             rows, options.out, shares=options.shares, folds=options.folds, by_site=options.by_site, seed=options.seed
         )
+    note = splits.unlabelled(rows)
+    checks = {name: check._replace(findings=[*check.findings, *note]) for name, check in checks.items()}
     if options.json:
         found = {name: check.as_json() for name, check in checks.items()}
         print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))

@@ -31,19 +31,26 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.data.text import match_texts, read_slide_table, read_texts
+    from pathflip_jax.data.text import match_texts, read_slide_table, read_texts, some
     from pathflip_jax.data.tokens import train_wordpiece
 
     texts = read_texts(options.texts)
     if options.split:
         if not options.slides:
             raise ValueError("--split needs the slide table that names the splits: add --slides slides.csv")
-        wanted = [row["slide_id"] for row in read_slide_table(options.slides) if row.get("split") == options.split]
+        rows = read_slide_table(options.slides)
+        wanted = {row["slide_id"] for row in rows if row["split"] == options.split}
         if not wanted:
             raise ValueError(
                 f"{options.slides}: no slide of split {options.split!r}; the column says train, val or test"
             )
-        texts = match_texts(texts, wanted)
+        cases = [(row["case_id"], row["patient_id"]) for row in rows]
+        matched = match_texts(texts, [row["slide_id"] for row in rows], cases)
+        texts = [text for text in matched if wanted.intersection(text.slide_ids)]
+        if not texts:
+            raise ValueError(
+                f"{options.texts}: no text is of a slide of split {options.split!r} ({some(sorted(wanted))})"
+            )
     captions = [text.caption for text in texts]
     if options.decoder:
         from pathflip_jax.llm.hf_io import make_decoder_folder

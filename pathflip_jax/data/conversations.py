@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pathflip_jax.data.choices import row_options, same_text
-from pathflip_jax.data.identity import is_empty
+from pathflip_jax.data.identity import Cases, is_empty
 from pathflip_jax.data.storage import Place, as_path
 from pathflip_jax.data.tables import Row, read_rows
 from pathflip_jax.data.text import (
@@ -89,7 +89,7 @@ def read_mixture(tables: str) -> list[tuple[Place, int]]:
 
 
 def match_conversations(
-    conversations: Sequence[Conversation], slide_ids: Sequence[str], case_ids: Sequence[str] | None = None
+    conversations: Sequence[Conversation], slide_ids: Sequence[str], case_ids: Cases | None = None
 ) -> list[Conversation]:
     """The conversations about these slides, with their `slide_ids` spelt as the slides'; matched as `match_texts`."""
     found = match_slides([(talk.slide_ids, talk.case_id) for talk in conversations], slide_ids, case_ids)

@@ -29,6 +29,7 @@ _NUMBER = re.compile(r"(0*([0-9]+?))(?:\.0+)?")
 _BARCODE = re.compile(r"TCGA-\w{2}-\w{4}(?!\w)|C3[LN]-\d{5}(?!\d)", re.IGNORECASE)
 
 Key = tuple[str, str]
+Cases = Sequence[str | tuple[str, ...]]
 
 
 def is_missing(value: Any) -> bool:
@@ -100,10 +101,10 @@ def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
 class SlideNames:
     """Slides by every name that a table may give them: the one way to find the slides that a table means.
 
-    `case_ids` names the case of each slide; TCGA and CPTAC barcodes name it too.
+    `case_ids` names the case of each slide, by one id or several; TCGA and CPTAC barcodes name it too.
     """
 
-    def __init__(self, slide_ids: Sequence[str], case_ids: Sequence[str] | None = None) -> None:
+    def __init__(self, slide_ids: Sequence[str], case_ids: Cases | None = None) -> None:
         self._levels: list[defaultdict[str, set[str]]] = [defaultdict(set) for _ in _SPELLINGS]
         self._bare: defaultdict[str, set[str]] = defaultdict(set)
         self._cases: defaultdict[str, list[str]] = defaultdict(list)
@@ -111,9 +112,10 @@ class SlideNames:
             for names, spell in zip(self._levels, _SPELLINGS, strict=True):
                 names[spell(slide)].add(slide)
             self._bare[_without_uuid(slide)].add(slide)
-            case = case_ids[number] if case_ids is not None else ""
-            for known in {fold(name) for name in (case, barcode_patient(clean_id(slide))) if not is_missing(name)}:
-                self._cases[known].append(slide)
+            cases = case_ids[number] if case_ids is not None else ()
+            cases = (cases,) if isinstance(cases, str) else cases
+            for case in {fold(one) for one in (*cases, barcode_patient(clean_id(slide))) if not is_missing(one)}:
+                self._cases[case].append(slide)
 
     def find(self, name: str) -> list[str]:
         """The slide of this name, [] where none is or where several could be meant.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pathflip_jax.data.cells import as_text
 from pathflip_jax.data.choices import OPTION, answer_letter, row_options
-from pathflip_jax.data.identity import SlideNames, barcode_patient, clean_id, fold_slide, is_empty, is_missing
+from pathflip_jax.data.identity import Cases, SlideNames, barcode_patient, clean_id, fold_slide, is_empty, is_missing
 from pathflip_jax.data.tables import Row, read_rows
 
 IMAGE = "<image>"  # where the slide stands in what is asked
@@ -172,22 +172,21 @@ def slide_row(row: Row) -> dict[str, str]:
     return {"label": ""} | {name: row.text(name) for name in row.values} | known
 
 
-def match_texts(
-    texts: Sequence[SlideText], slide_ids: Sequence[str], case_ids: Sequence[str] | None = None
-) -> list[SlideText]:
+def match_texts(texts: Sequence[SlideText], slide_ids: Sequence[str], case_ids: Cases | None = None) -> list[SlideText]:
     """The texts of these slides, with their `slide_ids` spelt as the slides'.
 
     An id matches the same id, then the same file name without folder, extension and case of its letters, then TCGA
-    ids of which one lacks the `.UUID`, where only one slide comes into question: DX1 is not DX10. A text of a case
-    (its id, or no slide at all) gets all slides of that case; `case_ids` names the case of each slide, else TCGA
-    barcodes do. What matches nothing is left out and logged with its count. Raises ValueError when nothing matches.
+    ids of which one lacks the `.UUID`, where only one slide comes into question: DX1 is not DX10 (`SlideNames`). A text
+    of a case (its id, or no slide at all) gets all slides of that case; `case_ids` names the case of each slide, TCGA
+    and CPTAC barcodes do too. What matches nothing is left out and logged with its count. Raises ValueError when
+    nothing matches.
     """
     found = match_slides([(text.slide_ids, text.case_id) for text in texts], slide_ids, case_ids)
     return [replace(text, slide_ids=slides) for text, slides in zip(texts, found, strict=True) if slides]
 
 
 def match_slides(
-    named: Sequence[tuple[Sequence[str], str]], slide_ids: Sequence[str], case_ids: Sequence[str] | None = None
+    named: Sequence[tuple[Sequence[str], str]], slide_ids: Sequence[str], case_ids: Cases | None = None
 ) -> list[tuple[str, ...]]:
     """The slides that each text means by its (slide ids, case id), as `match_texts` finds them; () where none does."""
     known = SlideNames(slide_ids, case_ids)
@@ -206,6 +205,14 @@ def match_slides(
             "make its ids those of the slides (file names without extension)"
         )
     silent = sorted(set(slide_ids) - {slide for found in matched for slide in found})
+    if other := {
+        clean_id(name): found[0]
+        for (names, _), found in zip(named, matched, strict=True)
+        for name in names
+        if len(names) == len(found) == 1 and clean_id(name) != clean_id(found[0]) and known.find(name)
+    }:
+        pairs = [f"{name} is slide {slide}" for name, slide in other.items()]
+        _log.warning("%d ids of the text table are spelt otherwise than the slides (%s)", len(other), some(pairs))
     if lost:
         _log.warning("%d ids of the text table match no slide (%s) and are left out", lost, some(samples))
     if silent:
@@ -216,32 +223,42 @@ def match_slides(
 def match_rows(
     rows: Sequence[Mapping[str, str]], slide_ids: Sequence[str], table: object
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The row of a slide table for each slide that has one, with its `slide_id` spelt as the slide's, and notes.
+    """The row of a slide table for each slide that has one, and notes, as `rename_rows` finds them."""
+    renamed, notes = rename_rows(rows, slide_ids, table)
+    known = set(slide_ids)
+    return {row["slide_id"]: row for row in renamed if row["slide_id"] in known}, notes
+
+
+def rename_rows(
+    rows: Sequence[Mapping[str, str]], slide_ids: Sequence[str], table: object
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a slide table with their `slide_id` spelt as the slide's that they mean, and notes.
 
     The notes say which ids matched in another spelling only, and which rows belong to no slide. Raises ValueError for
     two rows of one slide; `table` is the table's name for messages.
     """
-    known = SlideNames(slide_ids)
-    means = [next(iter(known.find(row["slide_id"])), None) for row in rows]
-    exact = {row["slide_id"] for row in rows}
-    found: dict[str, dict[str, str]] = {}
+    known, exact = SlideNames(slide_ids), {row["slide_id"] for row in rows}
+    renamed: list[dict[str, str]] = []
     spelt: dict[str, str] = {}
     absent = []
-    for row, slide in zip(rows, means, strict=True):
+    for row in rows:
         name = row["slide_id"]
+        slide = next(iter(known.find(name)), None)
         if slide is None or (name != slide and slide in exact):  # the slide has a row of its very name
             absent.append(name)
+            renamed.append(dict(row))
             continue
-        if slide in found:
+        if slide in spelt:
             both = f"{spelt[slide]} and {name} are both slide {slide}"
             raise ValueError(f"{table}: {both}; a slide counts once, remove one of the rows")
-        found[slide], spelt[slide] = dict(row) | {"slide_id": slide}, name
+        spelt[slide] = name
+        renamed.append(dict(row) | {"slide_id": slide})
     notes = []
     if other := [f"{name} is slide {slide}" for slide, name in spelt.items() if name != slide]:
         notes.append(f"{len(other)} ids of {table} are spelt otherwise than the slides ({some(other)})")
     if absent:
         notes.append(f"{len(absent)} of {len(rows)} rows of {table} belong to no slide ({some(absent)})")
-    return found, notes
+    return renamed, notes
 
 
 def some(names: Iterable[object], most: int = 3) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records
-from pathflip_jax.data.text import SlideText, match_texts, read_slide_table, read_texts, some
-from pathflip_jax.evaluate.splits import NO_SIDE, check_split, patient_of
+from pathflip_jax.data.text import SlideText, match_texts, read_slide_table, read_texts, rename_rows, some
+from pathflip_jax.evaluate.patients import name_patients
+from pathflip_jax.evaluate.splits import NO_SIDE, check_split
 
 
 class Cohort(NamedTuple):
@@ -33,6 +34,12 @@ class Cohort(NamedTuple):
         known = {info.slide_id for info in self.records.slides}
         return [row for row in self.table if row["split"] == split and row["slide_id"] in known]
 
+    @property
+    def cases(self) -> list[tuple[str, str]]:
+        """What texts may call the case of each slide of the records: as these do, and by the patient of the table."""
+        patients = {row["slide_id"]: row["patient_id"] for row in self.table}
+        return [(info.case_id, patients.get(info.slide_id, "")) for info in self.records.slides]
+
     def features(self, slide_id: str) -> SlideFeatures:
         """The features of a slide."""
         return self.records.read(self.records.position(slide_id))
@@ -54,12 +61,14 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     """
     table = read_slide_table(slides)
     splits = Counter(row["split"] for row in table)
-    rows = [row for row in table if row["split"] == split]
-    if not rows:
+    if not splits[split]:
         found = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(splits.items()))
         raise ValueError(f"{slides}: no slide is in split {split!r}; the splits are {found}")
+    check = check_split(table)
     records = Records(records)
     known = {info.slide_id for info in records.slides}
+    table, notes = rename_rows(name_patients(table), list(known), slides)
+    rows = [row for row in table if row["split"] == split]
     unknown = [row["slide_id"] for row in rows if row["slide_id"] not in known]
     if unknown:
         raise ValueError(
@@ -67,18 +76,16 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
             "prepare them, or take them out of the table (a score over the rest would hide them)"
         )
     train = [row for row in table if row["split"] == "train" and split != "train"]
-    patients = [patient_of(row) for row in rows]
-    check = check_split(table)
     if strict and check.faults:
         listed = "; ".join(fault.text for fault in check.faults)
         raise ValueError(f"{slides}: a faulty split: {listed}. Mend it (pathflip split), or score without --strict")
-    warnings = [finding.text for finding in check.findings if finding.kind != NO_SIDE]
+    warnings = [*notes, *(finding.text for finding in check.findings if finding.kind != NO_SIDE)]
     if split == "train":
         warnings.append("these are the slides that the model was trained on: the scores say nothing about new ones")
     return Cohort(
         records,
         [row["slide_id"] for row in rows],
-        patients,
+        [row["patient_id"] for row in rows],
         [row["label"] or None for row in rows],
         train,
         warnings,
@@ -100,7 +107,7 @@ def read_pairs(path, cohort: Cohort) -> list[SlideText]:
     Raises ValueError when the table has no text for any slide of the split.
     """
     infos, chosen = cohort.records.slides, set(cohort.slide_ids)
-    texts = match_texts(read_texts(path), [info.slide_id for info in infos], [info.case_id for info in infos])
+    texts = match_texts(read_texts(path), [info.slide_id for info in infos], cohort.cases)
     kept = [(text, tuple(slide for slide in text.slide_ids if slide in chosen)) for text in texts]
     pairs = [replace(text, slide_ids=slides) for text, slides in kept if slides]
     if not pairs:

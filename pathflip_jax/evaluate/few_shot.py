@@ -13,19 +13,18 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from pathflip_jax.data.identity import SlideNames, fold
 from pathflip_jax.data.tables import read_rows
 from pathflip_jax.data.text import row_slides, some
 from pathflip_jax.evaluate import probes, scores
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.protocols import Protocol
-from pathflip_jax.evaluate.splits import patient_of
 
 ALL = "all"
 SHOTS = (1, 4, 16)
 SEEDS = 5
 ATTENTION, LINEAR, NEAREST, FLOOR = "attention MIL", "linear", "k-NN", "mean patch feature"
 PROBES = (ATTENTION, LINEAR, NEAREST, FLOOR)
-UNKNOWN = ("", "na", "n/a", "nan", "none", "null", "unknown")
 
 
 class Slides(NamedTuple):
@@ -93,8 +92,10 @@ def read_task(cohort: Cohort, column: str, table, shots: Sequence[str | int], se
             f"{where}, column {column!r}: split {cohort.split!r} has slides of {some(foreign)}, of which the training "
             f"split has none; its classes are {some(known, 8) or '(none)'}. Split the table anew, or leave them out"
         )
-    if len({label.lower() for label in known}) < len(known):
-        raise ValueError(f"{where}, column {column!r}: labels that differ in capital letters only: {some(known, 8)}")
+    if len({fold(label) for label in known}) < len(known):
+        raise ValueError(
+            f"{where}, column {column!r}: labels that differ in spelling only: {some(known, 8)}; write one"
+        )
     if len(known) < 2:
         listed = sum(row["split"] == "train" for row in cohort.table)
         raise ValueError(
@@ -129,38 +130,33 @@ def _numbers_first(label: str) -> tuple:
 def _column(cohort: Cohort, column: str) -> dict[str, str]:
     if not any(column.lower() in row for row in cohort.table):
         raise ValueError(f"slide table: no column {column!r}; its columns are {', '.join(cohort.table[0])}")
-    return {row["slide_id"]: _known(row.get(column.lower(), "")) for row in cohort.table}
+    return {row["slide_id"]: row.get(column.lower(), "") for row in cohort.table}
 
 
 def _label_table(cohort: Cohort, column: str, table) -> dict[str, str]:
     """The labels of a table by slide or patient. Raises ValueError for a slide or patient that has two."""
-    slides_of = defaultdict(list)
-    for row in cohort.table:
-        slides_of[patient_of(row)].append(row["slide_id"])
-        if patient_of(row) != row["slide_id"]:
-            slides_of[row["slide_id"]].append(row["slide_id"])
+    names = SlideNames([row["slide_id"] for row in cohort.table], [row["patient_id"] for row in cohort.table])
     found: dict[str, str] = {}
     for row in read_rows(table):
         if column.lower() not in row.values:
             raise ValueError(f"{row.place}: no column {column!r}; its columns are {', '.join(row.values)}")
         slides, case = row_slides(row)
-        label = _known(str(row.values[column.lower()]))
-        for slide in [slide for name in slides or (case,) for slide in slides_of.get(name, ()) if label]:
+        label = row.text(column.lower())
+        for slide in [
+            slide for name in slides or (case,) for slide in names.find(name) or names.of_case(name) if label
+        ]:
             if found.setdefault(slide, label) != label:
                 raise ValueError(f"{row.place}: {column} of {slide} is {found[slide]!r} and {label!r}; keep one")
     if not found:
-        raise ValueError(f"{table}: labels no slide of the slide table, whose ids are such as {some(slides_of)}")
+        ids = [row["slide_id"] for row in cohort.table]
+        raise ValueError(f"{table}: labels no slide of the slide table, whose ids are such as {some(ids)}")
     return found
-
-
-def _known(label: str) -> str:
-    return "" if label.strip().lower() in UNKNOWN else label.strip()
 
 
 def _slides(rows: list[dict], labels: list[str], classes: list[str]) -> Slides:
     kept = [(row, classes.index(label)) for row, label in zip(rows, labels, strict=True) if label in classes]
     numbers = np.array([number for _, number in kept], int)
-    return Slides([row["slide_id"] for row, _ in kept], [patient_of(row) for row, _ in kept], numbers)
+    return Slides([row["slide_id"] for row, _ in kept], [row["patient_id"] for row, _ in kept], numbers)
 
 
 def draw_shots(train: Slides, shots: int | str, seed: int) -> Int[np.ndarray, "n"]:

@@ -95,9 +95,7 @@ def write_captions(
     Raises ValueError for a table with none, and as `SlideAssistant.answer`.
     """
     infos, patient_of = cohort.records.slides, dict(zip(cohort.slide_ids, cohort.patients, strict=True))
-    talks = match_conversations(
-        read_conversations(table), [info.slide_id for info in infos], [info.case_id for info in infos]
-    )
+    talks = match_conversations(read_conversations(table), [info.slide_id for info in infos], cohort.cases)
     kept = [(talk, tuple(slide for slide in talk.slide_ids if slide in patient_of)) for talk in talks]
     kept = [(talk, slides) for talk, slides in kept if slides]
     if not kept:
@@ -125,7 +123,7 @@ def answer_questions(
     found = match_slides(
         [(question.slide_ids, question.case_id) for question in questions],
         [info.slide_id for info in infos],
-        [info.case_id for info in infos],
+        cohort.cases,
     )
     bags = [tuple(slide for slide in slides if slide in patient_of) for slides in found]
     kept = [(question, bag) for question, bag in zip(questions, bags, strict=True) if bag]

@@ -39,7 +39,7 @@ def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
         if not has_caption(row):
             raise ValueError(f"{row.place}: no column caption, {row_columns(row)}")
     infos = cohort.records.slides
-    matched = match_slides([row_slides(row) for row in rows], [i.slide_id for i in infos], [i.case_id for i in infos])
+    matched = match_slides([row_slides(row) for row in rows], [i.slide_id for i in infos], cohort.cases)
     patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     found = []
     for row, slides in zip(rows, matched, strict=True):

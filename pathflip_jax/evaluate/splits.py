@@ -7,20 +7,22 @@ al., Nature Communications 2021); normal tissue under a tumor label is a wrong l
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from pathflip_jax.data.identity import connected, fold, fold_slide, is_missing, natural
 from pathflip_jax.data.tables import read_rows, write_csv
 from pathflip_jax.data.text import slide_row, some
+from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, patients
 
 SIDES = ("train", "val", "test")
 SHARES = (0.7, 0.1, 0.2)
 LABEL_WEIGHT = 50  # against sites: labels that are uneven by 2% of a share outweigh a site that is all in one part
+MOST_LABELS = 20  # values of a column that could be labels
+_NO_LABELS = {"slide_id", "case_id", "patient_id", "case", "patient", "label", "split", "site", "mpp", "magnification"}
 NO_SIDE = "slides on no side"
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}(?:-(\d{2}))?(?!\d)", re.IGNORECASE)
 _NORMAL_LABEL = re.compile(r"normal|benign|healthy|non[-_ ]?(?:tumou?r|neoplastic)|negative", re.IGNORECASE)
@@ -55,24 +57,37 @@ class Check(NamedTuple):
         return {"faulty": bool(self.faults), "sides": self.sides, "sites": self.sites, "findings": findings}
 
 
-def read_split(tables: Sequence[str]) -> list[dict[str, str]]:
+def read_split(tables: Sequence[str], label: str = "") -> list[dict[str, str]]:
     """The rows of one slide table, or of several as one; "test=FILE" puts the rows of a file on that side.
 
-    A slide listed twice stays twice: that is for the check to find. Raises ValueError as `slide_row`.
+    `label` is the column that the labels are in, where that is not `label`. A slide listed twice stays twice: that is
+    for the check to find. Raises ValueError as `slide_row`, and for a table without that column.
     """
-    found = []
+    found, column = [], label.strip().lower()
     for table in tables:
         side, _, path = str(table).rpartition("=")
         if side and side not in SIDES:
             raise ValueError(f"{table}: {side!r} before the file is no side of a split; expected {', '.join(SIDES)}")
         rows = [slide_row(row) for row in read_rows(path)]
-        found += [row | {"split": side} for row in rows] if side else rows
+        if column and (lacking := next((row for row in rows if column not in row), None)):
+            raise ValueError(f"{path}: no column {label!r}; its columns are {some(lacking, 20)}")
+        found += [row | ({"split": side} if side else {}) | ({"label": row[column]} if column else {}) for row in rows]
     return found
 
 
-def patient_of(row: Mapping[str, str]) -> str:
-    """The patient of a row of the slide table; a slide with no patient named is one by itself."""
-    return row["patient_id"] or row["slide_id"]
+def unlabelled(rows: Sequence[Mapping[str, str]]) -> list[Finding]:
+    """A note where no slide has a label: which columns could be one, having few values for many slides."""
+    if any(row["label"] for row in rows):
+        return []
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row if name and name not in _NO_LABELS):
+        values = [row[name] for row in rows if not is_missing(row.get(name, ""))]
+        if 2 <= len(set(values)) <= min(MOST_LABELS, len(values) // 2):
+            found[name] = f"{name} ({len(set(values))} values)"
+    listed = (
+        f"columns that could be one: {some(found.values(), 8)}; choose with --label" if found else "name it: --label"
+    )
+    return [Finding("no labels", False, f"no column label; {listed}", list(found))]
 
 
 def site_of(row: Mapping[str, str]) -> str:
@@ -89,11 +104,15 @@ def sample_type(slide_id: str) -> str:
 
 def check_split(rows: Sequence[Mapping[str, str]]) -> Check:
     """Examine a split: patients, slides and labels on its sides, TCGA sample types, and the sites it shares."""
+    of = patients(rows)
+    sites = name_sites([site_of(row) for row in rows])
+    rows = [dict(row) | {"patient_id": p.name, "site": site} for row, p, site in zip(rows, of, sites, strict=True)]
     used = [row for row in rows if row["split"]]
     sides = {side: _side([row for row in used if row["split"] == side]) for side in SIDES}
     sides = {side: found for side, found in sides.items() if found["slides"]}
     sites = _sites(used)
-    findings = [*_shared_patients(used), *_listed_twice(rows), *_normal_tissue(used), *_lacking_labels(sides)]
+    findings = [*_shared_patients(of), *_listed_twice(rows), *_normal_tissue(used), *_lacking_labels(sides)]
+    findings += [*_labels_in_two_spellings(used), *_spellings(of)]
     shared = [site for site in sites if len(site["slides"]) > 1]
     if shared:
         count = sum(sum(site["slides"].values()) for site in shared)
@@ -111,15 +130,15 @@ def check_split(rows: Sequence[Mapping[str, str]]) -> Check:
 
 def _side(rows: list[Mapping[str, str]]) -> dict:
     labels = Counter(row["label"] for row in rows if row["label"])
-    patients = {patient_of(row) for row in rows}
-    return {"slides": len(rows), "patients": len(patients), "labels": dict(sorted(labels.items()))}
+    people = {row["patient_id"] for row in rows}
+    return {"slides": len(rows), "patients": len(people), "labels": dict(sorted(labels.items()))}
 
 
 def _sites(rows: Sequence[Mapping[str, str]]) -> list[dict]:
     """Every known site with its slides by side and its labels, the largest first."""
     found: dict[str, dict[str, Counter]] = {}
     for row in rows:
-        if site := site_of(row):
+        if site := row["site"]:
             entry = found.setdefault(site, {"slides": Counter(), "labels": Counter()})
             entry["slides"][row["split"]] += 1
             entry["labels"][row["label"] or "(none)"] += 1
@@ -134,22 +153,61 @@ def _sites(rows: Sequence[Mapping[str, str]]) -> list[dict]:
     ]
 
 
-def _shared_patients(rows) -> list[Finding]:
-    sides: dict[str, set[str]] = {}
-    for row in rows:
-        sides.setdefault(patient_of(row), set()).add(row["split"])
-    shared = sorted(patient for patient, found in sides.items() if len(found) > 1)
+def _shared_patients(of: Sequence[Patient]) -> list[Finding]:
+    shared = sorted({p.name: p for p in of if len([side for side in p.splits if side]) > 1}.items())
     if not shared:
         return []
-    text = f"{len(shared)} patients have slides on more than one side ({some(shared)}): scores of it are too good"
-    return [Finding("shared patients", True, text, shared)]
+    names = some(str(patient) for _, patient in shared)
+    text = f"{len(shared)} patients have slides on more than one side ({names}): scores of it are too good"
+    return [Finding("shared patients", True, text, [name for name, _ in shared])]
+
+
+def _spellings(of: Sequence[Patient]) -> list[Finding]:
+    """Notes on patients that were taken for one though the table writes them in several ways."""
+    several = sorted({p.name: p for p in of if len(p.spellings) > 1}.items())
+    zeros = [p for _, p in several if len({fold(name, zeros=True) for name in p.spellings}) > p.ids]
+    joined = [p for _, p in several if p.ids > 1]
+    spelt = [p for _, p in several if p not in zeros and p not in joined]
+    kinds = {
+        "patients in several spellings": (spelt, "are written in more than one way"),
+        "zeros in front of patients": (zeros, "differ only by zeros in front, which spreadsheets lose"),
+        "patients under several ids": (joined, "have several ids, joined by a barcode, a case or a slide"),
+    }
+    return [
+        Finding(kind, False, f"{len(found)} patients {text}, and count as one each ({_written(found)})", _names(found))
+        for kind, (found, text) in kinds.items()
+        if found
+    ]
+
+
+def _written(found: Sequence[Patient]) -> str:
+    return some(" = ".join(list(patient.spellings)[:4]) for patient in found)
+
+
+def _names(found: Sequence[Patient]) -> list[str]:
+    return [patient.name for patient in found]
+
+
+def _labels_in_two_spellings(rows) -> list[Finding]:
+    spelt: dict[str, list[str]] = {}
+    for label in sorted({row["label"] for row in rows if row["label"]}):
+        spelt.setdefault(fold(label), []).append(label)
+    twice = [" = ".join(found) for found in spelt.values() if len(found) > 1]
+    if not twice:
+        return []
+    text = f"{len(twice)} labels are written in more than one way ({some(twice)}), and count as two each: write one"
+    return [Finding("labels in several spellings", True, text, twice)]
 
 
 def _listed_twice(rows) -> list[Finding]:
-    twice = sorted(slide for slide, count in Counter(row["slide_id"] for row in rows).items() if count > 1)
+    spelt: dict[str, list[str]] = {}
+    for row in rows:
+        spelt.setdefault(fold_slide(row["slide_id"], zeros=True), []).append(row["slide_id"])
+    twice = {natural(found): " = ".join(dict.fromkeys(found)) for found in spelt.values() if len(found) > 1}
     if not twice:
         return []
-    return [Finding("slides listed twice", True, f"{len(twice)} slides are listed twice ({some(twice)})", twice)]
+    text = f"{len(twice)} slides are listed twice ({some(twice[name] for name in sorted(twice))})"
+    return [Finding("slides listed twice", True, text, sorted(twice))]
 
 
 def _normal_tissue(rows) -> list[Finding]:
@@ -188,12 +246,18 @@ def make_split(
     order in which they are dealt out is drawn by the seed.
     """
     shares = np.asarray(shares, float) / np.sum(shares)
-    groups = _groups(rows, [patient_of, site_of] if by_site else [patient_of])
+    rows = name_patients(rows)
+    sites = name_sites([site_of(row) for row in rows])
+    rows = [row | {"site": site} for row, site in zip(rows, sites, strict=True)]
+    groups = connected(
+        [{row["patient_id"], *([("site", row["site"])] if by_site and row["site"] else [])} for row in rows]
+    )
     members: dict[int, list[Mapping[str, str]]] = {}
     for row, group in zip(rows, groups, strict=True):
         members.setdefault(group, []).append(row)
     order = np.random.default_rng(seed).permutation(sorted(members)).tolist()
     part = _deal(sorted(order, key=lambda group: -len(members[group])), members, shares)
+    _fill_lacking(part, members, len(shares))
     return [part[group] for group in groups]
 
 
@@ -222,7 +286,36 @@ def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> 
 
 def _kinds(row) -> tuple:
     """What a slide counts as: of its label, and of its label at its site."""
-    return (row["label"], None), (row["label"], site_of(row))
+    return (row["label"], None), (row["label"], row["site"])
+
+
+def _fill_lacking(part: dict[int, int], members: Mapping[int, list], parts: int) -> None:
+    """Give every part a group of each label of which there are enough groups, in exchange for one that it can spare."""
+    labels = {group: {row["label"] for row in rows if row["label"]} for group, rows in members.items()}
+    total = Counter(label for own in labels.values() for label in own)
+    held = Counter((label, part[group]) for group, own in labels.items() for label in own)
+
+    def can_spare(group: int) -> bool:
+        return all(held[label, part[group]] > 1 or total[label] < parts for label in labels[group])
+
+    def move(group: int, to: int) -> None:
+        held.subtract((label, part[group]) for label in labels[group])
+        held.update((label, to) for label in labels[group])
+        part[group] = to
+
+    for label in sorted(total, key=lambda label: (total[label], label)):
+        for lacking in [p for p in range(parts) if total[label] >= parts and not held[label, p]]:
+            spare = [group for group in labels if label in labels[group] and can_spare(group)]
+            if not spare:
+                continue
+            group = min(spare, key=lambda g: (len(labels[g]), len(members[g]), -held[label, part[g]]))
+            back, size = part[group], len(members[group])
+            move(group, lacking)
+            others = [g for g in labels if part[g] == lacking and label not in labels[g] and can_spare(g)]
+            if others:
+                other = min(others, key=lambda g: abs(len(members[g]) - size))
+                if abs(len(members[other]) - size) < size:
+                    move(other, back)
 
 
 def write_splits(
@@ -257,10 +350,10 @@ def write_splits(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     checks = {}
-    for fold in range(folds):
-        table = _with_sides(rows, [{0: "test", 1: "val"}.get((p - fold) % folds, "train") for p in part])
-        write_csv(partial / f"fold-{fold + 1}.csv", table)
-        checks[str(out / f"fold-{fold + 1}.csv")] = check_split(table)
+    for tested in range(folds):
+        table = _with_sides(rows, [{0: "test", 1: "val"}.get((p - tested) % folds, "train") for p in part])
+        write_csv(partial / f"fold-{tested + 1}.csv", table)
+        checks[str(out / f"fold-{tested + 1}.csv")] = check_split(table)
     partial.rename(out)
     return checks
 
@@ -270,8 +363,8 @@ def _with_sides(rows, sides: Sequence[str]) -> list[dict[str, str]]:
     first = ("slide_id", "patient_id", "label", "split")
     columns = dict.fromkeys([*first, *(name for row in rows for name in row if name != "case_id")])
     return [
-        {name: row.get(name, "") for name in columns} | {"patient_id": patient_of(row), "split": side}
-        for row, side in zip(rows, sides, strict=True)
+        {name: row.get(name, "") for name in columns} | {"split": side}
+        for row, side in zip(name_patients(rows), sides, strict=True)
     ]
 
 
@@ -286,16 +379,3 @@ def describe(check: Check, name: str = "") -> str:
         sides, labels = (", ".join(f"{k} {v}" for k, v in site[part].items()) for part in ("slides", "labels"))
         lines.append(f"       site {site['site']}: {sides}; {labels}")
     return "\n".join(lines if check.findings else [*lines, "no fault found"])
-
-
-def _groups(rows, keys: Sequence[Callable]) -> list[int]:
-    """The group of each row: rows that share a key (a patient, a site) are together, directly or by way of others."""
-    ids: dict[tuple, int] = {}
-    edges = []
-    for number, row in enumerate(rows):
-        for kind, key in enumerate(keys):
-            if value := key(row):
-                edges.append((number, len(rows) + ids.setdefault((kind, value), len(ids))))
-    size = len(rows) + len(ids)
-    graph = coo_array((np.ones(len(edges)), np.array(edges, int).T), shape=(size, size))
-    return connected_components(graph, directed=False)[1][: len(rows)].tolist()

@@ -1,0 +1,95 @@
+"""The patients and sites of a slide table: rows that name one patient in several spellings or by several ids are one.
+
+Patients are those of the whole table: what joins two slides (a barcode, a case) may stand in a row of another split.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pathflip_jax.data.identity import (
+    barcode_patient,
+    clean_id,
+    connected,
+    fold,
+    fold_slide,
+    is_missing,
+    natural,
+    person_keys,
+)
+from pathflip_jax.data.text import some
+
+Rows = Sequence[Mapping[str, str]]
+
+
+class Patient(NamedTuple):
+    """A patient: what it is called, and the spellings of its ids with the splits of their rows, in order."""
+
+    name: str
+    spellings: dict[str, list[str]]
+
+    @property
+    def ids(self) -> int:
+        """How many ids the spellings are of."""
+        return len({fold(spelling) for spelling in self.spellings})
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that hold slides of the patient."""
+        return list(dict.fromkeys(split for found in self.spellings.values() for split in found))
+
+    def __str__(self) -> str:
+        """The name, or every spelling with its splits where there are several: "0045 (train), 45 (test)"."""
+        if len(self.spellings) == 1:
+            return self.name
+        sides = {spelling: "/".join(filter(None, splits)) or "no side" for spelling, splits in self.spellings.items()}
+        return some((f"{spelling} ({splits})" for spelling, splits in sides.items()), 4)
+
+
+def patients(rows: Rows) -> list[Patient]:
+    """The patient of each row; a slide with no patient named is one by itself."""
+    groups = connected([_keys(row) for row in rows])
+    members: dict[int, list[Mapping[str, str]]] = {}
+    for row, group in zip(rows, groups, strict=True):
+        members.setdefault(group, []).append(row)
+    found = {group: _patient(own) for group, own in members.items()}
+    return [found[group] for group in groups]
+
+
+def name_patients(rows: Rows) -> list[dict[str, str]]:
+    """The rows with their `patient_id` in one spelling for each patient."""
+    return [dict(row) | {"patient_id": patient.name} for row, patient in zip(rows, patients(rows), strict=True)]
+
+
+def name_sites(sites: Sequence[str]) -> list[str]:
+    """The sites in one spelling for each; "" stays."""
+    spellings: dict[str, list[str]] = {}
+    for site in sites:
+        spellings.setdefault(fold(site), []).append(site)
+    names = {site: natural(found) for site, found in spellings.items()}
+    return [names[fold(site)] if site else "" for site in sites]
+
+
+def _keys(row: Mapping[str, str]) -> set:
+    keys = person_keys(row["slide_id"], row.get("case_id", ""), row["patient_id"])
+    if is_missing(
+        row["patient_id"]
+    ):  # such slides are called by their id, and may have been where the table was written
+        keys.add(("patient", fold_slide(row["slide_id"])))
+    return keys
+
+
+def _patient(rows: Rows) -> Patient:
+    spellings: dict[str, list[str]] = {}
+    named = [row["patient_id"] for row in rows if not is_missing(row["patient_id"])]
+    for row in rows:
+        name = row["slide_id"] if is_missing(row["patient_id"]) else row["patient_id"]
+        if not named or not is_missing(row["patient_id"]):
+            splits = spellings.setdefault(name, [])
+            splits += [row["split"]] if row["split"] not in splits else []
+    texts = [
+        clean_id(row[column]) for row in rows for column in ("slide_id", "patient_id", "case_id") if row.get(column)
+    ]
+    barcodes = list(filter(None, map(barcode_patient, texts)))
+    several = len({fold(name) for name in spellings}) > 1
+    name = barcodes[0] if several and barcodes else natural(named or [row["slide_id"] for row in rows])
+    return Patient(name, spellings)
