@@ -15,7 +15,7 @@ import numpy as np
 
 from pathflip_jax.data.identity import connected, fold, fold_slide, is_missing, natural
 from pathflip_jax.data.tables import read_rows, write_csv
-from pathflip_jax.data.text import slide_row, some
+from pathflip_jax.data.text import row_columns, slide_row, some
 from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, patients
 
 SIDES = ("train", "val", "test")
@@ -68,9 +68,10 @@ def read_split(tables: Sequence[str], label: str = "") -> list[dict[str, str]]:
         side, _, path = str(table).rpartition("=")
         if side and side not in SIDES:
             raise ValueError(f"{table}: {side!r} before the file is no side of a split; expected {', '.join(SIDES)}")
-        rows = [slide_row(row) for row in read_rows(path)]
-        if column and (lacking := next((row for row in rows if column not in row), None)):
-            raise ValueError(f"{path}: no column {label!r}; its columns are {some(lacking, 20)}")
+        read = read_rows(path)
+        if column and (lacking := next((row for row in read if column not in row.values), None)):
+            raise ValueError(f"{lacking.place}: no column {label!r}, {row_columns(lacking)}")
+        rows = [slide_row(row) for row in read]
         found += [row | ({"split": side} if side else {}) | ({"label": row[column]} if column else {}) for row in rows]
     return found
 
@@ -335,7 +336,12 @@ def write_splits(
     shares = [1.0] * folds if folds else list(shares or SHARES)
     if len(shares) < 2 or (not folds and len(shares) > 3) or not all(np.isfinite(shares)) or min(shares) <= 0:
         raise ValueError(f"shares {shares}: expected two (train, test) or three (train, val, test) numbers above 0")
-    part = make_split(rows, shares, seed, by_site)
+    part, notes = make_split(rows, shares, seed, by_site), _spellings(patients(rows))
+
+    def examined(table: list[dict[str, str]]) -> Check:
+        check = check_split(table)
+        return check._replace(findings=[*check.findings, *notes])
+
     if empty := set(range(len(shares))) - set(part):
         kind = "sites" if by_site else "patients"
         raise ValueError(f"too few {kind}: {len(empty)} of {len(shares)} parts would be empty; take larger shares")
@@ -343,7 +349,7 @@ def write_splits(
         sides = SIDES if len(shares) == 3 else ("train", "test")
         table = _with_sides(rows, [sides[p] for p in part])
         write_csv(out, table)
-        return {str(out): check_split(table)}
+        return {str(out): examined(table)}
     if out.exists():
         raise FileExistsError(f"{out}: is there already; name a new folder for the folds")
     partial = out.with_name(out.name + ".part")
@@ -353,7 +359,7 @@ def write_splits(
     for tested in range(folds):
         table = _with_sides(rows, [{0: "test", 1: "val"}.get((p - tested) % folds, "train") for p in part])
         write_csv(partial / f"fold-{tested + 1}.csv", table)
-        checks[str(out / f"fold-{tested + 1}.csv")] = check_split(table)
+        checks[str(out / f"fold-{tested + 1}.csv")] = examined(table)
     partial.rename(out)
     return checks
 

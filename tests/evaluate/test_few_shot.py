@@ -44,6 +44,15 @@ def knowing(cohort):
     return Knowing({row["slide_id"]: int(row["label"] == "solid") for row in cohort.table})
 
 
+def test_a_label_table_finds_slides_and_patients_however_they_are_spelt(cohort, tmp_path):
+    rows = [(f"s{i:02d}.SVS", "unknown" if i == 0 else "ab"[i % 2]) for i in range(12)]
+    rows += [(patient.lower(), "ab"[i % 2]) for i, patient in enumerate(cohort.patients)]
+    path = tmp_path / "labels.csv"
+    path.write_text("slide_id,tp53\n" + "".join(f"{name},{label}\n" for name, label in rows))
+    task = few_shot.read_task(cohort, "tp53", path, ["all"], 1)
+    assert task.unlabelled["train"] == 1 and task.unlabelled["test"] == 0 and len(task.train.ids) == 11
+
+
 def test_draws_are_balanced_nested_and_of_different_patients():
     patients = ["P0", "P0", "P0", "P1", "P2", "P3", "P4", "P5"]
     train = Slides([f"S{i}" for i in range(8)], patients, np.array([0, 0, 0, 0, 0, 1, 1, 1]))
@@ -140,7 +149,7 @@ def test_a_label_table_by_patient_leaves_out_what_it_does_not_know(cohort, tmp_p
         ({"column": "tp53", "table": [{"slide_id": "S00", "tp53": "1"}]}, "the training split has 1 classes"),
         ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": str(i // 9)} for i in range(24)]}, "of 2, of"),
         ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": str(i % 2)} for i in range(9)]}, "no slide of"),
-        ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": "aAb"[i % 3]} for i in range(24)]}, "capital"),
+        ({"column": "tp53", "table": [{"slide_id": f"S{i:02d}", "tp53": "aAb"[i % 3]} for i in range(24)]}, "y: A, a"),
         ({"shots": [0]}, "few-shot 0: expected numbers"),
         ({"shots": ["few"]}, "few-shot 'few'"),
         ({"seeds": 0}, "expected at least 1"),

@@ -51,6 +51,37 @@ def test_no_patient_and_where_asked_no_site_is_in_two_parts(slides, shares, seed
         assert len({(row[key], p) for row, p in zip(rows, part, strict=True)}) == len({row[key] for row in rows})
 
 
+SPELLINGS = ("{}", "{}.0", "0{}", " {} ")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from(SPELLINGS)), min_size=2, max_size=30),
+    st.lists(st.floats(0.1, 1.0), min_size=2, max_size=4),
+    st.integers(0, 5),
+)
+def test_no_patient_is_in_two_parts_however_it_is_spelt(slides, shares, seed):
+    rows = rows_of([spelling.format(number) for number, spelling in slides])
+    part = splits.make_split(rows, shares, seed)
+    assert len({(number, p) for (number, _), p in zip(slides, part, strict=True)}) == len({n for n, _ in slides})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=6, max_size=60), st.integers(2, 4), st.integers(0, 5))
+def test_every_part_has_every_label_of_which_there_are_enough(kinds, parts, seed):
+    labels = ["abc"[max(0, kind - 7)] for kind in kinds]  # b and c are rare
+    part = splits.make_split(rows_of([f"P{i}" for i in range(len(labels))], labels), [0.7, *[0.1] * (parts - 1)], seed)
+    for label, count in Counter(labels).items():
+        if count >= parts:
+            assert {p for p, own in zip(part, labels, strict=True) if own == label} == set(range(parts))
+
+
+def test_a_rare_label_is_exchanged_so_that_shares_stay():
+    rows = rows_of([f"P{i}" for i in range(60)], ["b" if i < 3 else "a" for i in range(60)])
+    part = splits.make_split(rows, [0.7, 0.1, 0.2], 0)
+    assert sorted(part[:3]) == [0, 1, 2] and [part.count(p) for p in range(3)] == [42, 6, 12]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_are_as_even_as_scikit_learns(seed):
     """Largest error of a label's share over folds: no worse than StratifiedGroupKFold's, which knows no sites."""
@@ -110,6 +141,76 @@ def test_the_command_writes_the_table_with_its_split(tmp_path, capsys):
     assert [row["slide_id"] for row in found] == [row["slide_id"] for row in rows]
     assert {row["stain"] for row in found} == {"H&E"}
     assert Counter(row["split"] for row in found) == {name: side["slides"] for name, side in check["sides"].items()}
+
+
+def test_a_label_of_any_name_is_balanced_and_written(tmp_path, capsys):
+    rows = [{"slide_id": f"S{i}", "patient_id": f"P{i}", "Subtype": "LUSC" if i < 6 else "LUAD"} for i in range(60)]
+    rows[7]["Subtype"] = "unknown"
+    table, out = write_table(tmp_path / "slides.csv", rows), tmp_path / "out.csv"
+    assert cli.main(["split", str(table), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "no column label; columns that could be one: subtype (2 values); choose with --label" in said
+    assert cli.main(["split", str(table), "--label", "Subtype", "--out", str(out), "--json"]) == 0
+    check = json.loads(capsys.readouterr().out)
+    assert not check["findings"] and all(side["labels"]["LUSC"] >= 1 for side in check["sides"].values())
+    with open(out, newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["label"] for row in found] == ["" if i == 7 else row["Subtype"] for i, row in enumerate(rows)]
+    assert cli.main(["split", str(out), "--check", "--label", "grade"]) == cli.WRONG_INPUT
+    assert (
+        "out.csv, line 2: no column 'grade', found slide_id, patient_id, label, split, subtype"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_table_that_is_written_calls_each_patient_by_one_name(tmp_path, capsys):
+    rows = rows_of([f"{i % 20}{'.0' if i < 20 else ''}" for i in range(40)])
+    table, out = write_table(tmp_path / "slides.csv", rows), tmp_path / "out.csv"
+    assert cli.main(["split", str(table), "--out", str(out)]) == 0
+    assert "20 patients are written in more than one way, and count as one each (0.0 = 0, " in capsys.readouterr().out
+    with open(out, newline="") as file:
+        found = list(csv.DictReader(file))
+    assert {row["patient_id"] for row in found} == {str(i) for i in range(20)}
+    assert len({(row["patient_id"], row["split"]) for row in found}) == 20
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        ("S1,123.0", "S2,123", "123.0 (train), 123 (test)"),
+        ("S1,0045", "S2,45", "0045 (train), 45 (test)"),
+        ("S1,p-01", "S2,P-01", "p-01 (train), P-01 (test)"),
+        ("S1,Mu\u0308ller", "S2,M\u00fcller", "Mu\u0308ller (train), M\u00fcller (test)"),
+        ("TCGA-A7-A0CJ-01Z-00-DX1,a", "TCGA-A7-A0CJ-01Z-00-DX2,b", "a (train), b (test)"),
+        ("C3L-00001-21,a", "C3L-00001-22,b", "a (train), b (test)"),
+        ("S1.svs,", "s1.SVS,", "S1 (train), s1 (test)"),
+        ("0045,nan", "45,unknown", "0045 (train), 45 (test)"),
+    ],
+)
+def test_the_check_finds_a_patient_on_two_sides_in_two_spellings(tmp_path, capsys, train, test, names):
+    for side, line in (("train", train), ("test", test)):
+        (tmp_path / side).write_text(f"slide_id,patient_id\n{line}\nother-{side},other-{side}\n", encoding="utf-8")
+    assert cli.main(["split", "--check", *(f"{side}={tmp_path / side}" for side in ("train", "test"))]) == 1
+    said = capsys.readouterr().out
+    assert f"FAULT  1 patients have slides on more than one side ({names})" in said
+    assert ("spreadsheets lose" in said) == ("0045" in train)
+    assert ("listed twice (S1 = s1)" in said) == ("S1.svs" in train)
+
+
+def test_unknown_patients_are_not_one(tmp_path, capsys):
+    table = tmp_path / "slides.csv"
+    table.write_text("slide_id,patient_id,split\nS1,nan,train\nS2,NA,test\nS3,Unknown,test\n")
+    assert cli.main(["split", "--check", str(table)]) == 0
+    assert "test   2 slides of 2 patients" in capsys.readouterr().out
+
+
+def test_sites_and_labels_in_two_spellings():
+    rows = rows_of(["P0", "P1", "P2", "P3"], ["a", "A ", "a", "b"], ["X", "x", "X ", "Y"])
+    part = splits.make_split(rows, [0.5, 0.5], 0, by_site=True)
+    assert part[0] == part[1] == part[2]
+    found = splits.check_split([row | {"split": "train"} for row in rows])
+    assert [(finding.kind, finding.of) for finding in found.faults] == [("labels in several spellings", ["A  = a"])]
+    assert [site["site"] for site in found.sites] == ["X", "Y"]
 
 
 def test_every_fold_is_test_once_and_the_folder_is_whole(tmp_path, capsys):
