@@ -27,7 +27,7 @@ from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.storage import Place
-from pathflip_jax.data.text import read_slide_table, some
+from pathflip_jax.data.text import read_slide_table, rename_rows, some
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.inference import Embedding, Predictor, load
 from pathflip_jax.model.parameters import flatten
@@ -116,7 +116,7 @@ def embed(
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'embeddings.parquet'}")
     predictor.check_features(archive.where, archive.feature_dim, archive.encoder)
-    ids, failed = _select(archive, slides_table, split)
+    ids, failed, notes = _select(archive, slides_table, split)
     claim = {
         "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(records),
         "slides_hash": _sha256(ids), "regions": regions, "checkpoint": str(run), "records": str(records),
@@ -137,7 +137,7 @@ def embed(
             place = partial / f"part-{archive.position(rows[0].slide_id):08d}.parquet"
             _write(place, [_table(rows, archive, claim)])
             done += [row.slide_id for row in rows]
-    seconds, notes = time.monotonic() - started, []
+    seconds = time.monotonic() - started
     finished = not (strict and failed)
     if not finished:
         notes.append(f"stopped at the first bad slide (--strict); what is done waits in {partial.name}")
@@ -150,14 +150,16 @@ def embed(
     return Report(out, done, skipped, failed, finished and out.exists(), seconds, notes)
 
 
-def _select(archive: Records, table: Place | str | None, split: str | None) -> tuple[list[str], list[Failure]]:
-    """The slides to embed, in the order of the records, and those of the table that the records do not have."""
+def _select(
+    archive: Records, table: Place | str | None, split: str | None
+) -> tuple[list[str], list[Failure], list[str]]:
+    """The slides to embed, in the order of the records, those of the table that these do not have, and notes on ids."""
     ids = [info.slide_id for info in archive.slides]
     if table is None:
         if split:
             raise ValueError("--split needs the slide table that names the splits: add --slides slides.csv")
-        return ids, []
-    rows = read_slide_table(table)
+        return ids, [], []
+    rows, notes = rename_rows(read_slide_table(table), ids, table)
     wanted = {row["slide_id"] for row in rows if split in (None, row["split"])}
     if not wanted:
         names = ", ".join(sorted({row["split"] or "(empty)" for row in rows}))
@@ -169,7 +171,7 @@ def _select(archive: Records, table: Place | str | None, split: str | None) -> t
             f"{archive.where} ({some(ids)})"
         )
     error = "not among the slides of the records; prepare it, or take it out of the slide table"
-    return [name for name in ids if name in wanted], [Failure(name, archive.where, error) for name in absent]
+    return [name for name in ids if name in wanted], [Failure(name, archive.where, error) for name in absent], notes
 
 
 def _embed_parts(

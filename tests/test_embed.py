@@ -217,11 +217,12 @@ def test_strict_stops_and_keeps_what_is_done(tiny_cohort, run, tmp_path, capsys)
 
 def test_slides_of_the_table_without_a_record_are_failures(tiny_cohort, run, tmp_path):
     table = tmp_path / "slides.csv"
-    table.write_text("slide_id,split\nS03,test\nS99,test\nS01,test\nS02,val\n")
+    table.write_text("slide_id,split\nS03,test\nS99,test\ns01.svs,test\nS02,val\n")
     report = embed.embed(
         run, tiny_cohort.records, tmp_path / "e.parquet", slides_table=table, split="test", strict=False
     )
     assert report.done == ["S01", "S03"]
+    assert any("spelt otherwise than the slides (s01 is slide S01)" in note for note in report.notes)
     assert [(f.slide, "not among" in f.error) for f in report.failed] == [("S99", True)]
 
 

@@ -1,7 +1,9 @@
 """Identity of slides, cases and patients, against the spellings that tables come in and a plain graph search."""
 
 import unicodedata
+from decimal import Decimal
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,14 +15,19 @@ from pathflip_jax.data.identity import (
     connected,
     fold,
     fold_slide,
+    is_empty,
     is_missing,
+    natural,
     person_keys,
 )
 
 IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), "", "  ", "NA", "n/a", "nan", "NaN", "None", "null", "Unknown"])
+NOT_AVAILABLE = ["NA", "n/a", "nan", "NaN", "None", "null", "Unknown", "#N/A", "'--", "Not Reported"]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), np.float32("nan"), Decimal("nan"), "", "  ", *NOT_AVAILABLE])
 def test_what_tables_write_for_nothing_is_missing(value):
     assert is_missing(value)
 
@@ -37,6 +44,29 @@ def test_what_says_something_is_not_missing(value):
 )  # fmt: skip
 def test_spellings_of_one_id_fold_to_one(one, other):
     assert fold(one) == fold(other)
+
+
+@pytest.mark.parametrize("value", ["None", "unknown", "NA", "n/a", "no", 0, False])
+def test_a_free_text_may_be_a_word_that_elsewhere_is_missing(value):
+    assert not is_empty(value)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "", " ", "nan", "<NA>", "null"])
+def test_what_is_empty_even_as_free_text(value):
+    assert is_empty(value) and is_missing(value)
+
+
+def test_zeros_in_front_are_kept_where_asked():
+    assert fold("0045", zeros=True) == fold_slide("x/0045.svs", zeros=True) == "0045"
+    assert fold("123.0", zeros=True) == fold("123", zeros=True) == "123"
+
+
+@pytest.mark.parametrize(
+    ("spellings", "name"),
+    [(["123.0", "123"], "123"), (["45", "45", "0045"], "0045"), (["p-1", "P-1", "P-1"], "P-1"), (["b", "a"], "b")],
+)
+def test_the_most_natural_spelling(spellings, name):
+    assert natural(spellings) == name
 
 
 @pytest.mark.parametrize(
@@ -128,6 +158,7 @@ def test_every_slide_is_found_by_its_own_spelling(slides):
 def test_a_case_finds_its_slides_however_it_is_spelt():
     names = SlideNames(["S1", "S2", "S3", A], ["0010", "10.0", "nan", ""])
     assert names.of_case("10") == ["S1", "S2"] and names.of_case("tcga-aa-0001") == [A]
+    assert SlideNames(["S1", "S2"], [("C1", "P1"), ("C2", "P1")]).of_case("p1") == ["S1", "S2"]
     assert names.of_case("nan") == names.of_case("") == names.of_case("11") == []
 
 
