@@ -20,6 +20,7 @@ EMPTY = frozenset({"", "nan", "<na>", "nat", "null"})  # as `fold` spells them, 
 MISSING = EMPTY | {
     "na", "n/a", "#n/a", "none", "unknown", "'--", "not available", "not reported", "[not available]", "[unknown]",
 }  # fmt: skip
+_LONGEST_WORD = 64  # characters, with white space between them
 SUFFIXES = re.compile(
     r"(\.(ome|h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g))+$",
     re.IGNORECASE,
@@ -34,14 +35,14 @@ Cases = Sequence[str | tuple[str, ...]]
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN, an empty text, or a word that tables write for "not available"."""
-    return is_empty(value) or (isinstance(value, str) and _plain(value) in MISSING)
+    return is_empty(value) or (isinstance(value, str) and _short(value) in MISSING)
 
 
 def is_empty(value: Any) -> bool:
     """Whether a cell of free text holds nothing: "None" and "unknown" are answers there, and options of a question."""
     if value is None or (isinstance(value, Number) and value != value):
         return True
-    return isinstance(value, str) and _plain(value) in EMPTY
+    return isinstance(value, str) and _short(value) in EMPTY
 
 
 def clean_id(name: str) -> str:
@@ -140,8 +141,16 @@ def _without_uuid(name: str) -> str:
     return fold(UUID.sub("", clean_id(name)))
 
 
+def _short(text: str) -> str:
+    """A text as `_plain` has it where it may be one of the words that say "missing", else as it is."""
+    text = text.strip()
+    return _plain(text) if len(text) < _LONGEST_WORD else text
+
+
 def _plain(text: str) -> str:
     """A text without differences of case, Unicode form and white space."""
+    if text.isascii():
+        return " ".join(text.casefold().split())
     for _ in range(2):  # a folded character may decompose anew
         text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", text).split())

@@ -322,6 +322,7 @@ def _subcaptions(row: Row) -> tuple[str, ...] | None:
 def _descriptions(row: Row) -> list[str]:
     """The subcaptions of a row as PathFLIP2's code reads them: objects with a visual description."""
     found = row.listed(_CONCEPTS) or []
+    found = [one for one in found if not is_empty(one)] if isinstance(found, list) else found
     if not isinstance(found, list) or not all(isinstance(one, dict) and one.get(_DESCRIPTION) for one in found):
         raise ValueError(f"{row.place}: {_CONCEPTS} must be a list of objects with a {_DESCRIPTION}, not {found!r:.60}")
     return [one[_DESCRIPTION] for one in found]
