@@ -49,15 +49,20 @@ def _parsed(text: str) -> Any:
 
 
 def _python(text: str) -> str:
-    """The text with commas where NumPy leaves them out, and constants as Python spells them."""
+    """The text with commas where NumPy leaves them out, and constants as Python spells them.
+
+    Raises ValueError for values with neither comma nor white space between them, such as 0045 or 'it''s'.
+    """
     found: list[str] = []
     values = {tokenize.STRING, tokenize.NUMBER, tokenize.NAME}
     before = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in _SPACE:
             continue
-        if token.type in values and before in values:
+        if before and token.type in values and before.type in values:
+            if token.start == before.end:
+                raise ValueError(f"{before.string} and {token.string} are not parted")
             found.append(",")
         found.append(_CONSTANTS.get(token.string, token.string))
-        before = token.type
+        before = token
     return " ".join(found).strip()

@@ -35,7 +35,17 @@ def test_any_other_text_stays_as_it_is(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["[__import__('os')]", "[f()]", "[A] Yes [B] No", "[1 + 2]", "['a',", '["\\ud800"]', "[" * 9999 + "]" * 9999],
+    [
+        "[__import__('os')]",
+        "[f()]",
+        "[0045, 2]",
+        "['it''s', 'b']",
+        "[A] Yes [B] No",
+        "[1 + 2]",
+        "['a',",
+        '["\\ud800"]',
+        "[" * 9999 + "]" * 9999,
+    ],
 )
 def test_what_is_no_plain_list_is_a_text(text):
     assert as_list(text) == text
