@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.captions import split_sentences
+from pathflip_jax.data.identity import connected, fold, person_keys
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText, match_texts, some
 from pathflip_jax.data.tokens import TextTokenizer
@@ -114,21 +115,11 @@ def collect_bags(
 
 def _cases(members, grouped, case_of: dict[str, str]) -> list[int]:
     """A number for each bag, equal where bags share a slide or a case, as the text table or the records name it."""
-    root: dict[tuple[str, str], tuple[str, str]] = {}
-
-    def find(key):
-        while root.setdefault(key, key) != key:
-            key = root[key] = root[root[key]]
-        return key
-
+    keys = []
     for slides in members:
-        keys = [("slide", slide) for slide in slides]
-        keys += [("case", case_of[slide]) for slide in slides if case_of[slide] not in ("", slide)]
-        keys += [("case", text.case_id) for text in grouped[slides] if text.case_id]
-        for key in keys[1:]:
-            root[find(key)] = find(keys[0])
-    numbers: dict[tuple[str, str], int] = {}
-    return [numbers.setdefault(find(("slide", slides[0])), len(numbers)) for slides in members]
+        own = [person_keys(slide, case_of[slide] if fold(case_of[slide]) != fold(slide) else "") for slide in slides]
+        keys.append(set().union(*own, *(person_keys(case_id=text.case_id) for text in grouped[slides])))
+    return connected(keys)
 
 
 def _tokenise(
