@@ -116,9 +116,9 @@ class LocalFile:
         if hasattr(os, "posix_fadvise"):  # else read-ahead fetches most of a record for one region
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable = os.close) -> None:  # when a program ends, `os` may be gone before the file
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
     def read(self, extents: Sequence[Extent]) -> Iterator[None]:
         """Fill the arrays of extents, none of them empty, yielding after each. Raises OSError where the file ends."""

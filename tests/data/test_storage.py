@@ -3,6 +3,8 @@
 The bucket is fsspec's memory file system, which counts here what is asked of it and fails on demand.
 """
 
+import gc
+import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -312,3 +314,16 @@ def test_a_missing_package_names_its_extra(monkeypatch, url, module, extra):
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.partition(":")[0], raising=False)
     with pytest.raises(ImportError, match=rf"{url}: .*pip install pathflip-jax\[{extra}\]"):
         as_path(url)
+
+
+def test_a_file_let_go_of_when_a_program_ends_is_closed_without_a_word(tmp_path, monkeypatch):
+    """Python clears modules before what they hold: a reader that lives to the end finds no `os` any more."""
+    path = tmp_path / "x"
+    path.write_bytes(b"x")
+    file = storage.LocalFile(path)
+    fd, fstat = file.fd, os.fstat
+    monkeypatch.setattr(storage, "os", None)
+    del file  # an exception in here would be a warning, and warnings are errors
+    gc.collect()
+    with pytest.raises(OSError):
+        fstat(fd)
