@@ -1,7 +1,9 @@
 """The two alignment losses, as pure functions of arrays (DESIGN section 4).
 
-Both run over the global batch: under jit on a mesh the same code gathers over devices. Pairs of slides of one
-case are neither positives nor negatives: their reports are the same, or speak of the same tumor.
+Both run over the global batch: under jit on a mesh the same code gathers over devices. Pairs of related slides are
+neither positives nor negatives: slides of one case, whose reports speak of the same tumor, and slides with the same
+caption. `related` numbers what a slide shares with others, its case and its captions: slides that share any number
+are related.
 """
 
 from collections.abc import Callable
@@ -48,13 +50,17 @@ class LossConfig:
 
 
 class Embeddings(NamedTuple):
-    """All that the losses need of a batch, before any normalisation."""
+    """All that the losses need of a batch, before any normalisation.
+
+    Subcaptions of equal `wording` read the same: one that a slide has itself is no negative for its regions.
+    """
 
     slide: Float[Array, "B D"]
     regions: Float[Array, "B R D"]
     region_mask: Bool[Array, "B R"]
     captions: Float[Array, "B D"]
     subcaptions: Float[Array, "B K D"]
+    wording: Int[Array, "B K"] | None = None
 
 
 def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -62,15 +68,21 @@ def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def other_cases(case: Int[Array, "B"]) -> Bool[Array, "B B"]:
-    """[i, j]: slides i and j are of different cases, so that j is a negative for i."""
-    return case[:, None] != case[None, :]
+def unrelated(one: Int[Array, "*n S"], other: Int[Array, "*n T"]) -> Bool[Array, "*n"]:
+    """Whether slides share none of their numbers, so that each is a negative for the other."""
+    return ~jnp.any(one[..., :, None] == other[..., None, :], axis=(-2, -1))
+
+
+def negative_pairs(related: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
+    """[i, j]: slide j is a negative for slide i."""
+    related = jnp.reshape(related, (len(related), -1))
+    return unrelated(related[:, None], related[None, :])
 
 
 def slide_loss(
     slides: Float[Array, "B D"],
     captions: Float[Array, "B D"],
-    case: Int[Array, "B"],
+    related: Int[Array, "B ..."],
     *,
     temperature: float = 0.1,
     label_smoothing: float = 0.1,
@@ -80,7 +92,7 @@ def slide_loss(
     Label smoothing spreads its share evenly over a slide's own caption and its negatives, as in torch's
     cross-entropy.
     """
-    allowed = other_cases(case) | jnp.eye(len(slides), dtype=bool)
+    allowed = negative_pairs(related) | jnp.eye(len(slides), dtype=bool)
     logits = normalise(slides) @ normalise(captions).T / temperature  # [B, B]
 
     def one_way(logits):
@@ -113,17 +125,26 @@ class _Slides(NamedTuple):
     """What the negatives of n slides are scored with: all slides of the batch, or those of one device."""
 
     number: Int[Array, "n"]
-    case: Int[Array, "n"]
+    related: Int[Array, "n S"]
+    wording: Int[Array, "n K"] | None
     regions: Float[Array, "n R D"]
     region_mask: Bool[Array, "n R"]
     drawn: Int[Array, "n B"]
+
+
+class _Everyone(NamedTuple):
+    """What all slides of the batch are to each other."""
+
+    subcaptions: Float[Array, "B K D"]
+    related: Int[Array, "B S"]
+    wording: Int[Array, "B K"] | None
 
 
 def region_loss(
     embeddings: Embeddings,
     text_region_attention: TextRegionAttention,
     negatives: Int[Array, "B B"],
-    case: Int[Array, "B"],
+    related: Int[Array, "B ..."],
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
     config: LossConfig,
@@ -140,16 +161,16 @@ def region_loss(
     on a device and C = `config.negatives_at_once` texts at a time, the largest arrays are [n, C, heads, R] and
     [n, C, D], in float32 4 n C heads R and 4 n C D bytes; the subcaptions of all, 4 B K D, are gathered once.
     """
-    (B, K, _), case = embeddings.subcaptions.shape, jnp.asarray(case)
+    B, K, _ = embeddings.subcaptions.shape
     shown = B - 1 if config.negatives_per_slide is None else min(config.negatives_per_slide, B - 1)
     positive = _cosines(text_region_attention, embeddings.subcaptions, embeddings.regions, embeddings.region_mask)
     positive_terms = -log_sigmoid(positive, 1.0, scale, bias)  # [B, K]
 
-    def score(slides: _Slides, everyone: tuple[Array, Array], whole: tuple) -> tuple[Array, Array, Array]:
-        return _negatives(slides, *everyone, *whole, shown, config.negatives_at_once or max(shown, 1))
+    def score(slides: _Slides, everyone: _Everyone, whole: tuple) -> tuple[Array, Array, Array]:
+        return _negatives(slides, everyone, *whole, shown, config.negatives_at_once or max(shown, 1))
 
-    slides = _Slides(jnp.arange(B), case, embeddings.regions, embeddings.region_mask, negatives)
-    everyone = embeddings.subcaptions, case
+    everyone = _Everyone(embeddings.subcaptions, jnp.reshape(related, (B, -1)), embeddings.wording)
+    slides = _Slides(jnp.arange(B), *everyone[1:], embeddings.regions, embeddings.region_mask, negatives)
     negative_sum, cosine_sum, count = spread(score, slides, everyone, (text_region_attention, scale, bias))
     count = jnp.maximum(count, 1.0)
     if config.normaliser == "released":
@@ -173,8 +194,7 @@ def pair_bytes(config: LossConfig, slides: int, batch_size: int, heads: int, reg
 
 def _negatives(
     slides: _Slides,
-    subcaptions: Float[Array, "B K D"],
-    cases: Int[Array, "B"],
+    everyone: _Everyone,
     attention: TextRegionAttention,
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
@@ -187,9 +207,12 @@ def _negatives(
     """
 
     def score(offsets: Int[Array, "C"]):
-        others = (slides.number[:, None] + offsets) % len(cases)  # [n, C]
-        counted = (slides.case[:, None] != cases[others]) & (offsets <= shown)
-        texts = subcaptions[others, jnp.take_along_axis(slides.drawn, others, axis=1)]
+        others = (slides.number[:, None] + offsets) % len(everyone.related)  # [n, C]
+        drawn = jnp.take_along_axis(slides.drawn, others, axis=1)
+        counted = unrelated(slides.related[:, None], everyone.related[others]) & (offsets <= shown)
+        if everyone.wording is not None:
+            counted &= unrelated(slides.wording[:, None], everyone.wording[others, drawn][..., None])
+        texts = everyone.subcaptions[others, drawn]
         cosine = _cosines(attention, texts, slides.regions, slides.region_mask)
         counted = counted.astype(cosine.dtype)
         terms = -log_sigmoid(cosine, -1.0, scale, bias)
@@ -217,7 +240,7 @@ def alignment_loss(
     embeddings: Embeddings,
     text_region_attention: TextRegionAttention,
     negatives: Int[Array, "B B"],
-    case: Int[Array, "B"],
+    related: Int[Array, "B ..."],
     scale: Float[Array, ""],
     bias: Float[Array, ""] | None,
     config: LossConfig,
@@ -228,11 +251,11 @@ def alignment_loss(
     loss = jnp.zeros(())
     if config.slide_weight:
         options = {"temperature": config.temperature, "label_smoothing": config.label_smoothing}
-        metrics["loss_slide"] = slide_loss(embeddings.slide, embeddings.captions, case, **options)
+        metrics["loss_slide"] = slide_loss(embeddings.slide, embeddings.captions, related, **options)
         loss += config.slide_weight * metrics["loss_slide"]
     if config.region_weight:
         metrics["loss_region"], similarity = region_loss(
-            embeddings, text_region_attention, negatives, case, scale, bias, config, spread
+            embeddings, text_region_attention, negatives, related, scale, bias, config, spread
         )
         loss += config.region_weight * metrics["loss_region"]
         metrics |= similarity

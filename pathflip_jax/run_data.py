@@ -5,21 +5,24 @@ Training and validation draw from the same records and texts; the slide table sa
 
 import hashlib
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
+from pathflip_jax.data.cases import Sources
 from pathflip_jax.data.pipeline import Batches, make_batches
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.storage import Place, as_path, read_bytes
-from pathflip_jax.data.text import read_slide_table, read_texts
+from pathflip_jax.data.text import match_rows, read_slide_table, read_texts
 from pathflip_jax.data.tokens import TextTokenizer
 
 SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)
+_log = logging.getLogger(__name__)
 
 
 class RunData(NamedTuple):
@@ -45,8 +48,11 @@ def open_data(
     if config.model.bert:
         _refuse_other_words(Path(config.model.bert), tokenizer)
     ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
+    rows: dict[str, dict[str, str]] = {}
     if data.slides:
-        ids = slides_of_splits(data.slides, records, (data.split, data.val_split), data.records)
+        rows = rows_of_slides(data.slides, records)
+        ids = slides_of_splits(rows, (data.split, data.val_split), data.slides, data.records)
+    sources = Sources(rows, str(data.slides), str(data.records), str(data.texts))
 
     def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
         names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_step")
@@ -61,6 +67,7 @@ def open_data(
             slide_ids=slide_ids,
             shards=shards,
             own_shards=own_shards,
+            sources=sources,
             **({name: data[name] for name in names} | more),
         )
 
@@ -79,11 +86,19 @@ def open_data(
     return RunData(training, validation, tokenizer, facts)
 
 
-def slides_of_splits(table: str, records: Records, splits: tuple[str, str], name: str) -> dict[str, list[str]]:
+def rows_of_slides(table: str, records: Records) -> dict[str, dict[str, str]]:
+    """The rows of a slide table by the slide of the records that each means; what matches otherwise is logged."""
+    rows, notes = match_rows(read_slide_table(table), [slide.slide_id for slide in records.slides], table)
+    for note in notes:
+        _log.warning("%s", note)
+    return rows
+
+
+def slides_of_splits(
+    rows: Mapping[str, Mapping[str, str]], splits: tuple[str, str], table: str, name: str
+) -> dict[str, list[str]]:
     """The slides of each split that the records (called `name`) hold. ValueError where the first split has none."""
-    there, rows = {slide.slide_id for slide in records.slides}, read_slide_table(table)
-    ids = {split: [row["slide_id"] for row in rows if row["split"] == split] for split in splits}
-    ids = {split: [slide for slide in slides if slide in there] for split, slides in ids.items()}
+    ids = {split: [slide for slide, row in rows.items() if row["split"] == split] for split in splits}
     if not ids[splits[0]]:
         raise ValueError(
             f"{table}: no slide of split {splits[0]!r} is in {name}; check the columns slide_id and split, or name "

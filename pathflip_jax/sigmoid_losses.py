@@ -1,7 +1,7 @@
 """The losses of PathFLIP2, as pure functions of arrays: sigmoid losses over pairs (SigLIP, arXiv 2303.15343).
 
-Both run over the global batch, as those of `losses.py`, and treat cases alike: another slide of a case is neither a
-positive nor a negative.
+Both run over the global batch, as those of `losses.py`, and treat related slides alike: neither positives nor
+negatives.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pathflip_jax.losses import Spread, at_once, log_sigmoid, normalise, other_cases
+from pathflip_jax.losses import Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SigmoidLossConfig:
 def sigmoid_slide_loss(
     slides: Float[Array, "B D"],
     captions: Float[Array, "B D"],
-    case: Int[Array, "B"],
+    related: Int[Array, "B ..."],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
 ) -> Float[Array, ""]:
@@ -52,69 +52,82 @@ def sigmoid_slide_loss(
     same = jnp.eye(len(slides), dtype=bool)
     cosine = normalise(slides) @ normalise(captions).T
     terms = -log_sigmoid(cosine, jnp.where(same, 1.0, -1.0), scale, bias)
-    return jnp.sum(jnp.where(other_cases(case) | same, terms, 0)) / len(slides)
+    return jnp.sum(jnp.where(negative_pairs(related) | same, terms, 0)) / len(slides)
 
 
 class _Slides(NamedTuple):
     """All slides of the batch, or those of one device: which they are, and what their texts pooled of them."""
 
     number: Int[Array, "n"]
-    case: Int[Array, "n"]
+    related: Int[Array, "n S"]
+    wording: Int[Array, "n K"] | None
     pooled: Float[Array, "n K D"]
+
+
+class _Everyone(NamedTuple):
+    """The texts of all slides of the batch, and what the slides are to each other."""
+
+    texts: Float[Array, "B K D"]
+    related: Int[Array, "B S"]
+    wording: Int[Array, "B K"] | None
 
 
 def pair_loss(
     pooled: Float[Array, "B K D"],
     texts: Float[Array, "B K D"],
-    case: Int[Array, "B"],
+    related: Int[Array, "B ..."],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     config: SigmoidLossConfig,
     spread: Spread = at_once,
+    wording: Int[Array, "B K"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sigmoid loss between every text-conditioned embedding and every subcaption: the mean over pairs, and cosines.
 
     `pooled[i, k]` is what subcaption k of slide i pooled of it, and matches that subcaption alone: others of the slide
-    are negatives too, as published. Both directions of the published loss are this one sum. With n slides on a device
+    are negatives too, as published; subcaptions of other slides that read like one of its own (equal `wording`) are
+    not. Both directions of the published loss are this one sum. With n slides on a device
     and C = `config.slides_at_once` slides at a time, the largest array is [n, K, C, K]; subcaptions are gathered once.
     """
     B, K, _ = texts.shape
 
-    def score(slides: _Slides, everyone: tuple[Array, Array], whole: tuple) -> tuple[Array, ...]:
-        return _sums(slides, *everyone, *whole, config.slides_at_once or B)
+    def score(slides: _Slides, everyone: _Everyone, whole: tuple) -> tuple[Array, ...]:
+        return _sums(slides, everyone, *whole, config.slides_at_once or B)
 
-    slides = _Slides(jnp.arange(B), case, normalise(pooled))
-    found = spread(score, slides, (normalise(texts), case), (scale, bias))
+    everyone = _Everyone(normalise(texts), jnp.reshape(related, (B, -1)), wording)
+    found = spread(score, _Slides(jnp.arange(B), *everyone[1:], normalise(pooled)), everyone, (scale, bias))
     total, count, positive, negative = (jnp.sum(x) for x in found)
     cosines = {"cosine_positive": positive / (B * K), "cosine_negative": negative / jnp.maximum(count - B * K, 1)}
     return total / count, cosines
 
 
-def _sums(
-    slides: _Slides, texts: Float[Array, "B K D"], cases: Int[Array, "B"], scale: Array, bias: Array, chunk: int
-) -> tuple[Float[Array, "n"], ...]:
+def _sums(slides: _Slides, everyone: _Everyone, scale: Array, bias: Array, chunk: int) -> tuple[Float[Array, "n"], ...]:
     """Of each slide's pairs with the texts of all: the terms, how many count, the cosines of matches and of others.
 
     Chunks are computed again for the gradient, so that only one stands in memory at a time.
     """
-    K = texts.shape[1]
+    B, K, _ = everyone.texts.shape
 
     def one(numbers: Int[Array, "C"]):
-        there = numbers < len(cases)
-        numbers = jnp.minimum(numbers, len(cases) - 1)
+        there = numbers < B
+        numbers = jnp.minimum(numbers, B - 1)
         own = slides.number[:, None] == numbers  # [n, C]
-        counted = ((slides.case[:, None] != cases[numbers]) | own) & there
+        counted = (unrelated(slides.related[:, None], everyone.related[numbers]) | own) & there
+        counted = jnp.broadcast_to(counted[..., None], (*counted.shape, K))  # [n, C, K]
+        if everyone.wording is not None:
+            other = unrelated(slides.wording[:, None, None], everyone.wording[numbers][..., None])
+            counted &= other | own[..., None]
         match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[:, None]  # [n, K, C, K]
-        cosine = jnp.einsum("nkd,cjd->nkcj", slides.pooled, texts[numbers], precision="highest")
+        cosine = jnp.einsum("nkd,cjd->nkcj", slides.pooled, everyone.texts[numbers], precision="highest")
         terms = -log_sigmoid(cosine, jnp.where(match, 1.0, -1.0), scale, bias)
-        weight = jnp.broadcast_to(counted[:, None, :, None], cosine.shape).astype(cosine.dtype)
+        weight = jnp.broadcast_to(counted[:, None], cosine.shape).astype(cosine.dtype)
         matched = match & there[:, None]
         sums = terms * weight, weight, jnp.where(matched, cosine, 0), jnp.where(matched, 0, cosine * weight)
         return tuple(x.sum((1, 2, 3)) for x in sums)
 
-    chunks = -(-len(cases) // chunk)
+    chunks = -(-B // chunk)
     if chunks <= 1:
-        return one(jnp.arange(len(cases)))
+        return one(jnp.arange(B))
     numbers = jnp.arange(chunks * chunk).reshape(chunks, chunk)
     return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(one), numbers))
 

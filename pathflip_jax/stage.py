@@ -97,10 +97,10 @@ def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
     def objective(model: PathFLIP, embeddings: dict[str, jax.Array], batch, key: Key):
         B, K, _ = embeddings["subcaptions"].shape
         return alignment_loss(
-            Embeddings(region_mask=jnp.any(batch.patch_mask, axis=-1), **embeddings),
+            Embeddings(region_mask=jnp.any(batch.patch_mask, axis=-1), wording=batch.wording, **embeddings),
             model.text_region,
             draw_negatives(key, B, K),
-            batch.case,
+            batch.related,
             model.logit_scale[...],
             None if model.logit_bias is None else model.logit_bias[...],
             config,
@@ -135,21 +135,23 @@ def sigmoid_alignment(
         if config.slide_weight:
             if config.slide == "infonce":
                 options = {"temperature": config.temperature, "label_smoothing": config.label_smoothing}
-                metrics["loss_slide"] = slide_loss(slides, captions, batch.case, **options)
+                metrics["loss_slide"] = slide_loss(slides, captions, batch.related, **options)
             else:
                 known = model.slide_scale[...], model.slide_bias[...]
-                metrics["loss_slide"] = sigmoid_slide_loss(slides, captions, batch.case, *known)
+                metrics["loss_slide"] = sigmoid_slide_loss(slides, captions, batch.related, *known)
             loss += config.slide_weight * metrics["loss_slide"]
         if config.region_weight:
             known = model.region_scale[...], model.region_bias[...]
             if config.region == "flair":
                 B, K, _ = subcaptions.shape
                 mask = batch.patch_mask.reshape(B, -1)
-                given = Embeddings(slides, embeddings["regions"], mask, captions, subcaptions)
+                given = Embeddings(slides, embeddings["regions"], mask, captions, subcaptions, batch.wording)
                 negatives = draw_negatives(key, B, K)
-                found, cosines = region_loss(given, model.text_region, negatives, batch.case, *known, flair, spread)
+                found, cosines = region_loss(given, model.text_region, negatives, batch.related, *known, flair, spread)
             else:
-                found, cosines = pair_loss(embeddings["pooled"], subcaptions, batch.case, *known, config, spread)
+                found, cosines = pair_loss(
+                    embeddings["pooled"], subcaptions, batch.related, *known, config, spread, batch.wording
+                )
             metrics |= {"loss_region": found} | cosines
             loss += config.region_weight * found
         return loss, metrics | {"loss": loss}

@@ -27,7 +27,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     """validate(learned, frozen) -> losses and retrieval on held-out slides, named val/...
 
     Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
-    split; slides of one case are no rivals.
+    split; slides of one case, or with the same caption, are no rivals.
     """
     from pathflip_jax.evaluate.retrieval import expected_rank, rank, recall
 
@@ -39,9 +39,10 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     def measure(learned: Params, frozen: Params, batch, features):
         model, batch = build(learned, frozen), look_up(batch, features)
         embeddings = jax.tree.map(lambda x: x[: batches.batch_size], stage.encode(model, batch, None))
-        batch = batch._replace(patch_mask=batch.patch_mask[: batches.batch_size], case=batch.case[: batches.batch_size])
+        cut = {name: getattr(batch, name)[: batches.batch_size] for name in ("patch_mask", "related", "wording")}
+        batch = batch._replace(**cut)
         _, metrics = stage.objective(model, embeddings, batch, key)
-        return metrics, embeddings["slide"], embeddings["captions"], batch.case
+        return metrics, embeddings["slide"], embeddings["captions"], batch.related
 
     measure = jax.jit(measure, out_shardings=replicated)
 
@@ -49,10 +50,10 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         parts = []
         for number in range(batches.steps_per_epoch):
             parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features))
-        metrics, slides, captions, cases = zip(*jax.device_get(parts), strict=True)
+        metrics, slides, captions, related = zip(*jax.device_get(parts), strict=True)
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-        slides, captions, cases = (np.concatenate(x) for x in (slides, captions, cases))
-        both = [rank(slides, captions, cases), rank(captions, slides, cases)]
+        slides, captions, related = (np.concatenate(x) for x in (slides, captions, related))
+        both = [rank(slides, captions, related), rank(captions, slides, related)]
         for k in RECALLS:
             scores[f"recall_at_{k}"] = float(np.mean([recall(ranks, k).mean() for ranks in both]))
         scores["mean_reciprocal_rank"] = float(np.mean([(1 / expected_rank(ranks)).mean() for ranks in both]))

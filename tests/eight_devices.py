@@ -43,7 +43,7 @@ def make_batch():
             ),
         ),
         text_index=np.tile(np.array([0, 4, 8], np.int32), (B, 1)),
-        case=(np.arange(B) // 2 * 2).astype(np.int32),
+        related=(np.arange(B) // 2 * 2).astype(np.int32),
         slide=np.arange(B, dtype=np.int32),
     )
 

@@ -106,8 +106,8 @@ def test_validation_is_the_same_on_any_number_of_devices(config, shards):
     one, many = (open_data(config(**sizes), count).validation for count in (1, shards))
     assert one.steps_per_epoch == many.steps_per_epoch == 1 and one.batch_size == many.batch_size == 6
     expected, found = one.batch(0), many.batch(0)
-    assert len(expected.case) == 6 and len(found.case) % shards == 0
-    for name in ("patches", "patch_mask", "case", "slide"):
+    assert len(expected.related) == 6 and len(found.related) % shards == 0
+    for name in ("patches", "patch_mask", "related", "slide", "wording"):
         assert np.array_equal(getattr(found, name)[:6], getattr(expected, name)), name
     assert texts(found)[:18] == texts(expected) and len(texts(expected)) == 18
 
@@ -115,7 +115,7 @@ def test_validation_is_the_same_on_any_number_of_devices(config, shards):
 def texts(batch, sep=3):
     """The token ids of each slide's texts, from [CLS] to [SEP]."""
     tokens = np.concatenate([rows.tokens.reshape(len(rows.tokens), -1) for rows in batch.text_rows], axis=1)
-    group = len(batch.case) // len(tokens)
+    group = len(batch.related) // len(tokens)
     rows = [(tokens[slide // group], place) for slide, places in enumerate(batch.text_index) for place in places]
     return [row[place : place + row[place:].tolist().index(sep) + 1].tolist() for row, place in rows]
 

@@ -40,7 +40,7 @@ def batch():
             ),
         ),
         text_index=np.tile(np.array([[0, 4, 8], [12, 16, 20]], np.int32), (B // 2, 1)),
-        case=np.array([0, 0, 2, 3, 4, 5, 6, 7], np.int32),
+        related=np.array([0, 0, 2, 3, 4, 5, 6, 7], np.int32),
         slide=np.arange(B, dtype=np.int32),
     )
 

@@ -1,17 +1,21 @@
 """What training draws from: the slides of a cohort with their texts, tokenised once (DESIGN section 5).
 
 A bag is a slide, or the slides of a case that one text is about: their regions count as one slide's. Bags of one case
-carry one case number, so that the losses take none of them for another's negative.
+carry one case number, and those with the same caption one number for it, so that the losses take none of them for
+another's negative.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.captions import split_sentences
-from pathflip_jax.data.identity import connected, fold, person_keys
+from pathflip_jax.data.captions import plain, split_sentences
+from pathflip_jax.data.cases import NO_TABLE, Sources, bag_keys, slides_of_case
+from pathflip_jax.data.identity import connected
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText, match_texts, some
 from pathflip_jax.data.tokens import TextTokenizer
@@ -41,10 +45,14 @@ class Regions(NamedTuple):
 
 
 class Bag(NamedTuple):
-    """Slides that are sampled as one, with their texts."""
+    """Slides that are sampled as one, with their texts.
+
+    `related` numbers the case and those captions that bags of other cases have too: bags that share a number are no
+    negatives of each other.
+    """
 
     slides: tuple[str, ...]
-    case: int
+    related: tuple[int, ...]
     texts: list[TokenisedText]
     regions: Regions
 
@@ -83,16 +91,20 @@ def collect_bags(
     slide_ids: Sequence[str] | None,
     caption_length: int,
     subcaption_length: int,
+    sources: Sources = NO_TABLE,
 ) -> list[Bag]:
     """The bags of the slides in `slide_ids` (None = all), in the order of the records.
 
-    Slides without a text are left out, with a warning that counts them. Raises ValueError for slides without a
-    record or without patches, and when no slide has a text.
+    Whose slides are, records and texts say, and `sources` with the slide table. Slides without a text are left out,
+    with a warning that counts them. Raises ValueError for slides without a record or without patches, when no slide
+    has a text, and where two of the sources say that a slide is of different patients.
     """
     infos = records.slides
     position = {info.slide_id: i for i, info in enumerate(infos)}
     wanted = wanted_slides(records, slide_ids)
     grouped: dict[tuple[str, ...], list[SlideText]] = {}
+    of_case = slides_of_case(sources.rows.values())
+    texts = [text if text.slide_ids else replace(text, slide_ids=of_case(text.case_id)) for text in texts]
     for text in match_texts(texts, [info.slide_id for info in infos], [info.case_id for info in infos]):
         slides = tuple(sorted(wanted.intersection(text.slide_ids), key=position.get))
         if slides:
@@ -103,23 +115,41 @@ def collect_bags(
     if silent and slide_ids is not None:  # otherwise matching has said so
         _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), some(silent))
     members = sorted(grouped, key=lambda slides: [position[slide] for slide in slides])
-    cases = _cases(members, grouped, {info.slide_id: info.case_id for info in infos})
+    cases = _cases(members, grouped, {info.slide_id: info.case_id for info in infos}, sources)
+    captions = _shared_captions(members, grouped, cases)
     flat = [text for slides in members for text in grouped[slides]]
     ready = iter(_tokenise(flat, tokenizer, caption_length, subcaption_length))
     bags = []
-    for slides, case in zip(members, cases, strict=True):
+    for slides, case, shared in zip(members, cases, captions, strict=True):
         regions = regions_of(records, [position[slide] for slide in slides])
-        bags.append(Bag(slides, case, [next(ready) for _ in grouped[slides]], regions))
+        bags.append(Bag(slides, (case, *shared), [next(ready) for _ in grouped[slides]], regions))
     return bags
 
 
-def _cases(members, grouped, case_of: dict[str, str]) -> list[int]:
-    """A number for each bag, equal where bags share a slide or a case, as the text table or the records name it."""
-    keys = []
-    for slides in members:
-        own = [person_keys(slide, case_of[slide] if fold(case_of[slide]) != fold(slide) else "") for slide in slides]
-        keys.append(set().union(*own, *(person_keys(case_id=text.case_id) for text in grouped[slides])))
-    return connected(keys)
+def _cases(members, grouped, case_of: Mapping[str, str], sources: Sources = NO_TABLE) -> list[int]:
+    """A number for each bag, equal where bags share a slide, a case or a patient, whoever says so."""
+    return connected(bag_keys(members, grouped, case_of, sources))
+
+
+def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:
+    """For each bag the numbers, above those of cases, of its captions that a bag of another case has too."""
+    holders: defaultdict[str, list[int]] = defaultdict(list)
+    for number, slides in enumerate(members):
+        for caption in dict.fromkeys(plain(text.caption) for text in grouped[slides]):
+            holders[caption].append(number)
+    shared = {caption: bags for caption, bags in holders.items() if len({cases[bag] for bag in bags}) > 1}
+    found: list[list[int]] = [[] for _ in members]
+    for number, bags in enumerate(shared.values(), max(cases) + 1):
+        for bag in bags:
+            found[bag].append(number)
+    if shared:
+        commonest = max(shared, key=lambda caption: len(shared[caption]))
+        _log.warning(
+            "%d captions are those of slides of several cases, word for word (%d of %d slides; %d have %r): these "
+            "slides are no negatives of each other",
+            len(shared), sum(map(bool, found)), len(members), len(shared[commonest]), commonest[:60],
+        )  # fmt: skip
+    return found
 
 
 def _tokenise(

@@ -9,6 +9,7 @@ two sentences stay together, which costs one longer subcaption.
 import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,11 @@ _LIST_NUMBER = re.compile(r"(?:^|[:;])\s*[(\[]?(?:\d{1,2}|[A-Za-z]|[ivxIVX]{1,4}
 _LIST_ITEM = re.compile(r"\s*(?:[-*•‣▪–—]|[(\[]?(?:\d{1,2}|[A-Za-z])[.)\]])\s")
 _MIXED_CASE = re.compile(r"[a-z]{1,3}[A-Z0-9]")  # pT2, ypN0, p53 begin sentences although they begin small
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]$")  # N.S.A.B.P
+
+
+def plain(text: str) -> str:
+    """A text as it is compared with others: without differences of case, Unicode form and white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split_sentences(text: str) -> list[str]:

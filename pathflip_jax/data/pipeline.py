@@ -8,6 +8,7 @@ batch). So a run resumes on another number of processes with the same batches. g
 
 import logging
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float16, Int32
 
 from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags
 from pathflip_jax.data.captions import draw_given, draw_merges
+from pathflip_jax.data.cases import NO_TABLE, Sources
 from pathflip_jax.data.patches import PatchSampler
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText
@@ -43,7 +45,8 @@ class Batch(NamedTuple):
 
     Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1 into rows of a few lengths, each [G, P, L]. With all
     rows of a group laid end to end, `text_index` is the place of each text's [CLS]: column 0 the caption, then the K
-    subcaptions. Equal `case` = same case, no negatives.
+    subcaptions. Slides that share a number in `related` (a case, a caption) are no negatives of each other;
+    subcaptions of equal `wording` read the same.
     `slide` is a number in `Batches.slides`. Where the features are on the device, `patches` are rows of
     `Batches.take_features`, and `look_up` puts the features in their place.
     """
@@ -52,8 +55,9 @@ class Batch(NamedTuple):
     patch_mask: Bool[np.ndarray, "B R S"]
     text_rows: tuple[TextRows, ...]
     text_index: Int32[np.ndarray, "B 1+K"]
-    case: Int32[np.ndarray, "B"]
+    related: Int32[np.ndarray, "B S"]
     slide: Int32[np.ndarray, "B"]
+    wording: Int32[np.ndarray, "B K"] | None = None
 
 
 def make_batches(
@@ -79,6 +83,7 @@ def make_batches(
     padding: int = 0,
     threads: int = 4,
     resident: Literal["", "host", "device"] = "",
+    sources: Sources = NO_TABLE,
 ) -> "Batches":
     """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
 
@@ -91,8 +96,9 @@ def make_batches(
     this process's memory, "device" leaves them to be put on the devices (`Batches.take_features`), so that a batch
     brings row numbers alone. Of `shards` even parts of a batch, this process makes its `own_shards`, end to end (None:
     all). `padding` more slides, repeated ones, end each batch: for few slides that must divide over many devices; what
-    comes of them is to be cut off. Raises ValueError for slides of which there are no records, for texts that match
-    none, and for sizes that do not divide.
+    comes of them is to be cut off. `sources` brings the slide table, which says whose slides are, beside records and
+    texts. Raises ValueError for slides of which there are no records, for texts that match
+    none, where two sources name different patients of a slide, and for sizes that do not divide.
     """
     _require_whole_groups(batch_size + padding, text_groups, shards)
     if not 0 < caption_share <= 1:
@@ -101,7 +107,7 @@ def make_batches(
         raise ValueError(f"merge_sentences {merge_sentences}: a subcaption has at least one sentence")
     if row_step < 1:
         raise ValueError(f"row_step {row_step}: rows have at least one token")
-    bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length)
+    bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length, sources)
     if len(bags) < batch_size:
         raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
     widest = max(int(bag.regions.count.max()) for bag in bags)
@@ -151,10 +157,10 @@ def look_up(batch: Batch, features: jax.Array | None) -> Batch:
 class Batches:
     """The batches of a run; `batch(step)` can be asked in any order, from any thread.
 
-    `slides[i]` are the slides of bag i. `counts` says how often texts did not fit: "shortened" merges lost sentences
-    to stay below `subcaption_length`, "cut" single sentences lost their end, "overflows" groups did not fit in
-    `text_rows`, so that "redrawn" of their subcaptions became single sentences. A batch that is made twice is counted
-    twice.
+    `slides[i]` are the slides of bag i, `related[i]` its numbers (`Batch.related`). `counts` says how often texts did
+    not fit: "shortened" merges lost sentences to stay below `subcaption_length`, "cut" single sentences lost their end,
+    "overflows" groups did not fit in `text_rows`, so that "redrawn" of their subcaptions became single sentences. A
+    batch that is made twice is counted twice.
     """
 
     def __init__(
@@ -166,13 +172,17 @@ class Batches:
         shards: tuple[int, tuple[int, ...]],
         threads: int,
     ) -> None:
+        self.bags = bags
         self.slides = [bag.slides for bag in bags]
+        widest = max(len(bag.related) for bag in bags)  # a shorter one is filled up with its case
+        filled = [[*bag.related, *bag.related[:1] * (widest - len(bag.related))] for bag in bags]
+        self.related = np.array(filled, np.int32)  # [bags, S]
         self.steps_per_epoch = len(bags) // draws.batch_size
         self.patch_slots = draws.patch_slots
         self.row_lengths = row_lengths(draws.row_step, max(draws.caption_length, draws.subcaption_length))
         self.text_rows: tuple[int, ...] = ()
         self.counts: Counter[str] = Counter()
-        self._bags, self._tokenizer, self._draws = bags, tokenizer, draws
+        self._tokenizer, self._draws = tokenizer, draws
         self._shards, self._threads = shards, threads
         self._lock = threading.Lock()
         self._patches = PatchSampler(records, draws.regions, draws.patch_slots, threads)
@@ -188,7 +198,7 @@ class Batches:
 
     def load(self, on_device: bool = False) -> None:
         """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
-        self._patches.load((bag.regions for bag in self._bags), on_device)
+        self._patches.load((bag.regions for bag in self.bags), on_device)
 
     def resize(self, batch_size: int, text_groups: int, padding: int = 0) -> None:
         """Make batches of another size from the same bags: for a size that their number decides.
@@ -198,7 +208,7 @@ class Batches:
         """
         _require_whole_groups(batch_size + padding, text_groups, self._shards[0])
         self._draws = self._draws._replace(batch_size=batch_size, text_groups=text_groups, padding=padding)
-        self.steps_per_epoch = len(self._bags) // batch_size
+        self.steps_per_epoch = len(self.bags) // batch_size
         self.set_text_rows(None)
 
     def set_text_rows(self, text_rows: Sequence[int] | None) -> None:
@@ -208,7 +218,7 @@ class Batches:
         could not be packed at all.
         """
         size, widths = (self._draws.batch_size + self._draws.padding) // self._draws.text_groups, self.row_lengths
-        least = sorted((self._least(bag) for bag in self._bags), key=sum, reverse=True)[:size]
+        least = sorted((self._least(bag) for bag in self.bags), key=sum, reverse=True)[:size]
         least = [length for lengths in least for length in lengths]
         if text_rows is None:
             rng = np.random.default_rng([self._draws.seed, _ROWS])
@@ -239,8 +249,8 @@ class Batches:
 
     def _simulated_lengths(self, size: int, rng: np.random.Generator) -> list[int]:
         lengths = []
-        for i in rng.permutation(len(self._bags))[:size]:
-            text = self._bags[i].texts[rng.integers(len(self._bags[i].texts))]
+        for i in rng.permutation(len(self.bags))[:size]:
+            text = self.bags[i].texts[rng.integers(len(self.bags[i].texts))]
             lengths.append(len(text.caption))
             lengths += [len(self._subcaption(text, merge)) for merge in self._merges(text, rng)]
         return lengths
@@ -248,21 +258,22 @@ class Batches:
     def batch(self, step: int) -> Batch:
         """The batch of a global step: a function of (seed, step), cut to this process's slides, in their order."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self._bags))
+        order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self.bags))
         batch_size, (shards, own) = self._draws.batch_size, self._shards
         padded = batch_size + self._draws.padding
         places = np.arange(padded).reshape(shards, -1)[list(own)].ravel()
         chosen = np.resize(order[within * batch_size :][:batch_size], padded)[places]
-        bags = [self._bags[i] for i in chosen]
+        bags = [self.bags[i] for i in chosen]
         rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
         patches, mask = self._patches.draw([bag.regions for bag in bags], rngs)
         size = padded // self._draws.text_groups
-        packed = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
+        groups = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
+        packed, wording = zip(*groups, strict=True)
         rows = jax.tree.map(lambda *groups: np.stack(groups), *(group.rows for group in packed))
         index = np.stack([group.cls_index for group in packed])
-        case = np.array([bag.case for bag in bags], np.int32)
         index = index.reshape(len(places), 1 + self._draws.subcaptions)
-        return Batch(patches, mask, rows, index, case, chosen.astype(np.int32))
+        wording = np.concatenate(wording)
+        return Batch(patches, mask, rows, index, self.related[chosen], chosen.astype(np.int32), wording)
 
     def __iter__(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on without end, made ahead in threads."""
@@ -296,8 +307,12 @@ class Batches:
             counts["cut"] += len(ids) > room
         return self._tokenizer.wrap(ids, self._draws.subcaption_length)
 
-    def _pack(self, bags: list[Bag], rngs: list[np.random.Generator]) -> PackedText:
-        """The texts of a group, packed. Where they need too many rows, the longest become single sentences."""
+    def _pack(self, bags: list[Bag], rngs: list[np.random.Generator]) -> tuple[PackedText, Int32[np.ndarray, "n K"]]:
+        """The texts of a group, packed, and a number for the wording of each subcaption.
+
+        Where texts need too many rows, the longest become single sentences. The number is a hash: other words have
+        another one, but for one pair in 2**32.
+        """
         counts: Counter[str] = Counter()
         found: list[np.ndarray] = []
         drawn: list[tuple[TokenisedText, tuple[int, ...]] | None] = []  # None: a caption, which stays whole
@@ -316,7 +331,8 @@ class Batches:
                     raise
                 counts["redrawn"] += 1
         self._count(counts)
-        return packed
+        wording = np.array([zlib.crc32(ids.tobytes()) for ids in found], np.uint32).view(np.int32)
+        return packed, wording.reshape(len(bags), -1)[:, 1:]
 
     def _shorten(self, found: list[np.ndarray], drawn: list) -> bool:
         """Replace the longest subcaption of a group by its shortest sentence, or that by the shortest of the text."""

@@ -72,6 +72,8 @@ def _retrieval(answers: Answers) -> Part:
     pairs = answers.tasks.pairs
     slides, patients = [" ".join(text.slide_ids) for text in pairs], [case_of[text.slide_ids[0]] for text in pairs]
     ours, theirs = ([one.ranks for one in side] for side in (answers.ours, answers.theirs))
+    twins = answers.ours[0].ranks_with_twins
+    answers.cohort.warnings.extend(summary.say_twins("slides", len(pairs), ours[0], twins, DIRECTIONS))
     return _ranking("", answers, ours, theirs, DIRECTIONS, slides, patients)
 
 
@@ -80,6 +82,8 @@ def _region_retrieval(answers: Answers) -> Part:
     texts = answers.tasks.regions
     slides, patients = [text.slide_id for text in texts], [text.patient for text in texts]
     ours, theirs = ([one.region_ranks for one in side] for side in (answers.ours, answers.theirs))
+    twins = answers.ours[0].region_ranks_with_twins
+    answers.cohort.warnings.extend(summary.say_twins("regions", len(texts), ours[0], twins, REGION_DIRECTIONS))
     return _ranking("region_", answers, ours, theirs, REGION_DIRECTIONS, slides, patients)
 
 

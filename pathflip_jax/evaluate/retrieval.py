@@ -2,15 +2,19 @@
 
 Row i of the queries belongs to row i of the gallery. Other rows of the same case are neither right nor wrong: a
 report may well describe a patient's second slide too, so they leave that query's gallery, as they leave the
-losses (DESIGN section 4). Ties count as any order of the tied rows, all equally likely: a model that gives one
-embedding to everything scores chance, not 100%.
+losses (DESIGN section 4). So do rows with the very caption of the query's row, which are no miss. Ties count as any
+order of the tied rows, all equally likely: a model that gives one embedding to everything scores chance, not 100%.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
+
+from pathflip_jax.data.captions import plain
 
 TIE = 1e-6  # two cosines closer than this are equal: float32 noise decides no rank
 RECALLS = (1, 5, 10)
@@ -30,11 +34,29 @@ def normalise(x: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def rank(queries: Float[np.ndarray, "n D"], gallery: Float[np.ndarray, "n D"], cases) -> Ranks:
-    """Rank each query's partner in the gallery by cosine; rows of the query's own case are masked."""
+def relate(cases: Sequence[str], captions: Sequence[str]) -> Int[np.ndarray, "n 2"]:
+    """Numbers of each row's case and of its caption, as `plain` reads it: rows that share one are no rivals."""
+    numbers: dict[tuple[str, str], int] = {}
+    names = [*(("case", case) for case in cases), *(("caption", plain(caption)) for caption in captions)]
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names]).reshape(2, -1).T
+
+
+def twins(related: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, "n"]:
+    """Which rows have the caption of a row of another case."""
+    captions, cases = np.unique(np.unique(related, axis=0)[:, 1], return_counts=True)
+    return np.isin(related[:, 1], captions[cases > 1])
+
+
+def rank(queries: Float[np.ndarray, "n D"], gallery: Float[np.ndarray, "n D"], related) -> Ranks:
+    """Rank each query's partner in the gallery by cosine; rows that share a number or name with the query are masked.
+
+    `related` has one or several for each row: its case, its captions.
+    """
     cosine = normalise(queries) @ normalise(gallery).T  # [n, n]
-    cases = np.unique(np.asarray(cases, dtype=str), return_inverse=True)[1]
-    other = cases[:, None] != cases[None, :]
+    related = np.asarray(related).reshape(len(cosine), -1)
+    other = np.ones(cosine.shape, bool)
+    for one, another in itertools.product(related.T, related.T):
+        other &= one[:, None] != another[None, :]
     margin = cosine - np.diagonal(cosine)[:, None]
     above = (other & (margin > TIE)).sum(1)
     tied = (other & (np.abs(margin) <= TIE)).sum(1)

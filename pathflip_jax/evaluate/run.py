@@ -196,7 +196,7 @@ def _outcome(
     name = Path(predictor.name).name
     bags = few_shot.embed_bags(predictor, cohort, [*cohort.slide_ids, *few_shot.needed(tasks.probed)], name)
     slides = np.stack([bags[slide].slide for slide in cohort.slide_ids])
-    ranks = probabilities = found = no_text = region_ranks = None
+    ranks = probabilities = found = no_text = region_ranks = twins = region_twins = None
     if tasks.pairs is not None:
         row = {slide: i for i, slide in enumerate(cohort.slide_ids)}
         images = [
@@ -205,14 +205,16 @@ def _outcome(
             else predictor.encode_slide([cohort.features(slide) for slide in text.slide_ids]).slide
             for text in tasks.pairs
         ]
-        captions = predictor.encode_text([text.caption for text in tasks.pairs])
+        texts = [text.caption for text in tasks.pairs]
         cases = [cohort.patients[row[text.slide_ids[0]]] for text in tasks.pairs]
-        ranks = _rank_both_ways(DIRECTIONS, np.stack(images), captions, cases if rules.mask_cases else None)
+        related = retrieval.relate(cases, texts) if rules.mask_cases else None
+        ranks, twins = _rank_both_ways(DIRECTIONS, np.stack(images), predictor.encode_text(texts), related)
     if tasks.regions is not None:
         images = embed_regions(predictor, cohort, tasks.regions, name)
-        captions = predictor.encode_texts([text.caption for text in tasks.regions]).region
-        cases = [text.patient for text in tasks.regions]
-        region_ranks = _rank_both_ways(REGION_DIRECTIONS, images, captions, cases if rules.mask_cases else None)
+        texts = [text.caption for text in tasks.regions]
+        captions = predictor.encode_texts(texts).region
+        related = retrieval.relate([text.patient for text in tasks.regions], texts) if rules.mask_cases else None
+        region_ranks, region_twins = _rank_both_ways(REGION_DIRECTIONS, images, captions, related)
     if tasks.prompts is not None:
         classes = zero_shot.class_embeddings(predictor.encode_text, tasks.prompts.classes)
         probabilities = zero_shot.class_probabilities(slides, classes)
@@ -226,11 +228,19 @@ def _outcome(
             lambda slide: np.tile(predictor.attend(slide), (len(concepts), 1)), *known, name=f"{name}, no text"
         )
     beliefs = [few_shot.run_probes(task, bags, rules, name) for task in tasks.probed]
-    return Outcome(ranks, probabilities, found, no_text, region_ranks, beliefs)
+    return Outcome(ranks, probabilities, found, no_text, region_ranks, beliefs, twins, region_twins)
 
 
-def _rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, cases) -> dict[str, retrieval.Ranks]:
-    """The ranks of both directions; without cases every row is a case by itself, and nothing is masked."""
-    cases = [str(i) for i in range(len(images))] if cases is None else cases
+def _rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, related) -> tuple[dict, dict | None]:
+    """The ranks of both directions, and those that the captions of several patients have no part in, if there are any.
+
+    Without `related` every row stands by itself, and nothing is masked.
+    """
     there, back = directions
-    return {there: retrieval.rank(images, texts, cases), back: retrieval.rank(texts, images, cases)}
+
+    def ranks(related) -> dict[str, retrieval.Ranks]:
+        return {there: retrieval.rank(images, texts, related), back: retrieval.rank(texts, images, related)}
+
+    if related is None:
+        return ranks(np.arange(len(images))), None
+    return ranks(related), ranks(related[:, 0]) if retrieval.twins(related).any() else None

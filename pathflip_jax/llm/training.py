@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, memory, sharding
+from pathflip_jax.data.cases import slides_of_case
 from pathflip_jax.data.conversations import read_conversations, read_mixture
 from pathflip_jax.data.patches import PatchSampler
 from pathflip_jax.data.pipeline import look_up
@@ -44,7 +45,7 @@ from pathflip_jax.model.attention import Linear
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import read_manifest, slides_of_splits
+from pathflip_jax.run_data import read_manifest, rows_of_slides, slides_of_splits
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import place_features, require_score
 
@@ -344,7 +345,11 @@ def _open_batches(
     mixture = [(read_conversations(path), times) for path, times in read_mixture(data.texts)]
     ids: dict[str, list[str] | None] = {data.split: None, data.val_split: []}
     if data.slides:
-        ids = slides_of_splits(data.slides, records, (data.split, data.val_split), data.records)
+        rows = rows_of_slides(data.slides, records)
+        ids = slides_of_splits(rows, (data.split, data.val_split), data.slides, data.records)
+        of_case = slides_of_case(rows.values())
+        mixture = [([talk._replace(slide_ids=talk.slide_ids or of_case(talk.case_id)) for talk in talks], times)
+                   for talks, times in mixture]  # fmt: skip
     shared = {"length": data.length or None, "most_positions": positions, "threads": data.threads}
     shared |= {"shards": sharding.batch_shards(mesh), "own_shards": sharding.own_shards(mesh)}
     examples = collect_examples(records, mixture, tokenizer, template, ids[data.split], data.sentence_orders)

@@ -97,7 +97,7 @@ def test_shapes_and_types(cohort):
     assert [(x.shape, str(x.dtype)) for x in (batch.patches, batch.patch_mask)] == [
         ((8, 4, 6, 3), "float16"), ((8, 4, 6), "bool")
     ]  # fmt: skip
-    assert [x.shape for x in (batch.text_index, batch.case, batch.slide)] == [(8, 6), (8,), (8,)]
+    assert [x.shape for x in (batch.text_index, batch.related, batch.slide)] == [(8, 6), (8, 1), (8,)]
     widths = [(count, width) for count, width in zip(made.text_rows, made.row_lengths, strict=True) if count]
     assert made.row_lengths == (64, 128) and widths
     for rows, (count, width) in zip(batch.text_rows, widths, strict=True):
@@ -387,7 +387,7 @@ def test_slides_of_a_case_carry_one_number(cohort):
     ]
     made = batches(cohort, texts, batch_size=9, text_groups=1)
     batch = made.batch(0)
-    case = {made.slides[i]: int(c) for i, c in zip(batch.slide, batch.case, strict=True)}
+    case = {made.slides[i]: int(c) for i, c in zip(batch.slide, batch.related[:, 0], strict=True)}
     of = {"+".join(slides): number for slides, number in case.items()}
     assert of["S00"] == of["S01"] == of["S08"]  # the records say P0 of two, the table of the third
     assert of["S02"] == of["S03"]
