@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.caption_length = 384
     config.data.subcaption_length = 192
     config.data.caption_share = 1.0  # of a report's sentences in a training caption, drawn anew; 1: the whole report
+    config.data.max_unknown_share = 0.2  # of the pieces of the texts, unknown to the vocabulary: more is an error
     config.data.row_step = 128  # texts are packed into rows of 1, 2, 3, ... times so many tokens
     config.data.text_rows = ()  # rows of a text group, the shortest first; (): measured on the table
     config.data.text_groups = 0  # 0: up to sixteen slides to a group

@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, memory, settings, sharding
+from pathflip_jax.data.checks import require_negatives
 from pathflip_jax.losses import LossConfig, Spread, pair_bytes
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.flops import useful_operations
@@ -31,6 +32,8 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
     require_score(config.train.select, (*MEASURED, *losses))
     family = family_of(config)
     data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh), begun_groups)
+    if not family.negatives_within(config):
+        require_negatives(data.train)
     model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
     resolved = config.to_dict()
     resolved["data"] |= data.facts
@@ -57,11 +60,15 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
 
 
 class Family(NamedTuple):
-    """What the families of models do not share: their losses, and which parameters learn."""
+    """What the families of models do not share: their losses, and which parameters learn.
+
+    `negatives_within`: whether a slide by itself has all negatives that the losses of a config need.
+    """
 
     loss: type
     stage: Callable[[ConfigDict, ModelConfig, Spread], Stage]
     pair_bytes: Callable[[ConfigDict, ModelConfig, int], int]
+    negatives_within: Callable[[ConfigDict], bool]
 
 
 def _pathflip_stage(config: ConfigDict, model: PathFLIPConfig, spread: Spread) -> Stage:
@@ -91,9 +98,14 @@ def _pathflip2_pairs(config: ConfigDict, model: PathFLIP2Config, slides: int) ->
     return pairs_bytes(SigmoidLossConfig(**config.loss), slides, config.train.batch_size, config.data.subcaptions)
 
 
+def _pathflip2_within(config: ConfigDict) -> bool:
+    """The loss over pairs takes the other subcaptions of a slide for negatives; the slide loss has none but slides."""
+    return not config.loss.slide_weight and config.loss.region == "pairs" and config.data.subcaptions > 1
+
+
 FAMILIES = {
-    "pathflip": Family(LossConfig, _pathflip_stage, _pathflip_pairs),
-    "pathflip2": Family(SigmoidLossConfig, _pathflip2_stage, _pathflip2_pairs),
+    "pathflip": Family(LossConfig, _pathflip_stage, _pathflip_pairs, lambda config: False),
+    "pathflip2": Family(SigmoidLossConfig, _pathflip2_stage, _pathflip2_pairs, _pathflip2_within),
 }
 
 

@@ -75,7 +75,7 @@ def unrelated(one: Int[Array, "*n S"], other: Int[Array, "*n T"]) -> Bool[Array,
 
 def negative_pairs(related: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
     """[i, j]: slide j is a negative for slide i."""
-    related = jnp.reshape(related, (len(related), -1))
+    related = jnp.asarray(related).reshape(len(related), -1)
     return unrelated(related[:, None], related[None, :])
 
 
@@ -169,7 +169,8 @@ def region_loss(
     def score(slides: _Slides, everyone: _Everyone, whole: tuple) -> tuple[Array, Array, Array]:
         return _negatives(slides, everyone, *whole, shown, config.negatives_at_once or max(shown, 1))
 
-    everyone = _Everyone(embeddings.subcaptions, jnp.reshape(related, (B, -1)), embeddings.wording)
+    wording = None if embeddings.wording is None else jnp.asarray(embeddings.wording)
+    everyone = _Everyone(embeddings.subcaptions, jnp.asarray(related).reshape(B, -1), wording)
     slides = _Slides(jnp.arange(B), *everyone[1:], embeddings.regions, embeddings.region_mask, negatives)
     negative_sum, cosine_sum, count = spread(score, slides, everyone, (text_region_attention, scale, bias))
     count = jnp.maximum(count, 1.0)

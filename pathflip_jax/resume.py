@@ -1,5 +1,6 @@
 """Which run a folder holds, and what makes a run the same when it goes on elsewhere or on other devices."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,21 @@ from pathflip_jax.metrics import METRICS
 MAY_CHANGE = {
     "mesh": sharding.AXES,
     "loss": ("negatives_at_once",),
-    "data": ("records", "texts", "slides", "tokenizer", "threads", "resident", "text_groups", "text_rows"),
+    "data": (
+        "records",
+        "texts",
+        "slides",
+        "tokenizer",
+        "threads",
+        "resident",
+        "text_groups",
+        "text_rows",
+        "max_unknown_share",
+    ),
     "model": ("bert",),
     "train": (
+        "steps",
+        "epochs",
         "keep",
         "checkpoints",
         "keep_every",
@@ -31,9 +44,10 @@ MAY_CHANGE = {
 def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
-    `describe` writes into a folder what its run is. The folder of `train.checkpoints`, which alone outlives a lost
-    machine, is claimed too. A run that ended before its first checkpoint, on a wrong setting or for want of memory,
-    has no claim on either.
+    A run may be given more steps, or fewer than it was to have, but not fewer than it has done: its learning rate then
+    goes on along the schedule of the new length. `describe` writes into a folder what its run is. The folder of
+    `train.checkpoints`, which alone outlives a lost machine, is claimed too. A run that ended before its first
+    checkpoint, on a wrong setting or for want of memory, has no claim on either.
     """
     home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
@@ -51,6 +65,7 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
                 f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
                 "give that run's settings to go on with it, or another --workdir to start a new one"
             )
+        _change_length(home, before, resolved["train"])
     elif jax.process_index() == 0:
         describe(home)
     if home != workdir and jax.process_index() == 0:
@@ -62,6 +77,27 @@ def begun_config(home: Path) -> dict | None:
     if (home / checkpoint.CONFIG).exists() and any((home / checkpoint.CHECKPOINTS).glob("[0-9]*")):
         return checkpoint.read_json(home / checkpoint.CONFIG)
     return None
+
+
+def _change_length(home: Path, before: dict, now: dict) -> None:
+    """Note in the config of the run that it ends elsewhere than it was to. ValueError where it is past that step."""
+    steps, old = now["steps"], before["train"]["steps"]
+    if steps == old:
+        return
+    reached = max(int(path.name) for path in (home / checkpoint.CHECKPOINTS).glob("[0-9]*") if path.name.isdigit())
+    if steps < reached:
+        raise ValueError(
+            f"{home}: the run has done {reached} steps, and {steps} are asked for; set --config.train.steps (or "
+            f"train.epochs) to {reached} steps or more, or name another --workdir"
+        )
+    if jax.process_index() == 0:
+        print(
+            f"{home}: the run was to end at step {old} and now ends at {steps}; from step {reached} on the learning "
+            f"rate follows the schedule of {steps} steps, on the batches that a run of {steps} steps has there",
+            file=sys.stderr,
+        )
+        length = {"steps": steps, "epochs": now["epochs"]}
+        checkpoint.write_json(home / checkpoint.CONFIG, before | {"train": before["train"] | length})
 
 
 def _fixed(resolved: dict) -> dict:

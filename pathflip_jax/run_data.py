@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pathflip_jax.data.cases import Sources
+from pathflip_jax.data.checks import any_unrelated, refuse_unknown_words
 from pathflip_jax.data.pipeline import Batches, make_batches
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.storage import Place, as_path, read_bytes
@@ -75,6 +76,7 @@ def open_data(
     groups = data.text_groups or _groups_to_go_on_with(begun_groups, size, shards * config.train.accumulate)
     more = {"patch_slots": slots, "text_rows": tuple(data.text_rows) or None, "caption_share": data.caption_share}
     training = batches(ids[data.split], size, groups, config.train.seed, **more)
+    refuse_unknown_words(training.bags, tokenizer, data.max_unknown_share, data.texts)
     validation = None
     if ids[data.val_split]:  # not every slide has a text: how many can be drawn from is known only then
         slots = {"patch_slots": training.patch_slots}
@@ -82,6 +84,11 @@ def open_data(
         size = even_size(len(validation.slides), size)
         padding = -size % shards
         validation.resize(size, choose_groups(size + padding, shards), padding)
+        if not any_unrelated(validation.related):
+            _log.warning(
+                "validation: its %d slides are of one case, or have one caption, so that retrieval among them is right "
+                "whatever the model says; take slides of several patients", len(validation.slides),
+            )  # fmt: skip
     facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
     return RunData(training, validation, tokenizer, facts)
 

@@ -22,6 +22,7 @@ REQUIRED = {
     "lm.aligner": "the run folder that slides are embedded by, made by `pathflip train` or `pathflip convert`",
     "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
 }
+ADDED = ("data.max_unknown_share",)  # settings that config files of earlier versions lack: they take their defaults
 LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
 
 
@@ -49,6 +50,9 @@ def load_config(name: str) -> ConfigDict:
     path, argument = find_config(name)
     config = _execute(path, argument)
     reference = _flat(_execute(bundled_configs()[_reference(config)], ""))
+    for section, name in (key.split(".") for key in ADDED if key in reference):
+        if section in config and name not in config[section]:
+            config[section][name] = reference[f"{section}.{name}"]
     found = _flat(config)
     faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
     faults += [f"{key} is missing" for key in reference if key not in found]

@@ -94,7 +94,8 @@ def pair_loss(
     def score(slides: _Slides, everyone: _Everyone, whole: tuple) -> tuple[Array, ...]:
         return _sums(slides, everyone, *whole, config.slides_at_once or B)
 
-    everyone = _Everyone(normalise(texts), jnp.reshape(related, (B, -1)), wording)
+    wording = None if wording is None else jnp.asarray(wording)
+    everyone = _Everyone(normalise(texts), jnp.asarray(related).reshape(B, -1), wording)
     found = spread(score, _Slides(jnp.arange(B), *everyone[1:], normalise(pooled)), everyone, (scale, bias))
     total, count, positive, negative = (jnp.sum(x) for x in found)
     cosines = {"cosine_positive": positive / (B * K), "cosine_negative": negative / jnp.maximum(count - B * K, 1)}

@@ -43,8 +43,9 @@ def make_batch():
             ),
         ),
         text_index=np.tile(np.array([0, 4, 8], np.int32), (B, 1)),
-        related=(np.arange(B) // 2 * 2).astype(np.int32),
+        related=np.stack([np.arange(B) // 2 * 2, B + np.arange(B) % 7], 1).astype(np.int32),  # cases, and captions
         slide=np.arange(B, dtype=np.int32),
+        wording=rng.integers(0, 3 * B, (B, K), dtype=np.int32),
     )
 
 
@@ -77,7 +78,7 @@ def same_on_every_mesh(meshes, params, accumulate, loss):
     run = jax.jit(compute, static_argnums=(2, 3, 4))
     (config, make), batch = family(loss), make_batch()
     one = run(params, batch, make(0), accumulate, config)
-    no_negatives = run(params, batch._replace(case=np.zeros(B, np.int32)), make(0), accumulate, config)
+    no_negatives = run(params, batch._replace(related=np.zeros(B, np.int32)), make(0), accumulate, config)
     assert abs(float(no_negatives["loss"] - one["loss"])) > 1e-3, "the negatives do not matter"
     for number, mesh in enumerate(meshes):
         with jax.set_mesh(mesh):

@@ -19,6 +19,7 @@ from pathflip_jax.losses import (
 B, R, K, D = 5, 3, 2, 8
 CASE = jnp.array([4, 1, 4, 2, 3])  # slides 0 and 2 are of one patient
 APART = jnp.arange(B)
+SHARED = jnp.array([[4, 9], [1, 9], [4, 4], [2, 8], [8, 3]])  # a number in any column is what slides share
 
 
 def embeddings(size: int = B) -> Embeddings:
@@ -40,11 +41,16 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def slow_slide_loss(slides, captions, case, temperature, smoothing) -> float:
+def apart(related, i: int, j: int) -> bool:
+    one, other = ({*np.atleast_1d(related[x]).tolist()} for x in (i, j))
+    return not one & other
+
+
+def slow_slide_loss(slides, captions, related, temperature, smoothing) -> float:
     n, total = len(slides), 0.0
     for rows, columns in ((slides, captions), (captions, slides)):
         for i in range(n):
-            counted = [j for j in range(n) if j == i or case[j] != case[i]]
+            counted = [j for j in range(n) if j == i or apart(related, i, j)]
             logits = {j: cosine(rows[i], columns[j]) / temperature for j in counted}
             norm = np.log(sum(np.exp(z) for z in logits.values()))
             total -= (1 - smoothing) * (logits[i] - norm) / n
@@ -52,7 +58,7 @@ def slow_slide_loss(slides, captions, case, temperature, smoothing) -> float:
     return total / 2
 
 
-def slow_region_loss(batch, negatives, case, scale, bias, config: LossConfig) -> float:
+def slow_region_loss(batch, negatives, related, scale, bias, config: LossConfig) -> float:
     def term(i: int, text: np.ndarray, label: int) -> float:
         regions = np.asarray(batch.regions[i])[np.asarray(batch.region_mask[i])].astype(np.float64)
         weights = np.exp(regions @ text)
@@ -65,7 +71,8 @@ def slow_region_loss(batch, negatives, case, scale, bias, config: LossConfig) ->
     for i in range(n):
         own = [term(i, texts[i, k], +1) for k in range(K)]
         others = [(i + step) % n for step in range(1, shown + 1)]
-        other = [term(i, texts[j, negatives[i, j]], -1) for j in others if case[j] != case[i]]
+        others = [j for j in others if apart(related, i, j) and not reads_alike(batch, i, j, negatives[i, j])]
+        other = [term(i, texts[j, negatives[i, j]], -1) for j in others]
         if config.normaliser == "released":
             total += (sum(own) + sum(other)) / (K + shown)
         else:
@@ -74,7 +81,12 @@ def slow_region_loss(batch, negatives, case, scale, bias, config: LossConfig) ->
     return total
 
 
-@pytest.mark.parametrize("case", [APART, CASE, jnp.zeros(B, int)])
+def reads_alike(batch, i: int, j: int, drawn: int) -> bool:
+    """Whether the subcaption drawn of slide j is one that slide i has itself."""
+    return batch.wording is not None and int(batch.wording[j, drawn]) in np.asarray(batch.wording[i]).tolist()
+
+
+@pytest.mark.parametrize("case", [APART, CASE, SHARED, jnp.zeros(B, int)])
 @pytest.mark.parametrize(("temperature", "smoothing"), [(0.1, 0.1), (0.5, 0.0)])
 def test_slide_loss_is_the_slow_one(case, temperature, smoothing):
     batch = embeddings()
@@ -124,6 +136,20 @@ def test_region_loss_is_the_slow_one(case, config, scale, bias):
     ours, _ = region_loss(batch, pool, negatives, case, jnp.asarray(scale), offset, config)
     expected = slow_region_loss(batch, np.asarray(negatives), np.asarray(case), scale, bias or 0.0, config)
     assert float(ours) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(normaliser="per_slide", negatives_at_once=3)])
+def test_shared_captions_and_subcaptions_are_no_negatives(config):
+    wording = jnp.array([[7, 8], [1, 2], [3, 4], [8, 5], [6, 6]])  # slides 0 and 3 have a subcaption in common
+    negatives = jnp.array([[-1, 0, 1, 0, 1], [0, -1, 0, 1, 0], [1, 0, -1, 0, 0], [1, 0, 1, -1, 0], [0, 1, 1, 0, -1]])
+    one, other = int(negatives[0, 3]), int(negatives[3, 0])
+    assert wording[3, one] == wording[0, 1] and wording[0, other] == wording[3, 0]
+    batch = embeddings()._replace(wording=wording)
+    ours, _ = region_loss(batch, pool, negatives, SHARED, jnp.asarray(2.66), None, config)
+    expected = slow_region_loss(batch, np.asarray(negatives), np.asarray(SHARED), 2.66, 0.0, config)
+    assert float(ours) == pytest.approx(expected, rel=2e-5)
+    without, _ = region_loss(batch._replace(wording=None), pool, negatives, SHARED, jnp.asarray(2.66), None, config)
+    assert abs(float(without - ours)) > 1e-3
 
 
 def test_chunks_of_negatives_bound_memory_and_change_no_gradient():

@@ -64,6 +64,26 @@ def test_pair_loss_is_the_mean_over_pairs_whatever_stands_in_memory(case, at_onc
         np.testing.assert_allclose(ours, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [0, 2])
+def test_shared_captions_and_subcaptions_are_no_negatives(at_once):
+    """Slides share a number of any column; a subcaption that reads like one of the slide's own is left out alone."""
+    pooled, texts = drawn(B, K, D), drawn(1, B, K, D)[0]
+    related = np.array([[0, 7], [1, 7], [2, 2], [3, 3], [4, 4]])
+    wording = np.array([[1, 2, 3], [4, 5, 6], [2, 8, 9], [10, 10, 12], [13, 9, 9]])
+    terms = []
+    for i, j in np.ndindex(B, B):
+        for k, m in np.ndindex(K, K):
+            if i == j or not (set(related[i]) & set(related[j]) or wording[j, m] in wording[i]):
+                terms.append(term(unit(pooled)[i, k] @ unit(texts)[j, m], (i, k) == (j, m)))
+    config = SigmoidLossConfig(slides_at_once=at_once)
+    loss, _ = jax.jit(lambda p, t: pair_loss(p, t, related, SCALE, BIAS, config, wording=wording))(pooled, texts)
+    assert float(loss) == pytest.approx(np.mean(terms), rel=1e-5)
+    slides, captions = pooled[:, 0], texts[:, 0]
+    pairs = [(i, j) for i, j in np.ndindex(B, B) if i == j or {i, j} != {0, 1}]
+    expected = sum(term(unit(slides)[i] @ unit(captions)[j], i == j) for i, j in pairs) / B
+    assert float(sigmoid_slide_loss(slides, captions, related, SCALE, BIAS)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_settings_and_what_they_bound():
     assert pairs_bytes(SigmoidLossConfig(), 4, 64, 8) == 4 * 4 * 64 * 64
     assert pairs_bytes(SigmoidLossConfig(slides_at_once=16), 4, 64, 8) == 4 * 4 * 16 * 64

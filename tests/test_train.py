@@ -343,3 +343,17 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_p
     assert mine == theirs
     assert os.listdir(tmp_path / "run/best") == os.listdir(tmp_path / "straight/best")
     assert checkpoint.load_run(tmp_path / "run", "best")
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_given_more_steps_ends_as_one_that_had_them_from_the_start(options, tmp_path, capsys):
+    """With a learning rate that does not move: else the two differ in it, and in nothing more."""
+    rate = [f"--config.optim.{name}=1e-3" for name in ("learning_rate", "warmup_learning_rate", "final_learning_rate")]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert train.main([*options, *rate, "--workdir", str(run)]) == 0
+    more = [*options, *rate, "--config.train.steps=6"]
+    assert train.main([*more, "--workdir", str(run)]) == 0
+    assert "was to end at step 4 and now ends at 6" in capsys.readouterr().err
+    assert train.main([*more, "--workdir", str(whole)]) == 0
+    assert metrics(run) == metrics(whole) and arrays(run, 6) == arrays(whole, 6)
+    assert checkpoint.read_json(run / "config.json") == checkpoint.read_json(whole / "config.json")

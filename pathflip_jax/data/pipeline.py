@@ -255,14 +255,18 @@ class Batches:
             lengths += [len(self._subcaption(text, merge)) for merge in self._merges(text, rng)]
         return lengths
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a global step: a function of (seed, step), cut to this process's slides, in their order."""
+    def chosen(self, step: int) -> np.ndarray:
+        """The numbers of the bags in the batch of a global step, of all processes, without padding."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self.bags))
-        batch_size, (shards, own) = self._draws.batch_size, self._shards
-        padded = batch_size + self._draws.padding
+        return order[within * self.batch_size :][: self.batch_size]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a global step: a function of (seed, step), cut to this process's slides, in their order."""
+        shards, own = self._shards
+        padded = self.batch_size + self._draws.padding
         places = np.arange(padded).reshape(shards, -1)[list(own)].ravel()
-        chosen = np.resize(order[within * batch_size :][:batch_size], padded)[places]
+        chosen = np.resize(self.chosen(step), padded)[places]
         bags = [self.bags[i] for i in chosen]
         rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
         patches, mask = self._patches.draw([bag.regions for bag in bags], rngs)

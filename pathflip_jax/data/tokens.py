@@ -51,7 +51,7 @@ class TextTokenizer:
                 f"{self.folder}: the vocabulary of {len(vocabulary)} tokens lacks {', '.join(missing)}; "
                 "a BERT folder is needed (vocab.txt or tokenizer.json of a BertTokenizer)"
             )
-        self.cls_id, self.sep_id = vocabulary["[CLS]"], vocabulary["[SEP]"]
+        self.unk_id, self.cls_id, self.sep_id = (vocabulary[token] for token in SPECIAL[1:4])
         last = max(vocabulary.values())
         if last >= 2**31 - 1:
             raise ValueError(f"{self.folder}: the vocabulary numbers a token {last}; copy the tokenizer's files again")

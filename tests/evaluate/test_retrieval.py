@@ -85,3 +85,26 @@ def test_a_gallery_larger_than_the_split_keeps_the_split():
 def test_zero_embeddings_do_not_divide_by_zero():
     found = retrieval.normalise(np.zeros((2, 3)))
     assert np.array_equal(found, np.zeros((2, 3)))
+
+
+def test_the_caption_of_another_patient_word_for_word_is_no_miss(pairs):
+    """Rows 20 and 21 have one caption: whichever stands higher, both are right, so neither is in the other's way."""
+    slide, text, cases = pairs
+    text = text.copy()
+    text[21] = text[20]
+    captions = [f"Report {i}." for i in range(40)]
+    captions[21] = " REPORT  20."
+    related = retrieval.relate(cases, captions)
+    assert np.flatnonzero(retrieval.twins(related)).tolist() == [20, 21]
+    ranks, by_case = retrieval.rank(slide, text, related), retrieval.rank(slide, text, cases)
+    assert by_case.tied[20] == by_case.tied[21] == 1 and by_case.others[20] == 39
+    assert ranks.tied[20] == ranks.tied[21] == 0 and ranks.others[20] == 38
+    rest = [i for i in range(40) if i not in (20, 21)]
+    for ours, theirs in zip(ranks, by_case, strict=True):
+        assert ours[rest].tolist() == theirs[rest].tolist()
+
+
+def test_captions_of_one_patient_alone_are_no_twins(pairs):
+    related = retrieval.relate(["a", "a", "b"], ["x", "X", "y"])
+    assert not retrieval.twins(related).any()
+    assert retrieval.relate(["x", "y"], ["y", "x"]).size == len(np.unique(retrieval.relate(["x", "y"], ["y", "x"])))
