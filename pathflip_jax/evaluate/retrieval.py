@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from pathflip_jax.data.captions import plain
+from pathflip_jax.data.identity import fold
 
 TIE = 1e-6  # two cosines closer than this are equal: float32 noise decides no rank
 RECALLS = (1, 5, 10)
@@ -37,7 +38,7 @@ def normalise(x: Float[np.ndarray, "*n D"]) -> Float[np.ndarray, "*n D"]:
 def relate(cases: Sequence[str], captions: Sequence[str]) -> Int[np.ndarray, "n 2"]:
     """Numbers of each row's case and of its caption, as `plain` reads it: rows that share one are no rivals."""
     numbers: dict[tuple[str, str], int] = {}
-    names = [*(("case", case) for case in cases), *(("caption", plain(caption)) for caption in captions)]
+    names = [*(("case", fold(case)) for case in cases), *(("caption", plain(caption)) for caption in captions)]
     return np.array([numbers.setdefault(name, len(numbers)) for name in names]).reshape(2, -1).T
 
 
