@@ -126,3 +126,61 @@ def test_a_run_keeps_its_text_groups_where_devices_can_share_them(config, capsys
     assert open_data(config(), 1, begun_groups=4).facts["text_groups"] == 4 and capsys.readouterr().err == ""
     assert open_data(config(), 4, begun_groups=2).facts["text_groups"] == 4
     assert "began with 2 text groups, which 4 pieces" in capsys.readouterr().err
+
+
+def test_the_patients_of_the_slide_table_are_read(config, tiny_cohort, tmp_path):
+    """Records and texts name 22 patients; the table joins them two by two, but for one that it says nothing of."""
+    lines = tiny_cohort.slides.read_text().splitlines()
+    lines[0] += ",case_id"
+    rows = [line.split(",") for line in lines[1:]]
+    for number, row in enumerate(rows):
+        row += [row[1]]
+        row[1] = "" if number == 0 else f"Group {number // 4}"
+    table = tmp_path / "slides.csv"
+    table.write_text("\n".join([lines[0], *map(",".join, rows)]) + "\n")
+    cases = open_data(config(**{"data.slides": table}), 1).train.related[:, 0].tolist()
+    assert cases == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]  # slide 0 has the case of slide 1
+    assert open_data(config(), 1).train.related[:, 0].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
+
+
+def test_a_slide_table_of_other_patients_is_refused_by_name(config, tiny_cohort, tmp_path):
+    table = tmp_path / "other.csv"
+    table.write_text(tiny_cohort.slides.read_text().replace("S03,P03", "S03,P99"))
+    with pytest.raises(ValueError) as error:
+        open_data(config(**{"data.slides": table}), 1)
+    said = str(error.value)
+    assert f"slide S03 is of P99 in {table}, but of P03 in" in said and "must agree: correct case_id or patient" in said
+
+
+def test_texts_may_name_a_patient_that_only_the_slide_table_knows(config, tiny_cohort, tmp_path):
+    table, texts = tmp_path / "slides.csv", tmp_path / "reports.jsonl"
+    lines = tiny_cohort.slides.read_text().splitlines()
+    rows = [f"{line},{line.split(',')[1]}" for line in lines[1:]]
+    rows = [row.replace(f"S0{i},P0{i}", f"S0{i},Q{i // 2}") for i, row in enumerate(rows)]
+    table.write_text("\n".join([f"{lines[0]},case_id", *rows]) + "\n")
+    named = [{"patient_id": "q1"}, {"patient_id": "q2"}, {"slide_id": "S12"}]
+    captions = ["Fat is seen.", "No mucin is present.", "Necrosis is extensive."]
+    rows = [name | {"caption": caption} for name, caption in zip(named, captions, strict=True)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = open_data(config(**{"data.slides": table, "data.texts": texts, "train.batch_size": 2}), 1)
+    assert data.train.slides == [("S02", "S03"), ("S04", "S05")]
+
+
+def test_texts_in_words_that_the_vocabulary_lacks_are_refused_and_an_option_overrules(config, tiny_cohort, tmp_path):
+    rows = [json.loads(line) for line in tiny_cohort.texts.read_text().splitlines()]
+    texts = tmp_path / "reports.jsonl"
+    texts.write_text("".join(json.dumps(row | {"caption": f"Железа {i}. Fat."}) + "\n" for i, row in enumerate(rows)))
+    with pytest.raises(ValueError, match="reports.jsonl: [0-9.]+% of the word pieces.*max_unknown_share"):
+        open_data(config(**{"data.texts": texts, "data.max_unknown_share": 0.01}), 1)
+    open_data(config(**{"data.texts": texts, "data.max_unknown_share": 1.0}), 1)
+
+
+def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, caplog):
+    rows = [json.loads(line) for line in tiny_cohort.texts.read_text().splitlines()]
+    for row in rows[12:18]:
+        row["caption"] = "Fat is seen."
+    texts = tmp_path / "reports.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    open_data(config(**{"data.texts": texts}), 1)
+    assert "1 captions are those of slides of several cases, word for word (6 of 6 slides" in caplog.text
+    assert "validation: its 6 slides are of one case, or have one caption" in caplog.text

@@ -225,6 +225,12 @@ def test_another_config_in_the_same_workdir_is_refused(options, straight, tmp_pa
     assert metrics(straight)[-1]["step"] == 4
 
 
+def test_a_batch_of_one_is_refused_before_it_is_compiled(options, tmp_path):
+    with pytest.raises(ValueError, match="a batch of one slide has no negative"):
+        train.main([*options, "--config.train.batch_size=1", "--workdir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
     def broken(*_):
         return lambda params, frozen, opt_state, batch, number: (params, opt_state, {"loss": number * np.nan})

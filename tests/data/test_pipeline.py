@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +394,23 @@ def test_slides_of_a_case_carry_one_number(cohort):
     assert of["S02"] == of["S03"]
     assert of["S06+S07"] == of["S07"]  # they share a slide
     assert len(set(of.values())) == 5
+
+
+def test_what_slides_have_in_common_is_numbered(cohort):
+    """Captions word for word, whatever their spaces and capitals; subcaptions by what was drawn of them."""
+    shared = {4: "Fat. Necrosis is extensive.", 9: " fat.  Necrosis is EXTENSIVE."}
+    texts = [replace(text, caption=shared.get(i, text.caption)) for i, text in enumerate(cohort.texts)]
+    made = batches(cohort, texts, batch_size=20, text_groups=1, merge_sentences=1, subcaption_length=8)
+    numbers = {slides[0]: {*row.tolist()} for slides, row in zip(made.slides, made.related, strict=True)}
+    related = {(a, b) for a, b in itertools.combinations(sorted(numbers), 2) if numbers[a] & numbers[b]}
+    assert related == {("S00", "S01"), ("S02", "S03"), ("S04", "S09")}
+    batch = made.batch(0)
+    assert batch.related.tolist() == made.related[batch.slide].tolist() and batch.wording.shape == (20, 5)
+    tokens, sep = np.concatenate([r.tokens.reshape(-1) for r in batch.text_rows]), cohort.tokenizer.sep_id
+    words = [tuple(tokens[at : at + tokens[at:].tolist().index(sep)]) for at in batch.text_index[:, 1:].ravel()]
+    assert 1 < len(set(words)) < len(words)
+    assert len(set(zip(words, batch.wording.ravel().tolist(), strict=True))) == len(set(words))
+    assert len(set(batch.wording.ravel().tolist())) == len(set(words))
 
 
 def test_slides_are_chosen_by_id(cohort, caplog):
