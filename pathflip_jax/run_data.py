@@ -86,8 +86,9 @@ def open_data(
         validation.resize(size, choose_groups(size + padding, shards), padding)
         if not any_unrelated(validation.related):
             _log.warning(
-                "validation: its %d slides are of one case, or have one caption, so that retrieval among them is right "
-                "whatever the model says; take slides of several patients", len(validation.slides),
+                "validation: its %d slides are all of one case, or of one caption, so that none is another's rival and "
+                "retrieval among them is right whatever the model says; take slides of several patients",
+                len(validation.slides),
             )  # fmt: skip
     facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
     return RunData(training, validation, tokenizer, facts)

@@ -183,4 +183,4 @@ def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, capl
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     open_data(config(**{"data.texts": texts}), 1)
     assert "1 captions are those of slides of several cases, word for word (6 of 6 slides" in caplog.text
-    assert "validation: its 6 slides are of one case, or have one caption" in caplog.text
+    assert "validation: its 6 slides are all of one case, or of one caption" in caplog.text
