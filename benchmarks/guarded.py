@@ -20,7 +20,8 @@ import numpy as np
 from machine import describe
 
 from pathflip_jax.data import guarded
-from pathflip_jax.data.features import H5_READER, _read_h5, _read_pt, read_features
+from pathflip_jax.data.features import read_features, read_pt
+from pathflip_jax.data.h5_features import READER, read_h5
 
 
 def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:
@@ -80,9 +81,9 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder), options.patches, options.width)
-        start, _ = seconds_of(guarded.parse, H5_READER, files["h5, one piece"], False)
+        start, _ = seconds_of(guarded.parse, READER, files["h5, one piece"], False, "")
         asked = statistics.median(
-            seconds_of(guarded.parse, H5_READER, files["h5, one piece"], False)[0] for _ in range(options.repeats)
+            seconds_of(guarded.parse, READER, files["h5, one piece"], False, "")[0] for _ in range(options.repeats)
         )
         print(f"starting the worker {start * 1e3:.0f} ms, asking it for attributes {asked * 1e3:.2f} ms")
         print(f"{'':<24}{'here':>10}{'parse':>10}{'read':>10}  parse is (quartiles)")
@@ -111,7 +112,7 @@ def main() -> None:
 
 def _parse(path: Path) -> np.ndarray:
     """The features as the worker gives them, without the checks of `read_features`."""
-    return (_read_pt(path) if path.suffix == ".pt" else _read_h5(path, None))["features"]
+    return (read_pt(path) if path.suffix == ".pt" else read_h5(path, None, None))["features"]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from data_prep.plan import Plan, make_plan, slide_files, write_json
 from data_prep.pool import cores, run_each
 from data_prep.shards import Progress, assemble, first_through, remove
 from pathflip_jax.data.failures import Failure, list_failures
-from pathflip_jax.data.features import find_feature_files, slide_id_of
+from pathflip_jax.data.feature_files import find_feature_files
+from pathflip_jax.data.features import slide_id_of
 from pathflip_jax.data.index import read_index
 from pathflip_jax.data.records import finish_folder
 from pathflip_jax.data.regions import EDGE_UM
@@ -135,7 +136,7 @@ def import_features(
     `patch_size` (level-0 pixels), `mpp` (level 0) and `encoder` are for what the files do not say. A folder of
     bare .pt files has no coordinates and is cut by `scan`. Everything else as in `prepare`.
     """
-    files = {slide_id_of(path): path for path in find_feature_files(folder)}
+    files = {slide_id_of(path): path for path in find_feature_files(folder).files}
     bare = cut == "grid" and all(path.suffix.lower() == ".pt" for path in files.values())
     settings = {
         "command": "import", "patch_size": patch_size, "mpp": mpp, "encoder": encoder,

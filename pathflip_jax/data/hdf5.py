@@ -12,14 +12,16 @@ import numpy as np
 
 from pathflip_jax.data.guarded import Parsed, Refused, check_size, shared_empty
 
-FEATURES = ("feats", "features")  # STAMP's name, everybody else's
+FEATURES = ("feats", "features")  # STAMP's name, everybody else's; AtlasPatch has a group, a dataset an encoder
+UNFINISHED = "__tmp_"  # AtlasPatch's, of a run that was stopped
 MOST_NAMES, MOST_NUMBERS, LONGEST_TEXT = 100, 16, 1000
 
 
-def read(path: str, with_arrays: bool) -> Parsed:
+def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
     """The arrays `features` or `feats`, and `coords`; the facts are the attributes of each, and the file's ("/").
 
-    `names` lists what there is at the top. An array that lies in the file in one piece is not read: `places` says its
+    `names` lists what there is at the top. Where `features` is a group, `encoder` chooses from it, and the fact
+    `encoder` is the name of what was read. An array that lies in the file in one piece is not read: `places` says its
     offset, shape and dtype. Without `with_arrays` only the attributes are read. Raises OSError for what is no whole
     HDF5 file, Refused for an array of no numbers, in another file, or too large for this one.
     """
@@ -28,21 +30,38 @@ def read(path: str, with_arrays: bool) -> Parsed:
         with h5py.File(path, "r") as file:
             facts["names"] = sorted(islice(file, MOST_NAMES))
             facts["/"] = _attributes(file)
-            for name in (next((name for name in FEATURES if name in file), ""), "coords"):
-                if not name or name not in file or not isinstance(dataset := _here(file, name), h5py.Dataset):
+            features = next((name for name in FEATURES if name in file), "")
+            places = {features: features, "coords": "coords"}
+            if features and isinstance(group := _here(file, features), h5py.Group):
+                places[features] = _choose(group, features, encoder)
+                facts["encoder"] = places[features].rpartition("/")[2]
+            for name, place in places.items():
+                if not place or place not in file or not isinstance(dataset := _here(file, place), h5py.Dataset):
                     continue
                 facts[name] = _attributes(dataset)
                 if with_arrays:
-                    place = _place(dataset, name, os.path.getsize(path))
-                    if place is None:
+                    piece = _place(dataset, name, os.path.getsize(path))
+                    if piece is None:
                         arrays[name] = _array(dataset, name, os.path.getsize(path))
                     else:
-                        facts["places"][name] = place
+                        facts["places"][name] = piece
     except (Refused, MemoryError):
         raise
     except Exception as error:  # h5py passes on what libhdf5 finds as any of eight types
         raise OSError(f"not a whole HDF5 file ({error}); copy or extract it again") from None
     return facts, arrays
+
+
+def _choose(group: h5py.Group, name: str, encoder: str) -> str:
+    """The path of one encoder's features in a group of several; "" where there is none at all."""
+    found = [own for own in islice(group, MOST_NAMES) if not own.startswith(UNFINISHED)]
+    chosen = [own for own in found if not encoder or own.casefold() == encoder.casefold()]
+    if len(found) > 1 and len(chosen) != 1:
+        asked = f"none is {encoder!r}" if encoder else "one has to be chosen"
+        raise Refused(
+            f"features of {len(found)} encoders ({', '.join(sorted(found))}), {asked}; pass encoder (--encoder)"
+        )
+    return f"{name}/{(chosen or found)[0]}" if found else ""
 
 
 def _here(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:

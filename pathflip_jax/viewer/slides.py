@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pathflip_jax.data.features import SlideFeatures, find_feature_files, read_features, slide_id_of
+from pathflip_jax.data.feature_files import find_feature_files
+from pathflip_jax.data.features import SlideFeatures, read_features, slide_id_of
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.storage import Place
 from pathflip_jax.data.text import some
@@ -41,7 +42,7 @@ def list_slides(
         archive = Records(records)
         readers = {info.slide_id: partial(archive.read, i) for i, info in enumerate(archive.slides)}
     elif features is not None:
-        readers = {slide_id_of(path): partial(read_features, path) for path in find_feature_files(features)}
+        readers = {slide_id_of(path): partial(read_features, path) for path in find_feature_files(features).files}
     if images and readers and not images.keys() & readers.keys():
         raise ValueError(
             f"{slides_dir}: none of its {len(images)} slides ({some(images)}) is among the {len(readers)} slides of "

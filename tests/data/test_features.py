@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pathflip_jax.data.feature_files import find_feature_files, slide_id_of
 from pathflip_jax.data.features import (
     SlideFeatures,
     all_finite,
     case_of,
-    find_feature_files,
     read_features,
-    slide_id_of,
 )
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "formats"
@@ -52,7 +51,7 @@ def slidechat_rows(name="{}_{}.png"):
 
 TRIDENT = {
     "patch_size": 256, "patch_size_level0": 512.0, "level0_magnification": 40.0, "target_magnification": 20,
-    "overlap": 0, "level0_width": 4000.0, "level0_height": 5000, "name": "x",
+    "overlap": 128, "level0_width": 4000.0, "level0_height": 5000, "name": "x",
 }  # fmt: skip
 CLAM = {
     "patch_size": 256, "patch_level": 1, "downsample": [4.0, 4.0], "level_dim": [1000, 1250], "name": "x",
@@ -91,7 +90,8 @@ def test_patch_size_from_the_patches_folder_beside(tmp_path, sibling, attributes
     write_h5(tmp_path / "patches" / sibling, attributes, coords=COORDS)
     slide = check_same(read_features(path))
     assert (slide.patch_size, slide.width, slide.height) == (1024 if attributes is CLAM else 512, 4000, 5000)
-    assert read_features(path, patch_size=300).patch_size == 300, "what is passed wins"
+    kept = read_features(path, patch_size=300)
+    assert kept.patch_size == slide.patch_size and any("300 was not used" in note for note in kept.notes)
 
 
 def test_a_broken_patches_file_is_named(tmp_path):
@@ -143,11 +143,11 @@ def test_a_pickle_is_never_run(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save(Trap(), tmp_path / "trap.pt")
-    torch.save({"features": torch.ones(2, 2)}, tmp_path / "dict.pt")
+    torch.save({"layer_11_embed": torch.ones(2, 2)}, tmp_path / "dict.pt")
     with pytest.raises(ValueError, match=r"trap\.pt.*without running code"):
         read_features(tmp_path / "trap.pt")
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match=r"dict\.pt.*holds a dict"):
+    with pytest.raises(ValueError, match=r"dict\.pt.*holds a dict of 1 entries \(layer_11_embed\)"):
         read_features(tmp_path / "dict.pt")
 
 
@@ -163,14 +163,14 @@ BROKEN = {
     "infinite": (lambda p: write_h5(p, TRIDENT, features=FEATURES * np.inf, coords=COORDS), "6 of 6 patches"),
     "empty": (lambda p: write_h5(p, features=np.zeros((0, 4), "f4"), coords=np.zeros((0, 2))), "no tissue"),
     "flat": (lambda p: write_h5(p, features=np.zeros(0, "f4"), coords=np.zeros(0)), "no tissue"),
-    "slide level": (lambda p: write_h5(p, features=np.ones(768, "f4")), "a slide embedding, not patches"),
+    "slide level": (lambda p: write_h5(p, features=np.ones(768, "f4")), "a slide embedding, one vector of 768"),
     "integers": (lambda p: write_h5(p, features=np.ones((3, 3), "i8")), "features are int64"),
     "far": (lambda p: write_h5(p, TRIDENT, features=FEATURES, coords=COORDS * 2.0**31), "beyond 2"),
     "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "holds coordinates; name the features"),
     "foreign": (lambda p: write_h5(p, x=np.ones(3)), r"datasets \['x'\], expected 'features'"),
-    "group": (lambda p: write_h5(p, **{"features/a": np.ones(3)}), "expected 'features'"),
+    "group": (lambda p: write_h5(p, **{"features/a/b": np.ones(3)}), "expected 'features'"),
     "lone": (lambda p: write_h5(p, features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),
-    "not hdf5": (lambda p: p.write_bytes(b"<html>no such file</html>"), "not a whole HDF5 file"),
+    "not hdf5": (lambda p: p.write_bytes(b"no such file"), "not a whole HDF5 file"),
     "nothing": (lambda p: p.write_bytes(b""), "0 bytes"),
     "short row": (lambda p: write_csv(p.with_suffix(".csv"), slidechat_rows() + [[1, 2]]), "line 8: 2 columns"),
     "word": (lambda p: write_csv(p.with_suffix(".csv"), [["a", 1, 1, 1, "1_1"]]), "line 2"),
@@ -348,10 +348,10 @@ def test_files_of_a_folder(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / "pt_files" / f"{name}.pt").write_bytes(b"PK\x03\x04")
     (tmp_path / "process_list_autogen.csv").write_text("slide_id,status,seg_level\na.svs,processed,2\n")
-    found = [str(path.relative_to(tmp_path)) for path in find_feature_files(tmp_path)]
+    found = [str(path.relative_to(tmp_path)) for path in find_feature_files(tmp_path).files]
     assert found == ["h5_files/a.h5", "h5_files/b.h5", "pt_files/c.pt"]
     write_csv(tmp_path / "d.csv", slidechat_rows())
-    assert find_feature_files(tmp_path)[-1].name == "d.csv"
+    assert find_feature_files(tmp_path).files[-1].name == "d.csv"
 
 
 def test_two_encoders_below_one_folder_are_refused(tmp_path):
@@ -371,7 +371,7 @@ def test_a_folder_without_features(tmp_path):
 @real
 @pytest.mark.parametrize("tool", ["clam", "trident", "slidechat_csv"])
 def test_real_files_agree(tool):
-    path = next(path for path in find_feature_files(REAL / tool) if path.stem != "empty")
+    path = next(path for path in find_feature_files(REAL / tool).files if path.stem != "empty")
     slide = read_features(path)
     assert slide.slide_id == "cmu-1-small-region" and slide.features.shape == (50, 512) and slide.patch_size == 256
     assert (slide.mpp, slide.encoder) == ((0.5, "handcrafted512") if tool == "trident" else (0, ""))

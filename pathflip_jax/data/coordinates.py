@@ -1,0 +1,168 @@
+"""Checks of where patches lie: coordinates and patch sizes that cannot be, said with what would fit.
+
+Coordinates are x, y of a patch's top-left corner in pixels at level 0. Files of other tools hold them as y, x, of
+another level, counted in patches, or of a file that was appended to; none of it shows in a loss curve.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+SMALLEST_PATCH, LARGEST_PATCH = 16, 2**16  # pixels at level 0
+SMALLEST_UM, LARGEST_UM = 4.0, 10_000.0  # a patch's edge
+# Level sizes times a downsample of up to 64 miss the slide's size by up to as many pixels.
+EDGE_SLACK = 64
+FEWEST_GAPS = 4  # as a square of four patches has
+ROUNDING = 0.05  # of a pixel: a float32 beyond 100,000 px is that coarse
+DENSEST = 32  # patches that overlap stand at least their 32nd part apart
+EXTRACT = "extract the slide's features again"
+
+
+class Gap(NamedTuple):
+    """The commonest gap between neighbours of a row or column, in pixels, and how many there are of it."""
+
+    size: int
+    support: int
+
+
+def whole_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray, "N 2"]:
+    """Coordinates as whole numbers; ValueError for another shape, NaN, fractions and numbers beyond 2^31."""
+    coords = np.asarray(coords)
+    if coords.shape != (patches, 2):
+        found = f"{patches} features and coords of shape {coords.shape}"
+        if coords.ndim == 2 and len(coords) == patches:
+            raise ValueError(f"{where}: {found}, expected two numbers, x and y, of each patch; keep only those two")
+        raise ValueError(f"{where}: {found}, expected one x, y per feature; one was cut short, extract the slide again")
+    if not np.isfinite(coords).all() or np.abs(coords.astype(np.float64)).max() >= 2**31:
+        raise ValueError(f"{where}: coords hold NaN or numbers beyond 2^31, expected level-0 pixels; extract it again")
+    whole = np.round(coords)
+    if coords.dtype.kind == "f" and (off := np.flatnonzero((np.abs(coords - whole) > ROUNDING).any(axis=1))).size:
+        x, y = coords[off[0]].tolist()
+        raise ValueError(
+            f"{where}: coords of {len(off)} of {patches} patches are fractions, such as {x:g}, {y:g}; expected whole "
+            "pixels at level 0: are they micrometres, or shares of the slide's size? Write them in pixels"
+        )
+    return np.ascontiguousarray(whole, np.int32)
+
+
+def commonest_gap(coords: Int[np.ndarray, "N 2"]) -> Gap:
+    """The commonest gap between neighbours: the patches' edge, when they do not overlap; 0 of 0 where there is none.
+
+    The commonest, not the smallest: the rows of two tissue pieces are seldom in step.
+    """
+    gaps = []
+    for axis in (0, 1):
+        order = np.lexsort((coords[:, axis], coords[:, 1 - axis]))
+        steps = np.diff(coords[order].astype(np.int64), axis=0)
+        gaps.append(steps[steps[:, 1 - axis] == 0, axis])
+    sizes, counts = np.unique(np.concatenate(gaps), return_counts=True)
+    sizes, counts = sizes[sizes > 0], counts[sizes > 0]
+    return Gap(int(sizes[np.argmax(counts)]), int(counts.max())) if len(sizes) else Gap(0, 0)
+
+
+def smallest_step(coords: np.ndarray) -> float:
+    """The smallest difference between two x or two y that differ; 0 where all are one place."""
+    steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
+    steps = np.concatenate(steps)
+    return float(steps.min()) if len(steps) else 0.0
+
+
+def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> str:
+    """What is wrong with a patch's edge at level 0, else ""; 0 stands for unknown everywhere."""
+    expected = f"expected {SMALLEST_PATCH} to {LARGEST_PATCH} px at level 0"
+    if patch_size and not SMALLEST_PATCH <= patch_size <= LARGEST_PATCH:
+        return f"an impossible patch size of {patch_size} px; {expected}; pass the patch size if it is known"
+    if patch_size and mpp and not SMALLEST_UM <= patch_size * mpp <= LARGEST_UM:
+        edge = f"{patch_size} px at {mpp:g} um a pixel, {patch_size * mpp:g} um"
+        limits = f"{SMALLEST_UM:g} to {LARGEST_UM:g} um"
+        return f"an impossible patch size of {edge}; expected {limits}: check mpp and patch size"
+    if width and height and patch_size > 2 * max(width, height):
+        return f"an impossible patch size of {patch_size} px on a slide of {width} x {height}; {expected}"
+    return ""
+
+
+def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, height: int) -> str:
+    """What is wrong with where patches lie, else ""; `patch_size`, `width` and `height` are 0 where unknown."""
+    coords = coords.astype(np.int64)
+    low, high, size = coords.min(axis=0), coords.max(axis=0), np.array([width, height])
+    if (low + patch_size < 0).any() or (not patch_size and (low < 0).any()):
+        return (
+            f"coordinates from {_pair(low)}: patches left of or above the slide; expected pixels from its top-left "
+            f"corner, not negative; {EXTRACT}"
+        )
+    if len(coords) >= FEWEST_GAPS and patch_size and _is_crowded(len(coords), high - low, patch_size):
+        return _crowded(coords, patch_size)
+    if size.all() and (high >= size + EDGE_SLACK).any():
+        outside = int((coords >= size + EDGE_SLACK).any(axis=1).sum())
+        return (
+            f"{outside} of {len(coords)} patches lie beyond the slide, which is {width} x {height}: coordinates reach "
+            f"{_pair(high)}; {_what_fits(high, size)}"
+        )
+    return ""
+
+
+def _is_crowded(patches: int, span: np.ndarray, patch_size: int) -> bool:
+    """Whether there are more patches than such a span holds at the densest overlap, or all lie in half a patch."""
+    return patches > np.prod(DENSEST * span / patch_size + 1) or span.max() * 2 < patch_size
+
+
+def _crowded(coords: np.ndarray, patch_size: int) -> str:
+    step = commonest_gap(coords).size
+    kind = "they are counted in patches, not pixels" if step == 1 else "they are not in pixels at level 0"
+    return (
+        f"coordinates in steps of {step} between patches of {patch_size} px: {kind}; expected the corners of the "
+        f"patches in pixels at level 0; {EXTRACT}"
+    )
+
+
+def _what_fits(high: np.ndarray, size: np.ndarray) -> str:
+    if (high[::-1] < size + EDGE_SLACK).all():
+        return "with x and y exchanged they would fit; write them as x, y"
+    for factor in (2, 4, 8, 16, 32, 64):
+        if (high / factor < size + EDGE_SLACK).all():
+            return f"divided by {factor} they would fit: of another level, or of another slide; {EXTRACT}"
+    return f"they are of another slide, or in another unit; {EXTRACT}"
+
+
+def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, width: int, height: int) -> str:
+    """Whether patches stand closer than their size and overlap allow: coordinates of another level; else "".
+
+    `step` is how far apart the file says that they stand, 0 where it does not say whether they overlap: then only
+    coordinates that fill no more than the level's share of the slide are refused.
+    """
+    gap = commonest_gap(coords)
+    expected = step or float(patch_size)
+    if gap.support < FEWEST_GAPS or expected <= 0 or gap.size > 0.9 * expected:
+        return ""
+    factor = expected / gap.size
+    if not step:
+        level = round(factor)
+        high = coords.max(axis=0).astype(np.int64) + gap.size
+        if abs(factor - level) > 0.01 * level or not (width and height) or (high * level > (width, height)).any():
+            return ""
+    cure = "" if step else f"; if they do overlap, pass patch_size={patch_size} (--patch-size) to say so"
+    return (
+        f"patches of {patch_size} px at level 0 stand {gap.size} px apart, expected {expected:g}: multiplied by "
+        f"{factor:.4g} the coordinates would fit, they are of another level; {EXTRACT}{cure}"
+    )
+
+
+def repeated_fault(coords: Int[np.ndarray, "N 2"], features: np.ndarray) -> str:
+    """What is wrong where several patches have one place, else ""."""
+    keys = (coords[:, 0].astype(np.int64) << 32) | (coords[:, 1].astype(np.int64) & 0xFFFFFFFF)
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    if not len(same):
+        return ""
+    first, second = order[same], order[same + 1]
+    places = len(np.unique(keys[first]))
+    found = f"{places} of {len(coords) - len(same)} places are there twice or more ({_pair(coords[first[0]])} is one)"
+    blocks = [slice(start, start + 1024) for start in range(0, len(first), 1024)]
+    if all(np.array_equal(features[first[rows]], features[second[rows]]) for rows in blocks):
+        return f"{found} with equal features: the file was appended to, not written anew; delete it and {EXTRACT}"
+    return f"{found} with different features: two extractions in one file; delete it and {EXTRACT}"
+
+
+def _pair(place: np.ndarray) -> str:
+    return f"({int(place[0])}, {int(place[1])})"

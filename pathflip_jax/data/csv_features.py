@@ -1,0 +1,138 @@
+"""SlideChat's tables of patch features: a row a patch, numbers and the name of the patch, which says where it lies."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+LONGEST_LINE = 2**20  # characters of a line of a csv: 2,560 numbers of 17 digits are 50,000
+_NUMBER = r"-?\d{1,12}(?:\.\d{1,6})?"
+_PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|webp|npy|pt)$", re.IGNORECASE)
+_LEVEL = re.compile(r"[_ -]level[_-]?(\d+)$", re.IGNORECASE)
+# "x=1000", "x1000" or "x_1000", not the x of a word.
+_NAMED = re.compile(rf"(?<![A-Za-z0-9])(x|y|w|h|d)[=:_ ]?({_NUMBER})(?![A-Za-z0-9.])", re.IGNORECASE)
+_AFTER = re.compile(rf"(?:^|_)({_NUMBER})x_({_NUMBER})y$")  # GigaPath: 01000x_02000y
+_RUN = re.compile(rf"(?:^|_){_NUMBER}(?:_{_NUMBER})+$")
+EXPECTED = (
+    "expected the patch's x and y in pixels at level 0 at the end of its name: x_y, slide_x_y, slide_x_y_size, or "
+    "[x=..,y=..,w=..,h=..]"
+)
+
+
+class _Place(NamedTuple):
+    """The numbers of a patch's name: x, y and whatever follows or leads them, and a size that is named as such.
+
+    `led` says that the slide's id stood in front: none of the numbers is of it.
+    """
+
+    numbers: tuple[float, ...]
+    size: float = 0.0
+    led: bool = False
+
+
+def read_csv(path: Path, slide_id: str) -> dict:
+    """A table with a header, one float column a feature, and a last column with the patch's name.
+
+    `slide_id` may lead the names. Raises ValueError for a foreign or cut-off table, with its line.
+    """
+    features, places, names = [], [], []
+    expected = "expected SlideChat's table: numbers and a last column x_y"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
+            columns = len(_row(next(lines, "")))
+            if columns < 2:
+                raise ValueError(f"{path}: a header of {columns} columns; {expected}")
+            for number, line in enumerate(lines, 2):
+                row, place = _row(line), f"{path}: line {number}"
+                if len(row) != columns:
+                    found = f"{len(row)} columns, the header has {columns}"
+                    raise ValueError(f"{place}: {found}; a cut-off or foreign file, write it again")
+                try:
+                    features.append(np.array(row[:-1], np.float32))
+                except (ValueError, OverflowError):
+                    raise ValueError(f"{place}: ends in {row[-1]!r:.60}, and is not of numbers; {expected}") from None
+                try:
+                    places.append(_parse(row[-1], slide_id))
+                except ValueError as error:
+                    raise ValueError(f"{place}: ends in {row[-1]!r:.60}: {error}") from None
+                names.append(row[-1])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a csv table ({error}); {expected}") from None
+    try:
+        coords, size = _settle(places)
+    except ValueError as error:
+        raise ValueError(f"{path}: patch names such as {names[0]!r:.60}: {error}; {EXPECTED}") from None
+    fields = {"features": np.array(features, np.float32).reshape(-1, columns - 1), "coords": coords}
+    return fields | ({"patch_size": size} if size else {})
+
+
+def _row(line: str) -> list[str]:
+    """The fields of a line; no row goes on over several. Raises csv.Error for one beyond all measure."""
+    if len(line) > LONGEST_LINE:
+        raise csv.Error(f"a line of more than {LONGEST_LINE / 1e6:.0f} million characters")
+    return next(csv.reader([line]), [])
+
+
+def _parse(name: str, slide_id: str) -> _Place:
+    """The numbers of a patch's name, read whole. Raises ValueError for a name of another form."""
+    text = _PICTURE.sub("", name.strip().replace("\\", "/").rpartition("/")[2]).strip()
+    if (level := _LEVEL.search(text)) and int(level[1]):
+        raise ValueError(f"coordinates of level {int(level[1])}, expected those of level 0")
+    text = _LEVEL.sub("", text)
+    led = bool(slide_id) and re.match(re.escape(slide_id) + "[_ ]+", text)
+    if led and (place := _numbers(text[led.end() :])):
+        return place._replace(led=True)
+    if place := _numbers(text):
+        return place
+    raise ValueError(EXPECTED)
+
+
+def _numbers(text: str) -> _Place | None:
+    named = {key.lower(): float(number) for key, number in _NAMED.findall(text)}
+    if "x" in named and "y" in named:
+        width, height = named.get("w", 0.0), named.get("h", 0.0)
+        if width != height:
+            raise ValueError(f"a patch of {width:g} x {height:g}, expected a square")
+        return _Place((named["x"], named["y"]), width)
+    if after := _AFTER.search(text):
+        return _Place((float(after[1]), float(after[2])))
+    run = _RUN.search(text)
+    return _Place(tuple(float(number) for number in run[0].strip("_").split("_"))) if run else None
+
+
+def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
+    """Coordinates [N, 2], and the patch size where the names have it, else 0. Raises ValueError where it is unclear."""
+    if not places:
+        return np.zeros((0, 2)), 0
+    counts = {len(place.numbers) for place in places}
+    if len(counts) > 1:
+        raise ValueError(f"names of {sorted(counts)} numbers in one table")
+    numbers = np.array([place.numbers for place in places], np.float64).reshape(len(places), -1)
+    sizes = {place.size for place in places}
+    if numbers.shape[1] > 2:
+        numbers, sizes = _of_several(numbers, all(place.led for place in places))
+    if len(sizes) > 1:
+        raise ValueError(f"patches of {len(sizes)} sizes, expected one")
+    return numbers[:, :2].reshape(-1, 2), round(next(iter(sizes), 0.0))
+
+
+def _of_several(numbers: np.ndarray, led: bool) -> tuple[np.ndarray, set[float]]:
+    """Which of three or four numbers are x, y, by what is alike in all rows: the others are the size, or the slide."""
+    count, several = numbers.shape[1], len(numbers) > 1
+    alike = (numbers == numbers[0]).all(axis=0) & (led or several)
+    if count == 4:
+        x, y, third, fourth = numbers.T
+        if alike[2:].all() and (third == fourth).all() and (led or not alike[:2].any()):
+            return numbers[:, :2], {float(third[0])}
+        edges = np.unique(np.stack([third - x, fourth - y]))
+        if len(edges) == 1 and edges[0] > 0:
+            return numbers[:, :2], {float(edges[0])}
+    if count == 3 and alike[2] and (led or not alike[0]):
+        return numbers[:, :2], {float(numbers[0, 2])}
+    if not led and several and alike[:-2].all() and not alike[-1]:
+        return numbers[:, -2:], {0.0}
+    raise ValueError(f"{count} numbers, and which of them are x and y is not clear")

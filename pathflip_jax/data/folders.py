@@ -1,0 +1,93 @@
+"""Files below a folder of slides or features, as a lab's disks hold them: links, hidden twins, files not fetched.
+
+Folders and files behind links count as if they lay there. What a link leads to that is not there is told, not passed
+over: a share that is not mounted must not shrink a cohort without a word.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDERS_AS_FILES = (".zarr",)  # formats that are a folder of thousands of small files
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ANNEX = re.compile(rb"^(\.\./|/)*(\.git/)?annex/objects/")
+
+
+class Walked(NamedTuple):
+    """The files below a folder in order of their paths, and what cannot be reached, by path: what is wrong with it."""
+
+    files: list[Path]
+    broken: dict[Path, str]
+
+
+def walk_files(folder: Path | str) -> Walked:
+    """All files below a folder, those of linked folders too, each folder once: a link back up ends there.
+
+    Hidden files and folders are passed over: macOS keeps `._S1.h5` beside `S1.h5`, notebooks keep copies in
+    `.ipynb_checkpoints`. A `.zarr` folder counts as a file. `broken` has the links that lead nowhere and the folders
+    that may not be read. Raises FileNotFoundError for no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files: list[Path] = []
+    broken: dict[Path, str] = {}
+    seen: set[tuple[int, int]] = set()
+
+    def visit(place: Path) -> None:
+        try:
+            state = place.stat()
+            entries = sorted(os.scandir(place), key=lambda entry: (entry.is_symlink(), entry.name))
+        except OSError as error:
+            broken[place] = f"a folder that cannot be read ({error.strerror}); ask for its permissions"
+            return
+        if (state.st_dev, state.st_ino) in seen:
+            return
+        seen.add((state.st_dev, state.st_ino))
+        for entry in entries:
+            path = place / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and (fault := _dangling(path)):
+                broken[path] = fault
+            elif path.is_dir() and path.suffix.lower() not in FOLDERS_AS_FILES:
+                visit(path)
+            elif path.is_file() or path.suffix.lower() in FOLDERS_AS_FILES:
+                files.append(path)
+
+    visit(folder)
+    return Walked(sorted(files), dict(sorted(broken.items())))
+
+
+def _dangling(link: Path) -> str:
+    """What is wrong with a link whose target cannot be reached, else ""."""
+    try:
+        link.stat()
+    except OSError as error:
+        target = os.readlink(link)
+        if _ANNEX.match(target.encode(errors="replace")):
+            return "a file of git-annex that is not on this machine; run `git annex get` on it"
+        if isinstance(error, PermissionError):
+            return f"a link to {target}, which may not be read; ask for its permissions"
+        return f"a link to {target}, which is not there; mount its disk or correct the link"
+    return ""
+
+
+def stand_in(path: Path | str) -> str:
+    """What lies in place of a file that was never fetched (a Git LFS or git-annex pointer, a web page), with the cure.
+
+    Empty for any other file.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(1024)
+    if start.startswith(LFS_POINTER):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if _ANNEX.match(start):
+        return "a git-annex pointer, not the file itself; run `git annex get` on it"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml version", b"<error>")) and b"ome-xml" not in text:
+        return (
+            "a web page or an error message of a server, not the file itself; download it again, logged in if need be"
+        )
+    return ""
