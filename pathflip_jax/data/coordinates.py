@@ -7,7 +7,7 @@ another level, counted in patches, or of a file that was appended to; none of it
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 SMALLEST_PATCH, LARGEST_PATCH = 16, 2**16  # pixels at level 0
 SMALLEST_UM, LARGEST_UM = 4.0, 10_000.0  # a patch's edge
@@ -15,6 +15,7 @@ SMALLEST_UM, LARGEST_UM = 4.0, 10_000.0  # a patch's edge
 EDGE_SLACK = 64
 FEWEST_GAPS = 4  # as a square of four patches has
 ROUNDING = 0.05  # of a pixel: a float32 beyond 100,000 px is that coarse
+CLOSEST = 0.75  # of the expected step: levels are a factor of two apart, nominal and measured mpp a tenth
 DENSEST = 32  # patches that overlap stand at least their 32nd part apart
 EXTRACT = "extract the slide's features again"
 
@@ -133,7 +134,7 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
     """
     gap = commonest_gap(coords)
     expected = step or float(patch_size)
-    if gap.support < FEWEST_GAPS or expected <= 0 or gap.size > 0.9 * expected:
+    if gap.support < FEWEST_GAPS or expected <= 0 or gap.size > CLOSEST * expected:
         return ""
     factor = expected / gap.size
     if not step:
@@ -148,8 +149,8 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
     )
 
 
-def repeated_fault(coords: Int[np.ndarray, "N 2"], features: np.ndarray) -> str:
-    """What is wrong where several patches have one place, else ""."""
+def repeated_fault(coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "N F"] | None = None) -> str:
+    """What is wrong where several patches have one place, else ""; features tell how the file came to it."""
     keys = (coords[:, 0].astype(np.int64) << 32) | (coords[:, 1].astype(np.int64) & 0xFFFFFFFF)
     order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
@@ -158,10 +159,22 @@ def repeated_fault(coords: Int[np.ndarray, "N 2"], features: np.ndarray) -> str:
     first, second = order[same], order[same + 1]
     places = len(np.unique(keys[first]))
     found = f"{places} of {len(coords) - len(same)} places are there twice or more ({_pair(coords[first[0]])} is one)"
+    if features is None:
+        return f"{found}; {EXTRACT}"
     blocks = [slice(start, start + 1024) for start in range(0, len(first), 1024)]
     if all(np.array_equal(features[first[rows]], features[second[rows]]) for rows in blocks):
         return f"{found} with equal features: the file was appended to, not written anew; delete it and {EXTRACT}"
     return f"{found} with different features: two extractions in one file; delete it and {EXTRACT}"
+
+
+def twice_fault(features: Float[np.ndarray, "N F"]) -> str:
+    """Whether features without coordinates are the same ones twice, one behind the other; else ""."""
+    half, odd = divmod(len(features), 2)
+    if odd or half < FEWEST_GAPS or not np.array_equal(features[0], features[half]):
+        return ""
+    if (features[:half] == features[0]).all() or not np.array_equal(features[:half], features[half:]):
+        return ""
+    return f"its {half} patches are there twice, one set behind the other: the file was appended to; {EXTRACT}"
 
 
 def _pair(place: np.ndarray) -> str:

@@ -21,6 +21,7 @@ from pathflip_jax.data.coordinates import (
     place_fault,
     repeated_fault,
     step_fault,
+    twice_fault,
     whole_coords,
 )
 from pathflip_jax.data.csv_features import read_csv
@@ -33,6 +34,7 @@ FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes
 LONGEST_ID = 200  # bytes; file systems take names of 255, and suffixes are added
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PT_READER = "pathflip_jax.data.torch_file:read"  # runs in the worker of `guarded.py`: broken files crash PyTorch
+LARGEST_LOSS = 0.01  # of a patch's features, by a narrower dtype
 SAME = 1e-3  # two statements of one size differ by less
 
 
@@ -91,7 +93,7 @@ class SlideFeatures:
         size = (self.width, self.height)
         fault = patch_size_fault(self.patch_size, self.mpp, *size)
         if fault or self.coords is None:
-            return fault
+            return fault or twice_fault(self.features)
         return repeated_fault(self.coords, self.features) or place_fault(self.coords, self.patch_size, *size)
 
 
@@ -105,6 +107,19 @@ def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
     bits, step = features.view(np.uint16), max(1, 2**17 // features.shape[1])
     beyond = 0x7C00 if features.dtype == np.float16 else 0x7F80  # all exponent bits set: infinity, above it NaN
     return all((bits[i : i + step] & 0x7FFF).max() < beyond for i in range(0, len(bits), step))
+
+
+def rounded_away(before: Float[np.ndarray, "N F"], after: Float[np.ndarray, "N F"]) -> np.ndarray:
+    """The rows whose features a narrower dtype changed by more than a hundredth of their length.
+
+    Rounding to float16 or bfloat16 changes them by less than that; numbers below what float16 tells apart become 0.
+    """
+    # The step between the smallest numbers hides in a row whose largest number is so far above it.
+    enough = 100 * float(ml_dtypes.finfo(after.dtype).smallest_subnormal) * math.sqrt(before.shape[1])
+    rows = np.flatnonzero((before.max(axis=1) < enough) & (before.min(axis=1) > -enough))
+    whole = before[rows].astype(np.float64)
+    error = whole - after[rows].astype(np.float64)
+    return rows[np.square(error).sum(axis=1) > LARGEST_LOSS**2 * np.square(whole).sum(axis=1)]
 
 
 def check_slide_id(slide_id: str) -> None:
@@ -170,13 +185,21 @@ def read_features(
             _settle_places(fields, patch_size)
         fields.pop("step", None)
         if fields["features"].dtype == np.float64:
-            with np.errstate(over="ignore"):
-                fields["features"] = fields["features"].astype(np.float32)
+            fields["features"] = _single(fields["features"])
         return SlideFeatures(slide_id, case_id, **fields)
     except UnknownPatchSize as error:
         raise UnknownPatchSize(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
+    """float64 as float32, which `SlideFeatures` takes. Raises ValueError for numbers too small for it."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = features.astype(np.float32)
+    if all_finite(narrow) and len(rows := rounded_away(features, narrow)):
+        raise ValueError(f"features of {len(rows)} patches are too small for float32; scale them before they are saved")
+    return narrow
 
 
 def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
@@ -185,7 +208,10 @@ def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:
         start = file.read(8)
-    if _is_hdf5(path) or (start and path.suffix.lower() in (".h5", ".hdf5")):
+    is_hdf5 = _is_hdf5(path)
+    if start.isascii() and start.decode("ascii").isprintable() and path.suffix.lower() in (".h5", ".hdf5", ".pt"):
+        raise OSError(f"{path}: not a whole HDF5 file or tensor: text that begins with {start!r}; download it again")
+    if is_hdf5 or (start and path.suffix.lower() in (".h5", ".hdf5")):
         return read_h5(path, mpp, encoder)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return read_pt(path)

@@ -6,6 +6,7 @@ over: a share that is not mounted must not shrink a cohort without a word.
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,29 +50,30 @@ def walk_files(folder: Path | str) -> Walked:
             path = place / entry.name
             if entry.name.startswith("."):
                 continue
-            if entry.is_symlink() and (fault := _dangling(path)):
-                broken[path] = fault
-            elif path.is_dir() and path.suffix.lower() not in FOLDERS_AS_FILES:
+            try:
+                mode = path.stat().st_mode
+            except OSError as error:
+                broken[path] = _fault(path, error)
+                continue
+            if stat.S_ISDIR(mode) and path.suffix.lower() not in FOLDERS_AS_FILES:
                 visit(path)
-            elif path.is_file() or path.suffix.lower() in FOLDERS_AS_FILES:
+            elif stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 files.append(path)
 
     visit(folder)
     return Walked(sorted(files), dict(sorted(broken.items())))
 
 
-def _dangling(link: Path) -> str:
-    """What is wrong with a link whose target cannot be reached, else ""."""
-    try:
-        link.stat()
-    except OSError as error:
-        target = os.readlink(link)
-        if _ANNEX.match(target.encode(errors="replace")):
-            return "a file of git-annex that is not on this machine; run `git annex get` on it"
-        if isinstance(error, PermissionError):
-            return f"a link to {target}, which may not be read; ask for its permissions"
-        return f"a link to {target}, which is not there; mount its disk or correct the link"
-    return ""
+def _fault(path: Path, error: OSError) -> str:
+    """What is wrong with a file or link that cannot be reached, with the cure."""
+    if not path.is_symlink():
+        return f"cannot be read ({error.strerror}); ask for its permissions"
+    target = os.readlink(path)
+    if _ANNEX.match(target.encode(errors="replace")):
+        return "a file of git-annex that is not on this machine; run `git annex get` on it"
+    if isinstance(error, PermissionError):
+        return f"a link to {target}, which may not be read; ask for its permissions"
+    return f"a link to {target}, which is not there; mount its disk or correct the link"
 
 
 def stand_in(path: Path | str) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from pathflip_jax.data.features import SlideFeatures, all_finite, check_slide_id
+from pathflip_jax.data.features import SlideFeatures, all_finite, check_slide_id, rounded_away
 from pathflip_jax.data.regions import cut_regions
 from pathflip_jax.data.storage import Place, as_path, file_sizes, read_many
 from pathflip_jax.data.tables import parse_json
@@ -117,11 +117,7 @@ def encode_slide(
         found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
         raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
     regions = cut_regions(slide, cut, edge_um, edge_px)
-    with np.errstate(over="ignore"):
-        features = np.ascontiguousarray(slide.features[regions.order]).astype(DTYPES[dtype], copy=False)
-    if features.dtype != slide.features.dtype and not all_finite(features):
-        found = f"features of up to {np.abs(slide.features.astype(np.float32)).max():.3g} overflow {dtype}"
-        raise ValueError(f"{where}: {found}; write the records with dtype bfloat16")
+    features = _narrowed(np.ascontiguousarray(slide.features[regions.order]), dtype, where)
     coords = np.zeros((0, 2), COORDS)
     if slide.coords is not None:
         coords = slide.coords[regions.order].astype(COORDS, copy=False)
@@ -155,6 +151,23 @@ def encode_slide(
         coords_crc32c=crc32c(payloads["coords"]),
     )
     return parts, info
+
+
+def _narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Float[np.ndarray, "N F"]:
+    """Features as records keep them. Raises ValueError for numbers too large or too small for that."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = features.astype(DTYPES[dtype], copy=False)
+    if narrow.dtype == features.dtype:
+        return narrow
+    cure = "import it with --dtype bfloat16" if dtype == "float16" else "scale the features before they are saved"
+    if not all_finite(narrow):
+        largest = np.abs(features.astype(np.float32)).max()
+        raise ValueError(f"{where}: features of up to {largest:.3g} overflow {dtype}; {cure}")
+    if len(rows := rounded_away(features, narrow)):
+        largest = np.abs(features[rows].astype(np.float32)).max()
+        found = f"features of {len(rows)} of {len(features)} patches are at most {largest:.3g}, too small for {dtype}"
+        raise ValueError(f"{where}: {found}, which keeps nothing or little of them; {cure}")
+    return narrow
 
 
 def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:

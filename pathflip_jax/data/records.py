@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.data.coordinates import patch_size_fault, place_fault, repeated_fault
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.index import (
     COORDS,
@@ -325,11 +326,22 @@ def _check_edge(info: SlideInfo, coords: np.ndarray | None, edge_um: float, edge
         )
 
 
+def _place_fault(info: SlideInfo) -> str:
+    """What is wrong with where a slide's patches lie, else ""."""
+    size = (info.width, info.height)
+    fault = patch_size_fault(info.patch_size, info.mpp, *size)
+    if info.coords_bytes and not fault:
+        data = read_at(open_file(info.shard), info.coords_bytes, info.coords_offset)
+        coords = data.view(COORDS).reshape(-1, 2)
+        fault = repeated_fault(coords) or place_fault(coords, info.patch_size, *size)
+    return f"slide {info.slide_id}: {fault}" if fault else ""
+
+
 def verify(folder: Place | str) -> list[str]:
     """Every fault of a folder of records, each naming its file; none for a sound one. Reads every byte.
 
-    Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, and that
-    manifest.json describes what is there.
+    Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, that patches
+    lie where they can, and that manifest.json describes what is there.
     """
     folder, faults, indexes = as_path(folder), [], {}
     shards = find_shards(folder)
@@ -337,6 +349,7 @@ def verify(folder: Place | str) -> list[str]:
     for shard in shards:
         try:
             indexes[shard.name] = built = build_index(shard)
+            faults += [f"{shard}: {fault}" for fault in map(_place_fault, built.slides) if fault]
             if index_path(shard).name in names and encode_index(read_index(shard)) != encode_index(built):
                 faults.append(f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}")
         except (OSError, ValueError) as error:

@@ -42,7 +42,7 @@ def make_slide(name="S0", patches=40, width=6, seed=0, **changes):
     coords = (rng.permutation(cells)[:patches] * 64).astype(np.int32)
     values = {
         "slide_id": name, "case_id": "P" + name, "features": rng.normal(size=(patches, width)).astype(np.float32),
-        "coords": coords, "patch_size": 64, "mpp": 0.5, "width": 576, "height": 4000, "encoder": "enc",
+        "coords": coords, "patch_size": 64, "mpp": 0.5, "width": 576, "height": 24000, "encoder": "enc",
     }  # fmt: skip
     return SlideFeatures(**(values | changes))
 
