@@ -136,6 +136,8 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
     expected = step or float(patch_size)
     if gap.support < FEWEST_GAPS or expected <= 0 or gap.size > CLOSEST * expected:
         return ""
+    if gap.size * DENSEST < patch_size:
+        return _crowded(coords, patch_size)
     factor = expected / gap.size
     if not step:
         level = round(factor)

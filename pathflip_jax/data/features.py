@@ -118,7 +118,9 @@ def rounded_away(before: Float[np.ndarray, "N F"], after: Float[np.ndarray, "N F
     enough = 100 * float(ml_dtypes.finfo(after.dtype).smallest_subnormal) * math.sqrt(before.shape[1])
     rows = np.flatnonzero((before.max(axis=1) < enough) & (before.min(axis=1) > -enough))
     whole = before[rows].astype(np.float64)
-    error = whole - after[rows].astype(np.float64)
+    scale = np.maximum(np.abs(whole).max(axis=1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
+    error = (whole - after[rows].astype(np.float64)) / scale  # scaled: the squares of such numbers are 0
+    whole /= scale
     return rows[np.square(error).sum(axis=1) > LARGEST_LOSS**2 * np.square(whole).sum(axis=1)]
 
 
@@ -207,21 +209,23 @@ def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
     if fault := stand_in(path):
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:
-        start = file.read(8)
-    is_hdf5 = _is_hdf5(path)
-    if start.isascii() and start.decode("ascii").isprintable() and path.suffix.lower() in (".h5", ".hdf5", ".pt"):
-        raise OSError(f"{path}: not a whole HDF5 file or tensor: text that begins with {start!r}; download it again")
-    if is_hdf5 or (start and path.suffix.lower() in (".h5", ".hdf5")):
+        start = file.read(40)
+    suffix, expected = path.suffix.lower(), "save a slide's features as HDF5, datasets 'features' and 'coords'"
+    if not start:
+        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
+    if _is_hdf5(path):
+        return read_h5(path, mpp, encoder)
+    if suffix in (".h5", ".hdf5", ".pt") and start[:8].isascii() and start[:8].decode().isprintable():
+        found = start.decode(errors="replace").splitlines()[0]
+        raise OSError(f"{path}: not a whole HDF5 file or tensor but text, {found!r}; download or copy it again")
+    if suffix in (".h5", ".hdf5"):
         return read_h5(path, mpp, encoder)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return read_pt(path)
-    if not start:
-        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
-    if b"\x00" in start or start[:6] == b"\x93NUMPY":
-        kind = "a NumPy array" if start[:6] == b"\x93NUMPY" else "neither HDF5, nor a .pt tensor, nor a csv table"
-        raise ValueError(
-            f"{path}: {kind}; expected a slide's patch features: save them as HDF5, datasets 'features' and 'coords'"
-        )
+    if start[:6] == b"\x93NUMPY":
+        raise ValueError(f"{path}: a NumPy array, which has no coordinates; {expected}")
+    if b"\x00" in start[:8]:
+        raise ValueError(f"{path}: neither HDF5, nor a .pt tensor, nor a csv table; {expected}")
     return read_csv(path, slide_id_of(path))
 
 

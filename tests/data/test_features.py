@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pathflip_jax.data.feature_files import find_feature_files, slide_id_of
+from pathflip_jax.data.feature_files import find_feature_files
 from pathflip_jax.data.features import (
     SlideFeatures,
+    UnknownPatchSize,
     all_finite,
     case_of,
     read_features,
+    rounded_away,
 )
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "formats"
@@ -113,6 +115,136 @@ def test_slidechat(tmp_path):
     for name in ("{}_{}.png", "{}_{}", "TCGA-1_{}_{}.jpg"):
         slide = check_same(read_features(write_csv(tmp_path / "x.csv", slidechat_rows(name))))
         assert slide.patch_size == 256 and slide.mpp == 0
+
+
+def test_options_fill_what_a_file_lacks(tmp_path):
+    """What the file says is kept, and a note tells; only `override_mpp` wins."""
+    path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
+    assert read_features(path).notes == ()
+    slide = read_features(path, mpp=0.5, patch_size=256, encoder="uni")
+    assert (slide.patch_size, slide.mpp, slide.encoder) == (512, 0.25, "uni")
+    assert slide.patch_size_source == "file" and slide.notes == (
+        "the file says mpp 0.25: it was kept, 0.5 was not used",
+        "the file says a patch size of 512 px: it was kept, 256 was not used",
+    )
+    assert not read_features(path, mpp=0.25, patch_size=512).notes
+    slide = read_features(path, mpp=1.0, override_mpp=0.5)
+    assert slide.mpp == 0.5 and slide.notes == ("the file says mpp 0.25: replaced by 0.5",)
+    with h5py.File(path, "a") as file:
+        file["features"].attrs["encoder"] = "uni_v1"
+    assert read_features(path, encoder="UNI_v1").encoder == "uni_v1"
+    slide = read_features(path, encoder="conch")
+    assert slide.encoder == "uni_v1" and "names the encoder uni_v1: it was kept, conch was not used" in slide.notes[0]
+
+
+def test_a_guessed_patch_size_says_so(tmp_path):
+    path = write_h5(tmp_path / "x.h5", features=FEATURES, coords=COORDS)
+    slide = read_features(path)
+    assert (slide.patch_size, slide.patch_size_source, slide.patch_size_support) == (256, "gaps", 5)
+    assert slide.notes == ("patch size 256 px guessed from the gaps between patches, which the file does not tell",)
+    slide = read_features(path, patch_size=512)
+    assert (slide.patch_size, slide.patch_size_source, slide.patch_size_support) == (512, "option", 0)
+    assert slide.notes == ("patches of 512 px stand 256 px apart at level 0: check the patch size",)
+
+
+def test_too_few_patches_tell_no_size(tmp_path):
+    """A biopsy of two patches that are four apart; a cohort that knows its size may complete it."""
+    path = write_h5(tmp_path / "x.h5", features=FEATURES[:2], coords=np.array([[0, 0], [1024, 0]]))
+    with pytest.raises(UnknownPatchSize, match=r"x\.h5: .*2 patches \(1 gaps of 1024 px\); pass patch_size"):
+        read_features(path)
+    assert read_features(path, patch_size=256).patch_size == 256
+
+
+def test_coordinates_counted_in_patches(tmp_path):
+    """DSMIL's column_row: with the patch size they are pixels, without they are refused."""
+    cells = [(column, row) for row in (3, 4) for column in (5, 6, 7)]
+    rows = [[*x, "{}_{}.jpeg".format(*xy)] for x, xy in zip(FEATURES.tolist(), cells, strict=True)]
+    path = write_csv(tmp_path / "x.csv", rows)
+    with pytest.raises(
+        ValueError, match=r"x\.csv: coordinates in steps of 1: they are counted in patches.*--patch-size"
+    ):
+        read_features(path)
+    slide = read_features(path, patch_size=448)
+    assert slide.coords[0].tolist() == [2240, 1344] and "multiplied by the patch size, 448 px" in slide.notes[0]
+    path = write_h5(tmp_path / "y.h5", TRIDENT, features=FEATURES, coords=np.array(cells))
+    with pytest.raises(
+        ValueError, match=r"y\.h5: coordinates in steps of 1 between patches of 512 px: they are counted"
+    ):
+        read_features(path)
+
+
+def test_an_impossible_patch_size_in_a_file(tmp_path):
+    wrong = {key: value for key, value in TRIDENT.items() if key != "overlap"} | {"patch_size_level0": 3}
+    path = write_h5(tmp_path / "x.h5", wrong, features=FEATURES, coords=COORDS)
+    with pytest.raises(ValueError, match=r"x\.h5: .*impossible patch size of 3 px"):
+        read_features(path)
+    slide = read_features(path, patch_size=256)
+    assert slide.patch_size == 256 and "the file says an impossible patch size of 3 px: 256 was used" in slide.notes
+
+
+def test_patches_that_may_overlap_are_confirmed_by_their_size(tmp_path):
+    """CLAM does not write down the overlap: steps of a half in the upper left quarter may be of another level."""
+    attributes = {"patch_size": 512, "patch_level": 0, "downsample": [1.0, 1.0], "level_dim": [9000, 9000]}
+    path = write_h5(tmp_path / "x.h5", attributes, features=FEATURES, coords=COORDS)
+    with pytest.raises(ValueError, match=r"multiplied by 2 the coordinates would fit.*pass patch_size=512"):
+        read_features(path)
+    assert read_features(path, patch_size=512).patch_size == 512
+
+
+def test_pointers_pages_and_arrays_say_what_they_are(tmp_path):
+    path = tmp_path / "x.h5"
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
+        (b"Access to model x is restricted\nlog in", "but text, 'Access to model x is restricted'"),
+        (b"<html><body>404</body></html>", "a web page"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises((ValueError, OSError), match=said) as error:
+            read_features(path)
+        assert str(path) in str(error.value)
+    np.save(tmp_path / "x.npy", FEATURES)
+    with pytest.raises(ValueError, match=r"x\.npy: a NumPy array, which has no coordinates; save .* as HDF5"):
+        read_features(tmp_path / "x.npy")
+
+
+def test_dictionaries_of_tensors(tmp_path):
+    """Prov-GigaPath's tile encoder; of any other dictionary the names are told."""
+    torch = pytest.importorskip("torch")
+    path, tiles = tmp_path / "x.pt", torch.tensor(FEATURES)
+    for coords in (torch.tensor(COORDS), torch.tensor(COORDS).float()):
+        torch.save({"tile_embeds": tiles, "coords": coords}, path)
+        assert check_same(read_features(path)).patch_size == 256
+    torch.save({"features": tiles.bfloat16()}, path)
+    assert read_features(path).coords is None and read_features(path).features.dtype == ml_dtypes.bfloat16
+    for wrong, said in (
+        ({"layer_11_embed": tiles, "last_layer_embed": tiles}, "layer_11_embed, last_layer_embed"),
+        ({"tile_embeds": tiles, "coords": COORDS.tolist()}, "'coords' of type list"),
+        ({"tile_embeds": tiles, "coords": torch.ones(6, 2, dtype=torch.bool)}, "its coords are torch.bool"),
+        (FEATURES, r"x\.pt: a pickled NumPy array.*give the \.h5 of the slide"),
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match=said) as error:
+            read_features(path)
+        assert "\x1b" not in str(error.value)
+
+
+def test_numbers_too_small_for_single_precision(tmp_path):
+    path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES.astype(np.float64) * 1e-200, coords=COORDS)
+    with pytest.raises(ValueError, match="features of 6 patches are too small for float32"):
+        read_features(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_rows_that_a_narrow_dtype_rounds_away(dtype):
+    """Against the definition: a row changed by more than a hundredth of its length."""
+    rng = np.random.default_rng(0)
+    before = (rng.normal(size=(400, 40)) * 10.0 ** rng.uniform(-42, 2, (400, 1))).astype(np.float32)
+    before[::50] = 0
+    with np.errstate(under="ignore"):
+        after = before.astype(dtype)
+    error = np.linalg.norm(before.astype(np.float64) - after.astype(np.float64), axis=1)
+    lost = error > 0.01 * np.linalg.norm(before.astype(np.float64), axis=1)
+    assert rounded_away(before, after).tolist() == np.flatnonzero(lost).tolist() and 0 < lost.sum() < 390
 
 
 def test_stamp_needs_mpp(tmp_path):
@@ -312,8 +444,7 @@ def test_any_bytes_are_an_error_with_their_name(tmp_path_factory, data):
 
 def test_ids():
     uuid = "TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-45CF-B4BD-C6B76294C291"
-    assert slide_id_of(f"a/{uuid}.h5") == uuid and case_of(uuid) == "TCGA-3C-AALI"
-    assert slide_id_of("x_features.h5") == slide_id_of("x_patches.h5") == slide_id_of("x.pt") == "x"
+    assert case_of(uuid) == "TCGA-3C-AALI"
     assert case_of("C3L-00001-21") == "C3L-00001" and case_of("slide 7") == "slide 7"
     slide = SlideFeatures(uuid, "", FEATURES)
     assert slide.case_id == "TCGA-3C-AALI" and SlideFeatures(uuid, "P1", FEATURES).case_id == "P1"
@@ -337,35 +468,6 @@ def test_every_number_of_two_bytes_is_finite_or_not_as_numpy_says(dtype):
     assert all_finite(rows)
     rows[-1, -1] = -np.inf
     assert not all_finite(rows) and not all_finite(rows[:, ::-1])
-
-
-def test_files_of_a_folder(tmp_path):
-    """CLAM's and TRIDENT's folders as they lie: coordinates, lists and logs are no features, .h5 goes before .pt."""
-    for name in ("b", "a"):
-        write_h5(tmp_path / "h5_files" / f"{name}.h5", features=FEATURES, coords=COORDS)
-        write_h5(tmp_path / "patches" / f"{name}_patches.h5", CLAM, coords=COORDS)
-    (tmp_path / "pt_files").mkdir()
-    for name in ("a", "b", "c"):
-        (tmp_path / "pt_files" / f"{name}.pt").write_bytes(b"PK\x03\x04")
-    (tmp_path / "process_list_autogen.csv").write_text("slide_id,status,seg_level\na.svs,processed,2\n")
-    found = [str(path.relative_to(tmp_path)) for path in find_feature_files(tmp_path).files]
-    assert found == ["h5_files/a.h5", "h5_files/b.h5", "pt_files/c.pt"]
-    write_csv(tmp_path / "d.csv", slidechat_rows())
-    assert find_feature_files(tmp_path).files[-1].name == "d.csv"
-
-
-def test_two_encoders_below_one_folder_are_refused(tmp_path):
-    for encoder in ("features_uni", "features_conch"):
-        write_h5(tmp_path / encoder / "a.h5", TRIDENT, features=FEATURES, coords=COORDS)
-    with pytest.raises(ValueError, match="slide a has two.*features_conch/a.h5 and features_uni/a.h5.*one encoder"):
-        find_feature_files(tmp_path)
-
-
-def test_a_folder_without_features(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no feature files"):
-        find_feature_files(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        find_feature_files(tmp_path / "x")
 
 
 @real
