@@ -159,7 +159,7 @@ def _narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Flo
         narrow = features.astype(DTYPES[dtype], copy=False)
     if narrow.dtype == features.dtype:
         return narrow
-    cure = "import it with --dtype bfloat16" if dtype == "float16" else "scale the features before they are saved"
+    cure = "write the records with --dtype bfloat16" if dtype == "float16" else "scale the features first"
     if not all_finite(narrow):
         largest = np.abs(features.astype(np.float32)).max()
         raise ValueError(f"{where}: features of up to {largest:.3g} overflow {dtype}; {cure}")

@@ -394,6 +394,37 @@ def test_float16_overflow_is_refused(tmp_path):
     write(tmp_path, [slide], dtype="bfloat16")
 
 
+def test_features_too_small_for_float16_are_refused(tmp_path):
+    """They would be zeros in the records; small ones beside large ones are nothing lost."""
+    features = np.ones((40, 6), np.float32)
+    features[:, 3] = 1e-9
+    write(tmp_path, [make_slide(features=features)])
+    features[7:9] = 1e-9
+    with pytest.raises(
+        ValueError, match=r"slide S0: features of 2 of 40 patches .* too small for float16.*--dtype bfloat16"
+    ):
+        write(tmp_path, [make_slide(features=features)])
+    write(tmp_path, [make_slide(features=features)], dtype="bfloat16")
+
+
+def test_verify_finds_patches_where_none_can_be(tmp_path, monkeypatch):
+    """In records that were written before slides were checked for it."""
+    sound = make_slide()
+    swapped = sound.coords[:, ::-1] + np.array([5000, 0])
+    monkeypatch.setattr(SlideFeatures, "_place_fault", lambda slide: "")
+    slides = [
+        make_slide("S0", coords=swapped), make_slide("S1", coords=sound.coords[[0, *range(39)]]),
+        make_slide("S2", patch_size=3, mpp=32 / 3), make_slide("S3"),
+    ]  # fmt: skip
+    write(tmp_path, slides, edge_px=128)
+    faults = verify(tmp_path)
+    assert [fault.split("slide ")[1][:2] for fault in faults if "slide S" in fault] == ["S0", "S1", "S2"]
+    shard = str(tmp_path / shard_name(0))
+    assert all(fault.startswith(shard) for fault in faults[:3])
+    assert "beyond the slide, which is 576 x 24000" in faults[0] and "x and y exchanged" in faults[0]
+    assert "1 of 39 places are there twice" in faults[1] and "an impossible patch size of 3 px" in faults[2]
+
+
 def test_a_slide_beyond_protobuf_is_refused(tmp_path):
     features = np.broadcast_to(np.float16(1), (2**20, 1100))
     slide = make_slide(patches=1)
