@@ -86,6 +86,7 @@ def _torch_seeds(folder: Path) -> list[bytes]:
     tensor = torch.tensor(features())
     values = [tensor, tensor.half(), tensor.bfloat16(), tensor.double(), tensor.t(), tensor[::2]]
     values += [torch.as_strided(tensor, (10**12, 4), (0, 1)), torch.zeros(3), {"features": tensor}, torch.tensor(3)]
+    values += [{"tile_embeds": tensor, "coords": torch.tensor(COORDS)}, {"features": tensor, "coords": tensor[:3]}]
     values += [tensor.to_sparse(), torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), tensor.to("meta")]
     found = []
     for value in values:
@@ -378,7 +379,7 @@ METRICS = [{"step": step, "loss": 1.0 / step, "val/recall_at_1": 0.5} for step i
 
 def readers() -> Iterator[Reader]:
     """All of them, those of h5 files first."""
-    for kind in ("clam", "trident", "stamp"):
+    for kind in ("clam", "trident", "stamp", "atlas"):
         yield Reader(f"h5 {kind}", 0, "x.h5", _h5(kind), _h5_mutation(kind), _read_features)
     yield Reader(
         "h5 patches beside", 0, "patches/x.h5", _h5("patches"), _h5_mutation("patches"),

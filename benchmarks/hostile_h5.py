@@ -19,7 +19,7 @@ def features() -> np.ndarray:
 
 
 TRIDENT = {
-    "patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20, "overlap": 0,
+    "patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20, "overlap": 128,
     "level0_width": 4000, "level0_height": 5000, "name": "x",
 }  # fmt: skip
 CLAM = {"patch_size": 256, "patch_level": 1, "downsample": [4.0, 4.0], "level_dim": [1000, 1250], "name": "x"}
@@ -36,11 +36,15 @@ def write_h5(kind: str, rng: random.Random | None = None, **how) -> bytes:
         arrays = {"feats" if kind == "stamp" else "features": patches, "coords": coords}
         if kind == "patches":
             arrays = {"coords": coords}
+        if kind == "atlas":
+            sound = np.shape(coords) == (ROWS, 2)
+            rows = np.concatenate([coords, np.tile([512, 512, 0], (ROWS, 1))], axis=1) if sound else coords
+            arrays = {"features/uni_v1": patches, "coords": rows}
         for name, array in arrays.items():
             chunked = np.ndim(array) == 2 and array.shape[0] >= 4 and array.shape[1] >= 2
             file.create_dataset(name, data=array, **(how if chunked else {}))
-        attributes = {"clam": CLAM, "patches": CLAM, "trident": TRIDENT, "stamp": STAMP}[kind]
-        place = file if kind == "stamp" else file["coords"]
+        attributes = {"clam": CLAM, "patches": CLAM, "trident": TRIDENT, "stamp": STAMP, "atlas": TRIDENT}[kind]
+        place = file if kind in ("stamp", "atlas") else file["coords"]
         for name, value in attributes.items():
             if rng is not None and rng.random() < 0.3:
                 value = rng.choice((*mutations.VALUES, np.zeros(1000), np.zeros(0), [b"x", b"y"], h5py.Empty("f4")))
