@@ -92,7 +92,7 @@ def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, hei
             f"coordinates from {_pair(low)}: patches left of or above the slide; expected pixels from its top-left "
             f"corner, not negative; {EXTRACT}"
         )
-    if len(coords) >= FEWEST_GAPS and patch_size and _is_crowded(len(coords), high - low, patch_size):
+    if patch_size and len(coords) > 1 and _is_crowded(len(coords), high - low, patch_size):
         return _crowded(coords, patch_size)
     if size.all() and (high >= size + EDGE_SLACK).any():
         outside = int((coords >= size + EDGE_SLACK).any(axis=1).sum())
@@ -104,8 +104,10 @@ def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, hei
 
 
 def _is_crowded(patches: int, span: np.ndarray, patch_size: int) -> bool:
-    """Whether there are more patches than such a span holds at the densest overlap, or all lie in half a patch."""
-    return patches > np.prod(DENSEST * span / patch_size + 1) or span.max() * 2 < patch_size
+    """Whether a span holds more patches than it can at the densest overlap, or many in half of one."""
+    return patches > np.prod(DENSEST * span // patch_size + 1) or (
+        patches >= FEWEST_GAPS and span.max() * 2 < patch_size
+    )
 
 
 def _crowded(coords: np.ndarray, patch_size: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.folders import walk_files
+from pathflip_jax.data.folders import stand_in, walk_files
 from pathflip_jax.data.text import some
 
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
@@ -58,12 +58,16 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
     embeddings = [path for path in inside if _is_embedding(path, folder)]
     inside = [path for path in inside if path not in set(embeddings)]
     found = [path for path in inside if path.suffix.lower() in FEATURE_SUFFIXES]
-    found = [path for path in found if path.suffix.lower() != ".csv" or is_feature_table(path)]
+    tables = {path: is_feature_table(path) for path in found if path.suffix.lower() == ".csv"}
+    found = [path for path in found if tables.get(path, True)]
     with_coords = {slide_id_of(path) for path in found if path.suffix.lower() != ".pt"}
     found = [path for path in found if path.suffix.lower() != ".pt" or slide_id_of(path) not in with_coords]
     broken = {path: fault for path, fault in walked.broken.items() if _may_be_features(path, folder)}
     unreachable = [Failure(slide_id_of(path), str(path), f"{path}: {fault}") for path, fault in broken.items()]
     notes = _notes(folder, inside, embeddings)
+    if any(tables.values()) and not all(tables.values()):
+        others = [path.relative_to(folder) for path, taken in tables.items() if not taken]
+        notes.append(f"csv files that are no tables of features are not read: {len(others)} ({some(others)})")
     if not found:
         reasons = [*(failure.error for failure in unreachable[:3]), *notes]
         seen = f"; {'; '.join(reasons)}" if reasons else ""
@@ -86,7 +90,12 @@ def _one_for_each_slide(found: list[Path], folder: Path) -> list[Path]:
 
 
 def is_feature_table(path: Path) -> bool:
-    """Whether a csv's header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words."""
+    """Whether a csv's header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
+
+    A pointer to a file that was never fetched may be one: reading it says what it is.
+    """
+    if stand_in(path):
+        return True
     with path.open("rb") as file:
         header = file.readline(1 << 20).decode("utf-8-sig", errors="replace").strip().split(",")
     return len(header) > 1 and all(re.search(r"\d$", cell) for cell in header[:-1])

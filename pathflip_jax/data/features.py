@@ -172,7 +172,9 @@ def read_features(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; name a slide's feature file"
+        )
     for value in (mpp, override_mpp):
         if (patch_size is not None and patch_size <= 0) or (value is not None and not 0 < value < 1e4):
             found = f"patch_size={patch_size}, mpp={value}"
@@ -220,10 +222,12 @@ def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
         raise OSError(f"{path}: not a whole HDF5 file or tensor but text, {found!r}; download or copy it again")
     if suffix in (".h5", ".hdf5"):
         return read_h5(path, mpp, encoder)
+    kinds = ("a NumPy array", start[:6] == b"\x93NUMPY" or suffix == ".npz"), ("a Parquet table", start[:4] == b"PAR1")
+    for kind, found in kinds:
+        if found:
+            raise ValueError(f"{path}: {kind}, not features of a slide and where they lie; {expected}")
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return read_pt(path)
-    if start[:6] == b"\x93NUMPY":
-        raise ValueError(f"{path}: a NumPy array, which has no coordinates; {expected}")
     if b"\x00" in start[:8]:
         raise ValueError(f"{path}: neither HDF5, nor a .pt tensor, nor a csv table; {expected}")
     return read_csv(path, slide_id_of(path))
@@ -274,7 +278,7 @@ def _settle_places(fields: dict, given: int | None) -> None:
     `given` is the patch size that the caller knows. Raises ValueError for coordinates of another level.
     """
     coords, gap, notes = fields["coords"], commonest_gap(fields["coords"]), list(fields["notes"])
-    if gap.size == 1 and gap.support >= FEWEST_GAPS and given and fields["patch_size_source"] == "option":
+    if gap.size == 1 and given and fields["patch_size_source"] == "option":
         if (np.abs(coords.astype(np.int64)) * given >= 2**31).any():
             raise ValueError(f"coordinates counted in patches reach beyond 2^31 px at {given} px a patch")
         fields["coords"] = coords = coords * np.int32(given)
@@ -293,16 +297,16 @@ def _settle_places(fields: dict, given: int | None) -> None:
 
 
 def _guessed_size(patches: int, gap: Gap) -> dict:
+    if gap.size == 1:
+        raise ValueError(
+            "coordinates in steps of 1: they are counted in patches, not pixels; pass patch_size (--patch-size), the "
+            "edge of a patch in pixels at level 0, and they are multiplied by it"
+        )
     if gap.support < FEWEST_GAPS:
         seen = f"{gap.support} gaps of {gap.size} px" if gap.support else "no two of them side by side"
         raise UnknownPatchSize(
             f"the patch size is not in the file, nor to be told from {patches} patches ({seen}); pass patch_size "
             "(--patch-size): the edge of a patch in pixels at level 0"
-        )
-    if gap.size == 1:
-        raise ValueError(
-            "coordinates in steps of 1: they are counted in patches, not pixels; pass patch_size (--patch-size), the "
-            "edge of a patch in pixels at level 0, and they are multiplied by it"
         )
     return {"patch_size": gap.size, "patch_size_source": "gaps", "patch_size_support": gap.support}
 

@@ -70,6 +70,8 @@ def test_counted_in_patches(columns):
     cells = grid(columns, columns // 2, 1, (3, 5))
     assert "in steps of 1 between patches of 256 px: they are counted in patches" in place_fault(cells, 256, 0, 0)
     assert "not in pixels at level 0" in place_fault(grid(40, 40, 5, (0, 0)), 256, 0, 0)
+    assert "counted in patches" in place_fault(grid(2, 1, 1), 256, 0, 0), "a biopsy of two"
+    assert not place_fault(grid(2, 1, 8), 256, 0, 0)
 
 
 def test_patches_outside_on_the_left_or_above():

@@ -30,8 +30,9 @@ def test_files_of_a_folder(tmp_path):
     touch(tmp_path, *(f"pt_files/{name}.pt" for name in "abc"), "visualization/a.h5")
     (tmp_path / "process_list_autogen.csv").write_text("slide_id,status,seg_level\na.svs,processed,2\n")
     assert names(tmp_path) == ["h5_files/a.h5", "h5_files/b.h5", "pt_files/c.pt"]
+    assert not find_feature_files(tmp_path).notes
     touch(tmp_path, "d.csv")
-    assert names(tmp_path)[-1] == "d.csv" and not find_feature_files(tmp_path).notes
+    assert names(tmp_path)[-1] == "d.csv"
 
 
 def test_hidden_files_and_copies_are_no_slides(tmp_path):
@@ -76,6 +77,14 @@ def test_files_that_are_left_out_are_told(tmp_path):
     assert ".npy files are not read: 2 (b.npy, c.npy); save features and coordinates together as HDF5" in text
     assert ".zarr files are not read: 1 (d.zarr)" in text
     assert "slide embeddings are not read: 1 (slide_features_titan/a.h5)" in text
+
+
+def test_tables_that_are_not_read_are_told_where_others_are(tmp_path):
+    touch(tmp_path, "S1.csv")
+    (tmp_path / "S2.csv").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    (tmp_path / "S3.csv").write_bytes(b"")
+    assert names(tmp_path) == ["S1.csv", "S2.csv"], "reading the pointer says what it is"
+    assert find_feature_files(tmp_path).notes == ["csv files that are no tables of features are not read: 1 (S3.csv)"]
 
 
 def test_a_folder_without_features(tmp_path):

@@ -201,7 +201,9 @@ def test_pointers_pages_and_arrays_say_what_they_are(tmp_path):
             read_features(path)
         assert str(path) in str(error.value)
     np.save(tmp_path / "x.npy", FEATURES)
-    with pytest.raises(ValueError, match=r"x\.npy: a NumPy array, which has no coordinates; save .* as HDF5"):
+    with pytest.raises(
+        ValueError, match=r"x\.npy: a NumPy array, not features of a slide and where they lie; save .* as HDF5"
+    ):
         read_features(tmp_path / "x.npy")
 
 
