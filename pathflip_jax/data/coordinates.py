@@ -37,6 +37,8 @@ def whole_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray
         raise ValueError(f"{where}: {found}, expected one x, y per feature; one was cut short, extract the slide again")
     if not np.isfinite(coords).all() or np.abs(coords.astype(np.float64)).max() >= 2**31:
         raise ValueError(f"{where}: coords hold NaN or numbers beyond 2^31, expected level-0 pixels; extract it again")
+    if coords.dtype == np.float16 and (np.abs(coords) > 2048).any():
+        raise ValueError(f"{where}: coords are float16, which is exact up to 2048 only; write them as whole numbers")
     whole = np.round(coords)
     if coords.dtype.kind == "f" and (off := np.flatnonzero((np.abs(coords - whole) > ROUNDING).any(axis=1))).size:
         x, y = coords[off[0]].tolist()

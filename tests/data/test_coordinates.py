@@ -136,6 +136,7 @@ def test_whole_numbers():
         (np.concatenate([coords, coords], axis=1), "expected two numbers, x and y"),
         (coords[:4], "one was cut short"),
         (coords * np.nan, "NaN"),
+        (coords.astype(np.float16), "float16, which is exact up to 2048 only"),
     ):
         with pytest.raises(ValueError, match=said):
             whole_coords(wrong, 30, "slide x")
