@@ -45,7 +45,8 @@ from data_prep.build import prepare
 from data_prep.encoders import load_encoder
 from data_prep.layout import plan
 from data_prep.slide_image import render, write_slide
-from data_prep.tiling import Slide, Tiles, open_slide, read_patches, tile_slide
+from data_prep.slides import Slide, open_slide
+from data_prep.tiling import Tiles, read_patches, tile_slide
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import write_shard
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.pool import cores
-from data_prep.tiling import open_slide, read_patches, tile_slide
+from data_prep.slides import open_slide
+from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import write_shard
 from pathflip_jax.data.storage import Place

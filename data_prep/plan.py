@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.jobs import Job
-from data_prep.tiling import SLIDE_SUFFIXES, one_per_series
+from data_prep.slide_files import find_slides
 from pathflip_jax.data.index import SlideInfo, read_index
 from pathflip_jax.data.records import shard_name
 from pathflip_jax.data.storage import Place, make_folder
@@ -96,26 +96,7 @@ def make_plan(
 
 def slide_files(slides: Path | str | Sequence[Path | str]) -> dict[str, Path]:
     """Slide id to file, of a folder and those below it, of a file or of a list."""
-    if isinstance(slides, (str, Path)) and Path(slides).is_dir():
-        paths = [path for path in sorted(Path(slides).rglob("*")) if path.suffix.lower() in SLIDE_SUFFIXES]
-        paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
-        if not paths:
-            raise FileNotFoundError(f"{slides}: no slides in it or below ({' '.join(SLIDE_SUFFIXES)})")
-        paths = one_per_series(paths)
-    else:
-        paths = [Path(slides)] if isinstance(slides, (str, Path)) else [Path(path) for path in slides]
-        absent = [path for path in paths if not path.is_file()]
-        if absent or not paths:
-            raise FileNotFoundError(f"{some(absent) or 'an empty list'}: no such slide or folder of slides")
-    files: dict[str, Path] = {}
-    for path in paths:
-        other = files.setdefault(path.stem, path)
-        if other != path:
-            raise ValueError(
-                f"{other} and {path} have one slide id, {path.stem}: texts are matched to slides by id; rename one, or "
-                "prepare them in two folders"
-            )
-    return files
+    return find_slides(slides)[0]
 
 
 def _cases(slide_ids: Sequence[str], table: Place | str | None, notes: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from openslide.deepzoom import DeepZoomGenerator
 from PIL import Image
 
 from pathflip_jax.data.guarded import Parsed, Refused
+from pathflip_jax.data.ome import read_ome
 
 WHOLE_LEVEL = 2**26  # pixels of a level that is read in one go for a thumbnail or a tile, or in one strip
 TILE, OVERLAP = 254, 1  # of Deep Zoom: with its overlap on both sides a tile has 256 pixels
@@ -37,7 +38,8 @@ def measures(path: str) -> Parsed:
             except ValueError:
                 return 0.0
 
-        mpp = number(openslide.PROPERTY_NAME_MPP_X)
+        ome = read_ome(slide.properties.get("tiff.ImageDescription", ""), *slide.dimensions)
+        mpp = (ome.across if ome else 0.0) or number(openslide.PROPERTY_NAME_MPP_X)
         bounds = [int(number(name)) for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)]
         width, height = slide.dimensions
         return {"width": width, "height": height, "mpp": mpp if 0 < mpp < 1e4 else 0.0, "bounds": bounds}, {}

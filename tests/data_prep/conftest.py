@@ -1,12 +1,16 @@
-"""What the tests of preparation share: DICOM headers, written element by element."""
+"""What the tests of preparation share: DICOM headers, and drawn slides."""
 
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 LONG = ("SQ", "OB", "UN")
+GLASS, PINK = (240, 240, 242), (200, 120, 180)
 
 
 def _element(group: int, number: int, kind: str, value: bytes, implicit: bool = False, length: int | None = None):
@@ -42,3 +46,44 @@ def write_dicom():
         return path
 
     return write
+
+
+def _image(height: int, width: int, *boxes, color=PINK, seed: int = 0) -> np.ndarray:
+    """Glass with tissue in boxes (top, bottom, left, right), both with grain."""
+    image = np.empty((height, width, 3), np.int16)
+    image[:] = GLASS
+    for top, bottom, left, right in boxes:
+        image[top:bottom, left:right] = color
+    grain = np.random.default_rng(seed).integers(-6, 7, image.shape, np.int16)
+    return np.clip(image + grain, 0, 255).astype(np.uint8)
+
+
+def _write(path: Path, image: np.ndarray, mpp: float | None = 0.5, downsamples=(1,), description: str | None = None):
+    with tifffile.TiffWriter(path) as out:
+        for downsample in downsamples:
+            level = image if downsample == 1 else np.asarray(Image.fromarray(image).reduce(downsample))
+            resolution = {} if mpp is None else {"resolution": (1e4 / (mpp * downsample),) * 2}
+            resolution |= {} if mpp is None else {"resolutionunit": "CENTIMETER"}
+            out.write(
+                level,
+                photometric="rgb",
+                tile=(128, 128),
+                compression="deflate",
+                subfiletype=0 if downsample == 1 else 1,
+                metadata=None,
+                description=description if downsample == 1 else None,
+                **resolution,
+            )
+    return path
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """Draws glass with boxes of tissue."""
+    return _image
+
+
+@pytest.fixture(scope="session")
+def write_tiff():
+    """Writes a picture as a tiled TIFF that OpenSlide opens."""
+    return _write

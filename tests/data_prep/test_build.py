@@ -403,11 +403,12 @@ def test_bare_tensors_are_cut_by_scan(tmp_path):
 
 @needs_real
 def test_files_of_one_dicom_series_are_one_slide(tmp_path):
+    (tmp_path / "S1").mkdir()
     for name in ("a.dcm", "b.dcm"):
-        shutil.copyfile(REAL / "slides/highdicom_sm_image.dcm", tmp_path / name)
+        shutil.copyfile(REAL / "slides/highdicom_sm_image.dcm", tmp_path / "S1" / name)
     (tmp_path / "c.dcm").write_text("not a slide")
     report = prepare(tmp_path, tmp_path / "records", workers=1)
-    assert [failure.slide for failure in report.failed] == ["a", "c"]  # a is glass
+    assert [failure.slide for failure in report.failed] == ["S1", "c"]  # S1 is glass
 
 
 @needs_real

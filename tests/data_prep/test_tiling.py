@@ -1,49 +1,18 @@
-"""Tissue, patches and pixels, checked against OpenSlide's own reads and slides whose tissue is known."""
+"""Patches and pixels, checked against OpenSlide's own reads and slides whose tissue is known."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
-from scipy import ndimage
 
-from data_prep import tiling
-from data_prep.tiling import Tiles, open_slide, read_patches, tile_slide, tissue_mask
+from data_prep import slides
+from data_prep.slides import open_slide
+from data_prep.tiling import Tiles, read_patches, tile_slide
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "slides"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real slides in {REAL}: set PATHFLIP_TEST_DATA")
-GLASS, PINK = (240, 240, 242), (200, 120, 180)
-
-
-def _image(height: int, width: int, *boxes, color=PINK, seed: int = 0) -> np.ndarray:
-    """Glass with tissue in boxes (top, bottom, left, right), both with grain."""
-    image = np.empty((height, width, 3), np.int16)
-    image[:] = GLASS
-    for top, bottom, left, right in boxes:
-        image[top:bottom, left:right] = color
-    grain = np.random.default_rng(seed).integers(-6, 7, image.shape, np.int16)
-    return np.clip(image + grain, 0, 255).astype(np.uint8)
-
-
-def _write(path: Path, image: np.ndarray, mpp: float | None = 0.5, downsamples=(1,), description: str | None = None):
-    with tifffile.TiffWriter(path) as out:
-        for downsample in downsamples:
-            level = image if downsample == 1 else np.asarray(Image.fromarray(image).reduce(downsample))
-            resolution = {} if mpp is None else {"resolution": (1e4 / (mpp * downsample),) * 2}
-            resolution |= {} if mpp is None else {"resolutionunit": "CENTIMETER"}
-            out.write(
-                level,
-                photometric="rgb",
-                tile=(128, 128),
-                compression="deflate",
-                subfiletype=0 if downsample == 1 else 1,
-                metadata=None,
-                description=description if downsample == 1 else None,
-                **resolution,
-            )
-    return path
 
 
 def _patches(slide, tiles: Tiles) -> np.ndarray:
@@ -104,8 +73,8 @@ def test_real_slides_that_cannot_be_used():
         assert _patches(slide, tiles).shape == (len(tiles.coords), 16, 16, 3)
 
 
-def test_patches_cover_the_tissue_and_nothing_else(tmp_path):
-    path = _write(tmp_path / "s.tiff", _image(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
+def test_patches_cover_the_tissue_and_nothing_else(draw, write_tiff, tmp_path):
+    path = write_tiff(tmp_path / "s.tiff", draw(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
     with open_slide(path) as slide:
         tiles = tile_slide(slide, patch_size=64)
         expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
@@ -115,15 +84,15 @@ def test_patches_cover_the_tissue_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.6])
-def test_min_tissue_is_the_share_of_the_patch(tmp_path, share):
-    path = _write(tmp_path / "s.tiff", _image(512, 512, (128, 384, 128, 288)))  # the right column is half full
+def test_min_tissue_is_the_share_of_the_patch(draw, write_tiff, tmp_path, share):
+    path = write_tiff(tmp_path / "s.tiff", draw(512, 512, (128, 384, 128, 288)))  # the right column is half full
     with open_slide(path) as slide:
         columns = set(tile_slide(slide, patch_size=64, min_tissue=share).coords[:, 0].tolist())
     assert columns == ({128, 192, 256} if share < 0.5 else {128, 192})
 
 
-def test_patches_over_the_edge_are_white_outside(tmp_path):
-    path = _write(tmp_path / "s.tiff", _image(300, 330, (0, 300, 0, 330)))  # tissue all over: no glass to threshold
+def test_patches_over_the_edge_are_white_outside(draw, write_tiff, tmp_path):
+    path = write_tiff(tmp_path / "s.tiff", draw(300, 330, (0, 300, 0, 330)))  # tissue all over: no glass to threshold
     with open_slide(path) as slide:
         tiles = tile_slide(slide, patch_size=64, min_tissue=0.1)
         assert len(tiles.coords) == 6 * 5
@@ -134,8 +103,8 @@ def test_patches_over_the_edge_are_white_outside(tmp_path):
         assert len(tile_slide(slide, patch_size=64, min_tissue=0.5).coords) == 5 * 5
 
 
-def test_level_at_the_wanted_resolution_is_read_as_it_is(tmp_path):
-    path = _write(tmp_path / "s.tiff", _image(1024, 1024, (128, 896, 128, 896)), 0.25, (1, 2, 4))
+def test_level_at_the_wanted_resolution_is_read_as_it_is(draw, write_tiff, tmp_path):
+    path = write_tiff(tmp_path / "s.tiff", draw(1024, 1024, (128, 896, 128, 896)), 0.25, (1, 2, 4))
     with open_slide(path) as slide:
         tiles = tile_slide(slide, patch_size=64, mpp=0.5)
         assert tiles.patch_size_level0 == 128 and tiles.level == 1 and len(tiles.coords) == 36
@@ -144,10 +113,10 @@ def test_level_at_the_wanted_resolution_is_read_as_it_is(tmp_path):
         assert tile_slide(slide, patch_size=64, mpp=4.0).level == 2
 
 
-def test_other_resolutions_are_resampled(tmp_path):
+def test_other_resolutions_are_resampled(write_tiff, tmp_path):
     y, x = np.mgrid[0:1024, 0:1024] / 1024
     image = np.stack([150 + 60 * np.sin(9 * x), 90 + 50 * np.cos(7 * y), 160 + 40 * np.sin(5 * (x + y))], -1)
-    path = _write(tmp_path / "s.tiff", image.astype(np.uint8), 0.25, (1, 4))
+    path = write_tiff(tmp_path / "s.tiff", image.astype(np.uint8), 0.25, (1, 4))
     with open_slide(path) as slide:
         tiles = tile_slide(slide, patch_size=64, mpp=0.4)
         assert (tiles.patch_size_level0, tiles.level) == (102, 0)
@@ -158,119 +127,29 @@ def test_other_resolutions_are_resampled(tmp_path):
                 assert np.abs(patch.astype(int) - np.asarray(expected)).max() <= 3
 
 
-def test_patches_larger_than_a_block_are_averaged_down_as_they_are_read(tmp_path, monkeypatch):
+def test_patches_larger_than_a_block_are_averaged_down_as_they_are_read(write_tiff, tmp_path, monkeypatch):
     y, x = np.mgrid[0:1024, 0:1024] / 1024
     image = np.stack([150 + 60 * np.sin(9 * x), 90 + 50 * np.cos(7 * y), 160 + 40 * np.sin(5 * (x + y))], -1)
-    path = _write(tmp_path / "s.tiff", image.astype(np.uint8))
+    path = write_tiff(tmp_path / "s.tiff", image.astype(np.uint8))
     with open_slide(path) as slide:
         tiles = tile_slide(slide, patch_size=32, mpp=7.0)
         assert tiles.patch_size_level0 == 448
-        expected, sizes, read = _patches(slide, tiles), [], tiling.Slide.read
-        monkeypatch.setattr(tiling, "_BLOCK", 150)  # a patch is 448 px of the level: averaged by 2, in blocks
-        monkeypatch.setattr(tiling.Slide, "read", lambda self, *at: sizes.append(at[3:]) or read(self, *at))
+        expected, sizes, read = _patches(slide, tiles), [], slides.Slide.read
+        monkeypatch.setattr(slides, "BLOCK", 150)  # a patch is 448 px of the level: averaged by 2, in blocks
+        monkeypatch.setattr(slides.Slide, "read", lambda self, *at: sizes.append(at[3:]) or read(self, *at))
         found = _patches(slide, tiles)
     assert max(max(size) for size in sizes) <= 150 and len(sizes) >= 9 * len(tiles.coords)
     assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-def test_mask_of_a_huge_slide_is_coarser_than_asked(tmp_path, monkeypatch):
-    path = _write(tmp_path / "s.tiff", _image(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
-    monkeypatch.setattr(tiling, "_MASK_PIXELS", 6000)
-    with open_slide(path) as slide:
-        mask, downsample = tissue_mask(slide, 4)
-        assert mask.size <= 6000 and 14 < downsample <= 16 and mask.shape == (-(-1024 // 15), -(-1280 // 15))
-        tiles = tile_slide(slide, patch_size=64, min_tissue=0.5)
-        expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
-        expected |= {(x, y) for y in range(640, 960, 64) for x in range(768, 1216, 64)}
-        assert set(map(tuple, tiles.coords.tolist())) == expected
-
-
-def test_many_patches_come_in_batches_in_the_order_of_coords(tmp_path):
+def test_many_patches_come_in_batches_in_the_order_of_coords(write_tiff, tmp_path):
     image = np.empty((2304, 2304, 3), np.uint8)
     image[..., 0], image[..., 2] = np.arange(2304) // 32 * 3, (np.arange(2304) // 32 * 3)[:, None]
     image[..., 1] = 0  # red says the column, blue the row of a patch of 32
-    path = _write(tmp_path / "s.tiff", np.maximum(image, [62, 0, 62]).astype(np.uint8))
+    path = write_tiff(tmp_path / "s.tiff", np.maximum(image, [62, 0, 62]).astype(np.uint8))
     with open_slide(path) as slide:
         tiles = tile_slide(slide, patch_size=32)
         batches = list(read_patches(slide, tiles))
         assert len(tiles.coords) == 72 * 72 and max(map(len, batches)) <= 1024
         seen = np.concatenate([batch[:, 5, 7] for batch in batches])
         np.testing.assert_array_equal(seen[:, [0, 2]], np.maximum(tiles.coords // 32 * 3, 62))
-
-
-def test_resolution_from_the_objective_power(tmp_path):
-    aperio = "Aperio Image Library v12\r\n512x512 [0,0 512x512] (128x128)|AppMag = 40|"
-    path = _write(tmp_path / "s.svs", _image(512, 512, (0, 512, 0, 512)), None, description=aperio)
-    with open_slide(path) as slide:
-        assert slide.mpp == 0.25
-    with open_slide(path, assume_mpp=0.3) as slide:  # what the user knows wins over the nominal
-        assert slide.mpp == 0.3
-    path = _write(tmp_path / "t.svs", _image(512, 512, (0, 512, 0, 512)), None, description=aperio + "MPP = 0.26")
-    with open_slide(path, assume_mpp=0.3) as slide:  # what the file says wins over the assumption
-        assert slide.mpp == 0.26
-
-
-def test_resolutions_that_cannot_be(tmp_path):
-    path = _write(tmp_path / "s.tiff", _image(256, 256, (0, 256, 0, 256)), None)
-    with pytest.raises(ValueError, match=r"s.tiff: says neither um per pixel nor objective power.*--assume-mpp 0.25"):
-        open_slide(path)
-    with pytest.raises(ValueError, match="--assume-mpp 50"):
-        open_slide(path, assume_mpp=50)
-    with (
-        open_slide(path, assume_mpp=1.0) as slide,
-        pytest.raises(ValueError, match=r"s.tiff: scanned at 1 um .*--mpp 1"),
-    ):
-        tile_slide(slide, mpp=0.5)
-    with pytest.raises(FileNotFoundError, match="no such slide"):
-        open_slide(tmp_path / "none.svs")
-    (tmp_path / "text.svs").write_text("no slide")
-    with pytest.raises(OSError, match="text.svs: OpenSlide cannot open it"):
-        open_slide(tmp_path / "text.svs")
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        _image(512, 512),
-        _image(512, 512, (0, 512, 0, 512), color=(232, 226, 214)),  # yellowed glass
-        _image(512, 512, (100, 400, 100, 400), color=(12, 14, 11)),  # black ink
-        _image(512, 512, (100, 400, 100, 400), color=(40, 160, 70)),  # green pen
-        np.full((512, 512, 3), 255, np.uint8),
-        np.zeros((512, 512, 3), np.uint8),
-    ],
-    ids=["glass", "yellow", "black ink", "green pen", "white", "black"],
-)
-def test_no_tissue(tmp_path, image):
-    with open_slide(_write(tmp_path / "s.tiff", image)) as slide:
-        with pytest.raises(ValueError, match=r"s.tiff: no tissue: none of 64 patches.*--min-tissue"):
-            tile_slide(slide, patch_size=64)
-
-
-def test_pale_tissue_beside_dark_is_kept_and_ink_is_not(tmp_path):
-    image = _image(768, 1024, (64, 704, 64, 320))
-    image[64:704, 320:576] = _image(640, 256, (0, 640, 0, 256), color=(228, 200, 216))
-    image[64:704, 700:900] = (15, 15, 18)
-    with open_slide(_write(tmp_path / "s.tiff", image)) as slide:
-        coords = tile_slide(slide, patch_size=64).coords
-    assert set(coords[:, 0].tolist()) == set(range(64, 576, 64))
-
-
-def test_mask_fills_small_holes_drops_specks_and_works_from_any_level(tmp_path):
-    image = _image(1024, 1024, (128, 896, 128, 896))
-    image[400:480, 400:480] = GLASS  # 40 um: a lumen
-    image[560:880, 520:880] = GLASS  # 170 um: outside of the tissue
-    image[20:40, 20:40] = PINK  # dust
-    masks = []
-    for name, downsamples in (("one.tiff", (1,)), ("three.tiff", (1, 4, 16))):
-        with open_slide(_write(tmp_path / name, image, downsamples=downsamples)) as slide:
-            mask, downsample = tissue_mask(slide, 8)
-            masks.append(mask.repeat(int(downsample), 0).repeat(int(downsample), 1))
-            assert downsample == 8
-    one, three = masks
-    assert one[440, 440] and one[200, 200] and not one[700, 700] and not one[30, 30] and not one[1000, 1000]
-    assert (one != three).mean() < 0.01
-    truth = np.zeros((1024, 1024), bool)
-    truth[128:896, 128:896] = True
-    truth[560:880, 520:880] = False
-    assert not (one & ~ndimage.binary_dilation(truth, iterations=12)).any()
-    assert not (~one & ndimage.binary_erosion(truth, iterations=12)).any()

@@ -1,0 +1,59 @@
+"""Brightfield pictures in 8-bit RGB, told from the grey, 16-bit and fluorescence files that OpenSlide opens as well."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import openslide
+import tifffile
+
+from pathflip_jax.data.ome import Ome, read_ome
+from pathflip_jax.data.text import some
+
+_TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold anything; the others write 8-bit RGB alone
+_COLOUR = ("RGB", "YCBCR")
+_NEEDED = "a brightfield slide in RGB of 8 bits is needed: give that file, or leave the slide out"
+
+
+def check_brightfield(path: Path, properties: Mapping[str, str], size: tuple[int, int]) -> None:
+    """Raise ValueError, saying what a slide is, where it is not brightfield in 8-bit RGB."""
+    found = ""
+    if properties.get(openslide.PROPERTY_NAME_VENDOR) in _TIFF:
+        found = _tiff(path, size, read_ome(properties.get("tiff.ImageDescription", ""), *size))
+    lamp = [properties.get(name, "") for name in ("mirax.GENERAL.SLIDE_TYPE", "leica.illumination-source")]
+    lamp.append(properties.get("dicom.OpticalPathSequence[0].IlluminationTypeCodeSequence[0].CodeMeaning", ""))
+    if any("fluor" in text.lower() for text in lamp):
+        found = "fluorescence"
+    if properties.get("dicom.SamplesPerPixel", "3") == "1":
+        found = "one grey channel: fluorescence, or a mask"
+    if found:
+        raise ValueError(f"{path}: {found}; {_NEEDED}")
+
+
+def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
+    """What the pages of level 0's size in a TIFF are; "" for RGB of 8 bits and for what is not understood."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages = [page for page in file.pages if (page.imagewidth, page.imagelength) == size]
+            if not pages:
+                return ""
+            bits, samples, kind = pages[0].bitspersample, pages[0].samplesperpixel, pages[0].photometric.name
+    except Exception:  # of a parser that meets a broken file; OpenSlide has opened it, and reads it or says why not
+        return ""
+    names = [name for name in ome.names if name] if ome else []
+    if kind == "PALETTE":
+        return "a picture of numbered colours, such as a mask"
+    if samples >= 3 and kind in _COLOUR:
+        return f"RGB of {bits} bits; convert it to 8 bits" if bits != 8 else ""
+    channels = max(len(pages), len(ome.names) if ome else 0) * samples
+    if channels == 3 and bits == 8 and _is_rgb(names):
+        return "RGB in three planes, of which OpenSlide reads the first alone; save it with interleaved colours"
+    named = f" ({some(names)})" if names else ""
+    if channels > 1 and samples < 3:
+        return f"{channels} channels of {bits} bits{named}, as of fluorescence"
+    if samples == 1:
+        return f"one grey channel of {bits} bits{named}: fluorescence, or a mask"
+    return f"{samples} channels of {bits} bits in {kind}{named}"
+
+
+def _is_rgb(names: list[str]) -> bool:
+    return [name.lower()[:1] for name in names] == ["r", "g", "b"]

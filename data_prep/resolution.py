@@ -1,0 +1,148 @@
+"""How many micrometres a pixel of a slide is wide, and whether what the file says of it can be.
+
+A wrong resolution makes patches of another size, which no later step notices. So what contradicts itself is refused
+with both readings, and the user says which is right.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import openslide
+
+from pathflip_jax.data.ome import read_ome
+
+# From beyond a 100x objective to below a 1x one; a TIFF written at 72 dpi claims 352.8.
+_SANE_MPP = (0.05, 10.0)
+_UM_TIMES_MAGNIFICATION = 10.0
+# um per pixel times objective power. Some vendors state a nominal power, which is 10 within a tenth or, with a doubler,
+# two. Others state what is engraved on the objective: then it is the camera's pixel in um, and 3.5 to 10 is common.
+_NOMINAL_VENDORS = ("aperio", "hamamatsu", "leica", "ventana")
+_AGREES, _NOMINAL, _ENGRAVED = (7.0, 14.0), (4.5, 22.0), (2.0, 25.0)
+_SCANNED = ((0.22, 0.275), (0.45, 0.55), (0.99, 1.01))  # um per pixel of scanners at 40x, 20x and 10x
+_SLIPS = (2.54, 1 / 2.54, 10.0, 0.1)  # an inch for a centimetre, a millimetre for a centimetre
+_CURE = (
+    "Say which is right: in the column mpp of the slide table or, for every slide of the run, with --override-mpp "
+    "(--assume-mpp only fills in what a file lacks)"
+)
+_UNUSED = 0.02  # an assumption that differs by less from what the file says needs no word
+
+
+class Resolution(NamedTuple):
+    """Micrometres per level-0 pixel, where they are from, and what the user should know of it."""
+
+    mpp: float
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+class _Stated(NamedTuple):
+    """What a file says: um per pixel across and down, and where; objective power; vendor. 0 is for what it lacks."""
+
+    across: float
+    down: float
+    source: str
+    power: float
+    vendor: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mpp(self) -> float:
+        sides = self.across, self.down
+        return sum(sides) / 2 if min(sides) > 0 else max(sides)
+
+
+def find_resolution(
+    path: Path,
+    properties: Mapping[str, str],
+    size: tuple[int, int],
+    assume_mpp: float | None = None,
+    override_mpp: float | None = None,
+) -> Resolution:
+    """The level-0 resolution of a slide of that size: `override_mpp`, what the file says, `assume_mpp`, or the nominal.
+
+    Raises ValueError where it is missing, absurd or contradicts itself, with both readings and the cure.
+    """
+    for value, option in ((assume_mpp, "--assume-mpp"), (override_mpp, "--override-mpp")):
+        if value is not None and not _SANE_MPP[0] <= value <= _SANE_MPP[1]:
+            raise ValueError(f"{option} {value:g}: expected {_SANE_MPP[0]} to {_SANE_MPP[1]:g} um per pixel")
+    said = _read(properties, size)
+    credible = _SANE_MPP[0] <= said.mpp <= _SANE_MPP[1]
+    if override_mpp is not None:
+        other = _differs(override_mpp, said.mpp)
+        note = f"{override_mpp:g} um per pixel as told, where {said.source} says {said.mpp:.4g}"
+        return Resolution(override_mpp, "--override-mpp", (note,) if other else ())
+    if credible:
+        notes = said.notes + _check(path, said)
+        if assume_mpp is not None and _differs(assume_mpp, said.mpp):
+            notes += (f"--assume-mpp {assume_mpp:g} not used: {said.source} says {said.mpp:.4g} um per pixel",)
+        return Resolution(said.mpp, said.source, notes)
+    if assume_mpp is not None:
+        return Resolution(assume_mpp, "--assume-mpp")
+    if said.power > 0 and not said.mpp:
+        return Resolution(_UM_TIMES_MAGNIFICATION / said.power, f"the nominal size at {said.power:g}x")
+    found = f"claims {said.mpp:.4g} um per pixel" if said.mpp else "says neither um per pixel nor objective power"
+    raise ValueError(
+        f"{path}: {found}, expected {_SANE_MPP[0]} to {_SANE_MPP[1]:g}; give its resolution, for example "
+        "`--assume-mpp 0.25` for a 40x scan"
+    )
+
+
+def _read(properties: Mapping[str, str], size: tuple[int, int]) -> _Stated:
+    def number(name: str) -> float:
+        try:
+            value = float(properties.get(name, 0))
+        except ValueError:
+            return 0.0
+        return value if np.isfinite(value) and value > 0 else 0.0
+
+    vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
+    across, down = number(openslide.PROPERTY_NAME_MPP_X), number(openslide.PROPERTY_NAME_MPP_Y)
+    source = "its resolution tag" if vendor == "generic-tiff" else "its header"
+    said = _Stated(across, down, source, number(openslide.PROPERTY_NAME_OBJECTIVE_POWER), vendor)
+    ome = read_ome(properties.get("tiff.ImageDescription", ""), *size)
+    if ome is None:
+        return said
+    if not max(ome.across, ome.down):
+        return said._replace(power=said.power or ome.power)
+    found = _Stated(ome.across, ome.down, "its OME-XML", said.power or ome.power, "OME")
+    if _SANE_MPP[0] <= said.mpp <= _SANE_MPP[1] and _differs(said.mpp, found.mpp):
+        note = f"{found.mpp:.4g} um per pixel as its OME-XML says; its resolution tag says {said.mpp:.4g}"
+        found = found._replace(notes=(note,))
+    return found
+
+
+def _check(path: Path, said: _Stated) -> tuple[str, ...]:
+    """What to note of a size that the file states. Raises ValueError where the file contradicts itself."""
+    if min(said.across, said.down) > 0 and max(said.across, said.down) > 1.1 * min(said.across, said.down):
+        raise ValueError(
+            f"{path}: pixels of {said.across:g} x {said.down:g} um, expected squares; scan or convert it anew"
+        )
+    mpp = said.mpp
+    if said.power:
+        nominal, product = _UM_TIMES_MAGNIFICATION / said.power, mpp * said.power
+        both = f"{mpp:.4g} um per pixel by {said.source}, about {nominal:.4g} by its objective power of {said.power:g}x"
+        low, high = _NOMINAL if said.vendor in _NOMINAL_VENDORS else _ENGRAVED
+        if not low <= product <= high:
+            raise ValueError(f"{path}: says two things of its resolution: {both}. {_CURE}")
+        if said.vendor in _NOMINAL_VENDORS and not _AGREES[0] <= product <= _AGREES[1]:
+            return (f"{both}; the first is taken (--override-mpp says otherwise)",)
+        return ()
+    if said.source != "its resolution tag" or _scanned(mpp):
+        return ()
+    meant = [f"{mpp / slip:.4g}" for slip in _SLIPS if _scanned(mpp / slip)]
+    if meant:
+        raise ValueError(
+            f"{path}: its resolution tag says {mpp:.4g} um per pixel, which is no scanner's; it would be "
+            f"{' or '.join(meant)} if whatever wrote the tag mistook the unit (by 2.54 or 10). {_CURE}"
+        )
+    return ()
+
+
+def _scanned(mpp: float) -> bool:
+    return any(low <= mpp <= high for low, high in _SCANNED)
+
+
+def _differs(one: float, other: float) -> bool:
+    return other > 0 and abs(one / other - 1) > _UNUSED

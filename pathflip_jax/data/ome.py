@@ -1,0 +1,63 @@
+"""What an OME-TIFF says of itself in the OME-XML of its first page: pixel size, objective, channels."""
+
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+_LARGEST = 1 << 22  # characters: longer descriptions are no header
+_UM = {
+    "m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6,
+    "in": 25400.0,
+}  # fmt: skip
+
+
+class Ome(NamedTuple):
+    """An image of an OME-TIFF: um per pixel across and down (0: not said), the objective's power (0), and its channels.
+
+    `samples` has the samples per pixel of each channel: 3 of one channel is RGB, 1 each of three are planes.
+    """
+
+    across: float
+    down: float
+    power: float
+    names: tuple[str, ...]
+    samples: tuple[int, ...]
+
+
+def read_ome(description: str, width: int, height: int) -> Ome | None:
+    """The image of `width` x `height` pixels in an OME-XML, None where the text is no OME-XML or has no such image."""
+    if "<OME" not in description[:2000] or len(description) > _LARGEST or "<!ENTITY" in description:
+        return None
+    try:
+        root = ElementTree.fromstring(description)
+    except ElementTree.ParseError:
+        return None
+    powers = {}
+    for objective in root.iterfind(".//{*}Objective"):
+        powers[objective.get("ID", "")] = _number(objective.get("NominalMagnification"))
+    for image in root.iterfind(".//{*}Image"):
+        pixels = image.find("{*}Pixels")
+        if pixels is None or (pixels.get("SizeX"), pixels.get("SizeY")) != (str(width), str(height)):
+            continue
+        used = image.find("{*}ObjectiveSettings")
+        channels = pixels.findall("{*}Channel")
+        return Ome(
+            _size(pixels, "X"),
+            _size(pixels, "Y"),
+            powers.get(used.get("ID", ""), 0.0) if used is not None else 0.0,
+            tuple(channel.get("Name", "") for channel in channels),
+            tuple(int(_number(channel.get("SamplesPerPixel"))) or 1 for channel in channels),
+        )
+    return None
+
+
+def _size(pixels: ElementTree.Element, axis: str) -> float:
+    unit = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), 0.0)
+    return unit * _number(pixels.get(f"PhysicalSize{axis}"))
+
+
+def _number(text: str | None) -> float:
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return 0.0
+    return value if 0 < value < 1e9 else 0.0
