@@ -19,6 +19,7 @@ from data_prep.tissue_mask import tissue_mask
 _LARGEST_ENLARGEMENT = 1.25
 _NEAR = 0.02  # a level this close to the wanted resolution is taken as it is: 0.499 is 0.5
 _BATCH_PIXELS = 1 << 22  # in the patches of one batch: 64 of 256 px, what a network takes at once
+_MUCH = 0.1  # pen, of what is stained: blue stains of tissue would be more
 _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
 
 
@@ -27,22 +28,25 @@ class Tiles(NamedTuple):
 
     `coords` [N, 2] are x, y of the top-left corners at level 0, in the order in which `read_patches` gives
     them: blocks of about 2,048 px of the read level, row by row inside. `patch_size_level0` is a patch's edge
-    there, `patch_size` the edge in pixels after resampling from `level`.
+    there, `patch_size` the edge in pixels after resampling from `level`. `notes` is what the user should know.
     """
 
     coords: Int[np.ndarray, "N 2"]
     patch_size_level0: int
     patch_size: int
     level: int
+    notes: tuple[str, ...] = ()
 
 
-def tile_slide(slide: Slide, patch_size: int = 256, mpp: float = 0.5, min_tissue: float = 0.25) -> Tiles:
+def tile_slide(
+    slide: Slide, patch_size: int = 256, mpp: float = 0.5, min_tissue: float = 0.25, keep_ink: bool = False
+) -> Tiles:
     """The patches of a slide with tissue: a grid of `patch_size` pixels at `mpp`, from the level-0 origin.
 
     A level within 2 % of `mpp` is not resampled: scanners' 0.499 and 0.502 give patches of 256 px, not 257 and 255.
     A patch counts when at least `min_tissue` of its area is tissue; one that reaches over the slide's edge counts its
-    outside as glass and is read as white there. Raises ValueError for a slide without tissue, and for one
-    scanned so coarsely that patches would only be enlarged.
+    outside as glass and is read as white there. `keep_ink` keeps what looks like pen (`tissue_mask`). Raises ValueError
+    for a slide without tissue, and for one scanned so coarsely that patches would only be enlarged.
     """
     if slide.mpp > _LARGEST_ENLARGEMENT * mpp:
         raise ValueError(
@@ -55,7 +59,7 @@ def tile_slide(slide: Slide, patch_size: int = 256, mpp: float = 0.5, min_tissue
     if abs(slide.image.level_downsamples[level] / scale - 1) <= _NEAR:
         scale = slide.image.level_downsamples[level]
     edge = max(1, round(patch_size * scale))
-    mask, downsample = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH))
+    mask, downsample, pen = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH), keep_ink)
     columns, rows = -(-slide.width // edge), -(-slide.height // edge)
     sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64)
     sums.cumsum(1, out=sums)
@@ -67,12 +71,13 @@ def tile_slide(slide: Slide, patch_size: int = 256, mpp: float = 0.5, min_tissue
         raise ValueError(
             f"{slide.path}: no tissue: none of {rows * columns} patches of {edge} px (level 0) is tissue by "
             f"{min_tissue:.0%} or more, the fullest by {tissue.max():.0%}; leave the slide out, or lower "
-            "`--min-tissue` or `--patch-size`"
+            "`--min-tissue` or `--patch-size`" + (f" (pen is {pen:.0%} of what is coloured)" if pen else "")
         )
     block = _block(edge / slide.image.level_downsamples[level])
     order = np.lexsort((column, row, column // block, row // block))
     coords = np.stack([column[order], row[order]], 1).astype(np.int32) * np.int32(edge)
-    return Tiles(coords, edge, patch_size, level)
+    notes = (f"{pen:.0%} of what is stained is taken for pen and left out; --keep-ink keeps it",) if pen > _MUCH else ()
+    return Tiles(coords, edge, patch_size, level, notes)
 
 
 def _between(sums: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -1,10 +1,14 @@
 """Tissue on a slide: stained, no ink, no speck, found on a picture of low resolution."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from data_prep.ink import PIXEL_UM, find_ink
 from data_prep.slides import Slide, averaged
 
 _MASK_PIXELS = 1 << 24  # at most: about 25 bytes each while the mask is made
@@ -13,17 +17,26 @@ _GLASS, _STAINED = 0.05, 0.15
 _APART, _RIM = 0.06, 0.03  # two classes of saturation differ by more; a smaller share is the blurred rim of tissue
 _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border or a scanner's void
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
+_LOOK_UM, _LOOK_WIDE_UM = 1.5, 32.0  # the finest detail looked for, and how far around a place
 _SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 300.0, 20_000.0
 
 
-def tissue_mask(slide: Slide, downsample: float = 32.0) -> tuple[Bool[np.ndarray, "rows columns"], float]:
-    """Where there is stained tissue, and how many level-0 pixels a pixel of the mask is wide.
+class Tissue(NamedTuple):
+    """A mask of tissue, the level-0 pixels that one of its is wide, and the share of what is stained that was pen."""
+
+    mask: Bool[np.ndarray, "rows columns"]
+    downsample: float
+    pen: float
+
+
+def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) -> Tissue:
+    """Where there is stained tissue.
 
     Otsu's threshold on saturation, kept between what glass and what pale tissue have, so that a slide
-    without glass or without tissue is not split in two; ink, pen and black borders left out; specks dropped
-    and small holes filled (lumina, fat cells). Works from the best level there is and averages down, block by
-    block, where that is still too fine. The mask of a huge slide is coarser than asked: it has 4,096 x 4,096 pixels at
-    most.
+    without glass or without tissue is not split in two; pen and black borders left out; specks dropped and small holes
+    filled (lumina, fat cells). With `keep_ink` only green and black pen is left out, for stains that look like pen.
+    Works from the best level there is and averages down, block by block, where that is still too fine. The mask of a
+    huge slide is coarser than asked: it has 4,096 x 4,096 pixels at most.
     """
     downsample = max(downsample, np.sqrt(slide.width * slide.height / _MASK_PIXELS))
     level = slide.image.get_best_level_for_downsample(downsample * 1.001)
@@ -32,15 +45,45 @@ def tissue_mask(slide: Slide, downsample: float = 32.0) -> tuple[Bool[np.ndarray
     while -(-width // step) * -(-height // step) > _MASK_PIXELS:
         step += 1
     downsample = slide.image.level_downsamples[level] * step
-    saturation = np.empty((-(-height // step), -(-width // step)), np.float32)
+    picture = np.empty((-(-height // step), -(-width // step), 3), np.uint8)
     for rows, columns, pixels in averaged(slide, level, step, (0, 0), (width, height)):
-        saturation[rows, columns] = _saturation(pixels)
+        picture[rows, columns] = pixels
+    ink = np.zeros(picture.shape[:2], bool) if keep_ink else _ink(slide, picture, downsample)
+    saturation = np.empty(picture.shape[:2], np.float32)
+    for top in range(0, len(picture), 1024):
+        saturation[top : top + 1024] = _saturation(picture[top : top + 1024])
+    stained = saturation > _STAINED
+    pen = float((stained & ink).sum() / max(1, stained.sum()))
+    saturation[ink] = 0
     saturation = ndimage.gaussian_filter(saturation, 1.0, output=saturation)
-    mask = saturation > _stain_threshold(saturation.ravel())
+    mask = (saturation > _stain_threshold(saturation.ravel())) & ~ink
     area = (downsample * slide.mpp) ** 2
     mask, _ = _parted(mask, _SMALLEST_PIECE_UM2 / area)
     _, small = _parted(~mask, _LARGEST_HOLE_UM2 / area)
-    return mask | _enclosed(small), downsample
+    return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen)
+
+
+def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -> Bool[np.ndarray, "h w"]:
+    """Where pen is on a picture of a slide, which is looked at closely where colour does not tell."""
+    step = max(1, int(PIXEL_UM / (downsample * slide.mpp) + 0.5))
+    small = np.asarray(Image.fromarray(picture).reduce(step))
+    wide = step * downsample
+    ink = find_ink(small, lambda row, colwiden: _structure(slide, (row + 0.5) * wide, (colwiden + 0.5) * wide))
+    if step == 1:
+        return ink
+    return ink.repeat(step, 0)[: len(picture)].repeat(step, 1)[:, : picture.shape[1]]
+
+
+def _structure(slide: Slide, row: float, column: float) -> float:
+    """How much structure of the size of cells is seen around a place at level 0, in grey levels."""
+    level = slide.image.get_best_level_for_downsample(max(1.0, 1.001 * _LOOK_UM / slide.mpp))
+    scale = slide.image.level_downsamples[level]
+    um = slide.mpp * scale
+    edge = max(8, round(_LOOK_WIDE_UM / um))
+    corner = round(column - edge * scale / 2), round(row - edge * scale / 2)
+    grey = slide.read(*corner, level, edge, edge).mean(-1, dtype=np.float32)
+    fine, wide = (ndimage.gaussian_filter(grey, sigma / um) for sigma in (_LOOK_UM, 4 * _LOOK_UM))
+    return float((fine - wide).std())
 
 
 def _saturation(pixels: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w"]:

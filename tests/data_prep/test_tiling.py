@@ -35,7 +35,7 @@ def test_real_slide():
         assert (slide.width, slide.height, slide.mpp) == (2220, 2967, 0.499)
         tiles = tile_slide(slide)
         assert 40 <= len(tiles.coords) <= 60
-        assert tiles[1:] == (256, 256, 0) and tiles.coords.dtype == np.int32
+        assert tiles[1:4] == (256, 256, 0) and tiles.coords.dtype == np.int32
         assert (tiles.coords % 256 == 0).all() and len(np.unique(tiles.coords, axis=0)) == len(tiles.coords)
         _check_against_openslide(slide, tiles)
         small = tile_slide(slide, patch_size=64)

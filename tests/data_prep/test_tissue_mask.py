@@ -16,7 +16,7 @@ def test_mask_of_a_huge_slide_is_coarser_than_asked(draw, write_tiff, tmp_path, 
     path = write_tiff(tmp_path / "s.tiff", draw(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
     monkeypatch.setattr(masks, "_MASK_PIXELS", 6000)
     with open_slide(path) as slide:
-        mask, downsample = tissue_mask(slide, 4)
+        mask, downsample, _ = tissue_mask(slide, 4)
         assert mask.size <= 6000 and 14 < downsample <= 16 and mask.shape == (-(-1024 // 15), -(-1280 // 15))
         tiles = tile_slide(slide, patch_size=64, min_tissue=0.5)
         expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
@@ -60,7 +60,7 @@ def test_mask_fills_small_holes_drops_specks_and_works_from_any_level(draw, writ
     masks = []
     for name, downsamples in (("one.tiff", (1,)), ("three.tiff", (1, 4, 16))):
         with open_slide(write_tiff(tmp_path / name, image, downsamples=downsamples)) as slide:
-            mask, downsample = tissue_mask(slide, 8)
+            mask, downsample, _ = tissue_mask(slide, 8)
             masks.append(mask.repeat(int(downsample), 0).repeat(int(downsample), 1))
             assert downsample == 8
     one, three = masks

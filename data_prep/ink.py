@@ -1,0 +1,143 @@
+"""Pen on the glass: marker of any colour, told from stained tissue by its dye and by its evenness.
+
+Light through a dye is dimmed in proportions of its own in red, green and blue (Beer-Lambert: optical densities, OD).
+Haematoxylin and eosin absorb green most, so tissue lies in the wedge between the two: a dye that absorbs red more than
+green (blue, green), or blue alone (yellow, orange), is no tissue. Red, pink and purple pens lie within the wedge. They
+are one dye without structure, so their proportions do not vary from place to place, and nothing is seen in them at the
+size of cells; blood and dense lymphocytes have both.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from scipy import ndimage
+
+PIXEL_UM = 8.0  # wide: ink is looked for at this resolution, at which nuclei and their surroundings mix
+_GLASS_BRIGHT, _GLASS_PALE, _GLASS_SHARE = 190, 0.1, 0.002  # glass is brighter, less saturated and a larger share
+_WHITE = 245.0  # of a slide that shows no glass
+_STROKE_PX = 3  # a stroke of 24 um at least; scattered bluish pixels of tissue are no stroke
+_SMALLEST_PX = 80  # 0.005 mm2: a dot of a pen; smaller ones are dirt, or tissue
+_EVEN_PX = 3  # how far even ink is even: 24 um
+_EVEN_OD, _ONE_DYE = 0.06, 0.05  # standard deviations, of OD and of the proportions, in ink within the wedge
+_RED_PEN, _OVER = 0.45, 0.8  # OD in blue that little tissue has; pen over tissue absorbs more than beside it
+_ROWS = 1024  # of the picture at a time, for floats take four times its memory
+
+Look = Callable[[int, int], float]  # how much structure is seen at a row and column of the picture, in grey levels
+Piece = tuple[np.ndarray, np.ndarray]  # rows and columns
+_STRUCTURE = 4.0  # grey levels, at the size of cells: what grain and compression leave in ink stays below
+_LOOKS, _MOST_PIECES = 12, 64  # places of a piece that are looked at closely, and pieces that are
+# The share of places where nothing is seen: of pen whose colour is beside the wedge, as parts lie over tissue; of pen
+# whose colour is within.
+_BESIDE_SHARE, _WITHIN_SHARE = 0.25, 0.5
+_BLUE_PEN, _CLEAR_SHARE = 1.4, 0.3  # OD in red over green that no haematoxylin has, and the share of a piece
+
+
+def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray, "h w"]:
+    """Where pen is, on a picture with pixels of `PIXEL_UM`; `look` is asked only about what colour does not tell."""
+    glass = _glass(picture)
+    strong, weak, doubtful = (np.zeros(picture.shape[:2], bool) for _ in range(3))
+    for rows, inner, density in _densities(picture, glass):
+        for found, part in zip((strong, weak, doubtful), _classes(density), strict=True):
+            found[rows] = part[inner]
+    ink = np.zeros_like(strong)
+    for piece, density in _pieces(_strokes(strong), picture, glass):
+        if _is_no_stain(density) or _is_smooth(piece, look, _BESIDE_SHARE):
+            ink[piece] = True
+    if ink.any():
+        ink = ndimage.binary_propagation(ink, mask=weak | strong)
+    dyes = []
+    for piece, density in _pieces(_strokes(doubtful & ~ink), picture, glass):
+        if _is_one_dye(density) and _is_smooth(piece, look, _WITHIN_SHARE):
+            ink[piece] = True
+            dyes.append(np.median(density, 0))
+    for dye in dyes:
+        if dye[2] > _RED_PEN:
+            ink = ndimage.binary_propagation(ink, mask=ink | _beyond(picture, glass, _OVER * dye))
+    return ndimage.binary_dilation(ink) if ink.any() else ink  # the blurred rim of strokes
+
+
+def _glass(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "3"]:
+    """The colour of bare glass: what a scanner calls white is often tinted."""
+    some = picture[:: max(1, len(picture) // 1024), :: max(1, picture.shape[1] // 1024)].reshape(-1, 3)
+    largest, smallest = some.max(1).astype(np.float32), some.min(1).astype(np.float32)
+    bare = some[(smallest > _GLASS_BRIGHT) & (largest - smallest < _GLASS_PALE * largest)]
+    return np.median(bare, 0) if len(bare) > _GLASS_SHARE * len(some) else np.full(3, _WHITE)
+
+
+def _densities(
+    picture: UInt8[np.ndarray, "h w 3"], glass: Float[np.ndarray, "3"]
+) -> Iterator[tuple[slice, slice, Float[np.ndarray, "3 rows w"]]]:
+    """OD in red, green and blue, some rows at a time with a margin: the rows, where they are in it, and OD."""
+    for top in range(0, len(picture), _ROWS):
+        first, last = max(0, top - _EVEN_PX), min(len(picture), top + _ROWS + _EVEN_PX)
+        light = np.maximum(picture[first:last].astype(np.float32), 1) / glass.astype(np.float32)
+        rows = slice(top, min(top + _ROWS, len(picture)))
+        yield rows, slice(top - first, rows.stop - first), -np.log10(light).transpose(2, 0, 1)
+
+
+def _classes(density: Float[np.ndarray, "3 h w"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is ink by its colour, what is ink beside such, and what is even and strong enough to be ink in the wedge."""
+    red, green, blue = density
+    strong = (red > 0.25) & (red > 1.15 * green) & (blue < 1.3 * red)  # blue, violet-blue, turquoise, green
+    strong |= (red > 0.7) & (red > 0.95 * green) & (blue < red)  # dark blue, and blue over tissue
+    strong |= (blue > 0.3) & (blue > 1.8 * green) & (red < 0.25 * green + 0.02)  # yellow, orange; DAB absorbs red, too
+    weak = (red > 0.12) & (red > green) & (blue < 1.3 * red)
+    weak |= (red > 0.5) & (red > 0.88 * green) & (blue < red)
+    weak |= (blue > 0.15) & (blue > 1.5 * green) & (red < 0.3 * green + 0.02)
+    highest, lowest = density.max(0), density.min(0)
+    doubtful = (highest > 0.35) & (highest - lowest > 0.3) & (green > 0.3) & (green >= red) & ~strong
+    spread = np.sqrt(np.maximum(_mean(highest**2) - _mean(highest) ** 2, 0))
+    return strong, weak, doubtful & (spread < _EVEN_OD * np.maximum(1, highest))
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    return ndimage.uniform_filter(values, _EVEN_PX, mode="nearest")
+
+
+def _strokes(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """A mask without what is thinner than a stroke or smaller than a dot of a pen."""
+    if not mask.any():
+        return mask
+    mask = ndimage.binary_opening(mask, np.ones((_STROKE_PX, _STROKE_PX), bool))
+    pieces, _ = ndimage.label(mask)
+    large = np.bincount(pieces.ravel()) >= _SMALLEST_PX
+    large[0] = False
+    return large[pieces]
+
+
+def _pieces(
+    mask: Bool[np.ndarray, "h w"], picture: UInt8[np.ndarray, "h w 3"], glass: Float[np.ndarray, "3"]
+) -> Iterator[tuple[Piece, Float[np.ndarray, "n 3"]]]:
+    """The largest pieces of a mask: their rows and columns, and OD there."""
+    pieces, _ = ndimage.label(mask)
+    sizes = np.bincount(pieces.ravel())[1:]
+    places = ndimage.find_objects(pieces)
+    for number in np.argsort(-sizes, kind="stable")[:_MOST_PIECES]:
+        place = places[number]
+        row, column = np.nonzero(pieces[place] == number + 1)
+        piece = row + place[0].start, column + place[1].start
+        yield piece, -np.log10(np.maximum(picture[piece].astype(np.float32), 1) / glass)
+
+
+def _is_no_stain(density: Float[np.ndarray, "n 3"]) -> bool:
+    """Whether much of a piece has a colour that no stain of tissue has: plain blue, green, yellow or orange."""
+    red, green, blue = density.T
+    return bool(((red > _BLUE_PEN * green) | (blue > 1.8 * green)).mean() > _CLEAR_SHARE)
+
+
+def _is_one_dye(density: Float[np.ndarray, "n 3"]) -> bool:
+    """Whether red and blue are absorbed in the same proportion to green all over a piece."""
+    return bool((density[:, ::2] / density[:, 1:2]).std(0).max() < _ONE_DYE)
+
+
+def _beyond(picture: np.ndarray, glass: np.ndarray, dye: Float[np.ndarray, "3"]) -> Bool[np.ndarray, "h w"]:
+    """Where at least as much is absorbed as by a dye: pen, and what pen lies over."""
+    return (picture <= glass * 10**-dye).all(-1)
+
+
+def _is_smooth(piece: Piece, look: Look, share: float) -> bool:
+    """Whether nothing of the size of cells is seen at that share of the places of a piece, or more."""
+    at = np.linspace(0, len(piece[0]) - 1, _LOOKS).round().astype(int)
+    seen = [look(int(row), int(column)) for row, column in zip(piece[0][at], piece[1][at], strict=True)]
+    return np.mean(np.array(seen) < _STRUCTURE) >= share
