@@ -41,20 +41,25 @@ def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray
         for found, part in zip((strong, weak, doubtful), _classes(density), strict=True):
             found[rows] = part[inner]
     ink = np.zeros_like(strong)
-    for piece, density in _pieces(_strokes(strong), picture, glass):
-        if _is_no_stain(density) or _is_smooth(piece, look, _BESIDE_SHARE):
+    for piece, inside, density in _pieces(_strokes(strong), picture, glass):
+        if _is_no_stain(density) or _is_smooth(inside, look, _BESIDE_SHARE):
             ink[piece] = True
     if ink.any():
         ink = ndimage.binary_propagation(ink, mask=weak | strong)
-    dyes = []
-    for piece, density in _pieces(_strokes(doubtful & ~ink), picture, glass):
-        if _is_one_dye(density) and _is_smooth(piece, look, _WITHIN_SHARE):
-            ink[piece] = True
+    within, dyes = np.zeros_like(ink), []
+    for piece, inside, density in _pieces(_strokes(doubtful & ~ink), picture, glass):
+        if _is_one_dye(density) and _is_smooth(inside, look, _WITHIN_SHARE):
+            within[piece] = True
             dyes.append(np.median(density, 0))
+    ink |= _grown(within, _EVEN_PX // 2 + 1)  # what is even ends before the stroke does
     for dye in dyes:
         if dye[2] > _RED_PEN:
             ink = ndimage.binary_propagation(ink, mask=ink | _beyond(picture, glass, _OVER * dye))
-    return ndimage.binary_dilation(ink) if ink.any() else ink  # the blurred rim of strokes
+    return _grown(ink, 1)  # the blurred rim of strokes
+
+
+def _grown(mask: Bool[np.ndarray, "h w"], pixels: int) -> Bool[np.ndarray, "h w"]:
+    return ndimage.binary_dilation(mask, iterations=pixels) if mask.any() else mask
 
 
 def _glass(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "3"]:
@@ -108,16 +113,20 @@ def _strokes(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 
 def _pieces(
     mask: Bool[np.ndarray, "h w"], picture: UInt8[np.ndarray, "h w 3"], glass: Float[np.ndarray, "3"]
-) -> Iterator[tuple[Piece, Float[np.ndarray, "n 3"]]]:
-    """The largest pieces of a mask: their rows and columns, and OD there."""
+) -> Iterator[tuple[Piece, Piece, Float[np.ndarray, "n 3"]]]:
+    """The largest pieces of a mask, the half of each that is farthest from its rim, and OD in the piece."""
     pieces, _ = ndimage.label(mask)
     sizes = np.bincount(pieces.ravel())[1:]
     places = ndimage.find_objects(pieces)
     for number in np.argsort(-sizes, kind="stable")[:_MOST_PIECES]:
-        place = places[number]
-        row, column = np.nonzero(pieces[place] == number + 1)
-        piece = row + place[0].start, column + place[1].start
-        yield piece, -np.log10(np.maximum(picture[piece].astype(np.float32), 1) / glass)
+        top, left = (side.start for side in places[number])
+        own = pieces[places[number]] == number + 1
+        depth = ndimage.distance_transform_edt(np.pad(own, 1))[1:-1, 1:-1]
+        row, column = np.nonzero(own)
+        inner = depth[own] >= np.median(depth[own])
+        piece = row + top, column + left
+        density = -np.log10(np.maximum(picture[piece].astype(np.float32), 1) / glass)
+        yield piece, (piece[0][inner], piece[1][inner]), density
 
 
 def _is_no_stain(density: Float[np.ndarray, "n 3"]) -> bool:

@@ -17,7 +17,7 @@ _GLASS, _STAINED = 0.05, 0.15
 _APART, _RIM = 0.06, 0.03  # two classes of saturation differ by more; a smaller share is the blurred rim of tissue
 _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border or a scanner's void
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
-_LOOK_UM, _LOOK_WIDE_UM = 1.5, 32.0  # the finest detail looked for, and how far around a place
+_LOOK_UM, _LOOK_WIDE_UM = 1.5, 24.0  # the finest detail looked for, and how far around a place
 _SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 300.0, 20_000.0
 
 
