@@ -69,6 +69,7 @@ def prepare(
     mpp: float = 0.5,
     assume_mpp: float | None = None,
     min_tissue: float = 0.25,
+    keep_ink: bool = False,
     half: bool = False,
     cut: str = "grid",
     edge_um: float = EDGE_UM,
@@ -83,11 +84,12 @@ def prepare(
 
     `slides` is a folder (searched below, too), a file or a list of files; a slide's id is its file name without
     the extension. `assume_mpp` is for slides that do not tell their level-0 resolution; `min_tissue` the tissue share
-    of a patch; `half` lets networks compute in half precision. `shard` = (i, n) does the i-th of n shares, for job
-    arrays. `workers` processes share this machine (default: one for each core) and its GPUs. `slides_table` (columns
-    slide_id and case_id or patient_id) names the cases. A second run does only what is missing, failed slides included.
-    A bad slide is reported, in `OUT/failures.json` too, and the rest goes on; `strict` stops at the first. `beam` has
-    Apache Beam spread the work, with these options of its (`data_prep.beam`).
+    of a patch; `keep_ink` takes pen for tissue, for stains that look like it; `half` lets networks compute in half
+    precision. `shard` = (i, n) does the i-th of n shares, for job arrays. `workers` processes share this machine
+    (default: one for each core) and its GPUs. `slides_table` (columns slide_id and case_id or patient_id) names the
+    cases. A second run does only what is missing, failed slides included. A bad slide is reported, in
+    `OUT/failures.json` too, and the rest goes on; `strict` stops at the first. `beam` has Apache Beam spread the work,
+    with these options of its (`data_prep.beam`).
 
     Raises ValueError for settings that cannot be, for slide ids that occur twice, and for a folder that was begun with
     other settings or slides; FileNotFoundError for no slides; OSError on a full disk.
@@ -99,7 +101,8 @@ def prepare(
         )
     settings = {
         "command": "prepare", "encoder": encoder, "half": half, "patch_size": patch_size, "mpp": mpp,
-        "assume_mpp": assume_mpp, "min_tissue": min_tissue, "cut": cut, "edge_um": edge_um,
+        "assume_mpp": assume_mpp, "min_tissue": min_tissue, "keep_ink": keep_ink or None, "cut": cut,
+        "edge_um": edge_um,
     }  # fmt: skip
     _check_spreading(beam, shard, strict)
     plan = make_plan(

@@ -126,7 +126,8 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> SlideFeatures:
     settings, encode = job.settings, _encoder(job)
     with open_slide(job.file, settings["assume_mpp"]) as slide:
         start = time.perf_counter()
-        tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"])
+        keep_ink = bool(settings.get("keep_ink"))
+        tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], keep_ink)
         began = time.perf_counter()
         features, rows = np.empty((len(tiles.coords), encode.dim), np.float16), 0  # as records store them
         encoding = 0.0

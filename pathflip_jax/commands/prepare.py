@@ -26,6 +26,7 @@ def add(commands) -> None:
     parser.add_argument("--mpp", type=float, default=0.5, metavar="UM", help="micrometres per pixel (default 0.5)")
     parser.add_argument("--assume-mpp", type=float, metavar="UM", help="level-0 mpp of slides that do not say it")
     parser.add_argument("--min-tissue", type=float, default=0.25, help="tissue share of a patch (default 0.25)")
+    parser.add_argument("--keep-ink", action="store_true", help="take pen for tissue: for stains as blue as trichrome")
     parser.add_argument("--half", action="store_true", help="encode in half precision (encoders that are networks)")
     add_records_options(parser)
 
@@ -41,6 +42,7 @@ def _run(options: argparse.Namespace) -> int:
         mpp=options.mpp,
         assume_mpp=options.assume_mpp,
         min_tissue=options.min_tissue,
+        keep_ink=options.keep_ink,
         half=options.half,
         **records_settings(options),
     )

@@ -4,24 +4,37 @@ They see labels or outlines of the training slides, which zero-shot models do no
 needs no pathology.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
+from data_prep.slide_files import find_slides
 from pathflip_jax.data import guarded
+
+log = logging.getLogger(__name__)
 
 WHOLE_LEVEL = 20_000_000  # pixels of a level that may be read in one go
 NEIGHBOURS = 25  # of a patch: enough that the share of a concept among them ranks patches
 
 
 def slide_files(folder) -> dict[str, Path]:
-    """Slide files by slide id (file stem)."""
+    """The slide files below a folder that OpenSlide opens, by the ids that `pathflip prepare` gives them.
+
+    Those that cannot be read here are logged.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of slide files")
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.is_file() and _format(path) is not None}
+    try:
+        files, failed = find_slides(folder)
+    except FileNotFoundError:  # nothing like a slide
+        return {}
+    for failure in failed:
+        log.warning("not shown: %s", failure.error)
+    return {name: path for name, path in files.items() if _format(path) is not None}
 
 
 def _format(path: Path) -> str | None:

@@ -33,10 +33,18 @@ def test_patch_colours_are_the_mean_of_its_pixels(slide_file, monkeypatch, limit
     assert colour.patch_colours(slide_file, coords, 64) == pytest.approx(np.array(expected), abs=1.0)
 
 
-def test_slide_files_are_found_by_stem(slide_file):
+def test_slide_files_are_found_as_prepare_finds_them(slide_file, caplog):
     (slide_file.parent / "slides.csv").write_text("slide_id\nS1\n")
     (slide_file.parent / "outlines").mkdir()
+    (slide_file.parent / "mask.tif").write_bytes(b"II*no slide")
     assert colour.slide_files(slide_file.parent) == {"S1": slide_file}
+    (slide_file.parent / "below").mkdir()
+    other = slide_file.parent / "below/S2.ome.tiff"
+    slide_file.rename(other)
+    (slide_file.parent / "S3.vsi").write_bytes(b"II")
+    assert colour.slide_files(slide_file.parent) == {"S2": other}
+    assert "S3.vsi: an Olympus slide" in caplog.text
+    assert colour.slide_files(slide_file.parent / "outlines") == {}
     with pytest.raises(FileNotFoundError, match="no such folder"):
         colour.slide_files(slide_file.parent / "gone")
 
