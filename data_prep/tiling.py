@@ -59,7 +59,7 @@ def tile_slide(
     if abs(slide.image.level_downsamples[level] / scale - 1) <= _NEAR:
         scale = slide.image.level_downsamples[level]
     edge = max(1, round(patch_size * scale))
-    mask, downsample, pen = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH), keep_ink)
+    mask, downsample, pen, doubt = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH), keep_ink)
     columns, rows = -(-slide.width // edge), -(-slide.height // edge)
     sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64)
     sums.cumsum(1, out=sums)
@@ -71,8 +71,12 @@ def tile_slide(
         raise ValueError(
             f"{slide.path}: no tissue: none of {rows * columns} patches of {edge} px (level 0) is tissue by "
             f"{min_tissue:.0%} or more, the fullest by {tissue.max():.0%}; leave the slide out, or lower "
-            "`--min-tissue` or `--patch-size`" + (f" (pen is {pen:.0%} of what is coloured)" if pen else "")
+            "`--min-tissue` or `--patch-size`"
+            + (f"; its picture has {doubt}: is it the H&E slide?" if doubt else "")
+            + (f"; {pen:.0%} of what is stained is taken for pen, which --keep-ink keeps" if pen else "")
         )
+    if doubt:
+        raise ValueError(f"{slide.path}: its picture has {doubt}; give the brightfield slide, or leave this one out")
     block = _block(edge / slide.image.level_downsamples[level])
     order = np.lexsort((column, row, column // block, row // block))
     coords = np.stack([column[order], row[order]], 1).astype(np.int32) * np.int32(edge)

@@ -16,17 +16,22 @@ _MASK_PIXELS = 1 << 24  # at most: about 25 bytes each while the mask is made
 _GLASS, _STAINED = 0.05, 0.15
 _APART, _RIM = 0.06, 0.03  # two classes of saturation differ by more; a smaller share is the blurred rim of tissue
 _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border or a scanner's void
+_BRIGHT, _GREY = 150, 3  # glass is brighter in all channels; a grey picture's channels differ by less
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
 _LOOK_UM, _LOOK_WIDE_UM = 1.5, 24.0  # the finest detail looked for, and how far around a place
 _SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 300.0, 20_000.0
 
 
 class Tissue(NamedTuple):
-    """A mask of tissue, the level-0 pixels that one of its is wide, and the share of what is stained that was pen."""
+    """A mask of tissue, the level-0 pixels that one of its is wide, and the share of what is stained that was pen.
+
+    `doubt` says what speaks against a brightfield slide in colour: a dark ground, or no colour.
+    """
 
     mask: Bool[np.ndarray, "rows columns"]
     downsample: float
     pen: float
+    doubt: str
 
 
 def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) -> Tissue:
@@ -60,7 +65,15 @@ def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) 
     area = (downsample * slide.mpp) ** 2
     mask, _ = _parted(mask, _SMALLEST_PIECE_UM2 / area)
     _, small = _parted(~mask, _LARGEST_HOLE_UM2 / area)
-    return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen)
+    return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
+
+
+def _doubt(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+    some = picture[:: max(1, len(picture) // 512), :: max(1, picture.shape[1] // 512)]
+    largest, smallest = some.max(-1), some.min(-1)
+    if (largest < _BLACK).mean() > 0.5 and (smallest > _BRIGHT).mean() < 0.001:
+        return "a dark ground and no bright glass, as in fluorescence"
+    return "no colour, as in a mask or one channel of fluorescence" if np.ptp(some, axis=-1).max() < _GREY else ""
 
 
 def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -> Bool[np.ndarray, "h w"]:

@@ -16,7 +16,7 @@ def test_mask_of_a_huge_slide_is_coarser_than_asked(draw, write_tiff, tmp_path, 
     path = write_tiff(tmp_path / "s.tiff", draw(1024, 1280, (128, 512, 256, 640), (640, 960, 768, 1216)))
     monkeypatch.setattr(masks, "_MASK_PIXELS", 6000)
     with open_slide(path) as slide:
-        mask, downsample, _ = tissue_mask(slide, 4)
+        mask, downsample, *_ = tissue_mask(slide, 4)
         assert mask.size <= 6000 and 14 < downsample <= 16 and mask.shape == (-(-1024 // 15), -(-1280 // 15))
         tiles = tile_slide(slide, patch_size=64, min_tissue=0.5)
         expected = {(x, y) for y in range(128, 512, 64) for x in range(256, 640, 64)}
@@ -60,7 +60,7 @@ def test_mask_fills_small_holes_drops_specks_and_works_from_any_level(draw, writ
     masks = []
     for name, downsamples in (("one.tiff", (1,)), ("three.tiff", (1, 4, 16))):
         with open_slide(write_tiff(tmp_path / name, image, downsamples=downsamples)) as slide:
-            mask, downsample, _ = tissue_mask(slide, 8)
+            mask, downsample, *_ = tissue_mask(slide, 8)
             masks.append(mask.repeat(int(downsample), 0).repeat(int(downsample), 1))
             assert downsample == 8
     one, three = masks
@@ -71,3 +71,21 @@ def test_mask_fills_small_holes_drops_specks_and_works_from_any_level(draw, writ
     truth[560:880, 520:880] = False
     assert not (one & ~ndimage.binary_dilation(truth, iterations=12)).any()
     assert not (~one & ndimage.binary_erosion(truth, iterations=12)).any()
+
+
+def test_fluorescence_and_grey_pictures_say_what_they_are(draw, write_tiff, tmp_path):
+    dark = np.random.default_rng(0).integers(0, 12, (512, 512, 3)).astype(np.uint8)
+    dark[100:300, 100:300, 2] = 220  # DAPI, shown blue
+    with open_slide(write_tiff(tmp_path / "dark.tiff", dark)) as slide:
+        with pytest.raises(
+            ValueError, match="dark.tiff: its picture has a dark ground and no bright glass, as in fluor"
+        ):
+            tile_slide(slide, patch_size=64)
+    grey = draw(512, 512)[..., :1].repeat(3, -1)
+    with open_slide(write_tiff(tmp_path / "grey.tiff", grey)) as slide:
+        with pytest.raises(ValueError, match="grey.tiff: no tissue.*no colour.*is it the H&E slide"):
+            tile_slide(slide, patch_size=64)
+    padded = np.zeros((1024, 1024, 3), np.uint8)
+    padded[:512, :512] = draw(512, 512, (100, 400, 100, 400))  # a converter's black around a brightfield slide
+    with open_slide(write_tiff(tmp_path / "padded.tiff", padded)) as slide:
+        assert len(tile_slide(slide, patch_size=64).coords) >= 20
