@@ -9,7 +9,7 @@ below) and without. `before` is the mask without the search for ink (`--keep-ink
 - kept: the share of the tissue that no stroke touches that stays
 - lost: the share of the tissue of a slide without strokes that the search leaves out
 
-    python benchmarks/ink.py --data ../shared/data --out ink.json
+    python benchmarks/ink.py --data ../shared/data --json ink.json
 """
 
 import argparse
@@ -130,6 +130,17 @@ def summary(rows: list[dict]) -> dict:
     return {"lost_without_strokes": lost, "pens": pens}
 
 
+def _print(found: dict) -> None:
+    measures = ("recall_glass", "recall_tissue", "kept", "precision")
+    print(f"{'before > after':14}" + "".join(f"{name:>18}" for name in measures))
+    for pen, means in found["pens"].items():
+        cells = [f"{means.get(f'{name}_before', 0):.3f} > {means.get(f'{name}_after', 0):.3f}" for name in measures]
+        print(f"{pen:14}" + "".join(f"{cell:>18}" for cell in cells))
+    lost = found["lost_without_strokes"]
+    worst = max(lost, key=lost.get)
+    print(f"lost without strokes: at most {lost[worst]:.2%} ({worst}) of {len(lost)} slides")
+
+
 def main() -> None:
     """Measure, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,17 +148,16 @@ def main() -> None:
     parser.add_argument("--mosaics", type=int, default=2, help="of each class of EBHI-Seg (2)")
     parser.add_argument("--pens", nargs="*", default=list(PENS), choices=list(PENS), help="colours (all)")
     parser.add_argument("--seed", type=int, default=0, help="of strokes and mosaics (0)")
-    parser.add_argument("--out", type=Path, help="JSON file (default: the terminal)")
+    parser.add_argument("--json", type=Path, help="file to write every figure to")
     options = parser.parse_args()
     rng, rows = np.random.default_rng(options.seed), []
     with tempfile.TemporaryDirectory() as folder:
         for name, image in pictures(options.data, options.mosaics, rng):
             rows += measure(name, image, options.pens, Path(folder), rng)
-    text = json.dumps({"summary": summary(rows), "rows": rows}, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    else:
-        print(text)
+    found = summary(rows)
+    _print(found)
+    if options.json:
+        options.json.write_text(json.dumps({"summary": found, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def find_resolution(
     if override_mpp is not None:
         other = _differs(override_mpp, said.mpp)
         note = f"{override_mpp:g} um per pixel as told, where {said.source} says {said.mpp:.4g}"
-        return Resolution(override_mpp, "--override-mpp", (note,) if other else ())
+        return Resolution(override_mpp, "as told", (note,) if other else ())
     if credible:
         notes = said.notes + _check(path, said)
         if assume_mpp is not None and _differs(assume_mpp, said.mpp):

@@ -1,9 +1,12 @@
 """Pictures that OpenSlide opens although they are no brightfield slides."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tifffile
 
+from data_prep.brightfield import check_brightfield
 from data_prep.slides import open_slide
 
 RGB = np.random.default_rng(0).integers(100, 200, (256, 256, 3)).astype(np.uint8)
@@ -63,3 +66,17 @@ def test_rgb_in_its_forms_is_read(tmp_path):
             assert slide.mpp == 0.5 and slide.source == ("its OME-XML" if "ome" in name else "--assume-mpp")
             pixels = slide.read(0, 0, 0, 256, 256)
             assert "jpeg" in name or (pixels == RGB).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ({"mirax.GENERAL.SLIDE_TYPE": "SLIDE_TYPE_FLUORESCENCE"}, "fluorescence"),
+        ({"leica.illumination-source": "fluorescence"}, "fluorescence"),
+        ({"dicom.SamplesPerPixel": "1"}, "one grey channel"),
+    ],
+)
+def test_vendors_that_state_the_lamp(said, what):
+    with pytest.raises(ValueError, match=f"s: {what}.*give that file, or leave the slide out"):
+        check_brightfield(Path("s"), said, (1, 1))
+    check_brightfield(Path("s"), {"leica.illumination-source": "brightfield", "dicom.SamplesPerPixel": "3"}, (1, 1))

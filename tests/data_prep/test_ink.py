@@ -1,5 +1,6 @@
 """Strokes drawn over drawn tissue, whose colours and structure are those of real slides."""
 
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from data_prep.ink import find_ink
 from data_prep.slides import open_slide
 from data_prep.tiling import tile_slide
 from data_prep.tissue_mask import tissue_mask
+from pathflip_jax.cli import main
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "real"
 STAINS = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.20], [0.27, 0.57, 0.78]])  # haematoxylin, eosin, DAB: OD
@@ -100,6 +102,17 @@ def test_stains_that_look_like_pen_can_be_kept_and_the_rest_is_said(write_tiff, 
         assert tiles.notes == ("53% of what is stained is taken for pen and left out; --keep-ink keeps it",)
         tiles = tile_slide(slide, 64, keep_ink=True)
         assert len(tiles.coords) == 64 and tiles.notes == ()
+
+
+def test_the_option_reaches_the_mask(write_tiff, tmp_path):
+    image = np.full((512, 512, 3), 244, np.uint8)
+    image[128:384, 128:384] = (60, 90, 180)
+    write_tiff(tmp_path / "s.tif", image)
+    command = ["prepare", str(tmp_path / "s.tif"), "--patch-size", "64", "--workers", "1", "--out"]
+    assert main([*command, str(tmp_path / "pen")]) == 1
+    (failure,) = json.loads((tmp_path / "pen/failures.json").read_bytes())
+    assert "100% of what is stained is taken for pen, which --keep-ink keeps" in failure["error"]
+    assert main([*command, str(tmp_path / "stain"), "--keep-ink"]) == 0
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real tiles in {REAL}: set PATHFLIP_TEST_DATA")
