@@ -45,14 +45,28 @@ def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
     if samples >= 3 and kind in _COLOUR:
         return f"RGB of {bits} bits; convert it to 8 bits" if bits != 8 else ""
     channels = max(len(pages), len(ome.names) if ome else 0) * samples
-    if channels == 3 and bits == 8 and _is_rgb(names):
-        return "RGB in three planes, of which OpenSlide reads the first alone; save it with interleaved colours"
+    if channels == 3 and bits == 8 and (_is_rgb(names) or not names):
+        what = "RGB in three planes" if names else "three planes without names"
+        cure = f"interleave them{'' if names else ' if they are RGB'}: `{_interleave(path, ome)}`"
+        return f"{what}, of which OpenSlide reads the first alone; {cure}"
     named = f" ({some(names)})" if names else ""
     if channels > 1 and samples < 3:
         return f"{channels} channels of {bits} bits{named}, as of fluorescence"
     if samples == 1:
         return f"one grey channel of {bits} bits{named}: fluorescence, or a mask"
     return f"{samples} channels of {bits} bits in {kind}{named}"
+
+
+def _interleave(path: Path, ome: Ome | None) -> str:
+    """A command that writes RGB in three planes as OpenSlide reads it, for as much as memory holds."""
+    size = ""
+    if ome and ome.across > 0:
+        size = f", resolution=({1e4 / ome.across:g},) * 2, resolutionunit='CENTIMETER'"
+    written = path.name.split(".")[0] + "_rgb.tif"
+    return (
+        f"python -c \"import tifffile as t; t.imwrite('{written}', t.imread('{path.name}').transpose(1, 2, 0), "
+        f"photometric='rgb', tile=(256, 256), compression='jpeg'{size})\""
+    )
 
 
 def _is_rgb(names: list[str]) -> bool:

@@ -1,5 +1,8 @@
 """Pictures that OpenSlide opens although they are no brightfield slides."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,7 @@ def _write(path, image, **options):
             "a picture of numbered colours, such as a mask",
         ),
         (np.stack([GREY] * 4), {"photometric": "minisblack"}, "4 channels of 8 bits, as of fluorescence"),
+        (np.stack([GREY] * 3), {"photometric": "minisblack"}, "three planes without names.*if they are RGB: `python"),
         (
             np.stack([GREY] * 3),
             {"photometric": "minisblack", "ome": True, "metadata": _channels("DAPI", "CD3", "CD8")},
@@ -43,7 +47,7 @@ def _write(path, image, **options):
         (
             RGB.transpose(2, 0, 1),
             {"photometric": "minisblack", "ome": True, "metadata": _channels("Red", "Green", "Blue")},
-            "RGB in three planes.*interleaved",
+            "RGB in three planes.*interleave them: `python",
         ),
         (np.concatenate([RGB, RGB[..., :1]], -1), {"photometric": "separated"}, "4 channels of 8 bits in SEPARATED"),
     ],
@@ -80,3 +84,15 @@ def test_vendors_that_state_the_lamp(said, what):
     with pytest.raises(ValueError, match=f"s: {what}.*give that file, or leave the slide out"):
         check_brightfield(Path("s"), said, (1, 1))
     check_brightfield(Path("s"), {"leica.illumination-source": "brightfield", "dicom.SamplesPerPixel": "3"}, (1, 1))
+
+
+def test_the_command_that_interleaves_planes_makes_a_slide(tmp_path):
+    options = {"photometric": "minisblack", "ome": True, "metadata": _channels("R", "G", "B")}
+    path = _write(tmp_path / "S1.ome.tif", RGB.transpose(2, 0, 1), **options)
+    with pytest.raises(ValueError) as error:
+        open_slide(path)
+    code = re.search(r'`python -c "(.*)"`', str(error.value)).group(1)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with open_slide(tmp_path / "S1_rgb.tif") as slide:
+        assert slide.mpp == pytest.approx(0.5)
+        assert np.abs(slide.read(0, 0, 0, 256, 256).mean((0, 1)) - RGB.mean((0, 1))).max() < 2
