@@ -17,8 +17,10 @@ from types import SimpleNamespace
 import h5py
 import mutations
 import numpy as np
+import pyarrow as pa
 import tifffile
 from hostile_h5 import COORDS, ROWS, features, write_h5
+from pyarrow import parquet
 
 from data_prep.jobs import Job, prepare_slide
 from data_prep.pool import run_each
@@ -129,6 +131,12 @@ def _csv_features(_: Path) -> list[bytes]:
 
 def _rows(*rows: dict) -> list[bytes]:
     return [json.dumps(list(rows)).encode(), "\n".join(json.dumps(row) for row in rows).encode()]
+
+
+def _parquet(*rows: dict) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file.getvalue()
 
 
 def _csv(*rows: dict) -> bytes:
@@ -394,6 +402,8 @@ def readers() -> Iterator[Reader]:
     yield Reader("csv captions", 100, "x.csv", lambda _: [_csv(CAPTIONS, CAPTIONS)], TABLE, _read_captions)
     yield Reader("csv questions", 70, "x.csv", lambda _: [_csv(QUESTION)], TABLE, lambda p, _: read_questions(p))
     yield Reader("csv slides", 80, "x.csv", lambda _: [_csv(SLIDES)], TABLE, lambda p, _: read_slide_table(p))
+    columns = {"slide_id": ["S1", "S2"], "case_id": 7.0, "caption": CAPTION, "subcaptions": ["Fat.", None]}
+    yield Reader("parquet", 60, "x.parquet", lambda _: [_parquet(columns, columns)], mutations.blind, _read_captions)
     yield Reader("json captions", 120, "x.json", lambda _: _rows(*TEXTS), KNOWING, _read_captions)
     yield Reader("json questions", 80, "x.json", lambda _: _rows(*QUESTIONS), KNOWING, lambda p, _: read_questions(p))
     yield Reader("json slides", 40, "x.json", lambda _: _rows(SLIDES), KNOWING, lambda p, _: read_slide_table(p))

@@ -152,27 +152,42 @@ def _told_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
 
 
 def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
-    """The rows of a Parquet file; lists and structures become Python's. Few at a time: one value may be repeated."""
+    """The rows of a Parquet file; lists and structures become Python's."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     rows: list[Row] = []
-    try:
-        table = parquet.ParquetFile(binary)
-        held = 0
-        for group in range(table.num_row_groups):
-            size = max(1, table.metadata.row_group(group).total_byte_size)
-            for batch in table.iter_batches(max(1, min(1024, LARGEST_JSON // size)), row_groups=[group]):
-                held += batch.nbytes
-                if held > LARGEST_JSON or size > LARGEST_JSON:
-                    most = f"{LARGEST_JSON / 1e6:.0f}"
-                    raise ValueError(f"{path}: its values take more than {most} MB; write the columns that are needed")
-                rows += [
-                    _row(f"{path}, row {len(rows) + n}", one.items()) for n, one in enumerate(batch.to_pylist(), 1)
-                ]
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: broken Parquet ({error!s:.200}); was the file cut short?") from error
-    return rows
+    batches = _parquet_batches(binary)
+    while True:
+        try:
+            found = next(batches, None)
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            OverflowError,
+        ) as error:  # also text that is no UTF-8, and dates
+            raise ValueError(f"{path}: broken Parquet ({error!s:.200}); was the file cut short?") from error
+        if found is None:
+            return rows
+        size, values = found
+        if size > LARGEST_JSON:
+            most = f"{LARGEST_JSON / 1e6:.0f}"
+            raise ValueError(f"{path}: its values take more than {most} MB; write the columns that are needed")
+        rows += [_row(f"{path}, row {len(rows) + n}", one.items()) for n, one in enumerate(values, 1)]
+
+
+def _parquet_batches(binary: BinaryIO) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The bytes that all values so far take, and the next rows: few at a time, for one value may stand for many."""
+    from pyarrow import parquet
+
+    table, held = parquet.ParquetFile(binary), 0
+    for group in range(table.num_row_groups):
+        size = max(1, table.metadata.row_group(group).total_byte_size)
+        if size > LARGEST_JSON:
+            yield size, []
+        for batch in table.iter_batches(max(1, min(1024, LARGEST_JSON // size)), row_groups=[group]):
+            held += batch.nbytes
+            yield held, [] if held > LARGEST_JSON else batch.to_pylist()
 
 
 def _row(place: str, cells: Iterable[tuple[str, Any]]) -> Row:

@@ -60,6 +60,10 @@ def test_parquet_that_is_damaged_empty_or_beyond_all_measure(tmp_path, monkeypat
     monkeypatch.setattr(tables, "LARGEST_JSON", 100_000)
     with pytest.raises(ValueError, match="table: its values take more than 0 MB"):
         read_rows(path)
+    parquet.write_table(pa.table({"slide_id": ["S\xe9"] * 3}), path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace("S\xe9".encode(), b"S\x80\x80"))
+    with pytest.raises(ValueError, match="table: broken Parquet .*utf-8"):
+        read_rows(path)
     path.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match="table: broken Parquet .*cut short"):
         read_rows(path)
