@@ -15,7 +15,7 @@ import numpy as np
 
 from pathflip_jax.data.captions import plain, split_sentences
 from pathflip_jax.data.cases import NO_TABLE, Sources, bag_keys, slides_of_case
-from pathflip_jax.data.identity import connected
+from pathflip_jax.data.identity import connected, person_keys
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText, match_texts, some
 from pathflip_jax.data.tokens import TextTokenizer
@@ -127,8 +127,12 @@ def collect_bags(
 
 
 def _cases(members, grouped, case_of: Mapping[str, str], sources: Sources = NO_TABLE) -> list[int]:
-    """A number for each bag, equal where bags share a slide, a case or a patient, whoever says so."""
-    return connected(bag_keys(members, grouped, case_of, sources))
+    """A number for each bag, equal where bags share a slide, a case or a patient, whoever says so.
+
+    Two bags may be of one patient by way of a slide of the table that is in neither.
+    """
+    table = [person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in sources.rows.values()]
+    return connected([*bag_keys(members, grouped, case_of, sources), *table])[: len(members)]
 
 
 def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:

@@ -97,8 +97,8 @@ def make_batches(
     brings row numbers alone. Of `shards` even parts of a batch, this process makes its `own_shards`, end to end (None:
     all). `padding` more slides, repeated ones, end each batch: for few slides that must divide over many devices; what
     comes of them is to be cut off. `sources` brings the slide table, which says whose slides are, beside records and
-    texts. Raises ValueError for slides of which there are no records, for texts that match
-    none, where two sources name different patients of a slide, and for sizes that do not divide.
+    texts. Raises ValueError for slides of which there are no records, for texts that match none, where two sources
+    name different patients of a slide, and for sizes that do not divide.
     """
     _require_whole_groups(batch_size + padding, text_groups, shards)
     if not 0 < caption_share <= 1:
