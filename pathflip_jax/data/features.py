@@ -289,7 +289,7 @@ def _settle_places(fields: dict, given: int | None) -> None:
         notes.append(f"patch size {gap.size} px guessed from the gaps between patches, which the file does not tell")
     size, step = fields["patch_size"], fields.get("step", 0.0)
     places = (fields.get("width", 0), fields.get("height", 0))
-    if not given and (fault := step_fault(coords, size, step, *places)):
+    if (step or not given) and (fault := step_fault(coords, size, step, *places)):
         raise ValueError(fault)
     if not step and gap.support >= FEWEST_GAPS and gap.size != size:
         notes.append(f"patches of {size} px stand {gap.size} px apart at level 0: check the patch size")

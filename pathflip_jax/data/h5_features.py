@@ -130,9 +130,12 @@ def _atlas_places(path: Path, fields: dict) -> dict:
 
 
 def _sibling_attributes(path: Path) -> dict:
-    """What the `patches/` folder beside a feature folder says of this slide (CLAM `X.h5`, TRIDENT `X_patches.h5`)."""
+    """What the `patches/` folder beside a feature folder says of this slide (CLAM `X.h5`, TRIDENT `X_patches.h5`).
+
+    Beside a link, or beside what it leads to.
+    """
     slide_id = slide_id_of(path)
-    for parent in path.resolve().parents[1:3]:
+    for parent in dict.fromkeys([*path.absolute().parents[1:3], *path.resolve().parents[1:3]]):
         for name in (f"{slide_id}.h5", f"{slide_id}_patches.h5"):
             sibling = parent / "patches" / name
             if sibling.is_file():

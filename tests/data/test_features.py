@@ -96,6 +96,22 @@ def test_patch_size_from_the_patches_folder_beside(tmp_path, sibling, attributes
     assert kept.patch_size == slide.patch_size and any("300 was not used" in note for note in kept.notes)
 
 
+def test_the_patches_folder_of_a_linked_file(tmp_path):
+    """A git-annex keeps the file itself elsewhere."""
+    store = write_h5(tmp_path / "objects" / "key" / "x.h5", features=FEATURES, coords=COORDS)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "x.h5").symlink_to(store)
+    write_h5(tmp_path / "patches" / "x.h5", CLAM, coords=COORDS)
+    assert read_features(tmp_path / "features" / "x.h5").patch_size == 1024
+
+
+def test_coordinates_of_another_level_stay_refused_whatever_is_passed(tmp_path):
+    path = write_h5(tmp_path / "x.h5", TRIDENT | {"overlap": 0}, features=FEATURES, coords=COORDS)
+    for patch_size in (None, 256, 512):
+        with pytest.raises(ValueError, match=r"x\.h5: .*multiplied by 2 the coordinates would fit"):
+            read_features(path, patch_size=patch_size)
+
+
 def test_a_broken_patches_file_is_named(tmp_path):
     path = write_h5(tmp_path / "features" / "x.h5", features=FEATURES, coords=COORDS)
     (tmp_path / "patches").mkdir()
