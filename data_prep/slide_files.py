@@ -76,7 +76,7 @@ def find_slides(slides: Path | str | Sequence[Path | str]) -> tuple[dict[str, Pa
             if isinstance(kind, Header):
                 dicom[file] = kind
             elif kind:
-                _add(files, slide_id_of_file(file), file)
+                _add(files, slide_id_of_file(file), _with_pixels(file))
     for path, name in name_series(dicom).items():
         _add(files, name, path)
     files = _once(files, failed)
@@ -92,6 +92,12 @@ def slide_id_of_file(path: Path) -> str:
         name = path.stem
     name = _OME.sub("", name)
     return Path(name).stem if name.lower().endswith((*SLIDE_SUFFIXES, *_FOREIGN, ".zarr")) else path.name
+
+
+def _with_pixels(path: Path) -> Path:
+    """The file beside whose name a MIRAX slide's folder of pixels lies; where a link has none, what it leads to."""
+    linked = path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir()
+    return path.resolve() if linked else path
 
 
 def _add(files: dict[str, Path], name: str, path: Path) -> None:
@@ -141,7 +147,7 @@ def _walk(folder: Path, failed: list[Failure]) -> Iterator[Path]:
                 below.append(path)
             else:
                 yield path
-        waiting += reversed(below)
+        waiting += sorted(reversed(below), key=os.path.islink, reverse=True)  # folders before links to them
 
 
 def _is_image_folder(path: Path) -> bool:
@@ -209,7 +215,7 @@ def _unreadable(path: Path, suffix: str) -> str:
     if suffix in _FOREIGN:
         what, cure = _FOREIGN[suffix]
         return f"{what} ({suffix}), which OpenSlide does not open; {_cure(cure, path)}"
-    if suffix == ".mrxs" and not path.with_suffix("").is_dir():
+    if suffix == ".mrxs" and not _with_pixels(path).with_suffix("").is_dir():
         return f"a MIRAX slide without its folder {path.stem}, which holds its pixels; copy that beside it"
     return _pointer(path)
 

@@ -37,6 +37,20 @@ def test_links_are_followed_once_and_hidden_files_are_none(tmp_path):
     )
 
 
+def test_a_linked_mirax_slide_is_read_beside_its_folder(tmp_path):
+    _touch(tmp_path / "store/abc.mrxs")
+    _touch(tmp_path / "store/abc/Slidedat.ini")
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides/S1.mrxs").symlink_to(tmp_path / "store/abc.mrxs")
+    assert find_slides(tmp_path / "slides") == ({"S1": tmp_path / "store/abc.mrxs"}, [])
+
+
+def test_a_folder_goes_before_links_to_it(write_dicom, tmp_path):
+    write_dicom(tmp_path / "slides/caseB/DCM_0.dcm")
+    (tmp_path / "slides/a_link").symlink_to(tmp_path / "slides/caseB")
+    assert list(find_slides(tmp_path / "slides")[0]) == ["caseB"]
+
+
 def test_a_file_that_two_ids_name_is_said_and_one_id_of_two_files_is_refused(tmp_path):
     _touch(tmp_path / "a/S1.svs")
     (tmp_path / "a/T1.svs").symlink_to(tmp_path / "a/S1.svs")
