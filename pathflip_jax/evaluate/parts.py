@@ -12,7 +12,7 @@ from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
 from pathflip_jax.evaluate.truth import Outlined
 from pathflip_jax.grounding import heatmap
-from pathflip_jax.grounding.outlines import read_outlines
+from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.inference import Predictor
 
@@ -181,7 +181,7 @@ def _panels(
         slide.coords,
         slide.patch_size,
         mpp=slide.mpp,
-        outlines=[true.get(names[c], []) for c in present],
+        outlines=[of_concept(true, names[c]) for c in present],
         notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
         smooth=mapping.smooth,

@@ -1,5 +1,6 @@
 """What is true of a cohort's slides: which patches lie in the outlines of a concept, and which areas are lesions."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,15 @@ from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.evaluate import froc
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.zero_shot import read_prompts
-from pathflip_jax.grounding.outlines import area_fraction, patches_inside, read_outlines
+from pathflip_jax.grounding.outlines import (
+    Polygon,
+    area_fraction,
+    of_concept,
+    patches_inside,
+    read_annotations,
+    read_outlines,
+    unknown_classes,
+)
 from pathflip_jax.grounding.placement import check_on_slide
 
 THRESHOLD_SLIDES = 30  # training slides that choose the thresholds
@@ -55,16 +64,24 @@ def read_outlined(
     if len(outlined) < len(cohort.slide_ids):
         left = len(cohort.slide_ids) - len(outlined)
         cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
-    truth = {}
+    truth, strange = {}, Counter()
     for slide in map(cohort.features, outlined):
-        truth[slide.slide_id] = true_patches(folder, slide, list(named), clear)
+        annotations = read_annotations(folder / f"{slide.slide_id}.geojson")
+        truth[slide.slide_id] = patches_of(annotations.outlines, slide, list(named), clear)
+        if note := annotations.note():
+            cohort.warnings.append(f"{slide.slide_id}.geojson: {note}")
+        strange.update(unknown_classes(annotations.outlines, named))
         if slide.width and slide.height:
             try:
                 check_on_slide(slide, slide.width, slide.height, "the slide by its record")
             except ValueError as error:
                 cohort.warnings.append(str(error))
     if not any(inside.any() for inside, _ in truth.values()):
-        raise ValueError(f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}")
+        raise ValueError(
+            f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}{_seen(strange)}"
+        )
+    if strange:
+        cohort.warnings.append(f"outlines of classes that are no concept count as background{_seen(strange)}")
     training: dict[str, Truth] = {}
     for slide in cohort.train_features(seed):
         if len(training) == THRESHOLD_SLIDES:
@@ -79,9 +96,13 @@ def read_outlined(
     return Outlined(named, truth, training, task)
 
 
-def true_patches(
-    folder, slide: SlideFeatures, concepts: list[str], clear: float | None = None
-) -> tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]:
+def _seen(classes: Counter) -> str:
+    """How many slides have each of these classes, to end a sentence with."""
+    shown = [f"{name!r} on {count} slide{'s' * (count > 1)}" for name, count in classes.most_common(5)]
+    return "".join([": ", ", ".join(shown), ", ..." if len(classes) > 5 else ""]) if shown else ""
+
+
+def true_patches(folder, slide: SlideFeatures, concepts: list[str], clear: float | None = None) -> Truth:
     """Which patches lie in each concept's outlines, and which patches count.
 
     A patch lies where its centre lies. With `clear` (say 0.25), patches that an outline cuts with a share of their
@@ -90,12 +111,18 @@ def true_patches(
     path = Path(folder) / f"{slide.slide_id}.geojson"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no outlines of slide {slide.slide_id}; expected <slide_id>.geojson")
-    outlines = read_outlines(path)
-    inside = np.stack([patches_inside(outlines.get(c, []), slide.coords, slide.patch_size) for c in concepts])
+    return patches_of(read_outlines(path), slide, concepts, clear)
+
+
+def patches_of(
+    outlines: dict[str, list[Polygon]], slide: SlideFeatures, concepts: list[str], clear: float | None = None
+) -> Truth:
+    """The same as `true_patches`, of outlines by class."""
+    inside = np.stack([patches_inside(of_concept(outlines, c), slide.coords, slide.patch_size) for c in concepts])
     counts = np.ones(len(slide.coords), bool)
     if clear is not None:
         for concept in concepts:
-            share = area_fraction(outlines.get(concept, []), slide.coords, slide.patch_size)
+            share = area_fraction(of_concept(outlines, concept), slide.coords, slide.patch_size)
             counts &= (share <= clear) | (share >= 1 - clear)
     return inside, counts
 
@@ -115,7 +142,7 @@ def read_lesion_task(folder, slides: Iterable[SlideFeatures], concepts: list[str
                 f"slide {slide.slide_id}: its size or mpp is unknown, and lesions are measured in micrometres; prepare "
                 "the slide, or import its features with --mpp from files that say the size (CLAM, TRIDENT)"
             )
-        polygons = read_outlines(Path(folder) / f"{slide.slide_id}.geojson").get(concept, [])
+        polygons = of_concept(read_outlines(Path(folder) / f"{slide.slide_id}.geojson"), concept)
         found[slide.slide_id] = froc.read_lesions(polygons, slide.width, slide.height, slide.mpp)
     if not any(area.counts for lesions in found.values() for area in lesions.areas):
         raise ValueError(f"{folder}: no outline of {concept!r} is a lesion of {froc.ISOLATED_UM:g} um or more")

@@ -1,6 +1,7 @@
 """Outlines of tissue in QuPath's GeoJSON, in level-0 pixels, and which patches lie in them."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from skimage.draw import polygon2mask
 
 from pathflip_jax.data.tables import parse_json
 
+WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
+JOINT = ": "  # between the names of a class, as QuPath writes several in one
+
 
 class Polygon(NamedTuple):
     """An outline: its ring of (x, y) points in level-0 pixels, and the rings of its holes."""
@@ -19,14 +23,80 @@ class Polygon(NamedTuple):
     holes: tuple[Float[np.ndarray, "m 2"], ...] = ()
 
 
+class Annotations(NamedTuple):
+    """The outlines of a file by class, and the numbers of the features that have no area, by kind of geometry."""
+
+    outlines: dict[str, list[Polygon]]
+    left_out: dict[str, list[int]]
+
+    def note(self) -> str:
+        """A sentence about what was left out; "" when nothing was."""
+        if not self.left_out:
+            return ""
+        kinds = ", ".join(f"{len(numbers)} {kind}" for kind, numbers in self.left_out.items())
+        numbers = sorted({number for numbers in self.left_out.values() for number in numbers})
+        shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        return f"{kinds} left out, which have no area (features {shown}; the first is 0)"
+
+
 def read_outlines(path) -> dict[str, list[Polygon]]:
+    """The outlines of a GeoJSON file by the name of their class, as `read_annotations` reads them."""
+    return read_annotations(path).outlines
+
+
+def read_annotations(path) -> Annotations:
     """Read the annotations of a GeoJSON file by the name of their class.
 
-    Takes a FeatureCollection, a bare list of features or one feature, with Polygon or MultiPolygon geometries; the
-    name is QuPath's `properties.classification.name`, else `properties.name`. Points and lines are no outlines: a
-    file that has only those, or an annotation with no name, is a ValueError.
+    Takes a FeatureCollection, a bare list of features or one feature. Polygons count, those inside a MultiPolygon or a
+    GeometryCollection too; points, lines and features without a geometry are left out and named. The class is QuPath's
+    `properties.classification`, by its `name` or its list of `names` (joined as QuPath shows them, "Tumor: Positive"),
+    else `properties.name`. Raises ValueError, with the number of the feature, for what is not understood, for an
+    outline without a class, and for a file in which nothing is an outline.
     """
     path = Path(path)
+    features = _features(path)
+    outlines: dict[str, list[Polygon]] = {}
+    left_out: dict[str, list[int]] = {}
+    for number, feature in enumerate(features):
+        polygons = []
+        try:
+            if (bare := feature.get("type")) != "Feature" and "geometry" not in feature:
+                raise ValueError(f"{bare!r:.80} instead of a Feature, which has no class; export objects as features")
+            for kind, coordinates in _simple(feature["geometry"]):
+                if kind == "Polygon" and coordinates:
+                    ring, *holes = map(_ring, coordinates)
+                    polygons.append(Polygon(ring, tuple(holes)))
+                else:
+                    left_out.setdefault("empty Polygon" if kind == "Polygon" else kind, []).append(number)
+            name = _class_name(feature.get("properties") or {})
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
+            reason = error if type(error) is ValueError else f"{error!r:.200}"
+            raise ValueError(f"{path}: feature {number} is not a GeoJSON annotation ({reason})") from error
+        if polygons and not name:
+            raise ValueError(f"{path}: feature {number} has no class; set its classification in QuPath")
+        if polygons:
+            outlines.setdefault(name, []).extend(polygons)
+    if features and not outlines:
+        raise ValueError(f"{path}: {len(features)} annotations, none of them a polygon; outline areas, not points")
+    return Annotations(outlines, left_out)
+
+
+def of_concept(outlines: dict[str, list[Polygon]], concept: str) -> list[Polygon]:
+    """The outlines of a concept: of the class of its name, and of classes that list it ("Tumor: Positive" is "tumor").
+
+    Names are compared without regard to case and white space.
+    """
+    wanted = _plain(concept)
+    return [polygon for name, polygons in outlines.items() if wanted in _names(name) for polygon in polygons]
+
+
+def unknown_classes(outlines: dict[str, list[Polygon]], concepts: Iterable[str]) -> list[str]:
+    """The classes of outlines that are of none of the concepts."""
+    wanted = {_plain(concept) for concept in concepts}
+    return [name for name in outlines if not wanted & _names(name)]
+
+
+def _features(path: Path) -> list:
     try:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -36,30 +106,52 @@ def read_outlines(path) -> dict[str, list[Polygon]]:
         features = content.get("features") if content.get("type") == "FeatureCollection" else [content]
     if not isinstance(features, list):
         raise ValueError(f"{path}: no list of features in it; export annotations from QuPath as GeoJSON")
-    outlines: dict[str, list[Polygon]] = {}
-    for number, feature in enumerate(features):
-        try:
-            geometry, properties = feature["geometry"], feature.get("properties") or {}
-            kind = geometry["type"]
-            if kind not in ("Polygon", "MultiPolygon"):
-                continue
-            parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
-            rings = [[_ring(points) for points in part] for part in parts]
-            name = (properties.get("classification") or {}).get("name") or properties.get("name")
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{path}: feature {number} is not a GeoJSON annotation ({error!r:.200})") from error
-        if not name:
-            raise ValueError(f"{path}: feature {number} has no class; set its classification in QuPath")
-        outlines.setdefault(str(name), []).extend(Polygon(part[0], tuple(part[1:])) for part in rings if part)
-    if features and not outlines:
-        raise ValueError(f"{path}: {len(features)} annotations, none of them a polygon; outline areas, not points")
-    return outlines
+    return features
+
+
+def _simple(geometry) -> Iterator[tuple[str, list | None]]:
+    """The simple geometries of one, as (type, coordinates): a collection may hold several, and collections too."""
+    if geometry is None:
+        yield "feature without a geometry", None
+        return
+    kind = geometry["type"]
+    if kind == "GeometryCollection":
+        for part in geometry["geometries"]:
+            yield from _simple(part)
+    elif kind == "MultiPolygon":
+        yield from (("Polygon", part) for part in geometry["coordinates"])
+    elif kind in ("Polygon", *WITHOUT_AREA):
+        yield kind, geometry["coordinates"]
+    else:
+        raise ValueError(f"a geometry of type {kind!r:.80}, expected Polygon, MultiPolygon or GeometryCollection")
+
+
+def _class_name(properties: dict) -> str:
+    """The class of a feature: one name, or QuPath's list of names as QuPath writes it in one."""
+    found = properties.get("classification") or {}
+    if isinstance(found, str):  # as tools beside QuPath write it
+        return found.strip()
+    names = found.get("names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class names {names!r:.80}, expected a list of texts")
+    return str(JOINT.join(names) or found.get("name") or properties.get("name") or "").strip()
+
+
+def _names(name: str) -> set[str]:
+    """All that a class may be called: its whole name, and each part of a name that QuPath derived."""
+    return {_plain(part) for part in (name, *name.split(":"))} - {""}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split())
 
 
 def _ring(points) -> Float[np.ndarray, "n 2"]:
     ring = np.asarray(points, np.float64)[:, :2]
     if ring.ndim != 2 or ring.shape[1] != 2 or not (np.abs(ring) < 2**31).all():
         raise ValueError("a ring whose points are not two level-0 pixels each")
+    if len(ring) < 3:
+        raise ValueError(f"a ring of {len(ring)} points, which encloses no area")
     return ring
 
 

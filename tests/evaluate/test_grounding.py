@@ -1,5 +1,6 @@
 """Grounding against outlines: which patches are true, which count, and what an AUC is."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,3 +144,23 @@ def test_lesions_need_a_slides_measures(slide, tmp_path):
     known = SlideFeatures("S1", "P1", slide.features, slide.coords, 64, 0.5, width=3000, height=3000)
     task = truth.read_lesion_task(tmp_path, [known], ["fat", "tumor"], "tumor")
     assert task.concept == 1 and [area.counts for area in task.slides["S1"].areas] == [True]
+
+
+def test_what_outlines_cannot_tell_is_a_warning(slide, tmp_path):
+    geometry = {"type": "Polygon", "coordinates": [SQUARE.ring.tolist()]}
+    named = [{"names": ["Tumor", "Region"]}, {"name": "Vessel"}]
+    features = [{"type": "Feature", "geometry": geometry, "properties": {"classification": one}} for one in named]
+    point = {"type": "Point", "coordinates": [1, 2]}
+    features.append({"type": "Feature", "geometry": point, "properties": {}})
+    (tmp_path / "S1.geojson").write_text(json.dumps(features))
+    (tmp_path / "texts.json").write_text(json.dumps({"tumor": ["tumor cells"]}))
+    cohort = SimpleNamespace(
+        slide_ids=["S1"], warnings=[], features=lambda _: slide, train_features=lambda seed: [slide]
+    )
+    found = truth.read_outlined(cohort, tmp_path / "texts.json", tmp_path, clear=None, lesions=None, seed=0)
+    assert found.truth["S1"][0].sum() == 4  # the class "Tumor: Region" is of the concept "tumor"
+    text = "\n".join(cohort.warnings)
+    assert "S1.geojson: 1 Point left out" in text and "'Vessel' on 1 slide" in text and "Region" not in text
+    (tmp_path / "texts.json").write_text(json.dumps({"fat": ["fat"]}))
+    with pytest.raises(ValueError, match="none of its concepts.*'Tumor: Region' on 1 slide"):
+        truth.read_outlined(cohort, tmp_path / "texts.json", tmp_path, clear=None, lesions=None, seed=0)

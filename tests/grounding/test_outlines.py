@@ -40,9 +40,66 @@ def test_collections_lists_and_single_features(tmp_path, wrap):
     assert len(polygons) == 2 and len(polygons[0].holes) == 1
 
 
+def _written(tmp_path, *features):
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("properties", "name"),
+    [
+        ({"classification": {"names": ["Tumor", "Region"], "color": [1, 2, 3]}}, "Tumor: Region"),
+        ({"classification": {"names": ["Tumor"]}}, "Tumor"),
+        ({"classification": {"name": "Tumor", "names": []}}, "Tumor"),
+        ({"classification": {"name": "Tumor: Positive"}}, "Tumor: Positive"),
+        ({"classification": "Tumor"}, "Tumor"),
+        ({"classification": None, "name": "Tumor"}, "Tumor"),
+        ({"classification": {"names": []}, "name": " Tumor "}, "Tumor"),
+    ],
+)
+def test_classes_as_qupath_writes_them(tmp_path, properties, name):
+    path = _written(tmp_path, feature([SQUARE.tolist()]) | {"properties": properties})
+    found = outlines.read_outlines(path)
+    assert list(found) == [name]
+    assert len(outlines.of_concept(found, "tumor")) == 1 and outlines.unknown_classes(found, ["TUMOR "]) == []
+    assert outlines.of_concept(found, "tum") == [] and outlines.unknown_classes(found, ["stroma"]) == [name]
+
+
+def test_polygons_are_found_in_collections_and_what_has_no_area_is_named(tmp_path):
+    polygon = {"type": "Polygon", "coordinates": [SQUARE.tolist(), HOLE.tolist()]}
+    several = {"type": "MultiPolygon", "coordinates": [[HOLE.tolist()], [(SQUARE + 500).tolist()]]}
+    points = {"type": "MultiPoint", "coordinates": [[1, 2], [3, 4]]}
+    inner = {"type": "GeometryCollection", "geometries": [several, points]}
+    whole = {"type": "GeometryCollection", "geometries": [polygon, inner, {"type": "Polygon", "coordinates": []}]}
+    path = _written(
+        tmp_path,
+        feature([[0, 0], [5, 5]], kind="LineString"),
+        feature([]) | {"geometry": whole},
+        feature([]) | {"geometry": None},
+        feature([1, 2], kind="Point", name=None),
+    )
+    found = outlines.read_annotations(path)
+    assert [len(polygon.holes) for polygon in found.outlines["tumor"]] == [1, 0, 0]
+    assert found.left_out == {
+        "LineString": [0],
+        "MultiPoint": [1],
+        "empty Polygon": [1],
+        "feature without a geometry": [2],
+        "Point": [3],
+    }
+    assert "1 MultiPoint" in found.note() and "features 0, 1, 2, 3;" in found.note()
+    assert outlines.read_annotations(_written(tmp_path, feature([SQUARE.tolist()]))).note() == ""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (json.dumps([{"type": "Polygon", "coordinates": [SQUARE.tolist()]}]), "feature 0.*no class"),
+        (json.dumps({"type": "GeometryCollection", "geometries": []}), "feature 0.*GeometryCollection"),
+        (json.dumps([feature([SQUARE.tolist()]), feature([], kind="Circle")]), "feature 1.*'Circle'"),
+        (json.dumps([feature([SQUARE[:2].tolist()])]), "feature 0.*2 points"),
+        (json.dumps([feature([SQUARE.tolist()]) | {"properties": {"classification": {"names": "x"}}}]), "feature 0"),
         ("{not json", "not a GeoJSON"),
         (json.dumps([{"type": "Feature"}]), "feature 0"),
         (json.dumps([feature([SQUARE.tolist()], name=None)]), "no class"),
