@@ -6,9 +6,12 @@ Exit codes: 0 done; 1 done, but some slides failed (the list says which); 2 wron
 """
 
 import argparse
+import difflib
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pathflip_jax.commands import COMMANDS
 from pathflip_jax.commands.options import WRONG_INPUT
@@ -18,11 +21,46 @@ from pathflip_jax.data.storage import is_url
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that answers wrong options of a command with that command's usage, and with what was meant.
+
+    argparse itself hands what a command does not know up to `pathflip`, whose usage has none of the command's options.
+    """
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, but nothing is left over: what is not known is an error of this command."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        """End with usage, message and a guess at what was meant, exit code 2."""
+        super().error("; ".join([message, *self._meant()]))
+
+    def _meant(self) -> Iterator[str]:
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        options = self._option_string_actions
+        for given in self._given:
+            name = given.partition("=")[0]
+            if commands and not given.startswith("-"):
+                close = difflib.get_close_matches(name, commands[0], n=1)
+                if close and name not in commands[0]:
+                    yield f"did you mean {self.prog} {close[0]}?"
+                return  # what follows is the command's
+            if name in options and options[name].nargs == argparse.REMAINDER:
+                return
+            if name.startswith("--") and not any(option.startswith(name) for option in options):
+                if close := difflib.get_close_matches(name, options, n=1, cutoff=0.7):
+                    yield f"{name}: did you mean {close[0]}?"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands with their options; every one has an example in its --help."""
-    parser = argparse.ArgumentParser(
-        prog="pathflip", description=f"Vision-language models for whole slide images. {RESEARCH_ONLY}"
-    )
+    parser = Parser(prog="pathflip", description=f"Vision-language models for whole slide images. {RESEARCH_ONLY}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         command.add(commands)

@@ -23,6 +23,9 @@ REQUIRED = {
     "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
 }
 ADDED = ("data.max_unknown_share",)  # settings that config files of earlier versions lack: they take their defaults
+USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
+       [--profile STEPS] [--coordinator HOST:PORT --num_processes N --process_id I]"""
+OPTIONS = ("workdir", "profile", "coordinator", "num_processes", "process_id")
 LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
 
 
@@ -77,9 +80,17 @@ def _reference(config: ConfigDict) -> str:
 def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
     """Settings and other options of `pathflip train`. Raises ValueError, naming what is wrong and what was meant."""
     argv = _joined(argv)
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name not in ("--config", *(f"--{option}" for option in OPTIONS)) and not name.startswith("--config."):
+            close = difflib.get_close_matches(name, ["--config", *(f"--{option}" for option in OPTIONS)], n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; settings are given as --config.section.name=value"
+            raise ValueError(f"{argument}: not an option of `pathflip train`{hint}\n{USAGE}")
     names = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
     if len(names) != 1:
-        raise ValueError(f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)}")
+        raise ValueError(
+            f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)}\n{USAGE}"
+        )
     config = load_config(names[0])
     known = _flat(config)
     for argument in argv:
@@ -95,15 +106,12 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
     flags.DEFINE_integer("num_processes", None, "processes of the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "number of this process", flag_values=values)
     try:
-        unused = values(["train", *rest])[1:]
+        values(["train", *rest])
     except (flags.Error, TypeError, SyntaxError) as error:
         raise ValueError(str(error)) from None
-    if unused:
-        raise ValueError(f"{' '.join(unused)}: not an option; settings are given as --config.section.name=value")
     if not values.workdir:
-        raise ValueError("--workdir is not given: name the folder that the run writes to")
-    names = ("workdir", "profile", "coordinator", "num_processes", "process_id")
-    return config, {name: values[name].value for name in names}
+        raise ValueError(f"--workdir is not given: name the folder that the run writes to\n{USAGE}")
+    return config, {name: values[name].value for name in OPTIONS}
 
 
 def require(config: ConfigDict) -> None:

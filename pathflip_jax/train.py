@@ -299,9 +299,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-HELP = """Train a model, or go on with a run.
+HELP = f"""Train a model, or go on with a run.
 
-usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
+{settings.USAGE}
 
   --config    a config file or the name of a bundled one (align_base, lm_stage1, ...); `:smoke` shrinks it
   --workdir   folder of the run; a run that is there goes on

@@ -44,6 +44,38 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert len(lines) == 1 and str(missing) in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("evaluate runs --recrods x --out o", ["usage: pathflip evaluate", "--records RECORDS", "mean --records?"]),
+        ("evaluate runs --recrods x --ouput o", ["usage: pathflip evaluate", "required: --out", "mean --out?"]),
+        ("import feats --out r --sldies=s.csv", ["usage: pathflip import", "--sldies=s.csv", "mean --slides?"]),
+        ("doctor extra", ["usage: pathflip doctor", "pathflip doctor: error: unrecognized arguments: extra\n"]),
+        ("trian --config demo", ["usage: pathflip", "'trian'", "mean pathflip train?"]),
+        ("--verison doctor", ["usage: pathflip", "unrecognized arguments: --verison\n"]),
+    ],
+)
+def test_a_wrong_option_shows_the_usage_of_its_command(line, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(shlex.split(line))
+    assert ended.value.code == cli.WRONG_INPUT
+    said = capsys.readouterr().err
+    assert all(text in said for text in expected), said
+
+
+def test_beams_own_options_are_not_guessed_at(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "slides", "--beam", "--slids"])
+    assert "mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "meant"), [("--confg", "--config"), ("--wrkdir=w", "--workdir")])
+def test_a_wrong_option_of_train_shows_its_usage(option, meant, capsys):
+    assert cli.main(["train", option, "demo"]) == cli.WRONG_INPUT
+    said = capsys.readouterr().err
+    assert f"did you mean {meant}?" in said and "usage: pathflip train --config" in said
+
+
 def test_the_command_line_starts_without_heavy_imports():
     """`pathflip --help` answers at once: jax and torch stay unloaded."""
     code = (
