@@ -111,7 +111,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores if set(scores) != {""} else scores[""]))
     else:
-        print("\n".join(str(options.out / name / "report.html") for name in scores))
+        from pathflip_jax.evaluate.report import in_terminal
+
+        for name, found in scores.items():
+            print("\n".join([*([name] if name else []), in_terminal(found), str(options.out / name / "report.html")]))
     return 0
 
 

@@ -10,7 +10,8 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from pathflip_jax.data.tables import write_csv
+from pathflip_jax.evaluate.headlines import GAIN, SCORE, SHARE, Headline, headlines
 
 PACKAGES = ("pathflip-jax", "jax", "flax", "numpy", "scikit-learn", "openslide-python")
 METRICS = {
@@ -78,6 +80,7 @@ def render(scores: dict, images: dict[str, bytes], config: dict, files: list[str
             scores=scores,
             images={name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()},
             metrics=METRICS,
+            cards=[_card(headline) for headline in headlines(scores)],
             command=command_line(scores["command"]),
             config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
             files=["scores.json", *files],
@@ -90,8 +93,43 @@ def environment() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    found.filters |= {"figure": _figure, "percent": _percent, "signed": _signed, "merged": dict.__or__}
+    found.filters |= {"figure": _figure, "percent": _percent, "signed": _signed, "points": _points}
+    found.filters |= {
+        "span": lambda entry, digits=3: _span(entry, partial(_figure, digits=digits)),
+        "signed_span": lambda entry, digits=3: _span(entry, partial(_signed, digits=digits)),
+        "percent_span": lambda entry: _span(entry, _percent),
+        "points_span": lambda entry: _span(entry, _points),
+        "merged": dict.__or__,
+    }
     return found
+
+
+def in_terminal(scores: dict) -> str:
+    """The headline scores as a table for the terminal, each beside its interval, chance and other baselines."""
+    rows = [("", "score", "95% interval", "chance", "baselines")]
+    for headline in headlines(scores):
+        write, entry = _writer(headline.kind), headline._asdict()
+        others = ", ".join(f"{name} {write(value)}" for name, value in headline.others.items())
+        rows.append((headline.name, write(headline.value), _span(entry, write), write(headline.chance), others))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines).replace("–", "-").replace("−", "-")  # what every terminal has
+
+
+def _card(headline: Headline) -> dict[str, str]:
+    """A headline as the page's card shows it."""
+    write = _writer(headline.kind)
+    against = [_span(headline._asdict(), write) + (", paired over slides" if headline.kind == GAIN else "")]
+    known = {"chance": headline.chance} | headline.others
+    against += [f"{name} {write(value)}" for name, value in known.items() if value is not None]
+    return {"name": headline.name, "value": write(headline.value), "against": " · ".join(against)}
+
+
+def _writer(kind: str) -> Callable[[float | None], str]:
+    return {SCORE: partial(_figure, digits=2), SHARE: _percent, GAIN: partial(_signed, digits=2)}[kind]
 
 
 def command_line(command: Sequence[str] | None) -> str | None:
@@ -105,6 +143,16 @@ def _figure(value, digits: int = 3) -> str:
 
 def _percent(value) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _points(value) -> str:
+    """A difference of shares, in percentage points."""
+    return _signed(None if value is None else 100 * value, 1)
+
+
+def _span(entry, write: Callable[[float | None], str]) -> str:
+    """An interval; a dash where there is none."""
+    return "–" if entry["low"] is None else f"{write(entry['low'])} to {write(entry['high'])}"
 
 
 def _signed(value, digits: int = 3) -> str:

@@ -41,15 +41,28 @@ def patient_weights(patients: Sequence[str], draws: int = DRAWS, seed: int = 0) 
 def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: float = 0.95) -> Interval:
     """The statistic of all slides, and the percentile interval of its bootstrap draws.
 
-    Draws in which the statistic does not exist (an AUC with one class only) are left out of the percentiles.
+    Draws in which the statistic does not exist (an AUC with one class only) are left out of the percentiles. Slides of
+    one patient have no interval: NaN.
     """
     value = float(statistic(np.ones((1, weights.shape[1])))[0])
-    draws = statistic(weights)
-    draws = draws[np.isfinite(draws)]
+    draws = _draws(statistic, weights)
     if not np.isfinite(value) or len(draws) == 0:
         return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
+
+
+def _draws(statistic: Statistic, weights: Float[np.ndarray, "W n"]) -> Float[np.ndarray, "D"]:
+    """The statistic of each draw in which it exists; of one patient alone no draw says anything."""
+    if _one_patient(weights):
+        return np.empty(0)
+    draws = statistic(weights)
+    return draws[np.isfinite(draws)]
+
+
+def _one_patient(weights: Float[np.ndarray, "W n"]) -> bool:
+    """Whether all slides count together in every one of several draws: they are of one patient."""
+    return len(weights) > 1 and weights.shape[1] > 0 and bool((weights == weights[:, :1]).all())
 
 
 def difference(first: Statistic, second: Statistic) -> Statistic:
@@ -62,8 +75,7 @@ def p_value(change: Statistic, weights: Float[np.ndarray, "W n"]) -> float:
 
     The observed slides count as one draw more, so that it is never 0; NaN where no draw has a difference.
     """
-    draws = change(weights)
-    draws = draws[np.isfinite(draws)]
+    draws = _draws(change, weights)
     if len(draws) == 0:
         return float("nan")
     return float(min(1.0, 2 * min((draws <= 0).sum() + 1, (draws >= 0).sum() + 1) / (len(draws) + 1)))
@@ -105,12 +117,17 @@ def mean_over_runs(statistics: Sequence[Statistic]) -> Statistic:
 
 
 def mean(values: Float[np.ndarray, "n"]) -> Statistic:
-    """The mean over slides; slides with NaN (nothing to measure there) are left out."""
+    """The mean over slides; slides with NaN (nothing to measure there) are left out.
+
+    Where all that is left is of one patient, no draw has a mean, and so there is no interval.
+    """
     values = np.asarray(values, np.float64)
     known = np.isfinite(values)
 
     def statistic(weights):
         kept = weights[:, known]
+        if _one_patient(kept):
+            return np.full(len(kept), np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
             return kept @ values[known] / kept.sum(1)
 

@@ -152,6 +152,20 @@ def test_the_report_shows_them_side_by_side(score, tiny_cohort, reports, questio
         assert (tmp_path / "scores" / name).stat().st_size > 100
 
 
+def test_a_report_of_open_questions_alone(tiny_cohort, reports, tmp_path, monkeypatch):
+    """On one slide: a page without options, and without a single interval."""
+    monkeypatch.setattr(language, "load_assistant", lambda folder: Knowing(reports))
+    monkeypatch.setattr(run, "is_language_run", lambda folder: True)
+    slide = min(reports)
+    row = {"slide_id": slide, "question": "What is there?", "answer": reports[slide]}
+    (tmp_path / "open.jsonl").write_text(json.dumps(row) + "\n")
+    inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "questions": tmp_path / "open.jsonl"}
+    found = run.evaluate(tmp_path / "lm", **inputs, split="train", out=tmp_path / "scores")
+    exact = found["language"]["questions"]["open"]["metrics"]["exact match"]
+    assert (exact["value"], exact["low"], exact["difference"]["text only"]["low"]) == (1, None, None)
+    assert "Open questions: exact match" in (tmp_path / "scores" / "report.html").read_text()
+
+
 def test_wrong_input_is_named(score, tiny_cohort, reports, tmp_path):
     with pytest.raises(ValueError, match="nothing to ask the language stage"):
         score(Knowing(reports), captions=None, questions=None)

@@ -56,6 +56,19 @@ def test_each_draw_equals_the_slides_repeated(case):
             assert found[name][draw] == pytest.approx(expected[name], abs=1e-9), (name, draw)
 
 
+def test_slides_of_one_patient_have_no_interval():
+    """Nor have the slides of a patient who is the only one with a value; a difference of theirs has no p-value."""
+    weights = scores.patient_weights(["P1", "P1", "P1"], draws=50)
+    several = scores.patient_weights(["P1", "P1", "P2", "P3"], draws=50)
+    one = scores.mean([0.25, 0.5, 0.75])
+    assert scores.interval(one, weights)[0] == 0.5 and np.isnan(scores.interval(one, weights)[1:]).all()
+    assert np.isnan(scores.interval(scores.median([1.0, 2.0, 3.0]), weights)[1:]).all()
+    assert np.isnan(scores.p_value(one, weights))
+    known = scores.mean([0.25, 0.75, np.nan, np.nan])
+    assert scores.interval(known, several)[0] == 0.5 and np.isnan(scores.interval(known, several)[1:]).all()
+    assert np.isfinite(scores.interval(scores.mean([0.25, 0.5, 1.0, np.nan]), several)).all()
+
+
 def test_patients_are_drawn_whole(case):
     *_, patients = case
     weights = scores.patient_weights(patients, draws=200, seed=0)

@@ -128,8 +128,12 @@ def test_the_command_runs_every_task_and_its_own_options_win(tiny_cohort, monkey
     assert cli.main(command) == cli.WRONG_INPUT
     assert "benchmark.yaml, task classes: no slides; give --slides" in capsys.readouterr().err
     assert cli.main([*command, "--slides", str(tiny_cohort.slides), "--seed", "3"]) == 0
-    printed = capsys.readouterr().out.split()
-    assert printed == [str(tmp_path / "out" / name / "report.html") for name in ("classes", "reports")]
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    pages = [str(tmp_path / "out" / name / "report.html") for name in ("classes", "reports")]
+    assert printed[0] == "classes" and printed.index("reports") == printed.index(pages[0]) + 1
+    assert printed[-1] == pages[1], "the scores end with where their report lies"
+    assert any(line.startswith("Zero-shot, 2 classes: balanced accuracy 0.50 ") for line in printed)
+    assert any(line.startswith("Retrieval, slide to text: R@1 of ") for line in printed)
     assert "split “val”" in (tmp_path / "out/reports/report.html").read_text()
     assert "split “test”" in (tmp_path / "out/classes/report.html").read_text()
     assert "seed 3" in (tmp_path / "out/classes/scores.json").read_text()
