@@ -8,82 +8,117 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 from pathflip_jax.data.storage import Place
+from pathflip_jax.findings import Finding, guarded
 
-CORE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers")
-SLIDES = ("openslide-python", "openslide-bin", "scikit-image", "h5py")
-# What each extra adds, and the sign that it is there.
+# Packages, and the module of each.
+CORE = {
+    "jax": "jax",
+    "jaxlib": "jaxlib",
+    "flax": "flax",
+    "optax": "optax",
+    "orbax-checkpoint": "orbax",
+    "grain": "grain",
+    "tensorflow-datasets": "tensorflow_datasets",
+    "tokenizers": "tokenizers",
+}
+SLIDES = {
+    "openslide-python": "openslide",
+    "openslide-bin": "openslide_bin",
+    "scikit-image": "skimage",
+    "h5py": "h5py",
+}
+# What each extra adds: a package, its module, and what it is for.
 EXTRAS = {
-    "torch": ("torch", "read and write PyTorch checkpoints other than .safetensors"),
-    "gcs": ("gcsfs", "read and write records in Google Cloud Storage, gs://"),
-    "s3": ("s3fs", "read and write records in Amazon S3 and what speaks like it, s3://"),
-    "aot": ("libtpu", "compile for TPUs that are not there: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
-    "encoders": ("timm", "encode patches with timm and Hugging Face vision models"),
-    "viewer": ("starlette", "show slides in a browser: pathflip serve"),
-    "profile": ("xprof", "view what `pathflip train --profile` traces"),
-    "wandb": ("wandb", "log to Weights & Biases (train.wandb_project)"),
-    "beam": ("apache_beam", "prepare slides on a cluster with Apache Beam"),
+    "torch": ("torch", "torch", "read and write PyTorch checkpoints other than .safetensors"),
+    "gcs": ("gcsfs", "gcsfs", "read and write records in Google Cloud Storage, gs://"),
+    "s3": ("s3fs", "s3fs", "read and write records in Amazon S3 and what speaks like it, s3://"),
+    "aot": ("libtpu", "libtpu", "compile for absent TPUs: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
+    "encoders": ("timm", "timm", "encode patches with timm and Hugging Face vision models"),
+    "viewer": ("starlette", "starlette", "show slides in a browser: pathflip serve"),
+    "profile": ("xprof", "xprof", "view what `pathflip train --profile` traces"),
+    "wandb": ("wandb", "wandb", "log to Weights & Biases (train.wandb_project)"),
+    "beam": ("apache-beam", "apache_beam", "prepare slides on a cluster with Apache Beam"),
 }
 # The program that each script of launch/ hands the work to.
 LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}
+AWAY = "rename that, start elsewhere, or take the folder that holds it out of PYTHONPATH"
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
 
 
-class Finding(NamedTuple):
-    """One thing looked at: its name, what was found, `ok`, `note` or `fault`, and what to do about a fault."""
-
-    name: str
-    found: str
-    state: str
-    cure: str = ""
-
-
 def examine(
-    *, records: Place | None = None, texts: Place | None = None, configs: list[str] | None = None
+    *,
+    records: Place | None = None,
+    slides: Place | None = None,
+    texts: Place | None = None,
+    tokenizer: Place | None = None,
+    configs: Sequence[str] = (),
 ) -> list[Finding]:
-    """Look at the machine, and at the data folders and configs that are named; nothing is changed."""
-    findings = [*_versions(), *_devices(), _launcher(), _launchers(), *_room(), _reader(), *_offline()]
-    if records is not None:
-        findings += _records(records)
-    if texts is not None:
-        findings += _texts(texts, records)
-    for config in configs or []:
-        findings.append(_config(config))
+    """Look at the machine, and at the data and configs that are named; nothing is changed, and no check ends others."""
+    checks = {
+        "versions": _versions,
+        "devices": _devices,
+        "launcher": _launcher,
+        "launch scripts": _launchers,
+        "room": _room,
+        "file reader": _reader,
+        "offline": _offline,
+    }
+    findings = [finding for name, check in checks.items() for finding in guarded(name, check)]
+    if not all(place is None for place in (records, slides, texts, tokenizer)):
+        findings += guarded("data", _data, records, slides, texts, tokenizer)
+    for config in configs:
+        findings += guarded(f"config {config}", _config, config)
     return findings
 
 
-def print_findings(findings: list[Finding]) -> None:
-    """One line a finding, its cure below it, and a last line that counts the faults."""
-    width = max(len(finding.name) for finding in findings)
-    for name, found, state, cure in findings:
-        print(f"{state:5}  {name:{width}}  {found}")
-        if cure:
-            print(f"{'':5}  {'':{width}}  -> {cure}")
-    faults = sum(finding.state == "fault" for finding in findings)
-    print(f"\n{faults} faults." if faults != 1 else "\n1 fault.")
+def _data(*places: Place | None) -> list[Finding]:
+    from pathflip_jax.doctor_data import examine_data
+
+    return examine_data(*places)
 
 
 def _versions() -> Iterator[Finding]:
     python = platform.python_version()
     supported = platform.python_version_tuple()[:2] in (("3", "11"), ("3", "12"))
     yield Finding("python", python, "ok" if supported else "fault", "" if supported else "use Python 3.11 or 3.12")
-    for package in (*CORE, *SLIDES):
-        try:
-            yield Finding(package, metadata.version(package), "ok")
-        except metadata.PackageNotFoundError:
-            yield Finding(package, "not installed", "fault", "run `make setup`, or `pip install pathflip-jax` anew")
-    for extra, (module, purpose) in EXTRAS.items():
-        if importlib.util.find_spec(module) is None:
-            yield Finding(
-                f"extra [{extra}]", "not installed", "note", f"`pip install pathflip-jax[{extra}]` to {purpose}"
-            )
+    for package, module in {**CORE, **SLIDES}.items():
+        cure = "run `make setup`, or `pip install pathflip-jax` anew"
+        yield from guarded(package, _package, package, package, module, "fault", cure)
+    for extra, (package, module, purpose) in EXTRAS.items():
+        cure = f"`pip install pathflip-jax[{extra}]` to {purpose}"
+        yield from guarded(f"extra [{extra}]", _package, f"extra [{extra}]", package, module, "note", cure)
+
+
+def _package(name: str, package: str, module: str, state: str, cure: str) -> Iterator[Finding]:
+    """The version of a package, or what is imported in its place; `state` and `cure` where it is not installed.
+
+    A folder or file of its name where Python looks first is imported instead: W&B leaves a folder `wandb` behind.
+    """
+    spec = importlib.util.find_spec(module)
+    places = []
+    if spec is not None:
+        places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or [])
+    try:
+        installed = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        if places:
+            yield Finding(name, f"not installed; {places[0]} is imported in its place", state, f"{cure}; {AWAY}")
         else:
-            yield Finding(f"extra [{extra}]", metadata.version(module), "ok")
+            yield Finding(name, "not installed", state, cure)
+        return
+    home = Path(str(installed.locate_file(""))).resolve()
+    editable = '"editable": true' in (installed.read_text("direct_url.json") or "")  # then its files lie elsewhere
+    if not places:
+        yield Finding(name, f"{installed.version}, but {module} cannot be imported", "fault", f"install {package} anew")
+    elif editable or any(Path(place).resolve().is_relative_to(home) for place in places):
+        yield Finding(name, installed.version, "ok")
+    else:
+        yield Finding(name, f"{places[0]} is imported in the place of {package} {installed.version}", "fault", AWAY)
 
 
 def _devices() -> Iterator[Finding]:
@@ -107,21 +142,23 @@ def _utilisation(kind: str) -> Finding:
 
     if kind in PEAK_BFLOAT16:
         return Finding("utilisation", f"of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 on each {kind}", "ok")
-    cure = "add its bfloat16 rate to PEAK_BFLOAT16 in pathflip_jax/telemetry.py; until then runs report none"
-    return Finding("utilisation", f"nobody knows what {kind} can do at most", "note", cure)
+    cure = "add its peak bfloat16 FLOP/s to PEAK_BFLOAT16 in pathflip_jax/telemetry.py"
+    return Finding("utilisation", f"MFU is not reported: no peak FLOP/s on record for {kind}", "note", cure)
 
 
-def _launcher() -> Finding:
+def _launcher() -> Iterator[Finding]:
     """Which processes `pathflip train` would join, started as this command was."""
     from pathflip_jax.distributed import SWITCH, find_launch
 
     try:
         launch = find_launch()
     except ValueError as error:
-        return Finding("launcher", str(error), "fault", f"or set {SWITCH}=0 to train in one process")
+        yield Finding("launcher", str(error), "fault", f"or set {SWITCH}=0 to train in one process")
+        return
     if launch is None:
-        return Finding("launcher", "none: one process trains alone", "ok")
-    return Finding("launcher", f"process {launch.process} of {launch.processes}, found by {launch.found_by}", "ok")
+        yield Finding("launcher", "none: one process trains alone", "ok")
+        return
+    yield Finding("launcher", f"process {launch.process} of {launch.processes}, found by {launch.found_by}", "ok")
 
 
 def _room() -> Iterator[Finding]:
@@ -133,7 +170,7 @@ def _room() -> Iterator[Finding]:
     yield Finding("disk", f"{free:.0f} GB free here", "note" if cure else "ok", cure)
 
 
-def _reader() -> Finding:
+def _reader() -> Iterator[Finding]:
     """Whether the process starts that parses HDF5, .pt and slide files, whatever these do to it."""
     from pathflip_jax.data import guarded
 
@@ -141,9 +178,10 @@ def _reader() -> Finding:
         guarded.parse("pathflip_jax.data.slide_pixels:detect", Path(__file__))
     except (ValueError, OSError, ImportError) as error:
         cure = "feature files and slides are parsed in a process of their own: let this one start Python"
-        return Finding("file reader", str(error), "fault", cure)
+        yield Finding("file reader", str(error), "fault", cure)
+        return
     limits = "memory and time" if Path("/proc/self/statm").exists() else "time; this system does not limit memory"
-    return Finding("file reader", f"a process of its own, limits on {limits}", "ok")
+    yield Finding("file reader", f"a process of its own, limits on {limits}", "ok")
 
 
 def _offline() -> Iterator[Finding]:
@@ -163,44 +201,13 @@ def _offline() -> Iterator[Finding]:
         )
 
 
-def _launchers() -> Finding:
+def _launchers() -> Iterator[Finding]:
     found = [f"launch/{script} ({program})" for program, script in LAUNCHERS.items() if shutil.which(program)]
     cure = "" if found else f"to start runs elsewhere, install one of {', '.join(LAUNCHERS)}"
-    return Finding("launch scripts", ", ".join(found) or "none can run here", "ok" if found else "note", cure)
+    yield Finding("launch scripts", ", ".join(found) or "none can run here", "ok" if found else "note", cure)
 
 
-def _records(folder: Place) -> Iterator[Finding]:
-    from pathflip_jax.data.records import Records, verify
-
-    try:
-        cohort = Records(folder)
-    except (ValueError, OSError) as error:
-        yield Finding("records", str(error), "fault", "write them with `pathflip prepare` or `pathflip import`")
-        return
-    patches = sum(slide.num_patches for slide in cohort.slides)
-    size = f"{len(cohort.slides)} slides, {patches} patches of {cohort.encoder} ({cohort.feature_dim} wide)"
-    yield Finding("records", size, "ok")
-    for fault in verify(folder):
-        yield Finding("records", str(fault), "fault", "delete that shard with its .idx and run the same command again")
-
-
-def _texts(path: Place, records: Place | None) -> Iterator[Finding]:
-    from pathflip_jax.data.records import Records
-    from pathflip_jax.data.text import match_texts, read_texts
-
-    try:
-        texts = read_texts(path)
-        found = f"{len(texts)} texts"
-        if records is not None:
-            matched = match_texts(texts, [slide.slide_id for slide in Records(records).slides])
-            found += f", {len(matched)} of them with a slide in {records}"
-    except (ValueError, OSError) as error:
-        yield Finding("texts", str(error), "fault")
-        return
-    yield Finding("texts", found, "ok")
-
-
-def _config(name: str) -> Finding:
+def _config(name: str) -> Iterator[Finding]:
     from pathflip_jax.alignment import check_config
     from pathflip_jax.llm.training import check_language_config
     from pathflip_jax.settings import load_config
@@ -208,8 +215,10 @@ def _config(name: str) -> Finding:
     try:
         if "lm" in (config := load_config(name)):
             check_language_config(config)
-            return Finding(f"config {name}", f"a language stage that trains {config.lm.trains}", "ok")
+            yield Finding(f"config {name}", f"a language stage that trains {config.lm.trains}", "ok")
+            return
         parameters = check_config(name)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        return Finding(f"config {name}", str(error), "fault", "compare it with configs/align_base.py")
-    return Finding(f"config {name}", f"a model of {parameters / 1e6:.1f} M parameters", "ok")
+        yield Finding(f"config {name}", str(error), "fault", "compare it with configs/align_base.py")
+        return
+    yield Finding(f"config {name}", f"a model of {parameters / 1e6:.1f} M parameters", "ok")

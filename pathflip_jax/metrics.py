@@ -147,6 +147,11 @@ def import_wandb(project: str):
         raise ImportError(
             f"train.wandb_project={project!r} needs wandb: `pip install pathflip-jax[wandb]`, or leave it empty"
         ) from None
+    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B leaves where it runs
+        raise ImportError(
+            f"train.wandb_project={project!r} needs the package wandb, and {next(iter(wandb.__path__), 'a folder')} is "
+            "imported in its place: rename it or start elsewhere, and `pip install pathflip-jax[wandb]`"
+        )
     return wandb
 
 

@@ -1,12 +1,14 @@
 """The doctor names each fault with its cure, and its exit code says whether there is one."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import pytest
 
-from pathflip_jax import cli, doctor
+from pathflip_jax import cli, doctor, findings
 
 
 def _by_name(findings) -> dict:
@@ -26,6 +28,41 @@ def test_a_device_without_a_known_peak_is_noted(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
         found = _by_name(doctor.examine())["utilisation"]
         assert found.state == state and kind in found.found
+
+
+def test_a_folder_of_a_packages_name_is_found(tmp_path, monkeypatch):
+    """As W&B leaves one behind, with PYTHONPATH=. or without: it is imported, and has no metadata."""
+    (tmp_path / "absentpackage").mkdir()
+    (tmp_path / "h5py").mkdir()
+    (tmp_path / "h5py" / "__init__.py").touch()
+    (tmp_path / "tokenizers").mkdir()  # without an __init__.py it gives way to the package
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("h5py", "tokenizers"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(
+        doctor, "EXTRAS", {"absent": ("absentpackage", "absentpackage", "try"), "no": ("n0", "n0", "x")}
+    )
+    found = _by_name(doctor.examine())
+    assert found["h5py"].state == "fault" and str(tmp_path / "h5py" / "__init__.py") in found["h5py"].found
+    assert "rename" in found["h5py"].cure and found["tokenizers"].state == "ok"
+    assert found["extra [absent]"].state == "note" and str(tmp_path / "absentpackage") in found["extra [absent]"].found
+    assert "pip install" in found["extra [absent]"].cure and "PYTHONPATH" in found["extra [absent]"].cure
+    assert found["extra [no]"][1:3] == ("not installed", "note")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom\nand more"), SystemExit(3), KeyError()])
+def test_a_check_that_breaks_is_a_fault_and_the_others_go_on(error, monkeypatch, capsys):
+    def broken():
+        yield findings.Finding("devices", "half of it", "ok")
+        raise error
+
+    monkeypatch.setattr(doctor, "_devices", broken)
+    assert cli.main(["doctor", "--json"]) == cli.WRONG_INPUT
+    rows = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in rows]
+    assert names.count("devices") == 2 and {"python", "launcher", "memory", "offline"} <= set(names)
+    (fault,) = [row for row in rows if row["state"] == "fault"]
+    assert fault["found"].startswith(type(error).__name__) and "\n" not in fault["found"] and fault["cure"]
 
 
 def test_launch_scripts_that_can_run_are_named(tmp_path, monkeypatch):

@@ -2,11 +2,11 @@
 
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from pathflip_jax.metrics import METRICS, MetricsWriter, plot, read_metrics, truncate_metrics
+from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, plot, read_metrics, truncate_metrics
 
 MACHINE = {"perf/utilisation": 0.41, "perf/input_wait": 0.02, "perf/device_memory_bytes": 12.3e9}
 
@@ -85,6 +85,13 @@ def wandb(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     return told
+
+
+def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setattr(sys.modules["wandb"], "__path__", [str(tmp_path / "wandb")], raising=False)
+    with pytest.raises(ImportError, match="wandb is imported in its place: rename it"):
+        import_wandb("slides")
 
 
 def test_weights_and_biases_gets_every_row_and_one_run_goes_on_as_one(tmp_path, wandb):

@@ -13,18 +13,38 @@ def add(commands) -> None:
         "doctor",
         _run,
         "examine versions, devices, memory, data and configs, and say what to do about each fault",
-        "pathflip doctor --records records --texts reports.jsonl --config align_base",
+        "pathflip doctor --records records --slides slides.csv --texts reports.jsonl --tokenizer vocabulary "
+        "--config align_base",
     )
     parser.add_argument("--records", type=place, help="folder of records: every checksum is read")
+    parser.add_argument(
+        "--slides",
+        type=place,
+        metavar="CSV",
+        help="slide table: its splits and patients; does it match the records?",
+    )
     parser.add_argument("--texts", type=place, help="text table: does it match the records?")
+    parser.add_argument(
+        "--tokenizer",
+        type=place,
+        metavar="FOLDER",
+        help="vocabulary or BERT folder: does it know the texts' words?",
+    )
     parser.add_argument("--config", action="append", default=[], help="training config to check (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.doctor import examine, print_findings
+    from pathflip_jax.doctor import examine
+    from pathflip_jax.findings import print_findings
 
-    findings = examine(records=options.records, texts=options.texts, configs=options.config)
+    findings = examine(
+        records=options.records,
+        slides=options.slides,
+        texts=options.texts,
+        tokenizer=options.tokenizer,
+        configs=options.config,
+    )
     if options.json:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:

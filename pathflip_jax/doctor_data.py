@@ -1,0 +1,205 @@
+"""The data that `pathflip doctor` looks at: records, slide table, texts and vocabulary, each by itself and together."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from pathflip_jax.data.cases import Sources, bag_keys, slides_of_case
+from pathflip_jax.data.identity import SlideNames, connected, is_missing, person_keys
+from pathflip_jax.data.index import SlideInfo
+from pathflip_jax.data.records import Records, verify
+from pathflip_jax.data.storage import Place
+from pathflip_jax.data.tables import read_rows
+from pathflip_jax.data.text import SlideText, match_rows, match_texts, read_texts, slide_row, some
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.evaluate.splits import check_split
+from pathflip_jax.findings import Finding, guarded, logged_warnings
+
+MOST_UNKNOWN = 0.2  # of a text's pieces: beyond this a vocabulary is of another language, or of other letters
+
+
+class Seen(NamedTuple):
+    """What could be read, and from where: `rows` of the slide table, and `row_of` a slide of the records."""
+
+    places: dict[str, Place]
+    infos: Sequence[SlideInfo] | None = None
+    rows: Sequence[dict] | None = None
+    row_of: dict[str, dict] = {}
+    texts: Sequence[SlideText] | None = None
+
+    def sources(self) -> Sources:
+        """The slide table with the names of all tables, as `data/cases.py` holds them against each other."""
+        return Sources(self.row_of, *(str(self.places.get(name)) for name in ("slides", "records", "texts")))
+
+
+def examine_data(
+    records: Place | None, slides: Place | None, texts: Place | None, tokenizer: Place | None
+) -> list[Finding]:
+    """Look at each of these that is named, and at each beside the others."""
+    found: list[Finding] = []
+    seen = Seen({"records": records, "slides": slides, "texts": texts})
+    if records is not None and (cohort := _opened("records", lambda: Records(records), found)) is not None:
+        seen = seen._replace(infos=cohort.slides)
+        found += guarded("records", _records, cohort, records)
+    if slides is not None and (rows := _opened("slides", lambda: _rows(slides), found)) is not None:
+        seen = seen._replace(rows=rows)
+        found += guarded("slides", _slides, rows, slides)
+        if seen.infos is not None:
+            ids = [info.slide_id for info in seen.infos]
+            row_of = _opened("slides", lambda: match_rows(rows, ids, slides)[0], found)
+            seen = seen._replace(row_of=row_of or {})
+            found += guarded("slides", _slides_and_records, seen)
+    if texts is not None and (listed := _opened("texts", lambda: read_texts(texts), found)) is not None:
+        seen = seen._replace(texts=listed)
+        found += guarded("texts", _texts, seen)
+    if tokenizer is not None:
+        found += guarded("tokenizer", _tokenizer, tokenizer, seen.texts)
+    return found
+
+
+# What a slide without a record means for those who use its split.
+UNPREPARED = {
+    "train": ("note", "training leaves them out"),
+    "val": ("note", "validation leaves them out"),
+    "test": ("fault", "`pathflip evaluate` refuses a split that lacks slides"),
+}
+CURES = {
+    "records": "write them with `pathflip prepare` or `pathflip import`",
+    "slides": "a CSV with the columns slide_id, patient_id, label, split is needed",
+    "texts": "a table with the columns slide_id (or case_id) and caption is needed",
+}
+
+
+def _opened(name: str, read, found: list[Finding]):
+    """What `read` returns, its warnings as notes; None, and a fault among the findings, where it cannot be read."""
+    with logged_warnings() as warnings:
+        try:
+            content = read()
+        except (ValueError, OSError) as error:
+            found.append(Finding(name, str(error), "fault", CURES[name]))
+            return None
+    found += [Finding(name, warning, "note", "look at these rows of the table") for warning in warnings]
+    return content
+
+
+def _rows(table: Place) -> list[dict[str, str]]:
+    """The rows of a slide table, those of a slide that is listed twice too: the check of the split names it."""
+    return [slide_row(row) for row in read_rows(table)]
+
+
+def _records(cohort: Records, folder: Place) -> Iterator[Finding]:
+    patches = sum(slide.num_patches for slide in cohort.slides)
+    encoder = cohort.encoder or "an encoder that is not named"
+    size = f"{len(cohort.slides)} slides, {patches} patches of {encoder} ({cohort.feature_dim} wide)"
+    yield Finding("records", size, "ok")
+    for fault in verify(folder):
+        yield Finding("records", str(fault), "fault", "delete that shard with its .idx and run the same command again")
+
+
+def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
+    """The slide table by itself: its splits and patients, as `pathflip split --check` examines them."""
+    people = connected([person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in rows])
+    sides = Counter(row["split"] or "none" for row in rows)
+    listed = ", ".join(f"{side} {count}" for side, count in sides.items())
+    yield Finding("slides", f"{len(rows)} slides of {len(set(people))} patients; split: {listed}", "ok")
+    nobody = [row["slide_id"] for row in rows if is_missing(row["patient_id"]) and is_missing(row["case_id"])]
+    if nobody:
+        found = f"without a patient: {len(nobody)} of the {len(rows)} slides ({some(nobody)}); each counts as its own"
+        yield Finding(
+            "slides", found, "note", "fill the column patient_id: slides of one patient must be known as such"
+        )
+    for finding in check_split(rows).findings:
+        cure = f"`pathflip split --check {table}` lists them; `pathflip split {table} --out new.csv` splits anew"
+        yield Finding("slides", finding.text, "fault" if finding.fault else "note", cure)
+
+
+def _slides_and_records(seen: Seen) -> Iterator[Finding]:
+    """The slide table beside the records: what one has and the other lacks, and cases that contradict each other."""
+    records, slides = seen.places["records"], [info.slide_id for info in seen.infos]
+    names = SlideNames(slides)
+    strange = [row for row in seen.rows if not names.find(row["slide_id"])]
+    if len(strange) == len(seen.rows):
+        found = f"none of its slides ({some(row['slide_id'] for row in strange)}) is among those of {records}"
+        yield Finding("slides", found, "fault", f"give the table of these slides: {some(slides)}")
+        return
+    yield Finding("slides", f"{len(seen.row_of)} of {len(slides)} slides of {records} have a row", "ok")
+    listed = {row["slide_id"] for row in seen.rows}
+    if respelt := [slide for slide in seen.row_of if slide not in listed]:
+        found = f"spelt otherwise there, and taken for the same: {len(respelt)} slides of {records} ({some(respelt)})"
+        yield Finding("slides", found, "note", "spell them alike, or rename one if they are not the same")
+    for side, (state, what) in UNPREPARED.items():
+        if absent := [row["slide_id"] for row in strange if row["split"] == side]:
+            size = sum(row["split"] == side for row in seen.rows)
+            found = f"without a record: {len(absent)} of the {size} slides of split {side} ({some(absent)}); {what}"
+            yield Finding("slides", found, state, "prepare or import them, or take them out of the table")
+    if left := [slide for slide in slides if slide not in seen.row_of]:
+        found = f"without a row: {len(left)} of the {len(slides)} slides of {records} ({some(left)})"
+        yield Finding("slides", found, "note", "without a row and a split, a slide is neither trained on nor scored")
+    yield from _agreeing("slides", seen, {(slide,): [] for slide in slides})
+
+
+def _agreeing(name: str, seen: Seen, grouped: dict[tuple[str, ...], list[SlideText]]) -> Iterator[Finding]:
+    """A fault where two tables say that a slide is of different patients; training stops there."""
+    case_of = {info.slide_id: info.case_id for info in seen.infos}
+    try:
+        bag_keys(list(grouped), grouped, case_of, seen.sources())
+    except ValueError as error:
+        yield Finding(name, str(error), "fault")
+
+
+def _texts(seen: Seen) -> Iterator[Finding]:
+    """The texts, matched with the slides of the records as training matches them (`data/bags.py`)."""
+    if seen.infos is None:
+        yield Finding("texts", f"{len(seen.texts)} texts", "ok")
+        return
+    of_case = slides_of_case(seen.row_of.values())
+    texts = [text if text.slide_ids else replace(text, slide_ids=of_case(text.case_id)) for text in seen.texts]
+    try:
+        with logged_warnings() as warnings:
+            matched = match_texts(texts, [info.slide_id for info in seen.infos], [info.case_id for info in seen.infos])
+    except ValueError as error:
+        yield Finding("texts", str(error), "fault", "or name the cases of the slides: --slides of a table that does")
+        return
+    yield Finding("texts", f"{len(texts)} texts, {len(matched)} of them with a slide in {seen.places['records']}", "ok")
+    for warning in warnings:
+        yield Finding("texts", warning, "note", "if that is not as it should be, compare the ids of both")
+    train = {slide for slide, row in seen.row_of.items() if row["split"] == "train"}
+    if train and train.isdisjoint(slide for text in matched for slide in text.slide_ids):
+        found = f"none of the {len(train)} slides of split train has a text"
+        yield Finding("texts", found, "fault", "training needs reports of these slides")
+    grouped: defaultdict[tuple[str, ...], list[SlideText]] = defaultdict(list)
+    for text in matched:
+        grouped[text.slide_ids].append(text)
+    yield from _agreeing("texts", seen, grouped)
+
+
+def _tokenizer(folder: Place, texts: Sequence[SlideText] | None) -> Iterator[Finding]:
+    """The vocabulary, and how many pieces of the texts it does not know."""
+    try:
+        with logged_warnings() as warnings:
+            tokenizer = TextTokenizer(folder)
+    except (ValueError, OSError) as error:
+        cure = "name a BERT folder of Hugging Face, or make one with `pathflip vocabulary`"
+        yield Finding("tokenizer", str(error), "fault", cure)
+        return
+    size = f"{folder}: {tokenizer.vocab_size} pieces"
+    for warning in warnings:
+        yield Finding("tokenizer", warning, "note", "see the file named")
+    if texts is None:
+        yield Finding("tokenizer", size, "ok")
+        return
+    share = unknown_share(tokenizer, [text.caption for text in texts])
+    found = f"{size}; {share:.1%} of the pieces of the texts are unknown to it"
+    cure = "take a vocabulary of the texts' language, or learn one: `pathflip vocabulary TEXTS --out FOLDER`"
+    bad = share > MOST_UNKNOWN
+    yield Finding("tokenizer", found, "fault" if bad else "ok", cure if bad else "")
+
+
+def unknown_share(tokenizer: TextTokenizer, texts: Sequence[str]) -> float:
+    """The share of [UNK] among the pieces of texts; 0 where there are none."""
+    unknown = tokenizer.ids(["[UNK]"])[0]
+    pieces = np.concatenate([np.zeros(0, np.int32), *tokenizer.ids(texts)])
+    return float(np.isin(pieces, unknown[:1]).mean()) if len(pieces) else 0.0

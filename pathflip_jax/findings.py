@@ -1,0 +1,58 @@
+"""What `pathflip doctor` found: one finding for each thing looked at, and no look that ends the others."""
+
+import contextlib
+import logging
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+
+class Finding(NamedTuple):
+    """One thing looked at: its name, what was found, `ok`, `note` or `fault`, and what to do about it."""
+
+    name: str
+    found: str
+    state: str
+    cure: str = ""
+
+
+def guarded(name: str, check: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
+    """The findings of a check; an error that nobody foresaw is a fault among them, and other checks go on."""
+    found = []
+    try:
+        for finding in check(*arguments):
+            found.append(finding)
+    except (Exception, SystemExit) as error:
+        if os.environ.get("PATHFLIP_DEBUG"):
+            traceback.print_exc()
+        lines = str(error).splitlines() or ["no message"]
+        cure = "set PATHFLIP_DEBUG=1 to see where; if a package is at fault, install it anew"
+        found.append(Finding(name, f"{type(error).__name__}: {lines[0]}", "fault", cure))
+    return found
+
+
+@contextlib.contextmanager
+def logged_warnings() -> Iterator[list[str]]:
+    """The warnings that this package logs within the block, instead of lines on stderr."""
+    log, messages = logging.getLogger("pathflip_jax"), []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    propagates, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagates
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """One line a finding, its cure below it, and a last line that counts the faults."""
+    width = max(len(finding.name) for finding in findings)
+    for name, found, state, cure in findings:
+        print(f"{state:5}  {name:{width}}  {found}")
+        if cure:
+            print(f"{'':5}  {'':{width}}  -> {cure}")
+    faults = sum(finding.state == "fault" for finding in findings)
+    print(f"\n{faults} faults." if faults != 1 else "\n1 fault.")
