@@ -17,6 +17,8 @@ def add(commands) -> None:
         "pathflip serve --slides slides --features features --checkpoint runs/base --embeddings embeddings.parquet "
         "--language runs/lm2",
         "pathflip serve --records records --checkpoint runs/base --host 0.0.0.0 --port 8080",
+        "pathflip serve --records records --checkpoint runs/base --public-name hub.example.org "
+        "--root-path /user/me/proxy/8000 --frame-ancestors self",
     )
     parser.add_argument("--slides", type=Path, metavar="DIR", help="folder of slide files; without it, patches alone")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
@@ -34,6 +36,32 @@ def add(commands) -> None:
     parser.add_argument(
         "--token", help="what a visitor must show; an address other than this machine's gets one in any case"
     )
+    parser.add_argument(
+        "--public-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name by which a proxy reaches the viewer (may be repeated)",
+    )
+    parser.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="path under which a proxy shows the viewer",
+    )
+    parser.add_argument(
+        "--proxy-headers",
+        nargs="*",
+        metavar="ADDRESS",
+        help="believe X-Forwarded-Host, -Proto and -Prefix of proxies at these addresses (default: on this machine)",
+    )
+    parser.add_argument(
+        "--frame-ancestors",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may show the viewer in a frame: self, https://hub.example.org (default: none)",
+    )
     add_grounding_options(parser)
     add_writing_options(parser, max_tokens=256)
 
@@ -41,6 +69,7 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         from pathflip_jax.viewer.access import choose_token
+        from pathflip_jax.viewer.proxy import read_proxy
         from pathflip_jax.viewer.server import listen, run
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
@@ -51,6 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("nothing to show: name --slides DIR and --records or --features, or one of them")
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: expected 0 to 65535")
+    proxy = read_proxy(options.public_name, options.root_path, options.proxy_headers, options.frame_ancestors)
     token = choose_token(options.host, options.token)
     listener = listen(options.host, options.port)  # first: a port in use is known before the model is loaded
 
@@ -73,5 +103,5 @@ def _run(options: argparse.Namespace) -> int:
             assistant = load_assistant(options.language, decoder=options.decoder, aligner=options.aligner)
             speaker = Speaker(assistant, sampling(options))
         grounder = Grounder(predictor, options.method, options.window)
-        run(Session(slides, Pictures(), grounder, Search(slides, found), speaker), listener, token)
+        run(Session(slides, Pictures(), grounder, Search(slides, found), speaker), listener, token, proxy)
     return 0

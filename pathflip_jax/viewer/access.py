@@ -1,30 +1,45 @@
 """Who may ask the viewer: this machine, or who holds its token.
 
-Slides are patients' data. A viewer on the loopback address answers to the names of that address only, so that a web
-page elsewhere cannot reach it by a name of its own (DNS rebinding); on any other address it wants a token.
+Slides are patients' data. A viewer on the loopback address answers to the names of that address, to those that it was
+given, and to who has its token: a web page elsewhere that points a name of its own at this machine (DNS rebinding) has
+neither. On any other address it wants a token.
 """
 
 import hashlib
 import ipaddress
 import secrets
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+from pathflip_jax.viewer.proxy import DIRECT, Proxy
+
 SHORTEST_TOKEN = 16
 WANTS_TOKEN = "This viewer wants its token: open the address that it printed when it started (?token= is its end).\n"
+# The name is not repeated: whoever sent it chose it.
+WRONG_NAME = (
+    "This viewer does not answer to the name in this address. If it is meant to, start it with that name (pathflip "
+    "serve --public-name NAME), or with a token (--token) and open the address that it prints, with this name in it.\n"
+)
+NOBODY = ("'none'",)
 HEADERS = {
-    # OpenSeadragon sets styles of elements inline; scripts come from files alone.
-    "content-security-policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+def safety_headers(frames: tuple[str, ...]) -> dict[str, str]:
+    """The headers of every answer; `frames` are whose pages may show the viewer within them."""
+    # OpenSeadragon sets styles of elements inline; scripts come from files alone.
+    policy = (
+        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+        f"frame-ancestors {' '.join(frames or NOBODY)}; base-uri 'none'; form-action 'none'"
+    )
+    return {"content-security-policy": policy} | HEADERS
 
 
 def is_local(host: str) -> bool:
@@ -52,8 +67,9 @@ def choose_token(host: str, given: str | None) -> str:
 class Access:
     """ASGI middleware that lets through who may ask, and puts the safety headers on what goes out."""
 
-    def __init__(self, app: ASGIApp, token: str, local: bool) -> None:
-        self.app, self.token, self.local = app, token, local
+    def __init__(self, app: ASGIApp, token: str, local: bool, proxy: Proxy = DIRECT) -> None:
+        self.app, self.token, self.local, self.proxy = app, token, local, proxy
+        self.headers = [(name.encode(), value.encode()) for name, value in safety_headers(proxy.frames).items()]
         self.cookie = "pathflip-" + hashlib.sha256(token.encode()).hexdigest()[:12]  # one for each viewer of a machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,36 +80,38 @@ class Access:
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = message | {"headers": [*message.get("headers", []), *own]}
+                message = message | {"headers": [*message.get("headers", []), *self.headers]}
             await send(message)
 
-        await (self._refusal(scope) or self.app)(scope, receive, send_safely)
+        inner = self.proxy.inner_path(scope)
+        answer = self._refusal(scope) or (_redirect(scope, "/") if inner is None else self.app)
+        await answer(scope | {"path": inner or scope["path"]}, receive, send_safely)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if self.local and _name(headers.get("host", "")) not in LOCAL_NAMES:
-            return PlainTextResponse("This viewer answers to the names of its own machine only.\n", 421)
-        if not self.token:
-            return None
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        asked = dict(query).get("token")
-        if asked is not None and scope["method"] == "GET" and self._is_token(asked):
-            # The token leaves the address bar, and history, for a cookie that scripts cannot read.
-            rest = urlencode([(name, value) for name, value in query if name != "token"])
-            response = RedirectResponse("./" + (f"?{rest}" if rest else ""), 303)
-            response.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
-            return response
+        asked = dict(query).get("token", "")
         kind, _, bearer = headers.get("authorization", "").partition(" ")
         given = bearer if kind.lower() == "bearer" else cookie_parser(headers.get("cookie", "")).get(self.cookie, "")
-        return None if self._is_token(given) else PlainTextResponse(WANTS_TOKEN, 401, {"www-authenticate": "Bearer"})
+        entered = scope["method"] == "GET" and self._is_token(asked)
+        holds = entered or self._is_token(given)
+        if self.local and not holds and self.proxy.refused_name(scope) is not None:
+            return PlainTextResponse(WRONG_NAME, 421)
+        if self.token and not holds:
+            return PlainTextResponse(WANTS_TOKEN, 401, {"www-authenticate": "Bearer"})
+        if not entered:
+            return None
+        # The token leaves the address bar, and history, for a cookie that scripts cannot read.
+        rest = urlencode([(name, value) for name, value in query if name != "token"])
+        slash = "/" if self.proxy.inner_path(scope) is None else ""
+        response = _redirect(scope, slash + (f"?{rest}" if rest else ""))
+        response.set_cookie(self.cookie, self.token, httponly=True, **self.proxy.cookie(scope))
+        return response
 
     def _is_token(self, given: str) -> bool:
-        return secrets.compare_digest(given.encode(), self.token.encode())
+        return bool(self.token and given) and secrets.compare_digest(given.encode(), self.token.encode())
 
 
-def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+def _redirect(scope: Scope, end: str) -> Response:
+    """The same address with another end, relative: what stands before it is a proxy's affair."""
+    return RedirectResponse("./" + quote(scope["path"].rpartition("/")[2]) + end, 303)

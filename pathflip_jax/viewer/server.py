@@ -7,6 +7,7 @@ of what a client sends. What is wrong with one slide is answered as JSON with st
 import contextlib
 import json
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from pathflip_jax.data.tables import parse_json
 from pathflip_jax.viewer.access import Access, is_local
 from pathflip_jax.viewer.page_files import page_files
 from pathflip_jax.viewer.pictures import READERS
+from pathflip_jax.viewer.proxy import DIRECT, Proxy
 from pathflip_jax.viewer.session import Session
 
 LONGEST_BODY = 2**16  # bytes of a question
@@ -36,8 +38,8 @@ MEDIA_TYPES = {
 }
 
 
-def make_app(session: Session, token: str = "", local: bool = True) -> Starlette:
-    """The viewer as an ASGI application; with `local` it answers to the names of this machine only."""
+def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy = DIRECT) -> Starlette:
+    """The viewer as an ASGI application; with `local` it answers to the names of this machine and of `proxy` only."""
     files = page_files()
     tile_limit, work_limit = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(AT_ONCE)
 
@@ -112,7 +114,10 @@ def make_app(session: Session, token: str = "", local: bool = True) -> Starlette
             Route("/search", told(lambda **_: session.search.progress())),
             Route("/find", told(find), methods=["POST"]),
         ],
-        middleware=[Middleware(Access, token=token, local=local), Middleware(GZipMiddleware, minimum_size=2048)],
+        middleware=[
+            Middleware(Access, token=token, local=local, proxy=proxy),
+            Middleware(GZipMiddleware, minimum_size=2048),
+        ],
         lifespan=lifespan,
     )
 
@@ -209,13 +214,24 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def run(session: Session, listener: socket.socket, token: str) -> None:
+def make_server(app: Starlette) -> uvicorn.Server:
+    """What serves the viewer; X-Forwarded headers are left to `Access`, which is told whose to believe."""
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, proxy_headers=False)
+    )
+
+
+def run(session: Session, listener: socket.socket, token: str, proxy: Proxy = DIRECT) -> None:
     """Serve until ctrl-C or SIGTERM."""
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     query = f"?token={token}" if token else ""
     print(f"{len(session.slides)} slides at http://{name}:{port}/{query} (ctrl-C ends)", flush=True)
-    app = make_app(session, token, is_local(host))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    for public in sorted(proxy.names):
+        print(f"through a proxy: {public}{proxy.prefix}/{query}", flush=True)
+    if proxy.names and not token:
+        warning = "whoever the proxy lets through sees the slides; let it ask who that is, or add --token"
+        print(f"pathflip: {warning}", file=sys.stderr, flush=True)
+    app = make_app(session, token, is_local(host), proxy)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        make_server(app).run(sockets=[listener])

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx2
 import numpy as np
@@ -22,8 +23,13 @@ import uvicorn
 
 from pathflip_jax import cli
 from pathflip_jax.llm.generate import Sampling
+from pathflip_jax.viewer.grounder import Grounder
+from pathflip_jax.viewer.pictures import Pictures
+from pathflip_jax.viewer.proxy import read_proxy
 from pathflip_jax.viewer.search import Search
-from pathflip_jax.viewer.server import listen, make_app
+from pathflip_jax.viewer.server import listen, make_app, make_server
+from pathflip_jax.viewer.session import Session
+from pathflip_jax.viewer.slides import list_slides
 from pathflip_jax.viewer.speaker import Speaker
 
 CHROMIUM = os.environ.get("PATHFLIP_CHROMIUM") or next(
@@ -60,7 +66,7 @@ def tab(browser):
     assert tab.faults == []
 
 
-LOCAL = ("http://127.0.0.1:", "file:///", "data:", "blob:")
+LOCAL = ("http://127.0.0.1:", "file:///", "data:", "blob:", "about:")
 
 
 class Assistant:
@@ -270,6 +276,44 @@ def test_the_written_page_opens_by_a_double_click(tab, run_folder, tiny_cohort, 
     tab.keyboard.press("Escape")
     tab.keyboard.press("g")
     photograph(tab, "written")
+
+
+ODD = "S 100%#1?ä&<b>"
+
+
+@pytest.fixture
+def odd_address(slides_dir, predictor):
+    """A viewer of two slides, one of which has a name that links must spell otherwise."""
+    (slides_dir / "S01.tiff").rename(slides_dir / f"{ODD}.tiff")
+    slides = list_slides(slides_dir)
+    slides = [slide for slide in slides if slide.slide_id in ("S00", ODD)]
+    session = Session(slides, Pictures(readers=1), Grounder(predictor, "region"), Search(slides))
+    with listen("127.0.0.1", 0) as listener:
+        server = make_server(make_app(session, proxy=read_proxy(frames=["self"])))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_slide_of_any_name_has_a_link(tab, odd_address):
+    def opened(name):
+        wait_for(tab, f"document.querySelector('#slide-name').innerText === {json.dumps(name)}")
+        return tab.evaluate("location.hash")
+
+    tab.goto(odd_address)
+    opened(min(ODD, "S00"))
+    tab.goto(f"{odd_address}#{quote(ODD, safe='')}")
+    assert opened(ODD) == "#" + quote(ODD, safe="")
+    tab.evaluate("location.hash = '#S00'")  # a link on a page that is open already
+    assert opened("S00") == "#S00"
+    tab.evaluate(f"location.hash = {json.dumps('#' + ODD)}")  # as somebody types it
+    opened(ODD)
+    tab.goto("about:blank")
+    tab.goto(f"{odd_address}#100%")
+    wait_for(tab, "document.querySelector('#messages').innerText.includes('No slide here is called “100%”')")
+    tab.goto("about:blank")  # it asks for nothing more when the server ends
 
 
 def test_the_command_serves_until_it_is_interrupted(run_folder, tiny_cohort, slides_dir, tmp_path):

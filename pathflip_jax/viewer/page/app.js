@@ -60,7 +60,7 @@ async function open(number) {
   $("talk").replaceChildren();
   $("hover").hidden = true;
   const { id, features } = page.slides[number];
-  history.replaceState(null, "", `#${encodeURIComponent(id)}`);
+  history.replaceState(null, "", `#${encodeURIComponent(id.toWellFormed?.() ?? id)}`);
   document.title = `${id} · PathFLIP viewer`;
   $("slide-name").textContent = id;
   $("slide-facts").textContent = "";
@@ -384,8 +384,27 @@ function start() {
   $("stage").addEventListener("pointerleave", () => ($("hover").hidden = true));
   document.addEventListener("keydown", pressed);
   drawList();
-  const wanted = decodeURIComponent(location.hash.slice(1));
-  open(Math.max(page.slides.findIndex(({ id }) => id === wanted), 0));
+  globalThis.addEventListener("hashchange", () => {
+    const number = linkedSlide();
+    if (number >= 0 && number !== state.number) open(number);
+  });
+  const [number, wanted] = [linkedSlide(), location.hash.slice(1)];
+  open(Math.max(number, 0));
+  if (number < 0 && wanted) tell(`No slide here is called “${wanted}”`, "warning");
+}
+
+/** The slide that the address names behind its #, -1 for none. A "%" that nobody encoded stands for itself. */
+function linkedSlide() {
+  const written = location.hash.slice(1);
+  const read = written.replace(/(%[0-9a-f]{2})+/gi, (part) => {
+    try {
+      return decodeURIComponent(part);
+    } catch {
+      return part;
+    }
+  });
+  const find = (name) => page.slides.findIndex(({ id }) => id === name);
+  return find(read) < 0 ? find(written) : find(read);
 }
 
 function changedOpacity({ value }) {
