@@ -134,7 +134,7 @@ def _devices() -> Iterator[Finding]:
     if devices[0].platform != "cpu":
         yield _utilisation(devices[0].device_kind)
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
-        yield Finding("gpu", "there is a GPU that jax does not see", "fault", "`pip install pathflip-jax[gpu]`")
+        yield Finding("gpu", "there is a GPU, but JAX does not use it", "fault", "`pip install pathflip-jax[gpu]`")
 
 
 def _utilisation(kind: str) -> Finding:
@@ -143,7 +143,7 @@ def _utilisation(kind: str) -> Finding:
     if kind in PEAK_BFLOAT16:
         return Finding("utilisation", f"of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 on each {kind}", "ok")
     cure = "add its peak bfloat16 FLOP/s to PEAK_BFLOAT16 in pathflip_jax/telemetry.py"
-    return Finding("utilisation", f"MFU is not reported: no peak FLOP/s on record for {kind}", "note", cure)
+    return Finding("utilisation", f"not reported in training: no peak FLOP/s on record for {kind}", "note", cure)
 
 
 def _launcher() -> Iterator[Finding]:
@@ -153,7 +153,7 @@ def _launcher() -> Iterator[Finding]:
     try:
         launch = find_launch()
     except ValueError as error:
-        yield Finding("launcher", str(error), "fault", f"or set {SWITCH}=0 to train in one process")
+        yield Finding("launcher", str(error), "fault", f"correct that, or set {SWITCH}=0 to train in one process")
         return
     if launch is None:
         yield Finding("launcher", "none: one process trains alone", "ok")
@@ -163,7 +163,7 @@ def _launcher() -> Iterator[Finding]:
 
 def _room() -> Iterator[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cure = f"training wants {LITTLE_MEMORY_GB} GB: use a smaller batch" if memory < LITTLE_MEMORY_GB else ""
+    cure = f"training needs about {LITTLE_MEMORY_GB} GB: use a smaller batch" if memory < LITTLE_MEMORY_GB else ""
     yield Finding("memory", f"{memory:.0f} GB, {os.cpu_count()} cores", "note" if cure else "ok", cure)
     free = shutil.disk_usage(".").free / 2**30
     cure = "records and checkpoints need room: free some, or work elsewhere" if free < LITTLE_DISK_GB else ""
@@ -177,11 +177,11 @@ def _reader() -> Iterator[Finding]:
     try:
         guarded.parse("pathflip_jax.data.slide_pixels:detect", Path(__file__))
     except (ValueError, OSError, ImportError) as error:
-        cure = "feature files and slides are parsed in a process of their own: let this one start Python"
+        cure = "feature files and slides are parsed in a process of their own: this user must be able to start Python"
         yield Finding("file reader", str(error), "fault", cure)
         return
     limits = "memory and time" if Path("/proc/self/statm").exists() else "time; this system does not limit memory"
-    yield Finding("file reader", f"a process of its own, limits on {limits}", "ok")
+    yield Finding("file reader", f"runs in its own process, with limits on {limits}", "ok")
 
 
 def _offline() -> Iterator[Finding]:
@@ -204,7 +204,9 @@ def _offline() -> Iterator[Finding]:
 def _launchers() -> Iterator[Finding]:
     found = [f"launch/{script} ({program})" for program, script in LAUNCHERS.items() if shutil.which(program)]
     cure = "" if found else f"to start runs elsewhere, install one of {', '.join(LAUNCHERS)}"
-    yield Finding("launch scripts", ", ".join(found) or "none can run here", "ok" if found else "note", cure)
+    yield Finding(
+        "launch scripts", ", ".join(found) or "their programs are not installed here", "ok" if found else "note", cure
+    )
 
 
 def _config(name: str) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
 from pathflip_jax.findings import Finding, guarded, logged_warnings
 
-MOST_UNKNOWN = 0.2  # of a text's pieces: beyond this a vocabulary is of another language, or of other letters
+MOST_UNKNOWN = 0.2  # of the pieces of texts: beyond this a vocabulary is of another language
 
 
 class Seen(NamedTuple):
@@ -200,6 +200,5 @@ def _tokenizer(folder: Place, texts: Sequence[SlideText] | None) -> Iterator[Fin
 
 def unknown_share(tokenizer: TextTokenizer, texts: Sequence[str]) -> float:
     """The share of [UNK] among the pieces of texts; 0 where there are none."""
-    unknown = tokenizer.ids(["[UNK]"])[0]
     pieces = np.concatenate([np.zeros(0, np.int32), *tokenizer.ids(texts)])
-    return float(np.isin(pieces, unknown[:1]).mean()) if len(pieces) else 0.0
+    return float((pieces == tokenizer.unk_id).mean()) if len(pieces) else 0.0

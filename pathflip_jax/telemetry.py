@@ -223,7 +223,7 @@ class Telemetry:
         """What utilisation is counted against, or why there is none."""
         if self.peak:
             return f"utilisation is of {self.peak.rate / 1e12:.3g} TFLOP/s: {self.peak.source}"
-        return f"no utilisation: nobody knows what {jax.local_devices()[0].device_kind} can do at most"
+        return f"utilisation not reported: no peak FLOP/s on record for {jax.local_devices()[0].device_kind}"
 
     def __enter__(self):
         self._compilations.__enter__()

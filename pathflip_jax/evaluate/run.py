@@ -94,7 +94,7 @@ def evaluate(
     if (grounding is None) != (outlines is None):
         raise ValueError("grounding needs both the texts of the concepts and the folder of their true outlines")
     if lesions is not None and grounding is None:
-        raise ValueError(f"lesions of {lesions!r} are detected by grounding: give the texts of concepts and outlines")
+        raise ValueError(f"lesions of {lesions!r} are scored by grounding: give texts of concepts and outlines too")
     if clear is not None and not 0 <= clear < 0.5:
         raise ValueError(f"clear {clear}: expected a share of a patch's area, at least 0 and below 0.5")
     if all(given is None for given in (texts, region_texts, prompts, shots, grounding, questions)):
@@ -108,14 +108,14 @@ def evaluate(
         aligned = (language, prompts, grounding, region_texts, shots)
         if len(runs) > 1 or others or any(given is not None for given in aligned):
             raise ValueError(
-                f"{runs[0]}: a run of the language stage is scored by itself, with texts and questions; put it "
-                "beside an alignment run by language (--language)"
+                f"{runs[0]}: a run of the language stage, which texts and questions alone can score; beside "
+                "an alignment run, name that one first and this one as --language"
             )
         language, runs = runs[0], []
     if language is None and (questions is not None or phrasings is not None):
         raise ValueError("questions and concepts of captions are for a language stage: name its run (--language)")
     if others and len(others) != len(runs):
-        raise ValueError(f"{len(runs)} runs cannot be paired with {len(others)} runs to compare to")
+        raise ValueError(f"{len(runs)} runs cannot be paired with {len(others)} to compare to: give as many of both")
     cohort = read_cohort(records, slides, split, strict)
     tasks = Tasks(
         pairs=read_pairs(texts, cohort) if texts is not None and runs else None,

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pathflip_jax.viewer.proxy import DIRECT, Proxy
 
 SHORTEST_TOKEN = 16
-WANTS_TOKEN = "This viewer wants its token: open the address that it printed when it started (?token= is its end).\n"
+WANTS_TOKEN = "This viewer needs its token: open the address that `pathflip serve` printed, which ends in ?token=...\n"
 # The name is not repeated: whoever sent it chose it.
 WRONG_NAME = (
     "This viewer does not answer to the name in this address. If it is meant to, start it with that name (pathflip "
@@ -59,7 +59,7 @@ def choose_token(host: str, given: str | None) -> str:
         return "" if is_local(host) else secrets.token_urlsafe(24)
     if len(given) < SHORTEST_TOKEN or not given.isascii():
         raise ValueError(
-            f"--token of {len(given)} characters: expected {SHORTEST_TOKEN} or more of ASCII, not to guess"
+            f"--token has {len(given)} characters: expected {SHORTEST_TOKEN} or more, all ASCII, that nobody can guess"
         )
     return given
 

@@ -56,9 +56,11 @@ class Grounder:
         text, negative = text.strip(), tuple(x.strip() for x in negative)
         for given in (text, *negative):
             if not given or len(given) > LONGEST_TEXT:
-                raise ValueError(f"a text of {len(given)} characters; write what to look for, in 1 to {LONGEST_TEXT}")
+                raise ValueError(
+                    f"a text of {len(given)} characters: write what to look for in 1 to {LONGEST_TEXT} characters"
+                )
         if len(negative) > MOST_NEGATIVE:
-            raise ValueError(f"{len(negative)} negative texts, expected up to {MOST_NEGATIVE}")
+            raise ValueError(f"{len(negative)} negative texts: give at most {MOST_NEGATIVE}")
 
         def make() -> Layer:
             grounding = self._score(self.prepared(slide), (text,), negative)

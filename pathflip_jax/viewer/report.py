@@ -40,7 +40,7 @@ def report(
     """
     check_out(out)
     if len(set(texts)) < len(texts):
-        raise ValueError("--texts: a text stands there twice; give each once")
+        raise ValueError("--texts: the same text is given twice; give each once")
     slides = list_slides(slides_dir, records=records, features=features, only=slide_ids)
     slides = [slide for slide in slides if slide.features is not None]
     predictor = load(run)

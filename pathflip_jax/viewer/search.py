@@ -84,8 +84,8 @@ def read_slide_embeddings(
     table, claim = open_embeddings(path)
     if claim.get("checkpoint_hash") != checkpoint_hash(predictor):
         raise ValueError(
-            f"{path}: embeddings of another run ({claim.get('checkpoint') or 'unnamed'}) than {predictor.name}; write "
-            f"them with `pathflip embed RECORDS --checkpoint {predictor.name}`, or leave --embeddings out"
+            f"{path}: embeddings by another run ({claim.get('checkpoint') or 'unnamed'}), not by {predictor.name}; "
+            f"write them with `pathflip embed RECORDS --checkpoint {predictor.name}`, or leave --embeddings out"
         )
     rows = dict(zip(table["slide_id"].to_pylist(), table["embedding"].to_numpy(), strict=True))
     return {i: rows[slide.slide_id] for i, slide in enumerate(slides) if slide.slide_id in rows}

@@ -160,7 +160,7 @@ async def _body(request: Request) -> dict[str, Any]:
     async for part in request.stream():
         data += part
         if len(data) > LONGEST_BODY:
-            raise ValueError(f"a body of more than {LONGEST_BODY} bytes")
+            raise ValueError(f"the request has more than {LONGEST_BODY} bytes; ask something shorter")
     found = parse_json(data.decode("utf-8")) if data else {}
     if not isinstance(found, dict) or "number" in found:
         raise ValueError("expected a JSON object")

@@ -31,9 +31,11 @@ class Speaker:
     def answer(self, slide: ShownSlide, question: str, before: Sequence[tuple[str, str]] = ()) -> str:
         """An answer about the slide; `before` holds the questions and answers that led to it."""
         if not question.strip() or len(question) > LONGEST_TEXT:
-            raise ValueError(f"a question of {len(question)} characters; write it in 1 to {LONGEST_TEXT}")
+            raise ValueError(f"a question of {len(question)} characters: write 1 to {LONGEST_TEXT}")
         if len(before) > MOST_TURNS:
-            raise ValueError(f"a talk of {len(before)} questions, expected up to {MOST_TURNS}; begin a new one")
+            raise ValueError(
+                f"a conversation of {len(before)} questions, at most {MOST_TURNS}: open the slide again to begin anew"
+            )
         rows = self._embedded(slide)
         asked = self.assistant.prompt(question, rows, [Turn(*turn) for turn in before])
         with self._lock:

@@ -90,7 +90,7 @@ def write_page(
             tiles += count
             texts |= dict.fromkeys(facts.pop("texts"))
         if not shown:
-            raise ValueError(f"{out}: no slide is left to show:\n" + "\n".join(list_failures(failed)))
+            raise ValueError(f"{out}: not one slide could be shown:\n" + "\n".join(list_failures(failed)))
         page = {"live": False, **model, "texts": list(texts), "slides": shown}
         _write_script(partial / MARK, f"globalThis.PATHFLIP = {json.dumps(page)};\n")
         (partial / "page").mkdir()
@@ -107,7 +107,7 @@ def write_page(
 def check_out(out: Path) -> None:
     """Raise ValueError for a place that holds something else than a page."""
     if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
-        raise ValueError(f"{out}: is there and is no page of this command; choose another --out, or take it away")
+        raise ValueError(f"{out} exists and was not written by this command; choose another --out, or remove it")
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -351,7 +351,7 @@ def test_labels_of_other_spelling_are_the_classes_they_mean(setting, monkeypatch
         ({"compare_to": ["a", "b"]}, "1 runs cannot be paired with 2"),
         ({"clear": 0.5}, "clear 0.5: expected a share"),
         ({"lesions": "bone"}, "lesions of 'bone': no such concept; the concepts are fat, necrosis, mucin"),
-        ({"lesions": "fat", "grounding": None, "outlines": None}, "lesions of 'fat' are detected by grounding"),
+        ({"lesions": "fat", "grounding": None, "outlines": None}, "lesions of 'fat' are scored by grounding"),
         ({"lesions": "mucin"}, "no outline of 'mucin' is a lesion of 275 um or more"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ def test_without_the_token_nothing_is_answered(open_client, path):
     wrong = ["", "?token=", "?token=a-token-of-this-viewe", f"?token={TOKEN}x", "?token=%ff%fe", "?token=ä"]
     for query in wrong:
         response = client.get(path + query)
-        assert response.status_code == 401 and "wants its token" in response.text
+        assert response.status_code == 401 and "needs its token" in response.text
     for headers in ({"authorization": "Bearer no"}, {"authorization": f"Basic {TOKEN}"}, {"cookie": "pathflip=x; ;=;"}):
         assert client.get(path, headers=headers).status_code == 401
     assert client.post("/find", json={"text": "fat"}).status_code == 401
@@ -78,7 +78,7 @@ def test_other_addresses_get_a_token():
     first, second = choose_token("0.0.0.0", None), choose_token("0.0.0.0", None)
     assert first != second and len(first) >= 32
     assert choose_token("0.0.0.0", TOKEN) == TOKEN
-    with pytest.raises(ValueError, match="--token of 5 characters: expected 16"):
+    with pytest.raises(ValueError, match="--token has 5 characters: expected 16"):
         choose_token("127.0.0.1", "short")
 
 

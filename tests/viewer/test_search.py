@@ -21,7 +21,7 @@ def test_a_file_of_embeddings_is_taken_for_its_own_run_alone(run_folder, tiny_co
     for number, embedding in found.items():
         np.testing.assert_allclose(embedding, predictor.encode_slide(slides[number].features()).slide, atol=1e-5)
     monkeypatch.setattr(search, "checkpoint_hash", lambda predictor: "of another")
-    with pytest.raises(ValueError, match=r"embeddings of another run \(.*run\) than .*pathflip embed RECORDS"):
+    with pytest.raises(ValueError, match=r"embeddings by another run \(.*run\), not by .*pathflip embed RECORDS"):
         read_slide_embeddings(file, predictor, slides)
 
 

@@ -116,7 +116,7 @@ def test_a_folder_is_written_anew_or_left_alone(command, tmp_path, capsys, monke
     other.mkdir()
     (other / "thesis.doc").write_text("mine")
     assert cli.main([*command[:-3], "--out", str(other)]) == 2
-    assert "is no page of this command" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
     assert (other / "thesis.doc").read_text() == "mine"
 
 
@@ -124,7 +124,7 @@ def test_a_folder_is_written_anew_or_left_alone(command, tmp_path, capsys, monke
     ("change", "message"),
     [
         (["--slide-ids", "S99"], "no slide 'S99' among the 24"),
-        (["--texts", "fat", "fat"], "stands there twice"),
+        (["--texts", "fat", "fat"], "the same text is given twice"),
         (["--texts", " "], "no words"),
         (["--quality", "0"], "--quality 0"),
         (["--most-slides", "0"], "--most-slides"),
