@@ -1,6 +1,7 @@
 """Outlines of tissue in QuPath's GeoJSON, in level-0 pixels, and which patches lie in them."""
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -111,19 +112,21 @@ def _features(path: Path) -> list:
 
 def _simple(geometry) -> Iterator[tuple[str, list | None]]:
     """The simple geometries of one, as (type, coordinates): a collection may hold several, and collections too."""
-    if geometry is None:
-        yield "feature without a geometry", None
-        return
-    kind = geometry["type"]
-    if kind == "GeometryCollection":
-        for part in geometry["geometries"]:
-            yield from _simple(part)
-    elif kind == "MultiPolygon":
-        yield from (("Polygon", part) for part in geometry["coordinates"])
-    elif kind in ("Polygon", *WITHOUT_AREA):
-        yield kind, geometry["coordinates"]
-    else:
-        raise ValueError(f"a geometry of type {kind!r:.80}, expected Polygon, MultiPolygon or GeometryCollection")
+    rest = deque([geometry])
+    while rest:
+        part = rest.popleft()
+        if part is None:
+            yield "feature without a geometry", None
+            continue
+        kind = part["type"]
+        if kind == "GeometryCollection":
+            rest.extendleft(reversed(part["geometries"]))
+        elif kind == "MultiPolygon":
+            yield from (("Polygon", coordinates) for coordinates in part["coordinates"])
+        elif kind in ("Polygon", *WITHOUT_AREA):
+            yield kind, part["coordinates"]
+        else:
+            raise ValueError(f"a geometry of type {kind!r:.80}, expected Polygon, MultiPolygon or GeometryCollection")
 
 
 def _class_name(properties: dict) -> str:

@@ -92,6 +92,13 @@ def test_polygons_are_found_in_collections_and_what_has_no_area_is_named(tmp_pat
     assert outlines.read_annotations(_written(tmp_path, feature([SQUARE.tolist()]))).note() == ""
 
 
+def test_collections_within_collections_have_no_end():
+    whole = {"type": "Polygon", "coordinates": [SQUARE.tolist()]}
+    for _ in range(5000):
+        whole = {"type": "GeometryCollection", "geometries": [whole]}
+    assert [kind for kind, _ in outlines._simple(whole)] == ["Polygon"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
