@@ -8,13 +8,13 @@ row a seed and their mean, and writes them with the machine they came from.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
 from pathlib import Path
 
 from pathflip_jax.demo import SLIDES, run_demo
+from pathflip_jax.limits import processors
 
 # Name in the table -> where it stands in scores.json; each of these is one number.
 FIGURES = {
@@ -64,7 +64,7 @@ def main() -> int:
     rows = {}
     for seed in options.seeds:
         out = options.out / f"seed{seed}"
-        code = run_demo(out, slides=options.slides, seed=seed, workers=os.cpu_count() or 1)
+        code = run_demo(out, slides=options.slides, seed=seed, workers=processors())
         if code:
             return code
         rows[seed] = figures(json.loads((out / "scores.json").read_text()))
@@ -74,7 +74,7 @@ def main() -> int:
     for name in FIGURES:
         print(f"{name:{width}}  " + "  ".join(f"{row[name]:8.3f}" for row in rows.values()) + f"  {mean[name]:.3f}")
     if options.json:
-        machine = {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
+        machine = {"cores": processors(), "processor": platform.machine(), "python": platform.python_version()}
         settings = {"slides": options.slides, "seeds": options.seeds}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         outcome = {"machine": machine, "settings": settings, "seeds": rows, "mean": mean}

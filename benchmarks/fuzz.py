@@ -34,6 +34,8 @@ from typing import NamedTuple
 from machine import describe, largest_child, resident_peak
 from tqdm import tqdm
 
+from pathflip_jax.limits import processors
+
 HANG_SECONDS, MOST_BYTES, CHUNK = 120.0, 2_000_000_000, 40
 PASSED = ("accepted", "refused")
 FAULTS = ("type", "unnamed", "crash", "hang", "memory", "outside", "code")
@@ -292,7 +294,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="broken files in all (default 100000)")
     parser.add_argument("--h5", type=int, default=5_000, help="of them h5 files (default 5000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: cores)")
+    parser.add_argument("--jobs", type=int, default=processors(), help="processes (default: cores)")
     parser.add_argument("--only", metavar="READER", help="one reader alone")
     parser.add_argument("--first", type=int, default=0, help="number of a reader's first input (default 0)")
     parser.add_argument("--json", type=Path, help="file to write")

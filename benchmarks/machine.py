@@ -8,12 +8,15 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pathflip_jax import limits
+
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt (malloc.h)
 
 
 def describe(*packages: str, folder: Path | None = None) -> dict:
-    """Processor, memory, load and versions; with `folder`, the file system it lies on."""
+    """Processor, memory and cores that this process may use, load and versions; with `folder`, its file system."""
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line]
+    memory = limits.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {}
     for name in packages:
         try:
@@ -22,8 +25,8 @@ def describe(*packages: str, folder: Path | None = None) -> dict:
             versions[name] = None
     found = {
         "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cores": limits.processors(),
+        "memory_gb": round(memory / 2**30, 1),
         "load_average": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -15,6 +15,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from pathflip_jax import limits
+
 PRELOADED = "data_prep.jobs"  # imported once by the server that workers are forked from
 
 _number: int | None = None
@@ -30,7 +32,7 @@ def worker_number() -> int:
 
 def cores() -> int:
     """The cores that this process may use: a scheduler often gives it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return limits.processors()
 
 
 class Worker:

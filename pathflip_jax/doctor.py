@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from pathflip_jax import limits
 from pathflip_jax.data.storage import Place
 from pathflip_jax.findings import Finding, guarded
 
@@ -162,9 +163,12 @@ def _launcher() -> Iterator[Finding]:
 
 
 def _room() -> Iterator[Finding]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cure = f"training needs about {LITTLE_MEMORY_GB} GB: use a smaller batch" if memory < LITTLE_MEMORY_GB else ""
-    yield Finding("memory", f"{memory:.0f} GB, {os.cpu_count()} cores", "note" if cure else "ok", cure)
+    memory, cores = limits.memory_limit(), limits.processors()
+    if memory is None:  # not Linux, so the machine's own
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gb = memory / 2**30
+    cure = f"training needs about {LITTLE_MEMORY_GB} GB: use a smaller batch" if gb < LITTLE_MEMORY_GB else ""
+    yield Finding("memory", f"{gb:.3g} GB, {cores} cores for this process", "note" if cure else "ok", cure)
     free = shutil.disk_usage(".").free / 2**30
     cure = "records and checkpoints need room: free some, or work elsewhere" if free < LITTLE_DISK_GB else ""
     yield Finding("disk", f"{free:.0f} GB free here", "note" if cure else "ok", cure)

@@ -5,9 +5,9 @@ cannot fit says so in a second and names settings that would; an allocator says 
 kernel ends the process without a word.
 """
 
-from pathlib import Path
-
 import jax
+
+from pathflip_jax import limits
 
 GIB = 2**30
 
@@ -19,38 +19,14 @@ def needed_bytes(compiled) -> int:
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """What a device has left; on a CPU this device's share of the memory that is left. None where nobody says."""
+    """What a device has left; on a CPU its share of what this process may still take. None where nobody says."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     if device.platform != "cpu":
         return None
-    left = [x for x in (_system_free(), _group_free()) if x is not None]
-    return min(left) // jax.local_device_count() if left else None
-
-
-def _system_free() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-
-
-def _group_free() -> int | None:
-    """What the control group of a container has left: its limit, less what is used and cannot be given back."""
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            most, current = (Path(folder, name).read_text().strip() for name in (limit, used))
-            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if most != "max":
-            return int(most) - int(current) + int(stat.get("inactive_file", 0))  # pages of files are given back
-    return None
+    left = limits.memory_left()
+    return None if left is None else left // jax.local_device_count()
 
 
 def check_step(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pathflip_jax import memory, train
+from pathflip_jax import limits, memory, train
 from pathflip_jax.train import read_metrics
 
 
@@ -22,12 +22,10 @@ def test_the_need_is_what_a_program_keeps_beside_its_arguments():
 
 
 def test_free_memory_of_a_cpu_is_shared_by_its_devices(monkeypatch):
-    monkeypatch.setattr(memory, "_system_free", lambda: 800)
-    monkeypatch.setattr(memory, "_group_free", lambda: 400)  # a container may have less than its machine
+    monkeypatch.setattr(limits, "memory_left", lambda: 400)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     assert memory.free_bytes(jax.local_devices()[0]) == 100
-    monkeypatch.setattr(memory, "_system_free", lambda: None)
-    monkeypatch.setattr(memory, "_group_free", lambda: None)
+    monkeypatch.setattr(limits, "memory_left", lambda: None)
     assert memory.free_bytes(jax.local_devices()[0]) is None
 
 

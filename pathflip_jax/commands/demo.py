@@ -1,11 +1,11 @@
 """`pathflip demo`: the main job on an embedded cohort."""
 
 import argparse
-import os
 from pathlib import Path
 
 from pathflip_jax.commands.options import command
 from pathflip_jax.demo import SLIDES
+from pathflip_jax.limits import processors
 
 
 def add(commands) -> None:
@@ -20,7 +20,7 @@ def add(commands) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything it makes (default demo)")
     parser.add_argument("--slides", type=int, default=SLIDES, help=f"slides of the cohort (default {SLIDES})")
     parser.add_argument("--seed", type=int, default=0, help="seed of cohort and training (default 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=processors(), help="worker processes (default: cores)")
 
 
 def _run(options: argparse.Namespace) -> int:

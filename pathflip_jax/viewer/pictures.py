@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from pathflip_jax.data import guarded
+from pathflip_jax.limits import processors
 from pathflip_jax.viewer.cache import Cache
 
-READERS = max(1, min(4, os.cpu_count() or 1))  # worker processes
+READERS = min(4, processors())  # worker processes
 CACHE_BYTES = 256 * 2**20  # of JPEG tiles
 THUMBNAIL = 256  # pixels
 QUALITY = 82

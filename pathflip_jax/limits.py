@@ -1,0 +1,111 @@
+"""What this process may use of its machine: memory and processors, by its control group and its affinity.
+
+Slurm, systemd and containers give a job less than the machine has, and say so in a control group somewhere above the
+process, seldom at the root: so every group from the process's own up to the root counts, in both versions of the
+kernel's interface. On other systems than Linux the machine itself is the limit.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_SYSTEM = Path("/")
+_HIERARCHY = "sys/fs/cgroup"  # its usual place, for containers whose mounts are not told
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process may use at most; None where nobody says."""
+    limits = [limit for limit, _ in _memory_groups()]
+    total = _meminfo("MemTotal")
+    return min([*limits, *([] if total is None else [total])], default=None)
+
+
+def memory_left() -> int | None:
+    """Bytes that this process may still take; None where nobody says."""
+    left = [max(limit - used, 0) for limit, used in _memory_groups()]
+    available = _meminfo("MemAvailable")
+    return min([*left, *([] if available is None else [available])], default=None)
+
+
+def processors() -> int:
+    """The processors that this process may use, at least 1; a share of one that a quota leaves counts as one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def _memory_groups() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that cannot be given back) of every group above this process that has a limit."""
+    for folder in _groups("memory"):
+        limits = [_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        used = [_number(folder / name) for name in ("memory.current", "memory.usage_in_bytes")]
+        found, counted = [x for x in limits if x is not None], [x for x in used if x is not None]
+        if found and counted:
+            yield min(found), counted[0] - _files_in_memory(folder)
+
+
+def _files_in_memory(folder: Path) -> int:
+    """Bytes of a group's file pages that the kernel gives back as soon as somebody wants them."""
+    stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat") if " " in line)
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
+
+def _quotas() -> Iterator[float]:
+    """Processors' worth of time that each group above this process is given."""
+    for folder in _groups("cpu"):
+        if lines := _lines(folder / "cpu.max"):  # "200000 100000": microseconds of each period, or "max 100000"
+            quota, period = lines[0].split()
+            if quota != "max":
+                yield int(quota) / int(period)
+        quota, period = (_number(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        if quota is not None and quota > 0 and period:
+            yield quota / period
+
+
+def _groups(controller: str) -> list[Path]:
+    """The folders of this process's group and of all above it, in every hierarchy that may limit `controller`."""
+    folders: dict[Path, None] = {}
+    for line in _lines(_SYSTEM / "proc/self/cgroup"):  # "4:memory:/path", in version 2 "0::/path"
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        for root, place in _mounts(controller, controllers):
+            inside = PurePosixPath(path)
+            # A container often sees only a part of the hierarchy, under a path that is told from the whole one's root.
+            inside = inside.relative_to(root if inside.is_relative_to(root) else "/")
+            own = place if ".." in inside.parts else place / inside
+            above = [folder for folder in (own, *own.parents) if folder.is_relative_to(place)]
+            folders |= dict.fromkeys(folder for folder in above if folder.is_dir())
+    return list(folders)
+
+
+def _mounts(controller: str, controllers: str) -> Iterator[tuple[str, Path]]:
+    """(root within the hierarchy, folder) of each mount: of version 1 with `controllers`, of version 2 without."""
+    for line in _lines(_SYSTEM / "proc/self/mountinfo"):
+        mount, _, system = line.partition(" - ")
+        root, place = mount.split()[3:5]
+        kind, _, options = system.split(" ", 2)
+        if kind == ("cgroup" if controllers else "cgroup2") and (not controllers or controller in options.split(",")):
+            yield root, _SYSTEM / place.lstrip("/")
+    names = (controller, controllers) if controllers else ("", "unified")
+    yield from (("/", _SYSTEM / _HIERARCHY / name) for name in names)
+
+
+def _meminfo(name: str) -> int | None:
+    lines = _lines(_SYSTEM / "proc/meminfo")
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of the kernel; None for "max", for a file that is not there or holds something else."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
