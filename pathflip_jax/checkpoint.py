@@ -31,9 +31,16 @@ CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "toke
 
 
 def git_revision() -> str:
-    """The commit that this code stands at, with "+" where files differ from it; "unknown" outside a clone."""
+    """The commit that this code stands at, with "+" where files differ from it; "unknown" outside a clone.
+
+    Installed in the environment of somebody else's clone, the code is none of that clone's files.
+    """
     folder = Path(__file__).parent
     try:
+        ours = ["git", "ls-files", "--full-name", "--error-unmatch", "--", Path(__file__).name]
+        tracked = subprocess.run(ours, cwd=folder, capture_output=True, text=True)
+        if tracked.stdout.strip() != f"{folder.name}/{Path(__file__).name}":
+            return "unknown"
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
         if commit.returncode:
             return "unknown"

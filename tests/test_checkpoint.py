@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import subprocess
 from pathlib import Path
 
 import jax
@@ -31,6 +32,31 @@ pytestmark = [
 def leave_nothing_behind():
     yield
     gc.collect()
+
+
+def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def revision(place):
+        path = tmp_path / place / "pathflip_jax/checkpoint.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        monkeypatch.setattr(checkpoint, "__file__", str(path))
+        return checkpoint.git_revision()
+
+    assert revision("") == "unknown"  # no clone at all
+    git("init", "--quiet")
+    assert revision("") == "unknown"  # a clone that does not hold it
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    head = git("rev-parse", "HEAD")
+    assert revision("") == head
+    assert revision(".venv/lib/site-packages") == "unknown"
+    (tmp_path / "pathflip_jax/checkpoint.py").write_text("# changed")
+    assert revision("") == f"{head}+"
 
 
 CONFIG = PathFLIPConfig(
