@@ -7,6 +7,7 @@ process that failed. `Watchdog` sees to hangs, `end_together` to failures, `_exi
 """
 
 import ctypes
+import errno
 import faulthandler
 import json
 import logging
@@ -18,38 +19,26 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+from pathflip_jax import launchers
+from pathflip_jax.launchers import SWITCH, Launch
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
 FAILED, WRONG_INPUT = 1, 2  # as `pathflip` exits for a fault of ours and for one of its input
-SWITCH = "PATHFLIP_DISTRIBUTED"
+JOIN_SECONDS = 300  # for all processes to be there, from the start of each
 AGREE_SECONDS = 1800  # for the slowest process to come to where all must agree, such as after reading a checkpoint
+NOTICE_SECONDS = 10  # of waiting in silence
 POLL_SECONDS = 1.0
 _ENDED, _PLACE, _AGREED = "pathflip/ended/", "pathflip/place/", "pathflip/agreed/"
-# JAX's own ways to find the other processes, by its names for them; that of Kubernetes asks the cluster, which a lone
-# process in a pod may not, so it is tried on demand alone.
-_CLUSTERS = {"slurm": "Slurm", "ompi": "Open MPI", "gcetpu": "TPU metadata", "gketpu": "TPU variables"}
-_ON_DEMAND = {"": "Kubernetes"}
 # What XLA and its network libraries say when another process is gone, and of nothing that a process did itself.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
 _agreements = 0
 _leaving = None  # the exit code of this process, from when it is settled
 _held = []  # what C calls and keeps no reference to
-
-
-class Launch(NamedTuple):
-    """The processes of a run and who says so; `coordinator` is the address of the first one, None where JAX finds it.
-
-    `method` is what JAX calls the launcher, None where no detection is needed.
-    """
-
-    found_by: str
-    processes: int
-    process: int
-    coordinator: str | None = None
-    method: str | None = None
 
 
 def find_launch(
@@ -58,23 +47,25 @@ def find_launch(
     """The launch that this process is part of; None where it is alone.
 
     Explicit values win. Then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX,
-    which indexed jobs of Kubernetes set) count, then Slurm, Open MPI and TPU pods where they started several processes.
-    PATHFLIP_DISTRIBUTED=0 leaves the process alone whatever it finds, 1 insists on finding others. Raises ValueError
-    for values of which a part is missing, with what to add.
+    which indexed jobs of Kubernetes set) count, then MPI and its like, Slurm and TPU pods where they started several
+    processes. PATHFLIP_DISTRIBUTED=0 leaves the process alone whatever it finds, 1 insists on finding others. Raises
+    ValueError for what is missing or no number, by the name of the option or variable.
     """
-    given = (coordinator, processes, process)
-    if all(value is not None for value in given):
-        return Launch("--coordinator", processes, process, coordinator)
-    if any(value is not None for value in given):
-        raise ValueError(
-            f"--coordinator={coordinator} --num_processes={processes} --process_id={process}: give all three or none"
-        )
+    if (launch := launchers.from_options(coordinator, processes, process)) is not None:
+        return launch
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "0", "1"):
         raise ValueError(f"{SWITCH}={switch}: expected 1 (join the other processes), 0 (stay alone) or nothing")
     if switch == "0":
         return None
-    launch = _from_variables() or _from_open_mpi() or _from_jax(_CLUSTERS | (_ON_DEMAND if switch == "1" else {}))
+    launch = (
+        launchers.from_variables()
+        or launchers.from_counting()
+        or launchers.from_slurm()
+        or launchers.from_jax(on_demand=switch == "1")
+    )
+    if launch is None:
+        launchers.refuse_address_alone()
     if switch == "1" and launch is None:
         raise ValueError(
             f"{SWITCH}=1: neither a TPU pod nor Slurm, Open MPI or Kubernetes started this process; give "
@@ -84,48 +75,6 @@ def find_launch(
     return launch if launch and (launch.processes > 1 or switch == "1") else None
 
 
-def _from_variables() -> Launch | None:
-    address, count = os.environ.get("JAX_COORDINATOR_ADDRESS"), os.environ.get("JAX_NUM_PROCESSES")
-    if not address or not count:
-        return None
-    process = os.environ.get("JAX_PROCESS_ID", os.environ.get("JOB_COMPLETION_INDEX"))
-    if process is None:
-        raise ValueError(
-            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES are set, JAX_PROCESS_ID is not: set it, or start the pods "
-            "as an indexed job, which sets JOB_COMPLETION_INDEX"
-        )
-    if ":" not in address:
-        address += ":" + os.environ.get("JAX_COORDINATOR_PORT", "8476")
-    return Launch("JAX_COORDINATOR_ADDRESS", int(count), int(process), address)
-
-
-def _from_open_mpi() -> Launch | None:
-    """Open MPI 5, which does not say where its first process is, as older ones do to JAX."""
-    count = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
-    if count == 1 or "OMPI_MCA_orte_hnp_uri" in os.environ:
-        return None
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not address:
-        raise ValueError(
-            "Open MPI started this process and does not say where the first one is: add "
-            f"`-x JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun, or `-x {SWITCH}=0` for {count} separate runs"
-        )
-    return Launch("Open MPI", count, int(os.environ["OMPI_COMM_WORLD_RANK"]), address)
-
-
-def _from_jax(names: dict[str, str]) -> Launch | None:
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
-
-    for cluster in ClusterEnv._cluster_types:
-        try:
-            if cluster.name in names and cluster.is_env_present():
-                processes, process = cluster.get_process_count(), cluster.get_process_id()
-                return Launch(names[cluster.name], processes, process, method=cluster.name)
-        except OSError:  # no metadata server: not a TPU of Google's cloud
-            continue
-    return None
-
-
 def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
     """Join the processes of a launch, before the first use of a device; None leaves this one alone.
 
@@ -133,14 +82,10 @@ def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
     many they are and who found them, and from then on it alone writes to stdout and warns.
     """
     if launch is None:
+        if alone := launchers.why_alone():
+            print(f"pathflip: {alone}", file=sys.stderr)
         return
-    if launch.coordinator is None:
-        known = {"cluster_detection_method": launch.method or None}
-    else:  # Slurm and Open MPI may still say which GPU of a host is whose
-        gpu = {"SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys()
-        known = {"coordinator_address": launch.coordinator, "num_processes": launch.processes}
-        known |= {"process_id": launch.process, "cluster_detection_method": None if gpu else "deactivate"}
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **known)
+    _join(launch, heartbeat_seconds)
     if jax.process_count() != launch.processes:
         raise RuntimeError(
             f"{launch.found_by} names {launch.processes} processes, their devices are one process's: the backend "
@@ -154,6 +99,58 @@ def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
         logging.getLogger().setLevel(logging.ERROR)
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)  # network libraries print there from C++
+
+
+def _join(launch: Launch, heartbeat_seconds: int) -> None:
+    """Connect to the other processes. Those that do not come are named, and not waited for without end."""
+    address, devices = launchers.own_address(launch), launchers.local_devices()
+    if address and launch.process == 0:
+        _require_free(launchers.listening_port(address), launchers.port_setting(launch))
+    known = {"coordinator_address": address, "num_processes": launch.processes, "process_id": launch.process}
+    known["cluster_detection_method"] = "deactivate" if launch.method is None else launch.method or None
+    if launch.method is None and not running_in_cloud_tpu_vm:
+        known["local_device_ids"] = devices
+    joined = threading.Event()
+    threading.Thread(target=_wait_for_others, args=(launch, address, joined), name="join", daemon=True).start()
+    try:
+        # JAX would end a process that waits for too long by a core dump, so this one goes before.
+        timeouts = {"initialization_timeout": JOIN_SECONDS + 60, "heartbeat_timeout_seconds": heartbeat_seconds}
+        jax.distributed.initialize(**known, **timeouts)
+    finally:
+        joined.set()
+
+
+def _require_free(port: int, setting: str) -> None:
+    """Raise OSError where another program has the port: JAX would crash, or share it with another run."""
+    for family, every in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+        try:
+            with socket.socket(family) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((every, port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):  # such as a system without IPv6
+                continue
+            raise OSError(
+                f"port {port} of {socket.gethostname()}, where process 0 is to meet the others: {error.strerror}; "
+                f"name another by {setting} (PORT of a launch script)"
+            ) from None
+
+
+def _wait_for_others(launch: Launch, address: str | None, joined: threading.Event) -> None:
+    if joined.wait(NOTICE_SECONDS):
+        return
+    others = f"{launch.processes - 1} other process{'es' if launch.processes > 2 else ''}"
+    awaited = others if launch.process == 0 else "process 0"
+    here = f"pathflip: process {launch.process} of {launch.processes} ({socket.gethostname()}, by {launch.found_by})"
+    place = f" at {address}" if address else ""
+    print(f"{here} waits for {awaited}{place}, {JOIN_SECONDS} s at most", file=sys.stderr, flush=True)
+    if joined.wait(JOIN_SECONDS - NOTICE_SECONDS):
+        return
+    cure = f"start all of them, or set {SWITCH}=0 to train alone"
+    print(f"{here}: {awaited} did not come{place.replace(' at ', ' to ')} in {JOIN_SECONDS} s; {cure}", file=sys.stderr)
+    _exit(TRY_AGAIN)
 
 
 def this_process() -> str:
@@ -174,11 +171,23 @@ def gather(value: Any) -> list:
     client.key_value_set(f"{prefix}{jax.process_index()}", json.dumps(value))
     values = []
     for process in range(jax.process_count()):
-        try:
-            values.append(json.loads(client.blocking_key_value_get(f"{prefix}{process}", AGREE_SECONDS * 1000)))
-        except jax.errors.JaxRuntimeError as error:
-            raise TimeoutError(f"process {process} did not answer {this_process()}: {error}") from None
+        values.append(json.loads(_answer(client, f"{prefix}{process}", process)))
     return values
+
+
+def _answer(client, key: str, process: int) -> str:
+    """What a process says; one that keeps the others waiting is named."""
+    try:
+        return client.blocking_key_value_get(key, NOTICE_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise TimeoutError(f"process {process} did not answer {this_process()}: {error}") from None
+    if jax.process_index() == (process == 0):  # one of those that wait says it
+        print(f"pathflip: waiting for process {process}, {AGREE_SECONDS} s at most", file=sys.stderr, flush=True)
+    try:
+        return client.blocking_key_value_get(key, (AGREE_SECONDS - NOTICE_SECONDS) * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(f"process {process} did not answer {this_process()}: {error}") from None
 
 
 def agree(value: Any) -> Any:

@@ -149,7 +149,8 @@ def _utilisation(kind: str) -> Finding:
 
 def _launcher() -> Iterator[Finding]:
     """Which processes `pathflip train` would join, started as this command was."""
-    from pathflip_jax.distributed import SWITCH, find_launch
+    from pathflip_jax.distributed import find_launch
+    from pathflip_jax.launchers import SWITCH, why_alone
 
     try:
         launch = find_launch()
@@ -157,7 +158,7 @@ def _launcher() -> Iterator[Finding]:
         yield Finding("launcher", str(error), "fault", f"correct that, or set {SWITCH}=0 to train in one process")
         return
     if launch is None:
-        yield Finding("launcher", "none: one process trains alone", "ok")
+        yield Finding("launcher", f"none: {why_alone() or 'one process trains alone'}", "ok")
         return
     yield Finding("launcher", f"process {launch.process} of {launch.processes}, found by {launch.found_by}", "ok")
 

@@ -6,6 +6,7 @@ run that is stopped, killed or moved goes on as if nothing had happened (DESIGN 
 
 import hashlib
 import math
+import os
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ from pathflip_jax.validation import choose_best, place_features
 
 
 class Stopped(Exception):
-    """The run was told to stop (SIGTERM), has saved its state, and goes on when it is started again."""
+    """The run was told to stop (SIGTERM, SIGHUP), has saved its state, and goes on when it is started again."""
 
 
 def train(
@@ -250,15 +251,22 @@ def _begin(training: Training, optimizer, mesh, checkpoints, ledger: goodput.Led
 class StopSignal:
     """Turns SIGTERM into a question that the loop asks after each step; several processes agree on the step.
 
-    In those, JAX itself takes the signal from the moment they join, whichever of them it comes to.
+    In those, JAX itself takes the signal from the moment they join, whichever of them it comes to. SIGHUP, of a
+    terminal that is closed, is passed on as SIGTERM, but for a process that was started to outlive it (nohup).
     """
 
     def __enter__(self):
         self._asked = False
-        self._before = None
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            if jax.process_count() == 1:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._pass_on)
         return self
+
+    def _pass_on(self, *_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _ask(self, *_) -> None:
         self._asked = True
@@ -272,8 +280,8 @@ class StopSignal:
         return self._asked
 
     def __exit__(self, *_) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 def main(argv: list[str]) -> int:
@@ -312,8 +320,8 @@ HELP = f"""Train a model, or go on with a run.
               JAX_PROCESS_ID need no option; PATHFLIP_DISTRIBUTED=0 ignores them, 1 insists on them
 
 configs/align_base.py lists and explains every setting, configs/pathflip2.py those of the follow-up network,
-configs/lm_stage1.py those of the language stage. Exit code 75: stopped by SIGTERM and saved, or a host was lost or
-hung; start it again.
+configs/lm_stage1.py those of the language stage. Exit code 75: stopped by SIGTERM or SIGHUP and saved, or a host was
+lost, hung or did not come in 300 s; start it again.
 
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\

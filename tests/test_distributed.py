@@ -8,22 +8,43 @@ import sys
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from pathflip_jax import distributed
-from pathflip_jax.distributed import Launch, find_launch
+from pathflip_jax import distributed, launchers
+from pathflip_jax.distributed import find_launch
+from pathflip_jax.launchers import Launch
 
 SLURM = {
     "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[07,09]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
+    "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2",
 }  # fmt: skip
+SCRIPT = {"SLURM_JOB_ID": "4097", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # no step of srun
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": "first", "JAX_NUM_PROCESSES": "3", "JOB_COMPLETION_INDEX": "2"}
+THREE = {"JAX_COORDINATOR_ADDRESS": "first:9", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
+LAUNCHERS = (
+    "SLURM_",
+    "OMPI_",
+    "MV2_",
+    "PMI",
+    "FLUX_",
+    "MPI_",
+    "JAX_COORD",
+    "JAX_NUM",
+    "JAX_PROCESS",
+    "JAX_LOCAL",
+    "JOB_",
+)
+OTHERS = ("TPU_", "MEGASCALE_", "PATHFLIP_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+
+
+def without(variables, *names):
+    return {name: value for name, value in variables.items() if name not in names}
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Sets variables; what the machine of the tests has of them does not count."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "JAX_COORD", "JAX_NUM", "JAX_PROCESS", "JOB_", "TPU_", "PATHFLIP_")):
+        if name.startswith(LAUNCHERS + OTHERS):
             monkeypatch.delenv(name)
 
     def set_all(variables):
@@ -38,15 +59,29 @@ def environment(monkeypatch):
     [
         ({}, None),
         (SLURM, Launch("Slurm", 2, 1, method="slurm")),
-        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({name: x for name, x in SLURM.items() if name != "SLURM_STEP_NODELIST"}, None),  # a job, no step of srun
+        (without(SLURM, "SLURM_STEP_NUM_TASKS"), Launch("Slurm", 2, 1, method="slurm")),
+        (SLURM | {"SLURM_NTASKS": "8"}, Launch("Slurm", 2, 1, method="slurm")),  # those of the job
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "gpu07:9"}, Launch("Slurm", 2, 1, "gpu07:9", "slurm")),
+        (SLURM | {"PMI_SIZE": "2", "PMI_RANK": "1"}, Launch("Slurm", 2, 1, method="slurm")),  # srun --mpi=pmi2
+        (without(SLURM, "SLURM_STEP_NUM_TASKS") | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (SCRIPT, None),
+        # The shell of an interactive job keeps the job's number of tasks.
+        (SCRIPT | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_ID": "4294967290"}, None),
         (SLURM | {"PATHFLIP_DISTRIBUTED": "0"}, None),
         (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"},
          Launch("Open MPI", 4, 3, method="ompi")),
         (OPEN_MPI | {"JAX_COORDINATOR_ADDRESS": "first:77"}, Launch("Open MPI", 4, 3, "first:77")),
+        (SLURM | {"PMI_SIZE": "16", "PMI_RANK": "9", "JAX_COORDINATOR_ADDRESS": "first:77"},  # mpiexec in a Slurm job
+         Launch("MPICH or Intel MPI", 16, 9, "first:77")),
+        ({"WORLD_SIZE": "2", "RANK": "1", "JAX_COORDINATOR_ADDRESS": "first:77"}, Launch("torchrun", 2, 1, "first:77")),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
         (VARIABLES, Launch("JAX_COORDINATOR_ADDRESS", 3, 2, "first:8476")),
-        (VARIABLES | {"JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "first:9"},
-         Launch("JAX_COORDINATOR_ADDRESS", 3, 0, "first:9")),
+        (THREE, Launch("JAX_COORDINATOR_ADDRESS", 3, 0, "first:9")),
+        (THREE | {"JAX_COORDINATOR_ADDRESS": "[fe80::1]", "JAX_COORDINATOR_PORT": "77"},
+         Launch("JAX_COORDINATOR_ADDRESS", 3, 0, "[fe80::1]:77")),
+        ({"JAX_COORDINATOR_ADDRESS": "", "JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": ""}, None),
+        ({"JAX_NUM_PROCESSES": "1"}, None),
+        ({"JOB_COMPLETION_INDEX": "2"}, None),  # of many indexed jobs that are none of ours
     ],
 )  # fmt: skip
 def test_the_launcher_is_found_by_its_variables(environment, variables, expected):
@@ -59,6 +94,9 @@ def test_a_tpu_pod_is_found_by_its_variables(environment, monkeypatch):
     environment({"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "2", "TPU_SKIP_MDS_QUERY": "1"})
     environment({"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"})
     assert find_launch() == Launch("TPU variables", 4, 2, method="gketpu")
+    environment({"TPU_WORKER_ID": "second"})
+    with pytest.raises(ValueError, match=r"TPU variables: .*'second'.* in .*TPU_WORKER_ID=second"):
+        find_launch()
 
 
 def test_options_win_over_the_launcher(environment):
@@ -72,18 +110,102 @@ def test_options_win_over_the_launcher(environment):
         ({"PATHFLIP_DISTRIBUTED": "1"}, "PATHFLIP_DISTRIBUTED=1: neither a TPU pod .* give --coordinator"),
         ({"PATHFLIP_DISTRIBUTED": "yes"}, "PATHFLIP_DISTRIBUTED=yes: expected 1 .*, 0 .* or nothing"),
         (OPEN_MPI, "add `-x JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun"),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is not: set it"),
+        (without(OPEN_MPI, "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE=4 without OMPI_COMM_WORLD_RANK"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, r"one of 2 \(PMI_SIZE\) .* set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, r"torchrun started this process as one of 2 \(WORLD_SIZE\)"),
+        (without(THREE, "JAX_PROCESS_ID"), "without JAX_PROCESS_ID: .* JOB_COMPLETION_INDEX"),
+        (without(THREE, "JAX_NUM_PROCESSES"), "and JAX_PROCESS_ID=0 without JAX_NUM_PROCESSES: set all three"),
+        (without(THREE, "JAX_COORDINATOR_ADDRESS"), "without JAX_COORDINATOR_ADDRESS: set all three"),
+        (without(VARIABLES, "JAX_COORDINATOR_ADDRESS"), "JOB_COMPLETION_INDEX=2 without JAX_COORDINATOR_ADDRESS"),
+        (without(VARIABLES, "JAX_NUM_PROCESSES"), "JAX_COORDINATOR_ADDRESS=first without JAX_NUM_PROCESSES and"),
+        ({"JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID=1 without JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
+        (THREE | {"JAX_PROCESS_ID": ""}, "without JAX_PROCESS_ID"),
+        (THREE | {"JAX_NUM_PROCESSES": "three"}, "JAX_NUM_PROCESSES=three: expected a whole number, 1 or more"),
+        (THREE | {"JAX_PROCESS_ID": "3"}, "JAX_PROCESS_ID=3: expected a whole number, 0 to 2, as there are 3"),
+        (THREE | {"JAX_COORDINATOR_ADDRESS": "fe80::1"}, r"JAX_COORDINATOR_ADDRESS=fe80::1: .* or \[fe80::1\]:8476"),
+        (THREE | {"JAX_COORDINATOR_ADDRESS": "http://h"}, "JAX_COORDINATOR_ADDRESS=http://h: expected HOST:PORT"),
+        (THREE | {"JAX_COORDINATOR_ADDRESS": "h:80800"}, "JAX_COORDINATOR_ADDRESS=h:80800: expected HOST:PORT"),
+        (VARIABLES | {"JAX_COORDINATOR_PORT": "any"}, "JAX_COORDINATOR_PORT=any: expected a port"),
+        (SLURM | {"SLURM_PROCID": "one"}, "SLURM_PROCID=one: expected a whole number"),
+        (without(SLURM, "SLURM_STEP_NODELIST"), "SLURM_STEP_NUM_TASKS=2 without SLURM_STEP_NODELIST"),
+        (SCRIPT | {"SLURM_PROCID": "3"}, "SLURM_NTASKS=8 without SLURM_STEP_NODELIST"),
     ],
-)
-def test_what_is_missing_is_named(environment, variables, message):
+)  # fmt: skip
+def test_what_is_missing_or_no_number_is_named(environment, variables, message):
     environment(variables)
     with pytest.raises(ValueError, match=message):
         find_launch()
 
 
-def test_a_part_of_the_options_is_refused():
-    with pytest.raises(ValueError, match="give all three or none"):
-        find_launch("host:1", 2, None)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("host:1", 2, None), "give all three or none"),
+        (("host", 2, 0), "--coordinator=host: expected HOST:PORT"),
+        (("host:1", 0, 0), "--num_processes=0: expected a whole number, 1 or more"),
+        (("host:1", 2, 2), "--process_id=2: expected a whole number, 0 to 1"),
+        (("host:1", 2, -1), "--process_id=-1: expected"),
+    ],
+)
+def test_options_that_are_no_launch_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        find_launch(*options)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (SLURM, [0]),
+        (SCRIPT | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell: several processes of it have one number
+        (OPEN_MPI, [1]),
+        (OPEN_MPI | {"JAX_LOCAL_DEVICE_IDS": "2, 3"}, [2, 3]),
+    ],
+)
+def test_the_launcher_says_which_device_of_a_host_is_whose(environment, variables, expected):
+    environment(variables)
+    assert launchers.local_devices() == expected
+    environment({"JAX_LOCAL_DEVICE_IDS": "0,one"})
+    with pytest.raises(ValueError, match="JAX_LOCAL_DEVICE_IDS=one: expected a whole number"):
+        launchers.local_devices()
+
+
+def test_a_process_outside_of_the_tasks_of_its_job_says_so(environment, capsys):
+    distributed.initialize(None)
+    assert capsys.readouterr().err == ""
+    environment(SCRIPT)
+    distributed.initialize(find_launch())
+    assert "the Slurm job has 8 tasks; srun started none of them here" in capsys.readouterr().err
+
+
+JOIN = """
+import sys
+from pathflip_jax import distributed, launchers
+distributed.NOTICE_SECONDS, distributed.JOIN_SECONDS = 0.2, 1
+distributed.initialize(launchers.Launch("Slurm", 3, int(sys.argv[2]), "localhost:" + sys.argv[1]))
+"""
+
+
+def test_processes_that_do_not_come_are_named_and_not_waited_for_without_end(run_together, free_port):
+    commands = [[sys.executable, "-c", JOIN, str(free_port()), number] for number in "01"]
+    codes, outputs = run_together(commands, [{"JAX_PLATFORMS": "cpu"}] * 2)
+    assert codes == [distributed.TRY_AGAIN] * 2
+    for (_, said), awaited in zip(outputs, ("2 other processes", "process 0"), strict=True):
+        assert f"by Slurm) waits for {awaited} at localhost:" in said
+        assert f"{awaited} did not come to localhost:" in said and "set PATHFLIP_DISTRIBUTED=0" in said
+
+
+def test_a_port_that_another_program_has_is_refused(environment):
+    """JAX ends in a segmentation fault there, or, where the other program is JAX too, shares the port with it."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"port {port} of .*: Address already in use; name another by --coordinator"):
+            distributed.initialize(find_launch(f"localhost:{port}", 2, 0))
+        environment(SLURM | {"SLURM_PROCID": "0", "JAX_COORDINATOR_PORT": str(port)})
+        with pytest.raises(OSError, match=rf"port {port} of .*: .* by JAX_COORDINATOR_PORT"):
+            distributed.initialize(find_launch())
 
 
 def test_a_lone_process_agrees_with_itself():
@@ -131,9 +253,9 @@ def test_the_host_that_came_least_far_is_named(monkeypatch, capsys):
 
 FAILURE = """
 import sys, time
-from pathflip_jax import distributed
+from pathflip_jax import distributed, launchers
 port, process = sys.argv[1:]
-distributed.initialize(distributed.Launch("the test", 3, int(process), "localhost:" + port))
+distributed.initialize(launchers.Launch("the test", 3, int(process), "localhost:" + port))
 with distributed.Watchdog(0) as watchdog:
     distributed.gather("here")
     if process == "1":

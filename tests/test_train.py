@@ -192,6 +192,21 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
     assert (found.starts, found.steps, found.badput["lost_work"]) == (2, 4, 0) and found.badput["down"] > 0
 
 
+def test_a_closed_terminal_stops_a_run_as_sigterm_does():
+    before = signal.getsignal(signal.SIGHUP)
+    with train.StopSignal() as stop:
+        assert not stop.requested(1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested(1)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
+    try:
+        with train.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("where", ["", "device"])
 def test_where_features_lie_changes_nothing_and_the_step_is_compiled_once(
     options, straight, tmp_path, tiny_cohort, where, capsys
