@@ -38,6 +38,51 @@ need() {
     done
 }
 
+# counts, numbers, seconds NAME...: stop where a setting is no whole number of 1 or more, of 0 or more, no length of time.
+counts() { matching '^[1-9][0-9]*$' 'a whole number, 1 or more' "$@"; }
+numbers() { matching '^(0|[1-9][0-9]*)$' 'a whole number, 0 or more' "$@"; }
+seconds() { matching '^[0-9]+([.][0-9]+)?$' 'seconds' "$@"; }
+
+matching() {
+    local name pattern=$1 expected=$2
+    shift 2
+    for name; do
+        [[ ${!name} =~ $pattern ]] || fail "$name=${!name}: expected $expected"
+    done
+}
+
+# words NAME: a setting of several words as the array WORDS. Quotes hold a word together as in a shell; nothing expands.
+# shellcheck disable=SC2034 # for the scripts
+words() {
+    local text=${!1} lines
+    WORDS=()
+    [[ $text =~ [^[:space:]] ]] || return 0
+    lines=$(xargs printf '%s\n' <<< "$text" 2> /dev/null) || fail "$1=$text: a quote is not closed"
+    mapfile -t WORDS <<< "$lines"
+}
+
+# show_settings: what is taken from the environment, on purpose or not, and what stands in the script.
+show_settings() {
+    local name given=() written=()
+    while read -r name; do
+        [[ -n ${!name} ]] || continue
+        if [[ $(declare -p "$name") =~ ^declare\ -[a-z]*x ]]; then given+=("$name=${!name}"); else written+=("$name=${!name}"); fi
+    done < <(sed -n '/^source /q;s/^\([A-Z_]*\)="\${\1.*/\1/p' "$0")
+    [[ ${#given[@]} == 0 ]] || say "from the environment: $(quoted "${given[@]}")"
+    [[ ${#written[@]} == 0 ]] || say "from the top of the script: $(quoted "${written[@]}")"
+}
+
+# forget_places: what another launcher said of its processes would lead these ones astray.
+forget_places() {
+    local name
+    for name in COORDINATOR PROCESSES PROCESS WAIT_FOR JAX_COORDINATOR_ADDRESS JAX_COORDINATOR_BIND_ADDRESS \
+        JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_LOCAL_DEVICE_IDS; do
+        [[ -v $name ]] || continue
+        say "$name=${!name} of the environment is left out: this script places its processes itself"
+        unset "$name"
+    done
+}
+
 # need_training: the options of `pathflip train` must be there; only the launcher names folder and processes.
 need_training() {
     local option
@@ -86,9 +131,43 @@ show_worker() {
     } | sed 's/^/# /'
 }
 
+# launch_id: a name for this launch, which stays the same when it starts its processes again.
+launch_id() { if [[ -n $DRY_RUN ]]; then echo dry-run; else echo "$(uname -n)-$$-$(date +%s)"; fi; }
+
+# step_of FOLDER: how far a run has come: its newest checkpoint, or where these lie elsewhere, its last row of metrics.
+step_of() {
+    local path step=0
+    if [[ -d $1/checkpoints ]]; then
+        for path in "$1"/checkpoints/*; do
+            path=${path##*/}
+            [[ $path =~ ^[0-9]+$ ]] && ((10#$path > step)) && step=$((10#$path))
+        done
+    elif [[ -r $1/metrics.jsonl ]]; then
+        step=$(tail -n 1 "$1/metrics.jsonl" | sed -n 's/.*"step": *\([0-9]\{1,15\}\).*/\1/p')
+    fi
+    echo "${step:-0}"
+}
+
+# count_start FOLDER PROCESS: note that a process of this LAUNCH_ID starts on the run; stop for good where MAX_STARTS
+# starts have brought it no further: what ends a run at one step each time is not cured by another start.
+count_start() {
+    local file=$1/starts/$2 step count=0 id most
+    [[ -n $LAUNCH_ID && $MAX_STARTS != 0 && -z $DRY_RUN ]] || return 0
+    step=$(step_of "$1")
+    if [[ -r $file ]] && read -r id most count < "$file" && [[ $id == "$LAUNCH_ID" && $step -le $most ]]; then
+        step=$most
+    else
+        count=0
+    fi
+    ((count < MAX_STARTS)) ||
+        fail "$count starts, and $1 is still at step $step: giving up. Look for why they ended, then launch it anew; MAX_STARTS is how many may be in vain"
+    { mkdir -p "$1/starts" && echo "$LAUNCH_ID $step $((count + 1))" > "$file"; } 2> /dev/null ||
+        say "$file cannot be written: starts in vain are not counted"
+}
+
 # keep_running COMMAND...: run it until it is done, and return its last exit code. What stopped after saving starts
-# again as often as it takes; anything else that went wrong (a killed process, a lost host) MAX_RESTARTS times, with
-# PAUSE seconds before; wrong input never, and nothing once STOPPING is set.
+# again as long as it comes further (count_start); anything else that went wrong (a killed process, a lost host)
+# MAX_RESTARTS times, with PAUSE seconds before; wrong input never, and nothing once STOPPING is set.
 keep_running() {
     local failures=0 code=$TRY_AGAIN
     while [[ -z ${STOPPING-} ]]; do

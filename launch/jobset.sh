@@ -7,12 +7,13 @@ set -euo pipefail
 #   IMAGE=registry/pathflip:1 NODES=4 DATA=s3://lab/cohort WORKDIR=/share/runs/base SHARED_CLAIM=share \
 #       launch/jobset.sh --config align_base --config.data.records=records ...
 #
-# All pods start again after exit code 75 or a lost node, as often as it takes; after another failure MAX_RESTARTS times;
-# wrong input (exit code 2) ends the JobSet. --dry-run prints the manifest: pipe it into a file to adapt it.
+# All pods start again after exit code 75 or a lost node, as long as the run comes further (MAX_STARTS); after another
+# failure MAX_RESTARTS times; wrong input (exit code 2) ends the JobSet. --dry-run prints the manifest: pipe it into a file to adapt it.
 #
 # Settings, here or in the environment:
 NAME="${NAME:-pathflip}"   # of the JobSet
 NAMESPACE="${NAMESPACE:-default}"
+CONTEXT="${CONTEXT:-}"     # cluster and user of kubectl; empty: its current one
 IMAGE="${IMAGE:-}"         # built from launch/Dockerfile, pushed where the cluster can pull it
 NODES="${NODES:-2}"        # one pod each
 RESOURCE="${RESOURCE:-nvidia.com/gpu}" # or google.com/tpu
@@ -27,6 +28,7 @@ COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty:
 PORT="${PORT:-8476}"       # where the processes meet
 GRACE="${GRACE:-300}"      # seconds to save in, between SIGTERM and the end of a pod
 MAX_RESTARTS="${MAX_RESTARTS:-20}" # after failures; stops and lost nodes are none
+MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -36,6 +38,10 @@ need_training
 [[ $NODES == 1 ]] || ! is_bucket "$WORKDIR" ||
     fail "WORKDIR=$WORKDIR: the pods write one checkpoint together: give a folder under /share and SHARED_CLAIM, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
 [[ $WORKDIR != /share* || -n $SHARED_CLAIM ]] || fail "WORKDIR=$WORKDIR: set SHARED_CLAIM, the volume claim that is /share"
+counts NODES PER_NODE PORT
+numbers GRACE MAX_RESTARTS MAX_STARTS
+words NODE_SELECTOR
+show_settings
 
 # text WORD: as a YAML string.
 text() { printf "'%s'" "${1//\'/\'\'}"; }
@@ -59,7 +65,7 @@ hosts() {
 
 selector() {
     local pair
-    for pair in $NODE_SELECTOR; do printf '                %s: %s\n' "${pair%%=*}" "$(text "${pair#*=}")"; done
+    for pair in "${WORDS[@]}"; do printf '                %s: %s\n' "${pair%%=*}" "$(text "${pair#*=}")"; done
 }
 
 volumes() {
@@ -129,9 +135,11 @@ $(volumes entry)
                   args: [stage]
                   env: &settings
 $(environment "DATA=$DATA" "WORKDIR=$WORKDIR" "LOCAL=$LOCAL" "COMPILATION_CACHE=$COMPILATION_CACHE" \
-    "COORDINATOR=$NAME-worker-0-0.$NAME:$PORT" "PROCESSES=$NODES" "WAIT_FOR=$(hosts | paste -sd' ')")
+    "MAX_STARTS=$MAX_STARTS" "COORDINATOR=$NAME-worker-0-0.$NAME:$PORT" "PROCESSES=$NODES" "WAIT_FOR=$(hosts | paste -sd' ')")
                     - name: PROCESS
                       valueFrom: {fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+                    - name: LAUNCH_ID # of a JobSet, whose pods have others after each start
+                      valueFrom: {fieldRef: {fieldPath: "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
                   volumeMounts: &mounts
 $(volumes mount)
               containers:
@@ -147,11 +155,13 @@ $(arguments "${OPTIONS[@]}")
 YAML
 }
 
+CREATE=(kubectl ${CONTEXT:+--context="$CONTEXT"} create --validate=strict --filename=-)
 if [[ -n $DRY_RUN ]]; then
-    echo "# kubectl create --validate=strict --filename=-"
+    echo "# $(quoted "${CREATE[@]}")"
     manifest
     export DATA WORKDIR LOCAL COMPILATION_CACHE
     show_worker
 else
-    manifest | run kubectl create --validate=strict --filename=-
+    [[ -n $CONTEXT ]] || say "kubectl's current context: $(kubectl config current-context || echo unknown)"
+    manifest | run "${CREATE[@]}"
 fi

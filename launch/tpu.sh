@@ -10,6 +10,7 @@ set -euo pipefail
 #
 # The request is made, waited for, given this clone (its commit, not what is uncommitted), the locked packages and the
 # data, and trains. Preempted, it is deleted and made anew and the run goes on; at the end, or on ctrl-C, it is deleted.
+# A request of this name that is there already is another run's, and is left alone.
 # Keep this script running (tmux) on a machine that stays up, with gcloud logged in.
 #
 # Settings, here or in the environment:
@@ -17,7 +18,7 @@ PROJECT="${PROJECT:-}"   # Google Cloud project
 ZONE="${ZONE:-}"         # zone with this accelerator
 NAME="${NAME:-pathflip}" # of the queued resource and its node
 ACCELERATOR_TYPE="${ACCELERATOR_TYPE:-v5litepod-8}"       # v5litepod-1, -4, -8: one host; v5litepod-16 to -256: a pod slice
-RUNTIME_VERSION="${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}" # v6e: v2-alpha-tpuv6e
+RUNTIME_VERSION="${RUNTIME_VERSION:-}" # empty: the one that Google names for the accelerator
 CREATE_OPTIONS="${CREATE_OPTIONS---spot}" # of gcloud ... queued-resources create; empty: on demand, which costs more
 SCOPES="${SCOPES:-cloud-platform}" # of the hosts' service account: they read DATA and write WORKDIR
 DATA="${DATA:-}"       # gs://... with records/, texts, slide table, tokenizer
@@ -28,6 +29,7 @@ COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty:
 BACKUP_SECONDS="${BACKUP_SECONDS:-300}" # seconds between two copies of the run to WORKDIR=gs://...
 PREPARE="${PREPARE:-}"  # command for every host, before all else, such as: sudo mount -t nfs 10.0.0.2:/share /share
 MAX_RESTARTS="${MAX_RESTARTS:-20}" # after failures; a preemption is none
+MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
 PAUSE="${PAUSE:-60}"   # seconds before starting again after a failure
 POLL="${POLL:-30}"     # seconds between two looks at the request
 
@@ -38,16 +40,32 @@ need PROJECT ZONE DATA WORKDIR
 need_training
 [[ $DATA == gs://* ]] || fail "DATA=$DATA: the hosts read from a bucket, gs://..."
 
+numbers MAX_RESTARTS MAX_STARTS
+seconds PAUSE POLL BACKUP_SECONDS
+words CREATE_OPTIONS
+
 case $ACCELERATOR_TYPE in
-    v5litepod-[148] | v6e-[148]) DISTRIBUTED= ;;
+    v5litepod-[148] | v6e-[148] | v[234]-8 | v5p-8) DISTRIBUTED='' HOSTS="one host" ;;
     *)
-        DISTRIBUTED=1 # JAX finds the hosts by the metadata of the TPU
+        DISTRIBUTED=1 HOSTS="a pod slice of several hosts" # JAX finds them by the metadata of the TPU
         ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts of $ACCELERATOR_TYPE write one checkpoint together: give a folder that PREPARE mounts on all of them, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
         ;;
 esac
+if [[ -z $RUNTIME_VERSION ]]; then
+    case $ACCELERATOR_TYPE in
+        v5litepod-*) RUNTIME_VERSION=v2-alpha-tpuv5-lite ;;
+        v6e-*) RUNTIME_VERSION=v2-alpha-tpuv6e ;;
+        v5p-*) RUNTIME_VERSION=v2-alpha-tpuv5 ;;
+        v[234]-*) RUNTIME_VERSION=tpu-ubuntu2204-base ;;
+        *) fail "RUNTIME_VERSION is empty, and none is known for ACCELERATOR_TYPE=$ACCELERATOR_TYPE: set it" ;;
+    esac
+fi
+show_settings
+say "$ACCELERATOR_TYPE is taken for $HOSTS, with the software $RUNTIME_VERSION"
+LAUNCH_ID=$(launch_id)
 export DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS
 PLACE=(--project="$PROJECT" --zone="$ZONE")
-WORKER="PATHFLIP_DISTRIBUTED=$DISTRIBUTED $(assignments DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS) pathflip/launch/worker.sh"
+WORKER="PATHFLIP_DISTRIBUTED=$DISTRIBUTED $(assignments DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS MAX_STARTS LAUNCH_ID) pathflip/launch/worker.sh"
 PREPARED= # set once the hosts of this request have code and data
 
 # state: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing where there is no such request. A dry run sees it granted.
@@ -60,12 +78,19 @@ state() {
     fi
 }
 
+# require_free: the name must not be that of another run's request, which this script would train on and delete.
+require_free() {
+    local told
+    if told=$(gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" '--format=value(state.state)' 2>&1); then
+        fail "NAME=$NAME: there is a request of this name ($told), perhaps of another run: set another NAME, or delete it: $(quoted gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force)"
+    fi
+    [[ $told == *NOT_FOUND* || $told == *"not found"* ]] || fail "gcloud cannot tell whether there is a request $NAME: $told"
+}
+
 create() {
-    local more
     PREPARED=
-    read -ra more <<< "$CREATE_OPTIONS"
     run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${PLACE[@]}" \
-        --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" --scopes="$SCOPES" "${more[@]}"
+        --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" --scopes="$SCOPES" "${WORDS[@]}"
 }
 
 delete() { run gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force --quiet; }
@@ -75,6 +100,8 @@ on_all_hosts() { run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --work
 # prepare: code, packages and data on every host of the request.
 prepare() {
     local archive="${TMPDIR:-/tmp}/$NAME.tar.gz"
+    [[ -n $DRY_RUN || -z $(git -C "$LAUNCH/.." status --porcelain --untracked-files=no) ]] ||
+        say "the hosts are given the last commit, without the changes since"
     { [[ -z $PREPARE ]] || on_all_hosts "$PREPARE"; } &&
         run git -C "$LAUNCH/.." archive --format=tar.gz --output="$archive" HEAD &&
         run gcloud compute tpus tpu-vm scp "$archive" "$NAME:pathflip.tar.gz" "${PLACE[@]}" --worker=all &&
@@ -84,8 +111,12 @@ prepare() {
 
 # bring_up: until the request is granted and its hosts are prepared.
 bring_up() {
+    local now told=
     while true; do
-        case $(state) in
+        now=$(state)
+        [[ -n $DRY_RUN || $now == "$told" ]] || say "the request $NAME is ${now:-not there}"
+        told=$now
+        case $now in
             ACTIVE) break ;;
             '') create || return ;;
             SUSPENDED) delete || return ;;
@@ -130,6 +161,7 @@ finish() {
 }
 
 exec 3>&1
+[[ -n $DRY_RUN ]] || require_free
 trap finish EXIT
 trap 'exit 130' INT TERM HUP
 [[ -z $DRY_RUN ]] || create # which sees the request as granted

@@ -18,10 +18,15 @@ COORDINATOR="${COORDINATOR:-}" # host:port of process 0, with PROCESSES and PROC
 PROCESSES="${PROCESSES:-}"     # how many processes
 PROCESS="${PROCESS:-}"         # number of this one
 WAIT_FOR="${WAIT_FOR:-}"       # names of hosts that must be known before training starts
+WAIT_SECONDS="${WAIT_SECONDS:-3600}" # for these names: a host gets its own when it has staged
+LAUNCH_ID="${LAUNCH_ID:-}"     # of the launcher, the same when it starts this host again; empty: starts are not counted
+MAX_STARTS="${MAX_STARTS:-5}"  # of one launch at one step; 0: without limit
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_options "$@"
+numbers MAX_STARTS
+seconds WAIT_SECONDS BACKUP_SECONDS
 
 DATA=${DATA%/} WORKDIR=${WORKDIR%/}
 ROOT=${LAUNCH%/launch}
@@ -89,7 +94,8 @@ stage() {
     run mkdir -p "$folder"
     if [[ -z $DRY_RUN ]]; then
         exec 9> "$folder.lock"
-        flock 9 # processes of one host stage one after the other; the second finds it done
+        # Processes of one host stage one after the other; the second finds it done.
+        flock --nonblock 9 || { say "waiting for another process that stages to $folder"; flock 9; }
     fi
     copy_object "$DATA/records/manifest.json" "$folder.manifest" ||
         fail "$DATA/records/manifest.json cannot be read: the records are not finished, or this host may not read them"
@@ -129,6 +135,7 @@ train_with_backup() {
         copy_object - "$WORKDIR/holder" <<< "$(uname -n) $(date +%s.%N)"
         download_whole "$WORKDIR" "$folder"
     fi
+    count_start "$folder" "$(process_name)"
     if [[ -n $DRY_RUN ]]; then
         train_here "$folder" "$@"
         upload "$folder" "$WORKDIR" "$unfinished"
@@ -151,15 +158,28 @@ train_with_backup() {
     return "$code"
 }
 
+process_name() { echo "${PROCESS:-${SLURM_PROCID:-$(uname -n)}}"; }
+
 # wait_for_hosts: names are known once their hosts have staged; the others wait here, not in a connection that times out.
 wait_for_hosts() {
-    local host
+    local host told=
+    SECONDS=0
     for host in $WAIT_FOR; do
         if [[ -n $DRY_RUN ]]; then
             quoted getent hosts "$host"
-        else
-            until getent hosts "$host" > /dev/null; do sleep 1; done
+            continue
         fi
+        until getent hosts "$host" > /dev/null; do
+            ((SECONDS < ${WAIT_SECONDS%.*})) || {
+                say "$host has no address after $WAIT_SECONDS s: it did not start, or still stages"
+                exit "$TRY_AGAIN"
+            }
+            if ((SECONDS >= 10)) && [[ $told != "$host" ]]; then
+                say "waiting for $host, which has no address yet; $WAIT_SECONDS s at most"
+                told=$host
+            fi
+            sleep 1
+        done
     done
 }
 
@@ -173,6 +193,7 @@ case ${OPTIONS[0]-} in
         OPTIONS=("${OPTIONS[@]:1}")
         need DATA WORKDIR
         need_training
+        is_bucket "$WORKDIR" || count_start "$WORKDIR" "$(process_name)"
         wait_for_hosts
         if is_bucket "$WORKDIR"; then
             train_with_backup "${OPTIONS[@]}"

@@ -23,6 +23,7 @@ WORKDIR="${WORKDIR:-}"   # run folder on a storage that all hosts mount (xpk sto
 LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of the hosts
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
 MAX_RESTARTS="${MAX_RESTARTS:-100}" # preemptions and failures together: XPK counts them as one
+MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
 GRACE="${GRACE:-300}"    # seconds to save in, between SIGTERM and the end of a host
 
 # shellcheck source=launch/common.sh
@@ -31,9 +32,12 @@ read_options "$@"
 need PROJECT ZONE CLUSTER IMAGE DATA WORKDIR
 need_training
 ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts write one checkpoint together: give a folder that all of them mount, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
+numbers MAX_RESTARTS MAX_STARTS GRACE
+show_settings
 
+LAUNCH_ID=$(launch_id)
 export DATA WORKDIR LOCAL COMPILATION_CACHE
-SETTINGS=$(assignments DATA WORKDIR LOCAL COMPILATION_CACHE)
+SETTINGS=$(assignments DATA WORKDIR LOCAL COMPILATION_CACHE MAX_STARTS LAUNCH_ID)
 # Exit code 1 is a host that lost the others: XPK starts again after 42 and 127 to 255 by itself, and fails after 2.
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
     --tpu-type="$TPU_TYPE" --num-slices=1 "$CAPACITY" --docker-image="$IMAGE" \

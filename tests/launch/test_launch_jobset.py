@@ -13,13 +13,19 @@ SETTINGS = {
 # Words that YAML would read as something else.
 OPTIONS = ["--config", "align_base", "--config.data.texts=it's: #1 {reports}.jsonl", "yes", "1e3"]
 
+KUBECTL = """
+if argv[:2] == ["config", "current-context"]:
+    sys.exit(print("the lab's cluster"))
+(HERE / "manifest").write_text(sys.stdin.read())
+"""
+
 
 @pytest.fixture
 def manifest(stand_ins):
-    stand_ins.add("kubectl", "(HERE / 'manifest').write_text(sys.stdin.read())")
+    stand_ins.add("kubectl", KUBECTL)
     done = stand_ins.run("jobset.sh", *OPTIONS, **SETTINGS)
     assert done.returncode == 0, done.stderr
-    assert stand_ins.calls() == [["kubectl", "create", "--validate=strict", "--filename=-"]]
+    assert stand_ins.calls()[-1] == ["kubectl", "create", "--validate=strict", "--filename=-"]
     text = (stand_ins.folder / "manifest").read_text()
     printed = stand_ins.run("jobset.sh", "--dry-run", *OPTIONS, **SETTINGS).stdout
     assert text in printed and yaml.safe_load(printed) == yaml.safe_load(text)
@@ -97,6 +103,8 @@ def test_pods_meet_at_the_first_ones_name_once_all_have_staged(manifest, pods):
     assert environment["COORDINATOR"] == f"{names[0]}:8476" and environment["PROCESSES"] == "3"
     assert environment["WAIT_FOR"].split() == names
     (process,) = (row["valueFrom"] for row in train["env"] if row["name"] == "PROCESS")
+    (launch,) = (row["valueFrom"] for row in train["env"] if row["name"] == "LAUNCH_ID")
+    assert launch == {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     assert process == index
 
@@ -108,6 +116,17 @@ def test_what_a_pod_is_given(pods):
     mounts = {row["name"]: row["mountPath"] for row in pod["containers"][0]["volumeMounts"]}
     assert mounts == {"local": "/var/tmp/pathflip", "shm": "/dev/shm", "share": "/share"}
     assert {row["name"] for row in pod["volumes"]} == set(mounts) and pod["terminationGracePeriodSeconds"] == 300
+
+
+def test_the_cluster_is_named_or_told(stand_ins):
+    stand_ins.add("kubectl", KUBECTL)
+    assert "kubectl's current context: the lab's cluster" in stand_ins.run("jobset.sh", *OPTIONS, **SETTINGS).stderr
+    done = stand_ins.run("jobset.sh", *OPTIONS, **SETTINGS, CONTEXT="other")
+    assert "current context" not in done.stderr and stand_ins.calls()[-1][:3] == [
+        "kubectl",
+        "--context=other",
+        "create",
+    ]
 
 
 def test_one_pod_may_keep_its_run_on_a_bucket(stand_ins):

@@ -41,7 +41,14 @@ if end in ("hangs", "waits"):
     time.sleep(60)
 sys.exit(int(end))
 """
+# One that saves a checkpoint, and no other.
+GOES_ON = """
+checkpoints = Path(argv[argv.index("--workdir") + 1]) / "checkpoints"
+(checkpoints / "40").mkdir(parents=True, exist_ok=True)
+sys.exit(75)
+"""
 OPTIONS = ["--config", "demo"]
+JOB = ["job", str(LAUNCH)]  # what sbatch tells the script, which is then the job
 
 
 def wait_until(holds, process, seconds=30):
@@ -90,6 +97,80 @@ def test_one_process_a_gpu_found_by_nvidia_smi(trainer, settings):
     trainer.add("nvidia-smi", "print('NVIDIA-SMI has failed'); sys.exit(9)")
     done = trainer.run("gpus.sh", *OPTIONS, **settings)
     assert done.returncode == 2 and "set GPUS" in done.stderr
+
+
+EIGHT = "print('\\n'.join(f'GPU {i}: H100 (UUID: GPU-{i}a)' for i in range(8)))"
+MIG = """
+print("GPU 0: NVIDIA A100 (UUID: GPU-0a)", "GPU 1: NVIDIA A100 (UUID: GPU-1a)", sep="\\n")
+print(*(f"  MIG 3g.20gb     Device  {i}: (UUID: MIG-3{i})" for i in range(2)), sep="\\n")
+"""
+
+
+def gpus_of(done) -> list[str]:
+    """What a dry run of gpus.sh would run: the variable that gives each process its GPU."""
+    return [line.split()[1] for line in done.stdout.splitlines() if line.endswith("&")]
+
+
+@pytest.mark.parametrize(
+    ("smi", "variables", "gpus"),
+    [
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "2,3"}, ["CUDA_VISIBLE_DEVICES=2", "CUDA_VISIBLE_DEVICES=3"]),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "2, 3,5", "GPUS": "2"}, ["CUDA_VISIBLE_DEVICES=2", "CUDA_VISIBLE_DEVICES=3"]),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "GPU-5a"}, ["CUDA_VISIBLE_DEVICES=GPU-5a"]),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "MIG-GPU-5a/1/0"}, ["CUDA_VISIBLE_DEVICES=MIG-GPU-5a/1/0"]),
+        (EIGHT, {"CUDA_VISIBLE_DEVICES": "6,-1,7", "GPUS": "all"}, ["CUDA_VISIBLE_DEVICES=6"]),
+        (EIGHT, {"GPUS": "all"}, [f"CUDA_VISIBLE_DEVICES={i}" for i in range(8)]),
+        (EIGHT, {"GPUS": "1"}, ["CUDA_VISIBLE_DEVICES=0"]),
+        (MIG, {}, [f"CUDA_VISIBLE_DEVICES={name}" for name in ("0", "MIG-30", "MIG-31")]),
+        ("sys.exit(9)", {"ROCR_VISIBLE_DEVICES": "4,5"}, ["ROCR_VISIBLE_DEVICES=4", "ROCR_VISIBLE_DEVICES=5"]),
+        ("sys.exit(9)", {"GPUS": "2"}, ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"]),
+    ],
+)
+def test_a_process_is_given_one_of_the_gpus_that_may_be_used(trainer, settings, smi, variables, gpus):
+    trainer.add("nvidia-smi", smi)
+    done = trainer.run("gpus.sh", "--dry-run", *OPTIONS, **settings, **variables)
+    assert gpus_of(done) == gpus and f"PROCESSES={len(gpus)} " in done.stdout, done.stderr
+    assert ("a guess" in done.stderr) == (variables == {"GPUS": "2"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES= leaves no GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "", "GPUS": "2"}, "CUDA_VISIBLE_DEVICES= leaves no GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "CUDA_VISIBLE_DEVICES=NoDevFiles leaves no GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "1,1"}, "CUDA_VISIBLE_DEVICES=1,1: 1 is there twice"),
+        ({"CUDA_VISIBLE_DEVICES": "all"}, "CUDA_VISIBLE_DEVICES=all: expected numbers or UUIDs"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "GPUS": "4"}, "GPUS=4: there are 2, 2 3"),
+        ({"GPUS": "9"}, "GPUS=9: there are 8"),
+        *(({"GPUS": text}, f"GPUS={text}: expected a whole number, 1 or more") for text in ("-1", "08", "2 ", "some")),
+    ],
+)
+def test_gpus_that_may_not_be_used_or_are_not_there(trainer, settings, variables, message):
+    trainer.add("nvidia-smi", EIGHT)
+    done = trainer.run("gpus.sh", *OPTIONS, **settings, **variables)
+    assert done.returncode == 2 and message in done.stderr and trainer.calls("pathflip") == []
+
+
+def test_places_of_another_launcher_are_left_out(trainer, settings):
+    elsewhere = {"JAX_COORDINATOR_ADDRESS": "other:1", "JAX_PROCESS_ID": "5", "WAIT_FOR": "other"}
+    done = trainer.run("gpus.sh", *OPTIONS, **settings, GPUS=2, **elsewhere)
+    assert done.returncode == 0 and attempts(trainer) == [["0", "1"]]
+    for name, value in elsewhere.items():
+        assert f"{name}={value} of the environment is left out" in done.stderr
+
+
+def test_starts_that_bring_the_run_no_further_come_to_an_end(trainer, settings):
+    """Whatever made it stop after saving, at one step each time, will do so again."""
+    trainer.plan("ends0", *[75] * 9)
+    done = trainer.run("gpus.sh", *OPTIONS, **settings, GPUS=1, MAX_STARTS=2)
+    assert done.returncode == 2 and len(trainer.calls("pathflip")) == 2
+    assert "2 starts, and " in done.stderr and "is still at step 0: giving up" in done.stderr
+    # Another launch begins to count anew, and so does a run that comes further.
+    trainer.add("pathflip", GOES_ON)
+    done = trainer.run("gpus.sh", *OPTIONS, **settings, GPUS=1, MAX_STARTS=2)
+    assert done.returncode == 2 and "is still at step 40: giving up" in done.stderr
+    assert len(trainer.calls("pathflip")) == 2 + 1 + 2
 
 
 @pytest.mark.parametrize(
@@ -144,7 +225,31 @@ def test_slurm_is_given_the_job(slurm, settings):
     (call,) = slurm.calls()
     assert {"--requeue", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--signal=TERM@300"} <= set(call)
     assert {"--partition=gpu", "--account=lab"} <= set(call)
-    assert Path(call[-3]).name == "slurm.sh" and call[-2:] == OPTIONS
+    assert call[-5:] == [str(LAUNCH / "slurm.sh"), "job", str(LAUNCH), *OPTIONS]
+
+
+def test_options_of_sbatch_keep_their_spaces(slurm, settings):
+    more = {"SBATCH": "--comment='my run' --mail-user=\"a b\"  --qos=x", "NAME": "my run"}
+    assert slurm.run("slurm.sh", *OPTIONS, "--config.note=a b", **settings, **more).returncode == 0
+    (call,) = slurm.calls("sbatch")
+    assert {"--comment=my run", "--mail-user=a b", "--qos=x", "--job-name=my run", "--config.note=a b"} <= set(call)
+    done = slurm.run("slurm.sh", *OPTIONS, **settings, SBATCH="--comment='my run")
+    assert done.returncode == 2 and "SBATCH=--comment='my run: a quote is not closed" in done.stderr
+
+
+def test_a_job_that_the_shell_is_in_is_left_alone(slurm, settings):
+    """Of salloc, of a desktop session: neither trained in nor requeued, and the new job gets none of its variables."""
+    slurm.add("sbatch", "(HERE / 'environment').write_text(' '.join(os.environ))")
+    job = {"SLURM_JOB_ID": 999, "SLURM_NTASKS": 8, "SLURM_CPU_BIND": "cores", "SLURM_CONF": "/etc/slurm.conf"}
+    done = slurm.run("slurm.sh", *OPTIONS, **settings, **job, SBATCH_ACCOUNT="lab")
+    assert done.returncode == 0 and [call[0] for call in slurm.calls()] == ["sbatch"]
+    assert (
+        "this shell is in job 999: that stays as it is" in done.stderr and "SBATCH_ACCOUNT=lab from the" in done.stderr
+    )
+    names = (slurm.folder / "environment").read_text().split()
+    assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"] and "DATA" in names
+    done = slurm.run("slurm.sh", *JOB, *OPTIONS, **settings)
+    assert done.returncode == 2 and "this is no job" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -162,17 +267,26 @@ def test_the_job_is_requeued(slurm, settings, ends, restarts, code, requeued):
     for process in range(2):
         slurm.plan(f"ends{process}", ends[process])
     job = {"SLURM_JOB_ID": 17, "SLURM_RESTART_COUNT": restarts, "NODES": 1, "GPUS": 2}
-    assert slurm.run("slurm.sh", *OPTIONS, **settings, **job).returncode == code
+    assert slurm.run("slurm.sh", *JOB, *OPTIONS, **settings, **job).returncode == code
     stage, train = slurm.calls("srun")
     assert stage[-1] == "stage" and "--ntasks=1" in stage and "--wait=1" in train
     assert len(slurm.calls("pathflip", "train")) == 2
     assert slurm.calls("scontrol") == ([["scontrol", "requeue", "17"]] if requeued else [])
 
 
+def test_a_job_that_comes_no_further_is_not_requeued(slurm, settings):
+    slurm.plan("ends0", *[75] * 9)
+    job = {"SLURM_JOB_ID": 17, "NODES": 1, "GPUS": 1, "MAX_STARTS": 2}
+    for count, code in ((1, 0), (2, 0), (2, 2)):
+        assert slurm.run("slurm.sh", *JOB, *OPTIONS, **settings, **job).returncode == code
+        assert len(slurm.calls("scontrol")) == len(slurm.calls("pathflip")) == count
+    assert slurm.run("slurm.sh", *JOB, *OPTIONS, **settings, **job | {"SLURM_JOB_ID": 18}).returncode == 0
+
+
 def test_a_job_that_cannot_stage_does_not_train(slurm, settings):
     slurm.add("gcloud", "sys.exit(1)")
     job = {"SLURM_JOB_ID": 17, "NODES": 1, "GPUS": 2}
-    slurm.run("slurm.sh", *OPTIONS, **settings | {"DATA": "gs://lab/cohort", "LOCAL": settings["WORKDIR"]}, **job)
+    slurm.run("slurm.sh", *JOB, *OPTIONS, **settings | {"DATA": "gs://lab/cohort", "LOCAL": settings["WORKDIR"]}, **job)
     assert len(slurm.calls("srun")) == 1
 
 
@@ -216,13 +330,13 @@ def test_two_processes_of_a_slurm_job_train_are_requeued_and_go_on(buckets, tmp_
     run = tmp_path / "run"
     settings = {"DATA": "gs://lab/cohort", "LOCAL": tmp_path / "local", "WORKDIR": run, "NODES": 1, "GPUS": 2}
     settings |= QUICK | {"SLURM_JOB_ID": 31}
-    process = buckets.start("slurm.sh", *TRAINING, **settings)
+    process = buckets.start("slurm.sh", *JOB, *TRAINING, **settings)
     wait_until(lambda: read_metrics(run / "metrics.jsonl"), process, 300)
     stop([int(pid) for pid in (buckets.folder / "steps").read_text().split()])
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and buckets.calls("scontrol") == [["scontrol", "requeue", "31"]], err
     assert 0 < len(read_metrics(run / "metrics.jsonl")) < STEPS
-    done = buckets.run("slurm.sh", *TRAINING, **settings, SLURM_RESTART_COUNT=1)
+    done = buckets.run("slurm.sh", *JOB, *TRAINING, **settings, SLURM_RESTART_COUNT=1)
     assert done.returncode == 0 and len(buckets.calls("scontrol")) == 1, done.stderr
     assert "going on from step" in done.stderr and "is staged" in done.stderr
     assert finished(run)

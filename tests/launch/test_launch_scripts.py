@@ -33,7 +33,7 @@ OTHER = {
     "ACCELERATOR_TYPE": "v5litepod-4",
     "NODE_SELECTOR": "pool=a100",
 }
-INSIDE = {"MAX_RESTARTS", "PAUSE", "POLL", "WAIT", "BACKUP_SECONDS"}
+INSIDE = {"MAX_RESTARTS", "MAX_STARTS", "PAUSE", "POLL", "WAIT", "BACKUP_SECONDS"}
 
 
 def settings_of(script: str) -> list[str]:
@@ -71,7 +71,8 @@ def test_dry_run_prints_commands_and_runs_none(script, tools, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     done = tools.run(script, "--dry-run", *OPTIONS, **NEEDED[script], LOCAL=tmp_path / "local")
     assert done.returncode == 0, done.stderr
-    assert tools.calls() == [] and sorted(tmp_path.rglob("*")) == before
+    looked = [call for call in tools.calls() if call == ["nvidia-smi", "--list-gpus"]]
+    assert tools.calls() == looked and sorted({*tmp_path.rglob("*")} - {tools.folder / "calls"}) == before
     # What every host runs is told to the last word, options as they were given.
     words = [shlex.split(line) for line in done.stdout.replace("# ", "").splitlines() if "pathflip train" in line]
     assert len(words) == 1
@@ -102,6 +103,28 @@ def test_an_empty_setting_is_named(script, name, tools):
     done = tools.run(script, *OPTIONS, **NEEDED[script] | {name: ""})
     assert done.returncode == 2 and name in done.stderr and "set" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and tools.calls("gcloud") == tools.calls("sbatch") == []
+
+
+COUNTS = [
+    (script, name)
+    for script in NEEDED
+    for name in settings_of(script)
+    if name in ("NODES", "CPUS", "PER_NODE", "PORT", "MAX_RESTARTS", "MAX_STARTS", "GRACE", "WAIT", "POLL", "NOTICE")
+]
+
+
+@pytest.mark.parametrize(("script", "name"), COUNTS)
+def test_a_word_for_a_number_is_refused_by_name(script, name, tools):
+    done = tools.run(script, *OPTIONS, **NEEDED[script] | {name: "two"})
+    assert done.returncode == 2 and f"{name}=two: expected" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", NEEDED)
+def test_what_the_environment_gave_is_told_apart_from_what_the_script_says(script, tools):
+    said = tools.run(script, "--dry-run", *OPTIONS, **NEEDED[script] | {"LOCAL": "/scratch/a b"}).stderr
+    given, written = (re.search(f"{where}: (.*)", said)[1] for where in ("from the environment", "top of the script"))
+    assert dict(word.split("=", 1) for word in shlex.split(given)) == NEEDED[script] | {"LOCAL": "/scratch/a b"}
+    assert "MAX_STARTS=5" in shlex.split(written) and "DATA" not in written
 
 
 @pytest.mark.parametrize("script", NEEDED)

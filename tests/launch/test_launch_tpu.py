@@ -8,6 +8,9 @@ import time
 import pytest
 
 CLOUD = """
+import fcntl
+lock = open(HERE / "lock", "w")  # the script asks for the state while a connection changes it
+fcntl.flock(lock, fcntl.LOCK_EX)
 state = HERE / "state"
 request, verb = argv[:3] == ["compute", "tpus", "queued-resources"], argv[3]
 if request and verb == "create":
@@ -16,7 +19,7 @@ if request and verb == "create":
     state.write_text("WAITING_FOR_RESOURCES")
 elif request and verb == "describe":
     if not state.exists():
-        sys.exit(1)
+        sys.exit("ERROR: (gcloud) NOT_FOUND: the resource was not found")
     print(state.read_text())
     now = state.read_text()
     grant = next_line("grants", "ACTIVE") if now == "WAITING_FOR_RESOURCES" else now
@@ -30,9 +33,11 @@ elif verb == "ssh" and "worker.sh train" in argv[-1]:
         sys.exit(255)
     if end == "hangs":  # the host is gone, and nobody says so
         state.write_text("SUSPENDED")
+        lock.close()
         time.sleep(60)
     if end == "waits":
         (HERE / "waiting").touch()
+        lock.close()
         time.sleep(60)
     sys.exit(int(end))
 elif verb in ("ssh", "scp"):
@@ -70,7 +75,10 @@ def test_a_run_is_requested_prepared_trained_and_deleted(cloud):
     (request,) = requests(cloud, "create")
     assert "--spot" in request and "--accelerator-type=v5litepod-8" in request
     assert len(preparations(cloud)) == len(trainings(cloud)) == len(requests(cloud, "delete")) == 1
-    assert "--worker=all" in preparations(cloud)[0] and len(cloud.calls("git")) == 1
+    assert (
+        "--worker=all" in preparations(cloud)[0]
+        and len([call for call in cloud.calls("git") if "archive" in call]) == 1
+    )
     # What the host is told is what a shell there reads as the options given here.
     command = trainings(cloud)[0][-1].removeprefix("--command=").replace("pathflip/launch/worker.sh", "printf '%s|'")
     read = subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout
@@ -99,6 +107,34 @@ def test_failures_are_started_again_only_so_often(cloud):
     done = cloud.run("tpu.sh", *OPTIONS, **SETTINGS)
     assert done.returncode == 1 and "giving up" in done.stderr
     assert len(trainings(cloud)) == 3 and not (cloud.folder / "state").exists()
+
+
+def test_a_request_that_is_there_already_is_left_alone(cloud):
+    """It may be another run's: not to be trained on, and not to be deleted at the end."""
+    (cloud.folder / "state").write_text("ACTIVE")
+    done = cloud.run("tpu.sh", *OPTIONS, **SETTINGS)
+    assert done.returncode == 2 and "NAME=pathflip: there is a request of this name (ACTIVE)" in done.stderr
+    assert (cloud.folder / "state").exists() and trainings(cloud) == preparations(cloud) == []
+    cloud.add("gcloud", "sys.exit('ERROR: (gcloud.auth) You do not currently have an active account selected.')")
+    done = cloud.run("tpu.sh", *OPTIONS, **SETTINGS)
+    assert done.returncode == 2 and "cannot tell whether" in done.stderr and "active account" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "told"),
+    [
+        ("v6e-8", "one host, with the software v2-alpha-tpuv6e"),
+        ("v5p-128", "a pod slice of several hosts, with the software v2-alpha-tpuv5"),
+        ("v4-8", "one host, with the software tpu-ubuntu2204-base"),
+        ("v9-8", "RUNTIME_VERSION is empty, and none is known for ACCELERATOR_TYPE=v9-8: set it"),
+    ],
+)
+def test_what_is_taken_for_granted_is_told(cloud, accelerator, told):
+    settings = SETTINGS | {"WORKDIR": "/share/run", "ACCELERATOR_TYPE": accelerator}
+    done = cloud.run("tpu.sh", "--dry-run", *OPTIONS, **settings)
+    assert told in done.stderr and cloud.calls() == []
+    assert done.returncode == (2 if "RUNTIME_VERSION is" in told else 0)
+    assert told.startswith("RUNTIME") or f"--runtime-version={told.rpartition(' ')[2]} " in done.stdout
 
 
 def test_wrong_input_is_not_started_again(cloud):

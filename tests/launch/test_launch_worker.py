@@ -118,6 +118,39 @@ def test_a_process_is_told_of_the_others_and_waits_for_their_names(stand_ins, tm
     assert environment["JAX_COMPILATION_CACHE_DIR"] == "/share/compiled"
 
 
+def test_a_host_that_gets_no_name_is_not_waited_for_without_end(stand_ins, tmp_path):
+    stand_ins.add("pathflip", TRAINER)
+    stand_ins.add("getent", "sys.exit(2)")
+    place = {"COORDINATOR": "a-0.a:8476", "PROCESSES": "2", "PROCESS": "1", "WAIT_FOR": "a-0.a a-1.a"}
+    settings = {"DATA": tmp_path, "WORKDIR": tmp_path / "run", "WAIT_SECONDS": 1}
+    done = stand_ins.run("worker.sh", "train", "--config", "demo", **settings, **place)
+    assert done.returncode == 75 and "a-0.a has no address after 1 s" in done.stderr and not stand_ins.calls("pathflip")
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_starts_of_a_launch_are_counted_until_the_run_comes_further(stand_ins, tmp_path, checkpoints):
+    """By its checkpoints; where these lie elsewhere, by the farthest step in its metrics."""
+    stand_ins.add("pathflip", "sys.exit(75)")
+    run = tmp_path / "run"
+
+    def start(step, **more):
+        run.mkdir(exist_ok=True)
+        if checkpoints:
+            (run / f"checkpoints/{step}").mkdir(parents=True, exist_ok=True)
+            (run / "checkpoints/damaged-99").mkdir(exist_ok=True)
+        else:
+            (run / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.5}}\n{{"step": {step}, "loss": 2.5}}\n')
+        settings = {"DATA": tmp_path, "WORKDIR": run, "LAUNCH_ID": "a", "MAX_STARTS": 2, "PROCESS": 0} | more
+        return stand_ins.run("worker.sh", "train", "--config", "demo", **settings).returncode
+
+    assert [start(8), start(8), start(8)] == [75, 75, 2]
+    assert [start(9), start(9 if checkpoints else 3), start(9)] == [75, 75, 2]  # steps run again bring it no further
+    assert [start(9, LAUNCH_ID="b"), start(9, LAUNCH_ID="b", PROCESS=1), start(9, LAUNCH_ID="", MAX_STARTS=1)] == [
+        75
+    ] * 3
+    assert start(9, MAX_STARTS=0) == 75
+
+
 def test_a_run_on_a_bucket_outlives_its_host(buckets, local):
     buckets.add("pathflip", TRAINER)
     buckets.plan("ends", 75, 0)
