@@ -11,6 +11,7 @@ import numpy as np
 
 from pathflip_jax.convert.checkpoint_files import read_tensors
 from pathflip_jax.convert.names import Name, bert_names, query_copy
+from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.data.tables import parse_json
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
 from pathflip_jax.model.parameters import abstract_params
@@ -75,7 +76,7 @@ def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder}: neither {' nor '.join(WEIGHTS)} in it; download the weights too")
-    tensors = {_current_name(name): tensor for name, tensor in read_tensors(weights).items()}
+    tensors = {_current_name(name): tensor for name, tensor in plain_names(read_tensors(weights), weights).items()}
 
     shapes = abstract_params(config)
     whole = isinstance(config, PathFLIP2Config)

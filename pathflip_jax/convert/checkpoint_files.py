@@ -16,10 +16,9 @@ import numpy as np
 import safetensors
 import yaml
 
-from pathflip_jax.convert.names import is_unused
+from pathflip_jax.convert.weight_sets import RAW, choose_set, containers, same_model, split_sets
 from pathflip_jax.data.tables import parse_json
 
-PREFIXES = ("pathflip_align.", "pathflip_finetune.", "module.", "model.", "_orig_mod.")
 CONTAINERS = ("state_dict", "model", "module")  # Lightning, plain training scripts, DeepSpeed
 DTYPES = {
     "F64": np.float64,
@@ -36,6 +35,13 @@ HPARAMS = "hparams.yaml"
 StateDict = dict[str, np.ndarray]
 
 
+class _Read(NamedTuple):
+    """The tensors of a file by the place that they have in it, the model's own first, and its arguments if any."""
+
+    tensors: dict[str, StateDict]
+    arguments: dict[str, Any]
+
+
 def read_tensors(path: str | Path) -> StateDict:
     """Read every tensor of a .safetensors, .pt, .pth, .ckpt or .bin file, or of a folder; floats come as float32.
 
@@ -43,22 +49,21 @@ def read_tensors(path: str | Path) -> StateDict:
     no tensors, or could only be read by running code in it, and for half a set; ImportError where a format needs torch
     and there is none.
     """
-    return _read(Path(path))[0]
+    return next(iter(_read(Path(path)).tensors.values()))
 
 
-def _read(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Tensors and arguments, the latter where the file holds them."""
+def _read(path: Path) -> _Read:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a checkpoint ({', '.join(SUFFIXES)}) or its folder")
-    return (_read_safetensors(path), {}) if path.suffix == ".safetensors" else _read_torch(path)
+    return _Read({RAW: _read_safetensors(path)}, {}) if path.suffix == ".safetensors" else _read_torch(path)
 
 
-def _read_folder(folder: Path) -> tuple[StateDict, dict[str, Any]]:
+def _read_folder(folder: Path) -> _Read:
     index = next((path for path in sorted(folder.glob("*.index.json"))), None)
     if index is not None:
-        return _read_shards(index), {}
+        return _Read({RAW: _read_shards(index)}, {})
     if (folder / "zero_to_fp32.py").exists() or list(folder.glob("**/*_model_states.pt")):
         raise ValueError(
             f"{folder}: a DeepSpeed checkpoint whose parts are not merged; merge them by the script that DeepSpeed put "
@@ -85,7 +90,7 @@ def _read_shards(index: Path) -> StateDict:
         )
     tensors: StateDict = {}
     for name in names:
-        tensors |= _read(index.parent / name)[0]
+        tensors |= read_tensors(index.parent / name)
     if absent := sorted(set(places) - set(tensors)):
         raise ValueError(
             f"{index}: the shards lack {len(absent)} of its tensors ({', '.join(absent[:3])}); copy them again"
@@ -122,7 +127,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _read_torch(path: Path) -> tuple[StateDict, dict[str, Any]]:
+def _read_torch(path: Path) -> _Read:
     torch = import_torch(path)
     try:
         with torch.serialization.safe_globals([Namespace]):  # Lightning keeps the command line; it is inert
@@ -139,22 +144,35 @@ def _read_torch(path: Path) -> tuple[StateDict, dict[str, Any]]:
     except Exception as error:  # on damaged bytes torch's unpickler fails in any way
         raise ValueError(f"{path}: not a whole PyTorch file ({_first_line(error)}); copy it again") from error
     arguments = _arguments_within(content)
-    for container in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
-            content = content[container]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state_dict (tensors by name)")
-    other = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
+    held = dict(containers(content, torch.is_tensor))
+    place, own = _own_weights(content, held)
+    if not isinstance(own, Mapping) or not own:
+        raise ValueError(f"{path}: holds a {type(own).__name__}, expected a state_dict (tensors by name)")
+    other = [f"{name} ({type(value).__name__})" for name, value in own.items() if not torch.is_tensor(value)]
     if other:
         raise ValueError(
             f"{path}: not a state_dict, since these are no tensors: {', '.join(other)}; save model.state_dict() alone"
         )
+    sets = {place: own} | {label: found for label, found in held.items() if same_model(own, found)}
     tensors = {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
-        for name, tensor in content.items()
+        label: {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
+            for name, tensor in found.items()
+        }
+        for label, found in sets.items()
     }
-    return tensors, arguments
+    return _Read(tensors, arguments)
+
+
+def _own_weights(content: Any, held: Mapping[str, Any]) -> tuple[str, Any]:
+    """Place and content of a file's own state dict: under a usual name, else the largest of those that it holds."""
+    for name in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            return name, content[name]
+    if RAW not in held and held:
+        place = max(held, key=lambda place: len(held[place]))
+        return place, held[place]
+    return RAW, content
 
 
 def _arguments_within(content: Any) -> dict[str, Any]:
@@ -176,30 +194,30 @@ class Checkpoint(NamedTuple):
     arguments: dict[str, Any]
 
 
-def read_checkpoint(path: str | Path) -> StateDict:
+def read_checkpoint(path: str | Path, weights: str = "") -> StateDict:
     """Read a checkpoint of a released model: its `state_dict`, without the prefixes that training code adds."""
-    return open_checkpoint(path).tensors
+    return open_checkpoint(path, weights).tensors
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, weights: str = "") -> Checkpoint:
     """Read a checkpoint with its arguments: a file, a folder that holds one, or the folder of a set of shards.
 
-    Arguments come from the file (Lightning's `hyper_parameters`), else from the hparams.yaml beside it or in the folder
-    above, where Lightning writes it. Raises as `read_tensors`, and ValueError for a file of two models.
+    `weights` names the set of weights where there are several (`weight_sets`). Arguments come from the file
+    (Lightning's `hyper_parameters`), else from the hparams.yaml beside it or in the folder above, where Lightning
+    writes it. Raises as `read_tensors`, and ValueError listing the sets where it is not said which one is meant.
     """
-    tensors, arguments = _read(Path(path))
-    stripped: StateDict = {}
-    origin: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        short = name
-        while prefix := next((prefix for prefix in PREFIXES if short.startswith(prefix)), None):
-            short = short.removeprefix(prefix)
-        if short in stripped and not is_unused(short):
-            raise ValueError(
-                f"{path}: holds two models, {origin[short]} and {name} both stand for {short}; save one of them alone"
-            )
-        stripped[short], origin[short] = tensor, name
-    return Checkpoint(stripped, arguments or _arguments_beside(Path(path)))
+    found = _read(Path(path))
+    sets: dict[str, StateDict] = {}
+    try:
+        for place, tensors in found.tensors.items():
+            for label, names in split_sets(tensors).items():
+                sets[place if label == RAW else label if label not in sets else f"{place}.{label}"] = {
+                    short: tensors[name] for short, name in names.items()
+                }
+        chosen = choose_set(sets, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Checkpoint(dict(chosen), found.arguments or _arguments_beside(Path(path)))
 
 
 def _arguments_beside(path: Path) -> dict[str, Any]:

@@ -183,6 +183,7 @@ PEFT_TEXT_ENCODER = f"{TEXT_ENCODER}base_model.model."
 
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 LANGUAGE_HEAD = "Qformer.cls."
+COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")  # single numbers that weight averaging keeps
 
 
 def is_unused(torch: str) -> bool:
@@ -192,6 +193,8 @@ def is_unused(torch: str) -> bool:
 
 def why_unused(torch: str) -> str | None:
     """Why an entry of a released model is not read; None for one that is a parameter, or unknown."""
+    if torch in COUNTERS:
+        return "a number that weight averaging keeps beside the weights"
     if torch == POSITION_IDS or (torch.startswith(TEXT_ENCODER) and torch.endswith("embeddings.position_ids")):
         return "a buffer: 0, 1, 2, ..."
     if torch.startswith(LANGUAGE_HEAD):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from tokenizers import Tokenizer
 
 from pathflip_jax.checkpoint import write_json
+from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.folders import (
@@ -86,7 +87,7 @@ def load_decoder(
     config = read_decoder_config(folder, compute_dtype=compute_dtype or dtype, remat=remat)
     template, shapes = _abstract(config, lora, dtype)
     places = _places(mesh, shapes)
-    table, tensors = names(config), open_tensors(folder)
+    table, tensors = names(config), plain_names(open_tensors(folder), folder)
     twin = tensors.pop(HEAD, None) if config.tied else None  # some files repeat the embedding as the head
     _check(folder, config, table, shapes, tensors)
     flat = {

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from pathflip_jax.checkpoint import write_json
 from pathflip_jax.convert.checkpoint_files import read_tensors
+from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.folders import local_folder, read_decoder_config, read_object, whole_folder, write_tensors
@@ -154,7 +155,7 @@ def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tupl
     if not (folder / WEIGHTS).is_file():
         cure = "save it with safe_serialization=True" if (folder / "adapter_model.bin").is_file() else "copy it too"
         raise FileNotFoundError(f"{folder}: no {WEIGHTS} in it; {cure}")
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = plain_names(read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     every = {name.torch: name for name in adapter_names(_layers(tensors), tuple(TARGETS))}
     used = {name.path.split("/", 2)[2].partition("/lora/")[0] for torch, name in every.items() if torch in tensors}
     targets = tuple(target for target in TARGETS if TARGETS[target] in used)
