@@ -6,6 +6,7 @@ sizes (masked, hence without effect), and a cohort costs a handful of compilatio
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 
 from pathflip_jax import memory
 from pathflip_jax.buckets import bucket
-from pathflip_jax.checkpoint import load_run
+from pathflip_jax.checkpoint import MODEL, load_run
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.regions import EDGE_UM, Regions, cut_regions
@@ -25,6 +26,8 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
+
+log = logging.getLogger(__name__)
 
 LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -105,10 +108,22 @@ class Predictor:
             self.caption_length = int(data.get("caption_length") or 384)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
+        #: What the run does not say of itself and was assumed: older runs, and weights from elsewhere.
+        self.assumed = tuple(map(str, config.get("assumed") or ())) or self._unsaid(data)
         #: A PathFLIP2 knows no regions: each patch stands where a PathFLIP has one.
         self.patchwise = isinstance(model.config, PathFLIP2Config)
         self.default_method = "cosine" if self.patchwise else maps.DEFAULT_METHOD
         self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
+
+    def _unsaid(self, data: dict) -> tuple[str, ...]:
+        """What the settings of a run do not say, with the values that stand in for it."""
+        lines = [] if "encoder" in data else ["the patch encoder is not known: features of any encoder are taken"]
+        lines += [] if data.get("cut") else [f"regions are cut by {self.cut}"]
+        if self.cut == "grid" and data.get("edge_um") is None and data.get("edge_px") is None:
+            lines.append(f"regions are {self.edge_um:g} um wide")
+        if self.tokenizer is not None and not data.get("caption_length"):
+            lines.append(f"captions of at most {self.caption_length} tokens")
+        return tuple(lines)
 
     def check_features(self, where: str, width: int, encoder: str) -> None:
         """Raise ValueError for features of another width or patch encoder than the run was trained on."""
@@ -406,22 +421,33 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b.T
 
 
-def load(path, which: str | int = "best", *, bert=None, arguments=None) -> Predictor:
+def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
     """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
 
-    `which` is "best" (by validation), "latest" or a step. A file is a checkpoint of the released PyTorch model, and
-    `bert` the folder of the BERT that it was trained with; `arguments` those of the published run, where the file does
-    not hold them.
+    `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, come back as the run
+    that they were. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that
+    it was trained with; `arguments` those of the published run, where the file does not hold them; `weights` names one
+    of several sets of weights in it. What no file says is assumed as the released code has it, and logged.
     """
-    if as_path(path).suffix in WEIGHTS:
-        if bert is None:
-            raise ValueError(f"{path}: PyTorch weights hold no tokenizer; give bert=, the BERT folder of this model")
-        from pathflip_jax.convert.pytorch import load_released
+    if as_path(path).suffix in WEIGHTS or _is_export(path):
+        from pathflip_jax.convert.released import load_released
 
-        found = load_released(path, bert, arguments=arguments)
-        return Predictor(found.model, found.settings, found.tokenizer, name=str(path))
-    model, config, tokenizer = load_run(path, which=which)
-    return Predictor(model, config, tokenizer, name=str(path))
+        found = load_released(path, bert, arguments=arguments, weights=weights)
+        for note in found.notes:
+            log.warning("%s: %s", path, note)
+        model, config, tokenizer = found.model, found.settings, found.tokenizer
+    else:
+        model, config, tokenizer = load_run(path, which=which)
+    predictor = Predictor(model, config, tokenizer, name=str(path))
+    if predictor.assumed:
+        log.warning("%s: assumed, for no file says it: %s", path, "; ".join(predictor.assumed))
+    return predictor
+
+
+def _is_export(path) -> bool:
+    from pathflip_jax.convert.exported import read_exported
+
+    return not is_url(path) and not (as_path(path) / MODEL).exists() and read_exported(path) is not None
 
 
 def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pathflip_jax import cli
-from pathflip_jax.convert import checkpoint_files, pytorch
+from pathflip_jax.convert import checkpoint_files, pytorch, released
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.tokens import TextTokenizer
@@ -177,7 +177,7 @@ def test_published_weights_embed_as_published(published):
         case = dict(archive)
     weights, bert = published / "state_dict.safetensors", published / "bert"
     merged = load(weights, bert=bert, arguments=ARGUMENTS)
-    kept = Predictor(*pytorch.load_released(weights, bert, arguments=ARGUMENTS, keep_lora=True)[:3])
+    kept = Predictor(*released.load_released(weights, bert, arguments=ARGUMENTS, keep_lora=True)[:3])
     assert merged.model.config.text_lora_rank == 0 and kept.model.config.text_lora_rank == 3
     captions = json.loads((GOLDEN / "meta.json").read_text())["captions"]
     for predictor in (merged, kept):
@@ -220,11 +220,11 @@ def test_a_run_without_a_scale_of_slides_converts_too(published):
 def test_a_bert_folder_of_another_model_is_refused(published, tiny_cohort):
     weights = published / "state_dict.safetensors"
     with pytest.raises(ValueError, match="word table has 320 rows"):
-        pytorch.load_released(weights, tiny_cohort.vocabulary, 4, arguments=ARGUMENTS)
+        released.load_released(weights, tiny_cohort.vocabulary, 4, arguments=ARGUMENTS)
     path = published / "bert" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 768}))
     with pytest.raises(ValueError, match="text encoder is 48 wide"):
-        pytorch.load_released(weights, published / "bert", 4, arguments=ARGUMENTS)
+        released.load_released(weights, published / "bert", 4, arguments=ARGUMENTS)
 
 
 def test_weights_go_out_and_in_again(published):

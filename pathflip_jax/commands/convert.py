@@ -12,15 +12,26 @@ def add(commands) -> None:
         commands,
         "convert",
         _run,
-        "turn a PyTorch checkpoint of a released model into a run folder",
+        "turn PyTorch weights (a released model's, or an export of ours) into a run folder",
         "pathflip convert epoch9.ckpt --bert biobert --out runs/released",
         "pathflip convert outputs/pathflip/checkpoint/pytorch_model.bin --bert clinicalbert --out runs/two",
         "pathflip convert finetune.ckpt --bert biobert --decoder Qwen3-0.6B --out runs/language",
     )
     parser.add_argument(
-        "source", type=Path, metavar="CHECKPOINT", help=".ckpt, .pt, .bin, .safetensors, or a folder of shards"
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help=".ckpt, .pt, .bin, .safetensors, a folder of shards, or a folder that `pathflip export` wrote",
     )
-    parser.add_argument("--bert", type=Path, required=True, metavar="FOLDER", help="its BERT folder (the tokenizer)")
+    parser.add_argument(
+        "--bert", type=Path, metavar="FOLDER", help="its BERT folder (the tokenizer); an export has its own"
+    )
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="NAME",
+        help="the set of weights, of a file that holds several (EMA, teacher)",
+    )
     parser.add_argument("--heads", type=int, help="attention heads, where the BERT folder's config.json lacks them")
     parser.add_argument(
         "--hparams", type=Path, metavar="YAML", help="the run's arguments; those beside the checkpoint are found"
@@ -37,8 +48,8 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.convert.checkpoint_files import read_hparams
-    from pathflip_jax.convert.pytorch import convert
     from pathflip_jax.convert.recognise import summary
+    from pathflip_jax.convert.released import convert
 
     if options.decoder is not None:
         from pathflip_jax.convert.finetune import convert_finetune
@@ -54,15 +65,20 @@ def _run(options: argparse.Namespace) -> int:
     arguments = {} if options.hparams is None else read_hparams(options.hparams)
     if options.lora_alpha is not None:
         arguments["lora_alpha"] = options.lora_alpha
-    rows = convert(
+    found = convert(
         options.source,
         options.out,
         heads=options.heads,
         bert_folder=options.bert,
         arguments=arguments,
         keep_lora=options.keep_lora,
+        weights=options.weights,
     )
-    print(summary(rows))
+    print(summary(found.tensors))
+    for note in found.notes:
+        print(f"note: {note}")
+    for line in found.assumed:
+        print(f"assumed: {line}")
     print(
         f"{options.out}: a run folder that `pathflip evaluate` and pathflip_jax.load read; each tensor in tensors.csv"
     )

@@ -19,11 +19,11 @@ from pathflip_jax.convert.pytorch import (
     infer_config,
     new_folder,
     read_bert_heads,
-    require_own_bert,
     to_jax,
     torch_shapes,
 )
 from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
+from pathflip_jax.convert.released import require_own_bert
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.folders import read_decoder_config

@@ -12,7 +12,9 @@ from typing import Any
 
 import jinja2
 
+from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.pytorch import new_folder, to_torch, write_checkpoint
+from pathflip_jax.convert.readmes import caption_length
 from pathflip_jax.data.tables import parse_json
 from pathflip_jax.model.config import PathFLIPConfig
 
@@ -57,36 +59,45 @@ def export_huggingface(
     another run.
     """
     from pathflip_jax.checkpoint import load_run
-    from pathflip_jax.model.parameters import flatten
 
     found = None if scores is None else read_scores(scores, run)
     with new_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
         if not isinstance(model.config, PathFLIPConfig):
             raise ValueError(f"{run}: a PathFLIP2 is exported for PyTorch alone; use --to pytorch")
-        tokenizer.save(part)
-        write_checkpoint(part / "model.safetensors", to_torch(flatten(model), model.config))
-        (part / "config.json").write_text(json.dumps(_config(model.config), indent=2) + "\n", encoding="utf-8")
-        settings_of_tokenizer = _tokenizer_config(part, settings, model.config)
-        (part / "tokenizer_config.json").write_text(json.dumps(settings_of_tokenizer, indent=2) + "\n")
-        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), part / f"{CODE}.py")
+        write_huggingface(part, model, settings, tokenizer)
         (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")
 
 
-def _config(config: PathFLIPConfig) -> dict[str, Any]:
+def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
+    """Fill a folder with what transformers loads: weights, config, tokenizer and the model's code."""
+    from pathflip_jax.model.parameters import flatten
+
+    tokenizer.save(part)
+    write_checkpoint(part / "model.safetensors", to_torch(flatten(model), model.config))
+    _write(part / "config.json", huggingface_config(model.config, settings))
+    _write(part / "tokenizer_config.json", _tokenizer_config(part, settings, model.config))
+    shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), part / f"{CODE}.py")
+
+
+def huggingface_config(config: PathFLIPConfig, settings: dict) -> dict[str, Any]:
+    """The config.json of transformers: its own entries, the model's settings, and what the export says of its run."""
     classes = {"AutoConfig": f"{CODE}.PathFLIPConfig", "AutoModel": f"{CODE}.PathFLIPModel"}
     facts = {"model_type": "pathflip", "architectures": ["PathFLIPModel"], "auto_map": classes, "dtype": "float32"}
-    return facts | config.to_dict()
+    return facts | config.to_dict() | describe_export(config, settings)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenizer_config(folder: Path, settings: dict, config: PathFLIPConfig) -> dict[str, Any]:
     """What AutoTokenizer needs, since the config names no tokenizer that it knows."""
     path = folder / "tokenizer_config.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    length = int(settings.get("data", {}).get("caption_length") or config.max_positions)
     words = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]"}
-    return there | words | named | {"model_max_length": min(length, config.max_positions)}
+    return there | words | named | {"model_max_length": caption_length(config, settings)}
 
 
 def read_scores(folder: str | Path, run: str | Path) -> dict:

@@ -106,6 +106,18 @@ def infer_pathflip2(
     )
 
 
+def assumed_arguments(config: PathFLIP2Config, arguments: Mapping[str, Any]) -> list[str]:
+    """The settings that no tensor tells and the run's arguments do not say: the published defaults."""
+    silent = {name: setting for name, setting in OTHERS.items() if arguments.get(name) is None}
+    silent |= {} if "text_pooling_type" in arguments else {"text_pooling_type": "text_pooling"}
+    head = ("text_region_heads",) if config.region_head == "attention" else ("top_k", "topk_temperature")
+    told = [setting for setting in silent.values() if setting in ("token_heads", "text_pooling", *head)]
+    if not told:
+        return []
+    said = ", ".join(f"{setting} {getattr(config, setting)}" for setting in told)
+    return [f"{said} (the published code's: no arguments of the run say it; --hparams names its hparams.yaml)"]
+
+
 def _count(state: StateDict, pattern: str) -> int:
     return 1 + max((int(match[1]) for match in map(re.compile(pattern).match, state) if match), default=-1)
 

@@ -12,16 +12,17 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pathflip_jax.convert.checkpoint_files import StateDict, import_torch, open_checkpoint
-from pathflip_jax.convert.names import is_unused, names, unused, why_unused
+from pathflip_jax.convert.checkpoint_files import StateDict, import_torch
+from pathflip_jax.convert.exported import describe_export
+from pathflip_jax.convert.names import is_unused, names, unused
 from pathflip_jax.convert.pathflip2 import TOKENS, complete, infer_pathflip2, merge_lora
-from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
+from pathflip_jax.convert.readmes import readme, readme2
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 
@@ -144,12 +145,13 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"{path}: weights are written as .safetensors or .pt")
     temporary = path.with_name(path.name + ".tmp")
     try:
-        if path.suffix == ".safetensors":
-            safetensors.numpy.save_file(dict(state), temporary, metadata={"format": "pt"})
-        else:
-            torch = import_torch(path)
-            torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:  # not by the library, whose files nobody else may read
+            if path.suffix == ".safetensors":
+                file.write(safetensors.numpy.save(dict(state), metadata={"format": "pt"}))
+            else:
+                torch = import_torch(path)
+                torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, file)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -160,91 +162,12 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class Released(NamedTuple):
-    """What becomes of a released checkpoint: model, settings and tokenizer of a run, and of each tensor."""
-
-    model: Any
-    settings: dict
-    tokenizer: Any
-    tensors: list[Tensor]
-
-
-def load_released(
-    source: str | Path,
-    bert_folder: str | Path,
-    heads: int | None = None,
-    config: ModelConfig | None = None,
-    *,
-    arguments: Mapping[str, Any] | None = None,
-    keep_lora: bool = False,
-) -> Released:
-    """A released PyTorch checkpoint of either family, and the BERT folder that it was trained with.
-
-    Without a config it is inferred; BERT's heads are `heads`, else those of the folder's config.json, else one per 64
-    of the hidden width. `arguments` count beside those that the checkpoint comes with (`open_checkpoint`), and win. The
-    LoRA of a PathFLIP2 is merged into its BERT unless `keep_lora`. Regions are cut by `scan`, as the released code cuts
-    them. Raises ValueError when the checkpoint is neither model or the vocabulary is not its own.
-    """
-    from pathflip_jax.data.tokens import TextTokenizer
-    from pathflip_jax.model.parameters import unflatten
-
-    tokenizer = TextTokenizer(bert_folder)
-    try:
-        state, known = open_checkpoint(source)
-        if recognise(state) == "finetune":
-            raise ValueError("of the finetune stage; name its language model too (`pathflip convert --decoder FOLDER`)")
-        if config is None:
-            config = infer_config(state, heads or read_bert_heads(Path(bert_folder)), known | dict(arguments or {}))
-        rows = account(state, torch_shapes(config), why_unused)
-        if isinstance(config, PathFLIP2Config) and config.text_lora_rank and not keep_lora:
-            state = merge_lora(state, config.text_lora_alpha)
-            config = dataclasses.replace(config, text_lora_rank=0)
-        model = unflatten(config, to_jax(state, config))
-    except ValueError as error:
-        raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
-    require_own_bert(source, config, bert_folder, tokenizer)
-    lengths = (512, 512) if isinstance(config, PathFLIP2Config) else (384, 192)
-    data = {"cut": "scan", "caption_length": lengths[0], "subcaption_length": lengths[1]}
-    return Released(model, {"data": data, "converted_from": Path(source).name}, tokenizer, rows)
-
-
-def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path, tokenizer) -> None:
-    """Raise ValueError where the BERT folder is not that of the checkpoint: every word would mean another."""
-    whole = isinstance(config, PathFLIP2Config)
-    words, cure = tokenizer.vocab_size - whole, "give the BERT folder that this checkpoint was trained with"
-    if config.vocab_size != words and not (whole and _bert_setting(folder, "vocab_size") == config.vocab_size):
-        ours = f"{folder} has {words} words{'' if whole else ' with [DEC]'}"
-        raise ValueError(f"{source}: its word table has {config.vocab_size} rows, {ours}; {cure}")
-    width = _bert_setting(folder, "hidden_size")
-    if whole and width not in (None, config.hidden):
-        raise ValueError(f"{source}: its text encoder is {config.hidden} wide, {folder} is a BERT of {width}; {cure}")
-
-
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    bert_folder: str | Path,
-    heads: int | None = None,
-    config: ModelConfig | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    keep_lora: bool = False,
-) -> list[Tensor]:
-    """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
-    from pathflip_jax.checkpoint import save_run
-
-    released = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora)
-    save_run(out, released.model, released.settings, released.tokenizer)
-    write_rows(Path(out) / "tensors.csv", released.tensors)
-    return released.tensors
-
-
 def read_bert_heads(folder: Path) -> int | None:
     """The attention heads that the config.json of a BERT folder names, None without one."""
-    return _bert_setting(folder, "num_attention_heads")
+    return bert_setting(folder, "num_attention_heads")
 
 
-def _bert_setting(folder: str | Path, name: str) -> int | None:
+def bert_setting(folder: str | Path, name: str) -> int | None:
     """What the config.json of a BERT folder says, where there is one."""
     path = Path(folder) / "config.json"
     try:
@@ -260,25 +183,32 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     FileExistsError when there is one with content.
     """
     from pathflip_jax.checkpoint import load_run
-    from pathflip_jax.model.parameters import flatten
 
     with new_folder(out) as part:
-        model, settings, tokenizer = load_run(run, which)
-        config = model.config
-        state = to_torch(flatten(model), config)
-        if isinstance(config, PathFLIP2Config):
-            state = merge_lora(state, config.text_lora_alpha)
-            config = dataclasses.replace(config, text_lora_rank=0)
-        tokenizer.save(part / "bert")
-        _complete_bert_folder(part / "bert", config)
-        write_checkpoint(part / "model.safetensors", state)
-        if pt:
-            write_checkpoint(part / "model.pt", state)
-        (part / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        whole = isinstance(config, PathFLIP2Config)
-        code, readme = ("torch_pathflip2.py", _readme2) if whole else ("torch_model.py", _readme)
-        shutil.copyfile(Path(__file__).with_name(code), part / code)
-        (part / "README.md").write_text(readme(config, settings), encoding="utf-8")
+        write_export(part, *load_run(run, which), pt=pt)
+
+
+def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = False) -> None:
+    """Fill a folder with what `export` says, of a model with the settings and the tokenizer of its run."""
+    from pathflip_jax.model.parameters import flatten
+
+    config, more = model.config, {}
+    state = to_torch(flatten(model), config)
+    if isinstance(config, PathFLIP2Config) and config.text_lora_rank:
+        rank, alpha = config.text_lora_rank, config.text_lora_alpha
+        state = merge_lora(state, alpha)
+        config = dataclasses.replace(config, text_lora_rank=0)
+        more = {"notes": [f"the text encoder's LoRA (rank {rank}, alpha {alpha:g}) was merged into it at export"]}
+    tokenizer.save(part / "bert")
+    _complete_bert_folder(part / "bert", config)
+    write_checkpoint(part / "model.safetensors", state)
+    if pt:
+        write_checkpoint(part / "model.pt", state)
+    about = config.to_dict() | describe_export(config, settings, **more)
+    (part / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    code, page = ("torch_model.py", readme) if isinstance(config, PathFLIPConfig) else ("torch_pathflip2.py", readme2)
+    shutil.copyfile(Path(__file__).with_name(code), part / code)
+    (part / "README.md").write_text(page(config, settings), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -324,63 +254,3 @@ def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
         "pad_token_id": 0,
     }
     (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-
-
-def _readme(config: PathFLIPConfig, settings: dict) -> str:
-    encoder = settings.get("data", {}).get("encoder") or "not recorded"
-    bias = (
-        "\nThis model has a learned bias in its region loss, the entry `logit_bias`. The released class has none and "
-        "refuses the entry; without it every embedding and attention map is the same, only the probabilities of that "
-        "loss are not.\n"
-        if config.logit_bias_init is not None
-        else ""
-    )
-    return f"""# PathFLIP weights for PyTorch
-
-For research use only; not for diagnosis. Patch encoder: {encoder} ({config.feature_dim} numbers a patch). Its licence
-can bind what is trained on it.
-
-`model.safetensors` has the names of the released PyTorch model and loads there with `strict=True`.
-`torch_model.py` (needs torch and safetensors, no JAX) is a plain module for the same weights:
-
-```python
-from transformers import AutoTokenizer
-from torch_model import load
-
-model = load(".")                                  # this folder
-tokenizer = AutoTokenizer.from_pretrained("bert")
-slides = model.encode_slides(patches, patch_mask)  # [B, R, S, {config.feature_dim}], bool [B, R, S]
-ids = tokenizer(texts, padding=True, truncation=True, max_length=384, return_tensors="pt")
-texts = model.encode_texts(ids.input_ids, ids.attention_mask)
-pooled, weights = model.text_region_attention(texts[None].expand(len(slides.slide), -1, -1), *slides[1:3])
-```
-
-Regions are R groups of up to S patches of a slide. Compare slides and texts by the cosine of `slides.slide` and
-`texts`, regions and texts by that of `pooled` and `texts`; `weights` say where in the slide a text was found.
-{bias}"""
-
-
-def _readme2(config: PathFLIP2Config, settings: dict) -> str:
-    encoder = settings.get("data", {}).get("encoder") or "not recorded"
-    return f"""# A PathFLIP2, for PyTorch
-
-`model.safetensors` holds the parameters under the names of the published class, any LoRA of the text encoder merged
-into it; `torch_pathflip2.py` is the model's own code and needs torch, transformers and safetensors; `bert/` is its
-tokenizer.
-
-```python
-from torch_pathflip2 import load
-from transformers import BertTokenizerFast
-
-model, tokenizer = load("."), BertTokenizerFast.from_pretrained("bert")
-slides = model.encode_slides(patches)  # [B, N, {config.feature_dim}]
-ids = tokenizer(captions, padding=True, truncation=True, max_length={config.max_positions}, return_tensors="pt")
-texts = model.encode_texts(ids.input_ids, ids.attention_mask)
-```
-
-Embeddings are not normalised; compare them by cosine. Patch encoder: {encoder}. Texts are pooled by
-`{config.text_pooling}`, regions by `{config.region_head}`.
-
-In the published code: `pathflip_pl(args).model.load_state_dict(load_file("model.safetensors"), strict=False)`, with
-`contrast_loss="siglip"` in its arguments, or the entries `global_logit_scale` and `global_logit_bias` are left over.
-"""

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pathflip_jax.convert import huggingface, pytorch, torch_model  # noqa: E402
+from pathflip_jax.convert import huggingface, released, torch_model  # noqa: E402
 from pathflip_jax.data.tokens import TextTokenizer  # noqa: E402
 from pathflip_jax.model.config import PathFLIPConfig  # noqa: E402
 
@@ -24,7 +24,7 @@ FIGURE = {"value": 0.9, "low": 0.8, "high": 0.95}
 def run(tmp_path_factory) -> Path:
     """The released model of the parity case as a run folder."""
     folder = tmp_path_factory.mktemp("huggingface") / "released"
-    pytorch.convert(BASE / "state_dict.safetensors", folder, bert_folder=BASE / "bert")
+    released.convert(BASE / "state_dict.safetensors", folder, bert_folder=BASE / "bert")
     return folder
 
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from pathflip_jax.checkpoint import load_run
-from pathflip_jax.convert import checkpoint_files, pytorch
+from pathflip_jax.convert import checkpoint_files, pytorch, released
+from pathflip_jax.convert.exported import read_exported
 from pathflip_jax.convert.names import is_unused, names
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
@@ -285,7 +286,7 @@ def test_convert_then_export(torch, tmp_path):
     """A released checkpoint becomes a run, the run an export, and the export loads without JAX."""
     source = save_torch(torch, tmp_path / "epoch9.ckpt", {"state_dict": tensors(torch, prefix="pathflip_align.")})
     run, out = tmp_path / "run", tmp_path / "exported"
-    pytorch.convert(source, run, bert_folder=BASE / "bert")
+    released.convert(source, run, bert_folder=BASE / "bert")
     model, settings, tokenizer = load_run(run)
     assert model.config == CONFIG  # the heads come from the BERT folder
     assert settings["data"]["cut"] == "scan" and tokenizer.vocab_size == 301
@@ -295,12 +296,10 @@ def test_convert_then_export(torch, tmp_path):
     pytorch.export(run, out, pt=True)
     files = {path.name for path in out.iterdir()}
     assert files == {"model.safetensors", "model.pt", "config.json", "bert", "torch_model.py", "README.md"}
-    assert PathFLIPConfig.from_dict(json.loads((out / "config.json").read_text())) == CONFIG
+    assert read_exported(out).config == CONFIG
     bert = json.loads((out / "bert" / "config.json").read_text())
-    released = json.loads((BASE / "bert" / "config.json").read_text())
-    assert {key: bert[key] for key in bert if key in released} == {
-        key: released[key] for key in bert if key in released
-    }
+    theirs = json.loads((BASE / "bert" / "config.json").read_text())
+    assert {key: bert[key] for key in bert if key in theirs} == {key: theirs[key] for key in bert if key in theirs}
     assert (out / "bert" / "vocab.txt").read_text() == (BASE / "bert" / "vocab.txt").read_text()
     # The README's own code, on the released case, in a process where JAX cannot be imported.
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -343,12 +342,12 @@ def test_convert_refuses_what_does_not_belong(tmp_path):
     source = tmp_path / "model.safetensors"
     save_file({name: x for name, x in RELEASED.items() if name != "text_proj.weight"}, source)
     with pytest.raises(ValueError, match=r"(?s)model\.safetensors: not a PathFLIP.*text_proj\.weight: missing"):
-        pytorch.convert(source, tmp_path / "run", bert_folder=BASE / "bert")
+        released.convert(source, tmp_path / "run", bert_folder=BASE / "bert")
     words = (BASE / "bert" / "vocab.txt").read_text()
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text(words + "carcinomatosis\n")
     with pytest.raises(ValueError, match=r"its word table has 301 rows, \S*bert has 302 words"):
-        pytorch.convert(WEIGHTS, tmp_path / "run", bert_folder=tmp_path / "bert", heads=4)
+        released.convert(WEIGHTS, tmp_path / "run", bert_folder=tmp_path / "bert", heads=4)
     assert not (tmp_path / "run").exists()
 
 

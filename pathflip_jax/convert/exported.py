@@ -1,0 +1,114 @@
+"""What an export says of itself, so that its weights come back as the same model with the same settings.
+
+Attention heads, how regions are cut, the patch encoder and the lengths of texts leave no trace in weights. The
+config.json beside exported weights holds them under `SECTION`: the model's settings once more as they were, and the
+run's, of whose files the names go in and never their folders.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from pathflip_jax.data.tables import json_object
+from pathflip_jax.model.config import FAMILIES, ModelConfig
+
+SECTION = "pathflip_jax"
+CONFIG, BERT = "config.json", "bert"
+NAMED = {"data": ("records", "texts", "slides", "tokenizer", "embeddings")}
+PLACES = {"model": ("bert",), "train": ("checkpoints", "wandb_project"), "lm": ("aligner", "decoder", "start")}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+class Exported(NamedTuple):
+    """An export of ours: its config.json, what that says of model and run, its tokenizer, and what it does not say."""
+
+    path: Path
+    config: ModelConfig
+    settings: dict[str, Any]
+    tokenizer: Path | None
+    assumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> Path:
+        """The weights to read where nobody names a file."""
+        single = self.path.parent / "model.safetensors"
+        return single if single.is_file() else self.path.parent
+
+
+def describe_export(config: ModelConfig, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The section of config.json about a model and the settings of its run."""
+    about = {"version": importlib.metadata.version("pathflip-jax"), "family": config.family}
+    return {SECTION: about | {"model": config.to_dict(), "settings": without_places(settings)} | more}
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run for others to read: of its files the names, and nothing of where they lie."""
+    found = {name: dict(part) if isinstance(part, Mapping) else part for name, part in settings.items()}
+    for section, names in NAMED.items():
+        for name in names:
+            if isinstance(value := found.get(section, {}).get(name), str):
+                found[section][name] = ",".join(PurePosixPath(part.strip()).name for part in value.split(","))
+    for section, names in PLACES.items():
+        found |= {section: found[section] | {n: "" for n in names if n in found[section]}} if section in found else {}
+    return found
+
+
+def read_exported(source: str | Path) -> Exported | None:
+    """What the config.json says that an export of ours has in its folder, or beside its weights; None without one.
+
+    Raises ValueError naming the file where it contradicts itself or is of no model known here.
+    """
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    path = folder / CONFIG
+    values = json_object(path, path.read_bytes()) if path.is_file() else {}
+    tokenizer = next(
+        (place for place in (folder / BERT, folder) for name in TOKENIZER_FILES if (place / name).is_file()), None
+    )
+    try:
+        if (about := values.get(SECTION)) is not None:
+            config = _stated(values, about)
+            return Exported(path, config, dict(about["settings"]), tokenizer, notes=tuple(about.get("notes", ())))
+        config = _older(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: {error!s:.600}; export the run again, or restore a copy") from None
+    return None if config is None else Exported(path, config, *_assumed_settings(config, tokenizer))
+
+
+def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
+    """The model of an export's section. ValueError where the rest of config.json says otherwise."""
+    if not isinstance(about, dict) or not all(isinstance(about.get(name), dict) for name in ("model", "settings")):
+        raise ValueError(f'its section "{SECTION}" has no settings of model and run')
+    config = ModelConfig.from_dict(about["model"])
+    clashes = [
+        f"{name} is {values[name]!r} at its top and {value!r} in that section"
+        for name, value in about["model"].items()
+        if name in values and values[name] != value
+    ]
+    if clashes:
+        raise ValueError(f'contradicts its section "{SECTION}": {"; ".join(clashes)}')
+    return config
+
+
+def _older(values: Mapping[str, Any]) -> ModelConfig | None:
+    """The model of an export from before there was a section: every setting of a family, by name."""
+    for name, family in FAMILIES.items():
+        fields = {field.name for field in dataclasses.fields(family)}
+        if fields <= values.keys():
+            return ModelConfig.from_dict({"family": name} | {field: values[field] for field in fields})
+    return None
+
+
+def _assumed_settings(config: ModelConfig, tokenizer: Path | None) -> tuple[dict, Path | None, tuple[str, ...]]:
+    length = 512 if config.family == "pathflip2" else 384
+    data = {"cut": "grid", "edge_um": 2048.0, "caption_length": length}
+    assumed = (
+        "an export of an older version, whose config.json says nothing of the run's data; export the run again where "
+        "you have it",
+        "regions are cut by grid, 2048 um wide",
+        f"captions of at most {length} tokens",
+        "the patch encoder is not known: features of any encoder as wide are taken",
+    )
+    return {"data": data}, tokenizer, assumed

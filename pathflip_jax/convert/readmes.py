@@ -1,0 +1,72 @@
+"""The README.md of a folder that `pathflip export --to pytorch` writes, for either family."""
+
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+
+
+def caption_length(config: ModelConfig, settings: dict) -> int:
+    """The tokens at which the run cut captions, as many as the model has positions where it does not say."""
+    return min(int(settings.get("data", {}).get("caption_length") or config.max_positions), config.max_positions)
+
+
+def readme(config: PathFLIPConfig, settings: dict) -> str:
+    """Of a PathFLIP."""
+    encoder = settings.get("data", {}).get("encoder") or "not recorded"
+    length = caption_length(config, settings)
+    bias = (
+        "\nThis model has a learned bias in its region loss, the entry `logit_bias`. The released class has none and "
+        "refuses the entry; without it every embedding and attention map is the same, only the probabilities of that "
+        "loss are not.\n"
+        if config.logit_bias_init is not None
+        else ""
+    )
+    return f"""# PathFLIP weights for PyTorch
+
+For research use only; not for diagnosis. Patch encoder: {encoder} ({config.feature_dim} numbers a patch). Its licence
+can bind what is trained on it.
+
+`model.safetensors` has the names of the released PyTorch model and loads there with `strict=True`.
+`torch_model.py` (needs torch and safetensors, no JAX) is a plain module for the same weights:
+
+```python
+from transformers import AutoTokenizer
+from torch_model import load
+
+model = load(".")                                  # this folder
+tokenizer = AutoTokenizer.from_pretrained("bert")
+slides = model.encode_slides(patches, patch_mask)  # [B, R, S, {config.feature_dim}], bool [B, R, S]
+ids = tokenizer(texts, padding=True, truncation=True, max_length={length}, return_tensors="pt")
+texts = model.encode_texts(ids.input_ids, ids.attention_mask)
+pooled, weights = model.text_region_attention(texts[None].expand(len(slides.slide), -1, -1), *slides[1:3])
+```
+
+Regions are R groups of up to S patches of a slide. Compare slides and texts by the cosine of `slides.slide` and
+`texts`, regions and texts by that of `pooled` and `texts`; `weights` say where in the slide a text was found.
+{bias}"""
+
+
+def readme2(config: PathFLIP2Config, settings: dict) -> str:
+    """Of a PathFLIP2."""
+    encoder = settings.get("data", {}).get("encoder") or "not recorded"
+    length = caption_length(config, settings)
+    return f"""# A PathFLIP2, for PyTorch
+
+`model.safetensors` holds the parameters under the names of the published class, any LoRA of the text encoder merged
+into it; `torch_pathflip2.py` is the model's own code and needs torch, transformers and safetensors; `bert/` is its
+tokenizer.
+
+```python
+from torch_pathflip2 import load
+from transformers import BertTokenizerFast
+
+model, tokenizer = load("."), BertTokenizerFast.from_pretrained("bert")
+slides = model.encode_slides(patches)  # [B, N, {config.feature_dim}]
+ids = tokenizer(captions, padding=True, truncation=True, max_length={length}, return_tensors="pt")
+texts = model.encode_texts(ids.input_ids, ids.attention_mask)
+```
+
+Embeddings are not normalised; compare them by cosine. Patch encoder: {encoder}. Texts are pooled by
+`{config.text_pooling}`, regions by `{config.region_head}`.
+
+In the published code: `pathflip_pl(args).model.load_state_dict(load_file("model.safetensors"), strict=False)`, with
+`contrast_loss="siglip"` in its arguments, or the entries `global_logit_scale` and `global_logit_bias` are left over.
+"""

@@ -1,0 +1,184 @@
+"""PyTorch weights as a run: a checkpoint of a released model with its BERT folder, or an export of ours.
+
+An export says all of itself (`exported.py`). A released checkpoint does not: what had to be assumed of it is listed.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pathflip_jax.convert.checkpoint_files import open_checkpoint
+from pathflip_jax.convert.exported import Exported, read_exported
+from pathflip_jax.convert.names import why_unused
+from pathflip_jax.convert.pathflip2 import assumed_arguments, merge_lora
+from pathflip_jax.convert.pytorch import bert_setting, infer_config, read_bert_heads, to_jax, torch_shapes
+from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
+
+
+class Released(NamedTuple):
+    """What becomes of PyTorch weights: model, settings and tokenizer of a run, and of each tensor.
+
+    `assumed` is what neither weights nor files beside them say, and `notes` what an option changed.
+    """
+
+    model: Any
+    settings: dict
+    tokenizer: Any
+    tensors: list[Tensor]
+    assumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_released(
+    source: str | Path,
+    bert_folder: str | Path | None = None,
+    heads: int | None = None,
+    config: ModelConfig | None = None,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    keep_lora: bool = False,
+    weights: str = "",
+) -> Released:
+    """PyTorch weights of either family: an export of ours, or a released checkpoint and the BERT folder it goes with.
+
+    An export's config.json decides, and its tokenizer is its own; `heads` and `bert_folder` win over it, which `notes`
+    says. Of a released checkpoint the config is inferred where none is given; BERT's heads are `heads`, else those of
+    the folder's config.json, else one per 64 of the hidden width. `arguments` count beside those that the checkpoint
+    comes with (`open_checkpoint`), and win. The LoRA of a PathFLIP2 is merged into its BERT unless `keep_lora`. Regions
+    are cut by `scan`, as the released code cuts them. `weights` names one of several sets of weights. Raises ValueError
+    when the checkpoint is neither model or the vocabulary is not its own.
+    """
+    exported = None if config is not None else read_exported(source)
+    if exported is not None:
+        if arguments or keep_lora:
+            raise ValueError(
+                f"{source}: an export, of which {exported.path} says all; --hparams, --lora-alpha and --keep-lora are "
+                "for checkpoints of the published code, leave them out"
+            )
+        return _load_export(Path(source), exported, bert_folder, heads, weights)
+    if bert_folder is None:
+        raise ValueError(
+            f"{source}: PyTorch weights hold no tokenizer, and no config.json of an export lies beside them; give the "
+            "BERT folder of this model (--bert, in Python bert=)"
+        )
+    return _load_foreign(source, bert_folder, heads, config, dict(arguments or {}), keep_lora, weights)
+
+
+def _load_export(
+    source: Path, exported: Exported, bert_folder: str | Path | None, heads: int | None, weights: str
+) -> Released:
+    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.model.parameters import unflatten
+
+    config, notes = exported.config, list(exported.notes)
+    folder = Path(bert_folder) if bert_folder is not None else exported.tokenizer
+    if folder is None:
+        raise ValueError(f"{exported.path.parent}: no tokenizer in it; copy the whole export, or give its BERT folder")
+    if exported.tokenizer is not None and folder.resolve() != exported.tokenizer.resolve():
+        notes.append(f"the tokenizer of {folder}, as asked for, not the export's own in {exported.tokenizer}")
+    try:
+        if heads is not None and heads != config.heads:
+            notes.append(f"heads {heads}, as asked for; {exported.path} says {config.heads}")
+            config = dataclasses.replace(config, heads=heads)
+        file = exported.weights if source.is_dir() else source
+        state = open_checkpoint(file, weights).tensors
+        rows = account(state, torch_shapes(config), why_unused)
+        model = unflatten(config, to_jax(state, config))
+    except ValueError as error:
+        message = str(error).removeprefix(f"{source}: ")
+        raise ValueError(f"{source}, as {exported.path} describes it: {message}") from error
+    tokenizer = TextTokenizer(folder)
+    require_own_bert(source, config, folder, tokenizer)
+    settings = dict(exported.settings)
+    if exported.assumed:
+        settings["assumed"] = list(exported.assumed)
+    if not settings.get("train"):  # not trained here: keep saying where it is from
+        settings.setdefault("converted_from", source.name)
+    return Released(model, settings, tokenizer, rows, exported.assumed, tuple(notes))
+
+
+def _load_foreign(
+    source: str | Path,
+    bert_folder: str | Path,
+    heads: int | None,
+    config: ModelConfig | None,
+    arguments: dict[str, Any],
+    keep_lora: bool,
+    weights: str,
+) -> Released:
+    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.model.parameters import unflatten
+
+    tokenizer = TextTokenizer(bert_folder)
+    assumed: list[str] = []
+    try:
+        state, known = open_checkpoint(source, weights)
+        if recognise(state) == "finetune":
+            raise ValueError("of the finetune stage; name its language model too (`pathflip convert --decoder FOLDER`)")
+        if config is None:
+            arguments = known | arguments
+            config = infer_config(state, heads or read_bert_heads(Path(bert_folder)), arguments)
+            assumed = _assumed(config, heads, Path(bert_folder), arguments)
+        rows = account(state, torch_shapes(config), why_unused)
+        if isinstance(config, PathFLIP2Config) and config.text_lora_rank and not keep_lora:
+            state = merge_lora(state, config.text_lora_alpha)
+            config = dataclasses.replace(config, text_lora_rank=0)
+        model = unflatten(config, to_jax(state, config))
+    except ValueError as error:
+        raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
+    require_own_bert(source, config, bert_folder, tokenizer)
+    lengths = (512, 512) if isinstance(config, PathFLIP2Config) else (384, 192)
+    data = {"cut": "scan", "caption_length": lengths[0], "subcaption_length": lengths[1]}
+    assumed += [
+        f"captions of at most {lengths[0]} tokens, and regions cut by scan, as in the released code",
+        "the patch encoder is not known: features of any encoder are taken, if they are as wide",
+    ]
+    settings = {"data": data, "converted_from": Path(source).name, "assumed": assumed}
+    return Released(model, settings, tokenizer, rows, tuple(assumed))
+
+
+def _assumed(config: ModelConfig, heads: int | None, folder: Path, arguments: Mapping[str, Any]) -> list[str]:
+    """What no tensor tells of a released model, each with where it is from."""
+    own = read_bert_heads(folder)
+    origin = "as asked for" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"
+    lines = [f"heads {config.heads} ({origin})"]
+    if isinstance(config, PathFLIP2Config):
+        return lines + assumed_arguments(config, arguments)
+    return [
+        *lines,
+        f"region_heads {config.region_heads} and text_region_heads {config.text_region_heads} (the released code's)",
+    ]
+
+
+def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path, tokenizer) -> None:
+    """Raise ValueError where the BERT folder is not that of the checkpoint: every word would mean another."""
+    whole = isinstance(config, PathFLIP2Config)
+    words, cure = tokenizer.vocab_size - whole, "give the BERT folder that this checkpoint was trained with"
+    if config.vocab_size != words and not (whole and bert_setting(folder, "vocab_size") == config.vocab_size):
+        ours = f"{folder} has {words} words{'' if whole else ' with [DEC]'}"
+        raise ValueError(f"{source}: its word table has {config.vocab_size} rows, {ours}; {cure}")
+    width = bert_setting(folder, "hidden_size")
+    if whole and width not in (None, config.hidden):
+        raise ValueError(f"{source}: its text encoder is {config.hidden} wide, {folder} is a BERT of {width}; {cure}")
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bert_folder: str | Path | None = None,
+    heads: int | None = None,
+    config: ModelConfig | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    keep_lora: bool = False,
+    weights: str = "",
+) -> Released:
+    """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
+    from pathflip_jax.checkpoint import save_run
+
+    found = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora, weights=weights)
+    save_run(out, found.model, found.settings, found.tokenizer)
+    write_rows(Path(out) / "tensors.csv", found.tensors)
+    return found

@@ -1,0 +1,261 @@
+"""Every way out of an alignment run comes back the same: parameters, model, settings, ids of texts; both families."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pathflip_jax import cli
+from pathflip_jax.checkpoint import save_run
+from pathflip_jax.convert import pytorch
+from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_places
+from pathflip_jax.convert.huggingface import huggingface_config, write_huggingface
+from pathflip_jax.convert.released import load_released
+from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.inference import Predictor, load
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
+
+BASE = Path(__file__).parents[1] / "golden" / "base"
+TEXTS = ["Glands infiltrate the stroma.", "Nekrose: 1.8 cm, no invasion", "CAFÉ"]
+WAYS = {"pytorch": pytorch.write_export, "huggingface": write_huggingface}
+DATA = {
+    "encoder": "conch_v15", "cut": "grid", "edge_um": 1000.0, "edge_px": None, "caption_length": 48,
+    "subcaption_length": 24, "records": "/somewhere/else/records", "texts": "/lab/a.jsonl,/lab/b.csv*2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words() -> TextTokenizer:
+    return TextTokenizer(BASE / "bert")
+
+
+def make(config: ModelConfig):
+    """A model of random parameters."""
+    random = np.random.default_rng(0)
+    shapes = abstract_params(config)
+    return unflatten(config, {n: random.normal(0, 0.2, x.shape).astype(np.float32) for n, x in shapes.items()})
+
+
+def sizes(draw, heads: int, most: int = 4) -> tuple[int, int]:
+    """A width and a number of heads that divides it, neither a power of two as a rule."""
+    return heads * draw(st.integers(1, most)), heads
+
+
+@st.composite
+def pathflips(draw) -> PathFLIPConfig:
+    hidden, heads = sizes(draw, draw(st.sampled_from([1, 3, 5])))
+    region, text = draw(st.sampled_from([(1, 3), (3, 1), (6, 2), (7, 3)]))
+    mlp = draw(st.booleans())
+    return PathFLIPConfig(
+        feature_dim=draw(st.integers(1, 9)), embed_dim=math.lcm(region, text) * draw(st.integers(1, 2)),
+        hidden=hidden, heads=heads, layers=draw(st.integers(1, 5)), intermediate=draw(st.integers(1, 9)),
+        vocab_size=301, max_positions=50, dropout=draw(st.sampled_from([0.0, 0.25])),
+        init=draw(st.sampled_from(["bert", "fan_in"])), num_queries=draw(st.integers(1, 5)),
+        cross_attention_freq=draw(st.integers(1, 3)), patch_projection="mlp" if mlp else "linear",
+        patch_hidden=draw(st.sampled_from([None, 5])) if mlp else None, region_layers=draw(st.integers(0, 3)),
+        region_heads=region, text_region_heads=text, logit_scale_init=draw(st.sampled_from([10.0, 2.5])),
+        logit_bias_init=draw(st.sampled_from([None, -10.0])),
+    )  # fmt: skip
+
+
+@st.composite
+def pathflip2s(draw) -> PathFLIP2Config:
+    hidden, heads = sizes(draw, draw(st.sampled_from([1, 3, 5])))
+    token, text = draw(st.sampled_from([(1, 3), (3, 1), (6, 2)]))
+    return PathFLIP2Config(
+        feature_dim=draw(st.integers(1, 9)), embed_dim=math.lcm(token, text) * draw(st.integers(1, 2)),
+        hidden=hidden, heads=heads, layers=draw(st.integers(1, 3)), intermediate=draw(st.integers(1, 9)),
+        vocab_size=300, max_positions=50, tokens=draw(st.integers(0, 5)), token_layers=draw(st.integers(1, 3)),
+        token_heads=token, token_dropout=0.125, text_region_heads=text, top_k=draw(st.integers(1, 9)),
+        text_pooling=draw(st.sampled_from(["mean", "cls", "mean_padded"])), topk_temperature=0.75,
+        region_head=draw(st.sampled_from(["soft_topk", "attention"])), scale_init=7.0, bias_init=-3.0,
+    )  # fmt: skip
+
+
+@st.composite
+def data(draw) -> dict:
+    cut = draw(st.sampled_from(["grid", "scan"]))
+    return DATA | {
+        "cut": cut, "encoder": draw(st.sampled_from(["", "MahmoodLab/conch", "uni_v2"])),
+        "edge_um": draw(st.sampled_from([1000.0, 2048.0])), "edge_px": draw(st.sampled_from([None, 777])),
+        "caption_length": draw(st.integers(5, 60)),
+    }  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(pathflips(), pathflip2s()), data(), st.booleans())
+def test_what_an_export_says_of_itself_comes_back(tmp_path_factory, config, data, way):
+    """Any sizes, heads and settings: the config.json of either form holds them all."""
+    path = tmp_path_factory.mktemp("said") / "config.json"
+    given = {"data": data, "train": {"steps": 3, "checkpoints": "gs://bucket/run"}, "loss": {"temperature": 0.1}}
+    whole = config.to_dict() | describe_export(config, given)
+    hub = way and isinstance(config, PathFLIPConfig)
+    path.write_text(json.dumps(huggingface_config(config, given) if hub else whole))
+    found = read_exported(path.with_name("model.safetensors"))
+    assert found.config == config and found.settings == without_places(given) and not found.assumed
+    assert "/lab" not in path.read_text() and "bucket" not in path.read_text()
+
+
+ODD = PathFLIPConfig(
+    feature_dim=7, embed_dim=12, hidden=15, heads=5, layers=3, intermediate=9, vocab_size=301, max_positions=50,
+    num_queries=3, cross_attention_freq=2, region_layers=1, region_heads=3, text_region_heads=2, dropout=0.0,
+)  # fmt: skip
+ODD2 = PathFLIP2Config(
+    feature_dim=7, embed_dim=12, hidden=15, heads=5, layers=2, intermediate=9, vocab_size=300, max_positions=50,
+    tokens=3, token_heads=3, text_region_heads=2, region_head="attention", text_lora_rank=2, text_lora_alpha=5.0,
+)  # fmt: skip
+
+
+MLP = {"patch_projection": "mlp", "patch_hidden": 5, "logit_bias_init": -10.0, "cross_attention_freq": 3}
+CASES = {"pytorch": (ODD, "pytorch"), "huggingface": (ODD, "huggingface"), "pathflip2": (ODD2, "pytorch")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_model_settings_and_ids_come_back(words, tmp_path, case):
+    config, way = CASES[case]
+    config = dataclasses.replace(config, **{"text_lora_rank": 0} if config is ODD2 else MLP)
+    given = {"data": DATA, "train": {"steps": 3, "checkpoints": "gs://bucket"}}
+    model = make(config)
+    WAYS[way](tmp_path, model, given, words)
+    found = load_released(tmp_path)
+    assert found.model.config == config and found.settings == without_places(given)
+    assert not found.assumed and not found.notes
+    before, after = flatten(model), flatten(found.model)
+    assert before.keys() == after.keys() and all(np.array_equal(after[name], before[name]) for name in before)
+    for one, other in zip(words.encode(TEXTS, 20), found.tokenizer.encode(TEXTS, 20), strict=True):
+        assert one.tolist() == other.tolist()
+    ours, theirs = Predictor(model, given, words), Predictor(*found[:3])
+    for name in ("encoder", "cut", "edge_um", "edge_px", "caption_length", "patchwise", "assumed"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "way"), CASES.values(), ids=CASES.keys())
+def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, config, way):
+    """run -> export -> convert -> run; the LoRA of a PathFLIP2 is merged on the way, and that is said."""
+    save_run(tmp_path / "run", make(config), {"data": DATA}, words)
+    assert cli.main(["export", str(tmp_path / "run"), "--to", way, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["convert", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
+    said = capsys.readouterr().out
+    assert "assumed" not in said and ("note: the text encoder's LoRA (rank 2, alpha 5)" in said) == (config is ODD2)
+    a, b, c = load(tmp_path / "run"), load(tmp_path / "back"), load(tmp_path / "out")
+    assert b.config["data"] == c.config["data"] == without_places({"data": DATA})["data"]
+    random = np.random.default_rng(1)
+    patches, mask = random.normal(size=(2, 3, 4, 7)).astype(np.float32), np.ones((2, 3, 4), bool)
+    for other in (b, c):
+        one, two = (x.model.encode_slides(patches, mask) for x in (a, other))
+        np.testing.assert_allclose(two.slide, one.slide, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(two.regions, one.regions, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(other.encode_text(TEXTS), a.encode_text(TEXTS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_transformers_saves_again_comes_back_too(words, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from pathflip_jax.convert import torch_model  # noqa: F401 - makes the model known to AutoModel
+
+    (tmp_path / "out").mkdir()
+    write_huggingface(tmp_path / "out", model := make(ODD), {"data": DATA}, words)
+    transformers.AutoModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    found = load_released(tmp_path / "again")
+    assert found.model.config == ODD and found.settings["data"] == without_places({"data": DATA})["data"]
+    assert all(np.array_equal(x, flatten(found.model)[name]) for name, x in flatten(model).items())
+
+
+@pytest.fixture(scope="module")
+def odd():
+    return make(ODD)
+
+
+@pytest.fixture(scope="module")
+def kept(words, odd, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("kept")
+    pytorch.write_export(folder, odd, {"data": DATA}, words)
+    return folder
+
+
+@pytest.fixture
+def exported(kept, tmp_path) -> Path:
+    """An export of `odd` that a test may change."""
+    return Path(shutil.copytree(kept, tmp_path / "out"))
+
+
+def change(folder: Path, edit) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    edit(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def test_an_option_wins_over_the_config_with_a_word_and_shapes_over_both(exported, tmp_path):
+    found = load_released(exported, heads=3)
+    assert found.model.config.heads == 3
+    assert found.notes == (f"heads 3, as asked for; {exported / 'config.json'} says 5",)
+    with pytest.raises(ValueError, match="hidden=15 and heads=4"):
+        load_released(exported, heads=4)
+    assert "as asked for, not the export's own" in load_released(exported, BASE / "bert").notes[0]
+    with pytest.raises(ValueError, match=r"an export, of which .*config\.json says all; --hparams"):
+        load_released(exported, arguments={"lora_alpha": 3})
+
+
+def test_an_edited_or_mixed_export_is_refused(exported):
+    change(exported, lambda values: values.update(region_heads=4))
+    with pytest.raises(ValueError, match=r"config\.json: contradicts .*region_heads is 4 at its top and 3"):
+        load_released(exported)
+    change(exported, lambda values: [x.update(region_heads=3, layers=4) for x in (values, values[SECTION]["model"])])
+    with pytest.raises(ValueError, match=r"(?s)as .*config\.json describes it: .*layer\.3\.\S+: missing"):
+        load_released(exported)
+
+
+def test_an_older_export_keeps_its_model_and_says_what_it_assumes(exported):
+    change(exported, lambda values: values.pop(SECTION))
+    found = load_released(exported)
+    assert found.model.config == ODD and Predictor(*found[:3]).assumed == found.assumed
+    for part in ("older version", "regions are cut by grid, 2048 um", "at most 384 tokens", "encoder is not known"):
+        assert part in "\n".join(found.assumed)
+
+
+def test_a_foreign_checkpoint_says_what_was_assumed(tmp_path, caplog):
+    weights = BASE / "state_dict.safetensors"
+    assert read_exported(weights) is None
+    found = load(weights, bert=BASE / "bert")
+    said = "\n".join(found.assumed)
+    assert "heads 4 (from the config.json of" in said and "region_heads 8 and text_region_heads 8" in said
+    assert "regions cut by scan" in said and "encoder is not known" in said
+    assert "assumed, for no file says it: heads 4" in caplog.text and found.config["assumed"] == list(found.assumed)
+    with pytest.raises(ValueError, match="hold no tokenizer, and no config.json of an export .*--bert"):
+        load(weights)
+
+
+def test_an_older_run_says_what_it_lacks(words, odd):
+    old = Predictor(odd, {"data": {"encoder": "uni"}}, words)
+    assert old.assumed == (
+        "regions are cut by grid",
+        "regions are 2048 um wide",
+        "captions of at most 384 tokens",
+    )
+    assert Predictor(odd, {"data": DATA}, words).assumed == ()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_weights_get_the_permissions_of_any_new_file(tmp_path, mask):
+    pytest.importorskip("torch")
+    before = os.umask(mask)
+    try:
+        for name in ("model.safetensors", "model.pt"):
+            pytorch.write_checkpoint(tmp_path / name, {"x": np.ones(2, np.float32)})
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {0o666 & ~mask}
