@@ -16,6 +16,7 @@ def add(commands) -> None:
         "pathflip convert epoch9.ckpt --bert biobert --out runs/released",
         "pathflip convert outputs/pathflip/checkpoint/pytorch_model.bin --bert clinicalbert --out runs/two",
         "pathflip convert finetune.ckpt --bert biobert --decoder Qwen3-0.6B --out runs/language",
+        "pathflip convert exported --out runs/again",
     )
     parser.add_argument(
         "source",
@@ -41,27 +42,63 @@ def add(commands) -> None:
     )
     parser.add_argument("--keep-lora", action="store_true", help="do not merge that LoRA into BERT")
     parser.add_argument(
-        "--decoder", type=Path, metavar="FOLDER", help="the language model that a finetune checkpoint was trained on"
+        "--decoder",
+        type=Path,
+        metavar="FOLDER",
+        help="the language model that a finetune checkpoint, or an exported adapter, was trained on",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.source.is_dir():
+        from pathflip_jax.convert.language import is_language_export
+
+        if is_language_export(options.source):
+            return _convert_language(options)
+    return _convert_alignment(options) if options.decoder is None else _convert_finetune(options)
+
+
+def _convert_language(options: argparse.Namespace) -> int:
+    from pathflip_jax.convert.language import convert_language
+
+    given = (options.bert, options.heads, options.hparams, options.lora_alpha, options.keep_lora, options.weights)
+    if any(given):
+        raise ValueError(
+            f"{options.source}: an export of a language run says all of itself; give no more than --decoder"
+        )
+    _say("note", convert_language(options.source, options.out, decoder_folder=options.decoder))
+    print(f"{options.out}: a run that `pathflip caption` and `pathflip ask` read; its aligner is in aligner/")
+    return 0
+
+
+def _convert_finetune(options: argparse.Namespace) -> int:
+    from pathflip_jax.convert.finetune import convert_finetune
+    from pathflip_jax.convert.recognise import summary
+
+    if options.hparams or options.lora_alpha or options.keep_lora:
+        raise ValueError("--hparams, --lora-alpha and --keep-lora are for a PathFLIP2, --decoder is for another")
+    if options.bert is None:
+        raise ValueError(f"{options.source}: give --bert too, the BERT folder that this checkpoint goes with")
+    rows, assumed = convert_finetune(
+        options.source,
+        options.out,
+        bert_folder=options.bert,
+        decoder_folder=options.decoder,
+        heads=options.heads,
+        weights=options.weights,
+    )
+    print(summary(rows))
+    _say("assumed", assumed)
+    print(f"{options.out}: a run that `pathflip caption` and `pathflip ask` read; its aligner is in aligner/")
+    return 0
+
+
+def _convert_alignment(options: argparse.Namespace) -> int:
     from pathflip_jax.convert.checkpoint_files import read_hparams
     from pathflip_jax.convert.recognise import summary
     from pathflip_jax.convert.released import convert
 
-    if options.decoder is not None:
-        from pathflip_jax.convert.finetune import convert_finetune
-
-        if options.hparams or options.lora_alpha or options.keep_lora:
-            raise ValueError("--hparams, --lora-alpha and --keep-lora are for a PathFLIP2, --decoder is for another")
-        rows = convert_finetune(
-            options.source, options.out, bert_folder=options.bert, decoder_folder=options.decoder, heads=options.heads
-        )
-        print(summary(rows))
-        print(f"{options.out}: a run that `pathflip caption` and `pathflip ask` read; its aligner is in aligner/")
-        return 0
     arguments = {} if options.hparams is None else read_hparams(options.hparams)
     if options.lora_alpha is not None:
         arguments["lora_alpha"] = options.lora_alpha
@@ -75,11 +112,14 @@ def _run(options: argparse.Namespace) -> int:
         weights=options.weights,
     )
     print(summary(found.tensors))
-    for note in found.notes:
-        print(f"note: {note}")
-    for line in found.assumed:
-        print(f"assumed: {line}")
+    _say("note", found.notes)
+    _say("assumed", found.assumed)
     print(
         f"{options.out}: a run folder that `pathflip evaluate` and pathflip_jax.load read; each tensor in tensors.csv"
     )
     return 0
+
+
+def _say(what: str, lines) -> None:
+    for line in lines:
+        print(f"{what}: {line}")

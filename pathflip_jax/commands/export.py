@@ -33,6 +33,9 @@ def add(commands) -> None:
     parser.add_argument(
         "--encoder-licence", metavar="TEXT", help="with --to huggingface: the licence of a patch encoder not known here"
     )
+    for part in ("decoder", "aligner"):
+        help = f"of a language run: where its {part} lies now, if elsewhere than in training"
+        parser.add_argument(f"--{part}", default="", metavar="FOLDER", help=help)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
@@ -42,13 +45,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.pt and options.to != "pytorch":
         raise ValueError("--pt goes with --to pytorch")
     speaks = is_language_run(options.run_folder)
+    if (options.decoder or options.aligner) and not speaks:
+        raise ValueError(f"{options.run_folder}: no run of the language stage; leave out --decoder and --aligner")
     if (options.scores or options.encoder_licence) and (options.to != "huggingface" or speaks):
         raise ValueError("--scores and --encoder-licence go into the card of an alignment run: --to huggingface")
     if options.to == "peft" or (options.to == "huggingface" and speaks):
         from pathflip_jax.llm.export import PROJECTOR, export_decoder, export_peft
 
         write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
-        write(options.run_folder, options.out, options.which)
+        write(options.run_folder, options.out, options.which, decoder=options.decoder, aligner=options.aligner)
         print(f"{options.out}: {what} in Hugging Face's form, and {PROJECTOR}")
     elif options.to == "huggingface":
         from pathflip_jax.convert.huggingface import export_huggingface

@@ -9,33 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from pathflip_jax import checkpoint, settings
+from pathflip_jax import settings
 from pathflip_jax.convert.checkpoint_files import open_checkpoint
+from pathflip_jax.convert.language import AlignerParts, write_language_run
 from pathflip_jax.convert.names import why_unused
 from pathflip_jax.convert.pytorch import (
     infer_config,
-    new_folder,
     read_bert_heads,
     to_jax,
     torch_shapes,
 )
-from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
-from pathflip_jax.convert.released import require_own_bert
+from pathflip_jax.convert.recognise import Tensor, account, recognise
+from pathflip_jax.convert.released import UNKNOWN_ENCODER, assumed_sizes, require_own_bert
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.folders import read_decoder_config
 from pathflip_jax.llm.names import TARGETS, adapter_names
-from pathflip_jax.llm.tokenizer import DecoderTokenizer
-from pathflip_jax.llm.training import Shape, describe_language_run, read_aligner, weights_hash
+from pathflip_jax.llm.training import Shape
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import unflatten
 
 PROJECTOR, LANGUAGE_MODEL = "path_proj_llm.", "llm_model."
 ALPHA, DROPOUT = 32.0, 0.05  # of the released code
-TENSORS, ALIGNER = "tensors.csv", "aligner"
 
 
 class Adapter(NamedTuple):
@@ -52,13 +49,15 @@ def convert_finetune(
     bert_folder: str | Path,
     decoder_folder: str | Path,
     heads: int | None = None,
-) -> list[Tensor]:
+    weights: str = "",
+) -> tuple[list[Tensor], list[str]]:
     """Make a run of the language stage, with its aligner in `out`/aligner, of a checkpoint of the finetune stage.
 
-    `decoder_folder` is the language model that it was trained on. The folder appears whole or not at all. Raises
-    ValueError for another checkpoint, another decoder or BERT, and for a language model that was trained without LoRA.
+    `decoder_folder` is the language model that it was trained on, `weights` one of several sets of weights. Returns
+    what became of each tensor, and what had to be assumed. The folder appears whole or not at all. Raises ValueError
+    for another checkpoint, another decoder or BERT, and for a language model that was trained without LoRA.
     """
-    state, _ = open_checkpoint(source)
+    state, _ = open_checkpoint(source, weights)
     decoder = read_decoder_config(decoder_folder)
     try:
         if recognise(state) != "finetune":
@@ -79,15 +78,16 @@ def convert_finetune(
     params = {f"projector/{name}": x for name, x in projector.items()}
     params |= {f"decoder/{name}": x for name, x in adapter.params.items()}
     _check_shapes(params, shape, source, decoder_folder)
-    with new_folder(out) as part:
-        checkpoint.save_run(part / ALIGNER, model, {"data": {"cut": "scan", "caption_length": 384}}, words)
-        found = _settings(part / ALIGNER, Path(out).resolve() / ALIGNER, decoder_folder, Path(source).name)
-        describe_language_run(part, shape, found, DecoderTokenizer(decoder_folder))
-        with checkpoint.Checkpoints(part, keep=2, facts={"config": found}) as checkpoints:
-            checkpoints.save_best(0, jax.device_put(params), {})
-        (part / checkpoint.CHECKPOINTS).rmdir()
-        write_rows(part / TENSORS, rows)
-    return rows
+    assumed = [
+        *assumed_sizes(config, heads, Path(bert_folder)),
+        f"lora_alpha {ALPHA:g} and lora_dropout {DROPOUT} of the language model (the released code's)",
+        "captions of at most 384 tokens, and regions cut by scan, as in the released code",
+        UNKNOWN_ENCODER,
+    ]
+    given = {"data": {"cut": "scan", "caption_length": 384}, "assumed": assumed}
+    found = _settings(Path(source).name, assumed)
+    write_language_run(out, AlignerParts(model, given, words), shape, params, found, decoder_folder, rows)
+    return rows, assumed
 
 
 def _projector(state: Mapping[str, np.ndarray], width: int, decoder_width: int, folder: str | Path) -> dict:
@@ -148,10 +148,9 @@ def _check_shapes(params: Mapping[str, np.ndarray], shape: Shape, source: str | 
         )
 
 
-def _settings(made: Path, aligner: Path, decoder: str | Path, source: str) -> dict:
-    """The settings of the run: those of lm_joint, its aligner at `made` now and at `aligner` when all is done."""
+def _settings(source: str, assumed: list[str]) -> dict:
+    """The settings of the run: those of lm_joint."""
     found = settings.load_config("lm_joint").to_dict()
     found["data"] |= {"encoder": "", "cut": "scan", "edge_um": None, "edge_px": None}
-    found["lm"] |= {"aligner": str(aligner), "decoder": str(Path(decoder).resolve()), "trains": "projector,lora"}
-    found["lm"] |= {"aligner_hash": read_aligner(str(made)).hash, "decoder_hash": weights_hash(decoder)}
-    return found | {"converted_from": source, "lm": found["lm"] | {"start_hash": ""}}
+    found["lm"] |= {"trains": "projector,lora"}
+    return found | {"converted_from": source, "assumed": assumed}

@@ -16,6 +16,8 @@ from pathflip_jax.convert.pytorch import bert_setting, infer_config, read_bert_h
 from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
 
+UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder are taken, if they are as wide"
+
 
 class Released(NamedTuple):
     """What becomes of PyTorch weights: model, settings and tokenizer of a run, and of each tensor.
@@ -120,7 +122,7 @@ def _load_foreign(
         if config is None:
             arguments = known | arguments
             config = infer_config(state, heads or read_bert_heads(Path(bert_folder)), arguments)
-            assumed = _assumed(config, heads, Path(bert_folder), arguments)
+            assumed = assumed_sizes(config, heads, Path(bert_folder), arguments)
         rows = account(state, torch_shapes(config), why_unused)
         if isinstance(config, PathFLIP2Config) and config.text_lora_rank and not keep_lora:
             state = merge_lora(state, config.text_lora_alpha)
@@ -133,13 +135,13 @@ def _load_foreign(
     data = {"cut": "scan", "caption_length": lengths[0], "subcaption_length": lengths[1]}
     assumed += [
         f"captions of at most {lengths[0]} tokens, and regions cut by scan, as in the released code",
-        "the patch encoder is not known: features of any encoder are taken, if they are as wide",
+        UNKNOWN_ENCODER,
     ]
     settings = {"data": data, "converted_from": Path(source).name, "assumed": assumed}
     return Released(model, settings, tokenizer, rows, tuple(assumed))
 
 
-def _assumed(config: ModelConfig, heads: int | None, folder: Path, arguments: Mapping[str, Any]) -> list[str]:
+def assumed_sizes(config: ModelConfig, heads: int | None, folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """What no tensor tells of a released model, each with where it is from."""
     own = read_bert_heads(folder)
     origin = "as asked for" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"

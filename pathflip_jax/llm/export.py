@@ -1,41 +1,85 @@
 """A run of the language stage for others: its adapter for PEFT, or the whole decoder for transformers.
 
-The projector comes along as `projector.safetensors`, with the names of a torch.nn.Linear.
+Beside it stands what makes slides into words, so that `pathflip convert` makes the same run of the folder again: the
+projector as `projector.safetensors`, with the names of a torch.nn.Linear, the aligner as an export of its own in
+`aligner/`, and shape and settings of the run in `pathflip_language.json`. `generation_config.json` holds the tokens at
+which the run's answers end.
 """
 
+import importlib.metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from pathflip_jax.llm.folders import write_tensors
+from pathflip_jax import checkpoint
+from pathflip_jax.convert.exported import without_places
+from pathflip_jax.convert.pytorch import write_export
+from pathflip_jax.inference import load
+from pathflip_jax.llm.adapter import SlideLanguageModel
+from pathflip_jax.llm.folders import read_object, whole_folder, write_tensors
 from pathflip_jax.llm.hf_io import save_decoder
 from pathflip_jax.llm.lora import save_peft
-from pathflip_jax.llm.training import assemble
+from pathflip_jax.llm.prompts import stop_ids
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
 
-PROJECTOR = "projector.safetensors"
+PROJECTOR, ALIGNER, ABOUT = "projector.safetensors", "aligner", "pathflip_language.json"
+GENERATION = "generation_config.json"
 
 
-def export_peft(run: str | Path, out: str | Path, which: str = "best") -> None:
-    """Write the adapter of a run as a PEFT folder. Raises ValueError for a run that trained none."""
-    model, config, _ = assemble(run, which)
-    if model.decoder.lora is None:
+def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decoder: str = "", aligner: str = "") -> None:
+    """Write the adapter of a run as a PEFT folder; `decoder` and `aligner` as `assemble` takes them.
+
+    The folder appears whole or not at all. Raises ValueError for a run that trained no adapter, or more of its decoder
+    than that.
+    """
+    model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
+    trains = split_names(config["lm"]["trains"])
+    if model.decoder.lora is None or "decoder" in trains:
+        found = "no adapter" if model.decoder.lora is None else "an adapter and the decoder under it"
         raise ValueError(
-            f"{run}: trained {config['lm']['trains']} and no adapter; write its decoder with --to huggingface"
+            f"{run}: trained {config['lm']['trains']}, {found}; write its whole decoder with --to huggingface"
         )
-    save_peft(flatten(model.decoder), model.decoder.lora, out, str(config["lm"]["decoder"]))
-    _save_projector(model, Path(out))
+    with whole_folder(out) as part:
+        save_peft(flatten(model.decoder), model.decoder.lora, part, decoder or str(config["lm"]["decoder"]))
+        _complete(part, run, model, config, tokenizer, aligner)
 
 
-def export_decoder(run: str | Path, out: str | Path, which: str = "best") -> None:
-    """Write the decoder of a run, its adapter merged in, as a folder that transformers loads."""
-    model, config, _ = assemble(run, which)
-    save_decoder(model.decoder, out, source=config["lm"]["decoder"])
-    _save_projector(model, Path(out))
+def export_decoder(
+    run: str | Path, out: str | Path, which: str = "best", *, decoder: str = "", aligner: str = ""
+) -> None:
+    """Write the decoder of a run, its adapter merged in, as a folder that transformers loads; else as `export_peft`."""
+    model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
+    with whole_folder(out) as part:
+        save_decoder(model.decoder, part, source=decoder or config["lm"]["decoder"])
+        _complete(part, run, model, config, tokenizer, aligner)
 
 
-def _save_projector(model, out: Path) -> None:
+def _complete(
+    part: Path, run: str | Path, model: SlideLanguageModel, config: dict, tokenizer: DecoderTokenizer, aligner: str
+) -> None:
+    """Add what the language model needs beside its decoder."""
+    _save_projector(model, part)
+    source = load(aligner or config["lm"]["aligner"])  # its settings and words; what the run trained of it is in model
+    (part / ALIGNER).mkdir()
+    write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
+    write_generation(part, tokenizer, config["data"]["template"])
+    about = {"version": importlib.metadata.version("pathflip-jax"), "settings": without_places(config)}
+    shape = checkpoint.read_json(checkpoint.run_folder(run) / checkpoint.MODEL)
+    checkpoint.write_json(part / ABOUT, about | {"shape": shape})
+
+
+def write_generation(folder: Path, tokenizer: DecoderTokenizer, template: str) -> None:
+    """Say in generation_config.json where answers end, and with what they are padded; what else stands there stays."""
+    path = folder / GENERATION
+    before = read_object(path) if path.is_file() else {}
+    ends = {"eos_token_id": list(stop_ids(tokenizer, template)), "pad_token_id": tokenizer.pad_id}
+    checkpoint.write_json(path, before | ends)
+
+
+def _save_projector(model: SlideLanguageModel, out: Path) -> None:
     tensors = {
         "weight": np.ascontiguousarray(np.asarray(model.projector.kernel[...]).T),
         "bias": np.asarray(model.projector.bias[...]),

@@ -43,7 +43,7 @@ SHARD_BYTES = 5 * 10**9
 PROMPTS = 32  # that a small vocabulary is learnt from beside the texts, so that it has words for them too
 # What a folder holds beside config and weights that belongs to the same model: tokenizer, generation, licence.
 BESIDE = re.compile(
-    r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_template|generation_config)\.(json|txt|model|jinja)"
+    r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_templates?|generation_config)\.(json|txt|model|jinja)"
     r"|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?"
 )
 

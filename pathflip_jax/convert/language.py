@@ -1,0 +1,159 @@
+"""Exports of the language stage read back: a PEFT adapter on its decoder, or a whole decoder, as the run it was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pathflip_jax import checkpoint
+from pathflip_jax.convert.checkpoint_files import read_tensors
+from pathflip_jax.convert.pytorch import new_folder
+from pathflip_jax.convert.recognise import Tensor, write_rows
+from pathflip_jax.convert.released import load_released
+from pathflip_jax.llm.export import ABOUT, ALIGNER, PROJECTOR
+from pathflip_jax.llm.folders import read_decoder_config, read_object
+from pathflip_jax.llm.lora import SETTINGS, load_peft
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.llm.training import Shape, describe_language_run, read_aligner, split_names, weights_hash
+from pathflip_jax.model.parameters import flatten
+
+TENSORS = "tensors.csv"
+
+
+class AlignerParts(NamedTuple):
+    """The aligner of a language run: model, settings and words, as a run of its own is written."""
+
+    model: Any
+    settings: dict
+    words: Any
+
+
+def is_language_export(source: str | Path) -> bool:
+    """Whether a folder is an export of a language run. ValueError for an adapter of PEFT that is none."""
+    folder = Path(source)
+    if (folder / SETTINGS).is_file() and not (folder / ABOUT).is_file():
+        raise ValueError(
+            f"{folder}: an adapter of PEFT alone, without projector and aligner ({ABOUT}); train on from it with "
+            f"--config.lm.start={folder}, or export the run it is from again"
+        )
+    return (folder / ABOUT).is_file()
+
+
+def convert_language(source: str | Path, out: str | Path, *, decoder_folder: str | Path | None = None) -> list[str]:
+    """Make a run of the language stage of what `pathflip export --to peft` or `--to huggingface` wrote; returns notes.
+
+    An adapter stands on `decoder_folder`, else on the folder that it names; a whole decoder is its own. The folder
+    appears whole or not at all. Raises FileNotFoundError and ValueError for parts that are missing or of other models.
+    """
+    source = Path(source)
+    about = read_object(source / ABOUT)
+    try:
+        shape, found = Shape.from_dict(about["shape"]), {k: dict(v) for k, v in about["settings"].items() if v != {}}
+        trains = split_names(found["lm"]["trains"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source / ABOUT}: not what an export says of itself ({error}); export it again") from None
+    aligner = load_released(source / ALIGNER)
+    params = {f"projector/{name}": x for name, x in _projector(source).items()}
+    if (source / SETTINGS).is_file():
+        decoder = _base(source, decoder_folder, found["lm"].get("decoder_hash", ""))
+        adapter, lora = load_peft(source, decoder)
+        if (stated := _scale(shape.lora)) != _scale(lora):
+            raise ValueError(f"{source}: its adapter is {_scale(lora)}, {ABOUT} says {stated}; copy the export again")
+        params |= {f"decoder/{name}": x for name, x in adapter.items()}
+        notes = []
+    else:
+        if decoder_folder is not None:
+            raise ValueError(f"{source}: holds its own decoder; leave out --decoder")
+        decoder = source
+        shape, trains, notes = _whole_decoder(source, shape, trains)
+        found["lm"] |= {"trains": ",".join(trains), "random_decoder": False}
+    if "aligner" in trains:
+        params |= {f"aligner/{name}": np.asarray(x) for name, x in flatten(aligner.model).items()}
+    params = _trained(params, shape, trains, source)
+    write_language_run(out, AlignerParts(*aligner[:3]), shape, params, found, decoder, aligner.tensors)
+    return notes
+
+
+def write_language_run(
+    out: str | Path,
+    aligner: AlignerParts,
+    shape: Shape,
+    params: Mapping[str, np.ndarray],
+    settings: dict,
+    decoder: str | Path,
+    rows: list[Tensor],
+) -> None:
+    """Write a run of the language stage, its aligner in `out`/aligner, of what it trained and a decoder's folder."""
+    with new_folder(out) as part:
+        checkpoint.save_run(part / ALIGNER, *aligner)
+        lm = {"aligner": str(Path(out).resolve() / ALIGNER), "decoder": str(Path(decoder).resolve()), "start": ""}
+        lm |= {"aligner_hash": read_aligner(str(part / ALIGNER)).hash, "decoder_hash": weights_hash(decoder)}
+        found = settings | {"lm": {"start_hash": ""} | settings["lm"] | lm}
+        describe_language_run(part, shape, found, DecoderTokenizer(decoder))
+        with checkpoint.Checkpoints(part, keep=2, facts={"config": found}) as checkpoints:
+            checkpoints.save_best(0, jax.device_put(dict(params)), {})
+        (part / checkpoint.CHECKPOINTS).rmdir()
+        write_rows(part / TENSORS, rows)
+
+
+def _projector(source: Path) -> dict[str, np.ndarray]:
+    tensors = read_tensors(source / PROJECTOR)
+    if tensors.keys() != {"weight", "bias"}:
+        raise ValueError(f"{source / PROJECTOR}: holds {', '.join(tensors)}, expected weight and bias; copy it again")
+    return {"kernel": np.ascontiguousarray(tensors["weight"].T), "bias": tensors["bias"]}
+
+
+def _base(source: Path, given: str | Path | None, known: str) -> Path:
+    """The decoder's folder under an adapter. ValueError where it holds other weights than the run was trained on."""
+    named = str(read_object(source / SETTINGS).get("base_model_name_or_path") or "")
+    folder = Path(given) if given is not None else Path(named)
+    if not (folder / checkpoint.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{source}: an adapter of {named or 'an unnamed decoder'}, and {folder} is no folder of a decoder; give "
+            "that decoder's folder with --decoder"
+        )
+    if known and weights_hash(folder) != known:
+        raise ValueError(
+            f"{source}: its adapter was trained on another decoder than {folder} holds; give the folder of the "
+            "weights that it was trained on with --decoder"
+        )
+    return folder
+
+
+def _scale(lora: Any) -> str:
+    return "none" if lora is None else f"rank {lora.rank}, alpha {lora.alpha:g} at {', '.join(sorted(lora.targets))}"
+
+
+def _whole_decoder(source: Path, shape: Shape, trains: tuple[str, ...]) -> tuple[Shape, tuple[str, ...], list[str]]:
+    """Shape and trained parts of a run whose decoder, adapter and all, is in a folder of its own."""
+    stated = read_decoder_config(source, compute_dtype=shape.decoder.compute_dtype, remat=shape.decoder.remat)
+    if stated != shape.decoder:
+        raise ValueError(f"{source}: its config.json and its {ABOUT} are of two decoders; copy the export again")
+    notes = []
+    if shape.lora is not None:
+        rounded = ", rounded to bfloat16" if shape.dtype == "bfloat16" else ""
+        notes.append(f"the adapter ({_scale(shape.lora)}) was merged into the decoder at export{rounded}")
+    if kept := [part for part in trains if part in ("lora", "decoder")]:
+        notes.append(f"{' and '.join(kept)}: trained before, now part of the decoder in {source}, which stays there")
+    values = read_object(source / checkpoint.CONFIG)
+    dtype = str(values.get("dtype") or values.get("torch_dtype") or shape.dtype)
+    parts = tuple(dict.fromkeys([*(part for part in trains if part not in ("lora", "decoder")), "projector"]))
+    return shape._replace(lora=None, dtype=dtype), parts, notes
+
+
+def _trained(params: dict, shape: Shape, trains: tuple[str, ...], source: Path) -> dict[str, np.ndarray]:
+    """Of all parameters those that a run of these parts keeps. ValueError for what is missing or of another shape."""
+    from pathflip_jax.llm.adapter import language_stage
+
+    trainable = language_stage(trains).trainable
+    wanted = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
+    faults = [
+        f"{name} is {params[name].shape if name in params else 'missing'}, expected {x.shape}"
+        for name, x in wanted.items()
+        if name not in params or params[name].shape != x.shape
+    ]
+    if faults:
+        raise ValueError(f"{source}: {len(faults)} parameters do not fit its {ABOUT}: {'; '.join(faults[:4])}")
+    return {name: np.asarray(params[name], x.dtype) for name, x in wanted.items()}
