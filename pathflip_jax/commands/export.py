@@ -50,11 +50,12 @@ def _run(options: argparse.Namespace) -> int:
     if (options.scores or options.encoder_licence) and (options.to != "huggingface" or speaks):
         raise ValueError("--scores and --encoder-licence go into the card of an alignment run: --to huggingface")
     if options.to == "peft" or (options.to == "huggingface" and speaks):
-        from pathflip_jax.llm.export import PROJECTOR, export_decoder, export_peft
+        from pathflip_jax.llm.export import export_decoder, export_peft
+        from pathflip_jax.llm.folders import PROJECTOR
 
         write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
         write(options.run_folder, options.out, options.which, decoder=options.decoder, aligner=options.aligner)
-        print(f"{options.out}: {what} in Hugging Face's form, and {PROJECTOR}")
+        print(f"{options.out}: {what} in Hugging Face's form, {PROJECTOR} and its aligner")
     elif options.to == "huggingface":
         from pathflip_jax.convert.huggingface import export_huggingface
 

@@ -12,8 +12,8 @@ from pathflip_jax.convert.checkpoint_files import read_tensors
 from pathflip_jax.convert.pytorch import new_folder
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
-from pathflip_jax.llm.export import ABOUT, ALIGNER, PROJECTOR
-from pathflip_jax.llm.folders import read_decoder_config, read_object
+from pathflip_jax.llm.export import ABOUT, ALIGNER
+from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config, read_object
 from pathflip_jax.llm.lora import SETTINGS, load_peft
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import Shape, describe_language_run, read_aligner, split_names, weights_hash

@@ -17,7 +17,7 @@ from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.pytorch import write_export
 from pathflip_jax.inference import load
 from pathflip_jax.llm.adapter import SlideLanguageModel
-from pathflip_jax.llm.folders import read_object, whole_folder, write_tensors
+from pathflip_jax.llm.folders import PROJECTOR, read_object, whole_folder, write_tensors
 from pathflip_jax.llm.hf_io import save_decoder
 from pathflip_jax.llm.lora import save_peft
 from pathflip_jax.llm.prompts import stop_ids
@@ -25,7 +25,7 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
 
-PROJECTOR, ALIGNER, ABOUT = "projector.safetensors", "aligner", "pathflip_language.json"
+ALIGNER, ABOUT = "aligner", "pathflip_language.json"
 GENERATION = "generation_config.json"
 
 

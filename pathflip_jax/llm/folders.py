@@ -29,6 +29,7 @@ FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 AGAIN = "copy it again"
+PROJECTOR = "projector.safetensors"  # of a language run's export
 
 
 def local_folder(place: str | Path) -> Path:

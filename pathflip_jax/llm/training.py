@@ -5,6 +5,7 @@ sources with hashes of them: what is frozen is read from there again.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from pathflip_jax.llm.batches import (
     read_embeddings,
 )
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
-from pathflip_jax.llm.folders import read_decoder_config
+from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config
 from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder
 from pathflip_jax.llm.lora import load_peft
 from pathflip_jax.llm.prompts import choose_template
@@ -48,6 +49,8 @@ from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import read_manifest, rows_of_slides, slides_of_splits
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import place_features, require_score
+
+log = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
@@ -216,6 +219,12 @@ def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) 
     """
     if (Path(folder) / "adapter_config.json").is_file():
         flat, lora = load_peft(folder, decoder)
+        if (Path(folder) / PROJECTOR).is_file():
+            log.warning(
+                "lm.start=%s: of this export the adapter alone is read, the projector starts at random; "
+                "`pathflip convert` makes a run of it, which starts both",
+                folder,
+            )
         params = {f"decoder/{name}": x for name, x in flat.items()}
         return Started(lora, params, checkpoint.content_hash(params))
     shape, config, params = read_trained(folder)

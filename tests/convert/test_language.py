@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -95,11 +94,8 @@ def settings_of(run: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("config", "trains"), [(TIED, "projector,lora"), (UNTIED, "aligner,projector,lora")], ids=["tied", "untied"]
-)
-def test_an_adapter_comes_back_to_the_bit(make_run, config, trains):
-    run = make_run(config, trains)
+def test_an_adapter_comes_back_to_the_bit(make_run):
+    run = make_run(UNTIED, "aligner,projector,lora")
     out, back = there_and_back(run, "peft")
     (ours, _, words), (theirs, _, again) = assemble(run), assemble(back)
     same(flatten(ours), flatten(theirs))
@@ -110,8 +106,8 @@ def test_an_adapter_comes_back_to_the_bit(make_run, config, trains):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "trains"),
-    [(TIED, "projector,lora"), (UNTIED, "aligner,projector,lora"), (UNTIED, "projector,decoder")],
-    ids=["tied", "untied", "scratch"],
+    [(TIED, "aligner,projector,lora"), (UNTIED, "projector,decoder")],
+    ids=["merged", "scratch"],
 )
 def test_a_whole_decoder_comes_back_with_its_answers(make_run, capsys, config, trains):
     """The adapter merged: the same projector and aligner, logits to 1e-5, the same tokens written."""
@@ -133,7 +129,6 @@ def test_a_whole_decoder_comes_back_with_its_answers(make_run, capsys, config, t
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
     one, other = (a.caption([rows], Sampling(max_new_tokens=8)) for a in assistants)
     assert one == other and assistants[0].stop_ids == assistants[1].stop_ids
-    jax.clear_caches()
     transformers = pytest.importorskip("transformers")
     ends = transformers.GenerationConfig.from_pretrained(out)
     assert (ends.eos_token_id, ends.pad_token_id) == (list(assistants[0].stop_ids), words.pad_id)
@@ -148,6 +143,7 @@ def adapter(make_run) -> tuple[Path, Path]:
     return run, run.parent / "out"
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_or_on_another_decoder_is_refused(adapter, tmp_path, capsys):
     run, out = adapter
     ends = json.loads((out / "generation_config.json").read_text())
@@ -172,7 +168,7 @@ def test_an_adapter_alone_or_on_another_decoder_is_refused(adapter, tmp_path, ca
     assert not (tmp_path / "back").exists() and not (tmp_path / "out").exists()
 
 
-def test_the_ends_of_a_chat_are_those_of_the_export(adapter, tmp_path):
+def test_the_ends_of_a_chat_are_those_of_the_export(tmp_path):
     """A template's end of turn, which none of a base model's settings names, stops the exported decoder too."""
     from pathflip_jax.llm.export import write_generation
     from pathflip_jax.llm.prompts import stop_ids
