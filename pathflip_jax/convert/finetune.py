@@ -79,7 +79,7 @@ def convert_finetune(
     params |= {f"decoder/{name}": x for name, x in adapter.params.items()}
     _check_shapes(params, shape, source, decoder_folder)
     assumed = [
-        *assumed_sizes(config, heads, Path(bert_folder)),
+        *assumed_sizes(config, heads, Path(bert_folder), {}),
         f"lora_alpha {ALPHA:g} and lora_dropout {DROPOUT} of the language model (the released code's)",
         "captions of at most 384 tokens, and regions cut by scan, as in the released code",
         UNKNOWN_ENCODER,

@@ -19,6 +19,7 @@ from pathflip_jax.convert import pytorch
 from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_places
 from pathflip_jax.convert.huggingface import huggingface_config, write_huggingface
 from pathflip_jax.convert.released import load_released
+from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
@@ -254,6 +255,8 @@ def test_weights_get_the_permissions_of_any_new_file(tmp_path, mask):
     try:
         for name in ("model.safetensors", "model.pt"):
             pytorch.write_checkpoint(tmp_path / name, {"x": np.ones(2, np.float32)})
+        with whole_file(tmp_path / "whole") as file:
+            file.write(b"x")
         (tmp_path / "other").touch()
     finally:
         os.umask(before)

@@ -276,6 +276,15 @@ def test_all_tensors_that_do_not_fit_are_listed(copied):
         assert f"\n  {line}" in str(caught.value)
 
 
+def test_names_of_a_compiled_decoder_are_the_same(copied):
+    folder = copied("qwen3")
+    expected = flatten(load_decoder(folder))
+    tensors = tensors_of(folder)
+    save_file({f"_orig_mod.{name}": x for name, x in tensors.items()}, folder / "model.safetensors")
+    found = flatten(load_decoder(folder))
+    assert all(np.array_equal(found[name], x) for name, x in expected.items())
+
+
 def test_a_tied_file_may_repeat_the_embedding(copied):
     """As Qwen3-0.6B's does. A head of its own is none that config.json speaks of."""
     folder = copied("qwen3")

@@ -97,6 +97,20 @@ def adapter(sound_adapter, tmp_path):
     return tmp_path / "adapter", settings, tensors
 
 
+def test_an_adapter_saved_through_wrappers_is_the_same(adapter):
+    folder, _, tensors = adapter
+    expected = load_peft(folder)[0]
+
+    def wrap(found) -> None:
+        for name in list(found):
+            found[name.replace("layers.0.", "layers.0._orig_mod.").replace("self_attn.", "self_attn.module.")] = (
+                found.pop(name)
+            )
+
+    found = load_peft(tensors(wrap))[0]
+    assert found.keys() == expected.keys() and all(np.array_equal(found[n], x) for n, x in expected.items())
+
+
 @pytest.mark.parametrize(
     ("family", "lora"),
     [
