@@ -439,9 +439,7 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
     else:
         model, config, tokenizer = load_run(path, which=which)
         if bert is not None or arguments or weights:
-            raise ValueError(
-                f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights"
-            )
+            raise ValueError(f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights")
     predictor = Predictor(model, config, tokenizer, name=str(path))
     if predictor.assumed:
         log.warning("%s: assumed, for no file says it: %s", path, "; ".join(predictor.assumed))
