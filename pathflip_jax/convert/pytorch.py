@@ -6,6 +6,7 @@ one error that lists all of it. Safetensors files need no torch; for the others 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -96,6 +97,11 @@ def _not_the_model(faults: list[str], state: Mapping[str, np.ndarray]) -> str:
 
 def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the PyTorch model that is a parameter here."""
+    return dict(_torch_shapes(config))
+
+
+@functools.lru_cache(maxsize=8)  # a conversion asks several times, and each answer traces the model
+def _torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     from pathflip_jax.model.parameters import abstract_params
 
     shapes = abstract_params(config)

@@ -140,7 +140,7 @@ def test_parameters_model_settings_and_ids_come_back(words, tmp_path, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "way"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("config", "way"), [CASES["huggingface"], CASES["pathflip2"]], ids=["1", "2"])
 def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, config, way):
     """run -> export -> convert -> run; the LoRA of a PathFLIP2 is merged on the way, and that is said."""
     save_run(tmp_path / "run", make(config), {"data": DATA}, words)
@@ -152,11 +152,11 @@ def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, 
     assert b.config["data"] == c.config["data"] == without_places({"data": DATA})["data"]
     random = np.random.default_rng(1)
     patches, mask = random.normal(size=(2, 3, 4, 7)).astype(np.float32), np.ones((2, 3, 4), bool)
-    for other in (b, c):
-        one, two = (x.model.encode_slides(patches, mask) for x in (a, other))
-        np.testing.assert_allclose(two.slide, one.slide, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(two.regions, one.regions, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(other.encode_text(TEXTS), a.encode_text(TEXTS), rtol=0, atol=1e-6)
+    one, two = (x.model.encode_slides(patches, mask) for x in (a, b))
+    np.testing.assert_allclose(two.slide, one.slide, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(two.regions, one.regions, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(b.encode_text(TEXTS), a.encode_text(TEXTS), rtol=0, atol=1e-6)
+    assert all(np.array_equal(x, flatten(c.model)[name]) for name, x in flatten(b.model).items())
 
 
 @pytest.mark.slow
