@@ -61,7 +61,7 @@ def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) 
     pen = float((stained & ink).sum() / max(1, stained.sum()))
     saturation[ink] = 0
     saturation = ndimage.gaussian_filter(saturation, 1.0, output=saturation)
-    mask = (saturation > _stain_threshold(saturation.ravel())) & ~ink
+    mask = (saturation > _stain_threshold(saturation[~ink])) & ~ink  # what pen leaves: pale tissue may be little
     area = (downsample * slide.mpp) ** 2
     mask, _ = _parted(mask, _SMALLEST_PIECE_UM2 / area)
     _, small = _parted(~mask, _LARGEST_HOLE_UM2 / area)
@@ -115,7 +115,7 @@ def _stain_threshold(saturation: np.ndarray) -> float:
     as long as there are two classes: `_APART` from each other, and the upper more than the rim of the lower.
     """
     threshold, values = _STAINED, saturation
-    while np.ptp(values) > 0:
+    while values.size and np.ptp(values) > 0:
         middle = threshold_otsu(values)
         upper = values > middle
         if upper.mean() < _RIM or values[upper].mean() - values[~upper].mean() < _APART:

@@ -104,6 +104,11 @@ def test_stains_that_look_like_pen_can_be_kept_and_the_rest_is_said(write_tiff, 
         assert len(tiles.coords) == 64 and tiles.notes == ()
 
 
+def test_a_picture_that_is_pen_all_over_has_no_tissue(write_tiff, tmp_path):
+    with open_slide(write_tiff(tmp_path / "s.tif", np.full((512, 512, 3), (40, 60, 170), np.uint8))) as slide:
+        assert not tissue_mask(slide, 16).mask.any()
+
+
 def test_the_option_reaches_the_mask(write_tiff, tmp_path):
     image = np.full((512, 512, 3), 244, np.uint8)
     image[128:384, 128:384] = (60, 90, 180)
