@@ -171,6 +171,9 @@ OUTLINES = {"type": "FeatureCollection", "features": [
      "properties": {"objectType": "annotation", "classification": {"name": "tumor"}}},
     {"type": "Feature", "properties": {"name": "x"},
      "geometry": {"type": "MultiPolygon", "coordinates": [[RING, RING]]}},
+    {"type": "Feature", "properties": {"classification": {"names": ["tumor", "region"]}},
+     "geometry": {"type": "GeometryCollection", "geometries": [
+         {"type": "Polygon", "coordinates": [RING]}, {"type": "Point", "coordinates": [1, 2]}, None]}},
 ]}  # fmt: skip
 
 

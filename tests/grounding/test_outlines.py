@@ -145,6 +145,25 @@ def test_area_fraction_equals_the_overlap_of_rectangles():
     assert outlines.area_fraction([Polygon(SQUARE)], coords[:0], 64).shape == (0,)
 
 
+KEYS = st.sampled_from(["type", "coordinates", "geometries", "geometry", "features", "name", "names", "properties"])
+TYPES = ["Point", "Polygon", "MultiPolygon", "GeometryCollection", "Feature", "FeatureCollection", "", "x"]
+LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | st.just(float("nan")) | st.sampled_from(TYPES)
+THINGS = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner), max_leaves=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.sampled_from(["type", "geometry", "properties"]), THINGS), THINGS, THINGS)
+def test_whatever_a_file_holds_it_is_read_or_named(tmp_path_factory, first, geometry, classification):
+    path = tmp_path_factory.getbasetemp() / "any.geojson"
+    found = feature([SQUARE.tolist()]) | {"geometry": geometry, "properties": {"classification": classification}}
+    for content in (first, [first], {"type": "FeatureCollection", "features": [found]}, geometry):
+        path.write_text(json.dumps(content))
+        try:
+            assert all(name and polygons for name, polygons in outlines.read_outlines(path).items())
+        except ValueError as error:
+            assert "any.geojson" in str(error)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 500)), min_size=3, max_size=8), st.integers(1, 9))
 def test_raster_agrees_with_points(corners, downsample):
