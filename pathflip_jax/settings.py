@@ -15,6 +15,9 @@ from ml_collections import ConfigDict, config_flags
 
 from pathflip_jax.data.storage import as_path, exists, is_url
 
+USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
+       [--profile STEPS] [--coordinator HOST:PORT --num_processes N --process_id I]"""
+OPTIONS = ("workdir", "profile", "coordinator", "num_processes", "process_id")
 REQUIRED = {
     "data.records": "a folder of records, made by `pathflip prepare` or `pathflip import`",
     "data.texts": "a table of reports by slide id (JSONL, CSV or JSON)",
@@ -23,9 +26,6 @@ REQUIRED = {
     "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
 }
 ADDED = ("data.max_unknown_share",)  # settings that config files of earlier versions lack: they take their defaults
-USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
-       [--profile STEPS] [--coordinator HOST:PORT --num_processes N --process_id I]"""
-OPTIONS = ("workdir", "profile", "coordinator", "num_processes", "process_id")
 LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
 
 
