@@ -56,10 +56,11 @@ upload() {
     esac
 }
 
-# download_whole URL FOLDER [CHECK]: the folder appears when all of it is there and CHECK agrees. What a killed copy
-# left behind is gone on with.
+# download_whole URL FOLDER [CHECK]: the folder appears when all of it is there and CHECK agrees, in place of what was
+# there until then. What a killed copy left behind is gone on with.
 download_whole() {
-    run mkdir -p "$2.partial" && download "$1" "$2.partial" && ${3:+"$3" "$2.partial"} && run mv "$2.partial" "$2"
+    run mkdir -p "$2.partial" && download "$1" "$2.partial" && ${3:+"$3" "$2.partial"} && run rm -rf "$2" &&
+        run mv "$2.partial" "$2"
 }
 
 copy_object() {
@@ -83,14 +84,24 @@ for shard in json.loads((folder / "manifest.json").read_bytes())["shards"]:
 PY
 }
 
+# local_folder KIND URL: of this user, and of the whole URL: buckets of other labs have a cohort and a base run too.
+local_folder() { echo "$LOCAL/pathflip-$1-${2##*/}-$(id -u)-$(printf '%s' "$2" | sha256sum | cut -c1-12)"; }
+
 data_folder() {
-    if is_bucket "$DATA"; then echo "$LOCAL/pathflip-data-${DATA##*/}"; else echo "$DATA"; fi
+    if is_bucket "$DATA"; then local_folder data "$DATA"; else echo "$DATA"; fi
+}
+
+# make_local: LOCAL, where all users of the host may have folders, as in /tmp.
+make_local() {
+    [[ -n $DRY_RUN || -d $LOCAL ]] || { mkdir -p "$LOCAL" && chmod 1777 "$LOCAL"; }
+    [[ -n $DRY_RUN || -w $LOCAL ]] || fail "LOCAL=$LOCAL: $(id -un 2> /dev/null || id -u) may not write there; set LOCAL to another folder"
 }
 
 stage() {
     local folder records
     is_bucket "$DATA" || { say "$DATA is read in place"; return; }
     folder=$(data_folder) records=$folder/records
+    make_local
     run mkdir -p "$folder"
     if [[ -z $DRY_RUN ]]; then
         exec 9> "$folder.lock"
@@ -102,7 +113,10 @@ stage() {
     if [[ -z $DRY_RUN ]] && cmp -s "$folder.manifest" "$records/manifest.json"; then
         say "$records is staged"
     else
-        run rm -rf "$records"
+        if [[ -z $DRY_RUN && -d $records ]]; then
+            exec 8> "$folder.used"
+            flock --nonblock 8 || fail "$DATA/records has changed, and a run on this host reads the copy of before: end it, or set another LOCAL"
+        fi
         download_whole "$DATA/records" "$records" check_records
     fi
     download "$DATA" "$folder" records/ # texts and tables change more often than features, and are small
@@ -119,13 +133,19 @@ train_here() {
         echo "$(assignments JAX_COMPILATION_CACHE_DIR) $(quoted pathflip train "$@" --workdir "$workdir")"
     else
         cd "$(data_folder)" || fail "$(data_folder): no such folder; run \`$0 stage\` first"
+        if is_bucket "$DATA"; then # held until the process ends, so that nobody replaces what it reads
+            exec 8> "$(data_folder).used"
+            flock --shared 8
+        fi
         exec pathflip train "$@" --workdir "$workdir"
     fi
 }
 
 # train_with_backup OPTIONS...: a run on local disk that comes from the bucket, and goes there now and then and at the end.
 train_with_backup() {
-    local folder="$LOCAL/pathflip-run-${WORKDIR##*/}" code=0 trainer backup unfinished=orbax-checkpoint-tmp
+    local folder code=0 trainer backup unfinished=orbax-checkpoint-tmp
+    folder=$(local_folder run "$WORKDIR")
+    make_local
     # Who fetched the run last holds it: what lies on this disk is newest, unless another host went on with it since.
     run rm -f "$folder.holder"
     copy_object "$WORKDIR/holder" "$folder.holder" || say "$WORKDIR: a new run"

@@ -1,5 +1,6 @@
 """What every host does: data staged once and whole, a run on a bucket that outlives its host, processes that meet."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,12 @@ sys.exit(int(end))
 """
 
 
+def copy_of(local, name="data-cohort", bucket="lab"):
+    """The folder on a host's disk for gs://lab/cohort, or for gs://lab/runs/base."""
+    url = f"gs://{bucket}/{'cohort' if name == 'data-cohort' else 'runs/base'}"
+    return local / f"pathflip-{name}-{os.getuid()}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
 def staged(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -43,7 +50,7 @@ def local(tmp_path):
 
 
 def test_data_is_staged_once(buckets, local):
-    source, folder = buckets.bucket("gs://lab/cohort"), local / "pathflip-data-cohort"
+    source, folder = buckets.bucket("gs://lab/cohort"), copy_of(local)
     assert buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local).returncode == 0
     assert staged(folder) == staged(source) and len(copies(buckets)) == 1
     # New reports come along, records are not looked at again.
@@ -57,7 +64,7 @@ def test_data_is_staged_once(buckets, local):
 def test_a_copy_that_ended_halfway_is_gone_on_with_and_never_seen(buckets, local):
     buckets.plan("copies", 2)
     assert buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local).returncode == 1
-    folder = local / "pathflip-data-cohort"
+    folder = copy_of(local)
     assert not (folder / "records").exists() and len(staged(folder / "records.partial")) == 2
     assert buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local).returncode == 0
     assert staged(folder) == staged(buckets.bucket("gs://lab/cohort"))
@@ -72,7 +79,7 @@ def test_other_records_replace_those_that_are_staged(buckets, local):
         path.unlink()
     (source / "manifest.json").write_text(json.dumps(manifest))
     assert buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local).returncode == 0
-    assert staged(local / "pathflip-data-cohort/records") == staged(source)
+    assert staged(copy_of(local) / "records") == staged(source)
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
@@ -83,7 +90,42 @@ def test_a_bucket_that_is_only_half_filled_is_refused(buckets, local, damage):
     shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
     done = buckets.run("worker.sh", "stage", **SETTINGS, LOCAL=local)
     assert done.returncode == 1 and f"{shard.name}: " in done.stderr and "bytes" in done.stderr
-    assert not (local / "pathflip-data-cohort/records").exists()
+    assert not (copy_of(local) / "records").exists()
+
+
+def test_a_bucket_of_the_same_name_has_a_folder_of_its_own(buckets, local):
+    shutil.copytree(buckets.bucket("gs://lab/cohort"), buckets.bucket("gs://other/cohort"))
+    (buckets.bucket("gs://other/cohort") / "reports.jsonl").write_text("{}\n")
+    for bucket in ("lab", "other"):
+        assert buckets.run("worker.sh", "stage", DATA=f"gs://{bucket}/cohort", LOCAL=local).returncode == 0
+    for bucket in ("lab", "other"):
+        assert staged(copy_of(local, bucket=bucket)) == staged(buckets.bucket(f"gs://{bucket}/cohort"))
+    assert local.stat().st_mode & 0o1777 == 0o1777  # other users of the host keep theirs beside it
+
+
+def test_records_in_use_are_not_replaced_and_a_copy_that_fails_leaves_them(buckets, local):
+    buckets.add("pathflip", TRAINER)
+    buckets.plan("ends", "waits")
+    settings = SETTINGS | {"LOCAL": local}
+    assert buckets.run("worker.sh", "stage", **settings).returncode == 0
+    before = staged(copy_of(local) / "records")
+    manifest = buckets.bucket("gs://lab/cohort") / "records/manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    process = buckets.start("worker.sh", "train", "--config", "demo", **settings, WORKDIR=local / "run")
+    deadline = time.monotonic() + 30
+    while not (buckets.folder / "waiting").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    done = buckets.run("worker.sh", "stage", **settings)
+    assert done.returncode == 2 and "a run on this host reads the copy of before" in done.stderr
+    assert staged(copy_of(local) / "records") == before
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    buckets.plan("copies", 1)
+    assert buckets.run("worker.sh", "stage", **settings).returncode == 1
+    assert staged(copy_of(local) / "records") == before
+    assert buckets.run("worker.sh", "stage", **settings).returncode == 0
+    assert staged(copy_of(local) / "records") == staged(manifest.parent)
 
 
 def test_unfinished_records_are_refused(buckets, local):
@@ -172,7 +214,7 @@ def test_a_host_that_was_overtaken_fetches_and_one_that_was_not_does_not(buckets
     for number, disk in enumerate("aaabba"):
         done = buckets.run("worker.sh", "train", "--config", "demo", **settings, LOCAL=tmp_path / disk)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / disk / "pathflip-run-base/metrics.jsonl").read_text() == "{}\n" * (number + 1)
+        assert (copy_of(tmp_path / disk, "run-base") / "metrics.jsonl").read_text() == "{}\n" * (number + 1)
     assert len([call for call in buckets.calls("gcloud") if call[-1].endswith(".partial")]) == 3
 
 
@@ -201,7 +243,7 @@ def test_a_run_is_copied_while_it_goes_on_and_after_sigterm(buckets, local):
     while not (kept.exists() and (buckets.folder / "waiting").exists()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    (local / "pathflip-run-base/saved").touch()
+    (copy_of(local, "run-base") / "saved").touch()
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=30) == 75
     process.communicate()
