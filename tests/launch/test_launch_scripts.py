@@ -32,6 +32,7 @@ OTHER = {
     "WORKDIR": "/share/other",
     "ACCELERATOR_TYPE": "v5litepod-4",
     "NODE_SELECTOR": "pool=a100",
+    "GPUS": "3",
 }
 INSIDE = {"MAX_RESTARTS", "MAX_STARTS", "PAUSE", "POLL", "WAIT", "BACKUP_SECONDS"}
 
