@@ -1,7 +1,7 @@
 """Patch features of a slide, and the readers of the feature files that labs already have.
 
-One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP and plain HDF5 files alike. The first bytes of a file
-and what it holds decide who wrote it, never its extension alone.
+One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files alike. The first bytes of
+a file and what it holds decide who wrote it, never its extension alone.
 """
 
 import math
@@ -45,7 +45,8 @@ class SlideFeatures:
     `coords` [N, 2] are x, y of a patch's top-left corner in pixels at level 0, None where the file has none;
     `patch_size` is a patch's edge in the same pixels, `mpp` micrometres per pixel at level 0, `width` and `height` the
     slide's at level 0; 0 stands for unknown. An empty `case_id` becomes that of the slide id (`case_of`). Raises
-    ValueError, naming the slide, for arrays that do not belong together, no patches, and features not finite.
+    ValueError, naming the slide, for arrays that do not belong together, no patches, features not finite, and patches
+    of a size or in a place that cannot be (`coordinates.py`).
 
     What a reader adds, and records do not keep: `patch_size_source` is "file", "option" or "gaps" (guessed from
     `patch_size_support` gaps between neighbours that agree); `notes` are lines for the summary of a cohort, without the
