@@ -1,7 +1,7 @@
 """Patch features of a slide, and the readers of the feature files that labs already have.
 
-One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files alike. The first bytes of
-a file and what it holds decide who wrote it, never its extension alone.
+One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files alike. The first bytes
+of a file and what it holds decide who wrote it, never its extension alone.
 """
 
 import math
