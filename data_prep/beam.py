@@ -15,11 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from data_prep.jobs import Effort, Job, Outcome, ended
-from data_prep.plan import Plan, write_json
+from data_prep.majority import is_alike, vote
+from data_prep.plan import Plan
+from data_prep.plan_file import write_json
 from data_prep.pool import Worker
-from data_prep.shards import Progress, assemble, first_through
+from data_prep.shards import Progress, assemble, part_traits
+from pathflip_jax.data.cohort import Cohort, Traits
 from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.index import SlideInfo
 
 try:
     import apache_beam as beam
@@ -46,17 +48,17 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
         | "spread" >> beam.Reshuffle()
         | "slide to part" >> beam.ParDo(_SlideToPart(work))
     )
-    reference = (
+    cohort = (
         through
-        | "good slides" >> beam.FlatMap(lambda element: [] if element[1][1].error else [element[1][0]])
-        | "first slide" >> beam.CombineGlobally(_first)
-        | "the cohort's" >> beam.Map(_reference, plan.reference)
+        | "votes" >> beam.Map(lambda element: element[1][2])
+        | "all votes" >> beam.combiners.ToList()
+        | "what most have" >> beam.Map(_cohort, plan.cohort, is_alike(plan))
     )
     said = plan.parts.absolute() / "beam.json"
     _ = (
         through
         | "slides of a shard" >> beam.GroupByKey()
-        | "parts to shard" >> beam.Map(_assemble, beam.pvalue.AsSingleton(reference))
+        | "parts to shard" >> beam.Map(_assemble, beam.pvalue.AsSingleton(cohort))
         | "all shards" >> beam.combiners.ToList()
         | "what became of them" >> beam.Map(_save, said)
     )
@@ -71,7 +73,8 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
     found = json.loads(said.read_bytes())
     said.unlink()
     failed = [Failure(**row) for row in found["failed"]]
-    return Progress(found["done"], failed, Effort(**found["effort"]))
+    notes = [(note, slide) for note, slide in found["notes"]]
+    return Progress(found["done"], failed, Effort(**found["effort"]), notes)
 
 
 _CURE = "what is whole stays: mend it and run the same command again"
@@ -92,8 +95,8 @@ class _SlideToPart(beam.DoFn):
         """Called by Beam in each of its workers."""
         self._worker = Worker()
 
-    def process(self, job: Job) -> Iterator[tuple[str, tuple[Job, Outcome]]]:
-        """One slide; under the name of its shard. Raises OSError for what every slide will meet."""
+    def process(self, job: Job) -> Iterator[tuple[str, tuple[Job, Outcome, Traits | None]]]:
+        """One slide and its vote; under the name of its shard. Raises OSError for what every slide will meet."""
         outcome = Outcome()
         if not job.part.exists():  # else an earlier try or run came so far
             outcome = self._worker.run(self._work, job) or ended(job)
@@ -102,7 +105,7 @@ class _SlideToPart(beam.DoFn):
         self._counters["slides"].inc()
         self._counters["failed slides"].inc(bool(outcome.error))
         self._counters["patches"].inc(outcome.effort.patches)
-        yield str(job.shard), (job, outcome)
+        yield str(job.shard), (job, outcome, None if outcome.error else part_traits(job))
 
     def teardown(self) -> None:
         """Called by Beam when a worker ends."""
@@ -148,20 +151,17 @@ def _seen_from_everywhere(job: Job) -> Job:
     return replace(job, file=job.file.absolute(), shard=job.shard.absolute(), part=job.part.absolute())
 
 
-def _first(jobs: Iterable[Job | None]) -> Job | None:
-    return min((job for job in jobs if job), key=lambda job: job.slide_id, default=None)
+def _cohort(votes: list[Traits | None], before: Cohort | None, alike: bool) -> Cohort | None:
+    """What the slides of all shards have in common: of those that stand, else of those that are through."""
+    voters = [traits for traits in votes if traits is not None]
+    return before or (vote(voters, alike) if voters else None)
 
 
-def _reference(job: Job | None, before: SlideInfo | None) -> SlideInfo | None:
-    """The slide that all others are compared with: of a shard that stands, else the first that is through."""
-    return before or (first_through([job]) if job else None)
-
-
-def _assemble(shard: tuple[str, Iterable[tuple[Job, Outcome]]], reference: SlideInfo | None) -> Progress:
+def _assemble(shard: tuple[str, Iterable[tuple[Job, Outcome, Traits | None]]], cohort: Cohort | None) -> Progress:
     """Put a shard together when all of its slides are through."""
     through = sorted(shard[1], key=lambda slide: slide[0].slide_id)
-    progress = assemble([job for job, _ in through], reference)
-    for job, outcome in through:
+    progress = assemble([job for job, _, _ in through], cohort)
+    for job, outcome, _ in through:
         progress.count(job, outcome)
     return progress
 
@@ -172,4 +172,5 @@ def _save(shards: list[Progress], path: Path) -> None:
     for progress in shards:
         total.add(progress)
     failed = [failure._asdict() for failure in total.failed]
-    write_json(path, {"done": total.done, "failed": failed, "effort": asdict(total.effort)})
+    said = {"done": total.done, "failed": failed, "effort": asdict(total.effort), "notes": total.notes}
+    write_json(path, said)

@@ -9,55 +9,26 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.jobs import Effort, Job, Outcome, ended, import_slide, prepare_slide, try_encoder
-from data_prep.plan import Plan, make_plan, slide_files, write_json
+from data_prep.jobs import Job, Outcome, ended, import_slide, layout, prepare_slide, try_encoder
+from data_prep.majority import Election
+from data_prep.plan import Plan, make_plan
+from data_prep.plan_file import write_json
 from data_prep.pool import cores, run_each
-from data_prep.shards import Progress, assemble, first_through, remove
-from pathflip_jax.data.failures import Failure, list_failures
-from pathflip_jax.data.feature_files import find_feature_files
-from pathflip_jax.data.features import slide_id_of
-from pathflip_jax.data.index import read_index
-from pathflip_jax.data.records import finish_folder
+from data_prep.report import Report, grouped
+from data_prep.shards import Progress, amend, assemble, remove
+from data_prep.slide_files import find_slides
+from data_prep.slide_table import SANE_MPP
+from pathflip_jax.data.feature_files import find_feature_files, slide_id_of
+from pathflip_jax.data.index import DTYPES, read_index
+from pathflip_jax.data.records import finish_folder, manifest_hash, write_shard
 from pathflip_jax.data.regions import EDGE_UM
 from pathflip_jax.data.storage import Place, as_path, make_folder
 from pathflip_jax.data.text import some
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
-    folder is complete (of a job array, when the last task is through); `effort`, what the slides took."""
-
-    folder: Place
-    done: list[str]
-    skipped: list[str]
-    failed: list[Failure]
-    finished: bool
-    notes: list[str] = field(default_factory=list)
-    effort: Effort = Effort()
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 1 when slides failed."""
-        return 1 if self.failed else 0
-
-    def summary(self) -> str:
-        """What to tell the user at the end, failures by name."""
-        counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
-        lines = [f"{self.folder}: {counts}", *self.notes]
-        if not self.finished and not self.failed:
-            lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
-        if self.effort.patches:
-            lines.append(self.effort.summary())
-        if self.failed:
-            lines.append("not in the records (all are listed in failures.json there):")
-            lines += list_failures(self.failed)
-        return "\n".join(lines)
 
 
 def prepare(
@@ -68,9 +39,11 @@ def prepare(
     patch_size: int = 256,
     mpp: float = 0.5,
     assume_mpp: float | None = None,
+    override_mpp: float | None = None,
     min_tissue: float = 0.25,
     keep_ink: bool = False,
     half: bool = False,
+    dtype: str = "float16",
     cut: str = "grid",
     edge_um: float = EDGE_UM,
     shard: tuple[int, int] = (0, 1),
@@ -78,21 +51,23 @@ def prepare(
     workers: int | None = None,
     strict: bool = False,
     slides_table: Place | str | None = None,
+    prune: bool = False,
     beam: Sequence[str] | None = None,
 ) -> Report:
     """Turn slide files into records: tissue, patches of `patch_size` pixels at `mpp`, features, regions.
 
     `slides` is a folder (searched below, too), a file or a list of files; a slide's id is its file name without
-    the extension. `assume_mpp` is for slides that do not tell their level-0 resolution; `min_tissue` the tissue share
-    of a patch; `keep_ink` takes pen for tissue, for stains that look like it; `half` lets networks compute in half
-    precision. `shard` = (i, n) does the i-th of n shares, for job arrays. `workers` processes share this machine
-    (default: one for each core) and its GPUs. `slides_table` (columns slide_id and case_id or patient_id) names the
-    cases. A second run does only what is missing, failed slides included. A bad slide is reported, in
-    `OUT/failures.json` too, and the rest goes on; `strict` stops at the first. `beam` has Apache Beam spread the work,
-    with these options of its (`data_prep.beam`).
+    the extension. `assume_mpp` is for slides that do not tell their level-0 resolution, `override_mpp` replaces what
+    they tell; `min_tissue` is the tissue share of a patch; `keep_ink` takes pen for tissue, for stains that look like
+    it; `half` lets networks compute in half precision. `shard` = (i, n) does the i-th of n shares, for job arrays.
+    `workers` processes share this machine (default: one for each core) and its GPUs. `slides_table` (columns slide_id
+    and case_id or patient_id) names the cases; its columns mpp and magnification say the resolution of single slides,
+    and win. A second run does only what is missing, failed slides and new ones included; records of slides that are
+    gone stay, unless `prune` takes them out. A bad slide is reported, in `OUT/failures.json` too, and the rest goes on;
+    `strict` stops at the first. `beam` has Apache Beam spread the work, with these options of its (`data_prep.beam`).
 
     Raises ValueError for settings that cannot be, for slide ids that occur twice, and for a folder that was begun with
-    other settings or slides; FileNotFoundError for no slides; OSError on a full disk.
+    other settings; FileNotFoundError for no slides; OSError on a full disk.
     """
     if patch_size < 1 or not 0 < mpp < 1e3 or not 0 <= min_tissue <= 1:
         raise ValueError(
@@ -101,13 +76,14 @@ def prepare(
         )
     settings = {
         "command": "prepare", "encoder": encoder, "half": half, "patch_size": patch_size, "mpp": mpp,
-        "assume_mpp": assume_mpp, "min_tissue": min_tissue, "keep_ink": keep_ink or None, "cut": cut,
-        "edge_um": edge_um,
+        "assume_mpp": assume_mpp, "override_mpp": override_mpp, "min_tissue": min_tissue,
+        "keep_ink": keep_ink or None, "dtype": dtype, "cut": cut, "edge_um": edge_um,
     }  # fmt: skip
+    _check_resolution(settings, "assume_mpp", "override_mpp")
     _check_spreading(beam, shard, strict)
     plan = make_plan(
-        slide_files(slides), as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
-        slides_table=slides_table,
+        find_slides(slides), as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
+        slides_table=slides_table, prune=prune,
     )  # fmt: skip
     if plan.jobs and beam is None:  # the machines of a cluster try it themselves: this one may not have the weights
         ((_, outcome),) = run_each(try_encoder, plan.jobs[:1], 1)
@@ -124,7 +100,9 @@ def import_features(
     *,
     patch_size: int | None = None,
     mpp: float | None = None,
+    override_mpp: float | None = None,
     encoder: str | None = None,
+    dtype: str = "float16",
     cut: str = "grid",
     edge_um: float = EDGE_UM,
     shard: tuple[int, int] = (0, 1),
@@ -132,29 +110,44 @@ def import_features(
     workers: int | None = None,
     strict: bool = False,
     slides_table: Place | str | None = None,
+    prune: bool = False,
     beam: Sequence[str] | None = None,
 ) -> Report:
     """Turn the feature files of CLAM, TRIDENT, SlideChat or STAMP below a folder into records.
 
-    `patch_size` (level-0 pixels), `mpp` (level 0) and `encoder` are for what the files do not say. A folder of
-    bare .pt files has no coordinates and is cut by `scan`. Everything else as in `prepare`.
+    `patch_size` (level-0 pixels), `mpp` (level 0) and `encoder` are for what the files do not say; `override_mpp`
+    replaces what they say. A folder of bare .pt files has no coordinates and is cut by `scan`. What most slides have
+    says what the cohort is, in encoder, feature width and physical patch size. Everything else as in `prepare`.
     """
-    files = {slide_id_of(path): path for path in find_feature_files(folder).files}
+    found = find_feature_files(folder)
+    files = {slide_id_of(path): path for path in found.files}
     bare = cut == "grid" and all(path.suffix.lower() == ".pt" for path in files.values())
     settings = {
-        "command": "import", "patch_size": patch_size, "mpp": mpp, "encoder": encoder,
-        "cut": "scan" if bare else cut, "edge_um": edge_um,
+        "command": "import", "patch_size": patch_size, "mpp": mpp, "override_mpp": override_mpp, "encoder": encoder,
+        "dtype": dtype, "cut": "scan" if bare else cut, "edge_um": edge_um,
     }  # fmt: skip
+    _check_resolution(settings, "mpp", "override_mpp")
     _check_spreading(beam, shard, strict)
     plan = make_plan(
-        files, as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
-        slides_table=slides_table,
+        (files, found.unreachable), as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard,
+        sharing=workers, slides_table=slides_table, prune=prune,
     )  # fmt: skip
+    plan.notes.extend(found.notes)
     if bare:
         plan.notes.append(
             ".pt files have no coordinates: their regions are runs of stored patches (scan), and grounding refuses"
         )
     return _run(plan, import_slide, workers, strict, beam)
+
+
+def _check_resolution(settings: dict[str, Any], *names: str) -> None:
+    for name in names:
+        value = settings[name]
+        if value is not None and not SANE_MPP[0] <= value <= SANE_MPP[1]:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {value:g}: expected {SANE_MPP[0]:g} to {SANE_MPP[1]:g} um per level-0 pixel")
+    if settings["dtype"] not in DTYPES:
+        raise ValueError(f"--dtype {settings['dtype']}: expected {' or '.join(DTYPES)}")
 
 
 def _check_spreading(beam: Sequence[str] | None, shard: tuple[int, int], strict: bool) -> None:
@@ -168,7 +161,12 @@ def _check_spreading(beam: Sequence[str] | None, shard: tuple[int, int], strict:
 def _run(
     plan: Plan, work: Callable[[Job], Outcome], workers: int | None, strict: bool, beam: Sequence[str] | None
 ) -> Report:
+    if strict and (plan.failed or plan.absent):
+        plan.notes.append("stopped before the first slide, because of the bad ones (--strict)")
+        write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]])
+        return Report(plan.out, [], plan.skipped, [*plan.failed, *plan.absent], False, plan.notes)
     make_folder(plan.parts)
+    _amend(plan)
     if beam is None:
         progress = _run_here(plan, work, workers or cores(), strict)
     else:
@@ -178,21 +176,34 @@ def _run(
     return _finish(plan, progress)
 
 
+def _amend(plan: Plan) -> None:
+    """Do what needs no slide: take slides out, rename cases, and let no number of a shard be missing."""
+    for path, change in plan.amendments.items():
+        amend(path, change.gone, change.cases, plan.settings)
+    for path in plan.own_shards:
+        if path not in plan.missing and not path.exists():  # its slides went before they were done
+            write_shard(path, [], **layout(plan.settings))
+
+
 def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: bool) -> Progress:
-    """Do the jobs in processes of this machine, and put shards together, in order, as their last slide is through."""
-    progress, reference = Progress(), plan.reference
+    """Do the jobs in processes of this machine, and put shards together, in order, as their last slide is through.
+
+    None is put together before it is certain what the majority of the slides has.
+    """
+    progress = Progress()
     left = {path: {job.slide_id for job in own if not job.part.exists()} for path, own in plan.missing.items()}
     jobs = [job for job in plan.jobs if job.slide_id in left[job.shard]]
+    election = Election(plan)
+    election.add(job for job in plan.jobs if job.slide_id not in left[job.shard])
     shards = deque(left)
     total = len(plan.skipped) + len(plan.jobs)
     bar = tqdm(total=total, initial=total - len(jobs), unit="slide", desc="slides to records")
 
     def assemble_whole() -> None:
-        nonlocal reference
-        while shards and not left[shards[0]]:  # in order: the first slide of all says what the cohort is
-            own = plan.missing[shards.popleft()]
-            reference = reference or first_through(own)
-            progress.add(assemble(own, reference))
+        if not election.is_over(outstanding=sum(map(len, left.values()))):
+            return
+        while shards and not left[shards[0]]:
+            progress.add(assemble(plan.missing[shards.popleft()], election.cohort))
 
     assemble_whole()
     with bar, closing(run_each(work, jobs, workers)) as results:
@@ -201,26 +212,33 @@ def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: 
             if outcome.fatal:
                 raise OSError(outcome.error)
             progress.count(job, outcome)
-            if outcome.error and strict:
-                plan.notes.append("stopped at the first bad slide (--strict)")
-                break
             bar.update()
             left[job.shard].remove(job.slide_id)
-            assemble_whole()
+            if not (outcome.error and strict):
+                election.add([job])
+                assemble_whole()
+            if progress.failed and strict:
+                plan.notes.append("stopped at the first bad slide (--strict)")
+                break
     return progress
+
+
+def _failures(plan: Plan) -> Place:
+    """The list of what failed, of a whole run or of a task."""
+    task, tasks = plan.task
+    return plan.out / ("failures.json" if tasks == 1 else f"failures-{task:05d}-of-{tasks:05d}.json")
 
 
 def _finish(plan: Plan, progress: Progress) -> Report:
     """List what failed, and make the folder a data set when its last shard stands."""
-    out, notes, failed = plan.out, plan.notes, sorted(progress.failed)
+    out, failed, tasks = plan.out, sorted([*plan.failed, *progress.failed]), plan.task[1]
+    notes = [*plan.notes, *grouped(progress.notes)]
     unfit = {failure.slide for failure in failed}
     for job in plan.jobs:
         if job.slide_id in unfit:
             remove(job.part)
-    task, tasks = plan.task
     whole = all(path.exists() for path in plan.shards)
-    own = out / ("failures.json" if tasks == 1 else f"failures-{task:05d}-of-{tasks:05d}.json")
-    write_json(own, [failure._asdict() for failure in failed])
+    write_json(_failures(plan), [failure._asdict() for failure in [*failed, *plan.absent]])
     if whole and tasks > 1:
         lists = sorted(out.glob(f"failures-*-of-{tasks:05d}.json"))
         write_json(out / "failures.json", [row for path in lists for row in json.loads(path.read_bytes())])
@@ -228,12 +246,22 @@ def _finish(plan: Plan, progress: Progress) -> Report:
     unknown = [info.slide_id for info in infos if info.cut == "grid" and not info.mpp]
     if unknown:
         notes.append(
-            f"slides that do not tell their mpp: {len(unknown)} ({some(unknown)}); their regions are 16 patches "
-            "wide, whatever that is in micrometres; pass --mpp where it is known"
+            f"slides that do not tell their mpp: {len(unknown)} ({some(unknown)}); their regions are 16 patches wide, "
+            "whatever that is in micrometres; where it is known, give it by --mpp or the column mpp of --slides"
         )
-    if whole and infos and (progress.done or not (out / "manifest.json").exists()):
+    if whole and infos and _unlisted(out):
         finish_folder(out, edge_um=plan.settings["edge_um"])
+    if whole:
+        Election.forget(plan)
     if plan.parts.is_dir() and not any(plan.parts.iterdir()):
         plan.parts.rmdir()
     finished = whole and bool(infos)
-    return Report(out, sorted(progress.done), plan.skipped, failed, finished, notes, progress.effort)
+    return Report(out, sorted(progress.done), plan.skipped, failed, finished, notes, progress.effort, plan.absent)
+
+
+def _unlisted(out: Place) -> bool:
+    """Whether the manifest of a folder is not that of its shards."""
+    try:
+        return json.loads((out / "manifest.json").read_bytes())["sha256"] != manifest_hash(out)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True

@@ -4,6 +4,7 @@ A worker never raises for what is wrong with a slide; it says so in a line that 
 encoding by one batch, in a thread: OpenSlide and the encoder's libraries both let go of the interpreter.
 """
 
+import json
 import resource
 import sys
 import time
@@ -20,16 +21,22 @@ from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
-from pathflip_jax.data.features import SlideFeatures, read_features
+from pathflip_jax.data.features import SlideFeatures, UnknownPatchSize, read_features
+from pathflip_jax.data.index import DTYPES, narrowed
 from pathflip_jax.data.records import write_shard
-from pathflip_jax.data.storage import Place
+from pathflip_jax.data.storage import Place, remove
+from pathflip_jax.data.tables import json_object
+from pathflip_jax.data.tfrecord import whole_file
+
+PLACEHOLDER = 256  # the patch size, in pixels, of a slide that does not tell it, until its cohort does
 
 
 @dataclass(frozen=True)
 class Job:
     """One slide on its way to a record: read from `file`, written to `part`, meant for `shard`.
 
-    `sharing` worker processes share a machine; None for as many as it has cores.
+    `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
+    wins over what the file says; None where the file is believed.
     """
 
     slide_id: str
@@ -39,6 +46,7 @@ class Job:
     part: Place
     settings: dict[str, Any]
     sharing: int | None = None
+    mpp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,17 @@ class Effort:
         stages = {**self.seconds, **other.seconds}
         seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
         return Effort(self.patches + other.patches, seconds, max(self.peak_bytes, other.peak_bytes))
+
+
+class Remarks(NamedTuple):
+    """What was said of a slide and is not in its record: `notes` for the summary, and how sure its patch size is.
+
+    `guessed` is a patch size from the gaps between patches; `sizeless` says why there is none at all.
+    """
+
+    notes: tuple[str, ...] = ()
+    guessed: bool = False
+    sizeless: str = ""
 
 
 class Outcome(NamedTuple):
@@ -102,18 +121,41 @@ def ended(job: Job) -> Outcome:
     return Outcome(f"{job.file}: the worker process died; {cure}")
 
 
-def _guarded(job: Job, read: Callable[[Job, dict[str, float]], SlideFeatures]) -> Outcome:
+def remarks_path(part: Place) -> Place:
+    """The file beside a part that keeps what was said of its slide."""
+    return part.with_name(part.name.removesuffix(".tfrecord") + ".json")
+
+
+def save_remarks(part: Place, remarks: Remarks) -> None:
+    """Keep what was said of a slide until its shard is put together, by another run perhaps."""
+    remove(remarks_path(part))
+    if remarks != Remarks():
+        with whole_file(remarks_path(part)) as out:
+            out.write(json.dumps(remarks._asdict()).encode())
+
+
+def read_remarks(part: Place) -> Remarks:
+    """What was said of the slide of a part."""
+    path = remarks_path(part)
+    if not path.exists():
+        return Remarks()
+    found = Remarks(**json_object(path, path.read_bytes()))
+    return found._replace(notes=tuple(found.notes))
+
+
+def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatures, Remarks]]) -> Outcome:
     """Read and write one slide; whatever goes wrong with it becomes a line of text."""
     seconds: dict[str, float] = {}
     try:
-        slide = read(job, seconds)
+        slide, remarks = read(job, seconds)
     except (ValueError, OSError) as error:
         return Outcome(str(error))
     except Exception as error:  # a reader's own bug, met by one file, must not end the night's run
         return Outcome(f"{job.file}: {type(error).__name__}: {error}")
     start = time.perf_counter()
     try:
-        write_shard(job.part, [slide], **region_cut(job.settings))
+        save_remarks(job.part, remarks)
+        write_shard(job.part, [slide], **layout(job.settings))
     except OSError as error:
         return Outcome(str(error), fatal=True)
     except ValueError as error:
@@ -122,34 +164,31 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], SlideFeatures]) -
     return Outcome(effort=Effort(len(slide.features), seconds, _peak_bytes()))
 
 
-def _slide_features(job: Job, seconds: dict[str, float]) -> SlideFeatures:
+def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:
     settings, encode = job.settings, _encoder(job)
-    with open_slide(job.file, settings["assume_mpp"]) as slide:
+    dtype = settings.get("dtype", "float16")
+    with open_slide(job.file, settings["assume_mpp"], job.mpp) as slide:
         start = time.perf_counter()
         keep_ink = bool(settings.get("keep_ink"))
         tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], keep_ink)
         began = time.perf_counter()
-        features, rows = np.empty((len(tiles.coords), encode.dim), np.float16), 0  # as records store them
+        features, rows = np.empty((len(tiles.coords), encode.dim), DTYPES[dtype]), 0  # as records store them
         encoding = 0.0
         for patches in _read_ahead(read_patches(slide, tiles), seconds):
             before = time.perf_counter()
-            with np.errstate(over="ignore"):  # said of the slide, below
-                features[rows : rows + len(patches)] = encode(patches)
+            features[rows : rows + len(patches)] = _stored(encode(patches), dtype, job.file)
             rows += len(patches)
             encoding += time.perf_counter() - before
         waiting = time.perf_counter() - began - encoding
         seconds |= {"tissue": began - start, "wait": waiting, "encode": encoding}
-        return SlideFeatures(
-            job.slide_id,
-            job.case_id,
-            features,
-            tiles.coords,
-            tiles.patch_size_level0,
-            slide.mpp,
-            slide.width,
-            slide.height,
-            encode.name,
-        )
+        place = (tiles.coords, tiles.patch_size_level0, slide.mpp, slide.width, slide.height)
+        found = SlideFeatures(job.slide_id, job.case_id, features, *place, encode.name)
+        return found, Remarks((*slide.notes, *tiles.notes))
+
+
+def _stored(features: np.ndarray, dtype: str, file: Path) -> np.ndarray:
+    """The features of some patches as records keep them; what is not finite is said of the slide as a whole."""
+    return narrowed(features, dtype, str(file)) if np.isfinite(features).all() else features
 
 
 def _read_ahead(batches: Iterator[np.ndarray], seconds: dict[str, float]) -> Iterator[np.ndarray]:
@@ -169,12 +208,17 @@ def _read_ahead(batches: Iterator[np.ndarray], seconds: dict[str, float]) -> Ite
             yield batch
 
 
-def _imported_features(job: Job, seconds: dict[str, float]) -> SlideFeatures:
-    given = {name: job.settings[name] for name in ("patch_size", "mpp", "encoder")}
-    start = time.perf_counter()
-    slide = read_features(job.file, slide_id=job.slide_id, case_id=job.case_id, **given)
+def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:
+    given = {name: job.settings[name] for name in ("patch_size", "mpp", "encoder")} | {"override_mpp": job.mpp}
+    start, sizeless = time.perf_counter(), ""
+    names = {"slide_id": job.slide_id, "case_id": job.case_id}
+    try:
+        slide = read_features(job.file, **names, **given)
+    except UnknownPatchSize as error:  # the others of the cohort may tell it
+        sizeless = str(error)
+        slide = read_features(job.file, **names, **given | {"patch_size": PLACEHOLDER})
     seconds["read"] = time.perf_counter() - start
-    return slide
+    return slide, Remarks(slide.notes, slide.patch_size_source == "gaps", sizeless)
 
 
 def _encoder(job: Job) -> PatchEncoder:
@@ -196,6 +240,6 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def region_cut(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that say how regions are cut, as `write_shard` takes them."""
-    return {"cut": settings["cut"], "edge_um": settings["edge_um"]}
+def layout(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that say how records are laid out, as `write_shard` takes them."""
+    return {"cut": settings["cut"], "edge_um": settings["edge_um"], "dtype": settings.get("dtype", "float16")}

@@ -1,26 +1,39 @@
 """What a build has to do: which slides belong to which shard, and which of them have no record yet.
 
-A folder of records is tied to its settings and slides from the start, so that a second run, another task of a job array
-or another runner continues the first and never mixes two.
+A folder of records is tied to its settings from the start, so that a second run, another task of a job array or another
+runner continues the first and never mixes two. Its slides may change: new ones fill the last shard and further ones,
+slides that are done stay where they are.
 """
 
-import json
 import re
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.jobs import Job
-from data_prep.slide_files import find_slides
+from data_prep.plan_file import FILLS, OVERRIDE, PARTS, Entry, fills, read_plan, write_plan
+from data_prep.shards import outdated
+from data_prep.slide_table import SlideTable, read_table
+from pathflip_jax.data.cohort import Cohort, elect, traits_of
+from pathflip_jax.data.failures import Failure
+from pathflip_jax.data.features import case_of
 from pathflip_jax.data.index import SlideInfo, read_index
 from pathflip_jax.data.records import shard_name
 from pathflip_jax.data.storage import Place, make_folder
-from pathflip_jax.data.text import clean_id, read_slide_table, some
-from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.data.text import some
 
-PARTS = ".parts"  # hidden: shards are found by their suffix
-_UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+_NUMBER = re.compile(r"(\d+)\.tfrecord$")
+
+
+@dataclass(frozen=True)
+class Amendment:
+    """What changes of a shard that stands though no slide is read again: slides taken out, cases renamed."""
+
+    gone: set[str] = field(default_factory=set)
+    cases: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,8 +41,8 @@ class Plan:
     """The work of a build, or of one task of it.
 
     `shards` are those of the folder. `missing` has the slides that the shards of this task, `task` = (i, n), lack, in
-    order; `skipped` the ids of those that they have. `reference` is the first slide in a shard that stands: the cohort
-    is what is like it; None where none stands.
+    order; `skipped` the ids of those that they have. `cohort` is what the slides in shards have in common, None where
+    there are none. `failed` are slides that cannot be read at all, `absent` rows of the slide table without a file.
     """
 
     out: Place
@@ -38,8 +51,11 @@ class Plan:
     shards: list[Place]
     missing: dict[Place, list[Job]]
     skipped: list[str]
-    reference: SlideInfo | None
-    notes: list[str] = field(default_factory=list)
+    cohort: Cohort | None
+    amendments: dict[Place, Amendment]
+    failed: list[Failure]
+    absent: list[Failure]
+    notes: list[str]
 
     @property
     def parts(self) -> Place:
@@ -51,9 +67,27 @@ class Plan:
         """The slides that this task has to see to."""
         return [job for jobs in self.missing.values() for job in jobs]
 
+    @property
+    def own_shards(self) -> list[Place]:
+        """The shards that this task writes."""
+        task, tasks = self.task
+        return self.shards[task::tasks]
+
+
+@dataclass(frozen=True)
+class _Slides:
+    """What is known of slides: their `files` now, those `standing` in shards, and what the plan said `before`."""
+
+    files: dict[str, Path]
+    standing: dict[str, SlideInfo]
+    before: dict[str, Entry]
+    table: SlideTable | None
+    settings: dict[str, Any]
+    prune: bool
+
 
 def make_plan(
-    files: dict[str, Path],
+    slides: tuple[dict[str, Path], list[Failure]],
     out: Place,
     settings: dict[str, Any],
     *,
@@ -61,11 +95,13 @@ def make_plan(
     slides_per_shard: int = 32,
     sharing: int | None = None,
     slides_table: Place | str | None = None,
+    prune: bool = False,
 ) -> Plan:
-    """Look at a folder of records and plan what it lacks of `files`, slide id to file.
+    """Look at a folder of records and plan what it lacks of `slides`: slide id to file, and those that cannot be read.
 
-    `sharing` worker processes share a machine (`Job`). Raises ValueError for numbers that cannot be, for a slide table
-    of other slides and for a folder that was begun with other settings or slides.
+    `sharing` worker processes share a machine (`Job`); `prune` takes the records of slides out that are not among
+    `slides`. Raises ValueError for numbers that cannot be, for a slide table of other slides and for a folder that was
+    begun with other settings.
     """
     task, tasks = shard
     if not 0 <= task < tasks or slides_per_shard < 1 or (sharing is not None and sharing < 1):
@@ -73,90 +109,120 @@ def make_plan(
             f"shard={shard}, slides_per_shard={slides_per_shard}, workers={sharing}: expected 0 <= i < n and numbers "
             "of at least 1"
         )
-    notes: list[str] = []
-    ids = sorted(files)
-    cases = _cases(ids, slides_table, notes)
-    _claim(out, settings | {"slides_per_shard": slides_per_shard}, {slide: cases.get(slide, "") for slide in ids})
-    groups = [ids[start : start + slides_per_shard] for start in range(0, len(ids), slides_per_shard)]
-    shards = [out / shard_name(number) for number in range(len(groups))]
-    skipped, missing, reference = [], {}, None
-    for path, slides in list(zip(shards, groups, strict=True))[task::tasks]:
-        there = {info.slide_id: info for info in read_index(path).slides} if path.exists() else {}
-        skipped += there
-        reference = reference or next(iter(there.values()), None)
-        jobs = [
-            Job(slide, cases.get(slide, ""), files[slide], path, out / PARTS / f"{slide}.tfrecord", settings, sharing)
-            for slide in slides
-            if slide not in there
-        ]
-        if jobs:
-            missing[path] = jobs
-    return Plan(out, settings, shard, shards, missing, sorted(skipped), reference, notes)
-
-
-def slide_files(slides: Path | str | Sequence[Path | str]) -> dict[str, Path]:
-    """Slide id to file, of a folder and those below it, of a file or of a list."""
-    return find_slides(slides)[0]
-
-
-def _cases(slide_ids: Sequence[str], table: Place | str | None, notes: list[str]) -> dict[str, str]:
-    """Slide id to the case that the table gives it. Raises ValueError when the table knows none of the slides."""
-    if table is None:
-        return {}
-    rows = {row["slide_id"].lower(): row["case_id"] for row in read_slide_table(table)}
-    short = {_UUID.sub("", name): case for name, case in rows.items()}
-    names = {slide: clean_id(slide).lower() for slide in slide_ids}
-    cases = {}
-    for slide, name in names.items():
-        case = rows.get(name) or short.get(_UUID.sub("", name))
-        if case is not None:
-            cases[slide] = case
-    if not cases:
-        raise ValueError(
-            f"{table}: none of its {len(rows)} slide ids is among the {len(slide_ids)} slides; it has {some(rows)}, "
-            f"the slides are {some(slide_ids)}; slide ids are file names without the extension"
-        )
-    absent = [slide for slide in slide_ids if slide not in cases]
-    if absent:
-        notes.append(f"slides that are not in {table}: {len(absent)} ({some(absent)}); their ids name their cases")
-    return cases
-
-
-def _claim(out: Place, settings: dict[str, Any], cases: dict[str, str]) -> None:
-    """Tie a folder to its settings and slides, so that a second run continues the first and never mixes two."""
+    files, failed = slides
     make_folder(out)
-    path, plan = out / "plan.json", {"settings": settings, "cases": cases}
-    begun = any(out.glob("*.tfrecord*")) or any(out.glob(f"{PARTS}/*.tfrecord"))
-    if not begun:
-        write_json(path, plan)
-        return
-    if not path.exists():
-        raise ValueError(f"{out} holds records that were not begun by this command; choose another --out")
-    try:
-        found = json.loads(path.read_bytes())
-        before, slides = found["settings"], found["cases"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a plan of records ({error!r}); choose another --out") from None
-    changed = [
-        f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
-        for name in sorted({*before, *settings})
-        if before.get(name) != settings.get(name)
-    ]
-    if set(cases) != set(slides):
-        new, gone = sorted(set(cases) - set(slides)), sorted(set(slides) - set(cases))
-        changed += [f"slides added: {len(new)} ({some(new)})"] if new else []
-        changed += [f"slides gone: {len(gone)} ({some(gone)})"] if gone else []
-    elif cases != slides:
-        moved = [slide for slide in cases if cases[slide] != slides[slide]]
-        changed.append(f"slides with another case: {len(moved)} ({some(moved)})")
-    if changed:
-        raise ValueError(
-            f"{out} was begun with other settings or slides: {'; '.join(changed)}. Give what it was begun with, or "
-            "another --out"
+    every = settings | {"slides_per_shard": slides_per_shard}
+    before, standing = read_plan(out, every), _standing(out)
+    others = {*standing, *(failure.slide for failure in failed)} - files.keys()
+    table = None if slides_table is None else read_table(slides_table, sorted(files), sorted(others))
+    known = _Slides(files, standing, before, table, settings, prune)
+    entries = _entries(known, slides_per_shard)
+    write_plan(out, every, entries, files if prune else {*files, *standing})
+    shards = [out / shard_name(number) for number in range(max((e.shard for e in entries.values()), default=0) + 1)]
+    jobs = {path: [] for path in shards}
+    for slide, entry in sorted(entries.items()):
+        if slide in files:
+            mpp = entry.mpp or settings.get(OVERRIDE)
+            place = (files[slide], shards[entry.shard], out / PARTS / f"{slide}.tfrecord")
+            jobs[shards[entry.shard]].append(Job(slide, entry.case, *place, settings, sharing, mpp))
+    due = {job.slide_id for own in jobs.values() for job in own if _is_due(job, standing)}
+    own = {path: jobs[path] for path in shards[task::tasks]}
+    like = [info for slide, info in standing.items() if slide not in due and (slide in files or not prune)]
+    return Plan(
+        out,
+        settings,
+        shard,
+        shards,
+        {path: todo for path, of in own.items() if (todo := [job for job in of if job.slide_id in due])},
+        sorted(job.slide_id for of in own.values() for job in of if job.slide_id not in due),
+        elect([traits_of(info) for info in like]) if like else None,
+        {path: change for path in own if (change := _amendment(path, known, entries)) != Amendment()},
+        failed[task::tasks],
+        table.absent[task::tasks] if table else [],
+        [*(table.notes if table else []), *_changes(known, entries, due)],
+    )
+
+
+def _is_due(job: Job, standing: dict[str, SlideInfo]) -> bool:
+    info = standing.get(job.slide_id)
+    return info is None or outdated(info, job.mpp, job.settings)
+
+
+def _standing(out: Place) -> dict[str, SlideInfo]:
+    """The slides in the shards of a folder."""
+    paths = sorted(path for path in out.glob("*.tfrecord") if _NUMBER.search(path.name))
+    return {info.slide_id: info for path in paths for info in read_index(path).slides}
+
+
+def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
+    """The plan's line for each slide: in the shard where it stands, else where it was planned, else behind the others.
+
+    A function of the folder and the slides alone, so that the tasks of a job array come to the same one.
+    """
+    shards = {slide: known.before[slide].shard for slide in known.files if slide in known.before}
+    shards |= {slide: int(_NUMBER.search(info.shard.name)[1]) for slide, info in known.standing.items()}
+    sizes = Counter(shards.values())
+    last = max(shards.values(), default=0)
+    for slide in sorted(known.files.keys() - shards.keys()):
+        while sizes[last] >= slides_per_shard:
+            last += 1
+        shards[slide] = last
+        sizes[last] += 1
+    given, entries = fills(known.settings), {}
+    for slide, number in shards.items():
+        old = known.before.get(slide, Entry(number))
+        case, mpp = old.case, old.mpp
+        if known.table is not None and slide in known.files:  # without a table, what an earlier one said still holds
+            case, mpp = known.table.cases.get(slide) or case_of(slide), known.table.mpp.get(slide)
+        info = known.standing.get(slide)
+        stays = info is not None and not outdated(info, mpp or known.settings.get(OVERRIDE), known.settings)
+        entries[slide] = Entry(number, case, mpp, old.given if stays else given)
+    return entries
+
+
+def _amendment(path: Place, known: _Slides, entries: dict[str, Entry]) -> Amendment:
+    """What changes of a shard that stands."""
+    own = [slide for slide, info in known.standing.items() if info.shard == path]
+    gone = {slide for slide in own if known.prune and slide not in known.files}
+    return Amendment(gone, {slide: entries[slide].case for slide in own if _is_moved(slide, known, entries)})
+
+
+def _is_moved(slide: str, known: _Slides, entries: dict[str, Entry]) -> bool:
+    """Whether the case in a slide's record is not the one that the slide table gives now."""
+    return slide in known.files and entries[slide].case not in ("", known.standing[slide].case_id)
+
+
+def _changes(known: _Slides, entries: dict[str, Entry], due: set[str]) -> list[str]:
+    """What to say of a folder whose slides, cases or resolutions are not those that it was begun with."""
+    notes, standing = [], sorted(known.standing)
+    if gone := [slide for slide in standing if slide not in known.files]:
+        what = "taken out of the records" if known.prune else "they stay, `--prune` takes them out"
+        notes.append(f"slides in the records that are not among those given: {len(gone)} ({some(gone)}); {what}")
+    if moved := [slide for slide in standing if _is_moved(slide, known, entries)]:
+        notes.append(f"slides that have another case now: {len(moved)} ({some(moved)}); changed in the records")
+    if anew := [slide for slide in standing if slide in due]:
+        notes.append(f"slides whose resolution is given otherwise now: {len(anew)} ({some(anew)}); done again")
+    present = [slide for slide in standing if slide in known.files and slide not in due]
+    if kept := [slide for slide in present if _made_otherwise(slide, known, entries[slide])]:
+        notes.append(
+            f"slides done with another resolution, patch size or encoder of the options: {len(kept)} ({some(kept)}); "
+            "they stay as they are; a new mpp in the slide table does a slide again"
         )
+    return notes
 
 
-def write_json(path: Place, content: Any) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    with whole_file(path) as out:
-        out.write((json.dumps(content, indent=1) + "\n").encode())
+def _made_otherwise(slide: str, known: _Slides, entry: Entry) -> bool:
+    """Whether a record holds what an option or the slide table said, and this run would not say so again."""
+    info, now = known.standing[slide], fills(known.settings)
+    for name, field_name in FILLS.get(known.settings.get("command", ""), {}).items():
+        old = entry.given.get(name)
+        if old is not None and old != now.get(name) and getattr(info, field_name) in (old, _float32(old)):
+            return True
+    before = known.before[slide].mpp if slide in known.before else None
+    before = entry.given.get(OVERRIDE) if before is None else before
+    return before is not None and entry.mpp is None and now.get(OVERRIDE) is None
+
+
+def _float32(value: Any) -> Any:
+    """A number as records keep it."""
+    return float(np.float32(value)) if isinstance(value, float) else value

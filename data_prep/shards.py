@@ -5,23 +5,30 @@ slides alone, and a second try finds the first one's shard.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from data_prep.jobs import Effort, Job, Outcome, region_cut
+from data_prep.jobs import Effort, Job, Outcome, layout, read_remarks, remarks_path
+from pathflip_jax.data.cohort import Cohort, Traits, traits_of
 from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.index import SlideInfo, check_cohort, index_path, read_index
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.index import SlideInfo, index_path, read_index
 from pathflip_jax.data.records import Records, write_shard
 from pathflip_jax.data.storage import Place
 
 
 @dataclass
 class Progress:
-    """What has come of some slides: the ids of those that are in a shard now, those that failed, what they took."""
+    """What has come of some slides: the ids of those that are in a shard now, those that failed, what they took.
+
+    `notes` are pairs of a line for the summary and the slide that it is about.
+    """
 
     done: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     effort: Effort = Effort()
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     def count(self, job: Job, outcome: Outcome) -> None:
         """Add what a worker said of a slide."""
@@ -34,53 +41,123 @@ class Progress:
         self.done += other.done
         self.failed += other.failed
         self.effort += other.effort
+        self.notes += other.notes
 
 
-def first_through(jobs: Sequence[Job]) -> SlideInfo | None:
-    """The first of some slides that has a part, to compare the others with; None where none has."""
-    return next((_info(job) for job in jobs if job.part.exists()), None)
+def part_traits(job: Job) -> Traits | None:
+    """What the slide of a part has in common with its cohort; None where it has no part."""
+    if not job.part.exists():
+        return None
+    found = traits_of(_info(job))
+    return found._replace(patch_size=0) if read_remarks(job.part).sizeless else found
 
 
-def assemble(jobs: Sequence[Job], reference: SlideInfo | None) -> Progress:
+def assemble(jobs: list[Job], cohort: Cohort | None) -> Progress:
     """Write a shard from what is in it already and the parts of the slides that it lacked, unless nothing is new.
 
-    `jobs` are these slides, at least one; without a part where they failed. A slide that does not belong to one cohort
-    with `reference` stays out, and its part stays where it is. The shard and its index appear whole or not at all, and
-    only then the parts go. Returns the slides of `jobs` that are in it, and those of another cohort. Raises OSError on
-    a full disk.
+    `jobs` are these slides, at least one; without a part where they failed. A slide that does not belong to the
+    `cohort` stays out, and its part stays where it is. The shard and its index appear whole or not at all, and only
+    then the parts go. Returns the slides of `jobs` that are in it, and those of another cohort. Raises OSError on a
+    full disk.
     """
     start, path, settings = time.perf_counter(), jobs[0].shard, jobs[0].settings
-    added, failed = {}, []
+    added: dict[str, tuple[Job, dict[str, Any]]] = {}
+    progress = Progress()
     for job in jobs:
         if not job.part.exists():
             continue
-        info = _info(job)
         try:
-            check_cohort([reference, info] if reference and info.slide_id != reference.slide_id else [info])
+            changes, notes = _fitted(job, cohort)
         except ValueError as error:
-            failed.append(Failure(job.slide_id, str(job.file), str(error)))
+            progress.failed.append(Failure(job.slide_id, str(job.file), str(error)))
         else:
-            added[job.slide_id] = job.part
-    before = read_index(path).slides if path.exists() else ()
-    if added or not path.exists():
-        sources = {slide: Records([part]) for slide, part in added.items()}
-        if before:
-            sources |= dict.fromkeys((info.slide_id for info in before), Records([path]))
-        slides = (sources[slide].read(sources[slide].position(slide)) for slide in sorted(sources))
-        write_shard(path, slides, **region_cut(settings))
-    for part in added.values():
-        remove(part)
-    there = {info.slide_id for info in before} | set(added)
-    done = [job.slide_id for job in jobs if job.slide_id in there]
-    return Progress(done, failed, Effort(seconds={"write": time.perf_counter() - start}))
+            added[job.slide_id] = job, changes
+            progress.notes += [(note, job.slide_id) for note in notes]
+    before = {info.slide_id: info for info in read_index(path).slides} if path.exists() else {}
+    old = {job.slide_id for job in jobs if job.slide_id in before and outdated(before[job.slide_id], job.mpp, settings)}
+    kept = before.keys() - old
+    if added or old or not path.exists():
+        write_shard(path, _slides(path, kept - added.keys(), added), **layout(settings))
+    for job, _ in added.values():
+        remove(job.part)
+    progress.done = [job.slide_id for job in jobs if job.slide_id in kept | added.keys()]
+    progress.effort = Effort(seconds={"write": time.perf_counter() - start})
+    return progress
+
+
+def amend(shard: Place, gone: Collection[str], cases: Mapping[str, str], settings: dict[str, Any]) -> None:
+    """Rewrite a shard without the slides that are `gone`, and with the `cases` of those that have new ones."""
+    slides = [info.slide_id for info in read_index(shard).slides if info.slide_id not in gone]
+    records = Records([shard])
+
+    def amended() -> Iterator[SlideFeatures]:
+        for slide_id in slides:
+            slide = records.read(records.position(slide_id))
+            yield replace(slide, case_id=cases[slide_id]) if slide_id in cases else slide
+
+    write_shard(shard, amended(), **layout(settings))
+
+
+def outdated(info: SlideInfo, mpp: float | None, settings: dict[str, Any]) -> bool:
+    """Whether a record was made at another resolution than is given now: by `mpp`, which wins over files, or filled."""
+    if mpp is not None:
+        return abs(info.mpp - mpp) > 1e-5 * mpp
+    return not info.mpp and settings.get("command") == "import" and bool(settings.get("mpp"))
 
 
 def remove(part: Place) -> None:
-    """Delete a part with its index."""
-    part.unlink(missing_ok=True)
-    index_path(part).unlink(missing_ok=True)
+    """Delete a part with its index, and what was said of it."""
+    for path in (part, index_path(part), remarks_path(part)):
+        path.unlink(missing_ok=True)
 
 
 def _info(job: Job) -> SlideInfo:
     """What the index of a slide's part knows of it; its errors name the slide's own file."""
     return replace(read_index(job.part).slides[0], shard=job.file)
+
+
+def _fitted(job: Job, cohort: Cohort | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What changes of a slide when it joins its cohort, and what to say of it. Raises ValueError where it does not fit.
+
+    A patch size that is only guessed, or not known at all, gives way to the cohort's: a biopsy of two patches far apart
+    tells no size.
+    """
+    found, remarks = part_traits(job), read_remarks(job.part)
+    changes: dict[str, Any] = {}
+    notes = list(remarks.notes)
+    if job.case_id and job.case_id != _info(job).case_id:
+        changes["case_id"] = job.case_id
+    if cohort is not None and (remarks.guessed or remarks.sizeless):
+        size = cohort.pixels_of(found.mpp)
+        loose = not found.patch_size or (cohort.size_objection(found) and _whole_gaps(found.patch_size, size))
+        if size and loose:
+            changes["patch_size"], found = size, found._replace(patch_size=size)
+            notes = [note for note in notes if "gaps" not in note]
+            notes.append("patch size of the other slides taken, as these have too few patches side by side to tell it")
+    if remarks.sizeless and not found.patch_size:
+        raise ValueError(remarks.sizeless)
+    if cohort is None:
+        return changes, tuple(notes)
+    if objection := cohort.objection(found):
+        raise ValueError(f"{job.file}: {objection}")
+    encoder = cohort.common["encoder"].value
+    return changes | ({"encoder": encoder} if encoder and not found.encoder else {}), tuple(notes)
+
+
+def _whole_gaps(gap: int, size: int) -> bool:
+    """Whether a gap between two patches is a whole number of patches of this size, more than one."""
+    return bool(size) and round(gap / size) > 1 and abs(gap / size - round(gap / size)) < 0.02
+
+
+def _slides(
+    path: Place, kept: Collection[str], added: Mapping[str, tuple[Job, dict[str, Any]]]
+) -> Iterator[SlideFeatures]:
+    """The slides of a shard in order, from the shard that stands and from parts."""
+    standing = Records([path]) if kept else None
+    for slide_id in sorted({*kept, *added}):
+        if slide_id in added:
+            job, changes = added[slide_id]
+            slide = Records([job.part]).read(0)
+            yield replace(slide, **changes) if changes else slide
+        else:
+            yield standing.read(standing.position(slide_id))

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_records_options, beam_examples, command, print_report, records_settings
+from pathflip_jax.commands.options import (
+    add_records_options,
+    beam_examples,
+    command,
+    print_records_report,
+    records_settings,
+)
 
 
 def add(commands) -> None:
@@ -18,8 +24,12 @@ def add(commands) -> None:
     )
     parser.add_argument("features_folder", type=Path, metavar="DIR", help="folder of feature files")
     parser.add_argument("--encoder", help="patch encoder that made them, where the files do not say")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, where unknown")
-    parser.add_argument("--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, where unknown")
+    parser.add_argument(
+        "--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, where files do not say it"
+    )
+    parser.add_argument(
+        "--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, where files do not say it"
+    )
     add_records_options(parser)
 
 
@@ -34,4 +44,4 @@ def _run(options: argparse.Namespace) -> int:
         mpp=options.mpp,
         **records_settings(options),
     )
-    return print_report(report, options.json)
+    return print_records_report(report, options.json)

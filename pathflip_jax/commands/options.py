@@ -46,8 +46,19 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder of the records to write")
     parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
     parser.add_argument("--edge-um", type=float, default=2048.0, metavar="UM", help="edge of a region (default 2048)")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of the stored features")
     parser.add_argument(
-        "--slides", type=place, metavar="CSV", help="slide table with slide_id and patient_id: names the cases"
+        "--slides",
+        type=place,
+        metavar="CSV",
+        help="slide table with slide_id and patient_id: names the cases; its columns mpp and magnification say the "
+        "resolution of single slides, whatever their files say",
+    )
+    parser.add_argument(
+        "--override-mpp", type=float, metavar="UM", help="level-0 mpp of all slides, in place of what their files say"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="take slides out of the records that are not among those given"
     )
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
     parser.add_argument("--slides-per-shard", type=int, default=32, metavar="N", help="slides in one file (default 32)")
@@ -157,8 +168,24 @@ def beam_examples(command: str) -> list[str]:
 
 def records_settings(options: argparse.Namespace) -> dict:
     """The settings that `add_records_options` took."""
-    names = ("cut", "edge_um", "shard", "slides_per_shard", "workers", "strict", "beam")
+    names = (
+        "cut",
+        "edge_um",
+        "dtype",
+        "override_mpp",
+        "shard",
+        "slides_per_shard",
+        "workers",
+        "strict",
+        "prune",
+        "beam",
+    )
     return {name: getattr(options, name) for name in names} | {"slides_table": options.slides}
+
+
+def print_records_report(report, as_json: bool) -> int:
+    """What `prepare` and `import` did, with what there is to know of single slides."""
+    return print_report(report, as_json, absent=[row._asdict() for row in report.absent], notes=report.notes)
 
 
 def print_report(report, as_json: bool, **more) -> int:

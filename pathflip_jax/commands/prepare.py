@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_records_options, beam_examples, command, print_report, records_settings
+from pathflip_jax.commands.options import (
+    add_records_options,
+    beam_examples,
+    command,
+    print_records_report,
+    records_settings,
+)
 
 
 def add(commands) -> None:
@@ -46,4 +52,4 @@ def _run(options: argparse.Namespace) -> int:
         half=options.half,
         **records_settings(options),
     )
-    return print_report(report, options.json)
+    return print_records_report(report, options.json)

@@ -30,9 +30,6 @@ KEYS = {
 LARGEST_EXAMPLE = 2**31 - 2**20  # protobuf holds 2 GiB; the small fields need some of it
 INDEX_MAGIC, INDEX_VERSION = b"PATHFLIP", 1
 INDEX_HEAD = struct.Struct("<8sIQ")
-# Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
-# patches of 224 and 256 pixels differ by 14.
-SIZE_TOLERANCE = 0.1
 REBUILD = "delete it and the next opening builds it anew from the shard"
 REWRITE = "copy the shard again, or delete it and its .idx and run `pathflip prepare` or `import` again"
 
@@ -117,7 +114,7 @@ def encode_slide(
         found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
         raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
     regions = cut_regions(slide, cut, edge_um, edge_px)
-    features = _narrowed(np.ascontiguousarray(slide.features[regions.order]), dtype, where)
+    features = narrowed(np.ascontiguousarray(slide.features[regions.order]), dtype, where)
     coords = np.zeros((0, 2), COORDS)
     if slide.coords is not None:
         coords = slide.coords[regions.order].astype(COORDS, copy=False)
@@ -153,7 +150,7 @@ def encode_slide(
     return parts, info
 
 
-def _narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Float[np.ndarray, "N F"]:
+def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Float[np.ndarray, "N F"]:
     """Features as records keep them. Raises ValueError for numbers too large or too small for that."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = features.astype(DTYPES[dtype], copy=False)
@@ -359,38 +356,3 @@ def _check_scalars(scalars: dict) -> None:
     for name, value in scalars.items():
         if not isinstance(value, kinds.get(name, int)) or (not isinstance(value, str) and value < 0):
             raise TypeError(f"{name} is {value!r:.40}")
-
-
-def check_cohort(slides: Sequence[SlideInfo]) -> None:
-    """Refuse slides that no one model can train on together (DESIGN section 5).
-
-    Raises ValueError naming two slides that differ in encoder, feature width or dtype, region cut or physical patch
-    size, or a slide that is there twice. Patch sizes are compared in micrometres, in pixels where an mpp is unknown.
-    """
-    seen: dict[str, Path] = {}
-    sized = None
-    for info in slides:
-        if info.slide_id in seen:
-            other = f" and {seen[info.slide_id]}" if seen[info.slide_id] != info.shard else ""
-            cure = "take one away; two files of one slide need two ids"
-            raise ValueError(f"{info.shard}{other}: slide {info.slide_id} is there twice; {cure}")
-        seen[info.slide_id] = info.shard
-        first = slides[0]
-        for name in ("encoder", "feature_dim", "feature_dtype", "cut"):
-            here, there = getattr(info, name), getattr(first, name)
-            if here != there:
-                raise ValueError(
-                    f"{info.shard}: slide {info.slide_id} has {name} {here!r}, slide {first.slide_id} in "
-                    f"{first.shard.name} has {there!r}; one cohort has one, write the others to a folder of their own"
-                )
-        if not info.patch_size:
-            continue
-        sized = sized or info
-        um = info.mpp and sized.mpp
-        here, there = (s.patch_size * (s.mpp if um else 1) for s in (info, sized))
-        if abs(here - there) > SIZE_TOLERANCE * there:
-            unit = "um" if um else "px (their mpp is not known: pass it)"
-            raise ValueError(
-                f"{info.shard}: slide {info.slide_id} has patches of {here:g}, slide {sized.slide_id} in "
-                f"{sized.shard.name} of {there:g} {unit}; one cohort has one physical size, extract one anew"
-            )

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.data.cohort import check_cohort
 from pathflip_jax.data.coordinates import patch_size_fault, place_fault, repeated_fault
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.index import (
@@ -26,7 +27,6 @@ from pathflip_jax.data.index import (
     Index,
     SlideInfo,
     build_index,
-    check_cohort,
     check_region,
     encode_index,
     encode_slide,
@@ -80,12 +80,13 @@ def write_shard(
         for slide in slides:
             parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
             info = replace(info, shard=path)
-            if infos:
+            if infos:  # the first misfit ends it
                 check_cohort([infos.get(info.slide_id, next(iter(infos.values()))), info])
             start = out.write_record(*parts)
             offsets = {"features_offset": start + info.features_offset, "coords_offset": start + info.coords_offset}
             info = replace(info, **offsets)
             infos[info.slide_id] = info
+        check_cohort(list(infos.values()))
         remove(index_path(path))  # of an earlier shard of this name
     save_index(path, Index(out.bytes, out.crc32c, tuple(infos.values())))
     return list(infos.values())
@@ -144,8 +145,8 @@ class Records:
 
     @property
     def encoder(self) -> str:
-        """The patch encoder; empty when the feature files did not name it."""
-        return self.slides[0].encoder
+        """The patch encoder; empty when no feature file named it."""
+        return next((info.encoder for info in self.slides if info.encoder), "")
 
     @property
     def cut(self) -> str:

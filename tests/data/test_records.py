@@ -342,11 +342,11 @@ def test_foreign_records_are_refused(tmp_path):
 
 
 MIXTURES = {
-    "encoder": ({"encoder": "uni"}, "encoder 'uni', slide S0 .*'enc'"),
-    "feature_dim": ({"features": np.ones((40, 7), "f2")}, "feature_dim 7, slide S0 .* 6"),
-    "patch size": ({"patch_size": 128}, "patches of 64, slide S0 .* of 32 um"),
-    "mpp": ({"mpp": 0.25}, "patches of 16, slide S0 .* of 32 um"),
-    "unknown mpp": ({"mpp": 0.0, "patch_size": 128}, "patches of 128, slide S0 .* of 64 px .*mpp"),
+    "encoder": ({"encoder": "uni"}, r"1 with encoder 'enc' \(S0\); 1 with encoder 'uni' \(S1\)"),
+    "feature_dim": ({"features": np.ones((40, 7), "f2")}, r"1 with feature_dim 6 \(S0\); 1 with feature_dim 7 \(S1\)"),
+    "patch size": ({"patch_size": 128}, r"1 with patches in um of 32 \(S0\); 1 with patches in um of 64 \(S1\)"),
+    "mpp": ({"mpp": 0.25}, r"1 with patches in um of 32 \(S0\); 1 with patches in um of 16 \(S1\)"),
+    "unknown mpp": ({"mpp": 0.0, "patch_size": 128}, "S1 has patches of 128, .* of 64 px .*mpp is not known"),
     "twice": ({"slide_id": "S0"}, "slide S0 is there twice"),
 }
 
@@ -369,7 +369,7 @@ def test_mixtures_are_refused_by_name(tmp_path, name, apart):
 def test_mixed_cuts_and_dtypes_are_refused(tmp_path, how, name):
     write(tmp_path, [make_slide()])
     write(tmp_path, [make_slide("S1")], 1, **how)
-    with pytest.raises(ValueError, match=f"slide S1 has {name} .*slide S0"):
+    with pytest.raises(ValueError, match=rf"1 with {name} .* \(S0\); 1 with {name} .* \(S1\)"):
         Records(tmp_path)
 
 

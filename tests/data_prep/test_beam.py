@@ -19,7 +19,8 @@ import tifffile
 
 from data_prep.build import import_features, prepare
 from data_prep.jobs import prepare_slide
-from data_prep.plan import make_plan, slide_files
+from data_prep.plan import make_plan
+from data_prep.slide_files import find_slides
 from pathflip_jax.data.records import Records, verify
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install pathflip-jax[beam]")
@@ -132,7 +133,7 @@ def _plan(slides: Path, out: Path, dying_out: Path):
     """The plan by which `whole` was made, for a folder begun with the same settings."""
     settings = json.loads((out / "plan.json").read_text())["settings"]
     settings.pop("slides_per_shard")
-    plan = make_plan(slide_files(slides), dying_out, settings, slides_per_shard=2)
+    plan = make_plan(find_slides(slides), dying_out, settings, slides_per_shard=2)
     plan.parts.mkdir()
     return plan
 

@@ -17,10 +17,11 @@ import tifffile
 from PIL import Image
 
 from data_prep import build
-from data_prep.build import Failure, import_features, prepare
+from data_prep.build import import_features, prepare
 from data_prep.encoders import load_encoder
 from data_prep.pool import Worker, run_each, worker_number
 from pathflip_jax.data import guarded
+from pathflip_jax.data.failures import Failure
 from pathflip_jax.data.records import Records, verify
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -191,17 +192,13 @@ def test_nothing_but_bad_slides(tmp_path):
     assert report.exit_code == 1 and not report.finished and not (tmp_path / "records/manifest.json").exists()
 
 
-def test_changed_settings_or_slides_are_refused(slides, whole, tmp_path):
+def test_changed_settings_are_refused(slides, whole, tmp_path):
     out = Path(shutil.copytree(whole[0], tmp_path / "records"))
     before = _bytes(out)
     with pytest.raises(ValueError, match=r"patch_size 64, now 128.*another --out"):
         prepare(slides, out, **SMALL | {"patch_size": 128})
-    with pytest.raises(ValueError, match=r"slides gone: 1 \(S4\)"):
-        prepare([slides / f"S{number}.tiff" for number in range(4)], out, **SMALL)
-    table = tmp_path / "slides.csv"
-    table.write_text("slide_id,patient_id\nS1,P1\n")
-    with pytest.raises(ValueError, match=r"slides with another case: 1 \(S1\)"):
-        prepare(slides, out, slides_table=table, **SMALL)
+    with pytest.raises(ValueError, match=r"dtype 'float16', now 'bfloat16'"):
+        prepare(slides, out, dtype="bfloat16", **SMALL)
     assert _bytes(out) == before
     (out / "plan.json").unlink()
     with pytest.raises(ValueError, match="not begun by this command"):
@@ -218,6 +215,20 @@ def test_settings_that_cannot_be_leave_the_folder_free(slides, tmp_path):
         with pytest.raises(ValueError, match="expected"):
             prepare(slides, out, **SMALL | wrong)
     assert prepare(slides / "S0.tiff", out, **SMALL).done == ["S0"]
+
+
+def test_a_resolution_given_for_all_slides_or_for_one_wins(slides, tmp_path):
+    table = tmp_path / "slides.csv"
+    table.write_text("slide_id,mpp,patient_id\nS0,,P1\nS1,0.4,P1\n")
+    files, how = [slides / "S0.tiff", slides / "S1.tiff"], SMALL | {"override_mpp": 0.25, "dtype": "bfloat16"}
+    report = prepare(files, tmp_path / "records", slides_table=table, **how)
+    records = Records(tmp_path / "records")
+    assert [round(info.mpp, 4) for info in records.slides] == [0.25, 0.4] and records.dtype.name == "bfloat16"
+    assert [info.patch_size for info in records.slides] == [128, 80] and report.exit_code == 0
+    assert any("0.25" in note and "0.5" in note and "1 slide (S0)" in note for note in report.notes), report.notes
+    for wrong in ({"override_mpp": 40}, {"assume_mpp": 0.0}):
+        with pytest.raises(ValueError, match=r"mpp (40|0): expected 0.05 to 10 um"):
+            prepare(files, tmp_path / "records", **SMALL | wrong)
 
 
 def test_beam_shares_the_slides_out_itself(slides, tmp_path, monkeypatch):
@@ -255,7 +266,7 @@ def test_cases_come_from_the_table_or_the_id(slides, tmp_path):
     assert cases == dict(zip(names, ("P7", "B", "P8", "TCGA-BB-2222"), strict=True))
     assert any("slides that are not in" in note and ": 2 (B" in note for note in report.notes)
     table.write_text("slide_id,patient_id\nX,P1\nY,P2\n")
-    with pytest.raises(ValueError, match=r"slides.csv: none of its 2 slide ids .* it has x, y, the slides are A, B"):
+    with pytest.raises(ValueError, match=r"slides.csv: none of its 2 slide ids .* it has X, Y, the slides are A, B"):
         prepare(folder, tmp_path / "other", slides_table=table, **SMALL)
 
 
@@ -360,8 +371,8 @@ def test_features_of_other_tools_become_records(tmp_path):
             for corner, row in zip(map(tuple, slide.coords), slide.features, strict=True):
                 np.testing.assert_array_equal(row, expected[corner])
     assert import_features(folder, out, slides_per_shard=2, workers=2).skipped == report.done
-    with pytest.raises(ValueError, match="mpp None, now 0.25"):
-        import_features(folder, out, slides_per_shard=2, mpp=0.25)
+    again = import_features(folder, out, slides_per_shard=2, mpp=0.25)  # no file lacks it: nothing changes
+    assert again.skipped == report.done and not again.done
 
 
 def test_bad_feature_files_are_listed_and_the_rest_goes_on(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 from data_prep import shards
 from data_prep.jobs import Effort, Job, Outcome
-from data_prep.shards import Progress, assemble, first_through
+from data_prep.shards import Progress, assemble, part_traits
+from pathflip_jax.data.cohort import elect
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, write_shard
 
@@ -31,20 +32,24 @@ def jobs(tmp_path):
     return found
 
 
+def _cohort(jobs):
+    return elect([part_traits(job) for job in jobs if job.part.exists()])
+
+
 def _answer(progress: Progress) -> tuple:
     return progress.done, progress.failed
 
 
 def test_parts_become_a_shard_and_a_slide_of_another_cohort_stays_out(jobs):
     shard = jobs[0].shard
-    reference = first_through(jobs)
-    progress = assemble(jobs, reference)
+    cohort = _cohort(jobs)
+    progress = assemble(jobs, cohort)
     assert progress.done == ["S0", "S1"] and [failure.slide for failure in progress.failed] == ["S3"]
     assert "S3.h5" in progress.failed[0].error and "feature_dim 9" in progress.failed[0].error
     assert [info.slide_id for info in Records([shard]).slides] == ["S0", "S1"]
     assert [job.part.exists() for job in jobs] == [False, False, False, True]
     before = shard.read_bytes(), shard.stat().st_mtime_ns
-    assert _answer(assemble(jobs, reference)) == _answer(progress)
+    assert _answer(assemble(jobs, cohort)) == _answer(progress)
     assert (shard.read_bytes(), shard.stat().st_mtime_ns) == before
 
 
@@ -58,13 +63,13 @@ def test_a_task_killed_while_parts_go_is_tried_again(jobs, monkeypatch, after):
         removed.append(part)
         remove(part)
 
-    reference = first_through(jobs)
+    cohort = _cohort(jobs)
     monkeypatch.setattr(shards, "remove", dying)
     with pytest.raises(KeyboardInterrupt):
-        assemble(jobs, reference)
+        assemble(jobs, cohort)
     monkeypatch.undo()
     written = jobs[0].shard.read_bytes()
-    assert assemble(jobs, reference).done == ["S0", "S1"] and jobs[0].shard.read_bytes() == written
+    assert assemble(jobs, cohort).done == ["S0", "S1"] and jobs[0].shard.read_bytes() == written
     assert not jobs[0].part.exists() and not jobs[1].part.exists()
 
 
@@ -74,7 +79,7 @@ def test_a_slide_that_comes_later_joins_in_order(jobs):
     os.rename(jobs[0].part, hidden)
     assert assemble(good, None).done == ["S1"]
     os.rename(hidden, jobs[0].part)
-    assert assemble(good[:1], Records([jobs[0].shard]).slides[0]).done == ["S0"]
+    assert assemble(good[:1], _cohort(jobs[:1])).done == ["S0"]
     assert [info.slide_id for info in Records([jobs[0].shard]).slides] == ["S0", "S1"]
 
 

@@ -1,0 +1,85 @@
+"""`plan.json`: what a folder of records was begun with, and where each of its slides belongs."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pathflip_jax.data.storage import Place
+from pathflip_jax.data.tfrecord import whole_file
+
+PARTS = ".parts"  # hidden: shards are found by their suffix
+# Settings for what a slide's file does not say, by command, and the field of the record that they become. A folder is
+# not tied to them: slides of two scanners need two.
+FILLS = {
+    "prepare": {"assume_mpp": "mpp"},
+    "import": {"mpp": "mpp", "patch_size": "patch_size", "encoder": "encoder"},
+}
+OVERRIDE = "override_mpp"  # nor to this one: it is for slides whose files are wrong
+_LATER = {"dtype": "float16"}  # settings that folders of earlier versions do not name
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the plan says of a slide: its shard, the case and mpp of the slide table, the fills that it was given."""
+
+    shard: int
+    case: str = ""
+    mpp: float | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def fills(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are for single slides, those that say something."""
+    names = [*FILLS.get(settings.get("command", ""), {}), OVERRIDE]
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def read_plan(out: Place, settings: dict[str, Any]) -> dict[str, Entry]:
+    """The slides of a folder that was begun, none of one that was not.
+
+    Raises ValueError for a folder that was begun with other settings, or not by these commands.
+    """
+    path = out / "plan.json"
+    if not any(out.glob("*.tfrecord*")) and not any(out.glob(f"{PARTS}/*.tfrecord")):
+        return {}
+    if not path.exists():
+        raise ValueError(f"{out} holds records that were not begun by this command; choose another --out")
+    try:
+        found = json.loads(path.read_bytes())
+        before = found["settings"]
+        if "slides" in found:
+            entries = {slide: Entry(**entry) for slide, entry in found["slides"].items()}
+        else:
+            entries = _first_format(found["cases"], before)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a plan of records ({error!r}); choose another --out") from None
+    before, own = _LATER | before, fills(before).keys() | fills(settings).keys()
+    changed = [
+        f"{name} {before.get(name)!r}, now {settings.get(name)!r}"
+        for name in sorted({*before, *settings} - own)
+        if before.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{out} was begun with other settings: {'; '.join(changed)}. Give what it was begun with, or another --out"
+        )
+    return entries
+
+
+def _first_format(cases: dict[str, str], settings: dict[str, Any]) -> dict[str, Entry]:
+    """Before slides could be added, their order alone said which shard is theirs."""
+    size, given = settings["slides_per_shard"], fills(settings)
+    return {slide: Entry(i // size, cases[slide], None, given) for i, slide in enumerate(sorted(cases))}
+
+
+def write_plan(out: Place, settings: dict[str, Any], entries: Mapping[str, Entry], slides: Collection[str]) -> None:
+    """Keep the settings, and the entries of these slides."""
+    kept = {slide: asdict(entry) for slide, entry in sorted(entries.items()) if slide in slides}
+    write_json(out / "plan.json", {"settings": settings, "slides": kept})
+
+
+def write_json(path: Place, content: Any) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    with whole_file(path) as out:
+        out.write((json.dumps(content, indent=1) + "\n").encode())

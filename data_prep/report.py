@@ -1,0 +1,55 @@
+"""What came of a run over many slides, for people and for files."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from data_prep.jobs import Effort
+from pathflip_jax.data.failures import Failure, list_failures
+from pathflip_jax.data.storage import Place
+from pathflip_jax.data.text import some
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
+    folder is complete (of a job array, when the last task is through); `effort`, what the slides took. `absent` are
+    rows of the slide table without a file."""
+
+    folder: Place
+    done: list[str]
+    skipped: list[str]
+    failed: list[Failure]
+    finished: bool
+    notes: list[str] = field(default_factory=list)
+    effort: Effort = Effort()
+    absent: list[Failure] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 when slides failed."""
+        return 1 if self.failed else 0
+
+    def summary(self) -> str:
+        """What to tell the user at the end, failures by name."""
+        counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
+        lines = [f"{self.folder}: {counts}", *self.notes]
+        if not self.finished and not self.failed:
+            lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
+        if self.effort.patches:
+            lines.append(self.effort.summary())
+        if self.failed:
+            lines.append("not in the records (all are listed in failures.json there):")
+            lines += list_failures(self.failed)
+        return "\n".join(lines)
+
+
+def grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each note, with the number of its slides and some of their names."""
+    slides: dict[str, set[str]] = {}
+    for note, slide in notes:
+        slides.setdefault(note, set()).add(slide)
+    return [f"{note}: {_count(own)} ({some(sorted(own))})" for note, own in sorted(slides.items())]
+
+
+def _count(slides: set[str]) -> str:
+    return f"{len(slides)} slide{'s' if len(slides) > 1 else ''}"
