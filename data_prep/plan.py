@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.jobs import Job
 from data_prep.plan_file import FILLS, OVERRIDE, PARTS, Entry, fills, read_plan, write_plan
-from data_prep.shards import outdated
+from data_prep.shards import outdated, remove
 from data_prep.slide_table import SlideTable, read_table
 from pathflip_jax.data.cohort import Cohort, elect, traits_of
 from pathflip_jax.data.failures import Failure
@@ -117,13 +117,16 @@ def make_plan(
     table = None if slides_table is None else read_table(slides_table, sorted(files), sorted(others))
     known = _Slides(files, standing, before, table, settings, prune)
     entries = _entries(known, slides_per_shard)
+    for slide in files.keys() & before.keys():
+        if (before[slide].mpp, before[slide].given) != (entries[slide].mpp, entries[slide].given):
+            remove(_part(out, slide))  # an interrupted run was told something else
     write_plan(out, every, entries, files if prune else {*files, *standing})
     shards = [out / shard_name(number) for number in range(max((e.shard for e in entries.values()), default=0) + 1)]
     jobs = {path: [] for path in shards}
     for slide, entry in sorted(entries.items()):
         if slide in files:
+            place = (files[slide], shards[entry.shard], _part(out, slide))
             mpp = entry.mpp or settings.get(OVERRIDE)
-            place = (files[slide], shards[entry.shard], out / PARTS / f"{slide}.tfrecord")
             jobs[shards[entry.shard]].append(Job(slide, entry.case, *place, settings, sharing, mpp))
     due = {job.slide_id for own in jobs.values() for job in own if _is_due(job, standing)}
     own = {path: jobs[path] for path in shards[task::tasks]}
@@ -141,6 +144,10 @@ def make_plan(
         table.absent[task::tasks] if table else [],
         [*(table.notes if table else []), *_changes(known, entries, due)],
     )
+
+
+def _part(out: Place, slide: str) -> Place:
+    return out / PARTS / f"{slide}.tfrecord"
 
 
 def _is_due(job: Job, standing: dict[str, SlideInfo]) -> bool:

@@ -48,7 +48,10 @@ def grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
     slides: dict[str, set[str]] = {}
     for note, slide in notes:
         slides.setdefault(note, set()).add(slide)
-    return [f"{note}: {_count(own)} ({some(sorted(own))})" for note, own in sorted(slides.items())]
+    lines = [f"{note}: {_count(own)} ({some(sorted(own))})" for note, own in sorted(slides.items())]
+    if any("mpp" in note and "not used" in note for note in slides):
+        lines.append("what files say of mpp is replaced by --override-mpp, or by the column mpp of --slides")
+    return lines
 
 
 def _count(slides: set[str]) -> str:

@@ -166,6 +166,30 @@ def test_what_files_lack_can_be_said_later(tmp_path):
     assert [round(info.mpp, 4) for info in Records(tmp_path / "out").slides] == [0.26] * 3
 
 
+def test_what_an_interrupted_run_was_told_does_not_hold(tmp_path, monkeypatch):
+    for name in ("A", "B"):
+        write(tmp_path / f"in/{name}.h5", mpp=0)
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+
+        def stop(*arguments):
+            raise KeyboardInterrupt
+
+        interrupted.setattr(build, "assemble", stop)
+        import_features(tmp_path / "in", tmp_path / "out", mpp=0.25)
+    assert len(list((tmp_path / "out/.parts").glob("*.tfrecord"))) == 2
+    report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.5)
+    assert [info.mpp for info in Records(tmp_path / "out").slides] == [0.5, 0.5] and report.effort.patches == 24
+
+
+def test_an_option_does_not_replace_what_files_say(tmp_path):
+    write(tmp_path / "in/A.h5", mpp=0.25)
+    write(tmp_path / "in/B.h5", mpp=0.5, size=128)
+    report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.25)
+    assert [info.mpp for info in Records(tmp_path / "out").slides] == [0.25, 0.5]
+    assert "0.25 was not used: 1 slide (B)" in note(report, "the file says mpp 0.5")
+    assert note(report, "is replaced by --override-mpp")
+
+
 def test_folders_of_the_first_format_of_plans_go_on(cohort):
     folder, out, run = cohort
     plan = json.loads((out / "plan.json").read_text())
