@@ -20,8 +20,6 @@ OTHERS = {
     "hf download": {"local-dir"},
     "git lfs": {"include"},
     "xprof": {"logdir"},
-    "--porcelain": {"porcelain"},
-    "--beam": {"beam"},
     "Runner": {
         "runner", "flink_master", "project", "region", "temp_location", "environment_type", "environment_config",
         "sdk_container_image", "number_of_worker_harness_threads",
@@ -55,13 +53,17 @@ COMMANDS, SETTINGS = _parsers(), _settings()
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str]]:
-    """The string literals of a module that are no docstrings, f-strings as one with {} for what is put in."""
+    """The texts in a module that are no docstrings, f-strings as one with {} for what is put in.
+
+    A literal that is an option and nothing else is an argument for a parser or another program, not a text.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside | documents:
-            yield node.lineno, node.value
+            if not re.fullmatch(r"--[\w-]+=?", node.value):
+                yield node.lineno, node.value
         elif isinstance(node, ast.JoinedStr):
             yield node.lineno, "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
 
