@@ -61,10 +61,11 @@ def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) 
     pen = float((stained & ink).sum() / max(1, stained.sum()))
     saturation[ink] = 0
     saturation = ndimage.gaussian_filter(saturation, 1.0, output=saturation)
-    mask = (saturation > _stain_threshold(saturation[~ink])) & ~ink  # what pen leaves: pale tissue may be little
+    apart = ~ndimage.binary_dilation(ink, iterations=4) if ink.any() else ~ink  # strokes have pale rims
+    mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
     area = (downsample * slide.mpp) ** 2
     mask, _ = _parted(mask, _SMALLEST_PIECE_UM2 / area)
-    _, small = _parted(~mask, _LARGEST_HOLE_UM2 / area)
+    _, small = _parted(~(mask | ink), _LARGEST_HOLE_UM2 / area)  # a stroke over fat opens no fat cells
     return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
 
 
