@@ -1,4 +1,4 @@
-"""What a worker process does with one slide: read it, and write it as a record of its own.
+"""The work on one slide in a worker process: read it, and write it as a record of its own.
 
 A worker never raises for what is wrong with a slide; it says so in a line that names the file. Reading runs ahead of
 encoding by one batch, in a thread: OpenSlide and the encoder's libraries both let go of the interpreter.

@@ -1,4 +1,4 @@
-"""Who decides what a cohort is: the shards that stand, else the majority of its slides, for all tasks the same."""
+"""The encoder, width and patch size of a cohort: those of its shards, else of most slides, the same for all tasks."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What a build has to do: which slides belong to which shard, and which of them have no record yet.
+"""The plan of a build: the slides of each shard, and those that have no record yet.
 
 A folder of records is tied to its settings from the start, so that a second run, another task of a job array or another
 runner continues the first and never mixes two. Its slides may change: new ones fill the last shard and further ones,

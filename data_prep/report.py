@@ -1,4 +1,4 @@
-"""What came of a run over many slides, for people and for files."""
+"""The outcome of a run over many slides, for people and for files."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How many micrometres a pixel of a slide is wide, and whether what the file says of it can be.
+"""The pixel size of a slide in micrometres, and a check of what its file states.
 
 A wrong resolution makes patches of another size, which no later step notices. So what contradicts itself is refused
 with both readings, and the user says which is right.

@@ -1,4 +1,4 @@
-"""What a slide table says of the slides that become records: their cases, and their resolution."""
+"""Cases and pixel sizes that a slide table gives to slides on their way to records."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What `pathflip doctor` found: one finding for each thing looked at, and no look that ends the others."""
+"""Findings of `pathflip doctor`: one for each thing looked at; a check that breaks is a finding and ends no other."""
 
 import contextlib
 import logging

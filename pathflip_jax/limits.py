@@ -1,4 +1,4 @@
-"""What this process may use of its machine: memory and processors, by its control group and its affinity.
+"""Memory and processors that this process may use, by its control groups and its affinity.
 
 Slurm, systemd and containers give a job less than the machine has, and say so in a control group somewhere above the
 process, seldom at the root: so every group from the process's own up to the root counts, in both versions of the

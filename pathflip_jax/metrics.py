@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
+"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
 
 Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]).
 """

@@ -1,4 +1,4 @@
-"""Which run a folder holds, and what makes a run the same when it goes on elsewhere or on other devices."""
+"""The run that a folder holds, and the settings that must not change when it resumes elsewhere or on other devices."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a run trains on, as its config says: the batches of both splits, and facts that tell whether data are the same.
+"""The data of a run, as its config says: batches of both splits, and facts that tell whether data are the same.
 
 Training and validation draw from the same records and texts; the slide table says which slide is for which.
 """

@@ -1,4 +1,4 @@
-"""How well the machine is used, step by step: utilisation, waits for input, memory, compilations, slow hosts.
+"""Use of the machine, step by step: utilisation, waits for input, memory, compilations, slow hosts.
 
 Nothing here makes the loop wait for the devices. A thread of its own waits for each step and notes when it was done, so
 the times are the devices' own although the loop runs a step ahead; the operations of a step come with its metrics; what

@@ -1,4 +1,4 @@
-"""What the commands share: how one is declared, options of several, and how an outcome is printed."""
+"""Parts that commands share: their declaration, options of several, and the printing of an outcome."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What an export says of itself, so that its weights come back as the same model with the same settings.
+"""The description that an export carries, so that its weights come back as the same model with the same settings.
 
 Attention heads, how regions are cut, the patch encoder and the lengths of texts leave no trace in weights. The
 config.json beside exported weights holds them under `SECTION`: the model's settings once more as they were, and the

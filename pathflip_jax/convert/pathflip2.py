@@ -1,4 +1,4 @@
-"""What is particular to checkpoints of PathFLIP2: sizes from names, shapes and the run's own arguments, and LoRA.
+"""Checkpoints of PathFLIP2: sizes from names, shapes and the run's own arguments, and LoRA.
 
 The published code trains with PEFT around BERT and stores its arguments (`hparams.yaml`, or in the checkpoint) under
 the names of `ARGUMENTS`. Heads, pooling and the scale of LoRA leave no trace in the tensors: where the arguments are

@@ -1,4 +1,4 @@
-"""What training draws from: the slides of a cohort with their texts, tokenised once (DESIGN section 5).
+"""The slides of a cohort with their texts, tokenised once, for training to draw from (DESIGN section 5).
 
 A bag is a slide, or the slides of a case that one text is about: their regions count as one slide's. Bags of one case
 carry one case number, and those with the same caption one number for it, so that the losses take none of them for

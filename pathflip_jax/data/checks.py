@@ -1,4 +1,4 @@
-"""What makes a training run useless, said before it starts: words that nobody knows, batches without negatives."""
+"""Checks before training for data that teach nothing: texts of unknown words, batches without negatives."""
 
 import logging
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a language model is asked and answers about slides, from any table of texts (DESIGN, sections 5 and 7).
+"""Questions to a language model about slides, and their answers, from any table of texts (DESIGN, sections 5 and 7).
 
 Conversations of SlideInstruct are taken as they are; a caption answers an instruction, and the options of a question
 are asked a line each (`ask`, which evaluation uses too, so that a model is tested as it was taught).

@@ -1,4 +1,4 @@
-"""What an HDF5 file of features holds, as plain numbers and texts; runs in the worker of `guarded.py` only.
+"""The contents of an HDF5 file of features, as plain numbers and texts; runs in the worker of `guarded.py` only.
 
 libhdf5 crashes and stalls on mutated files, so no other file reads by h5py, and no other process imports this one.
 """

@@ -1,4 +1,4 @@
-"""What an OME-TIFF says of itself in the OME-XML of its first page: pixel size, objective, channels."""
+"""Pixel size, objective and channels of an OME-TIFF, from the OME-XML of its first page."""
 
 from typing import NamedTuple
 from xml.etree import ElementTree

@@ -1,4 +1,4 @@
-"""Where data lie: on local disks, and in buckets behind URLs (gs://, s3://, whatever fsspec knows).
+"""Files on local disks and in buckets behind URLs (gs://, s3://, whatever fsspec knows).
 
 A local file is read straight into the arrays that want its bytes. A bucket answers late, but many questions at once:
 all ranges of a read go out together, near ones as one, and what fails in passing is asked for again.

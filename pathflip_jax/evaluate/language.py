@@ -1,4 +1,4 @@
-"""What a language stage writes about the slides of a split, and what that is worth.
+"""Captions and answers of a language stage about the slides of a split, and their scores.
 
 Everything is asked twice, with the slide and without it: reports are alike and questions give hints, so only what a
 model gains by the slide says that it has looked (DESIGN section 8). A caption of another patient's slide stands beside

@@ -1,4 +1,4 @@
-"""What the answers of runs add up to: every figure with its interval, its baselines and the compared runs."""
+"""Figures of an evaluation, each with its interval, its baselines and the compared runs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

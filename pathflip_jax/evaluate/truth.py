@@ -1,4 +1,4 @@
-"""What is true of a cohort's slides: which patches lie in the outlines of a concept, and which areas are lesions."""
+"""The ground truth of a cohort's slides: the patches in the outlines of each concept, and the areas of lesions."""
 
 from collections import Counter
 from collections.abc import Iterable

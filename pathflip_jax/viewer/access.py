@@ -1,4 +1,4 @@
-"""Who may ask the viewer: this machine, or who holds its token.
+"""Access control of the viewer: this machine, or whoever holds its token.
 
 Slides are patients' data. A viewer on the loopback address answers to the names of that address, to those that it was
 given, and to who has its token: a web page elsewhere that points a name of its own at this machine (DNS rebinding) has

@@ -1,4 +1,4 @@
-"""How a viewer is reached through others: the names and the path that a proxy gives it, and whose frames may show it.
+"""Access to a viewer through a proxy: its public names, its path, and the sites whose frames may show it.
 
 A proxy ends TLS and asks who someone is; the viewer still refuses names that nobody gave it, because a page elsewhere
 may point a name of its own at this machine (DNS rebinding).

@@ -1,4 +1,4 @@
-"""Which slides a viewer shows: slide files and features, matched by slide id when it starts.
+"""The slides that a viewer shows: slide files and features, matched by slide id when it starts.
 
 Requests name a slide by its number in this table, so no id and nothing that a client sends becomes a path.
 """
