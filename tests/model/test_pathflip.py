@@ -247,7 +247,7 @@ def test_remat_gives_the_same_gradients_with_dropout():
         np.testing.assert_allclose(a, b, atol=5e-7 + 1e-5 * np.abs(a).max(), err_msg=name)
     # Dropout is on, in slides, regions, captions and subcaptions, and a function of the key alone.
     (_, again), (_, other) = (step(model(layers=1), *arguments[:3], jax.random.key(k))[0] for k in (3, 4))
-    for a, b, c in zip(kept_out, again, other, strict=True):
+    for a, b, c in zip(*map(jax.tree.leaves, (kept_out, again, other)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == bool or np.abs(a - c).max() > 0.05
 
