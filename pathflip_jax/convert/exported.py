@@ -16,6 +16,7 @@ from pathflip_jax.model.config import FAMILIES, ModelConfig
 
 SECTION = "pathflip_jax"
 CONFIG, BERT = "config.json", "bert"
+REGION_TOP_K = "region_top_k"  # `top_k` in a folder for transformers, which drops a setting of its generation's name
 NAMED = {"data": ("records", "texts", "slides", "tokenizer", "embeddings")}
 PLACES = {"model": ("bert",), "train": ("checkpoints", "wandb_project"), "lm": ("aligner", "decoder", "start")}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -82,6 +83,7 @@ def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
     if not isinstance(about, dict) or not all(isinstance(about.get(name), dict) for name in ("model", "settings")):
         raise ValueError(f'its section "{SECTION}" has no settings of model and run')
     config = ModelConfig.from_dict(about["model"])
+    values = {"top_k" if name == REGION_TOP_K else name: value for name, value in values.items()}
     clashes = [
         f"{name} is {values[name]!r} at its top and {value!r} in that section"
         for name, value in about["model"].items()

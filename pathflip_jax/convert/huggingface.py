@@ -1,7 +1,7 @@
 """A trained model for users of transformers: a folder for `AutoModel.from_pretrained`, with a model card.
 
-Who has this package imports `pathflip_jax.convert.torch_model` and needs no remote code; for all others the same file
-travels along, and `trust_remote_code=True` loads it.
+Who has this package imports `pathflip_jax.convert.torch_model` (`torch_pathflip2` of a PathFLIP2) and needs no remote
+code; for all others the same file travels along, and `trust_remote_code=True` loads it.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 
 import jinja2
 
-from pathflip_jax.convert.exported import describe_export
-from pathflip_jax.convert.pytorch import new_folder, to_torch, write_checkpoint
+from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
+from pathflip_jax.convert.pytorch import merged_state, new_folder, write_checkpoint
 from pathflip_jax.convert.readmes import caption_length
 from pathflip_jax.data.tables import parse_json
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.config import ModelConfig
 
 CARD = "model_card.md"
-CODE = "torch_model"
+CODE = {"pathflip": ("torch_model", "PathFLIP"), "pathflip2": ("torch_pathflip2", "PathFLIP2")}  # file, class
 # What the encoders' own pages state; the licence binds features, and may bind what is trained on them.
 ENCODER_LICENCES = {
     "stain_texture": "Apache-2.0 (embedded in pathflip_jax; a floor, not a foundation model)",
@@ -63,35 +63,35 @@ def export_huggingface(
     found = None if scores is None else read_scores(scores, run)
     with new_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
-        if not isinstance(model.config, PathFLIPConfig):
-            raise ValueError(f"{run}: a PathFLIP2 is exported for PyTorch alone; use --to pytorch")
         write_huggingface(part, model, settings, tokenizer)
         (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")
 
 
 def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
     """Fill a folder with what transformers loads: weights, config, tokenizer and the model's code."""
-    from pathflip_jax.model.parameters import flatten
-
+    state, config, more = merged_state(model)
+    code, _ = CODE[config.family]
     tokenizer.save(part)
-    write_checkpoint(part / "model.safetensors", to_torch(flatten(model), model.config))
-    _write(part / "config.json", huggingface_config(model.config, settings))
-    _write(part / "tokenizer_config.json", _tokenizer_config(part, settings, model.config))
-    shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), part / f"{CODE}.py")
+    write_checkpoint(part / "model.safetensors", state)
+    _write(part / "config.json", huggingface_config(config, settings, **more))
+    _write(part / "tokenizer_config.json", _tokenizer_config(part, settings, config))
+    shutil.copyfile(Path(__file__).with_name(f"{code}.py"), part / f"{code}.py")
 
 
-def huggingface_config(config: PathFLIPConfig, settings: dict) -> dict[str, Any]:
+def huggingface_config(config: ModelConfig, settings: dict, **more: Any) -> dict[str, Any]:
     """The config.json of transformers: its own entries, the model's settings, and what the export says of its run."""
-    classes = {"AutoConfig": f"{CODE}.PathFLIPConfig", "AutoModel": f"{CODE}.PathFLIPModel"}
-    facts = {"model_type": "pathflip", "architectures": ["PathFLIPModel"], "auto_map": classes, "dtype": "float32"}
-    return facts | config.to_dict() | describe_export(config, settings)
+    code, name = CODE[config.family]
+    classes = {"AutoConfig": f"{code}.{name}Config", "AutoModel": f"{code}.{name}Model"}
+    facts = {"model_type": config.family, "architectures": [f"{name}Model"], "auto_map": classes, "dtype": "float32"}
+    sizes = {REGION_TOP_K if key == "top_k" else key: value for key, value in config.to_dict().items()}
+    return facts | sizes | describe_export(config, settings, **more)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer_config(folder: Path, settings: dict, config: PathFLIPConfig) -> dict[str, Any]:
+def _tokenizer_config(folder: Path, settings: dict, config: ModelConfig) -> dict[str, Any]:
     """What AutoTokenizer needs, since the config names no tokenizer that it knows."""
     path = folder / "tokenizer_config.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -143,7 +143,7 @@ def figures(scores: dict) -> Iterator[dict[str, Any]]:
         yield row("Grounding, ROC AUC of patches", entry, chance=entry.get("chance"), **{"mean colour": value})
 
 
-def card(config: PathFLIPConfig, settings: dict, scores: dict | None, encoder_licence: str | None = None) -> str:
+def card(config: ModelConfig, settings: dict, scores: dict | None, encoder_licence: str | None = None) -> str:
     """The README.md of the folder: what the model is, of which data and encoder, its scores, and how to load it.
 
     Of the run's files the names go in, never their folders.
@@ -158,7 +158,8 @@ def card(config: PathFLIPConfig, settings: dict, scores: dict | None, encoder_li
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
     files = {name: PurePosixPath(str(data[name])).name for name in ("records", "texts", "slides") if data.get(name)}
     return environment.get_template(CARD).render(
-        config=config, encoder=encoder, licence=licence, files=files, hashes=data.get("hashes") or {},
+        config=config, patchwise=config.family == "pathflip2", code=CODE[config.family][0], encoder=encoder,
+        licence=licence, files=files, hashes=data.get("hashes") or {},
         data=data, train=train, loss=settings.get("loss", {}), origin=settings.get("converted_from"),
         scores=scores, figures=list(figures(scores)) if scores else [],
     )  # fmt: skip

@@ -196,15 +196,7 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
 
 def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = False) -> None:
     """Fill a folder with what `export` says, of a model with the settings and the tokenizer of its run."""
-    from pathflip_jax.model.parameters import flatten
-
-    config, more = model.config, {}
-    state = to_torch(flatten(model), config)
-    if isinstance(config, PathFLIP2Config) and config.text_lora_rank:
-        rank, alpha = config.text_lora_rank, config.text_lora_alpha
-        state = merge_lora(state, alpha)
-        config = dataclasses.replace(config, text_lora_rank=0)
-        more = {"notes": [f"the text encoder's LoRA (rank {rank}, alpha {alpha:g}) was merged into it at export"]}
+    state, config, more = merged_state(model)
     tokenizer.save(part / "bert")
     _complete_bert_folder(part / "bert", config)
     write_checkpoint(part / "model.safetensors", state)
@@ -215,6 +207,19 @@ def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = Fal
     code, page = ("torch_model.py", readme) if isinstance(config, PathFLIPConfig) else ("torch_pathflip2.py", readme2)
     shutil.copyfile(Path(__file__).with_name(code), part / code)
     (part / "README.md").write_text(page(config, settings), encoding="utf-8")
+
+
+def merged_state(model) -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
+    """The `state_dict` of a model with the LoRA of its texts merged in, the config it then has, notes of it."""
+    from pathflip_jax.model.parameters import flatten
+
+    config = model.config
+    state = to_torch(flatten(model), config)
+    if not isinstance(config, PathFLIP2Config) or not config.text_lora_rank:
+        return state, config, {}
+    rank, alpha = config.text_lora_rank, config.text_lora_alpha
+    notes = [f"the text encoder's LoRA (rank {rank}, alpha {alpha:g}) was merged into it at export"]
+    return merge_lora(state, alpha), dataclasses.replace(config, text_lora_rank=0), {"notes": notes}
 
 
 @contextlib.contextmanager

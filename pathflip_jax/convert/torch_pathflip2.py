@@ -14,18 +14,21 @@ Where on the slide: `model.text_region(model.encode_texts(ids, mask, level="regi
 patches for each text and gives its weight on each of them.
 
 Parameters have the names of the published class (github.com/cyclexfy/PathFLIP2), whose `load_state_dict` takes them.
+Importing this file makes the model known to the AutoModel of transformers.
 
     B  slides    N  patches of a slide    F  width of a patch feature    D  joint width    C  texts    T  tokens
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 
 class Encoding(NamedTuple):
@@ -106,6 +109,10 @@ class PathFLIP2(nn.Module):
     def __init__(self, config: dict) -> None:
         super().__init__()
         self.config = config
+        self.text_pooling, self.region_head = config["text_pooling"], config["region_head"]
+        self.topk_temperature = config["topk_temperature"]
+        # transformers drops a `top_k` from every config, for it has an option of that name: its folders name it anew.
+        self.top_k = config["region_top_k"] if "region_top_k" in config else config["top_k"]
         D, H, rate = config["embed_dim"], config["hidden"], config["dropout"]
         self.image_proj = projection(config["feature_dim"], D, rate)
         self.slide_encoder = SlideEncoder(config)
@@ -136,24 +143,23 @@ class PathFLIP2(nn.Module):
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor, level: str = "slide") -> Tensor:
         """Embed texts [C, T], in the space of slides or of regions (patches)."""
         states = self.text_encoder(input_ids, attention_mask).last_hidden_state
-        pooling = self.config["text_pooling"]
-        if pooling == "cls":
+        if self.text_pooling == "cls":
             pooled = states[:, 0]
         else:
-            counted = torch.ones_like(attention_mask) if pooling == "mean_padded" else attention_mask
+            counted = torch.ones_like(attention_mask) if self.text_pooling == "mean_padded" else attention_mask
             counted = counted[..., None].to(states.dtype)
             pooled = (states * counted).sum(1) / counted.sum(1)
         return (self.text_projection_global if level == "slide" else self.text_projection_local)(pooled)
 
     def text_region(self, texts: Tensor, patches: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What each text [B, C, D] pools of the patches [B, N, D], and its weights over them [B, C, N]."""
-        if self.config["region_head"] == "attention":
+        if self.region_head == "attention":
             return self.fine_gained_loss_head(texts, patches, mask)
         cosine = functional.normalize(texts, dim=-1) @ functional.normalize(patches, dim=-1).mT
-        scores = cosine / self.config["topk_temperature"]
+        scores = cosine / self.topk_temperature
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        least = scores.topk(min(self.config["top_k"], scores.shape[-1]), dim=-1).values[..., -1:]
+        least = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).values[..., -1:]
         kept = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
         return kept @ patches, scores.softmax(-1)
 
@@ -166,3 +172,68 @@ def load(folder: str | Path = ".") -> PathFLIP2:
     model = PathFLIP2(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
+
+
+class PathFLIP2Config(PretrainedConfig):
+    """The sizes of a model, as transformers keeps them: the dict of `PathFLIP2`, and what is its own."""
+
+    model_type = "pathflip2"
+
+
+@dataclass
+class PathFLIP2Output(ModelOutput):
+    """Slides, their patches and texts in the joint spaces, None for what was not given."""
+
+    slide_embeds: Tensor | None = None  # [B, D]
+    patch_embeds: Tensor | None = None  # [B, N, D], padding zero
+    text_embeds: Tensor | None = None  # [C, D]
+
+
+class PathFLIP2Model(PreTrainedModel):
+    """`PathFLIP2` as a model of transformers: the same weights under the same names, the same methods."""
+
+    config_class = PathFLIP2Config
+    main_input_name = "patches"
+    encode_slides = PathFLIP2.encode_slides
+    encode_texts = PathFLIP2.encode_texts
+    text_region = PathFLIP2.text_region
+
+    def __init__(self, config: PathFLIP2Config) -> None:
+        super().__init__(config)
+        model = PathFLIP2(config.to_dict())
+        for name in ("text_pooling", "region_head", "topk_temperature", "top_k"):
+            setattr(self, name, getattr(model, name))
+        for name, part in (*model.named_children(), *model.named_parameters(recurse=False)):
+            setattr(self, name, part)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Torch's own initial values stand, as in `PathFLIP2`."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word table."""
+        return self.text_encoder.get_input_embeddings()
+
+    def forward(
+        self,
+        patches: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        level: str = "slide",
+        **_,
+    ) -> PathFLIP2Output:
+        """Embed slides [B, N, F], texts [C, T] in the space of `level`, or both; other outputs of a tokenizer pass."""
+        found = PathFLIP2Output()
+        if patches is not None:
+            encoded = self.encode_slides(patches, patch_mask)
+            there = torch.ones_like(patches[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
+            found.slide_embeds, found.patch_embeds = encoded.slide, encoded.patches.masked_fill(~there[..., None], 0)
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            found.text_embeds = self.encode_texts(input_ids, mask, level)
+        return found
+
+
+AutoConfig.register("pathflip2", PathFLIP2Config, exist_ok=True)
+AutoModel.register(PathFLIP2Config, PathFLIP2Model, exist_ok=True)

@@ -99,8 +99,7 @@ def test_what_an_export_says_of_itself_comes_back(tmp_path_factory, config, data
     path = tmp_path_factory.mktemp("said") / "config.json"
     given = {"data": data, "train": {"steps": 3, "checkpoints": "gs://bucket/run"}, "loss": {"temperature": 0.1}}
     whole = config.to_dict() | describe_export(config, given)
-    hub = way and isinstance(config, PathFLIPConfig)
-    path.write_text(json.dumps(huggingface_config(config, given) if hub else whole))
+    path.write_text(json.dumps(huggingface_config(config, given) if way else whole))
     found = read_exported(path.with_name("model.safetensors"))
     assert found.config == config and found.settings == without_places(given) and not found.assumed
     assert "/lab" not in path.read_text() and "bucket" not in path.read_text()
@@ -117,7 +116,7 @@ ODD2 = PathFLIP2Config(
 
 
 MLP = {"patch_projection": "mlp", "patch_hidden": 5, "logit_bias_init": -10.0, "cross_attention_freq": 3}
-CASES = {"pytorch": (ODD, "pytorch"), "huggingface": (ODD, "huggingface"), "pathflip2": (ODD2, "pytorch")}
+CASES = {f"{config.family}-{way}": (config, way) for config in (ODD, ODD2) for way in WAYS}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,9 +139,10 @@ def test_parameters_model_settings_and_ids_come_back(words, tmp_path, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "way"), [CASES["huggingface"], CASES["pathflip2"]], ids=["1", "2"])
-def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, config, way):
+@pytest.mark.parametrize("case", ["pathflip-huggingface", "pathflip2-pytorch", "pathflip2-huggingface"])
+def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, case):
     """run -> export -> convert -> run; the LoRA of a PathFLIP2 is merged on the way, and that is said."""
+    config, way = CASES[case]
     save_run(tmp_path / "run", make(config), {"data": DATA}, words)
     assert cli.main(["export", str(tmp_path / "run"), "--to", way, "--out", str(tmp_path / "out")]) == 0
     assert cli.main(["convert", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
@@ -160,18 +160,20 @@ def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, 
 
 
 @pytest.mark.slow
-def test_what_transformers_saves_again_comes_back_too(words, tmp_path):
+@pytest.mark.parametrize("config", [ODD, dataclasses.replace(ODD2, text_lora_rank=0, region_head="soft_topk", top_k=3)])
+def test_what_transformers_saves_again_comes_back_too(words, tmp_path, config):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from pathflip_jax.convert import torch_model  # noqa: F401 - makes the model known to AutoModel
+    from pathflip_jax.convert import torch_model, torch_pathflip2  # noqa: F401 - makes both known to AutoModel
 
     (tmp_path / "out").mkdir()
-    write_huggingface(tmp_path / "out", model := make(ODD), {"data": DATA}, words)
+    write_huggingface(tmp_path / "out", model := make(config), {"data": DATA}, words)
     transformers.AutoModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     found = load_released(tmp_path / "again")
-    assert found.model.config == ODD and found.settings["data"] == without_places({"data": DATA})["data"]
-    assert all(np.array_equal(x, flatten(found.model)[name]) for name, x in flatten(model).items())
+    assert found.model.config == config and found.settings["data"] == without_places({"data": DATA})["data"]
+    after = flatten(found.model)
+    assert all(np.array_equal(x, after[name]) for name, x in flatten(model).items())
 
 
 @pytest.fixture(scope="module")
