@@ -226,7 +226,7 @@ class PathFLIP2Model(PreTrainedModel):
         """Embed slides [B, N, F], texts [C, T] in the space of `level`, or both; other outputs of a tokenizer pass."""
         found = PathFLIP2Output()
         if patches is not None:
-            encoded = self.encode_slides(patches, patch_mask)
+            encoded = self.encode_slides(patches.to(self.dtype), patch_mask)
             there = torch.ones_like(patches[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
             found.slide_embeds, found.patch_embeds = encoded.slide, encoded.patches.masked_fill(~there[..., None], 0)
         if input_ids is not None:
