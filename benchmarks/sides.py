@@ -177,7 +177,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
         model, mask = unflatten(config, params), batch.patch_mask.any(-1)
         _, metrics = alignment_loss(
             Embeddings(slide, regions, mask, text[:, 0], text[:, 1:]),
-            model.text_region, inputs.negatives, batch.case, model.logit_scale[...], None, LossConfig(),
+            model.text_region, inputs.negatives, batch.related, model.logit_scale[...], None, LossConfig(),
         )  # fmt: skip
         return slide, regions, text, jnp.stack([metrics["loss_slide"], metrics["loss_region"]])
 
@@ -192,7 +192,8 @@ class Batch(NamedTuple):
     patch_mask: np.ndarray
     text_rows: tuple
     text_index: np.ndarray
-    case: np.ndarray
+    related: np.ndarray
+    wording: None = None  # texts are random: none reads like another
 
 
 def in_torch(
