@@ -8,7 +8,7 @@ validated best). Arrays are flat dicts by parameter name: these names are the fo
 import contextlib
 import hashlib
 import json
-import subprocess
+import logging
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,28 +26,19 @@ from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
+from pathflip_jax.versions import (
+    READ,
+    UnknownSettings,
+    completed,
+    git_revision,
+    refusal,
+    signed,
+    unknown_settings,
+    version_of,
+)
 
+log = logging.getLogger(__name__)
 CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
-
-
-def git_revision() -> str:
-    """The commit that this code stands at, with "+" where files differ from it; "unknown" outside a clone.
-
-    Installed in the environment of somebody else's clone, the code is none of that clone's files.
-    """
-    folder = Path(__file__).parent
-    try:
-        ours = ["git", "ls-files", "--full-name", "--error-unmatch", "--", Path(__file__).name]
-        tracked = subprocess.run(ours, cwd=folder, capture_output=True, text=True)
-        if tracked.stdout.strip() != f"{folder.name}/{Path(__file__).name}":
-            return "unknown"
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
-        if commit.returncode:
-            return "unknown"
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 @jax.jit
@@ -102,11 +93,23 @@ def read_json(path: Path) -> dict:
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting."""
+    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting.
+
+    What a run of an earlier version does not say has the value that means what that version did, and is logged.
+    """
+    values = read_json(path)
     try:
-        return ModelConfig.from_dict(read_json(path))
+        config = ModelConfig.from_dict(values)
+    except UnknownSettings as error:
+        about = path.with_name(CONFIG)
+        version = version_of(read_json(about)) if about.exists() else None
+        raise ValueError(refusal(path, error.names, version)) from None
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise ValueError(f"{path}: {error}") from None
+    if lacking := config.to_dict().keys() - values.keys():
+        taken = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(lacking))
+        log.warning("%s: of a version without some settings of today; they are taken as %s", path, taken)
+    return config
 
 
 def run_folder(place: str | Path) -> Path:
@@ -310,7 +313,7 @@ def describe_run(workdir: Path, model: ModelConfig, config: dict, tokenizer) -> 
     """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
     make_folder(as_path(workdir))
     tokenizer.save(workdir / TOKENIZER)
-    write_json(workdir / CONFIG, config)
+    write_json(workdir / CONFIG, signed(config))
     write_json(workdir / MODEL, model.to_dict())
 
 
@@ -335,14 +338,21 @@ def load_run(workdir: str | Path, which: str | int = "best"):
 
 
 def read_run_config(workdir: Path) -> dict:
-    """The settings of a run. Raises FileNotFoundError for a folder that is none."""
+    """The settings of a run; those that its version lacked have the value that means what it did.
+
+    Raises FileNotFoundError for a folder that is none, ValueError for one of a later version that says of data or
+    language stage what this one does not know.
+    """
     for name in (MODEL, CONFIG):
         if not (workdir / name).exists():
             raise FileNotFoundError(
                 f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
                 "of `pathflip convert`"
             )
-    return read_json(workdir / CONFIG)
+    settings = read_json(workdir / CONFIG)
+    if unknown := unknown_settings(settings, READ):
+        raise ValueError(refusal(workdir / CONFIG, unknown, version_of(settings)))
+    return completed(settings)
 
 
 def read_params(
@@ -387,15 +397,3 @@ def _find(workdir: Path, which: str | int) -> tuple[Path, int]:
     raise FileNotFoundError(
         f"{workdir}: no checkpoint {which!r}; " + (f"there are steps {there}" if there else "none was saved yet")
     )
-
-
-def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Settings that differ between two nested configs, as "train.steps: 100 in the run, 200 now"."""
-    found = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
-        elif old != new and not (old != old and new != new):
-            found.append(f"{prefix}{name}: {old!r} in the run, {new!r} now")
-    return found

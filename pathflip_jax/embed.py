@@ -31,6 +31,7 @@ from pathflip_jax.data.text import read_slide_table, rename_rows, some
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.inference import Embedding, Predictor, load
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.versions import as_before
 
 FORMAT = 1
 METADATA = b"pathflip"  # key of the Parquet metadata under which a JSON object says what the file is
@@ -86,7 +87,7 @@ def checkpoint_hash(predictor: Predictor) -> str:
     """A SHA-256 of all that makes an embedding: weights, the model's shape and how slides are cut into regions."""
     sums = {name: int(value) for name, value in jax.device_get(checksums(flatten(predictor.model))).items()}
     cut = [predictor.cut, predictor.edge_um, predictor.edge_px]
-    return _sha256([sums, predictor.model.config.to_dict(), cut])
+    return _sha256([sums, as_before("model", predictor.model.config.to_dict()), cut])
 
 
 def embed(

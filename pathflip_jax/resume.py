@@ -1,13 +1,17 @@
 """The run that a folder holds, and the settings that must not change when it resumes elsewhere or on other devices."""
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, sharding
+from pathflip_jax import checkpoint, settings, sharding
+from pathflip_jax.fingerprints import same_data
 from pathflip_jax.metrics import METRICS
+from pathflip_jax.versions import AS_NOW, BEFORE, WRITTEN_BY, refusal, unknown_settings, version_of
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {
@@ -41,6 +45,39 @@ MAY_CHANGE = {
 }
 
 
+def go_on_as(config: ConfigDict, begun: dict, home: Path) -> ConfigDict:
+    """The settings with which a run that began with `begun` in `home` goes on.
+
+    A run of an earlier version keeps doing what that version did: a setting that it lacks has the value that means so
+    (`versions.BEFORE`), which is said once. Raises ValueError for a run of a later version, whose settings are not all
+    known here.
+    """
+    if unknown := unknown_settings(begun):
+        raise ValueError(refusal(home / checkpoint.CONFIG, unknown, version_of(begun)))
+    kind = settings.kind_of(config)
+    if "train" not in begun or settings.kind_of(begun) != kind:
+        return config
+    taken, config = [], copy.deepcopy(config)
+    for key, default in settings.defaults(kind).items():
+        section, _, name = key.partition(".")
+        if name in begun.get(section, {}):
+            continue
+        now, value = config[section][name], BEFORE.get(key, default)
+        chosen = name in MAY_CHANGE.get(section, ()) and now != default
+        if value is not AS_NOW and value != now and not chosen:
+            with config.ignore_type():
+                config[section][name] = value
+        kept = config[section][name]
+        taken.append(f"{key}={kept!r}" + (f" (not {now!r})" if kept != now else ""))
+    if taken and jax.process_index() == 0:
+        print(
+            f"{home}: a run of an earlier version, which goes on as it began; settings that it had not have the value "
+            f"that means what it did: {', '.join(taken)}",
+            file=sys.stderr,
+        )
+    return config.lock()
+
+
 def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
@@ -59,7 +96,7 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
             )
     before = begun_config(home)
     if before is not None:
-        differing = checkpoint.differences(_fixed(before), _fixed(resolved))
+        differing = _differing(before, resolved)
         if differing:
             raise ValueError(
                 f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
@@ -100,9 +137,31 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
         checkpoint.write_json(home / checkpoint.CONFIG, before | {"train": before["train"] | length})
 
 
+def _differing(before: dict, now: dict) -> list[str]:
+    """What differs between the settings of a run and those of today, but for settings that the run began without."""
+    before, now = dict(before), dict(now)
+    before["data"], now["data"] = same_data(before.get("data", {}), now.get("data", {}))
+    for found in (before, now):
+        found.pop(WRITTEN_BY, None)
+    known = {section: values | before.get(section, {}) for section, values in now.items()}
+    return differences(_fixed(before | known), _fixed(now))
+
+
 def _fixed(resolved: dict) -> dict:
     """The settings that make a run this run."""
     return {
         section: {name: x for name, x in values.items() if name not in MAY_CHANGE.get(section, ())}
         for section, values in resolved.items()
     }
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Settings that differ between two nested configs, as "train.steps: 100 in the run, 200 now"."""
+    found = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new and not (old != old and new != new):
+            found.append(f"{prefix}{name}: {old!r} in the run, {new!r} now")
+    return found

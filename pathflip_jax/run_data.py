@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from pathflip_jax import fingerprints
 from pathflip_jax.data.cases import Sources
 from pathflip_jax.data.checks import any_unrelated, refuse_unknown_words
 from pathflip_jax.data.pipeline import Batches, make_batches
@@ -91,6 +92,8 @@ def open_data(
                 len(validation.slides),
             )  # fmt: skip
     facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
+    means = {"texts": fingerprints.slide_texts(texts), "tokenizer": fingerprints.tokenizer(tokenizer.described)}
+    facts[fingerprints.MEANINGS] = means | ({"slides": fingerprints.slide_rows(rows.values())} if data.slides else {})
     return RunData(training, validation, tokenizer, facts)
 
 

@@ -7,13 +7,17 @@ the file, the name, and the name that was probably meant.
 
 import difflib
 import importlib.util
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pathflip_jax.data.storage import as_path, exists, is_url
+from pathflip_jax.versions import BEFORE, before
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
        [--profile STEPS] [--coordinator HOST:PORT --num_processes N --process_id I]"""
@@ -25,8 +29,9 @@ REQUIRED = {
     "lm.aligner": "the run folder that slides are embedded by, made by `pathflip train` or `pathflip convert`",
     "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
 }
-ADDED = ("data.max_unknown_share",)  # settings that config files of earlier versions lack: they take their defaults
 LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
+KINDS = ("align_base", "pathflip2", "lm_stage1")  # of each kind of run, the bundled config that lists every setting
+_log = logging.getLogger(__name__)
 
 
 def bundled_configs() -> dict[str, Path]:
@@ -52,10 +57,8 @@ def load_config(name: str) -> ConfigDict:
     """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours."""
     path, argument = find_config(name)
     config = _execute(path, argument)
-    reference = _flat(_execute(bundled_configs()[_reference(config)], ""))
-    for section, name in (key.split(".") for key in ADDED if key in reference):
-        if section in config and name not in config[section]:
-            config[section][name] = reference[f"{section}.{name}"]
+    reference = defaults(kind_of(config))
+    _complete(path, config, reference)
     found = _flat(config)
     faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
     faults += [f"{key} is missing" for key in reference if key not in found]
@@ -70,11 +73,31 @@ def load_config(name: str) -> ConfigDict:
     return config.lock()
 
 
-def _reference(config: ConfigDict) -> str:
+def kind_of(config: Mapping) -> str:
     """The bundled config that lists every setting of this one's kind."""
     if "lm" in config:
         return "lm_stage1"
     return "pathflip2" if config.get("model", {}).get("family") == "pathflip2" else "align_base"
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """Every setting of a kind of run, as "section.name", with its default."""
+    return _flat(_execute(bundled_configs()[kind], ""))
+
+
+def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
+    """Give a config file of an earlier version the settings that it lacks, with what that version did, and say so."""
+    taken = []
+    for key in (key for key in BEFORE if key in reference):
+        section, name = key.split(".")
+        if section in config and name not in config[section]:
+            config[section][name] = before(section, [name]).get(name, reference[key])
+            taken.append(f"{key}={config[section][name]!r}")
+    if taken:
+        _log.warning(
+            "%s: written for an earlier version, whose behaviour it keeps: %s; write these settings into it",
+            path, ", ".join(taken),
+        )  # fmt: skip
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, dict]:

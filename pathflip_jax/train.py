@@ -29,10 +29,11 @@ from pathflip_jax.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, plot, read_metrics
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.profiling import Profiler, profiled_steps
-from pathflip_jax.resume import begun_config, claim
+from pathflip_jax.resume import begun_config, claim, go_on_as
 from pathflip_jax.stage import Params, Training, make_step
 from pathflip_jax.telemetry import USEFUL, Telemetry
 from pathflip_jax.validation import choose_best, place_features
+from pathflip_jax.versions import git_revision
 
 
 class Stopped(Exception):
@@ -71,6 +72,7 @@ def train(
     with StopSignal() as stop, Watchdog(config.train.hang_seconds) as watchdog, jax.set_mesh(mesh):
         home = checkpoint.run_folder(config.train.checkpoints or workdir)
         begun = distributed.agree(begun_config(home)) or {"data": {}}
+        config = go_on_as(config, begun, home)
         training = open_training(config, mesh, begun)
         steps = config.train.steps or config.train.epochs * training.batches.steps_per_epoch
         resolved = training.resolved
@@ -121,7 +123,7 @@ def fit(
     def kept(learned: Params, frozen: Params) -> Params:
         return {name: x for name, x in (learned | frozen).items() if training.keeps(name)}
 
-    facts = {"config": resolved, "git": checkpoint.git_revision()}
+    facts = {"config": resolved, "git": git_revision()}
     with (
         ledger,
         Profiler(workdir, profile, ledger) as profiler,

@@ -2,7 +2,6 @@
 
 import gc
 import resource
-import subprocess
 from pathlib import Path
 
 import jax
@@ -19,6 +18,7 @@ from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.versions import signed
 
 # Orbax leaves coroutines and threads behind when a file cannot be read or written.
 pytestmark = [
@@ -32,31 +32,6 @@ pytestmark = [
 def leave_nothing_behind():
     yield
     gc.collect()
-
-
-def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in(tmp_path, monkeypatch):
-    def git(*words):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    def revision(place):
-        path = tmp_path / place / "pathflip_jax/checkpoint.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        monkeypatch.setattr(checkpoint, "__file__", str(path))
-        return checkpoint.git_revision()
-
-    assert revision("") == "unknown"  # no clone at all
-    git("init", "--quiet")
-    assert revision("") == "unknown"  # a clone that does not hold it
-    git("add", ".")
-    git("commit", "--quiet", "--message", "all")
-    head = git("rev-parse", "HEAD")
-    assert revision("") == head
-    assert revision(".venv/lib/site-packages") == "unknown"
-    (tmp_path / "pathflip_jax/checkpoint.py").write_text("# changed")
-    assert revision("") == f"{head}+"
 
 
 CONFIG = PathFLIPConfig(
@@ -205,7 +180,7 @@ def run(tmp_path_factory, tiny_cohort):
 def test_a_saved_run_loads(run, which):
     folder, model = run
     loaded, config, tokenizer = load_run(folder, which)
-    assert config == {"data": {"cut": "scan"}} and loaded.config == model.config
+    assert config == signed({"data": {"cut": "scan"}}) and loaded.config == model.config
     jax.tree.map(np.testing.assert_array_equal, flatten(loaded), flatten(model))
     assert tokenizer.vocab_size == model.config.vocab_size
 
@@ -223,11 +198,3 @@ def test_wrong_runs_are_refused_with_the_reason(run, tmp_path):
     with pytest.raises(ValueError, match=r"best/0: damaged \(its params are not of this model: .*in all\)"):
         load_run(folder)
     (folder / "model.json").write_text(text)
-
-
-def test_differences_name_every_setting():
-    before = {"train": {"steps": 4, "seed": 0}, "data": {"cut": "grid"}, "old": 1}
-    now = {"train": {"steps": 5, "seed": 0}, "data": {"cut": "grid"}}
-    found = checkpoint.differences(before, now)
-    assert found == ["old: 1 in the run, None now", "train.steps: 4 in the run, 5 now"]
-    assert checkpoint.differences(now, now) == []

@@ -1,11 +1,12 @@
 """Which run a folder holds: settings that make it another, and a length that may change."""
 
 import copy
+import json
 
 import pytest
 
-from pathflip_jax import checkpoint
-from pathflip_jax.resume import claim
+from pathflip_jax import checkpoint, settings
+from pathflip_jax.resume import claim, differences, go_on_as
 
 
 @pytest.fixture
@@ -50,3 +51,62 @@ def test_a_setting_that_a_run_began_without_is_no_other_run(run):
     with pytest.raises(ValueError, match="train.seed: 0 in the run, 1 now"):
         claim(folder, changed(resolved, seed=1, steps=200), pytest.fail)
     assert checkpoint.read_json(folder / checkpoint.CONFIG) == resolved
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The settings of the demo, and as the config.json of a run of it holds them."""
+    config = settings.load_config("demo")
+    return config, json.loads(json.dumps(config.to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("key", "kept"),
+    [("loss.region_weight", 1.0), ("optim.clip", 0.0), ("model.remat", False), ("loss.negatives_per_slide", None),
+     ("train.select_margin", 0.0), ("data.row_step", 64), ("data.caption_share", 1.0), ("train.hang_seconds", 1800),
+     ("data.max_unknown_share", 1.0)],
+)  # fmt: skip
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(begun, tmp_path, capsys, key, kept):
+    config, before = begun
+    section, _, name = key.partition(".")
+    now = config[section][name]
+    del before[section][name]
+    found = go_on_as(config, before, tmp_path)
+    assert found[section][name] == kept and config[section][name] == now
+    other = "" if now == kept else f" (not {now!r})"
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: a run of an earlier version" in said and said.endswith(f": {key}={kept!r}{other}\n")
+    checkpoint.write_json(tmp_path / checkpoint.CONFIG, before)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    claim(tmp_path, json.loads(json.dumps(found.to_dict())), pytest.fail)
+
+
+def test_what_may_change_is_as_asked_for_in_an_older_run_too(begun, tmp_path):
+    config, before = begun
+    del before["data"]["max_unknown_share"]
+    config.data.max_unknown_share = 0.5
+    assert go_on_as(config, before, tmp_path).data.max_unknown_share == 0.5
+
+
+def test_a_run_of_a_later_version_is_refused_by_name(begun, tmp_path):
+    config, before = begun
+    before["train"]["pace"], before["written_by"] = 1, {"version": "9.0"}
+    with pytest.raises(ValueError, match=r"config\.json: .*train\.pace.*version 9\.0 wrote it.*upgrade"):
+        go_on_as(config, before, tmp_path)
+
+
+def test_a_run_of_another_family_is_another_run(begun, tmp_path):
+    _, before = begun
+    found = go_on_as(settings.load_config("pathflip2"), before, tmp_path)
+    checkpoint.write_json(tmp_path / checkpoint.CONFIG, before)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="model.num_queries: 4 in the run, None now"):
+        claim(tmp_path, found.to_dict(), pytest.fail)
+
+
+def test_differences_name_every_setting():
+    before = {"train": {"steps": 4, "seed": 0}, "data": {"cut": "grid"}, "old": 1}
+    now = {"train": {"steps": 5, "seed": 0}, "data": {"cut": "grid"}}
+    found = differences(before, now)
+    assert found == ["old: 1 in the run, None now", "train.steps: 4 in the run, 5 now"]
+    assert differences(now, now) == []

@@ -89,10 +89,11 @@ def test_help_shows_an_example(capsys):
     assert "pathflip train --config align_base" in capsys.readouterr().out
 
 
-def test_a_config_of_an_earlier_version_takes_the_default_of_what_was_added(tmp_path):
+def test_a_config_of_an_earlier_version_does_what_that_did(tmp_path, caplog):
     path = tmp_path / "mine.py"
     path.write_text(
         "from pathflip_jax.configs import align_base\n\n\ndef get_config(argument=''):\n"
         "    config = align_base.get_config(argument)\n    del config.data.max_unknown_share\n    return config\n"
     )
-    assert settings.load_config(str(path)).data.max_unknown_share == 0.2
+    assert settings.load_config(str(path)).data.max_unknown_share == 1.0
+    assert "mine.py: written for an earlier version" in caplog.text and "data.max_unknown_share=1.0" in caplog.text

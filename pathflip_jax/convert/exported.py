@@ -6,13 +6,13 @@ run's, of whose files the names go in and never their folders.
 """
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from pathflip_jax.data.tables import json_object
 from pathflip_jax.model.config import FAMILIES, ModelConfig
+from pathflip_jax.versions import READ, UnknownSettings, before, refusal, this_version, unknown_settings
 
 SECTION = "pathflip_jax"
 CONFIG, BERT = "config.json", "bert"
@@ -41,7 +41,7 @@ class Exported(NamedTuple):
 
 def describe_export(config: ModelConfig, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """The section of config.json about a model and the settings of its run."""
-    about = {"version": importlib.metadata.version("pathflip-jax"), "family": config.family}
+    about = {"version": this_version(), "family": config.family}
     return {SECTION: about | {"model": config.to_dict(), "settings": without_places(settings)} | more}
 
 
@@ -71,8 +71,12 @@ def read_exported(source: str | Path) -> Exported | None:
     try:
         if (about := values.get(SECTION)) is not None:
             config = _stated(values, about)
+            if unknown := unknown_settings(about["settings"], READ):
+                raise UnknownSettings("settings of its run", unknown)
             return Exported(path, config, dict(about["settings"]), tokenizer, notes=tuple(about.get("notes", ())))
         config = _older(values)
+    except UnknownSettings as error:
+        raise ValueError(refusal(path, error.names, values[SECTION].get("version"))) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error!s:.600}; export the run again, or restore a copy") from None
     return None if config is None else Exported(path, config, *_assumed_settings(config, tokenizer))
@@ -98,8 +102,8 @@ def _older(values: Mapping[str, Any]) -> ModelConfig | None:
     """The model of an export from before there was a section: every setting of a family, by name."""
     for name, family in FAMILIES.items():
         fields = {field.name for field in dataclasses.fields(family)}
-        if fields <= values.keys():
-            return ModelConfig.from_dict({"family": name} | {field: values[field] for field in fields})
+        if fields - before("model", fields).keys() <= values.keys():
+            return ModelConfig.from_dict({"family": name} | {field: values[field] for field in fields & values.keys()})
     return None
 
 

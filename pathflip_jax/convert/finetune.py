@@ -27,7 +27,7 @@ from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.folders import read_decoder_config
 from pathflip_jax.llm.names import TARGETS, adapter_names
-from pathflip_jax.llm.training import Shape
+from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import unflatten
 

@@ -15,9 +15,11 @@ from pathflip_jax.convert.released import load_released
 from pathflip_jax.llm.export import ABOUT, ALIGNER
 from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config, read_object
 from pathflip_jax.llm.lora import SETTINGS, load_peft
+from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
-from pathflip_jax.llm.training import Shape, describe_language_run, read_aligner, split_names, weights_hash
+from pathflip_jax.llm.training import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.versions import READ, UnknownSettings, refusal, unknown_settings
 
 TENSORS = "tensors.csv"
 
@@ -50,8 +52,10 @@ def convert_language(source: str | Path, out: str | Path, *, decoder_folder: str
     source = Path(source)
     about = read_object(source / ABOUT)
     try:
-        shape, found = Shape.from_dict(about["shape"]), {k: dict(v) for k, v in about["settings"].items() if v != {}}
+        shape, found = Shape.from_dict(about["shape"]), _settings(about["settings"])
         trains = split_names(found["lm"]["trains"])
+    except UnknownSettings as error:
+        raise ValueError(refusal(source / ABOUT, error.names, about.get("version"))) from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source / ABOUT}: not what an export says of itself ({error}); export it again") from None
     aligner = load_released(source / ALIGNER)
@@ -96,6 +100,13 @@ def write_language_run(
             checkpoints.save_best(0, jax.device_put(dict(params)), {})
         (part / checkpoint.CHECKPOINTS).rmdir()
         write_rows(part / TENSORS, rows)
+
+
+def _settings(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an export, to be changed. UnknownSettings names those of a later version."""
+    if unknown := unknown_settings(stated, READ):
+        raise UnknownSettings("settings of its run", unknown)
+    return {name: dict(part) if isinstance(part, dict) else part for name, part in stated.items() if part != {}}
 
 
 def _projector(source: Path) -> dict[str, np.ndarray]:

@@ -63,6 +63,11 @@ class TextTokenizer:
         #: white space before all else, so there texts can be tokenised once, sentence by sentence.
         self.concatenates = kinds == ["BertNormalizer", "BertPreTokenizer"]
 
+    @property
+    def described(self) -> dict:
+        """The tokenizer as a tokenizer.json describes it, whichever file it was read from."""
+        return json.loads(self._tokenizer.to_str())
+
     def ids(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
         """The ids of texts without [CLS] and [SEP], at any length."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

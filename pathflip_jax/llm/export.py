@@ -6,7 +6,6 @@ projector as `projector.safetensors`, with the names of a torch.nn.Linear, the a
 which the run's answers end.
 """
 
-import importlib.metadata
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from pathflip_jax.llm.prompts import stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.versions import this_version
 
 ALIGNER, ABOUT = "aligner", "pathflip_language.json"
 GENERATION = "generation_config.json"
@@ -66,7 +66,7 @@ def _complete(
     (part / ALIGNER).mkdir()
     write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
     write_generation(part, tokenizer, config["data"]["template"])
-    about = {"version": importlib.metadata.version("pathflip-jax"), "settings": without_places(config)}
+    about = {"version": this_version(), "settings": without_places(config)}
     shape = checkpoint.read_json(checkpoint.run_folder(run) / checkpoint.MODEL)
     checkpoint.write_json(part / ABOUT, about | {"shape": shape})
 

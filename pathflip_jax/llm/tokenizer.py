@@ -82,6 +82,11 @@ class DecoderTokenizer:
         self._prefix = self._read_prefix()
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What its tokenizer.json says."""
+        return json_object(self.folder / "tokenizer.json", self._files["tokenizer.json"])
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the folder says how conversations are written."""
         return self._template_text is not None

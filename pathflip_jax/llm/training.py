@@ -9,16 +9,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, memory, sharding
+from pathflip_jax import checkpoint, fingerprints, memory, sharding
 from pathflip_jax.data.cases import slides_of_case
 from pathflip_jax.data.conversations import read_conversations, read_mixture
 from pathflip_jax.data.patches import PatchSampler
@@ -35,72 +34,23 @@ from pathflip_jax.llm.batches import (
     collect_examples,
     read_embeddings,
 )
-from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
+from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config
 from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder
 from pathflip_jax.llm.lora import load_peft
 from pathflip_jax.llm.prompts import choose_template
+from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.metrics import VALIDATION
-from pathflip_jax.model.attention import Linear
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.parameters import flatten, unflatten
+from pathflip_jax.model.parameters import flatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import read_manifest, rows_of_slides, slides_of_splits
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import place_features, require_score
+from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of
 
 log = logging.getLogger(__name__)
-
-
-class Shape(NamedTuple):
-    """The shapes of a language model about slides, and the dtype that its decoder's frozen parameters are stored in."""
-
-    aligner: PathFLIPConfig
-    decoder: DecoderConfig
-    lora: LoRAConfig | None
-    dtype: str
-
-    def abstract(self, trainable: Callable[[str], bool]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name, shape and dtype of every parameter: float32, but what is frozen of the decoder."""
-
-        def stored(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            frozen = name.startswith("decoder/") and not trainable(name)
-            return jax.ShapeDtypeStruct(x.shape, self.dtype if frozen else x.dtype)
-
-        return {name: stored(name, x) for name, x in jax.eval_shape(lambda: flatten(self._new())).items()}
-
-    def projector(self, key: jax.Array) -> Params:
-        """Random parameters of the projector, as PyTorch's Linear starts."""
-        linear = Linear(self.aligner.embed_dim, self.decoder.width, "torch", nnx.Rngs(key))
-        return {f"projector/{name}": x for name, x in flatten(linear).items()}
-
-    def build(self, params: Params) -> SlideLanguageModel:
-        """The model of these parameters."""
-        return unflatten(jax.eval_shape(self._new), params)
-
-    def _new(self) -> SlideLanguageModel:
-        return SlideLanguageModel(self.aligner, self.decoder, self.lora, nnx.Rngs(0))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for model.json."""
-        lora = None if self.lora is None else vars(self.lora) | {"targets": list(self.lora.targets)}
-        parts = {"aligner": self.aligner.to_dict(), "decoder": self.decoder.to_dict()}
-        return parts | {"lora": lora, "dtype": self.dtype}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Shape":
-        """Inverse of `to_dict`. Raises ValueError for what is no shape of a language model."""
-        try:
-            lora = values["lora"]
-            return cls(
-                PathFLIPConfig.from_dict(values["aligner"]),
-                DecoderConfig.from_dict(values["decoder"]),
-                None if lora is None else LoRAConfig(**lora | {"targets": tuple(lora["targets"])}),
-                values["dtype"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not the shape of a language model about slides ({error}); restore a copy") from None
 
 
 def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
@@ -123,9 +73,11 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     lora = _lora(config, trains, started)
     shape = Shape(aligner.model, decoder, lora, lm.dtype)
 
-    training, validation = _open_batches(config, records, aligner, tokenizer, template, decoder.max_positions, mesh)
+    training, validation, means = _open_batches(
+        config, records, aligner, tokenizer, template, decoder.max_positions, mesh
+    )
     resolved = config.to_dict()
-    resolved["data"] |= _facts(data, records, training, template)
+    resolved["data"] |= _facts(data, records, training, template, means)
     resolved["lm"] |= {"aligner_hash": aligner.hash, "decoder_hash": decoder_hash}
     resolved["lm"] |= {"start_hash": started.hash if started else ""}
 
@@ -251,6 +203,8 @@ def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, 
         )
     try:
         shape = Shape.from_dict(checkpoint.read_json(home / checkpoint.MODEL))
+    except UnknownSettings as error:
+        raise ValueError(refusal(home / checkpoint.MODEL, error.names, version_of(config))) from None
     except ValueError as error:
         raise ValueError(f"{home / checkpoint.MODEL}: {error}") from None
     trainable = language_stage(split_names(config["lm"]["trains"])).trainable
@@ -336,7 +290,7 @@ def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer:
     """Write config.json, model.json and tokenizer/ of a run of the language stage."""
     make_folder(as_path(folder))
     tokenizer.save(folder / checkpoint.TOKENIZER)
-    checkpoint.write_json(folder / checkpoint.CONFIG, resolved)
+    checkpoint.write_json(folder / checkpoint.CONFIG, signed(resolved))
     checkpoint.write_json(folder / checkpoint.MODEL, shape.to_dict())
 
 
@@ -348,13 +302,16 @@ def _open_batches(
     template: str,
     positions: int,
     mesh: jax.sharding.Mesh,
-) -> tuple[LanguageBatches, LanguageBatches | None]:
-    """The batches of training and of validation, as the slide table splits them."""
+) -> tuple[LanguageBatches, LanguageBatches | None, dict]:
+    """The batches of training and of validation, as the slide table splits them, and hashes of what data say."""
     data, size = config.data, config.train.batch_size
     mixture = [(read_conversations(path), times) for path, times in read_mixture(data.texts)]
+    means = {"texts": fingerprints.conversations(mixture), "times": [times for _, times in mixture]}
+    means["tokenizer"] = fingerprints.tokenizer(tokenizer.described)
     ids: dict[str, list[str] | None] = {data.split: None, data.val_split: []}
     if data.slides:
         rows = rows_of_slides(data.slides, records)
+        means["slides"] = fingerprints.slide_rows(rows.values())
         ids = slides_of_splits(rows, (data.split, data.val_split), data.slides, data.records)
         of_case = slides_of_case(rows.values())
         mixture = [([talk._replace(slide_ids=talk.slide_ids or of_case(talk.case_id)) for talk in talks], times)
@@ -378,10 +335,10 @@ def _open_batches(
     for batches in (training, validation):
         if batches is not None and data.resident:
             batches.load(on_device=data.resident == "device")
-    return training, validation
+    return training, validation, means
 
 
-def _facts(data: ConfigDict, records: Records, training: LanguageBatches, template: str) -> dict:
+def _facts(data: ConfigDict, records: Records, training: LanguageBatches, template: str, means: dict) -> dict:
     """What a later reader must know of the data, and hashes that tell whether it is still the same."""
     manifest = read_manifest(data.records)
     paths = [path for path, _ in read_mixture(data.texts)] + ([as_path(data.slides)] if data.slides else [])
@@ -389,7 +346,7 @@ def _facts(data: ConfigDict, records: Records, training: LanguageBatches, templa
     cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "patch_slots": training.patch_slots, "length": training.length}
     hashes = {"texts": sorted(hashes.values()), "records": manifest_hash(data.records)}
-    return facts | cut | {"template": template, "hashes": hashes}
+    return facts | cut | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
 
 
 def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh) -> Callable:

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from pathflip_jax.versions import UnknownSettings, before
+
 FAMILIES: dict[str, type["ModelConfig"]] = {}
 
 
@@ -75,7 +77,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Inverse of `to_dict`; a name that no setting has raises ValueError, naming it."""
+        """Inverse of `to_dict`; a name that no setting has raises UnknownSettings, naming it.
+
+        What an earlier version did not write has the value that means what it did.
+        """
         values = dict(values)
         name = values.pop("family", PathFLIPConfig.family)
         if name not in FAMILIES:
@@ -84,10 +89,11 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(family)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(
-                f"model config: no setting is called {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+            raise UnknownSettings(
+                f"model config: no setting is called {', '.join(unknown)}; there are {', '.join(sorted(known))}",
+                unknown,
             )
-        return family(**values)
+        return family(**before("model", known - set(values)) | values)
 
 
 LARGEST_SIZE = 2**24

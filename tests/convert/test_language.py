@@ -17,8 +17,9 @@ from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.generate import Sampling
 from pathflip_jax.llm.hf_io import init_decoder, save_decoder
 from pathflip_jax.llm.lora import merge
+from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import train_bpe
-from pathflip_jax.llm.training import Shape, assemble
+from pathflip_jax.llm.training import assemble
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 

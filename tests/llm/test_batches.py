@@ -14,8 +14,8 @@ from pathflip_jax.inference import load
 from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.batches import EmbeddedSlides, LanguageBatches, collect_examples, read_embeddings
 from pathflip_jax.llm.config import DecoderConfig
+from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
-from pathflip_jax.llm.training import Shape
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP

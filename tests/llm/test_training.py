@@ -15,7 +15,8 @@ from pathflip_jax.llm.adapter import LOSS_CHUNK, LanguageBatch, language_operati
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.hf_io import load_decoder
-from pathflip_jax.llm.training import Shape, assemble, read_trained
+from pathflip_jax.llm.shape import Shape
+from pathflip_jax.llm.training import assemble, read_trained
 from pathflip_jax.metrics import read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten

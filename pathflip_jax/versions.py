@@ -1,0 +1,150 @@
+"""What other versions than this one wrote: settings that theirs lacked, and settings that this one does not know.
+
+A run may outlive many versions. `BEFORE` is the one table of what was meant before a setting existed; whoever adds a
+setting adds a line. What a later version wrote, and this one cannot know the meaning of, is refused.
+"""
+
+import functools
+import importlib.metadata
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+AS_NOW = object()  # it makes no difference to what a run learns: a run that began without it takes today's value
+
+# Setting -> the value that means what versions before it did. For runs and config files that lack it.
+BEFORE: dict[str, Any] = {
+    "data.caption_share": 1.0,
+    "data.embeddings": "",
+    "data.max_unknown_share": 1.0,  # such texts were trained on
+    "data.no_slide_share": 0.0,
+    "data.row_step": AS_NOW,  # how texts are laid out
+    "data.sentence_orders": 1,
+    "loss.negatives_at_once": AS_NOW,  # the same loss
+    "mesh.region": AS_NOW,  # the same loss
+    "train.deterministic": AS_NOW,
+    "train.keep_every": 0,
+    "train.preemptions_per_day": 0.0,
+    "train.select_margin": 0.0,
+    "train.wandb_project": "",
+}
+
+WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
+# What a run's config.json holds beside settings, by section; of data and language stage all that readers go by.
+FACTS = {
+    "data": ("encoder", "feature_dim", "cut", "edge_um", "edge_px", "hashes", "meanings"),
+    "lm": ("aligner_hash", "decoder_hash", "start_hash"),
+    WRITTEN_BY: ("version",),
+    "assumed": None,
+    "converted_from": None,
+}
+READ = ("data", "lm")  # the sections that say how the weights of a run are to be used
+
+
+class UnknownSettings(ValueError):
+    """Settings that no version up to this one has; `names` are those."""
+
+    def __init__(self, message: str, names: Iterable[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+def this_version() -> str:
+    """The version of this package."""
+    return importlib.metadata.version("pathflip-jax")
+
+
+def git_revision() -> str:
+    """The commit that this code stands at, with "+" where files differ from it; "unknown" outside a clone.
+
+    Installed in the environment of somebody else's clone, the code is none of that clone's files.
+    """
+    folder = Path(__file__).parent
+    try:
+        ours = ["git", "ls-files", "--full-name", "--error-unmatch", "--", Path(__file__).name]
+        tracked = subprocess.run(ours, cwd=folder, capture_output=True, text=True)
+        if tracked.stdout.strip() != f"{folder.name}/{Path(__file__).name}":
+            return "unknown"
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+        if commit.returncode:
+            return "unknown"
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def signed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with the version that writes them."""
+    return {**config, WRITTEN_BY: {"version": this_version()}}
+
+
+def before(section: str, names: Iterable[str]) -> dict[str, Any]:
+    """What versions without these settings did, of those of which it is stated and makes a difference."""
+    stated = ((name, BEFORE.get(f"{section}.{name}", AS_NOW)) for name in names)
+    return {name: value for name, value in stated if value is not AS_NOW}
+
+
+def unknown_settings(config: Mapping[str, Any], sections: Iterable[str] | None = None) -> list[str]:
+    """The settings in a run's config.json that this version does not know, of all sections or of these."""
+    known, found = _known_settings(), []
+    for section, values in config.items():
+        if sections is not None and section not in sections:
+            continue
+        if section not in known:
+            found.append(section)
+        elif known[section] is not None and isinstance(values, Mapping):
+            found += [f"{section}.{name}" for name in values if name not in known[section]]
+    return found
+
+
+@functools.cache
+def _known_settings() -> dict[str, frozenset[str] | None]:
+    """The names of each section of config.json, of every kind of run; None where they are free."""
+    import dataclasses
+
+    from pathflip_jax import settings
+    from pathflip_jax.model.config import FAMILIES
+
+    names: dict[str, set[str] | None] = {section: None if of is None else set(of) for section, of in FACTS.items()}
+    for key in {key for kind in settings.KINDS for key in settings.defaults(kind)}:
+        section, _, name = key.partition(".")
+        names.setdefault(section, set()).add(name)
+    names["model"] |= {field.name for family in FAMILIES.values() for field in dataclasses.fields(family)}
+    return {section: None if of is None else frozenset(of) for section, of in names.items()}
+
+
+def version_of(config: Mapping[str, Any]) -> str | None:
+    """The version that wrote a run's config.json; None where it does not say."""
+    wrote = config.get(WRITTEN_BY)
+    return wrote.get("version") if isinstance(wrote, Mapping) else None
+
+
+def refusal(place: object, names: Iterable[str], version: str | None) -> str:
+    """The message about settings that this version does not know, in what that version wrote (None: not recorded)."""
+    later = version is not None and version != this_version()
+    wrote = f"version {version} wrote it" if version else "it does not say which version wrote it"
+    return (
+        f"{place}: no setting of pathflip-jax {this_version()} is called {', '.join(names)}, so what is meant cannot "
+        f"be known ({wrote}); upgrade pathflip-jax to {f'{version} or later' if later else 'the version that knows it'}"
+    )
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a run trained here, with what its version did where it lacked a setting."""
+    from pathflip_jax import settings
+
+    found = dict(config)
+    if "train" in found:
+        for key in settings.defaults(settings.kind_of(found)):
+            section, _, name = key.partition(".")
+            if name not in found.get(section, {name: None}):
+                found[section] = before(section, [name]) | found[section]
+    return found
+
+
+def as_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without those that mean what versions before their setting did: a hash of them outlives new settings."""
+    stated = before(section, values)
+    return {name: value for name, value in values.items() if name not in stated or stated[name] != value}

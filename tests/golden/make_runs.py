@@ -1,0 +1,165 @@
+"""The golden runs of a version: what later versions must read, with the numbers that they must find.
+
+Run once when a version is released, on a CPU, from the root of the project, with the code of that version:
+
+    python tests/golden/make_runs.py
+
+It writes tests/golden/runs/VERSION and refuses to write over it. A tiny cohort (records, reports, slide table,
+vocabulary), a run of each family stopped after two of three steps, a language run on top, embeddings, exports, the
+commands that made them (commands.json) and the numbers (expected.npz). Everything is drawn from fixed seeds; all paths
+are relative to the version's folder.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
+import numpy as np
+
+from pathflip_jax import cli, inference, train
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.tokens import train_wordpiece
+from pathflip_jax.llm.assistant import load_assistant
+from pathflip_jax.llm.folders import read_decoder_config
+from pathflip_jax.llm.hf_io import init_decoder, make_decoder_folder, save_decoder
+from pathflip_jax.metrics import read_metrics
+
+SENTENCES = (
+    "Glands infiltrate the stroma.",
+    "Necrosis is extensive.",
+    "Fat is seen at the edge.",
+    "No mucin is present.",
+    "Lymphoid aggregates are dense.",
+    "The tumor measures 1.8 cm.",
+)
+STOP = 2  # of three steps
+DATA = [
+    "--config.data.records=records",
+    "--config.data.slides=slides.csv",
+    "--config.data.texts=reports.jsonl",
+    "--config.data.regions=2",
+    "--config.data.patch_slots=4",
+    "--config.train.batch_size=4",
+    "--config.train.steps=3",
+]
+ALIGN = ["--config.data.tokenizer=vocabulary", "--config.model.hidden=8", "--config.model.layers=1"]
+ALIGN += ["--config.model.embed_dim=8", "--config.model.intermediate=16", "--config.model.max_positions=64"]
+SPEAK = ["--config.lm.aligner=pathflip", "--config.lm.decoder=decoder", "--config.lm.lora_rank=2"]
+SPEAK += ["--config.lm.lora_targets=q_proj,down_proj"]
+RUNS = {
+    "pathflip": ["--config=align_base:smoke", *DATA, *ALIGN],
+    "pathflip2": ["--config=pathflip2:smoke", *DATA, *ALIGN],
+    "language": ["--config=lm_stage2:smoke", *DATA, *SPEAK],
+}
+# Of step 2 checkpoints and best are the same: one run keeps both, for a version's folder to stay below 1 MB.
+KEPT = {"config.json", "model.json", "tokenizer", "checkpoints", "metrics.jsonl"}
+KEPT_OF = dict.fromkeys(RUNS, KEPT) | {"language": KEPT | {"best"}}
+EXPORTS = {"pathflip": ("pytorch", "huggingface"), "pathflip2": ("huggingface",), "language": ("peft",)}
+
+
+def make_cohort() -> None:
+    """Twelve slides of 16 patches with random features; eight train, four validate."""
+    rng = np.random.default_rng(0)
+    slides, texts, table = [], [], ["slide_id,patient_id,label,split"]
+    grid = np.stack(np.meshgrid(np.arange(4), np.arange(4)), axis=-1).reshape(-1, 2)
+    place = {"coords": (grid * 64).astype(np.int32), "patch_size": 64, "mpp": 0.5, "width": 256, "height": 256}
+    for number in range(12):
+        features = rng.normal(size=(len(grid), 16)).astype(np.float32)
+        slides.append(SlideFeatures(f"S{number:02d}", f"P{number:02d}", features, encoder="tiny", **place))
+        texts.append({"slide_id": f"S{number:02d}", "caption": " ".join(rng.permutation(SENTENCES)[:4])})
+        split = "train" if number < 8 else "val"
+        table.append(f"S{number:02d},P{number:02d},{'glandular' if number % 2 else 'solid'},{split}")
+    Path("records").mkdir()
+    for shard in range(2):
+        write_shard(Path("records") / shard_name(shard), slides[shard * 6 : shard * 6 + 6], edge_um=64.0)
+    finish_folder(Path("records"), edge_um=64.0)
+    Path("reports.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    Path("slides.csv").write_text("\n".join(table) + "\n")
+    captions = [row["caption"] for row in texts]
+    train_wordpiece(captions, Path("vocabulary"), vocab_size=100)
+    make_decoder_folder(captions, "words", vocab_size=300, width=64, layers=1)
+    path = Path("words/config.json")
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    path.write_text(json.dumps(json.loads(path.read_text()) | small | {"intermediate_size": 32}, indent=2))
+    save_decoder(init_decoder(read_decoder_config("words"), 0), "decoder", source="words")
+    shutil.rmtree("words")
+
+
+def make_run(name: str) -> dict[str, np.ndarray]:
+    """A run stopped after two of three steps; the losses of a whole one."""
+    assert train.main([*RUNS[name], "--workdir=whole"]) == 0
+    losses = [row["loss"] for row in read_metrics(Path("whole/metrics.jsonl"))]
+    shutil.rmtree("whole")
+    asked, train.StopSignal.requested = train.StopSignal.requested, lambda self, step: step == STOP
+    try:
+        assert train.main([*RUNS[name], f"--workdir={name}"]) == train.TRY_AGAIN
+    finally:
+        train.StopSignal.requested = asked
+    for path in Path(name).iterdir():
+        if path.name not in KEPT_OF[name]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return {f"{name}/losses": np.array(losses)}
+
+
+def measure(name: str) -> dict[str, np.ndarray]:
+    """The embeddings of all slides, their regions and some texts by the last checkpoint of a run."""
+    predictor, records = inference.load(name, which="latest"), Records("records")
+    found = list(predictor.encode_slides(records.read(number) for number in range(len(records.slides))))
+    texts = predictor.encode_texts(SENTENCES)
+    return {
+        f"{name}/slides": np.stack([x.slide for x in found]),
+        f"{name}/regions": np.stack([x.regions for x in found]),
+        f"{name}/texts": texts.slide,
+        f"{name}/region_texts": texts.region,
+    }
+
+
+def measure_language() -> dict[str, np.ndarray]:
+    """How likely the language run finds two answers to a question about two slides."""
+    assistant, records = load_assistant("language", which="latest"), Records("records")
+    slides = assistant.embed_slides([records.read(0), records.read(1)])
+    prompts = [assistant.prompt("Is necrosis present?", slide) for slide in slides]
+    likely = assistant.choose(prompts, [["Necrosis is extensive.", "No mucin is present."]] * 2)
+    return {"language/likelihoods": np.stack(likely)}
+
+
+def export() -> None:
+    """Embeddings, and exports of every kind."""
+    commands = [["embed", "records", "--checkpoint=pathflip", "--regions", "--out=embeddings.parquet"]]
+    for name, kinds in EXPORTS.items():
+        commands += [["export", name, f"--to={kind}", f"--out={name}_{kind}"] for kind in kinds]
+    for command in commands:
+        assert cli.main([*command, *(["--which=latest"] if command[0] == "export" else [])]) == 0
+
+
+def main() -> int:
+    """Write the golden runs of the installed version."""
+    version = importlib.metadata.version("pathflip-jax")
+    out = Path(__file__).resolve().parent / "runs" / version
+    if out.exists():
+        print(f"{out}: exists; golden runs are made once, when a version is released", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        make_cohort()
+        found = {}
+        for name in RUNS:
+            found |= make_run(name)
+        found |= measure("pathflip") | measure("pathflip2") | measure_language()
+        export()
+        np.savez_compressed("expected.npz", texts=np.array(SENTENCES), **found)
+        Path("commands.json").write_text(json.dumps(RUNS, indent=2) + "\n")
+        shutil.copytree(folder, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
