@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pathflip_jax import settings
+from pathflip_jax import fingerprints, settings
 from pathflip_jax.run_data import choose_groups, even_size, open_data
 
 
@@ -184,3 +184,14 @@ def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, capl
     open_data(config(**{"data.texts": texts}), 1)
     assert "1 captions are those of slides of several cases, word for word (6 of 6 slides" in caplog.text
     assert "validation: its 6 slides are all of one case, or of one caption" in caplog.text
+
+
+def test_tables_saved_anew_are_the_same_data(config, tiny_cohort, tmp_path):
+    slides, texts = tmp_path / "slides.csv", tmp_path / "reports.jsonl"
+    lines = tiny_cohort.slides.read_text().splitlines()
+    slides.write_bytes("\r\n".join([f"site,{lines[0]}", *(f"x,{line}" for line in lines[1:])]).encode("utf-8-sig"))
+    texts.write_bytes(tiny_cohort.texts.read_bytes().rstrip().replace(b"\n", b"\r\n"))
+    before, now = (open_data(config(**more), 1).facts for more in ({}, {"data.slides": slides, "data.texts": texts}))
+    assert before["hashes"]["slides"] != now["hashes"]["slides"] and before["meanings"] == now["meanings"]
+    then, today = fingerprints.same_data(before, now)
+    assert then == today
