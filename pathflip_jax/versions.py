@@ -123,11 +123,14 @@ def version_of(config: Mapping[str, Any]) -> str | None:
 
 def refusal(place: object, names: Iterable[str], version: str | None) -> str:
     """The message about settings that this version does not know, in what that version wrote (None: not recorded)."""
-    later = version is not None and version != this_version()
     wrote = f"version {version} wrote it" if version else "it does not say which version wrote it"
+    if version not in (None, this_version()):
+        cure = f"upgrade pathflip-jax to {version} or later"
+    else:
+        cure = "upgrade pathflip-jax to the version that knows it, or restore the file as it was written"
     return (
         f"{place}: no setting of pathflip-jax {this_version()} is called {', '.join(names)}, so what is meant cannot "
-        f"be known ({wrote}); upgrade pathflip-jax to {f'{version} or later' if later else 'the version that knows it'}"
+        f"be known ({wrote}); {cure}"
     )
 
 
