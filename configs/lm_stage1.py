@@ -26,7 +26,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # no feature is read. Not where the aligner learns.
     config.data.embeddings = ""
     config.data.split = "train"
-    config.data.val_split = "val"
+    config.data.val_split = "val"  # "": no validation
     config.data.regions = 24  # drawn per slide and step
     config.data.patch_slots = 0  # patches of a region; 0: as many as a full region holds
     config.data.length = 0  # tokens of a sequence, its slide among them; 0: as the longest needs

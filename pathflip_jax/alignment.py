@@ -15,7 +15,7 @@ from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConf
 from pathflip_jax.model.flops import useful_operations
 from pathflip_jax.model.parameters import AlignmentModel, abstract_params, flatten, make_model, unflatten
 from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import open_data
+from pathflip_jax.run_data import open_data, say_counts
 from pathflip_jax.sigmoid_losses import SigmoidLossConfig, pairs_bytes
 from pathflip_jax.stage import Params, Stage, Training, alignment, sigmoid_alignment
 from pathflip_jax.validation import MEASURED, make_validation, require_score
@@ -32,6 +32,7 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
     require_score(config.train.select, (*MEASURED, *losses))
     family = family_of(config)
     data = open_data(config, sharding.batch_shards(mesh), sharding.own_shards(mesh), begun_groups)
+    say_counts(data.facts, data.validation is not None)
     if not family.negatives_within(config):
         require_negatives(data.train)
     model = model_config(config, data.facts["feature_dim"], data.tokenizer.vocab_size)
@@ -134,6 +135,7 @@ def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 3
 def check_config(name: str) -> int:
     """The number of parameters of a config's model; raises ValueError for what is wrong in it. Computes nothing."""
     config = settings.load_config(name)
+    settings.check(config)
     OptimConfig(**config.optim), family_of(config).loss(**config.loss)
     return sum(math.prod(x.shape) for x in abstract_params(model_config(config)).values())
 

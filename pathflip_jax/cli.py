@@ -17,6 +17,7 @@ from pathflip_jax.commands import COMMANDS
 from pathflip_jax.commands.options import WRONG_INPUT
 from pathflip_jax.compilation import keep_compiled
 from pathflip_jax.data.storage import is_url
+from pathflip_jax.paths import refuse_undecodable
 
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
 
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     keep_compiled()
     try:
+        refuse_undecodable(argv)
         if argv[:1] == ["train"]:
             from pathflip_jax.train import main as train_main
 

@@ -26,6 +26,7 @@ from pathflip_jax.checkpoint import checksums
 from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, manifest_hash
+from pathflip_jax.data.splits import no_such_split
 from pathflip_jax.data.storage import Place
 from pathflip_jax.data.text import read_slide_table, rename_rows, some
 from pathflip_jax.data.tfrecord import whole_file
@@ -163,8 +164,7 @@ def _select(
     rows, notes = rename_rows(read_slide_table(table), ids, table)
     wanted = {row["slide_id"] for row in rows if split in (None, row["split"])}
     if not wanted:
-        names = ", ".join(sorted({row["split"] or "(empty)" for row in rows}))
-        raise ValueError(f"{table}: no slide is in split {split!r}; the splits are {names}")
+        raise ValueError(no_such_split(table, split or "", rows))
     absent = sorted(wanted - set(ids))
     if len(absent) == len(wanted):
         raise ValueError(

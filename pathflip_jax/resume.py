@@ -27,6 +27,7 @@ MAY_CHANGE = {
         "text_groups",
         "text_rows",
         "max_unknown_share",
+        "splits",
     ),
     "model": ("bert",),
     "train": (

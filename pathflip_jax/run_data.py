@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -19,10 +19,12 @@ from pathflip_jax.data.cases import Sources
 from pathflip_jax.data.checks import any_unrelated, refuse_unknown_words
 from pathflip_jax.data.pipeline import Batches, make_batches
 from pathflip_jax.data.records import Records, manifest_hash
+from pathflip_jax.data.splits import NO_VALIDATION, SlideTable, count_splits, describe, hold_table
 from pathflip_jax.data.storage import Place, as_path, read_bytes
-from pathflip_jax.data.text import match_rows, read_slide_table, read_texts
+from pathflip_jax.data.text import read_texts
 from pathflip_jax.data.tokens import TextTokenizer
 
+COUNTS = "splits"  # among the facts
 SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)
 _log = logging.getLogger(__name__)
 
@@ -49,12 +51,8 @@ def open_data(
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
     if config.model.bert:
         _refuse_other_words(Path(config.model.bert), tokenizer)
-    ids = {data.split: None, data.val_split: []}  # without a table, every slide trains
-    rows: dict[str, dict[str, str]] = {}
-    if data.slides:
-        rows = rows_of_slides(data.slides, records)
-        ids = slides_of_splits(rows, (data.split, data.val_split), data.slides, data.records)
-    sources = Sources(rows, str(data.slides), str(data.records), str(data.texts))
+    split = split_slides(data, records, begun=begun_groups > 0)
+    sources = Sources(split.table.rows if split.table else {}, str(data.slides), str(data.records), str(data.texts))
 
     def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
         names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_step")
@@ -76,12 +74,12 @@ def open_data(
     size, slots = config.train.batch_size, data.patch_slots or None
     groups = data.text_groups or _groups_to_go_on_with(begun_groups, size, shards * config.train.accumulate)
     more = {"patch_slots": slots, "text_rows": tuple(data.text_rows) or None, "caption_share": data.caption_share}
-    training = batches(ids[data.split], size, groups, config.train.seed, **more)
+    training = batches(split.training, size, groups, config.train.seed, **more)
     refuse_unknown_words(training.bags, tokenizer, data.max_unknown_share, data.texts)
     validation = None
-    if ids[data.val_split]:  # not every slide has a text: how many can be drawn from is known only then
+    if split.validation:  # not every slide has a text: how many can be drawn from is known only then
         slots = {"patch_slots": training.patch_slots}
-        validation = batches(ids[data.val_split], 1, shards, 0, padding=shards - 1, **slots)
+        validation = batches(split.validation, 1, shards, 0, padding=shards - 1, **slots)
         size = even_size(len(validation.slides), size)
         padding = -size % shards
         validation.resize(size, choose_groups(size + padding, shards), padding)
@@ -93,29 +91,53 @@ def open_data(
             )  # fmt: skip
     facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
     means = {"texts": fingerprints.slide_texts(texts), "tokenizer": fingerprints.tokenizer(tokenizer.described)}
-    facts[fingerprints.MEANINGS] = means | ({"slides": fingerprints.slide_rows(rows.values())} if data.slides else {})
+    table = {"slides": fingerprints.slide_rows(split.table.rows.values())} if split.table else {}
+    facts[fingerprints.MEANINGS] = means | table
+    told = [[bag.slides for bag in one.bags for _ in bag.texts] if one else None for one in (training, validation)]
+    facts[COUNTS] = count_slides(data, records, split, told)
     return RunData(training, validation, tokenizer, facts)
 
 
-def rows_of_slides(table: str, records: Records) -> dict[str, dict[str, str]]:
-    """The rows of a slide table by the slide of the records that each means; what matches otherwise is logged."""
-    rows, notes = match_rows(read_slide_table(table), [slide.slide_id for slide in records.slides], table)
+class SplitSlides(NamedTuple):
+    """The slide table, if there is one, and the slides that train (None: all) and those that validate."""
+
+    table: SlideTable | None
+    training: list[str] | None
+    validation: list[str]
+
+
+def split_slides(data: ConfigDict, records: Records, begun: bool = False) -> SplitSlides:
+    """The slides of the records as the slide table splits them; without one every slide trains.
+
+    What matches otherwise is logged. Raises ValueError for a split of which
+    there is no slide; a run that `begun` without validation, when that was no error, goes on without.
+    """
+    validates = (data.val_split or "").lower() not in NO_VALIDATION
+    if not data.slides:
+        return SplitSlides(None, None, [])
+    table, notes = hold_table(data.slides, data.records, records)
     for note in notes:
         _log.warning("%s", note)
-    return rows
+    training = table.require(data.split, "name another with --config.data.split")
+    if not validates or (begun and not table.slides(data.val_split)):
+        return SplitSlides(table, training, [])
+    if data.val_split == data.split:
+        _log.warning("data.val_split=%s is what is trained on: its scores say nothing about new slides", data.split)
+    cure = "name another with --config.data.val_split; --config.data.val_split= trains without validation"
+    return SplitSlides(table, training, table.require(data.val_split, cure))
 
 
-def slides_of_splits(
-    rows: Mapping[str, Mapping[str, str]], splits: tuple[str, str], table: str, name: str
-) -> dict[str, list[str]]:
-    """The slides of each split that the records (called `name`) hold. ValueError where the first split has none."""
-    ids = {split: [slide for slide, row in rows.items() if row["split"] == split] for split in splits}
-    if not ids[splits[0]]:
-        raise ValueError(
-            f"{table}: no slide of split {splits[0]!r} is in {name}; check the columns slide_id and split, or name "
-            "another with --config.data.split"
-        )
-    return ids
+def count_slides(data: ConfigDict, records: Records, split: SplitSlides, texts: Sequence[list | None]) -> dict:
+    """What each split has; `texts` are the slides of each text of training and of validation."""
+    names = (data.split if split.table else "all", data.val_split)
+    told = {name: own for name, own in zip(names, texts, strict=True) if own is not None}
+    return count_splits(split.table, records, told)
+
+
+def say_counts(facts: Mapping[str, Any], validates: bool) -> None:
+    """Say on stderr, once for all processes, what is trained and validated on."""
+    if jax.process_index() == 0:
+        print(describe(facts[COUNTS], validates), file=sys.stderr)
 
 
 def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:

@@ -6,17 +6,22 @@ the file, the name, and the name that was probably meant.
 """
 
 import difflib
+import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pathflip_jax import bounds
+from pathflip_jax.config_files import run_config_file
 from pathflip_jax.data.storage import as_path, exists, is_url
+from pathflip_jax.paths import expand
 from pathflip_jax.versions import BEFORE, before
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
@@ -42,21 +47,30 @@ def bundled_configs() -> dict[str, Path]:
 
 def find_config(name: str) -> tuple[Path, str]:
     """File and argument of `PATH_OR_NAME[:ARGUMENT]`. Raises FileNotFoundError for neither a file nor a known name."""
+    whole = Path(expand(name))
+    if whole.is_file():
+        return whole, ""
     name, _, argument = name.partition(":")
-    if Path(name).is_file():
-        return Path(name), argument
+    path = Path(expand(name))
+    if path.is_file():
+        return path, argument
     bundled = bundled_configs()
     if name in bundled:
         return bundled[name], argument
+    if path.is_dir():
+        raise IsADirectoryError(f"--config={name}: is a folder; name a config file in it")
     close = difflib.get_close_matches(Path(name).stem, bundled, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise FileNotFoundError(f"--config={name}: no such file, and the bundled configs are {', '.join(bundled)}{hint}")
 
 
-def load_config(name: str) -> ConfigDict:
-    """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours."""
+def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
+    """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours.
+
+    `~` and environment variables in its texts are expanded, but of those that are `given` elsewhere.
+    """
     path, argument = find_config(name)
-    config = _execute(path, argument)
+    config = run_config_file(path, argument)
     reference = defaults(kind_of(config))
     _complete(path, config, reference)
     found = _flat(config)
@@ -66,23 +80,38 @@ def load_config(name: str) -> ConfigDict:
         default = reference.get(key)
         if default is None or value is None or isinstance(value, type(default)):
             continue
-        if not (isinstance(default, float) and isinstance(value, int)):
+        if isinstance(value, bool) or not (isinstance(default, float) and isinstance(value, int)):
             faults.append(f"{key} is {value!r}, expected {type(default).__name__} as in {default!r}")
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
-    return config.lock()
+    config.lock()
+    for key, value in found.items():
+        if isinstance(value, str) and key not in given:
+            try:
+                _set(config, key, _expand_setting(key, value))
+            except ValueError as error:
+                raise ValueError(f"{path}: {key}: {error}") from None
+    return config
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError for settings that are zero, negative, absurd or no number where that makes no sense."""
+    bounds.check(_flat(config), defaults(kind_of(config)))
 
 
 def kind_of(config: Mapping) -> str:
     """The bundled config that lists every setting of this one's kind."""
     if "lm" in config:
         return "lm_stage1"
-    return "pathflip2" if config.get("model", {}).get("family") == "pathflip2" else "align_base"
+    model = config.get("model")
+    sections = isinstance(model, (Mapping, ConfigDict))  # else the fault is told later, with the file
+    return "pathflip2" if sections and model.get("family") == "pathflip2" else "align_base"
 
 
-def defaults(kind: str) -> dict[str, Any]:
+@functools.cache
+def defaults(kind: str) -> Mapping[str, Any]:
     """Every setting of a kind of run, as "section.name", with its default."""
-    return _flat(_execute(bundled_configs()[kind], ""))
+    return MappingProxyType(_flat(run_config_file(bundled_configs()[kind], "")))
 
 
 def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
@@ -90,7 +119,7 @@ def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> N
     taken = []
     for key in (key for key in BEFORE if key in reference):
         section, name = key.split(".")
-        if section in config and name not in config[section]:
+        if isinstance(config.get(section), ConfigDict) and name not in config[section]:
             config[section][name] = before(section, [name]).get(name, reference[key])
             taken.append(f"{key}={config[section][name]!r}")
     if taken:
@@ -102,7 +131,7 @@ def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> N
 
 def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
     """Settings and other options of `pathflip train`. Raises ValueError, naming what is wrong and what was meant."""
-    argv = _joined(argv)
+    argv = [_expand_argument(argument) for argument in _joined(argv)]
     for argument in argv:
         name = argument.partition("=")[0]
         if name not in ("--config", *(f"--{option}" for option in OPTIONS)) and not name.startswith("--config."):
@@ -114,13 +143,15 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
         raise ValueError(
             f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)}\n{USAGE}"
         )
-    config = load_config(names[0])
+    given = [argument.partition("=")[0].removeprefix("--config.") for argument in argv]
+    config = load_config(names[0], given)
     known = _flat(config)
     for argument in argv:
         key = argument.partition("=")[0].removeprefix("--config.")
         if argument.startswith("--config.") and key not in known:
             raise ValueError(f"{argument}: {find_config(names[0])[0]} has no setting {key}{_meant(key, known)}")
     values = flags.FlagValues()
+    none, argv = _settings_of_none(argv, defaults(kind_of(config)))
     rest = [argument for argument in argv if not argument.startswith("--config=")]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *rest])
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -132,6 +163,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
         values(["train", *rest])
     except (flags.Error, TypeError, SyntaxError) as error:
         raise ValueError(str(error)) from None
+    for key in none:
+        _set(config, key, None)
+    check(config)
     if not values.workdir:
         raise ValueError(f"--workdir is not given: name the folder that the run writes to\n{USAGE}")
     return config, {name: values[name].value for name in OPTIONS}
@@ -139,6 +173,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
 
 def require(config: ConfigDict) -> None:
     """Raise ValueError for a required setting that is empty, FileNotFoundError for a path that is not there."""
+    check(config)
     values = _flat(config)
     required = [key for key in REQUIRED if key in values]
     for key in required:
@@ -154,14 +189,47 @@ def require(config: ConfigDict) -> None:
             )
 
 
-def _execute(path: Path, argument: str) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("pathflip_config", path)
-    module = importlib.util.module_from_spec(spec)
+def _expand_argument(argument: str) -> str:
+    """`--name=value` with the value expanded; of --config, whose bundled names need none, `find_config` does it."""
+    name, equals, value = argument.partition("=")
+    if not equals or name == "--config":
+        return argument
     try:
-        spec.loader.exec_module(module)
-        return module.get_config(argument) if argument else module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return f"{name}={_expand_setting(name.removeprefix('--config.'), value)}"
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _expand_setting(key: str, value: str) -> str:
+    """A setting expanded; of a list of tables each."""
+    return ",".join(map(expand, value.split(","))) if key == "data.texts" else expand(value)
+
+
+def _settings_of_none(argv: list[str], defaults: dict) -> tuple[list[str], list[str]]:
+    """The settings that are None at last, and the other arguments: absl reads None as a text, where it reads it at all.
+
+    Raises ValueError for a setting that cannot be None.
+    """
+    none: dict[str, None] = {}
+    others = []
+    for argument in argv:
+        option, _, value = argument.partition("=")
+        key = option.removeprefix("--config.")
+        none.pop(key, None)
+        if key == option or value not in ("None", "none") or (value == "none" and isinstance(defaults[key], str)):
+            others.append(argument)
+        elif fault := bounds.objection(key, None, defaults[key]):
+            raise ValueError(fault)
+        elif isinstance(defaults[key], str):  # nothing by another name
+            others.append(argument)
+        else:
+            none[key] = None
+    return list(none), others
+
+
+def _set(config: ConfigDict, key: str, value: object) -> None:
+    section, _, name = key.rpartition(".")
+    config[section][name] = value
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> dict:

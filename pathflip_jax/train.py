@@ -88,7 +88,7 @@ def open_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: dict) -> T
     if "lm" in config:
         from pathflip_jax.llm.training import language_training
 
-        return language_training(config, mesh)
+        return language_training(config, mesh, begun=bool(begun["data"]))
     return alignment_training(config, mesh, begun["data"].get("text_groups", 0))
 
 

@@ -1,12 +1,13 @@
 """What a run trains on: splits, batch sizes that devices can share, and what is said about data that do not fit."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from pathflip_jax import fingerprints, settings
-from pathflip_jax.run_data import choose_groups, even_size, open_data
+from pathflip_jax.run_data import choose_groups, even_size, open_data, say_counts
 
 
 @pytest.fixture
@@ -57,9 +58,14 @@ def test_what_is_wrong_with_the_texts_is_said_once_a_split(config, tiny_cohort, 
 @pytest.mark.parametrize(
     "setting, value, message",
     [
-        ("data.split", "nightly", "no slide of split 'nightly'"),
+        (
+            "data.split",
+            "nightly",
+            r"no slide is in split 'nightly'; the splits are test \(6\), train \(12\), val \(6\)",
+        ),
         ("train.batch_size", 400, "make no batch of 400"),
-        ("train.accumulate", 3, "batch of 4 slides cannot be cut evenly into 3"),
+        ("data.split", "training", "did you mean train"),
+        ("data.val_split", "vla", "did you mean val.*val_split= trains without validation"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_named(config, setting, value, message):
@@ -195,3 +201,39 @@ def test_tables_saved_anew_are_the_same_data(config, tiny_cohort, tmp_path):
     assert before["hashes"]["slides"] != now["hashes"]["slides"] and before["meanings"] == now["meanings"]
     then, today = fingerprints.same_data(before, now)
     assert then == today
+
+
+def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, capsys):
+    """Of the table's training slides three have no record and one no text; three slides of the records have no row."""
+    table, texts = tmp_path / "slides.csv", tmp_path / "reports.jsonl"
+    lines = tiny_cohort.slides.read_text().replace("S02,P02", "X02,P02").replace("S03,P03", "X03,P03").splitlines()
+    table.write_text("\n".join([*lines[:-1], "X99,P99,,train"]) + "\n")
+    rows = tiny_cohort.texts.read_text().splitlines()
+    texts.write_text("\n".join(row for row in rows if '"S04"' not in row) + "\n")
+    facts = open_data(config(**{"data.slides": table, "data.texts": texts}), 1).facts
+    counts = facts["splits"]
+    assert counts["train"] == {"slides": 10, "patients": 8, "texts": 9, "no_text": 1, "no_record": 3}
+    assert counts["val"]["slides"] == counts["val"]["texts"] == 6 and counts["test"]["slides"] == 5
+    assert counts["not_in_table"] == 3
+    say_counts(facts, validates=True)
+    assert capsys.readouterr().err == (
+        "data: train 10 slides of 8 patients, 9 texts (3 more have no record, 1 have no text); val 6 slides of 5 "
+        "patients, 6 texts; test 5 slides of 4 patients; 3 slides of the records are in no row of the table\n"
+    )
+
+
+def test_validation_is_left_out_where_that_is_asked_for_and_said(config, capsys):
+    for nothing in ("", "none", "None"):
+        data = open_data(config(**{"data.val_split": nothing}), 1)
+        assert data.validation is None
+    say_counts(data.facts, validates=False)
+    assert "; no validation" in capsys.readouterr().err
+
+
+def test_a_split_without_records_is_an_error_but_not_of_a_run_that_began_so(config, tiny_cohort, tmp_path):
+    table = tmp_path / "slides.csv"
+    table.write_text(re.sub("S(.*val)", r"X\1", tiny_cohort.slides.read_text()))
+    given = config(**{"data.slides": table})
+    with pytest.raises(ValueError, match="none of the 6 slides of split 'val' .* is among the 24 slides of"):
+        open_data(given, 1)
+    assert open_data(given, 1, begun_groups=1).validation is None

@@ -54,14 +54,14 @@ def test_wrong_options_are_named(argv, message):
             "config.optim.learnin_rate = 1.0",
             "called optim.learnin_rate; did you mean optim.learning_rate",
         ),
-        ("config.optim.learning_rate = 'high'", "mine.py: .*high is of .*str.* cannot be"),
+        ("config.optim.learning_rate = 'high'", "mine.py, line 6: TypeError: .*high is of .*str.* cannot be"),
         (
             "with config.ignore_type(): config.optim.learning_rate = 'high'",
             "learning_rate is 'high', expected float as in 0.0001",
         ),
         ("del config.loss.temperature", "loss.temperature is missing"),
-        ("config.optim = config.optmi", "mine.py: .*optmi"),
-        ("config.train.batch_size = = 8", "mine.py: invalid syntax"),
+        ("config.optim = config.optmi", "mine.py, line 6: .*optmi"),
+        ("config.train.batch_size = = 8", "mine.py, line 6: invalid syntax in 'config.train.batch_size = = 8'"),
     ],
 )
 def test_wrong_config_files_are_named(tmp_path, line, message):

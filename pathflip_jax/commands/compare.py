@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from pathflip_jax.commands.options import command
+from pathflip_jax.commands.options import command, local_path, number
 
 
 def add(commands) -> None:
@@ -16,10 +15,12 @@ def add(commands) -> None:
         "put evaluations of the same slides side by side: paired differences to the first, with p-values",
         "pathflip compare scores/base scores/slide-loss --out compared",
     )
-    parser.add_argument("scores", type=Path, nargs="+", metavar="SCORES", help="folders that `pathflip evaluate` wrote")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of compare.html and compare.json"
+        "scores", type=local_path, nargs="+", metavar="SCORES", help="folders that `pathflip evaluate` wrote"
+    )
+    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of the bootstrap (default 0)")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="folder of compare.html and compare.json"
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
 

@@ -1,9 +1,8 @@
 """`pathflip convert`: PyTorch weights to a run folder."""
 
 import argparse
-from pathlib import Path
 
-from pathflip_jax.commands.options import command
+from pathflip_jax.commands.options import command, local_path, number
 
 
 def add(commands) -> None:
@@ -20,12 +19,12 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=local_path,
         metavar="CHECKPOINT",
         help=".ckpt, .pt, .bin, .safetensors, a folder of shards, or a folder that `pathflip export` wrote",
     )
     parser.add_argument(
-        "--bert", type=Path, metavar="FOLDER", help="its BERT folder (the tokenizer); an export has its own"
+        "--bert", type=local_path, metavar="FOLDER", help="its BERT folder (the tokenizer); an export has its own"
     )
     parser.add_argument(
         "--weights",
@@ -33,21 +32,26 @@ def add(commands) -> None:
         metavar="NAME",
         help="the set of weights, of a file that holds several (EMA, teacher)",
     )
-    parser.add_argument("--heads", type=int, help="attention heads, where the BERT folder's config.json lacks them")
     parser.add_argument(
-        "--hparams", type=Path, metavar="YAML", help="the run's arguments; those beside the checkpoint are found"
+        "--heads", type=number("heads"), help="attention heads, where the BERT folder's config.json lacks them"
     )
     parser.add_argument(
-        "--lora-alpha", type=float, metavar="X", help="scale of the text encoder's LoRA, where no arguments say it"
+        "--hparams", type=local_path, metavar="YAML", help="the run's arguments; those beside the checkpoint are found"
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=number("lora-alpha"),
+        metavar="X",
+        help="scale of the text encoder's LoRA, where no arguments say it",
     )
     parser.add_argument("--keep-lora", action="store_true", help="do not merge that LoRA into BERT")
     parser.add_argument(
         "--decoder",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="the language model that a finetune checkpoint, or an exported adapter, was trained on",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
+    parser.add_argument("--out", type=local_path, required=True, metavar="RUN", help="run folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pathflip_jax.commands.options import command
+from pathflip_jax.commands.options import command, local_path, number
 from pathflip_jax.demo import SLIDES
 from pathflip_jax.limits import processors
 
@@ -17,10 +17,16 @@ def add(commands) -> None:
         "the main job on an embedded cohort: slides to report, in a quarter to half of an hour",
         "pathflip demo --out demo",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything it makes (default demo)")
-    parser.add_argument("--slides", type=int, default=SLIDES, help=f"slides of the cohort (default {SLIDES})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of cohort and training (default 0)")
-    parser.add_argument("--workers", type=int, default=processors(), help="worker processes (default: cores)")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("demo"), help="folder of everything it makes (default demo)"
+    )
+    parser.add_argument(
+        "--slides", type=number("slides"), default=SLIDES, help=f"slides of the cohort (default {SLIDES})"
+    )
+    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of cohort and training (default 0)")
+    parser.add_argument(
+        "--workers", type=number("workers"), default=processors(), help="worker processes (default: cores)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

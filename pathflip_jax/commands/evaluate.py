@@ -9,6 +9,8 @@ from pathflip_jax.commands.options import (
     add_smooth_option,
     add_writing_options,
     command,
+    local_path,
+    number,
     place,
     sampling,
 )
@@ -35,7 +37,7 @@ def add(commands) -> None:
     parser.add_argument("--split", default="test", help="split to score (default test)")
     parser.add_argument(
         "--tasks",
-        type=Path,
+        type=local_path,
         metavar="YAML",
         help="file that names the options below, of one or several tasks (keys as here without --, paths relative to "
         "the file); an option given here too wins",
@@ -52,7 +54,10 @@ def add(commands) -> None:
         "--region-texts", type=place, metavar="TABLE", help="captions of slides of one region, or of a point x, y"
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="JSON", help="texts of each class, or the name of a shipped file: zero-shot"
+        "--prompts",
+        type=local_path,
+        metavar="JSON",
+        help="texts of each class, or the name of a shipped file: zero-shot",
     )
     parser.add_argument(
         "--few-shot", nargs="*", metavar="K", help="probes on K training slides per class, or all (default 1 4 16)"
@@ -63,10 +68,12 @@ def add(commands) -> None:
     parser.add_argument(
         "--label-table", type=place, metavar="CSV", help="where these are (mutations, say), by slide_id or patient_id"
     )
-    parser.add_argument("--draws", type=int, default=5, metavar="N", help="draws of every K (default 5)")
-    parser.add_argument("--grounding", type=Path, metavar="JSON", help="texts of each concept: scores grounding")
-    parser.add_argument("--outlines", type=Path, metavar="DIR", help="true outlines, <slide_id>.geojson")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="slide files, for thumbnails and colour baselines")
+    parser.add_argument("--draws", type=number("draws"), default=5, metavar="N", help="draws of every K (default 5)")
+    parser.add_argument("--grounding", type=local_path, metavar="JSON", help="texts of each concept: scores grounding")
+    parser.add_argument("--outlines", type=local_path, metavar="DIR", help="true outlines, <slide_id>.geojson")
+    parser.add_argument(
+        "--images", type=local_path, metavar="DIR", help="slide files, for thumbnails and colour baselines"
+    )
     parser.add_argument(
         "--compare-to", type=place, nargs="+", metavar="RUN", help="as many other runs, compared slide by slide"
     )
@@ -75,21 +82,26 @@ def add(commands) -> None:
     )
     parser.add_argument("--questions", type=place, metavar="TABLE", help="questions for the language stage")
     parser.add_argument(
-        "--concepts", type=Path, metavar="JSON", help="phrasings of each concept: which ones do captions assert?"
+        "--concepts", type=local_path, metavar="JSON", help="phrasings of each concept: which ones do captions assert?"
     )
     add_writing_options(parser, max_tokens=384)
     add_grounding_options(parser)
     add_smooth_option(parser)
     parser.add_argument(
-        "--clear", type=float, metavar="SHARE", help="patches cut by an outline by more than this share do not count"
+        "--clear",
+        type=number("clear"),
+        metavar="SHARE",
+        help="patches cut by an outline by more than this share do not count",
     )
     parser.add_argument(
         "--lesions",
         metavar="CONCEPT",
         help="concept whose outlines are lesions to detect: scores FROC as CAMELYON16 does",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of scores, figures, report")
+    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of the bootstrap (default 0)")
+    parser.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="folder of scores, figures, report"
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     parser.set_defaults(default_of=parser.get_default)
 

@@ -1,9 +1,8 @@
 """`pathflip export`: a run folder to PyTorch weights, or to Hugging Face's and PEFT's folders."""
 
 import argparse
-from pathlib import Path
 
-from pathflip_jax.commands.options import command, place
+from pathflip_jax.commands.options import command, local_path, path_text, place
 
 
 def add(commands) -> None:
@@ -28,15 +27,18 @@ def add(commands) -> None:
     parser.add_argument("--which", choices=["best", "latest"], default="best", help="checkpoint (default best)")
     parser.add_argument("--pt", action="store_true", help="also write model.pt, for code that reads no safetensors")
     parser.add_argument(
-        "--scores", type=Path, metavar="DIR", help="with --to huggingface: the evaluation whose figures its card shows"
+        "--scores",
+        type=local_path,
+        metavar="DIR",
+        help="with --to huggingface: the evaluation whose figures its card shows",
     )
     parser.add_argument(
         "--encoder-licence", metavar="TEXT", help="with --to huggingface: the licence of a patch encoder not known here"
     )
     for part in ("decoder", "aligner"):
         help = f"of a language run: where its {part} lies now, if elsewhere than in training"
-        parser.add_argument(f"--{part}", default="", metavar="FOLDER", help=help)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        parser.add_argument(f"--{part}", type=path_text, default="", metavar="FOLDER", help=help)
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:

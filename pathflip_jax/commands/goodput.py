@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from pathflip_jax.commands.options import command
+from pathflip_jax.commands.options import command, local_path, number
 
 
 def add(commands) -> None:
@@ -16,9 +15,12 @@ def add(commands) -> None:
         "say where the time of a run went, and how often to save",
         "pathflip goodput runs/base --preemptions-per-day 4",
     )
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder; the run may be under way")
+    parser.add_argument("run_folder", type=local_path, metavar="RUN", help="run folder; the run may be under way")
     parser.add_argument(
-        "--preemptions-per-day", type=float, metavar="N", help="stops to reckon with, instead of the run's setting"
+        "--preemptions-per-day",
+        type=number("preemptions-per-day"),
+        metavar="N",
+        help="stops to reckon with, instead of the run's setting",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON, in seconds and shares")
 

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, add_smooth_option, command, place
+from pathflip_jax.commands.options import add_grounding_options, add_smooth_option, command, local_path, number, place
 
 
 def add(commands) -> None:
@@ -23,7 +22,10 @@ def add(commands) -> None:
     parser.add_argument("--slide-id", help="slide of a folder of records")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
     parser.add_argument(
-        "--image", type=Path, metavar="FILE", help="the slide file: drawn under the heatmap, top patches are cut of it"
+        "--image",
+        type=local_path,
+        metavar="FILE",
+        help="the slide file: drawn under the heatmap, top patches are cut of it",
     )
     parser.add_argument(
         "--negative",
@@ -37,21 +39,31 @@ def add(commands) -> None:
     add_smooth_option(parser)
     parser.add_argument(
         "--threshold",
-        type=float,
+        type=number("threshold"),
         metavar="SCORE",
         help="areas are where the smoothed score is above (default: 0 with --negative, else half way from a map's "
         "median to its highest, which finds areas on any slide)",
     )
     parser.add_argument(
-        "--min-patches", type=float, default=2.0, metavar="N", help="smaller areas are dropped (default 2 patches)"
+        "--min-patches",
+        type=number("min-patches"),
+        default=2.0,
+        metavar="N",
+        help="smaller areas are dropped (default 2 patches)",
     )
-    parser.add_argument("--top", type=int, metavar="N", help="best patches of each text as pictures (8 with --image)")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, if its file is silent")
-    parser.add_argument("--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, if its file is silent")
+    parser.add_argument(
+        "--top", type=number("top"), metavar="N", help="best patches of each text as pictures (8 with --image)"
+    )
+    parser.add_argument(
+        "--patch-size", type=number("patch-size"), metavar="PX", help="level-0 edge of a patch, if its file is silent"
+    )
+    parser.add_argument(
+        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, if its file is silent"
+    )
     parser.add_argument(
         "--page", action="store_true", help="also write DIR/page, which shows slide and maps by deep zoom in a browser"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--json", action="store_true", help="print the files written as JSON")
 
 

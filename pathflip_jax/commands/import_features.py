@@ -1,12 +1,13 @@
 """`pathflip import`: feature files of other tools to records."""
 
 import argparse
-from pathlib import Path
 
 from pathflip_jax.commands.options import (
     add_records_options,
     beam_examples,
     command,
+    local_path,
+    number,
     print_records_report,
     records_settings,
 )
@@ -22,13 +23,16 @@ def add(commands) -> None:
         "pathflip import features/ --out records --mpp 0.5",
         *beam_examples("import /mnt/features"),
     )
-    parser.add_argument("features_folder", type=Path, metavar="DIR", help="folder of feature files")
+    parser.add_argument("features_folder", type=local_path, metavar="DIR", help="folder of feature files")
     parser.add_argument("--encoder", help="patch encoder that made them, where the files do not say")
     parser.add_argument(
-        "--patch-size", type=int, metavar="PX", help="level-0 edge of a patch, where files do not say it"
+        "--patch-size",
+        type=number("patch-size"),
+        metavar="PX",
+        help="level-0 edge of a patch, where files do not say it",
     )
     parser.add_argument(
-        "--mpp", type=float, metavar="UM", help="level-0 micrometres per pixel, where files do not say it"
+        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, where files do not say it"
     )
     add_records_options(parser)
 

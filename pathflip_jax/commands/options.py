@@ -2,10 +2,13 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from pathflip_jax.bounds import OPTIONS
 from pathflip_jax.data.storage import Place, as_path
 from pathflip_jax.grounding import maps
+from pathflip_jax.paths import expand
 
 FAILED_SLIDES, WRONG_INPUT = 1, 2
 
@@ -34,18 +37,49 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def place(text: str) -> Place:
-    """A local path or a URL, for argparse."""
+    """A local path or a URL, for argparse; `~` and environment variables of a path are expanded."""
     try:
-        return as_path(text)
+        return as_path(expand(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_text(text: str) -> str:
+    """A text that names a path, expanded, for argparse."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(text: str) -> Path:
+    """A local path, expanded, for argparse."""
+    return Path(path_text(text))
+
+
+def number(option: str) -> Callable[[str], float]:
+    """A number within the bounds of an option, for argparse."""
+    bound = OPTIONS[option]
+
+    def read(text: str) -> float:
+        try:
+            value = int(text) if bound.whole else float(text)
+        except ValueError:
+            value = None
+        if value is None or not bound.holds(value):
+            raise argparse.ArgumentTypeError(f"{text}: expected {bound.words(value)}")
+        return value
+
+    return read
 
 
 def add_records_options(parser: argparse.ArgumentParser) -> None:
     """What `prepare` and `import` share: where records go, how regions are cut, what happens to a bad slide."""
     parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder of the records to write")
     parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
-    parser.add_argument("--edge-um", type=float, default=2048.0, metavar="UM", help="edge of a region (default 2048)")
+    parser.add_argument(
+        "--edge-um", type=number("edge-um"), default=2048.0, metavar="UM", help="edge of a region (default 2048)"
+    )
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of the stored features")
     parser.add_argument(
         "--slides",
@@ -55,15 +89,27 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
         "resolution of single slides, whatever their files say",
     )
     parser.add_argument(
-        "--override-mpp", type=float, metavar="UM", help="level-0 mpp of all slides, in place of what their files say"
+        "--override-mpp",
+        type=number("override-mpp"),
+        metavar="UM",
+        help="level-0 mpp of all slides, in place of what their files say",
     )
     parser.add_argument(
         "--prune", action="store_true", help="take slides out of the records that are not among those given"
     )
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
-    parser.add_argument("--slides-per-shard", type=int, default=32, metavar="N", help="slides in one file (default 32)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that share a machine and its GPUs (default: its cores)"
+        "--slides-per-shard",
+        type=number("slides-per-shard"),
+        default=32,
+        metavar="N",
+        help="slides in one file (default 32)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=number("workers"),
+        metavar="N",
+        help="processes that share a machine and its GPUs (default: its cores)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slide")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -84,7 +130,11 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
         help=f"how to map a text on patches (default {maps.DEFAULT_METHOD}; of a PathFLIP2 cosine)",
     )
     parser.add_argument(
-        "--window", type=int, default=maps.WINDOW, metavar="N", help=f"patches across a window (default {maps.WINDOW})"
+        "--window",
+        type=number("window"),
+        default=maps.WINDOW,
+        metavar="N",
+        help=f"patches across a window (default {maps.WINDOW})",
     )
 
 
@@ -92,7 +142,7 @@ def add_smooth_option(parser: argparse.ArgumentParser) -> None:
     """How `evaluate` and `ground` smooth a map."""
     parser.add_argument(
         "--smooth",
-        type=float,
+        type=number("smooth"),
         default=0.5,
         metavar="EDGES",
         help="smooth maps by a Gaussian of so many patch edges (default 0.5; 0: not at all)",
@@ -103,9 +153,15 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
     """What `caption` and `ask` share: which slide, and by which run."""
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
     parser.add_argument("--slide-id", help="slide of a folder of records")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder of a language stage")
-    parser.add_argument("--decoder", default="", metavar="FOLDER", help="where the decoder's folder lies, if it moved")
-    parser.add_argument("--aligner", default="", metavar="RUN", help="where the aligner's run lies, if it moved")
+    parser.add_argument(
+        "--checkpoint", type=local_path, required=True, metavar="RUN", help="run folder of a language stage"
+    )
+    parser.add_argument(
+        "--decoder", type=path_text, default="", metavar="FOLDER", help="where the decoder's folder lies, if it moved"
+    )
+    parser.add_argument(
+        "--aligner", type=path_text, default="", metavar="RUN", help="where the aligner's run lies, if it moved"
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="", help="of the weights (default: as it was trained)"
     )
@@ -115,21 +171,43 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
 def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How a language model writes where there is no chance in it: what scores are made of."""
     parser.add_argument(
-        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"most tokens to write (default {max_tokens})"
+        "--max-tokens",
+        type=number("max-tokens"),
+        default=max_tokens,
+        metavar="N",
+        help=f"most tokens to write (default {max_tokens})",
     )
-    parser.add_argument("--min-tokens", type=int, default=0, metavar="N", help="least tokens to write (default 0)")
-    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (default 1: none)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="of beams (default 1)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (1)")
+    parser.add_argument(
+        "--min-tokens", type=number("min-tokens"), default=0, metavar="N", help="least tokens to write (default 0)"
+    )
+    parser.add_argument(
+        "--beams", type=number("beams"), default=1, metavar="N", help="beam search with N beams (default 1: none)"
+    )
+    parser.add_argument(
+        "--length-penalty", type=number("length-penalty"), default=1.0, metavar="X", help="of beams (default 1)"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=number("repetition-penalty"),
+        default=1.0,
+        metavar="X",
+        help="above 1: repeat less (1)",
+    )
 
 
 def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How a language model writes."""
     add_writing_options(parser, max_tokens)
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest of share P (1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default 0)")
+    parser.add_argument(
+        "--temperature", type=number("temperature"), default=0.0, metavar="T", help="0 (default): the likeliest token"
+    )
+    parser.add_argument(
+        "--top-k", type=number("top-k"), metavar="K", help="draw among the K likeliest tokens (default: all)"
+    )
+    parser.add_argument(
+        "--top-p", type=number("top-p"), default=1.0, metavar="P", help="draw among the likeliest of share P (1)"
+    )
+    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of what is drawn (default 0)")
 
 
 def sampling(options: argparse.Namespace):

@@ -1,12 +1,14 @@
 """`pathflip prepare`: slides to records."""
 
 import argparse
-from pathlib import Path
 
 from pathflip_jax.commands.options import (
     add_records_options,
     beam_examples,
     command,
+    local_path,
+    number,
+    path_text,
     print_records_report,
     records_settings,
 )
@@ -22,19 +24,35 @@ def add(commands) -> None:
         "pathflip prepare slides/ --out records --slides slides.csv --shard 0/8",
         *beam_examples("prepare /mnt/slides --encoder hf:/mnt/phikon"),
     )
-    parser.add_argument("slides_folder", type=Path, metavar="SLIDES", help="folder of slides that OpenSlide opens")
+    parser.add_argument(
+        "slides_folder", type=local_path, metavar="SLIDES", help="folder of slides that OpenSlide opens"
+    )
     parser.add_argument(
         "--encoder",
+        type=_encoder,
         default="stain_texture",
         help="stain_texture (embedded), timm:NAME or hf:FOLDER (default stain_texture)",
     )
-    parser.add_argument("--patch-size", type=int, default=256, metavar="PX", help="edge of a patch at --mpp (256)")
-    parser.add_argument("--mpp", type=float, default=0.5, metavar="UM", help="micrometres per pixel (default 0.5)")
-    parser.add_argument("--assume-mpp", type=float, metavar="UM", help="level-0 mpp of slides that do not say it")
-    parser.add_argument("--min-tissue", type=float, default=0.25, help="tissue share of a patch (default 0.25)")
+    parser.add_argument(
+        "--patch-size", type=number("patch-size"), default=256, metavar="PX", help="edge of a patch at --mpp (256)"
+    )
+    parser.add_argument(
+        "--mpp", type=number("mpp"), default=0.5, metavar="UM", help="micrometres per pixel (default 0.5)"
+    )
+    parser.add_argument(
+        "--assume-mpp", type=number("assume-mpp"), metavar="UM", help="level-0 mpp of slides that do not say it"
+    )
+    parser.add_argument(
+        "--min-tissue", type=number("min-tissue"), default=0.25, help="tissue share of a patch (default 0.25)"
+    )
     parser.add_argument("--keep-ink", action="store_true", help="take pen for tissue: for stains as blue as trichrome")
     parser.add_argument("--half", action="store_true", help="encode in half precision (encoders that are networks)")
     add_records_options(parser)
+
+
+def _encoder(text: str) -> str:
+    kind, colon, name = text.partition(":")
+    return f"{kind}{colon}{path_text(name)}"
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,9 +1,8 @@
 """`pathflip report`: slides and where texts are seen on them, as a page that opens by a double click."""
 
 import argparse
-from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, command, place, print_report
+from pathflip_jax.commands.options import add_grounding_options, command, local_path, number, place, print_report
 
 
 def add(commands) -> None:
@@ -20,26 +19,33 @@ def add(commands) -> None:
     parser.add_argument("checkpoint", type=place, metavar="RUN", help="run folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--records", type=place, help="folder of records")
-    source.add_argument("--features", type=Path, metavar="DIR", help="folder of feature files, instead of records")
+    source.add_argument(
+        "--features", type=local_path, metavar="DIR", help="folder of feature files, instead of records"
+    )
     parser.add_argument(
-        "--slides-dir", type=Path, metavar="DIR", help="slide files by id; without it, maps are drawn on white"
+        "--slides-dir", type=local_path, metavar="DIR", help="slide files by id; without it, maps are drawn on white"
     )
     parser.add_argument("--texts", nargs="+", required=True, metavar="TEXT", help="what to look for")
     parser.add_argument("--negative", nargs="+", default=[], metavar="TEXT", help="texts whose scores are subtracted")
     parser.add_argument("--slide-ids", nargs="+", metavar="ID", help="the slides to show (default: all)")
     parser.add_argument(
-        "--most-slides", type=int, metavar="N", help="show the N slides that are most similar to any of the texts"
+        "--most-slides",
+        type=number("most-slides"),
+        metavar="N",
+        help="show the N slides that are most similar to any of the texts",
     )
     parser.add_argument(
         "--max-pixels",
-        type=int,
+        type=number("max-pixels"),
         default=8192,
         metavar="N",
         help="longer side of the finest level that is written (default 8192, about 15 MB a slide; 0: all levels)",
     )
-    parser.add_argument("--quality", type=int, default=82, metavar="Q", help="of the JPEG tiles, 1 to 95 (default 82)")
+    parser.add_argument(
+        "--quality", type=number("quality"), default=82, metavar="Q", help="of the JPEG tiles, 1 to 95 (default 82)"
+    )
     add_grounding_options(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the page")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder of the page")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 

@@ -1,9 +1,17 @@
 """`pathflip serve`: slides in a browser, and where on them a text is seen."""
 
 import argparse
-from pathlib import Path
 
-from pathflip_jax.commands.options import add_grounding_options, add_writing_options, command, place, sampling
+from pathflip_jax.commands.options import (
+    add_grounding_options,
+    add_writing_options,
+    command,
+    local_path,
+    number,
+    path_text,
+    place,
+    sampling,
+)
 
 
 def add(commands) -> None:
@@ -20,19 +28,34 @@ def add(commands) -> None:
         "pathflip serve --records records --checkpoint runs/base --public-name hub.example.org "
         "--root-path /user/me/proxy/8000 --frame-ancestors self",
     )
-    parser.add_argument("--slides", type=Path, metavar="DIR", help="folder of slide files; without it, patches alone")
+    parser.add_argument(
+        "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, patches alone"
+    )
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--records", type=place, help="folder of records of these slides")
-    source.add_argument("--features", type=Path, metavar="DIR", help="folder of feature files, instead of records")
-    parser.add_argument(
-        "--embeddings", type=Path, metavar="FILE", help="file of `pathflip embed`: search finds all slides at once"
+    source.add_argument(
+        "--features", type=local_path, metavar="DIR", help="folder of feature files, instead of records"
     )
-    parser.add_argument("--language", type=Path, metavar="RUN", help="run of a language stage: reports and answers")
-    parser.add_argument("--decoder", default="", metavar="FOLDER", help="where its decoder's folder lies, if it moved")
-    parser.add_argument("--aligner", default="", metavar="RUN", help="where its aligner's run lies, if it moved")
+    parser.add_argument(
+        "--embeddings",
+        type=local_path,
+        metavar="FILE",
+        help="file of `pathflip embed`: search finds all slides at once",
+    )
+    parser.add_argument(
+        "--language", type=local_path, metavar="RUN", help="run of a language stage: reports and answers"
+    )
+    parser.add_argument(
+        "--decoder", type=path_text, default="", metavar="FOLDER", help="where its decoder's folder lies, if it moved"
+    )
+    parser.add_argument(
+        "--aligner", type=path_text, default="", metavar="RUN", help="where its aligner's run lies, if it moved"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default 8000; 0: any that is free)")
+    parser.add_argument(
+        "--port", type=number("port"), default=8000, help="port to listen at (default 8000; 0: any that is free)"
+    )
     parser.add_argument(
         "--token", help="what a visitor must show; an address other than this machine's gets one in any case"
     )

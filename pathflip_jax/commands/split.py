@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from pathflip_jax.commands.options import command
+from pathflip_jax.commands.options import command, local_path, number, path_text
 
 FAULTY = 1
 
@@ -22,6 +21,7 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "tables",
+        type=_table,
         nargs="+",
         metavar="TABLE",
         help="slide table: slide_id, patient_id, label, site (patient and site are read from TCGA barcodes where there "
@@ -30,21 +30,29 @@ def add(commands) -> None:
     parser.add_argument("--check", action="store_true", help="examine the split that the tables have; exit code 1: bad")
     parser.add_argument(
         "--shares",
-        type=float,
+        type=number("shares"),
         nargs="+",
         metavar="X",
         help="shares of train, val and test (default 0.7 0.1 0.2); two: train and test",
     )
     parser.add_argument(
-        "--folds", type=int, metavar="K", help="K tables: a different fold is test in each, the next one val, K > 2"
+        "--folds",
+        type=number("folds"),
+        metavar="K",
+        help="K tables: a different fold is test in each, the next one val, K > 2",
     )
     parser.add_argument(
         "--label", default="", metavar="COLUMN", help="column of the labels; the new table has them as `label` too"
     )
     parser.add_argument("--by-site", action="store_true", help="no site on two sides either (needs sites)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of patients (default 0)")
-    parser.add_argument("--out", type=Path, metavar="CSV", help="table to write; with --folds a new folder")
+    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of the order of patients (default 0)")
+    parser.add_argument("--out", type=local_path, metavar="CSV", help="table to write; with --folds a new folder")
     parser.add_argument("--json", action="store_true", help="print the check as JSON")
+
+
+def _table(text: str) -> str:
+    side, equals, table = text.rpartition("=")
+    return f"{side}{equals}{path_text(table)}"
 
 
 def _run(options: argparse.Namespace) -> int:

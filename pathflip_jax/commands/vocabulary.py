@@ -1,9 +1,8 @@
 """`pathflip vocabulary`: a WordPiece vocabulary from reports."""
 
 import argparse
-from pathlib import Path
 
-from pathflip_jax.commands.options import command, place
+from pathflip_jax.commands.options import command, local_path, number, place
 
 
 def add(commands) -> None:
@@ -19,18 +18,19 @@ def add(commands) -> None:
     parser.add_argument("texts", type=place, metavar="TEXTS", help="text table")
     parser.add_argument("--slides", type=place, metavar="CSV", help="slide table that names the splits")
     parser.add_argument("--split", help="use only the texts of this split")
-    parser.add_argument("--size", type=int, default=2000, help="most words (default 2000)")
+    parser.add_argument("--size", type=number("size"), default=2000, help="most words (default 2000)")
     parser.add_argument(
         "--decoder",
         nargs=2,
-        type=int,
+        type=number("decoder"),
         metavar=("WIDTH", "LAYERS"),
         help="make the folder of a small decoder instead, to be trained from scratch: its words and its config.json",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="Hugging Face folder to write")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="Hugging Face folder to write")
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.data.splits import no_such_split
     from pathflip_jax.data.text import match_texts, read_slide_table, read_texts, some
     from pathflip_jax.data.tokens import train_wordpiece
 
@@ -41,9 +41,7 @@ def _run(options: argparse.Namespace) -> int:
         rows = read_slide_table(options.slides)
         wanted = {row["slide_id"] for row in rows if row["split"] == options.split}
         if not wanted:
-            raise ValueError(
-                f"{options.slides}: no slide of split {options.split!r}; the column says train, val or test"
-            )
+            raise ValueError(f"{no_such_split(options.slides, options.split, rows)}; name another with --split")
         cases = [(row["case_id"], row["patient_id"]) for row in rows]
         matched = match_texts(texts, [row["slide_id"] for row in rows], cases)
         texts = [text for text in matched if wanted.intersection(text.slide_ids)]

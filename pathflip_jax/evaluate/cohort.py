@@ -1,6 +1,5 @@
 """The slides that a split scores, and what is wrong with it."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records
+from pathflip_jax.data.splits import no_such_split
 from pathflip_jax.data.text import SlideText, match_texts, read_slide_table, read_texts, rename_rows, some
 from pathflip_jax.evaluate.patients import name_patients
 from pathflip_jax.evaluate.splits import NO_SIDE, check_split
@@ -60,10 +60,8 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     an error.
     """
     table = read_slide_table(slides)
-    splits = Counter(row["split"] for row in table)
-    if not splits[split]:
-        found = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(splits.items()))
-        raise ValueError(f"{slides}: no slide is in split {split!r}; the splits are {found}")
+    if not any(row["split"] == split for row in table):
+        raise ValueError(f"{no_such_split(slides, split, table)}; name another with --split")
     check = check_split(table)
     records = Records(records)
     known = {info.slide_id for info in records.slides}

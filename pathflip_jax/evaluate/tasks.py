@@ -16,10 +16,12 @@ from pathlib import Path
 
 import yaml
 
+from pathflip_jax.bounds import OPTIONS
 from pathflip_jax.data.storage import as_path
 from pathflip_jax.evaluate.protocols import PROTOCOLS
 from pathflip_jax.evaluate.zero_shot import SHIPPED
 from pathflip_jax.grounding.maps import METHODS
+from pathflip_jax.paths import expand
 
 TASKS = "tasks"
 # PyYAML lets through what its own constructors stumble over ("!!int" with nothing behind it is an IndexError).
@@ -27,11 +29,11 @@ _UNREADABLE = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeErro
 PLACES = {"records", "slides", "texts", "region-texts", "label-table", "questions", "language"}  # or URLs
 FILES = {"prompts", "grounding", "outlines", "images", "concepts"}
 CHOICES = {"split": None, "lesions": None, "protocol": PROTOCOLS, "method": METHODS}
-NUMBERS = {"seed": int, "draws": int, "window": int, "clear": float, "max-tokens": int, "min-tokens": int, "beams": int}
-NUMBERS |= {"smooth": float, "length-penalty": float, "repetition-penalty": float}
+NUMBERS = {"seed", "draws", "window", "clear", "max-tokens", "min-tokens", "beams", "smooth"}
+NUMBERS |= {"length-penalty", "repetition-penalty"}
 LISTS = {"few-shot", "labels", "compare-to"}
 FLAGS = {"strict"}
-KEYS = sorted(PLACES | FILES | set(CHOICES) | set(NUMBERS) | LISTS | FLAGS)
+KEYS = sorted(PLACES | FILES | set(CHOICES) | NUMBERS | LISTS | FLAGS)
 
 
 def read_tasks(path) -> dict[str, dict]:
@@ -93,8 +95,9 @@ def _settings(path: Path, given: Mapping) -> dict:
             raise ValueError(f"{path}: unknown key {key!r}{hint} Known are {', '.join(KEYS)}, and {TASKS}")
         try:
             found[name.replace("-", "_")] = _value(path.parent, name, value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}: {key}: {value!r:.60} is not what this option takes") from None
+        except (TypeError, ValueError) as error:
+            why = f": {error}" if name in PLACES | FILES | NUMBERS and str(error) != str(value) else ""
+            raise ValueError(f"{path}: {key}: {value!r:.60} is not what this option takes{why}") from None
     return found
 
 
@@ -106,18 +109,25 @@ def _value(folder: Path, name: str, value):
             raise ValueError(value)
         return _is(str, value)
     if name in NUMBERS:
-        return float(_is(int | float, value)) if NUMBERS[name] is float else _is(int, value)
+        return _number(name, value)
     if name in LISTS:
         listed = [_is(str | int, item) for item in (value if isinstance(value, list) else [value])]
         return [_place(folder, item) for item in listed] if name == "compare-to" else [str(item) for item in listed]
     if name == "prompts" and not (folder / _is(str, value)).exists() and (SHIPPED / f"{value}.json").exists():
         return Path(value)
-    return folder / _is(str, value) if name in FILES else _place(folder, value)
+    return folder / expand(_is(str, value)) if name in FILES else _place(folder, value)
+
+
+def _number(name: str, value):
+    bound = OPTIONS[name]
+    if not bound.holds(_is(int if bound.whole else int | float, value)):
+        raise ValueError(f"expected {bound.words(value)}")
+    return value if bound.whole else float(value)
 
 
 def _place(folder: Path, value):
     """A path relative to the file's folder; a URL or an absolute path as it is."""
-    place = as_path(_is(str, value))
+    place = as_path(expand(_is(str, value)))
     return folder / place if isinstance(place, Path) else place
 
 

@@ -198,6 +198,11 @@ class LanguageBatches:
         """The patches of a region that a batch has room for; 0 where slides were embedded before."""
         return self._slides.patch_slots
 
+    def slides_of_examples(self, records: Records) -> list[tuple[str, ...]]:
+        """The slides that each example is about."""
+        places = [dict.fromkeys(example.regions.record.tolist()) for example in self._examples]
+        return [tuple(records.slides[place].slide_id for place in own) for own in places]
+
     def load(self, on_device: bool = False) -> None:
         """Read the features of all slides into memory."""
         self._slides.load((example.regions for example in self._examples), on_device)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, fingerprints, memory, sharding
+from pathflip_jax import checkpoint, fingerprints, memory, settings, sharding
 from pathflip_jax.data.cases import slides_of_case
 from pathflip_jax.data.conversations import read_conversations, read_mixture
 from pathflip_jax.data.patches import PatchSampler
@@ -45,7 +45,7 @@ from pathflip_jax.metrics import VALIDATION
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import read_manifest, rows_of_slides, slides_of_splits
+from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, read_manifest, say_counts, split_slides
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import place_features, require_score
 from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of
@@ -53,9 +53,10 @@ from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of
 log = logging.getLogger(__name__)
 
 
-def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
+def language_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: bool = False) -> Training:
     """Answers about slides: what `lm.trains` names learns, the rest is read from aligner, decoder and `lm.start`.
 
+    `begun`: whether the run goes on, as in `split_slides`.
     Raises ValueError and OSError for settings, folders and tables that cannot be used, with the cure.
     """
     lm, data = config.lm, config.data
@@ -73,11 +74,15 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
     lora = _lora(config, trains, started)
     shape = Shape(aligner.model, decoder, lora, lm.dtype)
 
+    split = split_slides(data, records, begun)
     training, validation, means = _open_batches(
-        config, records, aligner, tokenizer, template, decoder.max_positions, mesh
+        config, records, aligner, tokenizer, template, decoder.max_positions, mesh, split
     )
     resolved = config.to_dict()
     resolved["data"] |= _facts(data, records, training, template, means)
+    told = [batches and batches.slides_of_examples(records) for batches in (training, validation)]
+    resolved["data"][COUNTS] = count_slides(data, records, split, told)
+    say_counts(resolved["data"], validation is not None)
     resolved["lm"] |= {"aligner_hash": aligner.hash, "decoder_hash": decoder_hash}
     resolved["lm"] |= {"start_hash": started.hash if started else ""}
 
@@ -106,6 +111,7 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh) -> Training:
 
 def check_language_config(config: ConfigDict) -> None:
     """Raise ValueError for what is wrong in a config of the language stage, whatever its folders. Computes nothing."""
+    settings.check(config)
     OptimConfig(**config.optim)
     trains = split_names(config.lm.trains)
     language_stage(trains)
@@ -302,27 +308,25 @@ def _open_batches(
     template: str,
     positions: int,
     mesh: jax.sharding.Mesh,
+    split: SplitSlides,
 ) -> tuple[LanguageBatches, LanguageBatches | None, dict]:
     """The batches of training and of validation, as the slide table splits them, and hashes of what data say."""
     data, size = config.data, config.train.batch_size
     mixture = [(read_conversations(path), times) for path, times in read_mixture(data.texts)]
     means = {"texts": fingerprints.conversations(mixture), "times": [times for _, times in mixture]}
     means["tokenizer"] = fingerprints.tokenizer(tokenizer.described)
-    ids: dict[str, list[str] | None] = {data.split: None, data.val_split: []}
-    if data.slides:
-        rows = rows_of_slides(data.slides, records)
-        means["slides"] = fingerprints.slide_rows(rows.values())
-        ids = slides_of_splits(rows, (data.split, data.val_split), data.slides, data.records)
-        of_case = slides_of_case(rows.values())
+    if split.table:
+        means["slides"] = fingerprints.slide_rows(split.table.rows.values())
+        of_case = slides_of_case(split.table.rows.values())
         mixture = [([talk._replace(slide_ids=talk.slide_ids or of_case(talk.case_id)) for talk in talks], times)
                    for talks, times in mixture]  # fmt: skip
     shared = {"length": data.length or None, "most_positions": positions, "threads": data.threads}
     shared |= {"shards": sharding.batch_shards(mesh), "own_shards": sharding.own_shards(mesh)}
-    examples = collect_examples(records, mixture, tokenizer, template, ids[data.split], data.sentence_orders)
+    examples = collect_examples(records, mixture, tokenizer, template, split.training, data.sentence_orders)
     held_out: list[Example] = []
-    if ids[data.val_split]:
+    if split.validation:
         once = [(conversations, 1) for conversations, _ in mixture]
-        held_out = collect_examples(records, once, tokenizer, template, ids[data.val_split])
+        held_out = collect_examples(records, once, tokenizer, template, split.validation)
     if data.embeddings:
         found = read_embeddings(data.embeddings, records, [*examples, *held_out], config.lm.aligner, aligner.hash)
         slides = [EmbeddedSlides(found, data.regions)] * 2

@@ -228,7 +228,6 @@ def test_every_fold_is_test_once_and_the_folder_is_whole(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--shares", "0.5", "-0.5"], "numbers above 0"),
         (["--shares", "1"], "expected two"),
         (["--folds", "2"], "at least 3"),
         (["--by-site"], "the site of S0"),
@@ -242,6 +241,13 @@ def test_what_cannot_be_split_is_named(tmp_path, capsys, change, message):
     out = [] if "--check" in change or not change else ["--out", str(tmp_path / "out.csv")]
     assert cli.main(["split", str(table), *change, *out]) == cli.WRONG_INPUT
     assert message in capsys.readouterr().err and not (tmp_path / "out.csv").exists()
+
+
+def test_shares_are_numbers_above_0(tmp_path, capsys):
+    table = write_table(tmp_path / "slides.csv", rows_of(["P0", "P1", "P2"]))
+    with pytest.raises(SystemExit):
+        cli.main(["split", str(table), "--shares", "0.5", "-0.5", "--out", str(tmp_path / "out.csv")])
+    assert "--shares: -0.5: expected a finite number above 0" in capsys.readouterr().err
 
 
 def test_a_slide_listed_twice_cannot_be_split_and_is_found_by_the_check(tmp_path, capsys):

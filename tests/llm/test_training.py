@@ -66,6 +66,12 @@ def same(found, expected) -> set[str]:
     return {name for name in found if np.asarray(found[name]).tobytes() == np.asarray(expected[name]).tobytes()}
 
 
+def test_the_facts_of_a_run_count_each_split(stage1):
+    counts = checkpoint.read_json(stage1 / checkpoint.CONFIG)["data"]["splits"]
+    assert counts["train"] == {"slides": 12, "patients": 10, "texts": 12, "no_text": 0, "no_record": 0}
+    assert counts["val"]["texts"] == 6 and counts["test"]["slides"] == 6 and counts["not_in_table"] == 0
+
+
 def sources(options, aligner):
     folder = next(o.partition("=")[2] for o in options if "lm.decoder" in o)
     return (
@@ -293,7 +299,7 @@ def test_useful_operations_are_what_the_compiler_counts(language):
         ({"lm.trains": "projector,lora,head"}, "lm.trains head: expected some of projector, lora, decoder, aligner"),
         ({"lm.random_decoder": "True"}, "add decoder to lm.trains"),
         ({"train.select": "val/recall_at_1"}, "choose one of val/loss"),
-        ({"data.template": "poem"}, "expected one of plain, chat"),
+        ({"data.template": "poem"}, 'data.template=poem: expected one of "", chat, plain'),
         (
             {"data.length": "16"},
             r"longer than 16 tokens with their slide, the longest by \d+; set --config",

@@ -126,10 +126,15 @@ def test_a_folder_is_written_anew_or_left_alone(command, tmp_path, capsys, monke
         (["--slide-ids", "S99"], "no slide 'S99' among the 24"),
         (["--texts", "fat", "fat"], "the same text is given twice"),
         (["--texts", " "], "no words"),
-        (["--quality", "0"], "--quality 0"),
-        (["--most-slides", "0"], "--most-slides"),
     ],
 )
 def test_wrong_input_is_named(command, change, message, tmp_path, capsys):
     assert cli.main([*command, *change]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize("option, value", [("--quality", "0"), ("--quality", "96"), ("--most-slides", "0")])
+def test_numbers_out_of_bounds_are_named(command, option, value, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command, option, value])
+    assert f"{option}: {value}: expected a whole number" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""Config files, which are Python: whatever is wrong in one is said in a line, with the file and where in it."""
+
+import contextlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+SUFFIX = ".py"
+
+
+def run_config_file(path: Path, argument: str) -> ConfigDict:
+    """What the file's `get_config(argument)` returns. What it prints goes to stderr, so that no output is mixed up.
+
+    Raises ValueError for a file that is no such Python, naming the line that fails.
+    """
+    if path.suffix != SUFFIX:
+        raise ValueError(
+            f"{path}: a config is a Python file, NAME.py, with a function get_config, not {path.suffix or 'this'}; "
+            "start from a copy of configs/align_base.py"
+        )
+    spec = importlib.util.spec_from_file_location("pathflip_config", path)
+    module = importlib.util.module_from_spec(spec)
+    _run(path, lambda: spec.loader.exec_module(module))
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ValueError(f"{path}: no function get_config(argument=''), which returns the settings as a ConfigDict")
+    takes = inspect.signature(get_config).parameters
+    if argument and not takes:
+        raise ValueError(
+            f"{path}: get_config() takes no argument, but :{argument} is given; write get_config(argument)"
+        )
+    config = _run(path, lambda: get_config(argument) if argument else get_config())
+    if not isinstance(config, ConfigDict):
+        cure = "end it with `return config`" if config is None else "return an ml_collections.ConfigDict"
+        raise ValueError(f"{path}: get_config returns {type(config).__name__}, expected the settings; {cure}")
+    return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def _run(path: Path, step: Callable[[], Any]) -> Any:
+    """What a step of the file gives. ValueError with the line for whatever it raises, an attempt to exit included."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return step()
+    except SystemExit as error:
+        raise ValueError(f"{_place(path, error)}: the config ends the program (exit {error.code})") from error
+    except SyntaxError as error:
+        text = f" in {error.text.strip()!r}" if error.text else ""
+        other = f" of {error.filename}" if Path(error.filename or path).absolute() != path.absolute() else ""
+        raise ValueError(f"{path}, line {error.lineno}{other}: {error.msg}{text}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(f"{_place(path, error)}: {type(error).__name__}: {reason}") from error
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """The file and the last of its lines that the error passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
