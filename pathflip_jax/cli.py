@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from pathflip_jax import streams, ulimits
 from pathflip_jax.commands import COMMANDS
 from pathflip_jax.commands.options import WRONG_INPUT
 from pathflip_jax.compilation import keep_compiled
@@ -78,26 +79,49 @@ def _refuse_urls(options: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; wrong input becomes one clear line on stderr (PATHFLIP_DEBUG=1 shows the traceback)."""
-    argv = sys.argv[1:] if argv is None else argv
-    keep_compiled()
+    streams.keep_open()
+    ulimits.raise_open_files()
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+    except SystemExit as ended:  # of argparse
+        ended.code = _flushed(ended.code)
+        raise
+    return _flushed(code)
+
+
+def _run(argv: list[str]) -> int:
     try:
         refuse_undecodable(argv)
         if argv[:1] == ["train"]:
+            keep_compiled()  # before JAX is imported
             from pathflip_jax.train import main as train_main
 
             return train_main(argv[1:])
         options = build_parser().parse_args(argv)
         _refuse_urls(options, argv)
         options.command_line = argv
+        keep_compiled()
         return options.run(options)
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        if os.environ.get("PATHFLIP_DEBUG"):
+    except Exception as error:
+        told = ulimits.explain(error)
+        wrong_input = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
+        if os.environ.get("PATHFLIP_DEBUG") or not (wrong_input or told):
             raise
-        print(f"pathflip: {error}", file=sys.stderr)
+        print(f"pathflip: {told or error}", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("pathflip: interrupted", file=sys.stderr)
         return 130
+
+
+def _flushed(code: int | str | None) -> int | str | None:
+    """The exit code, once all output is written: what a full disk loses is an error."""
+    try:
+        streams.flush()
+    except OSError as error:
+        print(f"pathflip: {error}", file=sys.stderr)
+        return code or WRONG_INPUT
+    return code
 
 
 if __name__ == "__main__":

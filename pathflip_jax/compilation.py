@@ -1,6 +1,10 @@
 """How programs are compiled: what XLA has to be told, and where its work is kept for the next start."""
 
 import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for every program, from the cache or not
@@ -68,7 +72,34 @@ class CompileCounter:
 def keep_compiled() -> None:
     """Keep compiled programs between runs, in `$XDG_CACHE_HOME/pathflip_jax`; before JAX is imported.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder.
+    `JAX_COMPILATION_CACHE_DIR` names another folder. Without a folder that can be written, programs are compiled at
+    each start, which is said once.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "pathflip_jax"))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if cache.startswith("~"):  # as it stands: neither HOME nor an entry in passwd
+            _say_not_kept("HOME is not set, and this user has no entry in passwd")
+            return
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache) / "pathflip_jax")
+    if warnings.showwarning is not _show_once:
+        _shown_by[:] = [warnings.showwarning]
+        warnings.showwarning = _show_once
+
+
+_CACHE_FAULT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for .*?: (.*)", re.DOTALL)
+_told: list[str] = []
+_shown_by: list[Callable] = []  # what shows all other warnings
+
+
+def _show_once(message: Warning | str, *where, **how) -> None:
+    """Show a warning. JAX warns for each program, when it reads and when it writes: once is enough."""
+    if not (fault := _CACHE_FAULT.match(str(message))):
+        _shown_by[0](message, *where, **how)
+    elif not _told:
+        _say_not_kept(f"{os.environ.get('JAX_COMPILATION_CACHE_DIR')}: {fault[1]}")
+
+
+def _say_not_kept(reason: str) -> None:
+    _told.append(reason)
+    cure = "set JAX_COMPILATION_CACHE_DIR to a folder that may be written and has room, or delete damaged files there"
+    print(f"pathflip: compiled programs are not kept for the next start ({reason}); {cure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Memory and processors that this process may use, by its control groups and its affinity.
+"""Memory and processors that this process may use, by its control groups, its affinity and `ulimit -v`.
 
 Slurm, systemd and containers give a job less than the machine has, and say so in a control group somewhere above the
 process, seldom at the root: so every group from the process's own up to the root counts, in both versions of the
@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from pathflip_jax.ulimits import address_space
+
 _SYSTEM = Path("/")
 _HIERARCHY = "sys/fs/cgroup"  # its usual place, for containers whose mounts are not told
 
@@ -17,15 +19,19 @@ _HIERARCHY = "sys/fs/cgroup"  # its usual place, for containers whose mounts are
 def memory_limit() -> int | None:
     """Bytes that this process may use at most; None where nobody says."""
     limits = [limit for limit, _ in _memory_groups()]
-    total = _meminfo("MemTotal")
-    return min([*limits, *([] if total is None else [total])], default=None)
+    limits += [limit for limit in (_meminfo("MemTotal"), address_space()) if limit is not None]
+    return min(limits, default=None)
 
 
 def memory_left() -> int | None:
     """Bytes that this process may still take; None where nobody says."""
     left = [max(limit - used, 0) for limit, used in _memory_groups()]
-    available = _meminfo("MemAvailable")
-    return min([*left, *([] if available is None else [available])], default=None)
+    if (available := _meminfo("MemAvailable")) is not None:
+        left.append(available)
+    mapped = _lines(_SYSTEM / "proc/self/statm")
+    if mapped and (space := address_space()) is not None:
+        left.append(max(space - int(mapped[0].split()[0]) * os.sysconf("SC_PAGE_SIZE"), 0))
+    return min(left, default=None)
 
 
 def processors() -> int:

@@ -1,5 +1,7 @@
 """The command line: every command explains itself, every example in a --help parses, wrong input is one line."""
 
+import contextlib
+import errno
 import shlex
 import subprocess
 import sys
@@ -42,6 +44,28 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     assert cli.main(["import", str(missing), "--out", str(tmp_path / "records")]) == cli.WRONG_INPUT
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and str(missing) in lines[0]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("Too many open files")])
+def test_a_limit_of_the_process_is_one_line_with_its_cure(error, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("pathflip_jax.goodput.summarise", fail)
+    assert cli.main(["goodput", "run"]) == cli.WRONG_INPUT
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "ulimit -n" in said
+
+
+@pytest.mark.parametrize(("line", "code"), [("goodput nothing", 2), ("goodput --help", 0)])
+def test_output_that_is_lost_is_an_error(line, code, monkeypatch, capsys):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device", "standard output")
+
+    monkeypatch.setattr(cli.streams, "flush", fail)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(line.split()) == cli.WRONG_INPUT
+    assert "pathflip: [Errno 28] No space left on device: 'standard output'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

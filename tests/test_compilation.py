@@ -1,6 +1,8 @@
 """What XLA is told does what it is told for: on a CPU, barriers stay and what is recomputed is not kept."""
 
 import os
+import pwd
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from pathflip_jax import compilation
 from pathflip_jax.compilation import DETERMINISTIC, CompileCounter, compiler_options, keep_compiled
 from pathflip_jax.model.attention import LayerNorm, pool
 
@@ -47,6 +50,49 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "pathflip_jax")
+
+
+def test_without_a_home_programs_are_compiled_at_each_start(monkeypatch, capsys):
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.getpwnam(f"nobody knows {uid}"))
+    monkeypatch.setattr(compilation, "_told", [])
+    keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert "not kept for the next start (HOME is not set" in capsys.readouterr().err
+
+
+def test_a_folder_of_programs_that_cannot_be_written_is_said_once(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    monkeypatch.setattr(compilation, "_told", [])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/full")
+    keep_compiled()
+    keep_compiled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for name in ("jit_step", "jit_validate"):
+            for what in ("reading", "writing"):  # in the words of jax/_src/compiler.py
+                warnings.warn(
+                    f"Error {what} persistent compilation cache entry for '{name}': OSError: full", stacklevel=1
+                )
+        warnings.warn("another", stacklevel=1)
+    assert shown == ["another"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "(/full: OSError: full); set JAX_COMPILATION_CACHE_DIR" in said
+
+
+def test_jax_goes_on_without_a_folder_for_programs(monkeypatch, tmp_path):
+    """And warns in the words that are looked for."""
+    from jax._src import compilation_cache
+
+    (tmp_path / "file").touch()
+    compilation_cache.reset_cache()
+    with jax._src.config.compilation_cache_dir(str(tmp_path / "file/below")):
+        with pytest.warns(UserWarning) as warned:
+            assert jax.jit(lambda x: x * 3 + 1)(2.0) == 7
+    compilation_cache.reset_cache()
+    assert all(compilation._CACHE_FAULT.match(str(warning.message)) for warning in warned)
 
 
 def test_programs_compiled_are_counted():

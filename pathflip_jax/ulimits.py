@@ -1,0 +1,89 @@
+"""The limits that `ulimit` and containers set for a process, and the errors that come of them, with their cures.
+
+A library that meets such a limit says that a file cannot be opened or that memory is out, seldom why: the disk and the
+machine are fine, and the cure is one command of the shell.
+"""
+
+import contextlib
+import errno
+import re
+import resource
+from collections.abc import Callable
+from typing import NamedTuple
+
+OPEN_FILES = 1 << 16  # more than any command opens; programs that close every number up to the limit stay quick
+_UNLIMITED = resource.RLIM_INFINITY
+
+
+def raise_open_files() -> None:
+    """Let this process have as many files open as its user may: cohorts of many shards need more than is usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == _UNLIMITED else min(hard, OPEN_FILES)
+    if soft != _UNLIMITED and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def address_space() -> int | None:
+    """Bytes of memory that this process may map (`ulimit -v`); None without a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == _UNLIMITED else soft
+
+
+def explain(error: BaseException) -> str | None:
+    """An error that comes of a limit set for this process, with the limit and how to lift it; None for others."""
+    numbers, said, link = set(), [], error
+    while link is not None and str(link) not in said:
+        if isinstance(link, OSError | MemoryError):
+            numbers.add(getattr(link, "errno", errno.ENOMEM))
+        said.append(str(link))
+        link = link.__cause__ or link.__context__
+    for limit in _LIMITS:
+        if numbers & limit.numbers or any(re.search(limit.words, text, re.IGNORECASE) for text in said):
+            if cure := limit.cure():
+                return f"{str(error) or type(error).__name__}; {cure}"
+    return None
+
+
+class _Limit(NamedTuple):
+    """What the operating system (a number) or a library (words) says at a limit; its cure, None where there is none."""
+
+    numbers: set[int]
+    words: str
+    cure: Callable[[], str | None]
+
+
+def _open_files() -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"at most {soft} files may be open at once here: raise that with `ulimit -n {OPEN_FILES}`"
+
+
+def _file_size() -> str | None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == _UNLIMITED:
+        return None
+    return f"a file may have {soft / 1e6:.4g} MB at most here: lift that with `ulimit -f unlimited`"
+
+
+def _memory() -> str | None:
+    space = address_space()
+    if space is None:
+        return None
+    return f"{space / 2**30:.3g} GB of memory may be mapped here: lift that with `ulimit -v unlimited`"
+
+
+def _shared_memory() -> str:
+    return "give the container more shared memory: `docker run --shm-size=8g`, or a volume of medium Memory as /dev/shm"
+
+
+def _threads() -> str:
+    return _memory() or "the user or the container may have no more processes: raise `ulimit -u`, or the limit of pids"
+
+
+_LIMITS = (
+    _Limit({errno.EMFILE, errno.ENFILE}, "too many open files", _open_files),
+    _Limit({errno.EFBIG}, "file too large", _file_size),
+    _Limit(set(), "/dev/shm|shared memory segment", _shared_memory),
+    _Limit(set(), "can't start new thread|thread creation failed|pthread_create", _threads),
+    _Limit({errno.ENOMEM}, "cannot allocate memory|unable to allocate|bad_alloc|out of memory", _memory),
+)
