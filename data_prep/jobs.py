@@ -21,6 +21,7 @@ from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
+from pathflip_jax import ulimits
 from pathflip_jax.data.features import SlideFeatures, UnknownPatchSize, read_features
 from pathflip_jax.data.index import DTYPES, narrowed
 from pathflip_jax.data.records import write_shard
@@ -149,7 +150,8 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatur
     try:
         slide, remarks = read(job, seconds)
     except (ValueError, OSError) as error:
-        return Outcome(str(error))
+        limit = ulimits.explain(error)  # of this process, not of this file
+        return Outcome(limit or str(error), fatal=bool(limit))
     except Exception as error:  # a reader's own bug, met by one file, must not end the night's run
         return Outcome(f"{job.file}: {type(error).__name__}: {error}")
     start = time.perf_counter()

@@ -50,11 +50,14 @@ words SBATCH
 forget_places
 export DATA WORKDIR LOCAL COMPILATION_CACHE MAX_STARTS
 
-# submit: make a job of this script, with none of the variables of a job that this shell is in.
+# submit: make a job of this script, with none of the variables of a job that this shell is in, nor its GPUs.
 submit() {
     local name outside=()
-    for name in "${!SLURM_@}"; do
+    for name in "${!SLURM_@}" "${!PMI_@}" "${!PMIX_@}"; do
         [[ $name == SLURM_CONF ]] || outside+=(-u "$name")
+    done
+    for name in CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES ZE_AFFINITY_MASK GPU_DEVICE_ORDINAL; do
+        [[ ! -v $name ]] || outside+=(-u "$name")
     done
     [[ -z ${SLURM_JOB_ID-} ]] || say "this shell is in job $SLURM_JOB_ID: that stays as it is, and a job of its own is submitted"
     for name in "${!SBATCH_@}"; do

@@ -66,6 +66,7 @@ LAUNCH_ID=$(launch_id)
 export DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS
 PLACE=(--project="$PROJECT" --zone="$ZONE")
 WORKER="PATHFLIP_DISTRIBUTED=$DISTRIBUTED $(assignments DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS MAX_STARTS LAUNCH_ID) pathflip/launch/worker.sh"
+FOLDER=   # on this machine, for the archive of the code
 PREPARED= # set once the hosts of this request have code and data
 
 # state: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing where there is no such request. A dry run sees it granted.
@@ -99,7 +100,8 @@ on_all_hosts() { run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --work
 
 # prepare: code, packages and data on every host of the request.
 prepare() {
-    local archive="${TMPDIR:-/tmp}/$NAME.tar.gz"
+    local archive=/tmp/pathflip.tar.gz # of this launch alone: another's commit must not come to these hosts
+    [[ -n $DRY_RUN ]] || { FOLDER=${FOLDER:-$(mktemp -d)} && archive=$FOLDER/pathflip.tar.gz; } || return
     [[ -n $DRY_RUN || -z $(git -C "$LAUNCH/.." status --porcelain --untracked-files=no) ]] ||
         say "the hosts are given the last commit, without the changes since"
     { [[ -z $PREPARE ]] || on_all_hosts "$PREPARE"; } &&
@@ -157,6 +159,7 @@ attempt() {
 
 finish() {
     [[ -z ${SSH-} ]] || kill -- "-$SSH" 2> /dev/null || true
+    [[ -z $FOLDER ]] || rm -rf "$FOLDER"
     delete
 }
 

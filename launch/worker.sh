@@ -146,6 +146,10 @@ train_with_backup() {
     local folder code=0 trainer backup unfinished=orbax-checkpoint-tmp
     folder=$(local_folder run "$WORKDIR")
     make_local
+    if [[ -z $DRY_RUN ]]; then
+        exec 7> "$folder.used" # the trainer has it open too, and may outlive this script
+        flock --wait 10 7 || fail "$folder, the copy of $WORKDIR on this host, is in use by another process: end that, or set another LOCAL"
+    fi
     # Who fetched the run last holds it: what lies on this disk is newest, unless another host went on with it since.
     run rm -f "$folder.holder"
     copy_object "$WORKDIR/holder" "$folder.holder" || say "$WORKDIR: a new run"
@@ -166,7 +170,7 @@ train_with_backup() {
     trap 'kill -TERM "$trainer"' TERM INT HUP
     while sleep "$BACKUP_SECONDS" > /dev/null 2>&1; do
         upload "$folder" "$WORKDIR" "$unfinished" > /dev/null 2>&1 || say "$WORKDIR: this copy failed, the next may not"
-    done &
+    done 7>&- &
     backup=$!
     wait "$trainer" || code=$?
     while kill -0 "$trainer" 2> /dev/null; do # a trap ends `wait` before the process ends

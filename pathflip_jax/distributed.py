@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-from pathflip_jax import launchers
+from pathflip_jax import launchers, ulimits
 from pathflip_jax.launchers import SWITCH, Launch
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
@@ -278,10 +278,11 @@ def end_together(error: Exception, heartbeat_seconds: int) -> None:
     while _may_be_a_lost_peer(error) and time.monotonic() < deadline:
         _follow(_client())
         time.sleep(POLL_SECONDS)  # JAX aborts in the meantime where a peer is lost: _exit_where_jax_aborts
-    ours = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
+    limit = ulimits.explain(error)
+    ours = limit or isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
     if not ours or os.environ.get("PATHFLIP_DEBUG"):
         traceback.print_exception(error)
-    print(f"pathflip: {this_process()}: {error}", file=sys.stderr)
+    print(f"pathflip: {this_process()}: {limit or error}", file=sys.stderr)
     unreached = _may_be_a_lost_peer(error) and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error))  # all live
     _leave(str(error), TRY_AGAIN if unreached else WRONG_INPUT if ours else FAILED)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from pathflip_jax import limits
+from pathflip_jax import limits, ulimits
 from pathflip_jax.data.storage import Place
 from pathflip_jax.findings import Finding, guarded
 
@@ -49,6 +49,7 @@ EXTRAS = {
 LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}
 AWAY = "rename that, start elsewhere, or take the folder that holds it out of PYTHONPATH"
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
+FEW_FILES, LITTLE_SHARED = 1024, 1 << 29  # NCCL takes some tens of megabytes for each process
 
 
 def examine(
@@ -170,6 +171,13 @@ def _room() -> Iterator[Finding]:
     gb = memory / 2**30
     cure = f"training needs about {LITTLE_MEMORY_GB} GB: use a smaller batch" if gb < LITTLE_MEMORY_GB else ""
     yield Finding("memory", f"{gb:.3g} GB, {cores} cores for this process", "note" if cure else "ok", cure)
+    files = ulimits.open_files()
+    cure = f"cohorts of many shards need more: `ulimit -n {ulimits.OPEN_FILES}`" if files < FEW_FILES else ""
+    yield Finding("open files", f"{files} at once", "note" if cure else "ok", cure)
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < LITTLE_SHARED:
+        cure = "processes with a GPU each need more to exchange gradients: `docker run --shm-size=8g`"
+        yield Finding("shared memory", f"{size / 1e6:.3g} MB in {shared}", "note", cure)
     free = shutil.disk_usage(".").free / 2**30
     cure = "records and checkpoints need room: free some, or work elsewhere" if free < LITTLE_DISK_GB else ""
     yield Finding("disk", f"{free:.0f} GB free here", "note" if cure else "ok", cure)

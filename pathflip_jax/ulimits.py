@@ -24,6 +24,12 @@ def raise_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def open_files() -> int:
+    """How many files this process may have open at once."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == _UNLIMITED else soft
+
+
 def address_space() -> int | None:
     """Bytes of memory that this process may map (`ulimit -v`); None without a limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -54,8 +60,7 @@ class _Limit(NamedTuple):
 
 
 def _open_files() -> str:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"at most {soft} files may be open at once here: raise that with `ulimit -n {OPEN_FILES}`"
+    return f"at most {open_files()} files may be open at once here: raise that with `ulimit -n {OPEN_FILES}`"
 
 
 def _file_size() -> str | None:
@@ -85,5 +90,5 @@ _LIMITS = (
     _Limit({errno.EFBIG}, "file too large", _file_size),
     _Limit(set(), "/dev/shm|shared memory segment", _shared_memory),
     _Limit(set(), "can't start new thread|thread creation failed|pthread_create", _threads),
-    _Limit({errno.ENOMEM}, "cannot allocate memory|unable to allocate|bad_alloc|out of memory", _memory),
+    _Limit({errno.ENOMEM}, "cannot allocate|unable to allocate|bad_alloc|out of memory|failed to map segment", _memory),
 )

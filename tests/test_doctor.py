@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from pathflip_jax import cli, doctor, findings
+from pathflip_jax import cli, doctor, findings, ulimits
 
 
 def _by_name(findings) -> dict:
@@ -20,6 +20,14 @@ def test_machine_is_described():
     assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
     assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
     assert findings["file reader"].state == "ok"
+
+
+def test_few_open_files_and_little_shared_memory_are_noted(monkeypatch):
+    monkeypatch.setattr(ulimits, "open_files", lambda: 64)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20, free=1 << 40))
+    noted = {finding.name: finding.cure for finding in doctor._room() if finding.state == "note"}
+    assert "ulimit -n" in noted["open files"]
+    assert "--shm-size" in noted.get("shared memory", "--shm-size")  # macOS has none
 
 
 def test_a_device_without_a_known_peak_is_noted(monkeypatch):

@@ -1,5 +1,6 @@
 """Slides and feature files to records: what is in them, and what happens when something goes wrong on the way."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_prep import build
+from data_prep import build, jobs
 from data_prep.build import import_features, prepare
 from data_prep.encoders import load_encoder
 from data_prep.pool import Worker, run_each, worker_number
@@ -279,6 +281,15 @@ def test_full_disk_stops_the_run_and_nothing_is_lost(slides, whole, tmp_path):
     assert done.returncode and "OSError" in done.stderr and "free space" in done.stderr
     assert not list(out.rglob("*.tmp")) and not list(out.glob("*.tfrecord"))
     assert prepare(slides, out, **SMALL).finished and _bytes(out) == _bytes(whole[0])
+
+
+def test_a_limit_of_the_process_is_no_fault_of_a_slide(tmp_path, monkeypatch):
+    def too_many(*_):
+        raise OSError(errno.EMFILE, "Too many open files", "S1.h5")
+
+    monkeypatch.setattr(jobs, "_imported_features", too_many)
+    outcome = jobs.import_slide(SimpleNamespace(file=tmp_path / "S1.h5"))
+    assert outcome.fatal and "S1.h5" in outcome.error and "ulimit -n" in outcome.error
 
 
 def test_worker_that_dies_is_its_slides_failure(slides, tmp_path, monkeypatch):

@@ -241,6 +241,7 @@ def test_a_job_that_the_shell_is_in_is_left_alone(slurm, settings):
     """Of salloc, of a desktop session: neither trained in nor requeued, and the new job gets none of its variables."""
     slurm.add("sbatch", "(HERE / 'environment').write_text(' '.join(os.environ))")
     job = {"SLURM_JOB_ID": 999, "SLURM_NTASKS": 8, "SLURM_CPU_BIND": "cores", "SLURM_CONF": "/etc/slurm.conf"}
+    job |= {"CUDA_VISIBLE_DEVICES": "3", "PMI_SIZE": 1}
     done = slurm.run("slurm.sh", *OPTIONS, **settings, **job, SBATCH_ACCOUNT="lab")
     assert done.returncode == 0 and [call[0] for call in slurm.calls()] == ["sbatch"]
     assert (
@@ -248,6 +249,7 @@ def test_a_job_that_the_shell_is_in_is_left_alone(slurm, settings):
     )
     names = (slurm.folder / "environment").read_text().split()
     assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"] and "DATA" in names
+    assert not {"CUDA_VISIBLE_DEVICES", "PMI_SIZE"} & set(names)
     done = slurm.run("slurm.sh", *JOB, *OPTIONS, **settings)
     assert done.returncode == 2 and "this is no job" in done.stderr
 

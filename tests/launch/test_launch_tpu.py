@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,8 @@ def test_a_run_is_requested_prepared_trained_and_deleted(cloud):
         "--worker=all" in preparations(cloud)[0]
         and len([call for call in cloud.calls("git") if "archive" in call]) == 1
     )
+    archive = Path(preparations(cloud)[0][5])  # of this launch alone: others of this name have other commits
+    assert archive.parent.parent == cloud.folder and not archive.parent.exists()
     # What the host is told is what a shell there reads as the options given here.
     command = trainings(cloud)[0][-1].removeprefix("--command=").replace("pathflip/launch/worker.sh", "printf '%s|'")
     read = subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout

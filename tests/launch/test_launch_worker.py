@@ -250,6 +250,27 @@ def test_a_run_is_copied_while_it_goes_on_and_after_sigterm(buckets, local):
     assert (kept.parent / "saved").exists()
 
 
+def test_a_run_that_another_process_works_on_is_not_touched(buckets, local):
+    """Even where another host went on with it since, and its copy here would be fetched anew."""
+    buckets.add("pathflip", TRAINER)
+    buckets.plan("ends", "waits")
+    settings = SETTINGS | {"WORKDIR": "gs://lab/runs/base", "LOCAL": local}
+    assert buckets.run("worker.sh", "stage", **settings).returncode == 0
+    process = buckets.start("worker.sh", "train", "--config", "demo", **settings)
+    deadline = time.monotonic() + 30
+    while not (buckets.folder / "waiting").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    (buckets.bucket("gs://lab/runs/base") / "holder").write_text("elsewhere")
+    buckets.add("flock", "sys.exit(os.waitstatus_to_exitcode(os.system(f'/usr/bin/flock -n {argv[-1]}')))")
+    done = buckets.run("worker.sh", "train", "--config", "demo", **settings)
+    assert done.returncode == 2 and "the copy of gs://lab/runs/base on this host, is in use" in done.stderr
+    assert (copy_of(local, "run-base") / "metrics.jsonl").exists()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    process.communicate()
+
+
 def test_installing_takes_the_locked_packages(stand_ins):
     done = stand_ins.run("worker.sh", "--dry-run", "install", "tpu")
     lines = done.stdout.splitlines()
