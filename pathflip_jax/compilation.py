@@ -78,7 +78,7 @@ def keep_compiled() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         if cache.startswith("~"):  # as it stands: neither HOME nor an entry in passwd
-            _say_not_kept("HOME is not set, and this user has no entry in passwd")
+            _say_not_kept("HOME is not set, and this user has no entry in passwd", "a folder")
             return
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache) / "pathflip_jax")
     if warnings.showwarning is not _show_once:
@@ -96,10 +96,11 @@ def _show_once(message: Warning | str, *where, **how) -> None:
     if not (fault := _CACHE_FAULT.match(str(message))):
         _shown_by[0](message, *where, **how)
     elif not _told:
-        _say_not_kept(f"{os.environ.get('JAX_COMPILATION_CACHE_DIR')}: {fault[1]}")
+        cure = "a folder that may be written and has room, or delete damaged files there"
+        _say_not_kept(f"{os.environ.get('JAX_COMPILATION_CACHE_DIR')}: {fault[1]}", cure)
 
 
-def _say_not_kept(reason: str) -> None:
+def _say_not_kept(reason: str, cure: str) -> None:
     _told.append(reason)
-    cure = "set JAX_COMPILATION_CACHE_DIR to a folder that may be written and has room, or delete damaged files there"
-    print(f"pathflip: compiled programs are not kept for the next start ({reason}); {cure}", file=sys.stderr)
+    start = f"pathflip: compiled programs are not kept for the next start ({reason})"
+    print(f"{start}; set JAX_COMPILATION_CACHE_DIR to {cure}", file=sys.stderr)
