@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.names import is_unused, names, unused
 from pathflip_jax.convert.pathflip2 import TOKENS, complete, infer_pathflip2, merge_lora
 from pathflip_jax.convert.readmes import readme, readme2
+from pathflip_jax.data.durable import sync
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 
@@ -158,7 +158,7 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
                 torch = import_torch(path)
                 torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in state.items()}, file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(

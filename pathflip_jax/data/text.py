@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pathflip_jax.data.cells import as_text
 from pathflip_jax.data.choices import OPTION, answer_letter, row_options
+from pathflip_jax.data.durable import sync
 from pathflip_jax.data.identity import Cases, SlideNames, barcode_patient, clean_id, fold_slide, is_empty, is_missing
 from pathflip_jax.data.tables import Row, read_rows
 
@@ -86,7 +87,7 @@ def write_texts(path: str | Path, texts: Iterable[SlideText]) -> None:
                 row["subcaptions"] = list(text.subcaptions)
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         stream.flush()
-        os.fsync(stream.fileno())
+        sync(stream.fileno())
     os.replace(partial, path)
 
 

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 import google_crc32c
 import numpy as np
 
+from pathflip_jax.data.durable import sync
 from pathflip_jax.data.storage import Place, file_sizes, open_stream, upload
 
 LENGTH_CODE = struct.Struct("<QI")
@@ -116,7 +117,7 @@ def whole_file(path: Place) -> Iterator[WholeFile]:
             out._file = raw
             yield out
             try:
-                os.fsync(raw.fileno())
+                sync(raw.fileno())
             except OSError as error:
                 raise out.failure(error) from None
         os.replace(temporary, path)
@@ -127,11 +128,7 @@ def whole_file(path: Place) -> Iterator[WholeFile]:
         with suppress(FileNotFoundError):
             if left.stat().st_mtime < time.time() - ABANDONED_AFTER:
                 left.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def read_frames(path: Place) -> Iterator[Frame]:
