@@ -132,6 +132,10 @@ class Checkpoints:
         self._latest = _manager(self.workdir / CHECKPOINTS, max(keep, 2), keep_every)
         self._best = _manager(self.workdir / BEST, 1)
 
+    def compile(self, params: dict, opt_state: Any) -> None:
+        """Compile what `save` computes of arrays like these."""
+        jax.block_until_ready((checksums(params), checksums(flat_state(opt_state))))
+
     def save(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
         """Start saving; returns once the arrays are copied, so that the next step may overwrite them."""
         arrays = {"params": params, "opt_state": flat_state(opt_state)}
@@ -360,7 +364,7 @@ def read_params(
 ) -> dict[str, jax.Array]:
     """The parameters of one of a run's checkpoints, of these names and shapes, on one device; raises as `load_run`."""
     elsewhere = settings.get("train", {}).get("checkpoints")
-    if elsewhere and not (_steps(workdir / CHECKPOINTS) or _steps(workdir / BEST)):
+    if elsewhere and not (saved_steps(workdir / CHECKPOINTS) or saved_steps(workdir / BEST)):
         workdir = run_folder(elsewhere)
     folder, step = _find(workdir, which)
     device = SingleDeviceSharding(jax.local_devices()[0])
@@ -370,11 +374,11 @@ def read_params(
     except Exception as error:  # Orbax raises bare Exception for damaged files
         raise ValueError(
             f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "
-            f"{sorted({*_steps(workdir / CHECKPOINTS), *_steps(workdir / BEST)})}"
+            f"{sorted({*saved_steps(workdir / CHECKPOINTS), *saved_steps(workdir / BEST)})}"
         ) from error
 
 
-def _steps(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     """Whole checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
@@ -383,7 +387,7 @@ def _steps(folder: Path) -> list[int]:
 
 def _find(workdir: Path, which: str | int) -> tuple[Path, int]:
     """Folder and step of the checkpoint asked for."""
-    best, latest = _steps(workdir / BEST), _steps(workdir / CHECKPOINTS)
+    best, latest = saved_steps(workdir / BEST), saved_steps(workdir / CHECKPOINTS)
     if which == "best" and best:
         return workdir / BEST, best[-1]
     if which in ("best", "latest") and latest:

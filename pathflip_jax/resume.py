@@ -90,7 +90,7 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
     home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
         before = checkpoint.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
-        if checkpoint.run_folder(before) != home:
+        if checkpoint.run_folder(before) != home and begun_config(checkpoint.run_folder(before)) is not None:
             raise ValueError(
                 f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
                 "--config.train.checkpoints, or another --workdir"
@@ -111,8 +111,8 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
 
 
 def begun_config(home: Path) -> dict | None:
-    """The config of the run whose checkpoints are in `home`; None where there is none yet."""
-    if (home / checkpoint.CONFIG).exists() and any((home / checkpoint.CHECKPOINTS).glob("[0-9]*")):
+    """The config of the run whose checkpoints are in `home`; None before the first whole one, whatever a kill left."""
+    if (home / checkpoint.CONFIG).exists() and checkpoint.saved_steps(home / checkpoint.CHECKPOINTS):
         return checkpoint.read_json(home / checkpoint.CONFIG)
     return None
 
@@ -122,7 +122,7 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
     steps, old = now["steps"], before["train"]["steps"]
     if steps == old:
         return
-    reached = max(int(path.name) for path in (home / checkpoint.CHECKPOINTS).glob("[0-9]*") if path.name.isdigit())
+    reached = checkpoint.saved_steps(home / checkpoint.CHECKPOINTS)[-1]
     if steps < reached:
         raise ValueError(
             f"{home}: the run has done {reached} steps, and {steps} are asked for; set --config.train.steps (or "

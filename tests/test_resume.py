@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pathflip_jax import checkpoint, settings
-from pathflip_jax.resume import claim, differences, go_on_as
+from pathflip_jax.resume import begun_config, claim, differences, go_on_as
 
 
 @pytest.fixture
@@ -110,3 +110,19 @@ def test_differences_name_every_setting():
     found = differences(before, now)
     assert found == ["old: 1 in the run, None now", "train.steps: 4 in the run, 5 now"]
     assert differences(now, now) == []
+
+
+def test_what_a_kill_before_the_first_checkpoint_left_binds_nobody(run):
+    """A save under way, settings, and logs that name another place for checkpoints."""
+    folder, resolved = run
+    (folder / "checkpoints" / "60").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp-1")
+    (folder / "metrics.jsonl").touch()
+    checkpoint.write_json(folder / checkpoint.CONFIG, changed(resolved, checkpoints=str(folder / "elsewhere")))
+    assert begun_config(folder) is None
+    described = []
+    claim(folder, changed(resolved, seed=1), described.append)
+    assert described == [folder]
+    (folder / "elsewhere" / "checkpoints" / "1").mkdir(parents=True)
+    checkpoint.write_json(folder / "elsewhere" / checkpoint.CONFIG, resolved)
+    with pytest.raises(ValueError, match="has the logs of a run with checkpoints in .*elsewhere"):
+        claim(folder, resolved, pytest.fail)
