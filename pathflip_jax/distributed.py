@@ -6,6 +6,7 @@ with one exit code: 75 where the same command may be started again (a host was l
 process that failed. `Watchdog` sees to hangs, `end_together` to failures, `_exit_where_jax_aborts` to lost hosts.
 """
 
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -33,6 +34,8 @@ JOIN_SECONDS = 300  # for all processes to be there, from the start of each
 AGREE_SECONDS = 1800  # for the slowest process to come to where all must agree, such as after reading a checkpoint
 NOTICE_SECONDS = 10  # of waiting in silence
 POLL_SECONDS = 1.0
+# What waits for large files on slow storage may take so many times `hang_seconds`, and so many seconds at least.
+SLOW, SLOW_LEAST = 6, 60
 _ENDED, _PLACE, _AGREED = "pathflip/ended/", "pathflip/place/", "pathflip/agreed/"
 # What XLA and its network libraries say when another process is gone, and of nothing that a process did itself.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
@@ -161,7 +164,7 @@ def this_process() -> str:
 def gather(value: Any) -> list:
     """The values of all processes, in order, on each of them; what JSON can hold. All must call it at the same point.
 
-    Raises TimeoutError naming the process that does not come.
+    Raises Unanswered naming the process that does not come.
     """
     global _agreements
     if jax.process_count() == 1:
@@ -175,19 +178,23 @@ def gather(value: Any) -> list:
     return values
 
 
+class Unanswered(TimeoutError):
+    """A process that the others waited for did not come: most often a sick host, so a restart may mend it."""
+
+
 def _answer(client, key: str, process: int) -> str:
     """What a process says; one that keeps the others waiting is named."""
     try:
         return client.blocking_key_value_get(key, NOTICE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-            raise TimeoutError(f"process {process} did not answer {this_process()}: {error}") from None
+            raise Unanswered(f"process {process} did not answer {this_process()}: {error}") from None
     if jax.process_index() == (process == 0):  # one of those that wait says it
         print(f"pathflip: waiting for process {process}, {AGREE_SECONDS} s at most", file=sys.stderr, flush=True)
     try:
         return client.blocking_key_value_get(key, (AGREE_SECONDS - NOTICE_SECONDS) * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f"process {process} did not answer {this_process()}: {error}") from None
+        raise Unanswered(f"process {process} did not answer {this_process()}: {error}") from None
 
 
 def agree(value: Any) -> Any:
@@ -212,49 +219,60 @@ class Watchdog:
     `at` says where the loop is. When that stays the same for `hang_seconds` (0: for ever), stderr gets the host and
     step that the run hangs at and the Python stacks, and the process exits with 75: most hangs are a sick host or
     network, which a restart from the last checkpoint leaves behind; a launcher bounds how often it starts again. With
-    several processes all wait when one hangs, so the one that is named is the one that came least far.
+    several processes all wait when one hangs, so the one that is named is the one that came least far. A process that
+    waits for another leaves it to that one to know what it may take, and ends the run only where the other has stood
+    still before its eyes for as long.
     """
 
     def __init__(self, hang_seconds: float):
         self.hang_seconds = hang_seconds
-        self._place = {"count": 0, "step": 0, "doing": "starting", "host": socket.gethostname()}
-        self._since = None
+        start = {"count": 0, "step": 0, "doing": "starting", "host": socket.gethostname(), "allowed": None}
+        self._now = start, time.monotonic()  # one value, for two threads: the place, and since when
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, step: int, doing: str, *, timed: bool = True) -> None:
+    def at(self, step: int, doing: str, *, timed: bool = True, slow: bool = False) -> None:
         """The run is at this step, doing this; every process passes the same places in the same order.
 
-        What is not `timed`, such as compilation, takes as long as it takes.
+        What is not `timed`, such as compilation, takes as long as it takes; what is `slow`, such as a save, may take
+        six times `hang_seconds`, and a minute at least.
         """
-        self._place = self._place | {"count": self._place["count"] + 1, "step": step, "doing": doing}
-        self._since = time.monotonic() if timed else None
+        allowed = max(SLOW * self.hang_seconds, SLOW_LEAST) if slow else self.hang_seconds
+        place = {"step": step, "doing": doing, "allowed": allowed if timed and self.hang_seconds else None}
+        before, _ = self._now
+        self._now = before | place | {"count": before["count"] + 1}, time.monotonic()
 
     def _watch(self) -> None:
         client, told = _client(), None
+        awaited, awaited_since = None, 0.0  # the process that this one waits for and the place where it is
         while not self._stop.wait(POLL_SECONDS):
-            place, since = self._place, self._since
-            late = self.hang_seconds and since is not None and time.monotonic() - since > self.hang_seconds
+            place, since = self._now
             if client is not None:
                 if place != told:
                     _put(client, f"{_PLACE}{jax.process_index()}", place)
                     told = place
                 _follow(client)
-            if late:
-                places = _read(client, _PLACE) if client else {}
-                self._end(places | {jax.process_index(): place})
+            if place["allowed"] is None or time.monotonic() - since <= place["allowed"]:
+                awaited = None
+                continue
+            places = (_read(client, _PLACE) if client else {}) | {jax.process_index(): place}
+            process, behind = min(places.items(), key=lambda item: item[1]["count"])
+            if behind["count"] < place["count"]:
+                if awaited != (process, behind["count"]):
+                    awaited, awaited_since = (process, behind["count"]), time.monotonic()
+                if behind["allowed"] is None or time.monotonic() - awaited_since <= behind["allowed"]:
+                    continue
+            self._end(places)
 
     def _end(self, places: dict[int, dict]) -> None:
         behind = min(place["count"] for place in places.values())
-        names = [
-            f"process {process} ({place['host']}) at step {place['step']}, {place['doing']}"
-            for process, place in sorted(places.items())
-            if place["count"] == behind
-        ]
+        late = [(process, place) for process, place in sorted(places.items()) if place["count"] == behind]
+        names = [f"process {n} ({place['host']}) at step {place['step']}, {place['doing']}" for n, place in late]
         others = f"; the other {len(places) - len(names)} wait for it" if len(names) < len(places) else ""
-        message = f"no progress for {self.hang_seconds:g} s: {', '.join(names)}{others}"
-        print(f"\npathflip: {this_process()}: {message}. The stacks of this process:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        message = f"no progress for {late[0][1]['allowed']:g} s: {', '.join(names)}{others}"
+        with contextlib.suppress(Exception):  # a closed terminal keeps no hang alive
+            print(f"\npathflip: {this_process()}: {message}. The stacks of this process:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         _leave(message, TRY_AGAIN)
 
     def __enter__(self):
@@ -284,6 +302,7 @@ def end_together(error: Exception, heartbeat_seconds: int) -> None:
         traceback.print_exception(error)
     print(f"pathflip: {this_process()}: {limit or error}", file=sys.stderr)
     unreached = _may_be_a_lost_peer(error) and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error))  # all live
+    unreached = unreached or isinstance(error, Unanswered)
     _leave(str(error), TRY_AGAIN if unreached else WRONG_INPUT if ours else FAILED)
 
 
@@ -319,8 +338,9 @@ def _follow(client) -> None:
 
 def _exit(code: int) -> None:
     """Exit from any thread, without the farewell at which JAX waits for every process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or none
+            stream.flush()
     os._exit(code)
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ class Ledger:
     """The time of one process by cause, and the rows that say so; a context manager around the loop.
 
     `began` is the `time.time()` at which the process is held to have started. Rows are written once `open` has named
-    the file, by the first process alone.
+    the file, by the first process alone. A file that cannot be written is told of once, and the run goes on: the next
+    row, whose times are sums, makes up for those that are missing.
     """
 
     def __init__(self, began: float | None = None, record_seconds: float = RECORD_SECONDS):
@@ -47,6 +49,7 @@ class Ledger:
         self._cause, self._since = INITIALISATION, now - (time.time() - self._began)
         self.resumed = now  # perf_counter() at which steps went on after something else
         self._path: Path | None = None
+        self._torn = self._told = False
         self._step = 0
         self._every, self._recorded = record_seconds, now
 
@@ -83,9 +86,7 @@ class Ledger:
 
     def open(self, workdir: Path, step: int, **facts: float) -> None:
         """Start writing to the file of this run, which goes on after `step`; `facts` go into the first row."""
-        self._path = workdir / GOODPUT
-        if self._path.exists():  # a row cut off by a crash would stand before ours
-            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+        self._path, self._torn = workdir / GOODPUT, True
         self._write(START, step, began=round(self._began, 3), **facts)
 
     def progress(self, step: int) -> None:
@@ -101,8 +102,23 @@ class Ledger:
         self._step, self._recorded = step, self._since
         spent = {cause: round(seconds, 4) for cause, seconds in self._spent.items() if seconds}
         row = {"time": round(time.time(), 3), "event": event, "step": step, **more, "seconds": spent}
+        try:
+            self._append(json.dumps(row) + "\n")
+        except OSError as error:
+            if not self._told:
+                print(
+                    f"{self._path}: not written ({error}); training goes on, and this file may lack times",
+                    file=sys.stderr,
+                )
+            self._told = True
+
+    def _append(self, row: str) -> None:
+        if self._torn and self._path.exists():  # a row cut off, by a crash or a full disk, would stand before ours
+            os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+        self._torn = True
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(row)
+        self._torn = False
 
     def __enter__(self):
         return self
@@ -141,7 +157,9 @@ def summarise(workdir: str | Path) -> Summary:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name the --workdir of a `pathflip train`")
     processes: list[list[dict]] = []
-    for row in read_metrics(path):
+    for number, row in enumerate(read_metrics(path), 1):
+        if lacking := [name for name in ("event", "time", "seconds") if name not in row]:
+            raise ValueError(f"{path}: row {number} has no {' and no '.join(lacking)}; delete that line")
         if row["event"] == START:
             processes.append([])
         elif not processes:
@@ -240,6 +258,14 @@ def describe(found: Summary) -> str:
             "train.save_every is worked out"
         )
     return "\n".join(lines)
+
+
+def try_to_describe(workdir: Path) -> str:
+    """What `describe` says of a run folder, or why it cannot: an account of times that is damaged ends no run."""
+    try:
+        return describe(summarise(workdir))
+    except (OSError, ValueError) as error:
+        return f"no goodput: {error}"
 
 
 def _duration(seconds: float) -> str:

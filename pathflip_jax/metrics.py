@@ -1,19 +1,24 @@
 """The log of a run: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
 
-Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]).
+Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]). metrics.jsonl is
+the record, and a run ends where it cannot be written. All else shows what stands there: where a part of it fails, that
+is said once, and the run goes on without it.
 """
 
 import collections
 import contextlib
 import json
-import os
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from pathflip_jax.data.durable import sync
 from pathflip_jax.data.tables import parse_json
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
@@ -78,15 +83,18 @@ class MetricsWriter:
         self._recent = collections.deque([(time.monotonic(), step)], maxlen=SPEED_STEPS)
         if not primary:
             return
+        if wandb_project:
+            import_wandb(wandb_project)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._wandb = start_wandb(wandb_project, workdir, config) if wandb_project else None
         truncate_metrics(workdir / METRICS, step)
         self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
-        folder = str(workdir / TENSORBOARD)
-        self._events = SummaryWriter(folder, purge_step=step + 1, flush_secs=30, max_queue=EVENTS_UNDER_WAY)
-        self._bar = tqdm(
-            total=steps, initial=step, unit="step", desc="train", mininterval=BAR_REFRESH_SECONDS, dynamic_ncols=True
+        self._wandb = _Shown(
+            "Weights & Biases", lambda: start_wandb(wandb_project, workdir, config), bool(wandb_project)
         )
+        folder, more = str(workdir / TENSORBOARD), {"flush_secs": 30, "max_queue": EVENTS_UNDER_WAY}
+        self._events = _Shown("TensorBoard", lambda: SummaryWriter(folder, purge_step=step + 1, **more))
+        look = {"unit": "step", "desc": "train", "mininterval": BAR_REFRESH_SECONDS, "dynamic_ncols": True}
+        self._bar = _Shown("the progress bar", lambda: tqdm(total=steps, initial=step, **look))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row: a step's losses, and the validation that follows it, if any."""
@@ -99,44 +107,76 @@ class MetricsWriter:
         row["slides_per_second"] = round(speed, 2)
         try:
             self._file.write(json.dumps(row) + "\n")
-            if not self._events_go_out():
-                raise OSError("TensorBoard events cannot be written any more")
         except OSError as error:
             raise OSError(f"{self._file.name}: step {step} was not written ({error}); {CURE}") from error
         scalars = {name if "/" in name else f"train/{name}": value for name, value in row.items() if name != "step"}
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(scalars, step=step)
+        self._events.attempt(lambda events: _add_scalars(events, step, scalars))
+        self._wandb.attempt(lambda wandb: wandb.log(scalars, step=step))
         self._validation |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
         shown = {name: f"{row[name]:.3f}" for name in ("loss", "loss_slide", "loss_region") if name in row}
         shown |= {name: f"{value:.3f}" for name, value in self._validation.items() if "recall_at_1" in name}
-        self._bar.set_postfix(shown | {"slides/s": f"{speed:.3g}"} | _shown_performance(row), refresh=False)
-        self._bar.update(step - self._bar.n)
+        shown |= {"slides/s": f"{speed:.3g}"} | _shown_performance(row)
+        self._bar.attempt(lambda bar: _advance(bar, step, shown))
 
     def flush(self) -> None:
         """Put every row on disk: done before a checkpoint, which must not be ahead of its metrics."""
         if self.primary:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file.fileno())
 
     def __enter__(self):
         return self
-
-    def _events_go_out(self) -> bool:
-        """Whether the thread that writes events lives: a full disk ends it, and waiting for it would never end."""
-        return self._events.file_writer.event_writer._worker.is_alive()
 
     def __exit__(self, kind, *_) -> None:
         if self.primary:
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one told
                 self.flush()
                 self._file.close()
-            if self._events_go_out():
-                self._events.close()
-            self._bar.close()
-            if self._wandb:
-                self._wandb.finish()
+            self._events.attempt(_close_events)
+            self._bar.attempt(tqdm.close)
+            self._wandb.attempt(lambda wandb: wandb.finish())
+
+
+class _Shown:
+    """A part of the log that shows what metrics.jsonl holds: where it fails, that is said, and no more asked of it."""
+
+    def __init__(self, name: str, start: Callable[[], Any], wanted: bool = True):
+        self.name, self.part, self._works = name, None, wanted
+        self.part = self.attempt(lambda _: start())
+
+    def attempt(self, work: Callable[[Any], Any]) -> Any:
+        """What `work` makes of the part; None where it fails, or failed before."""
+        if not self._works:
+            return None
+        try:
+            return work(self.part)
+        except Exception as error:  # wandb's have no base that others have too
+            self._works = False
+            with contextlib.suppress(Exception):  # stderr may be what fails
+                print(f"{self.name} failed: {error!r}; training goes on, {METRICS} has every row", file=sys.stderr)
+            return None
+
+
+def _advance(bar: tqdm, step: int, shown: dict[str, str]) -> None:
+    bar.set_postfix(shown, refresh=False)
+    bar.update(step - bar.n)
+
+
+def _add_scalars(events: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
+    _require_writer(events)
+    for name, value in scalars.items():
+        events.add_scalar(name, value, step)
+
+
+def _close_events(events: SummaryWriter) -> None:
+    _require_writer(events)
+    events.close()
+
+
+def _require_writer(events: SummaryWriter) -> None:
+    """Raise OSError where the thread that writes events is gone: a full disk ends it, and waiting would never end."""
+    if not events.file_writer.event_writer._worker.is_alive():
+        raise OSError("its events cannot be written any more")
 
 
 def import_wandb(project: str):
@@ -179,6 +219,14 @@ def _shown_performance(row: dict[str, float]) -> dict[str, str]:
         if PERFORMANCE + name in row:
             shown["GB"] = f"{row[PERFORMANCE + name] / 1e9:.1f}"
     return shown
+
+
+def try_to_plot(workdir: Path) -> None:
+    """Draw what `plot` draws; where that fails, say so: the run is done, with or without pictures."""
+    try:
+        plot(workdir)
+    except Exception as error:
+        print(f"{workdir / PLOTS}: not drawn ({error!r}); the run itself is whole", file=sys.stderr)
 
 
 def plot(workdir: Path) -> list[Path]:

@@ -115,8 +115,9 @@ def memory_in_use() -> dict[str, int]:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"process_memory_peak_bytes": peak_bytes}
     # Not what getrusage tells on Linux: that begins at the size of the process that started this one.
-    resident, most = (int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return {"process_memory_bytes": resident, "process_memory_peak_bytes": most}
+    names = {"VmRSS": "process_memory_bytes", "VmHWM": "process_memory_peak_bytes"}  # sandboxes leave some out
+    found = {ours: re.search(rf"{name}:\s+(\d+) kB", status) for name, ours in names.items()}
+    return {name: int(kilobytes[1]) * 1024 for name, kilobytes in found.items() if kilobytes}
 
 
 class Started(NamedTuple):

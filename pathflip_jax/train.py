@@ -4,6 +4,7 @@ One loop for every stage (`stage.py` says what a stage is). All that happens is 
 run that is stopped, killed or moved goes on as if nothing had happened (DESIGN section 6).
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -20,16 +21,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, distributed, goodput, settings, sharding
+from pathflip_jax import checkpoint, distributed, goodput, run_lock, settings, sharding
 from pathflip_jax.alignment import alignment_training
 from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import look_up
 from pathflip_jax.data.storage import is_url
 from pathflip_jax.distributed import TRY_AGAIN, Watchdog
-from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, plot, read_metrics
+from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.profiling import Profiler, profiled_steps
 from pathflip_jax.resume import begun_config, claim, go_on_as
+from pathflip_jax.run_lock import RunLock, StillEndingError
 from pathflip_jax.stage import Params, Training, make_step
 from pathflip_jax.telemetry import USEFUL, Telemetry
 from pathflip_jax.validation import choose_best, place_features
@@ -46,17 +48,16 @@ def train(
     """Train, or go on training, the run of this config in `workdir`; returns the last metrics.
 
     `profile` names steps to profile (`profiling.profiled_steps`); the process counts as started at `began`, seconds of
-    `time.time()`, or now. Raises Stopped after SIGTERM, once the state is saved; ValueError and OSError for input that
-    cannot be used, with the cure; MemoryError where a step would not fit; FloatingPointError when the loss is no longer
-    a number.
+    `time.time()`, or now. Raises Stopped after SIGTERM, once the state is saved, and StillEndingError where another
+    start was told to stop and is not done with it; InUseError where another run is at work in `workdir`; ValueError and
+    OSError for input that cannot be used, with the cure; MemoryError where a step would not fit; FloatingPointError
+    when the loss is no longer a number.
     """
     ledger = goodput.Ledger(began)
     settings.require(config)
     profiled_steps(profile, 0)
     if config.train.wandb_project:
         import_wandb(config.train.wandb_project)
-    if config.train.select_margin < 0:
-        raise ValueError(f"train.select_margin={config.train.select_margin}: expected 0 or more")
     if is_url(workdir):
         raise ValueError(
             f"--workdir={workdir}: logs are written to a local disk; name a folder there, and "
@@ -69,8 +70,14 @@ def train(
             f"data.regions={config.data.regions} cannot be spread evenly over mesh.region={mesh.shape['region']} "
             "devices; set one to a multiple of the other"
         )
-    with StopSignal() as stop, Watchdog(config.train.hang_seconds) as watchdog, jax.set_mesh(mesh):
-        home = checkpoint.run_folder(config.train.checkpoints or workdir)
+    home = checkpoint.run_folder(config.train.checkpoints or workdir)
+    with (
+        StopSignal() as stop,
+        Watchdog(config.train.hang_seconds) as watchdog,
+        run_lock.hold((workdir, home), stop.asked) as lock,
+        jax.set_mesh(mesh),
+    ):
+        watchdog.at(0, "opening the data", timed=False)
         begun = distributed.agree(begun_config(home)) or {"data": {}}
         config = go_on_as(config, begun, home)
         training = open_training(config, mesh, begun)
@@ -80,7 +87,7 @@ def train(
         if config.train.checkpoints:  # for readers that stand in another folder
             resolved["train"]["checkpoints"] = str(checkpoint.run_folder(config.train.checkpoints))
         claim(workdir, resolved, training.describe)
-        return fit(training, config, steps, mesh, workdir, Guard(ledger, stop, watchdog, profile))
+        return fit(training, config, steps, mesh, workdir, Guard(ledger, stop, watchdog, lock, profile))
 
 
 def open_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: dict) -> Training:
@@ -93,11 +100,14 @@ def open_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: dict) -> T
 
 
 class Guard(NamedTuple):
-    """What watches over a run: where its time goes, who asks it to stop, whether it hangs, which steps are profiled."""
+    """What watches over a run: where its time goes, who asks it to stop, whether it hangs, that it is alone in its
+    folder, which steps are profiled.
+    """
 
     ledger: goodput.Ledger
     stop: "StopSignal"
     watchdog: Watchdog
+    lock: RunLock
     profile: str
 
 
@@ -105,7 +115,7 @@ def fit(
     training: Training, config: ConfigDict, steps: int, mesh: jax.sharding.Mesh, workdir: Path, guard: Guard
 ) -> dict[str, float]:
     """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
-    ledger, stop, watchdog, profile = guard
+    ledger, stop, watchdog, lock, profile = guard
     optim, setup, primary = OptimConfig(**config.optim), config.train, jax.process_index() == 0
     schedule = learning_rate(optim, steps, training.batches.steps_per_epoch)
     optimizer = make_optimizer(optim, schedule)
@@ -129,7 +139,7 @@ def fit(
         Profiler(workdir, profile, ledger) as profiler,
         checkpoint.Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every) as checkpoints,
     ):
-        start, learned, frozen, opt_state, best = _begin(training, optimizer, mesh, checkpoints, ledger)
+        start, learned, frozen, opt_state, best = _begin(training, optimizer, mesh, checkpoints, guard)
         if primary and start < steps:
             ledger.open(workdir, start, save_every=setup.save_every, preemptions_per_day=setup.preemptions_per_day)
         telemetry = Telemetry(ledger, mesh, training.compute_dtype)
@@ -146,11 +156,13 @@ def fit(
         watchdog.at(start, "reading the next batch")
         with ledger.during(goodput.DATA):
             batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
+        watchdog.at(start, "placing the features on the devices", slow=True)
         features = place_features(mesh, training.batches)
         watchdog.at(start, "compiling", timed=False)
         if start < steps:
             with ledger.during(goodput.COMPILATION):
                 step = step.lower(learned, frozen, opt_state, batch, np.int32(start), features).compile()
+                checkpoints.compile(kept(learned, frozen), opt_state)
             training.require_room(step)
             if stop.requested(start):
                 raise Stopped(f"stopped before step {start + 1} of {steps}; the same command goes on from there")
@@ -189,37 +201,49 @@ def fit(
                 watchdog.at(done, "waiting for the devices")
                 write()  # of the step before: the device is busy with this one
                 pending = (done, metrics)
+                watchdog.at(done, "ending the step", slow=True)  # with a profile that is written, at times
                 profiler.end(done, metrics)
+                lock.require()
                 last, stopping, improved = done == steps, stop.requested(done), False
+                if stopping:
+                    lock.ending()
                 if validate and (last or done % setup.eval_every == 0):
-                    watchdog.at(done, "validating")
+                    watchdog.at(done, "waiting for the devices")
                     jax.block_until_ready(metrics)  # time from here on is the validation's
                     with ledger.during(goodput.EVALUATION):
-                        scores = validate(learned, frozen)
+                        scores = validate(learned, frozen, functools.partial(watchdog.at, done))
                     best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
                     write(scores)
                 if last or stopping or improved or done % setup.save_every == 0:
-                    watchdog.at(done, "saving")
+                    watchdog.at(done, "writing the metrics")
                     write()
                     writer.flush()  # a checkpoint is never ahead of its metrics
+                    watchdog.at(done, "saving", slow=True)  # and waiting for the save before, in the background
+                    lock.require(look=True)
                     with ledger.saving(done):
                         checkpoints.save(done, kept(learned, frozen), opt_state, {"best": best})
                 with ledger.during(goodput.SAVE):
                     if improved:
+                        watchdog.at(done, "saving the best", slow=True)
                         checkpoints.save_best(done, kept(learned, frozen), {"best": best})
                     if stopping or last:
+                        watchdog.at(done, "waiting for the save", slow=True)
                         checkpoints.wait()
+                        watchdog.at(done, "closing the logs", slow=True)
                 if stopping and not last:
                     raise Stopped(f"stopped at step {done} of {steps}, saved; the same command goes on from there")
+    watchdog.at(steps, "drawing the plots", slow=True)
     if primary:
-        plot(workdir)
+        try_to_plot(workdir)
         print(f"{workdir}: {steps} steps done; the step was compiled {compiled} times", file=sys.stderr)
         if start < steps:
-            print(goodput.describe(goodput.summarise(workdir)), file=sys.stderr)
-    return read_metrics(workdir / METRICS)[-1]
+            print(goodput.try_to_describe(workdir), file=sys.stderr)
+    distributed.agree("done")  # else the others would wait for process 0 in JAX's farewell, which gives up sooner
+    rows = read_metrics(workdir / METRICS)
+    return rows[-1] if rows else {}  # none where the logs of a run that was done before are gone
 
 
-def _begin(training: Training, optimizer, mesh, checkpoints, ledger: goodput.Ledger):
+def _begin(training: Training, optimizer, mesh, checkpoints, guard: Guard):
     """(step, learned, frozen, optimizer state, best): from the newest sound checkpoint, else from the beginning.
 
     Shapes and places come first, so that nothing is computed that a checkpoint holds.
@@ -234,8 +258,10 @@ def _begin(training: Training, optimizer, mesh, checkpoints, ledger: goodput.Led
         return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
     held = {name: x for name, x in placed(shapes, places).items() if training.keeps(name)}
-    with ledger.during(goodput.RESTORE):
+    guard.watchdog.at(0, "reading the checkpoint", slow=True)
+    with guard.ledger.during(goodput.RESTORE):
         found = checkpoints.restore(held, placed(opt_shapes, opt_places))
+    guard.watchdog.at(found[0] if found else 0, "making the parameters", timed=False)
     saved = found[1] if found else {}
     params = saved if len(saved) == len(shapes) else training.initial(places) | saved
     learned = {name: x for name, x in params.items() if name in learns}
@@ -273,6 +299,10 @@ class StopSignal:
     def _ask(self, *_) -> None:
         self._asked = True
 
+    def asked(self) -> bool:
+        """Whether a lone process has been told to stop."""
+        return self._asked
+
     def requested(self, step: int) -> bool:
         """Whether to save and stop after this step."""
         if jax.process_count() > 1:
@@ -299,7 +329,7 @@ def main(argv: list[str]) -> int:
         hashed = hashlib.sha256(config.to_json().encode()).hexdigest()[:8]
         distributed.require_same(**{"--workdir": str(Path(options["workdir"]).resolve()), "settings of hash": hashed})
         train(config, options["workdir"], profile=options["profile"], began=began)
-    except Stopped as stopped:
+    except (Stopped, StillEndingError) as stopped:
         if jax.process_index() == 0:
             print(stopped, file=sys.stderr)
         return TRY_AGAIN
@@ -323,7 +353,8 @@ HELP = f"""Train a model, or go on with a run.
 
 configs/align_base.py lists and explains every setting, configs/pathflip2.py those of the follow-up network,
 configs/lm_stage1.py those of the language stage. Exit code 75: stopped by SIGTERM or SIGHUP and saved, or a host was
-lost, hung or did not come in 300 s; start it again.
+lost, hung or did not come in 300 s, or the run before still saves; start it again. Of two starts of one run, the second
+is refused (2).
 
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\

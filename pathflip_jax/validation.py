@@ -12,6 +12,7 @@ from pathflip_jax.data.pipeline import Batches, look_up
 from pathflip_jax.metrics import VALIDATION
 from pathflip_jax.stage import Params, Stage
 
+Mark = Callable[..., None]  # of the watchdog: mark(doing, timed=False)
 RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 
@@ -23,8 +24,8 @@ def require_score(select: str, measured: Sequence[str]) -> None:
         raise ValueError(f"train.select={select!r}: choose one of {', '.join(names)}")
 
 
-def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params], dict[str, float]]:
-    """validate(learned, frozen) -> losses and retrieval on held-out slides, named val/...
+def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[Params, Params, Mark], dict[str, float]]:
+    """validate(learned, frozen, mark) -> losses and retrieval on held-out slides, named val/...
 
     Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
     split; slides of one case, or with the same caption, are no rivals.
@@ -32,9 +33,6 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     from pathflip_jax.evaluate.retrieval import expected_rank, rank, recall
 
     key = jax.random.key(0)
-    replicated = NamedSharding(mesh, P())
-
-    features = place_features(mesh, batches)
 
     def measure(learned: Params, frozen: Params, batch, features):
         model, batch = build(learned, frozen), look_up(batch, features)
@@ -44,13 +42,11 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         _, metrics = stage.objective(model, embeddings, batch, key)
         return metrics, embeddings["slide"], embeddings["captions"], batch.related
 
-    measure = jax.jit(measure, out_shardings=replicated)
+    measured = over_batches(measure, batches, mesh)
 
-    def validate(learned: Params, frozen: Params) -> dict[str, float]:
-        parts = []
-        for number in range(batches.steps_per_epoch):
-            parts.append(measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features))
-        metrics, slides, captions, related = zip(*jax.device_get(parts), strict=True)
+    def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
+        metrics, slides, captions, related = zip(*measured(learned, frozen, mark), strict=True)
+        mark("ranking the slides of the validation", timed=False)
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         slides, captions, related = (np.concatenate(x) for x in (slides, captions, related))
         both = [rank(slides, captions, related), rank(captions, slides, related)]
@@ -60,6 +56,34 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         return {VALIDATION + name: value for name, value in scores.items()}
 
     return validate
+
+
+def over_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, Mark], list]:
+    """measured(learned, frozen, mark) -> what `measure` finds in each batch of a split, on the host.
+
+    Each batch is marked, for a validation of hours is no hang. One batch is computed while the next is read, and no
+    more: results do not pile up on the devices.
+    """
+    features = place_features(mesh, batches)
+    measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
+    program = None
+
+    def measured(learned: Params, frozen: Params, mark: Mark) -> list:
+        nonlocal program
+        found, under_way = [], []
+        for number in range(batches.steps_per_epoch):
+            mark("reading a batch of the validation")
+            batch = sharding.place_batch(mesh, batches.batch(number))
+            if program is None:
+                mark("compiling the validation", timed=False)
+                program = measure.lower(learned, frozen, batch, features).compile()
+            mark("validating")
+            found += jax.device_get(under_way)
+            under_way = [program(learned, frozen, batch, features)]
+        mark("validating")
+        return found + jax.device_get(under_way)
+
+    return measured
 
 
 def place_features(mesh, batches: Batches) -> jax.Array | None:

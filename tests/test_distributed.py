@@ -1,10 +1,14 @@
 """Processes that find each other by what their launcher left them, and end together."""
 
+import itertools
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
+import jax
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
@@ -240,7 +244,7 @@ def test_the_host_that_came_least_far_is_named(monkeypatch, capsys):
     ended = []
     monkeypatch.setattr(distributed, "_leave", lambda message, code: ended.append((message, code)))
     places = {
-        process: {"count": count, "step": 9, "doing": doing, "host": f"node{process}"}
+        process: {"count": count, "step": 9, "doing": doing, "host": f"node{process}", "allowed": 60}
         for process, (count, doing) in enumerate([(31, "waiting for the devices"), (30, "reading the next batch")] * 2)
     }
     distributed.Watchdog(60)._end(places)
@@ -249,6 +253,74 @@ def test_the_host_that_came_least_far_is_named(monkeypatch, capsys):
         "process 3 (node3) at step 9, reading the next batch; the other 2 wait for it"
     )
     assert ended == [(message, 75)] and message in capsys.readouterr().err
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Watches as process 0 of two, for a while: what process 1 does -> the places that ended the run, or None."""
+    told, ended = {}, threading.Event()
+    monkeypatch.setattr(distributed, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(distributed, "SLOW_LEAST", 0)
+    monkeypatch.setattr(distributed, "_client", lambda: "the store")
+    monkeypatch.setattr(distributed, "_put", lambda client, key, place: None)
+    monkeypatch.setattr(distributed, "_follow", lambda client: None)
+    monkeypatch.setattr(distributed, "_read", lambda client, prefix: dict(told))
+
+    def watch(other, seconds=0.3, **place):
+        watchdog = distributed.Watchdog(0.05)
+        places = []
+
+        def end(found):
+            places.append(found)
+            ended.set()
+            watchdog._stop.set()
+
+        monkeypatch.setattr(watchdog, "_end", end)
+        ended.clear()
+        with watchdog:
+            watchdog.at(3, "saving", **place)
+            deadline = time.monotonic() + seconds
+            for number in itertools.count():
+                told[1] = {"host": "node1", "step": 3, "doing": "here", "count": 0, "allowed": 0.05} | other(number)
+                if ended.wait(0.01) or time.monotonic() > deadline:
+                    break
+        return places[0] if places else None
+
+    return watch
+
+
+def test_only_what_stands_still_is_a_hang(watched):
+    with_it = {"count": 1}
+    assert watched(lambda number: with_it)[0]["doing"] == "saving"  # both stand at one place
+    assert watched(lambda number: with_it, slow=True, seconds=0.2) is None  # six times as long
+    assert watched(lambda number: with_it, slow=True, seconds=5)[0]["allowed"] == pytest.approx(0.3)
+    assert watched(lambda number: with_it, timed=False) is None
+
+
+def test_a_process_that_is_waited_for_may_take_what_it_may_take(watched):
+    assert watched(lambda number: {"allowed": None}) is None  # it compiles
+    assert watched(lambda number: {"count": number - 1000}) is None  # it comes nearer
+    assert watched(lambda number: {"allowed": 60.0}) is None  # it saves
+    assert watched(lambda number: {}, seconds=5)[1]["count"] == 0  # it stands, and cannot say so itself
+
+
+def test_a_closed_terminal_keeps_no_hang_alive(monkeypatch):
+    ended = []
+    monkeypatch.setattr(distributed, "_leave", lambda message, code: ended.append(code))
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "__stderr__", None)
+    distributed.Watchdog(60)._end({0: {"count": 1, "step": 2, "doing": "saving", "host": "h", "allowed": 60}})
+    assert ended == [75]
+
+
+def test_a_process_that_does_not_come_in_time_is_a_reason_to_start_again(monkeypatch):
+    """It may still read its data, on a sick host: other faults of files are wrong input."""
+    codes = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_leave", lambda message, code: codes.append(code))
+    for error in (distributed.Unanswered("process 1 did not answer"), TimeoutError("S1.h5")):
+        distributed.end_together(error, 1)
+    assert codes == [distributed.TRY_AGAIN, distributed.WRONG_INPUT]
 
 
 FAILURE = """

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -164,3 +165,37 @@ def test_a_run_that_did_nothing_yet_is_no_division_by_zero(clock, tmp_path):
     values = goodput.as_dict(found)
     assert (values["goodput"], values["step"], values["save"], values["recommended"]) == (0.0, None, None, None)
     assert goodput.describe(found).startswith("goodput 0.0% of")
+
+
+def test_a_file_that_cannot_be_written_is_told_once_and_ends_no_run(clock, tmp_path, capsys):
+    (tmp_path / "goodput.jsonl").mkdir()
+    run(clock, tmp_path, 0, 300, saves=[100, 200, 300])
+    assert capsys.readouterr().err.count("goodput.jsonl: not written") == 1
+    assert goodput.try_to_describe(tmp_path).startswith("no goodput: ")
+
+
+def test_a_disk_that_was_full_for_a_while_leaves_whole_rows_and_the_whole_time(clock, tmp_path, capsys):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ledger = goodput.Ledger(record_seconds=0.0)
+    with ledger, ledger.during(goodput.STEP):
+        ledger.open(tmp_path, 0, **FACTS)
+        size = (tmp_path / "goodput.jsonl").stat().st_size
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limit[1]))
+            for step in (1, 2):
+                clock.wait(5)
+                ledger.progress(step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert (tmp_path / "goodput.jsonl").stat().st_size == size + 20
+        clock.wait(5)
+        ledger.progress(3)
+    assert capsys.readouterr().err.count("not written") == 1
+    found = goodput.summarise(tmp_path)
+    assert (found.steps, found.productive) == (3, 15)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"step": 1}\n{"step": 2}\n', '{"step": 1, "event": "start"}\n', "\xff\n"])
+def test_a_damaged_file_is_told_and_ends_no_run(tmp_path, content):
+    (tmp_path / "goodput.jsonl").write_bytes(content.encode("latin-1"))
+    assert goodput.try_to_describe(tmp_path).startswith(f"no goodput: {tmp_path / 'goodput.jsonl'}")

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, plot, read_metrics, truncate_metrics
+from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, plot, read_metrics, truncate_metrics, try_to_plot
 
 MACHINE = {"perf/utilisation": 0.41, "perf/input_wait": 0.02, "perf/device_memory_bytes": 12.3e9}
 
@@ -65,7 +65,7 @@ def test_the_use_of_the_machine_is_shown_and_drawn(tmp_path, capsys):
     with MetricsWriter(tmp_path, 0, 2, slides_per_step=8) as writer:
         for step in (1, 2):
             writer.write(step, {"loss": 1.0} | MACHINE)
-        writer._bar.refresh()
+        writer._bar.part.refresh()
     printed = capsys.readouterr().err
     assert "use=41.0%" in printed and "wait=2.0%" in printed and "GB=12.3" in printed
     assert {path.name for path in plot(tmp_path)} == {"loss.png", "speed.png", "utilisation.png", "memory.png"}
@@ -114,3 +114,57 @@ def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"wandb_project='slides' needs wandb: .*pathflip-jax\[wandb\]"):
         write(tmp_path, 1, 2, wandb_project="slides")
+
+
+def test_what_shows_the_rows_fails_without_the_run(tmp_path, wandb, monkeypatch, capsys):
+    """TensorBoard that cannot write, Weights & Biases that is not reached, a terminal that is gone: each told once."""
+    (tmp_path / "tensorboard").touch()
+
+    def unreachable(**settings):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", unreachable)
+    write(tmp_path, 1, 3, wandb_project="slides")
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard failed: ") == 1 and "'no network'" in said and said.count("training goes on") == 2
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS)] == [1, 2, 3]
+
+
+def test_what_fails_in_mid_run_is_told_once(tmp_path, wandb, monkeypatch, capsys):
+    def gone(self, *_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with MetricsWriter(tmp_path, 0, 3, slides_per_step=8, wandb_project="slides") as writer:
+        writer.write(1, {"loss": 1.0})
+        monkeypatch.setattr(type(writer._bar.part), "set_postfix", gone)
+        monkeypatch.setattr(writer._wandb.part, "log", gone)
+        monkeypatch.setattr(writer._events.part.file_writer.event_writer._worker, "is_alive", lambda: False)
+        writer.write(2, {"loss": 1.0})
+        writer.write(3, {"loss": 1.0})
+        monkeypatch.undo()
+    said = capsys.readouterr().err
+    for name in ("TensorBoard", "Weights & Biases", "the progress bar"):
+        assert said.count(f"{name} failed: ") == 1
+    assert len(wandb.rows) == 1 and len(read_metrics(tmp_path / METRICS)) == 3
+    writer._events.part.close()
+    writer._bar.part.close()
+
+
+def test_metrics_that_cannot_be_written_end_a_run(tmp_path):
+    with pytest.raises(OSError, match=r"metrics\.jsonl: step 2 was not written .*full.*free disk space"):
+        with MetricsWriter(tmp_path, 0, 3, slides_per_step=8) as writer:
+            writer.write(1, {"loss": 1.0})
+            writer._file.close()
+            writer._file = SimpleNamespace(name=writer._file.name, write=full, flush=full)
+            writer.write(2, {"loss": 1.0})
+
+
+def full(*_):
+    raise OSError(28, "the disk is full")
+
+
+def test_pictures_that_cannot_be_drawn_end_no_run(tmp_path, capsys):
+    write(tmp_path, 1, 2)
+    (tmp_path / "plots").touch()
+    try_to_plot(tmp_path)
+    assert "plots: not drawn (FileExistsError" in capsys.readouterr().err

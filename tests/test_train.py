@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pathflip_jax import alignment as alignment_stage
-from pathflip_jax import checkpoint, goodput, settings, train
+from pathflip_jax import checkpoint, goodput, run_lock, settings, train
 from pathflip_jax.checkpoint import load_run
 from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.metrics import MetricsWriter, read_metrics
@@ -130,6 +130,8 @@ def test_what_an_operator_asks_for_changes_no_number(options, straight, tmp_path
     assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
     printed = capsys.readouterr().err
     assert "profile of steps 2 to 3" in printed and "at 9 preemptions a day --config.train.save_every=" in printed
+    (workdir / "metrics.jsonl").unlink()  # a run that is done stays done, whatever became of its logs
+    (workdir / "goodput.jsonl").write_text("[]")
     assert train.main([*options, "--workdir", str(workdir), "--config.train.save_every=1"]) == 0
     with pytest.raises(ValueError, match="--profile=x: expected a count"):
         train.main([*command, "--profile=x"])
@@ -238,6 +240,24 @@ def test_another_config_in_the_same_workdir_is_refused(options, straight, tmp_pa
     with pytest.raises(ValueError, match="data.hashes.texts"):
         train.main([*options, "--workdir", str(straight), f"--config.data.texts={changed}"])
     assert metrics(straight)[-1]["step"] == 4
+
+
+def test_two_runs_in_one_folder_are_refused_and_one_that_still_saves_is_a_reason_to_start_again(
+    options, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "open_training", pytest.fail)
+    for more in ("--workdir", "--config.train.checkpoints"):
+        command = [*options, "--workdir", str(tmp_path / "other"), f"{more}={tmp_path / 'run'}"]
+        with run_lock.hold([tmp_path / "run"], lambda: False):
+            with pytest.raises(
+                run_lock.InUseError, match=f"{tmp_path / 'run'}: process {os.getpid()} .*is at work there"
+            ):
+                train.main(command)
+            lock = tmp_path / "run" / run_lock.LOCK
+            lock.write_text(lock.read_text().replace('"ending": false', '"ending": true'))
+            monkeypatch.setattr(run_lock, "ENDING_SECONDS", 0)
+            assert train.main(command) == train.TRY_AGAIN
+    assert "still saves; start again" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_batch_of_one_is_refused_before_it_is_compiled(options, tmp_path):

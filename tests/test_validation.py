@@ -1,7 +1,12 @@
 """Which checkpoint is the best; what a validation measures is tested where runs are, in test_train.py."""
 
+from types import SimpleNamespace
+
+import jax
+import numpy as np
 import pytest
 
+from pathflip_jax import validation
 from pathflip_jax.validation import choose_best
 
 
@@ -20,3 +25,39 @@ def test_the_best_is_the_latest_within_the_margin_of_the_top(select, margin, sco
         best, improved = choose_best(best, step, score, select, margin)
         taken += [step] * improved
     assert taken == chosen and best["step"] == chosen[-1] and best["value"] == scores[chosen[-1]]
+
+
+def test_each_batch_of_a_validation_is_a_sign_of_life_and_one_is_compiled(monkeypatch):
+    marks, read = [], []
+    monkeypatch.setattr(validation.sharding, "place_batch", lambda mesh, batch: batch)
+
+    def batch(number):
+        read.append(number)
+        return np.float32(number)
+
+    batches = SimpleNamespace(steps_per_epoch=3, batch=batch, take_features=lambda: None)
+
+    def measure(learned, frozen, batch, features):
+        marks.append("traced")
+        return learned * batch + frozen
+
+    def mark(doing, timed=True):
+        marks.append((doing, timed))
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
+    measured = validation.over_batches(measure, batches, mesh)
+    for _ in range(2):
+        found = measured(np.float32(2), np.float32(1), mark)
+        assert found == [1, 3, 5] and all(isinstance(x, np.ndarray | np.generic) for x in found)
+    reading, computing = ("reading a batch of the validation", True), ("validating", True)
+    compiling = [("compiling the validation", False), "traced"]
+    assert marks == [
+        reading,
+        *compiling,
+        computing,
+        *[reading, computing] * 2,
+        computing,
+        *[reading, computing] * 3,
+        computing,
+    ]
+    assert read == [0, 1, 2] * 2

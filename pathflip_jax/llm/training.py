@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, fingerprints, memory, settings, sharding
@@ -47,7 +45,7 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, read_manifest, say_counts, split_slides
 from pathflip_jax.stage import Params, Stage, Training
-from pathflip_jax.validation import place_features, require_score
+from pathflip_jax.validation import Mark, over_batches, require_score
 from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of
 
 log = logging.getLogger(__name__)
@@ -354,21 +352,16 @@ def _facts(data: ConfigDict, records: Records, training: LanguageBatches, templa
 
 
 def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh) -> Callable:
-    """validate(learned, frozen) -> the mean loss of all response tokens of the split, without dropout."""
-    features = place_features(mesh, batches)
+    """validate(learned, frozen, mark) -> the mean loss of all response tokens of the split, without dropout."""
 
     def measure(learned: Params, frozen: Params, batch, features):
         found = stage.encode(build(learned, frozen), look_up(batch, features), None)
         return found["loss"].sum(), found["tokens"].sum()
 
-    measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
+    measured = over_batches(measure, batches, mesh)
 
-    def validate(learned: Params, frozen: Params) -> dict[str, float]:
-        parts = [
-            measure(learned, frozen, sharding.place_batch(mesh, batches.batch(number)), features)
-            for number in range(batches.steps_per_epoch)
-        ]
-        losses, tokens = (np.sum(x) for x in zip(*jax.device_get(parts), strict=True))
+    def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
+        losses, tokens = (np.sum(x) for x in zip(*measured(learned, frozen, mark), strict=True))
         return {f"{VALIDATION}loss": float(losses / tokens), f"{VALIDATION}response_tokens": float(tokens)}
 
     return validate
