@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pathflip_jax.data.durable import sync
@@ -60,6 +59,13 @@ def truncate_metrics(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's events after `step`; those of later steps, of a run that was lost, are left out."""
+    from tensorboardX import SummaryWriter  # it imports PyTorch wherever that is installed: seconds
+
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30, max_queue=EVENTS_UNDER_WAY)
+
+
 class MetricsWriter:
     """Writes the metrics of a run that goes on after `step`; a context manager. Only the first process writes.
 
@@ -91,8 +97,7 @@ class MetricsWriter:
         self._wandb = _Shown(
             "Weights & Biases", lambda: start_wandb(wandb_project, workdir, config), bool(wandb_project)
         )
-        folder, more = str(workdir / TENSORBOARD), {"flush_secs": 30, "max_queue": EVENTS_UNDER_WAY}
-        self._events = _Shown("TensorBoard", lambda: SummaryWriter(folder, purge_step=step + 1, **more))
+        self._events = _Shown("TensorBoard", lambda: _tensorboard(workdir / TENSORBOARD, step))
         look = {"unit": "step", "desc": "train", "mininterval": BAR_REFRESH_SECONDS, "dynamic_ncols": True}
         self._bar = _Shown("the progress bar", lambda: tqdm(total=steps, initial=step, **look))
 

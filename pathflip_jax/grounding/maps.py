@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.spatial import cKDTree
 
 METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
 DEFAULT_METHOD = "slide"
@@ -104,6 +103,8 @@ def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int)
     """
     if window == 1:
         return np.arange(len(coords), dtype=np.int32)[:, None]
+    from scipy.spatial import cKDTree  # half the start of every command, and few ground
+
     tree = cKDTree(np.asarray(coords, np.float64))
     _, found = tree.query(coords, k=window**2, p=np.inf, distance_upper_bound=patch_size * window / 2 - 1e-6)
     return np.where(found == len(coords), -1, found).astype(np.int32)
