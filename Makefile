@@ -8,10 +8,11 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 # configured one has none; without a CPU build those tests are skipped, and say so.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# Test processes side by side.
+# Test processes side by side; each takes file after file, in the order of tests/conftest.py: long ones first.
 JOBS ?= 2
 
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK = $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 PACKAGING := setup.cfg pyproject.toml
@@ -54,10 +55,10 @@ demo: setup
 	$(BIN)/pathflip demo --out demo
 
 test: setup-test
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile --durations 15
+	$(PYTEST) -m "not slow" --durations 15
 
 test-slow: setup-slow
-	$(BIN)/python -m pytest -m slow --numprocesses $(JOBS) --dist loadfile --durations 30
+	$(PYTEST) -m slow --durations 30
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -219,7 +219,8 @@ def _train(argv: list[str], says: Connection, devices: int, cache: Path) -> None
     """`pathflip train` in this process, which the fork server has made with all modules loaded."""
     os.dup2(says.fileno(), 1)
     os.dup2(says.fileno(), 2)
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    flags += f" --xla_force_host_platform_device_count={devices}"
     os.environ |= {"XLA_FLAGS": flags, "PATHFLIP_DEBUG": ""}
     import jax
 

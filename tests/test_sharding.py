@@ -1,5 +1,6 @@
 """Placement by rules, and the point of it: loss and gradients on 8 devices are those on 1."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,7 @@ EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
     ],
 )
 def test_loss_gradients_and_checkpoints_are_the_same_on_eight_devices(tmp_path, accumulate, loss, meshes):
-    # Without LLVM's optimisation it compiles in half the time, to the same mathematics.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", str(EIGHT_DEVICES), str(tmp_path), str(accumulate), loss, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

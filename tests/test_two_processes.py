@@ -25,7 +25,7 @@ def environment(tmp_path_factory):
     cache = tmp_path_factory.mktemp("compiled")
 
     def with_devices(count, **more):
-        flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
         common = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
         return os.environ | common | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | more
 

@@ -301,7 +301,7 @@ TRAINING = [
     "--config.data.tokenizer=vocabulary",
 ]  # fmt: skip
 # Compiled once and soon: what is computed is of no interest here.
-QUICK = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+QUICK = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
 
 
 def finished(run: Path) -> bool:

@@ -83,8 +83,7 @@ def test_every_tensor_arrives(decoder_folder, family, more):
 
 def test_on_eight_devices_each_byte_is_read_once(copied):
     folder = copied("qwen2", shard="20KB", dtype="bfloat16")
-    # Without LLVM's optimisation it compiles in half the time, to the same mathematics.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     script = Path(__file__).with_name("load_on_eight_devices.py")
     command = [sys.executable, "-W", "error", str(script), str(folder)]
