@@ -17,9 +17,9 @@ from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import finish_folder, shard_name, write_shard
 from pathflip_jax.data.tokens import train_wordpiece
 
-# Nearly all the suite's time goes to compiling, before anything here imports JAX. Without LLVM's optimisation, without
-# XLA's newer emitters of fused loops and in one piece, a program compiles in an eighth of the time, to the same
-# mathematics; those of an earlier run are taken as they are. A folder for each test process: entries of the cache do
+# Nearly all the time of the suite goes to compiling, before anything here imports JAX. A program compiles in a fraction
+# of the time, to the same mathematics, without the optimisation of LLVM, without the newer emitters of fused loops, and
+# in one piece; those of an earlier run are taken as they are. A folder for each test process: entries of the cache do
 # not appear whole.
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 QUICK_TO_COMPILE = (
