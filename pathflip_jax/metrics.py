@@ -167,18 +167,18 @@ def _advance(bar: tqdm, step: int, shown: dict[str, str]) -> None:
     bar.update(step - bar.n)
 
 
-def _add_scalars(events: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
+def _add_scalars(events: Any, step: int, scalars: dict[str, float]) -> None:
     _require_writer(events)
     for name, value in scalars.items():
         events.add_scalar(name, value, step)
 
 
-def _close_events(events: SummaryWriter) -> None:
+def _close_events(events: Any) -> None:
     _require_writer(events)
     events.close()
 
 
-def _require_writer(events: SummaryWriter) -> None:
+def _require_writer(events: Any) -> None:
     """Raise OSError where the thread that writes events is gone: a full disk ends it, and waiting would never end."""
     if not events.file_writer.event_writer._worker.is_alive():
         raise OSError("its events cannot be written any more")
