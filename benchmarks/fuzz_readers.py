@@ -30,10 +30,11 @@ from pathflip_jax.convert.checkpoint_files import read_checkpoint
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures, read_features
 from pathflip_jax.data.index import INDEX_HEAD, encode_slide, index_path
-from pathflip_jax.data.records import Records, finish_folder, shard_name, verify, write_shard
+from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.text import read_questions, read_slide_table, read_texts
 from pathflip_jax.data.tfrecord import crc32c, frame
 from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
+from pathflip_jax.data.verify import verify
 from pathflip_jax.evaluate.colour import patch_colours
 from pathflip_jax.evaluate.zero_shot import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail

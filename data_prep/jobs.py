@@ -22,8 +22,9 @@ from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax import ulimits
+from pathflip_jax.data.columns import DTYPES
 from pathflip_jax.data.features import SlideFeatures, UnknownPatchSize, read_features
-from pathflip_jax.data.index import DTYPES, narrowed
+from pathflip_jax.data.index import narrowed
 from pathflip_jax.data.records import write_shard
 from pathflip_jax.data.storage import Place, remove
 from pathflip_jax.data.tables import json_object

@@ -18,10 +18,11 @@ from data_prep.plan_file import FILLS, OVERRIDE, PARTS, Entry, fills, read_plan,
 from data_prep.shards import outdated, remove
 from data_prep.slide_table import SlideTable, read_table
 from pathflip_jax.data.cohort import Cohort, elect, traits_of
+from pathflip_jax.data.columns import SlideInfo
 from pathflip_jax.data.failures import Failure
 from pathflip_jax.data.features import case_of
-from pathflip_jax.data.index import SlideInfo, read_index
-from pathflip_jax.data.records import shard_name
+from pathflip_jax.data.index import read_index
+from pathflip_jax.data.records import is_shard, shard_name
 from pathflip_jax.data.storage import Place, make_folder
 from pathflip_jax.data.text import some
 
@@ -157,7 +158,7 @@ def _is_due(job: Job, standing: dict[str, SlideInfo]) -> bool:
 
 def _standing(out: Place) -> dict[str, SlideInfo]:
     """The slides in the shards of a folder."""
-    paths = sorted(path for path in out.glob("*.tfrecord") if _NUMBER.search(path.name))
+    paths = sorted(path for path in out.glob("*.tfrecord") if is_shard(path.name) and _NUMBER.search(path.name))
     return {info.slide_id: info for path in paths for info in read_index(path).slides}
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from data_prep.jobs import Effort, Job, Outcome, layout, read_remarks, remarks_path
 from pathflip_jax.data.cohort import Cohort, Traits, traits_of
+from pathflip_jax.data.columns import SlideInfo
 from pathflip_jax.data.failures import Failure
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.index import SlideInfo, index_path, read_index
+from pathflip_jax.data.index import index_path, read_index
 from pathflip_jax.data.records import Records, write_shard
 from pathflip_jax.data.storage import Place
 
@@ -48,7 +49,7 @@ def part_traits(job: Job) -> Traits | None:
     """What the slide of a part has in common with its cohort; None where it has no part."""
     if not job.part.exists():
         return None
-    found = traits_of(_info(job))
+    found = traits_of(_info(job))._replace(where=str(job.file))
     return found._replace(patch_size=0) if read_remarks(job.part).sizeless else found
 
 
@@ -112,8 +113,8 @@ def remove(part: Place) -> None:
 
 
 def _info(job: Job) -> SlideInfo:
-    """What the index of a slide's part knows of it; its errors name the slide's own file."""
-    return replace(read_index(job.part).slides[0], shard=job.file)
+    """What the index of a slide's part knows of it."""
+    return read_index(job.part).slides[0]
 
 
 def _fitted(job: Job, cohort: Cohort | None) -> tuple[dict[str, Any], tuple[str, ...]]:

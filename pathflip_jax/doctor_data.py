@@ -8,13 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.cases import Sources, bag_keys, slides_of_case
+from pathflip_jax.data.columns import SlideInfo
 from pathflip_jax.data.identity import SlideNames, connected, is_missing, person_keys
-from pathflip_jax.data.index import SlideInfo
-from pathflip_jax.data.records import Records, verify
+from pathflip_jax.data.records import Records
 from pathflip_jax.data.storage import Place
 from pathflip_jax.data.tables import read_rows
 from pathflip_jax.data.text import SlideText, match_rows, match_texts, read_texts, slide_row, some
 from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.verify import verify
 from pathflip_jax.evaluate.splits import check_split
 from pathflip_jax.findings import Finding, guarded, logged_warnings
 

@@ -120,7 +120,7 @@ def embed(
     predictor.check_features(archive.where, archive.feature_dim, archive.encoder)
     ids, failed, notes = _select(archive, slides_table, split)
     claim = {
-        "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(records),
+        "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(archive),
         "slides_hash": _sha256(ids), "regions": regions, "checkpoint": str(run), "records": str(records),
         "split": split or "", "encoder": archive.encoder or predictor.encoder, "normalised": False,
         "embed_dim": predictor.model.config.embed_dim, "cut": predictor.cut, "edge_um": predictor.edge_um,

@@ -4,7 +4,6 @@ Training and validation draw from the same records and texts; the slide table sa
 """
 
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -154,7 +153,7 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
 
 def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
-    manifest = read_manifest(data.records)
+    manifest = read_manifest(records)
     files = {name: [as_path(data[name])] for name in ("texts", "slides") if data[name]}
     files["tokenizer"] = [
         path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
@@ -162,20 +161,17 @@ def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     hashes = {name: _hash(paths) for name, paths in files.items()}
     cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
-    return facts | cut | {"hashes": hashes | {"records": manifest_hash(data.records)}}
+    return facts | cut | {"hashes": hashes | {"records": manifest_hash(records)}}
 
 
-def read_manifest(records: str) -> dict:
-    """What the records say of themselves: how they were cut, their hash. Raises where they are not finished."""
-    path = as_path(records) / "manifest.json"
-    try:
-        return json.loads(read_bytes(path))
-    except FileNotFoundError:
+def read_manifest(records: Records) -> dict:
+    """What the records say of themselves, such as how they were cut. FileNotFoundError where they are not finished."""
+    if records.manifest is None:
         raise FileNotFoundError(
-            f"{path}: no such file, so the records are not finished; run the command that writes them once more"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete it and run the command that writes the records") from None
+            f"{records.where}: no manifest.json, so the records are not finished; run the command that writes "
+            "them once more"
+        )
+    return records.manifest.facts
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:

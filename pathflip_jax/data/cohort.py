@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
-from pathflip_jax.data.index import SlideInfo
+from pathflip_jax.data.columns import SlideInfo, column
 from pathflip_jax.data.text import some
 
 # Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
 # patches of 224 and 256 pixels differ by 14.
 SIZE_TOLERANCE = 0.1
+PIECE = 4096  # slides of which Python objects are made at a time
 _APART = "one cohort has one: write the others to a folder of their own"
 _ANEW = (
     "one cohort has one physical size: extract the others anew, or write them to a folder of their own; an mpp that is "
@@ -44,6 +46,9 @@ class Traits(NamedTuple):
         return self.patch_size * self.mpp
 
 
+_SHARED = Traits._fields[2:]
+
+
 class Vote(NamedTuple):
     """The value that most slides have, and how many of how many."""
 
@@ -58,8 +63,7 @@ class Undecided(ValueError):
 
 def traits_of(info: SlideInfo) -> Traits:
     """The traits of a slide in records."""
-    names = ("encoder", "feature_dim", "feature_dtype", "cut", "patch_size", "mpp")
-    return Traits(info.slide_id, str(info.shard), *(getattr(info, name) for name in names))
+    return Traits(info.slide_id, str(info.shard), *(getattr(info, name) for name in _SHARED))
 
 
 @dataclass(frozen=True)
@@ -106,26 +110,32 @@ class Cohort:
         return min(self.pixels) if len(self.pixels) == 1 else 0
 
 
-def elect(slides: Sequence[Traits]) -> Cohort:
+def elect(slides: Sequence[Traits], times: Sequence[int] = ()) -> Cohort:
     """What the majority of slides has. Raises Undecided, with counts and names, where more than half share no value.
 
-    An encoder without a name does not vote, nor does an unknown size, nor one in pixels where others are in um.
+    An encoder without a name does not vote, nor does an unknown size, nor one in pixels where others are in um. With
+    `times`, a slide speaks for as many as that which are like it.
     """
+    times = times or [1] * len(slides)
     common = {}
     for name in ("encoder", "feature_dim", "feature_dtype", "cut"):
         voters = [(getattr(slide, name), slide) for slide in slides if name != "encoder" or slide.encoder]
-        counts = Counter(value for value, _ in voters)
+        counts: Counter[Any] = Counter()
+        for slide, count in zip(slides, times, strict=True):
+            if name != "encoder" or slide.encoder:
+                counts[getattr(slide, name)] += count
         value, count = max(counts.items(), key=lambda item: (item[1], str(item[0])), default=("", 0))
-        common[name] = Vote(value, count, len(voters))
+        common[name] = Vote(value, count, counts.total())
         _check_majority(common[name], name, voters)
-    sized = [slide for slide in slides if slide.patch_size]
-    measured = [slide for slide in sized if slide.mpp]
+    sized = [(slide, count) for slide, count in zip(slides, times, strict=True) if slide.patch_size]
+    measured = [(slide, count) for slide, count in sized if slide.mpp]
     if not sized:
         return Cohort(common, None, "px", frozenset())
     unit = "um" if measured else "px"
-    voters = [(slide.patch_um if measured else float(slide.patch_size), slide) for slide in measured or sized]
-    value, count = _commonest([size for size, _ in voters])
-    vote = Vote(value, count, len(voters))
+    voters = [(slide.patch_um if measured else float(slide.patch_size), slide) for slide, _ in measured or sized]
+    sizes = np.repeat([size for size, _ in voters], [count for _, count in measured or sized])
+    value, count = _commonest(sizes)
+    vote = Vote(value, count, len(sizes))
     _check_majority(vote, f"patches in {unit} of", voters)
     pixels = frozenset(slide.patch_size for size, slide in voters if _same(size, value))
     return Cohort(common, vote, unit, pixels)
@@ -137,6 +147,19 @@ def check_cohort(slides: Sequence[SlideInfo]) -> None:
     Raises ValueError naming the slides that differ from the majority in encoder, feature width or dtype, region cut or
     physical patch size, or a slide that is there twice.
     """
+    ids = column(slides, "slide_id")
+    if len(set(ids)) < len(ids):
+        _refuse_twins(slides)
+    if not len(slides) or _is_one(slides):
+        return
+    found = [traits_of(info) for info in slides]
+    cohort = elect(found)
+    odd = [(slide, text) for slide in found if (text := cohort.objection(slide))]
+    others = f" (and {some(slide.slide_id for slide, _ in odd[1:])})" if odd[1:] else ""
+    raise ValueError(f"{odd[0][0].where}: {odd[0][1]}{others}")
+
+
+def _refuse_twins(slides: Sequence[SlideInfo]) -> None:
     seen: dict[str, Any] = {}
     for info in slides:
         if info.slide_id in seen:
@@ -144,14 +167,21 @@ def check_cohort(slides: Sequence[SlideInfo]) -> None:
             cure = "take one away; two files of one slide need two ids"
             raise ValueError(f"{info.shard}{other}: slide {info.slide_id} is there twice; {cure}")
         seen[info.slide_id] = info.shard
-    if not slides:
-        return
-    found = [traits_of(info) for info in slides]
-    cohort = elect(found)
-    odd = [(slide, text) for slide in found if (text := cohort.objection(slide))]
-    if odd:
-        others = f" (and {some(slide.slide_id for slide, _ in odd[1:])})" if odd[1:] else ""
-        raise ValueError(f"{odd[0][0].where}: {odd[0][1]}{others}")
+
+
+def _is_one(slides: Sequence[SlideInfo]) -> bool:
+    """Whether slides are one cohort. Few of them differ in what they share, so one of each kind is looked at."""
+    kinds: Counter[tuple] = Counter()
+    columns = [column(slides, name) for name in _SHARED]
+    for first in range(0, len(slides), PIECE):
+        parts = (own[first : first + PIECE] for own in columns)
+        kinds.update(zip(*(part.tolist() if isinstance(part, np.ndarray) else part for part in parts), strict=True))
+    found = [Traits("", "", *kind) for kind in kinds]
+    try:
+        cohort = elect(found, list(kinds.values()))
+    except Undecided:
+        return False
+    return not any(map(cohort.objection, found))
 
 
 def _share(vote: Vote) -> str:
@@ -162,9 +192,9 @@ def _same(here: float, there: float) -> bool:
     return abs(here - there) <= SIZE_TOLERANCE * there
 
 
-def _commonest(sizes: Sequence[float]) -> tuple[float, int]:
+def _commonest(sizes: Float[np.ndarray, "n"]) -> tuple[float, int]:
     """The size that most of these are the same as, and how many; the one that occurs most often where several are."""
-    ordered = np.sort(np.array(sizes, np.float64))
+    ordered = np.sort(sizes)
     values, counts = np.unique(ordered, return_counts=True)
     low = np.searchsorted(ordered, values * (1 - SIZE_TOLERANCE) - 1e-9, "left")
     high = np.searchsorted(ordered, values * (1 + SIZE_TOLERANCE) + 1e-9, "right")

@@ -5,88 +5,26 @@ shard of any writer can be indexed.
 """
 
 import errno
-import json
-import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from pathflip_jax.data.features import SlideFeatures, all_finite, check_slide_id, rounded_away
+from pathflip_jax.data.columns import ARRAYS, DTYPES, SlideInfo, Slides
+from pathflip_jax.data.features import SlideFeatures, all_finite, rounded_away
+from pathflip_jax.data.index_file import Index, check_info, decode_index, encode_index
 from pathflip_jax.data.regions import cut_regions
-from pathflip_jax.data.storage import Place, as_path, file_sizes, read_many
-from pathflip_jax.data.tables import parse_json
+from pathflip_jax.data.storage import Place, as_path, file_sizes, read_in_turn
 from pathflip_jax.data.tfrecord import bytes_offsets, crc32c, example_parts, frame, read_frames, whole_file
 
-DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 COORDS = np.dtype("<i4")
 KEYS = {
     "slide_id", "case_id", "encoder", "feature_dtype", "feature_dim", "num_patches", "features", "coords", "patch_size",
     "mpp", "width", "height", "region_rows", "region_grid", "region_crc32c",
 }  # fmt: skip
 LARGEST_EXAMPLE = 2**31 - 2**20  # protobuf holds 2 GiB; the small fields need some of it
-INDEX_MAGIC, INDEX_VERSION = b"PATHFLIP", 1
-INDEX_HEAD = struct.Struct("<8sIQ")
 REBUILD = "delete it and the next opening builds it anew from the shard"
 REWRITE = "copy the shard again, or delete it and its .idx and run `pathflip prepare` or `import` again"
-
-
-@dataclass(frozen=True, eq=False)
-class SlideInfo:
-    """What the index knows of a slide: all of its record but features and coordinates, and where those lie.
-
-    `region_rows` [R+1], `region_grid` [R, 2] (column, row; -1 in `scan`), `region_crc32c` [R] as in the record.
-    """
-
-    slide_id: str
-    case_id: str
-    encoder: str
-    feature_dtype: str
-    feature_dim: int
-    num_patches: int
-    patch_size: int
-    mpp: float
-    width: int
-    height: int
-    features_offset: int
-    coords_offset: int
-    coords_bytes: int
-    coords_crc32c: int
-    region_rows: Int[np.ndarray, "R+1"] = field(repr=False)
-    region_grid: Int[np.ndarray, "R 2"] = field(repr=False)
-    region_crc32c: Int[np.ndarray, "R"] = field(repr=False)
-    shard: Place = field(default=Path())
-
-    @property
-    def num_regions(self) -> int:
-        """The number R of regions."""
-        return len(self.region_grid)
-
-    @property
-    def cut(self) -> str:
-        """How the regions were cut: `grid` or `scan`."""
-        return "scan" if (self.region_grid == -1).all() else "grid"
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one patch's features."""
-        return self.feature_dim * DTYPES[self.feature_dtype].itemsize
-
-
-ARRAYS = {"region_rows": np.dtype("<i8"), "region_grid": np.dtype("<i4"), "region_crc32c": np.dtype("<u4")}
-SCALARS = [f.name for f in fields(SlideInfo) if f.name not in ARRAYS and f.name != "shard"]
-
-
-@dataclass(frozen=True)
-class Index:
-    """The index of one shard: its slides, and the size and CRC32C of the whole file."""
-
-    shard_bytes: int
-    shard_crc32c: int
-    slides: tuple[SlideInfo, ...]
 
 
 def index_path(shard: Place | str) -> Place:
@@ -203,33 +141,10 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
         shard=shard,
     )
     try:
-        _check_info(info, payloads["features"][1])
+        check_info(info, payloads["features"][1])
     except ValueError as error:
         raise ValueError(f"{where}: {error}; {REWRITE}") from None
     return info
-
-
-def _check_info(info: SlideInfo, features_bytes: int | None = None) -> None:
-    """Raise ValueError where what is known of a slide contradicts itself: it may come from anybody's file.
-
-    `features_bytes` is the size of its features, where something but the index tells it.
-    """
-    check_slide_id(info.slide_id)
-    where, rows = f"slide {info.slide_id}", info.region_rows
-    sizes = (info.patch_size, info.width, info.height, info.num_patches - 1, info.feature_dim - 1)
-    if info.feature_dtype not in DTYPES:
-        raise ValueError(f"{where} has features of {info.feature_dtype!r:.40}, expected one of {', '.join(DTYPES)}")
-    if not all(0 <= size < 2**31 for size in sizes) or not 0 <= info.mpp < 1e4:
-        found = f"{info.num_patches} patches of {info.patch_size} px, {info.feature_dim} wide, mpp {info.mpp}"
-        raise ValueError(f"{where} has {found}, in {info.width} x {info.height}, expected sizes")
-    expected = info.num_patches * info.row_bytes
-    stored = expected if features_bytes is None else features_bytes
-    if stored != expected or info.coords_bytes not in (0, 8 * info.num_patches):
-        found = f"{stored} bytes of features and {info.coords_bytes} of coords"
-        raise ValueError(f"{where} has {found} for {info.num_patches} patches of {info.row_bytes} bytes")
-    if not (len(rows) == len(info.region_grid) + 1 == len(info.region_crc32c) + 1 and rows[0] == 0
-            and rows[-1] == info.num_patches and (np.diff(rows) > 0).all()):  # fmt: skip
-        raise ValueError(f"{where} has regions that do not cover its {info.num_patches} patches")
 
 
 def check_region(info: SlideInfo, region: int, crc: int) -> None:
@@ -261,17 +176,7 @@ def build_index(shard: Place | str) -> Index:
         end, crc = offset + len(data) + len(tail), crc32c(head, data, tail, start=crc)
     if [end] != file_sizes([shard]):
         raise OSError(f"{shard}: changed while it was read; try again once its writer is done")
-    return Index(end, crc, tuple(infos))
-
-
-def encode_index(index: Index) -> bytes:
-    """An index as it is stored: scalars as JSON, arrays raw behind it, a CRC32C at the end."""
-    slides = [{name: getattr(info, name) for name in SCALARS} | {"regions": info.num_regions} for info in index.slides]
-    head = json.dumps({"bytes": index.shard_bytes, "crc32c": index.shard_crc32c, "slides": slides}).encode()
-    parts = [INDEX_HEAD.pack(INDEX_MAGIC, INDEX_VERSION, len(head)), head]
-    parts += [getattr(info, name).astype(dtype).tobytes() for info in index.slides for name, dtype in ARRAYS.items()]
-    data = b"".join(parts)
-    return data + struct.pack("<I", crc32c(data))
+    return Index(end, crc, Slides.of(shard, infos))
 
 
 def save_index(shard: Place, index: Index) -> None:
@@ -282,25 +187,32 @@ def save_index(shard: Place, index: Index) -> None:
 
 def read_index(shard: Place | str) -> Index:
     """Load the index of a shard, as `read_indexes` does."""
-    return read_indexes([shard])[0]
+    shards = [as_path(shard)]
+    return next(read_indexes(shards, file_sizes(shards), index_bytes(shards)))
 
 
-def read_indexes(shards: Sequence[Place | str]) -> list[Index]:
-    """Load the indexes of shards, those behind URLs all at once; build one where there is none.
+def index_bytes(shards: Sequence[Place], *before: Place) -> Iterator[bytes | None]:
+    """The bytes of the files `before` and of the indexes of shards, None for what is not there, few at a time."""
+    return read_in_turn([*before, *map(index_path, shards)])
+
+
+def read_indexes(
+    shards: Sequence[Place], sizes: Sequence[int | None], contents: Iterator[bytes | None]
+) -> Iterator[Index]:
+    """The indexes of shards of these sizes from their bytes, one after the other; one is built where there is none.
 
     Raises ValueError for an index that is damaged, of another version, or older than its shard; FileNotFoundError for
     a shard that is not there.
     """
-    shards = [as_path(shard) for shard in shards]
-    sizes = file_sizes(shards)
     for shard, size in zip(shards, sizes, strict=True):
         if size is None:
             raise FileNotFoundError(f"{shard}: no such shard; restore it, or write it again")
-    contents = read_many([index_path(shard) for shard in shards])
-    return [
-        _built(shard) if data is None else _parsed(shard, size, data)
-        for shard, size, data in zip(shards, sizes, contents, strict=True)
-    ]
+    names: dict[str, str] = {}  # each text that slides share is held once
+    for shard, size, data in zip(shards, sizes, contents, strict=True):
+        if data is None:
+            yield _built(shard)
+        else:
+            yield _parsed(shard, size, data, names)
 
 
 def _built(shard: Place) -> Index:
@@ -313,46 +225,10 @@ def _built(shard: Place) -> Index:
     return index
 
 
-def _parsed(shard: Place, size: int, data: bytes) -> Index:
+def _parsed(shard: Place, size: int, data: bytes, names: dict[str, str]) -> Index:
     """An index as it is stored, beside a shard of that size."""
-    path = index_path(shard)
-    if len(data) < INDEX_HEAD.size + 4 or crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise ValueError(f"{path}: damaged or cut short, its CRC32C does not hold; {REBUILD}")
-    magic, version, length = INDEX_HEAD.unpack_from(data)
-    if magic != INDEX_MAGIC or version != INDEX_VERSION:
-        raise ValueError(f"{path}: index version {version} of {magic!r}, expected {INDEX_VERSION}; {REBUILD}")
     try:
-        return _decode_index(data, INDEX_HEAD.size + length, shard, size)
+        return decode_index(data, shard, size, names)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         found = str(error) if type(error) is ValueError else f"not an index ({error!r:.200})"
-        raise ValueError(f"{path}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}") from None
-
-
-def _decode_index(data: bytes, start: int, shard: Place, size: int) -> Index:
-    """An index from its bytes, whose JSON ends at `start`. Raises ValueError for one that points out of its shard."""
-    head = parse_json(data[INDEX_HEAD.size : start].decode())
-    if head["bytes"] != size:
-        raise ValueError(f"of a shard of {head['bytes']} bytes, {shard.name} has {size}")
-    infos = []
-    for scalars in head["slides"]:
-        _check_scalars(scalars)
-        regions, arrays = scalars.pop("regions"), {}
-        for name, count in (("region_rows", regions + 1), ("region_grid", 2 * regions), ("region_crc32c", regions)):
-            arrays[name] = np.frombuffer(data, ARRAYS[name], count, start)
-            start += arrays[name].nbytes
-        arrays["region_grid"] = arrays["region_grid"].reshape(-1, 2)
-        info = SlideInfo(**scalars, **arrays, shard=shard)
-        _check_info(info)
-        ends = (info.features_offset + info.num_patches * info.row_bytes, info.coords_offset + info.coords_bytes)
-        if max(ends) > size or min(info.features_offset, info.coords_offset) < 0:
-            raise ValueError(f"slide {info.slide_id} lies outside of {shard.name}, up to byte {max(ends)} of {size}")
-        infos.append(info)
-    return Index(head["bytes"], head["crc32c"], tuple(infos))
-
-
-def _check_scalars(scalars: dict) -> None:
-    """Raise TypeError where the JSON of an index has a value of another type than `SlideInfo`, or a number below 0."""
-    kinds = {field.name: (int, float) if field.type is float else field.type for field in fields(SlideInfo)}
-    for name, value in scalars.items():
-        if not isinstance(value, kinds.get(name, int)) or (not isinstance(value, str) and value < 0):
-            raise TypeError(f"{name} is {value!r:.40}")
+        raise ValueError(f"{index_path(shard)}: {found}; if the shard is whole, {REBUILD}; else {REWRITE}") from None

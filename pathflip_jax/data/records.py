@@ -4,36 +4,42 @@ One standard `tf.train.Example` per slide, patches stored region by region. `<sh
 payloads lie, so a training step reads only the regions that it samples. The folder is a TFDS dataset too.
 """
 
-import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from pathflip_jax.data.cohort import check_cohort
-from pathflip_jax.data.coordinates import patch_size_fault, place_fault, repeated_fault
+from pathflip_jax.data.columns import DTYPES, SlideInfo, Slides
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.index import (
     COORDS,
-    DTYPES,
-    REBUILD,
     REWRITE,
-    Index,
-    SlideInfo,
     build_index,
     check_region,
-    encode_index,
     encode_slide,
+    index_bytes,
     index_path,
-    read_index,
     read_indexes,
     save_index,
+)
+from pathflip_jax.data.index_file import Index
+from pathflip_jax.data.manifest import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    folder_faults,
+    parse_manifest,
+    refuse,
+    shard_faults,
+    sums_hash,
 )
 from pathflip_jax.data.regions import EDGE_UM, region_edge
 from pathflip_jax.data.storage import (
@@ -41,17 +47,17 @@ from pathflip_jax.data.storage import (
     Place,
     RemoteFile,
     as_path,
+    file_sizes,
     list_files,
     open_file,
     read_at,
-    read_bytes,
     remove,
 )
-from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfds import dataset_info, feature_schema
 from pathflip_jax.data.tfrecord import crc32c, read_frames, whole_file
 
 SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them
+_log = logging.getLogger(__name__)
 
 
 def shard_name(number: int) -> str:
@@ -88,7 +94,7 @@ def write_shard(
             infos[info.slide_id] = info
         check_cohort(list(infos.values()))
         remove(index_path(path))  # of an earlier shard of this name
-    save_index(path, Index(out.bytes, out.crc32c, tuple(infos.values())))
+    save_index(path, Index(out.bytes, out.crc32c, Slides.of(path, list(infos.values()))))
     return list(infos.values())
 
 
@@ -99,37 +105,68 @@ def write_index(shard: Place | str) -> Index:
     return index
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of a shard; a dot before it means another file, such as macOS' `._` beside a copy."""
+    return not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in SHARDS)
+
+
 def find_shards(folder: Place | str) -> list[Place]:
     """The shards in a folder, in order of their names. Raises FileNotFoundError where there is none."""
     folder = as_path(folder)
+    return [folder / name for name in shard_sizes(folder, list_folder(folder))]
+
+
+def list_folder(folder: Place) -> dict[str, int]:
+    """The bytes of the files of a folder of records, by name. Raises FileNotFoundError where there is none."""
     try:
-        names = list_files(folder)
+        return list_files(folder)
     except (FileNotFoundError, NotADirectoryError):
         found = f"{folder}: no such folder; `pathflip prepare` or `import` writes records"
         raise FileNotFoundError(found) from None
-    shards = [folder / name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in SHARDS)]
-    if not shards:
+
+
+def shard_sizes(folder: Place, files: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of the shards among the files of a folder, by name and in order."""
+    sizes = {name: files[name] for name in sorted(files) if is_shard(name)}
+    if not sizes:
         raise FileNotFoundError(f"{folder}: no *.tfrecord in it; `pathflip prepare` or `import` writes records")
-    return shards
+    return sizes
 
 
 class Records:
     """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
 
-    Takes a folder or a list of shards, local or behind URLs. Raises ValueError for slides that are no one cohort or
-    are there twice.
+    Takes a folder or a list of shards, local or behind URLs. A folder is held against its manifest.json, and a folder
+    that has none is warned of: it is not finished, or another program wrote it; a list is taken as it is. Raises
+    ValueError for a folder whose shards are not those that its manifest lists, for slides that are no one cohort or are
+    there twice.
     """
 
     def __init__(self, folder: Place | str | Sequence[Place | str], *, open_files: int = 64) -> None:
-        one = not isinstance(folder, (list, tuple))
-        self.shards = find_shards(folder) if one else [as_path(shard) for shard in folder]
-        self.indexes = read_indexes(self.shards)
-        self.slides = [info for index in self.indexes for info in index.slides]
-        self.where = str(folder) if one else ", ".join(map(str, self.shards[:3]))
+        self.manifest: Manifest | None = None
+        if isinstance(folder, (list, tuple)):
+            self.shards = [as_path(shard) for shard in folder]
+            self.where, sizes = ", ".join(map(str, self.shards[:3])), file_sizes(self.shards)
+            contents = index_bytes(self.shards)
+        else:
+            self.where, folder = str(folder), as_path(folder)
+            files = list_folder(folder)
+            listed = shard_sizes(folder, files)
+            self.shards, sizes = [folder / name for name in listed], list(listed.values())
+            contents = index_bytes(self.shards, *([folder / MANIFEST] if MANIFEST in files else []))
+            self.manifest = _check_folder(folder, listed, next(contents) if MANIFEST in files else None)
+        parts: list[Slides] = []
+        self.sums: list[tuple[str, int, int]] = []  # name, bytes and CRC32C of each shard
+        for shard, index in zip(self.shards, read_indexes(self.shards, sizes, contents), strict=True):
+            self.sums.append((shard.name, index.shard_bytes, index.shard_crc32c))
+            if self.manifest:
+                refuse(shard_faults(self.manifest, shard.name, len(index.slides), index.shard_crc32c))
+            parts.append(index.slides)
+        self.slides = Slides.joined(parts)
         if not self.slides:
             raise ValueError(f"{self.where}: records of no slides; see failures.json there for why")
         check_cohort(self.slides)
-        self._position = {info.slide_id: i for i, info in enumerate(self.slides)}
+        self._position = {slide_id: i for i, slide_id in enumerate(self.slides.column("slide_id"))}
         self._open: OrderedDict[Place, LocalFile | RemoteFile] = OrderedDict()
         self._open_files, self._lock = open_files, threading.Lock()
 
@@ -146,7 +183,7 @@ class Records:
     @property
     def encoder(self) -> str:
         """The patch encoder; empty when no feature file named it."""
-        return next((info.encoder for info in self.slides if info.encoder), "")
+        return next(filter(None, self.slides.column("encoder")), "")
 
     @property
     def cut(self) -> str:
@@ -156,7 +193,7 @@ class Records:
     @property
     def patch_slots(self) -> int:
         """The number S of patches in the fullest region of the cohort."""
-        return max(int(np.diff(info.region_rows).max()) for info in self.slides)
+        return self.slides.largest_region
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -196,7 +233,7 @@ class Records:
         if wanted[0] < 0 or wanted[-1] >= info.num_regions:
             found = f"regions {wanted[0]} to {wanted[-1]} were asked for, it has {info.num_regions}"
             raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
-        shapes = [(int(n), info.feature_dim) for n in np.diff(info.region_rows)[regions]]
+        shapes = [(int(n), self.feature_dim) for n in np.diff(info.region_rows)[regions]]
         parts = [None] * len(regions) if out is None else list(out)
         for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
             if part is None:
@@ -259,12 +296,32 @@ def iter_examples(shard: Place | str) -> Iterator:
         yield tf_example_pb2.Example.FromString(data)
 
 
-def manifest_hash(folder: Place | str) -> str:
-    """A SHA-256 of what the shards of a folder hold, from their indexes; it changes with any byte of the data."""
-    shards = find_shards(folder)
-    indexes = zip(shards, read_indexes(shards), strict=True)
-    shards = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in indexes]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+def _check_folder(folder: Place, sizes: Mapping[str, int], data: bytes | None) -> Manifest | None:
+    """The manifest of a folder with shards of these sizes, from its bytes. ValueError where they disagree."""
+    if data is None:
+        _log.warning(
+            "%s: no %s, so nothing tells whether shards are missing; if `pathflip prepare` or `import` writes these "
+            "records, run it to its end",
+            folder, MANIFEST,
+        )  # fmt: skip
+        return None
+    manifest = parse_manifest(folder / MANIFEST, data)
+    refuse(folder_faults(manifest, sizes))
+    return manifest
+
+
+def manifest_hash(records: Records | Place | str) -> str:
+    """A SHA-256 of what the shards of a folder hold, from their indexes; it changes with any byte of the data.
+
+    Of records that are open nothing is read again.
+    """
+    if isinstance(records, Records):
+        sums = records.sums
+    else:
+        shards = find_shards(records)
+        indexes = zip(shards, read_indexes(shards, file_sizes(shards), index_bytes(shards)), strict=True)
+        sums = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in indexes]
+    return sums_hash(sums)
 
 
 def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:
@@ -275,7 +332,7 @@ def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int
     ValueError for slides that are no one cohort and for a shard that is missing, FileNotFoundError for no shards.
     """
     folder = as_path(folder)
-    records = Records(folder)
+    records = Records(find_shards(folder))
     expected = [shard_name(number) for number in range(len(records.shards))]
     names = [shard.name for shard in records.shards]
     if names != expected:
@@ -283,32 +340,34 @@ def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int
         raise ValueError(f"{folder}: {missing[0]} is missing beside {names[-1]}; run the task that writes it first")
     for position, info in enumerate(records.slides):
         _check_edge(info, records.coords(position), edge_um, edge_px)
+    return write_manifest(folder, records, edge_um, edge_px)
+
+
+def write_manifest(folder: Place, records: Records, edge_um: float, edge_px: int | None) -> dict:
+    """Write features.json, dataset_info.json and manifest.json of a folder with these records; returns the last."""
+    ids = iter(records.slides.column("slide_id"))
+    sizes = np.bincount(records.slides.column("shard_number"), minlength=len(records.shards)).tolist()
     shards = [
-        {
-            "name": shard.name,
-            "bytes": index.shard_bytes,
-            "crc32c": f"{index.shard_crc32c:08x}",
-            "slides": [info.slide_id for info in index.slides],
-        }
-        for shard, index in zip(records.shards, records.indexes, strict=True)
+        {"name": name, "bytes": size, "crc32c": f"{crc:08x}", "slides": list(islice(ids, count))}
+        for (name, size, crc), count in zip(records.sums, sizes, strict=True)
     ]
-    first = records.slides[0]
+    dtype = records.slides[0].feature_dtype
     manifest = {
-        "version": 1,
-        "sha256": manifest_hash(folder),
+        "version": VERSION,
+        "sha256": manifest_hash(records),
         "encoder": records.encoder,
         "feature_dim": records.feature_dim,
-        "feature_dtype": first.feature_dtype,
+        "feature_dtype": dtype,
         "cut": records.cut,
         "edge_um": edge_um,
         "edge_px": edge_px,
         "num_slides": len(records),
-        "num_patches": sum(info.num_patches for info in records.slides),
+        "num_patches": int(records.slides.column("num_patches").sum()),
         "shards": shards,
     }
-    info = dataset_info([len(shard["slides"]) for shard in shards], sum(shard["bytes"] for shard in shards))
-    schema = feature_schema(records.feature_dim, first.feature_dtype)
-    for name, content in (("features.json", schema), ("dataset_info.json", info), ("manifest.json", manifest)):
+    info = dataset_info(sizes, sum(size for _, size, _ in records.sums))
+    schema = feature_schema(records.feature_dim, dtype)
+    for name, content in (("features.json", schema), ("dataset_info.json", info), (MANIFEST, manifest)):
         with whole_file(folder / name) as out:
             out.write((json.dumps(content, indent=1) + "\n").encode())
     return manifest
@@ -325,55 +384,3 @@ def _check_edge(info: SlideInfo, coords: np.ndarray | None, edge_um: float, edge
             f"{info.shard}: slide {info.slide_id} was not cut into {expected}; one cohort has one region cut: "
             "pass the edge that it was written with, or write the slide again"
         )
-
-
-def _place_fault(info: SlideInfo) -> str:
-    """What is wrong with where a slide's patches lie, else ""."""
-    size = (info.width, info.height)
-    fault = patch_size_fault(info.patch_size, info.mpp, *size)
-    if info.coords_bytes and not fault:
-        data = read_at(open_file(info.shard), info.coords_bytes, info.coords_offset)
-        coords = data.view(COORDS).reshape(-1, 2)
-        fault = repeated_fault(coords) or place_fault(coords, info.patch_size, *size)
-    return f"slide {info.slide_id}: {fault}" if fault else ""
-
-
-def verify(folder: Place | str) -> list[str]:
-    """Every fault of a folder of records, each naming its file; none for a sound one. Reads every byte.
-
-    Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, that patches
-    lie where they can, and that manifest.json describes what is there.
-    """
-    folder, faults, indexes = as_path(folder), [], {}
-    shards = find_shards(folder)
-    names = list_files(folder)
-    for shard in shards:
-        try:
-            indexes[shard.name] = built = build_index(shard)
-            faults += [f"{shard}: {fault}" for fault in map(_place_fault, built.slides) if fault]
-            if index_path(shard).name in names and encode_index(read_index(shard)) != encode_index(built):
-                faults.append(f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}")
-        except (OSError, ValueError) as error:
-            faults.append(str(error))
-    try:
-        check_cohort([info for index in indexes.values() for info in index.slides])
-    except ValueError as error:
-        faults.append(str(error))
-    left = [name for name in sorted(names) if name.endswith(".tmp")]
-    faults += [f"{folder / name}: left by a writer that was killed; delete it" for name in left]
-    path = folder / "manifest.json"
-    if path.name not in names:
-        return [*faults, f"{path}: missing: the folder was not finished; run the command that writes it to its end"]
-    try:
-        listed = {shard["name"]: shard for shard in parse_json(read_bytes(path).decode())["shards"]}
-        crcs = {str(name): str(shard["crc32c"]) for name, shard in listed.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        return [*faults, f"{path}: not a manifest ({error}); delete it and run the command that writes it again"]
-    for name in sorted({*crcs, *(shard.name for shard in shards)}):
-        if name not in crcs:
-            faults.append(f"{folder / name}: not in manifest.json; finish the folder again, or take the shard away")
-        elif name not in names:
-            faults.append(f"{folder / name}: listed in manifest.json and not there; restore it, or write it again")
-        elif name in indexes and crcs[name] != f"{indexes[name].shard_crc32c:08x}":
-            faults.append(f"{folder / name}: another shard than manifest.json describes; finish the folder again")
-    return faults

@@ -27,6 +27,7 @@ MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS
 GAP = 1 << 16  # bytes: ranges this near are fetched as one, which costs less than another request
 PIECE = 8 << 20  # bytes: longer ranges are fetched in pieces at a time, as one stream is slower than the network
 AHEAD = 8 * PIECE  # bytes: what is in memory of a file that is read to its end
+AT_ONCE = 256  # small files that are asked for together
 WAITS = (0.5, 1.0, 2.0)  # seconds before asking again, give or take a half, so that a thousand readers spread out
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 DAMAGED = "copy it again, or delete it and its .idx and write it again"
@@ -225,13 +226,24 @@ def read_bytes(path: Place) -> bytes:
 
 def read_many(paths: Sequence[Place]) -> list[bytes | None]:
     """All bytes of many small files, None for those that are not there; those behind URLs are fetched at once."""
-    found: list[bytes | None] = [
-        path.read_bytes() if isinstance(path, Path) and path.exists() else None for path in paths
-    ]
+    found: list[bytes | None] = [_read_local(path) if isinstance(path, Path) else None for path in paths]
     remote = [i for i, path in enumerate(paths) if not isinstance(path, Path)]
     for i, data in zip(remote, _fetch([(paths[i], None, None) for i in remote], missing_ok=True), strict=True):
         found[i] = data
     return found
+
+
+def _read_local(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def read_in_turn(paths: Sequence[Place]) -> Iterator[bytes | None]:
+    """What `read_many` returns, one file after the other, with few of them in memory at any time."""
+    for first in range(0, len(paths), AT_ONCE):
+        yield from read_many(paths[first : first + AT_ONCE])
 
 
 def list_files(folder: Place) -> dict[str, int]:

@@ -342,12 +342,12 @@ def _open_batches(
 
 def _facts(data: ConfigDict, records: Records, training: LanguageBatches, template: str, means: dict) -> dict:
     """What a later reader must know of the data, and hashes that tell whether it is still the same."""
-    manifest = read_manifest(data.records)
+    manifest = read_manifest(records)
     paths = [path for path, _ in read_mixture(data.texts)] + ([as_path(data.slides)] if data.slides else [])
     hashes = {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in paths}
     cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "patch_slots": training.patch_slots, "length": training.length}
-    hashes = {"texts": sorted(hashes.values()), "records": manifest_hash(data.records)}
+    hashes = {"texts": sorted(hashes.values()), "records": manifest_hash(records)}
     return facts | cut | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.index import INDEX_HEAD, index_path
-from pathflip_jax.data.records import Records, iter_examples, verify, write_shard
+from pathflip_jax.data.index import index_path
+from pathflip_jax.data.index_file import HEAD
+from pathflip_jax.data.records import Records, iter_examples, write_shard
 from pathflip_jax.data.tfrecord import crc32c, frame, mask
+from pathflip_jax.data.verify import verify
 
 
 @pytest.fixture
@@ -77,11 +79,11 @@ def test_features_that_are_not_finite_are_told_with_their_shard(shard):
 def reindex(shard, change) -> None:
     """The index's JSON changed, its checksum sound."""
     data = index_path(shard).read_bytes()
-    magic, version, length = INDEX_HEAD.unpack_from(data)
-    arrays = data[INDEX_HEAD.size + length : -4]
-    head = change(json.loads(data[INDEX_HEAD.size : INDEX_HEAD.size + length]))
+    magic, version, length = HEAD.unpack_from(data)
+    arrays = data[HEAD.size + length : -4]
+    head = change(json.loads(data[HEAD.size : HEAD.size + length]))
     head = head if isinstance(head, bytes) else json.dumps(head).encode()
-    data = INDEX_HEAD.pack(magic, version, len(head)) + head + arrays
+    data = HEAD.pack(magic, version, len(head)) + head + arrays
     index_path(shard).write_bytes(data + struct.pack("<I", crc32c(data)))
 
 

@@ -25,12 +25,12 @@ from pathflip_jax.data.records import (
     iter_examples,
     manifest_hash,
     shard_name,
-    verify,
     write_index,
     write_shard,
 )  # fmt: skip
 from pathflip_jax.data.regions import cut_regions
 from pathflip_jax.data.tfrecord import WholeFile
+from pathflip_jax.data.verify import verify
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "formats"
 
@@ -283,8 +283,10 @@ def test_a_shard_cut_short(folder):
     whole = shard.read_bytes()
     for size in range(1, len(whole), 41):
         shard.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"idx: of a shard of {len(whole)} bytes, .* has {size}"):
+        with pytest.raises(ValueError, match=f"cut short: of {size} bytes, expected {len(whole)}"):
             Records(folder)
+        with pytest.raises(ValueError, match=f"idx: of a shard of {len(whole)} bytes, .* has {size}"):
+            Records([shard])
         with pytest.raises(OSError, match=r"00001\.tfrecord"):
             write_index(shard)
         assert any(shard.name in fault for fault in verify(folder))

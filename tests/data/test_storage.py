@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from pathflip_jax.data import storage
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.index import index_path
-from pathflip_jax.data.records import Records, finish_folder, manifest_hash, shard_name, verify, write_shard
+from pathflip_jax.data.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.storage import as_path
 from pathflip_jax.data.tables import read_rows
+from pathflip_jax.data.verify import verify
 
 URL = "memory://bucket/records"
 
@@ -138,11 +139,11 @@ def test_opening_a_cohort_reads_its_indexes_alone(bucket):
     folder = write(URL, SLIDES)
     bucket.asked.clear()
     assert len(Records(URL)) == 5
-    names = {shard_name(number) + ".idx" for number in range(3)}
+    names = {"manifest.json", *(shard_name(number) + ".idx" for number in range(3))}
     read = [(name, size) for what, name, size in bucket.asked if what == "read"]
-    assert {name for name, _ in read} == names and len(read) == 3
+    assert {name for name, _ in read} == names and len(read) == 4
     assert dict(read) == {name: (folder / name).stat().st_size for name in names}
-    assert sum(what == "list" for what, _, _ in bucket.asked) == 2
+    assert sum(what == "list" for what, _, _ in bucket.asked) == 1
 
 
 def test_an_index_that_is_missing_is_built_and_kept(bucket):
@@ -213,8 +214,10 @@ def test_an_object_cut_short_and_one_that_vanished(bucket):
     damage(bucket, shard_name(1), size=300)
     with pytest.raises(OSError, match=f"{URL}/{shard_name(1)}: the file ends at byte .* too early"):
         records.read(2)
-    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}\.idx: of a shard of .* has 300"):
+    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}: another shard .* cut short: of 300 bytes"):
         Records(URL)
+    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}\.idx: of a shard of .* has 300"):
+        Records([f"{URL}/{shard_name(1)}"])
     del bucket.store[f"/bucket/records/{shard_name(1)}"]
     with pytest.raises(FileNotFoundError, match=f"{URL}/{shard_name(1)}: no such object"):
         records.read(2)

@@ -24,7 +24,8 @@ from data_prep.encoders import load_encoder
 from data_prep.pool import Worker, run_each, worker_number
 from pathflip_jax.data import guarded
 from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.records import Records, verify
+from pathflip_jax.data.records import Records
+from pathflip_jax.data.verify import verify
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real files in {REAL}: set PATHFLIP_TEST_DATA")
