@@ -1,14 +1,13 @@
 """The data that `pathflip doctor` looks at: records, slide table, texts and vocabulary, each by itself and together."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from pathflip_jax.data.cases import Sources, bag_keys, slides_of_case
-from pathflip_jax.data.columns import SlideInfo
 from pathflip_jax.data.identity import SlideNames, connected, is_missing, person_keys
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.storage import Place
@@ -23,10 +22,14 @@ MOST_UNKNOWN = 0.2  # of the pieces of texts: beyond this a vocabulary is of ano
 
 
 class Seen(NamedTuple):
-    """What could be read, and from where: `rows` of the slide table, and `row_of` a slide of the records."""
+    """What could be read, and from where: `rows` of the slide table, and `row_of` a slide of the records.
+
+    Of the records it holds the ids of the slides and of their cases.
+    """
 
     places: dict[str, Place]
-    infos: Sequence[SlideInfo] | None = None
+    ids: list[str] | None = None
+    cases: list[str] | None = None
     rows: Sequence[dict] | None = None
     row_of: dict[str, dict] = {}
     texts: Sequence[SlideText] | None = None
@@ -42,15 +45,17 @@ def examine_data(
     """Look at each of these that is named, and at each beside the others."""
     found: list[Finding] = []
     seen = Seen({"records": records, "slides": slides, "texts": texts})
-    if records is not None and (cohort := _opened("records", lambda: Records(records), found)) is not None:
-        seen = seen._replace(infos=cohort.slides)
-        found += guarded("records", _records, cohort, records)
+    if records is not None:
+        if (cohort := _opened("records", lambda: Records(records), found)) is not None:
+            found.append(Finding("records", _size(cohort), "ok"))
+            seen = seen._replace(ids=cohort.slides.column("slide_id"), cases=cohort.slides.column("case_id"))
+            del cohort  # its shards are read whole next, and its regions take most of the memory
+        found += guarded("records", _records, records, [finding.found for finding in found])
     if slides is not None and (rows := _opened("slides", lambda: _rows(slides), found)) is not None:
         seen = seen._replace(rows=rows)
         found += guarded("slides", _slides, rows, slides)
-        if seen.infos is not None:
-            ids = [info.slide_id for info in seen.infos]
-            row_of = _opened("slides", lambda: match_rows(rows, ids, slides)[0], found)
+        if seen.ids is not None:
+            row_of = _opened("slides", lambda: match_rows(rows, seen.ids, slides)[0], found)
             seen = seen._replace(row_of=row_of or {})
             found += guarded("slides", _slides_and_records, seen)
     if texts is not None and (listed := _opened("texts", lambda: read_texts(texts), found)) is not None:
@@ -82,7 +87,8 @@ def _opened(name: str, read, found: list[Finding]):
         except (ValueError, OSError) as error:
             found.append(Finding(name, str(error), "fault", CURES[name]))
             return None
-    found += [Finding(name, warning, "note", "look at these rows of the table") for warning in warnings]
+    if name != "records":  # what is said of those, the check of every byte says too
+        found += [Finding(name, warning, "note", "look at these rows of the table") for warning in warnings]
     return content
 
 
@@ -91,13 +97,21 @@ def _rows(table: Place) -> list[dict[str, str]]:
     return [slide_row(row) for row in read_rows(table)]
 
 
-def _records(cohort: Records, folder: Place) -> Iterator[Finding]:
-    patches = sum(slide.num_patches for slide in cohort.slides)
+def _size(cohort: Records) -> str:
     encoder = cohort.encoder or "an encoder that is not named"
-    size = f"{len(cohort.slides)} slides, {patches} patches of {encoder} ({cohort.feature_dim} wide)"
-    yield Finding("records", size, "ok")
-    for fault in verify(folder):
-        yield Finding("records", str(fault), "fault", "delete that shard with its .idx and run the same command again")
+    patches = int(cohort.slides.column("num_patches").sum())
+    return f"{len(cohort)} slides, {patches} patches of {encoder} ({cohort.feature_dim} wide)"
+
+
+def _records(folder: Place, told: Collection[str]) -> Iterator[Finding]:
+    """The faults of records, byte by byte, but for those that opening them has told."""
+    try:
+        faults = verify(folder)
+    except OSError as error:  # no folder, or no shard in it
+        faults = [str(error)]
+    for fault in faults:
+        if not any(text.startswith(fault) for text in told):
+            yield Finding("records", fault, "fault", "if no other cure is named, copy or write that shard again")
 
 
 def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
@@ -119,7 +133,7 @@ def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
 
 def _slides_and_records(seen: Seen) -> Iterator[Finding]:
     """The slide table beside the records: what one has and the other lacks, and cases that contradict each other."""
-    records, slides = seen.places["records"], [info.slide_id for info in seen.infos]
+    records, slides = seen.places["records"], seen.ids
     names = SlideNames(slides)
     strange = [row for row in seen.rows if not names.find(row["slide_id"])]
     if len(strange) == len(seen.rows):
@@ -144,7 +158,7 @@ def _slides_and_records(seen: Seen) -> Iterator[Finding]:
 
 def _agreeing(name: str, seen: Seen, grouped: dict[tuple[str, ...], list[SlideText]]) -> Iterator[Finding]:
     """A fault where two tables say that a slide is of different patients; training stops there."""
-    case_of = {info.slide_id: info.case_id for info in seen.infos}
+    case_of = dict(zip(seen.ids, seen.cases, strict=True))
     try:
         bag_keys(list(grouped), grouped, case_of, seen.sources())
     except ValueError as error:
@@ -153,14 +167,14 @@ def _agreeing(name: str, seen: Seen, grouped: dict[tuple[str, ...], list[SlideTe
 
 def _texts(seen: Seen) -> Iterator[Finding]:
     """The texts, matched with the slides of the records as training matches them (`data/bags.py`)."""
-    if seen.infos is None:
+    if seen.ids is None:
         yield Finding("texts", f"{len(seen.texts)} texts", "ok")
         return
     of_case = slides_of_case(seen.row_of.values())
     texts = [text if text.slide_ids else replace(text, slide_ids=of_case(text.case_id)) for text in seen.texts]
     try:
         with logged_warnings() as warnings:
-            matched = match_texts(texts, [info.slide_id for info in seen.infos], [info.case_id for info in seen.infos])
+            matched = match_texts(texts, seen.ids, seen.cases)
     except ValueError as error:
         yield Finding("texts", str(error), "fault", "or name the cases of the slides: --slides of a table that does")
         return

@@ -96,5 +96,5 @@ def sums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
 def refuse(faults: list[str]) -> None:
     """Raise ValueError with the first of these faults and how many more there are, if there is one."""
     if faults:
-        more = f" ({len(faults) - 1} more shards are not as listed: `pathflip doctor --records` names them)"
+        more = f" ({len(faults) - 1} more of its shards not as listed: `pathflip doctor --records` names them)"
         raise ValueError(faults[0] + (more if faults[1:] else ""))

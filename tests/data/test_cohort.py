@@ -88,3 +88,11 @@ def test_the_majority_decides_in_any_order(values, rng: random.Random):
         for own in slides:
             alike = own.encoder in ("", expected[0]) and (own.feature_dim, own.patch_size) == tuple(expected[1:])
             assert bool(cohort.objection(own)) is not alike
+
+
+def test_one_slide_speaks_for_as_many_as_are_like_it():
+    kinds = [slide("A", patch_size=256), slide("B", patch_size=270), slide("C", "", patch_size=0), slide("D", "conch")]
+    every = [kind for kind, count in zip(kinds, (3, 2, 4, 1), strict=True) for _ in range(count)]
+    assert elect(kinds, (3, 2, 4, 1)) == elect(every) != elect(kinds)
+    with pytest.raises(Undecided, match="no majority among 8 slides"):
+        elect([slide("A"), slide("B", width=9)], (4, 4))
