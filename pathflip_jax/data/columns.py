@@ -77,7 +77,7 @@ NUMBERS = {name: np.dtype(np.int64) for name in SCALARS if name not in TEXTS} | 
 }
 CUTS = ("grid", "scan")
 KNOWN = {*SCALARS, *ARRAYS, "shard", "cut"}
-_COUNTED = (*NUMBERS, "cut", "first", "regions", "shard_number")
+_COUNTED = (*NUMBERS, "cut", "first", "regions")
 
 
 class ShardRegions(NamedTuple):
@@ -220,12 +220,17 @@ class Slides(Sequence):
 
     @classmethod
     def joined(cls, parts: Sequence["Slides"]) -> "Slides":
-        """The slides of several shards, each part of one, in order."""
+        """The slides of several shards, each part of one, in order; the parts are used up, which saves memory."""
         if not parts:
-            return cls([], {name: [] for name in TEXTS}, {name: np.zeros(0, np.int32) for name in _COUNTED}, [])
-        texts = {name: [text for part in parts for text in part._columns[name]] for name in TEXTS}
-        numbers = {name: np.concatenate([part._columns[name] for part in parts]) for name in _COUNTED}
-        numbers["shard_number"] = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+            return cls(
+                [],
+                {name: [] for name in TEXTS},
+                {name: np.zeros(0, np.int32) for name in (*_COUNTED, "shard_number")},
+                [],
+            )
+        numbers = {"shard_number": np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])}
+        texts = {name: [text for part in parts for text in part._columns.pop(name)] for name in TEXTS}
+        numbers |= {name: np.concatenate([part._columns.pop(name) for part in parts]) for name in _COUNTED}
         shards = [part.shards[0] for part in parts]
         return cls(shards, texts, numbers, [held for part in parts for held in part.held])
 

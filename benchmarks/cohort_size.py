@@ -1,0 +1,179 @@
+"""Seconds and memory that opening a cohort takes, over its number of slides; every size in a process of its own.
+
+The cohort is made on the spot: the indexes and the manifest are those of slides with `--regions` regions on average,
+between half and one and a half of it, 32 slides to a shard as `pathflip prepare` writes them. The shards are files of
+holes of the right size, since opening reads no byte of them. Opening begins with the import of the library and ends
+when a slide can be read: the manifest is compared, every index read and checked, the slides held against each other.
+Indexes are in the page cache. Memory is the process's highest resident size (VmHWM). `ids` is the time to ask every
+slide for its id.
+
+    python benchmarks/cohort_size.py --json cohort_size.json --plot cohort_size.png
+    python benchmarks/cohort_size.py --small            # up to 10,000 slides: seconds
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from machine import describe, resident_peak
+
+SLIDES, SMALL = [1_000, 10_000, 100_000, 1_000_000], [1_000, 10_000]
+SLIDES_PER_SHARD = 32
+WIDTH, PATCHES_PER_REGION = 512, 150
+WANTED = {100_000: (4.0, 300e6), 1_000_000: (40.0, 2e9)}  # seconds, bytes
+
+
+def make_infos(regions: int, seed: int) -> list:
+    """The entries of a shard's slides, of about so many regions each, as its index holds them."""
+    from pathflip_jax.data.columns import SlideInfo
+
+    rng, end, infos = np.random.default_rng(seed), 100, []
+    for size in rng.integers(max(regions // 2, 1), regions * 3 // 2, SLIDES_PER_SHARD, endpoint=True):
+        rows = np.cumsum([0, *rng.integers(1, 2 * PATCHES_PER_REGION, size)])
+        grid, crcs = rng.integers(0, 64, (size, 2), np.int32), rng.integers(0, 2**32, size, np.uint32)
+        patches, coords = int(rows[-1]), end + 2 * WIDTH * int(rows[-1])
+        numbers = {"feature_dim": WIDTH, "num_patches": patches, "patch_size": 256, "width": 131_072, "height": 131_072}
+        places = {"features_offset": end, "coords_offset": coords, "coords_bytes": 8 * patches, "coords_crc32c": 1}
+        mpp, end = float(rng.choice([0.25, 0.2525, 0.5, 0.5021])), coords + 8 * patches + 100
+        numbers["patch_size"] = 512 if mpp < 0.4 else 256
+        infos.append(SlideInfo("", "", "uni", "float16", mpp=mpp, **numbers, **places, region_rows=rows,
+                               region_grid=grid, region_crc32c=crcs))  # fmt: skip
+    return infos
+
+
+def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
+    """A finished folder of so many slides, whose shards are holes."""
+    from pathflip_jax.data.index import save_index
+    from pathflip_jax.data.index_file import Index
+    from pathflip_jax.data.records import Records, find_shards, shard_name, write_manifest
+    from pathflip_jax.data.regions import EDGE_UM
+
+    folder.mkdir()
+    infos = make_infos(regions, seed)
+    for first in range(0, slides, SLIDES_PER_SHARD):
+        names = range(first, min(first + SLIDES_PER_SHARD, slides))
+        own = [replace(info, slide_id=f"TCGA-{n // 1000:02X}-{n:07d}-01Z-00-DX1", case_id=f"TCGA-{n:07d}")
+               for n, info in zip(names, infos, strict=False)]  # fmt: skip
+        shard = folder / shard_name(first // SLIDES_PER_SHARD)
+        with shard.open("wb") as file:
+            file.truncate(size := own[-1].coords_offset + own[-1].coords_bytes + 100)
+        save_index(shard, Index(size, first, own))
+    write_manifest(folder, Records(find_shards(folder)), EDGE_UM, None)
+
+
+def open_cohort(folder: Path) -> dict:
+    """Seconds and bytes of opening, in this process."""
+    start, used = time.perf_counter(), time.process_time()
+    from pathflip_jax.data.records import Records
+
+    imported = time.perf_counter()
+    records = Records(folder)
+    opened, peak = time.perf_counter(), resident_peak()
+    cpu = time.process_time() - used
+    ids = len({info.slide_id for info in records.slides})
+    found = {"slides": ids, "seconds": opened - start, "import_seconds": imported - start, "cpu_seconds": cpu}
+    return found | {"ids_seconds": time.perf_counter() - opened, "peak_bytes": peak}
+
+
+def run_apart(*arguments: str) -> str:
+    """What this script prints in a process of its own. Raises RuntimeError with its last words where it fails."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Seconds and memory over the slides, with what is wanted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    slides = [row["slides"] for row in rows]
+    for panel, key, at, scale, label in (
+        (panels[0], "seconds", 0, 1.0, "seconds to open"),
+        (panels[1], "peak_bytes", 1, 1e9, "peak memory, GB"),
+    ):
+        panel.plot(slides, [row[key] / scale for row in rows], "o-", color="#1f5a96", markersize=4, label="measured")
+        panel.plot(
+            list(WANTED), [wanted[at] / scale for wanted in WANTED.values()], "x", color="#999999", label="wanted"
+        )
+        panel.set(xscale="log", yscale="log", xlabel="slides", ylabel=label)
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    """A row for each size: the fastest of the repeats, and the memory of that one."""
+    rows = []
+    print(f"{'slides':>9}{'seconds':>9}{'cpu s':>8}{'ids s':>8}{'peak MB':>9}", flush=True)
+    for slides in options.slides:
+        with tempfile.TemporaryDirectory(dir=options.folder) as parent:
+            folder = Path(parent) / "records"
+            run_apart(
+                "--make", str(folder), f"--slides={slides}", f"--regions={options.regions}", f"--seed={options.seed}"
+            )
+            found = [json.loads(run_apart("--open", str(folder))) for _ in range(options.repeats)]
+        row = min(found, key=lambda one: one["seconds"]) | {"seconds_all": [one["seconds"] for one in found]}
+        rows.append(row)
+        figures = (
+            f"{row['seconds']:>9.2f}{row['cpu_seconds']:>8.2f}{row['ids_seconds']:>8.2f}{row['peak_bytes'] / 1e6:>9.0f}"
+        )
+        seconds, size = WANTED.get(slides, (0, 0))
+        print(f"{slides:>9}{figures}" + (f"  wanted: {seconds:g} s, {size / 1e6:g} MB" if seconds else ""), flush=True)
+    return rows
+
+
+def main() -> int:
+    """Measure every size, print the table, write plot and JSON; 1 where a size could not be run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slides", type=int, nargs="+", help="sizes; 1,000 to 1,000,000 by default")
+    parser.add_argument("--small", action="store_true", help="up to 10,000 slides")
+    parser.add_argument("--regions", type=int, default=100, help="of a slide, on average")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, help="where to write, 2 GB for 1,000,000 slides; a temporary one by default"
+    )
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--make", type=Path, help="make one cohort there, and no more")
+    parser.add_argument("--open", type=Path, help="open that cohort, print JSON, and no more")
+    options = parser.parse_args()
+    options.slides = options.slides or (SMALL if options.small else SLIDES)
+    if options.make:
+        make_cohort(options.make, options.slides[0], options.regions, options.seed)
+    elif options.open:
+        print(json.dumps(open_cohort(options.open)))
+    if options.make or options.open:
+        return 0
+    described = describe("numpy", "google-crc32c")
+    try:
+        rows = measure(options)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.plot:
+        plot(rows, options.plot)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(options, name) for name in ("slides", "regions", "repeats", "seed")}
+        options.json.write_text(
+            json.dumps({"machine": described, "settings": settings, "results": rows}, indent=1) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
