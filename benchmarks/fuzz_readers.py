@@ -29,7 +29,8 @@ from pathflip_jax.convert.bert import bert_settings
 from pathflip_jax.convert.checkpoint_files import read_checkpoint
 from pathflip_jax.data.captions import split_sentences
 from pathflip_jax.data.features import SlideFeatures, read_features
-from pathflip_jax.data.index import INDEX_HEAD, encode_slide, index_path
+from pathflip_jax.data.index import encode_slide, index_path
+from pathflip_jax.data.index_file import HEAD
 from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.text import read_questions, read_slide_table, read_texts
 from pathflip_jax.data.tfrecord import crc32c, frame
@@ -230,14 +231,14 @@ def _record(rng: random.Random, seeds: list[bytes]) -> bytes:
 def _index(rng: random.Random, seeds: list[bytes]) -> bytes:
     """An index of a sound checksum whose head or arrays are changed."""
     data = rng.choice(seeds)
-    magic, version, length = INDEX_HEAD.unpack_from(data)
-    head, arrays = data[INDEX_HEAD.size : INDEX_HEAD.size + length], data[INDEX_HEAD.size + length : -4]
+    magic, version, length = HEAD.unpack_from(data)
+    head, arrays = data[HEAD.size : HEAD.size + length], data[HEAD.size + length : -4]
     if rng.random() < 0.75:
         head = mutations.json_text(rng, [head])
     else:
         arrays = mutations.blind(rng, [arrays])
     length = rng.choice((len(head),) * 12 + (0, 2**62, len(head) + 1))
-    data = INDEX_HEAD.pack(magic, version, length) + head + arrays
+    data = HEAD.pack(magic, version, length) + head + arrays
     return data + struct.pack("<I", crc32c(data))
 
 
