@@ -168,8 +168,8 @@ def read_manifest(records: Records) -> dict:
     """What the records say of themselves, such as how they were cut. FileNotFoundError where they are not finished."""
     if records.manifest is None:
         raise FileNotFoundError(
-            f"{records.where}: no manifest.json, so the records are not finished; run the command that writes "
-            "them once more"
+            f"{records.where}/manifest.json: no such file, so the records are not finished; run the command that "
+            "writes them once more"
         )
     return records.manifest.facts
 

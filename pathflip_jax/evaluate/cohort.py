@@ -31,14 +31,16 @@ class Cohort(NamedTuple):
 
     def rows(self, split: str) -> list[dict]:
         """The rows of a split of the table that the records hold."""
-        known = {info.slide_id for info in self.records.slides}
+        known = set(self.records.slides.column("slide_id"))
         return [row for row in self.table if row["split"] == split and row["slide_id"] in known]
 
     @property
     def cases(self) -> list[tuple[str, str]]:
         """What texts may call the case of each slide of the records: as these do, and by the patient of the table."""
         patients = {row["slide_id"]: row["patient_id"] for row in self.table}
-        return [(info.case_id, patients.get(info.slide_id, "")) for info in self.records.slides]
+        slides = self.records.slides
+        pairs = zip(slides.column("slide_id"), slides.column("case_id"), strict=True)
+        return [(case_id, patients.get(slide_id, "")) for slide_id, case_id in pairs]
 
     def features(self, slide_id: str) -> SlideFeatures:
         """The features of a slide."""
@@ -46,7 +48,7 @@ class Cohort(NamedTuple):
 
     def train_features(self, seed: int = 0) -> Iterator[SlideFeatures]:
         """The features of the training slides that the records hold, in an order drawn by the seed."""
-        known = {info.slide_id for info in self.records.slides}
+        known = set(self.records.slides.column("slide_id"))
         ids = [row["slide_id"] for row in self.train if row["slide_id"] in known]
         for i in np.random.default_rng(seed).permutation(len(ids)):
             yield self.features(ids[i])
@@ -64,7 +66,7 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
         raise ValueError(f"{no_such_split(slides, split, table)}; name another with --split")
     check = check_split(table)
     records = Records(records)
-    known = {info.slide_id for info in records.slides}
+    known = set(records.slides.column("slide_id"))
     table, notes = rename_rows(name_patients(table), list(known), slides)
     rows = [row for row in table if row["split"] == split]
     unknown = [row["slide_id"] for row in rows if row["slide_id"] not in known]
@@ -104,8 +106,8 @@ def read_pairs(path, cohort: Cohort) -> list[SlideText]:
 
     Raises ValueError when the table has no text for any slide of the split.
     """
-    infos, chosen = cohort.records.slides, set(cohort.slide_ids)
-    texts = match_texts(read_texts(path), [info.slide_id for info in infos], cohort.cases)
+    chosen = set(cohort.slide_ids)
+    texts = match_texts(read_texts(path), cohort.records.slides.column("slide_id"), cohort.cases)
     kept = [(text, tuple(slide for slide in text.slide_ids if slide in chosen)) for text in texts]
     pairs = [replace(text, slide_ids=slides) for text, slides in kept if slides]
     if not pairs:

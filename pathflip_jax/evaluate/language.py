@@ -94,8 +94,9 @@ def write_captions(
 
     Raises ValueError for a table with none, and as `SlideAssistant.answer`.
     """
-    infos, patient_of = cohort.records.slides, dict(zip(cohort.slide_ids, cohort.patients, strict=True))
-    talks = match_conversations(read_conversations(table), [info.slide_id for info in infos], cohort.cases)
+    slide_ids = cohort.records.slides.column("slide_id")
+    patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    talks = match_conversations(read_conversations(table), slide_ids, cohort.cases)
     kept = [(talk, tuple(slide for slide in talk.slide_ids if slide in patient_of)) for talk in talks]
     kept = [(talk, slides) for talk, slides in kept if slides]
     if not kept:
@@ -118,11 +119,12 @@ def answer_questions(
     Options are chosen by the likelihood of their letters, and by what is generated, as published scripts do. Raises
     ValueError for a table with no question about them.
     """
-    infos, patient_of = cohort.records.slides, dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    slide_ids = cohort.records.slides.column("slide_id")
+    patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     questions = read_questions(table)
     found = match_slides(
         [(question.slide_ids, question.case_id) for question in questions],
-        [info.slide_id for info in infos],
+        slide_ids,
         cohort.cases,
     )
     bags = [tuple(slide for slide in slides if slide in patient_of) for slides in found]

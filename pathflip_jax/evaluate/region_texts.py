@@ -38,8 +38,8 @@ def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
     for row in rows:
         if not has_caption(row):
             raise ValueError(f"{row.place}: no column caption, {row_columns(row)}")
-    infos = cohort.records.slides
-    matched = match_slides([row_slides(row) for row in rows], [i.slide_id for i in infos], cohort.cases)
+    slide_ids = cohort.records.slides.column("slide_id")
+    matched = match_slides([row_slides(row) for row in rows], slide_ids, cohort.cases)
     patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
     found = []
     for row, slides in zip(rows, matched, strict=True):

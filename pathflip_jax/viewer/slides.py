@@ -40,7 +40,7 @@ def list_slides(
     readers: dict[str, Callable[[], SlideFeatures]] = {}
     if records is not None:
         archive = Records(records)
-        readers = {info.slide_id: partial(archive.read, i) for i, info in enumerate(archive.slides)}
+        readers = {name: partial(archive.read, i) for i, name in enumerate(archive.slides.column("slide_id"))}
     elif features is not None:
         readers = {slide_id_of(path): partial(read_features, path) for path in find_feature_files(features).files}
     if images and readers and not images.keys() & readers.keys():
