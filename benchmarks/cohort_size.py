@@ -13,6 +13,7 @@ slide for its id.
 
 import argparse
 import json
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from machine import describe, resident_peak
 SLIDES, SMALL = [1_000, 10_000, 100_000, 1_000_000], [1_000, 10_000]
 SLIDES_PER_SHARD = 32
 WIDTH, PATCHES_PER_REGION = 512, 150
+TOKEN = "######"  # in an index, for the number of its shard
 WANTED = {100_000: (4.0, 300e6), 1_000_000: (40.0, 2e9)}  # seconds, bytes
 
 
@@ -48,23 +50,32 @@ def make_infos(regions: int, seed: int) -> list:
 
 
 def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
-    """A finished folder of so many slides, whose shards are holes."""
-    from pathflip_jax.data.index import save_index
-    from pathflip_jax.data.index_file import Index
-    from pathflip_jax.data.records import Records, find_shards, shard_name, write_manifest
-    from pathflip_jax.data.regions import EDGE_UM
+    """A finished folder of so many slides, whose shards are holes; their indexes differ in the ids alone."""
+    from pathflip_jax.data.index import index_path
+    from pathflip_jax.data.index_file import Index, encode_index
+    from pathflip_jax.data.records import shard_name
+    from pathflip_jax.data.tfrecord import crc32c
 
     folder.mkdir()
-    infos = make_infos(regions, seed)
-    for first in range(0, slides, SLIDES_PER_SHARD):
-        names = range(first, min(first + SLIDES_PER_SHARD, slides))
-        own = [replace(info, slide_id=f"TCGA-{n // 1000:02X}-{n:07d}-01Z-00-DX1", case_id=f"TCGA-{n:07d}")
-               for n, info in zip(names, infos, strict=False)]  # fmt: skip
-        shard = folder / shard_name(first // SLIDES_PER_SHARD)
+    ids = [f"TCGA-{TOKEN}-{i:02d}" for i in range(SLIDES_PER_SHARD)]
+    infos = [
+        replace(info, slide_id=f"{name}-01Z-00-DX1", case_id=name)
+        for name, info in zip(ids, make_infos(regions, seed), strict=True)
+    ]
+    size, shards = infos[-1].coords_offset + infos[-1].coords_bytes + 100, []
+    whole = encode_index(Index(size, 0, infos))[:-4]
+    rest = encode_index(Index(size, 0, infos[: slides % SLIDES_PER_SHARD]))[:-4]
+    for number in range(-(-slides // SLIDES_PER_SHARD)):
+        count = min(SLIDES_PER_SHARD, slides - number * SLIDES_PER_SHARD)
+        shard, own = folder / shard_name(number), f"{number:06d}"
         with shard.open("wb") as file:
-            file.truncate(size := own[-1].coords_offset + own[-1].coords_bytes + 100)
-        save_index(shard, Index(size, first, own))
-    write_manifest(folder, Records(find_shards(folder)), EDGE_UM, None)
+            file.truncate(size)
+        data = (whole if count == SLIDES_PER_SHARD else rest).replace(TOKEN.encode(), own.encode())
+        index_path(shard).write_bytes(data + struct.pack("<I", crc32c(data)))
+        names = [info.slide_id.replace(TOKEN, own) for info in infos[:count]]
+        shards.append({"name": shard.name, "bytes": size, "crc32c": "00000000", "slides": names})
+    manifest = {"version": 1, "cut": "grid", "edge_um": 2048.0, "edge_px": None, "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def open_cohort(folder: Path) -> dict:

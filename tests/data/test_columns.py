@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from pathflip_jax.data.cohort import check_cohort
 from pathflip_jax.data.columns import ARRAYS, SCALARS, SlideInfo, Slides, column
 from pathflip_jax.data.index_file import Index, decode_index, encode_index
+from pathflip_jax.data.tfrecord import crc32c
 
 
 def make_info(name, counts, grid=None, shard="a.tfrecord", **changes):
@@ -101,3 +103,20 @@ def test_rows_that_do_not_rise_from_0_to_all_patches(infos, rows, patches):
     data = encode_index(Index(10**6, 7, [infos[0], info]))
     with pytest.raises(ValueError, match=f"slide S9 has regions that do not cover its {patches} patches"):
         decode_index(data, info.shard, 10**6, {})
+
+
+def test_the_bytes_of_an_index_stay_what_they_are(infos):
+    """As every release has written them: records are kept for years."""
+    info = infos[1]
+    head = (
+        b'{"bytes": 1000000, "crc32c": 7, "slides": [{"slide_id": "S1", "case_id": "S1", "encoder": "uni", '
+        b'"feature_dtype": "float16", "feature_dim": 4, "num_patches": 70301, "patch_size": 256, "mpp": 0.5, '
+        b'"width": 512, "height": 0, "features_offset": 20, "coords_offset": 10, "coords_bytes": 562408, '
+        b'"coords_crc32c": 4294967295, "regions": 3}]}'
+    )
+    arrays = np.array([0, 1, 301, 70301], "<i8").tobytes() + np.array([-40000, 5, 0, 0, 9, 9], "<i4").tobytes()
+    data = struct.pack("<8sIQ", b"PATHFLIP", 1, len(head)) + head + arrays + np.arange(3, dtype="<u4").tobytes()
+    data += struct.pack("<I", crc32c(data))
+    assert encode_index(Index(10**6, 7, [info])) == data
+    found = decode_index(data, info.shard, 10**6, {})
+    assert encode_index(found) == data and (found.shard_bytes, found.shard_crc32c) == (10**6, 7)
