@@ -7,8 +7,8 @@ another's negative.
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,19 +20,56 @@ from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText, match_texts, some
 from pathflip_jax.data.tokens import TextTokenizer
 
+_AT_ONCE = 4096  # texts
 _log = logging.getLogger(__name__)
+
+
+class Pieces(Sequence[np.ndarray]):
+    """The ids of a text's sentences, end to end in one array: of millions of arrays most would be headers."""
+
+    __slots__ = ("_ids", "_ends")
+
+    def __init__(self, pieces: Sequence[np.ndarray]) -> None:
+        self._ids = np.concatenate([np.zeros(0, np.int32), *pieces])
+        self._ends = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        number = range(len(self))[number]  # IndexError for one that is not there
+        return self._ids[self._ends[number] : self._ends[number + 1]]
+
+    @property
+    def shortest(self) -> int:
+        """The length of the shortest sentence."""
+        return int(np.diff(self._ends).min())
 
 
 class TokenisedText(NamedTuple):
     """A text ready to draw from: the caption's ids, and those of its sentences or of the subcaptions given with it.
 
-    `caption` has its [CLS] and [SEP], `pieces` have none, so that a merge of them is one after the other.
+    `caption` has its [CLS] and [SEP], `pieces` have none, so that a merge of them is one after the other. `written` is
+    the text itself.
     """
 
     caption: np.ndarray
-    pieces: list[np.ndarray]
-    words: list[str]
-    given: bool
+    pieces: Pieces
+    written: SlideText
+
+    @property
+    def words(self) -> list[str]:
+        """The sentences, or the subcaptions given with the caption, whose ids are `pieces`; split anew each time."""
+        return _sentences(self.written)
+
+    @property
+    def given(self) -> bool:
+        """Whether subcaptions came with the caption."""
+        return bool(self.written.subcaptions)
+
+
+def _sentences(text: SlideText) -> list[str]:
+    return list(text.subcaptions or split_sentences(text.caption))
 
 
 class Regions(NamedTuple):
@@ -45,7 +82,7 @@ class Regions(NamedTuple):
 
 
 class Bag(NamedTuple):
-    """Slides that are sampled as one, with their texts.
+    """Slides that are sampled as one, with their texts; `places` are those of the slides in the records.
 
     `related` numbers the case and those captions that bags of other cases have too: bags that share a number are no
     negatives of each other.
@@ -54,7 +91,7 @@ class Bag(NamedTuple):
     slides: tuple[str, ...]
     related: tuple[int, ...]
     texts: list[TokenisedText]
-    regions: Regions
+    places: tuple[int, ...]
 
 
 def regions_of(records: Records, places: Sequence[int]) -> Regions:
@@ -121,8 +158,8 @@ def collect_bags(
     ready = iter(_tokenise(flat, tokenizer, caption_length, subcaption_length))
     bags = []
     for slides, case, shared in zip(members, cases, captions, strict=True):
-        regions = regions_of(records, [position[slide] for slide in slides])
-        bags.append(Bag(slides, (case, *shared), [next(ready) for _ in grouped[slides]], regions))
+        places = tuple(position[slide] for slide in slides)
+        bags.append(Bag(slides, (case, *shared), [next(ready) for _ in grouped[slides]], places))
     return bags
 
 
@@ -158,19 +195,40 @@ def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:
 
 def _tokenise(
     texts: Sequence[SlideText], tokenizer: TextTokenizer, caption_length: int, subcaption_length: int
-) -> Iterator[TokenisedText]:
+) -> list[TokenisedText]:
     """Tokenise every text once, and say once how many captions and sentences are too long."""
-    captions = tokenizer.ids([text.caption for text in texts])
-    words = [list(text.subcaptions or split_sentences(text.caption)) for text in texts]
-    pieces = tokenizer.ids([sentence for sentences in words for sentence in sentences])
-    for what, found, most in (("captions", captions, caption_length), ("sentences", pieces, subcaption_length)):
-        long = [len(ids) + 2 for ids in found if len(ids) + 2 > most]
-        if long:
+    found: list[TokenisedText] = []
+    long = {"captions": _TooLong(caption_length), "sentences": _TooLong(subcaption_length)}
+    for start in range(0, len(texts), _AT_ONCE):  # what is in memory besides is of so many texts
+        part = texts[start : start + _AT_ONCE]
+        captions, words = tokenizer.ids([text.caption for text in part]), [_sentences(text) for text in part]
+        pieces = tokenizer.ids([sentence for sentences in words for sentence in sentences])
+        long["captions"].count(captions)
+        long["sentences"].count(pieces)
+        upcoming = iter(pieces)
+        for text, caption, sentences in zip(part, captions, words, strict=True):
+            own = Pieces([next(upcoming) for _ in sentences])
+            found.append(TokenisedText(tokenizer.wrap(caption, caption_length), own, text))
+    for what, seen in long.items():
+        if seen.over:
             _log.warning(
                 "%d of %d %s are longer than %d tokens (the longest has %d); their ends are cut",
-                len(long), len(found), what, most, max(long),
+                seen.over, seen.total, what, seen.most, seen.longest,
             )  # fmt: skip
-    upcoming = iter(pieces)
-    for text, caption, sentences in zip(texts, captions, words, strict=True):
-        own = [next(upcoming) for _ in sentences]
-        yield TokenisedText(tokenizer.wrap(caption, caption_length), own, sentences, bool(text.subcaptions))
+    return found
+
+
+@dataclass
+class _TooLong:
+    """How many of some texts have more than `most` tokens with [CLS] and [SEP]."""
+
+    most: int
+    over: int = 0
+    total: int = 0
+    longest: int = 0
+
+    def count(self, texts: Sequence[np.ndarray]) -> None:
+        lengths = [len(ids) + 2 for ids in texts]
+        self.over += sum(length > self.most for length in lengths)
+        self.total += len(lengths)
+        self.longest = max(self.longest, *lengths, 0)

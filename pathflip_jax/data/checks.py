@@ -21,8 +21,7 @@ _log = logging.getLogger(__name__)
 def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: float, table: object) -> None:
     """Raise ValueError where more than a share of `most` of the pieces of the texts are unknown to the vocabulary."""
     texts = [text for bag in bags for text in bag.texts]
-    ids = np.concatenate([part for text in texts for part in (text.caption[1:-1], *text.pieces)])
-    share = float((ids == tokenizer.unk_id).mean()) if len(ids) else 0.0
+    share = tokenizer.unknown_share(part for text in texts for part in (text.caption[1:-1], *text.pieces))
     if share < WORTH_SAYING:
         return
     found = (
@@ -75,4 +74,7 @@ def require_negatives(batches: Batches) -> None:
 
 def any_unrelated(related: Int[np.ndarray, "n S"]) -> bool:
     """Whether two of these slides share no number (`Batch.related`), so that they are negatives of each other."""
-    return any(not np.isin(related, own).any(axis=1).all() for own in related)
+    kinds = np.unique(np.sort(related, axis=1), axis=0)
+    if not len(kinds) or any((kinds == number).any(axis=1).all() for number in kinds[0]):  # one that all have
+        return False
+    return any(not np.isin(kinds, own).any(axis=1).all() for own in kinds)

@@ -29,10 +29,14 @@ class PatchSampler:
         """Read the features of these bags into memory, behind one row of zeros that stands for padding."""
         self._on_device = on_device
         used = sorted({int(i) for bag in bags for i in bag.record})
-        parts = [self._records.read(i).features for i in used]
+        sizes = [self._records.slides[i].num_patches for i in used]
+        ends = 1 + np.cumsum([0, *sizes])
         self._first_row = np.zeros(max(used) + 1, np.int64)
-        self._first_row[used] = 1 + np.cumsum([0] + [len(part) for part in parts[:-1]])
-        self._features = np.concatenate([np.zeros_like(parts[0][:1]), *parts])
+        self._first_row[used] = ends[:-1]
+        self._features = np.empty((ends[-1], self._records.feature_dim), self._records.dtype)
+        self._features[0] = 0
+        for i, start, stop in zip(used, ends, ends[1:], strict=False):  # one slide is there twice, never all of them
+            self._features[start:stop] = self._records.read(i).features
 
     def take_features(self) -> np.ndarray | None:
         """Hand over the features [N, F] that draws name rows of, once; None where draws bring features."""

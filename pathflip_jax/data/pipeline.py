@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float16, Int32
 
-from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags
+from pathflip_jax.data.bags import Bag, TokenisedText, collect_bags, regions_of
 from pathflip_jax.data.captions import draw_given, draw_merges
 from pathflip_jax.data.cases import NO_TABLE, Sources
 from pathflip_jax.data.patches import PatchSampler
@@ -110,7 +110,7 @@ def make_batches(
     bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length, sources)
     if len(bags) < batch_size:
         raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
-    widest = max(int(bag.regions.count.max()) for bag in bags)
+    widest = max(int(np.diff(records.slides[place].region_rows).max()) for bag in bags for place in bag.places)
     draws = _Draws(
         batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_step,
         text_groups, merge_sentences, caption_share, seed, padding,
@@ -182,9 +182,10 @@ class Batches:
         self.row_lengths = row_lengths(draws.row_step, max(draws.caption_length, draws.subcaption_length))
         self.text_rows: tuple[int, ...] = ()
         self.counts: Counter[str] = Counter()
-        self._tokenizer, self._draws = tokenizer, draws
+        self._records, self._tokenizer, self._draws = records, tokenizer, draws
         self._shards, self._threads = shards, threads
         self._lock = threading.Lock()
+        self._order: tuple[int, np.ndarray] = -1, np.zeros(0, np.int64)  # of the epoch that was asked for last
         self._patches = PatchSampler(records, draws.regions, draws.patch_slots, threads)
 
     @property
@@ -198,7 +199,7 @@ class Batches:
 
     def load(self, on_device: bool = False) -> None:
         """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
-        self._patches.load((bag.regions for bag in self.bags), on_device)
+        self._patches.load((regions_of(self._records, bag.places) for bag in self.bags), on_device)
 
     def resize(self, batch_size: int, text_groups: int, padding: int = 0) -> None:
         """Make batches of another size from the same bags: for a size that their number decides.
@@ -243,7 +244,7 @@ class Batches:
         """The lengths of a bag's texts at their shortest, for the longest of its captions."""
         options = []
         for text in bag.texts:
-            shortest = min(min(len(piece) for piece in text.pieces) + 2, self._draws.subcaption_length)
+            shortest = min(text.pieces.shortest + 2, self._draws.subcaption_length)
             options.append([len(text.caption)] + [shortest] * self._draws.subcaptions)
         return max(options, key=sum)
 
@@ -258,7 +259,10 @@ class Batches:
     def chosen(self, step: int) -> np.ndarray:
         """The numbers of the bags in the batch of a global step, of all processes, without padding."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self.bags))
+        held, order = self._order
+        if held != epoch:
+            order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self.bags))
+            self._order = epoch, order  # in one assignment: other threads are at it, too
         return order[within * self.batch_size :][: self.batch_size]
 
     def batch(self, step: int) -> Batch:
@@ -269,7 +273,7 @@ class Batches:
         chosen = np.resize(self.chosen(step), padded)[places]
         bags = [self.bags[i] for i in chosen]
         rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
-        patches, mask = self._patches.draw([bag.regions for bag in bags], rngs)
+        patches, mask = self._patches.draw([regions_of(self._records, bag.places) for bag in bags], rngs)
         size = padded // self._draws.text_groups
         groups = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
         packed, wording = zip(*groups, strict=True)
@@ -303,7 +307,8 @@ class Batches:
         while kept > 1 and sum(len(text.pieces[i]) for i in merge[:kept]) > room:
             kept -= 1
         if kept > 1 and not self._tokenizer.concatenates:
-            ids = self._tokenizer.ids([" ".join(text.words[i] for i in merge[:kept])])[0]
+            words = text.words
+            ids = self._tokenizer.ids([" ".join(words[i] for i in merge[:kept])])[0]
         else:
             ids = text.pieces[merge[0]] if kept == 1 else np.concatenate([text.pieces[i] for i in merge[:kept]])
         if counts is not None:

@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ _NORMALIZER = (
     ("handle_chinese_chars", "tokenize_chinese_chars"),
 )
 _FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+_AT_ONCE = 4096  # texts that are encoded together
+_WORD = re.compile(r"[^ \n\r\t]+")  # between white space at which every BERT cuts; of rarer kinds it drops some
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,8 @@ class TextTokenizer:
         #: Whether the ids of two texts joined by a space are the ids of the one and then of the other. BERT cuts at
         #: white space before all else, so there texts can be tokenised once, sentence by sentence.
         self.concatenates = kinds == ["BertNormalizer", "BertPreTokenizer"]
+        added = (str(token.content) for token in self._tokenizer.get_added_tokens_decoder().values())
+        self._word_by_word = self.concatenates and not any(re.search(r"\s", token) for token in added)
 
     @property
     def described(self) -> dict:
@@ -69,9 +74,33 @@ class TextTokenizer:
         return json.loads(self._tokenizer.to_str())
 
     def ids(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
-        """The ids of texts without [CLS] and [SEP], at any length."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        """The ids of texts without [CLS] and [SEP], at any length.
+
+        Reports repeat their words: where a text is its words, each is tokenised once, in a fraction of the time
+        and the memory that encodings of whole texts take.
+        """
+        if not self._word_by_word:
+            return self._encoded(texts)
+        known = dict.fromkeys(word for text in texts for word in _WORD.findall(text))
+        known |= zip(known, (ids.tolist() for ids in self._encoded(list(known))), strict=True)
+        found = ([*chain.from_iterable(map(known.__getitem__, _WORD.findall(text)))] for text in texts)
+        return [np.array(ids, np.int32) for ids in found]
+
+    def unknown_share(self, pieces: Iterable[Int[np.ndarray, "T"]]) -> float:
+        """The share of [UNK] among the pieces of texts, as `ids` gives them; 0 where there are none."""
+        unknown = total = 0
+        for ids in pieces:
+            unknown += int(np.count_nonzero(ids == self.unk_id))
+            total += len(ids)
+        return unknown / total if total else 0.0
+
+    def _encoded(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        found = []
+        for start in range(0, len(texts), _AT_ONCE):  # an encoding is many times as large as its ids
+            part = list(texts[start : start + _AT_ONCE])
+            encodings = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            found += [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return found
 
     def wrap(self, ids: Int[np.ndarray, "T"], max_length: int) -> Int[np.ndarray, "t"]:
         """[CLS] ids [SEP], at most `max_length` in all: the end of a longer text is cut, not its [SEP]."""

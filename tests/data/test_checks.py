@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pathflip_jax.data.bags import TokenisedText
+from pathflip_jax.data.bags import Pieces, TokenisedText
 from pathflip_jax.data.checks import any_unrelated, refuse_unknown_words, require_negatives
+from pathflip_jax.data.text import SlideText
 from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
 
 
@@ -20,7 +21,8 @@ def tokenizer(tmp_path_factory):
 def bags(tokenizer, *sentences: str):
     """A bag of a text for each sentence."""
     ids = tokenizer.ids(sentences)
-    texts = [TokenisedText(tokenizer.wrap(x, 64), [x], [s], False) for x, s in zip(ids, sentences, strict=True)]
+    written = [SlideText((), "", sentence) for sentence in sentences]
+    texts = [TokenisedText(tokenizer.wrap(x, 64), Pieces([x]), s) for x, s in zip(ids, written, strict=True)]
     return [SimpleNamespace(texts=[text]) for text in texts]
 
 
