@@ -15,6 +15,7 @@ from pathflip_jax.data.columns import SlideInfo
 from pathflip_jax.data.failures import Failure
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.index import index_path, read_index
+from pathflip_jax.data.large import open_slide
 from pathflip_jax.data.records import Records, write_shard
 from pathflip_jax.data.storage import Place
 
@@ -93,7 +94,7 @@ def amend(shard: Place, gone: Collection[str], cases: Mapping[str, str], setting
 
     def amended() -> Iterator[SlideFeatures]:
         for slide_id in slides:
-            slide = records.read(records.position(slide_id))
+            slide = open_slide(records, records.position(slide_id))
             yield replace(slide, case_id=cases[slide_id]) if slide_id in cases else slide
 
     write_shard(shard, amended(), **layout(settings))
@@ -158,7 +159,7 @@ def _slides(
     for slide_id in sorted({*kept, *added}):
         if slide_id in added:
             job, changes = added[slide_id]
-            slide = Records([job.part]).read(0)
+            slide = open_slide(Records([job.part]), 0)
             yield replace(slide, **changes) if changes else slide
         else:
-            yield standing.read(standing.position(slide_id))
+            yield open_slide(standing, standing.position(slide_id))

@@ -25,12 +25,13 @@ from tqdm import tqdm
 from pathflip_jax.checkpoint import checksums
 from pathflip_jax.data.failures import Failure, list_failures
 from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.large import open_slide
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.splits import no_such_split
 from pathflip_jax.data.storage import Place
 from pathflip_jax.data.text import read_slide_table, rename_rows, some
 from pathflip_jax.data.tfrecord import whole_file
-from pathflip_jax.inference import Embedding, Predictor, load
+from pathflip_jax.inference import HELD, Embedding, Predictor, load
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.versions import as_before
 
@@ -106,9 +107,10 @@ def embed(
 
     Columns: slide_id, case_id, embedding (float32 [D], as the model gives it: not normalised), num_patches,
     num_regions; with `regions` also regions [R, D] and region_grid [R, 2]. `slides_table` and `split` choose slides.
-    Slides are read ahead while others are encoded; memory holds eight batches of slides, however many there are. A
-    second run does only what is missing, failed slides included. A bad slide is reported, in `OUT.failures.json` too,
-    and the rest goes on; `strict` stops at the first and keeps what is done for the next run. Raises ValueError for
+    Slides are read ahead while others are encoded; memory holds eight batches of slides, however many there are, and of
+    one of millions of patches some regions at a time. A second run does only what is missing, failed slides included.
+    A bad slide is reported, in `OUT.failures.json` too, and the rest goes on; `strict` stops at the first and keeps
+    what is done for the next run. Raises ValueError for
     records of another encoder than the run's, and for an `out` that was begun with other weights, records or slides;
     FileNotFoundError for no run or records; OSError on a full disk.
     """
@@ -224,22 +226,29 @@ def _embed_parts(
 def _read_ahead(
     predictor: Predictor, archive: Records, ids: Sequence[str], ahead: int
 ) -> Iterator[tuple[str, SlideFeatures | str]]:
-    """Slides in the order of `ids`, or what was wrong with them; `ahead` of them are read while others are encoded."""
+    """Slides in the order of `ids`, or what was wrong with them; `ahead` of them are read while others are encoded,
+    fewer where their features come to HELD bytes."""
 
     def read(slide_id: str) -> SlideFeatures | str:
         try:
-            slide = archive.read(archive.position(slide_id))
+            slide = open_slide(archive, archive.position(slide_id))
             predictor.bag(slide)  # refuses what cannot be cut here, where it costs this slide only
             return slide
         except (ValueError, OSError) as error:
             return str(error)
 
-    pool, waiting = ThreadPoolExecutor(READERS), deque()
+    def size(slide_id: str) -> int:
+        info = archive.slides[archive.position(slide_id)]
+        return info.num_patches * info.row_bytes
+
+    pool, waiting, held = ThreadPoolExecutor(READERS), deque(), 0
     try:
         for slide_id in ids:
             waiting.append((slide_id, pool.submit(read, slide_id)))
-            if len(waiting) > ahead:
+            held += size(slide_id)
+            while len(waiting) > ahead or (held > HELD and len(waiting) > 1):
                 first, slide = waiting.popleft()
+                held -= size(first)
                 yield first, slide.result()
         while waiting:
             first, slide = waiting.popleft()

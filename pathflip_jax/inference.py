@@ -8,17 +8,18 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax import memory
+from pathflip_jax import large_slides, memory
 from pathflip_jax.buckets import bucket
 from pathflip_jax.checkpoint import MODEL, load_run
+from pathflip_jax.data.blocks import row_blocks
 from pathflip_jax.data.features import SlideFeatures, read_features
+from pathflip_jax.data.large import open_slide
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.regions import EDGE_UM, Regions, cut_regions
 from pathflip_jax.data.storage import as_path, exists, is_url
@@ -29,6 +30,7 @@ from pathflip_jax.model.pathflip import SlideEncoding
 
 log = logging.getLogger(__name__)
 
+HELD = 4 << 30  # bytes of features that wait together to be encoded
 LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
@@ -173,12 +175,9 @@ class Predictor:
         """Encode several bags of patch indices [R, S] in one padded call; arrays come back as NumPy, still padded."""
         rows = bucket(max(s.shape[0] for s in slots))
         columns = bucket(max(s.shape[1] for s in slots))
-        patches = np.zeros((bucket(len(slots)), rows, columns, features[0].shape[1]), features[0].dtype)
-        mask = np.zeros(patches.shape[:3], bool)
-        for i, (x, index) in enumerate(zip(features, slots, strict=True)):
-            valid = index >= 0
-            mask[i, : index.shape[0], : index.shape[1]] = valid
-            patches[i, : index.shape[0], : index.shape[1]][valid] = x[index[valid]]
+        if rows * columns > large_slides.MOST_PATCHES and not attention and not self.patchwise:
+            return large_slides.encode(self.model, features, slots)
+        patches, mask = large_slides.padded(features, slots, (bucket(len(slots)), rows, columns))
         size = (patches.shape, patches.dtype, attention)
         if size not in self._encoders:
             what = f"{len(slots)} slides of up to {max(map(len, features)):,} patches"
@@ -200,8 +199,7 @@ class Predictor:
 
     def encode_slides(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
         """Embed slides (or lists of slides) in their order; those of one padded size share a call."""
-        slides = iter(slides)
-        while window := [self.bag(slide) for slide in islice(slides, 4 * batch_size)]:
+        for window in _windows(map(self.bag, slides), 4 * batch_size):
             sizes: dict[tuple[int, int], list[int]] = {}
             for i, bag in enumerate(window):
                 sizes.setdefault((bucket(bag.slots.shape[0]), bucket(bag.slots.shape[1])), []).append(i)
@@ -412,13 +410,31 @@ class Predictor:
         return np.asarray(pooled, np.float32)[: len(regions), 0]
 
 
+def _windows(bags: Iterable[Bag], most: int) -> Iterator[list[Bag]]:
+    """Bags in their order, `most` together, or fewer whose features in memory come to HELD bytes."""
+    window, held = [], 0
+    for bag in bags:
+        window.append(bag)
+        held += bag.features.nbytes if isinstance(bag.features, np.ndarray) else 0
+        if len(window) == most or held >= HELD:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
+
+
 def _as_tuple(texts: str | Sequence[str]) -> tuple[str, ...]:
     return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
-    return a @ b.T
+    """The cosine of each a with each b, many at a time: b may be the patches of a large slide."""
+    a = _unit(a)
+    return np.concatenate([a @ _unit(part).T for _, part in row_blocks(b)], axis=1)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
@@ -480,5 +496,5 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
         if len(records.slides) != 1:
             names = ", ".join(info.slide_id for info in records.slides[:3])
             raise ValueError(f"{path}: holds {len(records.slides)} slides ({names}, ...); choose one by slide_id")
-        return records.read(0)
-    return records.read(records.position(slide_id))
+        return open_slide(records, 0)
+    return open_slide(records, records.position(slide_id))

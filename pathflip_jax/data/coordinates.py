@@ -178,7 +178,10 @@ def twice_fault(features: Float[np.ndarray, "N F"]) -> str:
     half, odd = divmod(len(features), 2)
     if odd or half < FEWEST_GAPS or not np.array_equal(features[0], features[half]):
         return ""
-    if (features[:half] == features[0]).all() or not np.array_equal(features[:half], features[half:]):
+    parts = [slice(start, min(start + 1024, half)) for start in range(0, half, 1024)]
+    if all((features[rows] == features[0]).all() for rows in parts):
+        return ""
+    if not all(np.array_equal(features[rows], features[half + rows.start : half + rows.stop]) for rows in parts):
         return ""
     return f"its {half} patches are there twice, one set behind the other: the file was appended to; {EXTRACT}"
 

@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from pathflip_jax.data import blocks
+
 MEGABYTE = 2**20
 # What parsing itself may take beyond the arrays that it makes (those are checked against the size of their file).
 MEMORY = 512 * MEGABYTE
@@ -251,12 +253,15 @@ def _map(file: int, shape: list[int], dtype: np.dtype) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return np.empty(shape, dtype)
-    return np.frombuffer(mmap.mmap(file, size, flags=mmap.MAP_SHARED | _POPULATE), dtype).reshape(shape)
+    return np.frombuffer(mmap.mmap(file, size, flags=_flags(size)), dtype).reshape(shape)
 
 
 # ---- both ends ----
 
-_POPULATE = getattr(mmap, "MAP_POPULATE", 0)
+
+def _flags(size: int) -> int:
+    """How arrays are mapped: at once, but for large ones, which are worked through in blocks."""
+    return mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if size <= blocks.LARGE else 0)
 
 
 def _send(connection: socket.socket, message: dict, files: list[int]) -> None:
@@ -293,14 +298,15 @@ def shared_empty(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: 
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if not size:
         return np.empty(shape, dtype)
-    if hasattr(os, "memfd_create"):
+    if hasattr(os, "memfd_create") and size <= blocks.LARGE:
         file = os.memfd_create("pathflip")
-    else:
+        os.ftruncate(file, size)
+    else:  # on a disk
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
-    os.ftruncate(file, size)
+        blocks.reserve(file, size)
     _limit_memory(3 * size)  # itself, and as much again twice for a chunk that is all of it
-    array = np.frombuffer(mmap.mmap(file, size, flags=mmap.MAP_SHARED | _POPULATE), dtype).reshape(shape)
+    array = np.frombuffer(mmap.mmap(file, size, flags=_flags(size)), dtype).reshape(shape)
     _shared.append((array, file))
     return array
 

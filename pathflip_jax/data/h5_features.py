@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.data import guarded
+from pathflip_jax.data import blocks, guarded
 from pathflip_jax.data.coordinates import smallest_step
 from pathflip_jax.data.feature_files import slide_id_of
 
@@ -58,8 +58,11 @@ def _other_layout(names: list[str]) -> str:
 
 
 def _piece(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
-    """An array that lies in a file in one piece."""
-    array = np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+    """An array that lies in a file in one piece; of a large one no more is read than is asked for."""
+    if math.prod(shape) * np.dtype(dtype).itemsize > blocks.LARGE:
+        array = np.memmap(path, dtype, "r", offset, tuple(shape))
+    else:
+        array = np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

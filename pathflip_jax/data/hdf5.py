@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pathflip_jax.data import blocks
 from pathflip_jax.data.guarded import Parsed, Refused, check_size, shared_empty
 
 FEATURES = ("feats", "features")  # STAMP's name, everybody else's; AtlasPatch has a group, a dataset an encoder
@@ -88,7 +89,8 @@ def _place(dataset: h5py.Dataset, name: str, file_size: int) -> tuple[int, tuple
 def _array(dataset: h5py.Dataset, name: str, file_size: int) -> np.ndarray:
     array = shared_empty(dataset.shape, dataset.dtype.newbyteorder("="), file_size, repr(name))
     if array.ndim and array.size:
-        dataset.read_direct(array)
+        for rows, _ in blocks.row_blocks(array):
+            dataset.read_direct(array, rows, rows)
     elif not array.ndim:
         array[...] = dataset[()]
     return array

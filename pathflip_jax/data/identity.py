@@ -20,6 +20,7 @@ EMPTY = frozenset({"", "nan", "<na>", "nat", "null"})  # as `fold` spells them, 
 MISSING = EMPTY | {
     "na", "n/a", "#n/a", "none", "unknown", "'--", "not available", "not reported", "[not available]", "[unknown]",
 }  # fmt: skip
+_BEGINNINGS = frozenset(word[:1] for word in MISSING)
 _LONGEST_WORD = 64  # characters, with white space between them
 SUFFIXES = re.compile(
     r"(\.(ome|h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g))+$",
@@ -35,7 +36,7 @@ Cases = Sequence[str | tuple[str, ...]]
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, NaN, an empty text, or a word that tables write for "not available"."""
-    return is_empty(value) or (isinstance(value, str) and _short(value) in MISSING)
+    return _short(value) in MISSING if isinstance(value, str) else is_empty(value)
 
 
 def is_empty(value: Any) -> bool:
@@ -48,7 +49,7 @@ def is_empty(value: Any) -> bool:
 def clean_id(name: str) -> str:
     """A slide id as a table gives it, without folder and without the suffix of a slide or feature file."""
     last = name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
-    return SUFFIXES.sub("", last.strip()).strip()
+    return _without_suffix(last.strip()).strip()
 
 
 def fold(name: str, zeros: bool = False) -> str:
@@ -57,8 +58,8 @@ def fold(name: str, zeros: bool = False) -> str:
     Zeros in front of a number are dropped too unless `zeros` keeps them: spreadsheets lose them, "0045" and "45" are
     one id.
     """
-    text = _plain(SUFFIXES.sub("", name.strip()))
-    number = _NUMBER.fullmatch(text)
+    text = _plain(_without_suffix(name.strip()))
+    number = _NUMBER.fullmatch(text) if text[:1].isdigit() else None
     return number.group(1 if zeros else 2) if number else text
 
 
@@ -137,13 +138,20 @@ class SlideNames:
         return [] if is_missing(case) else list(self._cases.get(fold(case), []))
 
 
+def _without_suffix(name: str) -> str:
+    return SUFFIXES.sub("", name) if "." in name else name
+
+
 def _without_uuid(name: str) -> str:
-    return fold(UUID.sub("", clean_id(name)))
+    name = clean_id(name)
+    return fold(UUID.sub("", name) if "." in name else name)
 
 
 def _short(text: str) -> str:
     """A text as `_plain` has it where it may be one of the words that say "missing", else as it is."""
     text = text.strip()
+    if text.isascii() and text[:1].lower() not in _BEGINNINGS:  # most cells: the rest takes ten times as long
+        return text
     return _plain(text) if len(text) < _LONGEST_WORD else text
 
 

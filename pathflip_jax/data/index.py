@@ -8,8 +8,9 @@ import errno
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from pathflip_jax.data import blocks
 from pathflip_jax.data.columns import ARRAYS, DTYPES, SlideInfo, Slides
 from pathflip_jax.data.features import SlideFeatures, all_finite, rounded_away
 from pathflip_jax.data.index_file import Index, check_info, decode_index, encode_index
@@ -52,12 +53,15 @@ def encode_slide(
         found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
         raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
     regions = cut_regions(slide, cut, edge_um, edge_px)
-    features = narrowed(np.ascontiguousarray(slide.features[regions.order]), dtype, where)
+    features = stored_rows(slide.features, regions.order, dtype, where)
     coords = np.zeros((0, 2), COORDS)
     if slide.coords is not None:
         coords = slide.coords[regions.order].astype(COORDS, copy=False)
     payload, rows = features.view(np.uint8), regions.rows
-    crcs = [crc32c(payload[a:b], coords[a:b]) for a, b in zip(rows[:-1], rows[1:], strict=True)]
+    crcs = []
+    for a, b in zip(rows[:-1], rows[1:], strict=True):
+        crcs.append(crc32c(payload[a:b], coords[a:b]))
+        blocks.release(features)
     texts = {"slide_id": slide.slide_id, "case_id": slide.case_id, "encoder": slide.encoder, "feature_dtype": dtype}
     numbers = {
         "feature_dim": features.shape[1], "num_patches": len(features), "patch_size": slide.patch_size,
@@ -86,6 +90,23 @@ def encode_slide(
         coords_crc32c=crc32c(payloads["coords"]),
     )
     return parts, info
+
+
+def stored_rows(
+    features: Float[np.ndarray, "N F"], order: Int[np.ndarray, "N"], dtype: str, where: str
+) -> Float[np.ndarray, "N F"]:
+    """Features in the order in which they are stored, as `narrowed` has them; of a large slide in a temporary file.
+
+    Raises as `narrowed`, and OSError where the folder for temporary files (TMPDIR) has no room.
+    """
+    if features.nbytes <= blocks.LARGE:
+        return narrowed(np.ascontiguousarray(features[order]), dtype, where)
+    place, found = np.empty(len(order), np.int64), blocks.scratch(features.shape, DTYPES[dtype])
+    place[order] = np.arange(len(order))
+    for rows, block in blocks.row_blocks(features):  # as the file has them: it may hold them compressed
+        found[place[rows]] = narrowed(block, dtype, where)
+        blocks.release(found)
+    return found
 
 
 def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Float[np.ndarray, "N F"]:

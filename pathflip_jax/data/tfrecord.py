@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 import google_crc32c
 import numpy as np
 
+from pathflip_jax.data.blocks import row_blocks
 from pathflip_jax.data.durable import sync
 from pathflip_jax.data.storage import Place, file_sizes, open_stream, upload
 
@@ -48,7 +49,19 @@ def mask(crc: int) -> int:
 def frame(*parts: bytes | np.ndarray) -> tuple[bytes, bytes]:
     """What stands before and after a record's data, given in parts."""
     length = struct.pack("<Q", sum(memoryview(part).nbytes for part in parts))
-    return length + CRC_CODE.pack(mask(crc32c(length))), CRC_CODE.pack(mask(crc32c(*parts)))
+    crc = 0
+    for part in parts:
+        for piece in _pieces(part):
+            crc = crc32c(piece, start=crc)
+    return length + CRC_CODE.pack(mask(crc32c(length))), CRC_CODE.pack(mask(crc))
+
+
+def _pieces(data: bytes | np.ndarray) -> Iterator[bytes | np.ndarray]:
+    """Data as it is; what maps a file, a block at a time."""
+    if isinstance(data, np.memmap):
+        yield from (block for _, block in row_blocks(data))
+    else:
+        yield data
 
 
 class WholeFile:
@@ -62,6 +75,10 @@ class WholeFile:
 
     def write(self, data: bytes | np.ndarray) -> None:
         """Write all of `data`. Raises OSError naming the file and the cure, such as on a full disk."""
+        for piece in _pieces(data):
+            self._write(piece)
+
+    def _write(self, data: bytes | np.ndarray) -> None:
         left = memoryview(data).cast("B")
         size = len(left)
         try:

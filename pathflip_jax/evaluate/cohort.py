@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.large import open_slide
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.splits import no_such_split
 from pathflip_jax.data.text import SlideText, match_texts, read_slide_table, read_texts, rename_rows, some
@@ -44,7 +45,7 @@ class Cohort(NamedTuple):
 
     def features(self, slide_id: str) -> SlideFeatures:
         """The features of a slide."""
-        return self.records.read(self.records.position(slide_id))
+        return open_slide(self.records, self.records.position(slide_id))
 
     def train_features(self, seed: int = 0) -> Iterator[SlideFeatures]:
         """The features of the training slides that the records hold, in an order drawn by the seed."""

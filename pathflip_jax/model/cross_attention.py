@@ -11,9 +11,11 @@ Letters as in `pathflip_jax.model.pathflip`; C here is heads * Q, the rows that 
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -55,22 +57,63 @@ class CrossAttention(nnx.Module):
         """The queries after looking, and where the slide and each region looked (before dropout)."""
         keys = split_key(key, 2)
         B, R, S, D = patches.shape
-        Q, heads = x.shape[-2], (self.heads, -1)
-        query = self.query(x)
-        query = query.reshape(*query.shape[:-1], *heads) / math.sqrt(query.shape[-1] // self.heads)
-        key_kernel = self.key.kernel[...].reshape(D, *heads)
-        pooled, total = pool_patches(query, key_kernel, patches, mask, self.rate, keys[0])
-        pooled = pooled.reshape(B, 1 + R, self.heads, Q, D)
-        value_kernel, value_bias = self.value.kernel[...].reshape(D, *heads), self.value.bias[...].reshape(heads)
-        context = contract("bghqD,Dhd->bgqhd", pooled, value_kernel)
-        context += contract("bghq,hd->bgqhd", total.reshape(pooled.shape[:-1]), value_bias)
-        context = context.reshape(*context.shape[:3], -1)  # [B, 1+R, Q, H]
-        x = self.norm(x + dropout(self.output(context), self.rate, keys[1]))
+        Q = x.shape[-2]
+        query, key_kernel = self._query(x, D)
+        x = self.finish(x, *pool_patches(query, key_kernel, patches, mask, self.rate, keys[0]), keys[1])
 
         rows = _absorb(query, key_kernel, B, R)
         slide = attention_weights(rows[:, 0], patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S))
         regions = attention_weights(rows[:, 1:], patches, mask[:, :, None])
         return x, slide.reshape(B, self.heads, Q, R * S), regions.reshape(B, R, self.heads, Q, S)
+
+    def _query(self, x: Array, D: int) -> tuple[Float[Array, "B 1+R Q heads d"], Float[Array, "D heads d"]]:
+        query = self.query(x)
+        query = query.reshape(*query.shape[:-1], self.heads, -1) / math.sqrt(query.shape[-1] // self.heads)
+        return query, self.key.kernel[...].reshape(D, self.heads, -1)
+
+    def finish(self, x: Array, pooled: Array, total: Array, key: Array | None = None) -> Float[Array, "B 1+R Q H"]:
+        """The queries after what `pool_patches`, or `pooled` of a slide in parts, gives."""
+        heads, D = (self.heads, -1), pooled.shape[-1]
+        pooled = pooled.reshape(*pooled.shape[:2], self.heads, x.shape[-2], D)
+        value_kernel, value_bias = self.value.kernel[...].reshape(D, *heads), self.value.bias[...].reshape(heads)
+        context = contract("bghqD,Dhd->bgqhd", pooled, value_kernel)
+        context += contract("bghq,hd->bgqhd", total.reshape(pooled.shape[:-1]), value_bias)
+        context = context.reshape(*context.shape[:3], -1)  # [B, 1+R, Q, H]
+        return self.norm(x + dropout(self.output(context), self.rate, key))
+
+    def pool_part(
+        self, x: Float[Array, "B 1 Q H"], patches: Float[Array, "B R S D"], mask: Bool[Array, "B R S"], so_far: "Part"
+    ) -> "Part":
+        """What a slide's queries pool of the part of its patches that is given, and of those before: `so_far`."""
+        B, R, S, D = patches.shape
+        rows = _absorb(*self._query(x, D), B, 0)[:, 0]  # [B, C, D]
+        patches, mask = patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S)
+        scores = jnp.where(mask, matmul(rows, patches.mT), jnp.finfo(jnp.float32).min)
+        largest = jnp.maximum(so_far.largest, scores.max(-1, keepdims=True))
+        weights = jnp.where(mask, jnp.exp(scores - largest), 0)
+        before = jnp.exp(so_far.largest - largest)
+        pooled = before * so_far.pooled + matmul(weights.astype(patches.dtype), patches)
+        return Part(largest, before * so_far.total + row_sums(weights), pooled)
+
+    def no_part(self, slides: int, queries: int, width: int) -> "Part":
+        """What queries have pooled before they have seen a patch."""
+        rows = slides, self.heads * queries
+        lowest = np.full((*rows, 1), np.finfo(np.float32).min, np.float32)
+        return Part(lowest, np.zeros((*rows, 1), np.float32), np.zeros((*rows, width), np.float32))
+
+
+class Part(NamedTuple):
+    """What a slide's queries have pooled of some of its patches: the highest score, the sum of the weights against it,
+    and what these pool, all in float32."""
+
+    largest: Float[Array, "B C 1"]
+    total: Float[Array, "B C 1"]
+    pooled: Float[Array, "B C D"]
+
+    def whole(self, dtype: jnp.dtype) -> tuple[Float[Array, "B 1 C D"], Float[Array, "B 1 C 1"]]:
+        """As `pool_patches` gives it, when all patches have been seen."""
+        share = jnp.where(self.total > 0, 1 / jnp.where(self.total > 0, self.total, 1), 0)
+        return (self.pooled * share).astype(dtype)[:, None], (self.total * share).astype(dtype)[:, None]
 
 
 def pool_patches(

@@ -79,11 +79,16 @@ class RegionLayer(nnx.Module):
         self.norm = LayerNorm(D, TORCH_EPS)
 
     def __call__(
-        self, x: Float[Array, "B 1+R D"], mask: Bool[Array, "B 1+R"], key: Array | None
-    ) -> Float[Array, "B 1+R D"]:
-        """[B, 1+R, D] -> [B, 1+R, D]; masked rows are no keys."""
+        self,
+        x: Float[Array, "B C D"],
+        mask: Bool[Array, "B 1+R"],
+        key: Array | None,
+        among: Float[Array, "B 1+R D"] | None = None,
+    ) -> Float[Array, "B C D"]:
+        """Rows after they have read each other, or those `among`, of which masked ones are no keys."""
         keys = split_key(key, 4)
-        pooled, _ = self.attention(x, x, x, mask, self.rate, keys[0])
+        among = x if among is None else among
+        pooled, _ = self.attention(x, among, among, mask, self.rate, keys[0])
         x = self.attention_norm(x + dropout(pooled, self.rate, keys[1]))
         inner = dropout(jax.nn.relu(self.intermediate(x)), self.rate, keys[2])
         return self.norm(x + dropout(self.output(inner), self.rate, keys[3]))
@@ -147,11 +152,7 @@ class PathFLIP(nnx.Module):
         Patches come in any float dtype. What stands in masked slots has no effect, NaN included.
         """
         query_key, *layer_keys = split_key(key, 1 + len(self.region_layers))
-        patches = jnp.where(patch_mask[..., None], patches, 0)
-        with jax.named_scope("patch_projection"):
-            project = partial(_project, self.config.compute_dtype)
-            # Here fusion ends: XLA for CPU would transpose the gradients of all layers, each before they are summed.
-            patches = lax.optimization_barrier(recompute(project, patches, self.patch_projection))
+        patches = self.project_patches(patches, patch_mask)
         states = self.qformer.read_patches(patches, patch_mask, query_key, attention)
         pooled = jnp.concatenate([states.slide[:, None], states.regions], axis=1).mean(2)  # [B, 1+R, H]
         x = self.slide_projection(pooled)  # [B, 1+R, D]
@@ -162,6 +163,16 @@ class PathFLIP(nnx.Module):
                 x = layer(x, mask, layer_key)
         x = jnp.where(mask[..., None], x, 0).astype(jnp.float32)
         return SlideEncoding(x[:, 0], x[:, 1:], region_mask, states.slide_attention, states.region_attention)
+
+    def project_patches(
+        self, patches: Float[Array, "B R S F"], patch_mask: Bool[Array, "B R S"]
+    ) -> Float[Array, "B R S D"]:
+        """Patch features as the queries read them; what stands in masked slots is zero before."""
+        patches = jnp.where(patch_mask[..., None], patches, 0)
+        with jax.named_scope("patch_projection"):
+            project = partial(_project, self.config.compute_dtype)
+            # Here fusion ends: XLA for CPU would transpose the gradients of all layers, each before they are summed.
+            return lax.optimization_barrier(recompute(project, patches, self.patch_projection))
 
     def read_texts(
         self, rows: Sequence[Rows], text_index: Int[Array, "G n"], *, key: Array | None = None

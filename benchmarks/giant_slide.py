@@ -1,0 +1,109 @@
+"""One slide of millions of patches: seconds and memory to write, open, sample and embed it, a stage after the other.
+
+Each stage's peak is the highest resident size of the process while it ran (VmHWM, started anew for each where the
+kernel allows it); `started` is what Python, JAX and the model take before there is a slide. The slide is a square of
+tissue, its features random.
+
+    python benchmarks/giant_slide.py --patches 2000000 --width 384 --json benchmarks/results/giant_slide.json
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from machine import describe, reset_peak, resident_peak
+from records import PATCH
+
+from pathflip_jax.data import blocks
+from pathflip_jax.data.bags import regions_of
+from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.large import open_slide
+from pathflip_jax.data.patches import PatchSampler
+from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.inference import Predictor
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.pathflip import PathFLIP
+
+BATCHES, REGIONS = 20, 24
+
+
+def make_features(patches: int, width: int) -> np.ndarray:
+    """Random features as float16, in a file that is mapped."""
+    rng, found = np.random.default_rng(0), blocks.scratch((patches, width), np.float16)
+    for rows, block in blocks.row_blocks(found):
+        found[rows] = rng.standard_normal(block.shape, np.float32)
+    return found
+
+
+def place_patches(patches: int) -> np.ndarray:
+    """The corners of a square of patches, row by row as tools write them."""
+    edge = int(np.ceil(np.sqrt(patches)))
+    return np.stack([np.arange(patches) % edge, np.arange(patches) // edge], -1).astype(np.int32) * PATCH
+
+
+def measure(folder: Path, patches: int, width: int, model: PathFLIP) -> dict[str, dict[str, float]]:
+    """Seconds and peak of each stage, by name."""
+    found: dict[str, dict[str, float]] = {"started": {"seconds": 0.0, "peak_gb": resident_peak() / 1e9}}
+
+    def timed(stage: str, call: Callable) -> object:
+        reset_peak()
+        start = time.perf_counter()
+        result = call()
+        found[stage] = {"seconds": time.perf_counter() - start, "peak_gb": resident_peak() / 1e9}
+        return result
+
+    given = make_features(patches, width), place_patches(patches), PATCH, 0.5
+    timed("write", lambda: write_shard(folder / shard_name(0), [SlideFeatures("giant", "", *given, encoder="random")]))
+    timed("finish", lambda: finish_folder(folder))
+    del given
+    records = timed("open", lambda: Records(folder))
+    sampler = PatchSampler(records, REGIONS, records.patch_slots, 2)
+    bag = regions_of(records, [0])
+
+    def train() -> None:
+        for step in range(BATCHES):
+            sampler.draw([bag], [np.random.default_rng(step)])
+
+    timed(f"sample {BATCHES} x {REGIONS} regions", train)
+    stored = timed("check", lambda: open_slide(records, 0))
+    predictor = Predictor(model, {"data": {"cut": "grid"}}, None)
+    embedding = timed("embed", lambda: predictor.encode_slide(stored))
+    if not np.isfinite(embedding.slide).all() or len(embedding.regions) != records.slides[0].num_regions:
+        raise RuntimeError("the embedding is not finite, or not of every region")
+    return found
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patches", type=int, default=2_000_000)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=12, help="of the Q-Former; half of them read patches")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    config = PathFLIPConfig(
+        feature_dim=options.width, layers=options.layers, hidden=options.hidden, intermediate=4 * options.hidden
+    )
+    model = PathFLIP(config, nnx.Rngs(0))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        described = describe("jax", "numpy", folder=Path(folder))
+        stages = measure(Path(folder), options.patches, options.width, model)
+    print(f"{options.patches} patches x {options.width} float16, {options.patches * options.width * 2 / 1e9:.2f} GB")
+    for stage, figures in stages.items():
+        print(f"{stage:<28}{figures['seconds']:>9.1f} s {figures['peak_gb']:>7.2f} GB")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: v for k, v in vars(options).items() if k not in ("json", "folder")}
+        content = {"machine": described, "settings": settings, "stages": stages}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Arrays that are worked through a block of rows at a time, so that the whole of a large one never stands in memory."""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+LARGE = 256 << 20  # bytes: smaller arrays stand in memory whole
+BLOCK = 16 << 20  # bytes of a block
+
+
+def row_blocks(array: np.ndarray, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+    """Blocks of rows of about `size` bytes, with where they stand; of a mapped file no page stays behind them."""
+    rows = max(1, (size or BLOCK) // max(1, array.nbytes // max(1, len(array))))
+    for start in range(0, len(array), rows):
+        where = slice(start, min(start + rows, len(array)))
+        yield where, array[where]
+        release(array)
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of the pages of a file that an array maps; they are read again when they are needed."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array in a temporary file without a name, gone with the array. Raises OSError where the disk has no room."""
+    with tempfile.TemporaryFile() as file:
+        reserve(file.fileno(), int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def reserve(file: int, size: int) -> None:
+    """Make an empty file that large; a disk without room says so here, and not when a page of a map is written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)

@@ -1,0 +1,112 @@
+"""Large slides: written, opened and read in blocks with the very bytes that the whole at once gives."""
+
+import mmap
+
+import h5py
+import numpy as np
+import pytest
+
+from pathflip_jax.data import blocks
+from pathflip_jax.data.features import SlideFeatures, all_finite, read_features
+from pathflip_jax.data.large import StoredFeatures, open_slide
+from pathflip_jax.data.records import Records, write_shard
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Slides of a hundred bytes are large, and worked through in blocks of 64."""
+    monkeypatch.setattr(blocks, "LARGE", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+
+
+def slide_of(patches: int = 60, dtype=np.float32) -> SlideFeatures:
+    rng = np.random.default_rng(patches)
+    coords = rng.permutation(np.stack(np.divmod(np.arange(patches), 9), -1)).astype(np.int32) * 256
+    features = rng.normal(size=(patches, 5)).astype(dtype)
+    return SlideFeatures("S", "P", features, coords, 256, 0.5, encoder="e")
+
+
+def write(path, slide) -> Records:
+    write_shard(path, [slide], edge_um=512.0)
+    return Records([path])
+
+
+def test_a_large_slide_is_written_byte_for_byte_as_a_small_one(tmp_path, monkeypatch):
+    slide = slide_of()
+    write(tmp_path / "a.tfrecord", slide)
+    monkeypatch.setattr(blocks, "LARGE", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 64)
+    records = write(tmp_path / "b.tfrecord", slide)
+    copied = write(tmp_path / "c.tfrecord", open_slide(records, 0))  # as shards are put together from parts
+    for path in (tmp_path / "b.tfrecord", *copied.shards):
+        assert path.read_bytes() == (tmp_path / "a.tfrecord").read_bytes()
+
+
+def test_features_on_disk_answer_as_an_array_does(tmp_path, small):
+    records = write(tmp_path / "a.tfrecord", slide_of())
+    whole, slide = records.read(0), open_slide(records, 0)
+    found, expected = slide.features, whole.features
+    assert isinstance(found, StoredFeatures) and (slide.coords == whole.coords).all() and slide.mpp == whole.mpp
+    assert found.shape == expected.shape and found.dtype == expected.dtype and len(found) == len(expected)
+    assert found.nbytes == expected.nbytes and found.size == expected.size
+    rng = np.random.default_rng(0)
+    for rows in (
+        7, -1, np.int64(3), slice(None), slice(10, 41, 3), slice(50, 200), rng.integers(-60, 60, 40), [3, 3, 1],
+        rng.integers(60, size=(4, 3)), rng.random(60) < 0.3, np.zeros(0, int),
+    ):  # fmt: skip
+        assert np.array_equal(found[rows], expected[rows]), rows
+    assert np.array_equal(np.asarray(found, np.float32), expected.astype(np.float32))
+    with pytest.raises(IndexError):
+        found[60]
+
+
+def test_a_region_is_read_once_and_no_other(tmp_path, small, monkeypatch):
+    records = write(tmp_path / "a.tfrecord", slide_of())
+    features, read, asked = StoredFeatures(records, 0), Records.read_regions, []
+    monkeypatch.setattr(Records, "read_regions", lambda s, i, r: asked.extend(r.tolist()) or read(s, i, r))
+    starts = records.slides[0].region_rows
+    features[[starts[2], starts[0], starts[2] + 1, starts[3] - 1]]
+    assert asked == [0, 2]
+
+
+def test_a_flipped_byte_of_a_large_slide_is_told_when_it_is_opened(tmp_path, small):
+    records = write(tmp_path / "a.tfrecord", slide_of())
+    data = bytearray((tmp_path / "a.tfrecord").read_bytes())
+    data[records.slides[0].features_offset + 77] ^= 4
+    (tmp_path / "a.tfrecord").write_bytes(data)
+    with pytest.raises(ValueError, match="slide S, region .*a byte flipped"):
+        open_slide(Records([tmp_path / "a.tfrecord"]), 0)
+
+
+@pytest.mark.parametrize("chunks", [None, (7, 5)])
+def test_large_feature_files_are_mapped_and_not_read(tmp_path, small, chunks):
+    slide = slide_of()
+    with h5py.File(tmp_path / "S.h5", "w") as file:
+        file.create_dataset("features", data=slide.features, chunks=chunks)
+        file["coords"] = slide.coords
+    found = read_features(tmp_path / "S.h5", patch_size=256, mpp=0.5)
+    assert np.array_equal(found.features, slide.features) and np.array_equal(found.coords, slide.coords)
+    if chunks is None:
+        base = found.features
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base, mmap.mmap)
+    write(tmp_path / "a.tfrecord", slide)
+    assert write(tmp_path / "b.tfrecord", found).slides[0].region_crc32c.tolist()
+
+
+def test_what_is_not_finite_is_told_wherever_it_stands(small):
+    features = slide_of().features.copy()
+    assert all_finite(features) and all_finite(features.astype(np.float16))
+    features[59, 4] = np.nan
+    assert not all_finite(features) and not all_finite(features.astype(np.float16))
+    with pytest.raises(ValueError, match="1 of 60 patches hold NaN or infinity .the first is patch 59"):
+        SlideFeatures("S", "", features)
+
+
+def test_a_mapped_file_keeps_what_was_written_when_its_pages_go(small):
+    found = blocks.scratch((50, 3), np.float16)
+    for rows, block in blocks.row_blocks(found):
+        found[rows] = np.arange(rows.start, rows.stop)[:, None]
+        assert len(block) <= 10
+    assert (found == np.arange(50)[:, None]).all()
