@@ -32,35 +32,31 @@ from pathflip_jax.model.pathflip import PathFLIP
 BATCHES, REGIONS = 20, 24
 
 
-def make_features(patches: int, width: int) -> np.ndarray:
-    """Random features as float16, in a file that is mapped."""
-    rng, found = np.random.default_rng(0), blocks.scratch((patches, width), np.float16)
-    for rows, block in blocks.row_blocks(found):
-        found[rows] = rng.standard_normal(block.shape, np.float32)
-    return found
-
-
-def place_patches(patches: int) -> np.ndarray:
-    """The corners of a square of patches, row by row as tools write them."""
+def make_slide(patches: int, width: int) -> SlideFeatures:
+    """A square of patches, row by row as tools write them; random features as float16, in a file that is mapped."""
+    rng, features = np.random.default_rng(0), blocks.scratch((patches, width), np.float16)
+    for rows, block in blocks.row_blocks(features):
+        features[rows] = rng.standard_normal(block.shape, np.float32)
     edge = int(np.ceil(np.sqrt(patches)))
-    return np.stack([np.arange(patches) % edge, np.arange(patches) // edge], -1).astype(np.int32) * PATCH
+    coords = np.stack([np.arange(patches) % edge, np.arange(patches) // edge], -1).astype(np.int32) * PATCH
+    return SlideFeatures("giant", "", features, coords, PATCH, 0.5, encoder="random")
 
 
 def measure(folder: Path, patches: int, width: int, model: PathFLIP) -> dict[str, dict[str, float]]:
     """Seconds and peak of each stage, by name."""
     found: dict[str, dict[str, float]] = {"started": {"seconds": 0.0, "peak_gb": resident_peak() / 1e9}}
+    print(f"{'started':<28}{'':>9}   {found['started']['peak_gb']:>7.2f} GB")
 
     def timed(stage: str, call: Callable) -> object:
         reset_peak()
         start = time.perf_counter()
         result = call()
         found[stage] = {"seconds": time.perf_counter() - start, "peak_gb": resident_peak() / 1e9}
+        print(f"{stage:<28}{found[stage]['seconds']:>9.1f} s {found[stage]['peak_gb']:>7.2f} GB", flush=True)
         return result
 
-    given = make_features(patches, width), place_patches(patches), PATCH, 0.5
-    timed("write", lambda: write_shard(folder / shard_name(0), [SlideFeatures("giant", "", *given, encoder="random")]))
+    timed("write", lambda: write_shard(folder / shard_name(0), [make_slide(patches, width)]))
     timed("finish", lambda: finish_folder(folder))
-    del given
     records = timed("open", lambda: Records(folder))
     sampler = PatchSampler(records, REGIONS, records.patch_slots, 2)
     bag = regions_of(records, [0])
@@ -92,12 +88,10 @@ def main() -> None:
         feature_dim=options.width, layers=options.layers, hidden=options.hidden, intermediate=4 * options.hidden
     )
     model = PathFLIP(config, nnx.Rngs(0))
+    print(f"{options.patches} patches x {options.width} float16, {options.patches * options.width * 2 / 1e9:.2f} GB")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         described = describe("jax", "numpy", folder=Path(folder))
         stages = measure(Path(folder), options.patches, options.width, model)
-    print(f"{options.patches} patches x {options.width} float16, {options.patches * options.width * 2 / 1e9:.2f} GB")
-    for stage, figures in stages.items():
-        print(f"{stage:<28}{figures['seconds']:>9.1f} s {figures['peak_gb']:>7.2f} GB")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "folder")}

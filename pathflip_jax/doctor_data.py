@@ -5,8 +5,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from pathflip_jax.data.cases import Sources, bag_keys, slides_of_case
 from pathflip_jax.data.identity import SlideNames, connected, is_missing, person_keys
 from pathflip_jax.data.records import Records
@@ -17,8 +15,7 @@ from pathflip_jax.data.tokens import TextTokenizer
 from pathflip_jax.data.verify import verify
 from pathflip_jax.evaluate.splits import check_split
 from pathflip_jax.findings import Finding, guarded, logged_warnings
-
-MOST_UNKNOWN = 0.2  # of the pieces of texts: beyond this a vocabulary is of another language
+from pathflip_jax.settings import load_config
 
 
 class Seen(NamedTuple):
@@ -206,14 +203,11 @@ def _tokenizer(folder: Place, texts: Sequence[SlideText] | None) -> Iterator[Fin
     if texts is None:
         yield Finding("tokenizer", size, "ok")
         return
-    share = unknown_share(tokenizer, [text.caption for text in texts])
+    share, most = (
+        tokenizer.unknown_share(tokenizer.ids([text.caption for text in texts])),
+        load_config("align_base").data.max_unknown_share,
+    )
     found = f"{size}; {share:.1%} of the pieces of the texts are unknown to it"
     cure = "take a vocabulary of the texts' language, or learn one: `pathflip vocabulary TEXTS --out FOLDER`"
-    bad = share > MOST_UNKNOWN
+    bad = share > most
     yield Finding("tokenizer", found, "fault" if bad else "ok", cure if bad else "")
-
-
-def unknown_share(tokenizer: TextTokenizer, texts: Sequence[str]) -> float:
-    """The share of [UNK] among the pieces of texts; 0 where there are none."""
-    pieces = np.concatenate([np.zeros(0, np.int32), *tokenizer.ids(texts)])
-    return float((pieces == tokenizer.unk_id).mean()) if len(pieces) else 0.0

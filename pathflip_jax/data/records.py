@@ -43,6 +43,7 @@ from pathflip_jax.data.manifest import (
 )
 from pathflip_jax.data.regions import EDGE_UM, region_edge
 from pathflip_jax.data.storage import (
+    Extent,
     LocalFile,
     Place,
     RemoteFile,
@@ -56,6 +57,7 @@ from pathflip_jax.data.storage import (
 from pathflip_jax.data.tfds import dataset_info, feature_schema
 from pathflip_jax.data.tfrecord import crc32c, read_frames, whole_file
 
+COORDS_AT_ONCE = 1 << 20  # bytes
 SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them
 _log = logging.getLogger(__name__)
 
@@ -271,21 +273,37 @@ class Records:
         `wanted` is sorted and names each region once.
         """
         rows, width = info.region_rows, info.row_bytes
-        first, last = int(rows[wanted[0]]), int(rows[wanted[-1] + 1])
         runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours
         starts = [info.features_offset + int(rows[wanted[run[0]]]) * width for run in runs]
         extents = [(start, [parts[i] for i in run]) for start, run in zip(starts, runs, strict=True)]
-        coords = np.zeros(8 * (last - first) if info.coords_bytes else 0, np.uint8)
-        if info.coords_bytes:
-            extents.insert(0, (info.coords_offset + 8 * first, [coords]))
-        read = self._file(info.shard).read(extents)
-        if info.coords_bytes:
+        coords, at, places = self._coords_of(info, wanted, runs)
+        read = self._file(info.shard).read([*places, *extents])
+        for _ in places:
             next(read)  # every region's CRC needs them
         for run, _ in zip(runs, read, strict=True):  # a region is summed up while the next ones are on their way
             for i in run:
-                a, b = rows[wanted[i]] - first, rows[wanted[i] + 1] - first
-                check_region(info, wanted[i], crc32c(parts[i].view(np.uint8), coords[8 * a : 8 * b]))
+                own = coords[8 * at[i] : 8 * (at[i] + rows[wanted[i] + 1] - rows[wanted[i]])]
+                check_region(info, wanted[i], crc32c(parts[i].view(np.uint8), own))
         return coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
+
+    def _coords_of(
+        self, info: SlideInfo, wanted: np.ndarray, runs: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, list[Extent]]:
+        """An array for the coordinates of regions, where in it those of each begin, and what to read into it.
+
+        In one go with what lies between the regions, unless that is much: of a slide of millions of patches.
+        """
+        if not info.coords_bytes:
+            return np.zeros(0, np.uint8), np.zeros(len(wanted), np.int64), []
+        starts, stops = info.region_rows[wanted], info.region_rows[wanted + 1]
+        if 8 * (stops[-1] - starts[0]) <= COORDS_AT_ONCE:
+            at, spans = starts - starts[0], [(starts[0], stops[-1])]
+        else:
+            at, spans = np.cumsum(stops - starts) - (stops - starts), [(starts[run[0]], stops[run[-1]]) for run in runs]
+        coords = np.zeros(8 * (at[-1] + stops[-1] - starts[-1]), np.uint8)
+        ends = np.cumsum([0, *(8 * (stop - start) for start, stop in spans)])
+        pieces = zip(spans, ends, ends[1:], strict=False)
+        return coords, at, [(info.coords_offset + 8 * int(start), [coords[a:b]]) for (start, _), a, b in pieces]
 
 
 def iter_examples(shard: Place | str) -> Iterator:

@@ -6,10 +6,11 @@ import h5py
 import numpy as np
 import pytest
 
-from pathflip_jax.data import blocks
+from pathflip_jax.data import blocks, records
 from pathflip_jax.data.features import SlideFeatures, all_finite, read_features
 from pathflip_jax.data.large import StoredFeatures, open_slide
 from pathflip_jax.data.records import Records, write_shard
+from pathflip_jax.data.storage import LocalFile
 
 
 @pytest.fixture
@@ -36,15 +37,15 @@ def test_a_large_slide_is_written_byte_for_byte_as_a_small_one(tmp_path, monkeyp
     write(tmp_path / "a.tfrecord", slide)
     monkeypatch.setattr(blocks, "LARGE", 100)
     monkeypatch.setattr(blocks, "BLOCK", 64)
-    records = write(tmp_path / "b.tfrecord", slide)
-    copied = write(tmp_path / "c.tfrecord", open_slide(records, 0))  # as shards are put together from parts
+    archive = write(tmp_path / "b.tfrecord", slide)
+    copied = write(tmp_path / "c.tfrecord", open_slide(archive, 0))  # as shards are put together from parts
     for path in (tmp_path / "b.tfrecord", *copied.shards):
         assert path.read_bytes() == (tmp_path / "a.tfrecord").read_bytes()
 
 
 def test_features_on_disk_answer_as_an_array_does(tmp_path, small):
-    records = write(tmp_path / "a.tfrecord", slide_of())
-    whole, slide = records.read(0), open_slide(records, 0)
+    archive = write(tmp_path / "a.tfrecord", slide_of())
+    whole, slide = archive.read(0), open_slide(archive, 0)
     found, expected = slide.features, whole.features
     assert isinstance(found, StoredFeatures) and (slide.coords == whole.coords).all() and slide.mpp == whole.mpp
     assert found.shape == expected.shape and found.dtype == expected.dtype and len(found) == len(expected)
@@ -61,18 +62,18 @@ def test_features_on_disk_answer_as_an_array_does(tmp_path, small):
 
 
 def test_a_region_is_read_once_and_no_other(tmp_path, small, monkeypatch):
-    records = write(tmp_path / "a.tfrecord", slide_of())
-    features, read, asked = StoredFeatures(records, 0), Records.read_regions, []
+    archive = write(tmp_path / "a.tfrecord", slide_of())
+    features, read, asked = StoredFeatures(archive, 0), Records.read_regions, []
     monkeypatch.setattr(Records, "read_regions", lambda s, i, r: asked.extend(r.tolist()) or read(s, i, r))
-    starts = records.slides[0].region_rows
+    starts = archive.slides[0].region_rows
     features[[starts[2], starts[0], starts[2] + 1, starts[3] - 1]]
     assert asked == [0, 2]
 
 
 def test_a_flipped_byte_of_a_large_slide_is_told_when_it_is_opened(tmp_path, small):
-    records = write(tmp_path / "a.tfrecord", slide_of())
+    archive = write(tmp_path / "a.tfrecord", slide_of())
     data = bytearray((tmp_path / "a.tfrecord").read_bytes())
-    data[records.slides[0].features_offset + 77] ^= 4
+    data[archive.slides[0].features_offset + 77] ^= 4
     (tmp_path / "a.tfrecord").write_bytes(data)
     with pytest.raises(ValueError, match="slide S, region .*a byte flipped"):
         open_slide(Records([tmp_path / "a.tfrecord"]), 0)
@@ -91,8 +92,9 @@ def test_large_feature_files_are_mapped_and_not_read(tmp_path, small, chunks):
         while isinstance(base, np.ndarray):
             base = base.base
         assert isinstance(base, mmap.mmap)
-    write(tmp_path / "a.tfrecord", slide)
-    assert write(tmp_path / "b.tfrecord", found).slides[0].region_crc32c.tolist()
+    archives = [write(tmp_path / f"{number}.tfrecord", one) for number, one in enumerate([slide, found])]
+    sums = [archive.slides[0].region_crc32c for archive in archives]
+    assert (sums[0] == sums[1]).all()
 
 
 def test_what_is_not_finite_is_told_wherever_it_stands(small):
@@ -110,3 +112,24 @@ def test_a_mapped_file_keeps_what_was_written_when_its_pages_go(small):
         found[rows] = np.arange(rows.start, rows.stop)[:, None]
         assert len(block) <= 10
     assert (found == np.arange(50)[:, None]).all()
+
+
+def test_of_regions_far_apart_no_coordinates_between_are_read(tmp_path, monkeypatch):
+    record = write(tmp_path / "a.tfrecord", slide_of())
+    info, read, asked = record.slides[0], LocalFile.read, []
+
+    def noted(file, extents):
+        asked.extend((offset - info.coords_offset, sum(a.nbytes for a in arrays)) for offset, arrays in extents)
+        return read(file, extents)
+
+    monkeypatch.setattr(LocalFile, "read", noted)
+    wanted = [info.num_regions - 1, 0, 1, 0]
+    near = record.read_regions(0, wanted)
+    places = [extent for extent in asked if 0 <= extent[0] < info.coords_bytes]
+    assert len(places) == 1
+    monkeypatch.setattr(records, "COORDS_AT_ONCE", 0)
+    asked.clear()
+    far, rows = record.read_regions(0, wanted), info.region_rows
+    assert all(np.array_equal(a, b) for a, b in zip(near, far, strict=True))
+    places = [extent for extent in asked if 0 <= extent[0] < info.coords_bytes]
+    assert places == [(0, 8 * rows[2]), (8 * rows[-2], 8 * (rows[-1] - rows[-2]))]
