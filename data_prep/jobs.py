@@ -22,6 +22,7 @@ from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax import ulimits
+from pathflip_jax.data import blocks
 from pathflip_jax.data.columns import DTYPES
 from pathflip_jax.data.features import SlideFeatures, UnknownPatchSize, read_features
 from pathflip_jax.data.index import narrowed
@@ -175,12 +176,13 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures,
         keep_ink = bool(settings.get("keep_ink"))
         tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], keep_ink)
         began = time.perf_counter()
-        features, rows = np.empty((len(tiles.coords), encode.dim), DTYPES[dtype]), 0  # as records store them
+        features, rows = blocks.empty((len(tiles.coords), encode.dim), DTYPES[dtype]), 0  # as records store them
         encoding = 0.0
         for patches in _read_ahead(read_patches(slide, tiles), seconds):
             before = time.perf_counter()
             features[rows : rows + len(patches)] = _stored(encode(patches), dtype, job.file)
             rows += len(patches)
+            blocks.release(features)
             encoding += time.perf_counter() - before
         waiting = time.perf_counter() - began - encoding
         seconds |= {"tissue": began - start, "wait": waiting, "encode": encoding}

@@ -30,6 +30,18 @@ def release(array: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
+def row_mean(array: np.ndarray) -> np.ndarray:
+    """The mean of all rows, in float32."""
+    parts = [np.asarray(block, np.float32).mean(0) * (len(block) / len(array)) for _, block in row_blocks(array, LARGE)]
+    return np.sum(parts, axis=0, dtype=np.float32)
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array to fill: in memory, or of a large one in a temporary file (`scratch`)."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return np.empty(shape, dtype) if size <= LARGE else scratch(shape, dtype)
+
+
 def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array in a temporary file without a name, gone with the array. Raises OSError where the disk has no room."""
     with tempfile.TemporaryFile() as file:
@@ -39,7 +51,12 @@ def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def reserve(file: int, size: int) -> None:
     """Make an empty file that large; a disk without room says so here, and not when a page of a map is written."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.ftruncate(file, size)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.ftruncate(file, size)
+    except OSError as error:
+        cure = "free space there, or name another folder in the environment variable TMPDIR"
+        message = f"{os.strerror(error.errno)}: a large slide takes {size / 1e9:.1f} GB there for a while; {cure}"
+        raise OSError(error.errno, message, tempfile.gettempdir()) from None

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from pathflip_jax.data.blocks import row_mean
 from pathflip_jax.data.identity import SlideNames, fold
 from pathflip_jax.data.tables import read_rows
 from pathflip_jax.data.text import row_slides, some
@@ -195,7 +196,7 @@ def embed_bags(predictor, cohort: Cohort, ids: Sequence[str], name: str) -> dict
     def slides():
         for slide_id in tqdm(ids, desc=f"{name}: slides", unit="slide", leave=False):
             slide = cohort.features(slide_id)
-            means[slide_id] = np.asarray(slide.features, np.float32).mean(0)
+            means[slide_id] = row_mean(slide.features)
             yield slide
 
     found = predictor.encode_slides(slides())

@@ -1,6 +1,9 @@
 """Large slides: written, opened and read in blocks with the very bytes that the whole at once gives."""
 
+import errno
 import mmap
+import os
+import tempfile
 
 import h5py
 import numpy as np
@@ -133,3 +136,20 @@ def test_of_regions_far_apart_no_coordinates_between_are_read(tmp_path, monkeypa
     assert all(np.array_equal(a, b) for a, b in zip(near, far, strict=True))
     places = [extent for extent in asked if 0 <= extent[0] < info.coords_bytes]
     assert places == [(0, 8 * rows[2]), (8 * rows[-2], 8 * (rows[-1] - rows[-2]))]
+
+
+def test_a_full_folder_for_temporary_files_is_named_with_the_cure(small, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left .* takes 0.0 GB there .* TMPDIR.*" + tempfile.gettempdir()):
+        blocks.scratch((50, 3), np.float16)
+
+
+def test_the_mean_of_rows_is_that_of_the_whole(monkeypatch):
+    features = slide_of().features.astype(np.float16)
+    expected = np.asarray(features, np.float32).mean(0)
+    assert (blocks.row_mean(features) == expected).all()
+    monkeypatch.setattr(blocks, "LARGE", 70)
+    assert blocks.row_mean(features) == pytest.approx(expected, abs=1e-6)
