@@ -82,3 +82,10 @@ def test_slides_of_a_chain_are_not_all_related():
     """The first shares a caption with the second, which shares another with the third."""
     assert any_unrelated(np.array([[0, 5], [5, 6], [6, 2]]))
     assert not any_unrelated(np.array([[0, 5], [5, 6], [6, 0]]))
+
+
+def test_a_large_cohort_of_one_case_is_told_at_once():
+    """Each slide was held against all others: 100,000 slides of one case would have taken hours."""
+    assert not any_unrelated(np.zeros((1_000_000, 1), int))
+    assert not any_unrelated(np.stack([np.arange(100_000) // 2, np.full(100_000, 100_000)], axis=1))
+    assert any_unrelated(np.append(np.zeros(1_000_000, int), 1)[:, None])

@@ -123,6 +123,27 @@ def test_sentences_one_by_one_give_the_ids_of_the_whole():
         assert np.concatenate(tokenizer.ids(split_sentences(caption))).tolist() == whole.tolist()
 
 
+def test_word_by_word_a_text_has_the_ids_that_it_has_as_a_whole(tmp_path, vocabulary):
+    """At rarer white space too, which BERT drops and Python splits at."""
+    tokenizer = TextTokenizer(folder_of(tmp_path / "bert", vocabulary))
+    spaces = [" ", "\t", "\r\n", "  ", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2028", "\u200b", "\u3000"]
+    texts = [f"The tumor{space}is 8.1{space}cm." for space in spaces]
+    texts += ["", " ", "[SEP]. the [MASK]is", "é \u0301e", "染色 H&E", *TEXTS]
+    whole = tokenizer._encoded(texts)
+    assert [ids.tolist() for ids in tokenizer.ids(texts)] == [ids.tolist() for ids in whole]
+    assert len({len(ids) for ids in whole[: len(spaces)]}) > 1, "white space made no difference"
+
+
+def test_a_token_with_a_space_in_it_is_found(tmp_path, vocabulary):
+    folder = folder_of(tmp_path / "bert", vocabulary)
+    TextTokenizer(folder).save(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    token = {"id": len(vocabulary), "content": "the tumor", "single_word": False, "lstrip": False, "rstrip": False}
+    settings["added_tokens"].append(token | {"normalized": False, "special": True})
+    (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(settings))
+    assert TextTokenizer(tmp_path / "saved").ids(["is the tumor 8"])[0].tolist().count(len(vocabulary)) == 1
+
+
 def test_what_is_cut_keeps_its_end_mark_and_is_counted(tmp_path, vocabulary, caplog):
     tokenizer = TextTokenizer(folder_of(tmp_path / "bert", vocabulary))
     short, long = tokenizer.encode(["the tumor", "the tumor is 8 cm"], 5)
