@@ -107,7 +107,7 @@ def regions_of(records: Records, places: Sequence[int]) -> Regions:
 
 def wanted_slides(records: Records, slide_ids: Sequence[str] | None) -> set[str]:
     """The slides to draw from: these, or all of the records. ValueError for one with no record or no patch."""
-    patches = {info.slide_id: info.num_patches for info in records.slides}
+    patches = dict(zip(records.slides.column("slide_id"), records.slides.column("num_patches"), strict=True))
     wanted = set(patches) if slide_ids is None else set(slide_ids)
     missing = sorted(wanted - set(patches))
     if missing:

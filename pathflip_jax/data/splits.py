@@ -48,10 +48,14 @@ class SlideTable(NamedTuple):
 
 def hold_table(table: str, name: str, records: Records) -> tuple[SlideTable, list[str]]:
     """Read a slide table and hold it against records (called `name`); what matched otherwise is told in notes."""
-    case_of = {slide.slide_id: slide.case_id for slide in records.slides}
+    case_of = _cases_of(records)
     listed, notes = rename_rows(read_slide_table(table), list(case_of), table)
     rows = {row["slide_id"]: row for row in listed if row["slide_id"] in case_of}
     return SlideTable(str(table), str(name), listed, rows, case_of), notes
+
+
+def _cases_of(records: Records) -> dict[str, str]:
+    return dict(zip(records.slides.column("slide_id"), records.slides.column("case_id"), strict=True))
 
 
 def no_such_split(table: object, split: str, rows: Iterable[Row]) -> str:
@@ -70,7 +74,7 @@ def count_splits(held: SlideTable | None, records: Records, texts: Mapping[str, 
     Without a table all slides are one split, "all".
     """
     if held is None:
-        case_of = {slide.slide_id: slide.case_id for slide in records.slides}
+        case_of = _cases_of(records)
         return {"all": _count(case_of, {}, case_of, texts.get("all"))}
     found = {}
     for split in dict.fromkeys(row["split"] for row in held.listed):
