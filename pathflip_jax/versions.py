@@ -33,7 +33,7 @@ BEFORE: dict[str, Any] = {
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
 # What a run's config.json holds beside settings, by section; of data and language stage all that readers go by.
 FACTS = {
-    "data": ("encoder", "feature_dim", "cut", "edge_um", "edge_px", "hashes", "meanings"),
+    "data": ("encoder", "feature_dim", "cut", "edge_um", "edge_px", "hashes", "meanings", "splits"),
     "lm": ("aligner_hash", "decoder_hash", "start_hash"),
     WRITTEN_BY: ("version",),
     "assumed": None,

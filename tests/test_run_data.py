@@ -8,6 +8,7 @@ import pytest
 
 from pathflip_jax import fingerprints, settings
 from pathflip_jax.run_data import choose_groups, even_size, open_data, say_counts
+from pathflip_jax.versions import unknown_settings
 
 
 @pytest.fixture
@@ -201,6 +202,10 @@ def test_tables_saved_anew_are_the_same_data(config, tiny_cohort, tmp_path):
     assert before["hashes"]["slides"] != now["hashes"]["slides"] and before["meanings"] == now["meanings"]
     then, today = fingerprints.same_data(before, now)
     assert then == today
+
+
+def test_readers_of_a_run_know_all_that_it_says_of_its_data(config, tiny_cohort):
+    assert unknown_settings({"data": open_data(config(**{"data.slides": tiny_cohort.slides}), 1).facts}) == []
 
 
 def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, capsys):
