@@ -20,6 +20,7 @@ OTHERS = {
     "hf download": {"local-dir"},
     "git lfs": {"include"},
     "xprof": {"logdir"},
+    "docker run": {"shm-size"},
     "Runner": {
         "runner", "flink_master", "project", "region", "temp_location", "environment_type", "environment_config",
         "sdk_container_image", "number_of_worker_harness_threads",
