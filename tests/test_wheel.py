@@ -36,7 +36,7 @@ def test_wheel_prepares_trains_and_evaluates(tmp_path):
     _run([pathflip, "vocabulary", "slides/reports.jsonl", *table, "--split", "train", "--out", "vocabulary"], work)
     data = {"records": "records", "texts": "slides/reports.jsonl", "slides": "slides/slides.csv"}
     settings = [f"--config.data.{name}={value}" for name, value in (data | {"tokenizer": "vocabulary"}).items()]
-    settings += ["--config.train.steps=4", "--config.train.batch_size=8"]
+    settings += ["--config.train.steps=4", "--config.train.batch_size=8", "--config.data.val_split="]
     _run([pathflip, "train", "--config", "demo", *settings, "--workdir", "run"], work)
     sources = ["--records", "records", "--texts", "slides/reports.jsonl", "--prompts", "slides/prompts.json", *table]
     printed = _run([pathflip, "evaluate", "run", *sources, "--out", "scores", "--json"], work)
