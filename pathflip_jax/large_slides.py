@@ -18,8 +18,8 @@ from pathflip_jax.model.cross_attention import Part
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
 
 MOST_PATCHES = 2**17  # slots of a slide, padding included, that are encoded at once
-BLOCK_PATCHES = 2**14
-ROWS_AT_ONCE = 512  # of the region transformer, each of which attends to all
+BLOCK_PATCHES = 2**12
+ROWS_AT_ONCE = 128  # of the region transformer, each of which attends to all
 
 Block = tuple[Float[np.ndarray, "r S F"], Bool[np.ndarray, "r S"]]
 
