@@ -1,4 +1,4 @@
-"""How programs are compiled: what XLA has to be told, and where its work is kept for the next start."""
+"""Compilation of programs: options for XLA, and the folder in which its work is kept for the next start."""
 
 import os
 import re

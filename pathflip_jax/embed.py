@@ -110,9 +110,9 @@ def embed(
     Slides are read ahead while others are encoded; memory holds eight batches of slides, however many there are, and of
     one of millions of patches some regions at a time. A second run does only what is missing, failed slides included.
     A bad slide is reported, in `OUT.failures.json` too, and the rest goes on; `strict` stops at the first and keeps
-    what is done for the next run. Raises ValueError for
-    records of another encoder than the run's, and for an `out` that was begun with other weights, records or slides;
-    FileNotFoundError for no run or records; OSError on a full disk.
+    what is done for the next run. Raises ValueError for records of another encoder than the run's, and for an `out`
+    that was begun with other weights, records or slides; FileNotFoundError for no run or records; OSError on a full
+    disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from pathflip_jax import fingerprints
 from pathflip_jax.data.cases import Sources
 from pathflip_jax.data.checks import any_unrelated, refuse_unknown_words
+from pathflip_jax.data.manifest import CUT
 from pathflip_jax.data.pipeline import Batches, make_batches
 from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.splits import NO_VALIDATION, SlideTable, count_splits, describe, hold_table
@@ -153,25 +154,23 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
 
 def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
     """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
-    manifest = read_manifest(records)
     files = {name: [as_path(data[name])] for name in ("texts", "slides") if data[name]}
     files["tokenizer"] = [
         path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
     ]
     hashes = {name: _hash(paths) for name, paths in files.items()}
-    cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
-    return facts | cut | {"hashes": hashes | {"records": manifest_hash(records)}}
+    return facts | cut_facts(records) | {"hashes": hashes | {"records": manifest_hash(records)}}
 
 
-def read_manifest(records: Records) -> dict:
-    """What the records say of themselves, such as how they were cut. FileNotFoundError where they are not finished."""
+def cut_facts(records: Records) -> dict:
+    """The way the regions of records were cut, for the facts of a run. FileNotFoundError for unfinished records."""
     if records.manifest is None:
         raise FileNotFoundError(
             f"{records.where}/manifest.json: no such file, so the records are not finished; run the command that "
             "writes them once more"
         )
-    return records.manifest.facts
+    return {name: records.manifest.facts[name] for name in CUT}
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:

@@ -100,9 +100,7 @@ def open_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: dict) -> T
 
 
 class Guard(NamedTuple):
-    """What watches over a run: where its time goes, who asks it to stop, whether it hangs, that it is alone in its
-    folder, which steps are profiled.
-    """
+    """Monitors of a run: its time by cause, requests to stop, hangs, the lock on its folder, the steps to profile."""
 
     ledger: goodput.Ledger
     stop: "StopSignal"

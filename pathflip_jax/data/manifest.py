@@ -1,4 +1,4 @@
-"""What manifest.json says of a folder of records, and the folder held against it.
+"""The manifest.json of a folder of records, and the check of the folder against it.
 
 A copy that broke off, a shard of an older cohort left behind, a file that was renamed: each would train on other slides
 than the cohort has, without a word.

@@ -105,8 +105,8 @@ def describe(counts: Mapping[str, dict | int], validates: bool) -> str:
             parts += [f"{found} slides of the records are in no row of the table"] if found else []
             continue
         texts = f", {found['texts']} texts" if "texts" in found else ""
-        lacking = [f"{found[name]} more have no record" for name in ("no_record",) if found.get(name)]
-        lacking += [f"{found[name]} have no text" for name in ("no_text",) if found.get(name)]
+        said = {"no_record": "more have no record", "no_text": "have no text"}
+        lacking = [f"{found[name]} {words}" for name, words in said.items() if found.get(name)]
         missing = f" ({', '.join(lacking)})" if lacking else ""
         parts.append(f"{split} {found['slides']} slides of {found['patients']} patients{texts}{missing}")
     return "data: " + "; ".join(parts) + ("" if validates else "; no validation, so the latest checkpoint is the best")

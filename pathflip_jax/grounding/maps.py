@@ -1,4 +1,4 @@
-"""Where on a slide a text is seen: ways to turn one trained model into a score per patch.
+"""Maps of a text on a slide: ways to turn one trained model into a score per patch.
 
 The model is trained to attend from a subcaption to regions (DESIGN section 3.6); a map wants patches. The methods
 differ in how they get from one to the other:

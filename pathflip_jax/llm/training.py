@@ -43,7 +43,7 @@ from pathflip_jax.metrics import VALIDATION
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, read_manifest, say_counts, split_slides
+from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import Mark, over_batches, require_score
 from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of
@@ -342,13 +342,11 @@ def _open_batches(
 
 def _facts(data: ConfigDict, records: Records, training: LanguageBatches, template: str, means: dict) -> dict:
     """What a later reader must know of the data, and hashes that tell whether it is still the same."""
-    manifest = read_manifest(records)
     paths = [path for path, _ in read_mixture(data.texts)] + ([as_path(data.slides)] if data.slides else [])
     hashes = {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in paths}
-    cut = {name: manifest[name] for name in ("cut", "edge_um", "edge_px")}
     facts = {"encoder": records.encoder, "patch_slots": training.patch_slots, "length": training.length}
     hashes = {"texts": sorted(hashes.values()), "records": manifest_hash(records)}
-    return facts | cut | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
+    return facts | cut_facts(records) | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
 
 
 def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh) -> Callable:

@@ -1,4 +1,4 @@
-"""How the queries of a slide and of its regions read patches, in the order of operations that costs least.
+"""Cross-attention from the queries of a slide and of its regions to patches, in the cheapest order of operations.
 
 (W_k x)·q = x·(W_k^T q): absorbing the key projection into the queries turns them into rows of width D, one for each
 head and query, over the patch embeddings themselves, which slide, regions and heads share; the value projection follows
