@@ -175,7 +175,7 @@ class Checkpoints:
         for step in distributed.agree(sorted(self._latest.all_steps(), reverse=True)):
             folder = self.workdir / CHECKPOINTS / str(step)
             try:
-                found, facts = _restore(folder, wanted)
+                found, facts = restore_arrays(folder, wanted)
             except _Damaged as error:
                 faults.append(f"{folder}: {error}")
                 continue
@@ -246,7 +246,7 @@ class _Damaged(ValueError):
     """A checkpoint that cannot be taken, on whichever process."""
 
 
-def _restore(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
+def restore_arrays(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     """Arrays and facts of one checkpoint; on all processes _Damaged where one of them cannot take it."""
     arrays, about = _on_all(lambda: _read(folder, wanted))  # apart, for what follows computes over all processes
     kept = about.pop("checksums")
@@ -370,7 +370,7 @@ def read_params(
     device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in shapes.items()}
     try:
-        return _restore(folder / str(step), {"params": abstract})[0]["params"]
+        return restore_arrays(folder / str(step), {"params": abstract})[0]["params"]
     except Exception as error:  # Orbax raises bare Exception for damaged files
         raise ValueError(
             f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "

@@ -73,7 +73,7 @@ def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
     config = run_config_file(path, argument)
     reference = defaults(kind_of(config))
     _complete(path, config, reference)
-    found = _flat(config)
+    found = flat_settings(config)
     faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
     faults += [f"{key} is missing" for key in reference if key not in found]
     for key, value in found.items():
@@ -96,7 +96,7 @@ def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raise ValueError for settings that are zero, negative, absurd or no number where that makes no sense."""
-    bounds.check(_flat(config), defaults(kind_of(config)))
+    bounds.check(flat_settings(config), defaults(kind_of(config)))
 
 
 def kind_of(config: Mapping) -> str:
@@ -111,7 +111,7 @@ def kind_of(config: Mapping) -> str:
 @functools.cache
 def defaults(kind: str) -> Mapping[str, Any]:
     """Every setting of a kind of run, as "section.name", with its default."""
-    return MappingProxyType(_flat(run_config_file(bundled_configs()[kind], "")))
+    return MappingProxyType(flat_settings(run_config_file(bundled_configs()[kind], "")))
 
 
 def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
@@ -145,7 +145,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
         )
     given = [argument.partition("=")[0].removeprefix("--config.") for argument in argv]
     config = load_config(names[0], given)
-    known = _flat(config)
+    known = flat_settings(config)
     for argument in argv:
         key = argument.partition("=")[0].removeprefix("--config.")
         if argument.startswith("--config.") and key not in known:
@@ -174,7 +174,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
 def require(config: ConfigDict) -> None:
     """Raise ValueError for a required setting that is empty, FileNotFoundError for a path that is not there."""
     check(config)
-    values = _flat(config)
+    values = flat_settings(config)
     required = [key for key in REQUIRED if key in values]
     for key in required:
         if not values[key]:
@@ -232,11 +232,12 @@ def _set(config: ConfigDict, key: str, value: object) -> None:
     config[section][name] = value
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict:
+def flat_settings(config: ConfigDict, prefix: str = "") -> dict:
+    """The settings of a config by "section.name"."""
     flat = {}
     for name, value in config.items():
         nested = isinstance(value, ConfigDict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
 
 

@@ -62,9 +62,9 @@ def git_revision() -> str:
     """
     folder = Path(__file__).parent
     try:
-        ours = ["git", "ls-files", "--full-name", "--error-unmatch", "--", Path(__file__).name]
+        ours = ["git", "ls-files", "--full-name", "--error-unmatch", "--", str(Path(__file__).relative_to(folder))]
         tracked = subprocess.run(ours, cwd=folder, capture_output=True, text=True)
-        if tracked.stdout.strip() != f"{folder.name}/{Path(__file__).name}":
+        if tracked.stdout.strip() != Path(__file__).relative_to(folder.parent).as_posix():
             return "unknown"
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
         if commit.returncode:

@@ -12,6 +12,7 @@ from pathflip_jax.convert.checkpoint_files import read_tensors
 from pathflip_jax.convert.pytorch import new_folder
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
+from pathflip_jax.llm.adapter import is_trained
 from pathflip_jax.llm.export import ABOUT, ALIGNER
 from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config, read_object
 from pathflip_jax.llm.lora import SETTINGS, load_peft
@@ -156,9 +157,7 @@ def _whole_decoder(source: Path, shape: Shape, trains: tuple[str, ...]) -> tuple
 
 def _trained(params: dict, shape: Shape, trains: tuple[str, ...], source: Path) -> dict[str, np.ndarray]:
     """Of all parameters those that a run of these parts keeps. ValueError for what is missing or of another shape."""
-    from pathflip_jax.llm.adapter import language_stage
-
-    trainable = language_stage(trains).trainable
+    trainable = is_trained(trains)
     wanted = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
     faults = [
         f"{name} is {params[name].shape if name in params else 'missing'}, expected {x.shape}"

@@ -166,7 +166,7 @@ def _load(folder: Place) -> Tokenizer:
             "transformers does. Add a tokenizer_config.json that says it if the weights were trained on cased text",
             folder,
         )
-    return _bert_tokenizer(vocabulary, **_normalizing(settings, folder))
+    return bert_tokenizer(vocabulary, **_normalizing(settings, folder))
 
 
 def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
@@ -193,7 +193,8 @@ def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
     return tokenizer
 
 
-def _bert_tokenizer(vocabulary: dict[str, int], **normalizer) -> Tokenizer:
+def bert_tokenizer(vocabulary: dict[str, int], **normalizer) -> Tokenizer:
+    """A WordPiece tokenizer as BERT has it, of a vocabulary; `normalizer` are options of its BertNormalizer."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)  # lower-cases unless told otherwise
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -213,7 +214,7 @@ def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     give the same files byte for byte: the trainer of `tokenizers` numbers tokens in hash order, so it is not used.
     Few texts may hold fewer pieces than `vocab_size`. Raises ValueError when the letters alone do not fit.
     """
-    splitter = _bert_tokenizer({"[UNK]": 0})
+    splitter = bert_tokenizer({"[UNK]": 0})
     words: Counter[str] = Counter()
     for text in texts:
         words.update(w for w, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
@@ -224,7 +225,7 @@ def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
-    _bert_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    bert_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     config = {"model_type": "bert", "vocab_size": len(vocabulary), "max_position_embeddings": 512, "pad_token_id": 0}

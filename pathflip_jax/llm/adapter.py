@@ -106,15 +106,24 @@ def response_losses(
     return total
 
 
-def language_stage(trains: tuple[str, ...]) -> Stage:
-    """Answers about slides: the mean cross-entropy of all response tokens of the batch (DESIGN section 7).
+def is_trained(trains: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether the parameter of a name learns, where `trains` names the `PARTS` that do.
 
-    `trains` names the `PARTS` that learn. What is frozen has no dropout. Raises ValueError for a part that is none.
+    Raises ValueError for a part that is none.
     """
     unknown = [name for name in trains if name not in PARTS]
     if unknown or not trains:
         raise ValueError(f"lm.trains {', '.join(unknown) or '(nothing)'}: expected some of {', '.join(PARTS)}")
     trained = re.compile("|".join(f"(?:{PARTS[name]})" for name in trains))
+    return lambda name: trained.search(name) is not None
+
+
+def language_stage(trains: tuple[str, ...]) -> Stage:
+    """Answers about slides: the mean cross-entropy of all response tokens of the batch (DESIGN section 7).
+
+    `trains` names the `PARTS` that learn. What is frozen has no dropout. Raises ValueError for a part that is none.
+    """
+    trainable = is_trained(trains)
 
     def encode(model: SlideLanguageModel, batch: LanguageBatch, key: Key | None) -> dict[str, jax.Array]:
         slide_key, decoder_key = split_key(key, 2)
@@ -138,7 +147,7 @@ def language_stage(trains: tuple[str, ...]) -> Stage:
         loss = embeddings["loss"].sum() / jnp.maximum(tokens, 1)
         return loss, {"loss": loss, "response_tokens": tokens}
 
-    return Stage(encode, objective, lambda name: trained.search(name) is not None)
+    return Stage(encode, objective, trainable)
 
 
 def language_operations(

@@ -24,7 +24,7 @@ from pathflip_jax.data.records import Records, manifest_hash
 from pathflip_jax.data.storage import as_path, make_folder, read_bytes
 from pathflip_jax.embed import checkpoint_hash
 from pathflip_jax.inference import load
-from pathflip_jax.llm.adapter import SlideLanguageModel, language_operations, language_stage
+from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, language_operations, language_stage
 from pathflip_jax.llm.batches import (
     EmbeddedSlides,
     Example,
@@ -211,7 +211,7 @@ def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, 
         raise ValueError(refusal(home / checkpoint.MODEL, error.names, version_of(config))) from None
     except ValueError as error:
         raise ValueError(f"{home / checkpoint.MODEL}: {error}") from None
-    trainable = language_stage(split_names(config["lm"]["trains"])).trainable
+    trainable = is_trained(split_names(config["lm"]["trains"]))
     shapes = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
     return shape, config, jax.device_get(checkpoint.read_params(home, config, shapes, which))
 
@@ -229,7 +229,7 @@ def initial_parameters(config: ConfigDict, shape: Shape, aligner: Aligner, start
     params |= {f"aligner/{name}": jax.device_put(x, places[f"aligner/{name}"]) for name, x in aligner.params.items()}
     projector = {name: places[name] for name in places if name.startswith("projector/")}
     params |= jax.jit(shape.projector, out_shardings=projector)(jax.random.key(config.train.seed))
-    wanted = shape.abstract(language_stage(split_names(lm.trains)).trainable)
+    wanted = shape.abstract(is_trained(split_names(lm.trains)))
     cast = {name: x.astype(wanted[name].dtype) for name, x in params.items()}
     started_params = {} if started is None else started.params
     return cast | {name: jax.device_put(x, places[name]) for name, x in started_params.items()}

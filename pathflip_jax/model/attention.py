@@ -94,7 +94,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
-        y = _normalise(x, self.scale[...], self.bias[...], self.eps)
+        y = layer_norm(x, self.scale[...], self.bias[...], self.eps)
         # Here fusion ends: XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
         return lax.optimization_barrier(y)
 
@@ -108,11 +108,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
-        return _scale_by_rms(x, self.scale[...], self.eps)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scale_by_rms(x: Array, scale: Array, eps: float) -> Array:
+def rms_norm(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: float) -> Float[Array, "... W"]:
+    """Root mean square normalisation in float32, in the dtype of x."""
     return scale.astype(x.dtype) * _unit_rms(x, eps)[0].astype(x.dtype)
 
 
@@ -123,22 +124,25 @@ def _unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
     return x * factor, factor
 
 
-def _scale_by_rms_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    # By hand, as of `_normalise` below.
+def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    # By hand, as of `layer_norm` below.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
     x, gradient = wait(x, gradient.astype(jnp.float32))
     x, factor = _unit_rms(x, eps)
     inner = gradient * scale
     outer = factor * (inner - x * (row_sums(inner * x) / W))
-    return outer.astype(dtype), _column_sums(gradient * x).astype(scale.dtype)  # a decoder's scale may be bfloat16
+    return outer.astype(dtype), column_sums(gradient * x).astype(scale.dtype)  # a decoder's scale may be bfloat16
 
 
-_scale_by_rms.defvjp(lambda x, scale, eps: (_scale_by_rms(x, scale, eps), (x, scale)), _scale_by_rms_backward)
+rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalise(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+def layer_norm(
+    x: Float[Array, "... W"], scale: Float[Array, "W"], bias: Float[Array, "W"], eps: float
+) -> Float[Array, "... W"]:
+    """Layer normalisation in float32, in the dtype of x."""
     return (_standardise(x, eps)[0] * scale + bias).astype(x.dtype)
 
 
@@ -148,7 +152,7 @@ def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
     return _unit_rms(x - x.mean(-1, keepdims=True), eps)
 
 
-def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+def _layer_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     # By hand: of the derivative that JAX finds, XLA for CPU runs the sums over rows and columns one entry at a time,
     # ten times as slow.
     x, scale = kept
@@ -157,10 +161,10 @@ def _normalise_backward(eps: float, kept: tuple[Array, Array], gradient: Array) 
     x, factor = _standardise(x, eps)
     inner = gradient * scale
     outer = factor * (inner - row_sums(inner) / W - x * (row_sums(inner * x) / W))
-    return outer.astype(dtype), _column_sums(gradient * x), _column_sums(gradient)
+    return outer.astype(dtype), column_sums(gradient * x), column_sums(gradient)
 
 
-_normalise.defvjp(lambda x, scale, bias, eps: (_normalise(x, scale, bias, eps), (x, scale)), _normalise_backward)
+layer_norm.defvjp(lambda x, scale, bias, eps: (layer_norm(x, scale, bias, eps), (x, scale)), _layer_norm_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -221,7 +225,8 @@ def row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
 
 
-def _column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
+def column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
+    """Sums over all axes but the last, as a matrix product: see `row_sums`."""
     rows = x.reshape(-1, x.shape[-1])
     return jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision="highest")[0]
 

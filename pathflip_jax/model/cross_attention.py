@@ -61,7 +61,7 @@ class CrossAttention(nnx.Module):
         query, key_kernel = self._query(x, D)
         x = self.finish(x, *pool_patches(query, key_kernel, patches, mask, self.rate, keys[0]), keys[1])
 
-        rows = _absorb(query, key_kernel, B, R)
+        rows = absorb(query, key_kernel, B, R)
         slide = attention_weights(rows[:, 0], patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S))
         regions = attention_weights(rows[:, 1:], patches, mask[:, :, None])
         return x, slide.reshape(B, self.heads, Q, R * S), regions.reshape(B, R, self.heads, Q, S)
@@ -86,7 +86,7 @@ class CrossAttention(nnx.Module):
     ) -> "Part":
         """What a slide's queries pool of the part of its patches that is given, and of those before: `so_far`."""
         B, R, S, D = patches.shape
-        rows = _absorb(*self._query(x, D), B, 0)[:, 0]  # [B, C, D]
+        rows = absorb(*self._query(x, D), B, 0)[:, 0]  # [B, C, D]
         patches, mask = patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S)
         scores = jnp.where(mask, matmul(rows, patches.mT), jnp.finfo(jnp.float32).min)
         largest = jnp.maximum(so_far.largest, scores.max(-1, keepdims=True))
@@ -141,7 +141,7 @@ def _pool_patches(query: Array, key_kernel: Array, patches: Array, mask: Array, 
 
 
 def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed: Array | None, rate: float):
-    rows = _absorb(query, key_kernel, *patches.shape[:2])
+    rows = absorb(query, key_kernel, *patches.shape[:2])
     C = rows.shape[2]
     scores = _scores(_join(rows), patches, mask)
     # The barrier keeps it small: XLA for CPU would spread it over all patches, and keep that for the gradient.
@@ -165,8 +165,8 @@ def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed:
 def _backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
     query, key_kernel, patches, mask, seed, largest, share, pooled, sums = residuals
     query, gradient = wait(query, gradients[0])
-    absorb = partial(_absorb, slides=patches.shape[0], regions=patches.shape[1])
-    rows, absorb_backward = jax.vjp(absorb, query, key_kernel)
+    absorbed = partial(absorb, slides=patches.shape[0], regions=patches.shape[1])
+    rows, absorb_backward = jax.vjp(absorbed, query, key_kernel)
     sums_gradient, C = gradients[1].astype(jnp.float32), rows.shape[2]
     # The sum over keys of weight times gradient is that of what was pooled times its gradient.
     mean = row_sums((gradient * pooled).astype(jnp.float32)) + sums_gradient * sums
@@ -190,7 +190,7 @@ def _backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
 _pool_patches.defvjp(_forward, _backward)
 
 
-def _absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B 1+R C D"]:
+def absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B 1+R C D"]:
     """Rows over patches in the place of queries over keys; before the first patches are read all sets may be one."""
     rows = contract("bgqhd,Dhd->bghqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
     rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
