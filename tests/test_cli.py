@@ -104,7 +104,8 @@ def test_the_command_line_starts_without_heavy_imports():
     """`pathflip --help` answers at once; what trains loads no PyTorch, which TensorBoard's writer would."""
     code = (
         "import sys, pathflip_jax.cli as c; c.build_parser(); heavy = {'torch', 'tensorflow'}; "
-        "assert not {'jax', 'scipy'} & set(sys.modules); import pathflip_jax.train; print(heavy & set(sys.modules))"
+        "assert not {'jax', 'scipy'} & set(sys.modules); "
+        "import pathflip_jax.train; print(heavy & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 

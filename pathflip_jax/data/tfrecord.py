@@ -51,12 +51,12 @@ def frame(*parts: bytes | np.ndarray) -> tuple[bytes, bytes]:
     length = struct.pack("<Q", sum(memoryview(part).nbytes for part in parts))
     crc = 0
     for part in parts:
-        for piece in _pieces(part):
+        for piece in in_pieces(part):
             crc = crc32c(piece, start=crc)
     return length + CRC_CODE.pack(mask(crc32c(length))), CRC_CODE.pack(mask(crc))
 
 
-def _pieces(data: bytes | np.ndarray) -> Iterator[bytes | np.ndarray]:
+def in_pieces(data: bytes | np.ndarray) -> Iterator[bytes | np.ndarray]:
     """Data as it is; what maps a file, a block at a time."""
     if isinstance(data, np.memmap):
         yield from (block for _, block in row_blocks(data))
@@ -75,7 +75,7 @@ class WholeFile:
 
     def write(self, data: bytes | np.ndarray) -> None:
         """Write all of `data`. Raises OSError naming the file and the cure, such as on a full disk."""
-        for piece in _pieces(data):
+        for piece in in_pieces(data):
             self._write(piece)
 
     def _write(self, data: bytes | np.ndarray) -> None:

@@ -581,7 +581,8 @@ def test_reading_imports_neither_tensorflow_nor_jax(folder):
     import sys
 
     code = (
-        "import sys; from pathflip_jax.data.records import Records; r = Records(sys.argv[1]); r.read_regions(0, [0]);"
+        "import sys; from pathflip_jax.data.records import Records; "
+        "r = Records(sys.argv[1]); r.read_regions(0, [0]);"
         "sys.exit(str([m for m in ('tensorflow', 'tensorflow_datasets', 'jax', 'torch') if m in sys.modules] or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
