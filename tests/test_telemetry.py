@@ -111,7 +111,10 @@ def test_a_loop_is_timed_without_waiting_for_its_steps():
 def test_the_memory_of_a_process_does_not_begin_at_that_of_its_parent():
     """What getrusage tells does: a small run started from a large notebook would seem as large."""
     ballast = np.ones(2**30, np.uint8)
-    code = "from pathflip_jax.telemetry import memory_in_use as found; print(found()['process_memory_peak_bytes'])"
+    code = (
+        "from pathflip_jax.telemetry import memory_in_use; "
+        "found = memory_in_use(); print(found['process_memory_peak_bytes'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1e7 < int(done.stdout) < ballast.nbytes
 
