@@ -7,10 +7,12 @@ Run once when a version is released, on a CPU, from the root of the project, wit
 It writes tests/golden/runs/VERSION and refuses to write over it. A tiny cohort (records, reports, slide table,
 vocabulary), a run of each family stopped after two of three steps, a language run on top, embeddings, exports, the
 commands that made them (commands.json) and the numbers (expected.npz). Everything is drawn from fixed seeds; all paths
-are relative to the version's folder.
+are relative to the version's folder. A file that others equal, byte for byte, is kept once, and they are links to it.
 """
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -21,13 +23,14 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
+import jax
 import numpy as np
 
 from pathflip_jax import cli, inference, train
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.tokens import train_wordpiece
-from pathflip_jax.llm.assistant import load_assistant
+from pathflip_jax.llm import assistant as assistants
 from pathflip_jax.llm.folders import read_decoder_config
 from pathflip_jax.llm.hf_io import init_decoder, make_decoder_folder, save_decoder
 from pathflip_jax.metrics import read_metrics
@@ -52,17 +55,23 @@ DATA = [
 ]
 ALIGN = ["--config.data.tokenizer=vocabulary", "--config.model.hidden=8", "--config.model.layers=1"]
 ALIGN += ["--config.model.embed_dim=8", "--config.model.intermediate=16", "--config.model.max_positions=64"]
+ALIGN += ["--config.model.init=fan_in"]  # at 0.02 all slides are nearly one
 SPEAK = ["--config.lm.aligner=pathflip", "--config.lm.decoder=decoder", "--config.lm.lora_rank=2"]
 SPEAK += ["--config.lm.lora_targets=q_proj,down_proj"]
+SPEAK += ["--config.optim.learning_rate=0.1", "--config.optim.warmup_steps=1"]  # so that two steps tell
 RUNS = {
     "pathflip": ["--config=align_base:smoke", *DATA, *ALIGN],
     "pathflip2": ["--config=pathflip2:smoke", *DATA, *ALIGN],
     "language": ["--config=lm_stage2:smoke", *DATA, *SPEAK],
 }
+QUESTION, ANSWERS = "Is necrosis present?", ("Necrosis is extensive.", "No mucin is present.")
+ASK = ["ask", "records", "--slide-id=S00", QUESTION, "--checkpoint=language", "--max-tokens=8"]
+ASK += ["--repetition-penalty=1.3", "--json"]  # the likeliest token each time, and no word again and again
 # Of step 2 checkpoints and best are the same: one run keeps both, for a version's folder to stay below 1 MB.
+STEPS = {"checkpoints", "best"}
 KEPT = {"config.json", "model.json", "tokenizer", "checkpoints", "metrics.jsonl"}
 KEPT_OF = dict.fromkeys(RUNS, KEPT) | {"language": KEPT | {"best"}}
-EXPORTS = {"pathflip": ("pytorch", "huggingface"), "pathflip2": ("huggingface",), "language": ("peft",)}
+EXPORTS = dict.fromkeys(("pathflip", "pathflip2"), ("pytorch", "huggingface")) | {"language": ("peft", "huggingface")}
 
 
 def make_cohort() -> None:
@@ -89,7 +98,9 @@ def make_cohort() -> None:
     path = Path("words/config.json")
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     path.write_text(json.dumps(json.loads(path.read_text()) | small | {"intermediate_size": 32}, indent=2))
-    save_decoder(init_decoder(read_decoder_config("words"), 0), "decoder", source="words")
+    # Larger numbers than training starts with: else a decoder whose words are tied says the last one once more.
+    decoder = jax.tree.map(lambda x: 15 * x if x.ndim > 1 else x, init_decoder(read_decoder_config("words"), 0))
+    save_decoder(decoder, "decoder", source="words")
     shutil.rmtree("words")
 
 
@@ -123,12 +134,25 @@ def measure(name: str) -> dict[str, np.ndarray]:
 
 
 def measure_language() -> dict[str, np.ndarray]:
-    """How likely the language run finds two answers to a question about two slides."""
-    assistant, records = load_assistant("language", which="latest"), Records("records")
-    slides = assistant.embed_slides([records.read(0), records.read(1)])
-    prompts = [assistant.prompt("Is necrosis present?", slide) for slide in slides]
-    likely = assistant.choose(prompts, [["Necrosis is extensive.", "No mucin is present."]] * 2)
-    return {"language/likelihoods": np.stack(likely)}
+    """How likely the language run finds two answers to a question about two slides and about none, and what it says."""
+    assistant, records = assistants.load_assistant("language", which="latest"), Records("records")
+    slides = [*assistant.embed_slides([records.read(0), records.read(1)]), None]
+    likely = assistant.choose([assistant.prompt(QUESTION, slide) for slide in slides], [ANSWERS] * len(slides))
+    text, tokens = answer()
+    found = {"likelihoods": np.stack(likely), "text": np.array(text), "tokens": tokens}
+    return {f"language/{name}": value for name, value in found.items()}
+
+
+def answer() -> tuple[str, np.ndarray]:
+    """What `pathflip ask` says by the run's best checkpoint, and the tokens that it wrote for that."""
+    written, generate = [], assistants.generate
+    assistants.generate = lambda *given, **more: written.append(generate(*given, **more)) or written[-1]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert cli.main(ASK) == 0
+    finally:
+        assistants.generate = generate
+    return json.loads(said.getvalue())["answer"], written[0].tokens[0, : written[0].lengths[0]]
 
 
 def export() -> None:
@@ -138,6 +162,16 @@ def export() -> None:
         commands += [["export", name, f"--to={kind}", f"--out={name}_{kind}"] for kind in kinds]
     for command in commands:
         assert cli.main([*command, *(["--which=latest"] if command[0] == "export" else [])]) == 0
+
+
+def link_copies() -> None:
+    """Keep once what several exports, runs and folders of words hold: a version's folder stays below 1 MB."""
+    kept: dict[bytes, Path] = {}
+    for path in sorted(path for path in Path().rglob("*") if path.is_file() and not STEPS & set(path.parts)):
+        first = kept.setdefault(path.read_bytes(), path)
+        if first != path:
+            path.unlink()
+            path.symlink_to(os.path.relpath(first, path.parent))
 
 
 def main() -> int:
@@ -155,9 +189,11 @@ def main() -> int:
             found |= make_run(name)
         found |= measure("pathflip") | measure("pathflip2") | measure_language()
         export()
-        np.savez_compressed("expected.npz", texts=np.array(SENTENCES), **found)
-        Path("commands.json").write_text(json.dumps(RUNS, indent=2) + "\n")
-        shutil.copytree(folder, out)
+        asked = {"language/question": np.array(QUESTION), "language/answers": np.array(ANSWERS)}
+        np.savez_compressed("expected.npz", texts=np.array(SENTENCES), **asked, **found)
+        Path("commands.json").write_text(json.dumps(RUNS | {"ask": ASK}, indent=2) + "\n")
+        link_copies()
+        shutil.copytree(folder, out, symlinks=True)
     return 0
 
 

@@ -1,0 +1,1 @@
+../pathflip2_huggingface/torch_pathflip2.py
