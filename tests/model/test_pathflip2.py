@@ -24,6 +24,10 @@ CONFIG = PathFLIP2Config(
 )  # fmt: skip
 B, N, K = 2, 7, 2
 
+# Compiled whole: one program in place of hundreds, one for each operation.
+encode_slides = jax.jit(PathFLIP2.encode_slides, static_argnames="attention")
+encode_texts = jax.jit(PathFLIP2.encode_texts)
+
 
 @pytest.fixture(scope="module")
 def model() -> PathFLIP2:
@@ -48,16 +52,16 @@ def slides() -> tuple[np.ndarray, np.ndarray]:
 
 def test_padding_and_order_of_patches_change_nothing(model, slides):
     patches, mask = slides
-    whole = model.encode_slides(patches[:, None], mask[:, None], attention=True)
+    whole = encode_slides(model, patches[:, None], mask[:, None], attention=True)
     filled = np.where(mask[..., None], patches, np.nan)
     wider = np.pad(filled, ((0, 0), (0, 4), (0, 0)), constant_values=np.nan)
-    padded = model.encode_slides(wider[:, :, None], np.pad(mask, ((0, 0), (0, 4)))[:, :, None], attention=True)
+    padded = encode_slides(model, wider[:, :, None], np.pad(mask, ((0, 0), (0, 4)))[:, :, None], attention=True)
     np.testing.assert_allclose(padded.slide, whole.slide, atol=1e-5)
     np.testing.assert_allclose(padded.regions[:, :N], whole.regions, atol=1e-5)
     assert not np.asarray(padded.regions[:, N:]).any() and not np.asarray(whole.regions[1, 5:]).any()
     np.testing.assert_allclose(padded.slide_attention[..., 0][..., :N], whole.slide_attention[..., 0, :], atol=1e-6)
     order = np.random.default_rng(3).permutation(N)
-    shuffled = model.encode_slides(patches[:, order, None], mask[:, order, None])
+    shuffled = encode_slides(model, patches[:, order, None], mask[:, order, None])
     np.testing.assert_allclose(shuffled.slide, whole.slide, atol=1e-5)
     np.testing.assert_allclose(shuffled.regions, whole.regions[:, order], atol=1e-5)
 
@@ -69,9 +73,15 @@ def test_a_slide_in_parts_is_the_whole_slide(model, slides, monkeypatch):
         found = model.encode_slides(patches[:, None], mask[:, None])
         return jnp.sum(found.regions**2) + jnp.sum(found.slide**3), found
 
-    (_, whole), gradient = jax.value_and_grad(run, has_aux=True)(model)
+    def compiled():  # each call traces anew, so that it sees the number of patches at once
+        return jax.jit(jax.value_and_grad(run, has_aux=True)).lower(model).compile()
+
+    one = compiled()
     monkeypatch.setattr(pathflip2, "PATCHES_AT_ONCE", 3)
-    (_, parts), again = jax.value_and_grad(run, has_aux=True)(model)
+    (_, whole), gradient = one(model)
+    several = compiled()
+    assert "while" in several.as_text() and "while" not in one.as_text()
+    (_, parts), again = several(model)
     np.testing.assert_allclose(parts.regions, whole.regions, atol=1e-6)
     for name, x in flatten(gradient).items():
         np.testing.assert_allclose(flatten(again)[name], x, atol=1e-4, err_msg=name)
@@ -79,9 +89,9 @@ def test_a_slide_in_parts_is_the_whole_slide(model, slides, monkeypatch):
 
 def test_soft_top_k_pools_the_k_most_similar(model, slides):
     patches, mask = slides
-    found = model.encode_slides(patches[:, None], mask[:, None])
+    found = encode_slides(model, patches[:, None], mask[:, None])
     texts = np.random.default_rng(4).standard_normal((B, 3, CONFIG.embed_dim)).astype(np.float32)
-    pooled, weights = model.text_region(texts, found.regions, found.region_mask)
+    pooled, weights = jax.jit(model.text_region)(texts, found.regions, found.region_mask)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     assert not np.asarray(weights[1, :, 5:]).any()
     few = dataclasses.replace(CONFIG, top_k=100)
@@ -121,9 +131,8 @@ def test_losses_and_gradients_are_those_of_pytorch(slides, head, pooling):
     index = packed.cls_index.reshape(B, 1 + K)
     batch = Batch(patches[:, None], mask[:, None], rows, index, np.arange(B, dtype=np.int32), np.arange(B))
     stage = sigmoid_alignment(SigmoidLossConfig())
-    (loss, metrics), gradients = loss_and_gradients(
-        stage, lambda p: unflatten(config, p), params, batch, jax.random.key(0)
-    )
+    step = jax.jit(lambda p: loss_and_gradients(stage, lambda p: unflatten(config, p), p, batch, jax.random.key(0)))
+    (loss, metrics), gradients = step(params)
 
     found = theirs.encode_slides(torch.tensor(patches), torch.tensor(mask))
 
@@ -165,9 +174,8 @@ def test_a_padded_mean_counts_the_padding(slides):
         ids = np.zeros((1, 1, length), np.int32)
         ids[0, 0, :4] = (2, 9, 8, 3)
         segments = (np.arange(length) < 4).astype(np.int32)[None, None]
-        return model.encode_texts(
-            [(ids, segments, np.arange(length, dtype=np.int32)[None, None])], np.zeros((1, 1), int)
-        )
+        rows = [(ids, segments, np.arange(length, dtype=np.int32)[None, None])]
+        return encode_texts(model, rows, np.zeros((1, 1), np.int32))
 
     np.testing.assert_allclose(encode(model, 4), encode(plain, 4), atol=1e-6)
     assert np.abs(encode(model, 9) - encode(plain, 9)).max() > 1e-3
@@ -178,7 +186,7 @@ def test_dropout_is_drawn_from_the_key_and_remat_changes_nothing(model, slides):
     patches, mask = slides
     again = unflatten(dataclasses.replace(CONFIG, remat=True), flatten(model))
     found = [
-        one.encode_slides(patches[:, None], mask[:, None], key=key).regions
+        encode_slides(one, patches[:, None], mask[:, None], key=key).regions
         for one, key in (
             (model, None),
             (model, jax.random.key(0)),
