@@ -36,6 +36,7 @@ def test_this_machine_says_what_it_has_left():
 def test_a_step_that_does_not_fit_names_settings_that_do(tiny_cohort, tmp_path, monkeypatch, capsys):
     options = ["--config", "demo:smoke", *tiny_cohort.settings(), "--workdir", str(tmp_path / "run")]
     options += ["--config.train.steps=1", "--config.model.hidden=8", "--config.model.intermediate=16"]
+    options += ["--config.model.layers=1", "--config.data.val_split=none"]
     needs = []
     planned = memory.needed_bytes
     monkeypatch.setattr(memory, "needed_bytes", lambda compiled: needs.append(planned(compiled)) or needs[-1])

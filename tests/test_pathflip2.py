@@ -34,6 +34,7 @@ def run(tiny_cohort, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pathflip2") / "run"
     options = ["train", "--config", "pathflip2:smoke", *tiny_cohort.settings(), "--workdir", str(folder)]
     options += ["--config.train.batch_size=6", "--config.model.text_lora_rank=2", "--config.loss.slides_at_once=4"]
+    options += ["--config.model.layers=1"]
     assert cli.main([*options, "--config.train.steps=4", "--config.train.accumulate=2"]) == 0
     return folder
 
