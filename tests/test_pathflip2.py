@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -68,7 +69,8 @@ def test_embeddings_of_an_archive_are_the_models_own(tiny_cohort, run, predictor
     assert cli.main(command) == 0
     row = pq.read_table(out).to_pylist()[0]
     assert row["slide_id"] == slide.slide_id and row["num_regions"] == len(slide.features)  # patches
-    found = predictor.model.encode_slides(slide.features[None, None], np.ones((1, 1, len(slide.features)), bool))
+    encode = jax.jit(predictor.model.encode_slides)
+    found = encode(slide.features[None, None], np.ones((1, 1, len(slide.features)), bool))
     np.testing.assert_allclose(row["embedding"], found.slide[0], atol=2e-4)
     np.testing.assert_allclose(row["regions"], found.regions[0], atol=2e-4)
 
@@ -82,7 +84,8 @@ def test_maps_come_from_patches_in_one_pass(predictor, slide):
     grounded = predictor.ground(slide, TEXTS)
     assert grounded.method == "cosine"
     np.testing.assert_allclose(grounded.patch_scores, cosine, atol=1e-4)
-    _, weights = predictor.model.text_region(text.region[None], found[None], np.ones((1, len(found)), bool))
+    attend = jax.jit(predictor.model.text_region)
+    _, weights = attend(text.region[None], found[None], np.ones((1, len(found)), bool))
     attended = predictor.ground(slide, TEXTS, method="region")
     np.testing.assert_allclose(attended.patch_scores, maps.log_ratio(np.asarray(weights[0])), atol=1e-4)
     single = predictor.ground(slide, TEXTS, method="slide")
@@ -259,7 +262,7 @@ def test_texts_start_from_a_bert_folder_as_it_is(tmp_path, tiny_cohort):
     model = unflatten(config, flatten(model) | bert_parameters(tmp_path, config))
     ids = np.random.default_rng(0).integers(5, words, (3, 10)).astype(np.int32)
     packed = [(ids[None], np.ones_like(ids)[None], np.broadcast_to(np.arange(10, dtype=np.int32), ids.shape)[None])]
-    found = model.read_texts(packed, np.arange(3)[None] * 10)[0]
+    found = jax.jit(PathFLIP2.read_texts)(model, packed, np.arange(3)[None] * 10)[0]
     with torch.no_grad():
         expected = bert(torch.tensor(ids).long()).last_hidden_state.mean(1)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -61,9 +62,9 @@ def test_a_region_by_itself_is_what_attention_makes_of_it(cohort, run_folder):
     predictor = load(run_folder)
     slide = cohort.features("S20")
     (plain,), (aligned,) = predictor.encode_slides([slide]), predictor.encode_regions([slide])
-    texts = predictor.encode_text(["glands", "fat"])[None]
+    texts, attend = predictor.encode_text(["glands", "fat"])[None], jax.jit(predictor.model.text_region)
     for region, expected in zip(plain.regions[:2], aligned.regions, strict=False):
-        pooled, _ = predictor.model.text_region(texts, region[None, None], np.ones((1, 1), bool))
+        pooled, _ = attend(texts, region[None, None], np.ones((1, 1), bool))
         assert np.asarray(pooled)[0] == pytest.approx(np.stack([expected] * 2), abs=1e-5)
 
 

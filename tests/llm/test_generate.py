@@ -25,6 +25,15 @@ LEFT = np.arange(T) >= np.array([0, 4, 7])[:, None]
 ALL = np.ones((B, T), bool)
 
 
+def read(model, tokens):
+    return model(tokens)[0]
+
+
+def logits_of(model, tokens):
+    """The logits [B, T, V] of tokens, by one program with the options that generation has."""
+    return jax.jit(read, compiler_options=compiler_options())(model, tokens)
+
+
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
 def pair(request, decoder_folder):
     """Our decoder and that of transformers, of one folder."""
@@ -160,7 +169,7 @@ def test_draws_follow_the_distribution(qwen3):
     embeds = jnp.broadcast_to(model.embed(IDS[:1]), (n, T, model.config.width))
     sampling = Sampling(1, temperature=0.8, top_k=4)
     tokens = generate(model, embeds, np.ones((n, T), bool), sampling).tokens[:, 0]
-    logits = model(IDS[:1])[0][0, -1]
+    logits = logits_of(model, IDS[:1])[0, -1]
     wanted = np.asarray(jax.nn.softmax(restrict(logits, sampling)))
     assert np.abs(np.bincount(tokens, minlength=V) / n - wanted).max() < 0.08
 
@@ -234,14 +243,13 @@ def test_a_decoder_laid_out_computes_the_same(decoder_folder, dtype, rows):
     model = for_generation(decoder)
     assert for_generation(model) is model
     tokens = np.tile(IDS, (6, 1))[:rows, :1]
-    run = jax.jit(lambda model, tokens: model(tokens)[0], compiler_options=compiler_options())
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), decoder)  # bfloat16 weights in half the bytes, as exact
-    np.testing.assert_allclose(run(model, tokens), wide(tokens)[0], atol=2e-5)
+    np.testing.assert_allclose(logits_of(model, tokens), logits_of(wide, tokens), atol=2e-5)
 
 
 def test_bfloat16_agrees_with_the_decoder_that_trains(decoder_folder):
     decoder = load_decoder(decoder_folder("qwen3"), compute_dtype="bfloat16")
-    found, expected = for_generation(decoder)(IDS)[0], decoder(IDS)[0]
+    found, expected = logits_of(for_generation(decoder), IDS), logits_of(decoder, IDS)
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
@@ -249,7 +257,7 @@ def test_adapters_are_merged(qwen3):
     lora = LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
     decoder = init_decoder(qwen3[0].config, 0, lora=lora)
     decoder = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), decoder)
-    np.testing.assert_allclose(for_generation(decoder)(IDS)[0], decoder(IDS)[0], atol=2e-5)
+    np.testing.assert_allclose(logits_of(for_generation(decoder), IDS), logits_of(decoder, IDS), atol=2e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
