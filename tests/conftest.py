@@ -39,7 +39,7 @@ LONG = (
     "llm/test_generate.py", "model/test_pathflip2.py", "model/test_pathflip.py", "llm/test_training.py",
     "test_pathflip2.py", "test_checkpoint.py", "llm/test_assistant.py", "data_prep/test_beam.py",
     "docs/test_tutorial.py", "convert/test_finetune.py", "model/test_attention.py", "llm/test_decoder.py",
-    "convert/test_torch_model.py", "llm/test_hf_io.py", "llm/test_batches.py",
+    "convert/test_torch_model.py", "llm/test_hf_io.py", "evaluate/test_run.py", "test_memory.py",
 )  # fmt: skip
 
 SENTENCES = (
