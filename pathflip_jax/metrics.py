@@ -61,7 +61,15 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 def _tensorboard(folder: Path, step: int) -> Any:
     """A writer of TensorBoard's events after `step`; those of later steps, of a run that was lost, are left out."""
-    from tensorboardX import SummaryWriter  # it imports PyTorch wherever that is installed: seconds
+    # Wherever PyTorch is installed tensorboardX imports it, which takes seconds, and nothing here has a tensor of it.
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
 
     return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30, max_queue=EVENTS_UNDER_WAY)
 

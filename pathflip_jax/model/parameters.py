@@ -4,6 +4,7 @@ Names such as "qformer/layers/0/self_attention/query/kernel" serve checkpoints, 
 alike.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -35,15 +36,18 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return jax.eval_shape(lambda: flatten(make_model(config, nnx.Rngs(0))))
 
 
+@functools.cache
+def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The abstract model of a config in two, made once: every program that is traced needs it."""
+    return nnx.split(jax.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+
+
 def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
     """Build the model of `template` (a config, a model, or its `jax.eval_shape`) from the parameters of `flatten`.
 
     Raises ValueError with every name that is missing, unknown or of another shape.
     """
-    if isinstance(template, ModelConfig):
-        config = template
-        template = jax.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
-    graph, state = nnx.split(template)
+    graph, state = _split_abstract(template) if isinstance(template, ModelConfig) else nnx.split(template)
     wanted = nnx.to_flat_state(state)
     names = {"/".join(map(str, path)): (path, variable) for path, variable in wanted}
     faults = [f"missing {name}" for name in names if name not in flat]
