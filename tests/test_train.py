@@ -361,23 +361,22 @@ def test_a_score_that_no_validation_gives_cannot_select(options, tmp_path):
 def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_path):
     """SIGKILL at any moment, in mid-save too: saves after every step, killed at a later moment each time."""
     more = [*options, "--config.train.steps=12", "--config.train.save_every=1", "--config.train.eval_every=3"]
-    more.append("--config.model.dropout=0.1")
-    command = [sys.executable, "-m", "pathflip_jax.cli", "train", *more, "--workdir"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    assert subprocess.run([*command, str(tmp_path / "straight")], env=environment).returncode == 0
-    killed, started = 0, tmp_path / "run" / "metrics.jsonl"
-    for attempt in range(6):
-        process = subprocess.Popen([*command, str(tmp_path / "run")], env=environment)
-        begin = len(read_metrics(started))
-        while process.poll() is None and len(read_metrics(started)) <= begin:
+    more += ["--config.model.dropout=0.1", "--workdir"]
+    assert train.main([*more, str(tmp_path / "straight")]) == 0
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    killed, run = 0, tmp_path / "run"
+    for attempt in range(3):
+        process = subprocess.Popen([sys.executable, "-m", "pathflip_jax.cli", "train", *more, run], env=environment)
+        begin = len(read_metrics(run / "metrics.jsonl"))
+        while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) <= begin:
             time.sleep(0.01)
-        time.sleep(0.1 * attempt)
+        time.sleep(0.2 * attempt)
         if process.poll() is not None:
             break
         process.kill()
         process.wait()
         killed += 1
-    assert subprocess.run([*command, str(tmp_path / "run")], env=environment).returncode == 0
+    assert train.main([*more, str(run)]) == 0
     assert killed >= 2
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
     mine, theirs = arrays(tmp_path / "run", 12), arrays(tmp_path / "straight", 12)
