@@ -25,9 +25,11 @@ def test_wheel_prepares_trains_and_evaluates(tmp_path):
     work.mkdir()
     _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], tmp_path)
     (wheel,) = tmp_path.glob("pathflip_jax-*.whl")
-    _run([sys.executable, "-m", "venv", environment], tmp_path)
+    # Filled from outside, and compiled as it is imported: neither pip nor most of the modules are needed there.
+    _run([sys.executable, "-m", "venv", "--without-pip", environment], tmp_path)
     python, pathflip = environment / "bin/python", environment / "bin/pathflip"
-    _run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--requirement", LOCK, wheel], tmp_path)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-compile"]
+    _run([*install, "--requirement", LOCK, wheel], tmp_path)
     assert str(environment) in _run([python, "-c", "import pathflip_jax; print(pathflip_jax.__file__)"], work)
 
     table = ["--slides", "slides/slides.csv"]
