@@ -1,11 +1,13 @@
 """Tutorial and notebook: every command of the page is run, on fewer slides; then the notebook, on what they made."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import h5py
@@ -43,12 +45,12 @@ def walked(tmp_path_factory) -> Path:
     for full, smaller in SMALLER.items():
         assert any(full in line for line in lines), full
         lines = [line.replace(full, smaller) for line in lines]
-    for line in lines:
-        program, *rest = shlex.split(line)
-        command = [sys.executable, *(["-m", "pathflip_jax.cli"] if program == "pathflip" else []), *rest]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+    with contextlib.chdir(folder), warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a process of its own
+        for line in lines:
+            program, *rest = shlex.split(line)
+            code = cli.main(rest) if program == "pathflip" else subprocess.run([sys.executable, *rest]).returncode
+            assert code == 0, line
     return folder
 
 
