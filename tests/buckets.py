@@ -121,7 +121,8 @@ def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     def command(place: str | Path, workdir: Path, *more: str) -> list:
         files = {"records": "records", "texts": "reports.jsonl", "slides": "slides.csv"}
         settings = [f"--config.data.{name}={place}/{file}" for name, file in files.items()]
-        settings += [f"--config.data.tokenizer={folder / 'vocabulary'}", "--config.train.batch_size=4", *more]
+        settings += [f"--config.data.tokenizer={folder / 'vocabulary'}", "--config.train.batch_size=4"]
+        settings += ["--config.model.layers=1", *more]  # fewer objects to write, one by one
         return ["train", "--config", "demo:smoke", *settings, "--workdir", workdir]
 
     pathflip(*command(folder, folder / "run"))
