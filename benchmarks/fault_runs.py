@@ -27,6 +27,8 @@ SETTINGS = [
     "--config.data.threads=1",
 ]  # fmt: skip
 SLIDES = 160  # a shard each: more than are held open, so that files are opened all along the run
+# What a run imports on its way, besides what stands at the top of its modules.
+LATE = ["matplotlib.figure", "pathflip_jax.evaluate.retrieval", "tensorboardX"]
 
 
 class Rig:
@@ -36,7 +38,7 @@ class Rig:
         self.folder = folder
         self.cache = folder / "compiled"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pathflip_jax.cli", "pathflip_jax.train", "matplotlib.figure"])
+        self.context.set_forkserver_preload(["pathflip_jax.cli", "pathflip_jax.train", *LATE])
         self.records = make_cohort(folder / "cohort")
         parts = {"records": self.records, "texts": "reports.jsonl", "slides": "slides.csv", "tokenizer": "vocabulary"}
         self.data = [f"--config.data.{name}={folder / 'cohort' / path}" for name, path in parts.items()]
