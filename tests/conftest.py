@@ -34,8 +34,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # Files that take a process minutes, the longest first.
 LONG = (
-    "benchmarks/test_aot.py", "launch/test_launch_processes.py", "benchmarks/test_faults.py",
-    "test_two_processes.py", "test_sharding.py", "test_train.py", "viewer/test_page.py",
+    "benchmarks/test_faults.py", "launch/test_launch_processes.py", "benchmarks/test_sides.py",
+    "test_two_processes.py", "test_buckets.py", "benchmarks/test_aot.py", "test_sharding.py", "test_train.py",
+    "viewer/test_page.py", "test_wheel.py",
     "llm/test_generate.py", "model/test_pathflip2.py", "model/test_pathflip.py", "llm/test_training.py",
     "test_pathflip2.py", "test_checkpoint.py", "llm/test_assistant.py", "data_prep/test_beam.py",
     "docs/test_tutorial.py", "convert/test_finetune.py", "model/test_attention.py", "llm/test_decoder.py",
