@@ -19,7 +19,7 @@ PACKAGING := setup.cfg pyproject.toml
 CHROMIUM = { test "$$(id -u)" = 0 && timeout 60 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 \
 	apt-get -qq install --no-install-recommends --yes chromium; }
 
-.PHONY: setup setup-test setup-slow demo test test-slow lint clean
+.PHONY: setup setup-test setup-slow demo test test-slow test-peers lint clean
 
 setup: .venv/.demo
 
@@ -60,9 +60,14 @@ test: setup-test
 test-slow: setup-slow
 	$(PYTEST) -m slow --durations 30
 
+# Tests that need an environment of their own, such as other versions of JAX or TensorFlow, each built once in .peers/:
+# all of them, or one by `make test-peers PEER=tensorflow`; tests/peers/README.md tells what each proves.
+test-peers: setup-test
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/peers/run.py --jobs $(JOBS) --torch "$(TORCH)" $(PEER)
+
 lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv .peers demo build *.egg-info

