@@ -23,10 +23,10 @@ import traceback
 from typing import Any
 
 import jax
-from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 from pathflip_jax import launchers, ulimits
 from pathflip_jax.launchers import SWITCH, Launch
+from pathflip_jax.private_interfaces import key_value_client, running_on_cloud_tpu
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
 FAILED, WRONG_INPUT = 1, 2  # as `pathflip` exits for a fault of ours and for one of its input
@@ -111,7 +111,7 @@ def _join(launch: Launch, heartbeat_seconds: int) -> None:
         _require_free(launchers.listening_port(address), launchers.port_setting(launch))
     known = {"coordinator_address": address, "num_processes": launch.processes, "process_id": launch.process}
     known["cluster_detection_method"] = "deactivate" if launch.method is None else launch.method or None
-    if launch.method is None and not running_in_cloud_tpu_vm:
+    if launch.method is None and not running_on_cloud_tpu():
         known["local_device_ids"] = devices
     joined = threading.Event()
     threading.Thread(target=_wait_for_others, args=(launch, address, joined), name="join", daemon=True).start()
@@ -169,7 +169,7 @@ def gather(value: Any) -> list:
     global _agreements
     if jax.process_count() == 1:
         return [value]
-    client, _agreements = _client(), _agreements + 1
+    client, _agreements = key_value_client(), _agreements + 1
     prefix = f"{_AGREED}{_agreements}/"
     client.key_value_set(f"{prefix}{jax.process_index()}", json.dumps(value))
     values = []
@@ -243,7 +243,7 @@ class Watchdog:
         self._now = before | place | {"count": before["count"] + 1}, time.monotonic()
 
     def _watch(self) -> None:
-        client, told = _client(), None
+        client, told = key_value_client(), None
         awaited, awaited_since = None, 0.0  # the process that this one waits for and the place where it is
         while not self._stop.wait(POLL_SECONDS):
             place, since = self._now
@@ -294,7 +294,7 @@ def end_together(error: Exception, heartbeat_seconds: int) -> None:
         return
     deadline = time.monotonic() + heartbeat_seconds + 5 * POLL_SECONDS
     while _may_be_a_lost_peer(error) and time.monotonic() < deadline:
-        _follow(_client())
+        _follow(key_value_client())
         time.sleep(POLL_SECONDS)  # JAX aborts in the meantime where a peer is lost: _exit_where_jax_aborts
     limit = ulimits.explain(error)
     ours = limit or isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
@@ -317,7 +317,7 @@ def _may_be_a_lost_peer(error: BaseException | None) -> bool:
 def _leave(message: str, code: int) -> None:
     """Tell the others why and with which code to exit, give them the time to read it, and exit."""
     global _leaving
-    client, _leaving = _client(), code
+    client, _leaving = key_value_client(), code
     if client is not None:
         _put(client, f"{_ENDED}{jax.process_index()}", {"message": message, "code": code, "by": this_process()})
         time.sleep(4 * POLL_SECONDS)  # process 0 holds what is told
@@ -364,13 +364,6 @@ def _exit_where_jax_aborts() -> None:
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(int(signal.SIGABRT), on_abort)
-
-
-def _client():
-    """The key-value store of the processes; None in a lone one."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
 
 
 def _put(client, key: str, value: dict) -> None:

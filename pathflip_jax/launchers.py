@@ -8,6 +8,8 @@ import os
 import re
 from typing import NamedTuple
 
+from pathflip_jax.private_interfaces import cluster_environments
+
 SWITCH = "PATHFLIP_DISTRIBUTED"
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 INDEX = "JOB_COMPLETION_INDEX"  # of a pod, in an indexed job of Kubernetes
@@ -121,10 +123,8 @@ def from_slurm() -> Launch | None:
 
 def from_jax(on_demand: bool) -> Launch | None:
     """The launch that JAX finds: TPU pods, Open MPI before version 5, and on demand Kubernetes."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
-
     names = _CLUSTERS | (_ON_DEMAND if on_demand else {})
-    for cluster in ClusterEnv._cluster_types:
+    for cluster in cluster_environments():
         try:
             if cluster.name in names and cluster.is_env_present():
                 processes, process = cluster.get_process_count(), cluster.get_process_id()
@@ -156,14 +156,12 @@ def why_alone() -> str:
 
 def own_address(launch: Launch) -> str | None:
     """The address of the first process, as far as it is known without asking a network."""
-    from jax._src.clusters import ClusterEnv
-
     if launch.coordinator or launch.method not in ("slurm", "ompi"):
         return launch.coordinator
     port = _value(PORT)
     if port:
         _port(PORT, port)
-    (cluster,) = (cluster for cluster in ClusterEnv._cluster_types if cluster.name == launch.method)
+    (cluster,) = (cluster for cluster in cluster_environments() if cluster.name == launch.method)
     return cluster.get_coordinator_address(timeout_secs=None, override_coordinator_port=port)
 
 

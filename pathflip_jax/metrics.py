@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pathflip_jax.data.durable import sync
 from pathflip_jax.data.tables import parse_json
+from pathflip_jax.private_interfaces import is_writing_events
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"
@@ -188,7 +189,7 @@ def _close_events(events: Any) -> None:
 
 def _require_writer(events: Any) -> None:
     """Raise OSError where the thread that writes events is gone: a full disk ends it, and waiting would never end."""
-    if not events.file_writer.event_writer._worker.is_alive():
+    if not is_writing_events(events):
         raise OSError("its events cannot be written any more")
 
 

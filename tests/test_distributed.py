@@ -261,7 +261,7 @@ def watched(monkeypatch):
     told, ended = {}, threading.Event()
     monkeypatch.setattr(distributed, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(distributed, "SLOW_LEAST", 0)
-    monkeypatch.setattr(distributed, "_client", lambda: "the store")
+    monkeypatch.setattr(distributed, "key_value_client", lambda: "the store")
     monkeypatch.setattr(distributed, "_put", lambda client, key, place: None)
     monkeypatch.setattr(distributed, "_follow", lambda client: None)
     monkeypatch.setattr(distributed, "_read", lambda client, prefix: dict(told))
