@@ -2,8 +2,8 @@
 # a second run does only what is missing.
 
 # The first Python of a supported version; name another with `make PYTHON=...`.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null && echo $$p && break; done)
 # torch is for the tests that compare with PyTorch. TORCH_INDEX names an index of CPU builds where the
 # configured one has none; without a CPU build those tests are skipped, and say so.
 TORCH ?= torch==2.13.0
@@ -29,7 +29,7 @@ setup-slow: .venv/.slow
 
 # Debian's Python may lack ensurepip: its pip then fills the environment from outside.
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or name it with PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or name it with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv/bin/python install --quiet pip; }
 
 .venv/.demo: .venv/bin/python $(PACKAGING) $(wildcard requirements/demo-*.txt)

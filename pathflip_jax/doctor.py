@@ -86,8 +86,10 @@ def _data(*places: Place | None) -> list[Finding]:
 
 def _versions() -> Iterator[Finding]:
     python = platform.python_version()
-    supported = platform.python_version_tuple()[:2] in (("3", "11"), ("3", "12"))
-    yield Finding("python", python, "ok" if supported else "fault", "" if supported else "use Python 3.11 or 3.12")
+    supported = platform.python_version_tuple()[:2] in (("3", "11"), ("3", "12"), ("3", "13"))
+    yield Finding(
+        "python", python, "ok" if supported else "fault", "" if supported else "use Python 3.11, 3.12 or 3.13"
+    )
     for package, module in {**CORE, **SLIDES}.items():
         cure = "run `make setup`, or `pip install pathflip-jax` anew"
         yield from guarded(package, _package, package, package, module, "fault", cure)

