@@ -332,7 +332,7 @@ def test_a_worker_is_started_anew_after_a_job_that_killed_it():
 
 def test_a_worker_that_stalls_or_floods_is_ended_by_its_limits():
     """As `Slide.read` sets them around OpenSlide: a stall ends the worker, an allocation too many is its error."""
-    start = "(held := __import__('pathflip_jax.data.guarded').data.guarded.limits({}, 2**30)).__enter__() or "
+    start = "(held := __import__('pathflip_jax.data.guarded', fromlist='x').limits({}, 2**30)).__enter__() or "
     stall, flood = start.format(0.2) + "__import__('time').sleep(60) or 'slept'", start.format(60) + "len(bytes(2**33))"
     assert dict(run_each(eval, [stall, "1 + 1"], 2)) == {stall: None, "1 + 1": 2}
     if sys.platform == "linux":
