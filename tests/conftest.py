@@ -38,14 +38,33 @@ collect_ignore = ["peers"]  # they run in environments of their own: `make test-
 
 # Files that take a process minutes, the longest first.
 LONG = (
-    "benchmarks/test_faults.py", "launch/test_launch_processes.py", "benchmarks/test_sides.py",
-    "test_two_processes.py", "test_buckets.py", "benchmarks/test_aot.py", "test_sharding.py", "test_train.py",
-    "viewer/test_page.py", "test_wheel.py",
-    "llm/test_generate.py", "model/test_pathflip2.py", "model/test_pathflip.py", "llm/test_training.py",
-    "test_pathflip2.py", "test_checkpoint.py", "llm/test_assistant.py", "data_prep/test_beam.py",
-    "docs/test_tutorial.py", "convert/test_finetune.py", "model/test_attention.py", "llm/test_decoder.py",
-    "convert/test_torch_model.py", "llm/test_hf_io.py", "evaluate/test_run.py", "test_memory.py",
-)  # fmt: skip
+    "benchmarks/test_faults.py",
+    "launch/test_launch_processes.py",
+    "benchmarks/test_sides.py",
+    "test_two_processes.py",
+    "test_buckets.py",
+    "benchmarks/test_aot.py",
+    "test_sharding.py",
+    "test_train.py",
+    "viewer/test_page.py",
+    "test_wheel.py",
+    "llm/test_generate.py",
+    "model/test_pathflip2.py",
+    "model/test_pathflip.py",
+    "llm/test_training.py",
+    "test_pathflip2.py",
+    "test_checkpoint.py",
+    "llm/test_assistant.py",
+    "data_prep/test_beam.py",
+    "docs/test_tutorial.py",
+    "convert/test_finetune.py",
+    "model/test_attention.py",
+    "llm/test_decoder.py",
+    "convert/test_torch_model.py",
+    "llm/test_hf_io.py",
+    "evaluate/test_run.py",
+    "test_memory.py",
+)
 
 SENTENCES = (
     "Glands infiltrate the stroma.",
