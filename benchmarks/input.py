@@ -34,6 +34,7 @@ try:
     import h5py
     import torch
     from machine import describe
+    from made_captions import CAPTION_LENGTH, make_captions
     from records import drop, make_slide, sync, write_records
     from transformers import AutoTokenizer
 except ImportError as error:
@@ -43,36 +44,10 @@ from pathflip_jax.data.captions import sample_subcaptions, split_sentences
 from pathflip_jax.data.pipeline import Batches, make_batches
 from pathflip_jax.data.records import Records
 from pathflip_jax.data.text import SlideText
-from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
+from pathflip_jax.data.tokens import TextTokenizer
 
 OURS, H5, PT = "records", "h5", ".pt"
-RUN, SUBCAPTIONS, CAPTION_LENGTH, SUBCAPTION_LENGTH = 256, 8, 384, 192
-CAPTION_TOKENS = (222, 54)  # mean and deviation that give the 95th percentile of real captions, 311
-SENTENCE_TOKENS = 28  # merges of one to three sentences then come near the 58 tokens of a real subcaption
-
-
-def make_captions(count: int, folder: Path, rng: np.random.Generator) -> list[str]:
-    """Captions made up of words, of real captions' length in tokens of the vocabulary that is written to `folder`."""
-    syllables = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "ar", "en", "is", "ut")]
-    words = list(dict.fromkeys("".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(2000)))
-    chances = 1 / np.arange(10, 10 + len(words))  # a few words are most of any text
-    chances /= chances.sum()
-    text = " ".join(rng.choice(words, 20_000, p=chances)) + " ."
-    train_wordpiece([text], folder, vocab_size=1500)
-    tokens = dict(zip(words, map(len, TextTokenizer(folder).ids(words)), strict=True))
-    mean, deviation = CAPTION_TOKENS
-    captions = []
-    for length in np.clip(rng.normal(mean, deviation, count), 40, CAPTION_LENGTH).round():
-        left, sentences = int(length) - 2, []  # without [CLS] and [SEP]
-        while left > 0:
-            size, sentence = min(left, SENTENCE_TOKENS + int(rng.integers(-8, 9))), []
-            while size > 1 or not sentence:  # the point takes one
-                sentence.append(str(rng.choice(words, p=chances)))
-                size, left = size - tokens[sentence[-1]], left - tokens[sentence[-1]]
-            sentences.append(" ".join(sentence).capitalize() + ".")
-            left -= 1
-        captions.append(" ".join(sentences))
-    return captions
+RUN, SUBCAPTIONS, SUBCAPTION_LENGTH = 256, 8, 192
 
 
 class Source(torch.utils.data.Dataset):

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from input import make_captions
 from machine import describe
+from made_captions import make_captions
 from records import place_slide, write_records
 from roofline import DEVICES
 

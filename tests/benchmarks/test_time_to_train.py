@@ -6,9 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-for name in ("torch", "h5py", "transformers"):  # its captions come from the benchmark of the input
-    pytest.importorskip(name)
-
 TINY = ["--slides=6", "--batch=2", "--width=8", "--config=align_base:smoke"]
 
 

@@ -1,0 +1,251 @@
+"""Everything to know of an accelerator in one command, for a session on it that may last minutes.
+
+Runs on whatever JAX finds. Each part is a process of its own with a limit of 8 minutes, in the order of what is worst
+to learn late: parity, train steps at growing batches, beside PyTorch, encoding, generation, time to train,
+deterministic mode, save and kill, memory, input, meshes, workarounds. A part that fails, hangs or crashes is named in
+one line with the cure, and the others run. After each part `DIR/accelerator.json` and the page `DIR/accelerator.html`
+are written anew, whole; a session that is cut off keeps what was measured. Given again, the command runs what is not
+done yet.
+
+    python benchmarks/accelerator.py --out runs/h100
+    python benchmarks/accelerator.py --out runs/h100 --part parity --part step-pathflip --again
+    python benchmarks/accelerator.py --out runs/small --small                      # all of it on a CPU, in minutes
+    benchmarks/accelerator.sh --wheels wheels --out runs/h100                      # on a machine that cannot install
+
+With `--small` sizes are small, on a CPU unless JAX_PLATFORMS names another device: it shows that every part works, its
+figures say nothing of speed. Where JAX finds a CPU alone sizes are small too, and an accelerator that it does not use
+is a fault of the first part.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from accelerator_parts import CURE, DEVICE, FAULT, PARTS, Context, Part
+from accelerator_parts.explain import explain
+from accelerator_parts.page import render
+from machine import describe
+
+from pathflip_jax.versions import git_revision
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 480.0  # seconds of a part
+RESULT, PAGE = "accelerator.json", "accelerator.html"
+DONE, FAILED = "done", "failed"
+PACKAGES = ("pathflip-jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
+# A small program on a CPU takes longer to compile than to run: less is done for its speed.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+TAIL = 20_000  # characters of a log that say why
+
+
+class Session:
+    """The results in a folder: what is done, what is to do, and the two files that say so."""
+
+    def __init__(self, out: Path, small: bool, limit: float = LIMIT) -> None:
+        self.out, self.small, self.limit = out, small, limit
+        self.work, self.logs = out / "work", out / "logs"
+        for folder in (self.work, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.found = {"small": small, "machine": {}, "device": {}, "parts": {}}
+        if (out / RESULT).exists():
+            self.found = read(out / RESULT)
+            if not isinstance(self.found, dict) or not self.found.keys() >= {"small", "device", "parts"}:
+                raise ValueError(f"{out / RESULT}: not a file of this command; delete it, or give another --out")
+
+    def done(self, name: str) -> bool:
+        """Whether a part was measured, without a fault."""
+        return self.found["parts"].get(name, {}).get("state") == DONE
+
+    def environment(self) -> dict[str, str]:
+        """Of the parts: this clone first, compiled programs kept for the parts that follow."""
+        search = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        more = {"PYTHONPATH": os.pathsep.join(filter(None, search)), "PYTHONUNBUFFERED": "1"}
+        kept = {"JAX_COMPILATION_CACHE_DIR": str(self.work / "compiled")}
+        kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        if self.small and "JAX_PLATFORMS" not in os.environ:
+            more["JAX_PLATFORMS"] = "cpu"
+        if "JAX_PLATFORMS" not in os.environ and self.found["device"].get(FAULT):
+            more["JAX_PLATFORMS"] = "cpu"  # the device opens for nobody: what needs none is measured
+        if self.small:
+            more["TORCHDYNAMO_DISABLE"] = "1"  # what torch.compile takes is more than all else
+        if self.small and more.get("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS")) == "cpu":
+            kept["XLA_FLAGS"] = QUICK_TO_COMPILE
+        return kept | os.environ | more
+
+    def run(self, name: str, part: Part) -> dict:
+        """Run a part to its end or limit, keep what it measured, and say in one line how it went."""
+        work, rows_file, log = self.work / name, self.work / f"{name}.json", self.logs / f"{name}.log"
+        shutil.rmtree(work, ignore_errors=True)
+        rows_file.unlink(missing_ok=True)
+        work.mkdir()
+        limit = part.limit or self.limit
+        context = {"small": self.small, "work": str(work), "limit": limit, "device": self.found["device"]}
+        command = [sys.executable, str(HERE / "accelerator.py"), "--call", part.target, "--rows", str(rows_file)]
+        command += ["--context", json.dumps(context), "--arguments", json.dumps(part.arguments)]
+        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=self.environment(), start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # it, or what it left running
+                process.wait()
+        rows = read(rows_file) if rows_file.exists() else []
+        found = {"title": part.title, "state": DONE, "seconds": time.monotonic() - start, "rows": rows}
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found["processor_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found |= {"finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        found["revision"] = git_revision()
+        if code is None:
+            found |= {"state": FAILED, FAULT: f"not done after {limit:.0f} s; {len(rows)} rows were measured"}
+            found |= {CURE: f"--part {name} --limit {3 * limit:.0f}; {log} says how far it came"}
+        elif code:
+            fault = explain(code, log.read_text(errors="replace")[-TAIL:], self.found["device"], str(log))
+            found |= {"state": FAILED, FAULT: fault.what, CURE: fault.cure}
+        elif faulty := next((values for _, values in rows if FAULT in values), None):
+            found |= {"state": FAILED, FAULT: faulty[FAULT], CURE: faulty.get(CURE, f"{log} has the whole of it")}
+        self.found["parts"][name] = found
+        if name == DEVICE and rows:
+            self.found["device"] = rows[0][1]
+        shutil.rmtree(work, ignore_errors=True)
+        rows_file.unlink(missing_ok=True)
+        return found
+
+    def identity(self) -> dict:
+        """What all results of a folder must share."""
+        return {name: self.found["device"].get(name) for name in ("kind", "count")} | {"small": self.found["small"]}
+
+    def look(self, part: Part, again: bool) -> None:
+        """Run the part that says what JAX runs on, every time; sizes are small where that is a CPU alone."""
+        before = self.identity() if self.found["parts"] else None
+        report(DEVICE, self.run(DEVICE, part))
+        self.small |= self.found["device"].get("platform", "cpu") == "cpu"
+        self.found["small"] = self.small
+        if before not in (None, here := self.identity()):
+            if not again:
+                raise ValueError(
+                    f"{self.out / RESULT}: measured on {before}, this session is on {here}; give another --out, or "
+                    "--again to measure everything anew"
+                )
+            self.found["parts"] = {DEVICE: self.found["parts"][DEVICE]}
+        self.write()
+
+    def write(self) -> None:
+        """Both files, each whole or as it was before."""
+        described = describe(*PACKAGES) | {"revision": git_revision()}
+        order = [name for name in PARTS if name in self.found["parts"]]
+        order += [name for name in self.found["parts"] if name not in PARTS]
+        self.found["machine"] = described
+        self.found["parts"] = {name: self.found["parts"][name] for name in order}
+        write_whole(self.out / RESULT, json.dumps(self.found, indent=1) + "\n")
+        write_whole(self.out / PAGE, render(self.found))
+
+
+def read(path: Path):
+    """A JSON file; ValueError names one that is none."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete it, or give another --out") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file, so that it is never seen in part."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> bool:
+    """Look at the device, then run what is not done yet, each part whatever became of the others; whether all is done.
+
+    Raises ValueError where the folder holds the results of another device or of other sizes.
+    """
+    session.look(parts.get(DEVICE, PARTS[DEVICE]), again)
+    for name, part in parts.items():
+        if name == DEVICE:
+            continue
+        if session.done(name) and not again:
+            print(f"{name:18} done before; --again repeats it", flush=True)
+            continue
+        print(f"{name:18} {part.title} ...", flush=True)
+        report(name, session.run(name, part))
+        session.write()
+    return all(session.done(name) for name in parts)
+
+
+def report(name: str, found: dict) -> None:
+    """How a part went, in one line."""
+    line = f"{name:18} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
+    if FAULT in found:
+        line += f": {found[FAULT]}; {found[CURE]}"
+    print(line, flush=True)
+
+
+def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:
+    """What a part's process does: yield row after row, each on disk before the next is measured."""
+    module, function = target.split(":")
+    context = Context(**context | {"work": Path(context["work"])})
+    rows = []
+    for row in getattr(importlib.import_module(module), function)(context, **arguments):
+        rows.append(row)
+        print(f"{row.table}: {row.values}", flush=True)
+        write_whole(rows_file, json.dumps(rows))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; work and logs lie there too")
+    parser.add_argument("--part", action="append", choices=list(PARTS), metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--small", action="store_true", help="small sizes, on the CPU unless JAX_PLATFORMS is set")
+    parser.add_argument("--again", action="store_true", help="repeat parts that are done")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="seconds of a part (default 480)")
+    for option in ("call", "rows", "context", "arguments"):  # of a part's process
+        parser.add_argument(f"--{option}", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    """Run the parts; 1 where one failed, 2 where none could start."""
+    parser = make_parser()
+    options = parser.parse_args()
+    if options.call:
+        return call(options.call, Path(options.rows), json.loads(options.context), json.loads(options.arguments))
+    if options.out is None:
+        parser.error("--out DIR is needed: the folder of the results")
+    if options.limit <= 0:
+        parser.error(f"--limit {options.limit:g}: expected seconds, more than 0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part under way ends too
+    try:
+        session = Session(options.out.resolve(), options.small, options.limit)
+        chosen = {name: PARTS[name] for name in PARTS if name in (options.part or PARTS)}
+        done = run_parts(session, chosen, options.again)
+    except (OSError, ValueError) as error:
+        print(f"accelerator: {error}", file=sys.stderr)
+        return 2
+    print(f"{session.out / PAGE}")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

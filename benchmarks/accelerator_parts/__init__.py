@@ -1,0 +1,76 @@
+"""The parts of `accelerator.py`, in the order in which a session on an accelerator needs to know of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FAULT, CURE = "fault", "cure"  # of a row: what is wrong, and what mends it
+
+
+class Row(NamedTuple):
+    """A row of one of a part's tables; the key `FAULT` in it fails the part, which goes on nevertheless."""
+
+    table: str
+    values: dict[str, Any]
+
+
+Rows = Iterator[Row]
+
+
+class Part(NamedTuple):
+    """A measurement in a process of its own: `target` is the "module:function" that yields its rows."""
+
+    title: str
+    target: str
+    arguments: dict[str, Any] = {}
+    limit: float | None = None  # seconds; None: that of all parts
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a part is told: sizes, a folder to work in, and the device as the first part found it."""
+
+    small: bool
+    work: Path
+    limit: float
+    device: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def platform(self) -> str:
+        """JAX's name: cpu, gpu or tpu."""
+        return self.device.get("platform", "cpu")
+
+    @property
+    def dtype(self) -> str:
+        """What the device computes fastest in; a CPU gains nothing by bfloat16."""
+        return "float32" if self.platform == "cpu" else "bfloat16"
+
+
+def _part(title: str, target: str, **arguments) -> Part:
+    return Part(title, f"accelerator_parts.{target}", arguments)
+
+
+DEVICE = "device"
+PARTS = {
+    DEVICE: _part("The device, its driver and versions", "device:run"),
+    "parity": _part("Parity with the released models", "parity:run"),
+    "step-pathflip": _part("Train step of PathFLIP", "steps:run", family="pathflip"),
+    "step-pathflip2": _part("Train step of PathFLIP2", "steps:run", family="pathflip2"),
+    "beside-pathflip": _part("PathFLIP beside PyTorch", "beside:run", family="pathflip", jobs=["train_base"]),
+    "beside-pathflip2": _part("PathFLIP2 beside PyTorch", "beside:run", family="pathflip2", jobs=["train_base"]),
+    "beside-encode": _part(
+        "Encoding beside PyTorch", "beside:run", family="pathflip", jobs=["encode_slide_base", "encode_text"]
+    ),
+    "encode": _part("Encoding slides and texts", "encode:run"),
+    "generation": _part("Generation", "generation:run"),
+    "beside-generation": _part("Generation beside transformers", "beside:run_generation"),
+    "time-to-train": _part("Time to train", "runs:time_to_train"),
+    "deterministic": _part("Deterministic mode", "runs:deterministic"),
+    "resume": _part("Save, kill and resume", "runs:resume"),
+    "memory": _part("The check that a step fits", "memory:run"),
+    "input": _part("Waiting for input", "runs:wait_for_input"),
+    "embed": _part("Embedding an archive", "runs:embed"),
+    "meshes": _part("Meshes of several devices", "meshes:run"),
+    "workarounds": _part("Workarounds for XLA on CPUs, with and without", "workarounds:run"),
+}

@@ -1,0 +1,203 @@
+"""Whole runs of `pathflip train` on the device: speed, the same bits twice, a kill, waiting for input, embedding."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import time_to_train as benchmark
+
+from accelerator_parts import CURE, FAULT, Context, Row, Rows
+from pathflip_jax.metrics import METRICS, PERFORMANCE, read_metrics
+
+CLI = [sys.executable, "-m", "pathflip_jax.cli"]
+SLIDES, SMALL_SLIDES = 64, 8
+STEPS, SAVE_EVERY = 12, 4
+PART = 256  # slides of the prediction, before an epoch is run for real
+SPARE_GB = 10
+
+
+def time_to_train(context: Context) -> Rows:
+    """An epoch predicted from a part; then for real, where disk and time allow."""
+    if context.small:
+        yield Row("an epoch", _epoch(context, 6, 2, "align_base:smoke", width=16))
+        return
+    predicted = _epoch(context, PART, 32, "align_large", profile=True)
+    yield Row("an epoch", predicted)
+    whole = benchmark.EPOCH_SLIDES
+    needed = predicted["cohort_seconds"] * whole / PART + predicted["epoch_seconds"]
+    room, free = 43 + SPARE_GB, shutil.disk_usage(context.work).free / 1e9
+    left = context.limit - predicted["cohort_seconds"] - predicted["part_seconds"] - 30
+    if needed > left or free < room:
+        command = f"python benchmarks/time_to_train.py --slides {whole} --batch 32 --dtype {context.dtype}"
+        why = f"about {needed:.0f} s and {room} GB are needed, {left:.0f} s and {free:.0f} GB are left"
+        yield Row("an epoch", {"slides": whole, "note": f"not run for real: {why}", CURE: f"{command}, by itself"})
+        return
+    yield Row("an epoch", _epoch(context, whole, 32, "align_large"))
+
+
+def _epoch(context: Context, slides: int, batch: int, config: str, width: int = 512, profile: bool = False) -> dict:
+    out = context.work / "time_to_train.json"
+    command = [sys.executable, benchmark.__file__, f"--slides={slides}", f"--batch={batch}", f"--config={config}"]
+    command += [f"--dtype={context.dtype}", f"--width={width}", f"--folder={context.work}", f"--json={out}"]
+    command += ["--steps=5"] * context.small
+    start = time.monotonic()
+    _checked(command)
+    found = json.loads(out.read_text())["result"]
+    rate = context.device.get("peak_bfloat16")
+    rate = rate and rate * context.device.get("count", 1)
+    if context.platform != "cpu":  # `utilisation` there is of the device that --device names
+        operations = found["useful_gflop_per_slide"] * 1e9 * found["slides_per_second"]
+        found["utilisation"] = operations / rate if rate else None
+    return {"slides": slides, "batch": batch} | found | {"part_seconds": time.monotonic() - start}
+
+
+def deterministic(context: Context) -> Rows:
+    """Two runs with train.deterministic=True, each compiled anew, must end in the same bits."""
+    first, second = context.work / "first", context.work / "second"
+    cohort = make_cohort(context)
+    for workdir in (first, second):
+        fresh = {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_suffix(".cache"))}  # else the second took the first's
+        _train(cohort, workdir, context, "--config.train.deterministic=True", more=fresh)
+    yield Row("the same bits twice", _compared(first, second, "two runs with train.deterministic=True"))
+
+
+def resume(context: Context) -> Rows:
+    """A run killed by SIGKILL and started again must end as one that nobody disturbed; old checkpoints must load."""
+    yield from _old_checkpoints()
+    cohort, straight, killed = make_cohort(context), context.work / "straight", context.work / "killed"
+    settings = ["--config.train.deterministic=True"]
+    _train(cohort, straight, context, *settings)
+    process = subprocess.Popen(_command(cohort, killed, context, *settings), start_new_session=False)
+    saved = killed / "checkpoints" / str(SAVE_EVERY)
+    while process.poll() is None and not saved.is_dir():
+        time.sleep(0.002)
+    ended = process.poll() is not None
+    process.send_signal(signal.SIGKILL) if not ended else None
+    process.wait()
+    if ended:
+        fault = {FAULT: f"the run ended with {process.returncode} before it could be killed", CURE: "give more steps"}
+        yield Row("save, kill and resume", fault)
+        return
+    _train(cohort, killed, context, *settings)
+    yield Row("save, kill and resume", _compared(straight, killed, "a killed run and an undisturbed one"))
+
+
+def _old_checkpoints() -> Rows:
+    """The checkpoints of earlier versions that travel with the tests."""
+    versions = Path(__file__).resolve().parents[2] / "tests" / "golden" / "runs"
+    for run in sorted(path for path in versions.glob("*/pathflip*") if (path / "checkpoints").is_dir()):
+        ask = f"from pathflip_jax.checkpoint import load_run; load_run({str(run)!r}, 'latest')"
+        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+        row = {"checkpoint": f"{run.parent.name}/{run.name}", "loads": done.returncode == 0}
+        if done.returncode:
+            row |= {FAULT: f"{run} does not load: {done.stderr.strip().splitlines()[-1]}", CURE: _orbax_cure()}
+        yield Row("old checkpoints", row)
+
+
+def _orbax_cure() -> str:
+    from importlib.metadata import version
+
+    return f"orbax-checkpoint {version('orbax-checkpoint')} is here; a newer one may have written it: upgrade Orbax"
+
+
+def wait_for_input(context: Context) -> Rows:
+    """The share of a run's time in which the device waited for its batch, from disk and from memory."""
+    cohort = make_cohort(context)
+    for resident in ("", "device") if context.small else ("", "host", "device"):
+        workdir = context.work / f"resident_{resident or 'disk'}"
+        _train(cohort, workdir, context, f"--config.data.resident={resident}")
+        rows = [{k.removeprefix(PERFORMANCE): v for k, v in row.items()} for row in read_metrics(workdir / METRICS)]
+        steps = rows[len(rows) // 2 :]  # the first fill the read-ahead
+        utilisation = [row["utilisation"] for row in steps if "utilisation" in row]
+        seconds = statistics.median(row["step_seconds"] for row in steps)
+        row = {"features": f"in the memory of the {resident}" if resident else "read from disk"}
+        row |= {"waiting": rows[-1]["input_wait"], "step_ms": 1e3 * seconds}
+        row |= {"utilisation": statistics.median(utilisation) if utilisation else None}
+        yield Row("waiting for input", row)
+
+
+def embed(context: Context) -> Rows:
+    """`pathflip embed` of the cohort, by a run trained on it."""
+    cohort, workdir, out = make_cohort(context), context.work / "run", context.work / "embeddings.parquet"
+    _train(cohort, workdir, context)
+    command = [*CLI, "embed", str(cohort / "records"), "--checkpoint", str(workdir), "--out", str(out), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    report = json.loads(done.stdout)
+    row = {
+        "slides": len(report["done"]),
+        "seconds": report["seconds"],
+        "slides_per_second": report["slides_per_second"],
+    }
+    yield Row("pathflip embed, compilation included", row)
+
+
+def make_cohort(context: Context) -> Path:
+    """Slides of real sizes with reports, in a folder that the parts share."""
+    folder = context.work.parent / "cohort"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        slides, width = (SMALL_SLIDES, 16) if context.small else (SLIDES, 512)
+        benchmark.write_cohort(folder, slides, width)
+        (folder / "done").touch()
+    return folder
+
+
+def _command(cohort: Path, workdir: Path, context: Context, *settings: str) -> list[str]:
+    smoke = ":smoke" if context.small else ""
+    batch = 4 if context.small else 16
+    return [
+        *CLI, "train", f"--config=align_base{smoke}", f"--config.data.records={cohort / 'records'}",
+        f"--config.data.texts={cohort / 'reports.jsonl'}", f"--config.data.tokenizer={cohort / 'vocabulary'}",
+        f"--config.model.compute_dtype={context.dtype}", f"--config.train.batch_size={batch}",
+        f"--config.train.steps={STEPS}", f"--config.train.save_every={SAVE_EVERY}", "--workdir", str(workdir),
+        *settings,
+    ]  # fmt: skip
+
+
+def _train(cohort: Path, workdir: Path, context: Context, *settings: str, more: dict[str, str] | None = None) -> None:
+    _checked(_command(cohort, workdir, context, *settings), os.environ | (more or {}))
+
+
+def _checked(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a command; RuntimeError with its last words where it fails."""
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def _compared(one: Path, other: Path, what: str) -> dict:
+    """How many arrays of the last checkpoints of two runs differ in any bit."""
+    mine, theirs = arrays(one, STEPS), arrays(other, STEPS)
+    differ = [name for name in mine if not np.array_equal(mine[name].view(np.uint8), theirs[name].view(np.uint8))]
+    row = {"compared": what, "arrays": len(mine), "steps": STEPS, "arrays that differ": len(differ)}
+    if differ or mine.keys() != theirs.keys():
+        row |= {FAULT: f"{what} differ in {len(differ)} of {len(mine)} arrays, first {differ[:1]}"}
+        row |= {
+            CURE: "name the kernels that are not deterministic: XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true"
+        }
+    return row
+
+
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by name, one-dimensional, read on the CPU: the device is other processes'."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import orbax.checkpoint as ocp
+
+    found, one = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for item in ("params", "opt_state"):
+        folder = workdir / "checkpoints" / str(step) / item
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            shapes = reader.handler.metadata(folder)
+            abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for n, x in shapes.items()}
+            restored = reader.restore(folder, args=ocp.args.StandardRestore(abstract))
+        found |= {f"{item}/{name}": np.asarray(x).reshape(-1) for name, x in restored.items()}
+    return found
