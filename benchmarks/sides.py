@@ -207,8 +207,6 @@ def in_torch(
     from pathflip_jax.model.config import PathFLIPConfig
 
     torch.manual_seed(0)
-    if device != "cpu":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     released = side == "released"
     model = (ReleasedStyle if released else CompetentTorch)(PathFLIPConfig(**sizes).to_dict())
     if weights is not None:
@@ -320,6 +318,18 @@ class Family(NamedTuple):
     in_torch: Callable
 
 
+def set_precision(side: str, exact: bool) -> None:
+    """How a GPU multiplies float32: as TF32, ten bits of a number; `exact`, where sides are compared, with all."""
+    if side == "ours":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest" if exact else "default")
+        return
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+
+
 def main(family: Family, about: str) -> int:
     """Run one job of one side; the last line printed is JSON."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -337,6 +347,8 @@ def main(family: Family, about: str) -> int:
     options = parser.parse_args()
     if options.device == "cpu":
         keep_freed()
+    else:
+        set_precision(options.side, exact=options.outputs is not None)
     sizes, job = family.small if options.small else family.base, family.jobs[options.job]
     job = job._replace(slides=options.batch or job.slides, regions=options.regions or job.regions)
     inputs = make_inputs(job, sizes)

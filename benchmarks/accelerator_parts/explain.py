@@ -20,7 +20,7 @@ def explain(code: int, said: str, device: dict, log: str) -> Fault:
 
     `device` is what the first part found, {} if it found none; `log` names the file that holds all of it.
     """
-    for known in (_busy, _driver, _memory, _module, _orbax):
+    for known in (_busy, _driver, _memory, _module):
         if fault := known(said, device):
             return fault
     if code == -signal.SIGKILL:
@@ -92,8 +92,3 @@ def _module(said: str, device: dict) -> Fault | None:
     return Fault(
         f"the package {name} is not installed here", f"pip install {name}, or carry its wheel along (accelerator.sh)"
     )
-
-
-def _orbax(said: str, device: dict) -> Fault | None:
-    found = re.search(r"of a newer Orbax[^\n]*", said)
-    return Fault(_line_of(said, found), "pip install --upgrade orbax-checkpoint") if found else None

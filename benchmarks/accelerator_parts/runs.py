@@ -1,5 +1,7 @@
 """Whole runs of `pathflip train` on the device: speed, the same bits twice, a kill, waiting for input, embedding."""
 
+import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -97,14 +99,33 @@ def _old_checkpoints() -> Rows:
         done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
         row = {"checkpoint": f"{run.parent.name}/{run.name}", "loads": done.returncode == 0}
         if done.returncode:
-            row |= {FAULT: f"{run} does not load: {done.stderr.strip().splitlines()[-1]}", CURE: _orbax_cure()}
+            newer = [fault for step in (run / "checkpoints").iterdir() if (fault := of_newer_orbax(step))]
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            row |= (
+                newer[0]
+                if newer
+                else {FAULT: f"{run} does not load: {said[-1]}", CURE: "compare pip list with setup.cfg"}
+            )
         yield Row("old checkpoints", row)
 
 
-def _orbax_cure() -> str:
-    from importlib.metadata import version
-
-    return f"orbax-checkpoint {version('orbax-checkpoint')} is here; a newer one may have written it: upgrade Orbax"
+def of_newer_orbax(step: Path) -> dict[str, str] | None:
+    """The fault of a checkpoint whose parts were written by handlers that the Orbax here lacks; None of another."""
+    about = step / "_CHECKPOINT_METADATA"
+    if not about.exists():
+        return None
+    lacking = []
+    for handler in (json.loads(about.read_text()).get("item_handlers") or {}).values():
+        module, _, name = handler.rpartition(".")
+        try:
+            getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            lacking.append(handler)
+    if not lacking:
+        return None
+    here = importlib.metadata.version("orbax-checkpoint")
+    what = f"{step}: a checkpoint of a newer Orbax; orbax-checkpoint {here} has no {', '.join(sorted(set(lacking)))}"
+    return {FAULT: what, CURE: "pip install --upgrade orbax-checkpoint, within the range of setup.cfg"}
 
 
 def wait_for_input(context: Context) -> Rows:
@@ -188,10 +209,10 @@ def _compared(one: Path, other: Path, what: str) -> dict:
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by name, one-dimensional, read on the CPU: the device is other processes'."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import orbax.checkpoint as ocp
 
+    jax.config.update("jax_platforms", "cpu")
     found, one = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for item in ("params", "opt_state"):
         folder = workdir / "checkpoints" / str(step) / item

@@ -144,6 +144,19 @@ def test_pytorch_that_does_not_see_the_device_is_named(bench, tmp_path):
     assert "not installed" in told(platform="cpu", torch="not installed")["note"]
 
 
+def test_a_checkpoint_of_a_newer_orbax_is_named(bench, tmp_path):
+    from accelerator_parts.runs import of_newer_orbax
+
+    golden = BENCHMARKS.parent / "tests" / "golden" / "runs" / "0.1.0" / "pathflip" / "checkpoints" / "2"
+    assert of_newer_orbax(golden) is None and of_newer_orbax(tmp_path) is None
+    about = json.loads((golden / "_CHECKPOINT_METADATA").read_text())
+    about["item_handlers"]["params"] = "orbax.checkpoint.v9.Handler"
+    (tmp_path / "_CHECKPOINT_METADATA").write_text(json.dumps(about))
+    found = of_newer_orbax(tmp_path)
+    assert re.search(r"newer Orbax; orbax-checkpoint [\d.]+ has no orbax.checkpoint.v9.Handler", found["fault"])
+    assert "--upgrade" in found["cure"]
+
+
 def test_memory_that_was_not_planned_is_a_fault(bench):
     from accelerator_parts.memory import judge
 
