@@ -23,12 +23,12 @@ import datetime
 import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from accelerator_parts import CURE, DEVICE, FAULT, PARTS, Context, Part
@@ -56,6 +56,7 @@ class Session:
 
     def __init__(self, out: Path, small: bool, limit: float = LIMIT) -> None:
         self.out, self.small, self.limit = out, small, limit
+        self.running: set[int] = set()  # processes of parts, each a group of its own
         self.work, self.logs = out / "work", out / "logs"
         for folder in (self.work, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ class Session:
         return kept | os.environ | more
 
     def run(self, name: str, part: Part) -> dict:
-        """Run a part to its end or limit, keep what it measured, and say in one line how it went."""
+        """What came of a part, run to its end or limit: its rows, and in one line what went wrong with the cure."""
+        print(f"{name:18} {part.title} ...", flush=True)
         work, rows_file, log = self.work / name, self.work / f"{name}.json", self.logs / f"{name}.log"
         shutil.rmtree(work, ignore_errors=True)
         rows_file.unlink(missing_ok=True)
@@ -95,23 +97,20 @@ class Session:
         context = {"small": self.small, "work": str(work), "limit": limit, "device": self.found["device"]}
         command = [sys.executable, str(HERE / "accelerator.py"), "--call", part.target, "--rows", str(rows_file)]
         command += ["--context", json.dumps(context), "--arguments", json.dumps(part.arguments)]
-        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.monotonic()
         with open(log, "w") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=self.environment(), start_new_session=True
             )
+            self.running.add(process.pid)
             try:
                 code = process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
                 code = None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # it, or what it left running
-                process.wait()
+            self.end(process.pid)  # it, or what it left running
+            process.wait()
         rows = read(rows_file) if rows_file.exists() else []
         found = {"title": part.title, "state": DONE, "seconds": time.monotonic() - start, "rows": rows}
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found["processor_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         found |= {"finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         found["revision"] = git_revision()
         if code is None:
@@ -122,12 +121,24 @@ class Session:
             found |= {"state": FAILED, FAULT: fault.what, CURE: fault.cure}
         elif faulty := next((values for _, values in rows if FAULT in values), None):
             found |= {"state": FAILED, FAULT: faulty[FAULT], CURE: faulty.get(CURE, f"{log} has the whole of it")}
-        self.found["parts"][name] = found
-        if name == DEVICE and rows:
-            self.found["device"] = rows[0][1]
         shutil.rmtree(work, ignore_errors=True)
         rows_file.unlink(missing_ok=True)
         return found
+
+    def end(self, *parts: int) -> None:
+        """End the processes of parts, by default of all, with everything that they started."""
+        for pid in parts or tuple(self.running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            self.running.discard(pid)
+
+    def keep(self, name: str, found: dict) -> None:
+        """Keep what came of a part, and say how it went in one line."""
+        self.found["parts"][name] = found
+        line = f"{name:18} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
+        if FAULT in found:
+            line += f": {found[FAULT]}; {found[CURE]}"
+        print(line, flush=True)
 
     def identity(self) -> dict:
         """What all results of a folder must share."""
@@ -135,12 +146,16 @@ class Session:
 
     def look(self, part: Part, again: bool) -> None:
         """Run the part that says what JAX runs on, every time; sizes are small where that is a CPU alone."""
-        before = self.identity() if self.found["parts"] else None
-        report(DEVICE, self.run(DEVICE, part))
+        before, sound = self.identity(), self.done(DEVICE)
+        self.found["device"] = {}
+        found = self.run(DEVICE, part)
+        self.keep(DEVICE, found)
+        if found["rows"]:
+            self.found["device"] = found["rows"][0][1]
         self.small |= self.found["device"].get("platform", "cpu") == "cpu"
         self.found["small"] = self.small
-        if before not in (None, here := self.identity()):
-            if not again:
+        if before != (here := self.identity()):
+            if sound and not again:  # what ran while the device did not open is of no use now
                 raise ValueError(
                     f"{self.out / RESULT}: measured on {before}, this session is on {here}; give another --out, or "
                     "--again to measure everything anew"
@@ -180,24 +195,20 @@ def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> 
     Raises ValueError where the folder holds the results of another device or of other sizes.
     """
     session.look(parts.get(DEVICE, PARTS[DEVICE]), again)
-    for name, part in parts.items():
-        if name == DEVICE:
-            continue
-        if session.done(name) and not again:
-            print(f"{name:18} done before; --again repeats it", flush=True)
-            continue
-        print(f"{name:18} {part.title} ...", flush=True)
-        report(name, session.run(name, part))
-        session.write()
+    to_do = [name for name in parts if name != DEVICE and (again or not session.done(name))]
+    if before := [name for name in parts if name != DEVICE and name not in to_do]:
+        print(f"{', '.join(before)}: done before; --again repeats it", flush=True)
+    # Small sizes are there to see that all works, not for times: two parts at once.
+    pool = ThreadPoolExecutor(2 if session.small else 1)
+    try:
+        under_way = {pool.submit(session.run, name, parts[name]): name for name in to_do}
+        for future in as_completed(under_way):
+            session.keep(under_way[future], future.result())
+            session.write()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        session.end()
     return all(session.done(name) for name in parts)
-
-
-def report(name: str, found: dict) -> None:
-    """How a part went, in one line."""
-    line = f"{name:18} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
-    if FAULT in found:
-        line += f": {found[FAULT]}; {found[CURE]}"
-    print(line, flush=True)
 
 
 def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:

@@ -48,6 +48,8 @@ def run(context: Context) -> Rows:
         yield Row(TABLE, facts | {FAULT: f"JAX opens no device: {fault.what}", CURE: fault.cure})
         return
     device = devices[0]
+    if device.platform == "tpu":
+        facts["driver"] = f"libtpu {importlib.metadata.version('libtpu')}"
     stats = device.memory_stats() or {}
     facts |= {
         "platform": device.platform,
@@ -73,12 +75,7 @@ def _card() -> str | None:
 
 
 def _driver(card: str | None) -> str | None:
-    if card and card.count(",") >= 3:
-        return card.split(",")[1].strip()
-    try:
-        return f"libtpu {importlib.metadata.version('libtpu')}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return card.split(",")[1].strip() if card and card.count(",") >= 3 else None
 
 
 def _unused(platform: str, card: str | None) -> dict[str, str]:

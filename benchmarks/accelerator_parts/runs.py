@@ -1,5 +1,6 @@
 """Whole runs of `pathflip train` on the device: speed, the same bits twice, a kill, waiting for input, embedding."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -161,14 +162,14 @@ def embed(context: Context) -> Rows:
 
 def make_cohort(context: Context) -> Path:
     """Slides of real sizes with reports, in a folder that the parts share."""
-    folder = context.work.parent / "cohort"
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    shared, own = context.work.parent / "cohort", context.work / "cohort"
+    if not shared.exists():
+        own.mkdir(parents=True)
         slides, width = (SMALL_SLIDES, 16) if context.small else (SLIDES, 512)
-        benchmark.write_cohort(folder, slides, width)
-        (folder / "done").touch()
-    return folder
+        benchmark.write_cohort(own, slides, width)
+        with contextlib.suppress(OSError):  # another part made it meanwhile
+            own.rename(shared)
+    return shared
 
 
 def _command(cohort: Path, workdir: Path, context: Context, *settings: str) -> list[str]:

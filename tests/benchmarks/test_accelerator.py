@@ -95,7 +95,7 @@ def test_a_session_goes_on_where_the_one_before_ended(bench, tmp_path, capsys):
     run(bench, tmp_path, first=part(bench, "counts"), second=part(bench, "raises", message="x"))
     done, found = run(bench, tmp_path, first=part(bench, "counts", upto=5), second=part(bench, "counts"))
     assert done and len(found["parts"]["first"]["rows"]) == 3 == len(found["parts"]["second"]["rows"])
-    assert "first              done before" in capsys.readouterr().out
+    assert "first: done before" in capsys.readouterr().out
     _, found = run(bench, tmp_path, again=True, first=part(bench, "counts", upto=5))
     assert len(found["parts"]["first"]["rows"]) == 5 and "second" in found["parts"]
 
@@ -129,6 +129,18 @@ def test_the_operations_of_every_kind_of_device_are_found_once(bench):
     cpu = [line(3, 1, "tf_XLAEigen"), event(3, 1, "dot", hlo_op="dot.3"), event(3, 1, "a call")]
     found = [one["args"]["hlo_op"] for one in device_events(gpu + tpu + cpu)]
     assert found == ["fusion.1", "memcpy", "fusion.2", "dot.3"]
+
+
+def test_a_gpu_that_jax_does_not_use_is_a_fault_of_the_device(bench, tmp_path, monkeypatch):
+    from accelerator_parts import device
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA H100 PCIe, 510.47.03, 81559 MiB, 0 MiB\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(device, "_torch", lambda: "not installed")
+    ((table, found),) = device.run(bench.Context(False, tmp_path, 1.0))
+    assert table == "device" and found["platform"] == "cpu" and found["driver"] == "510.47.03"
+    assert "a GPU is here (NVIDIA H100 PCIe" in found["fault"] and "pathflip-jax[gpu]" in found["cure"]
 
 
 def test_pytorch_that_does_not_see_the_device_is_named(bench, tmp_path):
