@@ -72,5 +72,6 @@ PARTS = {
     "input": _part("Waiting for input", "runs:wait_for_input"),
     "embed": _part("Embedding an archive", "runs:embed"),
     "meshes": _part("Meshes of several devices", "meshes:run"),
-    "workarounds": _part("Workarounds for XLA on CPUs, with and without", "workarounds:run"),
+    "workarounds-pathflip": _part("PathFLIP without what helps XLA on CPUs", "workarounds:run", family="pathflip"),
+    "workarounds-pathflip2": _part("PathFLIP2 without what helps XLA on CPUs", "workarounds:run", family="pathflip2"),
 }

@@ -97,6 +97,7 @@ def _unused(platform: str, card: str | None) -> dict[str, str]:
 
 def _torch() -> str:
     """PyTorch's version, and the device that it sees; asked in another process, which holds no memory afterwards."""
-    ask = "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
+    seen = "torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'"
+    ask = f"import torch; print(torch.__version__, 'on', {seen})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True)
     return done.stdout.strip() or "not installed"
