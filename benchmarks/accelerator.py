@@ -33,7 +33,6 @@ from pathlib import Path
 
 from accelerator_parts import CURE, DEVICE, FAULT, PARTS, Context, Part
 from accelerator_parts.explain import explain
-from accelerator_parts.page import render
 from machine import describe
 
 from pathflip_jax.versions import git_revision
@@ -165,6 +164,8 @@ class Session:
 
     def write(self) -> None:
         """Both files, each whole or as it was before."""
+        from accelerator_parts.page import render  # here: the parts' processes need no matplotlib
+
         described = describe(*PACKAGES) | {"revision": git_revision()}
         order = [name for name in PARTS if name in self.found["parts"]]
         order += [name for name in self.found["parts"] if name not in PARTS]

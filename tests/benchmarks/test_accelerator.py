@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -174,6 +175,16 @@ def test_memory_that_was_not_planned_is_a_fault(bench):
 
     assert "fault" not in judge(100, 101, "gpu") and "fault" not in judge(100, 300, "cpu")
     assert "fault" in judge(100, 110, "gpu") and "fault" in judge(100, 40, "gpu")
+
+
+def test_a_folder_without_wheels_is_refused_with_the_command_that_makes_one(tmp_path):
+    script = BENCHMARKS / "accelerator.sh"
+    done = subprocess.run([script, "--wheels", tmp_path / "none", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and "no wheel of pip" in done.stderr and "--download" in done.stderr
+    done = subprocess.run([script], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: benchmarks/accelerator.sh --download DIR" in done.stderr
+    if checker := shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck"):
+        assert subprocess.run([checker, script], capture_output=True, text=True).stdout == ""
 
 
 @pytest.mark.slow
