@@ -87,7 +87,7 @@ class Session:
 
     def run(self, name: str, part: Part) -> dict:
         """What came of a part, run to its end or limit: its rows, and in one line what went wrong with the cure."""
-        print(f"{name:18} {part.title} ...", flush=True)
+        print(f"{name:21} {part.title} ...\n", end="", flush=True)  # one write: two parts may speak at once
         work, rows_file, log = self.work / name, self.work / f"{name}.json", self.logs / f"{name}.log"
         shutil.rmtree(work, ignore_errors=True)
         rows_file.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ class Session:
     def keep(self, name: str, found: dict) -> None:
         """Keep what came of a part, and say how it went in one line."""
         self.found["parts"][name] = found
-        line = f"{name:18} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
+        line = f"{name:21} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
         if FAULT in found:
             line += f": {found[FAULT]}; {found[CURE]}"
         print(line, flush=True)
