@@ -49,7 +49,7 @@ def plain_forms() -> dict[str, dict[Any, Callable]]:
     import jax.numpy as jnp
     from jax import lax
 
-    from pathflip_jax.model.attention import _column_sums, drop, row_sums
+    from pathflip_jax.model.attention import column_sums, drop, row_sums
 
     def plain_drop(x, rate: float, seed):
         kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)
@@ -58,7 +58,7 @@ def plain_forms() -> dict[str, dict[Any, Callable]]:
     barriers = {lax.optimization_barrier: lambda operand: operand}
     sums = {
         row_sums: lambda x: jnp.sum(x, -1, keepdims=True),
-        _column_sums: lambda x: jnp.sum(x.reshape(-1, x.shape[-1]), 0),
+        column_sums: lambda x: jnp.sum(x.reshape(-1, x.shape[-1]), 0),
     }
     hashed = {drop: plain_drop}
     return {
