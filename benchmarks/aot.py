@@ -19,9 +19,9 @@ allows itself of the chip; `--confirm` compiles it, all layers.
     overlapped  the same, without collectives that the schedule puts compute beside (traffic.py); the JSON also has
                 `bounded`, where compute hides no more than the compiler's estimate of its time
 
-`--no-overlap` compiles without the options that make a TPU compute while it sends (`compilation.TPU_OVERLAP`), which
-shows what they are worth. In the plot, a line goes through the compiled topologies of a chip: the time that n chips
-wait is a share of (n - 1) / n, as round a ring, and one of n - 1, as of gathers of all slides, by least squares.
+`--no-overlap` compiles without the options that make a TPU compute while it sends (`runtime.compilation.TPU_OVERLAP`),
+which shows what they are worth. In the plot, a line goes through the compiled topologies of a chip: the time that n
+chips wait is a share of (n - 1) / n, as round a ring, and one of n - 1, as of gathers of all slides, by least squares.
 
 Single slices only: traffic between slices, over the data centre's network, is not counted.
 
@@ -123,7 +123,7 @@ def compile_step(
     """
     import jax
 
-    from pathflip_jax.compilation import compiler_options
+    from pathflip_jax.runtime.compilation import compiler_options
 
     lowered, held = lower(config, layers, slides, mesh)
     start = time.perf_counter()

@@ -34,7 +34,7 @@ from typing import NamedTuple
 from machine import describe, largest_child, resident_peak
 from tqdm import tqdm
 
-from pathflip_jax.limits import processors
+from pathflip_jax.runtime.limits import processors
 
 HANG_SECONDS, MOST_BYTES, CHUNK = 120.0, 2_000_000_000, 40
 PASSED = ("accepted", "refused")

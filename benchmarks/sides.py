@@ -102,10 +102,10 @@ def our_training(config, stage=None) -> tuple[Callable, Any]:
     """
     import jax
 
-    from pathflip_jax.compilation import compiler_options
-    from pathflip_jax.losses import LossConfig
+    from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.parameters import unflatten
     from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.runtime.compilation import compiler_options
     from pathflip_jax.stage import alignment, make_step
 
     optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
@@ -152,7 +152,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     import jax
     import jax.numpy as jnp
 
-    from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
+    from pathflip_jax.losses.pathflip import Embeddings, LossConfig, alignment_loss
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.parameters import unflatten
 

@@ -35,9 +35,9 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     import jax
     import jax.numpy as jnp
 
+    from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
     from pathflip_jax.model.config import PathFLIP2Config
     from pathflip_jax.model.parameters import unflatten
-    from pathflip_jax.sigmoid_losses import SigmoidLossConfig
     from pathflip_jax.stage import sigmoid_alignment
 
     config, batch = PathFLIP2Config(**sizes, compute_dtype=dtype), our_batch(job, inputs)

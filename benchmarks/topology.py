@@ -51,7 +51,7 @@ def make_mesh(devices: list, fsdp: int, region: int):
     import jax
     from jax.sharding import AxisType
 
-    from pathflip_jax.sharding import AXES
+    from pathflip_jax.runtime.sharding import AXES
 
     if len(devices) % (fsdp * region):
         raise ValueError(f"--fsdp {fsdp} --region {region}: {len(devices)} devices cannot be shared out so")
@@ -76,7 +76,7 @@ def make_batch(config, slides: int, mesh):
     from pathflip_jax.data.pipeline import Batch
     from pathflip_jax.data.tokens import TextRows, enough_rows, row_lengths
     from pathflip_jax.run_data import choose_groups
-    from pathflip_jax.sharding import BATCH_RULES, batch_shards, placements
+    from pathflip_jax.runtime.sharding import BATCH_RULES, batch_shards, placements
 
     data, shares = config.data, batch_shards(mesh)
     B = slides * shares
@@ -113,10 +113,10 @@ def lower(config, layers: int, slides: int, mesh):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from pathflip_jax import sharding
-    from pathflip_jax.losses import LossConfig
+    from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.parameters import abstract_params, unflatten
     from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.runtime import sharding
     from pathflip_jax.stage import alignment, make_step
 
     model = with_layers(config, layers)

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from pathflip_jax import limits
+from pathflip_jax.runtime import limits
 
 PRELOADED = "data_prep.jobs"  # imported once by the server that workers are forked from
 

@@ -20,12 +20,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from pathflip_jax import distributed
 from pathflip_jax.data.storage import as_path, is_url, make_folder, read_bytes
 from pathflip_jax.data.tables import parse_json
 from pathflip_jax.data.tfrecord import whole_file
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
+from pathflip_jax.runtime import distributed
 from pathflip_jax.versions import (
     READ,
     UnknownSettings,

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pathflip_jax import streams, ulimits
 from pathflip_jax.commands import COMMANDS
 from pathflip_jax.commands.options import WRONG_INPUT
-from pathflip_jax.compilation import keep_compiled
 from pathflip_jax.data.storage import is_url
 from pathflip_jax.paths import refuse_undecodable
+from pathflip_jax.runtime import streams, ulimits
+from pathflip_jax.runtime.compilation import keep_compiled
 
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from pathflip_jax import limits, ulimits
 from pathflip_jax.data.storage import Place
 from pathflip_jax.findings import Finding, guarded
+from pathflip_jax.runtime import limits, ulimits
 
 # Packages, and the module of each.
 CORE = {
@@ -152,8 +152,8 @@ def _utilisation(kind: str) -> Finding:
 
 def _launcher() -> Iterator[Finding]:
     """Which processes `pathflip train` would join, started as this command was."""
-    from pathflip_jax.distributed import find_launch
-    from pathflip_jax.launchers import SWITCH, why_alone
+    from pathflip_jax.runtime.distributed import find_launch
+    from pathflip_jax.runtime.launchers import SWITCH, why_alone
 
     try:
         launch = find_launch()

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax import large_slides, memory
-from pathflip_jax.buckets import bucket
+from pathflip_jax import large_slides
 from pathflip_jax.checkpoint import MODEL, load_run
 from pathflip_jax.data.blocks import row_blocks
 from pathflip_jax.data.features import SlideFeatures, read_features
@@ -27,6 +26,8 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
+from pathflip_jax.runtime import memory
+from pathflip_jax.runtime.buckets import bucket
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from pathflip_jax.buckets import bucket
 from pathflip_jax.model.cross_attention import Part
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
+from pathflip_jax.runtime.buckets import bucket
 
 MOST_PATCHES = 2**17  # slots of a slide, padding included, that are encoded at once
 BLOCK_PATCHES = 2**12

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pathflip_jax.data.durable import sync
 from pathflip_jax.data.tables import parse_json
-from pathflip_jax.private_interfaces import is_writing_events
+from pathflip_jax.runtime.private_interfaces import is_writing_events
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, settings, sharding
+from pathflip_jax import checkpoint, settings
 from pathflip_jax.fingerprints import same_data
 from pathflip_jax.metrics import METRICS
+from pathflip_jax.runtime import sharding
 from pathflip_jax.versions import AS_NOW, BEFORE, WRITTEN_BY, refusal, unknown_settings, version_of
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.

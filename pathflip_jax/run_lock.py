@@ -20,9 +20,9 @@ from pathlib import Path
 
 import jax
 
-from pathflip_jax import distributed
 from pathflip_jax.data.storage import Place, as_path, is_url, make_folder, read_bytes, remove
 from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.runtime import distributed
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10  # between two signs of life

@@ -19,9 +19,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pathflip_jax import bounds
-from pathflip_jax.config_files import run_config_file
 from pathflip_jax.data.storage import as_path, exists, is_url
 from pathflip_jax.paths import expand
+from pathflip_jax.runtime.config_files import run_config_file
 from pathflip_jax.versions import BEFORE, before
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER

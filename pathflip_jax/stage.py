@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pathflip_jax.losses import (
+from pathflip_jax.losses.pathflip import (
     Embeddings,
     LossConfig,
     Spread,
@@ -24,10 +24,10 @@ from pathflip_jax.losses import (
     region_loss,
     slide_loss,
 )
+from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pair_loss, sigmoid_slide_loss
 from pathflip_jax.model.parameters import AlignmentModel
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
 from pathflip_jax.model.pathflip2 import PathFLIP2
-from pathflip_jax.sigmoid_losses import SigmoidLossConfig, pair_loss, sigmoid_slide_loss
 
 Key = jax.Array
 Params = dict[str, jax.Array]
@@ -86,7 +86,7 @@ def _encode(model: AlignmentModel, batch, key: Key | None) -> tuple[SlideEncodin
 def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
     """Slides against captions, regions against subcaptions (DESIGN section 4); every parameter learns.
 
-    `spread` says how the slides of a batch lie on devices: `sharding.by_slide` on a mesh.
+    `spread` says how the slides of a batch lie on devices: `runtime.sharding.by_slide` on a mesh.
     """
 
     def encode(model: PathFLIP, batch, key: Key | None) -> dict[str, jax.Array]:

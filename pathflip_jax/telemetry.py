@@ -23,9 +23,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pathflip_jax.compilation import CompileCounter
 from pathflip_jax.goodput import DATA, STEP, Ledger
 from pathflip_jax.metrics import PERFORMANCE
+from pathflip_jax.runtime.compilation import CompileCounter
 
 USEFUL = f"{PERFORMANCE}useful_flops"
 WINDOW = 20  # steps that shares are taken over

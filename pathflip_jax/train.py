@@ -21,17 +21,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, distributed, goodput, run_lock, settings, sharding
+from pathflip_jax import checkpoint, goodput, run_lock, settings
 from pathflip_jax.alignment import alignment_training
-from pathflip_jax.compilation import compiler_options
 from pathflip_jax.data.pipeline import look_up
 from pathflip_jax.data.storage import is_url
-from pathflip_jax.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.profiling import Profiler, profiled_steps
 from pathflip_jax.resume import begun_config, claim, go_on_as
 from pathflip_jax.run_lock import RunLock, StillEndingError
+from pathflip_jax.runtime import distributed, sharding
+from pathflip_jax.runtime.compilation import compiler_options
+from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.stage import Params, Training, make_step
 from pathflip_jax.telemetry import USEFUL, Telemetry
 from pathflip_jax.validation import choose_best, place_features

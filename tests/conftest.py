@@ -44,7 +44,7 @@ LONG = (
     "test_two_processes.py",
     "test_buckets.py",
     "benchmarks/test_aot.py",
-    "test_sharding.py",
+    "runtime/test_sharding.py",
     "test_train.py",
     "viewer/test_page.py",
     "test_wheel.py",
@@ -58,12 +58,12 @@ LONG = (
     "data_prep/test_beam.py",
     "docs/test_tutorial.py",
     "convert/test_finetune.py",
-    "model/test_attention.py",
+    "model/test_layers.py",
     "llm/test_decoder.py",
     "convert/test_torch_model.py",
     "llm/test_hf_io.py",
     "evaluate/test_run.py",
-    "test_memory.py",
+    "runtime/test_memory.py",
 )
 
 SENTENCES = (

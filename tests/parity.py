@@ -24,12 +24,12 @@ from pathflip_jax.convert.checkpoint_files import read_checkpoint
 from pathflip_jax.convert.names import is_unused, names
 from pathflip_jax.convert.pathflip2 import TOKENS
 from pathflip_jax.convert.pytorch import infer_config, to_jax
-from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
+from pathflip_jax.losses.pathflip import Embeddings, LossConfig, alignment_loss
+from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pair_loss
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
 from pathflip_jax.model.parameters import AlignmentModel, flatten, unflatten
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.model.pathflip2 import PathFLIP2
-from pathflip_jax.sigmoid_losses import SigmoidLossConfig, pair_loss
 
 INPUTS = ("patches", "caption_ids", "caption_mask", "subcaption_ids", "subcaption_mask", "negatives")
 OUTPUTS = (

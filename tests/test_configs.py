@@ -4,12 +4,12 @@ import pytest
 
 from pathflip_jax.alignment import check_config, family_of, model_config
 from pathflip_jax.llm.training import check_language_config
-from pathflip_jax.losses import LossConfig
+from pathflip_jax.losses.pathflip import LossConfig
+from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import choose_groups
 from pathflip_jax.settings import bundled_configs, load_config
-from pathflip_jax.sigmoid_losses import SigmoidLossConfig
 
 NAMES = ["align_base", "align_large", "demo", "pathflip2"]
 LANGUAGE = ["lm_demo", "lm_joint", "lm_stage1", "lm_stage2"]

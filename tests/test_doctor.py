@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from pathflip_jax import cli, doctor, findings, ulimits
+from pathflip_jax import cli, doctor, findings
+from pathflip_jax.runtime import ulimits
 
 
 def _by_name(findings) -> dict:

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import pathflip_jax
 from pathflip_jax import inference
-from pathflip_jax.buckets import bucket
 from pathflip_jax.data.features import SlideFeatures
 from pathflip_jax.data.regions import cut_regions
 from pathflip_jax.grounding import maps
 from pathflip_jax.inference import Predictor, region_slots
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runtime.buckets import bucket
 
 CONFIG = PathFLIPConfig(
     feature_dim=12, embed_dim=16, hidden=24, layers=1, heads=2, intermediate=32, num_queries=3, vocab_size=60,

@@ -10,7 +10,7 @@ from flax import nnx
 
 from pathflip_jax.data.pipeline import Batch
 from pathflip_jax.data.tokens import TextRows
-from pathflip_jax.losses import LossConfig
+from pathflip_jax.losses.pathflip import LossConfig
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.model.pathflip import PathFLIP

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pallas_tpu
 
-from pathflip_jax import sharding, telemetry
+from pathflip_jax import telemetry
 from pathflip_jax.goodput import DATA, STEP, Ledger
+from pathflip_jax.runtime import sharding
 from pathflip_jax.telemetry import Started, StepTime, Telemetry, find_straggler, step_time
 
 

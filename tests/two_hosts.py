@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pathflip_jax import sharding, telemetry
+from pathflip_jax import telemetry
 from pathflip_jax.goodput import STEP, Ledger
+from pathflip_jax.runtime import sharding
 
 STEPS, SECONDS = 12, 0.25
 

@@ -45,14 +45,14 @@ def judge(planned: int, true: int, platform: str) -> dict:
     if platform != "cpu" and not LESS <= true / planned <= MORE:
         found |= {
             FAULT: f"{true / GB:.2f} GB were taken, {planned / GB:.2f} planned: the check lets the wrong steps run",
-            CURE: "compare memory_analysis() and memory_stats() of this device; mend pathflip_jax/memory.py",
+            CURE: "compare memory_analysis() and memory_stats() of this device; mend pathflip_jax/runtime/memory.py",
         }
     return found
 
 
 def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
     """A step of twice what is free must be refused with a cure, before it runs."""
-    from pathflip_jax import memory
+    from pathflip_jax.runtime import memory
 
     free = memory.free_bytes(device)
     if free is None:
@@ -67,7 +67,7 @@ def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
         yield Row("refused", {"slides": slides, "said": str(refusal).splitlines()[0]})
         return
     fault = f"a step of {slides} slides was not refused, {free / GB:.1f} GB are free"
-    yield Row("refused", {"slides": slides, FAULT: fault, CURE: "mend pathflip_jax/memory.py"})
+    yield Row("refused", {"slides": slides, FAULT: fault, CURE: "mend pathflip_jax/runtime/memory.py"})
 
 
 def enlarge(batch: Batch, times: int) -> Batch:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerator_parts import CURE, FAULT, Context, Row, Rows
 
-EIGHT_DEVICES = Path(__file__).resolve().parents[2] / "tests/eight_devices.py"
+EIGHT_DEVICES = Path(__file__).resolve().parents[2] / "tests/runtime/eight_devices.py"
 LOSSES = ("released", "pairs")
 MOST = 8  # devices that its batch of slides is made for
 HOST_DEVICES = "--xla_force_host_platform_device_count"

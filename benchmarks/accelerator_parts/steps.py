@@ -30,8 +30,8 @@ class Training:
     def __init__(self, family: str, context: Context, **settings: Any) -> None:
         import jax
 
+        from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
         from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
-        from pathflip_jax.sigmoid_losses import SigmoidLossConfig
         from pathflip_jax.stage import sigmoid_alignment
 
         module = sides if family == "pathflip" else sides_pathflip2
@@ -71,7 +71,7 @@ class Training:
 
 def whole_bytes(compiled) -> int:
     """What the compiler planned for a program with its arguments."""
-    from pathflip_jax import memory
+    from pathflip_jax.runtime import memory
 
     return compiled.memory_analysis().argument_size_in_bytes + memory.needed_bytes(compiled)
 
@@ -80,9 +80,9 @@ def run(context: Context, family: str) -> Rows:
     """A row for each batch until one does not fit, then the longest operations of the last that did."""
     import jax
 
-    from pathflip_jax import memory
     from pathflip_jax.model import flops
-    from pathflip_jax.sharding import make_mesh
+    from pathflip_jax.runtime import memory
+    from pathflip_jax.runtime.sharding import make_mesh
     from pathflip_jax.telemetry import peak
 
     training, ran = Training(family, context), None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pathflip_jax.commands.options import command, local_path, number
 from pathflip_jax.demo import SLIDES
-from pathflip_jax.limits import processors
+from pathflip_jax.runtime.limits import processors
 
 
 def add(commands) -> None:

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Float16, Int, Int32
 
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
-from pathflip_jax.model.attention import Linear, split_key
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.layers import Linear, split_key
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.stage import Key, Stage
 

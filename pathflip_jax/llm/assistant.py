@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.buckets import bucket
 from pathflip_jax.checkpoint import CONFIG, read_json, run_folder
 from pathflip_jax.data.conversations import DESCRIBE, Turn
 from pathflip_jax.data.features import SlideFeatures
@@ -27,6 +26,7 @@ from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble
+from pathflip_jax.runtime.buckets import bucket
 
 Rows = Float[np.ndarray, "n D"]
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
-from pathflip_jax.model.attention import INITS, Embedding, LowRank, RMSNorm, add_bias, contract, pool, split_key
+from pathflip_jax.model.layers import INITS, Embedding, LowRank, RMSNorm, add_bias, contract, pool, split_key
 
 
 class Cache(NamedTuple):

@@ -21,11 +21,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.buckets import bucket
-from pathflip_jax.compilation import compiler_options
 from pathflip_jax.llm import beams
 from pathflip_jax.llm.decoder import Cache, Decoder
 from pathflip_jax.llm.products import for_generation
+from pathflip_jax.runtime.buckets import bucket
+from pathflip_jax.runtime.compilation import compiler_options
 
 LOGITS = 2**26  # of them at most stand in memory while continuations are scored: 256 MB
 

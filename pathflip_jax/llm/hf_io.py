@@ -36,7 +36,7 @@ from pathflip_jax.llm.lora import adapters, is_adapter, merged
 from pathflip_jax.llm.names import CLASSES, HEAD, TABLE, Name, is_buffer, names
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.model.parameters import flatten, unflatten
-from pathflip_jax.sharding import placements
+from pathflip_jax.runtime.sharding import placements
 
 STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9

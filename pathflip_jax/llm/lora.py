@@ -23,7 +23,7 @@ from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.folders import local_folder, read_decoder_config, read_object, whole_folder, write_tensors
 from pathflip_jax.llm.names import CLASSES, adapter_names
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.sharding import placements
+from pathflip_jax.runtime.sharding import placements
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and load that folder"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, fingerprints, memory, settings, sharding
+from pathflip_jax import checkpoint, fingerprints, settings
 from pathflip_jax.data.cases import slides_of_case
 from pathflip_jax.data.conversations import read_conversations, read_mixture
 from pathflip_jax.data.patches import PatchSampler
@@ -44,6 +44,7 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
+from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.stage import Params, Stage, Training
 from pathflip_jax.validation import Mark, over_batches, require_score
 from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of

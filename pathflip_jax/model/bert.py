@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import (
+from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.layers import (
     BERT_EPS,
     Embedding,
     LayerNorm,
@@ -24,7 +25,6 @@ from pathflip_jax.model.attention import (
     recompute,
     split_key,
 )
-from pathflip_jax.model.config import ModelConfig
 
 # Tokens, segments (0 is padding) and positions of the rows of one length.
 Rows = tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]

@@ -20,7 +20,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pathflip_jax.model.attention import (
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.layers import (
     BERT_EPS,
     LayerNorm,
     Linear,
@@ -33,7 +34,6 @@ from pathflip_jax.model.attention import (
     split_key,
     wait,
 )
-from pathflip_jax.model.config import PathFLIPConfig
 
 
 class CrossAttention(nnx.Module):

@@ -20,9 +20,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import LayerNorm, Linear, MultiheadAttention, dropout, recompute, split_key
 from pathflip_jax.model.bert import Rows
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, dropout, recompute, split_key
 from pathflip_jax.model.qformer import QFormer
 
 TORCH_EPS = 1e-5

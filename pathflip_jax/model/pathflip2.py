@@ -16,7 +16,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from pathflip_jax.model.attention import (
+from pathflip_jax.model.bert import Rows, TextEncoder
+from pathflip_jax.model.config import PathFLIP2Config
+from pathflip_jax.model.layers import (
     LayerNorm,
     Linear,
     MultiheadAttention,
@@ -26,8 +28,6 @@ from pathflip_jax.model.attention import (
     softmax_where,
     split_key,
 )
-from pathflip_jax.model.bert import Rows, TextEncoder
-from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import TORCH_EPS, SlideEncoding
 
 RMS_EPS = float(np.finfo(np.float32).eps)  # what torch.nn.RMSNorm takes when it is not told

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from pathflip_jax.data import guarded
-from pathflip_jax.limits import processors
+from pathflip_jax.runtime.limits import processors
 from pathflip_jax.viewer.cache import Cache
 
 READERS = min(4, processors())  # worker processes

@@ -12,7 +12,7 @@ from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.lora import adapters, attach
 from pathflip_jax.llm.names import names
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.sharding import make_mesh
+from pathflip_jax.runtime.sharding import make_mesh
 
 if __name__ == "__main__":
     assert jax.device_count() == 8

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax.model.attention import dropout, softmax_where
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.cross_attention import CrossAttention, pool_patches
+from pathflip_jax.model.layers import dropout, softmax_where
 
 D, HEADS = 24, 4
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax.losses import Embeddings, LossConfig, alignment_loss
+from pathflip_jax.losses.pathflip import Embeddings, LossConfig, alignment_loss
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.model.pathflip import PathFLIP

@@ -11,11 +11,11 @@ from flax import nnx
 from pathflip_jax.convert.pytorch import to_jax
 from pathflip_jax.data.pipeline import Batch
 from pathflip_jax.data.tokens import pack
+from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model import pathflip2
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.model.pathflip2 import PathFLIP2
-from pathflip_jax.sigmoid_losses import SigmoidLossConfig
 from pathflip_jax.stage import loss_and_gradients, sigmoid_alignment
 
 CONFIG = PathFLIP2Config(

@@ -12,9 +12,9 @@ import jax
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from pathflip_jax import distributed, launchers
-from pathflip_jax.distributed import find_launch
-from pathflip_jax.launchers import Launch
+from pathflip_jax.runtime import distributed, launchers
+from pathflip_jax.runtime.distributed import find_launch
+from pathflip_jax.runtime.launchers import Launch
 
 SLURM = {
     "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[07,09]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
@@ -184,7 +184,7 @@ def test_a_process_outside_of_the_tasks_of_its_job_says_so(environment, capsys):
 
 JOIN = """
 import sys
-from pathflip_jax import distributed, launchers
+from pathflip_jax.runtime import distributed, launchers
 distributed.NOTICE_SECONDS, distributed.JOIN_SECONDS = 0.2, 1
 distributed.initialize(launchers.Launch("Slurm", 3, int(sys.argv[2]), "localhost:" + sys.argv[1]))
 """
@@ -220,7 +220,7 @@ def test_a_lone_process_agrees_with_itself():
 
 HANG = """
 import time
-from pathflip_jax import distributed
+from pathflip_jax.runtime import distributed
 distributed.POLL_SECONDS = 0.05
 with distributed.Watchdog(3) as watchdog:
     watchdog.at(6, "compiling", timed=False)
@@ -325,7 +325,7 @@ def test_a_process_that_does_not_come_in_time_is_a_reason_to_start_again(monkeyp
 
 FAILURE = """
 import sys, time
-from pathflip_jax import distributed, launchers
+from pathflip_jax.runtime import distributed, launchers
 port, process = sys.argv[1:]
 distributed.initialize(launchers.Launch("the test", 3, int(process), "localhost:" + port))
 with distributed.Watchdog(0) as watchdog:

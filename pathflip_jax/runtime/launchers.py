@@ -8,7 +8,7 @@ import os
 import re
 from typing import NamedTuple
 
-from pathflip_jax.private_interfaces import cluster_environments
+from pathflip_jax.runtime.private_interfaces import cluster_environments
 
 SWITCH = "PATHFLIP_DISTRIBUTED"
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax.model.attention import (
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.layers import (
     INITS,
     LayerNorm,
     Linear,
@@ -23,7 +24,6 @@ from pathflip_jax.model.attention import (
     softmax_where,
     split_key,
 )
-from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import RegionLayer
 
 D, HEADS = 24, 4

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from pathflip_jax import sharding
-from pathflip_jax.losses import Embeddings, LossConfig, at_once, draw_negatives, region_loss
+from pathflip_jax.losses.pathflip import Embeddings, LossConfig, at_once, draw_negatives, region_loss
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import TextRegionAttention
+from pathflip_jax.runtime import sharding
 
-EIGHT_DEVICES = Path(__file__).parent / "eight_devices.py"
+EIGHT_DEVICES = Path(__file__).with_name("eight_devices.py")
 
 
 @pytest.mark.parametrize(

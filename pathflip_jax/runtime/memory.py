@@ -7,7 +7,7 @@ kernel ends the process without a word.
 
 import jax
 
-from pathflip_jax import limits
+from pathflip_jax.runtime import limits
 
 GIB = 2**30
 
@@ -34,10 +34,10 @@ def check_step(
 ) -> None:
     """Raise MemoryError where a compiled training step does not fit, with the settings that would.
 
-    `pieces` = devices that share the batch, `pairs` = bytes of the region loss's largest array (`losses.pair_bytes`),
-    several of which stand in memory at once, `section` of the config has the setting `remat`. Accumulation divides what
-    a microbatch takes and leaves gradients and embeddings; the advice counts all of it as dividing, but demands a tenth
-    to spare.
+    `pieces` = devices that share the batch, `pairs` = bytes of the region loss's largest array
+    (`losses.pathflip.pair_bytes`), several of which stand in memory at once, `section` of the config has the setting
+    `remat`. Accumulation divides what a microbatch takes and leaves gradients and embeddings; the advice counts all of
+    it as dividing, but demands a tenth to spare.
     """
     device = jax.local_devices()[0]
     needed, free = needed_bytes(compiled), free_bytes(device)

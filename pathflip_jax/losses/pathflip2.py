@@ -1,6 +1,6 @@
 """The losses of PathFLIP2, as pure functions of arrays: sigmoid losses over pairs (SigLIP, arXiv 2303.15343).
 
-Both run over the global batch, as those of `losses.py`, and treat related slides alike: neither positives nor
+Both run over the global batch, as those of `losses/pathflip.py`, and treat related slides alike: neither positives nor
 negatives.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pathflip_jax.losses import Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
+from pathflip_jax.losses.pathflip import Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
 
 
 @dataclass(frozen=True)

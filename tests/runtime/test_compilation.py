@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pathflip_jax import compilation
-from pathflip_jax.compilation import DETERMINISTIC, CompileCounter, compiler_options, keep_compiled
-from pathflip_jax.model.attention import LayerNorm, pool
+from pathflip_jax.model.layers import LayerNorm, pool
+from pathflip_jax.runtime import compilation
+from pathflip_jax.runtime.compilation import DETERMINISTIC, CompileCounter, compiler_options, keep_compiled
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends keep barriers by themselves")
 

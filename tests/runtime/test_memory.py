@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pathflip_jax import limits, memory, train
+from pathflip_jax import train
+from pathflip_jax.runtime import limits, memory
 from pathflip_jax.train import read_metrics
 
 

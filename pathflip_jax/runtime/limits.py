@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from pathflip_jax.ulimits import address_space
+from pathflip_jax.runtime.ulimits import address_space
 
 _SYSTEM = Path("/")
 _HIERARCHY = "sys/fs/cgroup"  # its usual place, for containers whose mounts are not told

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from tensorboardX import SummaryWriter
 
-from pathflip_jax import private_interfaces
+from pathflip_jax.runtime import private_interfaces
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = [path for folder in ("pathflip_jax", "configs", "data_prep") for path in (ROOT / folder).rglob("*.py")]
 STORE = """
 import sys
 import jax
-from pathflip_jax.private_interfaces import key_value_client
+from pathflip_jax.runtime.private_interfaces import key_value_client
 assert key_value_client() is None
 jax.distributed.initialize("localhost:" + sys.argv[1], num_processes=1, process_id=0)
 client = key_value_client()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pathflip_jax.sigmoid_losses import SigmoidLossConfig, pair_loss, pairs_bytes, sigmoid_slide_loss
+from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pair_loss, pairs_bytes, sigmoid_slide_loss
 
 B, K, D = 5, 3, 8
 SCALE, BIAS = 7.0, -3.0

@@ -116,7 +116,7 @@ def at_once(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
     """function(slides, everyone, whole) for all slides on one device.
 
     `slides` and `everyone` are arrays [B, ...], of which a mesh hands a device its own slides' share of the first and
-    all of the second (`by_slide` in `sharding.py`); what the function gives has a row for each of `slides`.
+    all of the second (`by_slide` in `runtime/sharding.py`); what the function gives has a row for each of `slides`.
     """
     return function(slides, everyone, whole)
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pathflip_jax import limits
+from pathflip_jax.runtime import limits
 
 GB = 2**30
 SLURM_JOB = "system.slice/slurmstepd.scope/job_77/step_0/user/task_0"

@@ -7,7 +7,7 @@ import pytest
 
 PRINTS = """
 import os, sys
-from pathflip_jax import streams
+from pathflip_jax.runtime import streams
 streams.keep_open()
 with open(sys.argv[1], "w") as file:
     for number in range(5000):
@@ -45,6 +45,6 @@ def test_results_that_a_full_disk_loses_are_an_error(tmp_path):
 
 
 def test_what_the_encoding_lacks_is_written_as_an_escape():
-    code = "from pathflip_jax import streams; streams.keep_open(); print('µm \\udcfc')"
+    code = "from pathflip_jax.runtime import streams; streams.keep_open(); print('µm \\udcfc')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xb5m \\udcfc\n", b"")

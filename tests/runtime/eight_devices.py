@@ -14,13 +14,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from pathflip_jax import checkpoint, sharding
+from pathflip_jax import checkpoint
 from pathflip_jax.data.pipeline import Batch, look_up
 from pathflip_jax.data.tokens import TextRows
-from pathflip_jax.losses import LossConfig, draw_negatives
+from pathflip_jax.losses.pathflip import LossConfig, draw_negatives
+from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, make_model, unflatten
-from pathflip_jax.sigmoid_losses import SigmoidLossConfig
+from pathflip_jax.runtime import sharding
 from pathflip_jax.stage import alignment, loss_and_gradients, sigmoid_alignment
 
 B, R, S, F, K, G, L = 16, 4, 4, 16, 2, 16, 12

@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from pathflip_jax import ulimits
+from pathflip_jax.runtime import ulimits
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from typing import Any
 
 import jax
 
-from pathflip_jax import launchers, ulimits
-from pathflip_jax.launchers import SWITCH, Launch
-from pathflip_jax.private_interfaces import key_value_client, running_on_cloud_tpu
+from pathflip_jax.runtime import launchers, ulimits
+from pathflip_jax.runtime.launchers import SWITCH, Launch
+from pathflip_jax.runtime.private_interfaces import key_value_client, running_on_cloud_tpu
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
 FAILED, WRONG_INPUT = 1, 2  # as `pathflip` exits for a fault of ours and for one of its input

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pathflip_jax.losses import (
+from pathflip_jax.losses.pathflip import (
     Embeddings,
     LossConfig,
     alignment_loss,

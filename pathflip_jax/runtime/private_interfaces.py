@@ -1,7 +1,7 @@
 """Private interfaces of JAX and tensorboardX, each with the reason: no public one tells or does the same.
 
-No other file may reach into a library. tests/test_private_interfaces.py holds each against the installed version, and
-`make test-peers` against the others that are supported: the oldest JAX, the newest, and one between.
+No other file may reach into a library. tests/runtime/test_private_interfaces.py holds each against the installed
+version, and `make test-peers` against the others that are supported: the oldest JAX, the newest, and one between.
 """
 
 from typing import Any
