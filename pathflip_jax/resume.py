@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, settings
+from pathflip_jax import checkpoint
 from pathflip_jax.fingerprints import same_data
 from pathflip_jax.metrics import METRICS
-from pathflip_jax.runtime import sharding
+from pathflip_jax.runtime import config_files, sharding
 from pathflip_jax.versions import AS_NOW, BEFORE, WRITTEN_BY, refusal, unknown_settings, version_of
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
@@ -56,11 +56,11 @@ def go_on_as(config: ConfigDict, begun: dict, home: Path) -> ConfigDict:
     """
     if unknown := unknown_settings(begun):
         raise ValueError(refusal(home / checkpoint.CONFIG, unknown, version_of(begun)))
-    kind = settings.kind_of(config)
-    if "train" not in begun or settings.kind_of(begun) != kind:
+    kind = config_files.kind_of(config)
+    if "train" not in begun or config_files.kind_of(begun) != kind:
         return config
     taken, config = [], copy.deepcopy(config)
-    for key, default in settings.defaults(kind).items():
+    for key, default in config_files.defaults(kind).items():
         section, _, name = key.partition(".")
         if name in begun.get(section, {}):
             continue

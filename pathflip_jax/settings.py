@@ -6,13 +6,10 @@ the file, the name, and the name that was probably meant.
 """
 
 import difflib
-import functools
-import importlib.util
 import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from absl import flags
@@ -21,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from pathflip_jax import bounds
 from pathflip_jax.data.storage import as_path, exists, is_url
 from pathflip_jax.paths import expand
-from pathflip_jax.runtime.config_files import run_config_file
+from pathflip_jax.runtime.config_files import bundled_configs, defaults, flat_settings, kind_of, run_config_file
 from pathflip_jax.versions import BEFORE, before
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
@@ -35,14 +32,7 @@ REQUIRED = {
     "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
 }
 LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
-KINDS = ("align_base", "pathflip2", "lm_stage1")  # of each kind of run, the bundled config that lists every setting
 _log = logging.getLogger(__name__)
-
-
-def bundled_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
-    folder = Path(importlib.util.find_spec("pathflip_jax.configs").origin).parent
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
 def find_config(name: str) -> tuple[Path, str]:
@@ -97,21 +87,6 @@ def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
 def check(config: ConfigDict) -> None:
     """Raise ValueError for settings that are zero, negative, absurd or no number where that makes no sense."""
     bounds.check(flat_settings(config), defaults(kind_of(config)))
-
-
-def kind_of(config: Mapping) -> str:
-    """The bundled config that lists every setting of this one's kind."""
-    if "lm" in config:
-        return "lm_stage1"
-    model = config.get("model")
-    sections = isinstance(model, (Mapping, ConfigDict))  # else the fault is told later, with the file
-    return "pathflip2" if sections and model.get("family") == "pathflip2" else "align_base"
-
-
-@functools.cache
-def defaults(kind: str) -> Mapping[str, Any]:
-    """Every setting of a kind of run, as "section.name", with its default."""
-    return MappingProxyType(flat_settings(run_config_file(bundled_configs()[kind], "")))
 
 
 def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
@@ -230,15 +205,6 @@ def _settings_of_none(argv: list[str], defaults: dict) -> tuple[list[str], list[
 def _set(config: ConfigDict, key: str, value: object) -> None:
     section, _, name = key.rpartition(".")
     config[section][name] = value
-
-
-def flat_settings(config: ConfigDict, prefix: str = "") -> dict:
-    """The settings of a config by "section.name"."""
-    flat = {}
-    for name, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        flat |= flat_settings(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
 
 
 def _meant(key: str, known: dict) -> str:

@@ -104,11 +104,11 @@ def _known_settings() -> dict[str, frozenset[str] | None]:
     """The names of each section of config.json, of every kind of run; None where they are free."""
     import dataclasses
 
-    from pathflip_jax import settings
     from pathflip_jax.model.config import FAMILIES
+    from pathflip_jax.runtime import config_files
 
     names: dict[str, set[str] | None] = {section: None if of is None else set(of) for section, of in FACTS.items()}
-    for key in {key for kind in settings.KINDS for key in settings.defaults(kind)}:
+    for key in {key for kind in config_files.KINDS for key in config_files.defaults(kind)}:
         section, _, name = key.partition(".")
         names.setdefault(section, set()).add(name)
     names["model"] |= {field.name for family in FAMILIES.values() for field in dataclasses.fields(family)}
@@ -136,11 +136,11 @@ def refusal(place: object, names: Iterable[str], version: str | None) -> str:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a run trained here, with what its version did where it lacked a setting."""
-    from pathflip_jax import settings
+    from pathflip_jax.runtime import config_files
 
     found = dict(config)
     if "train" in found:
-        for key in settings.defaults(settings.kind_of(found)):
+        for key in config_files.defaults(config_files.kind_of(found)):
             section, _, name = key.partition(".")
             if name not in found.get(section, {name: None}):
                 found[section] = before(section, [name]) | found[section]

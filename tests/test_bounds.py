@@ -6,6 +6,7 @@ import pytest
 
 from pathflip_jax import bounds, settings
 from pathflip_jax.alignment import check_config
+from pathflip_jax.runtime import config_files
 
 REQUIRED = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir=w"]
 REFERENCES = ("align_base", "pathflip2", "lm_stage1")
@@ -15,7 +16,7 @@ def defaults():
     """Every setting of the reference configs with its default."""
     found = {}
     for name in REFERENCES:
-        found |= settings.defaults(name)
+        found |= config_files.defaults(name)
     return found
 
 

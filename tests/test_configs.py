@@ -9,7 +9,8 @@ from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import choose_groups
-from pathflip_jax.settings import bundled_configs, load_config
+from pathflip_jax.runtime.config_files import bundled_configs
+from pathflip_jax.settings import load_config
 
 NAMES = ["align_base", "align_large", "demo", "pathflip2"]
 LANGUAGE = ["lm_demo", "lm_joint", "lm_stage1", "lm_stage2"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pathflip_jax import checkpoint, cli, inference, settings, train, versions
+from pathflip_jax import checkpoint, cli, inference, train, versions
 from pathflip_jax.data.records import Records
 from pathflip_jax.embed import checkpoint_hash, open_embeddings
 from pathflip_jax.llm import assistant as assistants
@@ -21,6 +21,7 @@ from pathflip_jax.llm.prompts import Prompted, insert_slide
 from pathflip_jax.llm.training import read_trained
 from pathflip_jax.metrics import read_metrics
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.runtime import config_files
 
 RUNS = Path(__file__).parent / "golden" / "runs"
 RELEASED = sorted(path for path in RUNS.iterdir() if path.is_dir())
@@ -79,7 +80,7 @@ def test_what_a_setting_added_since_meant_before_is_stated(golden):
     for run in (*ALIGNMENT, "language"):
         config = json.loads((golden[0] / run / "config.json").read_text())
         assert not versions.unknown_settings(config), "a setting was taken away or renamed: old runs still have it"
-        known = settings.defaults(settings.kind_of(config))
+        known = config_files.defaults(config_files.kind_of(config))
         lacking = [key for key in known if key.partition(".")[2] not in config[key.partition(".")[0]]]
         assert not set(lacking) - versions.BEFORE.keys(), "state in versions.BEFORE what runs without it did"
 

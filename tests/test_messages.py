@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pathflip_jax.cli import build_parser
-from pathflip_jax.settings import bundled_configs, load_config
+from pathflip_jax.runtime.config_files import bundled_configs
+from pathflip_jax.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 OPTION = re.compile(r"(?<![\w-])--([a-z]\w*(?:[.-]\w+)*)")

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from pathflip_jax import settings, train
+from pathflip_jax.runtime import config_files
 
 REQUIRED = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir", "w"]
 
@@ -19,7 +20,7 @@ def test_overrides_reach_the_config_and_keep_their_type():
 
 
 def test_a_file_and_a_bundled_name_are_one_config(tmp_path):
-    copy = str(shutil.copy(settings.bundled_configs()["align_large"], tmp_path / "mine.py"))
+    copy = str(shutil.copy(config_files.bundled_configs()["align_large"], tmp_path / "mine.py"))
     assert settings.load_config(copy).to_dict() == settings.load_config("align_large").to_dict()
     smoke = settings.load_config(f"{copy}:smoke")
     assert smoke.train.steps == 4 and smoke.model.hidden == 32

@@ -5,10 +5,11 @@ import subprocess
 
 import pytest
 
-from pathflip_jax import settings, versions
+from pathflip_jax import versions
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model.config import FAMILIES, PathFLIPConfig
+from pathflip_jax.runtime import config_files
 
 
 def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in(tmp_path, monkeypatch):
@@ -43,7 +44,7 @@ def added(monkeypatch):
 
 
 def test_the_table_names_settings_that_there_are():
-    known = {key for kind in settings.KINDS for key in settings.defaults(kind)}
+    known = {key for kind in config_files.KINDS for key in config_files.defaults(kind)}
     fields = {f"model.{field.name}" for family in FAMILIES.values() for field in dataclasses.fields(family)}
     assert not versions.BEFORE.keys() - known - fields
 

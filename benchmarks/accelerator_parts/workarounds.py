@@ -49,7 +49,8 @@ def plain_forms() -> dict[str, dict[Any, Callable]]:
     import jax.numpy as jnp
     from jax import lax
 
-    from pathflip_jax.model.layers import column_sums, drop, row_sums
+    from pathflip_jax.ops.dropout import drop
+    from pathflip_jax.ops.matmul import column_sums, row_sums
 
     def plain_drop(x, rate: float, seed):
         kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Float16, Int, Int32
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.layers import Linear, split_key
+from pathflip_jax.model.layers import Linear
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.ops.dropout import split_key
 from pathflip_jax.stage import Key, Stage
 
 LOSS_CHUNK = 128  # tokens whose logits stand in memory at once

@@ -18,7 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
-from pathflip_jax.model.layers import INITS, Embedding, LowRank, RMSNorm, add_bias, contract, pool, split_key
+from pathflip_jax.model.layers import INITS, Embedding, LowRank, RMSNorm
+from pathflip_jax.ops.attention import pool
+from pathflip_jax.ops.dropout import split_key
+from pathflip_jax.ops.matmul import add_bias, contract
 
 
 class Cache(NamedTuple):

@@ -13,18 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.config import ModelConfig
-from pathflip_jax.model.layers import (
-    BERT_EPS,
-    Embedding,
-    LayerNorm,
-    Linear,
-    LowRank,
-    attend,
-    dropout,
-    gelu,
-    recompute,
-    split_key,
-)
+from pathflip_jax.model.layers import BERT_EPS, Embedding, LayerNorm, Linear, LowRank, gelu
+from pathflip_jax.ops.attention import attend
+from pathflip_jax.ops.dropout import dropout, split_key
+from pathflip_jax.ops.recompute import recompute
 
 # Tokens, segments (0 is padding) and positions of the rows of one length.
 Rows = tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]

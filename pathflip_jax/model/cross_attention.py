@@ -10,30 +10,19 @@ Letters as in `pathflip_jax.model.pathflip`; C here is heads * Q, the rows that 
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.layers import (
-    BERT_EPS,
-    LayerNorm,
-    Linear,
-    attention_weights,
-    contract,
-    drop,
-    dropout,
-    matmul,
-    row_sums,
-    split_key,
-    wait,
-)
+from pathflip_jax.model.layers import BERT_EPS, LayerNorm, Linear
+from pathflip_jax.ops.attention import attention_weights
+from pathflip_jax.ops.dropout import dropout, split_key
+from pathflip_jax.ops.matmul import contract, matmul, row_sums
+from pathflip_jax.ops.patch_pooling import absorb, pool_patches
 
 
 class CrossAttention(nnx.Module):
@@ -114,100 +103,3 @@ class Part(NamedTuple):
         """As `pool_patches` gives it, when all patches have been seen."""
         share = jnp.where(self.total > 0, 1 / jnp.where(self.total > 0, self.total, 1), 0)
         return (self.pooled * share).astype(dtype)[:, None], (self.total * share).astype(dtype)[:, None]
-
-
-def pool_patches(
-    query: Float[Array, "B 1+R Q heads d"],
-    key_kernel: Float[Array, "D heads d"],
-    patches: Float[Array, "B R S D"],
-    mask: Bool[Array, "B R S"],
-    rate: float = 0.0,
-    key: Array | None = None,
-) -> tuple[Float[Array, "B 1+R C D"], Float[Array, "B 1+R C 1"]]:
-    """Softmax attention of a slide's queries, [:, 0], over all of its patches, and of each region's over the region's.
-
-    Gives what each head of each query pools and the sum of its weights. Each region's patches meet both kinds of rows
-    in one product; what the slide's pool region by region is put together by the regions' share in the softmax, as in
-    FlashAttention (arXiv 2205.14135). Rows and weights are computed again for the gradient, and nothing of their size
-    is kept. The softmax is in float32.
-    """
-    seed = None if key is None or rate == 0 else jax.random.key_data(key)
-    return _pool_patches(query, key_kernel, patches, mask, seed, rate)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _pool_patches(query: Array, key_kernel: Array, patches: Array, mask: Array, seed: Array | None, rate: float):
-    return _forward(query, key_kernel, patches, mask, seed, rate)[0]
-
-
-def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed: Array | None, rate: float):
-    rows = absorb(query, key_kernel, *patches.shape[:2])
-    C = rows.shape[2]
-    scores = _scores(_join(rows), patches, mask)
-    # The barrier keeps it small: XLA for CPU would spread it over all patches, and keep that for the gradient.
-    largest = lax.optimization_barrier(scores.max(-1, keepdims=True))
-    weights = jnp.where(mask[:, :, None], jnp.exp(scores - largest), 0)
-    total = row_sums(weights)
-    kept = weights if seed is None else drop(weights, rate, seed)
-    pooled, sums = matmul(kept.astype(patches.dtype), patches), total if seed is None else row_sums(kept)
-    # A slide's weights in a region stand against those in its other regions as the exponents of their maxima.
-    highest = largest[:, :, :C].max(1, keepdims=True)
-    relative = jnp.exp(largest[:, :, :C] - highest)
-    total, sums, pooled = (
-        jnp.concatenate([_add(relative * x[:, :, :C]), x[:, :, C:]], axis=1) for x in (total, sums, pooled)
-    )
-    share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # [B, 1+R, C, 1]
-    pooled, sums = ((x * share).astype(patches.dtype) for x in (pooled, sums))
-    largest = jnp.concatenate([highest, largest[:, :, C:]], axis=1)
-    return (pooled, sums), (query, key_kernel, patches, mask, seed, largest, share, pooled, sums)
-
-
-def _backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
-    query, key_kernel, patches, mask, seed, largest, share, pooled, sums = residuals
-    query, gradient = wait(query, gradients[0])
-    absorbed = partial(absorb, slides=patches.shape[0], regions=patches.shape[1])
-    rows, absorb_backward = jax.vjp(absorbed, query, key_kernel)
-    sums_gradient, C = gradients[1].astype(jnp.float32), rows.shape[2]
-    # The sum over keys of weight times gradient is that of what was pooled times its gradient.
-    mean = row_sums((gradient * pooled).astype(jnp.float32)) + sums_gradient * sums
-    rows, gradient, sums_gradient, mean, largest, share = map(
-        _join, (rows, gradient, sums_gradient, mean, largest, share)
-    )
-    weights = jnp.where(mask[:, :, None], jnp.exp(_scores(rows, patches, mask) - largest) * share, 0)
-    inner = matmul(gradient, patches.mT) + sums_gradient  # towards the weights that dropout has left
-    kept, inner = (weights, inner) if seed is None else (drop(weights, rate, seed), drop(inner, rate, seed))
-    inner = (weights * (inner - mean)).astype(patches.dtype)
-    towards_rows = matmul(inner, patches)
-    towards_rows = jnp.concatenate([_add(towards_rows[:, :, :C]), towards_rows[:, :, C:]], axis=1)
-    # Patches are keys and values at once, and so are their gradients.
-    inner = jnp.concatenate([inner, kept.astype(patches.dtype)], axis=2)
-    towards_patches = matmul(inner.mT, jnp.concatenate([rows, gradient], axis=2))
-    found = towards_rows.astype(query.dtype), towards_patches.astype(patches.dtype)
-    towards_rows, towards_patches = lax.optimization_barrier(found)
-    return *absorb_backward(towards_rows), towards_patches, None, None
-
-
-_pool_patches.defvjp(_forward, _backward)
-
-
-def absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B 1+R C D"]:
-    """Rows over patches in the place of queries over keys; before the first patches are read all sets may be one."""
-    rows = contract("bgqhd,Dhd->bghqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
-    rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
-    return jnp.broadcast_to(rows, (slides, 1 + regions, *rows.shape[2:]))
-
-
-def _join(rows: Float[Array, "B 1+R C y"]) -> Float[Array, "B R 2C y"]:
-    """The slide's rows above those of each region."""
-    slide, regions = rows[:, :1], rows[:, 1:]
-    return jnp.concatenate([jnp.broadcast_to(slide, regions.shape), regions], axis=2)
-
-
-def _add(x: Float[Array, "B R C y"]) -> Float[Array, "B 1 C y"]:
-    """The sum over regions, as a matrix product: see `row_sums`."""
-    B, R, C, _ = x.shape
-    return jnp.matmul(jnp.ones((1, R), x.dtype), x.reshape(B, R, -1), precision="highest").reshape(B, 1, C, -1)
-
-
-def _scores(rows: Float[Array, "B R 2C D"], patches: Array, mask: Array) -> Float[Array, "B R 2C S"]:
-    return jnp.where(mask[:, :, None], matmul(rows, patches.mT), jnp.finfo(jnp.float32).min)

@@ -22,8 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.bert import Rows
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, dropout, recompute, split_key
+from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention
 from pathflip_jax.model.qformer import QFormer
+from pathflip_jax.ops.dropout import dropout, split_key
+from pathflip_jax.ops.recompute import recompute
 
 TORCH_EPS = 1e-5
 

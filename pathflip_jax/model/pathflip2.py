@@ -18,17 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.bert import Rows, TextEncoder
 from pathflip_jax.model.config import PathFLIP2Config
-from pathflip_jax.model.layers import (
-    LayerNorm,
-    Linear,
-    MultiheadAttention,
-    RMSNorm,
-    dropout,
-    gelu,
-    softmax_where,
-    split_key,
-)
+from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, RMSNorm, gelu
 from pathflip_jax.model.pathflip import TORCH_EPS, SlideEncoding
+from pathflip_jax.ops.attention import softmax_where
+from pathflip_jax.ops.dropout import dropout, split_key
 
 RMS_EPS = float(np.finfo(np.float32).eps)  # what torch.nn.RMSNorm takes when it is not told
 PATCHES_AT_ONCE = 8192  # of a slide, in the part that treats each patch alone: bounds memory, changes nothing

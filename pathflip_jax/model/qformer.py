@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float
 from pathflip_jax.model.bert import Bert, BertLayer, FeedForward, SelfAttention
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.cross_attention import CrossAttention
-from pathflip_jax.model.layers import INITS, dropout, split_key
+from pathflip_jax.model.layers import INITS
+from pathflip_jax.ops.dropout import dropout, split_key
 
 
 class Layer(BertLayer):

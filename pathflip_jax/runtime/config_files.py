@@ -1,12 +1,14 @@
 """Config files, which are Python: whatever is wrong in one is said in a line, with the file and where in it."""
 
 import contextlib
+import functools
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -63,3 +65,36 @@ def _place(path: Path, error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+KINDS = ("align_base", "pathflip2", "lm_stage1")  # of each kind of run, the bundled config that lists every setting
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    folder = Path(importlib.util.find_spec("pathflip_jax.configs").origin).parent
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def kind_of(config: Mapping) -> str:
+    """The bundled config that lists every setting of this one's kind."""
+    if "lm" in config:
+        return "lm_stage1"
+    model = config.get("model")
+    sections = isinstance(model, (Mapping, ConfigDict))  # else the fault is told later, with the file
+    return "pathflip2" if sections and model.get("family") == "pathflip2" else "align_base"
+
+
+@functools.cache
+def defaults(kind: str) -> Mapping[str, Any]:
+    """Every setting of a kind of run, as "section.name", with its default."""
+    return MappingProxyType(flat_settings(run_config_file(bundled_configs()[kind], "")))
+
+
+def flat_settings(config: ConfigDict, prefix: str = "") -> dict:
+    """The settings of a config by "section.name"."""
+    flat = {}
+    for name, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        flat |= flat_settings(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

@@ -1,8 +1,5 @@
 """The layers against PyTorch's, and what masks and dropout do."""
 
-import math
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,20 +7,7 @@ import pytest
 from flax import nnx
 
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.layers import (
-    INITS,
-    LayerNorm,
-    Linear,
-    MultiheadAttention,
-    attend,
-    contract,
-    dropout,
-    gelu,
-    pool,
-    recompute,
-    softmax_where,
-    split_key,
-)
+from pathflip_jax.model.layers import INITS, LayerNorm, Linear, MultiheadAttention, gelu
 from pathflip_jax.model.pathflip import RegionLayer
 
 D, HEADS = 24, 4
@@ -106,59 +90,6 @@ def test_layer_norm_is_float32_for_any_activation():
     np.testing.assert_array_equal(norm(half), norm(half.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
-def test_a_masked_row_weighs_nothing_and_has_a_finite_gradient():
-    scores = jnp.asarray([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])
-    mask = jnp.asarray([[True, True, False], [False, False, False], [True, True, True]])
-    weights = softmax_where(scores, mask)
-    np.testing.assert_allclose(weights[0], [1 / (1 + math.e), math.e / (1 + math.e), 0], rtol=1e-6)
-    np.testing.assert_array_equal(weights[1], 0)
-    np.testing.assert_allclose(weights[2], 1 / 3, rtol=1e-6)
-    gradient = jax.grad(lambda s: (softmax_where(s, mask) ** 2).sum())(scores)
-    assert np.all(np.isfinite(gradient)) and np.all(gradient[1] == 0) and gradient[0, 2] == 0
-
-
-def test_attend_in_bfloat16_keeps_its_softmax_in_float32():
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 6, 16)), jnp.bfloat16)
-    pooled, weights = attend(x, x, x, None, 2)
-    assert pooled.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
-    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(400, 501), (3, 200_001), (20, 10, 1001)])
-def test_dropout_keeps_the_mean_and_the_rate(shape):
-    x = jnp.ones(shape)
-    y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
-    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - round(0.1 * 2**32) / 2**32))}
-    assert abs((y == 0).mean() - 0.1) < 5 * math.sqrt(0.09 / y.size)
-    assert abs(y.mean() - 1) < 0.005
-    # Neighbours in a row, in a column, and the same place under the next key fall independently.
-    zero, other = y == 0, np.asarray(dropout(x, 0.1, jax.random.key(1))) == 0
-    pairs = [(zero[..., :-1], zero[..., 1:]), (zero[:-1], zero[1:]), (zero, other)]
-    assert all(abs((one & two).mean() - 0.01) < 5 * math.sqrt(0.01 / one.size) for one, two in pairs)
-
-
-def test_what_falls_is_spread_evenly_whatever_the_key():
-    keys = jax.random.split(jax.random.key(5), 2000)
-    fallen = np.asarray(jax.jit(jax.vmap(lambda key: dropout(jnp.ones((5, 8)), 0.3, key)))(keys)) == 0
-    by_place = fallen.mean(0)
-    assert np.abs(by_place - 0.3).max() < 5 * math.sqrt(0.21 / len(keys))
-    joint = np.corrcoef(fallen.reshape(len(keys), -1).T) - np.eye(40)
-    assert np.abs(joint).max() < 5 / math.sqrt(len(keys))
-
-
-def test_the_gradient_of_dropout_falls_where_its_value_fell():
-    x, key = jnp.arange(1.0, 1001.0), jax.random.key(3)
-    gradient = jax.grad(lambda x: (dropout(x, 0.5, key) * x).sum())(x)
-    np.testing.assert_allclose(gradient, 2 * np.asarray(dropout(x, 0.5, key)), rtol=1e-6)
-
-
-def test_dropout_without_a_key_or_a_rate_is_the_identity():
-    x = jnp.arange(4.0)
-    assert dropout(x, 0.5, None) is x
-    assert dropout(x, 0.0, jax.random.key(0)) is x
-    assert split_key(None, 3) == [None] * 3
-
-
 @pytest.mark.parametrize(
     ("init", "variance"),
     [("bert", 0.02**2), ("fan_in", 1 / 256), ("torch", 1 / (3 * 256)), ("torch_fused", 2 / (256 + 3 * 256))],
@@ -176,45 +107,6 @@ def test_linear_starts_as_in_pytorch():
     for a, b in ((ours.kernel, theirs.weight), (ours.bias, theirs.bias)):
         assert float(a[...].std()) == pytest.approx(float(b.detach().std()), rel=0.1)
         assert float(abs(a[...]).max()) == pytest.approx(float(b.detach().abs().max()), rel=0.02)
-
-
-def plain_pool(query, key, value, mask, rate, dropout_key):
-    """Attention as it is written in books, differentiated by JAX."""
-    weights = softmax_where(query @ key.mT, mask)
-    kept = dropout(weights, rate, dropout_key)
-    return kept @ value, kept.sum(-1, keepdims=True)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked):
-    rng = np.random.default_rng(6)
-    query, key, value = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), jnp.float32) for n in (5, 7, 7))
-    mask = None
-    if masked:
-        mask = rng.random((2, 1, 5, 7)) < 0.6
-        mask[0, 0, 1] = False  # a row that sees nothing
-        mask = jnp.asarray(mask)
-    weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 5, 8), (2, 3, 5, 1))]
-    dropout_key = jax.random.key(9)
-
-    def loss(function, *arguments):
-        found = function(*arguments, mask, rate, dropout_key)
-        return sum((x * w).sum() for x, w in zip(found, weights, strict=True)), found
-
-    run = lambda f: jax.jit(jax.value_and_grad(partial(loss, f), (0, 1, 2), has_aux=True))(query, key, value)  # noqa: E731
-    ((_, found), gradients), ((_, expected), wanted) = run(pool), run(plain_pool)
-    for x, y in zip((*found, *gradients), (*expected, *wanted), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-6 * max(1, float(np.abs(y).max())))
-    if masked:
-        assert not np.asarray(found[0])[0, :, 1].any() and not np.asarray(gradients[0])[0, :, 1].any()
-
-
-def test_pooling_in_bfloat16_keeps_its_dtypes():
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 6, 16)), jnp.bfloat16)
-    loss = lambda x: sum(part.astype(jnp.float32).sum() for part in pool(x, x, x, None))  # noqa: E731
-    assert [part.dtype for part in pool(x, x, x, None)] == [jnp.bfloat16] * 2
-    assert jax.grad(loss)(x).dtype == jnp.bfloat16
 
 
 def test_gelu_is_pytorchs():
@@ -237,46 +129,6 @@ def test_the_gradient_of_layer_normalisation_is_pytorchs():
     (expected * torch.from_numpy(weights)).sum().backward()
     for found, tensor in zip((ours[1], ours[0].scale[...], ours[0].bias[...]), tensors, strict=True):
         np.testing.assert_allclose(found, tensor.grad, atol=2e-5)
-
-
-def test_what_is_recomputed_has_the_same_gradient():
-    linear = Linear(6, 4, "fan_in", nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(7).normal(size=(3, 6)), jnp.float32)
-    function = lambda x, linear: linear(jnp.sin(x))  # noqa: E731
-    plain = jax.grad(lambda x, m: (function(x, m) ** 2).sum(), (0, 1))(x, linear)
-    again = jax.grad(lambda x, m: (recompute(function, x, m) ** 2).sum(), (0, 1))(x, linear)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("spec", "shapes"),
-    [
-        ("i,io->o", [(4,), (4, 5)]),
-        ("ni,io->no", [(3, 4), (4, 5)]),
-        ("abi,io->abo", [(2, 3, 4), (4, 5)]),
-        ("btw,vw->btv", [(2, 3, 4), (5, 4)]),
-        ("bghqD,Dhd->bgqhd", [(2, 3, 2, 4, 6), (6, 2, 5)]),
-        ("bghq,hd->bgqhd", [(2, 3, 2, 4), (2, 5)]),
-    ],
-)
-def test_gradients_of_a_contraction_are_those_of_einsum(spec, shapes):
-    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
-
-    def loss(product):
-        return lambda x, kernel: jnp.sum(jnp.sin(product(spec, x, kernel)))
-
-    found = jax.grad(loss(contract), (0, 1))(x, kernel)
-    for ours, theirs in zip(found, jax.grad(loss(jnp.einsum), (0, 1))(x, kernel), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("platform", "axes"), [("cpu", "[0] x [0]"), ("tpu", "[0, 1] x [0, 1]")])
-def test_only_a_cpu_joins_the_axes_that_a_kernels_gradient_sums_over(platform, axes):
-    x, kernel = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
-    gradient = jax.jit(jax.grad(lambda kernel: contract("abi,io->abo", x, kernel).sum()))
-    program = gradient.trace(kernel).lower(lowering_platforms=(platform,)).as_text()
-    assert f"contracting_dims = {axes}" in program
 
 
 @pytest.mark.parametrize("shape", [(7, D), (2, 40, D), (2, 3, 50, D)])

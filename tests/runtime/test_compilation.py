@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pathflip_jax.model.layers import LayerNorm, pool
+from pathflip_jax.model.layers import LayerNorm
+from pathflip_jax.ops.attention import pool
 from pathflip_jax.runtime import compilation
 from pathflip_jax.runtime.compilation import DETERMINISTIC, CompileCounter, compiler_options, keep_compiled
 

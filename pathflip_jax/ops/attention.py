@@ -1,0 +1,117 @@
+"""Softmax attention whose weights are computed again for the gradient: nothing of size C x T is kept."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pathflip_jax.ops.dropout import drop
+from pathflip_jax.ops.matmul import matmul, row_sums
+from pathflip_jax.ops.recompute import wait
+
+
+def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | None) -> Float[Array, "... N"]:
+    """Softmax in float32 over the unmasked entries; all zeros where everything is masked, never a mean of padding."""
+    scores = scores.astype(jnp.float32)
+    if mask is None:
+        return jax.nn.softmax(scores)
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min)), 0)
+
+
+def pool(
+    query: Float[Array, "... C d"],
+    key: Float[Array, "... T d"],
+    value: Float[Array, "... T e"],
+    mask: Bool[Array, "... C T"] | None,
+    rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> tuple[Float[Array, "... C e"], Float[Array, "... C 1"]]:
+    """Softmax attention of rows of queries over rows of keys: what each pools, and the sum of its weights.
+
+    That sum is one, but for dropout, and zero where everything is masked. The softmax is in float32. Weights are
+    computed again for the gradient, as in FlashAttention (arXiv 2205.14135): nothing of size C x T is kept.
+    """
+    seed = None if dropout_key is None or rate == 0 else jax.random.key_data(dropout_key)
+    return _pool(query, key, value, mask, seed, rate)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _pool(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
+    return _pool_forward(query, key, value, mask, seed, rate)[0]
+
+
+def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
+    scores = _scores(query, key, mask)
+    # The barrier keeps it small: XLA for CPU would spread it over all keys, and keep that for the gradient.
+    largest = lax.optimization_barrier(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    total = row_sums(weights)
+    share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # [..., C, 1]
+    kept = weights if seed is None else drop(weights, rate, seed)
+    pooled = (matmul(kept.astype(value.dtype), value) * share).astype(value.dtype)
+    sums = (share * (total if seed is None else row_sums(kept))).astype(value.dtype)
+    return (pooled, sums), (query, key, value, mask, seed, largest, share)
+
+
+def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
+    query, key, value, mask, seed, largest, share = residuals
+    gradient, sums_gradient = gradients
+    query, gradient = wait(query, gradient)
+    weights = jnp.exp(_scores(query, key, mask) - largest) * share
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0)
+    kept = weights if seed is None else drop(weights, rate, seed)
+    inner = matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # towards `kept`
+    inner = inner if seed is None else drop(inner, rate, seed)
+    inner = weights * inner
+    inner = (inner - weights * row_sums(inner)).astype(query.dtype)
+    gradients = matmul(inner, key), matmul(inner.mT, query), matmul(kept.astype(value.dtype).mT, gradient)
+    shapes = query, key, value
+    gradients = [g.astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
+    return *gradients, None, None
+
+
+_pool.defvjp(_pool_forward, _pool_backward)
+
+
+def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C T"]:
+    scores = matmul(query, key.mT)
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+
+
+def attention_weights(
+    query: Float[Array, "... C d"], key: Float[Array, "... T d"], mask: Bool[Array, "... C T"] | None
+) -> Float[Array, "... C T"]:
+    """The weights that `pool` pools with, before dropout: for maps, since whoever does not ask does not pay."""
+    return softmax_where(matmul(query, key.mT), mask)
+
+
+def split_heads(x: Float[Array, "... T H"], heads: int) -> Float[Array, "... heads T d"]:
+    """[..., T, H] -> [..., heads, T, H / heads]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def attend(
+    query: Float[Array, "... C H"],
+    key: Float[Array, "... T H"],
+    value: Float[Array, "... T H"],
+    mask: Bool[Array, "... T"] | None,
+    heads: int,
+    rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> tuple[Float[Array, "... C H"], Float[Array, "... heads C T"]]:
+    """Multi-head attention between projected rows: what it pools, and the probabilities before dropout.
+
+    The mask broadcasts against [..., heads, C, T]. C may be 0: a batch of one slide has no negatives.
+    """
+    query, key, value = (split_heads(x, heads) for x in (query, key, value))
+    query /= math.sqrt(query.shape[-1])
+    pooled, _ = pool(query, key, value, mask, rate, dropout_key)
+    pooled = pooled.swapaxes(-2, -3)
+    pooled = pooled.reshape(*pooled.shape[:-2], pooled.shape[-2] * pooled.shape[-1])
+    return pooled, attention_weights(query, key, mask)

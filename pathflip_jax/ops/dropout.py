@@ -1,0 +1,51 @@
+"""Dropout as a function of the key and the place of an entry, whatever the devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+
+def split_key(key: Array | None, n: int) -> list[Array | None]:
+    """Split a key in n; without a key there is no dropout, in any of the parts either."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zero each entry with probability `rate` and scale the rest; the identity without a key.
+
+    What falls is a function of the key and the place of the entry, whatever the devices. It is drawn again for the
+    gradient, so that nothing is kept for it.
+    """
+    if key is None or rate == 0:
+        return x
+    return drop(x, rate, jax.random.key_data(key))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def drop(x: Array, rate: float, seed: Array) -> Array:
+    """`dropout` by the two words of a key: uint32 [2]."""
+    dropped = round(rate * 2**32)
+    return jnp.where(_hash(x.shape, seed) >= np.uint32(dropped), x * (1 / (1 - dropped / 2**32)), 0)
+
+
+drop.defvjp(lambda x, rate, seed: (drop(x, rate, seed), seed), lambda rate, seed, g: (drop(g, rate, seed), None))
+
+
+def _hash(shape: tuple[int, ...], seed: Array) -> Array:
+    """A random word for each place, of its number and the seed's two words; it repeats after 2**32 places.
+
+    The mixing is the finalizer of MurmurHash3, whose every output bit depends on every input bit. Threefry, which
+    `jax.random` would draw with, costs a CPU more than the attention whose weights it drops.
+    """
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size % 2**32) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = place * np.uint32(0x9E3779B9) + seed[0]
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B) + seed[1]
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

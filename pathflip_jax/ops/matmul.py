@@ -1,0 +1,77 @@
+"""Matrix products, bias and sums whose gradients leave in float32."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(spec: str, x: Array, kernel: Array) -> Array:
+    """einsum of activations with a kernel, in the dtype of x; `spec` names every axis, without dots.
+
+    In bfloat16 too the gradient of a float32 kernel is summed in float32 and leaves so: devices add up their shares of
+    it, and each addition in bfloat16 would round to three digits.
+    """
+    return jnp.einsum(spec, x, kernel.astype(x.dtype))
+
+
+def _contract_backward(spec: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    left, right, output = spec.replace("->", ",").split(",")
+    towards_x = jnp.einsum(f"{output},{right}->{left}", gradient, kernel.astype(x.dtype))
+    return towards_x, lax.platform_dependent(
+        x, gradient, cpu=partial(_sum_over_rows, left, output, right), default=partial(_sum, left, output, right)
+    ).astype(kernel.dtype)
+
+
+def _sum(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+    return jnp.einsum(f"{left},{output}->{right}", x, gradient, preferred_element_type=jnp.float32)
+
+
+def _sum_over_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+    # Summed over several axes, XLA for CPU turns x or the gradient first, and computes it anew to do so, one entry at
+    # a time; over one axis it does not. Elsewhere turning is free, and one axis of two may be hard to share out.
+    rows = len(left) - len(set(left) & set(right))
+    if rows > 1 and left[:rows] == output[:rows]:
+        x, gradient = (array.reshape(-1, *array.shape[rows:]) for array in (x, gradient))
+        left, output = left[rows - 1 :], output[rows - 1 :]
+    return _sum(left, output, right, x, gradient)
+
+
+contract.defvjp(lambda spec, x, kernel: (contract(spec, x, kernel), (x, kernel)), _contract_backward)
+
+
+def add_bias(x: Float[Array, "... W"], bias: Float[Array, "W"]) -> Float[Array, "... W"]:
+    """x + bias in the dtype of x; as in `contract`, the gradient of the bias is summed in float32."""
+    return x + bias if x.dtype == bias.dtype else _add_bias(x, bias)
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient, gradient.astype(jnp.float32).sum(tuple(range(gradient.ndim - 1)))
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
+
+
+def row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
+    """Sums over the last axis, as a matrix product: XLA for CPU vectorises no sum of what it computes on the way."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
+
+
+def column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
+    """Sums over all axes but the last, as a matrix product: see `row_sums`."""
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision="highest")[0]
+
+
+def matmul(x: Float[Array, "... C d"], y: Float[Array, "... d T"]) -> Float[Array, "... C T"]:
+    """x @ y, summed in float32 and left so."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)

@@ -1,0 +1,69 @@
+"""Pooling of patches against cross-attention as it is written in books."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pathflip_jax.ops.attention import softmax_where
+from pathflip_jax.ops.dropout import dropout
+from pathflip_jax.ops.patch_pooling import pool_patches
+
+D, HEADS = 24, 4
+
+
+def plain_pool(query, key_kernel, patches, mask, rate, key):
+    """The same pooling as it would be written without a thought for memory, differentiated by JAX."""
+    B, R, S, _ = patches.shape
+    query = jnp.broadcast_to(query, (B, 1 + R, *query.shape[2:]))
+    rows = jnp.einsum("...qhd,Dhd->...hqD", query, key_kernel).reshape(B, 1 + R, -1, D)
+    slide, regions = jnp.einsum("bcD,brsD->bcrs", rows[:, 0], patches), rows[:, 1:]
+    regions = softmax_where(regions @ patches.mT, mask[:, :, None])
+    slide = softmax_where(slide.reshape(B, -1, R * S), mask.reshape(B, 1, R * S)).reshape(slide.shape)
+    weights = jnp.concatenate([slide.swapaxes(1, 2), regions], axis=2)  # what falls is drawn over [B, R, 2C, S]
+    kept = dropout(weights, rate, key)
+    C = regions.shape[2]
+    both = (kept @ patches, kept.sum(-1, keepdims=True))
+    return tuple(jnp.concatenate([x[:, :, :C].sum(1, keepdims=True), x[:, :, C:]], axis=1) for x in both)
+
+
+@pytest.mark.parametrize(("rate", "shared"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, shared):
+    rng = np.random.default_rng(3)
+    B, R, S, Q, d = 2, 3, 5, 2, 6
+    sets = (1, 1) if shared else (B, 1 + R)  # before the first patches are read all queries are one set
+    query = jnp.asarray(rng.normal(size=(*sets, Q, HEADS, d)), jnp.float32)
+    key_kernel = jnp.asarray(rng.normal(size=(D, HEADS, d)), jnp.float32)
+    patches = jnp.asarray(rng.normal(size=(B, R, S, D)), jnp.float32)
+    mask = rng.random((B, R, S)) < 0.6
+    mask[0, 1], mask[0, 0, 0], mask[1, 1] = False, True, True
+    targets = [jnp.asarray(rng.normal(size=(B, 1 + R, HEADS * Q, n)), jnp.float32) for n in (D, 1)]
+    key = jax.random.key(1)
+
+    def loss(pool, *arguments):
+        found = pool(*arguments, mask, rate, key)
+        return sum((x * target).sum() for x, target in zip(found, targets, strict=True)), found
+
+    ours, plain = (
+        jax.jit(jax.value_and_grad(lambda *x, pool=pool: loss(pool, *x), (0, 1, 2), has_aux=True))(
+            query, key_kernel, patches
+        )
+        for pool in (pool_patches, plain_pool)
+    )
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6 * max(1, float(np.abs(y).max())))
+    pooled = np.asarray(ours[0][1][0])
+    assert not pooled[0, 2].any()  # the region without a patch
+    assert pooled[0, 0].any()
+
+
+def test_pooling_in_bfloat16_keeps_its_dtypes():
+    rng = np.random.default_rng(4)
+    query, key_kernel, patches = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        for shape in ((1, 3, 2, HEADS, 6), (D, HEADS, 6), (1, 2, 5, D))
+    )
+    mask = np.ones((1, 2, 5), bool)
+    loss = lambda *x: sum(part.astype(jnp.float32).sum() for part in pool_patches(*x, mask))  # noqa: E731
+    assert [x.dtype for x in pool_patches(query, key_kernel, patches, mask)] == [jnp.bfloat16] * 2
+    assert [x.dtype for x in jax.grad(loss, (0, 1, 2))(query, key_kernel, patches)] == [jnp.bfloat16] * 3
