@@ -33,7 +33,7 @@ WANTED = {100_000: (4.0, 300e6), 1_000_000: (40.0, 2e9)}  # seconds, bytes
 
 def make_infos(regions: int, seed: int) -> list:
     """The entries of a shard's slides, of about so many regions each, as its index holds them."""
-    from pathflip_jax.data.columns import SlideInfo
+    from pathflip_jax.data.records.columns import SlideInfo
 
     rng, end, infos = np.random.default_rng(seed), 100, []
     for size in rng.integers(max(regions // 2, 1), regions * 3 // 2, SLIDES_PER_SHARD, endpoint=True):
@@ -51,10 +51,10 @@ def make_infos(regions: int, seed: int) -> list:
 
 def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
     """A finished folder of so many slides, whose shards are holes; their indexes differ in the ids alone."""
-    from pathflip_jax.data.index import index_path
-    from pathflip_jax.data.index_file import Index, encode_index
-    from pathflip_jax.data.records import shard_name
-    from pathflip_jax.data.tfrecord import crc32c
+    from pathflip_jax.data.records.index import index_path
+    from pathflip_jax.data.records.index_file import Index, encode_index
+    from pathflip_jax.data.records.records import shard_name
+    from pathflip_jax.data.records.tfrecord import crc32c
 
     folder.mkdir()
     ids = [f"TCGA-{TOKEN}-{i:02d}" for i in range(SLIDES_PER_SHARD)]
@@ -81,7 +81,7 @@ def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
 def open_cohort(folder: Path) -> dict:
     """Seconds and bytes of opening, in this process."""
     start, used = time.perf_counter(), time.process_time()
-    from pathflip_jax.data.records import Records
+    from pathflip_jax.data.records.records import Records
 
     imported = time.perf_counter()
     records = Records(folder)

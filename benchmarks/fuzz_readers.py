@@ -24,24 +24,25 @@ from pyarrow import parquet
 
 from data_prep.jobs import Job, prepare_slide
 from data_prep.pool import run_each
-from pathflip_jax import checkpoint, metrics
+from pathflip_jax import checkpoint
 from pathflip_jax.convert.bert import bert_settings
 from pathflip_jax.convert.checkpoint_files import read_checkpoint
-from pathflip_jax.data.captions import split_sentences
-from pathflip_jax.data.features import SlideFeatures, read_features
-from pathflip_jax.data.index import encode_slide, index_path
-from pathflip_jax.data.index_file import HEAD
-from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
-from pathflip_jax.data.text import read_questions, read_slide_table, read_texts
-from pathflip_jax.data.tfrecord import crc32c, frame
-from pathflip_jax.data.tokens import TextTokenizer, train_wordpiece
-from pathflip_jax.data.verify import verify
+from pathflip_jax.data.readers.features import SlideFeatures, read_features
+from pathflip_jax.data.records.index import encode_slide, index_path
+from pathflip_jax.data.records.index_file import HEAD
+from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.records.tfrecord import crc32c, frame
+from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.texts.captions import split_sentences
+from pathflip_jax.data.texts.text import read_questions, read_slide_table, read_texts
+from pathflip_jax.data.texts.tokenizer import TextTokenizer, train_wordpiece
 from pathflip_jax.evaluate.colour import patch_colours
 from pathflip_jax.evaluate.zero_shot import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail
 from pathflip_jax.grounding.outlines import patches_inside, read_outlines
 from pathflip_jax.inference import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.monitoring import metrics
 
 CAPTION = "Glands infiltrate the stroma. Necrosis is extensive, about 1.8 cm. No mucin is seen (see fig. 2)."
 

@@ -19,12 +19,12 @@ from flax import nnx
 from machine import describe, reset_peak, resident_peak
 from records import PATCH
 
-from pathflip_jax.data import blocks
-from pathflip_jax.data.bags import regions_of
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.large import open_slide
-from pathflip_jax.data.patches import PatchSampler
-from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.batches.bags import regions_of
+from pathflip_jax.data.batches.patches import PatchSampler
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.large import open_slide
+from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.storage import blocks
 from pathflip_jax.inference import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP

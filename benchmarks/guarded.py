@@ -19,9 +19,9 @@ import h5py
 import numpy as np
 from machine import describe
 
-from pathflip_jax.data import guarded
-from pathflip_jax.data.features import read_features, read_pt
-from pathflip_jax.data.h5_features import READER, read_h5
+from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.readers.features import read_features, read_pt
+from pathflip_jax.data.readers.h5_features import READER, read_h5
 
 
 def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:

@@ -40,11 +40,11 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error.name} is missing, and with it one side of the comparison: pip install it") from None
 
-from pathflip_jax.data.captions import sample_subcaptions, split_sentences
-from pathflip_jax.data.pipeline import Batches, make_batches
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.text import SlideText
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.batches.pipeline import Batches, make_batches
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.captions import sample_subcaptions, split_sentences
+from pathflip_jax.data.texts.text import SlideText
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 OURS, H5, PT = "records", "h5", ".pt"
 RUN, SUBCAPTIONS, SUBCAPTION_LENGTH = 256, 8, 192

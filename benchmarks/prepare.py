@@ -47,8 +47,8 @@ from data_prep.layout import plan
 from data_prep.slide_image import render, write_slide
 from data_prep.slides import Slide, open_slide
 from data_prep.tiling import Tiles, read_patches, tile_slide
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import write_shard
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import write_shard
 
 PATCH = 256
 ENCODED = 128  # patches on which an encoder alone is timed

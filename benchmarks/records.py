@@ -24,9 +24,9 @@ import h5py
 import numpy as np
 from machine import describe
 
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
-from pathflip_jax.data.regions import cut_regions
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.records.regions import cut_regions
 
 PATCH = 256
 REFERENCE = "records"

@@ -87,7 +87,7 @@ def our_batch(job: Job, inputs: Inputs) -> "Batch":
     import jax
     import jax.numpy as jnp
 
-    from pathflip_jax.data.tokens import pack, row_lengths
+    from pathflip_jax.data.texts.tokenizer import pack, row_lengths
 
     packed = pack(inputs.texts, row_lengths(ROW_STEP, CAPTION_LENGTH))
     rows = jax.tree.map(lambda x: x[None], packed.rows)
@@ -186,7 +186,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
 
 
 class Batch(NamedTuple):
-    """What a step reads of `pathflip_jax.data.pipeline.Batch`, without the packages that the pipeline needs."""
+    """What a step reads of `pathflip_jax.data.batches.pipeline.Batch`, without the packages that the pipeline needs."""
 
     patches: np.ndarray
     patch_mask: np.ndarray

@@ -32,9 +32,9 @@ from made_captions import make_captions
 from records import place_slide, write_records
 from roofline import DEVICES
 
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.metrics import METRICS, read_metrics
-from pathflip_jax.telemetry import USEFUL
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.monitoring.metrics import METRICS, read_metrics
+from pathflip_jax.monitoring.telemetry import USEFUL
 
 EPOCH_SLIDES = 4181  # the training split of SlideChat's TCGA pairs, as the paper's
 PATCHES = (10_000, 0.7)  # mean, and deviation of the logarithm: from biopsies to whole resections

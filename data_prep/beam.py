@@ -20,8 +20,8 @@ from data_prep.plan import Plan
 from data_prep.plan_file import write_json
 from data_prep.pool import Worker
 from data_prep.shards import Progress, assemble, part_traits
-from pathflip_jax.data.cohort import Cohort, Traits
-from pathflip_jax.data.failures import Failure
+from pathflip_jax.data.records.cohort import Cohort, Traits
+from pathflip_jax.data.storage.failures import Failure
 
 try:
     import apache_beam as beam

@@ -23,13 +23,13 @@ from data_prep.report import Report, grouped
 from data_prep.shards import Progress, amend, assemble, remove
 from data_prep.slide_files import find_slides
 from data_prep.slide_table import SANE_MPP
-from pathflip_jax.data.columns import DTYPES
-from pathflip_jax.data.feature_files import find_feature_files, slide_id_of
-from pathflip_jax.data.index import read_index
-from pathflip_jax.data.records import finish_folder, manifest_hash, write_shard
-from pathflip_jax.data.regions import EDGE_UM
-from pathflip_jax.data.storage import Place, as_path, make_folder
-from pathflip_jax.data.text import some
+from pathflip_jax.data.readers.feature_files import find_feature_files, slide_id_of
+from pathflip_jax.data.records.columns import DTYPES
+from pathflip_jax.data.records.index import read_index
+from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
+from pathflip_jax.data.records.regions import EDGE_UM
+from pathflip_jax.data.storage.files import Place, as_path, make_folder
+from pathflip_jax.data.texts.text import some
 
 
 def prepare(

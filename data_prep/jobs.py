@@ -21,14 +21,14 @@ from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
-from pathflip_jax.data import blocks
-from pathflip_jax.data.columns import DTYPES
-from pathflip_jax.data.features import SlideFeatures, UnknownPatchSize, read_features
-from pathflip_jax.data.index import narrowed
-from pathflip_jax.data.records import write_shard
-from pathflip_jax.data.storage import Place, remove
-from pathflip_jax.data.tables import json_object
-from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
+from pathflip_jax.data.records.columns import DTYPES
+from pathflip_jax.data.records.index import narrowed
+from pathflip_jax.data.records.records import write_shard
+from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.storage import blocks
+from pathflip_jax.data.storage.files import Place, remove
+from pathflip_jax.data.texts.tables import json_object
 from pathflip_jax.runtime import ulimits
 
 PLACEHOLDER = 256  # the patch size, in pixels, of a slide that does not tell it, until its cohort does

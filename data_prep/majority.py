@@ -9,10 +9,10 @@ from data_prep.jobs import Job
 from data_prep.plan import Plan
 from data_prep.plan_file import write_json
 from data_prep.shards import part_traits
-from pathflip_jax.data.cohort import Cohort, Traits, elect, traits_of
-from pathflip_jax.data.index import read_index
-from pathflip_jax.data.storage import Place
-from pathflip_jax.data.tables import json_object
+from pathflip_jax.data.records.cohort import Cohort, Traits, elect, traits_of
+from pathflip_jax.data.records.index import read_index
+from pathflip_jax.data.storage.files import Place
+from pathflip_jax.data.texts.tables import json_object
 
 
 class Election:

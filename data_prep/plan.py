@@ -17,14 +17,14 @@ from data_prep.jobs import Job
 from data_prep.plan_file import FILLS, OVERRIDE, PARTS, Entry, fills, read_plan, write_plan
 from data_prep.shards import outdated, remove
 from data_prep.slide_table import SlideTable, read_table
-from pathflip_jax.data.cohort import Cohort, elect, traits_of
-from pathflip_jax.data.columns import SlideInfo
-from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.features import case_of
-from pathflip_jax.data.index import read_index
-from pathflip_jax.data.records import is_shard, shard_name
-from pathflip_jax.data.storage import Place, make_folder
-from pathflip_jax.data.text import some
+from pathflip_jax.data.readers.features import case_of
+from pathflip_jax.data.records.cohort import Cohort, elect, traits_of
+from pathflip_jax.data.records.columns import SlideInfo
+from pathflip_jax.data.records.index import read_index
+from pathflip_jax.data.records.records import is_shard, shard_name
+from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.files import Place, make_folder
+from pathflip_jax.data.texts.text import some
 
 _NUMBER = re.compile(r"(\d+)\.tfrecord$")
 

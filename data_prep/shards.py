@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep.jobs import Effort, Job, Outcome, layout, read_remarks, remarks_path
-from pathflip_jax.data.cohort import Cohort, Traits, traits_of
-from pathflip_jax.data.columns import SlideInfo
-from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.index import index_path, read_index
-from pathflip_jax.data.large import open_slide
-from pathflip_jax.data.records import Records, write_shard
-from pathflip_jax.data.storage import Place
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.cohort import Cohort, Traits, traits_of
+from pathflip_jax.data.records.columns import SlideInfo
+from pathflip_jax.data.records.index import index_path, read_index
+from pathflip_jax.data.records.large import open_slide
+from pathflip_jax.data.records.records import Records, write_shard
+from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.files import Place
 
 
 @dataclass

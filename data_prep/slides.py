@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.brightfield import check_brightfield
 from data_prep.resolution import find_resolution
-from pathflip_jax.data import guarded
+from pathflip_jax.data.readers import guarded
 
 # What OpenSlide may take for opening a slide or reading one block, in a worker process: a broken slide stalls it.
 _READ_SECONDS, _READ_BYTES = 300.0, 2 * 2**30

@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, settings
-from pathflip_jax.data.checks import require_negatives
+from pathflip_jax.data.batches.checks import require_negatives
 from pathflip_jax.losses.pathflip import LossConfig, Spread, pair_bytes
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pairs_bytes
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from pathflip_jax.data.storage import as_path, is_url, make_folder, read_bytes
-from pathflip_jax.data.tables import parse_json
-from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.storage.files import as_path, is_url, make_folder, read_bytes
+from pathflip_jax.data.texts.tables import parse_json
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 from pathflip_jax.runtime import distributed
@@ -328,7 +328,7 @@ def load_run(workdir: str | Path, which: str | int = "best"):
     no best, its latest is taken. Raises FileNotFoundError when the folder holds no run or not the checkpoint asked for,
     ValueError when it is damaged.
     """
-    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
     workdir = run_folder(workdir)
     settings = read_run_config(workdir)

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from pathflip_jax.commands import COMMANDS
 from pathflip_jax.commands.options import WRONG_INPUT
-from pathflip_jax.data.storage import is_url
-from pathflip_jax.paths import refuse_undecodable
+from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.storage.paths import refuse_undecodable
 from pathflip_jax.runtime import streams, ulimits
 from pathflip_jax.runtime.compilation import keep_compiled
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from pathflip_jax.data.storage import Place
+from pathflip_jax.data.storage.files import Place
 from pathflip_jax.findings import Finding, guarded
 from pathflip_jax.runtime import limits, ulimits
 
@@ -142,11 +142,11 @@ def _devices() -> Iterator[Finding]:
 
 
 def _utilisation(kind: str) -> Finding:
-    from pathflip_jax.telemetry import PEAK_BFLOAT16
+    from pathflip_jax.monitoring.telemetry import PEAK_BFLOAT16
 
     if kind in PEAK_BFLOAT16:
         return Finding("utilisation", f"of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 on each {kind}", "ok")
-    cure = "add its peak bfloat16 FLOP/s to PEAK_BFLOAT16 in pathflip_jax/telemetry.py"
+    cure = "add its peak bfloat16 FLOP/s to PEAK_BFLOAT16 in pathflip_jax/monitoring/telemetry.py"
     return Finding("utilisation", f"not reported in training: no peak FLOP/s on record for {kind}", "note", cure)
 
 
@@ -187,10 +187,10 @@ def _room() -> Iterator[Finding]:
 
 def _reader() -> Iterator[Finding]:
     """Whether the process starts that parses HDF5, .pt and slide files, whatever these do to it."""
-    from pathflip_jax.data import guarded
+    from pathflip_jax.data.readers import guarded
 
     try:
-        guarded.parse("pathflip_jax.data.slide_pixels:detect", Path(__file__))
+        guarded.parse("pathflip_jax.data.readers.slide_pixels:detect", Path(__file__))
     except (ValueError, OSError, ImportError) as error:
         cure = "feature files and slides are parsed in a process of their own: this user must be able to start Python"
         yield Finding("file reader", str(error), "fault", cure)

@@ -5,14 +5,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from pathflip_jax.data.cases import Sources, bag_keys, slides_of_case
-from pathflip_jax.data.identity import SlideNames, connected, is_missing, person_keys
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.storage import Place
-from pathflip_jax.data.tables import read_rows
-from pathflip_jax.data.text import SlideText, match_rows, match_texts, read_texts, slide_row, some
-from pathflip_jax.data.tokens import TextTokenizer
-from pathflip_jax.data.verify import verify
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.storage.files import Place
+from pathflip_jax.data.texts.cases import Sources, bag_keys, slides_of_case
+from pathflip_jax.data.texts.identity import SlideNames, connected, is_missing, person_keys
+from pathflip_jax.data.texts.tables import read_rows
+from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row, some
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
 from pathflip_jax.findings import Finding, guarded, logged_warnings
 from pathflip_jax.settings import load_config
@@ -32,7 +32,7 @@ class Seen(NamedTuple):
     texts: Sequence[SlideText] | None = None
 
     def sources(self) -> Sources:
-        """The slide table with the names of all tables, as `data/cases.py` holds them against each other."""
+        """The slide table with the names of all tables, as `data/texts/cases.py` holds them against each other."""
         return Sources(self.row_of, *(str(self.places.get(name)) for name in ("slides", "records", "texts")))
 
 
@@ -163,7 +163,7 @@ def _agreeing(name: str, seen: Seen, grouped: dict[tuple[str, ...], list[SlideTe
 
 
 def _texts(seen: Seen) -> Iterator[Finding]:
-    """The texts, matched with the slides of the records as training matches them (`data/bags.py`)."""
+    """The texts, matched with the slides of the records as training matches them (`data/batches/bags.py`)."""
     if seen.ids is None:
         yield Finding("texts", f"{len(seen.texts)} texts", "ok")
         return

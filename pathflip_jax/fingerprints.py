@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pathflip_jax.data.conversations import Conversation
-from pathflip_jax.data.text import SlideText
+from pathflip_jax.data.texts.conversations import Conversation
+from pathflip_jax.data.texts.text import SlideText
 
 HASHES, MEANINGS = "hashes", "meanings"  # in section data of config.json: of the bytes of files, of what they say
 END = Conversation("", (), "", ())  # of a table

@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 
 from pathflip_jax import large_slides
 from pathflip_jax.checkpoint import MODEL, load_run
-from pathflip_jax.data.blocks import row_blocks
-from pathflip_jax.data.features import SlideFeatures, read_features
-from pathflip_jax.data.large import open_slide
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.regions import EDGE_UM, Regions, cut_regions
-from pathflip_jax.data.storage import as_path, exists, is_url
+from pathflip_jax.data.readers.features import SlideFeatures, read_features
+from pathflip_jax.data.records.large import open_slide
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.records.regions import EDGE_UM, Regions, cut_regions
+from pathflip_jax.data.storage.blocks import row_blocks
+from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.model.config import PathFLIP2Config

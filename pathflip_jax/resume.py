@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint
 from pathflip_jax.fingerprints import same_data
-from pathflip_jax.metrics import METRICS
+from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runtime import config_files, sharding
 from pathflip_jax.versions import AS_NOW, BEFORE, WRITTEN_BY, refusal, unknown_settings, version_of
 

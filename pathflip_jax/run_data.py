@@ -14,15 +14,15 @@ import jax
 from ml_collections import ConfigDict
 
 from pathflip_jax import fingerprints
-from pathflip_jax.data.cases import Sources
-from pathflip_jax.data.checks import any_unrelated, refuse_unknown_words
-from pathflip_jax.data.manifest import CUT
-from pathflip_jax.data.pipeline import Batches, make_batches
-from pathflip_jax.data.records import Records, manifest_hash
-from pathflip_jax.data.splits import NO_VALIDATION, SlideTable, count_splits, describe, hold_table
-from pathflip_jax.data.storage import Place, as_path, read_bytes
-from pathflip_jax.data.text import read_texts
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.batches.checks import any_unrelated, refuse_unknown_words
+from pathflip_jax.data.batches.pipeline import Batches, make_batches
+from pathflip_jax.data.records.manifest import CUT
+from pathflip_jax.data.records.records import Records, manifest_hash
+from pathflip_jax.data.records.splits import NO_VALIDATION, SlideTable, count_splits, describe, hold_table
+from pathflip_jax.data.storage.files import Place, as_path, read_bytes
+from pathflip_jax.data.texts.cases import Sources
+from pathflip_jax.data.texts.text import read_texts
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 COUNTS = "splits"  # among the facts
 SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)

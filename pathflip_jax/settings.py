@@ -16,8 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pathflip_jax import bounds
-from pathflip_jax.data.storage import as_path, exists, is_url
-from pathflip_jax.paths import expand
+from pathflip_jax.data.storage.files import as_path, exists, is_url
+from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.runtime.config_files import bundled_configs, defaults, flat_settings, kind_of, run_config_file
 from pathflip_jax.versions import BEFORE, before
 

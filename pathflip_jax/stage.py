@@ -51,8 +51,8 @@ class Training(NamedTuple):
 
     `shapes` are all parameters by name; `initial(places)` makes them where they live. Checkpoints hold those that
     `keeps(name)`: what is frozen and was read from elsewhere is read from there again. `batches` are a function of the
-    step (as `data.pipeline.Batches`); one of the scores that `validate(learned, frozen, mark)` returns chooses the
-    best checkpoint, and `mark(doing, timed=True)` tells the watchdog where it is. `useful_operations(batch)` counts
+    step (as `data.batches.pipeline.Batches`); one of the scores that `validate(learned, frozen, mark)` returns chooses
+    the best checkpoint, and `mark(doing, timed=True)` tells the watchdog where it is. `useful_operations(batch)` counts
     inside of a compiled step; `require_room(step)` raises MemoryError for one that does not fit. `resolved` are all
     settings and facts of the data, `describe(folder)` writes what a run folder holds beside its checkpoints.
     """

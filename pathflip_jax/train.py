@@ -21,20 +21,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, goodput, run_lock, settings
+from pathflip_jax import checkpoint, run_lock, settings
 from pathflip_jax.alignment import alignment_training
-from pathflip_jax.data.pipeline import look_up
-from pathflip_jax.data.storage import is_url
-from pathflip_jax.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
+from pathflip_jax.data.batches.pipeline import look_up
+from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.monitoring import goodput
+from pathflip_jax.monitoring.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
+from pathflip_jax.monitoring.profiling import Profiler, profiled_steps
+from pathflip_jax.monitoring.telemetry import USEFUL, Telemetry
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
-from pathflip_jax.profiling import Profiler, profiled_steps
 from pathflip_jax.resume import begun_config, claim, go_on_as
 from pathflip_jax.run_lock import RunLock, StillEndingError
 from pathflip_jax.runtime import distributed, sharding
 from pathflip_jax.runtime.compilation import compiler_options
 from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.stage import Params, Training, make_step
-from pathflip_jax.telemetry import USEFUL, Telemetry
 from pathflip_jax.validation import choose_best, place_features
 from pathflip_jax.versions import git_revision
 
@@ -48,11 +49,11 @@ def train(
 ) -> dict[str, float]:
     """Train, or go on training, the run of this config in `workdir`; returns the last metrics.
 
-    `profile` names steps to profile (`profiling.profiled_steps`); the process counts as started at `began`, seconds of
-    `time.time()`, or now. Raises Stopped after SIGTERM, once the state is saved, and StillEndingError where another
-    start was told to stop and is not done with it; InUseError where another run is at work in `workdir`; ValueError and
-    OSError for input that cannot be used, with the cure; MemoryError where a step would not fit; FloatingPointError
-    when the loss is no longer a number.
+    `profile` names steps to profile (`monitoring.profiling.profiled_steps`); the process counts as started at `began`,
+    seconds of `time.time()`, or now. Raises Stopped after SIGTERM, once the state is saved, and StillEndingError where
+    another start was told to stop and is not done with it; InUseError where another run is at work in `workdir`;
+    ValueError and OSError for input that cannot be used, with the cure; MemoryError where a step would not fit;
+    FloatingPointError when the loss is no longer a number.
     """
     ledger = goodput.Ledger(began)
     settings.require(config)

@@ -7,8 +7,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pathflip_jax.data.pipeline import Batches, look_up
-from pathflip_jax.metrics import VALIDATION
+from pathflip_jax.data.batches.pipeline import Batches, look_up
+from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.stage import Params, Stage
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import finish_folder, shard_name, write_shard
-from pathflip_jax.data.tokens import train_wordpiece
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
+from pathflip_jax.data.texts.tokenizer import train_wordpiece
 
 # Nearly all the time of the suite goes to compiling, before anything here imports JAX. A program compiles in a fraction
 # of the time, to the same mathematics, without the optimisation of LLVM, without the newer emitters of fused loops, and
@@ -42,7 +42,7 @@ LONG = (
     "launch/test_launch_processes.py",
     "benchmarks/test_sides.py",
     "test_two_processes.py",
-    "test_buckets.py",
+    "data/storage/test_buckets.py",
     "benchmarks/test_aot.py",
     "runtime/test_sharding.py",
     "test_train.py",

@@ -51,7 +51,7 @@ def test_a_limit_of_the_process_is_one_line_with_its_cure(error, monkeypatch, ca
     def fail(_):
         raise error
 
-    monkeypatch.setattr("pathflip_jax.goodput.summarise", fail)
+    monkeypatch.setattr("pathflip_jax.monitoring.goodput.summarise", fail)
     assert cli.main(["goodput", "run"]) == cli.WRONG_INPUT
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "ulimit -n" in said

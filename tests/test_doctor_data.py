@@ -112,7 +112,7 @@ def test_no_slide_of_the_training_split_has_a_text(look, tmp_path):
 def test_warnings_become_findings_and_logging_is_as_before(caplog):
     import logging
 
-    log = logging.getLogger("pathflip_jax.data.text")
+    log = logging.getLogger("pathflip_jax.data.texts.text")
     with logged_warnings() as messages:
         log.warning("%d ids", 3)
     log.warning("after")

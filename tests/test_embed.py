@@ -12,9 +12,9 @@ from flax import nnx
 from pathflip_jax import cli, embed, inference
 from pathflip_jax.checkpoint import save_run
 from pathflip_jax.commands.options import FAILED_SLIDES
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records, finish_folder, manifest_hash, shard_name, write_shard
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import Records, finish_folder, manifest_hash, shard_name, write_shard
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 

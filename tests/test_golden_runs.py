@@ -12,15 +12,15 @@ import pytest
 import safetensors.numpy
 
 from pathflip_jax import checkpoint, cli, inference, train, versions
-from pathflip_jax.data.records import Records
+from pathflip_jax.data.records.records import Records
 from pathflip_jax.embed import checkpoint_hash, open_embeddings
 from pathflip_jax.llm import assistant as assistants
 from pathflip_jax.llm.hf_io import load_decoder
 from pathflip_jax.llm.lora import load_peft, merge
 from pathflip_jax.llm.prompts import Prompted, insert_slide
 from pathflip_jax.llm.training import read_trained
-from pathflip_jax.metrics import read_metrics
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.monitoring.metrics import read_metrics
 from pathflip_jax.runtime import config_files
 
 RUNS = Path(__file__).parent / "golden" / "runs"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import pathflip_jax
 from pathflip_jax import inference
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.regions import cut_regions
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.grounding import maps
 from pathflip_jax.inference import Predictor, region_slots
 from pathflip_jax.model.config import PathFLIPConfig

@@ -108,7 +108,7 @@ def test_every_option_that_a_message_names_exists():
     [
         ("data_prep/jobs.py", "pass `--dtype bfloat16`", 0),
         ("data_prep/jobs.py", "pass --questions", 1),
-        ("pathflip_jax/data/index.py", "pass --questions or --mpp", 0),
+        ("pathflip_jax/data/records/index.py", "pass --questions or --mpp", 0),
         ("pathflip_jax/x.py", "set --config.train.batch_size=8 or --config.train.size=8", 1),
         ("pathflip_jax/x.py", "run `pathflip import --mpp 0.5`, not `pathflip import --questions q`", 1),
         ("pathflip_jax/x.py", "try --no-such-thing", 1),

@@ -14,9 +14,9 @@ import pytest
 
 from pathflip_jax import cli
 from pathflip_jax.convert import checkpoint_files, pytorch, released
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding import maps
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.model.parameters import flatten

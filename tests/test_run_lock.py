@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pathflip_jax import run_lock
-from pathflip_jax.data.storage import as_path
+from pathflip_jax.data.storage.files import as_path
 from pathflip_jax.run_lock import InUseError, StillEndingError, hold
 
 

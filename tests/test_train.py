@@ -17,11 +17,12 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pathflip_jax import alignment as alignment_stage
-from pathflip_jax import checkpoint, goodput, run_lock, settings, train
+from pathflip_jax import checkpoint, run_lock, settings, train
 from pathflip_jax.checkpoint import load_run
-from pathflip_jax.data.tokens import TextTokenizer
-from pathflip_jax.metrics import MetricsWriter, read_metrics
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.monitoring import goodput
+from pathflip_jax.monitoring.metrics import MetricsWriter, read_metrics
 from pathflip_jax.stage import alignment
 
 SMALL = [

@@ -8,7 +8,7 @@ import sys
 
 from accelerator_parts import CURE, FAULT, Context, Row, Rows
 from accelerator_parts.explain import explain
-from pathflip_jax.telemetry import PEAK_BFLOAT16
+from pathflip_jax.monitoring.telemetry import PEAK_BFLOAT16
 
 # Bytes per second of a whole device's memory, by `device_kind`; sources as of telemetry.PEAK_BFLOAT16.
 BANDWIDTH = {

@@ -17,7 +17,7 @@ import numpy as np
 import time_to_train as benchmark
 
 from accelerator_parts import CURE, FAULT, Context, Row, Rows
-from pathflip_jax.metrics import METRICS, PERFORMANCE, read_metrics
+from pathflip_jax.monitoring.metrics import METRICS, PERFORMANCE, read_metrics
 
 CLI = [sys.executable, "-m", "pathflip_jax.cli"]
 SLIDES, SMALL_SLIDES = 64, 8

@@ -81,9 +81,9 @@ def run(context: Context, family: str) -> Rows:
     import jax
 
     from pathflip_jax.model import flops
+    from pathflip_jax.monitoring.telemetry import peak
     from pathflip_jax.runtime import memory
     from pathflip_jax.runtime.sharding import make_mesh
-    from pathflip_jax.telemetry import peak
 
     training, ran = Training(family, context), None
     if context.platform == "cpu":

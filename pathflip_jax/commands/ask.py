@@ -38,8 +38,8 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps({"slide_id": slide.slide_id, "answer": answer}) if options.json else answer)
         return 0
 
-    from pathflip_jax.data.conversations import ask
-    from pathflip_jax.data.text import Question
+    from pathflip_jax.data.texts.conversations import ask
+    from pathflip_jax.data.texts.text import Question
     from pathflip_jax.evaluate.language import choice_shares
 
     choices = dict(options.options)

@@ -28,7 +28,7 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     import dataclasses
 
-    from pathflip_jax.goodput import as_dict, describe, summarise
+    from pathflip_jax.monitoring.goodput import as_dict, describe, summarise
 
     found = summarise(options.run_folder)
     if options.preemptions_per_day is not None:

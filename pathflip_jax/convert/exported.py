@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from pathflip_jax.data.tables import json_object
+from pathflip_jax.data.texts.tables import json_object
 from pathflip_jax.model.config import FAMILIES, ModelConfig
 from pathflip_jax.versions import READ, UnknownSettings, before, refusal, this_version, unknown_settings
 

@@ -23,7 +23,7 @@ from pathflip_jax.convert.pytorch import (
 )
 from pathflip_jax.convert.recognise import Tensor, account, recognise
 from pathflip_jax.convert.released import UNKNOWN_ENCODER, assumed_sizes, require_own_bert
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.folders import read_decoder_config
 from pathflip_jax.llm.names import TARGETS, adapter_names

@@ -71,7 +71,7 @@ def load_released(
 def _load_export(
     source: Path, exported: Exported, bert_folder: str | Path | None, heads: int | None, weights: str
 ) -> Released:
-    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.data.texts.tokenizer import TextTokenizer
     from pathflip_jax.model.parameters import unflatten
 
     config, notes = exported.config, list(exported.notes)
@@ -110,7 +110,7 @@ def _load_foreign(
     keep_lora: bool,
     weights: str,
 ) -> Released:
-    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.data.texts.tokenizer import TextTokenizer
     from pathflip_jax.model.parameters import unflatten
 
     tokenizer = TextTokenizer(bert_folder)

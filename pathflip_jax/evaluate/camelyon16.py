@@ -27,9 +27,9 @@ from xml.etree import ElementTree
 import numpy as np
 from tqdm import tqdm
 
-from pathflip_jax.data import guarded
-from pathflip_jax.data.text import some
-from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.texts.text import some
 from pathflip_jax.grounding.boxes import trace
 from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
 
@@ -121,7 +121,9 @@ def _reaches(ring: np.ndarray, cut: np.ndarray) -> bool:
 
 def read_mask(path: Path) -> list[Polygon]:
     """The tumor areas of a mask (its upper half of values), traced on a level of at most 2^25 pixels."""
-    facts, arrays = guarded.parse("pathflip_jax.data.slide_pixels:mask", path, MASK_PIXELS, memory=guarded.SLIDE_MEMORY)
+    facts, arrays = guarded.parse(
+        "pathflip_jax.data.readers.slide_pixels:mask", path, MASK_PIXELS, memory=guarded.SLIDE_MEMORY
+    )
     return list(trace(arrays["mask"], np.zeros(2), facts["downsample"]))
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 from data_prep.slide_files import find_slides
-from pathflip_jax.data import guarded
+from pathflip_jax.data.readers import guarded
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def slide_files(folder) -> dict[str, Path]:
 
 def _format(path: Path) -> str | None:
     try:
-        return guarded.parse("pathflip_jax.data.slide_pixels:detect", path)[0]["format"]
+        return guarded.parse("pathflip_jax.data.readers.slide_pixels:detect", path)[0]["format"]
     except (ValueError, OSError):  # what ends OpenSlide is no slide
         return None
 
@@ -54,7 +54,7 @@ def _on_white(picture: np.ndarray) -> np.ndarray:
 def patch_colours(path, coords: Int[np.ndarray, "N 2"], patch_size: int) -> Float[np.ndarray, "N 3"]:
     """The mean RGB of each patch, from the lowest level at which a patch still has 8 pixels."""
     corners = [(int(x), int(y)) for x, y in coords]
-    reader = "pathflip_jax.data.slide_pixels:colours"
+    reader = "pathflip_jax.data.readers.slide_pixels:colours"
     facts, arrays = guarded.parse(reader, path, corners, int(patch_size), WHOLE_LEVEL, memory=guarded.SLIDE_MEMORY)
     if "colours" in arrays:  # a slide with no low level: patch by patch
         return arrays["colours"]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.tables import json_object, read_rows
-from pathflip_jax.data.text import some
+from pathflip_jax.data.texts.tables import json_object, read_rows
+from pathflip_jax.data.texts.text import some
 from pathflip_jax.evaluate import few_shot, grounding, report, retrieval, scores, summary
 from pathflip_jax.evaluate.published import published
 

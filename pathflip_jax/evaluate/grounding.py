@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
-from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.evaluate import colour, froc, scores
 from pathflip_jax.evaluate.truth import LesionTask, Truth, true_patches
 from pathflip_jax.grounding.surface import smooth_patches

@@ -18,7 +18,7 @@ import jax
 import jinja2
 from matplotlib.figure import Figure
 
-from pathflip_jax.data.tables import write_csv
+from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.evaluate.headlines import GAIN, SCORE, SHARE, Headline, headlines
 
 PACKAGES = ("pathflip-jax", "jax", "flax", "numpy", "scikit-learn", "openslide-python")

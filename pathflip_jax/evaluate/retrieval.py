@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from pathflip_jax.data.captions import plain
-from pathflip_jax.data.identity import fold
+from pathflip_jax.data.texts.captions import plain
+from pathflip_jax.data.texts.identity import fold
 
 TIE = 1e-6  # two cosines closer than this are equal: float32 noise decides no rank
 RECALLS = (1, 5, 10)

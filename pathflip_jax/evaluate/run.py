@@ -34,7 +34,7 @@ from pathflip_jax.grounding.surface import SMOOTH
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.llm.assistant import is_language_run
 from pathflip_jax.llm.generate import Sampling
-from pathflip_jax.metrics import METRICS, read_metrics
+from pathflip_jax.monitoring.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 384  # of a caption or an answer, unless the caller says otherwise

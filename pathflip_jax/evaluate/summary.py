@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.text import SlideText
+from pathflip_jax.data.texts.text import SlideText
 from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.region_texts import RegionText

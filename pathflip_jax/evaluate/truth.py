@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.evaluate import froc
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.zero_shot import read_prompts

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.text import Question
+from pathflip_jax.data.texts.text import Question
 from pathflip_jax.evaluate import captioning, scores
 from pathflip_jax.evaluate.scores import Statistic
 from pathflip_jax.evaluate.words import normal_form

@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pathflip_jax.data import guarded
+from pathflip_jax.data.readers import guarded
 from pathflip_jax.grounding.outlines import Polygon
 from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
@@ -41,7 +41,9 @@ def read_thumbnail(path, pixels: int = 1024) -> Canvas:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
-    facts, arrays = guarded.parse("pathflip_jax.data.slide_pixels:thumbnail", path, pixels, memory=guarded.SLIDE_MEMORY)
+    facts, arrays = guarded.parse(
+        "pathflip_jax.data.readers.slide_pixels:thumbnail", path, pixels, memory=guarded.SLIDE_MEMORY
+    )
     picture = arrays["picture"]
     return Canvas(picture, (0.0, 0.0), facts["width"] / picture.shape[1])
 

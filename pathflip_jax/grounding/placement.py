@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data import guarded
+from pathflip_jax.data.readers import guarded
 
 
 class Measures(NamedTuple):
@@ -22,7 +22,7 @@ def read_measures(path) -> Measures:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
-    facts, _ = guarded.parse("pathflip_jax.data.slide_pixels:measures", path, memory=guarded.SLIDE_MEMORY)
+    facts, _ = guarded.parse("pathflip_jax.data.readers.slide_pixels:measures", path, memory=guarded.SLIDE_MEMORY)
     return Measures(facts["width"], facts["height"], facts["mpp"], tuple(facts["bounds"]))
 
 

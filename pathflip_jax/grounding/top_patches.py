@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pathflip_jax.data import guarded
+from pathflip_jax.data.readers import guarded
 from pathflip_jax.grounding.files import short_name, write_picture, write_whole
 
 PIXELS = 256  # of a picture's edge
@@ -42,7 +42,7 @@ def read_patches(
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
     corners = [(int(x), int(y)) for x, y in coords]
-    reader = "pathflip_jax.data.slide_pixels:patches"
+    reader = "pathflip_jax.data.readers.slide_pixels:patches"
     _, arrays = guarded.parse(reader, path, corners, int(patch_size), pixels, memory=guarded.SLIDE_MEMORY)
     return arrays["patches"]
 

@@ -66,8 +66,8 @@ class LanguageBatch(NamedTuple):
     """What a step of the language stage sees: sequences about slides, padded on the right.
 
     `mask` is True at real tokens, `response` at those that are learnt, each from what stands before it. Where the
-    features are on the devices, `patches` are their rows (`data.pipeline.look_up`); where slides were embedded before,
-    they are the embeddings [slide; regions].
+    features are on the devices, `patches` are their rows (`data.batches.pipeline.look_up`); where slides were embedded
+    before, they are the embeddings [slide; regions].
     """
 
     patches: Float16[Array, "B R S F"] | Int32[Array, "B R S"] | Float[Array, "B 1+R D"]

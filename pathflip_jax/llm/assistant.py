@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pathflip_jax.checkpoint import CONFIG, read_json, run_folder
-from pathflip_jax.data.conversations import DESCRIBE, Turn
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.text import IMAGE
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.texts.conversations import DESCRIBE, Turn
+from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.inference import Predictor
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.decoder import Decoder

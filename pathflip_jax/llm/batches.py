@@ -12,12 +12,12 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float
 
-from pathflip_jax.data.bags import Regions, regions_of, wanted_slides
-from pathflip_jax.data.captions import split_sentences
-from pathflip_jax.data.conversations import Conversation, Turn, match_conversations
-from pathflip_jax.data.patches import PatchSampler
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.text import some
+from pathflip_jax.data.batches.bags import Regions, regions_of, wanted_slides
+from pathflip_jax.data.batches.patches import PatchSampler
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.captions import split_sentences
+from pathflip_jax.data.texts.conversations import Conversation, Turn, match_conversations
+from pathflip_jax.data.texts.text import some
 from pathflip_jax.embed import open_embeddings
 from pathflip_jax.llm.adapter import LanguageBatch
 from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
@@ -208,7 +208,7 @@ class LanguageBatches:
         self._slides.load((example.regions for example in self._examples), on_device)
 
     def take_features(self) -> np.ndarray | None:
-        """As `data.pipeline.Batches.take_features`."""
+        """As `data.batches.pipeline.Batches.take_features`."""
         return self._slides.take_features()
 
     def batch(self, step: int) -> LanguageBatch:

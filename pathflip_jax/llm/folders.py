@@ -20,9 +20,9 @@ import numpy as np
 import safetensors
 
 from pathflip_jax.checkpoint import write_json
-from pathflip_jax.data.storage import is_url
-from pathflip_jax.data.tables import parse_json
-from pathflip_jax.data.tfrecord import whole_file
+from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.data.texts.tables import parse_json
 from pathflip_jax.llm.config import DecoderConfig
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pathflip_jax.data.conversations import Conversation, Turn
-from pathflip_jax.data.text import IMAGE
+from pathflip_jax.data.texts.conversations import Conversation, Turn
+from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 
 IMAGE_ID = -1  # the slide, and its first soft token: soft token j is -1 - j

@@ -16,12 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, fingerprints, settings
-from pathflip_jax.data.cases import slides_of_case
-from pathflip_jax.data.conversations import read_conversations, read_mixture
-from pathflip_jax.data.patches import PatchSampler
-from pathflip_jax.data.pipeline import look_up
-from pathflip_jax.data.records import Records, manifest_hash
-from pathflip_jax.data.storage import as_path, make_folder, read_bytes
+from pathflip_jax.data.batches.patches import PatchSampler
+from pathflip_jax.data.batches.pipeline import look_up
+from pathflip_jax.data.records.records import Records, manifest_hash
+from pathflip_jax.data.storage.files import as_path, make_folder, read_bytes
+from pathflip_jax.data.texts.cases import slides_of_case
+from pathflip_jax.data.texts.conversations import read_conversations, read_mixture
 from pathflip_jax.embed import checkpoint_hash
 from pathflip_jax.inference import load
 from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, language_operations, language_stage
@@ -39,9 +39,9 @@ from pathflip_jax.llm.lora import load_peft
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
-from pathflip_jax.metrics import VALIDATION
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
 from pathflip_jax.runtime import memory, sharding

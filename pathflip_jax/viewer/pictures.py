@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from pathflip_jax.data import guarded
+from pathflip_jax.data.readers import guarded
 from pathflip_jax.runtime.limits import processors
 from pathflip_jax.viewer.cache import Cache
 
@@ -21,7 +21,7 @@ READERS = min(4, processors())  # worker processes
 CACHE_BYTES = 256 * 2**20  # of JPEG tiles
 THUMBNAIL = 256  # pixels
 QUALITY = 82
-SOURCE = "pathflip_jax.data.slide_pixels"
+SOURCE = "pathflip_jax.data.readers.slide_pixels"
 
 
 class Pyramid(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pathflip_jax.data.storage import Place
+from pathflip_jax.data.storage.files import Place
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.inference import Predictor, load

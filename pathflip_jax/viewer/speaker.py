@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from pathflip_jax.data.conversations import Turn
+from pathflip_jax.data.texts.conversations import Turn
 from pathflip_jax.llm.assistant import Rows, SlideAssistant
 from pathflip_jax.llm.generate import Sampling
 from pathflip_jax.viewer.cache import Cache

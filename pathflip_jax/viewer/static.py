@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from pathflip_jax.data.failures import Failure, list_failures
+from pathflip_jax.data.storage.failures import Failure, list_failures
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.viewer.layers import STEPS, areas, layer_facts, make_layer
 from pathflip_jax.viewer.page_files import page_files

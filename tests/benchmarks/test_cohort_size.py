@@ -3,7 +3,7 @@
 import json
 import sys
 
-from pathflip_jax.data.records import Records
+from pathflip_jax.data.records.records import Records
 
 
 def test_a_cohort_is_made_and_opened(benchmark_modules, tmp_path, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import openslide
 import pytest
 
-from pathflip_jax.data.records import Records
+from pathflip_jax.data.records.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from pathflip_jax.convert.bert import bert_parameters, bert_settings
 from pathflip_jax.convert.checkpoint_files import read_tensors
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, unflatten
 from pathflip_jax.model.pathflip import PathFLIP

@@ -10,7 +10,7 @@ import pytest
 from pathflip_jax import cli, settings
 from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.language import AlignerParts, write_language_run
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.assistant import SlideAssistant
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig

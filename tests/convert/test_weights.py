@@ -354,7 +354,7 @@ def test_convert_refuses_what_does_not_belong(tmp_path):
 def test_a_trained_bias_is_exported_and_explained(tmp_path):
     """Models born here may have a bias that the released class lacks: kept for ours, said in the README."""
     from pathflip_jax.checkpoint import save_run
-    from pathflip_jax.data.tokens import TextTokenizer
+    from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
     config = PathFLIPConfig.from_dict(CONFIG.to_dict() | {"logit_bias_init": -10.0})
     flat = {name: jnp.asarray(x) for name, x in random_parameters(config).items()}

@@ -21,8 +21,8 @@ from data_prep.build import import_features, prepare
 from data_prep.jobs import prepare_slide
 from data_prep.plan import make_plan
 from data_prep.slide_files import find_slides
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.verify import verify
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.records.verify import verify
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install pathflip-jax[beam]")
 pytestmark = pytest.mark.slow  # a pipeline takes seconds to start, one of several processes more

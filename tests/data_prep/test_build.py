@@ -22,10 +22,10 @@ from data_prep import build, jobs
 from data_prep.build import import_features, prepare
 from data_prep.encoders import load_encoder
 from data_prep.pool import Worker, run_each, worker_number
-from pathflip_jax.data import guarded
-from pathflip_jax.data.failures import Failure
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.verify import verify
+from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.storage.failures import Failure
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real files in {REAL}: set PATHFLIP_TEST_DATA")
@@ -332,7 +332,7 @@ def test_a_worker_is_started_anew_after_a_job_that_killed_it():
 
 def test_a_worker_that_stalls_or_floods_is_ended_by_its_limits():
     """As `Slide.read` sets them around OpenSlide: a stall ends the worker, an allocation too many is its error."""
-    start = "(held := __import__('pathflip_jax.data.guarded', fromlist='x').limits({}, 2**30)).__enter__() or "
+    start = "(held := __import__('pathflip_jax.data.readers.guarded', fromlist='x').limits({}, 2**30)).__enter__() or "
     stall, flood = start.format(0.2) + "__import__('time').sleep(60) or 'slept'", start.format(60) + "len(bytes(2**33))"
     assert dict(run_each(eval, [stall, "1 + 1"], 2)) == {stall: None, "1 + 1": 2}
     if sys.platform == "linux":

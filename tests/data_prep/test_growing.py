@@ -14,8 +14,8 @@ from data_prep import build
 from data_prep.build import import_features
 from data_prep.plan import _entries, _Slides
 from data_prep.plan_file import Entry
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.verify import verify
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.records.verify import verify
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 from data_prep import shards
 from data_prep.jobs import Effort, Job, Outcome
 from data_prep.shards import Progress, assemble, part_traits
-from pathflip_jax.data.cohort import elect
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records, write_shard
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.cohort import elect
+from pathflip_jax.data.records.records import Records, write_shard
 
 SETTINGS = {"cut": "scan", "edge_um": 2048.0}
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 from data_prep import synthetic
 from data_prep.layout import CONCEPTS, TUMORS, plan
 from data_prep.synthetic import generate, main
-from pathflip_jax.data.text import read_questions
+from pathflip_jax.data.texts.text import read_questions
 
 SLIDES, SIZE = 8, 640
 

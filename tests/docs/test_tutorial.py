@@ -69,7 +69,7 @@ def test_every_command_leaves_what_the_page_promises(walked):
 
 def write_feature_files(records: Path, folder: Path) -> None:
     """The slides of some records as CLAM writes them, which says nothing of patch size and mpp."""
-    from pathflip_jax.data.records import Records
+    from pathflip_jax.data.records.records import Records
 
     opened = Records(records)
     folder.mkdir()

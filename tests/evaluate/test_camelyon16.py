@@ -17,8 +17,8 @@ from data_prep.layout import TUMORS, plan, rings
 from data_prep.slide_image import render, write_slide
 from pathflip_jax import cli
 from pathflip_jax.checkpoint import save_run
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import camelyon16, froc
 from pathflip_jax.evaluate.grounding import concept_scores
 from pathflip_jax.grounding.outlines import contains, rasterise, read_outlines

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathflip_jax.data.text import read_texts
+from pathflip_jax.data.texts.text import read_texts
 from pathflip_jax.evaluate import captioning, scores
 from pathflip_jax.evaluate.words import find_words, normal_form, words
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pathflip_jax.data.tables import read_rows
+from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.evaluate.cohort import read_cohort, read_pairs
 
 

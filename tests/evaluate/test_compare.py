@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from pathflip_jax import cli
-from pathflip_jax.data.tables import write_csv
+from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.evaluate import compare, run, scores
 from pathflip_jax.evaluate.published import FIGURES, published
 from pathflip_jax.inference import Embedding

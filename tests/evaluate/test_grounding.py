@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from pathflip_jax.data.features import SlideFeatures
+from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.evaluate import grounding, summary, truth
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 

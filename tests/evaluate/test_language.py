@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pathflip_jax.data.conversations import DESCRIBE, read_conversations
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import finish_folder, shard_name, write_shard
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
+from pathflip_jax.data.texts.conversations import DESCRIBE, read_conversations
 from pathflip_jax.evaluate import language, run
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces

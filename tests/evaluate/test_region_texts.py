@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from pathflip_jax.checkpoint import save_run
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import finish_folder, shard_name, write_shard
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import region_texts, run
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.inference import Embedding, Predictor, TextEncoding, load

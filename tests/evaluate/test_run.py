@@ -14,8 +14,8 @@ from flax import nnx
 from sklearn import metrics
 
 from pathflip_jax.checkpoint import save_run
-from pathflip_jax.data.records import Records
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import run
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference import Embedding, load

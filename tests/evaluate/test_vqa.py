@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathflip_jax.data.text import Question, read_questions
+from pathflip_jax.data.texts.text import Question, read_questions
 from pathflip_jax.evaluate import scores, vqa
 from pathflip_jax.evaluate.vqa import parse_choice
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pathflip_jax import cli, inference
 from pathflip_jax.checkpoint import save_run
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.outlines import contains, read_outlines
 from pathflip_jax.model.config import PathFLIPConfig

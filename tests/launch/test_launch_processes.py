@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pathflip_jax.metrics import read_metrics
+from pathflip_jax.monitoring.metrics import read_metrics
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 

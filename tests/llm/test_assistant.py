@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from pathflip_jax import cli
-from pathflip_jax.data.conversations import Turn
-from pathflip_jax.data.records import Records
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.conversations import Turn
 from pathflip_jax.llm import assistant as assistants
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.assistant import SlideAssistant

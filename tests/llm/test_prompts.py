@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pathflip_jax.data.conversations import Conversation, Turn
+from pathflip_jax.data.texts.conversations import Conversation, Turn
 from pathflip_jax.llm.prompts import (
     IMAGE_ID,
     TEMPLATES,

@@ -10,17 +10,17 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pathflip_jax import checkpoint, cli, train
-from pathflip_jax.data.tokens import TextTokenizer
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.llm.adapter import LOSS_CHUNK, LanguageBatch, language_operations, language_stage, response_losses
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.hf_io import load_decoder
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.training import assemble, read_trained
-from pathflip_jax.metrics import read_metrics
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.monitoring.metrics import read_metrics
 from pathflip_jax.stage import loss_and_gradients
 
 ALIGNER = PathFLIPConfig(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openslide.deepzoom import DeepZoomGenerator
 
-from pathflip_jax.data import guarded, slide_pixels
+from pathflip_jax.data.readers import guarded, slide_pixels
 from pathflip_jax.viewer.pictures import Pictures, Pyramid
 
 

@@ -8,8 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from pathflip_jax.data.features import SlideFeatures
-from pathflip_jax.data.records import Records, finish_folder, shard_name, write_shard
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
 
 WIDTH = 6
 

@@ -1,0 +1,234 @@
+"""The slides of a cohort with their texts, tokenised once, for training to draw from (DESIGN section 5).
+
+A bag is a slide, or the slides of a case that one text is about: their regions count as one slide's. Bags of one case
+carry one case number, and those with the same caption one number for it, so that the losses take none of them for
+another's negative.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.captions import plain, split_sentences
+from pathflip_jax.data.texts.cases import NO_TABLE, Sources, bag_keys, slides_of_case
+from pathflip_jax.data.texts.identity import connected, person_keys
+from pathflip_jax.data.texts.text import SlideText, match_texts, some
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
+
+_AT_ONCE = 4096  # texts
+_log = logging.getLogger(__name__)
+
+
+class Pieces(Sequence[np.ndarray]):
+    """The ids of a text's sentences, end to end in one array: of millions of arrays most would be headers."""
+
+    __slots__ = ("_ids", "_ends")
+
+    def __init__(self, pieces: Sequence[np.ndarray]) -> None:
+        self._ids = np.concatenate([np.zeros(0, np.int32), *pieces])
+        self._ends = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        number = range(len(self))[number]  # IndexError for one that is not there
+        return self._ids[self._ends[number] : self._ends[number + 1]]
+
+    @property
+    def shortest(self) -> int:
+        """The length of the shortest sentence."""
+        return int(np.diff(self._ends).min())
+
+
+class TokenisedText(NamedTuple):
+    """A text ready to draw from: the caption's ids, and those of its sentences or of the subcaptions given with it.
+
+    `caption` has its [CLS] and [SEP], `pieces` have none, so that a merge of them is one after the other. `written` is
+    the text itself.
+    """
+
+    caption: np.ndarray
+    pieces: Pieces
+    written: SlideText
+
+    @property
+    def words(self) -> list[str]:
+        """The sentences, or the subcaptions given with the caption, whose ids are `pieces`; split anew each time."""
+        return _sentences(self.written)
+
+    @property
+    def given(self) -> bool:
+        """Whether subcaptions came with the caption."""
+        return bool(self.written.subcaptions)
+
+
+def _sentences(text: SlideText) -> list[str]:
+    return list(text.subcaptions or split_sentences(text.caption))
+
+
+class Regions(NamedTuple):
+    """The regions of slides that are sampled as one: where each is stored and how many patches it has."""
+
+    record: np.ndarray  # [regions] place of the region's slide in the records
+    region: np.ndarray  # [regions] the region's number in that slide
+    start: np.ndarray  # [regions] its first patch in that slide
+    count: np.ndarray  # [regions] its patches
+
+
+class Bag(NamedTuple):
+    """Slides that are sampled as one, with their texts; `places` are those of the slides in the records.
+
+    `related` numbers the case and those captions that bags of other cases have too: bags that share a number are no
+    negatives of each other.
+    """
+
+    slides: tuple[str, ...]
+    related: tuple[int, ...]
+    texts: list[TokenisedText]
+    places: tuple[int, ...]
+
+
+def regions_of(records: Records, places: Sequence[int]) -> Regions:
+    """The regions of the slides at these places in the records, one slide after the other."""
+    rows = [np.asarray(records.slides[i].region_rows) for i in places]
+    return Regions(
+        np.repeat(places, [len(row) - 1 for row in rows]),
+        np.concatenate([np.arange(len(row) - 1) for row in rows]),
+        np.concatenate([row[:-1] for row in rows]),
+        np.concatenate([np.diff(row) for row in rows]),
+    )
+
+
+def wanted_slides(records: Records, slide_ids: Sequence[str] | None) -> set[str]:
+    """The slides to draw from: these, or all of the records. ValueError for one with no record or no patch."""
+    patches = dict(zip(records.slides.column("slide_id"), records.slides.column("num_patches"), strict=True))
+    wanted = set(patches) if slide_ids is None else set(slide_ids)
+    missing = sorted(wanted - set(patches))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} slides have no record ({some(missing)}); the records hold "
+            f"{some(patches)}; prepare or import them, or take them out of the slide table"
+        )
+    empty = sorted(slide for slide in wanted if patches[slide] == 0)
+    if empty:
+        raise ValueError(f"{len(empty)} slides have no patches ({some(empty)}); take them out of the slide table")
+    return wanted
+
+
+def collect_bags(
+    records: Records,
+    texts: Sequence[SlideText],
+    tokenizer: TextTokenizer,
+    slide_ids: Sequence[str] | None,
+    caption_length: int,
+    subcaption_length: int,
+    sources: Sources = NO_TABLE,
+) -> list[Bag]:
+    """The bags of the slides in `slide_ids` (None = all), in the order of the records.
+
+    Whose slides are, records and texts say, and `sources` with the slide table. Slides without a text are left out,
+    with a warning that counts them. Raises ValueError for slides without a record or without patches, when no slide
+    has a text, and where two of the sources say that a slide is of different patients.
+    """
+    infos = records.slides
+    position = {info.slide_id: i for i, info in enumerate(infos)}
+    wanted = wanted_slides(records, slide_ids)
+    grouped: dict[tuple[str, ...], list[SlideText]] = {}
+    of_case = slides_of_case(sources.rows.values())
+    texts = [text if text.slide_ids else replace(text, slide_ids=of_case(text.case_id)) for text in texts]
+    for text in match_texts(texts, [info.slide_id for info in infos], [info.case_id for info in infos]):
+        slides = tuple(sorted(wanted.intersection(text.slide_ids), key=position.get))
+        if slides:
+            grouped.setdefault(slides, []).append(text)
+    if not grouped:
+        raise ValueError(f"none of the {len(wanted)} slides ({some(sorted(wanted))}) has a text")
+    silent = sorted(wanted.difference(*grouped))
+    if silent and slide_ids is not None:  # otherwise matching has said so
+        _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), some(silent))
+    members = sorted(grouped, key=lambda slides: [position[slide] for slide in slides])
+    cases = _cases(members, grouped, {info.slide_id: info.case_id for info in infos}, sources)
+    captions = _shared_captions(members, grouped, cases)
+    flat = [text for slides in members for text in grouped[slides]]
+    ready = iter(_tokenise(flat, tokenizer, caption_length, subcaption_length))
+    bags = []
+    for slides, case, shared in zip(members, cases, captions, strict=True):
+        places = tuple(position[slide] for slide in slides)
+        bags.append(Bag(slides, (case, *shared), [next(ready) for _ in grouped[slides]], places))
+    return bags
+
+
+def _cases(members, grouped, case_of: Mapping[str, str], sources: Sources = NO_TABLE) -> list[int]:
+    """A number for each bag, equal where bags share a slide, a case or a patient, whoever says so.
+
+    Two bags may be of one patient by way of a slide of the table that is in neither.
+    """
+    table = [person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in sources.rows.values()]
+    return connected([*bag_keys(members, grouped, case_of, sources), *table])[: len(members)]
+
+
+def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:
+    """For each bag the numbers, above those of cases, of its captions that a bag of another case has too."""
+    holders: defaultdict[str, list[int]] = defaultdict(list)
+    for number, slides in enumerate(members):
+        for caption in dict.fromkeys(plain(text.caption) for text in grouped[slides]):
+            holders[caption].append(number)
+    shared = {caption: bags for caption, bags in holders.items() if len({cases[bag] for bag in bags}) > 1}
+    found: list[list[int]] = [[] for _ in members]
+    for number, bags in enumerate(shared.values(), max(cases) + 1):
+        for bag in bags:
+            found[bag].append(number)
+    if shared:
+        commonest = max(shared, key=lambda caption: len(shared[caption]))
+        _log.warning(
+            "%d captions are those of slides of several cases, word for word (%d of %d slides; %d have %r): these "
+            "slides are no negatives of each other",
+            len(shared), sum(map(bool, found)), len(members), len(shared[commonest]), commonest[:60],
+        )  # fmt: skip
+    return found
+
+
+def _tokenise(
+    texts: Sequence[SlideText], tokenizer: TextTokenizer, caption_length: int, subcaption_length: int
+) -> list[TokenisedText]:
+    """Tokenise every text once, and say once how many captions and sentences are too long."""
+    found: list[TokenisedText] = []
+    long = {"captions": _TooLong(caption_length), "sentences": _TooLong(subcaption_length)}
+    for start in range(0, len(texts), _AT_ONCE):  # what is in memory besides is of so many texts
+        part = texts[start : start + _AT_ONCE]
+        captions, words = tokenizer.ids([text.caption for text in part]), [_sentences(text) for text in part]
+        pieces = tokenizer.ids([sentence for sentences in words for sentence in sentences])
+        long["captions"].count(captions)
+        long["sentences"].count(pieces)
+        upcoming = iter(pieces)
+        for text, caption, sentences in zip(part, captions, words, strict=True):
+            own = Pieces([next(upcoming) for _ in sentences])
+            found.append(TokenisedText(tokenizer.wrap(caption, caption_length), own, text))
+    for what, seen in long.items():
+        if seen.over:
+            _log.warning(
+                "%d of %d %s are longer than %d tokens (the longest has %d); their ends are cut",
+                seen.over, seen.total, what, seen.most, seen.longest,
+            )  # fmt: skip
+    return found
+
+
+@dataclass
+class _TooLong:
+    """How many of some texts have more than `most` tokens with [CLS] and [SEP]."""
+
+    most: int
+    over: int = 0
+    total: int = 0
+    longest: int = 0
+
+    def count(self, texts: Sequence[np.ndarray]) -> None:
+        lengths = [len(ids) + 2 for ids in texts]
+        self.over += sum(length > self.most for length in lengths)
+        self.total += len(lengths)
+        self.longest = max(self.longest, *lengths, 0)

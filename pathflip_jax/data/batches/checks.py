@@ -1,0 +1,80 @@
+"""Checks before training for data that teach nothing: texts of unknown words, batches without negatives."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from pathflip_jax.data.batches.bags import Bag, TokenisedText
+from pathflip_jax.data.batches.pipeline import Batches
+from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
+
+WORTH_SAYING = 0.01  # a share of unknown pieces below this is said to nobody
+MOST_STEPS = 1000  # so many batches are looked at for negatives
+_SENTENCES = 500  # so many are read for examples of unknown words
+_log = logging.getLogger(__name__)
+
+
+def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: float, table: object) -> None:
+    """Raise ValueError where more than a share of `most` of the pieces of the texts are unknown to the vocabulary."""
+    texts = [text for bag in bags for text in bag.texts]
+    share = tokenizer.unknown_share(part for text in texts for part in (text.caption[1:-1], *text.pieces))
+    if share < WORTH_SAYING:
+        return
+    found = (
+        f"{table}: {share:.1%} of the word pieces of the texts are unknown to the vocabulary {tokenizer.folder} "
+        f"({some(_unknown_words(texts, tokenizer), 5)})"
+    )
+    if share > most:
+        raise ValueError(
+            f"{found}, more than data.max_unknown_share={most:g}: the model would read [UNK] in their place. Name the "
+            "BERT folder of the texts' language as --config.data.tokenizer, or make one of these texts with `pathflip "
+            f"vocabulary`; --config.data.max_unknown_share={min(share + 0.01, 1):.2f} trains all the same"
+        )
+    _log.warning("%s", found)
+
+
+def _unknown_words(texts: Iterable[TokenisedText], tokenizer: TextTokenizer) -> list[str]:
+    """Words with an unknown piece, the commonest first."""
+    pairs = (pair for text in texts for pair in zip(text.words, text.pieces, strict=True))
+    sentences = (sentence for sentence, ids in pairs if tokenizer.unk_id in ids)
+    counts = Counter(
+        word for sentence, _ in zip(sentences, range(_SENTENCES), strict=False) for word in sentence.split()
+    )
+    words = [word for word, _ in counts.most_common()]
+    return [word for word, ids in zip(words, tokenizer.ids(words), strict=True) if tokenizer.unk_id in ids]
+
+
+def require_negatives(batches: Batches) -> None:
+    """Raise ValueError where no batch can hold two slides that are negatives of each other; count those that do not."""
+    useless = "without one the losses ask nothing of the model"
+    if batches.batch_size == 1:
+        raise ValueError(
+            f"train.batch_size=1: a batch of one slide has no negative, and {useless}; set "
+            "--config.train.batch_size to 2 or more (train.accumulate spreads a batch over less memory)"
+        )
+    if not any_unrelated(batches.related):
+        raise ValueError(
+            f"all {len(batches.related)} training slides ({some('+'.join(slides) for slides in batches.slides)}) are "
+            f"of one case, or have the same caption: no batch has a negative, and {useless}. Train on slides of "
+            "several patients, or correct case_id and patient_id in the tables"
+        )
+    steps = min(batches.steps_per_epoch, MOST_STEPS)
+    lone = sum(not any_unrelated(batches.related[batches.chosen(step)]) for step in range(steps))
+    if lone:
+        _log.warning(
+            "%d of the first %d batches hold slides of one case alone, or of one caption: they have no negative and "
+            "teach next to nothing; a larger train.batch_size has fewer of them",
+            lone, steps,
+        )  # fmt: skip
+
+
+def any_unrelated(related: Int[np.ndarray, "n S"]) -> bool:
+    """Whether two of these slides share no number (`Batch.related`), so that they are negatives of each other."""
+    kinds = np.unique(np.sort(related, axis=1), axis=0)
+    if not len(kinds) or any((kinds == number).any(axis=1).all() for number in kinds[0]):  # one that all have
+        return False
+    return any(not np.isin(kinds, own).any(axis=1).all() for own in kinds)

@@ -1,0 +1,1 @@
+"""Feature files and slide files of other tools."""

@@ -1,0 +1,130 @@
+"""Feature files below a folder: which of its files are features of slides, and what is said of the others."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.folders import stand_in, walk_files
+from pathflip_jax.data.texts.text import some
+
+FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
+# Folders that lie beside features and hold none: coordinates, masks, pictures.
+NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
+SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector a slide: slide_features_titan
+# Kinds of file that somebody may take for features, and what to do with them.
+UNREADABLE = {
+    ".npy": "save features and coordinates together as HDF5 (datasets 'features' and 'coords')",
+    ".npz": "save its arrays as HDF5 (datasets 'features' and 'coords')",
+    ".parquet": "save features and coordinates as HDF5 (datasets 'features' and 'coords')",
+    ".feather": "save features and coordinates as HDF5 (datasets 'features' and 'coords')",
+    ".pkl": "a pickle can run code; save features and coordinates as HDF5 (datasets 'features' and 'coords')",
+    ".pickle": "a pickle can run code; save features and coordinates as HDF5 (datasets 'features' and 'coords')",
+    ".pth": "weights of a model have this ending; rename it to .pt if it is a slide's feature tensor",
+    ".zarr": "save its arrays as HDF5 (datasets 'features' and 'coords')",
+    ".safetensors": "save features and coordinates as HDF5 (datasets 'features' and 'coords')",
+}
+
+
+def slide_id_of(path: Path | str) -> str:
+    """The slide id in a feature file's name: no extension, no trailing `_features`, `_feats` or `_patches`.
+
+    What follows a dot stays: it is the UUID of a TCGA id.
+    """
+    return re.sub(r"[_.-](features|feats|patches)$", "", Path(path).stem, flags=re.IGNORECASE)
+
+
+class FeatureFiles(NamedTuple):
+    """The feature files of a folder in order of slide id, those that cannot be reached, and notes on files left out."""
+
+    files: list[Path]
+    unreachable: list[Failure]
+    notes: list[str]
+
+
+def find_feature_files(folder: Path | str) -> FeatureFiles:
+    """The feature files below a folder of any of these tools, behind links too (`walk_files`), one for each slide.
+
+    A CLAM folder holds every slide twice, as .h5 and .pt: the .h5 are taken, they have the coordinates. Tables that
+    are no features, the coordinate files in `patches/` and slide embeddings are passed over. Raises FileNotFoundError
+    where there is none, ValueError where a slide has several (the features of two encoders below one folder).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; name the folder that holds the feature files")
+    walked = walk_files(folder)
+    inside = [path for path in walked.files if not NOT_FEATURES.intersection(path.relative_to(folder).parts[:-1])]
+    embeddings = [path for path in inside if _is_embedding(path, folder)]
+    inside = [path for path in inside if path not in set(embeddings)]
+    found = [path for path in inside if path.suffix.lower() in FEATURE_SUFFIXES]
+    tables = {path: is_feature_table(path) for path in found if path.suffix.lower() == ".csv"}
+    found = [path for path in found if tables.get(path, True)]
+    with_coords = {slide_id_of(path) for path in found if path.suffix.lower() != ".pt"}
+    found = [path for path in found if path.suffix.lower() != ".pt" or slide_id_of(path) not in with_coords]
+    broken = {path: fault for path, fault in walked.broken.items() if _may_be_features(path, folder)}
+    unreachable = [Failure(slide_id_of(path), str(path), f"{path}: {fault}") for path, fault in broken.items()]
+    notes = _notes(folder, inside, embeddings)
+    if any(tables.values()) and not all(tables.values()):
+        others = [path.relative_to(folder) for path, taken in tables.items() if not taken]
+        notes.append(f"csv files that are no tables of features are not read: {len(others)} ({some(others)})")
+    if not found:
+        reasons = [*(failure.error for failure in unreachable[:3]), *notes]
+        seen = f"; {'; '.join(reasons)}" if reasons else ""
+        raise FileNotFoundError(
+            f"{folder}: no feature files ({', '.join(FEATURE_SUFFIXES)}) found in it or below{seen}"
+        )
+    return FeatureFiles(_one_for_each_slide(found, folder), unreachable, notes)
+
+
+def _one_for_each_slide(found: list[Path], folder: Path) -> list[Path]:
+    slides: dict[str, Path] = {}
+    for path in found:
+        other = slides.setdefault(slide_id_of(path), path)
+        if other != path and not other.samefile(path):
+            raise ValueError(
+                f"{folder}: slide {slide_id_of(path)} has two feature files, {other.relative_to(folder)} and "
+                f"{path.relative_to(folder)}; name the folder of one encoder, or take one file away"
+            )
+    return [slides[slide_id] for slide_id in sorted(slides)]
+
+
+def is_feature_table(path: Path) -> bool:
+    """Whether a csv's header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
+
+    A pointer to a file that was never fetched may be one: reading it says what it is.
+    """
+    if stand_in(path):
+        return True
+    with path.open("rb") as file:
+        header = file.readline(1 << 20).decode("utf-8-sig", errors="replace").strip().split(",")
+    return len(header) > 1 and all(re.search(r"\d$", cell) for cell in header[:-1])
+
+
+def _is_embedding(path: Path, folder: Path) -> bool:
+    return any(part.startswith(SLIDE_EMBEDDINGS) for part in path.relative_to(folder).parts[:-1])
+
+
+def _may_be_features(path: Path, folder: Path) -> bool:
+    """Whether what cannot be reached may hold features: by its suffix, or as a folder, which has none."""
+    if NOT_FEATURES.intersection(path.relative_to(folder).parts):
+        return False
+    suffix = path.suffix.lower()
+    return suffix in FEATURE_SUFFIXES or not re.fullmatch(r"\.[a-z]\w*", suffix)
+
+
+def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]:
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() in UNREADABLE:
+            kinds[path.suffix.lower()].append(str(path.relative_to(folder)))
+    notes = [
+        f"{suffix} files are not read: {len(names)} ({some(names)}); {UNREADABLE[suffix]}"
+        for suffix, names in sorted(kinds.items())
+    ]
+    if embeddings:
+        names = some(path.relative_to(folder) for path in embeddings)
+        notes.append(
+            f"slide embeddings are not read: {len(embeddings)} ({names}); patch features lie in features_<encoder>"
+        )
+    return notes

@@ -1,0 +1,348 @@
+"""Patch features of a slide, and the readers of the feature files that labs already have.
+
+One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files alike. The first bytes
+of a file and what it holds decide who wrote it, never its extension alone.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Int
+
+from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.readers.coordinates import (
+    FEWEST_GAPS,
+    Gap,
+    commonest_gap,
+    patch_size_fault,
+    place_fault,
+    repeated_fault,
+    step_fault,
+    twice_fault,
+    whole_coords,
+)
+from pathflip_jax.data.readers.csv_features import read_csv
+from pathflip_jax.data.readers.feature_files import slide_id_of
+from pathflip_jax.data.readers.h5_features import read_h5, squeezed
+from pathflip_jax.data.storage.blocks import row_blocks
+from pathflip_jax.data.storage.folders import stand_in
+from pathflip_jax.data.texts.identity import barcode_patient
+
+FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+_PLAIN_ID = re.compile(r"(?=.*[^.])[ -.0-\[\]-~]{1,200}")  # ASCII; what it passes over is looked at closely
+LONGEST_ID = 200  # bytes; file systems take names of 255, and suffixes are added
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+PT_READER = (
+    "pathflip_jax.data.readers.torch_file:read"  # runs in the worker of `guarded.py`: broken files crash PyTorch
+)
+LARGEST_LOSS = 0.01  # of a patch's features, by a narrower dtype
+SAME = 1e-3  # two statements of one size differ by less
+
+
+@dataclass(frozen=True, eq=False)
+class SlideFeatures:
+    """The patches of one slide, in any order: features [N, F] and where each lies.
+
+    `coords` [N, 2] are x, y of a patch's top-left corner in pixels at level 0, None where the file has none;
+    `patch_size` is a patch's edge in the same pixels, `mpp` micrometres per pixel at level 0, `width` and `height` the
+    slide's at level 0; 0 stands for unknown. An empty `case_id` becomes that of the slide id (`case_of`). Raises
+    ValueError, naming the slide, for arrays that do not belong together, no patches, features not finite, and patches
+    of a size or in a place that cannot be (`coordinates.py`).
+
+    What a reader adds, and records do not keep: `patch_size_source` is "file", "option" or "gaps" (guessed from
+    `patch_size_support` gaps between neighbours that agree); `notes` are lines for the summary of a cohort, without the
+    slide's name, alike for slides that have the same thing to tell.
+    """
+
+    slide_id: str
+    case_id: str
+    features: Float[np.ndarray, "N F"] = field(repr=False)
+    coords: Int[np.ndarray, "N 2"] | None = field(default=None, repr=False)
+    patch_size: int = 0
+    mpp: float = 0.0
+    width: int = 0
+    height: int = 0
+    encoder: str = ""
+    patch_size_source: str = ""
+    patch_size_support: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        where, features = f"slide {self.slide_id}", self.features
+        check_slide_id(self.slide_id)
+        if features.ndim != 2 or (len(features) and not features.shape[1]):
+            found = "one vector: a slide embedding, not patches" if features.ndim == 1 else f"of shape {features.shape}"
+            raise ValueError(f"{where}: the features are {found}; expected [patches, feature width]")
+        if not len(features):
+            raise ValueError(f"{where}: no tissue: features of 0 patches; leave the slide out, or find its tissue anew")
+        if features.dtype not in FEATURE_DTYPES:
+            raise ValueError(f"{where}: features are {features.dtype}, expected float16, bfloat16 or float32")
+        if not all_finite(features):
+            with np.errstate(invalid="ignore"):
+                kept = [np.isfinite(block).all(axis=1) for _, block in row_blocks(features)]
+            rows = np.flatnonzero(~np.concatenate(kept))
+            found = f"{len(rows)} of {len(features)} patches hold NaN or infinity (the first is patch {rows[0]})"
+            raise ValueError(f"{where}: {found}; extract the features again, in float32 where they overflow float16")
+        if self.coords is not None:
+            object.__setattr__(self, "coords", whole_coords(self.coords, len(features), where))
+        if min(self.patch_size, self.width, self.height) < 0 or not 0 <= self.mpp < 1e4:
+            found = f"patch size {self.patch_size}, mpp {self.mpp}, slide {self.width} x {self.height}"
+            raise ValueError(f"{where}: {found}; expected numbers above 0, or 0 for unknown")
+        if fault := self._place_fault():
+            raise ValueError(f"{where}: {fault}")
+        object.__setattr__(self, "case_id", self.case_id or case_of(self.slide_id))
+
+    def _place_fault(self) -> str:
+        size = (self.width, self.height)
+        fault = patch_size_fault(self.patch_size, self.mpp, *size)
+        if fault or self.coords is None:
+            return fault or twice_fault(self.features)
+        return repeated_fault(self.coords, self.features) or place_fault(self.coords, self.patch_size, *size)
+
+
+def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
+    """Whether no feature is NaN or infinite.
+
+    Of two bytes, by their exponents, in blocks that stay in the cache: ten times as fast as NumPy, which converts each.
+    """
+    beyond = 0x7C00 if features.dtype == np.float16 else 0x7F80  # all exponent bits set: infinity, above it NaN
+
+    def sound(block: np.ndarray) -> bool:
+        if block.dtype.itemsize != 2:
+            return bool(np.isfinite(block).all())
+        bits, step = block.view(np.uint16), max(1, 2**17 // block.shape[1])
+        return all((bits[i : i + step] & 0x7FFF).max() < beyond for i in range(0, len(bits), step))
+
+    return all(sound(block) for _, block in row_blocks(features))
+
+
+def rounded_away(before: Float[np.ndarray, "N F"], after: Float[np.ndarray, "N F"]) -> np.ndarray:
+    """The rows whose features a narrower dtype changed by more than a hundredth of their length.
+
+    Rounding to float16 or bfloat16 changes them by less than that; numbers below what float16 tells apart become 0.
+    """
+    # The step between the smallest numbers hides in a row whose largest number is so far above it.
+    enough = 100 * float(ml_dtypes.finfo(after.dtype).smallest_subnormal) * math.sqrt(before.shape[1])
+    rows = np.flatnonzero((before.max(axis=1) < enough) & (before.min(axis=1) > -enough))
+    whole = before[rows].astype(np.float64)
+    scale = np.maximum(np.abs(whole).max(axis=1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
+    error = (whole - after[rows].astype(np.float64)) / scale  # scaled: the squares of such numbers are 0
+    whole /= scale
+    return rows[np.square(error).sum(axis=1) > LARGEST_LOSS**2 * np.square(whole).sum(axis=1)]
+
+
+def check_slide_id(slide_id: str) -> None:
+    """Raise ValueError for a slide id that is no plain file name: what is made of a slide is named by it.
+
+    Ids come out of records and tables of other people, and "../../x" must not be a place to write to.
+    """
+    if _PLAIN_ID.fullmatch(slide_id):  # all but a few; a million ids are checked whenever a cohort is opened
+        return
+    if not slide_id:
+        raise ValueError("a slide without an id: texts are matched to slides by id, name it")
+    try:
+        size = len(slide_id.encode())
+    except UnicodeEncodeError:  # a file name in no UTF-8
+        size = 0
+    refused = any(letter in "/\\" or ord(letter) < 32 for letter in slide_id)
+    if refused or not slide_id.strip(".") or not 0 < size <= LONGEST_ID:
+        raise ValueError(
+            f"slide id {slide_id!r:.80}: expected a plain file name of up to {LONGEST_ID} bytes, with no slash and no "
+            "control character: what is made of a slide is named by it; give the slide another id"
+        )
+
+
+def case_of(slide_id: str) -> str:
+    """The patient that a slide's id names (TCGA, CPTAC), else the slide id itself."""
+    return barcode_patient(slide_id) or slide_id
+
+
+class UnknownPatchSize(ValueError):
+    """A patch size that neither the file nor its coordinates tell: too few patches lie side by side."""
+
+
+def read_features(
+    path: Path | str,
+    *,
+    slide_id: str = "",
+    case_id: str = "",
+    patch_size: int | None = None,
+    mpp: float | None = None,
+    encoder: str | None = None,
+    override_mpp: float | None = None,
+) -> SlideFeatures:
+    """Read a feature file of CLAM, TRIDENT, SlideChat, STAMP or AtlasPatch, or any HDF5 of `features` and `coords`.
+
+    `patch_size` (level-0 pixels), `mpp` and `encoder` fill what the file does not say; where it says something else it
+    is believed, and `notes` of the slide tell. `override_mpp` wins over the file. Without them, mpp is the nominal one
+    of the magnification where TRIDENT kept that, and the patch size the commonest gap between neighbours where nothing
+    else tells it. Raises UnknownPatchSize where too few gaps do, OSError or ValueError with the file, what was found
+    and the cure.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; name a slide's feature file"
+        )
+    for value in (mpp, override_mpp):
+        if (patch_size is not None and patch_size <= 0) or (value is not None and not 0 < value < 1e4):
+            found = f"patch_size={patch_size}, mpp={value}"
+            raise ValueError(f"{path}: {found}: expected numbers above 0; leave out what is not known")
+    fields = _read_fields(path, override_mpp or mpp, encoder)
+    slide_id = slide_id or slide_id_of(path)
+    try:
+        _check_rows(fields["features"], fields.get("coords"))
+        _fill(fields, patch_size, mpp, encoder, override_mpp)
+        if fields.get("coords") is not None and len(fields["features"]):
+            fields["coords"] = whole_coords(fields["coords"], len(fields["features"]), f"slide {slide_id}")
+            _settle_places(fields, patch_size)
+        fields.pop("step", None)
+        if fields["features"].dtype == np.float64:
+            fields["features"] = _single(fields["features"])
+        return SlideFeatures(slide_id, case_id, **fields)
+    except UnknownPatchSize as error:
+        raise UnknownPatchSize(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
+    """float64 as float32, which `SlideFeatures` takes. Raises ValueError for numbers too small for it."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = features.astype(np.float32)
+    if all_finite(narrow) and len(rows := rounded_away(features, narrow)):
+        raise ValueError(f"features of {len(rows)} patches are too small for float32; scale them before they are saved")
+    return narrow
+
+
+def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
+    """What a file tells, by the reader that its first bytes call for."""
+    if fault := stand_in(path):
+        raise ValueError(f"{path}: {fault}")
+    with path.open("rb") as file:
+        start = file.read(40)
+    suffix, expected = path.suffix.lower(), "save a slide's features as HDF5, datasets 'features' and 'coords'"
+    if not start:
+        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
+    if _is_hdf5(path):
+        return read_h5(path, mpp, encoder)
+    if suffix in (".h5", ".hdf5", ".pt") and start[:8].isascii() and start[:8].decode().isprintable():
+        found = start.decode(errors="replace").splitlines()[0]
+        raise OSError(f"{path}: not a whole HDF5 file or tensor but text, {found!r}; download or copy it again")
+    if suffix in (".h5", ".hdf5"):
+        return read_h5(path, mpp, encoder)
+    kinds = ("a NumPy array", start[:6] == b"\x93NUMPY" or suffix == ".npz"), ("a Parquet table", start[:4] == b"PAR1")
+    for kind, found in kinds:
+        if found:
+            raise ValueError(f"{path}: {kind}, not features of a slide and where they lie; {expected}")
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return read_pt(path)
+    if b"\x00" in start[:8]:
+        raise ValueError(f"{path}: neither HDF5, nor a .pt tensor, nor a csv table; {expected}")
+    return read_csv(path, slide_id_of(path))
+
+
+def _check_rows(features: np.ndarray, coords: np.ndarray | None) -> None:
+    """Raise ValueError for a slide's one vector, which comes with the coordinates of its patches."""
+    places = 0 if coords is None or coords.ndim != 2 else len(coords)
+    if features.ndim == 1 and features.size or (features.ndim == 2 and len(features) == 1 < places):
+        raise ValueError(
+            f"a slide embedding, one vector of {features.size} numbers for the whole slide, not patch features; give "
+            "the file of the patches (TRIDENT: features_<encoder>, not slide_features_<encoder>)"
+        )
+
+
+def _fill(
+    fields: dict, patch_size: int | None, mpp: float | None, encoder: str | None, override_mpp: float | None
+) -> None:
+    """Complete what a file tells with what the caller knows; notes where the two differ."""
+    notes = list(fields.get("notes", ()))
+    stated = fields.get("mpp", 0.0)
+    if override_mpp:
+        if stated and not math.isclose(stated, override_mpp, rel_tol=SAME):
+            notes.append(f"the file says mpp {stated:g}: replaced by {override_mpp:g}")
+        fields["mpp"] = override_mpp
+    elif mpp and not stated:
+        fields["mpp"] = mpp
+    elif mpp and not math.isclose(stated, mpp, rel_tol=SAME):
+        notes.append(f"the file says mpp {stated:g}: it was kept, {mpp:g} was not used")
+    size = fields.get("patch_size", 0)
+    fields["patch_size_source"] = "file" if size else ""
+    if patch_size and size and patch_size_fault(size, 0, 0, 0):
+        notes.append(f"the file says an impossible patch size of {size} px: {patch_size} was used")
+        size = 0
+    if patch_size and not size:
+        fields |= {"patch_size": patch_size, "patch_size_source": "option"}
+    elif patch_size and not math.isclose(size, patch_size, rel_tol=SAME):
+        notes.append(f"the file says a patch size of {size} px: it was kept, {patch_size} was not used")
+    named = fields.get("encoder", "")
+    if encoder and named and encoder.casefold() != named.casefold():
+        notes.append(f"the file names the encoder {named}: it was kept, {encoder} was not used")
+    fields |= {"encoder": named or encoder or "", "notes": tuple(notes)}
+
+
+def _settle_places(fields: dict, given: int | None) -> None:
+    """Take the patch size from the gaps between patches where nothing tells it, and check the one against the other.
+
+    `given` is the patch size that the caller knows. Raises ValueError for coordinates of another level.
+    """
+    coords, gap, notes = fields["coords"], commonest_gap(fields["coords"]), list(fields["notes"])
+    if gap.size == 1 and given and fields["patch_size_source"] == "option":
+        if (np.abs(coords.astype(np.int64)) * given >= 2**31).any():
+            raise ValueError(f"coordinates counted in patches reach beyond 2^31 px at {given} px a patch")
+        fields["coords"] = coords = coords * np.int32(given)
+        notes.append(f"coordinates were counted in patches: multiplied by the patch size, {given} px")
+        gap = gap._replace(size=given)
+    if not fields.get("patch_size"):
+        fields |= _guessed_size(len(coords), gap)
+        notes.append(f"patch size {gap.size} px guessed from the gaps between patches, which the file does not tell")
+    size, step = fields["patch_size"], fields.get("step", 0.0)
+    places = (fields.get("width", 0), fields.get("height", 0))
+    if (step or not given) and (fault := step_fault(coords, size, step, *places)):
+        raise ValueError(fault)
+    if not step and gap.support >= FEWEST_GAPS and gap.size != size:
+        notes.append(f"patches of {size} px stand {gap.size} px apart at level 0: check the patch size")
+    fields["notes"] = tuple(notes)
+
+
+def _guessed_size(patches: int, gap: Gap) -> dict:
+    if gap.size == 1:
+        raise ValueError(
+            "coordinates in steps of 1: they are counted in patches, not pixels; pass patch_size (--patch-size), the "
+            "edge of a patch in pixels at level 0, and they are multiplied by it"
+        )
+    if gap.support < FEWEST_GAPS:
+        seen = f"{gap.support} gaps of {gap.size} px" if gap.support else "no two of them side by side"
+        raise UnknownPatchSize(
+            f"the patch size is not in the file, nor to be told from {patches} patches ({seen}); pass patch_size "
+            "(--patch-size): the edge of a patch in pixels at level 0"
+        )
+    return {"patch_size": gap.size, "patch_size_source": "gaps", "patch_size_support": gap.support}
+
+
+def _is_hdf5(path: Path) -> bool:
+    """Whether HDF5's signature stands at byte 0, 512, 1024, 2048, ...; behind it, libhdf5 itself would have to look."""
+    offset = 0
+    with path.open("rb") as file:
+        while data := file.read(8):
+            if data == HDF5_SIGNATURE:
+                return True
+            offset = max(512, 2 * offset)
+            file.seek(offset)
+    return False
+
+
+def read_pt(path: Path) -> dict:
+    """CLAM's .pt, the tensor alone, or a dictionary of features and coordinates. Never unpickles code."""
+    try:
+        facts, arrays = guarded.parse(PT_READER, path)
+    except ImportError:
+        cure = "install the extra `torch`, or use the .h5 beside it"
+        raise ImportError(f"{path}: reading a .pt file needs PyTorch; {cure}") from None
+    if facts["bfloat16"]:
+        arrays["features"] = arrays["features"].view(ml_dtypes.bfloat16)
+    return {name: squeezed(array) for name, array in arrays.items()}

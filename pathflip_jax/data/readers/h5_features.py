@@ -1,0 +1,184 @@
+"""Patch features in HDF5 as TRIDENT, CLAM, STAMP and AtlasPatch lay them out; the worker of `hdf5.py` parses them."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.readers.coordinates import smallest_step
+from pathflip_jax.data.readers.feature_files import slide_id_of
+from pathflip_jax.data.storage import blocks
+
+# What runs in the worker of `guarded.py`: broken files crash and stall libhdf5.
+READER = "pathflip_jax.data.readers.hdf5:read"
+# Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
+UM_TIMES_MAGNIFICATION = 10.0
+STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 counts in pixels of its tiles: 224 of them are 256 um
+OWN_LAYOUT = (
+    "rename it to 'features' if its rows are patches whose top-left corners, in pixels at level 0, are 'coords'"
+)
+
+
+def read_h5(path: Path, mpp: float | None, encoder: str | None) -> dict:
+    """The fields of `SlideFeatures` that a file tells, and `step`: how far apart patches stand, where it is known.
+
+    `mpp` turns STAMP's micrometres into pixels; `encoder` chooses where a file holds the features of several.
+    """
+    facts, arrays = guarded.parse(READER, path, True, encoder or "")
+    arrays |= {name: _piece(path, *place) for name, place in facts["places"].items()}
+    if "feats" in arrays:
+        return _stamp_fields(path, facts, arrays, mpp)
+    if "features" not in arrays:
+        raise ValueError(f"{path}: {_other_layout(facts['names'])}")
+    attributes = facts["features"]
+    named = _text(attributes.get("encoder")) or facts.get("encoder", "")
+    fields = {"features": squeezed(arrays["features"]), "encoder": named}
+    if "coords" not in arrays:
+        if others := [name for name in facts["names"] if name not in ("features", "passports", "slide_features")]:
+            fields["notes"] = (f"no 'coords' in the file, and {', '.join(map(repr, others[:5]))} not read",)
+        return fields
+    fields["coords"] = squeezed(arrays["coords"])
+    fields |= _grid_attributes(facts["/"] | facts["coords"])
+    if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5 and "encoder" in facts:
+        fields |= _atlas_places(path, fields)
+    if "patch_size" not in fields:
+        fields |= _sibling_attributes(path)
+    return fields
+
+
+def _other_layout(names: list[str]) -> str:
+    """What is said of a file without patch features."""
+    if "embeddings" in names:
+        kind = "of the spots of HEST-bench" if "barcodes" in names else "of a kind that is not stated"
+        return f"'embeddings' {kind}, expected 'features' [patches, width] of a slide; {OWN_LAYOUT}"
+    cure = "it is foreign; save a slide's patch features under that name, their corners at level 0 under 'coords'"
+    if "coords" in names:
+        cure = "it holds coordinates; name the features made from them"
+    return f"datasets {names}, expected 'features' [patches, width]; {cure}"
+
+
+def _piece(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
+    """An array that lies in a file in one piece; of a large one no more is read than is asked for."""
+    if math.prod(shape) * np.dtype(dtype).itemsize > blocks.LARGE:
+        array = np.memmap(path, dtype, "r", offset, tuple(shape))
+    else:
+        array = np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def squeezed(array: np.ndarray) -> np.ndarray:
+    """Drop a leading axis of one; an empty slide may have been written flat."""
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    return array.reshape(0, 2) if array.ndim == 1 and not array.size else array
+
+
+def _text(value) -> str:
+    return "" if value is None or str(value) == "None" else str(value)
+
+
+def _number(attributes: dict, name: str) -> float:
+    """An attribute as a number, the first one of several; 0 where it is absent or says nothing."""
+    try:
+        value = float(np.ravel(attributes[name])[0]) if name in attributes else 0.0
+    except (TypeError, ValueError, IndexError):
+        return 0.0
+    return value if 0 <= value < 2**31 else 0.0
+
+
+def _pixels(value: float) -> int:
+    """A size in whole pixels; 0, for unknown, where it is absurd."""
+    return round(value) if 0 <= value < 2**31 else 0
+
+
+def _grid_attributes(attributes: dict) -> dict:
+    """Patch size, mpp and slide size out of the attributes that TRIDENT, CLAM or AtlasPatch put beside `coords`.
+
+    Some versions store them as floats. CLAM's `patch_size` counts pixels of `patch_level`, TRIDENT's and its `overlap`
+    pixels at the target magnification; older TRIDENT has no `patch_size_level0`.
+    """
+    fields = {}
+    downsample = _number(attributes, "downsample") or 1.0
+    level0, target = _number(attributes, "level0_magnification"), _number(attributes, "target_magnification")
+    scale = level0 / target if level0 and target else downsample
+    patch_size = _number(attributes, "patch_size_level0") or _number(attributes, "patch_size") * scale
+    if patch_size := _pixels(patch_size):
+        fields["patch_size"] = patch_size
+        if "overlap" in attributes:
+            fields["step"] = patch_size - _number(attributes, "overlap") * scale
+    if level0:
+        fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
+    width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
+    size = attributes.get("level_dim")
+    if not width and isinstance(size, list) and np.shape(size) == (2,):
+        width, height = size[0] * downsample, size[1] * downsample
+    return fields | {"width": _pixels(width), "height": _pixels(height)}
+
+
+def _atlas_places(path: Path, fields: dict) -> dict:
+    """AtlasPatch's rows of x, y, width, height, level: the corner is in level-0 pixels, the size in those of the level.
+
+    Raises ValueError for sizes that differ: one slide has one patch size.
+    """
+    coords = fields["coords"]
+    sizes = np.unique(coords[:, 2:], axis=0)
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{path}: patches of {len(sizes)} sizes and levels in 'coords'; expected one, extract it again"
+        )
+    found = {"coords": coords[:, :2]}
+    if "patch_size" not in fields and len(sizes) and sizes[0, 2] == 0 and sizes[0, 0] == sizes[0, 1]:
+        found["patch_size"] = _pixels(float(sizes[0, 0]))
+    return found
+
+
+def _sibling_attributes(path: Path) -> dict:
+    """What the `patches/` folder beside a feature folder says of this slide (CLAM `X.h5`, TRIDENT `X_patches.h5`).
+
+    Beside a link, or beside what it leads to.
+    """
+    slide_id = slide_id_of(path)
+    for parent in dict.fromkeys([*path.absolute().parents[1:3], *path.resolve().parents[1:3]]):
+        for name in (f"{slide_id}.h5", f"{slide_id}_patches.h5"):
+            sibling = parent / "patches" / name
+            if sibling.is_file():
+                facts, _ = guarded.parse(READER, sibling, False, "")
+                if "coords" not in facts:
+                    raise OSError(f"{sibling}: no patch coordinates in it; write it again, or pass the patch size")
+                return _grid_attributes(facts["coords"])
+    return {}
+
+
+def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: float | None) -> dict:
+    """STAMP's `feats`: its coordinates are micrometres, in STAMP 1 and marugoto pixels of tiles of 224 px, 256 um."""
+    top = facts["/"]
+    fields = {"features": squeezed(arrays["feats"]), "encoder": _text(top.get("extractor"))}
+    if "coords" not in arrays:
+        return fields
+    coords, unit = squeezed(arrays["coords"]).astype(np.float64), _text(top.get("unit"))
+    tile_um = _number(top, "tile_size_um") or (_number(top, "tile_size") if unit == "um" else 0.0)
+    if unit in ("", "um") and tile_um:
+        said = f"STAMP coordinates are in micrometres (tiles of {tile_um:g} um)"
+    elif not unit and fields["encoder"] and _is_stamp1(top, coords):
+        coords, tile_um = coords / STAMP1_PIXELS * STAMP1_UM, STAMP1_UM
+        said = "STAMP 1 coordinates count pixels of its tiles (224 px are 256 um)"
+    else:
+        found = f"in {unit!r}" if unit else "in a unit that is not stated"
+        raise ValueError(
+            f"{path}: 'feats' with coordinates {found}, without the tile size that STAMP writes (tile_size_um); "
+            f"{OWN_LAYOUT}, else extract the slide again"
+        )
+    if not mpp:
+        raise ValueError(
+            f"{path}: {said}, and the file does not say the slide's mpp; pass mpp, such as --mpp 0.25 for a 40x scan"
+        )
+    fields["coords"] = np.round(coords / mpp)
+    return fields | {"patch_size": _pixels(tile_um / mpp), "mpp": mpp}
+
+
+def _is_stamp1(attributes: dict, coords: np.ndarray) -> bool:
+    size = _number(attributes, "tile_size")
+    if not size and coords.ndim == 2 and len(coords):
+        size = smallest_step(coords)
+    return round(size) == STAMP1_PIXELS

@@ -1,0 +1,111 @@
+"""The contents of an HDF5 file of features, as plain numbers and texts; runs in the worker of `guarded.py` only.
+
+libhdf5 crashes and stalls on mutated files, so no other file reads by h5py, and no other process imports this one.
+"""
+
+import os
+from itertools import islice
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pathflip_jax.data.readers.guarded import Parsed, Refused, check_size, shared_empty
+from pathflip_jax.data.storage import blocks
+
+FEATURES = ("feats", "features")  # STAMP's name, everybody else's; AtlasPatch has a group, a dataset an encoder
+UNFINISHED = "__tmp_"  # AtlasPatch's, of a run that was stopped
+MOST_NAMES, MOST_NUMBERS, LONGEST_TEXT = 100, 16, 1000
+
+
+def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
+    """The arrays `features` or `feats`, and `coords`; the facts are the attributes of each, and the file's ("/").
+
+    `names` lists what there is at the top. Where `features` is a group, `encoder` chooses from it, and the fact
+    `encoder` is the name of what was read. An array that lies in the file in one piece is not read: `places` says its
+    offset, shape and dtype. Without `with_arrays` only the attributes are read. Raises OSError for what is no whole
+    HDF5 file, Refused for an array of no numbers, in another file, or too large for this one.
+    """
+    facts, arrays = {"places": {}}, {}
+    try:
+        with h5py.File(path, "r") as file:
+            facts["names"] = sorted(islice(file, MOST_NAMES))
+            facts["/"] = _attributes(file)
+            features = next((name for name in FEATURES if name in file), "")
+            places = {features: features, "coords": "coords"}
+            if features and isinstance(group := _here(file, features), h5py.Group):
+                places[features] = _choose(group, features, encoder)
+                facts["encoder"] = places[features].rpartition("/")[2]
+            for name, place in places.items():
+                if not place or place not in file or not isinstance(dataset := _here(file, place), h5py.Dataset):
+                    continue
+                facts[name] = _attributes(dataset)
+                if with_arrays:
+                    piece = _place(dataset, name, os.path.getsize(path))
+                    if piece is None:
+                        arrays[name] = _array(dataset, name, os.path.getsize(path))
+                    else:
+                        facts["places"][name] = piece
+    except (Refused, MemoryError):
+        raise
+    except Exception as error:  # h5py passes on what libhdf5 finds as any of eight types
+        raise OSError(f"not a whole HDF5 file ({error}); copy or extract it again") from None
+    return facts, arrays
+
+
+def _choose(group: h5py.Group, name: str, encoder: str) -> str:
+    """The path of one encoder's features in a group of several; "" where there is none at all."""
+    found = [own for own in islice(group, MOST_NAMES) if not own.startswith(UNFINISHED)]
+    chosen = [own for own in found if not encoder or own.casefold() == encoder.casefold()]
+    if len(found) > 1 and len(chosen) != 1:
+        asked = f"none is {encoder!r}" if encoder else "one has to be chosen"
+        raise Refused(
+            f"features of {len(found)} encoders ({', '.join(sorted(found))}), {asked}; pass encoder (--encoder)"
+        )
+    return f"{name}/{(chosen or found)[0]}" if found else ""
+
+
+def _here(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
+    """What the file holds under a name: followed to no other file."""
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        raise Refused(f"{name!r} is a link to another file; copy the array itself into this one")
+    found = file[name]
+    if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+        raise Refused(f"{name!r} lies in another file; copy the array itself into this one")
+    return found
+
+
+def _place(dataset: h5py.Dataset, name: str, file_size: int) -> tuple[int, tuple[int, ...], str] | None:
+    """Offset, shape and dtype of an array that lies in the file in one piece, as NumPy has it in memory."""
+    if dataset.shape is None or dataset.dtype.kind not in "fiu":
+        raise Refused(f"{name!r} is of type {dataset.dtype}, expected numbers; extract it again")
+    check_size(dataset.shape, dataset.dtype, file_size, repr(name))
+    offset = dataset.id.get_offset()  # none for chunks, and for what was never written
+    if offset is None or dataset.file.userblock_size or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
+        return None
+    return (offset, dataset.shape, dataset.dtype.str) if offset + dataset.nbytes <= file_size else None
+
+
+def _array(dataset: h5py.Dataset, name: str, file_size: int) -> np.ndarray:
+    array = shared_empty(dataset.shape, dataset.dtype.newbyteorder("="), file_size, repr(name))
+    if array.ndim and array.size:
+        for rows, _ in blocks.row_blocks(array):
+            dataset.read_direct(array, rows, rows)
+    elif not array.ndim:
+        array[...] = dataset[()]
+    return array
+
+
+def _attributes(place: h5py.Dataset | h5py.Group) -> dict[str, Any]:
+    """Attributes that are a text, a number or a few of them, as Python's own; of others there is no use here."""
+    found = {}
+    for name in islice(place.attrs, MOST_NAMES):
+        try:
+            value = place.attrs[name]
+        except TypeError:  # a type that NumPy does not have
+            continue
+        if isinstance(value, bytes | str):
+            found[name] = (value.decode(errors="replace") if isinstance(value, bytes) else value)[:LONGEST_TEXT]
+        elif np.size(value) <= MOST_NUMBERS and np.asarray(value).dtype.kind in "fiub":
+            found[name] = np.asarray(value).tolist()
+    return found

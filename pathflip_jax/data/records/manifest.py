@@ -1,0 +1,100 @@
+"""The manifest.json of a folder of records, and the check of the folder against it.
+
+A copy that broke off, a shard of an older cohort left behind, a file that was renamed: each would train on other slides
+than the cohort has, without a word.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pathflip_jax.data.storage.files import Place
+from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.texts.text import some
+
+MANIFEST = "manifest.json"
+VERSION = 1
+CUT = ("cut", "edge_um", "edge_px")  # what a run records of how regions were cut
+ANEW = "delete it and run the command that writes it again"
+_AGAIN = "copy it again, or run the command that writes the records (`pathflip prepare` or `import`) to its end"
+
+
+class Listed(NamedTuple):
+    """A shard as the manifest lists it; `crc32c` is of the whole file, in eight hexadecimal digits."""
+
+    bytes: int
+    crc32c: str
+    slides: int
+
+
+class Manifest(NamedTuple):
+    """What manifest.json says: `facts` of the cohort, such as how regions were cut, and its shards by file name."""
+
+    path: Place
+    facts: dict[str, Any]
+    shards: dict[str, Listed]
+
+
+def parse_manifest(path: Place, data: bytes) -> Manifest:
+    """The content of a manifest. Raises ValueError naming the file for anything else."""
+    try:
+        facts = parse_json(data.decode())
+        shards = {str(shard["name"]): _listed(shard) for shard in facts.pop("shards")}
+        version, *_ = (facts[name] for name in ("version", *CUT))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest ({error!s:.200}); {ANEW}") from None
+    if version != VERSION:
+        cure = "read it with the version of pathflip that wrote it, or run the command that writes the records again"
+        raise ValueError(f"{path}: of version {version!r:.40}, expected {VERSION}; {cure}")
+    return Manifest(path, facts, shards)
+
+
+def _listed(shard: dict[str, Any]) -> Listed:
+    if type(shard["bytes"]) is not int or not isinstance(shard["slides"], list):
+        raise TypeError(f"a shard of {shard['bytes']!r:.40} bytes and slides {shard['slides']!r:.40}")
+    return Listed(shard["bytes"], str(shard["crc32c"]), len(shard["slides"]))
+
+
+def folder_faults(manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
+    """What is wrong with the shards of a folder, of these bytes by name, as far as names and sizes tell."""
+    folder, listed = manifest.path.parent, manifest.shards
+    missing = [name for name in listed if name not in sizes]
+    extra = [name for name in sizes if name not in listed]
+    faults = []
+    for name in missing:
+        twins = [other for other in extra if sizes[other] == listed[name].bytes]
+        renamed = f"if {some(twins)}, which is as large, is this shard, rename it; else " if twins else ""
+        found = f"listed in {MANIFEST} and not there: {len(sizes)} shards found, {len(listed)} listed"
+        faults.append(f"{folder / name}: {found}; {renamed}{_AGAIN}")
+    for name in extra:
+        found = f"not in {MANIFEST}, which lists {len(listed)} shards ({some(listed)})"
+        cure = "if it is of another cohort, take it away with its .idx; if it belongs to this one"
+        faults.append(f"{folder / name}: {found}; {cure}, run the command that writes the records to its end")
+    for name, (size, _, _) in listed.items():
+        if name in sizes and sizes[name] != size:
+            short = ", or cut short" if sizes[name] < size else ""
+            found = f"another shard than {MANIFEST} describes{short}: of {sizes[name]} bytes, expected {size}"
+            faults.append(f"{folder / name}: {found}; {_AGAIN}")
+    return faults
+
+
+def shard_faults(manifest: Manifest, name: str, slides: int, crc: int) -> list[str]:
+    """What is wrong with a shard that is as large as listed, by the number of its slides and its CRC32C."""
+    listed = manifest.shards[name]
+    if slides == listed.slides and f"{crc:08x}" == listed.crc32c:
+        return []
+    found = f"another shard than {MANIFEST} describes: of {slides} slides and CRC32C {crc:08x}"
+    return [f"{manifest.path.parent / name}: {found}, expected {listed.slides} slides and {listed.crc32c}; {_AGAIN}"]
+
+
+def sums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
+    """A SHA-256 of the name, bytes and CRC32C of each shard: it changes with any byte of the data."""
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def refuse(faults: list[str]) -> None:
+    """Raise ValueError with the first of these faults and how many more there are, if there is one."""
+    if faults:
+        more = f" ({len(faults) - 1} more of its shards not as listed: `pathflip doctor --records` names them)"
+        raise ValueError(faults[0] + (more if faults[1:] else ""))

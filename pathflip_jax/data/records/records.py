@@ -1,0 +1,404 @@
+"""Slides as TFRecords: the writer, random access by region, and the folder as a whole (DESIGN section 5).
+
+One standard `tf.train.Example` per slide, patches stored region by region. `<shard>.idx` beside a shard says where its
+payloads lie, so a training step reads only the regions that it samples. The folder is a TFDS dataset too.
+"""
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import islice, pairwise
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.cohort import check_cohort
+from pathflip_jax.data.records.columns import DTYPES, SlideInfo, Slides
+from pathflip_jax.data.records.index import (
+    COORDS,
+    REWRITE,
+    build_index,
+    check_region,
+    encode_slide,
+    index_bytes,
+    index_path,
+    read_indexes,
+    save_index,
+)
+from pathflip_jax.data.records.index_file import Index
+from pathflip_jax.data.records.manifest import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    folder_faults,
+    parse_manifest,
+    refuse,
+    shard_faults,
+    sums_hash,
+)
+from pathflip_jax.data.records.regions import EDGE_UM, region_edge
+from pathflip_jax.data.records.tfds import dataset_info, feature_schema
+from pathflip_jax.data.records.tfrecord import crc32c, read_frames, whole_file
+from pathflip_jax.data.storage.files import (
+    Extent,
+    LocalFile,
+    Place,
+    RemoteFile,
+    as_path,
+    file_sizes,
+    list_files,
+    open_file,
+    read_at,
+    remove,
+)
+
+COORDS_AT_ONCE = 1 << 20  # bytes
+SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them
+_log = logging.getLogger(__name__)
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard. No total in it: tasks of a job array name theirs alone, TFDS is told the pattern."""
+    return f"pathflip-{number:05d}.tfrecord"
+
+
+def write_shard(
+    path: Place | str,
+    slides: Iterable[SlideFeatures],
+    *,
+    cut: str = "grid",
+    edge_um: float = EDGE_UM,
+    edge_px: int | None = None,
+    dtype: str = "float16",
+) -> list[SlideInfo]:
+    """Write slides as one shard and its index; both appear whole or not at all. Returns what the index knows of them.
+
+    `slides` may be a generator: one slide at a time is in memory; what it raises leaves no file behind. No slides make
+    an empty shard, so that the numbers of a job array have no gap. Raises ValueError for slides that do not belong in
+    one cohort, OSError on a full disk.
+    """
+    path = as_path(path)
+    infos: dict[str, SlideInfo] = {}
+    with whole_file(path) as out:
+        for slide in slides:
+            parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
+            info = replace(info, shard=path)
+            if infos:  # the first misfit ends it
+                check_cohort([infos.get(info.slide_id, next(iter(infos.values()))), info])
+            start = out.write_record(*parts)
+            offsets = {"features_offset": start + info.features_offset, "coords_offset": start + info.coords_offset}
+            info = replace(info, **offsets)
+            infos[info.slide_id] = info
+        check_cohort(list(infos.values()))
+        remove(index_path(path))  # of an earlier shard of this name
+    save_index(path, Index(out.bytes, out.crc32c, Slides.of(path, list(infos.values()))))
+    return list(infos.values())
+
+
+def write_index(shard: Place | str) -> Index:
+    """Write the index of a shard anew, from the shard alone; whoever wrote it (`build_index` says what it raises)."""
+    index = build_index(shard)
+    save_index(as_path(shard), index)
+    return index
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of a shard; a dot before it means another file, such as macOS' `._` beside a copy."""
+    return not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in SHARDS)
+
+
+def find_shards(folder: Place | str) -> list[Place]:
+    """The shards in a folder, in order of their names. Raises FileNotFoundError where there is none."""
+    folder = as_path(folder)
+    return [folder / name for name in shard_sizes(folder, list_folder(folder))]
+
+
+def list_folder(folder: Place) -> dict[str, int]:
+    """The bytes of the files of a folder of records, by name. Raises FileNotFoundError where there is none."""
+    try:
+        return list_files(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        found = f"{folder}: no such folder; `pathflip prepare` or `import` writes records"
+        raise FileNotFoundError(found) from None
+
+
+def shard_sizes(folder: Place, files: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of the shards among the files of a folder, by name and in order."""
+    sizes = {name: files[name] for name in sorted(files) if is_shard(name)}
+    if not sizes:
+        raise FileNotFoundError(f"{folder}: no *.tfrecord in it; `pathflip prepare` or `import` writes records")
+    return sizes
+
+
+class Records:
+    """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
+
+    Takes a folder or a list of shards, local or behind URLs. A folder is held against its manifest.json, and a folder
+    that has none is warned of: it is not finished, or another program wrote it; a list is taken as it is. Raises
+    ValueError for a folder whose shards are not those that its manifest lists, for slides that are no one cohort or are
+    there twice.
+    """
+
+    def __init__(self, folder: Place | str | Sequence[Place | str], *, open_files: int = 64) -> None:
+        self.manifest: Manifest | None = None
+        if isinstance(folder, (list, tuple)):
+            self.shards = [as_path(shard) for shard in folder]
+            self.where, sizes = ", ".join(map(str, self.shards[:3])), file_sizes(self.shards)
+            contents = index_bytes(self.shards)
+        else:
+            self.where, folder = str(folder), as_path(folder)
+            files = list_folder(folder)
+            listed = shard_sizes(folder, files)
+            self.shards, sizes = [folder / name for name in listed], list(listed.values())
+            contents = index_bytes(self.shards, *([folder / MANIFEST] if MANIFEST in files else []))
+            self.manifest = _check_folder(folder, listed, next(contents) if MANIFEST in files else None)
+        parts: list[Slides] = []
+        self.sums: list[tuple[str, int, int]] = []  # name, bytes and CRC32C of each shard
+        for shard, index in zip(self.shards, read_indexes(self.shards, sizes, contents), strict=True):
+            self.sums.append((shard.name, index.shard_bytes, index.shard_crc32c))
+            if self.manifest:
+                refuse(shard_faults(self.manifest, shard.name, len(index.slides), index.shard_crc32c))
+            parts.append(index.slides)
+        self.slides = Slides.joined(parts)
+        if not self.slides:
+            raise ValueError(f"{self.where}: records of no slides; see failures.json there for why")
+        check_cohort(self.slides)
+        self._position = {slide_id: i for i, slide_id in enumerate(self.slides.column("slide_id"))}
+        self._open: OrderedDict[Place, LocalFile | RemoteFile] = OrderedDict()
+        self._open_files, self._lock = open_files, threading.Lock()
+
+    @property
+    def feature_dim(self) -> int:
+        """The width F of a patch feature."""
+        return self.slides[0].feature_dim
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the features."""
+        return DTYPES[self.slides[0].feature_dtype]
+
+    @property
+    def encoder(self) -> str:
+        """The patch encoder; empty when no feature file named it."""
+        return next(filter(None, self.slides.column("encoder")), "")
+
+    @property
+    def cut(self) -> str:
+        """How the regions were cut: `grid` or `scan`."""
+        return self.slides[0].cut
+
+    @property
+    def patch_slots(self) -> int:
+        """The number S of patches in the fullest region of the cohort."""
+        return self.slides.largest_region
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def position(self, slide_id: str) -> int:
+        """The number of a slide. Raises ValueError for one that is not there."""
+        if slide_id not in self._position:
+            have = ", ".join(list(self._position)[:3])
+            raise ValueError(f"{self.where}: no slide {slide_id!r} among the {len(self)} there, such as {have}")
+        return self._position[slide_id]
+
+    def read(self, position: int) -> SlideFeatures:
+        """A whole slide, patches in the order of their regions, every region's CRC checked."""
+        info = self.slides[position]
+        features = np.empty((info.num_patches, info.feature_dim), self.dtype)
+        parts = [features[a:b] for a, b in pairwise(info.region_rows)]
+        coords = self._read(info, np.arange(info.num_regions), parts)
+        place = (info.patch_size, info.mpp, info.width, info.height)
+        try:
+            return SlideFeatures(info.slide_id, info.case_id, features, coords, *place, info.encoder)
+        except ValueError as error:
+            raise ValueError(f"{info.shard}: {error}") from None
+
+    def read_regions(
+        self, position: int, regions: Sequence[int], out: Sequence[np.ndarray | None] | None = None
+    ) -> list[Float[np.ndarray, "n F"]]:
+        """The features of some regions of a slide, one array each in the order asked for, their CRCs checked.
+
+        Reads these regions only: neighbours in one go, and straight into the arrays of `out` where it has one for a
+        region. Raises ValueError for a flipped byte, naming shard, slide and region, and for an array that does not
+        fit; OSError for a shard cut short; IndexError for a region that the slide does not have.
+        """
+        info, regions = self.slides[position], np.asarray(regions, np.int64)
+        if len(regions) == 0:
+            return []
+        wanted, first, which = np.unique(regions, return_index=True, return_inverse=True)
+        if wanted[0] < 0 or wanted[-1] >= info.num_regions:
+            found = f"regions {wanted[0]} to {wanted[-1]} were asked for, it has {info.num_regions}"
+            raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
+        shapes = [(int(n), self.feature_dim) for n in np.diff(info.region_rows)[regions]]
+        parts = [None] * len(regions) if out is None else list(out)
+        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            if part is None:
+                parts[i] = np.empty(shape, self.dtype)
+            elif part.shape != shape or part.dtype != self.dtype or not part.flags.c_contiguous:
+                found = f"an array {part.shape} of {part.dtype}, expected {shape} of {self.dtype}, contiguous"
+                raise ValueError(f"slide {info.slide_id}, region {regions[i]}: {found}")
+        self._read(info, wanted, [parts[i] for i in first])
+        for i, source in enumerate(first[which]):
+            if i != source:  # asked for twice
+                parts[i][...] = parts[source]
+        return parts
+
+    def coords(self, position: int) -> Int[np.ndarray, "N 2"] | None:
+        """The top-left corners of a slide's patches in stored order, their CRC checked; None where it has none."""
+        info = self.slides[position]
+        if not info.coords_bytes:
+            return None
+        data = read_at(self._file(info.shard), info.coords_bytes, info.coords_offset)
+        if crc32c(data) != info.coords_crc32c:
+            raise ValueError(f"{info.shard}: slide {info.slide_id}: a byte flipped in its coordinates; {REWRITE}")
+        return data.view(COORDS).reshape(-1, 2)
+
+    def _file(self, shard: Place) -> LocalFile | RemoteFile:
+        with self._lock:
+            file = self._open.pop(shard, None) or open_file(shard)
+            self._open[shard] = file
+            if len(self._open) > self._open_files:
+                self._open.popitem(last=False)
+            return file
+
+    def _read(self, info: SlideInfo, wanted: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray | None:
+        """Read the features of regions into `parts`; returns the coordinates of all patches that they span.
+
+        `wanted` is sorted and names each region once.
+        """
+        rows, width = info.region_rows, info.row_bytes
+        runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours
+        starts = [info.features_offset + int(rows[wanted[run[0]]]) * width for run in runs]
+        extents = [(start, [parts[i] for i in run]) for start, run in zip(starts, runs, strict=True)]
+        coords, at, places = self._coords_of(info, wanted, runs)
+        read = self._file(info.shard).read([*places, *extents])
+        for _ in places:
+            next(read)  # every region's CRC needs them
+        for run, _ in zip(runs, read, strict=True):  # a region is summed up while the next ones are on their way
+            for i in run:
+                own = coords[8 * at[i] : 8 * (at[i] + rows[wanted[i] + 1] - rows[wanted[i]])]
+                check_region(info, wanted[i], crc32c(parts[i].view(np.uint8), own))
+        return coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
+
+    def _coords_of(
+        self, info: SlideInfo, wanted: np.ndarray, runs: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, list[Extent]]:
+        """An array for the coordinates of regions, where in it those of each begin, and what to read into it.
+
+        In one go with what lies between the regions, unless that is much: of a slide of millions of patches.
+        """
+        if not info.coords_bytes:
+            return np.zeros(0, np.uint8), np.zeros(len(wanted), np.int64), []
+        starts, stops = info.region_rows[wanted], info.region_rows[wanted + 1]
+        if 8 * (stops[-1] - starts[0]) <= COORDS_AT_ONCE:
+            at, spans = starts - starts[0], [(starts[0], stops[-1])]
+        else:
+            at, spans = np.cumsum(stops - starts) - (stops - starts), [(starts[run[0]], stops[run[-1]]) for run in runs]
+        coords = np.zeros(8 * (at[-1] + stops[-1] - starts[-1]), np.uint8)
+        ends = np.cumsum([0, *(8 * (stop - start) for start, stop in spans)])
+        pieces = zip(spans, ends, ends[1:], strict=False)
+        return coords, at, [(info.coords_offset + 8 * int(start), [coords[a:b]]) for (start, _), a, b in pieces]
+
+
+def iter_examples(shard: Place | str) -> Iterator:
+    """The records of a shard as `tf.train.Example` messages, their CRCs checked, in order."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    for _, data in read_frames(as_path(shard)):
+        yield tf_example_pb2.Example.FromString(data)
+
+
+def _check_folder(folder: Place, sizes: Mapping[str, int], data: bytes | None) -> Manifest | None:
+    """The manifest of a folder with shards of these sizes, from its bytes. ValueError where they disagree."""
+    if data is None:
+        _log.warning(
+            "%s: no %s, so nothing tells whether shards are missing; if `pathflip prepare` or `import` writes these "
+            "records, run it to its end",
+            folder, MANIFEST,
+        )  # fmt: skip
+        return None
+    manifest = parse_manifest(folder / MANIFEST, data)
+    refuse(folder_faults(manifest, sizes))
+    return manifest
+
+
+def manifest_hash(records: Records | Place | str) -> str:
+    """A SHA-256 of what the shards of a folder hold, from their indexes; it changes with any byte of the data.
+
+    Of records that are open nothing is read again.
+    """
+    if isinstance(records, Records):
+        sums = records.sums
+    else:
+        shards = find_shards(records)
+        indexes = zip(shards, read_indexes(shards, file_sizes(shards), index_bytes(shards)), strict=True)
+        sums = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in indexes]
+    return sums_hash(sums)
+
+
+def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:
+    """Make a folder of whole shards a data set: features.json and dataset_info.json for TFDS, manifest.json for us.
+
+    `edge_um` and `edge_px` are what the regions were cut with; a slide cut otherwise is refused. Safe to repeat; each
+    file is replaced whole, manifest.json last: it says that the folder is complete. Returns the manifest. Raises
+    ValueError for slides that are no one cohort and for a shard that is missing, FileNotFoundError for no shards.
+    """
+    folder = as_path(folder)
+    records = Records(find_shards(folder))
+    expected = [shard_name(number) for number in range(len(records.shards))]
+    names = [shard.name for shard in records.shards]
+    if names != expected:
+        missing = [name for name in expected if name not in names]
+        raise ValueError(f"{folder}: {missing[0]} is missing beside {names[-1]}; run the task that writes it first")
+    for position, info in enumerate(records.slides):
+        _check_edge(info, records.coords(position), edge_um, edge_px)
+    return write_manifest(folder, records, edge_um, edge_px)
+
+
+def write_manifest(folder: Place, records: Records, edge_um: float, edge_px: int | None) -> dict:
+    """Write features.json, dataset_info.json and manifest.json of a folder with these records; returns the last."""
+    ids = iter(records.slides.column("slide_id"))
+    sizes = np.bincount(records.slides.column("shard_number"), minlength=len(records.shards)).tolist()
+    shards = [
+        {"name": name, "bytes": size, "crc32c": f"{crc:08x}", "slides": list(islice(ids, count))}
+        for (name, size, crc), count in zip(records.sums, sizes, strict=True)
+    ]
+    dtype = records.slides[0].feature_dtype
+    manifest = {
+        "version": VERSION,
+        "sha256": manifest_hash(records),
+        "encoder": records.encoder,
+        "feature_dim": records.feature_dim,
+        "feature_dtype": dtype,
+        "cut": records.cut,
+        "edge_um": edge_um,
+        "edge_px": edge_px,
+        "num_slides": len(records),
+        "num_patches": int(records.slides.column("num_patches").sum()),
+        "shards": shards,
+    }
+    info = dataset_info(sizes, sum(size for _, size, _ in records.sums))
+    schema = feature_schema(records.feature_dim, dtype)
+    for name, content in (("features.json", schema), ("dataset_info.json", info), (MANIFEST, manifest)):
+        with whole_file(folder / name) as out:
+            out.write((json.dumps(content, indent=1) + "\n").encode())
+    return manifest
+
+
+def _check_edge(info: SlideInfo, coords: np.ndarray | None, edge_um: float, edge_px: int | None) -> None:
+    if info.cut == "scan":
+        return
+    edge = region_edge(info.patch_size, info.mpp, edge_um, edge_px)
+    cells = np.repeat(info.region_grid, np.diff(info.region_rows), axis=0)
+    if coords is None or (np.maximum(coords, 0) // edge != cells).any():
+        expected = f"squares of {edge} px at level 0 (edge_um {edge_um:g}, edge_px {edge_px})"
+        raise ValueError(
+            f"{info.shard}: slide {info.slide_id} was not cut into {expected}; one cohort has one region cut: "
+            "pass the edge that it was written with, or write the slide again"
+        )

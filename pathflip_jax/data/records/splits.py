@@ -1,0 +1,112 @@
+"""The splits of a slide table held against records and texts: which slides they are, how many, and what is missing.
+
+A split that is wholly missing is an error with the splits that there are; what is missing in part is counted.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.identity import fold
+from pathflip_jax.data.texts.text import SPLITS, read_slide_table, rename_rows, some
+
+Row = Mapping[str, str]
+NO_VALIDATION = ("", "none")
+
+
+class SlideTable(NamedTuple):
+    """A slide table and the records that it is about, called `name` and `records`.
+
+    `listed` are all rows, spelt as the records; `rows` those of slides that these hold, by slide. `case_of` names the
+    case of every slide of the records.
+    """
+
+    name: str
+    records: str
+    listed: list[dict[str, str]]
+    rows: dict[str, dict[str, str]]
+    case_of: dict[str, str]
+
+    def slides(self, split: str) -> list[str]:
+        """The slides of a split that the records hold, in the order of the table."""
+        return [slide for slide, row in self.rows.items() if row["split"] == split]
+
+    def require(self, split: str, cure: str) -> list[str]:
+        """`slides`, of which there must be some. Raises ValueError for a split that no row, or no record, is of."""
+        listed = [row["slide_id"] for row in self.listed if row["split"] == split]
+        if not listed:
+            raise ValueError(f"{no_such_split(self.name, split, self.listed)}; {cure}")
+        if not (found := self.slides(split)):
+            raise ValueError(
+                f"{self.name}: none of the {len(listed)} slides of split {split!r} ({some(listed)}) is among the "
+                f"{len(self.case_of)} slides of {self.records} ({some(self.case_of)}); prepare them, or {cure}"
+            )
+        return found
+
+
+def hold_table(table: str, name: str, records: Records) -> tuple[SlideTable, list[str]]:
+    """Read a slide table and hold it against records (called `name`); what matched otherwise is told in notes."""
+    case_of = _cases_of(records)
+    listed, notes = rename_rows(read_slide_table(table), list(case_of), table)
+    rows = {row["slide_id"]: row for row in listed if row["slide_id"] in case_of}
+    return SlideTable(str(table), str(name), listed, rows, case_of), notes
+
+
+def _cases_of(records: Records) -> dict[str, str]:
+    return dict(zip(records.slides.column("slide_id"), records.slides.column("case_id"), strict=True))
+
+
+def no_such_split(table: object, split: str, rows: Iterable[Row]) -> str:
+    """That no row is of a split, for a message: with the splits that there are, and the one that was probably meant."""
+    counts = Counter(row["split"] for row in rows)
+    there = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(counts.items()))
+    meant = SPLITS.get(split.lower(), "")
+    near = [meant] if counts[meant] and meant else difflib.get_close_matches(split, list(filter(None, counts)), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{table}: no slide is in split {split!r}; the splits are {there or '(none: no rows)'}{hint}"
+
+
+def count_splits(held: SlideTable | None, records: Records, texts: Mapping[str, Iterable[Sequence[str]]]) -> dict:
+    """What each split has, for people and for the facts of a run; `texts` are the slides of each text of a split.
+
+    Without a table all slides are one split, "all".
+    """
+    if held is None:
+        case_of = _cases_of(records)
+        return {"all": _count(case_of, {}, case_of, texts.get("all"))}
+    found = {}
+    for split in dict.fromkeys(row["split"] for row in held.listed):
+        slides = held.slides(split)
+        lacking = sum(row["split"] == split for row in held.listed) - len(slides)
+        found[split or "without a split"] = _count(slides, held.rows, held.case_of, texts.get(split)) | {
+            "no_record": lacking
+        }
+    return found | {"not_in_table": len(held.case_of) - len(held.rows)}
+
+
+def _count(slides: Iterable[str], rows: Mapping[str, Row], case_of: Mapping[str, str], texts) -> dict[str, int]:
+    slides = list(slides)
+    persons = {fold(rows.get(slide, {}).get("patient_id") or case_of[slide] or slide) for slide in slides}
+    counts = {"slides": len(slides), "patients": len(persons)}
+    if texts is not None:
+        texts = list(texts)
+        told = {slide for own in texts for slide in own}
+        counts |= {"texts": len(texts), "no_text": len(set(slides) - told)}
+    return counts
+
+
+def describe(counts: Mapping[str, dict | int], validates: bool) -> str:
+    """The counts as a line."""
+    parts = []
+    for split, found in counts.items():
+        if split == "not_in_table":
+            parts += [f"{found} slides of the records are in no row of the table"] if found else []
+            continue
+        texts = f", {found['texts']} texts" if "texts" in found else ""
+        said = {"no_record": "more have no record", "no_text": "have no text"}
+        lacking = [f"{found[name]} {words}" for name, words in said.items() if found.get(name)]
+        missing = f" ({', '.join(lacking)})" if lacking else ""
+        parts.append(f"{split} {found['slides']} slides of {found['patients']} patients{texts}{missing}")
+    return "data: " + "; ".join(parts) + ("" if validates else "; no validation, so the latest checkpoint is the best")

@@ -1,0 +1,77 @@
+"""The check of a folder of records, byte for byte, a shard at a time."""
+
+from collections.abc import Iterator
+
+from pathflip_jax.data.readers.coordinates import patch_size_fault, place_fault, repeated_fault
+from pathflip_jax.data.records.cohort import check_cohort
+from pathflip_jax.data.records.columns import SlideInfo, Slides
+from pathflip_jax.data.records.index import COORDS, REBUILD, build_index, index_path, read_index
+from pathflip_jax.data.records.index_file import Index, encode_index
+from pathflip_jax.data.records.manifest import ANEW, MANIFEST, folder_faults, parse_manifest, shard_faults, sums_hash
+from pathflip_jax.data.records.records import list_folder, shard_sizes
+from pathflip_jax.data.storage.files import Place, as_path, open_file, read_at, read_bytes
+
+
+def verify(folder: Place | str) -> list[str]:
+    """Every fault of a folder of records, each naming its file; none for a sound one. Reads every byte.
+
+    Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, that patches
+    lie where they can, and that manifest.json describes what is there. Of one shard at a time more is held than ids and
+    a few numbers a slide.
+    """
+    return list(_faults(as_path(folder)))
+
+
+def _faults(folder: Place) -> Iterator[str]:
+    files = list_folder(folder)
+    sizes = shard_sizes(folder, files)
+    manifest = None
+    try:
+        if MANIFEST in files:
+            manifest = parse_manifest(folder / MANIFEST, read_bytes(folder / MANIFEST))
+    except ValueError as error:
+        yield str(error)
+    parts, sums = [], []
+    for name in sizes:
+        try:
+            built = build_index(folder / name)
+            yield from (f"{folder / name}: {fault}" for fault in map(_place_fault, built.slides) if fault)
+            yield from _index_faults(folder / name, built, f"{name}.idx" in files)
+            if manifest and sizes[name] == getattr(manifest.shards.get(name), "bytes", None):
+                yield from shard_faults(manifest, name, len(built.slides), built.shard_crc32c)
+        except (OSError, ValueError) as error:
+            yield str(error)
+            continue
+        sums.append((name, built.shard_bytes, built.shard_crc32c))
+        parts.append(built.slides.without_regions())
+    try:
+        check_cohort(Slides.joined(parts))
+    except ValueError as error:
+        yield str(error)
+    for name in sorted(files):
+        if name.endswith(".tmp"):
+            yield f"{folder / name}: left by a writer that was killed; delete it"
+    if manifest:
+        faults = folder_faults(manifest, sizes)
+        if not faults and len(sums) == len(sizes) and manifest.facts.get("sha256") != sums_hash(sums):
+            faults.append(f"{manifest.path}: its sha256 is not that of its shards; {ANEW}")
+        yield from faults
+    elif MANIFEST not in files:
+        yield f"{folder / MANIFEST}: missing: the folder was not finished; run the command that writes it to its end"
+
+
+def _index_faults(shard: Place, built: Index, there: bool) -> Iterator[str]:
+    """What is wrong with the index beside a shard, which gave another one. ValueError where it cannot be read."""
+    if there and encode_index(read_index(shard)) != encode_index(built):
+        yield f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}"
+
+
+def _place_fault(info: SlideInfo) -> str:
+    """What is wrong with where a slide's patches lie, else ""."""
+    size = (info.width, info.height)
+    fault = patch_size_fault(info.patch_size, info.mpp, *size)
+    if info.coords_bytes and not fault:
+        data = read_at(open_file(info.shard), info.coords_bytes, info.coords_offset)
+        coords = data.view(COORDS).reshape(-1, 2)
+        fault = repeated_fault(coords) or place_fault(coords, info.patch_size, *size)
+    return f"slide {info.slide_id}: {fault}" if fault else ""

@@ -1,0 +1,1 @@
+"""Reports, tables, questions and tokens."""

@@ -1,0 +1,129 @@
+"""Whose slides are, as the slide table, the records and the text table say, held against each other.
+
+Slides of one case or one patient are never negatives of each other, whichever of these says so (DESIGN section 4).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pathflip_jax.data.texts.identity import Key, barcode_patient, clean_id, fold, fold_slide, is_missing, person_keys
+from pathflip_jax.data.texts.text import SlideText
+
+
+class Sources(NamedTuple):
+    """The slide table, and how messages call what says whose slides are.
+
+    `rows` are those of `read_slide_table` by slide id, in the spelling of the records.
+    """
+
+    rows: Mapping[str, Mapping[str, str]] = {}
+    slides: str = "the slide table"
+    records: str = "the records"
+    texts: str = "the text table"
+
+
+NO_TABLE = Sources()
+
+
+class _Said(NamedTuple):
+    """What one source says of whose a slide is: its case, its patient, or both."""
+
+    source: str
+    names: Sequence[str]
+
+    def folded(self) -> set[str]:
+        return {fold(name) for name in (*self.names, *map(barcode_patient, self.names)) if name}
+
+    def words(self) -> str:
+        return f"{' / '.join(dict.fromkeys(self.names))} in {self.source}"
+
+
+def bag_keys(
+    members: Sequence[tuple[str, ...]],
+    grouped: Mapping[tuple[str, ...], Sequence[SlideText]],
+    case_of: Mapping[str, str],
+    sources: Sources,
+) -> list[set[Key]]:
+    """What each bag of slides is known by: bags that share a key, also by way of others, are of one patient.
+
+    The records (`case_of`) and the texts name a case or a patient without saying which: a name of the slide table is
+    what it is there. A slide's own id and its barcode say nothing that the slide does not. Raises ValueError where two
+    sources name different ones.
+    """
+    tell = _key_of(sources.rows.values())
+    keys: list[set[Key]] = []
+    faults: dict[str, tuple[_Said, _Said]] = {}
+    for slides in members:
+        own: set[Key] = set()
+        captions = [_Said(sources.texts, [text.case_id]) for text in grouped[slides] if _tells(text.case_id, slides)]
+        for slide in slides:
+            row = sources.rows.get(slide, {})
+            table = [row.get("case_id", ""), row.get("patient_id", "")]
+            own |= person_keys(slide, *table)
+            said = [_Said(sources.slides, [name for name in table if _tells(name, [slide])])]
+            said += [_Said(sources.records, [case_of[slide]])] if _tells(case_of[slide], [slide]) else []
+            said = [one for one in (*said, *captions) if one.names]
+            if not said or said[0].source != sources.slides:  # else the others repeat the table, or are faults
+                own |= {key for one in said for name in one.names for key in tell(name)}
+            for other in said[1:]:
+                if not said[0].folded() & other.folded():
+                    faults[slide] = said[0], other
+        keys.append(own)
+    if faults:
+        raise ValueError(_disagreement(faults, sources))
+    return keys
+
+
+def slides_of_case(rows: Iterable[Mapping[str, str]]) -> Callable[[str], tuple[str, ...]]:
+    """A function from the name of a case, or of a patient where no case is called so, to its slides in a table."""
+    cases: defaultdict[str, list[str]] = defaultdict(list)
+    patients: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for column, slides in (("case_id", cases), ("patient_id", patients)):
+            if not is_missing(row[column]):
+                slides[fold(row[column])].append(row["slide_id"])
+
+    def find(name: str) -> tuple[str, ...]:
+        return () if is_missing(name) else tuple(cases.get(fold(name)) or patients.get(fold(name), ()))
+
+    return find
+
+
+def _tells(name: str, slides: Sequence[str]) -> bool:
+    """Whether a name says more of whose slides are than their own ids do."""
+    if is_missing(name):
+        return False
+    barcodes = {barcode_patient(clean_id(slide)) for slide in slides} - {""}
+    return fold(name) not in map(fold_slide, slides) and barcode_patient(name) not in barcodes
+
+
+def _key_of(rows: Iterable[Mapping[str, str]]) -> Callable[[str], set[Key]]:
+    """A function from a name to its keys: of a case, or of a patient that the table knows and no case of that name."""
+    rows = list(rows)
+    cases, patients = ({fold(row[name]) for row in rows} for name in ("case_id", "patient_id"))
+
+    def keys(name: str) -> set[Key]:
+        patient = fold(name) in patients and fold(name) not in cases
+        return person_keys(patient_id=name) if patient else person_keys(case_id=name)
+
+    return keys
+
+
+def _disagreement(faults: Mapping[str, tuple[_Said, _Said]], sources: Sources) -> str:
+    (slide, (one, other)), more = next(iter(faults.items())), len(faults) - 1
+    involved = {one.source, other.source}
+    cures = []
+    if sources.slides in involved:
+        cures.append(f"correct case_id or patient_id of the slide in {sources.slides}")
+    if sources.texts in involved:
+        cures.append(f"correct the case of its text in {sources.texts}")
+    if sources.records in involved:
+        cures.append(f"write {sources.records} again with --slides of a table that is right")
+    if not sources.rows:
+        cures.append("name a slide table that has both as case_id and patient_id (--config.data.slides)")
+    return (
+        f"slide {slide} is of {one.words()}, but of {other.words()}"
+        + (f", and {more} more slides differ alike" if more else "")
+        + f". Slides of one patient are never negatives of each other, so these must agree: {', or '.join(cures)}"
+    )

@@ -1,0 +1,295 @@
+"""Tables of any kind as rows: CSV, JSON, JSON Lines and Parquet, told apart by what they hold, not by their names.
+
+Every row knows its place ("reports.csv, line 17"), so that what is wrong with it can be found.
+"""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TextIO
+
+from pathflip_jax.data.storage.files import Place, as_path, file_sizes, is_url, read_bytes
+from pathflip_jax.data.texts.cells import as_list, as_text
+from pathflip_jax.data.texts.identity import is_empty, is_missing
+
+LARGEST_JSON = 512 * 2**20  # bytes of a file that has to be parsed in one go, and of a Parquet file's values
+LONGEST_RECORD = 16 * 2**20  # characters of a line of JSON, or of a row of a csv over all its lines
+_SNIFFED = 2**20  # characters among which a table must begin
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)  # the line by which Excel knows its own files
+_PARQUET, _ZIP = b"PAR1", b"PK\x03\x04"
+
+
+class Row(NamedTuple):
+    """One row: its place for messages, and its values under lower-case names."""
+
+    place: str
+    values: dict[str, Any]
+
+    def first(self, *names: str) -> Any:
+        """The first of these columns that is not missing (`is_missing`); "" when all are."""
+        return self._first(names, is_missing)
+
+    def said(self, *names: str) -> Any:
+        """The first of these columns of free text that holds something, be it "None" or "unknown"; "" when none does.
+
+        For answers, questions and options alone: elsewhere these words say that a value is missing.
+        """
+        return self._first(names, is_empty)
+
+    def text(self, *names: str) -> str:
+        """`first` as text: ids that became floats (123.0) are whole again."""
+        return as_text(self.first(*names))
+
+    def listed(self, *names: str) -> Any:
+        """`first` as the list or object that it is, also where CSV has it as text; as it is where it is neither."""
+        try:
+            return as_list(self.first(*names))
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from error
+
+    def _first(self, names: Sequence[str], lacks: Callable[[Any], bool]) -> Any:
+        for name in names:
+            value = self.values.get(name)
+            if isinstance(value, str):
+                value = value.strip()
+            if not lacks(value) and value not in ([], {}):
+                return value
+        return ""
+
+
+def read_rows(path: str | Place) -> list[Row]:
+    """The rows of a table: CSV (comma, semicolon or tab), JSON (a list of objects), JSON Lines or Parquet.
+
+    Texts are UTF-8, with a BOM or not, or UTF-16 with one, as Excel writes it. CSV and JSON Lines are read row by row,
+    so memory holds the rows and never the file. Raises ValueError with file and line for a file that is none of these,
+    and for a row or a JSON file beyond all measure; FileNotFoundError for a missing one.
+    """
+    path = as_path(path)
+    with _opened(path) as binary:
+        begins = binary.read(4)
+        binary.seek(0)
+        if begins == _ZIP:
+            raise ValueError(f"{path}: a zip archive or an Excel workbook, not a table; save it as CSV (UTF-8)")
+        rows = _parquet_rows(path, binary) if begins == _PARQUET else _text_rows(path, binary, _encoding(begins))
+    if not rows:
+        raise ValueError(f"{path}: no rows in it")
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns as CSV; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
+
+    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that nothing can write again.
+    """
+    try:
+        found = json.loads(text, **options)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {error.object[error.start]!r}, which is no character") from None
+    return found
+
+
+def json_object(path: Place, data: bytes) -> dict[str, Any]:
+    """The object that a small JSON file holds. Raises ValueError, naming the file, where it is anything else."""
+    try:
+        found = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; copy the file again")
+    return found
+
+
+def _opened(path: Place) -> BinaryIO:
+    return io.BytesIO(read_bytes(path)) if is_url(path) else open(path, "rb")
+
+
+def _encoding(begins: bytes) -> str:
+    return "utf-16" if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def _text_rows(path: Place, binary: BinaryIO, encoding: str) -> list[Row]:
+    with io.TextIOWrapper(binary, encoding=encoding, newline="") as file:
+        lines = _Lines(path, file)
+        try:
+            return _told_rows(path, file, lines)
+        except UnicodeError:
+            kind = "UTF-16" if encoding == "utf-16" else "UTF-8"
+            raise ValueError(f"{path}: not {kind} near line {lines.number}; save the table as UTF-8") from None
+
+
+def _told_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
+    """The rows of a text whose beginning tells its kind."""
+    head = file.read(_SNIFFED).lstrip()
+    file.seek(0)
+    if not head:
+        raise ValueError(f"{path}: the file is empty; a table of CSV, JSON, JSON Lines or Parquet is needed")
+    if "\0" in head:
+        raise ValueError(f"{path}: zero bytes in it: UTF-16 without a mark, or no table; save the table as UTF-8")
+    if head[0] == "[":
+        return _json_rows(path, file)
+    return _json_line_rows(path, file, lines) if head[0] == "{" else _csv_rows(path, lines, head)
+
+
+def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
+    """The rows of a Parquet file; lists and structures become Python's."""
+    import pyarrow as pa
+
+    rows: list[Row] = []
+    batches = _parquet_batches(binary)
+    while True:
+        try:
+            found = next(batches, None)
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            OverflowError,
+        ) as error:  # also text that is no UTF-8, and dates
+            raise ValueError(f"{path}: broken Parquet ({error!s:.200}); was the file cut short?") from error
+        if found is None:
+            return rows
+        size, values = found
+        if size > LARGEST_JSON:
+            most = f"{LARGEST_JSON / 1e6:.0f}"
+            raise ValueError(f"{path}: its values take more than {most} MB; write the columns that are needed")
+        rows += [_row(f"{path}, row {len(rows) + n}", one.items()) for n, one in enumerate(values, 1)]
+
+
+def _parquet_batches(binary: BinaryIO) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The bytes that all values so far take, and the next rows: few at a time, for one value may stand for many."""
+    from pyarrow import parquet
+
+    table, held = parquet.ParquetFile(binary), 0
+    for group in range(table.num_row_groups):
+        size = max(1, table.metadata.row_group(group).total_byte_size)
+        if size > LARGEST_JSON:
+            yield size, []
+        for batch in table.iter_batches(max(1, min(1024, LARGEST_JSON // size)), row_groups=[group]):
+            held += batch.nbytes
+            yield held, [] if held > LARGEST_JSON else batch.to_pylist()
+
+
+def _row(place: str, cells: Iterable[tuple[str, Any]]) -> Row:
+    """A row by its cells, under lower-case names. Raises ValueError for a name that is there twice."""
+    cells = [(name.strip().lower(), value) for name, value in cells]
+    if twice := sorted(name for name, count in Counter(name for name, _ in cells).items() if name and count > 1):
+        raise ValueError(f"{place}: the column {twice[0]!r:.60} occurs twice; rename one")
+    return Row(place, dict(cells))
+
+
+class _Lines:
+    """The lines of a table; `record` counts the characters since the row began, and is to be set to 0 after each."""
+
+    def __init__(self, path: Place, file: TextIO) -> None:
+        self.path, self.file, self.number, self.record = path, file, 1, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(LONGEST_RECORD + 1)
+        if not line:
+            raise StopIteration
+        self.record += len(line)
+        if self.record > LONGEST_RECORD:
+            found = f"a row of more than {LONGEST_RECORD / 1e6:.0f} million characters"
+            raise ValueError(f"{self.path}, line {self.number}: {found}; is it a table?")
+        self.number += 1
+        return line
+
+
+def _json_rows(path: Place, file: TextIO) -> list[Row]:
+    try:
+        found = parse_json(_whole(path, file))
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error}); was the file cut short?") from error
+    return [_json_row(f"{path}, entry {number}", value) for number, value in enumerate(found, 1)]
+
+
+def _whole(path: Place, file: TextIO) -> str:
+    size = file_sizes([path])[0] or 0
+    if size > LARGEST_JSON:
+        most = f"{LARGEST_JSON / 1e6:.0f}"
+        raise ValueError(f"{size / 1e6:.0f} MB to be read at once, expected at most {most}; write it as JSON Lines")
+    return file.read()
+
+
+def _json_line_rows(path: Place, file: TextIO, lines: _Lines) -> list[Row]:
+    rows = []
+    for line in lines:
+        lines.record = 0
+        if line.strip():
+            place = f"{path}, line {lines.number - 1}"
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                file.seek(0)
+                return [_whole_object(path, file, place, error)]
+            rows.append(_json_row(place, value))
+    return rows
+
+
+def _whole_object(path: Place, file: TextIO, place: str, error: ValueError) -> Row:
+    """One object written over several lines, or broken JSON Lines."""
+    try:
+        return _json_row(str(path), parse_json(_whole(path, file)))
+    except ValueError:
+        raise ValueError(f"{place}: broken JSON ({error}); was the file cut short?") from error
+
+
+def _json_row(place: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: a {type(value).__name__}, where an object with named values was expected")
+    return _row(place, value.items())
+
+
+def _csv_rows(path: Path, lines: _Lines, head: str) -> list[Row]:
+    said = _SEPARATOR.match(head)
+    if said:
+        next(lines)
+        head = head[said.end() :].lstrip()
+    delimiter = said.group(1) if said else max(",;\t", key=head.split("\n", 1)[0].count)
+    skipped = lines.number - 1
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: list[str] = []
+    rows = []
+    line = 1 + skipped
+    try:
+        for fields in reader:
+            place, line, lines.record = f"{path}, line {line}", reader.line_num + 1 + skipped, 0
+            if not any(field.strip() for field in fields):
+                continue
+            if not names:
+                names = [field.strip().lower() for field in fields]
+                _row(place, zip(names, names, strict=True))
+                continue
+            if len(fields) != len(names):
+                raise ValueError(
+                    f"{place}: {len(fields)} fields where the header names {len(names)}; "
+                    'a field that holds the separator needs quotes ("a, b")'
+                )
+            rows.append(Row(place, dict(zip(names, fields, strict=True))))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: broken CSV ({error})") from error
+    return rows

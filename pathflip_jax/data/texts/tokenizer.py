@@ -1,0 +1,401 @@
+"""Texts as token ids: any Hugging Face BERT vocabulary, and packing into rows of fixed shape (DESIGN section 5).
+
+Only the `tokenizers` package is used: importing the tokenizer classes of transformers imports torch where there is
+one, and `BertTokenizerFast(vocab_file=...)` turns every word into [UNK] without a word of warning.
+"""
+
+import json
+import logging
+import re
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_bytes
+from pathflip_jax.data.texts.tables import json_object
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# How a setting is called in tokenizer.json, and in tokenizer_config.json.
+_NORMALIZER = (
+    ("lowercase", "do_lower_case"),
+    ("strip_accents", "strip_accents"),
+    ("handle_chinese_chars", "tokenize_chinese_chars"),
+)
+_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+_AT_ONCE = 4096  # texts that are encoded together
+_WORD = re.compile(r"[^ \n\r\t]+")  # between white space at which every BERT cuts; of rarer kinds it drops some
+_log = logging.getLogger(__name__)
+
+
+class TextTokenizer:
+    """The WordPiece tokenizer of a Hugging Face BERT folder, with one id more for [DEC].
+
+    Reads `tokenizer.json`, or `vocab.txt` with the `do_lower_case` of tokenizer_config.json or config.json.
+    `vocab_size` counts [DEC], as the word table of the released model does. `truncated` counts the texts that
+    `encode` had to cut since the tokenizer was made.
+    """
+
+    def __init__(self, folder: str | Place) -> None:
+        self.folder = as_path(folder)
+        self._tokenizer = _load(self.folder)
+        self._tokenizer.no_truncation()  # tokenizer.json may carry both; a cut must be counted here
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        missing = [token for token in SPECIAL[:4] if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: the vocabulary of {len(vocabulary)} tokens lacks {', '.join(missing)}; "
+                "a BERT folder is needed (vocab.txt or tokenizer.json of a BertTokenizer)"
+            )
+        self.unk_id, self.cls_id, self.sep_id = (vocabulary[token] for token in SPECIAL[1:4])
+        last = max(vocabulary.values())
+        if last >= 2**31 - 1:
+            raise ValueError(f"{self.folder}: the vocabulary numbers a token {last}; copy the tokenizer's files again")
+        self.vocab_size = last + 1 if "[DEC]" in vocabulary else last + 2
+        self.truncated = 0
+        parts = json.loads(self._tokenizer.to_str())
+        kinds = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
+        #: Whether the ids of two texts joined by a space are the ids of the one and then of the other. BERT cuts at
+        #: white space before all else, so there texts can be tokenised once, sentence by sentence.
+        self.concatenates = kinds == ["BertNormalizer", "BertPreTokenizer"]
+        added = (str(token.content) for token in self._tokenizer.get_added_tokens_decoder().values())
+        self._word_by_word = self.concatenates and not any(re.search(r"\s", token) for token in added)
+
+    @property
+    def described(self) -> dict:
+        """The tokenizer as a tokenizer.json describes it, whichever file it was read from."""
+        return json.loads(self._tokenizer.to_str())
+
+    def ids(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        """The ids of texts without [CLS] and [SEP], at any length.
+
+        Reports repeat their words: where a text is its words, each is tokenised once, in a fraction of the time
+        and the memory that encodings of whole texts take.
+        """
+        if not self._word_by_word:
+            return self._encoded(texts)
+        known = dict.fromkeys(word for text in texts for word in _WORD.findall(text))
+        known |= zip(known, (ids.tolist() for ids in self._encoded(list(known))), strict=True)
+        found = ([*chain.from_iterable(map(known.__getitem__, _WORD.findall(text)))] for text in texts)
+        return [np.array(ids, np.int32) for ids in found]
+
+    def unknown_share(self, pieces: Iterable[Int[np.ndarray, "T"]]) -> float:
+        """The share of [UNK] among the pieces of texts, as `ids` gives them; 0 where there are none."""
+        unknown = total = 0
+        for ids in pieces:
+            unknown += int(np.count_nonzero(ids == self.unk_id))
+            total += len(ids)
+        return unknown / total if total else 0.0
+
+    def _encoded(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+        found = []
+        for start in range(0, len(texts), _AT_ONCE):  # an encoding is many times as large as its ids
+            part = list(texts[start : start + _AT_ONCE])
+            encodings = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            found += [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return found
+
+    def wrap(self, ids: Int[np.ndarray, "T"], max_length: int) -> Int[np.ndarray, "t"]:
+        """[CLS] ids [SEP], at most `max_length` in all: the end of a longer text is cut, not its [SEP]."""
+        kept = ids[: max_length - 2]
+        wrapped = np.empty(len(kept) + 2, np.int32)
+        wrapped[0], wrapped[1:-1], wrapped[-1] = self.cls_id, kept, self.sep_id
+        return wrapped
+
+    def encode(self, texts: Sequence[str], max_length: int) -> list[Int[np.ndarray, "t"]]:
+        """The ids of each text with [CLS] and [SEP], at most `max_length` (3 or more) of them.
+
+        Texts that had to be cut are counted in `truncated` and logged as a warning: nothing is cut silently.
+        """
+        if max_length < 3:
+            raise ValueError(f"max_length {max_length} leaves no room between [CLS] and [SEP]; use at least 3")
+        found = self.ids(texts)
+        long = [len(ids) + 2 for ids in found if len(ids) + 2 > max_length]
+        if long:
+            self.truncated += len(long)
+            _log.warning(
+                "%d of %d texts are longer than %d tokens (the longest has %d); their ends are cut",
+                len(long), len(found), max_length, max(long),
+            )  # fmt: skip
+        return [self.wrap(ids, max_length) for ids in found]
+
+    def save(self, folder: str | Place) -> None:
+        """Write a BERT folder (without weights) from which the same tokenizer can be read again."""
+        folder = as_path(folder)
+        make_folder(folder)
+        for name in _FILES:
+            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
+                (folder / name).write_bytes(read_bytes(self.folder / name))
+        if not (folder / "tokenizer.json").exists():
+            (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def _read_json(path: Place) -> dict:
+    return json_object(path, read_bytes(path)) if path.is_file() else {}
+
+
+def _load(folder: Place) -> Tokenizer:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; a Hugging Face BERT folder is needed (with vocab.txt or tokenizer.json)"
+        )
+    settings = _read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        return _read_tokenizer(folder / "tokenizer.json", settings)
+    if not (folder / "vocab.txt").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{folder}: neither tokenizer.json nor vocab.txt in it (found {found}); copy the tokenizer's files there"
+        )
+    try:
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / 'vocab.txt'}: not UTF-8 (byte {error.start}); copy the file again") from error
+    vocabulary = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
+    settings = _read_json(folder / "config.json") | settings
+    if "do_lower_case" not in settings and sum(re.match(r"[A-Z][a-z]", word) is not None for word in vocabulary) > 100:
+        _log.warning(
+            '%s: the vocabulary has capitals, but no file says "do_lower_case": false; texts are lower-cased, as '
+            "transformers does. Add a tokenizer_config.json that says it if the weights were trained on cased text",
+            folder,
+        )
+    return bert_tokenizer(vocabulary, **_normalizing(settings, folder))
+
+
+def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
+    """What the settings of a folder say of how texts are normalised."""
+    found = {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
+    wrong = [f"{name} {value!r:.40}" for name, value in found.items() if not isinstance(value, bool | None)]
+    if wrong:
+        raise ValueError(
+            f"{folder}: its settings say {', '.join(wrong)}, expected true or false; copy the folder again"
+        )
+    return found
+
+
+def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
+    """A tokenizer.json; where tokenizer_config.json normalises texts otherwise, it wins, as in transformers."""
+    try:
+        tokenizer = Tokenizer.from_buffer(read_bytes(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer ({error}); copy the file again") from error
+    normalizer = json.loads(tokenizer.to_str())["normalizer"]
+    if normalizer and normalizer.pop("type") == "BertNormalizer":
+        normalizer |= _normalizing(settings, path.parent)
+        tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
+    return tokenizer
+
+
+def bert_tokenizer(vocabulary: dict[str, int], **normalizer) -> Tokenizer:
+    """A WordPiece tokenizer as BERT has it, of a vocabulary; `normalizer` are options of its BertNormalizer."""
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)  # lower-cases unless told otherwise
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([token for token in SPECIAL if token in vocabulary])
+    if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
+        tokenizer.post_processor = processors.BertProcessing(
+            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+        )
+    return tokenizer
+
+
+def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 2000) -> None:
+    """Learn a lower-cased WordPiece vocabulary from texts and write it as a BERT folder without weights.
+
+    vocab.txt, tokenizer.json, tokenizer_config.json and config.json are what transformers expects. The same texts
+    give the same files byte for byte: the trainer of `tokenizers` numbers tokens in hash order, so it is not used.
+    Few texts may hold fewer pieces than `vocab_size`. Raises ValueError when the letters alone do not fit.
+    """
+    splitter = bert_tokenizer({"[UNK]": 0})
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(w for w, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
+    if not words:
+        raise ValueError("no words to learn a vocabulary from: all texts are empty")
+    tokens = _learn_pieces(words, vocab_size - len(SPECIAL))
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *tokens])}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
+    bert_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    config = {"model_type": "bert", "vocab_size": len(vocabulary), "max_position_embeddings": 512, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _learn_pieces(words: Counter[str], size: int) -> list[str]:
+    """At most `size` word pieces: the letters, then the pairs that occur most, merged one after the other.
+
+    Byte-pair counts decide, as in the trainer of `tokenizers`; ties go to the first in alphabetical order.
+    """
+    split = {word: [word[0], *(f"##{letter}" for letter in word[1:])] for word in sorted(words)}
+    letters = sorted({piece for pieces in split.values() for piece in pieces})
+    if len(letters) > size:
+        raise ValueError(
+            f"vocab_size {size + len(SPECIAL)} is below the {len(letters)} letters of the texts and the "
+            f"{len(SPECIAL)} special tokens; ask for more"
+        )
+    counts: Counter[tuple[str, str]] = Counter()
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for word, pieces in split.items():
+        for pair in zip(pieces, pieces[1:], strict=False):
+            counts[pair] += words[word]
+            holders[pair].add(word)
+    tokens = dict.fromkeys(letters)
+    while len(tokens) < size and counts:
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        if counts[best] < 2:
+            break
+        merged = best[0] + best[1].removeprefix("##")
+        tokens[merged] = None
+        for word in holders.pop(best):
+            old = split[word]
+            for pair in zip(old, old[1:], strict=False):
+                counts[pair] -= words[word]
+                holders[pair].discard(word)
+            new = []
+            for piece in old:
+                if new and (new[-1], piece) == best:
+                    new[-1] = merged
+                else:
+                    new.append(piece)
+            split[word] = new
+            for pair in zip(new, new[1:], strict=False):
+                counts[pair] += words[word]
+                holders[pair].add(word)
+        counts = +counts  # pairs that are gone
+    return list(tokens)
+
+
+class TextRows(NamedTuple):
+    """Rows of one length, each with texts laid end to end.
+
+    Segments count the texts of a row from 1, positions the tokens of a text from 0; segment 0 is padding.
+    """
+
+    tokens: Int[np.ndarray, "P L"]
+    segments: Int[np.ndarray, "P L"]
+    positions: Int[np.ndarray, "P L"]
+
+
+class PackedText(NamedTuple):
+    """Texts in rows of several lengths, the shortest first.
+
+    `cls_index[i]` is the place of the [CLS] of text i when all rows are laid end to end.
+    """
+
+    rows: tuple[TextRows, ...]
+    cls_index: Int[np.ndarray, "n"]
+
+
+class PackingOverflowError(ValueError):
+    """The texts do not fit into the rows that there are."""
+
+    def __init__(self, length: int, rows: Mapping[int, int]) -> None:
+        found = ", ".join(f"{count} of {width}" for width, count in rows.items() if count)
+        super().__init__(
+            f"no row is left for a text of {length} tokens; there are {found} tokens; raise text_rows, or leave it out "
+            "to have it measured"
+        )
+
+
+def row_lengths(step: int, longest: int) -> tuple[int, ...]:
+    """The lengths of rows that texts of up to `longest` tokens are packed into: multiples of `step`."""
+    return tuple(range(step, longest + step, step))
+
+
+def place(
+    lengths: Sequence[int], widths: Sequence[int], rows: Sequence[int] | None = None
+) -> tuple[list[int], list[int], list[int]]:
+    """Best-fit decreasing: the row and the column of each text, and the width of each row.
+
+    Longest first, each into the row with the least room that holds it, or a new row of the shortest width that does;
+    `rows` limits their number for each width. Attention costs the square of a row's length, so short texts are not
+    put into long rows without need. Raises ValueError for a text longer than every width, PackingOverflowError when
+    the rows do not suffice: nothing is left out.
+    """
+    row_of, column_of = [0] * len(lengths), [0] * len(lengths)
+    # Of rows that do not exist yet there is no limit, or as many as given: these are there from the start.
+    found = [] if rows is None else [w for w, count in zip(widths, rows, strict=True) for _ in range(count)]
+    rooms = sorted((width, row) for row, width in enumerate(found))
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[i]
+        at = bisect_left(rooms, (length, -1))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            room = next((width for width in widths if width >= length), None)
+            if room is None:
+                raise ValueError(f"a text of {length} tokens is longer than a row of {widths[-1]}")
+            if rows is not None:
+                raise PackingOverflowError(length, dict(zip(widths, rows, strict=True)))
+            row = len(found)
+            found.append(room)
+        row_of[i], column_of[i] = row, found[row] - room
+        insort(rooms, (room - length, row))
+    return row_of, column_of, found
+
+
+def enough_rows(groups: Sequence[Sequence[int]], widths: Sequence[int]) -> tuple[int, ...]:
+    """How many rows of each width serve every one of some groups of texts, given by their lengths."""
+    # A row also holds what a shorter one does: as many rows of at least each width as any group takes are enough.
+    least = np.zeros(len(widths) + 1, int)
+    for lengths in groups:
+        counts = np.bincount(np.searchsorted(widths, place(lengths, widths)[2]), minlength=len(widths))
+        least[:-1] = np.maximum(least[:-1], counts[::-1].cumsum()[::-1])
+    rows = (least[:-1] - least[1:]).tolist()
+    # They are too many: no group takes the most of every width, and the long rows that it leaves hold short texts.
+    for i in range(len(widths)):
+        rows[i] = bisect_left(
+            range(rows[i]), True, key=lambda n: _all_fit(groups, widths, [*rows[:i], n, *rows[i + 1 :]])
+        )
+    return tuple(rows)
+
+
+def _all_fit(groups: Sequence[Sequence[int]], widths: Sequence[int], rows: Sequence[int]) -> bool:
+    try:
+        for lengths in groups:
+            place(lengths, widths, rows)
+    except PackingOverflowError:
+        return False
+    return True
+
+
+def pack(texts: Sequence[Int[np.ndarray, "t"]], widths: Sequence[int], rows: Sequence[int] | None = None) -> PackedText:
+    """Pack texts into rows of the given widths, ascending: `rows` of each, or as many as it takes.
+
+    Raises as `place`.
+    """
+    lengths = np.array([len(text) for text in texts], np.int64)
+    row_of, column_of, found = place(lengths.tolist(), widths, rows)
+    found = np.array(found or widths[:1], np.int64)
+    order = np.argsort(found, kind="stable")  # the rows as they lie, by width
+    first = np.empty(len(found), np.int64)
+    first[order] = np.cumsum(found[order]) - found[order]
+    starts = first[np.array(row_of, np.int64)] + np.array(column_of, np.int64)
+    tokens, segments, positions = flat = np.zeros((3, found.sum()), np.int32)
+    if len(lengths):
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        places = np.repeat(starts, lengths) + within
+        number = np.empty(len(lengths), np.int64)  # of a text among those of its row
+        by_start = np.argsort(starts, kind="stable")
+        rank = np.argsort(order, kind="stable")[np.array(row_of)[by_start]]
+        number[by_start] = np.arange(len(lengths)) - np.searchsorted(rank, rank)
+        tokens[places] = np.concatenate(texts)
+        segments[places] = np.repeat(number + 1, lengths)
+        positions[places] = within
+    groups, done = [], 0
+    for width in sorted(set(found.tolist())):
+        size = width * int((found == width).sum())
+        groups.append(TextRows(*flat[:, done : done + size].reshape(3, -1, width)))
+        done += size
+    return PackedText(tuple(groups), starts.astype(np.int32))

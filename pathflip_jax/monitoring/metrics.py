@@ -1,0 +1,280 @@
+"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
+
+Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]). metrics.jsonl is
+the record, and a run ends where it cannot be written. All else shows what stands there: where a part of it fails, that
+is said once, and the run goes on without it.
+"""
+
+import collections
+import contextlib
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pathflip_jax.data.storage.durable import sync
+from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.runtime.private_interfaces import is_writing_events
+
+METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
+VALIDATION, PERFORMANCE = "val/", "perf/"
+WANDB_ID = "wandb_id"
+BAR_REFRESH_SECONDS = 0.5
+EVENTS_UNDER_WAY = 10_000  # that may wait to be written: far more than a row has
+CURE = "free disk space or mend permissions, and run the same command again to go on from the last checkpoint"
+SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); delete that line") from None
+    lines = lines[:-1] if not lines[-1] else lines
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("no step in it")
+            rows.append(row)
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: no row of metrics: {line[:60]!r}; delete that line") from None
+    return rows
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the rows up to `step`: a resumed run writes the later ones again, and no step stands twice."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's events after `step`; those of later steps, of a run that was lost, are left out."""
+    # Wherever PyTorch is installed tensorboardX imports it, which takes seconds, and nothing here has a tensor of it.
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30, max_queue=EVENTS_UNDER_WAY)
+
+
+class MetricsWriter:
+    """Writes the metrics of a run that goes on after `step`; a context manager. Only the first process writes.
+
+    With `wandb_project` a run of Weights & Biases gets them too, and `config` with them.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        steps: int,
+        *,
+        slides_per_step: int,
+        primary: bool = True,
+        wandb_project: str = "",
+        config: dict | None = None,
+    ):
+        self.primary = primary
+        self.slides_per_step = slides_per_step
+        self._validation: dict[str, float] = {}
+        self._recent = collections.deque([(time.monotonic(), step)], maxlen=SPEED_STEPS)
+        if not primary:
+            return
+        if wandb_project:
+            import_wandb(wandb_project)
+        workdir.mkdir(parents=True, exist_ok=True)
+        truncate_metrics(workdir / METRICS, step)
+        self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
+        self._wandb = _Shown(
+            "Weights & Biases", lambda: start_wandb(wandb_project, workdir, config), bool(wandb_project)
+        )
+        self._events = _Shown("TensorBoard", lambda: _tensorboard(workdir / TENSORBOARD, step))
+        look = {"unit": "step", "desc": "train", "mininterval": BAR_REFRESH_SECONDS, "dynamic_ncols": True}
+        self._bar = _Shown("the progress bar", lambda: tqdm(total=steps, initial=step, **look))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row: a step's losses, and the validation that follows it, if any."""
+        if not self.primary:
+            return
+        now, (then, before) = time.monotonic(), self._recent[0]
+        speed = (step - before) * self.slides_per_step / max(now - then, 1e-9)
+        self._recent.append((now, step))
+        row = {"step": step} | {name: float(value) for name, value in values.items()}
+        row["slides_per_second"] = round(speed, 2)
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"{self._file.name}: step {step} was not written ({error}); {CURE}") from error
+        scalars = {name if "/" in name else f"train/{name}": value for name, value in row.items() if name != "step"}
+        self._events.attempt(lambda events: _add_scalars(events, step, scalars))
+        self._wandb.attempt(lambda wandb: wandb.log(scalars, step=step))
+        self._validation |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
+        shown = {name: f"{row[name]:.3f}" for name in ("loss", "loss_slide", "loss_region") if name in row}
+        shown |= {name: f"{value:.3f}" for name, value in self._validation.items() if "recall_at_1" in name}
+        shown |= {"slides/s": f"{speed:.3g}"} | _shown_performance(row)
+        self._bar.attempt(lambda bar: _advance(bar, step, shown))
+
+    def flush(self) -> None:
+        """Put every row on disk: done before a checkpoint, which must not be ahead of its metrics."""
+        if self.primary:
+            self._file.flush()
+            sync(self._file.fileno())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.primary:
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one told
+                self.flush()
+                self._file.close()
+            self._events.attempt(_close_events)
+            self._bar.attempt(tqdm.close)
+            self._wandb.attempt(lambda wandb: wandb.finish())
+
+
+class _Shown:
+    """A part of the log that shows what metrics.jsonl holds: where it fails, that is said, and no more asked of it."""
+
+    def __init__(self, name: str, start: Callable[[], Any], wanted: bool = True):
+        self.name, self.part, self._works = name, None, wanted
+        self.part = self.attempt(lambda _: start())
+
+    def attempt(self, work: Callable[[Any], Any]) -> Any:
+        """What `work` makes of the part; None where it fails, or failed before."""
+        if not self._works:
+            return None
+        try:
+            return work(self.part)
+        except Exception as error:  # wandb's have no base that others have too
+            self._works = False
+            with contextlib.suppress(Exception):  # stderr may be what fails
+                print(f"{self.name} failed: {error!r}; training goes on, {METRICS} has every row", file=sys.stderr)
+            return None
+
+
+def _advance(bar: tqdm, step: int, shown: dict[str, str]) -> None:
+    bar.set_postfix(shown, refresh=False)
+    bar.update(step - bar.n)
+
+
+def _add_scalars(events: Any, step: int, scalars: dict[str, float]) -> None:
+    _require_writer(events)
+    for name, value in scalars.items():
+        events.add_scalar(name, value, step)
+
+
+def _close_events(events: Any) -> None:
+    _require_writer(events)
+    events.close()
+
+
+def _require_writer(events: Any) -> None:
+    """Raise OSError where the thread that writes events is gone: a full disk ends it, and waiting would never end."""
+    if not is_writing_events(events):
+        raise OSError("its events cannot be written any more")
+
+
+def import_wandb(project: str):
+    """The package wandb; ImportError names the extra where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError(
+            f"train.wandb_project={project!r} needs wandb: `pip install pathflip-jax[wandb]`, or leave it empty"
+        ) from None
+    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B leaves where it runs
+        raise ImportError(
+            f"train.wandb_project={project!r} needs the package wandb, and {next(iter(wandb.__path__), 'a folder')} is "
+            "imported in its place: rename it or start elsewhere, and `pip install pathflip-jax[wandb]`"
+        )
+    return wandb
+
+
+def start_wandb(project: str, workdir: Path, config: dict | None):
+    """The Weights & Biases run of a run folder: a run that goes on is the same one there.
+
+    Rows that a restart writes again are taken from the first time. WANDB_MODE=offline needs no account; the mode, key
+    and server are wandb's own settings.
+    """
+    wandb = import_wandb(project)
+    named = workdir / WANDB_ID
+    if not named.exists():
+        named.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    name = named.read_text(encoding="utf-8")
+    return wandb.init(project=project, dir=str(workdir), id=name, name=workdir.name, resume="allow", config=config)
+
+
+def _shown_performance(row: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows of how well the machine is used."""
+    shown = {}
+    for name, label in (("utilisation", "use"), ("input_wait", "wait")):
+        if PERFORMANCE + name in row:
+            shown[label] = f"{row[PERFORMANCE + name]:.1%}"
+    for name in ("device_memory_bytes", "process_memory_bytes"):
+        if PERFORMANCE + name in row:
+            shown["GB"] = f"{row[PERFORMANCE + name] / 1e9:.1f}"
+    return shown
+
+
+def try_to_plot(workdir: Path) -> None:
+    """Draw what `plot` draws; where that fails, say so: the run is done, with or without pictures."""
+    try:
+        plot(workdir)
+    except Exception as error:
+        print(f"{workdir / PLOTS}: not drawn ({error!r}); the run itself is whole", file=sys.stderr)
+
+
+def plot(workdir: Path) -> list[Path]:
+    """Draw losses, learning rate, validation and use of the machine over steps into plots/; returns the pictures."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(workdir / METRICS)
+    names = {name for row in rows for name in row}
+    retrieval = sorted(name for name in names if name.startswith(VALIDATION) and "loss" not in name)
+    groups = {
+        "loss": (sorted(name for name in names if "loss" in name), "loss"),
+        "learning_rate": (["learning_rate"], "learning rate"),
+        "validation": (retrieval, "validation"),
+        "gradient_norm": (["gradient_norm"], "global gradient norm"),
+        "speed": (["slides_per_second"], "slides a second"),
+        "utilisation": ([PERFORMANCE + name for name in ("utilisation", "input_wait")], "share"),
+        "memory": (sorted(name for name in names if "memory" in name), "bytes"),
+    }
+    folder = workdir / PLOTS
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for title, (columns, label) in groups.items():
+        columns = [column for column in columns if column in names]
+        if not columns:
+            continue
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        for column in columns:
+            points = [(row["step"], row[column]) for row in rows if column in row]
+            marker = "o" if column.startswith(VALIDATION) else None
+            axes.plot(*zip(*points, strict=True), label=column, marker=marker, markersize=3, linewidth=1)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        figure.savefig(folder / f"{title}.png", dpi=120)
+        pictures.append(folder / f"{title}.png")
+    return pictures
