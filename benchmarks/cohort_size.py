@@ -54,7 +54,7 @@ def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
     from pathflip_jax.data.records.index import index_path
     from pathflip_jax.data.records.index_file import Index, encode_index
     from pathflip_jax.data.records.records import shard_name
-    from pathflip_jax.data.records.tfrecord import crc32c
+    from pathflip_jax.data.storage.framing import crc32c
 
     folder.mkdir()
     ids = [f"TCGA-{TOKEN}-{i:02d}" for i in range(SLIDES_PER_SHARD)]

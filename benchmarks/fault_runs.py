@@ -166,7 +166,7 @@ def make_cohort(folder: Path) -> Path:
     """Slides of random features with reports, in shards of one slide; returns the folder of records."""
     from pathflip_jax.data.readers.features import SlideFeatures
     from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
-    from pathflip_jax.data.texts.tokenizer import train_wordpiece
+    from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
     records = folder / "records"
     records.mkdir(parents=True)

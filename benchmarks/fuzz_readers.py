@@ -31,11 +31,13 @@ from pathflip_jax.data.readers.features import SlideFeatures, read_features
 from pathflip_jax.data.records.index import encode_slide, index_path
 from pathflip_jax.data.records.index_file import HEAD
 from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
-from pathflip_jax.data.records.tfrecord import crc32c, frame
 from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.storage import json_files
+from pathflip_jax.data.storage.framing import crc32c, frame
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.text import read_questions, read_slide_table, read_texts
-from pathflip_jax.data.texts.tokenizer import TextTokenizer, train_wordpiece
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.data.texts.wordpiece import train_wordpiece
 from pathflip_jax.evaluate.colour import patch_colours
 from pathflip_jax.evaluate.zero_shot import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail
@@ -424,7 +426,7 @@ def readers() -> Iterator[Reader]:
     yield Reader("manifest", 20, "manifest.json", _of_records("manifest.json"), KNOWING, _read_manifest, **beside)
     model = _json_seeds(MODEL.to_dict())
     yield Reader("model.json", 30, "model.json", model, KNOWING, lambda p, _: checkpoint.read_model_config(p))
-    predict = lambda path, _: Predictor(SimpleNamespace(config=MODEL), checkpoint.read_json(path), None, str(path))  # noqa: E731
+    predict = lambda path, _: Predictor(SimpleNamespace(config=MODEL), json_files.read_json(path), None, str(path))  # noqa: E731
     yield Reader("config.json", 30, "config.json", _json_seeds(CONFIG), KNOWING, predict)
     lines = "".join(json.dumps(row) + "\n" for row in METRICS).encode()
     yield Reader("metrics.jsonl", 20, "metrics.jsonl", lambda _: [lines], KNOWING, _read_metrics)

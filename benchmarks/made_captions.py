@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.data.texts.tokenizer import TextTokenizer, train_wordpiece
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
 CAPTION_LENGTH = 384
 CAPTION_TOKENS = (222, 54)  # mean and deviation that give the 95th percentile of real captions, 311

@@ -54,8 +54,8 @@ def make_points(options: argparse.Namespace) -> dict[str, list[Point]]:
 
 def make_batch(point: Point, slots: int, width: int, vocabulary: int):
     """Random features and tokens of the shapes that the pipeline makes; a text group for all slides."""
+    from pathflip_jax.data.batches.packing import TextRows, pack, row_lengths
     from pathflip_jax.data.batches.pipeline import Batch
-    from pathflip_jax.data.texts.tokenizer import TextRows, pack, row_lengths
 
     rng = np.random.default_rng(0)
     R, B, K = point

@@ -87,7 +87,7 @@ def our_batch(job: Job, inputs: Inputs) -> "Batch":
     import jax
     import jax.numpy as jnp
 
-    from pathflip_jax.data.texts.tokenizer import pack, row_lengths
+    from pathflip_jax.data.batches.packing import pack, row_lengths
 
     packed = pack(inputs.texts, row_lengths(ROW_STEP, CAPTION_LENGTH))
     rows = jax.tree.map(lambda x: x[None], packed.rows)

@@ -73,8 +73,8 @@ def make_batch(config, slides: int, mesh):
     """
     import jax
 
+    from pathflip_jax.data.batches.packing import TextRows, enough_rows, row_lengths
     from pathflip_jax.data.batches.pipeline import Batch
-    from pathflip_jax.data.texts.tokenizer import TextRows, enough_rows, row_lengths
     from pathflip_jax.run_data import choose_groups
     from pathflip_jax.runtime.sharding import BATCH_RULES, batch_shards, placements
 

@@ -7,7 +7,7 @@ import openslide
 import tifffile
 
 from pathflip_jax.data.readers.ome import Ome, read_ome
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.failures import some
 
 _TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold anything; the others write 8-bit RGB alone
 _COLOUR = ("RGB", "YCBCR")

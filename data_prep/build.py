@@ -28,8 +28,8 @@ from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
 from pathflip_jax.data.records.regions import EDGE_UM
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.storage.files import Place, as_path, make_folder
-from pathflip_jax.data.texts.text import some
 
 
 def prepare(

@@ -25,10 +25,10 @@ from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, 
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.index import narrowed
 from pathflip_jax.data.records.records import write_shard
-from pathflip_jax.data.records.tfrecord import whole_file
 from pathflip_jax.data.storage import blocks
 from pathflip_jax.data.storage.files import Place, remove
-from pathflip_jax.data.texts.tables import json_object
+from pathflip_jax.data.storage.json_values import json_object
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import ulimits
 
 PLACEHOLDER = 256  # the patch size, in pixels, of a slide that does not tell it, until its cohort does

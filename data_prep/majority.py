@@ -12,7 +12,7 @@ from data_prep.shards import part_traits
 from pathflip_jax.data.records.cohort import Cohort, Traits, elect, traits_of
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.texts.tables import json_object
+from pathflip_jax.data.storage.json_values import json_object
 
 
 class Election:

@@ -22,9 +22,8 @@ from pathflip_jax.data.records.cohort import Cohort, elect, traits_of
 from pathflip_jax.data.records.columns import SlideInfo
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import is_shard, shard_name
-from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.failures import Failure, some
 from pathflip_jax.data.storage.files import Place, make_folder
-from pathflip_jax.data.texts.text import some
 
 _NUMBER = re.compile(r"(\d+)\.tfrecord$")
 

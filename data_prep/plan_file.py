@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pathflip_jax.data.records.tfrecord import whole_file
 from pathflip_jax.data.storage.files import Place
+from pathflip_jax.data.storage.whole_files import whole_file
 
 PARTS = ".parts"  # hidden: shards are found by their suffix
 # Settings for what a slide's file does not say, by command, and the field of the record that they become. A folder is

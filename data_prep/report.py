@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from data_prep.jobs import Effort
-from pathflip_jax.data.storage.failures import Failure, list_failures
+from pathflip_jax.data.storage.failures import Failure, list_failures, some
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.texts.text import some
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.dicom import Header, name_series, read_header
-from pathflip_jax.data.storage.failures import Failure
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.failures import Failure, some
 
 # What OpenSlide 4 opens: Aperio, DICOM, Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, plain TIFF.
 SLIDE_SUFFIXES = (

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pathflip_jax.data.readers.h5_features import UM_TIMES_MAGNIFICATION
-from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.failures import Failure, some
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.texts.identity import is_missing
-from pathflip_jax.data.texts.text import match_rows, read_slide_table, some
+from pathflip_jax.data.texts.text import match_rows, read_slide_table
 
 SANE_MPP = (0.05, 10.0)  # from beyond a 100x objective to a 1x one
 _SANE_MAGNIFICATION = (1.0, 200.0)

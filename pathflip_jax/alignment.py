@@ -14,11 +14,11 @@ from pathflip_jax.losses.pathflip import LossConfig, Spread, pair_bytes
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pairs_bytes
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.flops import useful_operations
-from pathflip_jax.model.parameters import AlignmentModel, abstract_params, flatten, make_model, unflatten
+from pathflip_jax.model.parameters import AlignmentModel, Params, abstract_params, flatten, make_model, unflatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import open_data, say_counts
 from pathflip_jax.runtime import memory, sharding
-from pathflip_jax.stage import Params, Stage, Training, alignment, sigmoid_alignment
+from pathflip_jax.stage import Stage, Training, alignment, sigmoid_alignment
 from pathflip_jax.validation import MEASURED, make_validation, require_score
 
 

@@ -20,22 +20,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from pathflip_jax.data.records.tfrecord import whole_file
-from pathflip_jax.data.storage.files import as_path, is_url, make_folder, read_bytes
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.files import as_path, is_url, make_folder
+from pathflip_jax.data.storage.json_files import read_json, write_json
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
+from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.runtime import distributed
-from pathflip_jax.versions import (
-    READ,
-    UnknownSettings,
-    completed,
-    git_revision,
-    refusal,
-    signed,
-    unknown_settings,
-    version_of,
-)
+from pathflip_jax.versions import READ, completed, git_revision, refusal, signed, unknown_settings, version_of
 
 log = logging.getLogger(__name__)
 CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
@@ -71,25 +62,6 @@ def flat_state(opt_state: Any) -> dict[str, jax.Array]:
     """Optimizer state as a flat dict by path, such as "1/mu/qformer/query_tokens"."""
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole or not at all."""
-    with whole_file(as_path(path)) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file; ValueError names one that is not JSON."""
-    try:
-        found = parse_json(read_bytes(as_path(path)).decode())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); it was not written by this program, restore a copy") from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path}: holds a {type(found).__name__}, expected an object with named values; restore a copy"
-        )
-    return found
 
 
 def read_model_config(path: Path) -> ModelConfig:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.texts.cases import Sources, bag_keys, slides_of_case
 from pathflip_jax.data.texts.identity import SlideNames, connected, is_missing, person_keys
 from pathflip_jax.data.texts.tables import read_rows
-from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row, some
+from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
 from pathflip_jax.findings import Finding, guarded, logged_warnings

@@ -27,10 +27,10 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records, manifest_hash
 from pathflip_jax.data.records.splits import no_such_split
-from pathflip_jax.data.records.tfrecord import whole_file
-from pathflip_jax.data.storage.failures import Failure, list_failures
+from pathflip_jax.data.storage.failures import Failure, list_failures, some
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.texts.text import read_slide_table, rename_rows, some
+from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.inference import HELD, Embedding, Predictor, load
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.versions import as_before

@@ -9,10 +9,12 @@ import jax
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint
+from pathflip_jax.data.storage import json_files
 from pathflip_jax.fingerprints import same_data
+from pathflip_jax.model.versions import AS_NOW, BEFORE
 from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runtime import config_files, sharding
-from pathflip_jax.versions import AS_NOW, BEFORE, WRITTEN_BY, refusal, unknown_settings, version_of
+from pathflip_jax.versions import WRITTEN_BY, refusal, unknown_settings, version_of
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {
@@ -51,8 +53,8 @@ def go_on_as(config: ConfigDict, begun: dict, home: Path) -> ConfigDict:
     """The settings with which a run that began with `begun` in `home` goes on.
 
     A run of an earlier version keeps doing what that version did: a setting that it lacks has the value that means so
-    (`versions.BEFORE`), which is said once. Raises ValueError for a run of a later version, whose settings are not all
-    known here.
+    (`model.versions.BEFORE`), which is said once. Raises ValueError for a run of a later version, whose settings are
+    not all known here.
     """
     if unknown := unknown_settings(begun):
         raise ValueError(refusal(home / checkpoint.CONFIG, unknown, version_of(begun)))
@@ -90,7 +92,7 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
     """
     home = checkpoint.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / checkpoint.CONFIG).exists():
-        before = checkpoint.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
+        before = json_files.read_json(workdir / checkpoint.CONFIG).get("train", {}).get("checkpoints") or workdir
         if checkpoint.run_folder(before) != home and begun_config(checkpoint.run_folder(before)) is not None:
             raise ValueError(
                 f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
@@ -114,7 +116,7 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
 def begun_config(home: Path) -> dict | None:
     """The config of the run whose checkpoints are in `home`; None before the first whole one, whatever a kill left."""
     if (home / checkpoint.CONFIG).exists() and checkpoint.saved_steps(home / checkpoint.CHECKPOINTS):
-        return checkpoint.read_json(home / checkpoint.CONFIG)
+        return json_files.read_json(home / checkpoint.CONFIG)
     return None
 
 
@@ -136,7 +138,7 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
             file=sys.stderr,
         )
         length = {"steps": steps, "epochs": now["epochs"]}
-        checkpoint.write_json(home / checkpoint.CONFIG, before | {"train": before["train"] | length})
+        json_files.write_json(home / checkpoint.CONFIG, before | {"train": before["train"] | length})
 
 
 def _differing(before: dict, now: dict) -> list[str]:

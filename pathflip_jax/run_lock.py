@@ -20,8 +20,8 @@ from pathlib import Path
 
 import jax
 
-from pathflip_jax.data.records.tfrecord import whole_file
 from pathflip_jax.data.storage.files import Place, as_path, is_url, make_folder, read_bytes, remove
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import distributed
 
 LOCK = "run.lock"

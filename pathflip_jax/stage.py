@@ -25,12 +25,9 @@ from pathflip_jax.losses.pathflip import (
     slide_loss,
 )
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pair_loss, sigmoid_slide_loss
-from pathflip_jax.model.parameters import AlignmentModel
+from pathflip_jax.model.parameters import AlignmentModel, Key, Params
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
 from pathflip_jax.model.pathflip2 import PathFLIP2
-
-Key = jax.Array
-Params = dict[str, jax.Array]
 
 
 class Stage(NamedTuple):

@@ -25,6 +25,7 @@ from pathflip_jax import checkpoint, run_lock, settings
 from pathflip_jax.alignment import alignment_training
 from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.storage.files import is_url
+from pathflip_jax.model.parameters import Params
 from pathflip_jax.monitoring import goodput
 from pathflip_jax.monitoring.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
 from pathflip_jax.monitoring.profiling import Profiler, profiled_steps
@@ -35,7 +36,7 @@ from pathflip_jax.run_lock import RunLock, StillEndingError
 from pathflip_jax.runtime import distributed, sharding
 from pathflip_jax.runtime.compilation import compiler_options
 from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog
-from pathflip_jax.stage import Params, Training, make_step
+from pathflip_jax.stage import Training, make_step
 from pathflip_jax.validation import choose_best, place_features
 from pathflip_jax.versions import git_revision
 

@@ -11,24 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-AS_NOW = object()  # it makes no difference to what a run learns: a run that began without it takes today's value
-
-# Setting -> the value that means what versions before it did. For runs and config files that lack it.
-BEFORE: dict[str, Any] = {
-    "data.caption_share": 1.0,
-    "data.embeddings": "",
-    "data.max_unknown_share": 1.0,  # such texts were trained on
-    "data.no_slide_share": 0.0,
-    "data.row_step": AS_NOW,  # how texts are laid out
-    "data.sentence_orders": 1,
-    "loss.negatives_at_once": AS_NOW,  # the same loss
-    "mesh.region": AS_NOW,  # the same loss
-    "train.deterministic": AS_NOW,
-    "train.keep_every": 0,
-    "train.preemptions_per_day": 0.0,
-    "train.select_margin": 0.0,
-    "train.wandb_project": "",
-}
+from pathflip_jax.model.versions import before
 
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
 # What a run's config.json holds beside settings, by section; of data and language stage all that readers go by.
@@ -40,14 +23,6 @@ FACTS = {
     "converted_from": None,
 }
 READ = ("data", "lm")  # the sections that say how the weights of a run are to be used
-
-
-class UnknownSettings(ValueError):
-    """Settings that no version up to this one has; `names` are those."""
-
-    def __init__(self, message: str, names: Iterable[str]) -> None:
-        super().__init__(message)
-        self.names = tuple(names)
 
 
 def this_version() -> str:
@@ -78,12 +53,6 @@ def git_revision() -> str:
 def signed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run, with the version that writes them."""
     return {**config, WRITTEN_BY: {"version": this_version()}}
-
-
-def before(section: str, names: Iterable[str]) -> dict[str, Any]:
-    """What versions without these settings did, of those of which it is stated and makes a difference."""
-    stated = ((name, BEFORE.get(f"{section}.{name}", AS_NOW)) for name in names)
-    return {name: value for name, value in stated if value is not AS_NOW}
 
 
 def unknown_settings(config: Mapping[str, Any], sections: Iterable[str] | None = None) -> list[str]:

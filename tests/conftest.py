@@ -16,7 +16,7 @@ import pytest
 
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
-from pathflip_jax.data.texts.tokenizer import train_wordpiece
+from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
 # Nearly all the time of the suite goes to compiling, before anything here imports JAX. A program compiles in a fraction
 # of the time, to the same mathematics, without the optimisation of LLVM, without the newer emitters of fused loops, and

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pathflip_jax import checkpoint, cli, inference, train, versions
+from pathflip_jax import cli, inference, train, versions
 from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.storage import json_files
 from pathflip_jax.embed import checkpoint_hash, open_embeddings
 from pathflip_jax.llm import assistant as assistants
 from pathflip_jax.llm.hf_io import load_decoder
 from pathflip_jax.llm.lora import load_peft, merge
 from pathflip_jax.llm.prompts import Prompted, insert_slide
 from pathflip_jax.llm.training import read_trained
+from pathflip_jax.model import versions as model_versions
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring.metrics import read_metrics
 from pathflip_jax.runtime import config_files
@@ -82,7 +84,7 @@ def test_what_a_setting_added_since_meant_before_is_stated(golden):
         assert not versions.unknown_settings(config), "a setting was taken away or renamed: old runs still have it"
         known = config_files.defaults(config_files.kind_of(config))
         lacking = [key for key in known if key.partition(".")[2] not in config[key.partition(".")[0]]]
-        assert not set(lacking) - versions.BEFORE.keys(), "state in versions.BEFORE what runs without it did"
+        assert not set(lacking) - model_versions.BEFORE.keys(), "state in versions.BEFORE what runs without it did"
 
 
 @pytest.mark.parametrize("run", ALIGNMENT)
@@ -216,9 +218,9 @@ def test_a_language_run_answers_in_the_words_that_it_did(golden, monkeypatch, ca
 @pytest.mark.parametrize("run", [*ALIGNMENT, "language"])
 def test_a_run_goes_on_to_the_loss_of_one_that_never_stopped(golden, copy, caplog, run):
     command = json.loads((copy / "commands.json").read_text())[run]
-    before = checkpoint.read_json(copy / run / "config.json")
+    before = json_files.read_json(copy / run / "config.json")
     assert train.main([*command, f"--workdir={run}"]) == 0
     losses = [row["loss"] for row in read_metrics(copy / run / "metrics.jsonl")]
     np.testing.assert_allclose(losses, golden[1][f"{run}/losses"], rtol=1e-3)
-    assert checkpoint.read_json(copy / run / "config.json") == before
+    assert json_files.read_json(copy / run / "config.json") == before
     assert not [x for x in caplog.records if x.levelno > logging.WARNING]

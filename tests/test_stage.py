@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pathflip_jax.data.batches.packing import TextRows
 from pathflip_jax.data.batches.pipeline import Batch
-from pathflip_jax.data.texts.tokenizer import TextRows
 from pathflip_jax.losses.pathflip import LossConfig
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, unflatten

@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pathflip_jax import alignment as alignment_stage
 from pathflip_jax import checkpoint, run_lock, settings, train
 from pathflip_jax.checkpoint import load_run
+from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring import goodput
@@ -397,4 +398,4 @@ def test_a_finished_run_that_is_given_more_steps_ends_as_one_that_had_them_from_
     assert "was to end at step 4 and now ends at 6" in capsys.readouterr().err
     assert train.main([*more, "--workdir", str(whole)]) == 0
     assert metrics(run) == metrics(whole) and arrays(run, 6) == arrays(whole, 6)
-    assert checkpoint.read_json(run / "config.json") == checkpoint.read_json(whole / "config.json")
+    assert json_files.read_json(run / "config.json") == json_files.read_json(whole / "config.json")

@@ -8,6 +8,7 @@ import pytest
 from pathflip_jax import versions
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.shape import Shape
+from pathflip_jax.model import versions as model_versions
 from pathflip_jax.model.config import FAMILIES, PathFLIPConfig
 from pathflip_jax.runtime import config_files
 
@@ -40,13 +41,13 @@ def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in
 @pytest.fixture
 def added(monkeypatch):
     """A setting of the model that versions before did without, doing what 0.1 does."""
-    monkeypatch.setitem(versions.BEFORE, "model.dropout", 0.1)
+    monkeypatch.setitem(model_versions.BEFORE, "model.dropout", 0.1)
 
 
 def test_the_table_names_settings_that_there_are():
     known = {key for kind in config_files.KINDS for key in config_files.defaults(kind)}
     fields = {f"model.{field.name}" for family in FAMILIES.values() for field in dataclasses.fields(family)}
-    assert not versions.BEFORE.keys() - known - fields
+    assert not model_versions.BEFORE.keys() - known - fields
 
 
 def test_what_a_later_version_wrote_is_named():
@@ -67,7 +68,7 @@ def test_a_model_of_an_earlier_version_does_what_it_did(added):
 
 
 def test_a_run_of_an_earlier_version_has_what_it_did(monkeypatch):
-    monkeypatch.setitem(versions.BEFORE, "data.regions", 7)
+    monkeypatch.setitem(model_versions.BEFORE, "data.regions", 7)
     assert versions.completed({"data": {}, "train": {}})["data"]["regions"] == 7
     assert versions.completed({"data": {"regions": 3}, "train": {}})["data"]["regions"] == 3
     assert versions.completed({"data": {}}) == {"data": {}}  # not trained here
@@ -79,10 +80,10 @@ def test_the_shape_of_a_language_model_of_another_version(monkeypatch):
         max_positions=64, rope_theta=1e4, norm_eps=1e-6, tied=True,
     )  # fmt: skip
     values = Shape(PathFLIPConfig(), decoder, LoRAConfig(rank=2), "float32").to_dict()
-    monkeypatch.setitem(versions.BEFORE, "lm.query_norm", True)
+    monkeypatch.setitem(model_versions.BEFORE, "lm.query_norm", True)
     earlier = {name: value for name, value in values["decoder"].items() if name != "query_norm"}
     assert Shape.from_dict(values | {"decoder": earlier}).decoder.query_norm
     later = values | {"decoder": values["decoder"] | {"gate": 1}, "lora": values["lora"] | {"dora": True}, "voice": 1}
-    with pytest.raises(versions.UnknownSettings) as error:
+    with pytest.raises(model_versions.UnknownSettings) as error:
         Shape.from_dict(later)
     assert error.value.names == ("voice", "decoder.gate", "lora.dora")

@@ -31,8 +31,9 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.data.records.splits import no_such_split
-    from pathflip_jax.data.texts.text import match_texts, read_slide_table, read_texts, some
-    from pathflip_jax.data.texts.tokenizer import train_wordpiece
+    from pathflip_jax.data.storage.failures import some
+    from pathflip_jax.data.texts.text import match_texts, read_slide_table, read_texts
+    from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
     texts = read_texts(options.texts)
     if options.split:

@@ -12,7 +12,7 @@ import numpy as np
 from pathflip_jax.convert.checkpoint_files import read_tensors
 from pathflip_jax.convert.names import Name, bert_names, query_copy
 from pathflip_jax.convert.weight_sets import plain_names
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
 from pathflip_jax.model.parameters import abstract_params
 

@@ -17,7 +17,7 @@ import safetensors
 import yaml
 
 from pathflip_jax.convert.weight_sets import RAW, choose_set, containers, same_model, split_sets
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 
 CONTAINERS = ("state_dict", "model", "module")  # Lightning, plain training scripts, DeepSpeed
 DTYPES = {

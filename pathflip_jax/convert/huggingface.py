@@ -15,7 +15,7 @@ import jinja2
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.convert.pytorch import merged_state, new_folder, write_checkpoint
 from pathflip_jax.convert.readmes import caption_length
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.model.config import ModelConfig
 
 CARD = "model_card.md"

@@ -20,7 +20,8 @@ from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.versions import READ, UnknownSettings, refusal, unknown_settings
+from pathflip_jax.model.versions import UnknownSettings
+from pathflip_jax.versions import READ, refusal, unknown_settings
 
 TENSORS = "tensors.csv"
 

@@ -93,7 +93,7 @@ def summary(rows: list[Tensor]) -> str:
 def write_rows(path: Path, rows: list[Tensor]) -> None:
     """The rows as CSV."""
     # Here: whoever makes a checkpoint only to measure it (benchmarks/step.py) has none of the packages of data.
-    from pathflip_jax.data.records.tfrecord import whole_file
+    from pathflip_jax.data.storage.whole_files import whole_file
 
     text = io.StringIO()
     writer = csv.writer(text)

@@ -28,8 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.data.records.tfrecord import whole_file
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.grounding.boxes import trace
 from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
 

@@ -10,7 +10,8 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.splits import no_such_split
-from pathflip_jax.data.texts.text import SlideText, match_texts, read_slide_table, read_texts, rename_rows, some
+from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.texts.text import SlideText, match_texts, read_slide_table, read_texts, rename_rows
 from pathflip_jax.evaluate.patients import name_patients
 from pathflip_jax.evaluate.splits import NO_SIDE, check_split
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.texts.tables import json_object, read_rows
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.json_values import json_object
+from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.evaluate import few_shot, grounding, report, retrieval, scores, summary
 from pathflip_jax.evaluate.published import published
 

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from pathflip_jax.data.storage.blocks import row_mean
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.identity import SlideNames, fold
 from pathflip_jax.data.texts.tables import read_rows
-from pathflip_jax.data.texts.text import row_slides, some
+from pathflip_jax.data.texts.text import row_slides
 from pathflip_jax.evaluate import probes, scores
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.protocols import Protocol

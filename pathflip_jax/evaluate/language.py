@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.conversations import ask, match_conversations, read_conversations
-from pathflip_jax.data.texts.text import Question, match_slides, read_questions, some
+from pathflip_jax.data.texts.text import Question, match_slides, read_questions
 from pathflip_jax.evaluate import concepts, scores, vqa
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.llm.assistant import Asked, Rows, SlideAssistant, load_assistant

@@ -6,6 +6,7 @@ Patients are those of the whole table: what joins two slides (a barcode, a case)
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.identity import (
     barcode_patient,
     clean_id,
@@ -16,7 +17,6 @@ from pathflip_jax.data.texts.identity import (
     natural,
     person_keys,
 )
-from pathflip_jax.data.texts.text import some
 
 Rows = Sequence[Mapping[str, str]]
 

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.tables import Row, read_rows
-from pathflip_jax.data.texts.text import has_caption, match_slides, row_caption, row_columns, row_slides, some
+from pathflip_jax.data.texts.text import has_caption, match_slides, row_caption, row_columns, row_slides
 from pathflip_jax.evaluate.cohort import Cohort
 
 

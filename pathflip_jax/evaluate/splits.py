@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.identity import connected, fold, fold_slide, is_missing, natural
 from pathflip_jax.data.texts.tables import read_rows, write_csv
-from pathflip_jax.data.texts.text import row_columns, slide_row, some
+from pathflip_jax.data.texts.text import row_columns, slide_row
 from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, patients
 
 SIDES = ("train", "val", "test")

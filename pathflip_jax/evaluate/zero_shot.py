@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.evaluate.retrieval import normalise
 
 TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities

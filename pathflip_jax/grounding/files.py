@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from matplotlib.figure import Figure
 
-from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.grounding.boxes import Box
 from pathflip_jax.grounding.outlines import Polygon
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.path import Path as Curve
 from skimage.draw import polygon2mask
 
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 
 WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
 JOINT = ": "  # between the names of a class, as QuPath writes several in one

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.checkpoint import CONFIG, read_json, run_folder
+from pathflip_jax.checkpoint import CONFIG, run_folder
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.data.texts.conversations import DESCRIBE, Turn
 from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.inference import Predictor

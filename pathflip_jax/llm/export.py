@@ -14,6 +14,7 @@ import numpy as np
 from pathflip_jax import checkpoint
 from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.pytorch import write_export
+from pathflip_jax.data.storage import json_files
 from pathflip_jax.inference import load
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.folders import PROJECTOR, read_object, whole_folder, write_tensors
@@ -67,8 +68,8 @@ def _complete(
     write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
     write_generation(part, tokenizer, config["data"]["template"])
     about = {"version": this_version(), "settings": without_places(config)}
-    shape = checkpoint.read_json(checkpoint.run_folder(run) / checkpoint.MODEL)
-    checkpoint.write_json(part / ABOUT, about | {"shape": shape})
+    shape = json_files.read_json(checkpoint.run_folder(run) / checkpoint.MODEL)
+    json_files.write_json(part / ABOUT, about | {"shape": shape})
 
 
 def write_generation(folder: Path, tokenizer: DecoderTokenizer, template: str) -> None:
@@ -76,7 +77,7 @@ def write_generation(folder: Path, tokenizer: DecoderTokenizer, template: str) -
     path = folder / GENERATION
     before = read_object(path) if path.is_file() else {}
     ends = {"eos_token_id": list(stop_ids(tokenizer, template)), "pad_token_id": tokenizer.pad_id}
-    checkpoint.write_json(path, before | ends)
+    json_files.write_json(path, before | ends)
 
 
 def _save_projector(model: SlideLanguageModel, out: Path) -> None:

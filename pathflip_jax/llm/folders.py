@@ -19,10 +19,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from pathflip_jax.checkpoint import write_json
-from pathflip_jax.data.records.tfrecord import whole_file
 from pathflip_jax.data.storage.files import is_url
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_files import write_json
+from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.llm.config import DecoderConfig
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}

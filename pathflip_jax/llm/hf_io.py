@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from tokenizers import Tokenizer
 
-from pathflip_jax.checkpoint import write_json
 from pathflip_jax.convert.weight_sets import plain_names
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.folders import (

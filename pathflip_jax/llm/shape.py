@@ -11,9 +11,8 @@ from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.layers import Linear
-from pathflip_jax.model.parameters import flatten, unflatten
-from pathflip_jax.stage import Params
-from pathflip_jax.versions import UnknownSettings, before
+from pathflip_jax.model.parameters import Params, flatten, unflatten
+from pathflip_jax.model.versions import UnknownSettings, before
 
 
 class Shape(NamedTuple):

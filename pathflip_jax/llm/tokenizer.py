@@ -17,9 +17,9 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from pathflip_jax.data.records.tfrecord import whole_file
 from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_many
-from pathflip_jax.data.texts.tables import json_object
+from pathflip_jax.data.storage.json_values import json_object
+from pathflip_jax.data.storage.whole_files import whole_file
 
 END = "<|endoftext|>"  # ends texts, and pads them, in tokenizers that are learnt here
 #: What Llama 3's templates write as today's date: their own default, so that a prompt is the same tomorrow.

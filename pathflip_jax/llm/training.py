@@ -19,6 +19,7 @@ from pathflip_jax import checkpoint, fingerprints, settings
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.records.records import Records, manifest_hash
+from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.storage.files import as_path, make_folder, read_bytes
 from pathflip_jax.data.texts.cases import slides_of_case
 from pathflip_jax.data.texts.conversations import read_conversations, read_mixture
@@ -40,14 +41,15 @@ from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
-from pathflip_jax.model.parameters import flatten
+from pathflip_jax.model.parameters import Params, flatten
+from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
 from pathflip_jax.runtime import memory, sharding
-from pathflip_jax.stage import Params, Stage, Training
+from pathflip_jax.stage import Stage, Training
 from pathflip_jax.validation import Mark, over_batches, require_score
-from pathflip_jax.versions import UnknownSettings, refusal, signed, version_of
+from pathflip_jax.versions import refusal, signed, version_of
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
     Raises FileNotFoundError and ValueError for what is none, and for `records` (called `where`) of features that it was
     not trained on.
     """
-    if "lm" in checkpoint.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
+    if "lm" in json_files.read_json(checkpoint.run_folder(folder) / checkpoint.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
     predictor = load(folder)
     if predictor.patchwise:
@@ -207,7 +209,7 @@ def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, 
             f"{folder}: not a run of the language stage; give the --workdir of `pathflip train --config lm_...`"
         )
     try:
-        shape = Shape.from_dict(checkpoint.read_json(home / checkpoint.MODEL))
+        shape = Shape.from_dict(json_files.read_json(home / checkpoint.MODEL))
     except UnknownSettings as error:
         raise ValueError(refusal(home / checkpoint.MODEL, error.names, version_of(config))) from None
     except ValueError as error:
@@ -295,8 +297,8 @@ def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer:
     """Write config.json, model.json and tokenizer/ of a run of the language stage."""
     make_folder(as_path(folder))
     tokenizer.save(folder / checkpoint.TOKENIZER)
-    checkpoint.write_json(folder / checkpoint.CONFIG, signed(resolved))
-    checkpoint.write_json(folder / checkpoint.MODEL, shape.to_dict())
+    json_files.write_json(folder / checkpoint.CONFIG, signed(resolved))
+    json_files.write_json(folder / checkpoint.MODEL, shape.to_dict())
 
 
 def _open_batches(

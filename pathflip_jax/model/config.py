@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pathflip_jax.versions import UnknownSettings, before
+from pathflip_jax.model.versions import UnknownSettings, before
 
 FAMILIES: dict[str, type["ModelConfig"]] = {}
 

@@ -61,3 +61,7 @@ def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
         raise ValueError("parameters do not fit this model: " + "; ".join(faults))
     filled = [(path, variable.replace(flat[name])) for name, (path, variable) in names.items()]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+Key = jax.Array
+Params = dict[str, jax.Array]

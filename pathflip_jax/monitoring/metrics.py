@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pathflip_jax.data.storage.durable import sync
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.runtime.private_interfaces import is_writing_events
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.viewer.access import Access, is_local
 from pathflip_jax.viewer.page_files import page_files
 from pathflip_jax.viewer.pictures import READERS

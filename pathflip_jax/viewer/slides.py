@@ -11,8 +11,8 @@ from typing import NamedTuple
 from pathflip_jax.data.readers.feature_files import find_feature_files
 from pathflip_jax.data.readers.features import SlideFeatures, read_features, slide_id_of
 from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.texts.text import some
 from pathflip_jax.evaluate.colour import slide_files
 
 

@@ -19,7 +19,7 @@ from pathflip_jax.convert import pytorch
 from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_places
 from pathflip_jax.convert.huggingface import huggingface_config, write_huggingface
 from pathflip_jax.convert.released import load_released
-from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig

@@ -10,6 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pathflip_jax import checkpoint, cli, train
+from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.llm.adapter import LOSS_CHUNK, LanguageBatch, language_operations, language_stage, response_losses
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
@@ -67,7 +68,7 @@ def same(found, expected) -> set[str]:
 
 
 def test_the_facts_of_a_run_count_each_split(stage1):
-    counts = checkpoint.read_json(stage1 / checkpoint.CONFIG)["data"]["splits"]
+    counts = json_files.read_json(stage1 / checkpoint.CONFIG)["data"]["splits"]
     assert counts["train"] == {"slides": 12, "patients": 10, "texts": 12, "no_text": 0, "no_record": 0}
     assert counts["val"]["texts"] == 6 and counts["test"]["slides"] == 6 and counts["not_in_table"] == 0
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from pathflip_jax.convert.pytorch import to_jax
+from pathflip_jax.data.batches.packing import pack
 from pathflip_jax.data.batches.pipeline import Batch
-from pathflip_jax.data.texts.tokenizer import pack
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model import pathflip2
 from pathflip_jax.model.config import PathFLIP2Config

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax import checkpoint
+from pathflip_jax.data.batches.packing import TextRows
 from pathflip_jax.data.batches.pipeline import Batch, look_up
-from pathflip_jax.data.texts.tokenizer import TextRows
 from pathflip_jax.losses.pathflip import LossConfig, draw_negatives
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.captions import plain, split_sentences
 from pathflip_jax.data.texts.cases import NO_TABLE, Sources, bag_keys, slides_of_case
 from pathflip_jax.data.texts.identity import connected, person_keys
-from pathflip_jax.data.texts.text import SlideText, match_texts, some
+from pathflip_jax.data.texts.text import SlideText, match_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 _AT_ONCE = 4096  # texts

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from pathflip_jax.data.batches.bags import Bag, TokenisedText
 from pathflip_jax.data.batches.pipeline import Batches
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 WORTH_SAYING = 0.01  # a share of unknown pieces below this is said to nobody

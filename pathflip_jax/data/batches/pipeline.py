@@ -19,21 +19,21 @@ import numpy as np
 from jaxtyping import Bool, Float16, Int32
 
 from pathflip_jax.data.batches.bags import Bag, TokenisedText, collect_bags, regions_of
-from pathflip_jax.data.batches.patches import PatchSampler
-from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.texts.captions import draw_given, draw_merges
-from pathflip_jax.data.texts.cases import NO_TABLE, Sources
-from pathflip_jax.data.texts.text import SlideText
-from pathflip_jax.data.texts.tokenizer import (
+from pathflip_jax.data.batches.packing import (
     PackedText,
     PackingOverflowError,
     TextRows,
-    TextTokenizer,
     enough_rows,
     pack,
     place,
     row_lengths,
 )
+from pathflip_jax.data.batches.patches import PatchSampler
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.texts.captions import draw_given, draw_merges
+from pathflip_jax.data.texts.cases import NO_TABLE, Sources
+from pathflip_jax.data.texts.text import SlideText
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 _SIMULATED_GROUPS, _SIMULATED_SLIDES = 256, 8192
 _EPOCHS, _STEPS, _ROWS = 0, 1, 2  # what a random stream is for; the first word after the seed

@@ -5,9 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.failures import Failure, some
 from pathflip_jax.data.storage.folders import stand_in, walk_files
-from pathflip_jax.data.texts.text import some
 
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
 # Folders that lie beside features and hold none: coordinates, masks, pictures.

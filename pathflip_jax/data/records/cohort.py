@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pathflip_jax.data.records.columns import SlideInfo, column
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.failures import some
 
 # Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
 # patches of 224 and 256 pixels differ by 14.

@@ -14,9 +14,11 @@ from pathflip_jax.data.readers.features import SlideFeatures, all_finite, rounde
 from pathflip_jax.data.records.columns import ARRAYS, DTYPES, SlideInfo, Slides
 from pathflip_jax.data.records.index_file import Index, check_info, decode_index, encode_index
 from pathflip_jax.data.records.regions import cut_regions
-from pathflip_jax.data.records.tfrecord import bytes_offsets, crc32c, example_parts, frame, read_frames, whole_file
+from pathflip_jax.data.records.tfrecord import bytes_offsets, example_parts, read_frames
 from pathflip_jax.data.storage import blocks
 from pathflip_jax.data.storage.files import Place, as_path, file_sizes, read_in_turn
+from pathflip_jax.data.storage.framing import crc32c, frame
+from pathflip_jax.data.storage.whole_files import whole_file
 
 COORDS = np.dtype("<i4")
 KEYS = {

@@ -11,9 +11,9 @@ import numpy as np
 
 from pathflip_jax.data.readers.features import check_slide_id
 from pathflip_jax.data.records.columns import ARRAYS, DTYPES, SCALARS, TEXTS, ShardRegions, SlideInfo, Slides
-from pathflip_jax.data.records.tfrecord import crc32c
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.texts.tables import parse_json
+from pathflip_jax.data.storage.framing import crc32c
+from pathflip_jax.data.storage.json_values import parse_json
 
 MAGIC, VERSION = b"PATHFLIP", 1
 HEAD = struct.Struct("<8sIQ")

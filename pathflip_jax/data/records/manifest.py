@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.texts.tables import parse_json
-from pathflip_jax.data.texts.text import some
+from pathflip_jax.data.storage.json_values import parse_json
 
 MANIFEST = "manifest.json"
 VERSION = 1

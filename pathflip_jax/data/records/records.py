@@ -43,7 +43,7 @@ from pathflip_jax.data.records.manifest import (
 )
 from pathflip_jax.data.records.regions import EDGE_UM, region_edge
 from pathflip_jax.data.records.tfds import dataset_info, feature_schema
-from pathflip_jax.data.records.tfrecord import crc32c, read_frames, whole_file
+from pathflip_jax.data.records.tfrecord import read_frames
 from pathflip_jax.data.storage.files import (
     Extent,
     LocalFile,
@@ -56,6 +56,8 @@ from pathflip_jax.data.storage.files import (
     read_at,
     remove,
 )
+from pathflip_jax.data.storage.framing import crc32c
+from pathflip_jax.data.storage.whole_files import whole_file
 
 COORDS_AT_ONCE = 1 << 20  # bytes
 SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them

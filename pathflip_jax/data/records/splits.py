@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.identity import fold
-from pathflip_jax.data.texts.text import SPLITS, read_slide_table, rename_rows, some
+from pathflip_jax.data.texts.text import SPLITS, read_slide_table, rename_rows
 
 Row = Mapping[str, str]
 NO_VALIDATION = ("", "none")

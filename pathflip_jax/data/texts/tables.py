@@ -6,7 +6,6 @@ Every row knows its place ("reports.csv, line 17"), so that what is wrong with i
 import codecs
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from pathflip_jax.data.storage.files import Place, as_path, file_sizes, is_url, read_bytes
+from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.data.texts.cells import as_list, as_text
 from pathflip_jax.data.texts.identity import is_empty, is_missing
 
 LARGEST_JSON = 512 * 2**20  # bytes of a file that has to be parsed in one go, and of a Parquet file's values
 LONGEST_RECORD = 16 * 2**20  # characters of a line of JSON, or of a row of a csv over all its lines
 _SNIFFED = 2**20  # characters among which a table must begin
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)  # the line by which Excel knows its own files
 _PARQUET, _ZIP = b"PAR1", b"PK\x03\x04"
 
@@ -91,33 +90,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, path)
-
-
-def parse_json(text: str, **options: Any) -> Any:
-    """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
-
-    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that nothing can write again.
-    """
-    try:
-        found = json.loads(text, **options)
-        if _SURROGATE.search(text):
-            json.dumps(found, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds {error.object[error.start]!r}, which is no character") from None
-    return found
-
-
-def json_object(path: Place, data: bytes) -> dict[str, Any]:
-    """The object that a small JSON file holds. Raises ValueError, naming the file, where it is anything else."""
-    try:
-        found = parse_json(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; copy the file again")
-    return found
 
 
 def _opened(path: Place) -> BinaryIO:

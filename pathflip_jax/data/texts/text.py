@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pathflip_jax.data.storage.durable import sync
+from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.cells import as_text
 from pathflip_jax.data.texts.choices import OPTION, answer_letter, row_options
 from pathflip_jax.data.texts.identity import (
@@ -268,13 +269,6 @@ def rename_rows(
     if absent:
         notes.append(f"{len(absent)} of {len(rows)} rows of {table} belong to no slide ({some(absent)})")
     return renamed, notes
-
-
-def some(names: Iterable[object], most: int = 3) -> str:
-    """A few names for a message, and how many more there are."""
-    names = [str(name) for name in names]
-    listed = ", ".join(names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 def _text(row: Row) -> SlideText:

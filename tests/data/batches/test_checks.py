@@ -8,7 +8,8 @@ import pytest
 from pathflip_jax.data.batches.bags import Pieces, TokenisedText
 from pathflip_jax.data.batches.checks import any_unrelated, refuse_unknown_words, require_negatives
 from pathflip_jax.data.texts.text import SlideText
-from pathflip_jax.data.texts.tokenizer import TextTokenizer, train_wordpiece
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
 
 @pytest.fixture(scope="module")

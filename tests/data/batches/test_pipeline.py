@@ -17,7 +17,8 @@ from pathflip_jax.data.records.records import Records, shard_name, write_shard
 from pathflip_jax.data.storage.files import LocalFile
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.text import SlideText, read_texts
-from pathflip_jax.data.texts.tokenizer import TextTokenizer, train_wordpiece
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 SENTENCES = [

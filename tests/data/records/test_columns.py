@@ -11,7 +11,7 @@ import pytest
 from pathflip_jax.data.records.cohort import check_cohort
 from pathflip_jax.data.records.columns import ARRAYS, SCALARS, SlideInfo, Slides, column
 from pathflip_jax.data.records.index_file import Index, decode_index, encode_index
-from pathflip_jax.data.records.tfrecord import crc32c
+from pathflip_jax.data.storage.framing import crc32c
 
 
 def make_info(name, counts, grid=None, shard="a.tfrecord", **changes):

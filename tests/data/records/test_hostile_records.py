@@ -10,8 +10,8 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.index import index_path
 from pathflip_jax.data.records.index_file import HEAD
 from pathflip_jax.data.records.records import Records, iter_examples, write_shard
-from pathflip_jax.data.records.tfrecord import crc32c, frame, mask
 from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.storage.framing import crc32c, frame, mask
 
 
 @pytest.fixture

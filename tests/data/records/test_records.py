@@ -29,8 +29,8 @@ from pathflip_jax.data.records.records import (  # fmt: skip
     write_shard,
 )
 from pathflip_jax.data.records.regions import cut_regions
-from pathflip_jax.data.records.tfrecord import WholeFile
 from pathflip_jax.data.records.verify import verify
+from pathflip_jax.data.storage.whole_files import WholeFile
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "formats"
 

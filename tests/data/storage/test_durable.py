@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from pathflip_jax.data.records.tfrecord import whole_file
+from pathflip_jax.data.storage.whole_files import whole_file
 
 
 def write(path):

@@ -8,20 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from pathflip_jax.data.texts.captions import split_sentences
-from pathflip_jax.data.texts.tokenizer import (
-    PackingOverflowError,
-    TextTokenizer,
-    enough_rows,
-    pack,
-    place,
-    row_lengths,
-    train_wordpiece,
-)
+from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 TEXTS = [
@@ -185,115 +176,9 @@ def test_folders_that_hold_no_tokenizer(tmp_path, vocabulary):
         TextTokenizer(tmp_path / "e")
 
 
-def test_a_vocabulary_learnt_from_texts(tmp_path):
-    texts = ["The tumor is tumorous, 1.8 cm.", "Tumors of the gland; glands & glandular tissue.", "Café H&E."] * 3
-    train_wordpiece(texts, tmp_path / "a", 80)
-    train_wordpiece(reversed(texts), tmp_path / "b", 80)
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    vocabulary = (tmp_path / "a" / "vocab.txt").read_text().split()
-    assert vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and len(vocabulary) <= 80
-    assert {"tumor", "gland"} <= set(vocabulary)
-    tokenizer = TextTokenizer(tmp_path / "a")
-    assert tokenizer.vocab_size == len(vocabulary) + 1
-    assert vocabulary.index("[UNK]") not in np.concatenate(tokenizer.ids(texts))
-    (tmp_path / "a" / "tokenizer.json").unlink()  # vocab.txt alone says the same
-    for x, y in zip(TextTokenizer(tmp_path / "a").ids(texts), tokenizer.ids(texts), strict=True):
-        assert x.tolist() == y.tolist()
-    with pytest.raises(ValueError, match="ask for more"):
-        train_wordpiece(texts, tmp_path / "c", 20)
-    with pytest.raises(ValueError, match="no words"):
-        train_wordpiece([" "], tmp_path / "c", 20)
-
-
-def test_the_pairs_that_occur_most_are_merged_first(tmp_path):
-    """Pinned: hash seeds and versions of tokenizers must not renumber the vocabulary of a run."""
-    train_wordpiece(["the tumor of the gland", "tumors of glands, 1.8 cm"], tmp_path, 60)
-    learnt = [token for token in (tmp_path / "vocab.txt").read_text().split()[5:] if len(token.lstrip("#")) > 1]
-    assert " ".join(learnt) == "##an ##and ##he ##land ##mo ##mor ##umor gland of the tumor"
-
-
-def test_a_learnt_vocabulary_is_read_by_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    train_wordpiece(TEXTS[:3] * 2, tmp_path, 150)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).vocab_size == TextTokenizer(tmp_path).vocab_size - 1
-    assert_ids_of_transformers(tmp_path, TEXTS, 64)
-
-
 texts_of_ids = st.lists(
     st.integers(1, 12).flatmap(lambda n: st.lists(st.integers(1, 999), min_size=n, max_size=n)), max_size=20
 )
-
-
-@given(texts_of_ids, st.integers(3, 13))
-@settings(max_examples=150)
-def test_packing_keeps_every_token_of_every_text(texts, step):
-    texts = [np.array(text, np.int32) for text in texts]
-    widths = row_lengths(step, 12)
-    packed = pack(texts, widths)
-    assert all(x.dtype == np.int32 for rows in packed.rows for x in rows) and packed.cls_index.dtype == np.int32
-    assert all(len({x.shape for x in rows}) == 1 for rows in packed.rows)
-    assert sum((rows.segments > 0).sum() for rows in packed.rows) == sum(map(len, texts))
-    laid = [[x[row] for x in rows] for rows in packed.rows for row in range(len(rows.tokens))]  # row after row
-    starts = np.cumsum([0] + [len(tokens) for tokens, _, _ in laid])
-    assert [len(tokens) for tokens, _, _ in laid] == sorted(len(tokens) for tokens, _, _ in laid)
-    seen = set()
-    for text, start in zip(texts, packed.cls_index, strict=True):
-        row = int(np.searchsorted(starts, start, side="right")) - 1
-        tokens, segments, positions = laid[row]
-        segment = segments[start - starts[row]]
-        where = np.flatnonzero(segments == segment)
-        assert segment > 0 and (row, segment) not in seen
-        seen.add((row, segment))
-        assert where.tolist() == list(range(start - starts[row], start - starts[row] + len(text)))  # in one piece
-        assert tokens[where].tolist() == text.tolist()
-        assert positions[where].tolist() == list(range(len(text)))
-    for tokens, segments, positions in laid:  # numbered 1, 2, ... from the left, padding behind
-        assert segments.tolist() == sorted(segments.tolist(), key=lambda x: x or 10**6)
-        assert set(segments.tolist()) - {0} == set(range(1, segments.max() + 1))
-        assert not tokens[segments == 0].any() and not positions[segments == 0].any()
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40))
-def test_best_fit_decreasing(lengths):
-    rows, columns, widths = place(lengths, (10, 20, 30))
-    found = [[] for _ in widths]  # the textbook algorithm
-    room, expected = [], {}
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [row for row in range(len(room)) if room[row] >= lengths[i]]
-        if not fits:
-            room.append(next(width for width in (10, 20, 30) if width >= lengths[i]))
-            fits = [len(room) - 1]
-        row = min(fits, key=lambda row: (room[row], row))
-        expected[i] = (row, widths[row] - room[row])
-        found[row].append(lengths[i])
-        room[row] -= lengths[i]
-    assert [expected[i] for i in range(len(lengths))] == list(zip(rows, columns, strict=True))
-    assert all(sum(members) <= width for members, width in zip(found, widths, strict=True))
-
-
-@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=20), min_size=1, max_size=5))
-def test_rows_that_are_enough_hold_each_group_and_are_not_too_many(groups):
-    widths = (10, 20, 30)
-    rows = enough_rows(groups, widths)
-    for lengths in groups:
-        place(lengths, widths, rows)  # raises where they do not fit
-    apart = [place(lengths, widths)[2] for lengths in groups]
-    assert len(groups) > 1 or sum(n * width for n, width in zip(rows, widths, strict=True)) <= sum(apart[0])
-
-
-def test_what_does_not_fit_is_an_error():
-    texts = [np.ones(n, np.int32) for n in (6, 5, 5)]
-    with pytest.raises(PackingOverflowError, match="no row is left for a text of 5 tokens; there are 1 of 10 tokens"):
-        pack(texts, (10,), rows=(1,))
-    with pytest.raises(ValueError, match="a text of 6 tokens is longer than a row of 5"):
-        pack(texts, (5,))
-    (empty,) = pack([], (8, 16)).rows
-    assert empty.tokens.shape == (1, 8)
-    given = pack(texts, (5, 10), rows=(1, 2)).rows
-    assert [rows.tokens.shape for rows in given] == [(1, 5), (2, 10)]
 
 
 def test_no_logging_for_texts_that_fit(tmp_path, vocabulary, caplog):

@@ -1,0 +1,27 @@
+"""JSON files of a run, read whole and written whole."""
+
+import json
+from pathlib import Path
+
+from pathflip_jax.data.storage.files import as_path, read_bytes
+from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.data.storage.whole_files import whole_file
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    with whole_file(as_path(path)) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file; ValueError names one that is not JSON."""
+    try:
+        found = parse_json(read_bytes(as_path(path)).decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); it was not written by this program, restore a copy") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: holds a {type(found).__name__}, expected an object with named values; restore a copy"
+        )
+    return found

@@ -1,0 +1,36 @@
+"""JSON parsed with one kind of error, which names the file."""
+
+import json
+import re
+from typing import Any
+
+from pathflip_jax.data.storage.files import Place
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
+
+    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that nothing can write again.
+    """
+    try:
+        found = json.loads(text, **options)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds {error.object[error.start]!r}, which is no character") from None
+    return found
+
+
+def json_object(path: Place, data: bytes) -> dict[str, Any]:
+    """The object that a small JSON file holds. Raises ValueError, naming the file, where it is anything else."""
+    try:
+        found = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the file again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not an object; copy the file again")
+    return found
