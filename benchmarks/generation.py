@@ -72,9 +72,10 @@ def ours(folder: Path, dtype: str, embeds: np.ndarray) -> Callable[[int], np.nda
     """run(new) -> tokens [B, new]."""
     import jax.numpy as jnp
 
-    from pathflip_jax.llm.generate import Sampling, generate
+    from pathflip_jax.llm.generate import generate
     from pathflip_jax.llm.hf_io import load_decoder
     from pathflip_jax.llm.products import for_generation
+    from pathflip_jax.llm.sampling import Sampling
 
     model = for_generation(load_decoder(folder, dtype=dtype, compute_dtype=dtype))
     inputs, mask = jnp.asarray(embeds), np.ones(embeds.shape[:2], bool)

@@ -17,7 +17,8 @@ def run(context: Context) -> Rows:
     """Rates by batch. A token reads every weight once: those bytes over its time are the bandwidth that it uses."""
     import jax.numpy as jnp
 
-    from pathflip_jax.llm.generate import Sampling, generate
+    from pathflip_jax.llm.generate import generate
+    from pathflip_jax.llm.sampling import Sampling
 
     small = benchmark.SMALL
     width, layers = (small["width"], small["layers"]) if context.small else (WIDTH, LAYERS)

@@ -212,7 +212,7 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
 
 def sampling(options: argparse.Namespace):
     """How to write, as `add_writing_options` or `add_language_options` took it."""
-    from pathflip_jax.llm.generate import Sampling
+    from pathflip_jax.llm.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}

@@ -19,7 +19,7 @@ from pathflip_jax.data.texts.text import Question, match_slides, read_questions
 from pathflip_jax.evaluate import concepts, scores, vqa
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.llm.assistant import Asked, Rows, SlideAssistant, load_assistant
-from pathflip_jax.llm.generate import Sampling
+from pathflip_jax.llm.sampling import Sampling
 
 ANOTHER = "another slide's caption"
 LIKELIHOOD, GENERATION = "by_likelihood", "by_generation"  # how a choice among options is read

@@ -33,7 +33,7 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.surface import SMOOTH
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.llm.assistant import is_language_run
-from pathflip_jax.llm.generate import Sampling
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.monitoring.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)

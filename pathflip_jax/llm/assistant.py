@@ -22,9 +22,10 @@ from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.inference import Predictor
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.decoder import Decoder
-from pathflip_jax.llm.generate import Sampling, generate, score
+from pathflip_jax.llm.generate import generate, score
 from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop_ids
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble
 from pathflip_jax.runtime.buckets import bucket

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 if TYPE_CHECKING:
-    from pathflip_jax.llm.generate import Sampling
+    from pathflip_jax.llm.sampling import Sampling
 
 NEVER = -1e9  # the score of what may not be chosen
 

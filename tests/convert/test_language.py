@@ -14,9 +14,9 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.assistant import SlideAssistant
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
-from pathflip_jax.llm.generate import Sampling
 from pathflip_jax.llm.hf_io import init_decoder, save_decoder
 from pathflip_jax.llm.lora import merge
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import train_bpe
 from pathflip_jax.llm.training import assemble

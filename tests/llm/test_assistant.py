@@ -13,8 +13,8 @@ from pathflip_jax.data.texts.conversations import Turn
 from pathflip_jax.llm import assistant as assistants
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.assistant import SlideAssistant
-from pathflip_jax.llm.generate import Sampling
 from pathflip_jax.llm.hf_io import load_decoder
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, unflatten

@@ -10,9 +10,10 @@ import pytest
 from pathflip_jax.llm import generate as module
 from pathflip_jax.llm import products
 from pathflip_jax.llm.config import LoRAConfig
-from pathflip_jax.llm.generate import Sampling, adjust, generate, restrict, score
+from pathflip_jax.llm.generate import adjust, generate, restrict, score
 from pathflip_jax.llm.hf_io import init_decoder, load_decoder
 from pathflip_jax.llm.products import for_generation
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.runtime.compilation import CompileCounter, compiler_options
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 
 from pathflip_jax import cli
-from pathflip_jax.llm.generate import Sampling
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.pictures import Pictures
 from pathflip_jax.viewer.proxy import read_proxy

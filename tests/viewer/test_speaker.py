@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from pathflip_jax.llm.generate import Sampling
+from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.viewer.server import make_app
 from pathflip_jax.viewer.speaker import Speaker
 

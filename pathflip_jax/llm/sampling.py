@@ -1,0 +1,57 @@
+"""Settings of how the tokens of a text are chosen."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; all but beam search as in transformers' processors of the same names.
+
+    `temperature` 0 takes the likeliest token, otherwise tokens are drawn by `seed`, of the `top_k` likeliest and of the
+    fewest that hold a share of `top_p`. `beams` above 1 keeps so many texts, and divides their log likelihoods by
+    length ** `length_penalty`. `repetition_penalty` makes tokens that occurred less likely. `stop_ids` end a text, not
+    before `min_new_tokens`.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.max_new_tokens < 1:
+            faults.append(f"max_new_tokens {self.max_new_tokens} (expected 1 or more)")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            faults.append(f"min_new_tokens {self.min_new_tokens} (expected 0 to max_new_tokens, {self.max_new_tokens})")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            faults.append(f"temperature {self.temperature} (expected 0, which is greedy, or more)")
+        if self.top_k is not None and self.top_k < 1:
+            faults.append(f"top_k {self.top_k} (expected 1 or more, or None for all)")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p {self.top_p} (expected more than 0, at most 1)")
+        if self.beams < 1:
+            faults.append(f"beams {self.beams} (expected 1, which is none, or more)")
+        if not math.isfinite(self.length_penalty):
+            faults.append(f"length_penalty {self.length_penalty} (expected a number)")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            faults.append(f"repetition_penalty {self.repetition_penalty} (expected more than 0; 1 is none)")
+        if any(token < 0 for token in self.stop_ids):
+            faults.append(f"stop_ids {self.stop_ids} (expected ids of the tokenizer)")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
+            faults.append("top_k or top_p with temperature 0 (greedy; give a temperature to draw tokens)")
+        if self.beams > 1 and self.temperature > 0:
+            faults.append(f"temperature {self.temperature} with {self.beams} beams (beams are not drawn; give 0)")
+        if self.beams == 1 and self.length_penalty != 1:
+            faults.append(f"length_penalty {self.length_penalty} without beams (it compares beams)")
+        if self.min_new_tokens and not self.stop_ids:
+            faults.append(f"min_new_tokens {self.min_new_tokens} without stop_ids (nothing ends a text)")
+        if faults:
+            raise ValueError("sampling: " + "; ".join(faults))
