@@ -35,7 +35,7 @@ from accelerator_parts import CURE, DEVICE, FAULT, PARTS, Context, Part
 from accelerator_parts.explain import explain
 from machine import describe
 
-from pathflip_jax.versions import git_revision
+from pathflip_jax.convert.versions import git_revision
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 480.0  # seconds of a part

@@ -28,7 +28,7 @@ SETTINGS = [
 ]  # fmt: skip
 SLIDES = 160  # a shard each: more than are held open, so that files are opened all along the run
 # What a run imports on its way, besides what stands at the top of its modules.
-LATE = ["matplotlib.figure", "pathflip_jax.evaluate.retrieval", "tensorboardX"]
+LATE = ["matplotlib.figure", "pathflip_jax.scores.retrieval", "tensorboardX"]
 
 
 class Rig:

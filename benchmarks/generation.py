@@ -72,8 +72,8 @@ def ours(folder: Path, dtype: str, embeds: np.ndarray) -> Callable[[int], np.nda
     """run(new) -> tokens [B, new]."""
     import jax.numpy as jnp
 
+    from pathflip_jax.convert.decoder import load_decoder
     from pathflip_jax.llm.generate import generate
-    from pathflip_jax.llm.hf_io import load_decoder
     from pathflip_jax.llm.products import for_generation
     from pathflip_jax.llm.sampling import Sampling
 

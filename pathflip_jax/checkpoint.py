@@ -20,13 +20,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from pathflip_jax.convert.versions import READ, completed, git_revision, refusal, signed, unknown_settings, version_of
 from pathflip_jax.data.storage.files import as_path, is_url, make_folder
 from pathflip_jax.data.storage.json_files import read_json, write_json
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.runtime import distributed
-from pathflip_jax.versions import READ, completed, git_revision, refusal, signed, unknown_settings, version_of
 
 log = logging.getLogger(__name__)
 CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"

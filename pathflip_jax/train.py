@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, run_lock, settings
 from pathflip_jax.alignment import alignment_training
+from pathflip_jax.convert.versions import git_revision
 from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.storage.files import is_url
 from pathflip_jax.model.parameters import Params
@@ -38,7 +39,6 @@ from pathflip_jax.runtime.compilation import compiler_options
 from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.stage import Training, make_step
 from pathflip_jax.validation import choose_best, place_features
-from pathflip_jax.versions import git_revision
 
 
 class Stopped(Exception):

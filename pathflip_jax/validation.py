@@ -31,7 +31,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
     split; slides of one case, or with the same caption, are no rivals.
     """
-    from pathflip_jax.evaluate.retrieval import expected_rank, rank, recall
+    from pathflip_jax.scores.retrieval import expected_rank, rank, recall
 
     key = jax.random.key(0)
 

@@ -61,7 +61,7 @@ LONG = (
     "model/test_layers.py",
     "llm/test_decoder.py",
     "convert/test_torch_model.py",
-    "llm/test_hf_io.py",
+    "convert/test_decoder.py",
     "evaluate/test_run.py",
     "runtime/test_memory.py",
 )
@@ -74,6 +74,10 @@ SENTENCES = (
     "Lymphoid aggregates are dense.",
     "The tumor measures 1.8 cm.",
 )
+
+_spec = importlib.util.spec_from_file_location("decoder_folders", Path(__file__).with_name("decoder_folders.py"))
+_spec.loader.exec_module(_decoders := importlib.util.module_from_spec(_spec))
+decoder_folder = _decoders.decoder_folder  # a fixture
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pathflip_jax import cli, inference, train, versions
+from pathflip_jax import cli, inference, train
+from pathflip_jax.convert import versions
+from pathflip_jax.convert.decoder import load_decoder
+from pathflip_jax.convert.lora import load_peft, merge
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.embed import checkpoint_hash, open_embeddings
 from pathflip_jax.llm import assistant as assistants
-from pathflip_jax.llm.hf_io import load_decoder
-from pathflip_jax.llm.lora import load_peft, merge
 from pathflip_jax.llm.prompts import Prompted, insert_slide
 from pathflip_jax.llm.training import read_trained
 from pathflip_jax.model import versions as model_versions

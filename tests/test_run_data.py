@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pathflip_jax import fingerprints, settings
+from pathflip_jax.convert.versions import unknown_settings
 from pathflip_jax.run_data import choose_groups, even_size, open_data, say_counts
-from pathflip_jax.versions import unknown_settings
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def _run(options: argparse.Namespace) -> int:
     if (options.scores or options.encoder_licence) and (options.to != "huggingface" or speaks):
         raise ValueError("--scores and --encoder-licence go into the card of an alignment run: --to huggingface")
     if options.to == "peft" or (options.to == "huggingface" and speaks):
+        from pathflip_jax.convert.decoder_folders import PROJECTOR
         from pathflip_jax.llm.export import export_decoder, export_peft
-        from pathflip_jax.llm.folders import PROJECTOR
 
         write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
         write(options.run_folder, options.out, options.which, decoder=options.decoder, aligner=options.aligner)

@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace) -> int:
             )
     captions = [text.caption for text in texts]
     if options.decoder:
-        from pathflip_jax.llm.hf_io import make_decoder_folder
+        from pathflip_jax.convert.decoder import make_decoder_folder
 
         width, layers = options.decoder
         make_decoder_folder(captions, options.out, vocab_size=options.size, width=width, layers=layers)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from pathflip_jax.convert.versions import READ, refusal, this_version, unknown_settings
 from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.model.config import FAMILIES, ModelConfig
 from pathflip_jax.model.versions import UnknownSettings, before
-from pathflip_jax.versions import READ, refusal, this_version, unknown_settings
 
 SECTION = "pathflip_jax"
 CONFIG, BERT = "config.json", "bert"

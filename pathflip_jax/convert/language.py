@@ -9,19 +9,19 @@ import numpy as np
 
 from pathflip_jax import checkpoint
 from pathflip_jax.convert.checkpoint_files import read_tensors
+from pathflip_jax.convert.decoder_folders import PROJECTOR, read_decoder_config, read_object
+from pathflip_jax.convert.lora import SETTINGS, load_peft
 from pathflip_jax.convert.pytorch import new_folder
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
+from pathflip_jax.convert.versions import READ, refusal, unknown_settings
 from pathflip_jax.llm.adapter import is_trained
 from pathflip_jax.llm.export import ABOUT, ALIGNER
-from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config, read_object
-from pathflip_jax.llm.lora import SETTINGS, load_peft
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.versions import UnknownSettings
-from pathflip_jax.versions import READ, refusal, unknown_settings
 
 TENSORS = "tensors.csv"
 

@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from pathflip_jax.evaluate import froc, retrieval
+from pathflip_jax.evaluate import froc
+from pathflip_jax.scores import retrieval
 
 INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
 MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"

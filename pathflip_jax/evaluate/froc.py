@@ -17,8 +17,8 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import label, regionprops
 
-from pathflip_jax.evaluate.scores import Statistic
 from pathflip_jax.grounding.outlines import Polygon, rasterise
+from pathflip_jax.scores.statistics import Statistic
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives a slide
 WIDENED_UM, ISOLATED_UM = 75.0, 275.0

@@ -20,9 +20,10 @@ from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.evaluate import colour, froc, scores
+from pathflip_jax.evaluate import colour, froc
 from pathflip_jax.evaluate.truth import LesionTask, Truth, true_patches
 from pathflip_jax.grounding.surface import smooth_patches
+from pathflip_jax.scores import statistics
 
 TRAIN_PATCHES = 100  # per training slide, for the colour baseline
 TRAIN_SLIDES = 100
@@ -58,7 +59,7 @@ def concept_aucs(
     """The ROC AUC of each concept's map, NaN where the slide has no patch of it or nothing else."""
     counts = np.ones(inside.shape[1], bool) if counts is None else counts
     ones = np.ones((1, int(counts.sum())))
-    return np.array([scores.auc(t[counts], s[counts])(ones)[0] for t, s in zip(inside, found, strict=True)])
+    return np.array([statistics.auc(t[counts], s[counts])(ones)[0] for t, s in zip(inside, found, strict=True)])
 
 
 def pointing_hits(

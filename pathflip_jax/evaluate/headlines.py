@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pathflip_jax.evaluate.scores import TEXT_ONLY
+from pathflip_jax.scores.statistics import TEXT_ONLY
 
 SCORE, SHARE, GAIN = "score", "share", "gain"  # written as 0.87, as 87.0%, as +0.05
 

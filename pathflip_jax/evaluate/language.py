@@ -16,10 +16,11 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.conversations import ask, match_conversations, read_conversations
 from pathflip_jax.data.texts.text import Question, match_slides, read_questions
-from pathflip_jax.evaluate import concepts, scores, vqa
+from pathflip_jax.evaluate import vqa
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.llm.assistant import Asked, Rows, SlideAssistant, load_assistant
 from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.scores import concepts, statistics
 
 ANOTHER = "another slide's caption"
 LIKELIHOOD, GENERATION = "by_likelihood", "by_generation"  # how a choice among options is read
@@ -177,13 +178,13 @@ def score_captions(captions: Sequence[Caption], phrasings: Mapping[str, Sequence
     """
     patients = [caption.patient for caption in captions]
     written, references = ([getattr(c, name) for c in captions] for name in ("written", "reference"))
-    others = {scores.TEXT_ONLY: [c.text_only for c in captions]}
+    others = {statistics.TEXT_ONLY: [c.text_only for c in captions]}
     other = _another(patients, seed)
     if other is not None:
         others[ANOTHER] = [written[i] for i in other]
     found: dict = {"captions": len(captions), "patients": len(set(patients)), "warnings": []}
     if all(importlib.util.find_spec(name) for name in ("nltk", "rouge_score")):
-        from pathflip_jax.evaluate import captioning
+        from pathflip_jax.scores import captioning
 
         words = captioning.score_captions(written, references, patients, others, seed)
         found |= {"words": words["metrics"]}
@@ -206,12 +207,12 @@ def score_answers(choices: Answers | None, open_ended: Answers | None, seed: int
     if choices is not None:
         found["choices"] = {
             how: vqa.score_choices(
-                choices.questions, given, choices.patients, {scores.TEXT_ONLY: choices.text_only[how]}, seed
+                choices.questions, given, choices.patients, {statistics.TEXT_ONLY: choices.text_only[how]}, seed
             )
             for how, given in choices.given.items()
         }
     if open_ended is not None:
-        others = {scores.TEXT_ONLY: open_ended.text_only[GENERATION]}
+        others = {statistics.TEXT_ONLY: open_ended.text_only[GENERATION]}
         found["open"] = vqa.score_open(
             open_ended.questions, open_ended.given[GENERATION], open_ended.patients, others, seed
         )

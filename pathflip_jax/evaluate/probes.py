@@ -16,10 +16,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from sklearn.linear_model import LogisticRegression
 
-from pathflip_jax.evaluate.retrieval import normalise
 from pathflip_jax.ops.attention import softmax_where
 from pathflip_jax.ops.dropout import drop
 from pathflip_jax.runtime.buckets import bucket
+from pathflip_jax.scores.retrieval import normalise
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # inverse regularisation C of the linear probe on rows of unit length
 NEIGHBOURS = (1, 3, 5, 9, 15, 25)

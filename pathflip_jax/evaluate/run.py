@@ -11,18 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.evaluate import (
-    colour,
-    few_shot,
-    figures,
-    grounding,
-    protocols,
-    published,
-    report,
-    retrieval,
-    scores,
-    zero_shot,
-)
+from pathflip_jax.evaluate import colour, few_shot, figures, grounding, protocols, published, report, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort, label_index, name_labels, read_cohort, read_pairs
 from pathflip_jax.evaluate.language import evaluate_language
 from pathflip_jax.evaluate.parts import Answers, Mapping, Part, score_tasks
@@ -35,6 +24,7 @@ from pathflip_jax.inference import Predictor, load
 from pathflip_jax.llm.assistant import is_language_run
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.monitoring.metrics import METRICS, read_metrics
+from pathflip_jax.scores import retrieval, statistics
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 384  # of a caption or an answer, unless the caller says otherwise
@@ -160,7 +150,7 @@ def evaluate(
         "split": split,
         "slides": len(cohort.slide_ids),
         "patients": len(set(cohort.patients)),
-        "interval": f"95%, bootstrap by patient, {scores.DRAWS} draws, seed {seed}",
+        "interval": f"95%, bootstrap by patient, {statistics.DRAWS} draws, seed {seed}",
     }
     for part in parts:
         found |= part.scores

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.texts.text import SlideText
-from pathflip_jax.evaluate import colour, few_shot, froc, grounding, retrieval, scores, zero_shot
+from pathflip_jax.evaluate import colour, few_shot, froc, grounding, zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.region_texts import RegionText
 from pathflip_jax.evaluate.truth import Outlined
+from pathflip_jax.scores import retrieval
+from pathflip_jax.scores import statistics as scores
 
 GALLERY = 100
 DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"}

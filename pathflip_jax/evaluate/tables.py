@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from pathflip_jax.evaluate import grounding, retrieval
+from pathflip_jax.evaluate import grounding
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.summary import Outcome
 from pathflip_jax.evaluate.truth import Outlined
+from pathflip_jax.scores import retrieval
 
 
 def rank_rows(names, found: list[dict[str, retrieval.Ranks]], slide_ids: list[str], patients) -> list[dict]:

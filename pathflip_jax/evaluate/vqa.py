@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.texts.text import Question
-from pathflip_jax.evaluate import captioning, scores
-from pathflip_jax.evaluate.scores import Statistic
-from pathflip_jax.evaluate.words import normal_form
+from pathflip_jax.scores import captioning, statistics
+from pathflip_jax.scores.statistics import Statistic
+from pathflip_jax.scores.words import normal_form
 
 CHANCE = "chance"
 MOST_FREQUENT = "most frequent letter"
@@ -38,7 +38,7 @@ def score_choices(
     "accuracy", "by_broad_category", "by_category", "warnings"}; an accuracy is what `scores.beside` returns. Raises
     ValueError for lists of different lengths and for a question without options.
     """
-    weights = scores.patient_weights(patients, seed=seed)
+    weights = statistics.patient_weights(patients, seed=seed)
     _check_lengths(patients, {"questions": questions, "answers": answers, **baselines})
     for question in questions:
         if not question.options:
@@ -51,8 +51,8 @@ def score_choices(
     known = {CHANCE: np.array([1 / len(question.options) for question in questions]), MOST_FREQUENT: truth == frequent}
 
     def accuracy(chosen: np.ndarray) -> dict:
-        others = {name: scores.mean(values[chosen]) for name, values in (known | right).items()}
-        entry = scores.beside(scores.mean(ours[chosen]), others, weights[:, chosen])
+        others = {name: statistics.mean(values[chosen]) for name, values in (known | right).items()}
+        entry = statistics.beside(statistics.mean(ours[chosen]), others, weights[:, chosen])
         return {"questions": int(chosen.sum())} | entry
 
     overall = accuracy(np.ones(len(questions), bool))
@@ -70,7 +70,7 @@ def score_choices(
         "accuracy": overall,
         "by_broad_category": by_broad,
         "by_category": by_narrow,
-        "warnings": scores.unbeaten({"accuracy": overall} | by_broad | by_narrow),
+        "warnings": statistics.unbeaten({"accuracy": overall} | by_broad | by_narrow),
     }
 
 
@@ -88,12 +88,12 @@ def score_open(
     """
     truth = [question.answer for question in questions]
     found = captioning.score_captions(answers, truth, patients, baselines, seed)
-    weights = scores.patient_weights(patients, seed=seed)
-    exact = scores.beside(
+    weights = statistics.patient_weights(patients, seed=seed)
+    exact = statistics.beside(
         _matches(answers, truth), {name: _matches(texts, truth) for name, texts in baselines.items()}, weights
     )
     metrics = {"exact match": exact} | found["metrics"]
-    return found | {"metrics": metrics, "warnings": scores.unbeaten(metrics)}
+    return found | {"metrics": metrics, "warnings": statistics.unbeaten(metrics)}
 
 
 def parse_choice(generated: str, options: Mapping[str, str]) -> str | None:
@@ -180,7 +180,7 @@ def _groups(names) -> dict[str, np.ndarray]:
 
 def _matches(answers: Sequence[str], truth: Sequence[str]) -> Statistic:
     pairs = zip(answers, truth, strict=True)
-    return scores.mean(np.array([normal_form(answer) == normal_form(wanted) for answer, wanted in pairs]))
+    return statistics.mean(np.array([normal_form(answer) == normal_form(wanted) for answer, wanted in pairs]))
 
 
 def _check_lengths(patients: Sequence[str], lists: Mapping[str, Sequence]) -> None:

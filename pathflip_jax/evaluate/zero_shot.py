@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.evaluate.retrieval import normalise
+from pathflip_jax.scores.retrieval import normalise
 
 TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
 

@@ -12,19 +12,19 @@ import jax
 import numpy as np
 
 from pathflip_jax import checkpoint
+from pathflip_jax.convert.decoder import save_decoder
+from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, whole_folder, write_tensors
 from pathflip_jax.convert.exported import without_places
+from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.pytorch import write_export
+from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.inference import load
 from pathflip_jax.llm.adapter import SlideLanguageModel
-from pathflip_jax.llm.folders import PROJECTOR, read_object, whole_folder, write_tensors
-from pathflip_jax.llm.hf_io import save_decoder
-from pathflip_jax.llm.lora import save_peft
 from pathflip_jax.llm.prompts import stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.versions import this_version
 
 ALIGNER, ABOUT = "aligner", "pathflip_language.json"
 GENERATION = "generation_config.json"

@@ -16,6 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pathflip_jax import checkpoint, fingerprints, settings
+from pathflip_jax.convert.decoder import check_tokenizer, init_decoder, load_decoder
+from pathflip_jax.convert.decoder_folders import PROJECTOR, read_decoder_config
+from pathflip_jax.convert.lora import load_peft
+from pathflip_jax.convert.versions import refusal, signed, version_of
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.records.records import Records, manifest_hash
@@ -34,9 +38,6 @@ from pathflip_jax.llm.batches import (
     read_embeddings,
 )
 from pathflip_jax.llm.config import LoRAConfig
-from pathflip_jax.llm.folders import PROJECTOR, read_decoder_config
-from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder
-from pathflip_jax.llm.lora import load_peft
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
@@ -49,7 +50,6 @@ from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, 
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.stage import Stage, Training
 from pathflip_jax.validation import Mark, over_batches, require_score
-from pathflip_jax.versions import refusal, signed, version_of
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from scipy import stats
 
 from pathflip_jax import cli
 from pathflip_jax.data.texts.tables import write_csv
-from pathflip_jax.evaluate import compare, run, scores
+from pathflip_jax.evaluate import compare, run
 from pathflip_jax.evaluate.published import FIGURES, published
 from pathflip_jax.inference import Embedding
+from pathflip_jax.scores import statistics
 
 PROMPTS = {"task": "TCGA-NSCLC", "classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}
 
@@ -165,9 +166,11 @@ def test_p_values_are_those_of_a_normal_mean():
     """For the mean of many slides the bootstrap's p is near that of the t-test."""
     rng = np.random.default_rng(0)
     values = rng.normal(0.15, 1, 300)
-    weights = scores.patient_weights([str(i) for i in range(300)])
-    assert scores.p_value(scores.mean(values), weights) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.02)
-    assert scores.p_value(scores.mean(values + 9), weights) == pytest.approx(2 / (scores.DRAWS + 1))
+    weights = statistics.patient_weights([str(i) for i in range(300)])
+    assert statistics.p_value(statistics.mean(values), weights) == pytest.approx(
+        stats.ttest_1samp(values, 0).pvalue, abs=0.02
+    )
+    assert statistics.p_value(statistics.mean(values + 9), weights) == pytest.approx(2 / (statistics.DRAWS + 1))
 
 
 def test_published_rows_have_a_source_and_stand_where_the_protocol_matches():

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from pathflip_jax.evaluate import retrieval
 from pathflip_jax.evaluate.run import _rank_both_ways
 from pathflip_jax.evaluate.summary import DIRECTIONS, say_twins
+from pathflip_jax.scores import retrieval
 
 
 def test_captions_of_several_patients_are_counted_with_the_score_that_they_would_cost():

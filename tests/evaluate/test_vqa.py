@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathflip_jax.data.texts.text import Question, read_questions
-from pathflip_jax.evaluate import scores, vqa
+from pathflip_jax.evaluate import vqa
 from pathflip_jax.evaluate.vqa import parse_choice
+from pathflip_jax.scores import statistics
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 OPTIONS = {
@@ -123,7 +124,7 @@ def test_accuracy_stands_beside_what_knows_nothing():
     answers = [f"Answer: {q.answer}" for q in asked]
     answers[0] = "I cannot say."
     blind = ["B"] * 16
-    found = vqa.score_choices(asked, answers, patients, {scores.TEXT_ONLY: blind})
+    found = vqa.score_choices(asked, answers, patients, {statistics.TEXT_ONLY: blind})
     entry = found["accuracy"]
     assert (entry["questions"], found["patients"], found["most_frequent_letter"]) == (16, 8, "B")
     assert entry["value"] == pytest.approx(15 / 16) and entry["low"] <= entry["value"] <= entry["high"]
@@ -146,7 +147,7 @@ def test_the_interval_is_that_of_drawn_patients():
     patients = [f"P{i // 3}" for i in range(10)]
     answers = ["A"] * 10
     entry = vqa.score_choices(asked, answers, patients, {}, seed=4)["accuracy"]
-    weights = scores.patient_weights(patients, seed=4)
+    weights = statistics.patient_weights(patients, seed=4)
     right = np.array([q.answer == "A" for q in asked])
     draws = [np.average(right, weights=row) for row in weights]
     np.testing.assert_allclose([entry["low"], entry["high"]], np.quantile(draws, [0.025, 0.975]))
@@ -155,7 +156,7 @@ def test_the_interval_is_that_of_drawn_patients():
 def test_a_model_that_does_not_look_is_told_so():
     asked = [question(i, "ABCD"[i % 4]) for i in range(40)]
     answers = [q.answer if i % 2 else "D" for i, q in enumerate(asked)]
-    found = vqa.score_choices(asked, answers, [q.case_id for q in asked], {scores.TEXT_ONLY: answers})
+    found = vqa.score_choices(asked, answers, [q.case_id for q in asked], {statistics.TEXT_ONLY: answers})
     assert any(text.startswith("no better than without the slide in accuracy") for text in found["warnings"])
     difference = found["accuracy"]["difference"]["text only"]
     assert difference == {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -164,7 +165,7 @@ def test_a_model_that_does_not_look_is_told_so():
 def test_open_answers_match_but_for_case_marks_and_articles():
     asked = [question(i, text, options={}) for i, text in enumerate(["The left breast.", "no", "70 mm", "pT2b"])]
     answers = ["left breast", "No.", "80 mm", "pT2b"]
-    found = vqa.score_open(asked, answers, list("abcd"), {scores.TEXT_ONLY: ["no"] * 4})
+    found = vqa.score_open(asked, answers, list("abcd"), {statistics.TEXT_ONLY: ["no"] * 4})
     assert next(iter(found["metrics"])) == "exact match"
     exact = found["metrics"]["exact match"]
     assert exact["value"] == pytest.approx(3 / 4) and exact["baselines"]["text only"]["value"] == pytest.approx(1 / 4)
@@ -188,7 +189,9 @@ def test_always_b_on_the_real_questions():
         pytest.skip(f"no real questions: {path} is absent, set PATHFLIP_TEST_DATA")
     asked = read_questions(path)
     patients = [q.case_id for q in asked]
-    found = vqa.score_choices(asked, [q.options[q.answer] for q in asked], patients, {scores.TEXT_ONLY: ["B"] * 1489})
+    found = vqa.score_choices(
+        asked, [q.options[q.answer] for q in asked], patients, {statistics.TEXT_ONLY: ["B"] * 1489}
+    )
     entry = found["accuracy"]
     assert found["most_frequent_letter"] == "B"
     assert round(entry["baselines"]["most frequent letter"]["value"], 3) == 0.414  # as counted in STACK

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pathflip_jax.convert.decoder import init_decoder, load_decoder
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig, RopeScaling
 from pathflip_jax.llm.decoder import Decoder
-from pathflip_jax.llm.hf_io import init_decoder, load_decoder
 from pathflip_jax.model.parameters import flatten, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pathflip_jax.convert.decoder import init_decoder, load_decoder
 from pathflip_jax.llm import generate as module
 from pathflip_jax.llm import products
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.generate import adjust, generate, restrict, score
-from pathflip_jax.llm.hf_io import init_decoder, load_decoder
 from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.runtime.compilation import CompileCounter, compiler_options

@@ -10,7 +10,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import my_lcs
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "pathflip_jax" / "evaluate"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "pathflip_jax" / "scores"))
 from words import words  # noqa: E402 - the file alone: it needs no other package
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathflip_jax.convert import released
+from pathflip_jax.convert.decoder import load_decoder, save_decoder
 from pathflip_jax.convert.huggingface import export_huggingface
+from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.llm.config import LoRAConfig
-from pathflip_jax.llm.hf_io import load_decoder, save_decoder
-from pathflip_jax.llm.lora import save_peft
 from pathflip_jax.model.parameters import flatten, unflatten
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathflip_jax.data.texts.text import read_texts
-from pathflip_jax.evaluate import captioning, scores
-from pathflip_jax.evaluate.words import find_words, normal_form, words
+from pathflip_jax.scores import captioning
+from pathflip_jax.scores import statistics as scores
+from pathflip_jax.scores.words import find_words, normal_form, words
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/captioning/pycocoevalcap.json").read_text())
@@ -197,7 +198,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, score):
 
 def test_scoring_needs_neither_torch_nor_tensorflow():
     code = (
-        "import sys; from pathflip_jax.evaluate import captioning, concepts, vqa; "
+        "import sys; from pathflip_jax.scores import captioning, concepts; from pathflip_jax.evaluate import vqa; "
         "assert not {'nltk', 'rouge_score'} & set(sys.modules); captioning.caption_statistics(['fat'], ['fat']); "
         "assert not {'torch', 'tensorflow'} & set(sys.modules)"
     )

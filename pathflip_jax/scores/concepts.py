@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pathflip_jax.evaluate import scores
-from pathflip_jax.evaluate.scores import Statistic
-from pathflip_jax.evaluate.words import Word, find_words
+from pathflip_jax.scores import statistics
+from pathflip_jax.scores.statistics import Statistic
+from pathflip_jax.scores.words import Word, find_words
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _SENTENCE_ENDS = frozenset(".;!?\n")
@@ -106,7 +106,7 @@ def score_concepts(
     each caption, what `judge` returns. Raises ValueError for lists of different lengths and for a true concept
     without phrasings.
     """
-    weights = scores.patient_weights(patients, seed=seed)
+    weights = statistics.patient_weights(patients, seed=seed)
     for name, listed in {"captions": captions, "truths": truths, **baselines}.items():
         if len(listed) != len(patients):
             raise ValueError(f"{name}: {len(listed)} for {len(patients)} slides; give one for every slide, in order")
@@ -123,7 +123,7 @@ def score_concepts(
         for name, texts in baselines.items()
     }
     metrics = {
-        metric: scores.beside(statistic, {name: other[metric] for name, other in others.items()}, weights)
+        metric: statistics.beside(statistic, {name: other[metric] for name, other in others.items()}, weights)
         for metric, statistic in ours.items()
     }
     return {
@@ -132,7 +132,7 @@ def score_concepts(
         "metrics": metrics,
         "per_concept": _per_concept(asserts, is_true, finder.concepts),
         "mentions": [judge(mentions, truth) for mentions, truth in zip(found, truths, strict=True)],
-        "warnings": scores.unbeaten(metrics),
+        "warnings": statistics.unbeaten(metrics),
     }
 
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from pathflip_jax import versions
+from pathflip_jax.convert import versions
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model import versions as model_versions
@@ -20,7 +20,7 @@ def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in
         return done.stdout.strip()
 
     def revision(place):
-        path = tmp_path / place / "pathflip_jax/versions.py"
+        path = tmp_path / place / "pathflip_jax/convert/versions.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         monkeypatch.setattr(versions, "__file__", str(path))
@@ -34,7 +34,7 @@ def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in
     head = git("rev-parse", "HEAD")
     assert revision("") == head
     assert revision(".venv/lib/site-packages") == "unknown"
-    (tmp_path / "pathflip_jax/versions.py").write_text("# changed")
+    (tmp_path / "pathflip_jax/convert/versions.py").write_text("# changed")
     assert revision("") == f"{head}+"
 
 

@@ -11,10 +11,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from pathflip_jax.convert.decoder import load_decoder
+from pathflip_jax.convert.lora import adapters, attach, is_adapter, load_peft, merge, save_peft
 from pathflip_jax.llm.config import TARGETS, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
-from pathflip_jax.llm.hf_io import load_decoder
-from pathflip_jax.llm.lora import adapters, attach, is_adapter, load_peft, merge, save_peft
 from pathflip_jax.model.parameters import flatten, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -17,11 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from tokenizers import Tokenizer
 
-from pathflip_jax.convert.weight_sets import plain_names
-from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
-from pathflip_jax.llm.decoder import Decoder
-from pathflip_jax.llm.folders import (
+from pathflip_jax.convert.decoder_folders import (
     CONFIG,
     FLOATS,
     local_folder,
@@ -32,8 +28,12 @@ from pathflip_jax.llm.folders import (
     whole_folder,
     write_model,
 )
-from pathflip_jax.llm.lora import adapters, is_adapter, merged
-from pathflip_jax.llm.names import CLASSES, HEAD, TABLE, Name, is_buffer, names
+from pathflip_jax.convert.decoder_names import CLASSES, HEAD, TABLE, Name, is_buffer, names
+from pathflip_jax.convert.lora import adapters, is_adapter, merged
+from pathflip_jax.convert.weight_sets import plain_names
+from pathflip_jax.data.storage.json_files import write_json
+from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
+from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.runtime.sharding import placements

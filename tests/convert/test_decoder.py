@@ -18,11 +18,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from pathflip_jax.convert.decoder import check_tokenizer, init_decoder, load_decoder, read_decoder_config, save_decoder
+from pathflip_jax.convert.decoder_folders import open_tensors
+from pathflip_jax.convert.decoder_names import names
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
-from pathflip_jax.llm.folders import open_tensors
-from pathflip_jax.llm.hf_io import check_tokenizer, init_decoder, load_decoder, read_decoder_config, save_decoder
-from pathflip_jax.llm.names import names
 from pathflip_jax.model.parameters import flatten, unflatten
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

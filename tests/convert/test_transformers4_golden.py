@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.llm.hf_io import load_decoder
-from pathflip_jax.llm.lora import attach, load_peft
+from pathflip_jax.convert.decoder import load_decoder
+from pathflip_jax.convert.lora import attach, load_peft
 from pathflip_jax.model.parameters import flatten, unflatten
 
 KEPT = Path(__file__).parents[1] / "golden" / "transformers4"

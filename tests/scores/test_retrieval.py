@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pathflip_jax.evaluate import retrieval
+from pathflip_jax.scores import retrieval
 
 
 @pytest.fixture

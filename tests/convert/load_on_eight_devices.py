@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from pathflip_jax.llm import hf_io
+from pathflip_jax.convert import decoder as hf_io
+from pathflip_jax.convert.decoder_names import names
+from pathflip_jax.convert.lora import adapters, attach
 from pathflip_jax.llm.config import LoRAConfig
-from pathflip_jax.llm.lora import adapters, attach
-from pathflip_jax.llm.names import names
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runtime.sharding import make_mesh
 

@@ -35,7 +35,7 @@ def git_revision() -> str:
 
     Installed in the environment of somebody else's clone, the code is none of that clone's files.
     """
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     try:
         ours = ["git", "ls-files", "--full-name", "--error-unmatch", "--", str(Path(__file__).relative_to(folder))]
         tracked = subprocess.run(ours, cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Scores of generated captions against reference reports, on the words of `pathflip_jax.evaluate.words`.
+"""Scores of generated captions against reference reports, on the words of `pathflip_jax.scores.words`.
 
 BLEU is of the corpus: n-gram counts are summed over slides before they are divided, so that a bootstrap draw sums the
 counts of its slides (Papineni et al. 2002). The others are means over slides: ROUGE-L is the F1 of the longest common
@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from pathflip_jax.evaluate import scores
-from pathflip_jax.evaluate.scores import Statistic
-from pathflip_jax.evaluate.words import words
+from pathflip_jax.scores import statistics as scores
+from pathflip_jax.scores.statistics import Statistic
+from pathflip_jax.scores.words import words
 
 LONGEST = 4  # words of the longest n-gram, of BLEU and CIDEr alike
 CIDER_SIGMA = 6.0  # words by which a caption may differ in length before CIDEr-D takes much off

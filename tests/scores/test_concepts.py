@@ -13,9 +13,9 @@ from data_prep import synthetic
 from data_prep.layout import TUMORS
 from data_prep.phrasings import NAMES
 from data_prep.reports import concept_phrasings
-from pathflip_jax.evaluate import concepts, scores
-from pathflip_jax.evaluate.concepts import Finder, asserted, judge, singular
 from pathflip_jax.evaluate.zero_shot import read_prompts
+from pathflip_jax.scores import concepts, statistics
+from pathflip_jax.scores.concepts import Finder, asserted, judge, singular
 
 PHRASINGS = {
     "necrosis": ["necrosis", "necrotic debris", "tumor necrosis"],
@@ -158,7 +158,7 @@ def test_figures_are_those_of_scikit_learn():
         assert entry["value"] == pytest.approx(score(is_true, said, average="micro"))
         draws = [
             score(np.repeat(is_true, row.astype(int), 0), np.repeat(said, row.astype(int), 0), average="micro")
-            for row in scores.patient_weights(patients, seed=3)[:200]
+            for row in statistics.patient_weights(patients, seed=3)[:200]
         ]
         assert abs(np.quantile(draws, 0.025) - entry["low"]) < 0.03
         by_concept = score(is_true, said, average=None)
@@ -167,7 +167,7 @@ def test_figures_are_those_of_scikit_learn():
 
 def test_captions_that_assert_nothing():
     found = concepts.score_concepts(
-        ["No fat.", ""], [{"fat"}, set()], ["p", "q"], PHRASINGS, {scores.TEXT_ONLY: ["fat"] * 2}
+        ["No fat.", ""], [{"fat"}, set()], ["p", "q"], PHRASINGS, {statistics.TEXT_ONLY: ["fat"] * 2}
     )
     assert np.isnan(found["metrics"]["precision"]["value"])
     assert (found["metrics"]["recall"]["value"], found["metrics"]["f1"]["value"]) == (0, 0)
