@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from pathflip_jax.checkpoint import checksums
 from pathflip_jax.convert.versions import as_before
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
@@ -34,6 +33,7 @@ from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.inference import HELD, Embedding, Predictor, load
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.runs.checkpoints import checksums
 
 FORMAT = 1
 METADATA = b"pathflip"  # key of the Parquet metadata under which a JSON object says what the file is

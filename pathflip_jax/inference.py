@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pathflip_jax import large_slides
-from pathflip_jax.checkpoint import MODEL, load_run
 from pathflip_jax.data.readers.features import SlideFeatures, read_features
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
@@ -26,6 +25,7 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
+from pathflip_jax.runs.checkpoints import MODEL, load_run
 from pathflip_jax.runtime import memory
 from pathflip_jax.runtime.buckets import bucket
 

@@ -15,10 +15,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pathflip_jax import bounds
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.model.versions import BEFORE, before
+from pathflip_jax.runs import bounds
 from pathflip_jax.runtime.config_files import bundled_configs, defaults, flat_settings, kind_of, run_config_file
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER

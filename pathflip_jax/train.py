@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import checkpoint, run_lock, settings
+from pathflip_jax import settings
 from pathflip_jax.alignment import alignment_training
 from pathflip_jax.convert.versions import git_revision
 from pathflip_jax.data.batches.pipeline import look_up
@@ -33,7 +33,9 @@ from pathflip_jax.monitoring.profiling import Profiler, profiled_steps
 from pathflip_jax.monitoring.telemetry import USEFUL, Telemetry
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.resume import begun_config, claim, go_on_as
-from pathflip_jax.run_lock import RunLock, StillEndingError
+from pathflip_jax.runs import checkpoints as checkpoint
+from pathflip_jax.runs import lock as run_lock
+from pathflip_jax.runs.lock import RunLock, StillEndingError
 from pathflip_jax.runtime import distributed, sharding
 from pathflip_jax.runtime.compilation import compiler_options
 from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog

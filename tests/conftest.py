@@ -53,7 +53,7 @@ LONG = (
     "model/test_pathflip.py",
     "llm/test_training.py",
     "test_pathflip2.py",
-    "test_checkpoint.py",
+    "runs/test_checkpoints.py",
     "llm/test_assistant.py",
     "data_prep/test_beam.py",
     "docs/test_tutorial.py",

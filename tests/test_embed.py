@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from pathflip_jax import cli, embed, inference
-from pathflip_jax.checkpoint import save_run
 from pathflip_jax.commands.options import FAILED_SLIDES
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runs.checkpoints import save_run
 
 CONFIG = PathFLIPConfig(
     feature_dim=16, embed_dim=12, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,

@@ -17,13 +17,15 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pathflip_jax import alignment as alignment_stage
-from pathflip_jax import checkpoint, run_lock, settings, train
-from pathflip_jax.checkpoint import load_run
+from pathflip_jax import settings, train
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring import goodput
 from pathflip_jax.monitoring.metrics import MetricsWriter, read_metrics
+from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import lock as run_lock
+from pathflip_jax.runs.checkpoints import load_run
 from pathflip_jax.stage import alignment
 
 SMALL = [
@@ -384,7 +386,7 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_p
     mine, theirs = arrays(tmp_path / "run", 12), arrays(tmp_path / "straight", 12)
     assert mine == theirs
     assert os.listdir(tmp_path / "run/best") == os.listdir(tmp_path / "straight/best")
-    assert checkpoint.load_run(tmp_path / "run", "best")
+    assert checkpoints.load_run(tmp_path / "run", "best")
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pathflip_jax import checkpoint
 from pathflip_jax.losses.pathflip import LossConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runs import checkpoints as checkpoint
 from pathflip_jax.runtime import distributed, sharding
 from pathflip_jax.stage import alignment
 

@@ -5,10 +5,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from pathflip_jax.bounds import OPTIONS
 from pathflip_jax.data.storage.files import Place, as_path
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.grounding import maps
+from pathflip_jax.runs.bounds import OPTIONS
 
 FAILED_SLIDES, WRONG_INPUT = 1, 2
 

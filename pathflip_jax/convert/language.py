@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pathflip_jax import checkpoint
 from pathflip_jax.convert.checkpoint_files import read_tensors
 from pathflip_jax.convert.decoder_folders import PROJECTOR, read_decoder_config, read_object
 from pathflip_jax.convert.lora import SETTINGS, load_peft
@@ -22,6 +21,7 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.versions import UnknownSettings
+from pathflip_jax.runs import checkpoints as checkpoint
 
 TENSORS = "tensors.csv"
 

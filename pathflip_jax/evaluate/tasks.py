@@ -16,12 +16,12 @@ from pathlib import Path
 
 import yaml
 
-from pathflip_jax.bounds import OPTIONS
 from pathflip_jax.data.storage.files import as_path
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.evaluate.protocols import PROTOCOLS
 from pathflip_jax.evaluate.zero_shot import SHIPPED
 from pathflip_jax.grounding.maps import METHODS
+from pathflip_jax.runs.bounds import OPTIONS
 
 TASKS = "tasks"
 # PyYAML lets through what its own constructors stumble over ("!!int" with nothing behind it is an IndexError).

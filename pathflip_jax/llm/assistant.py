@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.checkpoint import CONFIG, run_folder
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.data.texts.conversations import DESCRIBE, Turn
@@ -28,6 +27,7 @@ from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble
+from pathflip_jax.runs.checkpoints import CONFIG, run_folder
 from pathflip_jax.runtime.buckets import bucket
 
 Rows = Float[np.ndarray, "n D"]

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pathflip_jax import checkpoint
 from pathflip_jax.convert.decoder import save_decoder
 from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, whole_folder, write_tensors
 from pathflip_jax.convert.exported import without_places
@@ -25,6 +24,7 @@ from pathflip_jax.llm.prompts import stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
+from pathflip_jax.runs import checkpoints
 
 ALIGNER, ABOUT = "aligner", "pathflip_language.json"
 GENERATION = "generation_config.json"
@@ -68,7 +68,7 @@ def _complete(
     write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
     write_generation(part, tokenizer, config["data"]["template"])
     about = {"version": this_version(), "settings": without_places(config)}
-    shape = json_files.read_json(checkpoint.run_folder(run) / checkpoint.MODEL)
+    shape = json_files.read_json(checkpoints.run_folder(run) / checkpoints.MODEL)
     json_files.write_json(part / ABOUT, about | {"shape": shape})
 
 

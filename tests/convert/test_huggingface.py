@@ -11,11 +11,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pathflip_jax.checkpoint import load_run  # noqa: E402
 from pathflip_jax.convert import huggingface, released, torch_model, torch_pathflip2  # noqa: E402
 from pathflip_jax.convert.exported import read_exported  # noqa: E402
 from pathflip_jax.data.texts.tokenizer import TextTokenizer  # noqa: E402
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig  # noqa: E402
+from pathflip_jax.runs.checkpoints import load_run  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CODE = {"base": torch_model, "pathflip2": torch_pathflip2}

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.checkpoint import save_run
 from pathflip_jax.convert import pytorch
 from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_places
 from pathflip_jax.convert.huggingface import huggingface_config, write_huggingface
@@ -24,6 +23,7 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
+from pathflip_jax.runs.checkpoints import save_run
 
 BASE = Path(__file__).parents[1] / "golden" / "base"
 TEXTS = ["Glands infiltrate the stroma.", "Nekrose: 1.8 cm, no invasion", "CAFÉ"]

@@ -16,7 +16,6 @@ from flax import nnx
 from data_prep.layout import TUMORS, plan, rings
 from data_prep.slide_image import render, write_slide
 from pathflip_jax import cli
-from pathflip_jax.checkpoint import save_run
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import camelyon16, froc
@@ -26,6 +25,7 @@ from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.inference import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runs.checkpoints import save_run
 
 SQUARE = [(100, 100), (900, 100), (900, 900), (100, 900)]
 INNER = [(300, 300), (500, 300), (500, 500), (300, 500)]

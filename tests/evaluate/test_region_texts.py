@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax.checkpoint import save_run
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -17,6 +16,7 @@ from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.inference import Embedding, Predictor, TextEncoding, load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runs.checkpoints import save_run
 
 CONFIG = PathFLIPConfig(
     feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax import checkpoint, embed
+from pathflip_jax import embed
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.conversations import read_conversations
@@ -20,6 +20,7 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runs import checkpoints
 
 REGIONS = 4
 
@@ -111,7 +112,7 @@ def test_slides_embedded_before_give_the_same_loss(setting, tiny_cohort):
         vocab_size=words.vocab_size, max_positions=8, region_layers=1, region_heads=2, text_region_heads=2,
     )  # fmt: skip
     run = folder / "run"
-    checkpoint.save_run(run, PathFLIP(config, nnx.Rngs(0)), {"data": {"encoder": "tiny", "edge_um": 64.0}}, words)
+    checkpoints.save_run(run, PathFLIP(config, nnx.Rngs(0)), {"data": {"encoder": "tiny", "edge_um": 64.0}}, words)
     assert embed.embed(run, tiny_cohort.records, folder / "rows.parquet", regions=True).finished
     name, trained = str(run), embed.checkpoint_hash(load(run))
     found = read_embeddings(folder / "rows.parquet", records, examples, name, trained)

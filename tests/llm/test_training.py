@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pathflip_jax import checkpoint, cli, train
+from pathflip_jax import cli, train
 from pathflip_jax.convert.decoder import load_decoder
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -22,6 +22,7 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.monitoring.metrics import read_metrics
+from pathflip_jax.runs import checkpoints
 from pathflip_jax.stage import loss_and_gradients
 
 ALIGNER = PathFLIPConfig(
@@ -41,7 +42,7 @@ def aligner(tiny_cohort, tmp_path_factory):
     tokenizer = TextTokenizer(tiny_cohort.vocabulary)
     config = PathFLIPConfig.from_dict(ALIGNER.to_dict() | {"vocab_size": tokenizer.vocab_size})
     model = jax.jit(lambda: PathFLIP(config, nnx.Rngs(0)))()
-    checkpoint.save_run(folder, model, {"data": {"encoder": "tiny", "edge_um": 64.0}}, tokenizer)
+    checkpoints.save_run(folder, model, {"data": {"encoder": "tiny", "edge_um": 64.0}}, tokenizer)
     return folder
 
 
@@ -68,7 +69,7 @@ def same(found, expected) -> set[str]:
 
 
 def test_the_facts_of_a_run_count_each_split(stage1):
-    counts = json_files.read_json(stage1 / checkpoint.CONFIG)["data"]["splits"]
+    counts = json_files.read_json(stage1 / checkpoints.CONFIG)["data"]["splits"]
     assert counts["train"] == {"slides": 12, "patients": 10, "texts": 12, "no_text": 0, "no_record": 0}
     assert counts["val"]["texts"] == 6 and counts["test"]["slides"] == 6 and counts["not_in_table"] == 0
 
@@ -76,7 +77,7 @@ def test_the_facts_of_a_run_count_each_split(stage1):
 def sources(options, aligner):
     folder = next(o.partition("=")[2] for o in options if "lm.decoder" in o)
     return (
-        {f"aligner/{name}": x for name, x in flatten(checkpoint.load_run(aligner)[0]).items()},
+        {f"aligner/{name}": x for name, x in flatten(checkpoints.load_run(aligner)[0]).items()},
         {f"decoder/{name}": x for name, x in flatten(load_decoder(folder)).items()},
     )
 
@@ -326,7 +327,7 @@ def test_a_start_on_other_weights_is_refused(options, stage1, decoder_folder, tm
     with pytest.raises(ValueError, match="was trained on another decoder than .* with --decoder"):
         assemble(stage1, decoder=str(other))
     with pytest.raises(ValueError, match="a run of the language stage"):
-        checkpoint.load_run(stage1)
+        checkpoints.load_run(stage1)
 
 
 def test_a_damaged_shape_is_named(stage1, tmp_path):

@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from pathflip_jax import checkpoint
 from pathflip_jax.data.batches.packing import TextRows
 from pathflip_jax.data.batches.pipeline import Batch, look_up
 from pathflip_jax.losses.pathflip import LossConfig, draw_negatives
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, make_model, unflatten
+from pathflip_jax.runs import checkpoints as checkpoint
 from pathflip_jax.runtime import sharding
 from pathflip_jax.stage import alignment, loss_and_gradients, sigmoid_alignment
 

@@ -114,9 +114,9 @@ def check_records(bucket: str, folder: Path) -> None:
 def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     """Train and embed from the disk, and from the bucket with checkpoints in `run`."""
     from pathflip_jax import train
-    from pathflip_jax.checkpoint import load_run
     from pathflip_jax.data.storage.files import as_path
     from pathflip_jax.model.parameters import flatten
+    from pathflip_jax.runs.checkpoints import load_run
 
     def command(place: str | Path, workdir: Path, *more: str) -> list:
         files = {"records": "records", "texts": "reports.jsonl", "slides": "slides.csv"}

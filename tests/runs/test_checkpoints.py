@@ -12,13 +12,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pathflip_jax import checkpoint
-from pathflip_jax.checkpoint import Checkpoints, checksums, load_run, save_run
 from pathflip_jax.convert.versions import signed
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.runs import checkpoints as checkpoint
+from pathflip_jax.runs.checkpoints import Checkpoints, checksums, load_run, save_run
 
 # Orbax leaves coroutines and threads behind when a file cannot be read or written.
 pytestmark = [

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from pathflip_jax import run_lock
 from pathflip_jax.data.storage.files import as_path
-from pathflip_jax.run_lock import InUseError, StillEndingError, hold
+from pathflip_jax.runs import lock as run_lock
+from pathflip_jax.runs.lock import InUseError, StillEndingError, hold
 
 
 @pytest.fixture(autouse=True)

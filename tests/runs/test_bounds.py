@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from pathflip_jax import bounds, settings
+from pathflip_jax import settings
 from pathflip_jax.alignment import check_config
+from pathflip_jax.runs import bounds
 from pathflip_jax.runtime import config_files
 
 REQUIRED = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir=w"]

@@ -1,0 +1,1 @@
+"""Run folders: settings, checkpoints and their lock (floor 4)."""
