@@ -44,7 +44,8 @@ from pathflip_jax.grounding.outlines import patches_inside, read_outlines
 from pathflip_jax.inference import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.monitoring import metrics
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import files
+from pathflip_jax.runs import folder as runs_folder
 
 CAPTION = "Glands infiltrate the stroma. Necrosis is extensive, about 1.8 cm. No mucin is seen (see fig. 2)."
 
@@ -271,7 +272,7 @@ def _fill_run(folder: Path) -> None:
 
     _fill_vocabulary(folder / "words")
     model = PathFLIP(MODEL, nnx.Rngs(0))
-    checkpoints.save_run(folder / "run", model, CONFIG, TextTokenizer(folder / "words"))
+    runs_folder.save_run(folder / "run", model, CONFIG, TextTokenizer(folder / "words"))
 
 
 def _run_files(folder: Path) -> list[bytes]:
@@ -371,7 +372,7 @@ def _read_run(path: Path, out: Path) -> None:
     shutil.rmtree(broken, ignore_errors=True)
     shutil.copytree(run, broken)
     (broken / name.decode()).write_bytes(data)
-    checkpoints.load_run(broken)
+    runs_folder.load_run(broken)
 
 
 def _read_manifest(path: Path, out: Path) -> None:
@@ -425,7 +426,7 @@ def readers() -> Iterator[Reader]:
     yield Reader("index", 80, index, _of_records(index), mutations.some_blind(0.1, _index), _read_index, **beside)
     yield Reader("manifest", 20, "manifest.json", _of_records("manifest.json"), KNOWING, _read_manifest, **beside)
     model = _json_seeds(MODEL.to_dict())
-    yield Reader("model.json", 30, "model.json", model, KNOWING, lambda p, _: checkpoints.read_model_config(p))
+    yield Reader("model.json", 30, "model.json", model, KNOWING, lambda p, _: files.read_model_config(p))
     predict = lambda path, _: Predictor(SimpleNamespace(config=MODEL), json_files.read_json(path), None, str(path))  # noqa: E731
     yield Reader("config.json", 30, "config.json", _json_seeds(CONFIG), KNOWING, predict)
     lines = "".join(json.dumps(row) + "\n" for row in METRICS).encode()

@@ -17,7 +17,7 @@ from pathflip_jax.model.flops import useful_operations
 from pathflip_jax.model.parameters import AlignmentModel, Params, abstract_params, flatten, make_model, unflatten
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import open_data, say_counts
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import files
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.stage import Stage, Training, alignment, sigmoid_alignment
 from pathflip_jax.validation import MEASURED, make_validation, require_score
@@ -58,7 +58,7 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
         useful_operations=lambda batch: useful_operations(model, batch.patch_mask, batch.text_rows),
         require_room=lambda step: _require_room(step, config, model, sharding.batch_shards(mesh)),
         resolved=resolved,
-        describe=lambda folder: checkpoints.describe_run(folder, model, resolved, data.tokenizer),
+        describe=lambda folder: files.describe_run(folder, model, resolved, data.tokenizer),
     )
 
 

@@ -25,7 +25,8 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
-from pathflip_jax.runs.checkpoints import MODEL, load_run
+from pathflip_jax.runs.files import MODEL
+from pathflip_jax.runs.folder import load_run
 from pathflip_jax.runtime import memory
 from pathflip_jax.runtime.buckets import bucket
 

@@ -13,7 +13,7 @@ from pathflip_jax.data.storage import json_files
 from pathflip_jax.fingerprints import same_data
 from pathflip_jax.model.versions import AS_NOW, BEFORE
 from pathflip_jax.monitoring.metrics import METRICS
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import checkpoints, files
 from pathflip_jax.runtime import config_files, sharding
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
@@ -57,7 +57,7 @@ def go_on_as(config: ConfigDict, begun: dict, home: Path) -> ConfigDict:
     not all known here.
     """
     if unknown := unknown_settings(begun):
-        raise ValueError(refusal(home / checkpoints.CONFIG, unknown, version_of(begun)))
+        raise ValueError(refusal(home / files.CONFIG, unknown, version_of(begun)))
     kind = config_files.kind_of(config)
     if "train" not in begun or config_files.kind_of(begun) != kind:
         return config
@@ -90,10 +90,10 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
     `train.checkpoints`, which alone outlives a lost machine, is claimed too. A run that ended before its first
     checkpoint, on a wrong setting or for want of memory, has no claim on either.
     """
-    home = checkpoints.run_folder(resolved["train"]["checkpoints"] or workdir)
-    if (workdir / METRICS).exists() and (workdir / checkpoints.CONFIG).exists():
-        before = json_files.read_json(workdir / checkpoints.CONFIG).get("train", {}).get("checkpoints") or workdir
-        if checkpoints.run_folder(before) != home and begun_config(checkpoints.run_folder(before)) is not None:
+    home = files.run_folder(resolved["train"]["checkpoints"] or workdir)
+    if (workdir / METRICS).exists() and (workdir / files.CONFIG).exists():
+        before = json_files.read_json(workdir / files.CONFIG).get("train", {}).get("checkpoints") or workdir
+        if files.run_folder(before) != home and begun_config(files.run_folder(before)) is not None:
             raise ValueError(
                 f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
                 "--config.train.checkpoints, or another --workdir"
@@ -115,8 +115,8 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
 
 def begun_config(home: Path) -> dict | None:
     """The config of the run whose checkpoints are in `home`; None before the first whole one, whatever a kill left."""
-    if (home / checkpoints.CONFIG).exists() and checkpoints.saved_steps(home / checkpoints.CHECKPOINTS):
-        return json_files.read_json(home / checkpoints.CONFIG)
+    if (home / files.CONFIG).exists() and checkpoints.saved_steps(home / files.CHECKPOINTS):
+        return json_files.read_json(home / files.CONFIG)
     return None
 
 
@@ -125,7 +125,7 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
     steps, old = now["steps"], before["train"]["steps"]
     if steps == old:
         return
-    reached = checkpoints.saved_steps(home / checkpoints.CHECKPOINTS)[-1]
+    reached = checkpoints.saved_steps(home / files.CHECKPOINTS)[-1]
     if steps < reached:
         raise ValueError(
             f"{home}: the run has done {reached} steps, and {steps} are asked for; set --config.train.steps (or "
@@ -138,7 +138,7 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
             file=sys.stderr,
         )
         length = {"steps": steps, "epochs": now["epochs"]}
-        json_files.write_json(home / checkpoints.CONFIG, before | {"train": before["train"] | length})
+        json_files.write_json(home / files.CONFIG, before | {"train": before["train"] | length})
 
 
 def _differing(before: dict, now: dict) -> list[str]:

@@ -34,6 +34,7 @@ from pathflip_jax.monitoring.telemetry import USEFUL, Telemetry
 from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.resume import begun_config, claim, go_on_as
 from pathflip_jax.runs import checkpoints as checkpoint
+from pathflip_jax.runs import files
 from pathflip_jax.runs import lock as run_lock
 from pathflip_jax.runs.lock import RunLock, StillEndingError
 from pathflip_jax.runtime import distributed, sharding
@@ -75,7 +76,7 @@ def train(
             f"data.regions={config.data.regions} cannot be spread evenly over mesh.region={mesh.shape['region']} "
             "devices; set one to a multiple of the other"
         )
-    home = checkpoint.run_folder(config.train.checkpoints or workdir)
+    home = files.run_folder(config.train.checkpoints or workdir)
     with (
         StopSignal() as stop,
         Watchdog(config.train.hang_seconds) as watchdog,
@@ -90,7 +91,7 @@ def train(
         resolved = training.resolved
         resolved["train"]["steps"] = steps
         if config.train.checkpoints:  # for readers that stand in another folder
-            resolved["train"]["checkpoints"] = str(checkpoint.run_folder(config.train.checkpoints))
+            resolved["train"]["checkpoints"] = str(files.run_folder(config.train.checkpoints))
         claim(workdir, resolved, training.describe)
         return fit(training, config, steps, mesh, workdir, Guard(ledger, stop, watchdog, lock, profile))
 
@@ -367,6 +368,6 @@ example:
 def _refuse_nan(step: int, loss: float, workdir: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"step {step}: the loss is {loss}; checkpoints in {workdir / checkpoint.CHECKPOINTS} are from before it. "
+            f"step {step}: the loss is {loss}; checkpoints in {workdir / files.CHECKPOINTS} are from before it. "
             "Lower --config.optim.learning_rate or set --config.optim.clip=1.0, in another --workdir"
         )

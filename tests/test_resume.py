@@ -8,7 +8,7 @@ import pytest
 from pathflip_jax import settings
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.resume import begun_config, claim, differences, go_on_as
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import files
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def run(tmp_path):
     resolved = {"data": {"records": "r"}, "train": {"steps": 100, "epochs": 10, "seed": 0, "checkpoints": ""}}
     (tmp_path / "checkpoints" / "60").mkdir(parents=True)
     (tmp_path / "checkpoints" / "80.orbax-checkpoint-tmp-1").mkdir()  # killed in mid-save
-    json_files.write_json(tmp_path / checkpoints.CONFIG, resolved)
+    json_files.write_json(tmp_path / files.CONFIG, resolved)
     return tmp_path, resolved
 
 
@@ -31,7 +31,7 @@ def changed(resolved, **settings):
 def test_a_run_may_be_given_another_length(run, steps, capsys):
     folder, resolved = run
     claim(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
-    assert json_files.read_json(folder / checkpoints.CONFIG) == changed(resolved, steps=steps, epochs=20)
+    assert json_files.read_json(folder / files.CONFIG) == changed(resolved, steps=steps, epochs=20)
     said = capsys.readouterr().err
     assert f"was to end at step 100 and now ends at {steps}; from step 60 on the learning rate follows" in said
     claim(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
@@ -42,7 +42,7 @@ def test_a_run_cannot_end_before_where_it_is(run):
     folder, resolved = run
     with pytest.raises(ValueError, match="has done 60 steps, and 59 are asked for.*60 steps or more"):
         claim(folder, changed(resolved, steps=59), pytest.fail)
-    assert json_files.read_json(folder / checkpoints.CONFIG) == resolved
+    assert json_files.read_json(folder / files.CONFIG) == resolved
 
 
 def test_a_setting_that_a_run_began_without_is_no_other_run(run):
@@ -52,7 +52,7 @@ def test_a_setting_that_a_run_began_without_is_no_other_run(run):
     claim(folder, now, pytest.fail)
     with pytest.raises(ValueError, match="train.seed: 0 in the run, 1 now"):
         claim(folder, changed(resolved, seed=1, steps=200), pytest.fail)
-    assert json_files.read_json(folder / checkpoints.CONFIG) == resolved
+    assert json_files.read_json(folder / files.CONFIG) == resolved
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(begun, tmp_path, capsys
     other = "" if now == kept else f" (not {now!r})"
     said = capsys.readouterr().err
     assert f"{tmp_path}: a run of an earlier version" in said and said.endswith(f": {key}={kept!r}{other}\n")
-    json_files.write_json(tmp_path / checkpoints.CONFIG, before)
+    json_files.write_json(tmp_path / files.CONFIG, before)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     claim(tmp_path, json.loads(json.dumps(found.to_dict())), pytest.fail)
 
@@ -100,7 +100,7 @@ def test_a_run_of_a_later_version_is_refused_by_name(begun, tmp_path):
 def test_a_run_of_another_family_is_another_run(begun, tmp_path):
     _, before = begun
     found = go_on_as(settings.load_config("pathflip2"), before, tmp_path)
-    json_files.write_json(tmp_path / checkpoints.CONFIG, before)
+    json_files.write_json(tmp_path / files.CONFIG, before)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match="model.num_queries: 4 in the run, None now"):
         claim(tmp_path, found.to_dict(), pytest.fail)
@@ -119,12 +119,12 @@ def test_what_a_kill_before_the_first_checkpoint_left_binds_nobody(run):
     folder, resolved = run
     (folder / "checkpoints" / "60").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp-1")
     (folder / "metrics.jsonl").touch()
-    json_files.write_json(folder / checkpoints.CONFIG, changed(resolved, checkpoints=str(folder / "elsewhere")))
+    json_files.write_json(folder / files.CONFIG, changed(resolved, checkpoints=str(folder / "elsewhere")))
     assert begun_config(folder) is None
     described = []
     claim(folder, changed(resolved, seed=1), described.append)
     assert described == [folder]
     (folder / "elsewhere" / "checkpoints" / "1").mkdir(parents=True)
-    json_files.write_json(folder / "elsewhere" / checkpoints.CONFIG, resolved)
+    json_files.write_json(folder / "elsewhere" / files.CONFIG, resolved)
     with pytest.raises(ValueError, match="has the logs of a run with checkpoints in .*elsewhere"):
         claim(folder, resolved, pytest.fail)

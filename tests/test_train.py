@@ -23,9 +23,9 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring import goodput
 from pathflip_jax.monitoring.metrics import MetricsWriter, read_metrics
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.runs import lock as run_lock
-from pathflip_jax.runs.checkpoints import load_run
+from pathflip_jax.runs.folder import load_run
 from pathflip_jax.stage import alignment
 
 SMALL = [
@@ -386,7 +386,7 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_p
     mine, theirs = arrays(tmp_path / "run", 12), arrays(tmp_path / "straight", 12)
     assert mine == theirs
     assert os.listdir(tmp_path / "run/best") == os.listdir(tmp_path / "straight/best")
-    assert checkpoints.load_run(tmp_path / "run", "best")
+    assert runs_folder.load_run(tmp_path / "run", "best")
 
 
 @pytest.mark.slow

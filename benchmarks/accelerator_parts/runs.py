@@ -96,7 +96,7 @@ def _old_checkpoints() -> Rows:
     """The checkpoints of earlier versions that travel with the tests."""
     versions = Path(__file__).resolve().parents[2] / "tests" / "golden" / "runs"
     for run in sorted(path for path in versions.glob("*/pathflip*") if (path / "checkpoints").is_dir()):
-        ask = f"from pathflip_jax.runs.checkpoints import load_run; load_run({str(run)!r}, 'latest')"
+        ask = f"from pathflip_jax.runs.folder import load_run; load_run({str(run)!r}, 'latest')"
         done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
         row = {"checkpoint": f"{run.parent.name}/{run.name}", "loads": done.returncode == 0}
         if done.returncode:

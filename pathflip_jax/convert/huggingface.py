@@ -58,7 +58,7 @@ def export_huggingface(
     appears whole or not at all; FileExistsError when there is one with content, ValueError when the scores are of
     another run.
     """
-    from pathflip_jax.runs.checkpoints import load_run
+    from pathflip_jax.runs.folder import load_run
 
     found = None if scores is None else read_scores(scores, run)
     with new_folder(out) as part:

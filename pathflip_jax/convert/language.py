@@ -22,6 +22,8 @@ from pathflip_jax.llm.training import describe_language_run, read_aligner, split
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.runs import checkpoints as checkpoint
+from pathflip_jax.runs import files
+from pathflip_jax.runs import folder as runs_folder
 
 TENSORS = "tensors.csv"
 
@@ -93,14 +95,14 @@ def write_language_run(
 ) -> None:
     """Write a run of the language stage, its aligner in `out`/aligner, of what it trained and a decoder's folder."""
     with new_folder(out) as part:
-        checkpoint.save_run(part / ALIGNER, *aligner)
+        runs_folder.save_run(part / ALIGNER, *aligner)
         lm = {"aligner": str(Path(out).resolve() / ALIGNER), "decoder": str(Path(decoder).resolve()), "start": ""}
         lm |= {"aligner_hash": read_aligner(str(part / ALIGNER)).hash, "decoder_hash": weights_hash(decoder)}
         found = settings | {"lm": {"start_hash": ""} | settings["lm"] | lm}
         describe_language_run(part, shape, found, DecoderTokenizer(decoder))
         with checkpoint.Checkpoints(part, keep=2, facts={"config": found}) as checkpoints:
             checkpoints.save_best(0, jax.device_put(dict(params)), {})
-        (part / checkpoint.CHECKPOINTS).rmdir()
+        (part / files.CHECKPOINTS).rmdir()
         write_rows(part / TENSORS, rows)
 
 
@@ -122,7 +124,7 @@ def _base(source: Path, given: str | Path | None, known: str) -> Path:
     """The decoder's folder under an adapter. ValueError where it holds other weights than the run was trained on."""
     named = str(read_object(source / SETTINGS).get("base_model_name_or_path") or "")
     folder = Path(given) if given is not None else Path(named)
-    if not (folder / checkpoint.CONFIG).is_file():
+    if not (folder / files.CONFIG).is_file():
         raise FileNotFoundError(
             f"{source}: an adapter of {named or 'an unnamed decoder'}, and {folder} is no folder of a decoder; give "
             "that decoder's folder with --decoder"
@@ -150,7 +152,7 @@ def _whole_decoder(source: Path, shape: Shape, trains: tuple[str, ...]) -> tuple
         notes.append(f"the adapter ({_scale(shape.lora)}) was merged into the decoder at export{rounded}")
     if kept := [part for part in trains if part in ("lora", "decoder")]:
         notes.append(f"{' and '.join(kept)}: trained before, now part of the decoder in {source}, which stays there")
-    values = read_object(source / checkpoint.CONFIG)
+    values = read_object(source / files.CONFIG)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or shape.dtype)
     parts = tuple(dict.fromkeys([*(part for part in trains if part not in ("lora", "decoder")), "projector"]))
     return shape._replace(lora=None, dtype=dtype), parts, notes

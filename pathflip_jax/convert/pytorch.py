@@ -188,7 +188,7 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     Weights are model.safetensors, with `pt` (needs torch) also model.pt. The folder appears whole or not at all;
     FileExistsError when there is one with content.
     """
-    from pathflip_jax.runs.checkpoints import load_run
+    from pathflip_jax.runs.folder import load_run
 
     with new_folder(out) as part:
         write_export(part, *load_run(run, which), pt=pt)

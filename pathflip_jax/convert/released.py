@@ -178,7 +178,7 @@ def convert(
     weights: str = "",
 ) -> Released:
     """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
-    from pathflip_jax.runs.checkpoints import save_run
+    from pathflip_jax.runs.folder import save_run
 
     found = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora, weights=weights)
     save_run(out, found.model, found.settings, found.tokenizer)

@@ -27,7 +27,7 @@ from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble
-from pathflip_jax.runs.checkpoints import CONFIG, run_folder
+from pathflip_jax.runs.files import CONFIG, run_folder
 from pathflip_jax.runtime.buckets import bucket
 
 Rows = Float[np.ndarray, "n D"]

@@ -24,7 +24,7 @@ from pathflip_jax.llm.prompts import stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import files
 
 ALIGNER, ABOUT = "aligner", "pathflip_language.json"
 GENERATION = "generation_config.json"
@@ -68,7 +68,7 @@ def _complete(
     write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
     write_generation(part, tokenizer, config["data"]["template"])
     about = {"version": this_version(), "settings": without_places(config)}
-    shape = json_files.read_json(checkpoints.run_folder(run) / checkpoints.MODEL)
+    shape = json_files.read_json(files.run_folder(run) / files.MODEL)
     json_files.write_json(part / ABOUT, about | {"shape": shape})
 
 

@@ -47,7 +47,8 @@ from pathflip_jax.model.versions import UnknownSettings
 from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.optim import OptimConfig
 from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import checkpoints, files
+from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.stage import Stage, Training
 from pathflip_jax.validation import Mark, over_batches, require_score
@@ -138,7 +139,7 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
     Raises FileNotFoundError and ValueError for what is none, and for `records` (called `where`) of features that it was
     not trained on.
     """
-    if "lm" in json_files.read_json(checkpoints.run_folder(folder) / checkpoints.CONFIG):
+    if "lm" in json_files.read_json(files.run_folder(folder) / files.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
     predictor = load(folder)
     if predictor.patchwise:
@@ -203,21 +204,21 @@ def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, 
 
     Raises FileNotFoundError and ValueError for a folder that is none, or is damaged.
     """
-    home = checkpoints.run_folder(folder)
-    config = checkpoints.read_run_config(home)
+    home = files.run_folder(folder)
+    config = files.read_run_config(home)
     if "lm" not in config:
         raise ValueError(
             f"{folder}: not a run of the language stage; give the --workdir of `pathflip train --config lm_...`"
         )
     try:
-        shape = Shape.from_dict(json_files.read_json(home / checkpoints.MODEL))
+        shape = Shape.from_dict(json_files.read_json(home / files.MODEL))
     except UnknownSettings as error:
-        raise ValueError(refusal(home / checkpoints.MODEL, error.names, version_of(config))) from None
+        raise ValueError(refusal(home / files.MODEL, error.names, version_of(config))) from None
     except ValueError as error:
-        raise ValueError(f"{home / checkpoints.MODEL}: {error}") from None
+        raise ValueError(f"{home / files.MODEL}: {error}") from None
     trainable = is_trained(split_names(config["lm"]["trains"]))
     shapes = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
-    return shape, config, jax.device_get(checkpoints.read_params(home, config, shapes, which))
+    return shape, config, jax.device_get(runs_folder.read_params(home, config, shapes, which))
 
 
 def initial_parameters(config: ConfigDict, shape: Shape, aligner: Aligner, started: Started | None, places: dict, mesh):
@@ -270,7 +271,7 @@ def assemble(
         stored = {name: x.astype(dtype) for name, x in params.items() if name.startswith("decoder/")}
         params |= {name: x for name, x in stored.items() if "/lora/" not in name}
     model = shape.build(jax.device_put(params))
-    return model, config, DecoderTokenizer(checkpoints.run_folder(folder) / checkpoints.TOKENIZER)
+    return model, config, DecoderTokenizer(files.run_folder(folder) / files.TOKENIZER)
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -297,9 +298,9 @@ def weights_hash(folder: str | Path) -> str:
 def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer: DecoderTokenizer) -> None:
     """Write config.json, model.json and tokenizer/ of a run of the language stage."""
     make_folder(as_path(folder))
-    tokenizer.save(folder / checkpoints.TOKENIZER)
-    json_files.write_json(folder / checkpoints.CONFIG, signed(resolved))
-    json_files.write_json(folder / checkpoints.MODEL, shape.to_dict())
+    tokenizer.save(folder / files.TOKENIZER)
+    json_files.write_json(folder / files.CONFIG, signed(resolved))
+    json_files.write_json(folder / files.MODEL, shape.to_dict())
 
 
 def _open_batches(

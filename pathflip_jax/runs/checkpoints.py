@@ -18,18 +18,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import SingleDeviceSharding
 
-from pathflip_jax.convert.versions import READ, completed, git_revision, refusal, signed, unknown_settings, version_of
-from pathflip_jax.data.storage.files import as_path, is_url, make_folder
-from pathflip_jax.data.storage.json_files import read_json, write_json
-from pathflip_jax.model.config import ModelConfig
-from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
-from pathflip_jax.model.versions import UnknownSettings
+from pathflip_jax.runs.files import BEST, CHECKPOINTS, run_folder
 from pathflip_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
-CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
 
 
 @jax.jit
@@ -62,36 +55,6 @@ def flat_state(opt_state: Any) -> dict[str, jax.Array]:
     """Optimizer state as a flat dict by path, such as "1/mu/qformer/query_tokens"."""
     leaves = jax.tree_util.tree_leaves_with_path(opt_state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def read_model_config(path: Path) -> ModelConfig:
-    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting.
-
-    What a run of an earlier version does not say has the value that means what that version did, and is logged.
-    """
-    values = read_json(path)
-    try:
-        config = ModelConfig.from_dict(values)
-    except UnknownSettings as error:
-        about = path.with_name(CONFIG)
-        version = version_of(read_json(about)) if about.exists() else None
-        raise ValueError(refusal(path, error.names, version)) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if lacking := config.to_dict().keys() - values.keys():
-        taken = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(lacking))
-        log.warning("%s: of a version without some settings of today; they are taken as %s", path, taken)
-    return config
-
-
-def run_folder(place: str | Path) -> Path:
-    """The folder of a run: on a local disk, or behind gs://, which Orbax knows too. ValueError for another URL."""
-    if not is_url(place):
-        return Path(place).resolve()
-    if not str(place).startswith("gs://"):
-        raise ValueError(f"{place}: checkpoints lie on local disks or behind gs://, Orbax writes nowhere else")
-    as_path(place)  # says what is missing here to read it
-    return epath.Path(str(place))
 
 
 class Checkpoints:
@@ -270,106 +233,8 @@ def _checked(arrays: dict[str, dict], kept: dict[str, dict]) -> dict[str, dict]:
     return arrays
 
 
-def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
-    """Write a run folder around a model that was not trained here, for `load_run` and training from it.
-
-    `config` is what config.json shall hold; settings that a later evaluation reads stand in its section "data".
-    Raises FileExistsError when the folder already holds a run.
-    """
-    workdir = run_folder(workdir)
-    if (workdir / MODEL).exists():
-        raise FileExistsError(f"{workdir}: holds a run already; write to another folder")
-    describe_run(workdir, model.config, config, tokenizer)
-    with Checkpoints(workdir, keep=2, facts={"git": git_revision(), "config": config}) as checkpoints:
-        checkpoints.save_best(0, flatten(model), {})
-    epath.Path(workdir / CHECKPOINTS).rmtree()
-
-
-def describe_run(workdir: Path, model: ModelConfig, config: dict, tokenizer) -> None:
-    """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
-    make_folder(as_path(workdir))
-    tokenizer.save(workdir / TOKENIZER)
-    write_json(workdir / CONFIG, signed(config))
-    write_json(workdir / MODEL, model.to_dict())
-
-
-def load_run(workdir: str | Path, which: str | int = "best"):
-    """(model, config, tokenizer) of a run folder; `which` is "best" (by validation), "latest" or a step.
-
-    Follows `train.checkpoints` of its config where the folder has no checkpoints itself. A run without validation has
-    no best, its latest is taken. Raises FileNotFoundError when the folder holds no run or not the checkpoint asked for,
-    ValueError when it is damaged.
-    """
-    from pathflip_jax.data.texts.tokenizer import TextTokenizer
-
-    workdir = run_folder(workdir)
-    settings = read_run_config(workdir)
-    if "lm" in settings:
-        raise ValueError(
-            f"{workdir}: a run of the language stage (`pathflip caption`, `pathflip ask`); its slides come from the "
-            f"alignment run {settings['lm'].get('aligner')}"
-        )
-    config, tokenizer = read_model_config(workdir / MODEL), TextTokenizer(workdir / TOKENIZER)
-    return unflatten(config, read_params(workdir, settings, abstract_params(config), which)), settings, tokenizer
-
-
-def read_run_config(workdir: Path) -> dict:
-    """The settings of a run; those that its version lacked have the value that means what it did.
-
-    Raises FileNotFoundError for a folder that is none, ValueError for one of a later version that says of data or
-    language stage what this one does not know.
-    """
-    for name in (MODEL, CONFIG):
-        if not (workdir / name).exists():
-            raise FileNotFoundError(
-                f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
-                "of `pathflip convert`"
-            )
-    settings = read_json(workdir / CONFIG)
-    if unknown := unknown_settings(settings, READ):
-        raise ValueError(refusal(workdir / CONFIG, unknown, version_of(settings)))
-    return completed(settings)
-
-
-def read_params(
-    workdir: Path, settings: dict, shapes: dict[str, jax.ShapeDtypeStruct], which: str | int = "best"
-) -> dict[str, jax.Array]:
-    """The parameters of one of a run's checkpoints, of these names and shapes, on one device; raises as `load_run`."""
-    elsewhere = settings.get("train", {}).get("checkpoints")
-    if elsewhere and not (saved_steps(workdir / CHECKPOINTS) or saved_steps(workdir / BEST)):
-        workdir = run_folder(elsewhere)
-    folder, step = _find(workdir, which)
-    device = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in shapes.items()}
-    try:
-        return restore_arrays(folder / str(step), {"params": abstract})[0]["params"]
-    except Exception as error:  # Orbax raises bare Exception for damaged files
-        raise ValueError(
-            f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "
-            f"{sorted({*saved_steps(workdir / CHECKPOINTS), *saved_steps(workdir / BEST)})}"
-        ) from error
-
-
 def saved_steps(folder: Path) -> list[int]:
     """Whole checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(step) for step in ocp.utils.checkpoint_steps(folder))
-
-
-def _find(workdir: Path, which: str | int) -> tuple[Path, int]:
-    """Folder and step of the checkpoint asked for."""
-    best, latest = saved_steps(workdir / BEST), saved_steps(workdir / CHECKPOINTS)
-    if which == "best" and best:
-        return workdir / BEST, best[-1]
-    if which in ("best", "latest") and latest:
-        return workdir / CHECKPOINTS, latest[-1]
-    if which == "latest" and best:
-        return workdir / BEST, best[-1]
-    for folder, steps in ((CHECKPOINTS, latest), (BEST, best)):
-        if which in steps:
-            return workdir / folder, int(which)
-    there = sorted({*best, *latest})
-    raise FileNotFoundError(
-        f"{workdir}: no checkpoint {which!r}; " + (f"there are steps {there}" if there else "none was saved yet")
-    )

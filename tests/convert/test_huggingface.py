@@ -15,7 +15,7 @@ from pathflip_jax.convert import huggingface, released, torch_model, torch_pathf
 from pathflip_jax.convert.exported import read_exported  # noqa: E402
 from pathflip_jax.data.texts.tokenizer import TextTokenizer  # noqa: E402
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig  # noqa: E402
-from pathflip_jax.runs.checkpoints import load_run  # noqa: E402
+from pathflip_jax.runs.folder import load_run  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CODE = {"base": torch_model, "pathflip2": torch_pathflip2}

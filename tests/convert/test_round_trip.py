@@ -23,7 +23,7 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import Predictor, load
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
-from pathflip_jax.runs.checkpoints import save_run
+from pathflip_jax.runs.folder import save_run
 
 BASE = Path(__file__).parents[1] / "golden" / "base"
 TEXTS = ["Glands infiltrate the stroma.", "Nekrose: 1.8 cm, no invasion", "CAFÉ"]

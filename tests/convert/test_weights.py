@@ -22,7 +22,7 @@ from pathflip_jax.convert.exported import read_exported
 from pathflip_jax.convert.names import is_unused, names
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
-from pathflip_jax.runs.checkpoints import load_run
+from pathflip_jax.runs.folder import load_run
 
 BASE = Path(__file__).parents[1] / "golden" / "base"
 WEIGHTS = BASE / "state_dict.safetensors"
@@ -354,7 +354,7 @@ def test_convert_refuses_what_does_not_belong(tmp_path):
 def test_a_trained_bias_is_exported_and_explained(tmp_path):
     """Models born here may have a bias that the released class lacks: kept for ours, said in the README."""
     from pathflip_jax.data.texts.tokenizer import TextTokenizer
-    from pathflip_jax.runs.checkpoints import save_run
+    from pathflip_jax.runs.folder import save_run
 
     config = PathFLIPConfig.from_dict(CONFIG.to_dict() | {"logit_bias_init": -10.0})
     flat = {name: jnp.asarray(x) for name, x in random_parameters(config).items()}

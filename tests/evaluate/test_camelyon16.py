@@ -25,7 +25,7 @@ from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.inference import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs.checkpoints import save_run
+from pathflip_jax.runs.folder import save_run
 
 SQUARE = [(100, 100), (900, 100), (900, 900), (100, 900)]
 INNER = [(300, 300), (500, 300), (500, 500), (300, 500)]

@@ -16,7 +16,7 @@ from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.inference import Embedding, Predictor, TextEncoding, load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs.checkpoints import save_run
+from pathflip_jax.runs.folder import save_run
 
 CONFIG = PathFLIPConfig(
     feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,

@@ -20,7 +20,7 @@ from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference import Embedding, load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs.checkpoints import save_run
+from pathflip_jax.runs.folder import save_run
 
 CONFIG = PathFLIPConfig(
     feature_dim=16, embed_dim=16, hidden=16, layers=1, heads=2, intermediate=16, num_queries=2, vocab_size=200,

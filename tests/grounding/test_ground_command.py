@@ -19,7 +19,7 @@ from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.outlines import contains, read_outlines
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs.checkpoints import save_run
+from pathflip_jax.runs.folder import save_run
 
 WIDTH, HEIGHT = 4096, 3072
 LEFT, TOP, EDGE = 1536, 1024, 512  # the black square

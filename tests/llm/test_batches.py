@@ -20,7 +20,7 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import folder as runs_folder
 
 REGIONS = 4
 
@@ -112,7 +112,7 @@ def test_slides_embedded_before_give_the_same_loss(setting, tiny_cohort):
         vocab_size=words.vocab_size, max_positions=8, region_layers=1, region_heads=2, text_region_heads=2,
     )  # fmt: skip
     run = folder / "run"
-    checkpoints.save_run(run, PathFLIP(config, nnx.Rngs(0)), {"data": {"encoder": "tiny", "edge_um": 64.0}}, words)
+    runs_folder.save_run(run, PathFLIP(config, nnx.Rngs(0)), {"data": {"encoder": "tiny", "edge_um": 64.0}}, words)
     assert embed.embed(run, tiny_cohort.records, folder / "rows.parquet", regions=True).finished
     name, trained = str(run), embed.checkpoint_hash(load(run))
     found = read_embeddings(folder / "rows.parquet", records, examples, name, trained)

@@ -22,7 +22,8 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.monitoring.metrics import read_metrics
-from pathflip_jax.runs import checkpoints
+from pathflip_jax.runs import files
+from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.stage import loss_and_gradients
 
 ALIGNER = PathFLIPConfig(
@@ -42,7 +43,7 @@ def aligner(tiny_cohort, tmp_path_factory):
     tokenizer = TextTokenizer(tiny_cohort.vocabulary)
     config = PathFLIPConfig.from_dict(ALIGNER.to_dict() | {"vocab_size": tokenizer.vocab_size})
     model = jax.jit(lambda: PathFLIP(config, nnx.Rngs(0)))()
-    checkpoints.save_run(folder, model, {"data": {"encoder": "tiny", "edge_um": 64.0}}, tokenizer)
+    runs_folder.save_run(folder, model, {"data": {"encoder": "tiny", "edge_um": 64.0}}, tokenizer)
     return folder
 
 
@@ -69,7 +70,7 @@ def same(found, expected) -> set[str]:
 
 
 def test_the_facts_of_a_run_count_each_split(stage1):
-    counts = json_files.read_json(stage1 / checkpoints.CONFIG)["data"]["splits"]
+    counts = json_files.read_json(stage1 / files.CONFIG)["data"]["splits"]
     assert counts["train"] == {"slides": 12, "patients": 10, "texts": 12, "no_text": 0, "no_record": 0}
     assert counts["val"]["texts"] == 6 and counts["test"]["slides"] == 6 and counts["not_in_table"] == 0
 
@@ -77,7 +78,7 @@ def test_the_facts_of_a_run_count_each_split(stage1):
 def sources(options, aligner):
     folder = next(o.partition("=")[2] for o in options if "lm.decoder" in o)
     return (
-        {f"aligner/{name}": x for name, x in flatten(checkpoints.load_run(aligner)[0]).items()},
+        {f"aligner/{name}": x for name, x in flatten(runs_folder.load_run(aligner)[0]).items()},
         {f"decoder/{name}": x for name, x in flatten(load_decoder(folder)).items()},
     )
 
@@ -327,7 +328,7 @@ def test_a_start_on_other_weights_is_refused(options, stage1, decoder_folder, tm
     with pytest.raises(ValueError, match="was trained on another decoder than .* with --decoder"):
         assemble(stage1, decoder=str(other))
     with pytest.raises(ValueError, match="a run of the language stage"):
-        checkpoints.load_run(stage1)
+        runs_folder.load_run(stage1)
 
 
 def test_a_damaged_shape_is_named(stage1, tmp_path):

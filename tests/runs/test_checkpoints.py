@@ -17,8 +17,9 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs import checkpoints as checkpoint
-from pathflip_jax.runs.checkpoints import Checkpoints, checksums, load_run, save_run
+from pathflip_jax.runs import files
+from pathflip_jax.runs.checkpoints import Checkpoints, checksums
+from pathflip_jax.runs.folder import load_run, save_run
 
 # Orbax leaves coroutines and threads behind when a file cannot be read or written.
 pytestmark = [
@@ -48,7 +49,7 @@ CONFIG = PathFLIPConfig(
 def test_the_model_of_a_run_is_refused_by_file(tmp_path, content, message):
     (tmp_path / "model.json").write_text(content)
     with pytest.raises(ValueError, match=rf"model\.json: .*{message}"):
-        checkpoint.read_model_config(tmp_path / "model.json")
+        files.read_model_config(tmp_path / "model.json")
 
 
 def state(step):

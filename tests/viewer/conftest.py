@@ -12,7 +12,7 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs.checkpoints import save_run
+from pathflip_jax.runs.folder import save_run
 from pathflip_jax.viewer import grounder
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.pictures import Pictures

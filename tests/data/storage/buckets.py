@@ -116,7 +116,7 @@ def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     from pathflip_jax import train
     from pathflip_jax.data.storage.files import as_path
     from pathflip_jax.model.parameters import flatten
-    from pathflip_jax.runs.checkpoints import load_run
+    from pathflip_jax.runs.folder import load_run
 
     def command(place: str | Path, workdir: Path, *more: str) -> list:
         files = {"records": "records", "texts": "reports.jsonl", "slides": "slides.csv"}

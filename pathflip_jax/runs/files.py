@@ -1,0 +1,71 @@
+"""The files of a run folder: their names, and the settings and the model's shape that they hold."""
+
+import logging
+from pathlib import Path
+
+from etils import epath
+
+from pathflip_jax.convert.versions import READ, completed, refusal, signed, unknown_settings, version_of
+from pathflip_jax.data.storage.files import as_path, is_url, make_folder
+from pathflip_jax.data.storage.json_files import read_json, write_json
+from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.versions import UnknownSettings
+
+log = logging.getLogger(__name__)
+CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting.
+
+    What a run of an earlier version does not say has the value that means what that version did, and is logged.
+    """
+    values = read_json(path)
+    try:
+        config = ModelConfig.from_dict(values)
+    except UnknownSettings as error:
+        about = path.with_name(CONFIG)
+        version = version_of(read_json(about)) if about.exists() else None
+        raise ValueError(refusal(path, error.names, version)) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if lacking := config.to_dict().keys() - values.keys():
+        taken = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(lacking))
+        log.warning("%s: of a version without some settings of today; they are taken as %s", path, taken)
+    return config
+
+
+def run_folder(place: str | Path) -> Path:
+    """The folder of a run: on a local disk, or behind gs://, which Orbax knows too. ValueError for another URL."""
+    if not is_url(place):
+        return Path(place).resolve()
+    if not str(place).startswith("gs://"):
+        raise ValueError(f"{place}: checkpoints lie on local disks or behind gs://, Orbax writes nowhere else")
+    as_path(place)  # says what is missing here to read it
+    return epath.Path(str(place))
+
+
+def describe_run(workdir: Path, model: ModelConfig, config: dict, tokenizer) -> None:
+    """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
+    make_folder(as_path(workdir))
+    tokenizer.save(workdir / TOKENIZER)
+    write_json(workdir / CONFIG, signed(config))
+    write_json(workdir / MODEL, model.to_dict())
+
+
+def read_run_config(workdir: Path) -> dict:
+    """The settings of a run; those that its version lacked have the value that means what it did.
+
+    Raises FileNotFoundError for a folder that is none, ValueError for one of a later version that says of data or
+    language stage what this one does not know.
+    """
+    for name in (MODEL, CONFIG):
+        if not (workdir / name).exists():
+            raise FileNotFoundError(
+                f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
+                "of `pathflip convert`"
+            )
+    settings = read_json(workdir / CONFIG)
+    if unknown := unknown_settings(settings, READ):
+        raise ValueError(refusal(workdir / CONFIG, unknown, version_of(settings)))
+    return completed(settings)
