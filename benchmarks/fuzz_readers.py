@@ -41,7 +41,7 @@ from pathflip_jax.evaluate.colour import patch_colours
 from pathflip_jax.evaluate.zero_shot import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail
 from pathflip_jax.grounding.outlines import patches_inside, read_outlines
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.monitoring import metrics
 from pathflip_jax.runs import files

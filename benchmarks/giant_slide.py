@@ -25,7 +25,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.storage import blocks
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 

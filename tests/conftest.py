@@ -54,7 +54,7 @@ LONG = (
     "llm/test_training.py",
     "test_pathflip2.py",
     "runs/test_checkpoints.py",
-    "llm/test_assistant.py",
+    "inference/test_assistant.py",
     "data_prep/test_beam.py",
     "docs/test_tutorial.py",
     "convert/test_finetune.py",

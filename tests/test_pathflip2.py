@@ -18,7 +18,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding import maps
-from pathflip_jax.inference import Predictor, load
+from pathflip_jax.inference.predictor import Predictor, load
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.search import Search

@@ -28,7 +28,7 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.embed import embed
+    from pathflip_jax.inference.embed import embed
 
     report = embed(
         options.checkpoint,

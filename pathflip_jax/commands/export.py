@@ -42,7 +42,7 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.llm.assistant import is_language_run
+    from pathflip_jax.inference.assistant import is_language_run
 
     if options.pt and options.to != "pytorch":
         raise ValueError("--pt goes with --to pytorch")

@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     token = choose_token(options.host, options.token)
     listener = listen(options.host, options.port)  # first: a port in use is known before the model is loaded
 
-    from pathflip_jax.inference import load
+    from pathflip_jax.inference.predictor import load
     from pathflip_jax.viewer.grounder import Grounder
     from pathflip_jax.viewer.pictures import Pictures
     from pathflip_jax.viewer.search import Search, read_slide_embeddings
@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
         found = {} if options.embeddings is None else read_slide_embeddings(options.embeddings, predictor, slides)
         speaker = None
         if options.language is not None:
-            from pathflip_jax.llm.assistant import load_assistant
+            from pathflip_jax.inference.assistant import load_assistant
             from pathflip_jax.viewer.speaker import Speaker
 
             assistant = load_assistant(options.language, decoder=options.decoder, aligner=options.aligner)

@@ -18,7 +18,7 @@ from pathflip_jax.data.texts.conversations import ask, match_conversations, read
 from pathflip_jax.data.texts.text import Question, match_slides, read_questions
 from pathflip_jax.evaluate import vqa
 from pathflip_jax.evaluate.cohort import Cohort
-from pathflip_jax.llm.assistant import Asked, Rows, SlideAssistant, load_assistant
+from pathflip_jax.inference.assistant import Asked, Rows, SlideAssistant, load_assistant
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.scores import concepts, statistics
 

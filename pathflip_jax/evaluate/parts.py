@@ -14,7 +14,7 @@ from pathflip_jax.evaluate.truth import Outlined
 from pathflip_jax.grounding import heatmap
 from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference.predictor import Predictor
 
 EXAMPLES = {"good": 0.9, "typical": 0.5, "poor": 0.1}  # quantiles of the slides' AUC that the report shows
 

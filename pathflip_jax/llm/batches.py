@@ -18,7 +18,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.conversations import Conversation, Turn, match_conversations
-from pathflip_jax.embed import open_embeddings
+from pathflip_jax.inference.embed import open_embeddings
 from pathflip_jax.llm.adapter import LanguageBatch
 from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
 from pathflip_jax.llm.tokenizer import DecoderTokenizer

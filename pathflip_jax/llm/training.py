@@ -27,8 +27,8 @@ from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.storage.files import as_path, make_folder, read_bytes
 from pathflip_jax.data.texts.cases import slides_of_case
 from pathflip_jax.data.texts.conversations import read_conversations, read_mixture
-from pathflip_jax.embed import checkpoint_hash
-from pathflip_jax.inference import load
+from pathflip_jax.inference.embed import checkpoint_hash
+from pathflip_jax.inference.predictor import load
 from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, language_operations, language_stage
 from pathflip_jax.llm.batches import (
     EmbeddedSlides,

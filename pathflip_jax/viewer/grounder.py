@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
-from pathflip_jax.inference import Predictor, TextEncoding
+from pathflip_jax.inference.predictor import Predictor, TextEncoding
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.layers import Layer, make_layer
 from pathflip_jax.viewer.slides import ShownSlide

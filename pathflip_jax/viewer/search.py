@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from pathflip_jax.embed import checkpoint_hash, open_embeddings
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference.embed import checkpoint_hash, open_embeddings
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.slides import ShownSlide
 

@@ -10,7 +10,7 @@ from pathflip_jax.grounding.files import COLOURS
 from pathflip_jax.grounding.heatmap import COLORMAP
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.grounding.placement import check_on_slide, check_same_slide
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.layers import Layer, areas, layer_facts
 from pathflip_jax.viewer.pictures import Pictures, Pyramid

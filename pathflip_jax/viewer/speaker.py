@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from pathflip_jax.data.texts.conversations import Turn
-from pathflip_jax.llm.assistant import Rows, SlideAssistant
+from pathflip_jax.inference.assistant import Rows, SlideAssistant
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.grounder import LONGEST_TEXT, NO_FEATURES

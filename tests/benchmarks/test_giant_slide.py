@@ -8,8 +8,8 @@ import pytest
 
 @pytest.mark.slow  # compiles a program for every part of a model
 def test_a_slide_is_written_sampled_and_embedded_in_blocks(benchmark_modules, tmp_path, monkeypatch):
-    from pathflip_jax import large_slides
     from pathflip_jax.data.storage import blocks
+    from pathflip_jax.inference import large_slides
 
     monkeypatch.setattr(blocks, "LARGE", 10_000)
     monkeypatch.setattr(blocks, "BLOCK", 2_000)

@@ -13,8 +13,8 @@ from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.language import AlignerParts, write_language_run
 from pathflip_jax.convert.lora import merge
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.inference.assistant import SlideAssistant
 from pathflip_jax.llm.adapter import language_stage
-from pathflip_jax.llm.assistant import SlideAssistant
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.shape import Shape

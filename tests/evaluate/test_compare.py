@@ -12,7 +12,7 @@ from pathflip_jax import cli
 from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.evaluate import compare, run
 from pathflip_jax.evaluate.published import FIGURES, published
-from pathflip_jax.inference import Embedding
+from pathflip_jax.inference.predictor import Embedding
 from pathflip_jax.scores import statistics
 
 PROMPTS = {"task": "TCGA-NSCLC", "classes": {"glandular": ["glands"], "solid": ["solid sheets"]}}

@@ -10,7 +10,7 @@ from pathflip_jax.evaluate import few_shot
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.few_shot import ATTENTION, FLOOR, LINEAR, NEAREST, Slides
 from pathflip_jax.evaluate.protocols import read_protocol
-from pathflip_jax.inference import Embedding
+from pathflip_jax.inference.predictor import Embedding
 
 
 class Knowing:

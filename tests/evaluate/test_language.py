@@ -13,7 +13,7 @@ from pathflip_jax.data.texts.conversations import DESCRIBE, read_conversations
 from pathflip_jax.evaluate import language, run
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces
-from pathflip_jax.llm.assistant import Asked
+from pathflip_jax.inference.assistant import Asked
 from pathflip_jax.llm.sampling import Sampling
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "text"

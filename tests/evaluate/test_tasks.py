@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pathflip_jax import cli
 from pathflip_jax.evaluate import run, tasks
 from pathflip_jax.evaluate.tasks import read_tasks
-from pathflip_jax.inference import Embedding
+from pathflip_jax.inference.predictor import Embedding
 
 
 def write(folder, text):

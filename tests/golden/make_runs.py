@@ -26,13 +26,14 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import numpy as np
 
-from pathflip_jax import cli, inference, train
+from pathflip_jax import cli, train
 from pathflip_jax.convert.decoder import init_decoder, make_decoder_folder, save_decoder
 from pathflip_jax.convert.decoder_folders import read_decoder_config
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
-from pathflip_jax.llm import assistant as assistants
+from pathflip_jax.inference import assistant as assistants
+from pathflip_jax.inference import predictor as inference
 from pathflip_jax.monitoring.metrics import read_metrics
 
 SENTENCES = (

@@ -13,10 +13,11 @@ import tifffile
 from flax import nnx
 from PIL import Image
 
-from pathflip_jax import cli, inference
+from pathflip_jax import cli
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.outlines import contains, read_outlines
+from pathflip_jax.inference import predictor as inference
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run

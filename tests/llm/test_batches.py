@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax import embed
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.conversations import read_conversations
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.inference import load
+from pathflip_jax.inference import embed
+from pathflip_jax.inference.predictor import load
 from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.batches import EmbeddedSlides, LanguageBatches, collect_examples, read_embeddings
 from pathflip_jax.llm.config import DecoderConfig

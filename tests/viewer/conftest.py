@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.inference import load
+from pathflip_jax.inference.predictor import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run
@@ -72,7 +72,8 @@ def slides_dir(tmp_path, write_slide):
 
 @pytest.fixture
 def session(slides_dir, tiny_cohort, predictor, monkeypatch):
-    """Its maps are of method `region`: few programs to compile. `tests/test_inference.py` compares the others."""
+    """Its maps are of method `region`: few programs to compile. `tests/inference/test_predictor.py` compares the
+    others."""
     monkeypatch.setattr(grounder, "WARM_WORDS", 0)  # nobody waits here
     slides = list_slides(slides_dir, records=tiny_cohort.records)
     session = Session(slides, Pictures(readers=2), Grounder(predictor, "region"), Search(slides))

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from pathflip_jax.embed import embed
+from pathflip_jax.inference.embed import embed
 from pathflip_jax.viewer import grounder, search
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.search import Search, read_slide_embeddings

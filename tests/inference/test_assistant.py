@@ -11,9 +11,9 @@ from pathflip_jax import cli
 from pathflip_jax.convert.decoder import load_decoder
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.conversations import Turn
-from pathflip_jax.llm import assistant as assistants
+from pathflip_jax.inference import assistant as assistants
+from pathflip_jax.inference.assistant import SlideAssistant
 from pathflip_jax.llm.adapter import SlideLanguageModel
-from pathflip_jax.llm.assistant import SlideAssistant
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.config import PathFLIPConfig

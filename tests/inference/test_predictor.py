@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pathflip_jax
-from pathflip_jax import inference
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.grounding import maps
-from pathflip_jax.inference import Predictor, region_slots
+from pathflip_jax.inference import predictor as inference
+from pathflip_jax.inference.predictor import Predictor, region_slots
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runtime.buckets import bucket

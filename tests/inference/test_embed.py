@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from pathflip_jax import cli, embed, inference
+from pathflip_jax import cli
 from pathflip_jax.commands.options import FAILED_SLIDES
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.inference import embed
+from pathflip_jax.inference import predictor as inference
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run
@@ -107,7 +109,7 @@ def test_the_file_says_what_it_is_of(tiny_cohort, run, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from pathflip_jax import cli, embed
+from pathflip_jax import cli; from pathflip_jax.inference import embed
 write, written = embed._write, []
 def write_two(path, tables):
     if len(written) == 2:

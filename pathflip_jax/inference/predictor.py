@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax import large_slides
 from pathflip_jax.data.readers.features import SlideFeatures, read_features
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
@@ -23,6 +22,7 @@ from pathflip_jax.data.storage.blocks import row_blocks
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
+from pathflip_jax.inference import large_slides
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
 from pathflip_jax.runs.files import MODEL

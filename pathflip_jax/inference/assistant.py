@@ -1,7 +1,7 @@
 """A trained language stage at work: captions of slides, answers to questions about them, and choices among options.
 
-Slides are embedded by the run's aligner with all their regions, as `inference.Predictor` does, and stand in the prompt
-as in training. Everything can also be asked without the slide, which is the baseline of every score.
+Slides are embedded by the run's aligner with all their regions, as `inference.predictor.Predictor` does, and stand in
+the prompt as in training. Everything can also be asked without the slide, which is the baseline of every score.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.data.texts.conversations import DESCRIBE, Turn
 from pathflip_jax.data.texts.text import IMAGE
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.generate import generate, score

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pathflip_jax import large_slides
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.inference import Predictor
+from pathflip_jax.inference import large_slides
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 

@@ -1,0 +1,1 @@
+"""A run at work: embeddings, groundings and answers (floor 5)."""
