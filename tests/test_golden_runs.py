@@ -18,10 +18,10 @@ from pathflip_jax.convert.lora import load_peft, merge
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.inference import assistant as assistants
-from pathflip_jax.inference import predictor
+from pathflip_jax.inference import load
 from pathflip_jax.inference.embed import checkpoint_hash, open_embeddings
+from pathflip_jax.inference.language_run import read_trained
 from pathflip_jax.llm.prompts import Prompted, insert_slide
-from pathflip_jax.llm.training import read_trained
 from pathflip_jax.model import versions as model_versions
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring.metrics import read_metrics
@@ -42,7 +42,7 @@ def golden(request):
 
 @pytest.fixture(scope="module")
 def predictors(golden):
-    return {name: predictor.load(golden[0] / name, which="latest") for name in ALIGNMENT}
+    return {name: load.load(golden[0] / name, which="latest") for name in ALIGNMENT}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_file_of_embeddings_is_read_and_still_that_of_its_run(golden, predicto
 
 @pytest.mark.parametrize("export", [f"{run}_{kind}" for run in ALIGNMENT for kind in ("pytorch", "huggingface")])
 def test_an_export_is_the_run_that_it_was(golden, predictors, caplog, export):
-    found, run = predictor.load(golden[0] / export), export.partition("_")[0]
+    found, run = load.load(golden[0] / export), export.partition("_")[0]
     same(flatten(found.model), flatten(predictors[run].model))
     assert found.model.config == predictors[run].model.config and not caplog.records
     assert found.config["data"]["edge_um"] == predictors[run].config["data"]["edge_um"]

@@ -18,7 +18,8 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding import maps
-from pathflip_jax.inference.predictor import Predictor, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.search import Search
@@ -137,7 +138,7 @@ def test_the_viewer_grounds_and_searches_with_it(tiny_cohort, predictor, slide):
 
 
 def test_the_language_stage_wants_a_model_with_regions(run):
-    from pathflip_jax.llm.training import read_aligner
+    from pathflip_jax.inference.language_run import read_aligner
 
     with pytest.raises(ValueError, match="knows no regions"):
         read_aligner(str(run))

@@ -70,7 +70,7 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.grounding.placement import check_on_slide, check_same_slide, read_measures
     from pathflip_jax.grounding.write import write_grounding
-    from pathflip_jax.inference.predictor import load, read_slide
+    from pathflip_jax.inference.load import load, read_slide
 
     if options.top is not None and (options.top < 1 or options.image is None):
         raise ValueError(f"--top {options.top}: a number above 0, of patches cut out of the slide file (--image)")

@@ -223,7 +223,7 @@ def sampling(options: argparse.Namespace):
 def slide_rows(options: argparse.Namespace):
     """The assistant, the slide and its rows [slide; regions], as `add_slide_options` took them."""
     from pathflip_jax.inference.assistant import load_assistant
-    from pathflip_jax.inference.predictor import read_slide
+    from pathflip_jax.inference.load import read_slide
 
     slide = read_slide(options.slide, slide_id=options.slide_id)
     assistant = load_assistant(

@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     token = choose_token(options.host, options.token)
     listener = listen(options.host, options.port)  # first: a port in use is known before the model is loaded
 
-    from pathflip_jax.inference.predictor import load
+    from pathflip_jax.inference.load import load
     from pathflip_jax.viewer.grounder import Grounder
     from pathflip_jax.viewer.pictures import Pictures
     from pathflip_jax.viewer.search import Search, read_slide_embeddings

@@ -21,7 +21,8 @@ from pathflip_jax.evaluate.truth import read_outlined
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.surface import SMOOTH
 from pathflip_jax.inference.assistant import is_language_run
-from pathflip_jax.inference.predictor import Predictor, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.monitoring.metrics import METRICS, read_metrics
 from pathflip_jax.scores import retrieval, statistics

@@ -18,6 +18,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.data.texts.conversations import DESCRIBE, Turn
 from pathflip_jax.data.texts.text import IMAGE
+from pathflip_jax.inference.language_run import assemble
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.decoder import Decoder
@@ -26,7 +27,6 @@ from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop_ids
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
-from pathflip_jax.llm.training import assemble
 from pathflip_jax.runs.files import CONFIG, run_folder
 from pathflip_jax.runtime.buckets import bucket
 

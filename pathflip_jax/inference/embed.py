@@ -31,7 +31,8 @@ from pathflip_jax.data.storage.failures import Failure, list_failures, some
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
-from pathflip_jax.inference.predictor import HELD, Embedding, Predictor, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import HELD, Embedding, Predictor
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs.checkpoints import checksums
 

@@ -14,19 +14,14 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.data.readers.features import SlideFeatures, read_features
-from pathflip_jax.data.records.large import open_slide
-from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.regions import EDGE_UM, Regions, cut_regions
 from pathflip_jax.data.storage.blocks import row_blocks
-from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
 from pathflip_jax.inference import large_slides
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.pathflip import SlideEncoding
-from pathflip_jax.runs.files import MODEL
-from pathflip_jax.runs.folder import load_run
 from pathflip_jax.runtime import memory
 from pathflip_jax.runtime.buckets import bucket
 
@@ -34,8 +29,6 @@ log = logging.getLogger(__name__)
 
 HELD = 4 << 30  # bytes of features that wait together to be encoded
 LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
-WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
-SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
 
 
 class TextEncoding(NamedTuple):
@@ -437,66 +430,3 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
-    """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
-
-    `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, come back as the run
-    that they were. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that
-    it was trained with; `arguments` those of the published run, where the file does not hold them; `weights` names one
-    of several sets of weights in it. What no file says is assumed as the released code has it, and logged.
-    """
-    if as_path(path).suffix in WEIGHTS or _is_export(path):
-        from pathflip_jax.convert.released import load_released
-
-        found = load_released(path, bert, arguments=arguments, weights=weights)
-        for note in found.notes:
-            log.warning("%s: %s", path, note)
-        model, config, tokenizer = found.model, found.settings, found.tokenizer
-    else:
-        model, config, tokenizer = load_run(path, which=which)
-        if bert is not None or arguments or weights:
-            raise ValueError(f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights")
-    predictor = Predictor(model, config, tokenizer, name=str(path))
-    if predictor.assumed:
-        log.warning("%s: assumed, for no file says it: %s", path, "; ".join(predictor.assumed))
-    return predictor
-
-
-def _is_export(path) -> bool:
-    from pathflip_jax.convert.exported import read_exported
-
-    return not is_url(path) and not (as_path(path) / MODEL).exists() and read_exported(path) is not None
-
-
-def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
-    """Read one slide's features: a feature file (CLAM, TRIDENT, SlideChat, STAMP, .pt), or a slide of records.
-
-    Records may lie behind a URL, feature files on a local disk only. `slide_id` chooses from a folder or shard of
-    records that holds several slides. `known` is what a feature file may not say: patch_size (level-0 pixels), mpp,
-    encoder, as `read_features` takes it.
-    """
-    path = as_path(path)
-    if not exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix.lower() in SLIDE_FILES:
-        raise ValueError(f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records")
-    if not path.is_dir() and path.suffix != ".tfrecord":
-        if is_url(path):
-            raise ValueError(
-                f"{path}: feature files are read from a local disk only; copy it, or import it into records"
-            )
-        return read_features(path, slide_id=slide_id or "", **known)
-    if known:
-        raise ValueError(
-            f"{path}: records say {' and '.join(sorted(known))} themselves; leave it out here, and import the features "
-            "again if what they say is wrong"
-        )
-    records = Records(path if path.is_dir() else [path])
-    if slide_id is None:
-        if len(records.slides) != 1:
-            names = ", ".join(info.slide_id for info in records.slides[:3])
-            raise ValueError(f"{path}: holds {len(records.slides)} slides ({names}, ...); choose one by slide_id")
-        return open_slide(records, 0)
-    return open_slide(records, records.position(slide_id))

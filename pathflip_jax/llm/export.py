@@ -18,11 +18,11 @@ from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.pytorch import write_export
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.inference.predictor import load
+from pathflip_jax.inference.language_run import assemble, split_names
+from pathflip_jax.inference.load import load
 from pathflip_jax.llm.adapter import SlideLanguageModel
 from pathflip_jax.llm.prompts import stop_ids
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
-from pathflip_jax.llm.training import assemble, split_names
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs import files
 

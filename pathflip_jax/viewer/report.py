@@ -10,7 +10,8 @@ from tqdm import tqdm
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
-from pathflip_jax.inference.predictor import Predictor, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.viewer.pictures import QUALITY
 from pathflip_jax.viewer.session import model_facts
 from pathflip_jax.viewer.slides import ShownSlide, list_slides

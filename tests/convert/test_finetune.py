@@ -81,7 +81,7 @@ def test_the_run_gives_pefts_own_logits_behind_the_projector(released, run):
 def test_slides_are_embedded_as_the_alignment_model_embeds_them(run):
     with np.load(BASE / "io.npz") as archive:
         case = dict(archive)
-    from pathflip_jax.inference.predictor import load
+    from pathflip_jax.inference.load import load
 
     model = load(run / "aligner").model
     B, R, S, _ = case["patches"].shape

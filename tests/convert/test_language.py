@@ -14,12 +14,12 @@ from pathflip_jax.convert.language import AlignerParts, write_language_run
 from pathflip_jax.convert.lora import merge
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference.assistant import SlideAssistant
+from pathflip_jax.inference.language_run import assemble
 from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import train_bpe
-from pathflip_jax.llm.training import assemble
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 

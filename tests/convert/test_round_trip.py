@@ -20,7 +20,8 @@ from pathflip_jax.convert.huggingface import huggingface_config, write_huggingfa
 from pathflip_jax.convert.released import load_released
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.inference.predictor import Predictor, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 from pathflip_jax.runs.folder import save_run

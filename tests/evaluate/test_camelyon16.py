@@ -22,7 +22,7 @@ from pathflip_jax.evaluate import camelyon16, froc
 from pathflip_jax.evaluate.grounding import concept_scores
 from pathflip_jax.grounding.outlines import contains, rasterise, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
-from pathflip_jax.inference.predictor import load
+from pathflip_jax.inference.load import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run

@@ -13,7 +13,8 @@ from pathflip_jax.data.records.records import finish_folder, shard_name, write_s
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import region_texts, run
 from pathflip_jax.evaluate.cohort import read_cohort
-from pathflip_jax.inference.predictor import Embedding, Predictor, TextEncoding, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import Embedding, Predictor, TextEncoding
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run

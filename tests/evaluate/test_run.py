@@ -17,7 +17,8 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import run
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
-from pathflip_jax.inference.predictor import Embedding, load
+from pathflip_jax.inference.load import load
+from pathflip_jax.inference.predictor import Embedding
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run

@@ -33,7 +33,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
 from pathflip_jax.inference import assistant as assistants
-from pathflip_jax.inference import predictor as inference
+from pathflip_jax.inference import load
 from pathflip_jax.monitoring.metrics import read_metrics
 
 SENTENCES = (
@@ -123,7 +123,7 @@ def make_run(name: str) -> dict[str, np.ndarray]:
 
 def measure(name: str) -> dict[str, np.ndarray]:
     """The embeddings of all slides, their regions and some texts by the last checkpoint of a run."""
-    predictor, records = inference.load(name, which="latest"), Records("records")
+    predictor, records = load.load(name, which="latest"), Records("records")
     found = list(predictor.encode_slides(records.read(number) for number in range(len(records.slides))))
     texts = predictor.encode_texts(SENTENCES)
     return {

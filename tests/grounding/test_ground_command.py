@@ -17,7 +17,7 @@ from pathflip_jax import cli
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.outlines import contains, read_outlines
-from pathflip_jax.inference import predictor as inference
+from pathflip_jax.inference import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run
@@ -103,7 +103,7 @@ class Stand:
 
 @pytest.fixture
 def stand(monkeypatch):
-    monkeypatch.setattr(inference, "load", lambda folder: Stand())
+    monkeypatch.setattr(load, "load", lambda folder: Stand())
 
 
 def run(*arguments):
@@ -202,8 +202,8 @@ def test_a_model_from_its_run_folder(tmp_path, tiny_cohort, capsys):
     facts = json.loads((tmp_path / "out" / "S05.json").read_text())
     assert len(written["attention"]) == len(facts["texts"]) == 2
     assert sum(box["patches"] for box in facts["texts"][0]["boxes"]) == facts["patches"]
-    predictor = inference.load(tmp_path / "run")
-    slide = inference.read_slide(tiny_cohort.records, "S05")
+    predictor = load.load(tmp_path / "run")
+    slide = load.read_slide(tiny_cohort.records, "S05")
     alone = predictor.ground(slide, ["necrosis", "fat at the edge", "stroma"]).patch_scores
     with np.load(written["scores"]) as arrays:
         assert arrays["patch_scores"] == pytest.approx(alone[:2] - alone[2], abs=1e-5)

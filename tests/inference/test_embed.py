@@ -14,7 +14,7 @@ from pathflip_jax.commands.options import FAILED_SLIDES
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.inference import embed
+from pathflip_jax.inference import embed, load
 from pathflip_jax.inference import predictor as inference
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
@@ -77,7 +77,7 @@ def test_rows_are_the_predictors_own_in_the_order_of_the_records(tiny_cohort, ru
     report = embed.embed(run, tiny_cohort.records, out, regions=True, batch_size=4)
     assert report.done == IDS and report.finished and report.slides_per_second > 0
     assert [path.name for path in out.parent.iterdir()] == ["embeddings.parquet"]
-    table, records, predictor = pq.read_table(out), Records(tiny_cohort.records), inference.load(run)
+    table, records, predictor = pq.read_table(out), Records(tiny_cohort.records), load.load(run)
     assert table["slide_id"].to_pylist() == [info.slide_id for info in records.slides]
     assert table["case_id"].to_pylist() == [info.case_id for info in records.slides]
     assert table["num_patches"].to_pylist() == [info.num_patches for info in records.slides]
@@ -101,7 +101,7 @@ def test_the_file_says_what_it_is_of(tiny_cohort, run, tmp_path):
     assert pq.read_table(out)["slide_id"].to_pylist() == IDS[18:]
     about = json.loads(schema.metadata[embed.METADATA])
     assert about["records_hash"] == manifest_hash(tiny_cohort.records)
-    assert about["checkpoint_hash"] == embed.checkpoint_hash(inference.load(run))
+    assert about["checkpoint_hash"] == embed.checkpoint_hash(load.load(run))
     expected = {"format": 1, "encoder": "tiny", "split": "test", "embed_dim": 12, "normalised": False, "failed": []}
     assert {name: about[name] for name in expected} == expected
     assert about["checkpoint"] == str(run) and {"jax", "pathflip-jax"} <= set(about["versions"])
@@ -164,7 +164,7 @@ def test_another_job_is_refused_by_both_hashes(tiny_cohort, run, tmp_path, stage
     else:
         embed.embed(run, tiny_cohort.records, out)
     other_run = make_run(tmp_path / "other", tiny_cohort, seed=1)
-    hashes = [embed.checkpoint_hash(inference.load(folder))[:12] for folder in (run, other_run)]
+    hashes = [embed.checkpoint_hash(load.load(folder))[:12] for folder in (run, other_run)]
     with pytest.raises(ValueError, match=rf"another checkpoint {hashes[0]} \(.*tiny\), now {hashes[1]} \(.*other\)"):
         embed.embed(other_run, tiny_cohort.records, out)
     other = tmp_path / "records"
@@ -199,7 +199,7 @@ def test_a_flipped_byte_costs_its_slide_until_it_is_mended(tiny_cohort, run, tmp
     assert cli.main(command) == 0 and reads == ["S07"]
     found = pq.read_table(out)
     assert found["slide_id"].to_pylist() == IDS and not embed.failures_path(out).exists()
-    expected = inference.load(run).encode_slide(Records(records).read(7))
+    expected = load.load(run).encode_slide(Records(records).read(7))
     assert np.array(found["regions"][7].as_py()) == pytest.approx(expected.regions, abs=1e-5)
     assert json.loads(pq.read_schema(out).metadata[embed.METADATA])["failed"] == []
 

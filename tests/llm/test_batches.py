@@ -11,7 +11,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.conversations import read_conversations
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import embed
-from pathflip_jax.inference.predictor import load
+from pathflip_jax.inference.load import load
 from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.batches import EmbeddedSlides, LanguageBatches, collect_examples, read_embeddings
 from pathflip_jax.llm.config import DecoderConfig

@@ -13,11 +13,11 @@ from pathflip_jax import cli, train
 from pathflip_jax.convert.decoder import load_decoder
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.inference.language_run import assemble, read_trained
 from pathflip_jax.llm.adapter import LOSS_CHUNK, LanguageBatch, language_operations, language_stage, response_losses
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.shape import Shape
-from pathflip_jax.llm.training import assemble, read_trained
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP

@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.inference.predictor import load
+from pathflip_jax.inference.load import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run

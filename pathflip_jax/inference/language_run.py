@@ -1,0 +1,182 @@
+"""A run of the language stage read back: what it trained, and aligner and decoder that it stands on.
+
+A run folder of this stage holds what was trained (projector, LoRA, ...), the tokenizer and the names of the two
+sources with hashes of them: what is frozen is read from there again.
+"""
+
+import hashlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pathflip_jax.convert.decoder import load_decoder
+from pathflip_jax.convert.decoder_folders import PROJECTOR
+from pathflip_jax.convert.lora import load_peft
+from pathflip_jax.convert.versions import refusal, signed, version_of
+from pathflip_jax.data.records.records import Records
+from pathflip_jax.data.storage import json_files
+from pathflip_jax.data.storage.files import as_path, make_folder
+from pathflip_jax.inference.embed import checkpoint_hash
+from pathflip_jax.inference.load import load
+from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained
+from pathflip_jax.llm.config import LoRAConfig
+from pathflip_jax.llm.shape import Shape
+from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.parameters import flatten
+from pathflip_jax.model.versions import UnknownSettings
+from pathflip_jax.runs import checkpoints, files
+from pathflip_jax.runs import folder as runs_folder
+
+log = logging.getLogger(__name__)
+
+
+class Aligner(NamedTuple):
+    """The run that slides come from: its shape, and its parameters on the host."""
+
+    model: PathFLIPConfig
+    params: dict[str, np.ndarray]
+    hash: str
+
+
+def read_aligner(folder: str, records: Records | None = None, where: str = "") -> Aligner:
+    """Read the best checkpoint of an alignment run.
+
+    Raises FileNotFoundError and ValueError for what is none, and for `records` (called `where`) of features that it was
+    not trained on.
+    """
+    if "lm" in json_files.read_json(files.run_folder(folder) / files.CONFIG):
+        raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
+    predictor = load(folder)
+    if predictor.patchwise:
+        raise ValueError(
+            f"lm.aligner={folder}: a PathFLIP2, which knows no regions; the language stage reads a slide and its "
+            "regions: name a run of a PathFLIP (align_base)"
+        )
+    if records is not None:
+        predictor.check_features(where, records.feature_dim, records.encoder)
+    params = jax.device_get(flatten(predictor.model))
+    return Aligner(predictor.model.config, params, checkpoint_hash(predictor))
+
+
+class Started(NamedTuple):
+    """What a run starts from: the parameters that another one trained, or an adapter of PEFT; and its LoRA, if any."""
+
+    lora: LoRAConfig | None
+    params: dict[str, np.ndarray]
+    hash: str
+
+
+def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) -> Started:
+    """Read what a run of the language stage trained, or an adapter that PEFT did, of the decoder in that folder.
+
+    Raises ValueError where it stands on another aligner or decoder.
+    """
+    if (Path(folder) / "adapter_config.json").is_file():
+        flat, lora = load_peft(folder, decoder)
+        if (Path(folder) / PROJECTOR).is_file():
+            log.warning(
+                "lm.start=%s: of this export the adapter alone is read, the projector starts at random; "
+                "`pathflip convert` makes a run of it, which starts both",
+                folder,
+            )
+        params = {f"decoder/{name}": x for name, x in flat.items()}
+        return Started(lora, params, checkpoints.content_hash(params))
+    shape, config, params = read_trained(folder)
+    wrong = [
+        f"another {name}, {config['lm'].get(name)}"
+        for name, found in (("aligner", aligner_hash), ("decoder", decoder_hash))
+        if config["lm"].get(f"{name}_hash") != found
+    ]
+    if wrong:
+        raise ValueError(f"lm.start={folder}: stands on {' and on '.join(wrong)}; name the same ones, or no lm.start")
+    return Started(shape.lora, params, checkpoints.content_hash(params))
+
+
+def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, dict, dict[str, np.ndarray]]:
+    """Shape, settings and trained parameters, on the host, of a run folder of the language stage.
+
+    Raises FileNotFoundError and ValueError for a folder that is none, or is damaged.
+    """
+    home = files.run_folder(folder)
+    config = files.read_run_config(home)
+    if "lm" not in config:
+        raise ValueError(
+            f"{folder}: not a run of the language stage; give the --workdir of `pathflip train --config lm_...`"
+        )
+    try:
+        shape = Shape.from_dict(json_files.read_json(home / files.MODEL))
+    except UnknownSettings as error:
+        raise ValueError(refusal(home / files.MODEL, error.names, version_of(config))) from None
+    except ValueError as error:
+        raise ValueError(f"{home / files.MODEL}: {error}") from None
+    trainable = is_trained(split_names(config["lm"]["trains"]))
+    shapes = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
+    return shape, config, jax.device_get(runs_folder.read_params(home, config, shapes, which))
+
+
+def assemble(
+    folder: str | Path, which: str | int = "best", *, decoder: str = "", aligner: str = "", dtype: str = ""
+) -> tuple[SlideLanguageModel, dict, DecoderTokenizer]:
+    """(model, config, tokenizer) of a run of the language stage: what it trained, and its sources read again.
+
+    `decoder` and `aligner` name those folders where they are not where they were; `dtype` is that of the decoder's
+    weights and of computing. Raises ValueError where a source holds other weights than it did.
+    """
+    shape, config, trained = read_trained(folder, which)
+    lm = config["lm"]
+    shape = shape._replace(decoder=replace(shape.decoder, remat=False))
+    if dtype:
+        shape = shape._replace(dtype=dtype, decoder=replace(shape.decoder, compute_dtype=dtype))
+    names = {"aligner": aligner or lm["aligner"], "decoder": decoder or lm["decoder"]}
+    source = read_aligner(names["aligner"])
+    hashes = {"aligner": source.hash, "decoder": weights_hash(names["decoder"])}
+    for part, found in hashes.items():
+        if found != lm[f"{part}_hash"]:
+            raise ValueError(
+                f"{folder}: was trained on another {part} than {names[part]} holds now; name the folder of the weights "
+                f"that it was trained on with --{part}"
+            )
+    params = {f"aligner/{name}": x for name, x in source.params.items()}
+    if not lm["random_decoder"]:
+        loaded = load_decoder(names["decoder"], dtype=shape.dtype, compute_dtype=shape.decoder.compute_dtype)
+        params |= {f"decoder/{name}": x for name, x in flatten(loaded).items()}
+    params |= trained
+    if dtype:
+        stored = {name: x.astype(dtype) for name, x in params.items() if name.startswith("decoder/")}
+        params |= {name: x for name, x in stored.items() if "/lora/" not in name}
+    model = shape.build(jax.device_put(params))
+    return model, config, DecoderTokenizer(files.run_folder(folder) / files.TOKENIZER)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a list written with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def weights_hash(folder: str | Path) -> str:
+    """A hash of a decoder's folder: of config.json, and of name, size and table of contents of each file of weights.
+
+    Weights of one shape that were saved over each other differ in what the tensors hold: so the start and the end of
+    each file count too, without reading gigabytes.
+    """
+    found = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {path.stat().st_size}".encode())
+            found.update(file.read(2**20))
+            file.seek(max(path.stat().st_size - 2**20, 0))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def describe_language_run(folder: Path, shape: Shape, resolved: dict, tokenizer: DecoderTokenizer) -> None:
+    """Write config.json, model.json and tokenizer/ of a run of the language stage."""
+    make_folder(as_path(folder))
+    tokenizer.save(folder / files.TOKENIZER)
+    json_files.write_json(folder / files.CONFIG, signed(resolved))
+    json_files.write_json(folder / files.MODEL, shape.to_dict())
