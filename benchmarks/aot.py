@@ -173,7 +173,7 @@ def show(traffic: Traffic, most: int = 6) -> str:
 
 def run(options: argparse.Namespace) -> dict:
     """Compile and predict as the options say; prints what it finds, the summary last."""
-    from pathflip_jax import settings
+    from pathflip_jax.training import settings
 
     chip = options.topology.partition(":")[0]
     if chip not in CHIPS:

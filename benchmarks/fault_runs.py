@@ -38,7 +38,7 @@ class Rig:
         self.folder = folder
         self.cache = folder / "compiled"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pathflip_jax.cli", "pathflip_jax.train", *LATE])
+        self.context.set_forkserver_preload(["pathflip_jax.cli", "pathflip_jax.training.loop", *LATE])
         self.records = make_cohort(folder / "cohort")
         parts = {"records": self.records, "texts": "reports.jsonl", "slides": "slides.csv", "tokenizer": "vocabulary"}
         self.data = [f"--config.data.{name}={folder / 'cohort' / path}" for name, path in parts.items()]

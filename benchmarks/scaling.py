@@ -72,14 +72,14 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
     import jax
     from flax import nnx
 
-    from pathflip_jax import settings
     from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.parameters import flatten, unflatten
     from pathflip_jax.model.pathflip import PathFLIP
-    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
     from pathflip_jax.runtime.compilation import compiler_options
-    from pathflip_jax.stage import alignment, make_step
+    from pathflip_jax.training import settings
+    from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.training.stage import alignment, make_step
 
     config, device = settings.load_config("align_base"), jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")

@@ -61,7 +61,7 @@ def make_mesh(devices: list, fsdp: int, region: int):
 
 def with_layers(config, layers: int) -> PathFLIPConfig:
     """The config's model with so many layers."""
-    from pathflip_jax.alignment import model_config
+    from pathflip_jax.training.alignment import model_config
 
     return PathFLIPConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
 
@@ -75,8 +75,8 @@ def make_batch(config, slides: int, mesh):
 
     from pathflip_jax.data.batches.packing import TextRows, enough_rows, row_lengths
     from pathflip_jax.data.batches.pipeline import Batch
-    from pathflip_jax.run_data import choose_groups
     from pathflip_jax.runtime.sharding import BATCH_RULES, batch_shards, placements
+    from pathflip_jax.training.data import choose_groups
 
     data, shares = config.data, batch_shards(mesh)
     B = slides * shares
@@ -115,9 +115,9 @@ def lower(config, layers: int, slides: int, mesh):
 
     from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.parameters import abstract_params, unflatten
-    from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
     from pathflip_jax.runtime import sharding
-    from pathflip_jax.stage import alignment, make_step
+    from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.training.stage import alignment, make_step
 
     model = with_layers(config, layers)
     schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)

@@ -94,7 +94,7 @@ def _run(argv: list[str]) -> int:
         refuse_undecodable(argv)
         if argv[:1] == ["train"]:
             keep_compiled()  # before JAX is imported
-            from pathflip_jax.train import main as train_main
+            from pathflip_jax.training.loop import main as train_main
 
             return train_main(argv[1:])
         options = build_parser().parse_args(argv)

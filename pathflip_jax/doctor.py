@@ -225,9 +225,9 @@ def _launchers() -> Iterator[Finding]:
 
 
 def _config(name: str) -> Iterator[Finding]:
-    from pathflip_jax.alignment import check_config
-    from pathflip_jax.llm.training import check_language_config
-    from pathflip_jax.settings import load_config
+    from pathflip_jax.training.alignment import check_config
+    from pathflip_jax.training.language import check_language_config
+    from pathflip_jax.training.settings import load_config
 
     try:
         if "lm" in (config := load_config(name)):

@@ -16,7 +16,7 @@ from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, rea
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
 from pathflip_jax.findings import Finding, guarded, logged_warnings
-from pathflip_jax.settings import load_config
+from pathflip_jax.training.settings import load_config
 
 
 class Seen(NamedTuple):

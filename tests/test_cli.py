@@ -105,7 +105,7 @@ def test_the_command_line_starts_without_heavy_imports():
     code = (
         "import sys, pathflip_jax.cli as c; c.build_parser(); heavy = {'torch', 'tensorflow'}; "
         "assert not {'jax', 'scipy'} & set(sys.modules); "
-        "import pathflip_jax.train; print(heavy & set(sys.modules))"
+        "import pathflip_jax.training.loop; print(heavy & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from pathflip_jax.alignment import check_config, family_of, model_config
-from pathflip_jax.llm.training import check_language_config
 from pathflip_jax.losses.pathflip import LossConfig
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import PathFLIP2Config
-from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import choose_groups
 from pathflip_jax.runtime.config_files import bundled_configs
-from pathflip_jax.settings import load_config
+from pathflip_jax.training.alignment import check_config, family_of, model_config
+from pathflip_jax.training.data import choose_groups
+from pathflip_jax.training.language import check_language_config
+from pathflip_jax.training.optim import OptimConfig
+from pathflip_jax.training.settings import load_config
 
 NAMES = ["align_base", "align_large", "demo", "pathflip2"]
 LANGUAGE = ["lm_demo", "lm_joint", "lm_stage1", "lm_stage2"]

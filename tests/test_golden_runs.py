@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pathflip_jax import cli, train
+from pathflip_jax import cli
 from pathflip_jax.convert import versions
 from pathflip_jax.convert.decoder import load_decoder
 from pathflip_jax.convert.lora import load_peft, merge
@@ -26,6 +26,7 @@ from pathflip_jax.model import versions as model_versions
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring.metrics import read_metrics
 from pathflip_jax.runtime import config_files
+from pathflip_jax.training import loop
 
 RUNS = Path(__file__).parent / "golden" / "runs"
 RELEASED = sorted(path for path in RUNS.iterdir() if path.is_dir())
@@ -221,7 +222,7 @@ def test_a_language_run_answers_in_the_words_that_it_did(golden, monkeypatch, ca
 def test_a_run_goes_on_to_the_loss_of_one_that_never_stopped(golden, copy, caplog, run):
     command = json.loads((copy / "commands.json").read_text())[run]
     before = json_files.read_json(copy / run / "config.json")
-    assert train.main([*command, f"--workdir={run}"]) == 0
+    assert loop.main([*command, f"--workdir={run}"]) == 0
     losses = [row["loss"] for row in read_metrics(copy / run / "metrics.jsonl")]
     np.testing.assert_allclose(losses, golden[1][f"{run}/losses"], rtol=1e-3)
     assert json_files.read_json(copy / run / "config.json") == before

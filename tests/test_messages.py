@@ -10,7 +10,7 @@ import pytest
 
 from pathflip_jax.cli import build_parser
 from pathflip_jax.runtime.config_files import bundled_configs
-from pathflip_jax.settings import load_config
+from pathflip_jax.training.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 OPTION = re.compile(r"(?<![\w-])--([a-z]\w*(?:[.-]\w+)*)")

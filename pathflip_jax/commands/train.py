@@ -1,4 +1,5 @@
-"""`pathflip train`: its options are settings of the config, so `cli.main` hands them to `train.main` as they are."""
+"""`pathflip train`: its options are settings of the config, so `cli.main` hands them to `training.loop.main` as they
+are."""
 
 import argparse
 

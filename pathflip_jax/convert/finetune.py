@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax import settings
 from pathflip_jax.convert.checkpoint_files import open_checkpoint
 from pathflip_jax.convert.decoder_folders import read_decoder_config
 from pathflip_jax.convert.decoder_names import TARGETS, adapter_names
@@ -30,6 +29,7 @@ from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import unflatten
+from pathflip_jax.training import settings
 
 PROJECTOR, LANGUAGE_MODEL = "path_proj_llm.", "llm_model."
 ALPHA, DROPOUT = 32.0, 0.05  # of the released code

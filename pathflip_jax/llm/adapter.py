@@ -21,7 +21,7 @@ from pathflip_jax.model.layers import Linear
 from pathflip_jax.model.parameters import Key
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.ops.dropout import split_key
-from pathflip_jax.stage import Stage
+from pathflip_jax.training.stage import Stage
 
 LOSS_CHUNK = 128  # tokens whose logits stand in memory at once
 # What a stage may train, and the parameters that it then trains. Of the aligner only what slides pass through: the rest

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for every program, from the cache or not
-# What makes a program give the same bits each time it runs, by backend. CPU and TPU: it does (tests/test_train.py shows
-# it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by a race at compilation.
+# What makes a program give the same bits each time it runs, by backend. CPU and TPU: it does
+# (tests/training/test_loop.py shows it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by a
+# race at compilation.
 DETERMINISTIC = {"cpu": {}, "tpu": {}, "gpu": {"xla_gpu_deterministic_ops": True}}
 # A TPU computes on while gradients are summed over the devices, if each large one goes by itself: those joined into one
 # operation are waited for at the end of the step. Small ones are joined up to so many bytes.

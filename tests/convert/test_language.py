@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pathflip_jax import cli, settings
+from pathflip_jax import cli
 from pathflip_jax.convert.decoder import init_decoder, save_decoder
 from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.language import AlignerParts, write_language_run
@@ -22,6 +22,7 @@ from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import train_bpe
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
+from pathflip_jax.training import settings
 
 BERT = Path(__file__).parents[1] / "golden" / "base" / "bert"
 REPORTS = ["Glands infiltrate the stroma, and necrosis is extensive.", "Fat is seen at the edge of the tissue."] * 8

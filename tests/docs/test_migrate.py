@@ -8,7 +8,7 @@ import pytest
 
 from pathflip_jax import cli
 from pathflip_jax.commands import COMMANDS
-from pathflip_jax.settings import load_config
+from pathflip_jax.training.settings import load_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ["migrate.md", "weights.md"]

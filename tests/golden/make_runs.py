@@ -26,7 +26,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import numpy as np
 
-from pathflip_jax import cli, train
+from pathflip_jax import cli
 from pathflip_jax.convert.decoder import init_decoder, make_decoder_folder, save_decoder
 from pathflip_jax.convert.decoder_folders import read_decoder_config
 from pathflip_jax.data.readers.features import SlideFeatures
@@ -35,6 +35,7 @@ from pathflip_jax.data.texts.wordpiece import train_wordpiece
 from pathflip_jax.inference import assistant as assistants
 from pathflip_jax.inference import load
 from pathflip_jax.monitoring.metrics import read_metrics
+from pathflip_jax.training import loop
 
 SENTENCES = (
     "Glands infiltrate the stroma.",
@@ -107,14 +108,14 @@ def make_cohort() -> None:
 
 def make_run(name: str) -> dict[str, np.ndarray]:
     """A run stopped after two of three steps; the losses of a whole one."""
-    assert train.main([*RUNS[name], "--workdir=whole"]) == 0
+    assert loop.main([*RUNS[name], "--workdir=whole"]) == 0
     losses = [row["loss"] for row in read_metrics(Path("whole/metrics.jsonl"))]
     shutil.rmtree("whole")
-    asked, train.StopSignal.requested = train.StopSignal.requested, lambda self, step: step == STOP
+    asked, loop.StopSignal.requested = loop.StopSignal.requested, lambda self, step: step == STOP
     try:
-        assert train.main([*RUNS[name], f"--workdir={name}"]) == train.TRY_AGAIN
+        assert loop.main([*RUNS[name], f"--workdir={name}"]) == loop.TRY_AGAIN
     finally:
-        train.StopSignal.requested = asked
+        loop.StopSignal.requested = asked
     for path in Path(name).iterdir():
         if path.name not in KEPT_OF[name]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

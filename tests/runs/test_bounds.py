@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from pathflip_jax import settings
-from pathflip_jax.alignment import check_config
 from pathflip_jax.runs import bounds
 from pathflip_jax.runtime import config_files
+from pathflip_jax.training import settings
+from pathflip_jax.training.alignment import check_config
 
 REQUIRED = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir=w"]
 REFERENCES = ("align_base", "pathflip2", "lm_stage1")

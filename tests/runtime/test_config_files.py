@@ -2,8 +2,8 @@
 
 import pytest
 
-from pathflip_jax import settings, train
 from pathflip_jax.cli import WRONG_INPUT, main
+from pathflip_jax.training import loop, settings
 
 BODY = (
     "from pathflip_jax.configs import align_base\n\n\n"
@@ -87,7 +87,7 @@ def test_the_command_ends_without_a_traceback(write, capsys):
     assert main(["train", f"--config={write('import nothing_such')}", "--workdir=w"]) == WRONG_INPUT
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "mine.py, line 1: ModuleNotFoundError" in said
-    assert train.main(["--help"]) == 0
+    assert loop.main(["--help"]) == 0
 
 
 NONE = ("model.logit_bias_init", "loss.negatives_per_slide", "loss.negatives_at_once")

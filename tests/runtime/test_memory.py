@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pathflip_jax import train
 from pathflip_jax.runtime import limits, memory
-from pathflip_jax.train import read_metrics
+from pathflip_jax.training import loop
+from pathflip_jax.training.loop import read_metrics
 
 
 def test_the_need_is_what_a_program_keeps_beside_its_arguments():
@@ -43,14 +43,14 @@ def test_a_step_that_does_not_fit_names_settings_that_do(tiny_cohort, tmp_path, 
     monkeypatch.setattr(memory, "needed_bytes", lambda compiled: needs.append(planned(compiled)) or needs[-1])
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
     with pytest.raises(MemoryError, match="fewer --config.data.regions"):
-        train.main(options)
+        loop.main(options)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.7 * needs[0]))
     with pytest.raises(
         MemoryError, match=r"GiB are free; set --config.model.remat=True .* or --config.train.acc"
     ) as fault:
-        train.main(options)
+        loop.main(options)
     advised = re.search(r"--config.train.accumulate=\d+", str(fault.value)).group()
-    assert train.main([*options, advised]) == 0  # the same folder: nothing had begun there
+    assert loop.main([*options, advised]) == 0  # the same folder: nothing had begun there
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
 
 

@@ -113,10 +113,10 @@ def check_records(bucket: str, folder: Path) -> None:
 
 def check_run(bucket: str, folder: Path, run: str | Path) -> None:
     """Train and embed from the disk, and from the bucket with checkpoints in `run`."""
-    from pathflip_jax import train
     from pathflip_jax.data.storage.files import as_path
     from pathflip_jax.model.parameters import flatten
     from pathflip_jax.runs.folder import load_run
+    from pathflip_jax.training import loop
 
     def command(place: str | Path, workdir: Path, *more: str) -> list:
         files = {"records": "records", "texts": "reports.jsonl", "slides": "slides.csv"}
@@ -127,9 +127,9 @@ def check_run(bucket: str, folder: Path, run: str | Path) -> None:
 
     pathflip(*command(folder, folder / "run"))
     over = command(bucket, folder / "logs", f"--config.train.checkpoints={run}")
-    never, train.StopSignal.requested = train.StopSignal.requested, lambda self, step: step == 2
-    pathflip(*over, code=train.TRY_AGAIN)
-    train.StopSignal.requested = never
+    never, loop.StopSignal.requested = loop.StopSignal.requested, lambda self, step: step == 2
+    pathflip(*over, code=loop.TRY_AGAIN)
+    loop.StopSignal.requested = never
     shutil.rmtree(folder / "logs")  # the machine is lost: what remains lies in the bucket
     pathflip(*over)
     found, expected = (flatten(load_run(place, "latest")[0]) for place in (run, folder / "run"))

@@ -7,10 +7,11 @@ import pkgutil
 
 import pytest
 
-from pathflip_jax import cli, commands, settings
+from pathflip_jax import cli, commands
 from pathflip_jax.commands import options
 from pathflip_jax.data.storage import paths
 from pathflip_jax.evaluate.tasks import read_tasks
+from pathflip_jax.training import settings
 
 
 @pytest.fixture(autouse=True)

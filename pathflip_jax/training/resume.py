@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 from pathflip_jax.convert.versions import WRITTEN_BY, refusal, unknown_settings, version_of
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.fingerprints import same_data
 from pathflip_jax.model.versions import AS_NOW, BEFORE
 from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runs import checkpoints, files
 from pathflip_jax.runtime import config_files, sharding
+from pathflip_jax.training.fingerprints import same_data
 
 # Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
 MAY_CHANGE = {

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pathflip_jax import fingerprints, settings
 from pathflip_jax.convert.decoder import check_tokenizer, init_decoder, load_decoder
 from pathflip_jax.convert.decoder_folders import read_decoder_config
 from pathflip_jax.data.batches.patches import PatchSampler
@@ -31,24 +30,25 @@ from pathflip_jax.inference.language_run import (
     weights_hash,
 )
 from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, language_operations, language_stage
-from pathflip_jax.llm.batches import (
-    EmbeddedSlides,
-    Example,
-    LanguageBatches,
-    collect_examples,
-    read_embeddings,
-)
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.parameters import Params, flatten
 from pathflip_jax.monitoring.metrics import VALIDATION
-from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
 from pathflip_jax.runtime import memory, sharding
-from pathflip_jax.stage import Stage, Training
-from pathflip_jax.validation import Mark, over_batches, require_score
+from pathflip_jax.training import fingerprints, settings
+from pathflip_jax.training.data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
+from pathflip_jax.training.language_batches import (
+    EmbeddedSlides,
+    Example,
+    LanguageBatches,
+    collect_examples,
+    read_embeddings,
+)
+from pathflip_jax.training.optim import OptimConfig
+from pathflip_jax.training.stage import Stage, Training
+from pathflip_jax.training.validation import Mark, over_batches, require_score
 
 log = logging.getLogger(__name__)
 

@@ -8,19 +8,19 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from pathflip_jax import settings
 from pathflip_jax.data.batches.checks import require_negatives
 from pathflip_jax.losses.pathflip import LossConfig, Spread, pair_bytes
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pairs_bytes
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.flops import useful_operations
 from pathflip_jax.model.parameters import AlignmentModel, Params, abstract_params, flatten, make_model, unflatten
-from pathflip_jax.optim import OptimConfig
-from pathflip_jax.run_data import open_data, say_counts
 from pathflip_jax.runs import files
 from pathflip_jax.runtime import memory, sharding
-from pathflip_jax.stage import Stage, Training, alignment, sigmoid_alignment
-from pathflip_jax.validation import MEASURED, make_validation, require_score
+from pathflip_jax.training import settings
+from pathflip_jax.training.data import open_data, say_counts
+from pathflip_jax.training.optim import OptimConfig
+from pathflip_jax.training.stage import Stage, Training, alignment, sigmoid_alignment
+from pathflip_jax.training.validation import MEASURED, make_validation, require_score
 
 
 def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups: int = 0) -> Training:

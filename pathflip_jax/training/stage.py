@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 
 class Training(NamedTuple):
-    """All that a run of a stage brings to the loop (`train.fit`).
+    """All that a run of a stage brings to the loop (`training.loop.fit`).
 
     `shapes` are all parameters by name; `initial(places)` makes them where they live. Checkpoints hold those that
     `keeps(name)`: what is frozen and was read from elsewhere is read from there again. `batches` are a function of the

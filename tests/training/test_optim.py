@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from pathflip_jax.optim import OptimConfig, decays, learning_rate, make_optimizer
+from pathflip_jax.training.optim import OptimConfig, decays, learning_rate, make_optimizer
 
 PARAMS = {"a/kernel": jnp.ones((3, 2)), "a/bias": jnp.ones(2), "norm/scale": jnp.ones(2), "logit_scale": jnp.ones(())}
 

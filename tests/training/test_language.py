@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pathflip_jax import cli, train
+from pathflip_jax import cli
 from pathflip_jax.convert.decoder import load_decoder
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -24,7 +24,8 @@ from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.monitoring.metrics import read_metrics
 from pathflip_jax.runs import files
 from pathflip_jax.runs import folder as runs_folder
-from pathflip_jax.stage import loss_and_gradients
+from pathflip_jax.training import loop
+from pathflip_jax.training.stage import loss_and_gradients
 
 ALIGNER = PathFLIPConfig(
     feature_dim=16, embed_dim=16, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=201,
@@ -59,7 +60,7 @@ def options(tiny_cohort, aligner, decoder_folder):
 def stage1(options, tmp_path_factory):
     """A run of four steps that trained the projector."""
     folder = tmp_path_factory.mktemp("stage1") / "run"
-    assert train.main(["--config=lm_stage1:smoke", *options, f"--workdir={folder}"]) == 0
+    assert loop.main(["--config=lm_stage1:smoke", *options, f"--workdir={folder}"]) == 0
     return folder
 
 
@@ -99,7 +100,7 @@ def test_the_first_stage_trains_the_projector_alone(options, aligner, stage1):
 @pytest.mark.slow
 def test_the_second_stage_goes_on_with_projector_and_adapters(options, aligner, stage1, tmp_path):
     more = [f"--config.lm.start={stage1}", "--config.lm.lora_rank=2", f"--workdir={tmp_path / 'run'}"]
-    assert train.main(["--config=lm_stage2:smoke", *options, *more]) == 0
+    assert loop.main(["--config=lm_stage2:smoke", *options, *more]) == 0
     model, _, _ = assemble(tmp_path / "run", "latest")
     params = flatten(model)
     for part in sources(options, aligner):
@@ -122,7 +123,7 @@ def test_an_adapter_goes_to_peft_and_a_run_starts_from_it(options, tmp_path):
 
     more = ["--config.lm.lora_rank=2", "--config.lm.lora_targets=q_proj,down_proj"]
     run, adapter, whole = tmp_path / "run", tmp_path / "adapter", tmp_path / "whole"
-    assert train.main(["--config=lm_stage2:smoke", *options, *more, f"--workdir={run}"]) == 0
+    assert loop.main(["--config=lm_stage2:smoke", *options, *more, f"--workdir={run}"]) == 0
     assert cli.main(["export", str(run), "--to=peft", f"--out={adapter}"]) == 0
     assert cli.main(["export", str(run), "--to=huggingface", f"--out={whole}"]) == 0
     decoder = assemble(run)[0].decoder
@@ -138,7 +139,7 @@ def test_an_adapter_goes_to_peft_and_a_run_starts_from_it(options, tmp_path):
     tensors = load_file(adapter / "projector.safetensors")
     np.testing.assert_array_equal(tensors["weight"].T, read_trained(run)[2]["projector/kernel"])
     again = ["--config=lm_stage2:smoke", *options, *more, f"--config.lm.start={adapter}", "--config.train.steps=1"]
-    assert train.main([*again, "--config.optim.warmup_learning_rate=0.0", f"--workdir={tmp_path / 'again'}"]) == 0
+    assert loop.main([*again, "--config.optim.warmup_learning_rate=0.0", f"--workdir={tmp_path / 'again'}"]) == 0
     found = read_trained(tmp_path / "again", "latest")[2]
     before = {name: x for name, x in read_trained(run)[2].items() if "/lora/" in name}
     assert same({name: found[name] for name in before}, before) == set(before)  # its first step has a rate of 0
@@ -147,7 +148,7 @@ def test_an_adapter_goes_to_peft_and_a_run_starts_from_it(options, tmp_path):
 @pytest.mark.slow
 def test_all_at_once_trains_what_slides_pass_through(options, aligner, tmp_path):
     more = ["--config.lm.lora_rank=2", "--config.train.accumulate=2", f"--workdir={tmp_path / 'run'}"]
-    assert train.main(["--config=lm_joint:smoke", *options, *more]) == 0
+    assert loop.main(["--config=lm_joint:smoke", *options, *more]) == 0
     params = flatten(assemble(tmp_path / "run", "latest")[0])
     slides, decoder = sources(options, aligner)
     assert same({name: params[name] for name in decoder}, decoder) == set(decoder)
@@ -163,15 +164,15 @@ def test_all_at_once_trains_what_slides_pass_through(options, aligner, tmp_path)
 def test_a_run_goes_on_and_ends_as_the_straight_one(options, stage1, tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
-    class Once(train.StopSignal):
+    class Once(loop.StopSignal):
         def requested(self, step):
             return step == 2
 
-    monkeypatch.setattr(train, "StopSignal", Once)
+    monkeypatch.setattr(loop, "StopSignal", Once)
     argv = ["--config=lm_stage1:smoke", *options, f"--workdir={folder}"]
-    assert train.main(argv) == 75
+    assert loop.main(argv) == 75
     monkeypatch.undo()
-    assert train.main(argv) == 0
+    assert loop.main(argv) == 0
     found, expected = read_trained(folder, "latest")[2], read_trained(stage1, "latest")[2]
     assert same(found, expected) == set(expected)
     losses = [[row["loss"] for row in read_metrics(x / "metrics.jsonl")] for x in (folder, stage1)]
@@ -187,7 +188,7 @@ def test_a_decoder_learns_from_scratch(options, decoder_folder, tmp_path):
         (bare / name).write_bytes((decoder_folder("qwen3") / name).read_bytes())
     more = [f"--config.lm.decoder={bare}", "--config.data.no_slide_share=0.5", "--config.data.template=plain"]
     folder = tmp_path / "run"
-    assert train.main(["--config=lm_demo:smoke", *options, *more, f"--workdir={folder}"]) == 0
+    assert loop.main(["--config=lm_demo:smoke", *options, *more, f"--workdir={folder}"]) == 0
     trained = read_trained(folder)[2]
     assert "decoder/embedding/embedding" in trained and not any(name.startswith("aligner/") for name in trained)
     assert assemble(folder)[1]["data"]["template"] == "plain"
@@ -317,14 +318,14 @@ def test_wrong_input_is_named_with_its_cure(options, tmp_path, change, message):
     argv = ["--config=lm_stage1:smoke", *options, f"--workdir={tmp_path / 'run'}"]
     argv += [f"--config.{name}={value}" for name, value in change.items()]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train.main(argv)
+        loop.main(argv)
 
 
 def test_a_start_on_other_weights_is_refused(options, stage1, decoder_folder, tmp_path):
     other = decoder_folder("qwen3", seed=1)
     argv = ["--config=lm_stage2:smoke", *options, f"--config.lm.decoder={other}", f"--config.lm.start={stage1}"]
     with pytest.raises(ValueError, match="stands on another decoder"):
-        train.main([*argv, f"--workdir={tmp_path / 'run'}"])
+        loop.main([*argv, f"--workdir={tmp_path / 'run'}"])
     with pytest.raises(ValueError, match="was trained on another decoder than .* with --decoder"):
         assemble(stage1, decoder=str(other))
     with pytest.raises(ValueError, match="a run of the language stage"):

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from pathflip_jax import validation
-from pathflip_jax.validation import choose_best
+from pathflip_jax.training import validation
+from pathflip_jax.training.validation import choose_best
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from pathflip_jax import settings, train
 from pathflip_jax.runtime import config_files
+from pathflip_jax.training import loop, settings
 
 REQUIRED = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir", "w"]
 
@@ -86,7 +86,7 @@ def test_missing_settings_and_paths_say_what_belongs_there(tmp_path):
 
 
 def test_help_shows_an_example(capsys):
-    assert train.main(["--help"]) == 0
+    assert loop.main(["--help"]) == 0
     assert "pathflip train --config align_base" in capsys.readouterr().out
 
 

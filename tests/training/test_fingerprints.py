@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from pathflip_jax import fingerprints
 from pathflip_jax.data.texts.conversations import read_conversations
 from pathflip_jax.data.texts.text import read_slide_table, read_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
+from pathflip_jax.training import fingerprints
 
 TABLE = b"slide_id,patient_id,split\na,p,train\nb,q,val\n"
 TEXTS = b'{"slide_id": "a", "caption": "Fat, seen."}\n{"slide_id": "b", "caption": "No mucin.\\nNone."}\n'

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from pathflip_jax import alignment as alignment_stage
-from pathflip_jax import settings, train
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.parameters import flatten
@@ -26,7 +24,9 @@ from pathflip_jax.monitoring.metrics import MetricsWriter, read_metrics
 from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.runs import lock as run_lock
 from pathflip_jax.runs.folder import load_run
-from pathflip_jax.stage import alignment
+from pathflip_jax.training import alignment as alignment_stage
+from pathflip_jax.training import loop, settings
+from pathflip_jax.training.stage import alignment
 
 SMALL = [
     "--config.train.batch_size=4", "--config.data.regions=2", "--config.data.patch_slots=4", "--config.model.hidden=16",
@@ -58,7 +58,7 @@ def options(tiny_cohort):
 def straight(options, tmp_path_factory):
     """The undisturbed run."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    assert train.main([*options, "--workdir", str(workdir)]) == 0
+    assert loop.main([*options, "--workdir", str(workdir)]) == 0
     return workdir
 
 
@@ -129,16 +129,16 @@ def test_what_an_operator_asks_for_changes_no_number(options, straight, tmp_path
     """A profile, determinism, other checkpoints kept and saved: and a run goes on with them."""
     workdir = tmp_path / "run"
     command = [*options, "--workdir", str(workdir), "--config.train.deterministic=True", "--config.train.keep_every=1"]
-    assert train.main([*command, "--profile=2:3", "--config.train.preemptions_per_day=9"]) == 0
+    assert loop.main([*command, "--profile=2:3", "--config.train.preemptions_per_day=9"]) == 0
     assert_same_run(workdir, straight)
     assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
     printed = capsys.readouterr().err
     assert "profile of steps 2 to 3" in printed and "at 9 preemptions a day --config.train.save_every=" in printed
     (workdir / "metrics.jsonl").unlink()  # a run that is done stays done, whatever became of its logs
     (workdir / "goodput.jsonl").write_text("[]")
-    assert train.main([*options, "--workdir", str(workdir), "--config.train.save_every=1"]) == 0
+    assert loop.main([*options, "--workdir", str(workdir), "--config.train.save_every=1"]) == 0
     with pytest.raises(ValueError, match="--profile=x: expected a count"):
-        train.main([*command, "--profile=x"])
+        loop.main([*command, "--profile=x"])
 
 
 def test_a_run_on_urls_is_the_run_on_paths(options, straight, tiny_cohort, tmp_path):
@@ -148,7 +148,7 @@ def test_a_run_on_urls_is_the_run_on_paths(options, straight, tiny_cohort, tmp_p
         place = getattr(tiny_cohort, name)
         bucket.put(str(place), f"/train/{place.name}", recursive=True)
         urls.append(f"--config.data.{name.replace('vocabulary', 'tokenizer')}=memory://train/{place.name}")
-    assert train.main([*options, *urls, "--workdir", str(tmp_path / "run")]) == 0
+    assert loop.main([*options, *urls, "--workdir", str(tmp_path / "run")]) == 0
     assert_same_run(tmp_path / "run", straight)
 
 
@@ -156,10 +156,10 @@ def test_checkpoints_elsewhere_outlive_the_machine(options, straight, tmp_path, 
     kept, first, second = (tmp_path / name for name in ("kept", "first", "second"))
     command = [*options, f"--config.train.checkpoints={kept}", "--workdir"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.StopSignal, "requested", lambda self, step: step == 2)
-        assert train.main([*command, str(first)]) == train.TRY_AGAIN
+        patch.setattr(loop.StopSignal, "requested", lambda self, step: step == 2)
+        assert loop.main([*command, str(first)]) == loop.TRY_AGAIN
     shutil.rmtree(first)  # the machine was lost
-    assert train.main([*command, str(second)]) == 0
+    assert loop.main([*command, str(second)]) == 0
     assert "going on from step 2" in capsys.readouterr().err
     mine, theirs = arrays(kept, 4), arrays(straight, 4)
     assert mine == theirs and os.listdir(kept / "best") == os.listdir(straight / "best")
@@ -168,16 +168,16 @@ def test_checkpoints_elsewhere_outlive_the_machine(options, straight, tmp_path, 
         found, expected = flatten(load_run(place)[0]), flatten(load_run(straight)[0])
         assert all((found[name] == expected[name]).all() for name in expected)
     with pytest.raises(ValueError, match=f"{second} has the logs of a run with checkpoints in {kept}, not in {second}"):
-        train.main([*options, "--workdir", str(second)])
+        loop.main([*options, "--workdir", str(second)])
 
 
 def test_urls_that_a_run_cannot_write_to(options, tmp_path):
     with pytest.raises(ValueError, match="--workdir=gs://b/run: logs .*--config.train.checkpoints=gs://b/run"):
-        train.main([*options, "--workdir", "gs://b/run"])
+        loop.main([*options, "--workdir", "gs://b/run"])
     with pytest.raises(ValueError, match="s3://b/run: .*behind gs://, Orbax writes nowhere else"):
-        train.main([*options, "--config.train.checkpoints=s3://b/run", "--workdir", str(tmp_path / "run")])
+        loop.main([*options, "--config.train.checkpoints=s3://b/run", "--workdir", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="--config.model.bert=gs://b/bert: weights are read from a local disk"):
-        train.main([*options, "--config.model.bert=gs://b/bert", "--workdir", str(tmp_path / "run")])
+        loop.main([*options, "--config.model.bert=gs://b/bert", "--workdir", str(tmp_path / "run")])
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_path, monkeypatch, capsys):
@@ -188,10 +188,10 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
     command = [*options, "--workdir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write_and_stop)
-        assert train.main(command) == train.TRY_AGAIN == 75
+        assert loop.main(command) == loop.TRY_AGAIN == 75
     assert "stopped at step 2 of 4" in capsys.readouterr().err
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
-    assert train.main(command) == 0
+    assert loop.main(command) == 0
     assert "going on from step 2" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", straight)
     found = goodput.summarise(tmp_path / "run")
@@ -201,12 +201,12 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
 def test_a_closed_terminal_stops_a_run_as_sigterm_does():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        with train.StopSignal() as stop:
+        with loop.StopSignal() as stop:
             assert not stop.requested(1)
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.requested(1)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
-        with train.StopSignal() as stop:
+        with loop.StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested(1)
     finally:
@@ -218,7 +218,7 @@ def test_where_features_lie_changes_nothing_and_the_step_is_compiled_once(
     options, straight, tmp_path, tiny_cohort, where, capsys
 ):
     """Four steps are several epochs of this cohort: other slides, other texts, the same program."""
-    assert train.main([*options, f"--config.data.resident={where}", "--workdir", str(tmp_path / "run")]) == 0
+    assert loop.main([*options, f"--config.data.resident={where}", "--workdir", str(tmp_path / "run")]) == 0
     assert "the step was compiled 1 times" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", straight)
 
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(options,
     workdir = Path(shutil.copytree(straight, tmp_path / "run"))
     for path in (workdir / "checkpoints/4/opt_state").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert train.main([*options, "--workdir", str(workdir)]) == 0
+    assert loop.main([*options, "--workdir", str(workdir)]) == 0
     gc.collect()
     assert "going back to step 2" in capsys.readouterr().out
     assert_same_run(workdir, straight)
@@ -238,35 +238,35 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(options,
 
 def test_another_config_in_the_same_workdir_is_refused(options, straight, tmp_path, tiny_cohort):
     with pytest.raises(ValueError, match="(?s)holds a run with other settings.*train.seed: 0 in the run, 3 now"):
-        train.main([*options, "--workdir", str(straight), "--config.train.seed=3"])
+        loop.main([*options, "--workdir", str(straight), "--config.train.seed=3"])
     changed = tmp_path / "reports.jsonl"
     changed.write_text(tiny_cohort.texts.read_text().replace("extensive", "focal"))
     with pytest.raises(ValueError, match="data.hashes.texts"):
-        train.main([*options, "--workdir", str(straight), f"--config.data.texts={changed}"])
+        loop.main([*options, "--workdir", str(straight), f"--config.data.texts={changed}"])
     assert metrics(straight)[-1]["step"] == 4
 
 
 def test_two_runs_in_one_folder_are_refused_and_one_that_still_saves_is_a_reason_to_start_again(
     options, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "open_training", pytest.fail)
+    monkeypatch.setattr(loop, "open_training", pytest.fail)
     for more in ("--workdir", "--config.train.checkpoints"):
         command = [*options, "--workdir", str(tmp_path / "other"), f"{more}={tmp_path / 'run'}"]
         with run_lock.hold([tmp_path / "run"], lambda: False):
             with pytest.raises(
                 run_lock.InUseError, match=f"{tmp_path / 'run'}: process {os.getpid()} .*is at work there"
             ):
-                train.main(command)
+                loop.main(command)
             lock = tmp_path / "run" / run_lock.LOCK
             lock.write_text(lock.read_text().replace('"ending": false', '"ending": true'))
             monkeypatch.setattr(run_lock, "ENDING_SECONDS", 0)
-            assert train.main(command) == train.TRY_AGAIN
+            assert loop.main(command) == loop.TRY_AGAIN
     assert "still saves; start again" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_batch_of_one_is_refused_before_it_is_compiled(options, tmp_path):
     with pytest.raises(ValueError, match="a batch of one slide has no negative"):
-        train.main([*options, "--config.train.batch_size=1", "--workdir", str(tmp_path / "run")])
+        loop.main([*options, "--config.train.batch_size=1", "--workdir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
@@ -274,9 +274,9 @@ def test_a_loss_that_is_no_number_stops_the_run(options, tmp_path, monkeypatch):
     def broken(*_):
         return lambda params, frozen, opt_state, batch, number: (params, opt_state, {"loss": number * np.nan})
 
-    monkeypatch.setattr(train, "make_step", broken)
+    monkeypatch.setattr(loop, "make_step", broken)
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan.*learning_rate"):
-        train.main([*options, "--workdir", str(tmp_path / "run")])
+        loop.main([*options, "--workdir", str(tmp_path / "run")])
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -285,7 +285,7 @@ def test_a_frozen_parameter_stays_and_the_rest_learns(options, straight, tmp_pat
         return alignment(*arguments)._replace(trainable=lambda name: not name.startswith("qformer/"))
 
     monkeypatch.setattr(alignment_stage, "alignment", half)
-    assert train.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.accumulate=2"]) == 0
+    assert loop.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.accumulate=2"]) == 0
     config = settings.parse([*options, "--workdir=w"])[0]
     model = load_run(tmp_path / "run", "latest")[0]
     places = {name: jax.devices()[0] for name in flatten(model)}
@@ -321,9 +321,9 @@ def test_training_starts_from_the_weights_of_a_bert(options, bert, tmp_path, mon
     def standing_still(*_):
         return lambda params, frozen, opt_state, batch, number: (params, opt_state, {"loss": np.float32(1)})
 
-    monkeypatch.setattr(train, "make_step", standing_still)
+    monkeypatch.setattr(loop, "make_step", standing_still)
     more = ["--config.train.steps=1", "--config.data.val_split=none", f"--config.model.bert={folder}"]
-    assert train.main([*options, *more, "--workdir", str(tmp_path / "run")]) == 0
+    assert loop.main([*options, *more, "--workdir", str(tmp_path / "run")]) == 0
     found = {name: np.asarray(x) for name, x in flatten(load_run(tmp_path / "run", "latest")[0]).items()}
     words = tensors["embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(found["qformer/word_embeddings/embedding"][:-1], words)
@@ -353,12 +353,12 @@ def test_training_starts_from_the_weights_of_a_bert(options, bert, tmp_path, mon
 def test_a_bert_of_another_size_is_refused(options, bert, tmp_path, changes, message):
     folder = bert(**changes)[1]
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        train.main([*options, f"--config.model.bert={folder}", "--workdir", str(tmp_path / "run")])
+        loop.main([*options, f"--config.model.bert={folder}", "--workdir", str(tmp_path / "run")])
 
 
 def test_a_score_that_no_validation_gives_cannot_select(options, tmp_path):
     with pytest.raises(ValueError, match="train.select='val/accuracy': choose one of val/recall_at_1"):
-        train.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.select=val/accuracy"])
+        loop.main([*options, "--workdir", str(tmp_path / "run"), "--config.train.select=val/accuracy"])
 
 
 @pytest.mark.slow
@@ -366,7 +366,7 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_p
     """SIGKILL at any moment, in mid-save too: saves after every step, killed at a later moment each time."""
     more = [*options, "--config.train.steps=12", "--config.train.save_every=1", "--config.train.eval_every=3"]
     more += ["--config.model.dropout=0.1", "--workdir"]
-    assert train.main([*more, str(tmp_path / "straight")]) == 0
+    assert loop.main([*more, str(tmp_path / "straight")]) == 0
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     killed, run = 0, tmp_path / "run"
     for attempt in range(3):
@@ -380,7 +380,7 @@ def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(options, tmp_p
         process.kill()
         process.wait()
         killed += 1
-    assert train.main([*more, str(run)]) == 0
+    assert loop.main([*more, str(run)]) == 0
     assert killed >= 2
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
     mine, theirs = arrays(tmp_path / "run", 12), arrays(tmp_path / "straight", 12)
@@ -394,10 +394,10 @@ def test_a_finished_run_that_is_given_more_steps_ends_as_one_that_had_them_from_
     """With a learning rate that does not move: else the two differ in it, and in nothing more."""
     rate = [f"--config.optim.{name}=1e-3" for name in ("learning_rate", "warmup_learning_rate", "final_learning_rate")]
     run, whole = tmp_path / "run", tmp_path / "whole"
-    assert train.main([*options, *rate, "--workdir", str(run)]) == 0
+    assert loop.main([*options, *rate, "--workdir", str(run)]) == 0
     more = [*options, *rate, "--config.train.steps=6"]
-    assert train.main([*more, "--workdir", str(run)]) == 0
+    assert loop.main([*more, "--workdir", str(run)]) == 0
     assert "was to end at step 4 and now ends at 6" in capsys.readouterr().err
-    assert train.main([*more, "--workdir", str(whole)]) == 0
+    assert loop.main([*more, "--workdir", str(whole)]) == 0
     assert metrics(run) == metrics(whole) and arrays(run, 6) == arrays(whole, 6)
     assert json_files.read_json(run / "config.json") == json_files.read_json(whole / "config.json")

@@ -11,7 +11,7 @@ from pathflip_jax.data.batches.pipeline import Batches, look_up
 from pathflip_jax.model.parameters import Params
 from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.runtime import memory, sharding
-from pathflip_jax.stage import Stage
+from pathflip_jax.training.stage import Stage
 
 Mark = Callable[..., None]  # of the watchdog: mark(doing, timed=False)
 RECALLS = (1, 5)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from pathflip_jax import fingerprints
 from pathflip_jax.data.batches.checks import any_unrelated, refuse_unknown_words
 from pathflip_jax.data.batches.pipeline import Batches, make_batches
 from pathflip_jax.data.records.manifest import CUT
@@ -23,6 +22,7 @@ from pathflip_jax.data.storage.files import Place, as_path, read_bytes
 from pathflip_jax.data.texts.cases import Sources
 from pathflip_jax.data.texts.text import read_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.training import fingerprints
 
 COUNTS = "splits"  # among the facts
 SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)

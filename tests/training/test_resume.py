@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from pathflip_jax import settings
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.resume import begun_config, claim, differences, go_on_as
 from pathflip_jax.runs import files
+from pathflip_jax.training import settings
+from pathflip_jax.training.resume import begun_config, claim, differences, go_on_as
 
 
 @pytest.fixture

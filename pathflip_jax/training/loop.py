@@ -1,7 +1,7 @@
 """Training: from a config and a working folder to a trained, resumable, measured run.
 
-One loop for every stage (`stage.py` says what a stage is). All that happens is a function of config, data and seed: a
-run that is stopped, killed or moved goes on as if nothing had happened (DESIGN section 6).
+One loop for every stage (`training/stage.py` says what a stage is). All that happens is a function of config, data and
+seed: a run that is stopped, killed or moved goes on as if nothing had happened (DESIGN section 6).
 """
 
 import functools
@@ -21,8 +21,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from pathflip_jax import settings
-from pathflip_jax.alignment import alignment_training
 from pathflip_jax.convert.versions import git_revision
 from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.storage.files import is_url
@@ -31,8 +29,6 @@ from pathflip_jax.monitoring import goodput
 from pathflip_jax.monitoring.metrics import METRICS, MetricsWriter, import_wandb, read_metrics, try_to_plot
 from pathflip_jax.monitoring.profiling import Profiler, profiled_steps
 from pathflip_jax.monitoring.telemetry import USEFUL, Telemetry
-from pathflip_jax.optim import OptimConfig, learning_rate, make_optimizer
-from pathflip_jax.resume import begun_config, claim, go_on_as
 from pathflip_jax.runs import checkpoints as checkpoint
 from pathflip_jax.runs import files
 from pathflip_jax.runs import lock as run_lock
@@ -40,8 +36,12 @@ from pathflip_jax.runs.lock import RunLock, StillEndingError
 from pathflip_jax.runtime import distributed, sharding
 from pathflip_jax.runtime.compilation import compiler_options
 from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog
-from pathflip_jax.stage import Training, make_step
-from pathflip_jax.validation import choose_best, place_features
+from pathflip_jax.training import settings
+from pathflip_jax.training.alignment import alignment_training
+from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+from pathflip_jax.training.resume import begun_config, claim, go_on_as
+from pathflip_jax.training.stage import Training, make_step
+from pathflip_jax.training.validation import choose_best, place_features
 
 
 class Stopped(Exception):
@@ -99,7 +99,7 @@ def train(
 def open_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: dict) -> Training:
     """What a config trains: slides against texts, or with a section `lm` a language model about slides."""
     if "lm" in config:
-        from pathflip_jax.llm.training import language_training
+        from pathflip_jax.training.language import language_training
 
         return language_training(config, mesh, begun=bool(begun["data"]))
     return alignment_training(config, mesh, begun["data"].get("text_groups", 0))

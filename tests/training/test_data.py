@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from pathflip_jax import fingerprints, settings
 from pathflip_jax.convert.versions import unknown_settings
-from pathflip_jax.run_data import choose_groups, even_size, open_data, say_counts
+from pathflip_jax.training import fingerprints, settings
+from pathflip_jax.training.data import choose_groups, even_size, open_data, say_counts
 
 
 @pytest.fixture
