@@ -78,8 +78,9 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
     from pathflip_jax.model.pathflip import PathFLIP
     from pathflip_jax.runtime.compilation import compiler_options
     from pathflip_jax.training import settings
+    from pathflip_jax.training.objectives import alignment
     from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
-    from pathflip_jax.training.stage import alignment, make_step
+    from pathflip_jax.training.step import make_step
 
     config, device = settings.load_config("align_base"), jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")

@@ -105,8 +105,9 @@ def our_training(config, stage=None) -> tuple[Callable, Any]:
     from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.parameters import unflatten
     from pathflip_jax.runtime.compilation import compiler_options
+    from pathflip_jax.training.objectives import alignment
     from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
-    from pathflip_jax.training.stage import alignment, make_step
+    from pathflip_jax.training.step import make_step
 
     optim = OptimConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP, preset="released")
     schedule = learning_rate(optim, 1000, 1000)

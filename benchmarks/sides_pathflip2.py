@@ -38,7 +38,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
     from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
     from pathflip_jax.model.config import PathFLIP2Config
     from pathflip_jax.model.parameters import unflatten
-    from pathflip_jax.training.stage import sigmoid_alignment
+    from pathflip_jax.training.objectives import sigmoid_alignment
 
     config, batch = PathFLIP2Config(**sizes, compute_dtype=dtype), our_batch(job, inputs)
     stage = sigmoid_alignment(SigmoidLossConfig())

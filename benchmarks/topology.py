@@ -116,8 +116,9 @@ def lower(config, layers: int, slides: int, mesh):
     from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.parameters import abstract_params, unflatten
     from pathflip_jax.runtime import sharding
+    from pathflip_jax.training.objectives import alignment
     from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
-    from pathflip_jax.training.stage import alignment, make_step
+    from pathflip_jax.training.step import make_step
 
     model = with_layers(config, layers)
     schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)

@@ -32,7 +32,7 @@ class Training:
 
         from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
         from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
-        from pathflip_jax.training.stage import sigmoid_alignment
+        from pathflip_jax.training.objectives import sigmoid_alignment
 
         module = sides if family == "pathflip" else sides_pathflip2
         self.sizes = module.SMALL if context.small else module.BASE

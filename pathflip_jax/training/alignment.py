@@ -18,8 +18,9 @@ from pathflip_jax.runs import files
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.training import settings
 from pathflip_jax.training.data import open_data, say_counts
+from pathflip_jax.training.objectives import alignment, sigmoid_alignment
 from pathflip_jax.training.optim import OptimConfig
-from pathflip_jax.training.stage import Stage, Training, alignment, sigmoid_alignment
+from pathflip_jax.training.stage import Stage, Training
 from pathflip_jax.training.validation import MEASURED, make_validation, require_score
 
 

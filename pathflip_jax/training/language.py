@@ -29,7 +29,7 @@ from pathflip_jax.inference.language_run import (
     split_names,
     weights_hash,
 )
-from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained, language_operations, language_stage
+from pathflip_jax.llm.adapter import SlideLanguageModel, is_trained
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape
@@ -46,6 +46,7 @@ from pathflip_jax.training.language_batches import (
     collect_examples,
     read_embeddings,
 )
+from pathflip_jax.training.language_objective import language_operations, language_stage
 from pathflip_jax.training.optim import OptimConfig
 from pathflip_jax.training.stage import Stage, Training
 from pathflip_jax.training.validation import Mark, over_batches, require_score

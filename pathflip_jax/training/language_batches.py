@@ -19,9 +19,9 @@ from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.conversations import Conversation, Turn, match_conversations
 from pathflip_jax.inference.embed import open_embeddings
-from pathflip_jax.llm.adapter import LanguageBatch
 from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.training.language_objective import LanguageBatch
 
 LENGTH_STEP = 32
 _EPOCHS, _STEPS, _ORDERS = 0, 1, 2  # what a random stream is for; the first word after the seed

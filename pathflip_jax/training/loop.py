@@ -40,7 +40,8 @@ from pathflip_jax.training import settings
 from pathflip_jax.training.alignment import alignment_training
 from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
 from pathflip_jax.training.resume import begun_config, claim, go_on_as
-from pathflip_jax.training.stage import Training, make_step
+from pathflip_jax.training.stage import Training
+from pathflip_jax.training.step import make_step
 from pathflip_jax.training.validation import choose_best, place_features
 
 

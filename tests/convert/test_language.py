@@ -15,7 +15,6 @@ from pathflip_jax.convert.lora import merge
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference.assistant import SlideAssistant
 from pathflip_jax.inference.language_run import assemble
-from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.llm.shape import Shape
@@ -23,6 +22,7 @@ from pathflip_jax.llm.tokenizer import train_bpe
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 from pathflip_jax.training import settings
+from pathflip_jax.training.language_objective import language_stage
 
 BERT = Path(__file__).parents[1] / "golden" / "base" / "bert"
 REPORTS = ["Glands infiltrate the stroma, and necrosis is extensive.", "Fat is seen at the edge of the tissue."] * 8

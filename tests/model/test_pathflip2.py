@@ -16,7 +16,8 @@ from pathflip_jax.model import pathflip2
 from pathflip_jax.model.config import PathFLIP2Config
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.model.pathflip2 import PathFLIP2
-from pathflip_jax.training.stage import loss_and_gradients, sigmoid_alignment
+from pathflip_jax.training.objectives import sigmoid_alignment
+from pathflip_jax.training.step import loss_and_gradients
 
 CONFIG = PathFLIP2Config(
     feature_dim=12, embed_dim=16, hidden=24, layers=2, heads=2, intermediate=32, vocab_size=50, max_positions=32,

@@ -22,7 +22,8 @@ from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, make_model, unflatten
 from pathflip_jax.runs import checkpoints as checkpoint
 from pathflip_jax.runtime import sharding
-from pathflip_jax.training.stage import alignment, loss_and_gradients, sigmoid_alignment
+from pathflip_jax.training.objectives import alignment, sigmoid_alignment
+from pathflip_jax.training.step import loss_and_gradients
 
 B, R, S, F, K, G, L = 16, 4, 4, 16, 2, 16, 12
 CONFIG = PathFLIPConfig(

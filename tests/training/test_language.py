@@ -14,7 +14,6 @@ from pathflip_jax.convert.decoder import load_decoder
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference.language_run import assemble, read_trained
-from pathflip_jax.llm.adapter import LOSS_CHUNK, LanguageBatch, language_operations, language_stage, response_losses
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.shape import Shape
@@ -25,7 +24,14 @@ from pathflip_jax.monitoring.metrics import read_metrics
 from pathflip_jax.runs import files
 from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.training import loop
-from pathflip_jax.training.stage import loss_and_gradients
+from pathflip_jax.training.language_objective import (
+    LOSS_CHUNK,
+    LanguageBatch,
+    language_operations,
+    language_stage,
+    response_losses,
+)
+from pathflip_jax.training.step import loss_and_gradients
 
 ALIGNER = PathFLIPConfig(
     feature_dim=16, embed_dim=16, hidden=16, layers=2, heads=2, intermediate=32, num_queries=2, vocab_size=201,

@@ -12,7 +12,6 @@ from pathflip_jax.data.texts.conversations import read_conversations
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import embed
 from pathflip_jax.inference.load import load
-from pathflip_jax.llm.adapter import language_stage
 from pathflip_jax.llm.config import DecoderConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
@@ -21,6 +20,7 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.training.language_batches import EmbeddedSlides, LanguageBatches, collect_examples, read_embeddings
+from pathflip_jax.training.language_objective import language_stage
 
 REGIONS = 4
 

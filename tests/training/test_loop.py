@@ -26,7 +26,7 @@ from pathflip_jax.runs import lock as run_lock
 from pathflip_jax.runs.folder import load_run
 from pathflip_jax.training import alignment as alignment_stage
 from pathflip_jax.training import loop, settings
-from pathflip_jax.training.stage import alignment
+from pathflip_jax.training.objectives import alignment
 
 SMALL = [
     "--config.train.batch_size=4", "--config.data.regions=2", "--config.data.patch_slots=4", "--config.model.hidden=16",

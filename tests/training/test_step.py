@@ -14,8 +14,9 @@ from pathflip_jax.losses.pathflip import LossConfig
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.training.objectives import alignment
 from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
-from pathflip_jax.training.stage import alignment, join, loss_and_gradients, make_step, split
+from pathflip_jax.training.step import join, loss_and_gradients, make_step, split
 
 B, R, S, F, K, G, L = 8, 3, 4, 12, 2, 4, 12
 CONFIG = PathFLIPConfig(

@@ -16,7 +16,7 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs import checkpoints as checkpoint
 from pathflip_jax.runtime import distributed, sharding
-from pathflip_jax.training.stage import alignment
+from pathflip_jax.training.objectives import alignment
 
 
 def loss_and_gradients_are_those_of_one_device(mesh, params, places):

@@ -1,0 +1,105 @@
+"""A training step for any stage, exact under gradient accumulation.
+
+Contrastive losses couple all slides of a batch, so gradients of microbatches cannot simply be summed: here embeddings
+are computed first, the loss and its gradient with respect to them over the whole batch, then each microbatch again with
+that gradient pulled back through it (as in GradCache, arXiv 2101.06983). The result is exact.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pathflip_jax.model.parameters import Key, Params
+from pathflip_jax.training.stage import Stage
+
+
+def text_groups(batch: Any) -> int:
+    """How many groups of slides a batch is made of: the shortest leading axis, that of packed texts."""
+    return min(len(x) for x in jax.tree.leaves(batch))
+
+
+def split(tree: Any, accumulate: int, groups: int) -> Any:
+    """Cut arrays [n, ...] into microbatches [accumulate, n / accumulate, ...].
+
+    Texts are packed by group of slides, so whole groups go together: microbatch a takes groups a, a + accumulate, ...
+    Which slides share a microbatch then depends neither on the devices nor on how the batch lies on them, and no
+    slide moves between devices.
+    """
+
+    def cut(x):
+        x = x.reshape(groups // accumulate, accumulate, len(x) // groups, *x.shape[1:])
+        return x.swapaxes(0, 1).reshape(accumulate, -1, *x.shape[3:])
+
+    return jax.tree.map(cut, tree)
+
+
+def join(tree: Any, groups: int) -> Any:
+    """The inverse of `split`."""
+
+    def glue(x):
+        accumulate, size, *rest = x.shape
+        x = x.reshape(accumulate, groups // accumulate, accumulate * size // groups, *rest)
+        return x.swapaxes(0, 1).reshape(accumulate * size, *rest)
+
+    return jax.tree.map(glue, tree)
+
+
+def loss_and_gradients(
+    stage: Stage, build: Callable[[Params], Any], params: Params, batch: Any, key: Key, accumulate: int = 1
+):
+    """((loss, metrics), gradients) over the whole batch, computed in `accumulate` microbatches.
+
+    `build` makes the model of the trainable parameters. Memory is that of one microbatch and of all embeddings; time
+    is one forward pass more than without accumulation.
+    """
+    encode_key, objective_key = jax.random.split(key)
+
+    def encode(params: Params, part: Any, number: jax.Array):
+        return stage.encode(build(params), part, jax.random.fold_in(encode_key, number))
+
+    def objective(params: Params, embeddings: Any):
+        return stage.objective(build(params), embeddings, batch, objective_key)
+
+    if accumulate == 1:
+        return jax.value_and_grad(lambda p: objective(p, encode(p, batch, 0)), has_aux=True)(params)
+
+    groups = text_groups(batch)
+    micro, numbers = split(batch, accumulate, groups), jnp.arange(accumulate)
+    parts = jax.lax.map(lambda x: encode(params, *x), (micro, numbers))
+    value_and_grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    value, (gradients, pulls) = value_and_grad(params, join(parts, groups))
+
+    def pull_back(total: Params, x):
+        part, number, pull = x
+        _, vjp = jax.vjp(lambda p: encode(p, part, number), params)  # the same key: the same dropout
+        return jax.tree.map(jnp.add, total, vjp(pull)[0]), None
+
+    gradients, _ = jax.lax.scan(pull_back, gradients, (micro, numbers, split(pulls, accumulate, groups)))
+    return value, gradients
+
+
+def make_step(
+    stage: Stage,
+    build: Callable[[Params, Params], Any],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulate: int,
+    seed: int,
+) -> Callable:
+    """step(params, frozen, opt_state, batch, number) -> (params, opt_state, metrics).
+
+    Dropout and the negatives drawn are a function of (seed, number), whatever the devices.
+    """
+
+    def step(params: Params, frozen: Params, opt_state: Any, batch: Any, number: jax.Array):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        (_, metrics), gradients = loss_and_gradients(stage, lambda p: build(p, frozen), params, batch, key, accumulate)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": schedule(number)}
+            return optax.apply_updates(params, updates), opt_state, metrics
+
+    return step
