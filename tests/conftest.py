@@ -57,7 +57,7 @@ LONG = (
     "inference/test_assistant.py",
     "data_prep/test_beam.py",
     "docs/test_tutorial.py",
-    "convert/test_finetune.py",
+    "export/test_from_finetune.py",
     "model/test_layers.py",
     "llm/test_decoder.py",
     "convert/test_torch_model.py",

@@ -56,7 +56,7 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.source.is_dir():
-        from pathflip_jax.convert.language import is_language_export
+        from pathflip_jax.export.from_language_export import is_language_export
 
         if is_language_export(options.source):
             return _convert_language(options)
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _convert_language(options: argparse.Namespace) -> int:
-    from pathflip_jax.convert.language import convert_language
+    from pathflip_jax.export.from_language_export import convert_language
 
     given = (options.bert, options.heads, options.hparams, options.lora_alpha, options.keep_lora, options.weights)
     if any(given):
@@ -77,8 +77,8 @@ def _convert_language(options: argparse.Namespace) -> int:
 
 
 def _convert_finetune(options: argparse.Namespace) -> int:
-    from pathflip_jax.convert.finetune import convert_finetune
     from pathflip_jax.convert.recognise import summary
+    from pathflip_jax.export.from_finetune import convert_finetune
 
     if options.hparams or options.lora_alpha or options.keep_lora:
         raise ValueError("--hparams, --lora-alpha and --keep-lora are for a PathFLIP2, --decoder is for another")

@@ -53,13 +53,13 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--scores and --encoder-licence go into the card of an alignment run: --to huggingface")
     if options.to == "peft" or (options.to == "huggingface" and speaks):
         from pathflip_jax.convert.decoder_folders import PROJECTOR
-        from pathflip_jax.llm.export import export_decoder, export_peft
+        from pathflip_jax.export.decoder import export_decoder, export_peft
 
         write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
         write(options.run_folder, options.out, options.which, decoder=options.decoder, aligner=options.aligner)
         print(f"{options.out}: {what} in Hugging Face's form, {PROJECTOR} and its aligner")
     elif options.to == "huggingface":
-        from pathflip_jax.convert.huggingface import export_huggingface
+        from pathflip_jax.export.huggingface import export_huggingface
 
         export_huggingface(
             options.run_folder,

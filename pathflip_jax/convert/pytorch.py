@@ -22,8 +22,8 @@ from pathflip_jax.convert.checkpoint_files import StateDict, import_torch
 from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.names import is_unused, names, unused
 from pathflip_jax.convert.pathflip2 import TOKENS, complete, infer_pathflip2, merge_lora
-from pathflip_jax.convert.readmes import readme, readme2
 from pathflip_jax.data.storage.durable import sync
+from pathflip_jax.export.readmes import readme, readme2
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from pathflip_jax.convert import released
 from pathflip_jax.convert.decoder import load_decoder, save_decoder
-from pathflip_jax.convert.huggingface import export_huggingface
 from pathflip_jax.convert.lora import save_peft
+from pathflip_jax.export.huggingface import export_huggingface
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.model.parameters import flatten, unflatten
 

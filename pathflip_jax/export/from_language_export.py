@@ -14,9 +14,9 @@ from pathflip_jax.convert.pytorch import new_folder
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
 from pathflip_jax.convert.versions import READ, refusal, unknown_settings
+from pathflip_jax.export.decoder import ABOUT, ALIGNER
 from pathflip_jax.inference.language_run import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.llm.adapter import is_trained
-from pathflip_jax.llm.export import ABOUT, ALIGNER
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.parameters import flatten

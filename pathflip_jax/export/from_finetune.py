@@ -14,7 +14,6 @@ import numpy as np
 from pathflip_jax.convert.checkpoint_files import open_checkpoint
 from pathflip_jax.convert.decoder_folders import read_decoder_config
 from pathflip_jax.convert.decoder_names import TARGETS, adapter_names
-from pathflip_jax.convert.language import AlignerParts, write_language_run
 from pathflip_jax.convert.names import why_unused
 from pathflip_jax.convert.pytorch import (
     infer_config,
@@ -25,6 +24,7 @@ from pathflip_jax.convert.pytorch import (
 from pathflip_jax.convert.recognise import Tensor, account, recognise
 from pathflip_jax.convert.released import UNKNOWN_ENCODER, assumed_sizes, require_own_bert
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.export.from_language_export import AlignerParts, write_language_run
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model.config import PathFLIPConfig

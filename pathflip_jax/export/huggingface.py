@@ -14,8 +14,8 @@ import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.convert.pytorch import merged_state, new_folder, write_checkpoint
-from pathflip_jax.convert.readmes import caption_length
 from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig
 
 CARD = "model_card.md"
@@ -75,7 +75,7 @@ def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
     write_checkpoint(part / "model.safetensors", state)
     _write(part / "config.json", huggingface_config(config, settings, **more))
     _write(part / "tokenizer_config.json", _tokenizer_config(part, settings, config))
-    shutil.copyfile(Path(__file__).with_name(f"{code}.py"), part / f"{code}.py")
+    shutil.copyfile(Path(__file__).parents[1] / "convert" / f"{code}.py", part / f"{code}.py")
 
 
 def huggingface_config(config: ModelConfig, settings: dict, **more: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import pytest
 from pathflip_jax import cli
 from pathflip_jax.convert.decoder import init_decoder, save_decoder
 from pathflip_jax.convert.exported import without_places
-from pathflip_jax.convert.language import AlignerParts, write_language_run
 from pathflip_jax.convert.lora import merge
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.export.from_language_export import AlignerParts, write_language_run
 from pathflip_jax.inference.assistant import SlideAssistant
 from pathflip_jax.inference.language_run import assemble
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
@@ -172,7 +172,7 @@ def test_an_adapter_alone_or_on_another_decoder_is_refused(adapter, tmp_path, ca
 
 def test_the_ends_of_a_chat_are_those_of_the_export(tmp_path):
     """A template's end of turn, which none of a base model's settings names, stops the exported decoder too."""
-    from pathflip_jax.llm.export import write_generation
+    from pathflip_jax.export.decoder import write_generation
     from pathflip_jax.llm.prompts import stop_ids
     from pathflip_jax.llm.tokenizer import DecoderTokenizer
 
