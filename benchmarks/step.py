@@ -124,7 +124,8 @@ def check_agreement(options: argparse.Namespace) -> float:
 def _write_weights(folder: Path, config: ModelConfig) -> None:
     """Random weights under the released names, moved off their initial values so that nothing is zero."""
     from pathflip_jax.convert.names import unused
-    from pathflip_jax.convert.pytorch import torch_shapes, write_checkpoint
+    from pathflip_jax.convert.pytorch import torch_shapes
+    from pathflip_jax.export.pytorch import write_checkpoint
 
     rng, state = np.random.default_rng(1), {}
     for name, shape in torch_shapes(config).items():

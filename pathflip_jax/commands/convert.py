@@ -101,7 +101,7 @@ def _convert_finetune(options: argparse.Namespace) -> int:
 def _convert_alignment(options: argparse.Namespace) -> int:
     from pathflip_jax.convert.checkpoint_files import read_hparams
     from pathflip_jax.convert.recognise import summary
-    from pathflip_jax.convert.released import convert
+    from pathflip_jax.export.from_released import convert
 
     arguments = {} if options.hparams is None else read_hparams(options.hparams)
     if options.lora_alpha is not None:

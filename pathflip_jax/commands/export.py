@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
         )
         print(f"{options.out}: a folder for transformers' AutoModel, with a model card")
     else:
-        from pathflip_jax.convert.pytorch import export
+        from pathflip_jax.export.pytorch import export
 
         export(options.run_folder, options.out, which=options.which, pt=options.pt)
         print(f"{options.out}: PyTorch weights under the released model's names, with how to load them")

@@ -13,7 +13,7 @@ from pathflip_jax.convert.exported import Exported, read_exported
 from pathflip_jax.convert.names import why_unused
 from pathflip_jax.convert.pathflip2 import assumed_arguments, merge_lora
 from pathflip_jax.convert.pytorch import bert_setting, infer_config, read_bert_heads, to_jax, torch_shapes
-from pathflip_jax.convert.recognise import Tensor, account, recognise, write_rows
+from pathflip_jax.convert.recognise import Tensor, account, recognise
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
 
 UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder are taken, if they are as wide"
@@ -164,23 +164,3 @@ def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path
     width = bert_setting(folder, "hidden_size")
     if whole and width not in (None, config.hidden):
         raise ValueError(f"{source}: its text encoder is {config.hidden} wide, {folder} is a BERT of {width}; {cure}")
-
-
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    bert_folder: str | Path | None = None,
-    heads: int | None = None,
-    config: ModelConfig | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    keep_lora: bool = False,
-    weights: str = "",
-) -> Released:
-    """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
-    from pathflip_jax.runs.folder import save_run
-
-    found = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora, weights=weights)
-    save_run(out, found.model, found.settings, found.tokenizer)
-    write_rows(Path(out) / "tensors.csv", found.tensors)
-    return found

@@ -10,11 +10,11 @@ import numpy as np
 from pathflip_jax.convert.checkpoint_files import read_tensors
 from pathflip_jax.convert.decoder_folders import PROJECTOR, read_decoder_config, read_object
 from pathflip_jax.convert.lora import SETTINGS, load_peft
-from pathflip_jax.convert.pytorch import new_folder
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
 from pathflip_jax.convert.versions import READ, refusal, unknown_settings
 from pathflip_jax.export.decoder import ABOUT, ALIGNER
+from pathflip_jax.export.pytorch import new_folder
 from pathflip_jax.inference.language_run import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.llm.adapter import is_trained
 from pathflip_jax.llm.shape import Shape

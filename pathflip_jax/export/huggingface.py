@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
-from pathflip_jax.convert.pytorch import merged_state, new_folder, write_checkpoint
 from pathflip_jax.data.storage.json_values import parse_json
+from pathflip_jax.export.pytorch import merged_state, new_folder, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig
 

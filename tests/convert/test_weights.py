@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from pathflip_jax.convert import checkpoint_files, pytorch, released
+from pathflip_jax.convert import checkpoint_files, pytorch
 from pathflip_jax.convert.exported import read_exported
 from pathflip_jax.convert.names import is_unused, names
+from pathflip_jax.export import from_released
+from pathflip_jax.export import pytorch as export_pytorch
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
 from pathflip_jax.runs.folder import load_run
@@ -250,7 +252,7 @@ def test_absent_files_and_formats_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt: no such file"):
         checkpoint_files.read_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match=r"out\.h5: weights are written as"):
-        pytorch.write_checkpoint(tmp_path / "out.h5", {})
+        export_pytorch.write_checkpoint(tmp_path / "out.h5", {})
 
 
 def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
@@ -264,7 +266,7 @@ def test_without_torch_the_extra_is_named(tmp_path, monkeypatch):
 def test_files_are_written_whole(torch, tmp_path):
     state = pytorch.to_torch(pytorch.to_jax(RELEASED, CONFIG), CONFIG)
     for name in ("model.safetensors", "model.pt"):
-        pytorch.write_checkpoint(tmp_path / name, state)
+        export_pytorch.write_checkpoint(tmp_path / name, state)
         back = checkpoint_files.read_tensors(tmp_path / name)
         assert all(np.array_equal(back[key], state[key]) and back[key].shape == state[key].shape for key in state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.safetensors"]
@@ -278,7 +280,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"model\.safetensors: not written .*No space left"):
-        pytorch.write_checkpoint(tmp_path / "model.safetensors", SMALL)
+        export_pytorch.write_checkpoint(tmp_path / "model.safetensors", SMALL)
     assert not list(tmp_path.iterdir())
 
 
@@ -286,14 +288,14 @@ def test_convert_then_export(torch, tmp_path):
     """A released checkpoint becomes a run, the run an export, and the export loads without JAX."""
     source = save_torch(torch, tmp_path / "epoch9.ckpt", {"state_dict": tensors(torch, prefix="pathflip_align.")})
     run, out = tmp_path / "run", tmp_path / "exported"
-    released.convert(source, run, bert_folder=BASE / "bert")
+    from_released.convert(source, run, bert_folder=BASE / "bert")
     model, settings, tokenizer = load_run(run)
     assert model.config == CONFIG  # the heads come from the BERT folder
     assert settings["data"]["cut"] == "scan" and tokenizer.vocab_size == 301
     expected = pytorch.to_jax(RELEASED, CONFIG)
     assert all(np.array_equal(x, expected[name]) for name, x in flatten(model).items())
 
-    pytorch.export(run, out, pt=True)
+    export_pytorch.export(run, out, pt=True)
     files = {path.name for path in out.iterdir()}
     assert files == {"model.safetensors", "model.pt", "config.json", "bert", "torch_model.py", "README.md"}
     assert read_exported(out).config == CONFIG
@@ -318,7 +320,7 @@ assert weights.shape == (3, 3, 4) and pooled.shape == (3, 3, 32)
     pytest.importorskip("transformers", reason="transformers is not installed")
     subprocess.run([sys.executable, "-c", script], cwd=out, check=True, timeout=120)
     with pytest.raises(FileExistsError, match="exported: exists and is not empty"):
-        pytorch.export(run, out)
+        export_pytorch.export(run, out)
 
 
 def test_torch_model_stands_alone():
@@ -342,12 +344,12 @@ def test_convert_refuses_what_does_not_belong(tmp_path):
     source = tmp_path / "model.safetensors"
     save_file({name: x for name, x in RELEASED.items() if name != "text_proj.weight"}, source)
     with pytest.raises(ValueError, match=r"(?s)model\.safetensors: not a PathFLIP.*text_proj\.weight: missing"):
-        released.convert(source, tmp_path / "run", bert_folder=BASE / "bert")
+        from_released.convert(source, tmp_path / "run", bert_folder=BASE / "bert")
     words = (BASE / "bert" / "vocab.txt").read_text()
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text(words + "carcinomatosis\n")
     with pytest.raises(ValueError, match=r"its word table has 301 rows, \S*bert has 302 words"):
-        released.convert(WEIGHTS, tmp_path / "run", bert_folder=tmp_path / "bert", heads=4)
+        from_released.convert(WEIGHTS, tmp_path / "run", bert_folder=tmp_path / "bert", heads=4)
     assert not (tmp_path / "run").exists()
 
 
@@ -359,7 +361,7 @@ def test_a_trained_bias_is_exported_and_explained(tmp_path):
     config = PathFLIPConfig.from_dict(CONFIG.to_dict() | {"logit_bias_init": -10.0})
     flat = {name: jnp.asarray(x) for name, x in random_parameters(config).items()}
     save_run(tmp_path / "run", unflatten(config, flat), {"data": {"encoder": "conch"}}, TextTokenizer(BASE / "bert"))
-    pytorch.export(tmp_path / "run", tmp_path / "out")
+    export_pytorch.export(tmp_path / "run", tmp_path / "out")
     state = load_file(tmp_path / "out" / "model.safetensors")
     assert set(state) - set(RELEASED) == {"logit_bias"} and state["logit_bias"] == flat["logit_bias"]
     readme = (tmp_path / "out" / "README.md").read_text()

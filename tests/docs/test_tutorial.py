@@ -101,7 +101,7 @@ def test_the_notebook_runs(source, walked, tmp_path):
         options = [f"--config.data.{name}={walked / path}" for name, path in data.items()]
         assert cli.main(["train", "--config", "pathflip2:smoke", *options, "--workdir", chosen["CHECKPOINT"]]) == 0
     if source == "PyTorch weights and feature files":
-        from pathflip_jax.convert.pytorch import export
+        from pathflip_jax.export.pytorch import export
 
         export(walked / "run", tmp_path / "torch")
         write_feature_files(walked / "records", tmp_path / "features")

@@ -11,10 +11,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pathflip_jax.convert import released, torch_model, torch_pathflip2  # noqa: E402
+from pathflip_jax.convert import torch_model, torch_pathflip2  # noqa: E402
 from pathflip_jax.convert.exported import read_exported  # noqa: E402
 from pathflip_jax.data.texts.tokenizer import TextTokenizer  # noqa: E402
-from pathflip_jax.export import huggingface  # noqa: E402
+from pathflip_jax.export import from_released, huggingface  # noqa: E402
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig  # noqa: E402
 from pathflip_jax.runs.folder import load_run  # noqa: E402
 
@@ -36,7 +36,7 @@ def run(family, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("huggingface") / "released"
     two = {"arguments": ARGUMENTS, "keep_lora": True} if family == "pathflip2" else {}
     golden = GOLDEN / family
-    released.convert(golden / "state_dict.safetensors", folder, bert_folder=golden / "bert", **two)
+    from_released.convert(golden / "state_dict.safetensors", folder, bert_folder=golden / "bert", **two)
     return folder
 
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.convert import pytorch
 from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_places
 from pathflip_jax.convert.released import load_released
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.export import pytorch
 from pathflip_jax.export.huggingface import huggingface_config, write_huggingface
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Predictor

@@ -9,9 +9,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax.numpy as jnp
 import numpy as np
 
-from pathflip_jax.convert import released
 from pathflip_jax.convert.decoder import load_decoder, save_decoder
 from pathflip_jax.convert.lora import save_peft
+from pathflip_jax.export import from_released
 from pathflip_jax.export.huggingface import export_huggingface
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.model.parameters import flatten, unflatten
@@ -27,7 +27,7 @@ def main() -> None:
     for family in ("base", "pathflip2"):
         two = {"arguments": ARGUMENTS, "keep_lora": True} if family == "pathflip2" else {}
         golden, run = GOLDEN / family, out / f"{family}-run"
-        released.convert(golden / "state_dict.safetensors", run, bert_folder=golden / "bert", **two)
+        from_released.convert(golden / "state_dict.safetensors", run, bert_folder=golden / "bert", **two)
         export_huggingface(run, out / family)
     source, rng = GOLDEN / "runs" / "0.1.0" / "decoder", np.random.default_rng(1)
     lora = LoRAConfig(rank=4, alpha=6.0, targets=("q_proj", "down_proj"))
