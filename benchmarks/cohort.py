@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from pathflip_jax.demo import SLIDES, run_demo
+from pathflip_jax.commands.demo_steps import SLIDES, run_demo
 from pathflip_jax.runtime.limits import processors
 
 # Name in the table -> where it stands in scores.json; each of these is one number.

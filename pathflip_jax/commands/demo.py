@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pathflip_jax.commands.demo_steps import SLIDES
 from pathflip_jax.commands.options import command, local_path, number
-from pathflip_jax.demo import SLIDES
 from pathflip_jax.runtime.limits import processors
 
 
@@ -30,6 +30,6 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.demo import run_demo
+    from pathflip_jax.commands.demo_steps import run_demo
 
     return run_demo(options.out, slides=options.slides, seed=options.seed, workers=options.workers)

@@ -35,8 +35,8 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.doctor import examine
-    from pathflip_jax.findings import print_findings
+    from pathflip_jax.commands.checks import examine
+    from pathflip_jax.commands.findings import print_findings
 
     findings = examine(
         records=options.records,

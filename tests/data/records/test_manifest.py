@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from pathflip_jax.commands.data_checks import examine_data
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.index import index_path
 from pathflip_jax.data.records.records import (
@@ -17,7 +18,6 @@ from pathflip_jax.data.records.records import (
     write_shard,
 )
 from pathflip_jax.data.records.verify import verify
-from pathflip_jax.doctor_data import examine_data
 
 
 def write(folder, *names, number=0, scale=1.0):

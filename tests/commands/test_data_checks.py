@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pathflip_jax.doctor_data import examine_data
-from pathflip_jax.findings import logged_warnings
+from pathflip_jax.commands.data_checks import examine_data
+from pathflip_jax.commands.findings import logged_warnings
 
 
 @pytest.fixture

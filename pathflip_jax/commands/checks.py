@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from pathflip_jax.commands.findings import Finding, guarded
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.findings import Finding, guarded
 from pathflip_jax.runtime import limits, ulimits
 
 # Packages, and the module of each.
@@ -79,7 +79,7 @@ def examine(
 
 
 def _data(*places: Place | None) -> list[Finding]:
-    from pathflip_jax.doctor_data import examine_data
+    from pathflip_jax.commands.data_checks import examine_data
 
     return examine_data(*places)
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from pathflip_jax import cli, doctor, findings
+from pathflip_jax import cli
+from pathflip_jax.commands import checks, findings
 from pathflip_jax.runtime import ulimits
 
 
@@ -17,7 +18,7 @@ def _by_name(findings) -> dict:
 
 
 def test_machine_is_described():
-    findings = _by_name(doctor.examine())
+    findings = _by_name(checks.examine())
     assert findings["jax"].state == "ok" and findings["devices"].state == "ok"
     assert "GB" in findings["memory"].found and "GB" in findings["disk"].found
     assert findings["file reader"].state == "ok"
@@ -25,8 +26,8 @@ def test_machine_is_described():
 
 def test_few_open_files_and_little_shared_memory_are_noted(monkeypatch):
     monkeypatch.setattr(ulimits, "open_files", lambda: 64)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20, free=1 << 40))
-    noted = {finding.name: finding.cure for finding in doctor._room() if finding.state == "note"}
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20, free=1 << 40))
+    noted = {finding.name: finding.cure for finding in checks._room() if finding.state == "note"}
     assert "ulimit -n" in noted["open files"]
     assert "--shm-size" in noted.get("shared memory", "--shm-size")  # macOS has none
 
@@ -35,7 +36,7 @@ def test_a_device_without_a_known_peak_is_noted(monkeypatch):
     for kind, state in (("NVIDIA H200", "ok"), ("NVIDIA H100 NVL", "note")):
         devices = [SimpleNamespace(platform="gpu", device_kind=kind)]
         monkeypatch.setattr(jax, "devices", lambda devices=devices: devices)
-        found = _by_name(doctor.examine())["utilisation"]
+        found = _by_name(checks.examine())["utilisation"]
         assert found.state == state and kind in found.found
 
 
@@ -49,9 +50,9 @@ def test_a_folder_of_a_packages_name_is_found(tmp_path, monkeypatch):
     for module in ("h5py", "tokenizers"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(
-        doctor, "EXTRAS", {"absent": ("absentpackage", "absentpackage", "try"), "no": ("n0", "n0", "x")}
+        checks, "EXTRAS", {"absent": ("absentpackage", "absentpackage", "try"), "no": ("n0", "n0", "x")}
     )
-    found = _by_name(doctor.examine())
+    found = _by_name(checks.examine())
     assert found["h5py"].state == "fault" and str(tmp_path / "h5py" / "__init__.py") in found["h5py"].found
     assert "rename" in found["h5py"].cure and found["tokenizers"].state == "ok"
     assert found["extra [absent]"].state == "note" and str(tmp_path / "absentpackage") in found["extra [absent]"].found
@@ -65,7 +66,7 @@ def test_a_check_that_breaks_is_a_fault_and_the_others_go_on(error, monkeypatch,
         yield findings.Finding("devices", "half of it", "ok")
         raise error
 
-    monkeypatch.setattr(doctor, "_devices", broken)
+    monkeypatch.setattr(checks, "_devices", broken)
     assert cli.main(["doctor", "--json"]) == cli.WRONG_INPUT
     rows = json.loads(capsys.readouterr().out)
     names = [row["name"] for row in rows]
@@ -76,27 +77,27 @@ def test_a_check_that_breaks_is_a_fault_and_the_others_go_on(error, monkeypatch,
 
 def test_launch_scripts_that_can_run_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _by_name(doctor.examine())["launch scripts"].state == "note"
-    for program in doctor.LAUNCHERS:
+    assert _by_name(checks.examine())["launch scripts"].state == "note"
+    for program in checks.LAUNCHERS:
         (tmp_path / program).touch(0o755)
-    found = _by_name(doctor.examine())["launch scripts"]
-    folder = Path(__file__).resolve().parent.parent / "launch"
+    found = _by_name(checks.examine())["launch scripts"]
+    folder = Path(__file__).resolve().parents[2] / "launch"
     assert found.state == "ok" and found.found.count("launch/") == 5
-    assert all((folder / script).is_file() for script in doctor.LAUNCHERS.values())
+    assert all((folder / script).is_file() for script in checks.LAUNCHERS.values())
 
 
 def test_the_launcher_is_named(monkeypatch):
-    assert _by_name(doctor.examine())["launcher"].found == "none: one process trains alone"
+    assert _by_name(checks.examine())["launcher"].found == "none: one process trains alone"
     for name, value in {"COORDINATOR_ADDRESS": "first:1", "NUM_PROCESSES": "4", "PROCESS_ID": "3"}.items():
         monkeypatch.setenv(f"JAX_{name}", value)
-    found = _by_name(doctor.examine())["launcher"]
+    found = _by_name(checks.examine())["launcher"]
     assert found == ("launcher", "process 3 of 4, found by JAX_COORDINATOR_ADDRESS", "ok", "")
     monkeypatch.delenv("JAX_PROCESS_ID")
-    assert _by_name(doctor.examine())["launcher"].state == "fault"
+    assert _by_name(checks.examine())["launcher"].state == "fault"
 
 
 def test_every_fault_or_note_has_a_cure(tmp_path):
-    findings = doctor.examine(records=tmp_path, texts=tmp_path / "absent.jsonl", configs=["no_such_config"])
+    findings = checks.examine(records=tmp_path, texts=tmp_path / "absent.jsonl", configs=["no_such_config"])
     for finding in findings:
         assert finding.state in ("ok", "note", "fault")
         if finding.state == "note":
@@ -107,7 +108,7 @@ def test_every_fault_or_note_has_a_cure(tmp_path):
 
 def test_bundled_configs_are_sound():
     for name in ("align_base", "align_large", "demo"):
-        finding = _by_name(doctor.examine(configs=[name]))[f"config {name}"]
+        finding = _by_name(checks.examine(configs=[name]))[f"config {name}"]
         assert finding.state == "ok", finding
 
 

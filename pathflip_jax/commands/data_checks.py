@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from pathflip_jax.commands.findings import Finding, guarded, logged_warnings
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
 from pathflip_jax.data.storage.failures import some
@@ -15,7 +16,6 @@ from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
-from pathflip_jax.findings import Finding, guarded, logged_warnings
 from pathflip_jax.training.settings import load_config
 
 
