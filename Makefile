@@ -68,6 +68,7 @@ test-peers: setup-test
 lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf .venv .peers demo build *.egg-info
