@@ -41,7 +41,7 @@ LONG = (
     "benchmarks/test_faults.py",
     "launch/test_launch_processes.py",
     "benchmarks/test_sides.py",
-    "training/test_two_processes.py",
+    "runtime/test_two_processes.py",
     "data/storage/test_buckets.py",
     "benchmarks/test_aot.py",
     "runtime/test_sharding.py",
