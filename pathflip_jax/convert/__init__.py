@@ -1,0 +1,1 @@
+"""Weights and files of others, and of other versions, as flat dicts of parameters and settings of today."""

@@ -1,1 +1,1 @@
-"""Runs to and from the formats of others: PyTorch, Hugging Face, PEFT (floor 7)."""
+"""Runs to and from the formats of others: PyTorch, Hugging Face, PEFT."""

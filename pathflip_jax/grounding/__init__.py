@@ -1,0 +1,1 @@
+"""Maps of texts on slides: methods, boxes, drawings, files."""

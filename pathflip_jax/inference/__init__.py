@@ -1,1 +1,1 @@
-"""A run at work: embeddings, groundings and answers (floor 5)."""
+"""Trained runs at work: embeddings, groundings and answers."""

@@ -1,0 +1,1 @@
+"""The decoder as a model: layers, generation, tokenizer and prompts."""

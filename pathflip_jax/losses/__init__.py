@@ -1,1 +1,1 @@
-"""The losses of both families, of arrays alone (floor 0)."""
+"""The losses of both families, of arrays alone."""

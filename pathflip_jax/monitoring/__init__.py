@@ -1,1 +1,1 @@
-"""Metrics, telemetry, goodput and profiles of a run (floor 1)."""
+"""Metrics, telemetry, goodput and profiles of a run."""

@@ -1,1 +1,1 @@
-"""Operations with a gradient written by hand, on arrays alone (floor 0)."""
+"""Operations with a gradient written by hand, on arrays alone."""

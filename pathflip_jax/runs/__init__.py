@@ -1,1 +1,1 @@
-"""Run folders: settings, checkpoints and their lock (floor 4)."""
+"""Run folders: settings, checkpoints and their lock."""

@@ -1,1 +1,1 @@
-"""Processes, meshes, memory, compilation and limits of the machine (floor 0)."""
+"""Processes, meshes, memory, compilation and limits of the machine."""

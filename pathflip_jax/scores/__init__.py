@@ -1,1 +1,1 @@
-"""Scores and statistics of predictions, of arrays and texts alone (floor 3)."""
+"""Scores and statistics of predictions, of arrays and texts alone."""

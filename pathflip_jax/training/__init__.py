@@ -1,1 +1,1 @@
-"""The training loop, its step, its stages and their settings (floor 6)."""
+"""The training loop, its step, its stages and their settings."""
