@@ -1,7 +1,6 @@
 """A tiny cohort, runs of it in real processes that can be struck, and how the ends of two runs are compared."""
 
 import atexit
-import contextlib
 import json
 import multiprocessing
 import os
@@ -125,16 +124,10 @@ def complete(workdir: Path) -> list[int]:
 
 def arrays(workdir: Path, step: int) -> dict[str, bytes]:
     """Every number of a checkpoint, as bytes."""
-    import orbax.checkpoint as ocp
+    from pathflip_jax.runs.checkpoints import stored_arrays
 
-    found = {}
-    for item in ("params", "opt_state"):
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            folder = workdir / "checkpoints" / str(step) / item
-            like = {name: np.zeros(x.shape, x.dtype) for name, x in handler.metadata(folder).items()}
-            restored = handler.restore(folder, args=ocp.args.StandardRestore(like))
-        found |= {f"{item}/{name}": np.asarray(x).tobytes() for name, x in restored.items()}
-    return found
+    stored = stored_arrays(workdir / "checkpoints" / str(step))
+    return {f"{item}/{name}": np.asarray(x).tobytes() for item, tree in stored.items() for name, x in tree.items()}
 
 
 def metrics(workdir: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Whole runs of `pathflip train` on the device: speed, the same bits twice, a kill, waiting for input, embedding."""
 
 import contextlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -112,20 +111,12 @@ def _old_checkpoints() -> Rows:
 
 def of_newer_orbax(step: Path) -> dict[str, str] | None:
     """The fault of a checkpoint whose parts were written by handlers that the Orbax here lacks; None of another."""
-    about = step / "_CHECKPOINT_METADATA"
-    if not about.exists():
-        return None
-    lacking = []
-    for handler in (json.loads(about.read_text()).get("item_handlers") or {}).values():
-        module, _, name = handler.rpartition(".")
-        try:
-            getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            lacking.append(handler)
-    if not lacking:
+    from pathflip_jax.runs.checkpoints import lacking_handlers
+
+    if not (lacking := lacking_handlers(step)):
         return None
     here = importlib.metadata.version("orbax-checkpoint")
-    what = f"{step}: a checkpoint of a newer Orbax; orbax-checkpoint {here} has no {', '.join(sorted(set(lacking)))}"
+    what = f"{step}: a checkpoint of a newer Orbax; orbax-checkpoint {here} has no {', '.join(lacking)}"
     return {FAULT: what, CURE: "pip install --upgrade orbax-checkpoint, within the range of setup.cfg"}
 
 
@@ -207,15 +198,9 @@ def _compared(one: Path, other: Path, what: str) -> dict:
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by name, one-dimensional, read on the CPU: the device is other processes'."""
     import jax
-    import orbax.checkpoint as ocp
+
+    from pathflip_jax.runs.checkpoints import stored_arrays
 
     jax.config.update("jax_platforms", "cpu")
-    found, one = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for item in ("params", "opt_state"):
-        folder = workdir / "checkpoints" / str(step) / item
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            shapes = reader.handler.metadata(folder)
-            abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for n, x in shapes.items()}
-            restored = reader.restore(folder, args=ocp.args.StandardRestore(abstract))
-        found |= {f"{item}/{name}": np.asarray(x).reshape(-1) for name, x in restored.items()}
-    return found
+    stored = stored_arrays(workdir / "checkpoints" / str(step))
+    return {f"{item}/{name}": np.asarray(x).reshape(-1) for item, tree in stored.items() for name, x in tree.items()}

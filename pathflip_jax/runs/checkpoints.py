@@ -3,10 +3,14 @@
 A run folder holds config.json (all settings), model.json (the model's shape), tokenizer/ (a BERT folder),
 checkpoints/<step>/ (parameters, optimizer state, facts) and best/<step>/ (parameters and facts of the step that
 validated best). Arrays are flat dicts by parameter name: these names are the format (DESIGN section 6).
+
+This is the one file that imports Orbax: its v1 interface would change nothing elsewhere.
 """
 
 import contextlib
 import hashlib
+import importlib
+import importlib.metadata
 import json
 import logging
 import zlib
@@ -18,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers
 
 from pathflip_jax.runs.files import BEST, CHECKPOINTS, run_folder
 from pathflip_jax.runtime import distributed
@@ -95,7 +100,8 @@ class Checkpoints:
         about["checksum"] = _checksum(about)
         items = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
         with _clear_errors(manager, step):
-            # force: when to save is the loop's to say; Orbax would ask JAX once more whether a host is to stop
+            # force in place of a save_decision_policy: when to save is the loop's to say. Orbax would ask JAX once more
+            # whether a host is to stop, and pass over a step before its newest without a word.
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
 
     def restore(self, params: dict, opt_state: Any) -> tuple[int, dict, Any, dict] | None:
@@ -103,7 +109,7 @@ class Checkpoints:
 
         `params` and `opt_state` say shapes and shardings (jax.ShapeDtypeStruct). A damaged checkpoint is named on
         stdout and moved to damaged-<step>, and the one before is taken: what one process finds damaged is damaged for
-        all. Raises ValueError when none is sound.
+        all. Raises ValueError when none is sound, NewerOrbaxError for one that is no damage: it stays where it is.
         """
         wanted = {"params": params, "opt_state": flat_state(opt_state)}
         faults = []
@@ -155,8 +161,15 @@ class Checkpoints:
 
 
 def _manager(folder: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
-    """Keeps the newest `keep`, and those whose step is a multiple of `keep_every` for good."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None, create=True)
+    """Keeps the newest `keep`, and those whose step is a multiple of `keep_every` (0: none) for good."""
+    policies = [checkpoint_managers.LatestN(keep)]
+    if keep_every:
+        policies.append(checkpoint_managers.EveryNSteps(keep_every))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        create=True,
+        lightweight_initialize=True,  # what a step says of itself is for `restore` to find damaged, not for the start
+    )
     return ocp.CheckpointManager(folder, options=options)
 
 
@@ -181,27 +194,86 @@ class _Damaged(ValueError):
     """A checkpoint that cannot be taken, on whichever process."""
 
 
+class NewerOrbaxError(ValueError):
+    """A checkpoint that the Orbax of a process is too old to read."""
+
+
+def lacking_handlers(folder: Path) -> list[str]:
+    """The classes of Orbax that wrote one checkpoint and that the Orbax here does not have; sorted."""
+    try:
+        handlers = set(json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: it says nothing
+        return []
+    return sorted(name for name in handlers if isinstance(name, str) and not _is_here(name))
+
+
+def _is_here(handler: str) -> bool:
+    """Whether this Orbax has a class; another package is not imported because a file names it."""
+    module, _, name = handler.rpartition(".")
+    try:
+        return module.split(".")[0] == "orbax" and hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
 def restore_arrays(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
-    """Arrays and facts of one checkpoint; on all processes _Damaged where one of them cannot take it."""
+    """Arrays and facts of one checkpoint; on all processes the error of one that cannot take it.
+
+    Raises NewerOrbaxError where Orbax must be upgraded to read it, else _Damaged.
+    """
     arrays, about = _on_all(lambda: _read(folder, wanted))  # apart, for what follows computes over all processes
     kept = about.pop("checksums")
     return _on_all(lambda: (_checked(arrays, kept), about))
 
 
+def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
+    """Every array of one checkpoint by item ("params", "opt_state") and name, on one device, as read: unchecked."""
+    one, found = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+    for item in ("params", "opt_state"):
+        if (folder / item).is_dir():  # the best has no optimizer state
+            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+                shapes = handler.metadata(folder / item)
+                tree = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for name, x in shapes.items()}
+                found[item] = handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
+    return found
+
+
 def _on_all(work: Callable) -> Any:
-    """What `work` returns, if no process fails in it; else _Damaged with the first failure, on all of them."""
-    found, fault = None, ""
+    """What `work` returns, if no process fails in it; else the first failure, raised on all of them.
+
+    A newer Orbax comes before damage, for which a checkpoint is moved away.
+    """
+    found, fault, newer = None, "", False
     try:
         found = work()
     except Exception as error:  # Orbax raises bare Exception for damaged files
-        fault = str(error).splitlines()[0] if str(error) else repr(error)
-    for process, other in enumerate(distributed.gather(fault)):
+        fault, newer = str(error).splitlines()[0] if str(error) else repr(error), isinstance(error, NewerOrbaxError)
+    faults = []
+    for process, (other, is_newer) in enumerate(distributed.gather((fault, newer))):
         if other:
-            raise _Damaged(other if jax.process_count() == 1 else f"{other} (process {process})")
+            faults.append((is_newer, other if jax.process_count() == 1 else f"{other} (process {process})"))
+    if faults:
+        is_newer, fault = max(faults, key=lambda told: told[0])
+        raise (NewerOrbaxError if is_newer else _Damaged)(fault)
     return found
 
 
 def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
+    """Arrays and facts as read; NewerOrbaxError for what cannot be read and was written by what is not here."""
+    try:
+        return _read_items(folder, wanted)
+    except Exception as error:  # only then: a class may have moved between versions whose files are the same
+        if lacking := lacking_handlers(folder):
+            said = str(error).splitlines()[0] if str(error) else repr(error)
+            raise NewerOrbaxError(
+                f"{folder}: a checkpoint of a newer Orbax; orbax-checkpoint "
+                f"{importlib.metadata.version('orbax-checkpoint')} has no {', '.join(lacking)} and cannot read it "
+                f"({said}): pip install --upgrade orbax-checkpoint, and run the same command again"
+            ) from error
+        raise
+
+
+def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     """Arrays as read, without Orbax's barriers: a process that fails must not leave the others waiting there."""
     about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
     if about.pop("checksum", None) not in (None, _checksum(about)):  # None: written before there was one
@@ -237,4 +309,4 @@ def saved_steps(folder: Path) -> list[int]:
     """Whole checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(step) for step in ocp.utils.checkpoint_steps(folder))
+    return sorted(int(step) for step in ocp.path.step.checkpoint_steps(folder))

@@ -8,7 +8,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pathflip_jax.convert.versions import git_revision
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten
-from pathflip_jax.runs.checkpoints import Checkpoints, restore_arrays, saved_steps
+from pathflip_jax.runs.checkpoints import Checkpoints, NewerOrbaxError, restore_arrays, saved_steps
 from pathflip_jax.runs.files import (
     BEST,
     CHECKPOINTS,
@@ -68,6 +68,8 @@ def read_params(
     abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for name, leaf in shapes.items()}
     try:
         return restore_arrays(folder / str(step), {"params": abstract})[0]["params"]
+    except NewerOrbaxError:
+        raise
     except Exception as error:  # Orbax raises bare Exception for damaged files
         raise ValueError(
             f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "

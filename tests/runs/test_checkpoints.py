@@ -1,6 +1,8 @@
 """Checkpoints: whole or absent, checked when read; the newest sound one is taken, and the rest is told."""
 
 import gc
+import json
+import re
 import resource
 from pathlib import Path
 
@@ -17,8 +19,15 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.runs import files
-from pathflip_jax.runs.checkpoints import Checkpoints, checksums
+from pathflip_jax.runs import checkpoints, files
+from pathflip_jax.runs.checkpoints import (
+    Checkpoints,
+    NewerOrbaxError,
+    checksums,
+    lacking_handlers,
+    saved_steps,
+    stored_arrays,
+)
 from pathflip_jax.runs.folder import load_run, save_run
 
 # Orbax leaves coroutines and threads behind when a file cannot be read or written.
@@ -137,6 +146,14 @@ def test_best_is_one_and_never_goes_back(tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["3"]
 
 
+def test_no_option_that_orbax_calls_deprecated_is_set(tmp_path, monkeypatch):
+    given, options = [], checkpoints.ocp.CheckpointManagerOptions
+    monkeypatch.setattr(checkpoints.ocp, "CheckpointManagerOptions", lambda **o: given.append(o) or options(**o))
+    Checkpoints(tmp_path, 2, {}, keep_every=3).__exit__()
+    old = {"max_to_keep", "keep_time_interval", "keep_period", "best_fn", "should_save_fn", "save_interval_steps"}
+    assert len(given) == 2 and not any(old & each.keys() for each in given)
+
+
 def test_a_full_disk_is_told_and_leaves_the_rest_whole(tmp_path):
     save(tmp_path, steps=[1])
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -199,3 +216,66 @@ def test_wrong_runs_are_refused_with_the_reason(run, tmp_path):
     with pytest.raises(ValueError, match=r"best/0: damaged \(its params are not of this model: .*in all\)"):
         load_run(folder)
     (folder / "model.json").write_text(text)
+
+
+def of_newer_orbax(step, unreadable=True):
+    """A checkpoint as if a later Orbax had written it, in files that this one cannot read or can."""
+    about = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+    about["item_handlers"]["params"] = "orbax.checkpoint.v9.Handler"
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(about))
+    if unreadable:
+        (step / "params" / "_METADATA").unlink()
+        (step / "params" / "manifest.ocdbt").rename(step / "params" / "manifest.v9")
+
+
+def test_a_checkpoint_of_a_newer_orbax_is_no_damage_and_stays(tmp_path):
+    save(tmp_path)
+    of_newer_orbax(tmp_path / "checkpoints" / "3")
+    what = r"3: a checkpoint of a newer Orbax; orbax-checkpoint [\d.]+ has no orbax\.checkpoint\.v9\.Handler and "
+    with pytest.raises(NewerOrbaxError, match=what + r"cannot read it .*: pip install --upgrade orbax-checkpoint"):
+        restore(tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == [1, 2, 3]
+    assert not list(tmp_path.glob("damaged-*"))
+
+
+def test_a_class_that_orbax_has_moved_does_not_hinder_reading(tmp_path):
+    save(tmp_path)
+    of_newer_orbax(tmp_path / "checkpoints" / "3", unreadable=False)
+    assert restore(tmp_path) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"item_handlers": "x"}', '{"item_handlers": {"params": 3}}'])
+def test_what_a_damaged_checkpoint_says_of_its_writer_is_not_believed(tmp_path, content):
+    save(tmp_path)
+    of_newer_orbax(tmp_path / "checkpoints" / "3")
+    (tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text(content)
+    assert restore(tmp_path) == 2
+
+
+def test_only_classes_of_orbax_are_looked_for(tmp_path, monkeypatch):
+    """A file that names a module does not get it imported."""
+    (tmp_path / "told.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {"item_handlers": {"params": "told.Handler", "about": "orbax.checkpoint.args.JsonSave"}}
+    (tmp_path / "_CHECKPOINT_METADATA").write_text(json.dumps(content))
+    assert lacking_handlers(tmp_path) == ["told.Handler"]
+
+
+def test_stored_arrays_are_those_that_were_saved(tmp_path):
+    save(tmp_path, best=[3])
+    params, opt_state = state(3)
+    expected = {"params": params, "opt_state": opt_state}
+    jax.tree.map(np.testing.assert_array_equal, stored_arrays(tmp_path / "checkpoints" / "3"), expected)
+    jax.tree.map(np.testing.assert_array_equal, stored_arrays(tmp_path / "best" / "3"), {"params": params})
+
+
+def test_one_file_imports_orbax():
+    """Else another interface of Orbax would be another change of many files."""
+    root = Path(__file__).parents[2]
+    found = [
+        path.relative_to(root).as_posix()
+        for folder in ("pathflip_jax", "data_prep", "benchmarks", "tests", "configs")
+        for path in (root / folder).rglob("*.py")
+        if re.search(r"^\s*(import|from) orbax\b", path.read_text(), re.MULTILINE)
+    ]
+    assert found == ["pathflip_jax/runs/checkpoints.py"]

@@ -23,6 +23,7 @@ from pathflip_jax.monitoring import goodput
 from pathflip_jax.monitoring.metrics import MetricsWriter, read_metrics
 from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.runs import lock as run_lock
+from pathflip_jax.runs.checkpoints import stored_arrays
 from pathflip_jax.runs.folder import load_run
 from pathflip_jax.training import alignment as alignment_stage
 from pathflip_jax.training import loop, settings
@@ -64,17 +65,8 @@ def straight(options, tmp_path_factory):
 
 def arrays(workdir, step):
     """Every number of a checkpoint as bytes."""
-    import orbax.checkpoint as ocp
-
-    folder, found = workdir / "checkpoints" / str(step), {}
-    for item in ("params", "opt_state"):
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            shapes = reader.handler.metadata(folder / item)
-            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for n, x in shapes.items()}
-            restored = reader.restore(folder / item, args=ocp.args.StandardRestore(abstract))
-        found |= {f"{item}/{name}": np.asarray(x).tobytes() for name, x in restored.items()}
-    return found
+    stored = stored_arrays(workdir / "checkpoints" / str(step))
+    return {f"{item}/{name}": np.asarray(x).tobytes() for item, tree in stored.items() for name, x in tree.items()}
 
 
 def metrics(workdir):
