@@ -43,17 +43,14 @@ def make_state(family: str, small: bool) -> tuple[dict, object]:
     """Parameters and optimizer state of a family at base size: random, so that no compression makes them small."""
     shapes = abstract_params(FAMILIES[family](**SMALL if small else {}))
     opt_shapes = jax.eval_shape(make_optimizer(OptimConfig(), optax.constant_schedule(1e-4)).init, shapes)
-    leaves, tree = jax.tree.flatten((shapes, opt_shapes))
+    rng = np.random.default_rng(0)
 
-    def one(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return (
-            jax.random.normal(key, leaf.shape, leaf.dtype)
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else jnp.ones(leaf.shape, leaf.dtype)
-        )
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+        return jnp.ones(leaf.shape, leaf.dtype)  # counts of steps
 
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return tree.unflatten([one(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.map(one, (shapes, opt_shapes))
 
 
 def size_of(state: object) -> int:

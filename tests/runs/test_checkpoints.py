@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -236,6 +237,28 @@ def test_a_checkpoint_of_a_newer_orbax_is_no_damage_and_stays(tmp_path):
         restore(tmp_path)
     assert saved_steps(tmp_path / "checkpoints") == [1, 2, 3]
     assert not list(tmp_path.glob("damaged-*"))
+
+
+def test_a_run_of_a_newer_orbax_is_not_called_damaged(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    of_newer_orbax(folder / "best" / "0")
+    with pytest.raises(NewerOrbaxError, match="best/0: a checkpoint of a newer Orbax; .*pip install --upgrade"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "message"),
+    [
+        ([("cut short", False), ("a newer Orbax", True)], NewerOrbaxError, r"a newer Orbax \(process 1\)"),
+        ([("", False), ("cut short", False)], checkpoints._Damaged, r"cut short \(process 1\)"),
+    ],
+)
+def test_what_one_process_is_too_old_for_is_damaged_for_none(tmp_path, monkeypatch, told, error, message):
+    save(tmp_path, steps=[1])
+    monkeypatch.setattr(checkpoints.distributed, "gather", lambda mine: told)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(error, match=message):
+        checkpoints.restore_arrays(tmp_path / "checkpoints" / "1", {"params": wanted()[0]})
 
 
 def test_a_class_that_orbax_has_moved_does_not_hinder_reading(tmp_path):
