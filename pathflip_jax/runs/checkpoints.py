@@ -228,6 +228,7 @@ def restore_arrays(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
 
 def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
     """Every array of one checkpoint by item ("params", "opt_state") and name, on one device, as read: unchecked."""
+    folder = run_folder(folder)
     one, found = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
     for item in ("params", "opt_state"):
         if (folder / item).is_dir():  # the best has no optimizer state
@@ -268,7 +269,7 @@ def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
             raise NewerOrbaxError(
                 f"{folder}: a checkpoint of a newer Orbax; orbax-checkpoint "
                 f"{importlib.metadata.version('orbax-checkpoint')} has no {', '.join(lacking)} and cannot read it "
-                f"({said}): pip install --upgrade orbax-checkpoint, and run the same command again"
+                f"({said}): pip install -U orbax-checkpoint, and run the same command again"
             ) from error
         raise
 

@@ -233,7 +233,7 @@ def test_a_checkpoint_of_a_newer_orbax_is_no_damage_and_stays(tmp_path):
     save(tmp_path)
     of_newer_orbax(tmp_path / "checkpoints" / "3")
     what = r"3: a checkpoint of a newer Orbax; orbax-checkpoint [\d.]+ has no orbax\.checkpoint\.v9\.Handler and "
-    with pytest.raises(NewerOrbaxError, match=what + r"cannot read it .*: pip install --upgrade orbax-checkpoint"):
+    with pytest.raises(NewerOrbaxError, match=what + r"cannot read it .*: pip install -U orbax-checkpoint"):
         restore(tmp_path)
     assert saved_steps(tmp_path / "checkpoints") == [1, 2, 3]
     assert not list(tmp_path.glob("damaged-*"))
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_a_newer_orbax_is_no_damage_and_stays(tmp_path):
 def test_a_run_of_a_newer_orbax_is_not_called_damaged(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     of_newer_orbax(folder / "best" / "0")
-    with pytest.raises(NewerOrbaxError, match="best/0: a checkpoint of a newer Orbax; .*pip install --upgrade"):
+    with pytest.raises(NewerOrbaxError, match="best/0: a checkpoint of a newer Orbax; .*pip install -U"):
         load_run(folder)
 
 
