@@ -255,7 +255,7 @@ def test_a_run_of_a_newer_orbax_is_not_called_damaged(run, tmp_path):
 )
 def test_what_one_process_is_too_old_for_is_damaged_for_none(tmp_path, monkeypatch, told, error, message):
     save(tmp_path, steps=[1])
-    monkeypatch.setattr(checkpoints.distributed, "gather", lambda mine: told)
+    monkeypatch.setattr(checkpoints.distributed, "gather", lambda mine: json.loads(json.dumps(told)))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(error, match=message):
         checkpoints.restore_arrays(tmp_path / "checkpoints" / "1", {"params": wanted()[0]})
