@@ -85,8 +85,13 @@ def read_texts(path: str | Path) -> list[SlideText]:
 
 
 def write_texts(path: str | Path, texts: Iterable[SlideText]) -> None:
-    """Write texts as the canonical JSON Lines; the file appears whole or not at all."""
-    path = Path(path)
+    """Write texts as the canonical JSON Lines; the file appears whole or not at all.
+
+    Raises ValueError for a slide or case whose name is read as missing, such as "NA".
+    """
+    path, texts = Path(path), list(texts)
+    if lost := [name for text in texts for name in (*text.slide_ids, text.case_id) if name and is_missing(name)]:
+        raise ValueError(f"{path}: a slide or case called {lost[0]!r} would be read as none; give it another name")
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "w", encoding="utf-8") as stream:
         for text in texts:

@@ -186,7 +186,7 @@ def test_files_that_are_no_tables(table, tmp_path):
         read_texts(tmp_path / "absent.csv")
 
 
-ids = st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True)
+ids = st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True).filter(lambda name: not is_missing(name))
 words = st.text(st.characters(codec="utf-8"), min_size=1).filter(
     lambda text: any(c.isalnum() for c in text) and not is_missing(text)
 )
@@ -196,9 +196,7 @@ words = st.text(st.characters(codec="utf-8"), min_size=1).filter(
     st.lists(
         st.builds(
             SlideText,
-            st.lists(st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True), min_size=1, max_size=3, unique=True).map(
-                tuple
-            ),
+            st.lists(ids, min_size=1, max_size=3, unique=True).map(tuple),
             st.just("P") | st.just(""),
             words.map(str.strip).filter(bool),
             st.none() | st.lists(words.map(str.strip).filter(bool), min_size=1, max_size=3).map(tuple),
@@ -213,6 +211,13 @@ def test_what_is_written_is_read(tmp_path_factory, texts):
     write_texts(path, texts)
     assert read_texts(path) == texts
     assert [name.name for name in path.parent.iterdir()] == ["texts.jsonl"]
+
+
+@pytest.mark.parametrize("text", [SlideText(("S1", "NA"), "", "Tumor."), SlideText(("S1",), "n/a", "Tumor.")])
+def test_a_name_that_is_read_as_missing_is_not_written(tmp_path, text):
+    with pytest.raises(ValueError, match="texts.jsonl: a slide or case called .* would be read as none"):
+        write_texts(tmp_path / "texts.jsonl", [text])
+    assert not any(tmp_path.iterdir())
 
 
 def test_questions_of_a_benchmark_table(table):
