@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 TEXTS = [
@@ -177,9 +177,11 @@ def test_folders_that_hold_no_tokenizer(tmp_path, vocabulary):
         TextTokenizer(tmp_path / "e")
 
 
-texts_of_ids = st.lists(
-    st.integers(1, 12).flatmap(lambda n: st.lists(st.integers(1, 999), min_size=n, max_size=n)), max_size=20
-)
+def test_a_learnt_vocabulary_is_read_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    train_wordpiece(TEXTS[:3] * 2, tmp_path, 150)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).vocab_size == TextTokenizer(tmp_path).vocab_size - 1
+    assert_ids_of_transformers(tmp_path, TEXTS, 64)
 
 
 def test_no_logging_for_texts_that_fit(tmp_path, vocabulary, caplog):

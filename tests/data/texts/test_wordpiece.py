@@ -1,38 +1,10 @@
-"""Vocabularies learnt from texts, and transformers reading them."""
-
-from pathlib import Path
+"""Vocabularies learnt from texts."""
 
 import numpy as np
 import pytest
 
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
-
-TEXTS = [
-    "The tumor is 1.8 cm. It is pT2b; H&E.",
-    "Émile's naïve Größe µm - İstanbul ΑΣ 染色",
-    "a\u0301 b \u200b zero \x00 nul \t tab\u00a0nbsp",
-    "[SEP] x [UNK] [MASK]",
-    "x" * 150,
-    "",
-]
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    """A small cased and accented vocabulary, a line a token."""
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the The tumor Tumor is 1 8 . ; cm pT ##2 ##b É ##mile é e ##´ ' s H & 染 色"
-    letters = [chr(i) for i in range(97, 123)]
-    return [*dict.fromkeys([*words.split(), *letters, *(f"##{letter}" for letter in letters)])]
-
-
-def assert_ids_of_transformers(folder: Path, texts, max_length=384):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.BertTokenizer.from_pretrained(folder)
-    ours = TextTokenizer(folder).encode(texts, max_length)
-    for text, ids in zip(texts, ours, strict=True):
-        assert ids.dtype == np.int32
-        assert ids.tolist() == theirs(text, truncation=True, max_length=max_length)["input_ids"], text
 
 
 def test_a_vocabulary_learnt_from_texts(tmp_path):
@@ -63,10 +35,3 @@ def test_the_pairs_that_occur_most_are_merged_first(tmp_path):
     train_wordpiece(["the tumor of the gland", "tumors of glands, 1.8 cm"], tmp_path, 60)
     learnt = [token for token in (tmp_path / "vocab.txt").read_text().split()[5:] if len(token.lstrip("#")) > 1]
     assert " ".join(learnt) == "##an ##and ##he ##land ##mo ##mor ##umor gland of the tumor"
-
-
-def test_a_learnt_vocabulary_is_read_by_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    train_wordpiece(TEXTS[:3] * 2, tmp_path, 150)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).vocab_size == TextTokenizer(tmp_path).vocab_size - 1
-    assert_ids_of_transformers(tmp_path, TEXTS, 64)
