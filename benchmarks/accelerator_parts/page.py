@@ -10,9 +10,8 @@ import jinja2
 from matplotlib.figure import Figure
 
 from accelerator_parts import CURE, FAULT
+from pathflip_jax.evaluate.figures import BASE, GRID, MAIN, SECOND, make_axes
 
-INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
-MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"
 SHARES = ("share", "utilisation", "waiting")  # names of columns that hold a share begin or end so
 
 
@@ -145,14 +144,7 @@ def encoding(rows: list[dict]) -> Figure:
 
 
 def _axes(width: float, height: float, columns: int):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)[0]
+    figure, panels = make_axes(width, height, columns)
     for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(MUTED)
-        panel.tick_params(colors=MUTED, labelsize=8)
-        panel.xaxis.label.set(color=INK, fontsize=9)
-        panel.yaxis.label.set(color=INK, fontsize=9)
         panel.grid(color=GRID, linewidth=0.8)
-        panel.set_axisbelow(True)
     return figure, panels

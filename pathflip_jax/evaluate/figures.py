@@ -13,7 +13,8 @@ INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"
 MAIN, SECOND, BASE = "#0b6e75", "#c2571a", "#98a2ae"
 
 
-def _axes(width: float, height: float, columns: int = 1):
+def make_axes(width: float, height: float, columns: int = 1):
+    """A figure of this many inches with a row of axes, in the colours of the project's pages."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -36,7 +37,7 @@ def confusion(labels, predictions, names: Sequence[str], title: str = "Slides by
     np.add.at(counts, (labels, predictions), 1)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = 2.0 + 0.42 * len(names)
-    figure, (axis,) = _axes(side + 0.6, side)
+    figure, (axis,) = make_axes(side + 0.6, side)
     axis.imshow(share, cmap="GnBu", vmin=0, vmax=1.15)
     for i, j in np.ndindex(counts.shape):
         if counts[i, j]:
@@ -57,7 +58,7 @@ def few_shot(block: dict, labels, beliefs: dict[tuple, np.ndarray]) -> dict[str,
 
     The confusion is that of the first seed, whichever it is.
     """
-    figure, (axis,) = _axes(5.6, 3.4)
+    figure, (axis,) = make_axes(5.6, 3.4)
     places = np.arange(len(block["shots"]))
     colours = (MAIN, SECOND, "#5b4b9a", BASE)
     for shift, (colour, (probe, by_shots)) in enumerate(zip(colours, block["probes"].items(), strict=True)):
@@ -85,7 +86,7 @@ def few_shot(block: dict, labels, beliefs: dict[tuple, np.ndarray]) -> dict[str,
 
 def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:
     """R@k over k in the whole gallery, each direction beside chance."""
-    figure, (axis,) = _axes(5.2, 3.4)
+    figure, (axis,) = make_axes(5.2, 3.4)
     largest = int(max(retrieval.gallery_sizes(r).max() for r in ranks.values()))
     ks = np.unique(np.round(np.geomspace(1, largest, 60)).astype(int))
     for (name, found), colour in zip(ranks.items(), (MAIN, SECOND), strict=False):
@@ -113,7 +114,7 @@ def concept_dots(rows: list[dict], second: str | None) -> Figure:
     """Each concept's AUC, pointing game and Dice with their intervals, beside the baselines and the compared run."""
     rows = sorted(rows, key=lambda row: np.nan_to_num(row["auc"]["value"]))
     metrics = [metric for metric in GROUNDING if metric in rows[0]]
-    figure, axes = _axes(1.6 + 2.9 * len(metrics), 1.1 + 0.34 * len(rows), len(metrics))
+    figure, axes = make_axes(1.6 + 2.9 * len(metrics), 1.1 + 0.34 * len(rows), len(metrics))
     y = np.arange(len(rows))
     others = [("chance", "|", BASE, "chance"), ("no_text", "s", "#a8871c", "attention, no text")]
     others += [("mean_colour", "D", BASE, "mean colour"), ("compared", "o", SECOND, second)]
@@ -139,7 +140,7 @@ def concept_dots(rows: list[dict], second: str | None) -> Figure:
 
 def froc_curves(maps: dict) -> Figure:
     """Sensitivity over false positives a slide, of each kind of map that there is."""
-    figure, (axis,) = _axes(5.2, 3.4)
+    figure, (axis,) = make_axes(5.2, 3.4)
     for (name, found), colour in zip(maps.items(), (MAIN, "#a8871c", BASE), strict=True):
         if found is not None:
             axis.step(*froc.curve(found.found), where="post", color=colour, linewidth=2, label=name)
@@ -165,7 +166,7 @@ def training_curves(history: list[dict]) -> Figure | None:
     groups = [(title, names) for title, names in (("Loss", losses), ("Validation", scores)) if names]
     if not groups:
         return None
-    figure, axes = _axes(4.6 * len(groups), 3.9, len(groups))
+    figure, axes = make_axes(4.6 * len(groups), 3.9, len(groups))
     palette = (MAIN, SECOND, "#5b4b9a", "#a8871c", "#3f7d3a", "#a33a5b")
     for axis, (title, names) in zip(axes, groups, strict=True):
         for name, colour in zip(names, palette, strict=False):
