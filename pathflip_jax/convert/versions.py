@@ -1,9 +1,10 @@
-"""What other versions than this one wrote: settings that theirs lacked, and settings that this one does not know.
+"""Runs of other versions: settings that theirs lacked, and settings that this one does not know.
 
-A run may outlive many versions. `BEFORE` is the one table of what was meant before a setting existed; whoever adds a
-setting adds a line. What a later version wrote, and this one cannot know the meaning of, is refused.
+A run may outlive many versions. What an earlier one meant by lacking a setting stands in `model/versions.py`; what a
+later one wrote, and this one cannot know the meaning of, is refused.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pathflip_jax.model.config import FAMILIES
 from pathflip_jax.model.versions import before
 
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
@@ -71,10 +73,7 @@ def unknown_settings(config: Mapping[str, Any], sections: Iterable[str] | None =
 @functools.cache
 def _known_settings() -> dict[str, frozenset[str] | None]:
     """The names of each section of config.json, of every kind of run; None where they are free."""
-    import dataclasses
-
-    from pathflip_jax.model.config import FAMILIES
-    from pathflip_jax.runtime import config_files
+    from pathflip_jax.runtime import config_files  # late: weights alone are converted without ml_collections
 
     names: dict[str, set[str] | None] = {section: None if of is None else set(of) for section, of in FACTS.items()}
     for key in {key for kind in config_files.KINDS for key in config_files.defaults(kind)}:

@@ -7,6 +7,7 @@ from typing import Any
 from pathflip_jax.convert.recognise import write_rows
 from pathflip_jax.convert.released import Released, load_released
 from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.runs.folder import save_run
 
 
 def convert(
@@ -21,8 +22,6 @@ def convert(
     weights: str = "",
 ) -> Released:
     """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
-    from pathflip_jax.runs.folder import save_run
-
     found = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora, weights=weights)
     save_run(out, found.model, found.settings, found.tokenizer)
     write_rows(Path(out) / "tensors.csv", found.tensors)

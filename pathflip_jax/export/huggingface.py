@@ -17,6 +17,7 @@ from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.export.pytorch import merged_state, new_folder, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.runs.folder import load_run
 
 CARD = "model_card.md"
 CODE = {"pathflip": ("torch_model", "PathFLIP"), "pathflip2": ("torch_pathflip2", "PathFLIP2")}  # file, class
@@ -58,8 +59,6 @@ def export_huggingface(
     appears whole or not at all; FileExistsError when there is one with content, ValueError when the scores are of
     another run.
     """
-    from pathflip_jax.runs.folder import load_run
-
     found = None if scores is None else read_scores(scores, run)
     with new_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)

@@ -18,6 +18,7 @@ from pathflip_jax.convert.pytorch import to_torch
 from pathflip_jax.data.storage.durable import sync
 from pathflip_jax.export.readmes import readme, readme2
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+from pathflip_jax.model.parameters import flatten
 
 
 def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
@@ -50,7 +51,7 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     Weights are model.safetensors, with `pt` (needs torch) also model.pt. The folder appears whole or not at all;
     FileExistsError when there is one with content.
     """
-    from pathflip_jax.runs.folder import load_run
+    from pathflip_jax.runs.folder import load_run  # late: weights alone are written without Orbax
 
     with new_folder(out) as part:
         write_export(part, *load_run(run, which), pt=pt)
@@ -73,8 +74,6 @@ def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = Fal
 
 def merged_state(model) -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
     """The `state_dict` of a model with the LoRA of its texts merged in, the config it then has, notes of it."""
-    from pathflip_jax.model.parameters import flatten
-
     config = model.config
     state = to_torch(flatten(model), config)
     if not isinstance(config, PathFLIP2Config) or not config.text_lora_rank:

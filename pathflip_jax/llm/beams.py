@@ -3,15 +3,14 @@
 As in transformers with early_stopping=False, whose results it gives token for token; letters as in generate.py.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.llm.sampling import Sampling
 
 NEVER = -1e9  # the score of what may not be chosen
 
@@ -52,7 +51,7 @@ def advance(
     likelihoods: Float[Array, "B K V"],
     finite: Bool[Array, "B"],
     limit: Int[Array, ""],
-    sampling: "Sampling",
+    sampling: Sampling,
 ) -> tuple[Beams, Int[Array, "B K"]]:
     """Give each text its likeliest next tokens; the beams afterwards, and which beam each goes on from."""
     B, K, V = likelihoods.shape

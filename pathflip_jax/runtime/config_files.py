@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 SUFFIX = ".py"
+KINDS = ("align_base", "pathflip2", "lm_stage1")  # of each kind of run, the bundled config that lists every setting
 
 
 def run_config_file(path: Path, argument: str) -> ConfigDict:
@@ -65,9 +66,6 @@ def _place(path: Path, error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
-
-
-KINDS = ("align_base", "pathflip2", "lm_stage1")  # of each kind of run, the bundled config that lists every setting
 
 
 def bundled_configs() -> dict[str, Path]:
