@@ -1,4 +1,4 @@
-"""Whether the patches of a slide lie on it: coordinates of another level or slide are found out before drawing."""
+"""Checks that the patches of a slide lie on it: coordinates of another level or slide are found out before drawing."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the rules that place parameters, and the batch over all devices.
+"""Sharding of arrays: the mesh, the rules that place parameters, and the batch over all devices.
 
 Rules are data: a regular expression over parameter names (`flatten` in `model/pathflip.py`) and a
 PartitionSpec, the first match wins. A larger model or another mesh changes the table, not the code. Optimizer

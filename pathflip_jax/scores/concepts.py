@@ -1,4 +1,4 @@
-"""Which findings a caption asserts, and how often it is right: what n-gram scores cannot tell.
+"""Findings that a caption asserts, and how often it is right: n-gram scores cannot tell.
 
 A concept is given by its phrasings, {concept: [phrasings]} in JSON (the embedded cohort writes concepts.json). A phrase
 is found word by word, whatever its number ("glands" is "gland", "papillae" is "papilla") and its article; where

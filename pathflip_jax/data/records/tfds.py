@@ -1,4 +1,4 @@
-"""What makes a folder of records a TFDS data set: `tfds.builder_from_directory(folder)` loads it with TensorFlow.
+"""TFDS metadata of a folder of records: `tfds.builder_from_directory(folder)` loads it with TensorFlow.
 
 Written here, not by TFDS: its TFRecord writer needs TensorFlow.
 """

@@ -1,4 +1,4 @@
-"""What stands around a record of a TFRecord file: its length and masked CRC32Cs."""
+"""Framing of TFRecord files: the length of a record and the masked CRC32Cs around it."""
 
 import struct
 from collections.abc import Iterator
