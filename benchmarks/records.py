@@ -1,23 +1,27 @@
 """Records beside h5py and .pt: writing, whole slides and random regions, cold, the same features in one run.
 
-The records are one shard, as `prepare` writes them; the others have a file per slide. Two HDF5 files: `h5py` is as
+The records are one shard, as `prepare` writes them; the others have a file per slide. Three HDF5 files: `h5py` is as
 fast as it gets (contiguous, patches stored region by region as in our records, so that a region is one slice); `h5py,
-tool order` has the patches row by row over the slide as tools write them, so that regions are gathered from the whole
-array. Our reads check every region's CRC32C, theirs check nothing. "Cold" means fsync, then dropped from the page
-cache; a virtual disk's host may still hold the pages, so ratios within a run say more than MB/s. Ratios are of the
-same slide and repeat, in an order drawn anew each time; their median and quartiles are printed.
+tool order` has the patches row by row over the slide as tools find them, contiguous, so that regions are gathered from
+the whole array; `h5py, CLAM` has them in that order as CLAM writes them: an array that grows by a batch, a chunk a row,
+of which a region is read by runs of neighbours. Our reads check every region's CRC32C and that every feature is finite,
+theirs check nothing. "Cold" means fsync, then dropped from the page cache until no page is left there; a virtual disk's
+host may still hold the pages, so ratios within a run say more than MB/s. Ratios are of the same slide and repeat, in an
+order drawn anew each time; their median and quartiles are printed.
 
     python benchmarks/records.py --slides 6 --repeats 5 --json benchmarks/results/records.json
 """
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import h5py
@@ -30,7 +34,9 @@ from pathflip_jax.data.records.regions import cut_regions
 
 PATCH = 256
 REFERENCE = "records"
+CONTIGUOUS, TOOL_ORDER, CLAM, PT = "h5py", "h5py, tool order", "h5py, CLAM", ".pt"
 SLIDES_PER_SHARD = 32
+CLAM_BATCH = 256  # patches that CLAM appends at a time
 
 
 def place_slide(number: int, features: np.ndarray) -> SlideFeatures:
@@ -65,13 +71,35 @@ def sync(path: Path) -> None:
 
 
 def drop(path: Path) -> None:
-    """Drop a file from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
+    """Drop a file from the page cache, what is still being read ahead of it too. Raises RuntimeError where it stays."""
+    fd = os.open(path, os.O_RDWR)
     try:
         os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for _ in range(1000):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not resident(fd):
+                return
+            time.sleep(0.001)
     finally:
         os.close(fd)
+    raise RuntimeError(f"{path}: stays in the page cache; put --folder on a local disk")
+
+
+def resident(fd: int) -> int:
+    """How many pages of a file the page cache holds."""
+    size = os.fstat(fd).st_size
+    if not size:
+        return 0
+    pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(fd, size) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        addresses = (ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
+        failed = libc.mincore(*addresses)
+        del view
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore failed")
+    return int((pages & 1).sum())
 
 
 def write_h5(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
@@ -79,6 +107,25 @@ def write_h5(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
     with h5py.File(path, "w") as file:
         file["features"], file["coords"] = features, coords
     sync(path)
+
+
+def write_clam(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
+    """An HDF5 file as CLAM writes it: arrays that grow by a batch, in chunks of a row."""
+    with h5py.File(path, "w") as file:
+        for name, array in (("features", features), ("coords", coords)):
+            width = array.shape[1:]
+            stored = file.create_dataset(name, (0, *width), array.dtype, maxshape=(None, *width), chunks=(1, *width))
+            for start in range(0, len(array), CLAM_BATCH):
+                batch = array[start : start + CLAM_BATCH]
+                stored.resize(start + len(batch), axis=0)
+                stored[start:] = batch
+    sync(path)
+
+
+def runs_of(order: np.ndarray) -> list[tuple[int, int]]:
+    """Rows as runs of neighbours, each its first row and the one behind its last."""
+    cuts = [0, *(np.flatnonzero(np.diff(order) != 1) + 1).tolist(), len(order)]
+    return [(int(order[a]), int(order[b - 1]) + 1) for a, b in pairwise(cuts)]
 
 
 class Formats:
@@ -89,13 +136,15 @@ class Formats:
         self.cuts = [cut_regions(slide) for slide in slides]
         # As stored region by region, made here: no format's writer is timed with the sorting of another.
         self.sorted = [slide.features[cut.order] for slide, cut in zip(slides, self.cuts, strict=True)]
-        self.names = [REFERENCE, "h5py", "h5py, tool order"] + ([".pt"] if torch else [])
+        # Where each region's rows lie in a file of a tool, as runs; neither is its index timed.
+        self.runs = [[runs_of(cut.order[a:b]) for a, b in pairwise(cut.rows)] for cut in self.cuts]
+        self.names = [REFERENCE, CONTIGUOUS, TOOL_ORDER, CLAM] + ([PT] if torch else [])
         self.records: Records | None = None
 
     def path(self, name: str, i: int) -> Path:
         """Where slide i lies in a format."""
-        files = {REFERENCE: shard_name(0), "h5py": f"{i}_sorted.h5", "h5py, tool order": f"{i}.h5", ".pt": f"{i}.pt"}
-        return self.folder / files[name]
+        files = {CONTIGUOUS: f"{i}_sorted.h5", TOOL_ORDER: f"{i}.h5", CLAM: f"{i}_clam.h5", PT: f"{i}.pt"}
+        return self.folder / files.get(name, shard_name(0))
 
     def write(self, name: str) -> None:
         """Write every slide and sync it."""
@@ -104,11 +153,13 @@ class Formats:
             return
         for i, slide in enumerate(self.slides):
             path = self.path(name, i)
-            if name == ".pt":
+            if name == PT:
                 self.torch.save(self.torch.from_numpy(slide.features), path)
                 sync(path)
+            elif name == CLAM:
+                write_clam(path, slide.features, slide.coords)
             else:
-                write_h5(path, self.sorted[i] if name == "h5py" else slide.features, slide.coords)
+                write_h5(path, self.sorted[i] if name == CONTIGUOUS else slide.features, slide.coords)
 
     def open(self) -> None:
         """Open the records as training does: once, before the first step."""
@@ -119,7 +170,7 @@ class Formats:
         path = self.path(name, i)
         if name == REFERENCE:
             return self.records.read(i).features
-        if name == ".pt":
+        if name == PT:
             return self.torch.load(path, weights_only=True).numpy()
         with h5py.File(path, "r") as file:
             return file["features"][()]
@@ -129,10 +180,14 @@ class Formats:
         if name == REFERENCE:
             return self.records.read_regions(i, regions)
         rows, order = self.cuts[i].rows, self.cuts[i].order
-        if name == "h5py":
+        if name == CONTIGUOUS:
             with h5py.File(self.path(name, i), "r") as file:
                 features = file["features"]
                 return [features[rows[r] : rows[r + 1]] for r in regions]
+        if name == CLAM:  # twice as fast as all of its chunks
+            with h5py.File(self.path(name, i), "r") as file:
+                features = file["features"]
+                return [np.concatenate([features[a:b] for a, b in self.runs[i][r]]) for r in regions]
         features = self.read_slide(name, i)  # faster than h5py's selection of scattered rows
         return [features[order[rows[r] : rows[r + 1]]] for r in regions]
 
@@ -153,6 +208,7 @@ def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str
         for name in rng.permutation(formats.names):
             for i in range(count):
                 formats.path(name, i).unlink(missing_ok=True)
+            sync(formats.folder)  # what the deletion costs the disk is nobody's
             timed("write", name, lambda name=name: formats.write(name))
         formats.open()
         for i in range(count):
