@@ -195,7 +195,7 @@ class Formats:
 def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of every operation, format, repeat and slide, those of one slide side by side in an order drawn anew."""
     rng = np.random.default_rng(seed)
-    seconds = {task: {name: [] for name in formats.names} for task in ("write", "slide", "regions")}
+    seconds = {task: {name: [] for name in formats.names} for task in ("write", "cohort", "slide", "regions")}
 
     def timed(task: str, name: str, call: Callable) -> object:
         start = time.perf_counter()
@@ -211,6 +211,10 @@ def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str
             sync(formats.folder)  # what the deletion costs the disk is nobody's
             timed("write", name, lambda name=name: formats.write(name))
         formats.open()
+        for name in rng.permutation(formats.names):
+            for i in range(count):
+                drop(formats.path(name, i))
+            timed("cohort", name, lambda name=name: [formats.read_slide(name, i).shape for i in range(count)])
         for i in range(count):
             chosen = rng.choice(len(formats.cuts[i].grid), min(regions, len(formats.cuts[i].grid)), replace=False)
             for name in rng.permutation(formats.names):
@@ -249,9 +253,10 @@ def main() -> None:
         seconds = measure(formats, options.repeats, options.regions, options.seed)
     slide_mb = options.patches * options.width * 2 / 1e6
     patches = statistics.mean(float(np.mean(np.diff(cut.rows))) for cut in formats.cuts)
-    sizes = {"write": slide_mb * options.slides, "slide": slide_mb}
+    sizes = {"write": slide_mb * options.slides, "cohort": slide_mb * options.slides, "slide": slide_mb}
     sizes["regions"] = patches * options.regions * options.width * 2 / 1e6
     titles = {"write": f"write {options.slides} slides", "slide": "whole slide, cold"}
+    titles["cohort"] = f"{options.slides} slides in order, cold"
     titles["regions"] = f"{options.regions} random regions, cold"
     results = {}
     print(f"{options.slides} slides of {options.patches} patches x {options.width} float16, {options.repeats} repeats")

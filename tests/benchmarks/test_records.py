@@ -15,7 +15,7 @@ def test_every_format_is_written_and_read(benchmark_modules, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["records.py", *sizes, "--json", str(out)])
     bench.main()
     found = json.loads(out.read_text())["results"]
-    assert set(found) == {"write", "slide", "regions"}
+    assert set(found) == {"write", "cohort", "slide", "regions"}
     for formats in found.values():
         assert formats["records"]["ratio"] == 1.0 and len(formats) > 2
         assert all(row["ms"] > 0 for row in formats.values())

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,7 +23,6 @@ from pathflip_jax.data.records.index import (
     COORDS,
     REWRITE,
     build_index,
-    check_region,
     encode_slide,
     index_bytes,
     index_path,
@@ -41,11 +40,11 @@ from pathflip_jax.data.records.manifest import (
     shard_faults,
     sums_hash,
 )
+from pathflip_jax.data.records.reading import read_parts, read_slide
 from pathflip_jax.data.records.regions import EDGE_UM, region_edge
 from pathflip_jax.data.records.tfds import dataset_info, feature_schema
 from pathflip_jax.data.records.tfrecord import read_frames
 from pathflip_jax.data.storage.files import (
-    Extent,
     LocalFile,
     Place,
     RemoteFile,
@@ -59,7 +58,6 @@ from pathflip_jax.data.storage.files import (
 from pathflip_jax.data.storage.framing import crc32c
 from pathflip_jax.data.storage.whole_files import whole_file
 
-COORDS_AT_ONCE = 1 << 20  # bytes
 SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them
 _log = logging.getLogger(__name__)
 
@@ -212,14 +210,7 @@ class Records:
     def read(self, position: int) -> SlideFeatures:
         """A whole slide, patches in the order of their regions, every region's CRC checked."""
         info = self.slides[position]
-        features = np.empty((info.num_patches, info.feature_dim), self.dtype)
-        parts = [features[a:b] for a, b in pairwise(info.region_rows)]
-        coords = self._read(info, np.arange(info.num_regions), parts)
-        place = (info.patch_size, info.mpp, info.width, info.height)
-        try:
-            return SlideFeatures(info.slide_id, info.case_id, features, coords, *place, info.encoder)
-        except ValueError as error:
-            raise ValueError(f"{info.shard}: {error}") from None
+        return read_slide(self._file(info.shard), info, self.dtype)
 
     def read_regions(
         self, position: int, regions: Sequence[int], out: Sequence[np.ndarray | None] | None = None
@@ -237,15 +228,16 @@ class Records:
         if wanted[0] < 0 or wanted[-1] >= info.num_regions:
             found = f"regions {wanted[0]} to {wanted[-1]} were asked for, it has {info.num_regions}"
             raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
-        shapes = [(int(n), self.feature_dim) for n in np.diff(info.region_rows)[regions]]
+        width, dtype = info.feature_dim, self.dtype
+        shapes = [(n, width) for n in np.diff(info.region_rows)[regions].tolist()]
         parts = [None] * len(regions) if out is None else list(out)
         for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
             if part is None:
-                parts[i] = np.empty(shape, self.dtype)
-            elif part.shape != shape or part.dtype != self.dtype or not part.flags.c_contiguous:
-                found = f"an array {part.shape} of {part.dtype}, expected {shape} of {self.dtype}, contiguous"
+                parts[i] = np.empty(shape, dtype)
+            elif part.shape != shape or part.dtype != dtype or not part.flags.c_contiguous:
+                found = f"an array {part.shape} of {part.dtype}, expected {shape} of {dtype}, contiguous"
                 raise ValueError(f"slide {info.slide_id}, region {regions[i]}: {found}")
-        self._read(info, wanted, [parts[i] for i in first])
+        read_parts(self._file(info.shard), info, wanted, [parts[i] for i in first])
         for i, source in enumerate(first[which]):
             if i != source:  # asked for twice
                 parts[i][...] = parts[source]
@@ -268,44 +260,6 @@ class Records:
             if len(self._open) > self._open_files:
                 self._open.popitem(last=False)
             return file
-
-    def _read(self, info: SlideInfo, wanted: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Read the features of regions into `parts`; returns the coordinates of all patches that they span.
-
-        `wanted` is sorted and names each region once.
-        """
-        rows, width = info.region_rows, info.row_bytes
-        runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours
-        starts = [info.features_offset + int(rows[wanted[run[0]]]) * width for run in runs]
-        extents = [(start, [parts[i] for i in run]) for start, run in zip(starts, runs, strict=True)]
-        coords, at, places = self._coords_of(info, wanted, runs)
-        read = self._file(info.shard).read([*places, *extents])
-        for _ in places:
-            next(read)  # every region's CRC needs them
-        for run, _ in zip(runs, read, strict=True):  # a region is summed up while the next ones are on their way
-            for i in run:
-                own = coords[8 * at[i] : 8 * (at[i] + rows[wanted[i] + 1] - rows[wanted[i]])]
-                check_region(info, wanted[i], crc32c(parts[i].view(np.uint8), own))
-        return coords.view(COORDS).reshape(-1, 2) if info.coords_bytes else None
-
-    def _coords_of(
-        self, info: SlideInfo, wanted: np.ndarray, runs: Sequence[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray, list[Extent]]:
-        """An array for the coordinates of regions, where in it those of each begin, and what to read into it.
-
-        In one go with what lies between the regions, unless that is much: of a slide of millions of patches.
-        """
-        if not info.coords_bytes:
-            return np.zeros(0, np.uint8), np.zeros(len(wanted), np.int64), []
-        starts, stops = info.region_rows[wanted], info.region_rows[wanted + 1]
-        if 8 * (stops[-1] - starts[0]) <= COORDS_AT_ONCE:
-            at, spans = starts - starts[0], [(starts[0], stops[-1])]
-        else:
-            at, spans = np.cumsum(stops - starts) - (stops - starts), [(starts[run[0]], stops[run[-1]]) for run in runs]
-        coords = np.zeros(8 * (at[-1] + stops[-1] - starts[-1]), np.uint8)
-        ends = np.cumsum([0, *(8 * (stop - start) for start, stop in spans)])
-        pieces = zip(spans, ends, ends[1:], strict=False)
-        return coords, at, [(info.coords_offset + 8 * int(start), [coords[a:b]]) for (start, _), a, b in pieces]
 
 
 def iter_examples(shard: Place | str) -> Iterator:

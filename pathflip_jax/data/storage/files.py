@@ -5,11 +5,13 @@ all ranges of a read go out together, near ones as one, and what fails in passin
 """
 
 import io
+import mmap
 import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Union
 
@@ -23,6 +25,7 @@ Extent = tuple[int, Sequence[np.ndarray]]  # where to read, and the contiguous a
 Range = tuple["UPath", int | None, int | None]  # a file, and the first byte of it and the one behind the last
 Answer = TypeVar("Answer")
 
+STREAM = 4 << 20  # bytes: runs of neighbours from this length on are left to the system's own read-ahead
 MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
 GAP = 1 << 16  # bytes: ranges this near are fetched as one, which costs less than another request
 PIECE = 8 << 20  # bytes: longer ranges are fetched in pieces at a time, as one stream is slower than the network
@@ -122,19 +125,52 @@ class LocalFile:
             close(self.fd)
 
     def read(self, extents: Sequence[Extent]) -> Iterator[None]:
-        """Fill the arrays of extents, none of them empty, yielding after each. Raises OSError where the file ends."""
+        """Fill the arrays of extents, none of them empty, yielding after each. Raises OSError where the file ends.
+
+        Scattered extents are asked for at once. Of long runs the system reads ahead while the caller is at work on the
+        last extent: in large pages, where asking for all of it in advance makes the cache of single ones.
+        """
+        for streamed, run in groupby(_neighbours(extents), lambda run: sum(_size(a) for _, a in run) >= STREAM):
+            own = [extent for extents in run for extent in extents]
+            yield from self._stream(own) if streamed else self._scattered(own)
+
+    def _scattered(self, extents: Sequence[Extent]) -> Iterator[None]:
         if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
             for offset, arrays in extents:
                 os.posix_fadvise(self.fd, offset, _size(arrays), os.POSIX_FADV_WILLNEED)
         for offset, arrays in extents:
-            self._fill(arrays, offset)
+            self._fill(self.fd, arrays, offset)
             yield
 
-    def _fill(self, arrays: Sequence[np.ndarray], offset: int) -> None:
+    def _stream(self, extents: Sequence[Extent]) -> Iterator[None]:
+        fd = self._reopened()
+        try:
+            # A byte of each of two pages: from there on Linux goes ahead in ever larger ones.
+            for page in (0, mmap.PAGESIZE):
+                os.pread(fd, 1, extents[0][0] + page)
+            for offset, arrays in extents:
+                self._fill(fd, arrays, offset)
+                yield
+        finally:
+            if fd != self.fd:
+                os.close(fd)
+
+    def _reopened(self) -> int:
+        """The file opened anew, as reading ahead is a matter of the descriptor; not what else has its name by now."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return self.fd
+        if os.path.samestat(os.fstat(fd), os.fstat(self.fd)):
+            return fd
+        os.close(fd)
+        return self.fd
+
+    def _fill(self, fd: int, arrays: Sequence[np.ndarray], offset: int) -> None:
         left = [array.reshape(-1).view(np.uint8) for array in arrays if array.size]
         full = 0
         while full < len(left):
-            count = os.preadv(self.fd, left[full : full + MOST_BUFFERS], offset)
+            count = os.preadv(fd, left[full : full + MOST_BUFFERS], offset)
             if not count:
                 raise _too_short(self.path, offset, sum(map(len, left[full:])))
             offset += count
@@ -342,6 +378,13 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((start, stop))
     return merged
+
+
+def _neighbours(extents: Sequence[Extent]) -> Iterator[list[Extent]]:
+    """Runs of extents that follow each other in a file, but for small gaps."""
+    ends = [offset + _size(arrays) for offset, arrays in extents]
+    cuts = [i for i in range(1, len(ends)) if not ends[i - 1] <= extents[i][0] <= ends[i - 1] + GAP]
+    return (extents[a:b] for a, b in pairwise([0, *cuts, len(ends)]))
 
 
 def _size(arrays: Sequence[np.ndarray]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.data.readers.features import SlideFeatures, all_finite, read_features
-from pathflip_jax.data.records import records
+from pathflip_jax.data.records import reading
 from pathflip_jax.data.records.large import StoredFeatures, open_slide
 from pathflip_jax.data.records.records import Records, write_shard
 from pathflip_jax.data.storage import blocks
@@ -131,7 +131,7 @@ def test_of_regions_far_apart_no_coordinates_between_are_read(tmp_path, monkeypa
     near = record.read_regions(0, wanted)
     places = [extent for extent in asked if 0 <= extent[0] < info.coords_bytes]
     assert len(places) == 1
-    monkeypatch.setattr(records, "COORDS_AT_ONCE", 0)
+    monkeypatch.setattr(reading, "COORDS_AT_ONCE", 0)
     asked.clear()
     far, rows = record.read_regions(0, wanted), info.region_rows
     assert all(np.array_equal(a, b) for a, b in zip(near, far, strict=True))
