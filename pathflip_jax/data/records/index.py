@@ -6,6 +6,7 @@ shard of any writer can be indexed.
 
 import errno
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.data.records.tfrecord import bytes_offsets, example_parts, read_frames
 from pathflip_jax.data.storage import blocks
 from pathflip_jax.data.storage.files import Place, as_path, file_sizes, read_in_turn
-from pathflip_jax.data.storage.framing import crc32c, frame
+from pathflip_jax.data.storage.framing import Data, Summed, crc32c, extended, frame, nbytes
 from pathflip_jax.data.storage.whole_files import whole_file
 
 COORDS = np.dtype("<i4")
@@ -38,7 +39,7 @@ def index_path(shard: Place | str) -> Place:
 
 def encode_slide(
     slide: SlideFeatures, *, cut: str, edge_um: float, edge_px: int | None, dtype: str
-) -> tuple[list[bytes | np.ndarray], SlideInfo]:
+) -> tuple[list[Data], SlideInfo]:
     """One slide as a serialized tf.train.Example in parts, patches in the order of their regions, and its index entry.
 
     The entry's offsets count from the start of the record. Raises ValueError for features that the dtype cannot hold,
@@ -60,9 +61,11 @@ def encode_slide(
     if slide.coords is not None:
         coords = slide.coords[regions.order].astype(COORDS, copy=False)
     payload, rows = features.view(np.uint8), regions.rows
-    crcs = []
-    for a, b in zip(rows[:-1], rows[1:], strict=True):
-        crcs.append(crc32c(payload[a:b], coords[a:b]))
+    crcs, crc = [], 0
+    for a, b in pairwise(rows.tolist()):
+        own = crc32c(payload[a:b])
+        crcs.append(crc32c(coords[a:b], start=own))
+        crc = extended(crc, Summed(payload[a:b], own))
         blocks.release(features)
     texts = {"slide_id": slide.slide_id, "case_id": slide.case_id, "encoder": slide.encoder, "feature_dtype": dtype}
     numbers = {
@@ -78,9 +81,9 @@ def encode_slide(
     for key, array in arrays.items():
         message.feature[key].int64_list.value.extend(array.ravel().tolist())
     message.feature["mpp"].float_list.value.append(slide.mpp)
-    payloads = {"coords": coords.reshape(-1), "features": payload.reshape(-1)}
+    payloads = {"coords": coords.reshape(-1), "features": Summed(payload.reshape(-1), crc)}
     parts = example_parts(message.SerializeToString(deterministic=True), payloads)
-    starts = np.cumsum([0] + [memoryview(part).nbytes for part in parts]).tolist()
+    starts = np.cumsum([0, *map(nbytes, parts)]).tolist()
     info = SlideInfo(
         **texts,
         **numbers,
@@ -102,7 +105,7 @@ def stored_rows(
     Raises as `narrowed`, and OSError where the folder for temporary files (TMPDIR) has no room.
     """
     if features.nbytes <= blocks.LARGE:
-        return narrowed(np.ascontiguousarray(features[order]), dtype, where)
+        return narrowed(np.take(features, order, axis=0), dtype, where)
     place, found = np.empty(len(order), np.int64), blocks.scratch(features.shape, DTYPES[dtype])
     place[order] = np.arange(len(order))
     for rows, block in blocks.row_blocks(features):  # as the file has them: it may hold them compressed

@@ -84,7 +84,7 @@ def write_shard(
     """
     path = as_path(path)
     infos: dict[str, SlideInfo] = {}
-    with whole_file(path) as out:
+    with whole_file(path, sync_folder=False) as out:  # the index does, behind it
         for slide in slides:
             parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
             info = replace(info, shard=path)

@@ -6,10 +6,8 @@ A record is a little-endian uint64 length, its masked CRC32C, the data, and the 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from pathflip_jax.data.storage.files import Place, file_sizes, open_stream
-from pathflip_jax.data.storage.framing import CRC_CODE, LENGTH_CODE, crc32c, mask
+from pathflip_jax.data.storage.framing import CRC_CODE, LENGTH_CODE, Data, crc32c, mask, nbytes
 
 
 class Frame(NamedTuple):
@@ -48,20 +46,20 @@ def read_frames(path: Place) -> Iterator[Frame]:
             number += 1
 
 
-def example_parts(features: bytes, payloads: dict[str, np.ndarray]) -> list[bytes | np.ndarray]:
+def example_parts(features: bytes, payloads: dict[str, Data]) -> list[Data]:
     """A serialized tf.train.Example, in parts: a serialized Features message with bytes values put behind it.
 
     What protobuf would make, but the payloads, nearly all of it, are not copied three times on the way.
     """
-    parts: list[bytes | np.ndarray] = [features]
+    parts: list[Data] = [features]
     for key, payload in payloads.items():
         head, name = b"", key.encode()
         for field in (1, 1, 2):  # BytesList.value, Feature.bytes_list, the value of the map entry
-            head = bytes([field << 3 | 2]) + _encode_varint(payload.nbytes + len(head)) + head
+            head = bytes([field << 3 | 2]) + _encode_varint(nbytes(payload) + len(head)) + head
         entry = bytes([10]) + _encode_varint(len(name)) + name + head
-        parts += [bytes([10]) + _encode_varint(len(entry) + payload.nbytes) + entry]
-        parts.append(payload if payload.size else b"")
-    return [bytes([10]) + _encode_varint(sum(memoryview(part).nbytes for part in parts)), *parts]
+        parts += [bytes([10]) + _encode_varint(len(entry) + nbytes(payload)) + entry]
+        parts.append(payload if nbytes(payload) else b"")
+    return [bytes([10]) + _encode_varint(sum(map(nbytes, parts))), *parts]
 
 
 def _encode_varint(value: int) -> bytes:

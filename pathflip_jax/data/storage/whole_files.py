@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, on disks and behind URLs."""
+"""Files that appear whole or not at all, on disks and behind URLs, and folders that do, on disks."""
 
 import errno
 import glob
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from typing import BinaryIO
 import numpy as np
 
 from pathflip_jax.data.storage.durable import sync
-from pathflip_jax.data.storage.files import Place, upload
-from pathflip_jax.data.storage.framing import crc32c, frame, in_pieces
+from pathflip_jax.data.storage.files import Place, is_url, upload
+from pathflip_jax.data.storage.framing import Data, Summed, extended, frame, in_pieces
 
+BEHIND = 8 << 20  # bytes that are written before the disk is told to begin with them
 ABANDONED_AFTER = 3600.0  # seconds; a living writer touches its file all the time
 
 
@@ -26,26 +28,39 @@ class WholeFile:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self.path = path
-        self.bytes = 0
+        self.bytes = self._advised = 0
         self.crc32c = 0
 
-    def write(self, data: bytes | np.ndarray) -> None:
+    def write(self, data: Data) -> None:
         """Write all of `data`. Raises OSError naming the file and the cure, such as on a full disk."""
-        for piece in in_pieces(data):
+        for piece in in_pieces(data.data if isinstance(data, Summed) else data):
             self._write(piece)
+        self.crc32c = extended(self.crc32c, data)
 
     def _write(self, data: bytes | np.ndarray) -> None:
         left = memoryview(data).cast("B")
-        size = len(left)
         try:
             while left:
-                left = left[self._file.write(left) :]
+                count = self._file.write(left[: self._advised + BEHIND - self.bytes])
+                left = left[count:]
+                self.bytes += count
+                if self.bytes >= self._advised + BEHIND:
+                    self._begin_writing_back()
         except OSError as error:
             raise self.failure(error) from None
-        self.bytes += size
-        self.crc32c = crc32c(data, start=self.crc32c)
 
-    def write_record(self, *parts: bytes | np.ndarray) -> int:
+    def _begin_writing_back(self) -> None:
+        """Have the disk begin with what was written since the last time, so that less is left to wait for at the end.
+
+        Linux does so for pages that it is told are not needed soon; dirty ones stay in the cache.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice; what fails at the disk is said by fsync
+                size = self.bytes - self._advised
+                os.posix_fadvise(self._file.fileno(), self._advised, size, os.POSIX_FADV_DONTNEED)
+        self._advised = self.bytes
+
+    def write_record(self, *parts: Data) -> int:
         """Write one TFRecord of parts that stay uncopied; returns where its data starts."""
         head, tail = frame(*parts)
         self.write(head)
@@ -66,12 +81,13 @@ class WholeFile:
 
 
 @contextmanager
-def whole_file(path: Place) -> Iterator[WholeFile]:
+def whole_file(path: Place, *, sync_folder: bool = True) -> Iterator[WholeFile]:
     """Write a file that appears whole or not at all: a temporary beside it, fsync, rename.
 
     The temporary's name is unique, so two writers of one file never mix; what killed writers of it left more than an
     hour ago is removed once the file stands. What goes to a URL is made in the system's temporary folder and
-    uploaded in one: buckets show an object once it is whole. Raises OSError when the disk is full or the folder cannot
+    uploaded in one: buckets show an object once it is whole. Without `sync_folder` a loss of power may take the file's
+    name back until the next whole file of its folder stands. Raises OSError when the disk is full or the folder cannot
     be written.
     """
     if not isinstance(path, Path):
@@ -101,4 +117,26 @@ def whole_file(path: Place) -> Iterator[WholeFile]:
         with suppress(FileNotFoundError):
             if left.stat().st_mtime < time.time() - ABANDONED_AFTER:
                 left.unlink()
-    sync(path.parent)
+    if sync_folder:
+        sync(path.parent)
+
+
+@contextmanager
+def whole_folder(place: Path | str) -> Iterator[Path]:
+    """A folder to fill that appears under its name once all is written, or not at all.
+
+    Raises FileExistsError where there is one with content, ValueError for a URL.
+    """
+    if is_url(place):
+        raise ValueError(f"{place}: folders are written to local disks; write to one and copy the folder there")
+    folder = Path(place)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty; write to another folder, or remove it")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
