@@ -1,4 +1,4 @@
-"""Hugging Face folders: config, safetensors of any size, and how they appear whole or not at all.
+"""Hugging Face folders: config, and safetensors of any size.
 
 A safetensors file is a little-endian uint64 length, a JSON header of that length, and the bytes of all tensors. A large
 model is a set of files with an index that says which tensor stands in which. They are read by slices and written
@@ -6,11 +6,8 @@ tensor by tensor, so that no model need fit into host memory.
 """
 
 import json
-import os
-import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,24 +173,3 @@ def write_model(
         write_tensors(folder / file, {name: shapes[name] for name in held}, value)
         where |= dict.fromkeys(held, file)
     write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
-
-
-@contextmanager
-def whole_folder(place: str | Path) -> Iterator[Path]:
-    """A folder to write into that appears under its name once all is written, or not at all.
-
-    Raises FileExistsError when there is one with content, ValueError for a URL.
-    """
-    if is_url(place):
-        raise ValueError(f"{place}: language models are read from and written to local disks; copy the folder there")
-    folder = Path(place)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not empty; write to another folder, or remove it")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from pathflip_jax.convert.decoder import save_decoder
-from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, whole_folder, write_tensors
+from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, write_tensors
 from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
+from pathflip_jax.data.storage.whole_files import whole_folder
 from pathflip_jax.export.pytorch import write_export
 from pathflip_jax.inference.language_run import assemble, split_names
 from pathflip_jax.inference.load import load

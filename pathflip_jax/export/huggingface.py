@@ -14,7 +14,8 @@ import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.export.pytorch import merged_state, new_folder, write_checkpoint
+from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.export.pytorch import merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.runs.folder import load_run
@@ -60,7 +61,7 @@ def export_huggingface(
     another run.
     """
     found = None if scores is None else read_scores(scores, run)
-    with new_folder(out) as part:
+    with whole_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
         write_huggingface(part, model, settings, tokenizer)
         (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")

@@ -1,10 +1,9 @@
 """Runs written for PyTorch: weights, config, BERT folder, the model's own code and a README."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.pathflip2 import merge_lora
 from pathflip_jax.convert.pytorch import to_torch
 from pathflip_jax.data.storage.durable import sync
+from pathflip_jax.data.storage.whole_files import whole_folder
 from pathflip_jax.export.readmes import readme, readme2
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
@@ -53,7 +53,7 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     """
     from pathflip_jax.runs.folder import load_run  # late: weights alone are written without Orbax
 
-    with new_folder(out) as part:
+    with whole_folder(out) as part:
         write_export(part, *load_run(run, which), pt=pt)
 
 
@@ -81,25 +81,6 @@ def merged_state(model) -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
     rank, alpha = config.text_lora_rank, config.text_lora_alpha
     notes = [f"the text encoder's LoRA (rank {rank}, alpha {alpha:g}) was merged into it at export"]
     return merge_lora(state, alpha), dataclasses.replace(config, text_lora_rank=0), {"notes": notes}
-
-
-@contextlib.contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when all went well and is gone otherwise.
-
-    Raises FileExistsError where there is one of that name with content.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists and is not empty; export to another folder, or remove it")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
