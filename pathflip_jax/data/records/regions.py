@@ -93,7 +93,12 @@ def cut_regions(
     except ValueError as error:
         raise ValueError(f"slide {slide.slide_id}: {error}") from None
     cells = np.maximum(slide.coords, 0) // edge
-    order = np.lexsort((slide.coords[:, 0], slide.coords[:, 1], cells[:, 0], cells[:, 1]))
+    order = np.lexsort((_row_by_row(slide.coords), _row_by_row(cells)))
     cells = cells[order]
     starts = np.flatnonzero(np.r_[True, (cells[1:] != cells[:-1]).any(1)])
     return Regions(order, np.append(starts, len(order)), cells[starts].astype(np.int32))
+
+
+def _row_by_row(places: Int[np.ndarray, "N 2"]) -> Int[np.ndarray, "N"]:
+    """Numbers that order places by y, then x; sorting one takes half of the time of two."""
+    return (places[:, 1].astype(np.int64) << 32) + places[:, 0]

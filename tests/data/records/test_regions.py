@@ -98,3 +98,16 @@ def test_scan_takes_patches_as_they_come():
 def test_what_cannot_be_cut_says_why(changes, how, message):
     with pytest.raises(ValueError, match=message):
         cut_regions(make_slide(**changes), **how)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_patches_come_by_region_then_row_by_row(seed):
+    rng = np.random.default_rng(seed)
+    coords = np.unique(rng.integers(-100, 2**31 - 300, (60, 2), dtype=np.int64) // rng.choice([1, 10**7]), axis=0)
+    coords = rng.permutation(coords).astype(np.int32)
+    slide = make_slide(coords=coords, features=np.ones((len(coords), 2), np.float32), patch_size=256, mpp=0.0)
+    regions = cut_regions(slide, edge_px=4096)
+    cells = np.maximum(coords, 0) // 4096
+    expected = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
+    assert (regions.order == expected).all()
+    assert (np.repeat(regions.grid, np.diff(regions.rows), axis=0) == cells[expected]).all()
