@@ -38,7 +38,7 @@ from pathflip_jax.data.texts.text import read_questions, read_slide_table, read_
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
 from pathflip_jax.evaluate.colour import patch_colours
-from pathflip_jax.evaluate.zero_shot import read_prompts
+from pathflip_jax.evaluate.prompt_files import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail
 from pathflip_jax.grounding.outlines import patches_inside, read_outlines
 from pathflip_jax.inference.predictor import Predictor

@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from pathflip_jax.data.texts.conversations import ask
     from pathflip_jax.data.texts.text import Question
-    from pathflip_jax.evaluate.language import choice_shares
+    from pathflip_jax.evaluate.tasks.language import choice_shares
 
     choices = dict(options.options)
     if len(choices) < max(len(options.options), 2):

@@ -109,7 +109,7 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     tasks = {"": {}}
     if options.tasks is not None:
-        from pathflip_jax.evaluate.tasks import read_tasks
+        from pathflip_jax.evaluate.benchmark_file import read_tasks
 
         tasks = read_tasks(options.tasks)
     given = {name: value for name, value in vars(options).items() if value != options.default_of(name)}

@@ -15,8 +15,10 @@ import numpy as np
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.data.texts.tables import read_rows
-from pathflip_jax.evaluate import few_shot, grounding, report, summary
+from pathflip_jax.evaluate import report, summary
 from pathflip_jax.evaluate.published import published
+from pathflip_jax.evaluate.tasks import few_shot
+from pathflip_jax.evaluate.tasks import map_scores as grounding
 from pathflip_jax.scores import retrieval
 from pathflip_jax.scores import statistics as scores
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 
-from pathflip_jax.evaluate import froc
+from pathflip_jax.evaluate.tasks import froc
 from pathflip_jax.scores import retrieval
 
 INK, MUTED, GRID = "#1d2530", "#5b6673", "#e3e7ec"

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from pathflip_jax.evaluate import few_shot, figures, grounding, protocols, summary, tables
+from pathflip_jax.evaluate import figures, protocols, summary, tables
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
-from pathflip_jax.evaluate.truth import Outlined
+from pathflip_jax.evaluate.tasks import few_shot
+from pathflip_jax.evaluate.tasks import map_scores as grounding
+from pathflip_jax.evaluate.tasks.truth import Outlined
 from pathflip_jax.grounding import heatmap
 from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches

@@ -6,7 +6,7 @@
 
 from typing import NamedTuple
 
-from pathflip_jax.evaluate.probes import Attention
+from pathflip_jax.evaluate.tasks.probes import Attention
 
 STRICT, PAPER = "strict", "paper"
 PROTOCOLS = (STRICT, PAPER)

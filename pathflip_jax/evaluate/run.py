@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.evaluate import colour, few_shot, figures, grounding, protocols, published, report, zero_shot
+from pathflip_jax.evaluate import colour, figures, protocols, published, report
+from pathflip_jax.evaluate import prompt_files as zero_shot
 from pathflip_jax.evaluate.cohort import Cohort, label_index, name_labels, read_cohort, read_pairs
-from pathflip_jax.evaluate.language import evaluate_language
 from pathflip_jax.evaluate.parts import Answers, Mapping, Part, score_tasks
-from pathflip_jax.evaluate.region_texts import embed_regions, read_region_texts
 from pathflip_jax.evaluate.summary import DIRECTIONS, REGION_DIRECTIONS, Outcome, Tasks
-from pathflip_jax.evaluate.truth import read_outlined
+from pathflip_jax.evaluate.tasks import few_shot
+from pathflip_jax.evaluate.tasks import map_scores as grounding
+from pathflip_jax.evaluate.tasks.language import evaluate_language
+from pathflip_jax.evaluate.tasks.region_texts import embed_regions, read_region_texts
+from pathflip_jax.evaluate.tasks.truth import read_outlined
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.surface import SMOOTH
 from pathflip_jax.inference.assistant import is_language_run

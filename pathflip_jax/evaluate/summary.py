@@ -6,10 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.texts.text import SlideText
-from pathflip_jax.evaluate import colour, few_shot, froc, grounding, zero_shot
+from pathflip_jax.evaluate import colour
+from pathflip_jax.evaluate import prompt_files as zero_shot
 from pathflip_jax.evaluate.cohort import Cohort
-from pathflip_jax.evaluate.region_texts import RegionText
-from pathflip_jax.evaluate.truth import Outlined
+from pathflip_jax.evaluate.tasks import few_shot, froc
+from pathflip_jax.evaluate.tasks import map_scores as grounding
+from pathflip_jax.evaluate.tasks.region_texts import RegionText
+from pathflip_jax.evaluate.tasks.truth import Outlined
 from pathflip_jax.scores import retrieval
 from pathflip_jax.scores import statistics as scores
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from pathflip_jax.evaluate import grounding
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.summary import Outcome
-from pathflip_jax.evaluate.truth import Outlined
+from pathflip_jax.evaluate.tasks import map_scores as grounding
+from pathflip_jax.evaluate.tasks.truth import Outlined
 from pathflip_jax.scores import retrieval
 
 

@@ -13,7 +13,7 @@ from data_prep import synthetic
 from data_prep.layout import TUMORS
 from data_prep.phrasings import NAMES
 from data_prep.reports import concept_phrasings
-from pathflip_jax.evaluate.zero_shot import read_prompts
+from pathflip_jax.evaluate.prompt_files import read_prompts
 from pathflip_jax.scores import concepts, statistics
 from pathflip_jax.scores.concepts import Finder, asserted, judge, singular
 

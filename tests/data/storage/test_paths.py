@@ -10,7 +10,7 @@ import pytest
 from pathflip_jax import cli, commands
 from pathflip_jax.commands import options
 from pathflip_jax.data.storage import paths
-from pathflip_jax.evaluate.tasks import read_tasks
+from pathflip_jax.evaluate.benchmark_file import read_tasks
 from pathflip_jax.training import settings
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pathflip_jax.evaluate import zero_shot
+from pathflip_jax.evaluate import prompt_files as zero_shot
 
 
 def write(tmp_path, content):

@@ -11,8 +11,9 @@ from flax import nnx
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.evaluate import region_texts, run
+from pathflip_jax.evaluate import run
 from pathflip_jax.evaluate.cohort import read_cohort
+from pathflip_jax.evaluate.tasks import region_texts
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Embedding, Predictor, TextEncoding
 from pathflip_jax.model.config import PathFLIPConfig

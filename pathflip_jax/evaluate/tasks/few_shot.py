@@ -18,9 +18,9 @@ from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.identity import SlideNames, fold
 from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.data.texts.text import row_slides
-from pathflip_jax.evaluate import probes
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.protocols import Protocol
+from pathflip_jax.evaluate.tasks import probes
 from pathflip_jax.scores import statistics as scores
 
 ALL = "all"

@@ -16,8 +16,8 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.conversations import ask, match_conversations, read_conversations
 from pathflip_jax.data.texts.text import Question, match_slides, read_questions
-from pathflip_jax.evaluate import vqa
 from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.tasks import vqa
 from pathflip_jax.inference.assistant import Asked, Rows, SlideAssistant, load_assistant
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.scores import concepts, statistics

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathflip_jax.data.texts.text import Question, read_questions
-from pathflip_jax.evaluate import vqa
-from pathflip_jax.evaluate.vqa import parse_choice
+from pathflip_jax.evaluate.tasks import vqa
+from pathflip_jax.evaluate.tasks.vqa import parse_choice
 from pathflip_jax.scores import statistics
 
-DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 OPTIONS = {
     "A": "Squamous cell carcinoma",
     "B": "Small cell lung carcinoma",

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.evaluate import run, tasks
-from pathflip_jax.evaluate.tasks import read_tasks
+from pathflip_jax.evaluate import benchmark_file as tasks
+from pathflip_jax.evaluate import run
+from pathflip_jax.evaluate.benchmark_file import read_tasks
 from pathflip_jax.inference.predictor import Embedding
 
 

@@ -10,13 +10,14 @@ import pytest
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
 from pathflip_jax.data.texts.conversations import DESCRIBE, read_conversations
-from pathflip_jax.evaluate import language, run
+from pathflip_jax.evaluate import run
 from pathflip_jax.evaluate.cohort import read_cohort
-from pathflip_jax.evaluate.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces
+from pathflip_jax.evaluate.tasks import language
+from pathflip_jax.evaluate.tasks.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces
 from pathflip_jax.inference.assistant import Asked
 from pathflip_jax.llm.sampling import Sampling
 
-DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "text"
+DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data")) / "text"
 CONCEPTS = {"fat": ["fat"], "necrosis": ["necrosis"], "mucin": ["mucin"], "lymphoid": ["lymphoid aggregates"]}
 
 

@@ -18,8 +18,8 @@ import yaml
 
 from pathflip_jax.data.storage.files import as_path
 from pathflip_jax.data.storage.paths import expand
+from pathflip_jax.evaluate.prompt_files import SHIPPED
 from pathflip_jax.evaluate.protocols import PROTOCOLS
-from pathflip_jax.evaluate.zero_shot import SHIPPED
 from pathflip_jax.grounding.maps import METHODS
 from pathflip_jax.runs.bounds import OPTIONS
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from pathflip_jax.evaluate import few_shot
 from pathflip_jax.evaluate.cohort import read_cohort
-from pathflip_jax.evaluate.few_shot import ATTENTION, FLOOR, LINEAR, NEAREST, Slides
 from pathflip_jax.evaluate.protocols import read_protocol
+from pathflip_jax.evaluate.tasks import few_shot
+from pathflip_jax.evaluate.tasks.few_shot import ATTENTION, FLOOR, LINEAR, NEAREST, Slides
 from pathflip_jax.inference.predictor import Embedding
 
 

@@ -8,7 +8,9 @@ import pytest
 from sklearn import metrics
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.evaluate import grounding, summary, truth
+from pathflip_jax.evaluate import summary
+from pathflip_jax.evaluate.tasks import map_scores as grounding
+from pathflip_jax.evaluate.tasks import truth
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 
 SQUARE = Polygon(np.array([[100, 100], [260, 100], [260, 260], [100, 260], [100, 100]], float))

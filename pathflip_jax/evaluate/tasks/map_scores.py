@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.evaluate import colour, froc
-from pathflip_jax.evaluate.truth import LesionTask, Truth, true_patches
+from pathflip_jax.evaluate import colour
+from pathflip_jax.evaluate.tasks import froc
+from pathflip_jax.evaluate.tasks.truth import LesionTask, Truth, true_patches
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.scores import statistics
 

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.evaluate import froc
 from pathflip_jax.evaluate.cohort import Cohort
-from pathflip_jax.evaluate.zero_shot import read_prompts
+from pathflip_jax.evaluate.prompt_files import read_prompts
+from pathflip_jax.evaluate.tasks import froc
 from pathflip_jax.grounding.outlines import (
     Polygon,
     area_fraction,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from pathflip_jax.evaluate import probes
-from pathflip_jax.evaluate.probes import Attention, Labelled
+from pathflip_jax.evaluate.tasks import probes
+from pathflip_jax.evaluate.tasks.probes import Attention, Labelled
 
 
 def clusters(n, seed=0, classes=3, width=8, spread=0.3):
