@@ -2,11 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pathflip_jax.data.storage.files import Place, as_path
 from pathflip_jax.data.storage.paths import expand
+from pathflip_jax.evaluate.spec import FILE, FLAG, NUMBER, PLACE, PROMPTS, TEXT, Option, option_name
 from pathflip_jax.grounding import maps
 from pathflip_jax.runs.bounds import OPTIONS
 
@@ -71,6 +72,23 @@ def number(option: str) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
+    """Options for the fields of a specification; those that are not given are absent from the parsed namespace."""
+    types = {PLACE: place, FILE: local_path, PROMPTS: local_path, TEXT: str}
+    groups: dict[str, argparse._ArgumentGroup | argparse.ArgumentParser] = {"": parser}
+    for field, option in options.items():
+        name = option_name(field)
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        more = {"metavar": option.metavar, "nargs": option.many or None, "choices": option.choices or None}
+        if option.kind == FLAG:
+            more = {"action": "store_true"}
+        else:
+            more["type"] = number(name) if option.kind == NUMBER else types[option.kind]
+        help_text = option.help.replace("%", "%%")
+        groups[option.group].add_argument(f"--{name}", default=argparse.SUPPRESS, help=help_text, **more)
 
 
 def add_records_options(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""A benchmark as one file: YAML that names records, slides, texts, prompts and labels of one or several tasks.
+"""Benchmark files: YAML that names records, slides, texts, prompts and labels of one or several tasks.
 
-The keys are the options of `pathflip evaluate`; paths are relative to the file. What stands at the top holds for every
-task of `tasks`, which may say otherwise:
+The keys are the options of `pathflip evaluate`; paths are relative to the file. Top-level keys apply to every task of
+`tasks`, which may override them:
 
     records: records
     slides: slides.csv
@@ -19,28 +19,20 @@ import yaml
 from pathflip_jax.data.storage.files import as_path
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.evaluate.prompt_files import SHIPPED
-from pathflip_jax.evaluate.protocols import PROTOCOLS
-from pathflip_jax.grounding.maps import METHODS
+from pathflip_jax.evaluate.spec import FILE, FLAG, NUMBER, PLACE, PROMPTS, SPEC_OPTIONS, Option, option_name
 from pathflip_jax.runs.bounds import OPTIONS
 
 TASKS = "tasks"
-# PyYAML lets through what its own constructors stumble over ("!!int" with nothing behind it is an IndexError).
+# PyYAML does not catch errors of its own constructors ("!!int" without a value is an IndexError).
 _UNREADABLE = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-PLACES = {"records", "slides", "texts", "region-texts", "label-table", "questions", "language"}  # or URLs
-FILES = {"prompts", "grounding", "outlines", "images", "concepts"}
-CHOICES = {"split": None, "lesions": None, "protocol": PROTOCOLS, "method": METHODS}
-NUMBERS = {"seed", "draws", "window", "clear", "max-tokens", "min-tokens", "beams", "smooth"}
-NUMBERS |= {"length-penalty", "repetition-penalty"}
-LISTS = {"few-shot", "labels", "compare-to"}
-FLAGS = {"strict"}
-KEYS = sorted(PLACES | FILES | set(CHOICES) | NUMBERS | LISTS | FLAGS)
+_FIELDS = {option_name(name): name for name in SPEC_OPTIONS}
+KEYS = sorted(_FIELDS)
 
 
-def read_tasks(path) -> dict[str, dict]:
-    """The settings of every task by its name, named as the options are in Python; without `tasks` one, named "".
+def read_benchmark(path) -> dict[str, dict]:
+    """The fields of an `EvaluationSpec` that a file gives, by name of the task; without `tasks` one, named "".
 
-    Raises ValueError naming the file for what is no YAML, for a key given twice or unknown, and for values of another
-    kind than the option takes.
+    Raises ValueError naming the file for invalid YAML, an unknown or repeated key, and a value of the wrong kind.
     """
     path = Path(path)
     try:
@@ -64,15 +56,15 @@ def read_tasks(path) -> dict[str, dict]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which plain YAML silently takes the last, and references.
+    """A YAML loader that refuses repeated keys, of which PyYAML silently takes the last, and references.
 
-    A few lines of references to references stand for more values than memory holds.
+    A few lines of nested references can expand to more values than memory holds.
     """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(
-                None, None, "references (*name) are not read", self.peek_event().start_mark
+                None, None, "references (*name) are not supported", self.peek_event().start_mark
             )
         return super().compose_node(parent, index)
 
@@ -80,12 +72,12 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for number, key in enumerate(keys) if key in keys[:number]]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _settings(path: Path, given: Mapping) -> dict:
-    """The keys of a mapping, checked and turned into what the options hold."""
+    """The keys of a mapping as fields of an `EvaluationSpec`, checked and converted."""
     found = {}
     for key, value in given.items():
         name = str(key).replace("_", "-")
@@ -93,45 +85,53 @@ def _settings(path: Path, given: Mapping) -> dict:
             near = difflib.get_close_matches(name, KEYS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{path}: unknown key {key!r}{hint} Known are {', '.join(KEYS)}, and {TASKS}")
+        option = SPEC_OPTIONS[_FIELDS[name]]
         try:
-            found[name.replace("-", "_")] = _value(path.parent, name, value)
+            found[_FIELDS[name]] = _value(path.parent, name, option, value)
         except (TypeError, ValueError) as error:
-            why = f": {error}" if name in PLACES | FILES | NUMBERS and str(error) != str(value) else ""
-            raise ValueError(f"{path}: {key}: {value!r:.60} is not what this option takes{why}") from None
+            explained = option.kind in (PLACE, FILE, PROMPTS, NUMBER) and not option.many and str(error) != str(value)
+            why = f": {error}" if explained else ""
+            raise ValueError(f"{path}: {key}: {value!r:.60} is not valid for this option{why}") from None
     return found
 
 
-def _value(folder: Path, name: str, value):
-    if name in FLAGS:
-        return _is(bool, value)
-    if name in CHOICES:
-        if CHOICES[name] is not None and value not in CHOICES[name]:
-            raise ValueError(value)
-        return _is(str, value)
-    if name in NUMBERS:
+def _value(folder: Path, name: str, option: Option, value):
+    if option.many:
+        return tuple(_item(folder, option, item) for item in (value if isinstance(value, list) else [value]))
+    if option.kind == FLAG:
+        return _require(bool, value)
+    if option.kind == NUMBER:
         return _number(name, value)
-    if name in LISTS:
-        listed = [_is(str | int, item) for item in (value if isinstance(value, list) else [value])]
-        return [_place(folder, item) for item in listed] if name == "compare-to" else [str(item) for item in listed]
-    if name == "prompts" and not (folder / _is(str, value)).exists() and (SHIPPED / f"{value}.json").exists():
-        return Path(value)
-    return folder / expand(_is(str, value)) if name in FILES else _place(folder, value)
+    if option.choices and value not in option.choices:
+        raise ValueError(value)
+    if option.kind == PROMPTS and not (folder / _require(str, value)).exists():
+        if (SHIPPED / f"{value}.json").exists():
+            return Path(value)
+    if option.kind in (FILE, PROMPTS):
+        return folder / expand(_require(str, value))
+    return _place(folder, value) if option.kind == PLACE else _require(str, value)
+
+
+def _item(folder: Path, option: Option, value):
+    """An element of a list."""
+    value = _require(str | int, value)
+    return _place(folder, value) if option.kind == PLACE else str(value)
 
 
 def _number(name: str, value):
     bound = OPTIONS[name]
-    if not bound.holds(_is(int if bound.whole else int | float, value)):
+    if not bound.holds(_require(int if bound.whole else int | float, value)):
         raise ValueError(f"expected {bound.words(value)}")
     return value if bound.whole else float(value)
 
 
 def _place(folder: Path, value):
-    """A path relative to the file's folder; a URL or an absolute path as it is."""
-    place = as_path(expand(_is(str, value)))
+    """A path relative to the file's folder; URLs and absolute paths as they are."""
+    place = as_path(expand(_require(str, value)))
     return folder / place if isinstance(place, Path) else place
 
 
-def _is(kind, value):
+def _require(kind, value):
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(value)
     return value

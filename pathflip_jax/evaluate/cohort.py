@@ -1,7 +1,6 @@
 """The slides that a split scores, and what is wrong with it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.splits import no_such_split
 from pathflip_jax.data.storage.failures import some
-from pathflip_jax.data.texts.text import SlideText, match_texts, read_slide_table, read_texts, rename_rows
+from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.evaluate.patients import name_patients
 from pathflip_jax.evaluate.splits import NO_SIDE, check_split
 
@@ -35,6 +34,11 @@ class Cohort(NamedTuple):
         """The rows of a split of the table that the records hold."""
         known = set(self.records.slides.column("slide_id"))
         return [row for row in self.table if row["split"] == split and row["slide_id"] in known]
+
+    @property
+    def patient_of(self) -> dict[str, str]:
+        """The patient of each slide of the split."""
+        return dict(zip(self.slide_ids, self.patients, strict=True))
 
     @property
     def cases(self) -> list[tuple[str, str]]:
@@ -101,34 +105,3 @@ def name_labels(cohort: Cohort, class_of: Callable[[str | None], str | None]) ->
     table = [row | {"label": class_of(row["label"] or None) or ""} for row in cohort.table]
     train = [row for row in table if row["split"] == "train" and cohort.split != "train"]
     return cohort._replace(labels=[class_of(label) for label in cohort.labels], train=train, table=table)
-
-
-def read_pairs(path, cohort: Cohort) -> list[SlideText]:
-    """The texts of the cohort's slides; a text of a case is of those of its slides that the split holds.
-
-    Raises ValueError when the table has no text for any slide of the split.
-    """
-    chosen = set(cohort.slide_ids)
-    texts = match_texts(read_texts(path), cohort.records.slides.column("slide_id"), cohort.cases)
-    kept = [(text, tuple(slide for slide in text.slide_ids if slide in chosen)) for text in texts]
-    pairs = [replace(text, slide_ids=slides) for text, slides in kept if slides]
-    if not pairs:
-        raise ValueError(
-            f"{path}: none of its texts belongs to a slide of the split; its ids are such as "
-            f"{some(slide for text in texts for slide in text.slide_ids)}, the split's {some(cohort.slide_ids)}"
-        )
-    silent = sorted(chosen - {slide for text in pairs for slide in text.slide_ids})
-    if silent:
-        cohort.warnings.append(f"{len(silent)} slides have no text and are left out of retrieval ({some(silent)})")
-    return pairs
-
-
-def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
-    """The class number of each slide. Raises ValueError for slides with no label, and labels with no prompts."""
-    bare = [slide for slide, label in zip(cohort.slide_ids, cohort.labels, strict=True) if label is None]
-    if bare:
-        raise ValueError(f"slide table: {some(bare)} without a label; fill the column `label` or leave --prompts out")
-    foreign = sorted(set(cohort.labels) - set(classes))
-    if foreign:
-        raise ValueError(f"{prompts}: no class for the labels {some(foreign)}; its classes are {', '.join(classes)}")
-    return np.array([classes.index(label) for label in cohort.labels])

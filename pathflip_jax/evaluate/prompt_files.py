@@ -1,26 +1,15 @@
-"""Zero-shot classification: a slide belongs to the class whose texts lie nearest.
-
-A class is described by several texts; their normalised embeddings are averaged (a prompt ensemble), which takes out
-some of the accident of one wording. No label is seen, none chooses a threshold.
-"""
+"""Prompt files: the texts of classes (zero-shot) or concepts (grounding, captions) in JSON."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Float
-
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.scores.retrieval import normalise
 
-TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
-
-
-SHIPPED = Path(__file__).parent / "prompts"  # prompt files that come with the package, by name
+SHIPPED = Path(__file__).parent / "prompts"  # prompt files of the package, by name
 
 
 class Prompts(NamedTuple):
-    """Texts of each class, in the order of the classes, and the class of every label that a slide table may have.
+    """The texts of each class, and the class of every label that a slide table may have.
 
     `labels` are in lower case: the classes themselves and their other spellings.
     """
@@ -30,31 +19,30 @@ class Prompts(NamedTuple):
     labels: dict[str, str]
 
     def class_of(self, label: str | None) -> str | None:
-        """The class that a slide table's label means; a label of none stays as it is."""
+        """The class of a slide table's label; an unknown label stays as it is."""
         return None if label is None else self.labels.get(label.lower(), label)
 
     def first_texts(self) -> "Prompts":
-        """The same classes with one text each, their first: no ensemble."""
+        """The classes with their first text alone: no prompt ensemble."""
         return self._replace(classes={label: texts[:1] for label, texts in self.classes.items()})
 
 
 def find_prompts(name) -> Path:
-    """The prompt file of that path, or the one shipped under that name. Raises FileNotFoundError naming the shipped."""
+    """The prompt file of that path or of that shipped name; FileNotFoundError lists the shipped names."""
     path, shipped = Path(name), {file.stem: file for file in SHIPPED.glob("*.json")}
-    if path.is_file():  # a folder called like a shipped file is no prompt file
+    if path.is_file():  # not a folder that is named like a shipped file
         return path
     if str(name) not in shipped:
-        raise FileNotFoundError(f"{name}: no such prompt file; those shipped are named {', '.join(sorted(shipped))}")
+        raise FileNotFoundError(f"{name}: no such prompt file; expected a file or one of {', '.join(sorted(shipped))}")
     return shipped[str(name)]
 
 
 def read_prompts(path) -> Prompts:
     """Read {"classes": {label: [texts]}}, with optional "task", "templates" and "spellings".
 
-    A template holds `{}`, the place of the text; with templates every text is said in each of them. "spellings" are
-    other labels of a class in slide tables, {label: [others]}. A bare {label: [texts]} is taken too (texts of concepts
-    for grounding). Raises ValueError naming the file for a class given twice, a class without texts, one text in two
-    classes, or one spelling of two.
+    Every text is put into every template, in place of its `{}`. "spellings" are other labels of a class in slide
+    tables, {label: [others]}. A bare {label: [texts]} is accepted too (concepts of grounding and captions). Raises
+    ValueError naming the file for a class given twice, a class without texts, and a text or spelling of two classes.
     """
     path = Path(path)
     try:
@@ -69,7 +57,7 @@ def read_prompts(path) -> Prompts:
     templates = content.get("templates", ["{}"]) if "classes" in content else ["{}"]
     for template in templates if isinstance(templates, list) else [templates]:
         if not isinstance(templates, list) or not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"{path}: the template {template!r} must hold {{}} once, the place of the text")
+            raise ValueError(f"{path}: the template {template!r} must contain {{}} exactly once, in place of the text")
     classes: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for label, texts in listed.items():
@@ -78,7 +66,9 @@ def read_prompts(path) -> Prompts:
             raise ValueError(f"{path}: class {label!r} needs a list of texts with words in them, found {texts!r:.80}")
         for text in texts:
             if owner.setdefault(text.strip().lower(), label) != label:
-                raise ValueError(f"{path}: {text!r} stands for class {owner[text.strip().lower()]!r} and {label!r}")
+                raise ValueError(
+                    f"{path}: {text!r} describes the classes {owner[text.strip().lower()]!r} and {label!r}; keep one"
+                )
         classes[label] = [template.replace("{}", text) for text in texts for template in templates]
     spellings = content.get("spellings", {}) if "classes" in content else {}
     task = str(content.get("task", "")) if "classes" in content else ""
@@ -89,7 +79,7 @@ def _spellings(path: Path, classes: list[str], given) -> dict[str, str]:
     """The class of every label, in lower case."""
     found = {label.lower(): label for label in classes}
     if len(found) < len(classes):
-        raise ValueError(f"{path}: two classes differ in capital letters only; name them apart")
+        raise ValueError(f"{path}: two classes differ in upper and lower case only; rename one")
     if not isinstance(given, dict) or not set(given) <= set(classes):
         raise ValueError(f"{path}: spellings must be {{class: [other labels]}} of its classes {', '.join(classes)}")
     for label, others in given.items():
@@ -110,23 +100,6 @@ def _no_key_twice(pairs):
     found = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} stands there twice; merge its texts into one list")
+            raise ValueError(f"{key!r} is given twice; merge its texts into one list")
         found[key] = value
     return found
-
-
-def class_embeddings(encode_text, classes: dict[str, list[str]]) -> Float[np.ndarray, "C D"]:
-    """The unit embedding of each class: the mean of its texts' unit embeddings."""
-    texts = [text for listed in classes.values() for text in listed]
-    encoded = normalise(encode_text(texts))
-    ends = np.cumsum([len(listed) for listed in classes.values()])
-    return normalise(np.stack([part.mean(0) for part in np.split(encoded, ends[:-1])]))
-
-
-def class_probabilities(
-    slides: Float[np.ndarray, "n D"], classes: Float[np.ndarray, "C D"]
-) -> Float[np.ndarray, "n C"]:
-    """Softmax over classes of the cosines, at the temperature of training."""
-    logits = (normalise(slides) @ classes.T).astype(np.float64) / TEMPERATURE
-    logits -= logits.max(1, keepdims=True)
-    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

@@ -1,18 +1,19 @@
-"""Published figures, each with its source, for evaluations of the same benchmark, task, score and protocol."""
+"""Published figures, each with its source, for the same benchmark, task, metric and protocol."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+
+from pathflip_jax.evaluate.tasks import TASKS
 
 FIGURES = Path(__file__).parent / "published.json"
 
 
 def published(found: dict, task: tuple, metric: str) -> list[dict]:
-    """The published rows that stand beside a score of an evaluation, with their source and what differs.
+    """The published rows that match a score of an evaluation, with their source and differences in protocol.
 
-    `found` is what its scores.json holds, `task` what tells the score apart: ("zero_shot", task), ("retrieval",
-    direction), ("few_shot", label, probe, shots). A benchmark matches by the name of the task file's task, the task of
-    the prompts or the column of labels.
+    `found` is the content of scores.json, `task` identifies the score: ("zero_shot", task), ("retrieval", direction),
+    ("few_shot", label, probe, shots). A benchmark matches by the name of the benchmark file's task, the task of the
+    prompts or the column of labels.
     """
     kind, *rest = task
     names = {found.get("name", "").lower(), found.get("zero_shot", {}).get("task", "").lower()} - {""}
@@ -26,26 +27,12 @@ def published(found: dict, task: tuple, metric: str) -> list[dict]:
     return rows
 
 
-def beside(found: dict) -> list[dict]:
-    """Every score of an evaluation that has published rows: what it is, ours, and these rows."""
+def match_published(found: dict) -> list[dict]:
+    """The scores of an evaluation that have published rows: {"score", "ours", "rows"}."""
     scores = []
-    for task, metrics in _scores(found):
+    for task, metrics in (one for known in TASKS if known.key in found for one in known.published(found)):
         for metric, entry in metrics.items():
             if rows := published(found, task, metric):
                 words = [name.replace("_", " ") for name in (*task, metric)]
                 scores.append({"score": ", ".join(words), "ours": entry["value"], "rows": rows})
     return scores
-
-
-def _scores(found: dict) -> Iterator[tuple[tuple, dict]]:
-    """Every task of an evaluation with its scores by name."""
-    if "zero_shot" in found:
-        yield ("zero_shot", found["zero_shot"]["task"]), found["zero_shot"]["metrics"]
-    for kind in ("retrieval", "region_retrieval"):
-        for direction, blocks in found.get(kind, {}).items():
-            recalls = {name: entry for name, entry in blocks["all"].items() if name.startswith("R@")}
-            yield (kind, direction), recalls
-    for block in found.get("few_shot", []):
-        for probe, by_shots in block["probes"].items():
-            for shots, one in by_shots.items():
-                yield ("few_shot", block["label"], probe, shots), one["metrics"]

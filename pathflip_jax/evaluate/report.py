@@ -1,6 +1,6 @@
-"""The files of an evaluation: scores.json, tables as CSV, figures as PNG, and one page that shows them all.
+"""The files of an evaluation: scores.json, tables as CSV, figures as PNG, and a self-contained report.html.
 
-The page stands alone (pictures and style inside it, no network), so it can be mailed and archived.
+The page embeds its pictures and styles and needs no network, so that it can be mailed and archived.
 """
 
 import base64
@@ -19,21 +19,15 @@ import jinja2
 from matplotlib.figure import Figure
 
 from pathflip_jax.data.texts.tables import write_csv
-from pathflip_jax.evaluate.headlines import GAIN, SCORE, SHARE, Headline, headlines
+from pathflip_jax.evaluate.task import GAIN, SCORE, SHARE, Headline, Task
+from pathflip_jax.evaluate.tasks import TASKS
+from pathflip_jax.evaluate.units import METRICS
 
 PACKAGES = ("pathflip-jax", "jax", "flax", "numpy", "scikit-learn", "openslide-python")
-METRICS = {
-    "balanced_accuracy": "Balanced accuracy",
-    "accuracy": "Accuracy",
-    "auc": "AUC (one against the rest)",
-    "weighted_f1": "F1, weighted",
-    "macro_f1": "F1, macro",
-    "published_f1": "F1 as published",
-}
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that a figure depends on, and the device that computed it."""
+    """The versions of the packages that scores depend on, and the device."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str, list[dict]], config: dict) -> dict:
-    """Write every file of an evaluation into `out` and return the scores as scores.json holds them."""
+    """Write every file of an evaluation into `out`; returns the content of scores.json."""
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         figure.savefig(out / "figures" / f"{name}.png", dpi=160, facecolor="white")
@@ -63,7 +57,7 @@ def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str
 
 
 def without_nan(value):
-    """The same tree with None for every NaN: JSON has no NaN."""
+    """The tree with None for every NaN and infinity, which JSON has not."""
     if isinstance(value, dict):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -73,25 +67,34 @@ def without_nan(value):
 
 def render(scores: dict, images: dict[str, bytes], config: dict, files: list[str]) -> str:
     """The report as one HTML page; `images` are PNG by figure name."""
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            scores=scores,
-            images={name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()},
-            metrics=METRICS,
-            cards=[_card(headline) for headline in headlines(scores)],
-            command=command_line(scores["command"]),
-            config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
-            files=["scores.json", *files],
-        )
+    pages, shown = environment(), sorted(scored_tasks(scores), key=lambda task: -task.prominence)
+    return pages.get_template("report.html").render(
+        scores=scores,
+        images={name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in images.items()},
+        sections=[pages.get_template(task.section.name) for task in shown if task.section is not None],
+        metrics=METRICS,
+        cards=[_card(headline) for headline in headlines(scores)],
+        command=command_line(scores["command"]),
+        config=json.dumps(config, indent=2, default=str, ensure_ascii=False),
+        files=["scores.json", *files],
     )
 
 
+def scored_tasks(scores: dict) -> list[Task]:
+    """The tasks that an evaluation has scores of."""
+    return [task for task in TASKS if task.key in scores]
+
+
+def headlines(scores: dict) -> list[Headline]:
+    """The main scores of an evaluation, task by task."""
+    return [headline for task in scored_tasks(scores) for headline in task.headlines(scores)]
+
+
 def environment() -> jinja2.Environment:
-    """The templates beside this file, with the ways in which a page writes numbers."""
+    """The templates of the pages and of the tasks' sections, with filters that format numbers."""
+    folders = dict.fromkeys([Path(__file__).parent, *(task.section.parent for task in TASKS if task.section)])
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(folders), autoescape=True, undefined=jinja2.StrictUndefined
     )
     found.filters |= {"figure": _figure, "percent": _percent, "signed": _signed, "points": _points}
     found.filters |= {
@@ -105,7 +108,7 @@ def environment() -> jinja2.Environment:
 
 
 def in_terminal(scores: dict) -> str:
-    """The headline scores as a table for the terminal, each beside its interval, chance and other baselines."""
+    """The headline scores as a table for the terminal, with intervals, chance and other baselines."""
     rows = [("", "score", "95% interval", "chance", "baselines")]
     for headline in headlines(scores):
         write, entry = _writer(headline.kind), headline._asdict()
@@ -116,11 +119,11 @@ def in_terminal(scores: dict) -> str:
         "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
         for row in rows
     ]
-    return "\n".join(lines).replace("–", "-").replace("−", "-")  # what every terminal has
+    return "\n".join(lines).replace("–", "-").replace("−", "-")  # characters of every terminal
 
 
 def _card(headline: Headline) -> dict[str, str]:
-    """A headline as the page's card shows it."""
+    """A headline as a card of the page."""
     write = _writer(headline.kind)
     against = [_span(headline._asdict(), write) + (", paired over slides" if headline.kind == GAIN else "")]
     known = {"chance": headline.chance} | headline.others
@@ -133,7 +136,7 @@ def _writer(kind: str) -> Callable[[float | None], str]:
 
 
 def command_line(command: Sequence[str] | None) -> str | None:
-    """The command that made a page, as one would type it."""
+    """The command that made a page, quoted for a shell."""
     return None if command is None else shlex.join(["pathflip", *command])
 
 
@@ -151,7 +154,7 @@ def _points(value) -> str:
 
 
 def _span(entry, write: Callable[[float | None], str]) -> str:
-    """An interval; a dash where there is none."""
+    """An interval; a dash if there is none."""
     return "–" if entry["low"] is None else f"{write(entry['low'])} to {write(entry['high'])}"
 
 

@@ -1,13 +1,12 @@
-"""Scores of generated captions against reference reports, on the words of `pathflip_jax.scores.words`.
+"""N-gram metrics of generated captions against reference reports, on the words of `pathflip_jax.scores.words`.
 
-BLEU is of the corpus: n-gram counts are summed over slides before they are divided, so that a bootstrap draw sums the
-counts of its slides (Papineni et al. 2002). The others are means over slides: ROUGE-L is the F1 of the longest common
-subsequence (rouge-score; pycocoevalcap weighs recall by 1.2 instead), METEOR is NLTK's, and CIDEr is CIDEr-D with the
-document frequencies of the references at hand (Vedantam et al. 2015). On the same words BLEU and CIDEr are what
-pycocoevalcap gives; that package brings 100 MB of Java archives, so it is no dependency.
+BLEU is corpus BLEU: n-gram counts are summed over slides before the division, and a bootstrap draw sums the counts of
+its slides (Papineni et al. 2002). The others are means over slides: ROUGE-L is the F1 of the longest common subsequence
+(rouge-score; pycocoevalcap weighs recall by 1.2), METEOR is NLTK's, and CIDEr is CIDEr-D with the document frequencies
+of the given references (Vedantam et al. 2015). On the same words, BLEU and CIDEr equal those of pycocoevalcap, which is
+no dependency because it ships 100 MB of Java archives.
 
-Such scores reward the phrases of reports, and reports are much alike: a figure says something only beside those of
-captions that never saw the slide.
+These metrics reward the common phrases of reports. Compare them with those of captions written without the slide.
 """
 
 import math
@@ -17,12 +16,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from pathflip_jax.scores import statistics as scores
+from pathflip_jax.scores import statistics
 from pathflip_jax.scores.statistics import Statistic
 from pathflip_jax.scores.words import words
 
 LONGEST = 4  # words of the longest n-gram, of BLEU and CIDEr alike
-CIDER_SIGMA = 6.0  # words by which a caption may differ in length before CIDEr-D takes much off
+CIDER_SIGMA = 6.0  # of CIDEr-D's Gaussian penalty on the difference in length, in words
 
 
 def score_captions(
@@ -32,33 +31,28 @@ def score_captions(
     baselines: Mapping[str, Sequence[str]],
     seed: int = 0,
 ) -> dict:
-    """Every score of the captions beside those of the baselines, with intervals by patient and `warnings`.
+    """Every metric of the captions with baselines, patient-level intervals and warnings.
 
     A slide has one reference or several. `baselines` are captions of the same slides by name, such as
-    `scores.TEXT_ONLY`, another slide's caption or the most common one. Returns {"captions", "patients", "metrics",
-    "warnings"}; a metric is what `scores.beside` returns. Raises ValueError for lists of different lengths and for a
-    reference without words, ImportError where NLTK or rouge-score is not installed.
+    `statistics.TEXT_ONLY`, another slide's caption or the most common one. Returns {"captions", "patients", "metrics",
+    "warnings"}; a metric is what `statistics.with_baselines` returns. Raises ValueError for lists of different lengths
+    and a reference without words, ImportError if NLTK or rouge-score is not installed.
     """
-    weights = scores.patient_weights(patients, seed=seed)
-    for name, captions in {"predictions": predictions, "references": references, **baselines}.items():
-        if len(captions) != len(patients):
-            raise ValueError(f"{name}: {len(captions)} for {len(patients)} slides; give one for every slide, in order")
-    statistics = caption_statistics(predictions, references)
+    weights = statistics.patient_weights(patients, seed=seed)
+    lists = {"predictions": predictions, "references": references, **baselines}
+    statistics.check_lengths(patients, lists, "slide")
     others = {name: caption_statistics(captions, references) for name, captions in baselines.items()}
-    metrics = {
-        metric: scores.beside(statistic, {name: other[metric] for name, other in others.items()}, weights)
-        for metric, statistic in statistics.items()
-    }
+    metrics = statistics.metrics_with_baselines(caption_statistics(predictions, references), others, weights)
     return {
         "captions": len(patients),
         "patients": len(set(patients)),
         "metrics": metrics,
-        "warnings": scores.unbeaten(metrics),
+        "warnings": statistics.warn_if_not_above_baseline(metrics),
     }
 
 
 def caption_statistics(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, Statistic]:
-    """The statistics of captions by name: BLEU-1 to BLEU-4, ROUGE-L, METEOR with its stages, CIDEr."""
+    """The metrics of captions by name: BLEU-1 to BLEU-4, ROUGE-L, METEOR with its stages, CIDEr."""
     candidates = [words(text) for text in predictions]
     targets = [[words(text) for text in _as_list(texts)] for texts in references]
     for number, texts in enumerate(targets):
@@ -68,21 +62,21 @@ def caption_statistics(predictions: Sequence[str], references: Sequence[str | Se
             )
     counts = np.array([bleu_counts(*pair) for pair in zip(candidates, targets, strict=True)])
     found = {f"BLEU-{order}": bleu(counts, order) for order in range(1, LONGEST + 1)}
-    found["ROUGE-L"] = scores.mean(rouge_l(candidates, targets))
+    found["ROUGE-L"] = statistics.mean(rouge_l(candidates, targets))
     name, values = meteor(candidates, targets)
-    return found | {name: scores.mean(values), "CIDEr": scores.mean(cider(candidates, targets))}
+    return found | {name: statistics.mean(values), "CIDEr": statistics.mean(cider(candidates, targets))}
 
 
 def ngrams(tokens: Sequence[str]) -> list[Counter]:
-    """How often each n-gram occurs, for n of 1 to 4."""
+    """The counts of n-grams, for n from 1 to 4."""
     return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, LONGEST + 1)]
 
 
 def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
-    """What BLEU adds up over captions: n-grams found in a reference and n-grams written for n of 1 to 4, and lengths.
+    """The counts that BLEU sums over captions: matched and written n-grams for n from 1 to 4, and two lengths.
 
-    An n-gram is found as often as the reference that has most of it. The lengths are the caption's and that of the
-    reference nearest to it, the shorter one of two equally near.
+    Matches are clipped at the highest count in any one reference. The lengths are the caption's and that of the
+    reference closest to it, the shorter of two equally close.
     """
     allowed = [Counter() for _ in range(LONGEST)]
     for reference in references:
@@ -110,7 +104,7 @@ def bleu(counts: Float[np.ndarray, "n 10"], order: int) -> Statistic:
 def rouge_l(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> Float[np.ndarray, "n"]:
-    """The ROUGE-L F1 of each caption, with the reference that gives most."""
+    """The ROUGE-L F1 of each caption, the highest over its references."""
     scorer = import_rouge()(["rougeL"], tokenizer=_SplitWords())
     return np.array(
         [
@@ -124,10 +118,10 @@ def rouge_l(
 def meteor(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> tuple[str, Float[np.ndarray, "n"]]:
-    """The METEOR of each caption with the reference that gives most, and a name that says which stages matched.
+    """A name that lists the matching stages, and the METEOR of each caption, the highest over its references.
 
-    Words match when they are equal, or have one stem (Porter), or, where NLTK's WordNet data is installed, are
-    synonyms. Nothing is downloaded: without that data the last stage matches nothing and the name leaves it out.
+    Words match if they are equal, share a stem (Porter) or, if NLTK's WordNet data is installed, are synonyms. Nothing
+    is downloaded: without that data there is no synonym stage.
     """
     nltk = import_nltk()
     from nltk.translate.meteor_score import meteor_score
@@ -142,10 +136,10 @@ def meteor(
 
 
 def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Float[np.ndarray, "n"]:
-    """The CIDEr-D of each caption, at most 10: how alike it and its references are in n-grams that few slides have.
+    """The CIDEr-D of each caption, at most 10: its similarity to the references in n-grams weighted by rarity.
 
-    An n-gram weighs by log(slides / slides with it in a reference); one that no reference has counts as if one did.
-    These frequencies stay as they are in the bootstrap.
+    The weight of an n-gram is log(slides / slides with it in a reference); one in no reference counts as if in one.
+    These frequencies are fixed in the bootstrap.
     """
     targets = [[ngrams(text) for text in texts] for texts in references]
     having = Counter(
@@ -179,21 +173,21 @@ def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
 
 
 class _SplitWords:
-    """rouge-score's tokenizer, for texts whose words are already found."""
+    """A tokenizer for rouge-score that splits pretokenized text at spaces."""
 
     def tokenize(self, text: str) -> list[str]:
         return text.split()
 
 
 class _NoSynonyms:
-    """Stands in for WordNet where its data is not installed: no word has a synonym."""
+    """A WordNet without synonyms, for installations without its data."""
 
     def synsets(self, word: str) -> list:
         return []
 
 
 def _wordnet(nltk):
-    """NLTK's WordNet reader, None where its data is not installed."""
+    """NLTK's WordNet reader, None if its data is not installed."""
     try:
         nltk.corpus.wordnet.ensure_loaded()
     except LookupError:
@@ -202,7 +196,7 @@ def _wordnet(nltk):
 
 
 def import_nltk():
-    """The package nltk; ImportError names the extra where it is not installed."""
+    """The package nltk; the ImportError names the extra that installs it."""
     try:
         import nltk
     except ImportError:
@@ -211,7 +205,7 @@ def import_nltk():
 
 
 def import_rouge():
-    """The scorer of rouge-score; ImportError names the extra where it is not installed."""
+    """The scorer of rouge-score; the ImportError names the extra that installs it."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:

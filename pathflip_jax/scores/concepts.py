@@ -1,12 +1,12 @@
-"""Findings that a caption asserts, and how often it is right: n-gram scores cannot tell.
+"""Precision and recall of the findings that captions assert, which n-gram metrics do not measure.
 
-A concept is given by its phrasings, {concept: [phrasings]} in JSON (the embedded cohort writes concepts.json). A phrase
-is found word by word, whatever its number ("glands" is "gland", "papillae" is "papilla") and its article; where
-phrases overlap, the longest from the left counts. Words that no phrasing lists are not understood.
+A concept is given by its phrasings, {concept: [phrasings]} in JSON (the embedded cohort writes concepts.json). Phrases
+are matched word by word regardless of number ("glands" is "gland", "papillae" is "papilla") and article; of overlapping
+phrases the longest from the left counts. Words in no phrasing are ignored.
 
-A mention in a denial asserts nothing. Denials are told by their words within a clause, as NegEx does (Chapman et al.
-2001): "no", "without", "negative for" and the like before the mention, "absent", "not seen" and the like after it, up
-to a word that says that something else is there. Hedges ("possible necrosis") assert.
+A negated mention asserts nothing. Negation is detected by cue words within a clause, as in NegEx (Chapman et al. 2001):
+"no", "without", "negative for" and the like before the mention, "absent", "not seen" and the like after it, up to a
+word that starts another finding. Hedges ("possible necrosis") assert.
 """
 
 from collections import defaultdict
@@ -30,17 +30,17 @@ _BEFORE = [tuple(cue.split()) for cue in (
 _AFTER = frozenset(("absent", "lacking", "excluded"))
 _NOT = frozenset(("not", "n't"))
 _ANSWERS = frozenset(("no", "none", "negative", "not", "absent"))  # "Necrosis: none"
-_ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" denies nothing
+_ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" is no negation
 _AUXILIARIES = frozenset("is are was were has have been be also".split())
 _SEEN = frozenset("seen identified present noted found observed evident detected appreciated apparent visible".split())
-# "Invasion is not specified" asserts nothing, so it counts as a denial.
+# "Invasion is not specified" asserts nothing, so it counts as a negation.
 _SAID = frozenset("specified provided reported mentioned described stated assessed".split())
 _SHOWS = frozenset("shows contains demonstrates reveals exhibits includes".split())
-_SHOW = frozenset("show contain demonstrate reveal exhibit include".split())  # "does not show necrosis" denies it
+_SHOW = frozenset("show contain demonstrate reveal exhibit include".split())  # "does not show necrosis" negates it
 
 
 class Mention(NamedTuple):
-    """Where a text names a concept (characters `start` to `end`), and whether it denies it."""
+    """A mention of a concept at the characters `start` to `end` of a text, and whether it is negated."""
 
     start: int
     end: int
@@ -49,7 +49,7 @@ class Mention(NamedTuple):
 
 
 class Finder:
-    """Finds the mentions of concepts in texts.
+    """A finder of the mentions of concepts in texts.
 
     Raises ValueError for a phrasing without words and for one that two concepts share.
     """
@@ -66,14 +66,14 @@ class Finder:
                 if owner.setdefault(phrase, concept) != concept:
                     raise ValueError(
                         f"the phrasing {text!r} belongs to the concepts {owner[phrase]!r} and {concept!r}; "
-                        "leave it to one of them"
+                        "remove it from one of them"
                     )
         self._by_first = defaultdict(list)
         for phrase in sorted(owner, key=len, reverse=True):
             self._by_first[phrase[0]].append((phrase, owner[phrase]))
 
     def __call__(self, text: str) -> list[Mention]:
-        """The mentions in a text, in its order, none over another."""
+        """The mentions in a text, in order and without overlaps."""
         return [mention for clause in _clauses(text) for mention in self._in_clause(text, clause)]
 
     def _in_clause(self, text: str, clause: list[Word]) -> list[Mention]:
@@ -99,17 +99,14 @@ def score_concepts(
     baselines: Mapping[str, Sequence[str]],
     seed: int = 0,
 ) -> dict:
-    """Precision, recall and F1 of the concepts that captions assert, with intervals by patient, beside the baselines.
+    """Precision, recall and F1 of the concepts that captions assert, with patient-level intervals and baselines.
 
-    `truths` holds the concepts of each slide. Figures are micro averages: pairs of slide and concept are counted over
-    all slides. Returns {"captions", "patients", "metrics", "per_concept", "mentions", "warnings"}; `mentions` has, for
-    each caption, what `judge` returns. Raises ValueError for lists of different lengths and for a true concept
-    without phrasings.
+    `truths` holds the concepts of each slide. Metrics are micro averages over pairs of slide and concept. Returns
+    {"captions", "patients", "metrics", "per_concept", "mentions", "warnings"}; `mentions` holds the result of `judge`
+    for each caption. Raises ValueError for lists of different lengths and a true concept without phrasings.
     """
     weights = statistics.patient_weights(patients, seed=seed)
-    for name, listed in {"captions": captions, "truths": truths, **baselines}.items():
-        if len(listed) != len(patients):
-            raise ValueError(f"{name}: {len(listed)} for {len(patients)} slides; give one for every slide, in order")
+    statistics.check_lengths(patients, {"captions": captions, "truths": truths, **baselines}, "slide")
     finder = Finder(phrasings)
     unknown = sorted(set().union(*truths) - set(finder.concepts))
     if unknown:
@@ -117,40 +114,36 @@ def score_concepts(
     is_true = _table(truths, finder.concepts)
     found = [finder(caption) for caption in captions]
     asserts = _table([asserted(mentions) for mentions in found], finder.concepts)
-    ours = _statistics(asserts, is_true)
     others = {
         name: _statistics(_table([asserted(finder(text)) for text in texts], finder.concepts), is_true)
         for name, texts in baselines.items()
     }
-    metrics = {
-        metric: statistics.beside(statistic, {name: other[metric] for name, other in others.items()}, weights)
-        for metric, statistic in ours.items()
-    }
+    metrics = statistics.metrics_with_baselines(_statistics(asserts, is_true), others, weights)
     return {
         "captions": len(patients),
         "patients": len(set(patients)),
         "metrics": metrics,
         "per_concept": _per_concept(asserts, is_true, finder.concepts),
         "mentions": [judge(mentions, truth) for mentions, truth in zip(found, truths, strict=True)],
-        "warnings": statistics.unbeaten(metrics),
+        "warnings": statistics.warn_if_not_above_baseline(metrics),
     }
 
 
 def asserted(mentions: Sequence[Mention]) -> set[str]:
-    """The concepts that a text says are there, in one mention at least."""
+    """The concepts with at least one mention that is not negated."""
     return {mention.concept for mention in mentions if not mention.denied}
 
 
 def judge(mentions: Sequence[Mention], truth: Collection[str]) -> list[dict]:
-    """Each mention as {start, end, concept, denied, right}: right where it asserts what is there or denies what is not.
+    """Each mention as {start, end, concept, denied, right}: right if a true concept is asserted or a false one negated.
 
-    Denials are judged for the reader's eye; precision and recall count assertions alone.
+    Negations are judged for display only; precision and recall count assertions.
     """
     return [mention._asdict() | {"right": (mention.concept in truth) is not mention.denied} for mention in mentions]
 
 
 def singular(word: str) -> str:
-    """A word without its English or Latin plural, as far as its ending tells; the same for both numbers of a noun."""
+    """A word without its English or Latin plural ending; the same for singular and plural of a noun."""
     if len(word) < 4 or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies"):
@@ -165,7 +158,7 @@ def singular(word: str) -> str:
 
 
 def _clauses(text: str) -> list[list[Word]]:
-    """The words of a text, cut where a sentence ends and before a contrast."""
+    """The words of a text, divided at the ends of sentences and before contrasts."""
     clauses: list[list[Word]] = [[]]
     for word in find_words(text):
         gap = text[clauses[-1][-1].end : word.start] if clauses[-1] else ""
@@ -176,7 +169,7 @@ def _clauses(text: str) -> list[list[Word]]:
 
 
 def _denied_before(text: str, clause: list[Word], first: int) -> bool:
-    """Whether a word before the mention denies it: reading back, a denial comes before a word that ends its reach."""
+    """Whether a cue before the mention negates it, with no word in between that ends the cue's scope."""
     spoken = [word.text for word in clause]
     for place in range(first - 1, -1, -1):
         if spoken[place] in _NOT and spoken[place + 1] in _ONLY:
@@ -191,7 +184,7 @@ def _denied_before(text: str, clause: list[Word], first: int) -> bool:
 
 
 def _denied_after(text: str, clause: list[Word], first: int, last: int) -> bool:
-    """Whether a word after the mention denies it ("fat and mucin are not seen"), and not only what stands between."""
+    """Whether a cue after the mention negates it ("fat and mucin are not seen"), not only a finding in between."""
     spoken = [word.text for word in clause]
     if last < len(clause) and ":" in text[clause[last - 1].end : clause[last].start] and spoken[last] in _ANSWERS:
         return True
@@ -204,19 +197,19 @@ def _denied_after(text: str, clause: list[Word], first: int, last: int) -> bool:
                 between -= 1
             if not (_AUXILIARIES | _SEEN | _SHOWS | _SHOW).isdisjoint(spoken[last:between]):
                 return False
-            # "The section shows fat, necrosis is absent": what shows the mention came before, the denial is another's.
+            # "The section shows fat, necrosis is absent": the verb before the mention asserts it.
             another = any(spoken[i] == "and" or _comma(text, clause, i) for i in range(last, between))
             return not (another and not (_AUXILIARIES | _SEEN | _SHOWS | _SHOW).isdisjoint(spoken[:first]))
     return False
 
 
 def _comma(text: str, clause: list[Word], place: int) -> bool:
-    """Whether a comma stands before a word."""
+    """Whether a comma precedes a word."""
     return place > 0 and "," in text[clause[place - 1].end : clause[place].start]
 
 
 def _table(sets: Sequence[Collection[str]], concepts: Sequence[str]) -> np.ndarray:
-    """Slide by concept: whether it is in the slide's set."""
+    """Membership of each concept in each slide's set [slides, concepts]."""
     return np.array([[concept in found for concept in concepts] for found in sets], bool).reshape(len(sets), -1)
 
 
@@ -227,7 +220,7 @@ def _statistics(asserts: np.ndarray, is_true: np.ndarray) -> dict[str, Statistic
 
 
 def ratio(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "n"]) -> Statistic:
-    """A sum over slides divided by another; NaN where the second is 0."""
+    """The ratio of two sums over slides; NaN if the second is 0."""
 
     def statistic(weights):
         with np.errstate(divide="ignore", invalid="ignore"):

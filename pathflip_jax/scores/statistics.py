@@ -1,8 +1,8 @@
-"""Scores of predictions, with the interval and the baselines that make a figure believable.
+"""Patient-level bootstrap intervals, paired differences and baselines of metrics.
 
-A statistic here is a function of weights: ones give the point estimate, and how often the bootstrap drew each
-slide's patient gives a draw. The unit that is drawn is the patient, never the slide: two slides of one patient
-are no two observations, and intervals that take them for such come out too narrow (DESIGN section 8).
+A statistic is a function of slide weights: unit weights give the point estimate, and the number of times that each
+slide's patient was drawn gives a bootstrap replicate. Patients are resampled, never slides: slides of one patient are
+not independent, and treating them as such makes intervals too narrow (DESIGN section 8).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from sklearn import metrics
 Statistic = Callable[[Float[np.ndarray, "W n"]], Float[np.ndarray, "W"]]
 
 DRAWS = 2000
-TEXT_ONLY = "text only"  # the baseline of a language model that is asked the same without the slide
+TEXT_ONLY = "text only"  # baseline: the same language model, asked without the slide
 
 
 class Interval(NamedTuple):
-    """A point estimate with its bootstrap interval; NaN where a value cannot be had."""
+    """A point estimate with its bootstrap interval; NaN if undefined."""
 
     value: float
     low: float
@@ -27,9 +27,9 @@ class Interval(NamedTuple):
 
 
 def patient_weights(patients: Sequence[str], draws: int = DRAWS, seed: int = 0) -> Float[np.ndarray, "W n"]:
-    """How often each slide counts in each bootstrap draw, when whole patients are drawn with replacement."""
+    """Slide weights of bootstrap draws: how often each slide's patient is drawn, with replacement."""
     if len(patients) == 0:
-        raise ValueError("no patients to draw from: the list of slides is empty")
+        raise ValueError("no patients to resample: the list of slides is empty; give at least one slide")
     names, index = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(names), size=(draws, len(names)))
@@ -38,11 +38,18 @@ def patient_weights(patients: Sequence[str], draws: int = DRAWS, seed: int = 0) 
     return counts[:, index].astype(np.float64)  # [W, n]
 
 
-def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: float = 0.95) -> Interval:
-    """The statistic of all slides, and the percentile interval of its bootstrap draws.
+def check_lengths(patients: Sequence[str], lists: Mapping[str, Sequence], unit: str) -> None:
+    """Raise ValueError naming the list that does not hold one element per patient; `unit` is what is scored."""
+    for name, listed in lists.items():
+        if len(listed) != len(patients):
+            raise ValueError(f"{name}: {len(listed)} for {len(patients)} {unit}s; give one for every {unit}, in order")
 
-    Draws in which the statistic does not exist (an AUC with one class only) are left out of the percentiles. Slides of
-    one patient have no interval: NaN.
+
+def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: float = 0.95) -> Interval:
+    """The point estimate on all slides and the percentile interval over bootstrap draws.
+
+    Draws in which the statistic is undefined (an AUC with a single class) are ignored. The slides of a single patient
+    have no interval: NaN.
     """
     value = float(statistic(np.ones((1, weights.shape[1])))[0])
     draws = _draws(statistic, weights)
@@ -53,7 +60,7 @@ def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: flo
 
 
 def _draws(statistic: Statistic, weights: Float[np.ndarray, "W n"]) -> Float[np.ndarray, "D"]:
-    """The statistic of each draw in which it exists; of one patient alone no draw says anything."""
+    """The statistic in each draw in which it is defined; no draw at all for a single patient."""
     if _one_patient(weights):
         return np.empty(0)
     draws = statistic(weights)
@@ -61,19 +68,19 @@ def _draws(statistic: Statistic, weights: Float[np.ndarray, "W n"]) -> Float[np.
 
 
 def _one_patient(weights: Float[np.ndarray, "W n"]) -> bool:
-    """Whether all slides count together in every one of several draws: they are of one patient."""
+    """Whether all slides have equal weights in every draw, and so are those of one patient."""
     return len(weights) > 1 and weights.shape[1] > 0 and bool((weights == weights[:, :1]).all())
 
 
 def difference(first: Statistic, second: Statistic) -> Statistic:
-    """The paired difference of two statistics: both see the same drawn patients."""
+    """The paired difference of two statistics, computed on the same draws."""
     return lambda weights: first(weights) - second(weights)
 
 
 def p_value(change: Statistic, weights: Float[np.ndarray, "W n"]) -> float:
-    """The two-sided bootstrap p-value of a paired difference: twice the share of draws on the far side of 0.
+    """The two-sided bootstrap p-value of a paired difference: twice the fraction of draws beyond 0.
 
-    The observed slides count as one draw more, so that it is never 0; NaN where no draw has a difference.
+    The observed sample counts as one more draw, so that p is never 0; NaN if the difference is undefined in all draws.
     """
     draws = _draws(change, weights)
     if len(draws) == 0:
@@ -81,10 +88,32 @@ def p_value(change: Statistic, weights: Float[np.ndarray, "W n"]) -> float:
     return float(min(1.0, 2 * min((draws <= 0).sum() + 1, (draws >= 0).sum() + 1) / (len(draws) + 1)))
 
 
-def beside(statistic: Statistic, baselines: Mapping[str, Statistic], weights: Float[np.ndarray, "W n"]) -> dict:
-    """A figure with its interval, that of each baseline, and the paired difference to each (above 0: better than it).
+def paired(statistic: Statistic, others: Sequence[Statistic], weights: Float[np.ndarray, "W n"]) -> dict:
+    """The mean of other runs' statistics and the paired difference to it; an empty dict without other runs."""
+    if not others:
+        return {}
+    other = mean_over_runs(others)
+    return {
+        "compared": interval(other, weights)._asdict(),
+        "difference": interval(difference(statistic, other), weights)._asdict(),
+    }
 
-    All see the same drawn patients. The entries are {value, low, high}, ready for JSON.
+
+def over_runs(
+    ours: Sequence[Statistic], theirs: Sequence[Statistic], weights: Float[np.ndarray, "W n"], **baselines
+) -> dict:
+    """A metric of runs: interval of their mean, baselines, each run's value, and what `paired` returns of `theirs`."""
+    statistic = mean_over_runs(ours)
+    entry = interval(statistic, weights)._asdict() | baselines
+    if len(ours) > 1:
+        entry["by_run"] = [interval(one, weights).value for one in ours]
+    return entry | paired(statistic, theirs, weights)
+
+
+def with_baselines(statistic: Statistic, baselines: Mapping[str, Statistic], weights: Float[np.ndarray, "W n"]) -> dict:
+    """A metric with its interval, those of the baselines, and paired differences to them (above 0: better).
+
+    All are computed on the same draws. Entries are {value, low, high}, ready for JSON.
     """
     return interval(statistic, weights)._asdict() | {
         "baselines": {name: interval(other, weights)._asdict() for name, other in baselines.items()},
@@ -94,10 +123,22 @@ def beside(statistic: Statistic, baselines: Mapping[str, Statistic], weights: Fl
     }
 
 
-def unbeaten(entries: Mapping[str, dict]) -> list[str]:
-    """A warning for every baseline that figures made by `beside` do not beat, with the names of these figures.
+def metrics_with_baselines(
+    ours: Mapping[str, Statistic],
+    baselines: Mapping[str, Mapping[str, Statistic]],
+    weights: Float[np.ndarray, "W n"],
+) -> dict[str, dict]:
+    """`with_baselines` of every metric; `baselines` hold the same metrics, by name of the baseline."""
+    return {
+        metric: with_baselines(statistic, {name: other[metric] for name, other in baselines.items()}, weights)
+        for metric, statistic in ours.items()
+    }
 
-    Not beaten: the interval of the paired difference holds 0 or lies below it, or there is none.
+
+def warn_if_not_above_baseline(entries: Mapping[str, dict]) -> list[str]:
+    """One warning per baseline that metrics made by `with_baselines` do not exceed, naming these metrics.
+
+    A metric exceeds a baseline if the interval of the paired difference lies above 0.
     """
     behind: dict[str, list[str]] = {}
     for name, entry in entries.items():
@@ -112,14 +153,14 @@ def unbeaten(entries: Mapping[str, dict]) -> list[str]:
 
 
 def mean_over_runs(statistics: Sequence[Statistic]) -> Statistic:
-    """The mean of one statistic over several runs (seeds); all runs see the same drawn patients."""
+    """The mean of a statistic over several runs (seeds), computed on the same draws."""
     return lambda weights: np.mean([statistic(weights) for statistic in statistics], axis=0)
 
 
 def mean(values: Float[np.ndarray, "n"]) -> Statistic:
-    """The mean over slides; slides with NaN (nothing to measure there) are left out.
+    """The mean over slides, ignoring slides with NaN (nothing to measure).
 
-    Where all that is left is of one patient, no draw has a mean, and so there is no interval.
+    If the remaining slides are those of one patient, the mean has no interval.
     """
     values = np.asarray(values, np.float64)
     known = np.isfinite(values)
@@ -151,7 +192,7 @@ def median(values: Float[np.ndarray, "n"]) -> Statistic:
 
 
 def auc(positive: Bool[np.ndarray, "n"], scores: Float[np.ndarray, "n"]) -> Statistic:
-    """The area under the ROC curve, ties counting half; NaN where one of the two sides is missing."""
+    """The area under the ROC curve, ties counting half; NaN if either class is absent."""
     order = np.argsort(scores, kind="stable")
     ordered = np.asarray(scores)[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))  # first of each group of ties
@@ -176,7 +217,7 @@ def _confusion(labels, predictions, classes):
 
 
 def _f1(confusion):
-    """F1 per class [W, C], 0 where nothing is right, and the classes that occur in truth or prediction."""
+    """F1 per class [W, C], 0 without true positives, and the classes that occur in labels or predictions."""
     right = np.diagonal(confusion, axis1=1, axis2=2)
     occurs = confusion.sum(1) + confusion.sum(2)
     return 2 * right / np.maximum(occurs, 1), occurs > 0
@@ -185,10 +226,10 @@ def _f1(confusion):
 def classification(
     labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"], scores: Float[np.ndarray, "n C"]
 ) -> dict[str, Statistic]:
-    """The statistics of a classification, by name; `scores` may be any number that grows with belief.
+    """The metrics of a classification, by name; `scores` may be any monotone function of the class probabilities.
 
-    AUC is one class against the rest, its mean over the classes that occur (macro OvR); balanced accuracy and macro
-    F1 leave out classes that a draw does not hold, as scikit-learn does.
+    AUC is the macro average of one class against the rest over the classes that occur; balanced accuracy and macro F1
+    ignore classes that are absent from a draw, as scikit-learn does.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     classes = scores.shape[1]
@@ -231,7 +272,7 @@ def classification(
 
 
 def published_f1(labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"], classes: int) -> Statistic:
-    """F1 as published scripts compute it: of the second class where there are two, else weighted by class size."""
+    """F1 as published scripts compute it: of the second of two classes, or weighted by class size."""
     confusion = _confusion(labels, predictions, classes)
 
     def statistic(weights):
@@ -243,10 +284,10 @@ def published_f1(labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"]
 
 
 def baselines(labels: Int[np.ndarray, "n"], classes: int, majority: int) -> dict[str, dict[str, float]]:
-    """What two answers that never look at the slide score: a uniform guess, and always the same class.
+    """The metrics of two predictors that ignore the slide: a uniform guess and the majority class.
 
-    `majority` is the most frequent class, of the training slides where they are known. The F1 of the guess is that
-    of its expected confusion matrix.
+    `majority` is the most frequent class, among the training slides if they are known. The F1 of the guess is that of
+    its expected confusion matrix.
     """
     labels = np.asarray(labels)
     share = np.bincount(labels, minlength=classes) / len(labels)
@@ -279,7 +320,7 @@ def baselines(labels: Int[np.ndarray, "n"], classes: int, majority: int) -> dict
 def per_class(
     labels: Int[np.ndarray, "n"], predictions: Int[np.ndarray, "n"], scores: Float[np.ndarray, "n C"], names
 ) -> list[dict]:
-    """One row per class: slides, precision, recall, F1 and its AUC against the rest."""
+    """One row per class: slides, precision, recall, F1 and one-against-the-rest AUC."""
     classes = range(len(names))
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         labels, predictions, labels=list(classes), zero_division=0.0

@@ -1,10 +1,10 @@
-"""The words of a text, as every score of captions, answers and concepts counts them.
+"""Tokenization into words for the metrics of captions, answers and concepts.
 
-Captioning scores are published on the tokens of Stanford's PTB tokenizer (Java, in pycocoevalcap): lower case, without
+Captioning metrics are published on the tokens of Stanford's PTB tokenizer (Java, in pycocoevalcap): lower case, without
 punctuation. These words are the same in running text: "1.8", "pt2b", "gland-forming" and "her2/neu" are one word each,
-"patient's" is two ("patient", "'s"), and so is "doesn't" ("does", "n't"). They differ where PTB keeps signs (%, +, =,
-and brackets as "-lrb-"), all dropped here, and in abbreviations ("no." keeps its full stop there). Of the 105,545
-tokens that PTB makes of the 732 SlideBench captions, 98.2% are the same, 99.9% of those that are no signs.
+"patient's" is two ("patient", "'s"), and so is "doesn't" ("does", "n't"). PTB differs in keeping symbols (%, +, =, and
+brackets as "-lrb-") and the full stop of abbreviations ("no."). Of the 105,545 PTB tokens of the 732 SlideBench
+captions, 98.2% are the same, and 99.9% of those that are not symbols.
 """
 
 import re
@@ -20,7 +20,7 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 
 class Word(NamedTuple):
-    """A word in lower case, and where it stands in the text: characters `start` to `end`."""
+    """A word in lower case, at the characters `start` to `end` of the text."""
 
     text: str
     start: int
@@ -28,7 +28,7 @@ class Word(NamedTuple):
 
 
 def find_words(text: str) -> list[Word]:
-    """The words of a text with their places."""
+    """The words of a text with their positions."""
     return [Word(match.group().lower().replace("’", "'"), *match.span()) for match in _WORD.finditer(text)]
 
 
@@ -38,5 +38,5 @@ def words(text: str) -> list[str]:
 
 
 def normal_form(text: str) -> str:
-    """The text as answers are compared: its words without articles, one space apart."""
+    """The normalised text by which answers are compared: its words without articles, separated by spaces."""
     return " ".join(word for word in words(text) if word not in _ARTICLES)

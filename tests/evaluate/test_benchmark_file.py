@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.evaluate import benchmark_file as tasks
-from pathflip_jax.evaluate import run
-from pathflip_jax.evaluate.benchmark_file import read_tasks
+from pathflip_jax.evaluate import benchmark_file, run
+from pathflip_jax.evaluate.benchmark_file import read_benchmark
 from pathflip_jax.inference.predictor import Embedding
 
 
@@ -30,20 +29,20 @@ tasks:
   rcc: {prompts: tcga-rcc, few-shot: [1, all]}
   own: {split: test, prompts: prompts.json, labels: TP53, compare-to: [runs/other], clear: 0, seed: 3}
 """
-    found = read_tasks(write(tmp_path, text))
+    found = read_benchmark(write(tmp_path, text))
     shared = {"records": tmp_path / "records", "strict": True}
     assert (
         found["rcc"].pop("slides").as_posix() == found["own"].pop("slides").as_posix() == "memory://bucket/slides.csv"
     )
-    assert found["rcc"] == shared | {"split": "val", "prompts": Path("tcga-rcc"), "few_shot": ["1", "all"]}
+    assert found["rcc"] == shared | {"split": "val", "prompts": Path("tcga-rcc"), "few_shot": ("1", "all")}
     assert found["own"] == shared | {
-        "split": "test", "prompts": tmp_path / "prompts.json", "labels": ["TP53"], "clear": 0.0, "seed": 3,
-        "compare_to": [tmp_path / "runs/other"],
+        "split": "test", "prompts": tmp_path / "prompts.json", "labels": ("TP53",), "clear": 0.0, "seed": 3,
+        "compare_to": (tmp_path / "runs/other",),
     }  # fmt: skip
 
 
 def test_without_tasks_the_file_is_one(tmp_path):
-    assert read_tasks(write(tmp_path, "texts: reports.jsonl\nregion_texts: roi.csv\n")) == {
+    assert read_benchmark(write(tmp_path, "texts: reports.jsonl\nregion_texts: roi.csv\n")) == {
         "": {"texts": tmp_path / "reports.jsonl", "region_texts": tmp_path / "roi.csv"}
     }
 
@@ -52,7 +51,7 @@ def test_a_file_names_every_option_of_the_command_but_those_of_the_call():
     parser = cli.build_parser()
     commands = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
     options = {string[2:] for action in commands["evaluate"]._actions for string in action.option_strings}
-    assert {name for name in options if len(name) > 1} - {"help", "tasks", "out", "json"} == set(tasks.KEYS)
+    assert {name for name in options if len(name) > 1} - {"help", "tasks", "out", "json"} == set(benchmark_file.KEYS)
 
 
 @pytest.mark.parametrize(
@@ -60,15 +59,15 @@ def test_a_file_names_every_option_of_the_command_but_those_of_the_call():
     [
         ("promts: tcga-rcc", "unknown key 'promts'; did you mean 'prompts'. Known are .*records.*slides"),
         ("tasks: {a: {out: x}}", "unknown key 'out'"),
-        ("records: a\nrecords: b", "'records' stands there twice"),
-        ("tasks: {a: {}, a: {}}", "'a' stands there twice"),
-        ("records: [a]", "records: .'a'. is not what this option takes"),
+        ("records: a\nrecords: b", "'records' is given twice"),
+        ("tasks: {a: {}, a: {}}", "'a' is given twice"),
+        ("records: [a]", "records: .'a'. is not valid for this option"),
         ("strict: 1", "strict: 1 is not"),
         ("seed: true", "seed: True is not"),
         ("seed: 3.5", "seed: 3.5 is not"),
         ("protocol: kind", "protocol: 'kind' is not"),
         ("method: guess", "method: 'guess' is not"),
-        ("labels: &a [x]\nfew-shot: *a", "references .* are not read"),
+        ("labels: &a [x]\nfew-shot: *a", "references .* are not supported"),
         ("few-shot: [[1]]", "few-shot"),
         ("tasks: [a]", "tasks must name tasks"),
         ("tasks: {../a: {}}", "names a folder of results"),
@@ -82,7 +81,7 @@ def test_a_file_names_every_option_of_the_command_but_those_of_the_call():
 )
 def test_what_no_option_takes_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
-        read_tasks(write(tmp_path, text))
+        read_benchmark(write(tmp_path, text))
     assert "benchmark.yaml" in str(error.value)
 
 
@@ -98,7 +97,7 @@ def test_whatever_stands_in_it_is_read_or_refused_by_name(tmp_path_factory, text
     path = tmp_path_factory.getbasetemp() / "benchmark.yaml"
     path.write_text(text, encoding="utf-8")
     try:
-        assert read_tasks(path)
+        assert read_benchmark(path)
     except ValueError as error:
         assert "benchmark.yaml" in str(error)
 

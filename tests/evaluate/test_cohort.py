@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pathflip_jax.data.texts.tables import read_rows
-from pathflip_jax.evaluate.cohort import read_cohort, read_pairs
+from pathflip_jax.evaluate.cohort import read_cohort
+from pathflip_jax.evaluate.tasks.retrieval import read_pairs
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathflip_jax import cli
 from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.evaluate import compare, run
 from pathflip_jax.evaluate.published import FIGURES, published
+from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.inference.predictor import Embedding
 from pathflip_jax.scores import statistics
 
@@ -38,6 +39,10 @@ class Guessing:
         return np.eye(26)[18 : 18 + len(texts)]
 
 
+def evaluate(run_folder, **fields):
+    return run.evaluate(EvaluationSpec(run=run_folder, **fields))
+
+
 @pytest.fixture(scope="module")
 def evaluated(tiny_cohort, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
@@ -47,7 +52,11 @@ def evaluated(tiny_cohort, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load", models.get)
         for name in models:
-            run.evaluate(name, prompts=folder / "prompts.json", shots=[1], draws=2, out=folder / name, **inputs)
+            run.evaluate(
+                EvaluationSpec(
+                    run=name, prompts=folder / "prompts.json", few_shot=[1], draws=2, out=folder / name, **inputs
+                )
+            )
     return folder
 
 
@@ -131,8 +140,8 @@ def change(folder, table, edit):
             lambda row: row | {"slide_ids": row["slide_ids"].replace("S21", "S99")},
             "different slides.*S21, S99",
         ),
-        ("ranks", lambda row: row | {"gallery": "9"}, "differ in what is true"),
-        ("predictions", lambda row: row | {"label": "solid"}, "differ in what is true of S19"),
+        ("ranks", lambda row: row | {"gallery": "9"}, "differ in the ground truth"),
+        ("predictions", lambda row: row | {"label": "solid"}, "differ in the ground truth of S19"),
     ],
 )
 def test_evaluations_of_other_slides_or_labels_are_refused_by_name(evaluated, tmp_path, table, edit, message):
@@ -144,7 +153,7 @@ def test_evaluations_of_other_slides_or_labels_are_refused_by_name(evaluated, tm
 
 
 def test_what_cannot_be_compared_is_named(evaluated, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no scores.json in it"):
+    with pytest.raises(FileNotFoundError, match="no scores.json; expected"):
         compare.compare([evaluated / "good", tmp_path], tmp_path / "out")
     with pytest.raises(ValueError, match="at least two"):
         compare.compare([evaluated / "good"], tmp_path / "out")

@@ -16,6 +16,7 @@ from sklearn import metrics
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import run
+from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Embedding
@@ -76,6 +77,10 @@ def runs(setting):
     return first, second
 
 
+def evaluate(run_folder, **fields):
+    return run.evaluate(EvaluationSpec(run=run_folder, **fields))
+
+
 class Oracle:
     """Knows everything: each slide its own direction in which its caption lies too, its class, its outlines."""
 
@@ -116,7 +121,7 @@ def test_an_oracle_scores_one_and_its_opposite_nought(setting, monkeypatch, tmp_
     oracles = {"right": Oracle(setting.cohort), "wrong": Oracle(setting.cohort, mirrored=True)}
     monkeypatch.setattr(run, "load", lambda folder: oracles[folder])
     plain = {"images": setting.images, "smooth": 0}  # a smoothed map of two values is wrong at its rim
-    found = run.evaluate("right", compare_to="wrong", out=tmp_path, **plain, **setting.inputs)
+    found = evaluate("right", compare_to="wrong", out=tmp_path, **plain, **setting.inputs)
     assert found["grounding"]["auc"]["value"] == found["grounding"]["auc"]["low"] == 1
     assert found["grounding"]["auc"]["compared"]["value"] == 0
     assert found["grounding"]["auc"]["difference"] == {"value": 1, "low": 1, "high": 1}
@@ -143,8 +148,8 @@ def test_few_shot_probes_of_several_columns_are_in_every_file(setting, monkeypat
     rows = ["patient_id,tp53", *(f"P{i:02d},{i // 2 % 2}" for i in range(24))]
     (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
     inputs = {"records": setting.cohort.records, "slides": setting.cohort.slides, "compare_to": "other", "draws": 2}
-    inputs |= {"shots": [1, "all"], "labels": ["TP53"], "label_table": tmp_path / "labels.csv"}
-    found = run.evaluate("oracle", out=tmp_path / "out", **inputs)
+    inputs |= {"few_shot": [1, "all"], "labels": ["TP53"], "label_table": tmp_path / "labels.csv"}
+    found = evaluate("oracle", out=tmp_path / "out", **inputs)
     (block,) = found["few_shot"]
     with open(tmp_path / "out" / "few_shot_1.csv", newline="") as file:
         rows = [
@@ -187,7 +192,11 @@ class Page(HTMLParser):
 def evaluated(setting, runs):
     out = setting.folder / "out"
     command = ["evaluate", "run 0", "--out", "out"]
-    found = run.evaluate(runs[0], compare_to=runs[1], out=out, images=setting.images, command=command, **setting.inputs)
+    found = run.evaluate(
+        EvaluationSpec(
+            run=runs[0], compare_to=runs[1], out=out, images=setting.images, command=command, **setting.inputs
+        )
+    )
     return out, found
 
 
@@ -254,9 +263,9 @@ def test_the_maps_of_the_report_are_the_models_own(evaluated, setting, runs):
 
 def test_runs_of_several_seeds_are_averaged(setting, runs, tmp_path):
     inputs = setting.inputs | {"texts": None, "grounding": None, "outlines": None}
-    both = run.evaluate(list(runs), out=tmp_path / "both", compare_to=list(runs), **inputs)
+    both = evaluate(list(runs), out=tmp_path / "both", compare_to=list(runs), **inputs)
     found = both["zero_shot"]["metrics"]["accuracy"]
-    alone = [run.evaluate(one, out=tmp_path / one.name, **inputs) for one in runs]
+    alone = [evaluate(one, out=tmp_path / one.name, **inputs) for one in runs]
     assert found["by_run"] == [one["zero_shot"]["metrics"]["accuracy"]["value"] for one in alone]
     assert found["value"] == pytest.approx(np.mean(found["by_run"]))
     assert found["difference"] == {"value": 0, "low": 0, "high": 0}
@@ -275,7 +284,9 @@ def test_runs_of_several_seeds_are_averaged(setting, runs, tmp_path):
 def test_each_task_stands_alone_without_slide_files(setting, monkeypatch, tmp_path, tasks, pictures):
     monkeypatch.setattr(run, "load", lambda folder: Oracle(setting.cohort))
     left_out = {"texts", "prompts", "grounding", "outlines"} - tasks
-    found = run.evaluate("oracle", out=tmp_path, **{k: v for k, v in setting.inputs.items() if k not in left_out})
+    found = run.evaluate(
+        EvaluationSpec(run="oracle", out=tmp_path, **{k: v for k, v in setting.inputs.items() if k not in left_out})
+    )
     assert {path.stem for path in (tmp_path / "figures").iterdir()} - {
         "grounding_typical",
         "grounding_poor",
@@ -293,7 +304,7 @@ def rewrite(path, source, change):
 def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
     slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("S22,P22", "S22,P00"))
     inputs = setting.inputs | {"slides": slides, "texts": None, "grounding": None, "outlines": None}
-    found = run.evaluate(runs[0], out=tmp_path / "out", **inputs)
+    found = evaluate(runs[0], out=tmp_path / "out", **inputs)
     assert len(found["warnings"]) == 1 and "P00" in found["warnings"][0]
     assert "P00" in (tmp_path / "out" / "report.html").read_text()
 
@@ -302,13 +313,15 @@ def test_strict_stops_at_a_faulty_split(setting, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "load", lambda folder: pytest.fail("a model was loaded"))
     slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("S22,P22", "S22,P00"))
     with pytest.raises(ValueError, match="a faulty split: 1 patients have slides on more than one side .P00."):
-        run.evaluate("run", out=tmp_path / "out", strict=True, **(setting.inputs | {"slides": slides}))
+        run.evaluate(
+            EvaluationSpec(run="run", out=tmp_path / "out", strict=True, **(setting.inputs | {"slides": slides}))
+        )
 
 
 def test_the_paper_protocol_has_no_ensemble_and_says_where_it_is_optimistic(setting, runs, tmp_path):
     """One text per class, F1 of the second class, cases unmasked; strict has none of it."""
     inputs = setting.inputs | {"grounding": None, "outlines": None}
-    found = {name: run.evaluate(runs[0], out=tmp_path / name, protocol=name, **inputs) for name in ("strict", "paper")}
+    found = {name: evaluate(runs[0], out=tmp_path / name, protocol=name, **inputs) for name in ("strict", "paper")}
     assert [len(texts) for texts in found["paper"]["zero_shot"]["texts"].values()] == [1, 1]
     assert "published_f1" not in found["strict"]["zero_shot"]["metrics"] and found["strict"]["protocol"]["notes"] == []
     with open(tmp_path / "paper" / "predictions.csv", newline="") as file:
@@ -321,7 +334,7 @@ def test_the_paper_protocol_has_no_ensemble_and_says_where_it_is_optimistic(sett
     with open(tmp_path / "paper" / "ranks.csv", newline="") as file:
         assert {row["gallery"] for row in csv.DictReader(file)} == {"6"}
     with pytest.raises(ValueError, match="protocol 'kind': expected one of strict, paper"):
-        run.evaluate(runs[0], out=tmp_path / "none", protocol="kind", **inputs)
+        evaluate(runs[0], out=tmp_path / "none", protocol="kind", **inputs)
 
 
 def test_labels_of_other_spelling_are_the_classes_they_mean(setting, monkeypatch, tmp_path):
@@ -330,7 +343,7 @@ def test_labels_of_other_spelling_are_the_classes_they_mean(setting, monkeypatch
     (tmp_path / "prompts.json").write_text(json.dumps(content))
     slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("solid", "Massive"))
     inputs = {"records": setting.cohort.records, "slides": slides, "prompts": tmp_path / "prompts.json"}
-    found = run.evaluate("oracle", out=tmp_path / "out", **inputs)
+    found = evaluate("oracle", out=tmp_path / "out", **inputs)
     assert found["zero_shot"]["metrics"]["accuracy"]["value"] == 1 and found["zero_shot"]["majority_from"] == "train"
 
 
@@ -339,8 +352,8 @@ def test_labels_of_other_spelling_are_the_classes_they_mean(setting, monkeypatch
     [
         ({"split": "validation"}, "no slide is in split 'validation'; the splits are test"),
         ({"slides": lambda text: text + "S20,P20,solid,test\n"}, "S20 is listed more than once"),
-        ({"prompts": "nowhere"}, "nowhere: no such prompt file; those shipped are named bracs"),
-        ({"shots": [1], "labels": ["grade"]}, "no column 'grade'"),
+        ({"prompts": "nowhere"}, "nowhere: no such prompt file; expected a file or one of bracs"),
+        ({"few_shot": [1], "labels": ["grade"]}, "no column 'grade'"),
         ({"slides": lambda text: text + "GHOST,P99,solid,test\n"}, "GHOST of split 'test'.*prepare them"),
         ({"slides": lambda text: text.replace("S20,P20,solid", "S20,P20,mixed")}, "no class for the labels mixed"),
         ({"slides": lambda text: text.replace("S20,P20,solid", "S20,P20,")}, "S20 without a label"),
@@ -350,7 +363,7 @@ def test_labels_of_other_spelling_are_the_classes_they_mean(setting, monkeypatch
         ({"grounding": lambda text: '{"bone": ["bone"]}'}, "none of its concepts .bone. is outlined"),
         ({"outlines": "empty"}, "no outlines of any slide"),
         ({"compare_to": ["a", "b"]}, "1 runs cannot be paired with 2"),
-        ({"clear": 0.5}, "clear 0.5: expected a share"),
+        ({"clear": 0.5}, "clear 0.5: expected a finite number of at least 0 and below 0.5"),
         ({"lesions": "bone"}, "lesions of 'bone': no such concept; the concepts are fat, necrosis, mucin"),
         ({"lesions": "fat", "grounding": None, "outlines": None}, "lesions of 'fat' are scored by grounding"),
         ({"lesions": "mucin"}, "no outline of 'mucin' is a lesion of 275 um or more"),
@@ -367,5 +380,5 @@ def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch,
     if "texts" in change and change["texts"] is not None:
         change["texts"] = change["texts"].rename(tmp_path / "texts.jsonl")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run.evaluate("run", out=tmp_path / "out", **(setting.inputs | change))
+        evaluate("run", out=tmp_path / "out", **(setting.inputs | change))
     assert not (tmp_path / "out").exists()

@@ -1,262 +1,94 @@
-"""Few-shot classification: what a handful of labelled slides makes of a frozen model, for any column of labels.
+"""Few-shot classification: probes on the frozen model, trained on a few labelled slides, for any column of labels.
 
-Subtypes and mutations are one task: a column of a table. Shots are drawn from the training split, several times; each
-probe may choose its one setting on `val` and never on the slides that it is scored on. The same linear probe on the
-mean of the raw patch features stands beside them: what a model adds to its patch encoder is the difference.
+Training slides are drawn from the training split several times; a probe may choose its one setting on `val` and never
+on the slides that are scored. The same linear probe on the mean of the raw patch features is the baseline: the
+difference is the gain of the model over its patch encoder.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from pathflip_jax.data.storage.blocks import row_mean
-from pathflip_jax.data.storage.failures import some
-from pathflip_jax.data.texts.identity import SlideNames, fold
-from pathflip_jax.data.texts.tables import read_rows
-from pathflip_jax.data.texts.text import row_slides
-from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.embeddings import Bag
+from pathflip_jax.evaluate.figures import BASE, GRID, INK, MAIN, SECOND, confusion, make_axes, set_title
 from pathflip_jax.evaluate.protocols import Protocol
+from pathflip_jax.evaluate.task import Headline, Part, Predictions, RunAtWork, Setting, Task, make_headline
 from pathflip_jax.evaluate.tasks import probes
-from pathflip_jax.scores import statistics as scores
+from pathflip_jax.evaluate.tasks.label_columns import LabelColumn, read_column
+from pathflip_jax.evaluate.units import Evaluation, classified_units
+from pathflip_jax.scores import statistics
 
-ALL = "all"
-SHOTS = (1, 4, 16)
-SEEDS = 5
+KEY = "few_shot"
 ATTENTION, LINEAR, NEAREST, FLOOR = "attention MIL", "linear", "k-NN", "mean patch feature"
 PROBES = (ATTENTION, LINEAR, NEAREST, FLOOR)
+Probabilities = dict[tuple[str, int | str], Float[np.ndarray, "seeds n C"]]  # by probe and number of shots
 
 
-class Slides(NamedTuple):
-    """The labelled slides of one split."""
-
-    ids: list[str]
-    patients: list[str]
-    classes: Int[np.ndarray, "n"]
-
-
-class Task(NamedTuple):
-    """A column of labels as a task: its classes, the slides of each split, and how many have no label there."""
-
-    column: str
-    classes: list[str]
-    train: Slides
-    val: Slides | None
-    test: Slides
-    unlabelled: dict[str, int]
-    shots: tuple[int | str, ...]
-    seeds: int
-
-    @property
-    def draws(self) -> dict[tuple[int | str, int], Int[np.ndarray, "n"]]:
-        """The training slides of every number of shots and seed."""
-        return {(k, seed): draw_shots(self.train, k, seed) for k in self.shots for seed in range(self.seeds)}
-
-
-class Bag(NamedTuple):
-    """A slide as probes see it: its embedding, its regions', and the mean of its raw patch features."""
-
-    slide: Float[np.ndarray, "D"]
-    regions: Float[np.ndarray, "R D"]
-    features: Float[np.ndarray, "D"]
-
-
-def read_shots(given: Sequence[str | int]) -> tuple[int | str, ...]:
-    """Numbers of shots, the fewest first, "all" last. Raises ValueError for anything else."""
-    found: list[int | str] = []
-    for shots in given or SHOTS:
-        if str(shots) != ALL and not (str(shots).isdigit() and int(shots) > 0):
-            raise ValueError(f"few-shot {shots!r}: expected numbers of slides per class, such as 1 4 16, or {ALL!r}")
-        found.append(ALL if str(shots) == ALL else int(shots))
-    return tuple(sorted(set(found), key=lambda shots: float("inf") if shots == ALL else shots))
-
-
-def read_task(cohort: Cohort, column: str, table, shots: Sequence[str | int], seeds: int) -> Task:
-    """A column of the slide table, or of a label table by slide_id or patient_id, as a task on the cohort's split.
-
-    Slides without a label are left out and counted. Raises ValueError for a column that is not there, a label of the
-    split that no training slide has, a single class, and where the split to score is the training split.
-    """
-    where = table if table is not None else "slide table"
-    if cohort.split == "train":
-        raise ValueError("few-shot draws its shots from split 'train': score another split, such as test")
-    if seeds < 1:
-        raise ValueError(f"few-shot seeds {seeds}: expected at least 1")
-    label_of = _column(cohort, column) if table is None else _label_table(cohort, column, table)
-    rows = {name: cohort.rows(name) for name in ("train", "val", cohort.split)}
-    labels = {name: [label_of.get(row["slide_id"], "") for row in found] for name, found in rows.items()}
-    known = sorted({label for label in labels["train"] if label}, key=_numbers_first)
-    foreign = sorted({label for label in labels[cohort.split] if label} - set(known))
-    if foreign:
-        raise ValueError(
-            f"{where}, column {column!r}: split {cohort.split!r} has slides of {some(foreign)}, of which the training "
-            f"split has none; its classes are {some(known, 8) or '(none)'}. Split the table anew, or leave them out"
-        )
-    if len({fold(label) for label in known}) < len(known):
-        raise ValueError(
-            f"{where}, column {column!r}: labels that differ in spelling only: {some(known, 8)}; write one"
-        )
-    if len(known) < 2:
-        listed = sum(row["split"] == "train" for row in cohort.table)
-        raise ValueError(
-            f"{where}, column {column!r}: the training split has {len(known)} classes; a probe needs two (the records "
-            f"hold {len(rows['train'])} of its {listed} slides)"
-        )
-    if not any(labels[cohort.split]):
-        raise ValueError(f"{where}, column {column!r}: no slide of split {cohort.split!r} has a label")
-    parts = {name: _slides(rows[name], labels[name], known) for name in rows}
-    val = parts["val"] if cohort.split != "val" and len(parts["val"].ids) else None
-    if val and (lacking := [label for c, label in enumerate(known) if c not in val.classes]):
-        cohort.warnings.append(f"few-shot, {column}: split 'val' has no slide of {some(lacking)} and chooses nothing")
-        val = None
-    unlabelled = {name: sum(not label for label in found) for name, found in labels.items()}
-    lost = sum(unlabelled.values())
-    if lost:
-        cohort.warnings.append(f"few-shot, {column}: {lost} slides have no label and are left out")
-    shots = read_shots(shots)
-    fewest = Counter(parts["train"].classes.tolist())
-    for k in shots:
-        short = [known[c] for c in fewest if k != ALL and fewest[c] < k]
-        if short:
-            text = f"few-shot, {column}: {some(short)} have fewer than {k} training slides, and give all they have"
-            cohort.warnings.append(text)
-    return Task(column, known, parts["train"], val, parts[cohort.split], unlabelled, shots, seeds)
-
-
-def _numbers_first(label: str) -> tuple:
-    return (0, float(label), "") if label.replace(".", "", 1).isdigit() else (1, 0.0, label)
-
-
-def _column(cohort: Cohort, column: str) -> dict[str, str]:
-    if not any(column.lower() in row for row in cohort.table):
-        raise ValueError(f"slide table: no column {column!r}; its columns are {', '.join(cohort.table[0])}")
-    return {row["slide_id"]: row.get(column.lower(), "") for row in cohort.table}
-
-
-def _label_table(cohort: Cohort, column: str, table) -> dict[str, str]:
-    """The labels of a table by slide or patient. Raises ValueError for a slide or patient that has two."""
-    names = SlideNames([row["slide_id"] for row in cohort.table], [row["patient_id"] for row in cohort.table])
-    found: dict[str, str] = {}
-    for row in read_rows(table):
-        if column.lower() not in row.values:
-            raise ValueError(f"{row.place}: no column {column!r}; its columns are {', '.join(row.values)}")
-        slides, case = row_slides(row)
-        label = row.text(column.lower())
-        for slide in [
-            slide for name in slides or (case,) for slide in names.find(name) or names.of_case(name) if label
-        ]:
-            if found.setdefault(slide, label) != label:
-                raise ValueError(f"{row.place}: {column} of {slide} is {found[slide]!r} and {label!r}; keep one")
-    if not found:
-        ids = [row["slide_id"] for row in cohort.table]
-        raise ValueError(f"{table}: labels no slide of the slide table, whose ids are such as {some(ids)}")
-    return found
-
-
-def _slides(rows: list[dict], labels: list[str], classes: list[str]) -> Slides:
-    kept = [(row, classes.index(label)) for row, label in zip(rows, labels, strict=True) if label in classes]
-    numbers = np.array([number for _, number in kept], int)
-    return Slides([row["slide_id"] for row, _ in kept], [row["patient_id"] for row, _ in kept], numbers)
-
-
-def draw_shots(train: Slides, shots: int | str, seed: int) -> Int[np.ndarray, "n"]:
-    """The training slides of a draw: so many of each class, of different patients while there are any.
-
-    The draws of a seed are nested (the 4 hold the 1), and the same for every model.
-    """
-    if shots == ALL:
-        return np.arange(len(train.ids))
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for c in range(train.classes.max() + 1):
-        order = rng.permutation(np.flatnonzero(train.classes == c))
-        seen: Counter = Counter()
-        nth = []  # is this the patient's first slide, or second, ...
-        for i in order:
-            nth.append(seen[train.patients[i]])
-            seen[train.patients[i]] += 1
-        drawn.append(order[np.argsort(nth, kind="stable")][:shots])
-    return np.concatenate(drawn)
-
-
-def needed(tasks: Sequence[Task]) -> list[str]:
-    """The slides that any draw of any task, its val and its test take, each once."""
+def needed_slides(columns: Sequence[LabelColumn]) -> list[str]:
+    """The slides of all draws, of `val` and of `test`, each once."""
     ids: dict[str, None] = {}
-    for task in tasks:
-        ids |= dict.fromkeys(task.train.ids[i] for rows in task.draws.values() for i in rows)
-        ids |= dict.fromkeys([*(task.val.ids if task.val else []), *task.test.ids])
+    for column in columns:
+        ids |= dict.fromkeys(column.train.ids[i] for rows in column.draws.values() for i in rows)
+        ids |= dict.fromkeys([*(column.val.ids if column.val else []), *column.test.ids])
     return list(ids)
 
 
-def embed_bags(predictor, cohort: Cohort, ids: Sequence[str], name: str) -> dict[str, Bag]:
-    """What tasks see of these slides, each encoded once however often it is named."""
-    ids, means = list(dict.fromkeys(ids)), {}
-
-    def slides():
-        for slide_id in tqdm(ids, desc=f"{name}: slides", unit="slide", leave=False):
-            slide = cohort.features(slide_id)
-            means[slide_id] = row_mean(slide.features)
-            yield slide
-
-    found = predictor.encode_slides(slides())
-    return {slide: Bag(one.slide, one.regions, means[slide]) for slide, one in zip(ids, found, strict=True)}
-
-
-def run_probes(task: Task, bags: dict[str, Bag], how: Protocol, name: str) -> dict[tuple[str, int | str], np.ndarray]:
-    """The belief of every probe at every number of shots about the test slides [seeds, n, C]."""
-    beliefs = defaultdict(list)
-    bar = tqdm(task.draws.items(), desc=f"{name}: {task.column}, shots", unit="draw", leave=False)
+def run_probes(column: LabelColumn, bags: dict[str, Bag], protocol: Protocol, name: str) -> Probabilities:
+    """The class probabilities of the test slides by every probe at every number of shots."""
+    found = defaultdict(list)
+    bar = tqdm(column.draws.items(), desc=f"{name}: {column.name}, shots", unit="draw", leave=False)
     for (k, seed), rows in bar:
         for probe in PROBES:
-            beliefs[probe, k].append(_run_probe(probe, task, bags, how, rows, seed))
-    return {key: np.stack(found) for key, found in beliefs.items()}
+            found[probe, k].append(_run_probe(probe, column, bags, protocol, rows, seed))
+    return {key: np.stack(probabilities) for key, probabilities in found.items()}
 
 
-def _run_probe(probe: str, task: Task, bags: dict[str, Bag], how: Protocol, rows, seed: int) -> np.ndarray:
+def _run_probe(probe: str, column: LabelColumn, bags: dict[str, Bag], protocol: Protocol, rows, seed) -> np.ndarray:
     part = {ATTENTION: "regions", FLOOR: "features"}.get(probe, "slide")
 
-    def look(ids):
+    def stack(ids):
         found = [getattr(bags[slide], part) for slide in ids]
         return found if part == "regions" else np.stack(found)
 
-    train = probes.Labelled(look([task.train.ids[i] for i in rows]), task.train.classes[rows])
-    val = probes.Labelled(look(task.val.ids), task.val.classes) if task.val else None
-    test, classes = look(task.test.ids), len(task.classes)
+    train = probes.Labelled(stack([column.train.ids[i] for i in rows]), column.train.classes[rows])
+    val = probes.Labelled(stack(column.val.ids), column.val.classes) if column.val else None
+    test, classes = stack(column.test.ids), len(column.classes)
     if probe != ATTENTION:
         return (probes.nearest if probe == NEAREST else probes.linear)(train, val, test, classes)
     regions = [len(bag.regions) for bag in bags.values()]
-    settings = {"seed": seed, "settings": how.attention, "room": (max(regions), sum(regions))}
-    if not how.test_chooses:
+    settings = {"seed": seed, "settings": protocol.attention, "room": (max(regions), sum(regions))}
+    if not protocol.test_chooses:
         return probes.attention_mil(train, val, test, classes, **settings)
-    _, beliefs = probes.attention_rounds(train, None, test, classes, **settings)
-    once = np.ones((1, len(task.test.ids)))
-    areas = [float(scores.classification(task.test.classes, b.argmax(1), b)["auc"](once)[0]) for b in beliefs]
-    return beliefs[int(np.nanargmax(areas)) if np.isfinite(areas).any() else -1]
+    _, rounds = probes.attention_rounds(train, None, test, classes, **settings)
+    once = np.ones((1, len(column.test.ids)))
+    areas = [float(statistics.classification(column.test.classes, b.argmax(1), b)["auc"](once)[0]) for b in rounds]
+    return rounds[int(np.nanargmax(areas)) if np.isfinite(areas).any() else -1]
 
 
-def score_task(task: Task, ours: Sequence[dict], theirs: Sequence[dict], how: Protocol, seed: int) -> dict:
-    """The scores of each probe at each number of shots: mean over seeds and runs, spread, interval by patient.
+def score_column(
+    column: LabelColumn, ours: Sequence[Probabilities], theirs: Sequence[Probabilities], protocol: Protocol, seed: int
+) -> dict:
+    """The metrics of each probe at each number of shots: mean over draws and runs, spread, interval by patient."""
+    labels, names = column.test.classes, column.classes
+    weights = statistics.patient_weights(column.test.patients, seed=seed)
+    majority = int(np.bincount(column.train.classes, minlength=len(names)).argmax())
+    blind = statistics.baselines(labels, len(names), majority)
 
-    `ours` and `theirs` are what `run_probes` found for the runs and for those to compare to.
-    """
-    labels, names = task.test.classes, task.classes
-    weights = scores.patient_weights(task.test.patients, seed=seed)
-    majority = int(np.bincount(task.train.classes, minlength=len(names)).argmax())
-    blind = scores.baselines(labels, len(names), majority)
-
-    def statistics(runs, key):
-        one = [scores.classification(labels, b.argmax(1), b) for run in runs for b in run[key]]
+    def metrics_of(runs, key):
+        one = [statistics.classification(labels, b.argmax(1), b) for run in runs for b in run[key]]
         return {metric: [s[metric] for s in one] for metric in (one[0] if one else {})}
 
     found = {}
     for probe in PROBES:
         found[probe] = {}
-        for k in task.shots:
+        for k in column.shots:
             mine, other, floor = (
-                statistics(*x) for x in ((ours, (probe, k)), (theirs, (probe, k)), (ours, (FLOOR, k)))
+                metrics_of(*x) for x in ((ours, (probe, k)), (theirs, (probe, k)), (ours, (FLOOR, k)))
             )
             entries = {
                 metric: _entry(mine[metric], other.get(metric), floor[metric] if probe != FLOOR else None, weights)
@@ -264,30 +96,30 @@ def score_task(task: Task, ours: Sequence[dict], theirs: Sequence[dict], how: Pr
                 for metric in mine
             }
             first = ours[0][probe, k][0]
-            per_class = scores.per_class(labels, first.argmax(1), first, names)
+            per_class = statistics.per_class(labels, first.argmax(1), first, names)
             found[probe][str(k)] = {"metrics": entries, "per_class": per_class}
-    sizes = {"train": task.train, "val": task.val, "test": task.test}
+    sizes = {"train": column.train, "val": column.val, "test": column.test}
     return {
-        "label": task.column,
+        "label": column.name,
         "classes": {
             name: {side: int((part.classes == c).sum()) for side, part in sizes.items() if part is not None}
             for c, name in enumerate(names)
         },
-        "unlabelled": task.unlabelled,
-        "slides": len(task.test.ids),
-        "patients": len(set(task.test.patients)),
-        "shots": [str(k) for k in task.shots],
-        "seeds": task.seeds,
-        "chosen_on": "test" if how.test_chooses else "val" if task.val else "nothing",
+        "unlabelled": column.unlabelled,
+        "slides": len(column.test.ids),
+        "patients": len(set(column.test.patients)),
+        "shots": [str(k) for k in column.shots],
+        "seeds": column.seeds,
+        "chosen_on": "test" if protocol.test_chooses else "val" if column.val else "nothing",
         "majority_class": names[majority],
         "probes": found,
     }
 
 
-def unbeaten(block: dict) -> list[str]:
-    """A warning where probes at the most shots do not beat the linear probe on the mean patch feature.
+def warn_if_not_above_features(block: dict) -> list[str]:
+    """A warning if probes at the most shots do not exceed the linear probe on the mean patch feature.
 
-    Not beaten: the interval of the gain in balanced accuracy is not above 0.
+    They exceed it if the interval of the gain in balanced accuracy lies above 0.
     """
     most = block["shots"][-1]
     entries = {probe: by_shots[most]["metrics"]["balanced_accuracy"] for probe, by_shots in block["probes"].items()}
@@ -301,30 +133,124 @@ def unbeaten(block: dict) -> list[str]:
 
 
 def _entry(ours: list, theirs: list | None, floor: list | None, weights) -> dict:
-    statistic = scores.mean_over_runs(ours)
+    statistic = statistics.mean_over_runs(ours)
     alone = np.ones((1, weights.shape[1]))
     by_seed = [float(one(alone)[0]) for one in ours]
-    entry = scores.interval(statistic, weights)._asdict() | {"by_seed": by_seed}
+    entry = statistics.interval(statistic, weights)._asdict() | {"by_seed": by_seed}
     entry["spread"] = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else 0.0
     if floor is not None:
-        entry["gain"] = scores.interval(scores.difference(statistic, scores.mean_over_runs(floor)), weights)._asdict()
-    if theirs:
-        other = scores.mean_over_runs(theirs)
-        entry["compared"] = scores.interval(other, weights)._asdict()
-        entry["difference"] = scores.interval(scores.difference(statistic, other), weights)._asdict()
-    return entry
+        gain = statistics.difference(statistic, statistics.mean_over_runs(floor))
+        entry["gain"] = statistics.interval(gain, weights)._asdict()
+    return entry | statistics.paired(statistic, theirs or [], weights)
 
 
-def probe_rows(task: Task, names: Sequence, runs: Sequence[dict]) -> list[dict]:
-    """Every prediction as a row of a table: run, probe, shots, seed, slide, and the belief in each class."""
+def probe_rows(column: LabelColumn, names: Sequence, runs: Sequence[Probabilities]) -> list[dict]:
+    """One row per prediction: run, probe, shots, seed, slide, and the probability of each class."""
     rows = []
-    for name, beliefs in zip(names, runs, strict=True):
-        for (probe, k), found in beliefs.items():
-            for seed, belief in enumerate(found):
-                for i, slide_id in enumerate(task.test.ids):
+    for name, by_probe in zip(names, runs, strict=True):
+        for (probe, k), found in by_probe.items():
+            for seed, probabilities in enumerate(found):
+                for i, slide_id in enumerate(column.test.ids):
                     row = {"run": name, "probe": probe, "shots": k, "seed": seed, "slide_id": slide_id}
-                    row |= {"patient_id": task.test.patients[i], "label": task.classes[task.test.classes[i]]}
-                    row["predicted"] = task.classes[int(belief[i].argmax())]
-                    shares = zip(task.classes, belief[i], strict=True)
+                    row |= {"patient_id": column.test.patients[i], "label": column.classes[column.test.classes[i]]}
+                    row["predicted"] = column.classes[int(probabilities[i].argmax())]
+                    shares = zip(column.classes, probabilities[i], strict=True)
                     rows.append(row | {f"p_{label}": round(float(p), 6) for label, p in shares})
     return rows
+
+
+def draw_figures(block: dict, labels, probabilities: Probabilities) -> dict[str, Figure]:
+    """Balanced accuracy over shots, and the confusion matrix of each probe's first draw at the most shots."""
+    figure, (axis,) = make_axes(5.6, 3.4)
+    places = np.arange(len(block["shots"]))
+    colours = (MAIN, SECOND, "#5b4b9a", BASE)
+    for shift, (colour, (probe, by_shots)) in enumerate(zip(colours, block["probes"].items(), strict=True)):
+        entries = [by_shots[k]["metrics"]["balanced_accuracy"] for k in block["shots"]]
+        x = places + 0.06 * (shift - 1.5)
+        axis.vlines(x, [e["low"] for e in entries], [e["high"] for e in entries], color=colour, linewidth=1.5)
+        axis.plot(x, [e["value"] for e in entries], color=colour, marker="o", markersize=5, linewidth=1.5, label=probe)
+    axis.axhline(1 / len(block["classes"]), color=BASE, linewidth=1.5, linestyle=(0, (4, 2)), label="chance")
+    axis.set_xticks(places, block["shots"])
+    axis.set_ylim(0, 1.02)
+    axis.grid(color=GRID, axis="y")
+    axis.set_xlabel("training slides per class")
+    axis.set_ylabel("balanced accuracy, 95% interval")
+    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1, 1))
+    set_title(axis, f"Few-shot: {block['label']}")
+    found = {f"{block['figures']}_curve": figure}
+    most = max(probabilities, key=lambda key: block["shots"].index(str(key[1])))[1]
+    for number, probe in enumerate(block["probes"]):
+        predicted = probabilities[probe, most][0].argmax(1)
+        name = f"{block['figures']}_confusion_{number + 1}"
+        found[name] = confusion(labels, predicted, list(block["classes"]), probe)
+    return found
+
+
+def _read(setting: Setting) -> list[LabelColumn]:
+    spec = setting.spec
+    return [read_column(setting.cohort, name, spec.label_table, spec.few_shot, spec.draws) for name in spec.labels]
+
+
+def _embed(setting: Setting, columns: list[LabelColumn]) -> list[str]:
+    # All slides of the split, so that the size of the compiled probe does not depend on the other tasks.
+    return [*setting.cohort.slide_ids, *needed_slides(columns)]
+
+
+def _predict(setting: Setting, columns: list[LabelColumn], run: RunAtWork) -> list[Probabilities]:
+    return [run_probes(column, run.bags, setting.protocol, run.name) for column in columns]
+
+
+def _score(setting: Setting, columns: list[LabelColumn], predictions: Predictions) -> Part:
+    blocks, pictures, rows, warnings = [], {}, {}, []
+    for number, column in enumerate(columns):
+        ours, theirs = ([one[number] for one in side] for side in (predictions.ours, predictions.theirs))
+        key = f"{KEY}_{number + 1}"
+        blocks.append(score_column(column, ours, theirs, setting.protocol, setting.spec.seed) | {"figures": key})
+        warnings += warn_if_not_above_features(blocks[-1])
+        pictures |= draw_figures(blocks[-1], column.test.classes, ours[0])
+        rows[key] = probe_rows(column, predictions.runs, ours)
+    return Part(blocks, pictures, rows, warnings)
+
+
+def _headlines(found: dict) -> Iterator[Headline]:
+    for block in found[KEY]:
+        shots = block["shots"][-1]
+        entry, floor = (block["probes"][probe][shots]["metrics"]["balanced_accuracy"] for probe in (LINEAR, FLOOR))
+        name = f"Few-shot: {block['label']}, linear probe, {shots} shots: balanced accuracy"
+        yield make_headline(name, entry, {"raw features": floor["value"]})
+
+
+def _published(found: dict) -> Iterator[tuple[tuple, dict]]:
+    for block in found[KEY]:
+        for probe, by_shots in block["probes"].items():
+            for shots, one in by_shots.items():
+                yield (KEY, block["label"], probe, shots), one["metrics"]
+
+
+def _paired(evaluation: Evaluation) -> dict:
+    found = {}
+    for block in evaluation.scores[KEY]:
+        for probe, by_shots in block["probes"].items():
+            for shots in by_shots if probe != FLOOR else ():  # the floor is the same for all runs
+                chosen = {"probe": probe, "shots": shots}
+                found[KEY, block["label"], probe, shots] = lambda table=block["figures"], chosen=chosen: (
+                    classified_units(evaluation, table, chosen)
+                )
+    return found
+
+
+TASK = Task(
+    KEY,
+    title="few-shot",
+    needs="few-shot",
+    wanted=lambda spec: spec.few_shot is not None,
+    read=_read,
+    embed=_embed,
+    predict=_predict,
+    score=_score,
+    headlines=_headlines,
+    section=Path(__file__).with_name("few_shot.html"),
+    published=_published,
+    paired=_paired,
+    heading=lambda parts: ", ".join(parts) + " shots",
+)

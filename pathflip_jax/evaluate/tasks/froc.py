@@ -1,11 +1,11 @@
-"""Lesion detection as CAMELYON16 scores it: sensitivity at so many false positives a slide (FROC).
+"""Free-response ROC (FROC) of lesion detection, by the rules of CAMELYON16's published evaluation.
 
-The rules of the challenge's published evaluation. An annotated area is widened by half of 75 um (the breadth of five
-tumor cells) and its holes are filled; what touches then, by an edge or a corner, is one lesion. A lesion whose major
-axis is shorter than 275 um holds isolated tumor cells and counts neither for nor against: a hit on it is ignored. A
-detection is a point with a score. A lesion is found at the score of the highest detection that hits it, further hits
-are ignored, and a detection that hits nothing is a false positive. The score is the mean sensitivity at 1/4, 1/2, 1, 2,
-4 and 8 false positives a slide, over all slides, those with no lesion included.
+An annotated area is dilated by half of 75 um (the width of five tumor cells) and its holes are filled; areas that then
+touch, by an edge or a corner, are one lesion. A lesion with a major axis below 275 um is isolated tumor cells: it is
+not counted, and hits on it are ignored. A detection is a point with a score. A lesion is found at the score of the
+highest detection that hits it; further hits are ignored, and a detection that hits no lesion is a false positive. The
+FROC score is the mean sensitivity at 1/4, 1/2, 1, 2, 4 and 8 false positives per slide over all slides, including those
+without lesions.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from skimage.measure import label, regionprops
 from pathflip_jax.grounding.outlines import Polygon, rasterise
 from pathflip_jax.scores.statistics import Statistic
 
-RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives a slide
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives per slide
 WIDENED_UM, ISOLATED_UM = 75.0, 275.0
 PIXEL_UM = 8.0  # about: level 5 of a pyramid of halves at 40x, at which the challenge draws its masks
 MOST_PIXELS = 2**26  # of a mask
@@ -29,7 +29,7 @@ RADIUS = 3.0  # patch edges within which only the highest detection is kept
 
 
 class Lesion(NamedTuple):
-    """One lesion: its pixels, where their corner lies on the raster, and whether it is large enough to count."""
+    """A lesion: its pixels, their upper left corner on the raster, and whether it is large enough to count."""
 
     row: int
     column: int
@@ -38,29 +38,28 @@ class Lesion(NamedTuple):
 
 
 class Lesions(NamedTuple):
-    """The lesions of a slide, on a raster of `downsample` level-0 pixels a pixel."""
+    """The lesions of a slide, on a raster of `downsample` level-0 pixels per pixel."""
 
     areas: tuple[Lesion, ...]
     downsample: float
 
 
 class Detections(NamedTuple):
-    """Points in level-0 pixels, and how sure a map is of each."""
+    """Points in level-0 pixels with their scores."""
 
     points: Float[np.ndarray, "n 2"]
     scores: Float[np.ndarray, "n"]
 
 
 class Found(NamedTuple):
-    """What the detections of one slide came to: the scores at which its lesions are found (-inf: never), and those of
-    its false positives."""
+    """The scores at which the lesions of a slide are found (-inf: never), and those of its false positives."""
 
     lesions: Float[np.ndarray, "m"]
     false_positives: Float[np.ndarray, "n"]
 
 
 def read_lesions(polygons: list[Polygon], width: int, height: int, mpp: float) -> Lesions:
-    """The lesions that outlines make on a slide of `width` x `height` level-0 pixels."""
+    """The lesions that outlines form on a slide of `width` x `height` level-0 pixels."""
     if not polygons:
         return Lesions((), 1.0)
     downsample = max(2.0 ** round(np.log2(PIXEL_UM / mpp)), (width * height / MOST_PIXELS) ** 0.5, 1.0)
@@ -84,7 +83,7 @@ def lesions_of_mask(mask: Bool[np.ndarray, "h w"], downsample: float, mpp: float
 def detect(
     scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, radius: float = RADIUS
 ) -> Detections:
-    """The centres of the patches that no higher patch within `radius` patch edges outdoes, highest first."""
+    """The centres of patches with the highest score within `radius` patch edges, in descending order."""
     centres = np.asarray(coords, np.float64) + patch_size / 2
     tree = cKDTree(centres)
     left = np.ones(len(scores), bool)
@@ -99,7 +98,7 @@ def detect(
 
 
 def match(lesions: Lesions, detections: Detections) -> Found:
-    """Which lesions the detections of a slide find, at which score, and which detections are false."""
+    """The detections of a slide matched to its lesions."""
     pixels = np.floor(detections.points / lesions.downsample).astype(int)[:, ::-1]  # row, column
     false = np.ones(len(pixels), bool)
     best = []
@@ -114,7 +113,7 @@ def match(lesions: Lesions, detections: Detections) -> Found:
 
 
 class _Sweep(NamedTuple):
-    """All scores of a cohort from the highest down: whose slide each is, whether a lesion's, and where ties end."""
+    """All scores of a cohort in descending order: their slides, whether they are of lesions, and where ties end."""
 
     slide: Int[np.ndarray, "T"]
     is_lesion: np.ndarray
@@ -145,18 +144,18 @@ def _curve(sweep: _Sweep, lesions: np.ndarray, weights: np.ndarray) -> tuple[np.
 
 
 def curve(found: Sequence[Found]) -> tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]:
-    """False positives a slide, and sensitivity, at every threshold from above the highest score down."""
+    """False positives per slide and sensitivity at every threshold, from above the highest score down."""
     lesions = np.array([len(one.lesions) for one in found], float)
     return _curve(_sweep(found), lesions, np.ones(len(found)))
 
 
 def sensitivity(found: Sequence[Found], rates: Sequence[float] = RATES) -> Statistic:
-    """The mean sensitivity at some rates of false positives a slide, between thresholds by a straight line.
+    """The mean sensitivity at some rates of false positives per slide, interpolated linearly between thresholds.
 
-    Of all six rates it is the challenge's score. Raises ValueError for slides with no lesion at all.
+    Over all six rates it is the challenge's score. Raises ValueError for slides without a single lesion.
     """
     lesions = np.array([len(one.lesions) for one in found], float)
     if not lesions.any():
-        raise ValueError("no slide has a lesion of 275 um or more: there is no sensitivity to speak of")
+        raise ValueError("no slide has a lesion of 275 um or more, so sensitivity is undefined; check the outlines")
     sweep = _sweep(found)
     return lambda weights: np.array([np.interp(rates, *_curve(sweep, lesions, draw)).mean() for draw in weights])

@@ -1,12 +1,13 @@
-"""Captions and answers of a language stage about the slides of a split, and their scores.
+"""Captions and answers of the language stage about the slides of a split, and their metrics.
 
-Everything is asked twice, with the slide and without it: reports are alike and questions give hints, so only what a
-model gains by the slide says that it has looked (DESIGN section 8). A caption of another patient's slide stands beside
-both.
+Everything is asked with and without the slide, because reports are alike and questions give hints: the gain over the
+text-only answer is what the model sees in the slide (DESIGN section 8). A second baseline of captions is the caption of
+another patient's slide.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +18,31 @@ from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.conversations import ask, match_conversations, read_conversations
 from pathflip_jax.data.texts.text import Question, match_slides, read_questions
 from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.prompt_files import read_prompts
+from pathflip_jax.evaluate.spec import EvaluationSpec
+from pathflip_jax.evaluate.task import SHARE, Headline, Part, Predictions, Setting, Task, headline_with_baselines
 from pathflip_jax.evaluate.tasks import vqa
 from pathflip_jax.inference.assistant import Asked, Rows, SlideAssistant, load_assistant
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.scores import concepts, statistics
 
+KEY = "language"
 ANOTHER = "another slide's caption"
-LIKELIHOOD, GENERATION = "by_likelihood", "by_generation"  # how a choice among options is read
+LIKELIHOOD, GENERATION = "by_likelihood", "by_generation"  # two ways to read the choice of an option
 EXAMPLES = 6
 
 
+class Inputs(NamedTuple):
+    """The tables of reports and questions, the phrasings of the concepts to find in captions, and how to generate."""
+
+    texts: str | Path | None
+    questions: str | Path | None
+    concepts: Mapping[str, Sequence[str]] | None
+    sampling: Sampling
+
+
 class Caption(NamedTuple):
-    """A report of a slide (or of the slides of a case), what it answers, and what was written with and without it."""
+    """A report of a slide (or of a case), its prompt, and the captions generated with and without the slide."""
 
     slide_ids: tuple[str, ...]
     patient: str
@@ -39,7 +53,7 @@ class Caption(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Questions with the answers that were given with the slide and without it, by how they were given."""
+    """Questions with the answers given with and without the slide, by the way in which they are read."""
 
     questions: list[Question]
     patients: list[str]
@@ -48,7 +62,7 @@ class Answers(NamedTuple):
 
 
 class SlideRows:
-    """[slide; regions] of the slides of a cohort, embedded when first asked for; several slides are one bag."""
+    """[slide; regions] of the slides of a cohort, embedded on first use; several slides are one bag."""
 
     def __init__(self, assistant: SlideAssistant, cohort: Cohort) -> None:
         self._assistant, self._cohort = assistant, cohort
@@ -65,39 +79,30 @@ class SlideRows:
         return [self._cohort.features(slide) for slide in bag]
 
 
-def evaluate_language(
-    folder, cohort: Cohort, *, captions=None, questions=None, phrasings=None, sampling: Sampling, seed: int = 0
-) -> tuple[dict, dict[str, list[dict]], dict]:
-    """Score a run of the language stage: what scores.json holds of it, the rows of its tables, and its config.
-
-    `captions` is a table of reports, `questions` one of questions, `phrasings` names the concepts to look for in
-    captions. Raises ValueError where there is neither of the first two, and for tables about other slides.
-    """
-    if captions is None and questions is None:
-        raise ValueError("nothing to ask the language stage: give a table of reports, or one of questions")
-    assistant = load_assistant(folder)
-    rows, found, tables = SlideRows(assistant, cohort), {"run": str(folder)}, {}
-    if captions is not None:
-        written = write_captions(assistant, cohort, rows, captions, sampling)
-        found["captions"] = score_captions(written, phrasings, seed)
-        tables["captions"] = [caption._asdict() | {"slide_ids": "+".join(caption.slide_ids)} for caption in written]
-    if questions is not None:
-        choices, open_ended = answer_questions(assistant, cohort, rows, questions, sampling)
+def score_language(run, cohort: Cohort, inputs: Inputs, seed: int = 0) -> Part:
+    """The results of a run of the language stage. Raises ValueError for tables about other slides."""
+    assistant = load_assistant(run)
+    rows, found, tables = SlideRows(assistant, cohort), {"run": str(run)}, {}
+    if inputs.texts is not None:
+        captions = write_captions(assistant, cohort, rows, inputs.texts, inputs.sampling)
+        found["captions"] = score_captions(captions, inputs.concepts, seed)
+        tables["captions"] = [caption._asdict() | {"slide_ids": "+".join(caption.slide_ids)} for caption in captions]
+    if inputs.questions is not None:
+        choices, open_ended = answer_questions(assistant, cohort, rows, inputs.questions, inputs.sampling)
         found["questions"] = score_answers(choices, open_ended, seed)
         tables["answers"] = [row for answers in (choices, open_ended) if answers for row in _answer_rows(answers)]
     found["warnings"] = _warnings(found)
-    return found, tables, assistant.config
+    return Part(found, {}, tables, found["warnings"], assistant.config)
 
 
 def write_captions(
     assistant: SlideAssistant, cohort: Cohort, rows: SlideRows, table, sampling: Sampling
 ) -> list[Caption]:
-    """A caption of every report of the table that is about slides of the cohort, asked as the table asks.
+    """A caption for every report of the table about slides of the cohort, prompted as the table does.
 
     Raises ValueError for a table with none, and as `SlideAssistant.answer`.
     """
-    slide_ids = cohort.records.slides.column("slide_id")
-    patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    slide_ids, patient_of = cohort.records.slides.column("slide_id"), cohort.patient_of
     talks = match_conversations(read_conversations(table), slide_ids, cohort.cases)
     kept = [(talk, tuple(slide for slide in talk.slide_ids if slide in patient_of)) for talk in talks]
     kept = [(talk, slides) for talk, slides in kept if slides]
@@ -106,7 +111,7 @@ def write_captions(
     asked = [talk.turns[0].asked for talk, _ in kept]
     shown = rows([slides for _, slides in kept])
     written = assistant.answer([assistant.prompt(a, x) for a, x in zip(asked, shown, strict=True)], sampling)
-    blind = _answer_once(assistant, [assistant.prompt(a, None) for a in asked], asked, sampling)
+    blind = _answer_distinct(assistant, [assistant.prompt(a, None) for a in asked], asked, sampling)
     return [
         Caption(slides, patient_of[slides[0]], talk.turns[0].asked, talk.turns[0].answer, *texts)
         for (talk, slides), *texts in zip(kept, written, blind, strict=True)
@@ -116,19 +121,14 @@ def write_captions(
 def answer_questions(
     assistant: SlideAssistant, cohort: Cohort, rows: SlideRows, table, sampling: Sampling
 ) -> tuple[Answers | None, Answers | None]:
-    """Answers to the questions of a table about slides of the cohort: those with options, and the open ones.
+    """Answers to the questions of a table about slides of the cohort: with options, and open-ended.
 
-    Options are chosen by the likelihood of their letters, and by what is generated, as published scripts do. Raises
-    ValueError for a table with no question about them.
+    Options are chosen by the likelihood of their letters and, as in published scripts, by the generated text. Raises
+    ValueError for a table without a question about them.
     """
-    slide_ids = cohort.records.slides.column("slide_id")
-    patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    slide_ids, patient_of = cohort.records.slides.column("slide_id"), cohort.patient_of
     questions = read_questions(table)
-    found = match_slides(
-        [(question.slide_ids, question.case_id) for question in questions],
-        slide_ids,
-        cohort.cases,
-    )
+    found = match_slides([(question.slide_ids, question.case_id) for question in questions], slide_ids, cohort.cases)
     bags = [tuple(slide for slide in slides if slide in patient_of) for slides in found]
     kept = [(question, bag) for question, bag in zip(questions, bags, strict=True) if bag]
     if not kept:
@@ -144,7 +144,7 @@ def answer_questions(
         prompts = [assistant.prompt(a, x) for a, x in zip(asked, shown, strict=True)]
         blind = [assistant.prompt(a, None) for a in asked]
         given = {GENERATION: assistant.answer(prompts, sampling)}
-        text_only = {GENERATION: _answer_once(assistant, blind, asked, sampling)}
+        text_only = {GENERATION: _answer_distinct(assistant, blind, asked, sampling)}
         if with_options:
             given[LIKELIHOOD] = likeliest(assistant, prompts, questions)
             text_only[LIKELIHOOD] = likeliest(assistant, blind, questions)
@@ -155,26 +155,26 @@ def answer_questions(
 def choice_shares(
     assistant: SlideAssistant, prompts: Sequence[Asked], options: Sequence[Mapping[str, str]]
 ) -> list[dict]:
-    """The share of belief in each letter, by the likelihood of the letter as the answer."""
+    """The probability of each letter, by its likelihood as the answer."""
     found = assistant.choose(prompts, [list(letters) for letters in options])
     shares = []
     for letters, likelihood in zip(options, found, strict=True):
-        belief = np.exp(likelihood - likelihood.max())
-        shares.append(dict(zip(letters, (belief / belief.sum()).tolist(), strict=True)))
+        odds = np.exp(likelihood - likelihood.max())
+        shares.append(dict(zip(letters, (odds / odds.sum()).tolist(), strict=True)))
     return shares
 
 
 def likeliest(assistant: SlideAssistant, prompts: Sequence[Asked], questions: Sequence[Question]) -> list[str]:
-    """The likeliest letter of each question."""
+    """The most likely letter of each question."""
     shares = choice_shares(assistant, prompts, [question.options for question in questions])
     return [max(own, key=own.get) for own in shares]
 
 
 def score_captions(captions: Sequence[Caption], phrasings: Mapping[str, Sequence[str]] | None, seed: int) -> dict:
-    """Scores of captions beside those written without the slide and those of another patient's slide.
+    """Metrics of captions, with text-only captions and those of another patient's slide as baselines.
 
-    The words are scored where NLTK and rouge-score are installed (extra [language]); with `phrasings` of concepts,
-    those that a caption asserts against those that the report asserts.
+    N-gram metrics need NLTK and rouge-score (extra [language]); `phrasings` of concepts add precision and recall of the
+    asserted concepts against those of the report.
     """
     patients = [caption.patient for caption in captions]
     written, references = ([getattr(c, name) for c in captions] for name in ("written", "reference"))
@@ -190,7 +190,9 @@ def score_captions(captions: Sequence[Caption], phrasings: Mapping[str, Sequence
         found |= {"words": words["metrics"]}
         found["warnings"] += words["warnings"]
     else:
-        found["warnings"].append("words are not scored: NLTK and rouge-score are missing (extra [language])")
+        found["warnings"].append(
+            "n-gram metrics are not computed: NLTK and rouge-score are not installed (extra [language])"
+        )
     if phrasings is not None:
         finder = concepts.Finder(phrasings)
         truths = [concepts.asserted(finder(text)) for text in references]
@@ -202,7 +204,7 @@ def score_captions(captions: Sequence[Caption], phrasings: Mapping[str, Sequence
 
 
 def score_answers(choices: Answers | None, open_ended: Answers | None, seed: int) -> dict:
-    """Scores of answers beside those given without the slide, chance and the most frequent letter."""
+    """Metrics of answers, with text-only answers, chance and the most frequent letter as baselines."""
     found: dict = {}
     if choices is not None:
         found["choices"] = {
@@ -232,7 +234,7 @@ def _answer_rows(answers: Answers) -> list[dict]:
 
 
 def _warnings(found: dict) -> list[str]:
-    """What the parts warn of, each with the part that it is about."""
+    """The warnings of all parts, each prefixed with the name of its part."""
     parts = {"captions": found.get("captions", {})}
     asked = found.get("questions", {})
     parts |= {f"choices, {how.replace('_', ' ')}": part for how, part in asked.get("choices", {}).items()}
@@ -240,17 +242,17 @@ def _warnings(found: dict) -> list[str]:
     return [f"{name}: {text}" for name, part in parts.items() for text in part.get("warnings", [])]
 
 
-def _answer_once(
+def _answer_distinct(
     assistant: SlideAssistant, prompts: Sequence[Asked], asked: Sequence[str], sampling: Sampling
 ) -> list[str]:
-    """Answers without a slide: what is asked in the same words is answered once."""
+    """Answers without a slide, generated once per distinct question."""
     first = {text: i for i, text in reversed(list(enumerate(asked)))}
     found = dict(zip(first, assistant.answer([prompts[i] for i in first.values()], sampling), strict=True))
     return [found[text] for text in asked]
 
 
 def _another(patients: Sequence[str], seed: int) -> list[int] | None:
-    """For each caption one of another patient, drawn; None where there is but one patient."""
+    """For each caption a random one of another patient; None if there is only one patient."""
     names = np.array(patients)
     if len(set(patients)) < 2:
         return None
@@ -259,7 +261,7 @@ def _another(patients: Sequence[str], seed: int) -> list[int] | None:
 
 
 def _examples(captions: Sequence[Caption], truths: list[set[str]], mentions: list[list[dict]], finder) -> list[dict]:
-    """Captions from the best to the worst by the F1 of their concepts, evenly spaced, with their mentions."""
+    """Captions at evenly spaced ranks of their concept F1, with their mentions."""
 
     def f1(i: int) -> float:
         named = {mention["concept"] for mention in mentions[i] if not mention["denied"]}
@@ -280,7 +282,7 @@ def _examples(captions: Sequence[Caption], truths: list[set[str]], mentions: lis
 
 
 def pieces(text: str, mentions: Sequence[dict]) -> list[dict]:
-    """A text cut at its mentions: {"text", "kind"}, of kind "right", "wrong", "denied" or ""."""
+    """A text divided at its mentions: {"text", "kind"}, of kind "right", "wrong", "denied" or ""."""
     found, start = [], 0
     for mention in mentions:
         kind = ("denied" if mention["denied"] else "right") if mention["right"] else "wrong"
@@ -288,3 +290,47 @@ def pieces(text: str, mentions: Sequence[dict]) -> list[dict]:
         found += [{"text": text[mention["start"] : mention["end"]], "kind": kind}]
         start = mention["end"]
     return [piece for piece in [*found, {"text": text[start:], "kind": ""}] if piece["text"]]
+
+
+def _check(spec: EvaluationSpec) -> None:
+    if spec.language is None and (spec.questions is not None or spec.concepts is not None):
+        raise ValueError("questions and concepts of captions are for the language stage: name its run (--language)")
+    if spec.language is not None and spec.texts is None and spec.questions is None:
+        raise ValueError("nothing to ask the language stage: give a table of reports, or one of questions")
+
+
+def _read(setting: Setting) -> Inputs:
+    spec = setting.spec
+    concepts = read_prompts(spec.concepts).classes if spec.concepts is not None else None
+    return Inputs(spec.texts, spec.questions, concepts, spec.sampling)
+
+
+def _score(setting: Setting, inputs: Inputs, predictions: Predictions) -> Part:
+    return score_language(setting.spec.language, setting.cohort, inputs, setting.spec.seed)
+
+
+def _headlines(found: dict) -> Iterator[Headline]:
+    captions, questions = found[KEY].get("captions", {}), found[KEY].get("questions", {})
+    if "concepts" in captions:
+        yield headline_with_baselines("Captions: F1 of the concepts asserted", captions["concepts"]["f1"])
+    if "words" in captions:
+        yield headline_with_baselines("Captions: ROUGE-L", captions["words"]["ROUGE-L"])
+    for how, block in questions.get("choices", {}).items():
+        yield headline_with_baselines(f"Multiple choice, {how.replace('_', ' ')}: accuracy", block["accuracy"], SHARE)
+    if "open" in questions:
+        metrics = questions["open"]["metrics"]
+        yield headline_with_baselines("Open questions: exact match", metrics["exact match"], SHARE)
+        yield headline_with_baselines("Open questions: ROUGE-L", metrics["ROUGE-L"])
+
+
+TASK = Task(
+    KEY,
+    title="language",
+    needs="questions",
+    wanted=lambda spec: spec.language is not None,
+    check=_check,
+    read=_read,
+    score=_score,
+    headlines=_headlines,
+    section=Path(__file__).with_name("language.html"),
+)

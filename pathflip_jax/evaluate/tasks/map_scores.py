@@ -1,14 +1,12 @@
-"""Grounding scored against true outlines: do patches inside a concept's outline score above the others?
+"""Scores of maps against annotated outlines, over the patches of a slide, per slide and concept.
 
-Per slide and concept, over the patches of the slide:
+- ROC AUC: the probability that a patch inside an outline scores above one outside. A random map has 0.5.
+- Pointing game: whether the highest patch lies inside. A random map has the fraction of patches inside.
+- Dice of the patches above a threshold with those inside. The threshold of a concept is the best one on training
+  slides; the slides that are scored play no part in it.
 
-- ROC AUC: does a patch inside outscore one outside? A random map has 0.5.
-- Pointing game: does the highest patch lie inside? A random map has the share of patches that do.
-- Dice of the patches above a fixed threshold with those inside. The threshold is one for each concept, the best for
-  training slides with outlines; no slide that is scored has a say in it.
-
-A slide's figure is the mean over the concepts present in it, a cohort's the mean over slides. Beside the map stand what
-knows no text (the cross-attention of the Q-Former) and what knows no pathology (mean colour), under the same rules.
+A slide's score is the mean over the concepts present in it, a cohort's the mean over slides. Maps without text (the
+cross-attention of the Q-Former) and without pathology (mean colour) are scored by the same rules.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,10 +31,10 @@ METRICS = ("auc", "pointing", "dice")
 
 
 class MapScores(NamedTuple):
-    """What maps are worth on each slide and concept [n, C]: NaN where a slide has no patch of it or nothing else.
+    """The metrics of maps on each slide and concept: NaN if no patch or every patch of the slide is inside.
 
-    `thresholds` [C] are those of the Dice, NaN where no training slide could choose one; `found` is what the maps
-    detect of the lesions of each slide, where that is asked.
+    `thresholds` are those of the Dice, NaN if no training slide shows the concept; `found` are the detections of
+    lesions in each slide, if lesions are scored.
     """
 
     auc: Float[np.ndarray, "n C"]
@@ -47,7 +45,7 @@ class MapScores(NamedTuple):
 
 
 def concept_scores(predictor, slide: SlideFeatures, concepts: dict[str, list[str]], **how) -> Float[np.ndarray, "C N"]:
-    """The patch scores of each concept: the mean over its texts, each grounded by itself."""
+    """The patch scores of each concept: the mean over its texts."""
     texts = [text for listed in concepts.values() for text in listed]
     found = predictor.ground(slide, texts, **how).patch_scores
     ends = np.cumsum([len(listed) for listed in concepts.values()])
@@ -57,7 +55,7 @@ def concept_scores(predictor, slide: SlideFeatures, concepts: dict[str, list[str
 def concept_aucs(
     inside: Bool[np.ndarray, "C N"], found: Float[np.ndarray, "C N"], counts=None
 ) -> Float[np.ndarray, "C"]:
-    """The ROC AUC of each concept's map, NaN where the slide has no patch of it or nothing else."""
+    """The ROC AUC of each concept's map, NaN if no patch or every patch of the slide is inside."""
     counts = np.ones(inside.shape[1], bool) if counts is None else counts
     ones = np.ones((1, int(counts.sum())))
     return np.array([statistics.auc(t[counts], s[counts])(ones)[0] for t, s in zip(inside, found, strict=True)])
@@ -66,7 +64,7 @@ def concept_aucs(
 def pointing_hits(
     inside: Bool[np.ndarray, "C N"], found: Float[np.ndarray, "C N"], counts: Bool[np.ndarray, "N"]
 ) -> Float[np.ndarray, "C"]:
-    """Whether the highest patch of each map lies inside: the share of those that do where several tie."""
+    """Whether the highest patch of each map lies inside; of tied patches, the fraction that do."""
     hits = np.full(len(inside), np.nan)
     for c, (true, score) in enumerate(zip(inside[:, counts], found[:, counts], strict=True)):
         if true.any() and not true.all():
@@ -84,7 +82,7 @@ def dice_at(
 
 
 def choose_thresholds(maps: Iterable[tuple[Truth, Float[np.ndarray, "C N"]]], concepts: int) -> Float[np.ndarray, "C"]:
-    """The threshold of each concept with the best mean Dice over slides that show it; NaN where none does."""
+    """The threshold of each concept with the best mean Dice over the slides that show it; NaN if none does."""
     seen: list[list] = [[] for _ in range(concepts)]
     for (inside, counts), found in maps:
         for c, (true, score) in enumerate(zip(inside[:, counts], found[:, counts], strict=True)):
@@ -108,7 +106,7 @@ def score_maps(
     smooth: float = 0.0,
     name: str = "",
 ) -> MapScores:
-    """Score what makes maps of slides: thresholds from the `training` slides, figures from the others.
+    """The scores of a function from slides to maps, with thresholds from the `training` slides.
 
     Maps are scored as they are shown: smoothed by a Gaussian of `smooth` patch edges.
     """
@@ -137,17 +135,17 @@ def score_maps(
 
 
 def chance(truth: dict[str, Truth]) -> MapScores:
-    """What a map of chance reaches: an AUC of 0.5, a hit as often as patches lie inside, the Dice of marking all."""
+    """The expected scores of a random map: AUC 0.5, hits at the rate of patches inside, the Dice of marking all."""
     share = np.stack([inside[:, counts].mean(1) for inside, counts in truth.values()])
     share[(share == 0) | (share == 1)] = np.nan
     return MapScores(np.where(np.isnan(share), np.nan, 0.5), share, 2 * share / (1 + share), share.mean(0) * np.nan)
 
 
 class ColourMap:
-    """The mean-colour baseline: a patch scores the share of a concept among the training patches of its colour."""
+    """The mean-colour baseline: a patch scores the share of a concept among training patches of similar colour."""
 
     def __init__(self, slides, files: dict[str, Path], folder, concepts: list[str], seed: int = 0) -> None:
-        """Gather colours of patches of the training slides; `slides` yields their `SlideFeatures`."""
+        """Read the colours of patches of training slides; `slides` yields their `SlideFeatures`."""
         rng = np.random.default_rng(seed)
         colours, inside, owners = [], [], []
         for slide in slides:
@@ -165,8 +163,8 @@ class ColourMap:
         self.colours, self.inside = np.concatenate(colours), np.concatenate(inside)
 
     def __call__(self, slide: SlideFeatures) -> Float[np.ndarray, "C N"]:
-        """The scores of every concept on a slide with a slide file; what was gathered from that slide is left out."""
+        """The scores of every concept on a slide with a slide file, from the patches of other slides."""
         found = colour.patch_colours(self.files[slide.slide_id], slide.coords, slide.patch_size)
         others = self.owners != slide.slide_id
-        others |= not others.any()  # it knows of one slide, this one
+        others |= not others.any()  # this slide is the only one
         return colour.concept_shares(self.colours[others], self.inside[others], found).T

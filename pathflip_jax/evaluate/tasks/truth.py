@@ -1,4 +1,4 @@
-"""The ground truth of a cohort's slides: the patches in the outlines of each concept, and the areas of lesions."""
+"""The ground truth of a cohort's slides: patches inside the outlines of each concept, and lesions."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -25,20 +25,20 @@ from pathflip_jax.grounding.placement import check_on_slide
 
 THRESHOLD_SLIDES = 30  # training slides that choose the thresholds
 
-Truth = tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]  # which patches lie inside, and which count
+Truth = tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]  # patches inside, and patches that count
 
 
 class LesionTask(NamedTuple):
-    """The concept whose outlines are lesions to detect, by number, and those of each slide."""
+    """The number of the concept whose outlines are lesions, and the lesions of each slide."""
 
     concept: int
     slides: dict[str, froc.Lesions]
 
 
 class Outlined(NamedTuple):
-    """What grounding is scored against: the texts of each concept, and what is true of the slides with outlines.
+    """The texts of each concept, and the ground truth of the slides with outlines.
 
-    `training` are the slides that choose thresholds, none of which is scored.
+    `training` slides choose thresholds and are not scored.
     """
 
     concepts: dict[str, list[str]]
@@ -52,8 +52,8 @@ def read_outlined(
 ) -> Outlined:
     """Read the texts of concepts (`read_prompts`) and the outlines of a cohort, `<slide_id>.geojson` in a folder.
 
-    `clear` is that of `true_patches`, `lesions` the concept whose outlines are lesions, `seed` draws the slides of the
-    thresholds. What makes scores partial is a warning of the cohort.
+    `clear` is that of `true_patches`, `lesions` the concept whose outlines are lesions; `seed` draws the slides of the
+    thresholds. Slides, annotations and classes that are left out are warnings of the cohort.
     """
     named, folder = read_prompts(concepts).classes, Path(outlines)
     if not folder.is_dir():
@@ -81,7 +81,9 @@ def read_outlined(
             f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}{_seen(strange)}"
         )
     if strange:
-        cohort.warnings.append(f"outlines of classes that are no concept count as background{_seen(strange)}")
+        cohort.warnings.append(
+            f"outlines of classes that are not among the concepts count as background{_seen(strange)}"
+        )
     training: dict[str, Truth] = {}
     for slide in cohort.train_features(seed):
         if len(training) == THRESHOLD_SLIDES:
@@ -89,7 +91,9 @@ def read_outlined(
         if (folder / f"{slide.slide_id}.geojson").exists():
             training[slide.slide_id] = true_patches(folder, slide, list(named), clear)
     if not training:
-        cohort.warnings.append("no training slide has outlines to choose a threshold by: grounding has no Dice")
+        cohort.warnings.append(
+            "no training slide has outlines to choose thresholds on: grounding is scored without Dice"
+        )
     task = None
     if lesions is not None:
         task = read_lesion_task(folder, map(cohort.features, outlined), list(named), lesions)
@@ -97,16 +101,16 @@ def read_outlined(
 
 
 def _seen(classes: Counter) -> str:
-    """How many slides have each of these classes, to end a sentence with."""
+    """The number of slides with each of these classes, as the end of a sentence."""
     shown = [f"{name!r} on {count} slide{'s' * (count > 1)}" for name, count in classes.most_common(5)]
     return "".join([": ", ", ".join(shown), ", ..." if len(classes) > 5 else ""]) if shown else ""
 
 
 def true_patches(folder, slide: SlideFeatures, concepts: list[str], clear: float | None = None) -> Truth:
-    """Which patches lie in each concept's outlines, and which patches count.
+    """The patches inside each concept's outlines, and the patches that count.
 
-    A patch lies where its centre lies. With `clear` (say 0.25), patches that an outline cuts with a share of their
-    area between `clear` and 1 - `clear` do not count: nobody can say what they show.
+    A patch is inside if its centre is. With `clear` (say 0.25), patches of which an outline covers a fraction between
+    `clear` and 1 - `clear` do not count: their label is ambiguous.
     """
     path = Path(folder) / f"{slide.slide_id}.geojson"
     if not path.exists():
@@ -117,7 +121,7 @@ def true_patches(folder, slide: SlideFeatures, concepts: list[str], clear: float
 def patches_of(
     outlines: dict[str, list[Polygon]], slide: SlideFeatures, concepts: list[str], clear: float | None = None
 ) -> Truth:
-    """The same as `true_patches`, of outlines by class."""
+    """`true_patches` of outlines by class."""
     inside = np.stack([patches_inside(of_concept(outlines, c), slide.coords, slide.patch_size) for c in concepts])
     counts = np.ones(len(slide.coords), bool)
     if clear is not None:
@@ -128,10 +132,9 @@ def patches_of(
 
 
 def read_lesion_task(folder, slides: Iterable[SlideFeatures], concepts: list[str], concept: str) -> LesionTask:
-    """The lesions that the outlines of a concept make on each slide.
+    """The lesions that the outlines of a concept form on each slide.
 
-    Raises ValueError for a concept that there is not, for slides of unknown size or mpp, and where no slide has a
-    lesion that counts.
+    Raises ValueError for an unknown concept, slides of unknown size or mpp, and a cohort without a lesion that counts.
     """
     if concept not in concepts:
         raise ValueError(f"lesions of {concept!r}: no such concept; the concepts are {', '.join(concepts)}")

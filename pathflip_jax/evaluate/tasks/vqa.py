@@ -1,8 +1,8 @@
-"""Scores of answers to questions about slides: multiple choice by its letters, open questions by their words.
+"""Accuracy of answers to multiple-choice questions about slides, and metrics of answers to open questions.
 
-Benchmarks of multiple choice can be answered in good part without the slide: the right letter of 41.4% of the
-SlideBench-VQA questions is B, and a question may give its answer away. So every accuracy stands beside a guess, the
-most frequent letter, and, where it is given, the same model asked without the slide.
+Multiple-choice benchmarks can largely be answered without the slide: the correct letter of 41.4% of the SlideBench-VQA
+questions is B, and a question may give its answer away. The baselines of every accuracy are therefore chance, the most
+frequent letter and, if given, the same model asked without the slide.
 """
 
 import re
@@ -30,16 +30,16 @@ def score_choices(
     baselines: Mapping[str, Sequence[str]],
     seed: int = 0,
 ) -> dict:
-    """Accuracy of generated answers to questions with options, overall and by category, with intervals by patient.
+    """Accuracy of answers to questions with options, overall and by category, with patient-level intervals.
 
-    A letter is read by `parse_choice`; an answer without one is wrong, and the share of these is reported. `baselines`
-    are other answers to the same questions by name, such as `scores.TEXT_ONLY`; chance and the most frequent letter of
-    these questions are always beside them. Returns {"questions", "patients", "most_frequent_letter", "unparsed",
-    "accuracy", "by_broad_category", "by_category", "warnings"}; an accuracy is what `scores.beside` returns. Raises
+    `parse_choice` reads the letters; an answer without one is wrong, and the fraction of these is reported. `baselines`
+    are other answers to the same questions by name, such as `statistics.TEXT_ONLY`; chance and the most frequent letter
+    are always added. Returns {"questions", "patients", "most_frequent_letter", "unparsed", "accuracy",
+    "by_broad_category", "by_category", "warnings"}; an accuracy is what `statistics.with_baselines` returns. Raises
     ValueError for lists of different lengths and for a question without options.
     """
     weights = statistics.patient_weights(patients, seed=seed)
-    _check_lengths(patients, {"questions": questions, "answers": answers, **baselines})
+    statistics.check_lengths(patients, {"questions": questions, "answers": answers, **baselines}, "question")
     for question in questions:
         if not question.options:
             raise ValueError(f"question {question.question_id} has no options; `score_open` scores open questions")
@@ -52,7 +52,7 @@ def score_choices(
 
     def accuracy(chosen: np.ndarray) -> dict:
         others = {name: statistics.mean(values[chosen]) for name, values in (known | right).items()}
-        entry = statistics.beside(statistics.mean(ours[chosen]), others, weights[:, chosen])
+        entry = statistics.with_baselines(statistics.mean(ours[chosen]), others, weights[:, chosen])
         return {"questions": int(chosen.sum())} | entry
 
     overall = accuracy(np.ones(len(questions), bool))
@@ -70,7 +70,7 @@ def score_choices(
         "accuracy": overall,
         "by_broad_category": by_broad,
         "by_category": by_narrow,
-        "warnings": statistics.unbeaten({"accuracy": overall} | by_broad | by_narrow),
+        "warnings": statistics.warn_if_not_above_baseline({"accuracy": overall} | by_broad | by_narrow),
     }
 
 
@@ -81,29 +81,29 @@ def score_open(
     baselines: Mapping[str, Sequence[str]],
     seed: int = 0,
 ) -> dict:
-    """Scores of answers to open questions: exact match, and the scores of captions with the answer as reference.
+    """Metrics of answers to open questions: exact match, and the metrics of captions with the answer as reference.
 
-    A match is exact when the words are the same but for case, punctuation and articles. Returns what
-    `captioning.score_captions` does, with "exact match" first among the metrics; raises what that raises.
+    A match is exact if the words are the same but for case, punctuation and articles. Returns what
+    `captioning.score_captions` returns, with "exact match" first among the metrics; raises what that raises.
     """
     truth = [question.answer for question in questions]
     found = captioning.score_captions(answers, truth, patients, baselines, seed)
     weights = statistics.patient_weights(patients, seed=seed)
-    exact = statistics.beside(
+    exact = statistics.with_baselines(
         _matches(answers, truth), {name: _matches(texts, truth) for name, texts in baselines.items()}, weights
     )
     metrics = {"exact match": exact} | found["metrics"]
-    return found | {"metrics": metrics, "warnings": statistics.unbeaten(metrics)}
+    return found | {"metrics": metrics, "warnings": statistics.warn_if_not_above_baseline(metrics)}
 
 
 def parse_choice(generated: str, options: Mapping[str, str]) -> str | None:
-    """The letter that a generated text chooses; None where it chooses none or several.
+    """The letter that a generated text chooses; None if it chooses none or several.
 
-    Published scripts take "B", "B.", "(B)", "The answer is B" or an option's text; where they find no letter,
-    ScienceQA's draws one, and where they find several, MMMU's takes the last. Here nobody guesses. The first of these
-    that finds something decides: the text is a letter, or an option's text; it names the answer ("answer: B"); it names
-    an option ("option B"); a line starts with a letter and a mark, or a letter stands in brackets; it holds an option's
-    text; a capital letter stands alone and is no article.
+    Published scripts accept "B", "B.", "(B)", "The answer is B" or an option's text; without a letter, ScienceQA's
+    draws one, and of several, MMMU's takes the last. Here there is no guess. The first rule that matches decides: the
+    text is a letter or an option's text; it names the answer ("answer: B"); it names an option ("option B"); a line
+    starts with a letter and a punctuation mark, or a letter is in brackets; the text contains an option's text; a
+    capital letter stands alone and is no article.
     """
     if not options:
         return None
@@ -118,7 +118,7 @@ def parse_choice(generated: str, options: Mapping[str, str]) -> str | None:
         found = found or _named(pattern, patterns.letter, generated)
     if not found:
         held = {letter: text for letter, text in texts.items() if text and _within(text, said)}
-        # "Grade 1" stands within "grade 1 of 3": of such options the longest that is held counts.
+        # "Grade 1" is contained in "grade 1 of 3": the longest such option counts.
         found = [
             letter for letter, text in held.items() if not any(_within(text, o) for o in held.values() if o != text)
         ]
@@ -127,7 +127,7 @@ def parse_choice(generated: str, options: Mapping[str, str]) -> str | None:
 
 
 class _Patterns(NamedTuple):
-    """How texts name letters: the group `named` of `answer` to `alone` holds one or several ("B and C")."""
+    """Patterns that name letters; the group `named` of `answer` to `alone` is one or several ("B and C")."""
 
     letter: re.Pattern
     opening: re.Pattern
@@ -164,7 +164,7 @@ def _named(pattern: re.Pattern, letter: re.Pattern, text: str) -> list[str]:
 
 
 def _within(inner: str, outer: str) -> bool:
-    """Whether the words of one normal form stand in a row in another."""
+    """Whether the words of one normal form occur consecutively in another."""
     return f" {inner} " in f" {outer} "
 
 
@@ -173,7 +173,7 @@ def _letters(questions: Sequence[Question], texts: Sequence[str]) -> list[str | 
 
 
 def _groups(names) -> dict[str, np.ndarray]:
-    """Name -> which questions are of it, by name; those without one are in none."""
+    """The questions of each category as a mask, by name; questions without a category are in none."""
     names = np.array(list(names))
     return {str(name): names == name for name in np.unique(names) if name}
 
@@ -181,11 +181,3 @@ def _groups(names) -> dict[str, np.ndarray]:
 def _matches(answers: Sequence[str], truth: Sequence[str]) -> Statistic:
     pairs = zip(answers, truth, strict=True)
     return statistics.mean(np.array([normal_form(answer) == normal_form(wanted) for answer, wanted in pairs]))
-
-
-def _check_lengths(patients: Sequence[str], lists: Mapping[str, Sequence]) -> None:
-    for name, listed in lists.items():
-        if len(listed) != len(patients):
-            raise ValueError(
-                f"{name}: {len(listed)} for {len(patients)} questions; give one for every question, in order"
-            )

@@ -10,7 +10,7 @@ import pytest
 from pathflip_jax import cli, commands
 from pathflip_jax.commands import options
 from pathflip_jax.data.storage import paths
-from pathflip_jax.evaluate.benchmark_file import read_tasks
+from pathflip_jax.evaluate.benchmark_file import read_benchmark
 from pathflip_jax.training import settings
 
 
@@ -114,12 +114,12 @@ def test_a_variable_that_is_not_set_ends_a_command(capsys):
 
 def test_paths_of_a_file_of_tasks_are_expanded(tmp_path):
     (tmp_path / "tasks.yaml").write_text("records: $SCRATCH/records\noutlines: ~/outlines\ntexts: texts.csv\n")
-    task = read_tasks(tmp_path / "tasks.yaml")[""]
+    task = read_benchmark(tmp_path / "tasks.yaml")[""]
     assert [str(task[name]) for name in ("records", "outlines")] == ["/scratch/records", "/home/ada/outlines"]
     assert task["texts"] == tmp_path / "texts.csv"
     (tmp_path / "tasks.yaml").write_text("records: $NOWHERE/records\n")
     with pytest.raises(ValueError, match="tasks.yaml: records: .*NOWHERE is not set"):
-        read_tasks(tmp_path / "tasks.yaml")
+        read_benchmark(tmp_path / "tasks.yaml")
 
 
 @pytest.mark.parametrize("argv", [["doctor", "--records={}"], ["train", "--config=demo", "--workdir", "{}"]])

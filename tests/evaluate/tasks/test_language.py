@@ -12,12 +12,14 @@ from pathflip_jax.data.records.records import finish_folder, shard_name, write_s
 from pathflip_jax.data.texts.conversations import DESCRIBE, read_conversations
 from pathflip_jax.evaluate import run
 from pathflip_jax.evaluate.cohort import read_cohort
+from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.evaluate.tasks import language
-from pathflip_jax.evaluate.tasks.language import ANOTHER, GENERATION, LIKELIHOOD, evaluate_language, pieces
+from pathflip_jax.evaluate.tasks.language import ANOTHER, GENERATION, LIKELIHOOD, Inputs, pieces, score_language
 from pathflip_jax.inference.assistant import Asked
 from pathflip_jax.llm.sampling import Sampling
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data")) / "text"
+SAMPLING = Sampling(max_new_tokens=8)
 CONCEPTS = {"fat": ["fat"], "necrosis": ["necrosis"], "mucin": ["mucin"], "lymphoid": ["lymphoid aggregates"]}
 
 
@@ -74,15 +76,16 @@ def score(tiny_cohort, questions, monkeypatch):
     def make(assistant, **more):
         monkeypatch.setattr(language, "load_assistant", lambda folder: assistant)
         cohort = read_cohort(tiny_cohort.records, tiny_cohort.slides, "train")
-        tables = {"captions": tiny_cohort.texts, "questions": questions, "phrasings": CONCEPTS}
-        return evaluate_language("run", cohort, sampling=Sampling(max_new_tokens=8), **(tables | more))
+        inputs = Inputs(tiny_cohort.texts, questions, CONCEPTS, SAMPLING)._replace(**more)
+        return score_language("run", cohort, inputs)
 
     return make
 
 
 def test_who_knows_the_reports_scores_one(score, reports):
     assistant = Knowing(reports)
-    found, tables, config = score(assistant)
+    found, _, tables, warnings, config = score(assistant)
+    assert warnings == found["warnings"]
     captions, asked = found["captions"], found["questions"]
     assert captions["captions"] == 12 and captions["patients"] == 10 and config is assistant.config
     for name in ("BLEU-4", "ROUGE-L"):
@@ -103,7 +106,7 @@ def test_who_knows_the_reports_scores_one(score, reports):
 
 
 def test_who_never_looks_is_told_so(score, reports):
-    found, _, _ = score(Knowing(reports, looks=False))
+    found = score(Knowing(reports, looks=False)).scores
     f1 = found["captions"]["concepts"]["f1"]
     assert f1["value"] == f1["baselines"]["text only"]["value"] and f1["difference"]["text only"]["high"] == 0
     for part in ("captions", "choices, by likelihood", "choices, by generation", "open questions"):
@@ -112,7 +115,7 @@ def test_who_never_looks_is_told_so(score, reports):
 
 def test_examples_go_from_the_best_to_the_worst(score, reports):
     half = {slide: text if int(slide[1:]) % 2 else "Only mucin." for slide, text in reports.items()}
-    examples = score(Knowing(half))[0]["captions"]["examples"]
+    examples = score(Knowing(half)).scores["captions"]["examples"]
     assert [e["f1"] for e in examples] == sorted((e["f1"] for e in examples), reverse=True)
     assert examples[0]["f1"] == 1 > examples[-1]["f1"] == 0
     kinds = {piece["kind"] for example in examples for piece in example["written"]}
@@ -136,10 +139,10 @@ def test_the_report_shows_them_side_by_side(score, tiny_cohort, reports, questio
     monkeypatch.setattr(run, "is_language_run", lambda folder: True)
     (tmp_path / "concepts.json").write_text(json.dumps(CONCEPTS))
     inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "texts": tiny_cohort.texts}
-    found = run.evaluate(
-        tmp_path / "lm", **inputs, split="train", questions=questions, phrasings=tmp_path / "concepts.json",
+    found = run.evaluate(EvaluationSpec(
+        run=tmp_path / "lm", **inputs, split="train", questions=questions, concepts=tmp_path / "concepts.json",
         out=tmp_path / "scores",
-    )  # fmt: skip
+    ))  # fmt: skip
     page = (tmp_path / "scores" / "report.html").read_text()
     assert found["language"]["captions"]["concepts"]["f1"]["value"] == 1 and found["runs"] == []
     for text in (
@@ -161,21 +164,23 @@ def test_a_report_of_open_questions_alone(tiny_cohort, reports, tmp_path, monkey
     row = {"slide_id": slide, "question": "What is there?", "answer": reports[slide]}
     (tmp_path / "open.jsonl").write_text(json.dumps(row) + "\n")
     inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "questions": tmp_path / "open.jsonl"}
-    found = run.evaluate(tmp_path / "lm", **inputs, split="train", out=tmp_path / "scores")
+    found = run.evaluate(EvaluationSpec(run=tmp_path / "lm", **inputs, split="train", out=tmp_path / "scores"))
     exact = found["language"]["questions"]["open"]["metrics"]["exact match"]
     assert (exact["value"], exact["low"], exact["difference"]["text only"]["low"]) == (1, None, None)
     assert "Open questions: exact match" in (tmp_path / "scores" / "report.html").read_text()
 
 
 def test_wrong_input_is_named(score, tiny_cohort, reports, tmp_path):
+    inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "out": tmp_path / "out"}
     with pytest.raises(ValueError, match="nothing to ask the language stage"):
-        score(Knowing(reports), captions=None, questions=None)
+        run.evaluate(EvaluationSpec(run=tmp_path / "nowhere", **inputs, language=tmp_path / "lm"))
     (tmp_path / "other.jsonl").write_text(json.dumps({"slide_id": "S20", "caption": "Fat."}) + "\n")
     with pytest.raises(ValueError, match="none of its texts belongs to a slide of the split"):
-        score(Knowing(reports), captions=tmp_path / "other.jsonl")
-    inputs = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "out": tmp_path / "out"}
+        score(Knowing(reports), texts=tmp_path / "other.jsonl")
     with pytest.raises(ValueError, match="name its run"):
-        run.evaluate(tmp_path / "nowhere", **inputs, texts=tiny_cohort.texts, phrasings=tmp_path / "c.json")
+        run.evaluate(
+            EvaluationSpec(run=tmp_path / "nowhere", **inputs, texts=tiny_cohort.texts, concepts=tmp_path / "c.json")
+        )
 
 
 TABLES = {
@@ -208,8 +213,8 @@ def test_published_tables_are_scored_as_they_are(name, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(language, "load_assistant", lambda folder: Knowing({s: "B. Fat." for s in slides}))
     cohort = read_cohort(records, tmp_path / "slides.csv", "test")
-    tables = {"captions" if part == "captions" else "questions": path}
-    found, rows, _ = evaluate_language("run", cohort, sampling=Sampling(max_new_tokens=8), **tables)
+    tables = (path, None) if part == "captions" else (None, path)
+    found, _, rows, _, _ = score_language("run", cohort, Inputs(*tables, None, SAMPLING))
     if part == "captions":
         assert found["captions"]["captions"] == len(rows["captions"]) >= 6
         assert all(len(row["asked"]) > 40 and row["asked"].startswith("<image>") for row in rows["captions"])

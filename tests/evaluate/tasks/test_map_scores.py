@@ -8,9 +8,7 @@ import pytest
 from sklearn import metrics
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.evaluate import summary
-from pathflip_jax.evaluate.tasks import map_scores as grounding
-from pathflip_jax.evaluate.tasks import truth
+from pathflip_jax.evaluate.tasks import grounding, map_scores, truth
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 
 SQUARE = Polygon(np.array([[100, 100], [260, 100], [260, 260], [100, 260], [100, 100]], float))
@@ -43,7 +41,7 @@ def test_concept_aucs_are_those_of_scikit_learn():
     inside[2], inside[3] = False, True
     found = rng.normal(size=(4, 50)).round(1)
     counts = rng.random(50) < 0.8
-    aucs = grounding.concept_aucs(inside, found, counts)
+    aucs = map_scores.concept_aucs(inside, found, counts)
     for c in range(2):
         assert aucs[c] == pytest.approx(metrics.roc_auc_score(inside[c][counts], found[c][counts]))
     assert np.isnan(aucs[2:]).all()
@@ -55,18 +53,18 @@ def test_a_concepts_map_is_the_mean_of_its_texts(slide):
             assert how == {"window": 3}
             return type("Grounding", (), {"patch_scores": np.array([[len(t)] * 36 for t in texts], float)})
 
-    found = grounding.concept_scores(Predictor(), slide, {"a": ["x", "xyz"], "b": ["xx"]}, window=3)
+    found = map_scores.concept_scores(Predictor(), slide, {"a": ["x", "xyz"], "b": ["xx"]}, window=3)
     assert found[:, 0].tolist() == [2.0, 2.0] and found.shape == (2, 36)
 
 
 def test_a_slides_figure_is_the_mean_over_its_concepts():
-    found = summary.slide_means(np.array([[0.5, np.nan, 1.0], [np.nan] * 3]))
+    found = grounding.slide_means(np.array([[0.5, np.nan, 1.0], [np.nan] * 3]))
     assert found[0] == 0.75 and np.isnan(found[1])
 
 
 def test_a_colour_map_needs_training_slides(slide, tmp_path):
     with pytest.raises(ValueError, match="no training slide has both"):
-        grounding.ColourMap([slide], {}, tmp_path, ["tumor"])
+        map_scores.ColourMap([slide], {}, tmp_path, ["tumor"])
 
 
 def test_a_colour_map_does_not_know_the_slide_that_it_maps(slide, tmp_path, monkeypatch):
@@ -75,8 +73,8 @@ def test_a_colour_map_does_not_know_the_slide_that_it_maps(slide, tmp_path, monk
     other = SlideFeatures("S2", "P2", slide.features, slide.coords, patch_size=64, mpp=0.5)
     write_outlines(tmp_path / "S1.geojson", {"tumor": [inside]})
     write_outlines(tmp_path / "S2.geojson", {})
-    monkeypatch.setattr(grounding.colour, "patch_colours", lambda path, coords, size: np.full((len(coords), 3), 9.0))
-    found = grounding.ColourMap([slide, other], {"S1": "a", "S2": "b"}, tmp_path, ["tumor"])
+    monkeypatch.setattr(map_scores.colour, "patch_colours", lambda path, coords, size: np.full((len(coords), 3), 9.0))
+    found = map_scores.ColourMap([slide, other], {"S1": "a", "S2": "b"}, tmp_path, ["tumor"])
     assert (found(slide) == 0).all() and (found(other) == 1).all()
 
 
@@ -84,7 +82,7 @@ def test_pointing_is_won_by_the_highest_patch_that_counts():
     inside = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]], bool)
     found = np.array([[1, 2, 9, 0, 0], [1, 2, 3, 4, 5], [7, 7, 7, 7, 1]], float)
     counts = np.array([True, True, False, True, True])
-    hits = grounding.pointing_hits(inside, found, counts)
+    hits = map_scores.pointing_hits(inside, found, counts)
     assert hits[0] == 1 and np.isnan(hits[1]) and hits[2] == pytest.approx(1 / 3)  # patch 2 does not count; three tie
 
 
@@ -93,7 +91,7 @@ def test_dice_is_scikit_learns_f1():
     true, score = rng.random(40) < 0.4, rng.normal(size=40).round(1)
     thresholds = np.array([-9.0, -0.3, 0.0, 0.7, 9.0])
     expected = [metrics.f1_score(true, score >= threshold, zero_division=0) for threshold in thresholds]
-    assert grounding.dice_at(thresholds, true, score) == pytest.approx(expected)
+    assert map_scores.dice_at(thresholds, true, score) == pytest.approx(expected)
 
 
 def test_thresholds_are_the_training_slides_best():
@@ -103,7 +101,7 @@ def test_thresholds_are_the_training_slides_best():
     for _ in range(3):
         inside = np.stack([rng.random(25) < 0.3, np.zeros(25, bool)])
         slides.append(((inside, rng.random(25) < 0.9), rng.normal(size=(2, 25)) + inside))
-    chosen = grounding.choose_thresholds(slides, 2)
+    chosen = map_scores.choose_thresholds(slides, 2)
     seen = [(inside[0, counts], found[0, counts]) for (inside, counts), found in slides]
 
     def reached(threshold):
@@ -121,17 +119,17 @@ def test_scored_slides_have_no_say_in_the_thresholds():
     inside = np.arange(36)[None] < 9
     known = (inside, np.ones(36, bool))
     maps = {"train": np.arange(36, 0, -1.0)[None], "S1": np.arange(36, 0, -1.0)[None] + 100}
-    found = grounding.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {"train": known})
+    found = map_scores.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {"train": known})
     assert 27 <= found.thresholds[0] <= 28
     assert found.auc[0, 0] == found.pointing[0, 0] == 1
     assert found.dice[0, 0] == pytest.approx(2 * 9 / (36 + 9))  # by the old threshold all patches are marked
-    alone = grounding.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {})
+    alone = map_scores.score_maps(lambda slide: maps[slide.slide_id], features, {"S1": known}, {})
     assert np.isnan(alone.dice).all() and alone.auc[0, 0] == 1
 
 
 def test_chance_is_the_share_of_patches_inside():
     inside = np.array([[True, False, False, False], [False] * 4])
-    found = grounding.chance({"S1": (inside, np.array([True, True, True, False]))})
+    found = map_scores.chance({"S1": (inside, np.array([True, True, True, False]))})
     assert found.auc[0, 0] == 0.5 and found.pointing[0, 0] == pytest.approx(1 / 3)
     assert found.dice[0, 0] == pytest.approx(metrics.f1_score([1, 0, 0], [1, 1, 1]))
     assert np.isnan([found.auc[0, 1], found.pointing[0, 1], found.dice[0, 1]]).all()

@@ -1,12 +1,14 @@
-"""Texts of single regions: an image with a caption is a slide of one region (the paper's Quilt task).
+"""Retrieval of regions by their captions and of captions by their regions (the paper's Quilt task).
 
-The text table names the slide; where that has several regions, a point in level-0 pixels says which: columns `x`, `y`.
-A region is compared with texts as the region loss does: by its text-conditioned embedding, which for a region by itself
-is the same whatever the text.
+An image with a caption is a slide of one region. In a slide of several regions, a point in level-0 pixels (columns `x`
+and `y` of the text table) picks one. Regions are compared with texts as in the region loss, by the text-conditioned
+embedding, which for a single region is the same whatever the text.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +20,16 @@ from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.tables import Row, read_rows
 from pathflip_jax.data.texts.text import has_caption, match_slides, row_caption, row_columns, row_slides
 from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task
+from pathflip_jax.evaluate.tasks import ranking
+from pathflip_jax.scores import retrieval
+
+KEY = "region_retrieval"
+DIRECTIONS = {"region_to_text": "region to text", "text_to_region": "text to region"}
 
 
 class RegionText(NamedTuple):
-    """A caption and the region that it is of, which holds this patch of the slide's record."""
+    """The caption of a region, which is given by the number of one of its patches in the slide's record."""
 
     slide_id: str
     patient: str
@@ -32,8 +40,8 @@ class RegionText(NamedTuple):
 def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
     """The captions of regions of the cohort's slides.
 
-    Raises ValueError with file and line for a row without caption or with half a point, for a point where the slide
-    has no patch, and for a slide of several regions without a point; and for a table of other slides.
+    Raises ValueError with file and line for a row without caption or with an incomplete point, for a point where the
+    slide has no patch, for a slide of several regions without a point, and for a table of other slides.
     """
     rows = read_rows(path)
     for row in rows:
@@ -41,7 +49,7 @@ def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
             raise ValueError(f"{row.place}: no column caption, {row_columns(row)}")
     slide_ids = cohort.records.slides.column("slide_id")
     matched = match_slides([row_slides(row) for row in rows], slide_ids, cohort.cases)
-    patient_of = dict(zip(cohort.slide_ids, cohort.patients, strict=True))
+    patient_of = cohort.patient_of
     found = []
     for row, slides in zip(rows, matched, strict=True):
         if len(slides) > 1:
@@ -55,7 +63,7 @@ def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
 
 
 def _patch(row: Row, cohort: Cohort, slide_id: str) -> int:
-    """The number of a patch in the region that a row means."""
+    """The number of a patch in the region that a row is about."""
     position = cohort.records.position(slide_id)
     info = cohort.records.slides[position]
     point = [row.first(name) for name in ("x", "y")]
@@ -63,7 +71,7 @@ def _patch(row: Row, cohort: Cohort, slide_id: str) -> int:
         regions = len(info.region_rows) - 1
         if regions > 1:
             raise ValueError(
-                f"{row.place}: slide {slide_id} has {regions} regions; name a point in the one that is meant (columns "
+                f"{row.place}: slide {slide_id} has {regions} regions; name a point in one of them (columns "
                 "x and y, pixels at level 0), or cut the image larger (--edge-um) so that it is one region"
             )
         return 0
@@ -99,3 +107,36 @@ def embed_regions(predictor, cohort: Cohort, texts: Sequence[RegionText], name: 
             region = int(np.argmax((slots[slide_id] == texts[number].patch).any(1)))
             found[number] = embedding.regions[region]
     return np.stack(found)
+
+
+def _read(setting: Setting) -> list[RegionText]:
+    return read_region_texts(setting.spec.region_texts, setting.cohort)
+
+
+def _predict(setting: Setting, texts: list[RegionText], run: RunAtWork) -> ranking.Ranked:
+    images = embed_regions(run.predictor, setting.cohort, texts, run.name)
+    captions = [text.caption for text in texts]
+    patients = [text.patient for text in texts]
+    related = retrieval.relate(patients, captions) if setting.protocol.mask_cases else None
+    return ranking.rank_both_ways(DIRECTIONS, images, run.predictor.encode_texts(captions).region, related)
+
+
+def _score(setting: Setting, texts: list[RegionText], predictions: Predictions) -> Part:
+    slides, patients = [text.slide_id for text in texts], [text.patient for text in texts]
+    queries = ranking.Queries("regions", DIRECTIONS, slides, patients)
+    return ranking.score_ranking(KEY, queries, predictions, setting.spec.seed)
+
+
+TASK = Task(
+    KEY,
+    title="retrieval of regions",
+    needs="region texts",
+    wanted=lambda spec: spec.region_texts is not None,
+    read=_read,
+    predict=_predict,
+    score=_score,
+    headlines=lambda found: ranking.recall_headlines("Retrieval of regions", found[KEY]),
+    section=Path(__file__).with_name("regions.html"),
+    published=lambda found: ranking.published_recalls(KEY, found[KEY]),
+    paired=partial(ranking.paired_rankings, KEY, DIRECTIONS),
+)

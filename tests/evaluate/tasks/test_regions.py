@@ -13,7 +13,8 @@ from pathflip_jax.data.records.records import finish_folder, shard_name, write_s
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import run
 from pathflip_jax.evaluate.cohort import read_cohort
-from pathflip_jax.evaluate.tasks import region_texts
+from pathflip_jax.evaluate.spec import EvaluationSpec
+from pathflip_jax.evaluate.tasks import regions
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Embedding, Predictor, TextEncoding
 from pathflip_jax.model.config import PathFLIPConfig
@@ -50,8 +51,8 @@ def test_a_point_means_the_region_whose_patch_holds_it(cohort, run_folder, tmp_p
     slide = cohort.features("S20")
     corners = slide.coords[[0, len(slide.coords) // 2, -1]]
     rows = [{"slide_id": "S20", "x": int(x) + 63, "y": int(y) + 1, "caption": "glands"} for x, y in corners]
-    texts = region_texts.read_region_texts(write(tmp_path / "t.jsonl", rows), cohort)
-    found = region_texts.embed_regions(predictor, cohort, texts, "run")
+    texts = regions.read_region_texts(write(tmp_path / "t.jsonl", rows), cohort)
+    found = regions.embed_regions(predictor, cohort, texts, "run")
     (embedding,) = predictor.encode_regions([slide])
     for (x, y), vector in zip(corners, found, strict=True):
         cell = (x // 128, y // 128)  # an edge of 64 um is 128 pixels
@@ -111,7 +112,7 @@ def test_images_with_captions_are_slides_of_one_region(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "load", lambda folder: Seeing())
     inputs = {"records": tmp_path / "records", "slides": tmp_path / "slides.csv", "region_texts": captions}
     for protocol, gallery in (("strict", 5), ("paper", 6)):
-        found = run.evaluate("seeing", out=tmp_path / protocol, protocol=protocol, **inputs)
+        found = run.evaluate(EvaluationSpec(run="seeing", out=tmp_path / protocol, protocol=protocol, **inputs))
         for direction in ("region_to_text", "text_to_region"):
             block = found["region_retrieval"][direction]["all"]
             assert block["R@1"]["value"] == 1 and block["gallery"] == gallery and block["queries"] == 6
@@ -138,9 +139,9 @@ def test_texts_of_no_region_are_named(cohort, tmp_path, row, message):
         x, y = cohort.features("S20").coords[0].tolist()
         rows[0] |= {"x": x, "y": y}
     with pytest.raises(ValueError, match=message):
-        region_texts.read_region_texts(write(tmp_path / "t.jsonl", rows), cohort)
+        regions.read_region_texts(write(tmp_path / "t.jsonl", rows), cohort)
 
 
 def test_a_row_without_caption_is_named(cohort, tmp_path):
     with pytest.raises(ValueError, match="t.jsonl, line 1: no column caption"):
-        region_texts.read_region_texts(write(tmp_path / "t.jsonl", [{"slide_id": "S20"}]), cohort)
+        regions.read_region_texts(write(tmp_path / "t.jsonl", [{"slide_id": "S20"}]), cohort)

@@ -1,0 +1,172 @@
+"""The specification of an evaluation: one frozen dataclass that Python, the command line and YAML files build.
+
+    evaluate(EvaluationSpec(run="runs/base", records="records", slides="slides.csv", prompts="tcga-rcc", out="scores"))
+
+A field with an `Option` in its metadata is an option of `pathflip evaluate` and a key of its YAML files under the same
+name, with dashes. To add one, add a field here.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from pathflip_jax.evaluate.protocols import PROTOCOLS, STRICT
+from pathflip_jax.grounding import maps
+from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.runs.bounds import OPTIONS
+
+Path = str | os.PathLike
+PLACE, FILE, PROMPTS, TEXT, NUMBER, FLAG = "place", "file", "prompts", "text", "number", "flag"
+
+
+class Option(NamedTuple):
+    """How a field is given on the command line and in YAML.
+
+    `kind` is PLACE (a path or URL), FILE (a local path), PROMPTS (a local path, or the name of a shipped prompt file),
+    TEXT, NUMBER (within `runs.bounds.OPTIONS` of its name) or FLAG. `many` is argparse's `nargs` of a list.
+    """
+
+    kind: str
+    help: str
+    metavar: str | None = None
+    many: str = ""
+    choices: tuple[str, ...] = ()
+    group: str = ""  # heading in `pathflip evaluate --help`
+
+
+def _option(default: Any, kind: str, help: str, metavar: str | None = None, **more) -> Any:
+    return field(default=default, metadata={"option": Option(kind, help, metavar, **more)})
+
+
+def _required(kind: str, help: str, metavar: str | None = None) -> Any:
+    return field(metadata={"option": Option(kind, help, metavar)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec:
+    """What to score, on which slides, and where the results go.
+
+    `run` is a run folder, several (seeds of one experiment, scored as their mean) or a run of the language stage to be
+    scored alone. A task is scored if its input is given: `texts`, `region_texts`, `prompts`, `few_shot`, `grounding`
+    with `outlines`, or `language`. Raises ValueError for numbers out of bounds and unknown choices.
+    """
+
+    run: Path | Sequence[Path]
+    records: Path = _required(PLACE, "folder of records")
+    slides: Path = _required(PLACE, "slide table: slide_id, patient_id, label, split", "CSV")
+    out: Path
+    split: str = _option("test", TEXT, "split to score (default test)")
+    strict: bool = _option(False, FLAG, "stop at a faulty split (pathflip split --check)")
+    protocol: str = _option(
+        STRICT, TEXT, "strict (default), or paper: the published script's arithmetic; the report says where it is "
+        "optimistic", "NAME", choices=PROTOCOLS,
+    )  # fmt: skip
+    images: Path | None = _option(None, FILE, "slide files, for thumbnails and the mean-colour baselines", "DIR")
+    compare_to: Path | Sequence[Path] | None = _option(
+        None, PLACE, "as many other runs, for paired differences", "RUN", many="+"
+    )
+    seed: int = _option(0, NUMBER, "seed of the bootstrap (default 0)")
+    texts: Path | None = _option(None, PLACE, "text table: scores retrieval and captions", group="retrieval")
+    region_texts: Path | None = _option(
+        None, PLACE, "captions of slides of one region, or of the region at a point x, y", "TABLE", group="retrieval"
+    )
+    prompts: Path | None = _option(
+        None, PROMPTS, "texts of each class, or the name of a shipped file: zero-shot classification", "JSON",
+        group="zero-shot and few-shot classification",
+    )  # fmt: skip
+    few_shot: Sequence[str | int] | None = _option(
+        None, TEXT, "probes on K training slides per class, or all (default 1 4 16)", "K", many="*",
+        group="zero-shot and few-shot classification",
+    )  # fmt: skip
+    labels: str | Sequence[str] = _option(
+        ("label",), TEXT, "label columns for --few-shot (default label)", "COLUMN", many="+",
+        group="zero-shot and few-shot classification",
+    )  # fmt: skip
+    label_table: Path | None = _option(
+        None, PLACE, "table of these columns (mutations, say), by slide_id or patient_id", "CSV",
+        group="zero-shot and few-shot classification",
+    )  # fmt: skip
+    draws: int = _option(
+        5, NUMBER, "draws of training slides for every K (default 5)", "N",
+        group="zero-shot and few-shot classification",
+    )  # fmt: skip
+    grounding: Path | None = _option(None, FILE, "texts of each concept: scores grounding", "JSON", group="grounding")
+    outlines: Path | None = _option(None, FILE, "annotated outlines, <slide_id>.geojson", "DIR", group="grounding")
+    method: str | None = _option(
+        None, TEXT, f"how a text is mapped onto patches (default {maps.DEFAULT_METHOD}; PathFLIP2: cosine)",
+        choices=tuple(maps.METHODS), group="grounding",
+    )  # fmt: skip
+    window: int = _option(
+        maps.WINDOW, NUMBER, f"patches across a window (default {maps.WINDOW})", "N", group="grounding"
+    )
+    smooth: float = _option(
+        0.5, NUMBER, "standard deviation of the Gaussian that smooths maps, in patch edges (default 0.5; 0: none)",
+        "EDGES", group="grounding",
+    )  # fmt: skip
+    clear: float | None = _option(
+        None, NUMBER, "leave out patches of which an outline covers more than SHARE and less than 1 - SHARE", "SHARE",
+        group="grounding",
+    )  # fmt: skip
+    lesions: str | None = _option(
+        None, TEXT, "concept whose outlines are lesions to detect: scores FROC as CAMELYON16 does", "CONCEPT",
+        group="grounding",
+    )  # fmt: skip
+    language: Path | None = _option(
+        None, PLACE, "run of the language stage: scores its captions and answers too", "RUN", group="language"
+    )
+    questions: Path | None = _option(None, PLACE, "questions to the language stage", "TABLE", group="language")
+    concepts: Path | None = _option(
+        None, FILE, "phrasings of each concept: scores the concepts that captions assert", "JSON", group="language"
+    )
+    max_tokens: int = _option(384, NUMBER, "most tokens to write (default 384)", "N", group="language")
+    min_tokens: int = _option(0, NUMBER, "least tokens to write (default 0)", "N", group="language")
+    beams: int = _option(1, NUMBER, "beam search with N beams (default 1: greedy)", "N", group="language")
+    length_penalty: float = _option(1.0, NUMBER, "length penalty of beam search (default 1)", "X", group="language")
+    repetition_penalty: float = _option(1.0, NUMBER, "above 1: repeat less (default 1)", "X", group="language")
+    name: str = ""  # of the benchmark, which published figures are matched by
+    command: Sequence[str] | None = None  # the command line that the report shows
+
+    def __post_init__(self) -> None:
+        for name, option in SPEC_OPTIONS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if option.many:
+                object.__setattr__(self, name, tuple(_as_list(value)))
+            if option.kind == NUMBER and not (bound := OPTIONS[option_name(name)]).holds(value):
+                raise ValueError(f"{option_name(name)} {value!r}: expected {bound.words(value)}")
+            if option.choices and value not in option.choices:
+                raise ValueError(f"{option_name(name)} {value!r}: expected one of {', '.join(option.choices)}")
+
+    @property
+    def runs(self) -> list[Path]:
+        """The runs to score."""
+        return _as_list(self.run)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the language stage writes captions and answers: the likeliest tokens, greedily or by beam search."""
+        return Sampling(
+            max_new_tokens=self.max_tokens,
+            min_new_tokens=self.min_tokens,
+            stop_ids=(0,),  # the assistant puts the end tokens of its own tokenizer in their place
+            beams=self.beams,
+            length_penalty=self.length_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def option_name(name: str) -> str:
+    """A field's name as an option and as a key of YAML: with dashes."""
+    return name.replace("_", "-")
+
+
+SPEC_OPTIONS: dict[str, Option] = {
+    one.name: one.metadata["option"] for one in fields(EvaluationSpec) if "option" in one.metadata
+}

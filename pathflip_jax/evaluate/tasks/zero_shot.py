@@ -1,0 +1,188 @@
+"""Zero-shot classification: a slide is of the class whose texts are nearest to it.
+
+The normalised embeddings of a class's texts are averaged (a prompt ensemble), which reduces the dependence on one
+wording. No label is seen, and none chooses a threshold.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from pathflip_jax.data.storage.failures import some
+from pathflip_jax.evaluate import colour, figures
+from pathflip_jax.evaluate.cohort import Cohort, name_labels
+from pathflip_jax.evaluate.embeddings import slide_embeddings
+from pathflip_jax.evaluate.prompt_files import Prompts, find_prompts, read_prompts
+from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task, baseline_values, make_headline
+from pathflip_jax.evaluate.units import Evaluation, classified_units
+from pathflip_jax.scores import statistics
+from pathflip_jax.scores.retrieval import normalise
+
+KEY = "zero_shot"
+TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
+
+
+class Classes(NamedTuple):
+    """The prompts, the cohort with its labels spelt as the classes, and the class number of each slide."""
+
+    prompts: Prompts
+    cohort: Cohort
+    labels: Int[np.ndarray, "n"]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the classes."""
+        return list(self.prompts.classes)
+
+
+def class_embeddings(encode_text, classes: dict[str, list[str]]) -> Float[np.ndarray, "C D"]:
+    """The unit embedding of each class: the mean of its texts' unit embeddings."""
+    texts = [text for listed in classes.values() for text in listed]
+    encoded = normalise(encode_text(texts))
+    ends = np.cumsum([len(listed) for listed in classes.values()])
+    return normalise(np.stack([part.mean(0) for part in np.split(encoded, ends[:-1])]))
+
+
+def class_probabilities(
+    slides: Float[np.ndarray, "n D"], classes: Float[np.ndarray, "C D"]
+) -> Float[np.ndarray, "n C"]:
+    """Softmax over classes of the cosines, at the temperature of training."""
+    logits = (normalise(slides) @ classes.T).astype(np.float64) / TEMPERATURE
+    logits -= logits.max(1, keepdims=True)
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
+    """The class number of each slide. Raises ValueError for slides with no label, and labels with no prompts."""
+    bare = [slide for slide, label in zip(cohort.slide_ids, cohort.labels, strict=True) if label is None]
+    if bare:
+        raise ValueError(f"slide table: {some(bare)} without a label; fill the column `label` or leave --prompts out")
+    foreign = sorted(set(cohort.labels) - set(classes))
+    if foreign:
+        raise ValueError(f"{prompts}: no class for the labels {some(foreign)}; its classes are {', '.join(classes)}")
+    return np.array([classes.index(label) for label in cohort.labels])
+
+
+def _read(setting: Setting) -> Classes:
+    given = setting.spec.prompts
+    prompts = read_prompts(find_prompts(given))
+    if not setting.protocol.ensemble:
+        prompts = prompts.first_texts()
+    cohort = name_labels(setting.cohort, prompts.class_of)
+    return Classes(prompts, cohort, label_index(cohort, list(prompts.classes), given))
+
+
+def _predict(setting: Setting, classes: Classes, run: RunAtWork) -> Float[np.ndarray, "n C"]:
+    slides = slide_embeddings(run.bags, classes.cohort.slide_ids)
+    return class_probabilities(slides, class_embeddings(run.predictor.encode_text, classes.prompts.classes))
+
+
+def _score(setting: Setting, classes: Classes, predictions: Predictions) -> Part:
+    return Part(
+        score_classes(setting, classes, predictions),
+        {"confusion": figures.confusion(classes.labels, predictions.ours[0].argmax(1), classes.names)},
+        {"predictions": prediction_rows(predictions.runs, predictions.ours, classes)},
+    )
+
+
+def score_classes(setting: Setting, classes: Classes, predictions: Predictions) -> dict:
+    """The metrics of the classification with chance, the majority class and the nearest mean colour as baselines."""
+    prompts, cohort, labels = classes
+    names, seed = classes.names, setting.spec.seed
+    weights = statistics.patient_weights(cohort.patients, seed=seed)
+
+    def metrics_of(probabilities) -> dict[str, statistics.Statistic]:
+        found = statistics.classification(labels, probabilities.argmax(1), probabilities)
+        if setting.protocol.published_f1:
+            found["published_f1"] = statistics.published_f1(labels, probabilities.argmax(1), len(names))
+        return found
+
+    ours, theirs = ([metrics_of(one) for one in side] for side in (predictions.ours, predictions.theirs))
+    counted = [names.index(row["label"]) for row in cohort.train if row.get("label") in names]
+    majority = int(np.bincount(counted if counted else labels, minlength=len(names)).argmax())
+    blind = statistics.baselines(labels, len(names), majority)
+    probabilities = colour_probabilities(cohort, names, setting.slide_files)
+    by_colour = None if probabilities is None else metrics_of(probabilities)
+    metrics = {}
+    for metric in ours[0]:
+        baselines = {name: blind[name][metric] for name in blind}
+        if by_colour is not None:
+            baselines["mean_colour"] = statistics.interval(by_colour[metric], weights)._asdict()
+        sides = ([one[metric] for one in side] for side in (ours, theirs))
+        metrics[metric] = statistics.over_runs(*sides, weights, **baselines)
+    first = predictions.ours[0]
+    return {
+        "task": prompts.task,
+        "classes": {name: int((labels == i).sum()) for i, name in enumerate(names)},
+        "texts": prompts.classes,
+        "majority_class": names[majority],
+        "majority_from": "train" if counted else "this split",
+        "metrics": metrics,
+        "per_class": statistics.per_class(labels, first.argmax(1), first, names),
+    }
+
+
+def colour_probabilities(cohort: Cohort, names: list[str], files: dict[str, Path]) -> np.ndarray | None:
+    """The class probabilities by the nearest training slide in mean colour [n, C]; None without slide files."""
+    label_of = {row["slide_id"]: row.get("label") for row in cohort.train}
+
+    def mean(slide):
+        known = slide.slide_id in files and slide.coords is not None and slide.patch_size > 0
+        return colour.patch_colours(files[slide.slide_id], slide.coords, slide.patch_size).mean(0) if known else None
+
+    labelled = [(label_of[s.slide_id], mean(s)) for s in cohort.train_features()]
+    train = [(names.index(label), rgb) for label, rgb in labelled if label in names and rgb is not None]
+    test = [mean(cohort.features(slide)) for slide in cohort.slide_ids]
+    if not train or any(rgb is None for rgb in test):
+        return None
+    return colour.nearest_class(
+        np.stack([rgb for _, rgb in train]),
+        np.array([label for label, _ in train]),
+        np.stack(test),
+        len(names),
+    )
+
+
+def prediction_rows(names, found: list[Float[np.ndarray, "n C"]], classes: Classes) -> list[dict]:
+    """One row per run and slide: its label, the predicted class, the probability of each class."""
+    rows, cohort = [], classes.cohort
+    for name, probabilities in zip(names, found, strict=True):
+        for i, slide_id in enumerate(cohort.slide_ids):
+            row = {"run": name, "slide_id": slide_id, "patient_id": cohort.patients[i], "label": cohort.labels[i]}
+            row["predicted"] = classes.names[int(probabilities[i].argmax())]
+            shares = zip(classes.names, probabilities[i], strict=True)
+            rows.append(row | {f"p_{label}": round(float(p), 6) for label, p in shares})
+    return rows
+
+
+def _headlines(found: dict):
+    task, entry = found[KEY], found[KEY]["metrics"]["balanced_accuracy"]
+    others = baseline_values(entry, {"majority": "majority class", "mean_colour": "mean colour"})
+    yield make_headline(f"Zero-shot, {len(task['classes'])} classes: balanced accuracy", entry, others)
+
+
+def _published(found: dict):
+    yield (KEY, found[KEY]["task"]), found[KEY]["metrics"]
+
+
+def _paired(evaluation: Evaluation) -> dict:
+    return {(KEY, evaluation.scores[KEY]["task"]): lambda: classified_units(evaluation, "predictions", {})}
+
+
+TASK = Task(
+    KEY,
+    title="zero-shot",
+    needs="prompts (zero-shot)",
+    wanted=lambda spec: spec.prompts is not None,
+    read=_read,
+    embed=lambda setting, classes: setting.cohort.slide_ids,
+    predict=_predict,
+    score=_score,
+    headlines=_headlines,
+    section=Path(__file__).with_name("zero_shot.html"),
+    prominence=1,
+    published=_published,
+    paired=_paired,
+)
