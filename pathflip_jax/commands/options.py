@@ -76,7 +76,7 @@ def number(option: str) -> Callable[[str], float]:
 
 def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
     """Options for the fields of a specification; those that are not given are absent from the parsed namespace."""
-    types = {PLACE: place, FILE: local_path, PROMPTS: local_path, TEXT: str}
+    types = {PLACE: place, FILE: local_path, PROMPTS: local_path, TEXT: None}
     groups: dict[str, argparse._ArgumentGroup | argparse.ArgumentParser] = {"": parser}
     for field, option in options.items():
         name = option_name(field)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.evaluate import benchmark_file, run
+from pathflip_jax.evaluate import run
 from pathflip_jax.evaluate.benchmark_file import read_benchmark
 from pathflip_jax.inference.predictor import Embedding
 
@@ -45,13 +45,6 @@ def test_without_tasks_the_file_is_one(tmp_path):
     assert read_benchmark(write(tmp_path, "texts: reports.jsonl\nregion_texts: roi.csv\n")) == {
         "": {"texts": tmp_path / "reports.jsonl", "region_texts": tmp_path / "roi.csv"}
     }
-
-
-def test_a_file_names_every_option_of_the_command_but_those_of_the_call():
-    parser = cli.build_parser()
-    commands = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
-    options = {string[2:] for action in commands["evaluate"]._actions for string in action.option_strings}
-    assert {name for name in options if len(name) > 1} - {"help", "tasks", "out", "json"} == set(benchmark_file.KEYS)
 
 
 @pytest.mark.parametrize(
