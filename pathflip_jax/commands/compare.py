@@ -1,4 +1,4 @@
-"""`pathflip compare`: evaluations side by side."""
+"""`pathflip compare`: paired comparison of evaluations."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ def add(commands) -> None:
         commands,
         "compare",
         _run,
-        "put evaluations of the same slides side by side: paired differences to the first, with p-values",
+        "compare evaluations of the same slides: paired differences to the first, with p-values",
         "pathflip compare scores/base scores/slide-loss --out compared",
     )
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""Scores of a run on a cohort, with intervals and baselines, and the report of them."""
+"""Aggregate predictions into metrics, intervals and paired comparisons, and report them."""

@@ -1,15 +1,15 @@
-"""CAMELYON16 as it is downloaded, made ready for `pathflip`: slide table, outlines, texts, one folder of slides.
+"""Preparation of a CAMELYON16 download for `pathflip`: slide table, outlines, texts and a folder of slides.
 
     python -m pathflip_jax.evaluate.camelyon16 CAMELYON16 --out camelyon16
 
 Slides (normal_001.tif, tumor_001.tif, test_001.tif) and annotations (tumor_001.xml of ASAP, or tumor_001_mask.tif) are
-found anywhere below the folder, so the layouts of GigaDB and of the AWS registry both do; the truth of test slides is
-in reference.csv. As the organisers say, test_049 is left out (it is there twice) and test_114 has no outlines (not all
-of its lesions are annotated). What is missing is said; the slides that are there are used.
+found anywhere below the folder, in the layouts of GigaDB and of the AWS registry; labels of test slides are in
+reference.csv. As the organisers advise, test_049 is left out (a duplicate) and test_114 has no outlines (not all of its
+lesions are annotated). Missing files are listed, and the available slides are used.
 
     OUT/slides/<slide>.tif          links to the slides
     OUT/slides.csv                  slide_id, patient_id, label (Normal, Tumor), split
-    OUT/outlines/<slide>.geojson    tumor areas less what is cut out of them; none for normal slides
+    OUT/outlines/<slide>.geojson    tumor areas without excluded areas; empty for normal slides
     OUT/grounding.json              texts of the concept "tumor"
 """
 
@@ -36,7 +36,7 @@ from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
 SLIDE = re.compile(r"(normal|tumor|test)_\d{3}", re.IGNORECASE)
 TUMOR_GROUPS, CUT_OUT_GROUPS = {"tumor", "_0", "_1", "metastases"}, {"_2", "exclusion", "normal"}
 TWICE, PARTLY_ANNOTATED = "test_049", "test_114"
-MASK_PIXELS = 2**25  # of the level of a mask that outlines are traced on
+MASK_PIXELS = 2**25  # most pixels of the level of a mask that outlines are traced on
 TEXTS = {
     "tumor": [
         "metastatic carcinoma",
@@ -48,7 +48,7 @@ TEXTS = {
 
 
 class Found(NamedTuple):
-    """What lies below the downloaded folder, by slide id in small letters."""
+    """The files of a download by slide id in lower case, and the labels of test slides."""
 
     slides: dict[str, Path]
     annotations: dict[str, Path]
@@ -57,12 +57,12 @@ class Found(NamedTuple):
 
 
 def find(folder: Path, out: Path) -> Found:
-    """Find slides, annotations, masks and the labels of test slides, but for what an earlier run left in `out`.
+    """The slides, annotations, masks and test labels below a folder, apart from an earlier run's `out`.
 
-    Raises FileNotFoundError for no slide at all.
+    Raises FileNotFoundError if there is no slide.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; name the one that CAMELYON16 was downloaded to")
+        raise FileNotFoundError(f"{folder}: no such folder; expected the download of CAMELYON16")
     slides, masks = {}, {}
     mine = out.absolute()
     for path in sorted(path for path in folder.rglob("*.tif") if mine not in path.absolute().parents):
@@ -81,7 +81,7 @@ def find(folder: Path, out: Path) -> Found:
 
 
 def read_reference(path: Path) -> dict[str, str]:
-    """The labels of the test slides: rows of slide and Normal or Tumor, whatever columns follow, with header or not."""
+    """The labels of the test slides: rows of slide and Normal or Tumor, with any further columns or header."""
     labels = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.reader(file):
@@ -95,9 +95,9 @@ def read_reference(path: Path) -> dict[str, str]:
 
 
 def read_asap(path: Path) -> tuple[list[Polygon], list[str]]:
-    """The tumor areas of an ASAP file, what is cut out as their holes; and the groups that are neither.
+    """The tumor areas of an ASAP file with excluded areas as holes, and the names of unknown groups.
 
-    Groups Tumor, _0 and _1 are tumor, _2 (Exclusion) is cut out. Raises ValueError, naming the file, for no ASAP file.
+    Groups Tumor, _0 and _1 are tumor, _2 (Exclusion) is excluded. Raises ValueError naming the file if it is not ASAP.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -120,7 +120,7 @@ def _reaches(ring: np.ndarray, cut: np.ndarray) -> bool:
 
 
 def read_mask(path: Path) -> list[Polygon]:
-    """The tumor areas of a mask (its upper half of values), traced on a level of at most 2^25 pixels."""
+    """The tumor areas of a mask (the upper half of its values), traced on a level of at most 2^25 pixels."""
     facts, arrays = guarded.parse(
         "pathflip_jax.data.readers.slide_pixels:mask", path, MASK_PIXELS, memory=guarded.SLIDE_MEMORY
     )
@@ -128,9 +128,9 @@ def read_mask(path: Path) -> list[Polygon]:
 
 
 def build(folder: Path, out: Path) -> list[str]:
-    """Write everything into `out`; returns what is to be said of it, line by line.
+    """Write everything into `out`; returns a summary, line by line.
 
-    Raises ValueError where test slides have no label: a score over the rest would hide them.
+    Raises ValueError for test slides without a label, which scores of the rest would hide.
     """
     found = find(folder, out)
     slides = {name: path for name, path in found.slides.items() if name != TWICE}
@@ -160,7 +160,7 @@ def build(folder: Path, out: Path) -> list[str]:
 
 
 def _write_outlines(found: Found, labels: dict[str, str], folder: Path) -> list[str]:
-    """Write the outlines of every slide of which they are known; returns what is missing."""
+    """Write the outlines of every annotated slide; returns notes on missing annotations."""
     bare, groups = [], set()
     for name, label in tqdm(labels.items(), desc="outlines", unit="slide", leave=False):
         path = folder / f"{name}.geojson"
@@ -189,10 +189,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the folder ready from the command line; the exit code is 0, or 2 for what cannot be."""
+    """The command line; the exit code is 0, or 2 for faulty input."""
     parser = argparse.ArgumentParser(
         prog="python -m pathflip_jax.evaluate.camelyon16",
-        description="Make CAMELYON16 ready for pathflip: slide table, outlines, texts (docs/camelyon16.md).",
+        description="Prepare CAMELYON16 for pathflip: slide table, outlines, texts (docs/camelyon16.md).",
         epilog="example: python -m pathflip_jax.evaluate.camelyon16 CAMELYON16 --out camelyon16",
     )
     parser.add_argument("folder", type=Path, metavar="CAMELYON16", help="folder of the download, searched below")

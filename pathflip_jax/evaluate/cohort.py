@@ -1,4 +1,4 @@
-"""The slides that a split scores, and what is wrong with it."""
+"""The slides of a split to score, with warnings about the split."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from pathflip_jax.evaluate.splits import NO_SIDE, check_split
 class Cohort(NamedTuple):
     """One split of a slide table: records, ids, patients and labels of its slides, and the rows of the whole table.
 
-    `train` are the rows of the training split, none where that is the one to score; `table` all rows.
+    `train` are the rows of the training split, empty if that is the one to score; `table` are all rows.
     """
 
     records: Records
@@ -31,7 +31,7 @@ class Cohort(NamedTuple):
     table: list[dict]
 
     def rows(self, split: str) -> list[dict]:
-        """The rows of a split of the table that the records hold."""
+        """The rows of a split whose slides are in the records."""
         known = set(self.records.slides.column("slide_id"))
         return [row for row in self.table if row["split"] == split and row["slide_id"] in known]
 
@@ -42,7 +42,7 @@ class Cohort(NamedTuple):
 
     @property
     def cases(self) -> list[tuple[str, str]]:
-        """What texts may call the case of each slide of the records: as these do, and by the patient of the table."""
+        """The two names that texts may use for the case of each slide: of the records, and the table's patient."""
         patients = {row["slide_id"]: row["patient_id"] for row in self.table}
         slides = self.records.slides
         pairs = zip(slides.column("slide_id"), slides.column("case_id"), strict=True)
@@ -53,7 +53,7 @@ class Cohort(NamedTuple):
         return open_slide(self.records, self.records.position(slide_id))
 
     def train_features(self, seed: int = 0) -> Iterator[SlideFeatures]:
-        """The features of the training slides that the records hold, in an order drawn by the seed."""
+        """The features of the training slides in the records, in random order."""
         known = set(self.records.slides.column("slide_id"))
         ids = [row["slide_id"] for row in self.train if row["slide_id"] in known]
         for i in np.random.default_rng(seed).permutation(len(ids)):
@@ -61,11 +61,10 @@ class Cohort(NamedTuple):
 
 
 def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
-    """Read the slides of one split, ready to score.
+    """The slides of one split.
 
-    Raises ValueError for a split with no slides and for slides of which there are no records; what makes a score
-    optimistic but not meaningless (patients on both sides of the split) is a warning of the report, and with `strict`
-    an error.
+    Raises ValueError for a split without slides and for slides without records. Faults that make scores optimistic
+    (patients on both sides of the split) are warnings of the report, and errors with `strict`.
     """
     table = read_slide_table(slides)
     if not any(row["split"] == split for row in table):
@@ -84,10 +83,10 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     train = [row for row in table if row["split"] == "train" and split != "train"]
     if strict and check.faults:
         listed = "; ".join(fault.text for fault in check.faults)
-        raise ValueError(f"{slides}: a faulty split: {listed}. Mend it (pathflip split), or score without --strict")
+        raise ValueError(f"{slides}: a faulty split: {listed}. Correct it (pathflip split), or score without --strict")
     warnings = [*notes, *(finding.text for finding in check.findings if finding.kind != NO_SIDE)]
     if split == "train":
-        warnings.append("these are the slides that the model was trained on: the scores say nothing about new ones")
+        warnings.append("the scored slides are training slides: the scores do not estimate performance on new slides")
     return Cohort(
         records,
         [row["slide_id"] for row in rows],
@@ -101,7 +100,7 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
 
 
 def name_labels(cohort: Cohort, class_of: Callable[[str | None], str | None]) -> Cohort:
-    """The cohort with its labels spelt as the classes that they mean."""
+    """The cohort with its labels replaced by the classes that they are spellings of."""
     table = [row | {"label": class_of(row["label"] or None) or ""} for row in cohort.table]
     train = [row for row in table if row["split"] == "train" and cohort.split != "train"]
     return cohort._replace(labels=[class_of(label) for label in cohort.labels], train=train, table=table)

@@ -1,7 +1,7 @@
-"""The mean-colour baselines: what a score is worth when the colour of the stain alone could earn it.
+"""Mean-colour baselines: the scores that the colour of the stain alone can reach.
 
-They see labels or outlines of the training slides, which zero-shot models do not: a task on which they score well
-needs no pathology.
+They use labels or outlines of the training slides, unlike zero-shot models. If they score well, a task can be solved
+without morphology.
 """
 
 import logging
@@ -16,8 +16,8 @@ from pathflip_jax.data.readers import guarded
 
 log = logging.getLogger(__name__)
 
-WHOLE_LEVEL = 20_000_000  # pixels of a level that may be read in one go
-NEIGHBOURS = 25  # of a patch: enough that the share of a concept among them ranks patches
+WHOLE_LEVEL = 20_000_000  # most pixels of a level that is read whole
+NEIGHBOURS = 25  # of a patch; enough for the share of a concept among them to rank patches
 
 
 def slide_files(folder) -> dict[str, Path]:
@@ -30,7 +30,7 @@ def slide_files(folder) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder}: no such folder of slide files")
     try:
         files, failed = find_slides(folder)
-    except FileNotFoundError:  # nothing like a slide
+    except FileNotFoundError:  # no slide files
         return {}
     for failure in failed:
         log.warning("not shown: %s", failure.error)
@@ -40,23 +40,23 @@ def slide_files(folder) -> dict[str, Path]:
 def _format(path: Path) -> str | None:
     try:
         return guarded.parse("pathflip_jax.data.readers.slide_pixels:detect", path)[0]["format"]
-    except (ValueError, OSError):  # what ends OpenSlide is no slide
+    except (ValueError, OSError):  # files that crash OpenSlide included
         return None
 
 
 def _on_white(picture: np.ndarray) -> np.ndarray:
-    """RGB with what the scanner left out (transparent) as white glass."""
+    """RGB with unscanned (transparent) areas as white glass."""
     picture = np.asarray(picture, np.float64)
     opacity = picture[..., 3:] / 255
     return picture[..., :3] * opacity + 255 * (1 - opacity)
 
 
 def patch_colours(path, coords: Int[np.ndarray, "N 2"], patch_size: int) -> Float[np.ndarray, "N 3"]:
-    """The mean RGB of each patch, from the lowest level at which a patch still has 8 pixels."""
+    """The mean RGB of each patch, from the lowest level at which a patch has at least 8 pixels."""
     corners = [(int(x), int(y)) for x, y in coords]
     reader = "pathflip_jax.data.readers.slide_pixels:colours"
     facts, arrays = guarded.parse(reader, path, corners, int(patch_size), WHOLE_LEVEL, memory=guarded.SLIDE_MEMORY)
-    if "colours" in arrays:  # a slide with no low level: patch by patch
+    if "colours" in arrays:  # read patch by patch, for lack of a low level
         return arrays["colours"]
     scale, picture = facts["scale"], _on_white(arrays["picture"])
     size = picture.shape[1::-1]
@@ -72,12 +72,12 @@ def patch_colours(path, coords: Int[np.ndarray, "N 2"], patch_size: int) -> Floa
 def nearest_class(
     train: Float[np.ndarray, "m 3"], labels: Int[np.ndarray, "m"], test: Float[np.ndarray, "n 3"], classes: int
 ) -> Float[np.ndarray, "n C"]:
-    """Belief in each class: 1 over (1 + distance to the nearest training slide of it), so the nearest one wins."""
-    belief = np.zeros((len(test), classes))
+    """A score per class: 1 / (1 + distance to its nearest training slide)."""
+    found = np.zeros((len(test), classes))
     for c in np.unique(labels):
         distance, _ = cKDTree(train[labels == c]).query(test)
-        belief[:, c] = 1 / (1 + distance)
-    return belief
+        found[:, c] = 1 / (1 + distance)
+    return found
 
 
 def concept_shares(

@@ -1,6 +1,6 @@
-"""The patients and sites of a slide table: rows that name one patient in several spellings or by several ids are one.
+"""The patients and sites of a slide table, with several spellings or ids of one patient merged.
 
-Patients are those of the whole table: what joins two slides (a barcode, a case) may stand in a row of another split.
+Patients are resolved over the whole table: the barcode or case that links two slides may be in a row of another split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ Rows = Sequence[Mapping[str, str]]
 
 
 class Patient(NamedTuple):
-    """A patient: what it is called, and the spellings of its ids with the splits of their rows, in order."""
+    """A patient: its name, and the spellings of its ids with the splits of their rows, in order."""
 
     name: str
     spellings: dict[str, list[str]]
 
     @property
     def ids(self) -> int:
-        """How many ids the spellings are of."""
+        """The number of distinct ids among the spellings."""
         return len({fold(spelling) for spelling in self.spellings})
 
     @property
@@ -38,7 +38,7 @@ class Patient(NamedTuple):
         return list(dict.fromkeys(split for found in self.spellings.values() for split in found))
 
     def __str__(self) -> str:
-        """The name, or every spelling with its splits where there are several: "0045 (train), 45 (test)"."""
+        """The name, or all spellings with their splits if there are several: "0045 (train), 45 (test)"."""
         if len(self.spellings) == 1:
             return self.name
         sides = {spelling: "/".join(filter(None, splits)) or "no side" for spelling, splits in self.spellings.items()}
@@ -46,7 +46,7 @@ class Patient(NamedTuple):
 
 
 def patients(rows: Rows) -> list[Patient]:
-    """The patient of each row; a slide with no patient named is one by itself."""
+    """The patient of each row; a slide without a patient id is a patient of its own."""
     groups = connected([_keys(row) for row in rows])
     members: dict[int, list[Mapping[str, str]]] = {}
     for row, group in zip(rows, groups, strict=True):
@@ -56,12 +56,12 @@ def patients(rows: Rows) -> list[Patient]:
 
 
 def name_patients(rows: Rows) -> list[dict[str, str]]:
-    """The rows with their `patient_id` in one spelling for each patient."""
+    """The rows with one spelling of `patient_id` per patient."""
     return [dict(row) | {"patient_id": patient.name} for row, patient in zip(rows, patients(rows), strict=True)]
 
 
 def name_sites(sites: Sequence[str]) -> list[str]:
-    """The sites in one spelling for each; "" stays."""
+    """The sites with one spelling each; "" stays."""
     spellings: dict[str, list[str]] = {}
     for site in sites:
         spellings.setdefault(fold(site), []).append(site)

@@ -21,7 +21,7 @@ PLACE, FILE, PROMPTS, TEXT, NUMBER, FLAG = "place", "file", "prompts", "text", "
 
 
 class Option(NamedTuple):
-    """How a field is given on the command line and in YAML.
+    """The form of a field on the command line and in YAML.
 
     `kind` is PLACE (a path or URL), FILE (a local path), PROMPTS (a local path, or the name of a shipped prompt file),
     TEXT, NUMBER (within `runs.bounds.OPTIONS` of its name) or FLAG. `many` is argparse's `nargs` of a list.
@@ -45,7 +45,7 @@ def _required(kind: str, help: str, metavar: str | None = None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSpec:
-    """What to score, on which slides, and where the results go.
+    """The inputs and options of an evaluation, and the folder of its results.
 
     `run` is a run folder, several (seeds of one experiment, scored as their mean) or a run of the language stage to be
     scored alone. A task is scored if its input is given: `texts`, `region_texts`, `prompts`, `few_shot`, `grounding`
@@ -146,7 +146,7 @@ class EvaluationSpec:
 
     @property
     def sampling(self) -> Sampling:
-        """How the language stage writes captions and answers: the likeliest tokens, greedily or by beam search."""
+        """The generation settings of the language stage: greedy or beam search."""
         return Sampling(
             max_new_tokens=self.max_tokens,
             min_new_tokens=self.min_tokens,

@@ -1,7 +1,7 @@
-"""Splits that can be believed: made by patient, and examined for what makes a score too good.
+"""Patient-level splits of slide tables, and checks of splits for leakage and wrong labels.
 
-A patient on both sides lets a model recognise the patient; a site on both sides, the scanner and the stain (Howard et
-al., Nature Communications 2021); normal tissue under a tumor label is a wrong label. Published splits have all three.
+With a patient on both sides a model can recognise the patient; with a site on both sides, the scanner and stain (Howard
+et al., Nature Communications 2021). Normal tissue with a tumor label is mislabelled. Published splits have all three.
 """
 
 import re
@@ -21,8 +21,8 @@ from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, p
 
 SIDES = ("train", "val", "test")
 SHARES = (0.7, 0.1, 0.2)
-LABEL_WEIGHT = 50  # against sites: labels that are uneven by 2% of a share outweigh a site that is all in one part
-MOST_LABELS = 20  # values of a column that could be labels
+LABEL_WEIGHT = 50  # relative to sites: an imbalance of labels by 2% of a share outweighs a site entirely in one part
+MOST_LABELS = 20  # most distinct values of a column of labels
 _NO_LABELS = {"slide_id", "case_id", "patient_id", "case", "patient", "label", "split", "site", "mpp", "magnification"}
 NO_SIDE = "slides on no side"
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}(?:-(\d{2}))?(?!\d)", re.IGNORECASE)
@@ -32,7 +32,7 @@ NORMAL_TYPES = {"10": "blood", "11": "solid tissue", "12": "buccal cells", "13":
 
 
 class Finding(NamedTuple):
-    """What the check of a split found, a fault or something to know: of which patients, slides, sites or labels."""
+    """A finding about a split, a fault or a note, with the patients, slides, sites or labels concerned."""
 
     kind: str
     fault: bool
@@ -41,7 +41,7 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A split examined: its sides, its sites (where they are known) and what was found."""
+    """The result of checking a split: its sides, its known sites, and findings."""
 
     sides: dict[str, dict]
     sites: list[dict]
@@ -49,11 +49,11 @@ class Check(NamedTuple):
 
     @property
     def faults(self) -> list[Finding]:
-        """What makes a score of this split wrong, or the split impossible to score."""
+        """The findings that make scores on this split invalid."""
         return [finding for finding in self.findings if finding.fault]
 
     def as_json(self) -> dict:
-        """The check as JSON holds it."""
+        """The check as a tree for JSON."""
         findings = [finding._asdict() for finding in self.findings]
         return {"faulty": bool(self.faults), "sides": self.sides, "sites": self.sites, "findings": findings}
 
@@ -61,14 +61,14 @@ class Check(NamedTuple):
 def read_split(tables: Sequence[str], label: str = "") -> list[dict[str, str]]:
     """The rows of one slide table, or of several as one; "test=FILE" puts the rows of a file on that side.
 
-    `label` is the column that the labels are in, where that is not `label`. A slide listed twice stays twice: that is
-    for the check to find. Raises ValueError as `slide_row`, and for a table without that column.
+    `label` is the column of labels if it is not `label`. A slide listed twice is kept twice, for the check to find.
+    Raises ValueError as `slide_row`, and for a table without that column.
     """
     found, column = [], label.strip().lower()
     for table in tables:
         side, _, path = str(table).rpartition("=")
         if side and side not in SIDES:
-            raise ValueError(f"{table}: {side!r} before the file is no side of a split; expected {', '.join(SIDES)}")
+            raise ValueError(f"{table}: {side!r} before the file is not a side of a split; expected {', '.join(SIDES)}")
         read = read_rows(path)
         if column and (lacking := next((row for row in read if column not in row.values), None)):
             raise ValueError(f"{lacking.place}: no column {label!r}, {row_columns(lacking)}")
@@ -78,7 +78,7 @@ def read_split(tables: Sequence[str], label: str = "") -> list[dict[str, str]]:
 
 
 def unlabelled(rows: Sequence[Mapping[str, str]]) -> list[Finding]:
-    """A note where no slide has a label: which columns could be one, having few values for many slides."""
+    """A note if no slide has a label, with the columns that could be labels: few values for many slides."""
     if any(row["label"] for row in rows):
         return []
     found = {}
@@ -93,19 +93,19 @@ def unlabelled(rows: Sequence[Mapping[str, str]]) -> list[Finding]:
 
 
 def site_of(row: Mapping[str, str]) -> str:
-    """The site that a slide comes from: the column `site`, else the tissue source site of a TCGA barcode, else ""."""
+    """The site of a slide: the column `site`, else the tissue source site of a TCGA barcode, else ""."""
     barcode = _BARCODE.match(row["slide_id"])
     return row.get("site") or (barcode.group(1).upper() if barcode else "")
 
 
 def sample_type(slide_id: str) -> str:
-    """The two digits of the TCGA sample type ("11" is normal solid tissue), "" where the id has none."""
+    """The two digits of the TCGA sample type ("11" is normal solid tissue), "" if the id has none."""
     barcode = _BARCODE.match(slide_id)
     return (barcode.group(2) or "") if barcode else ""
 
 
 def check_split(rows: Sequence[Mapping[str, str]]) -> Check:
-    """Examine a split: patients, slides and labels on its sides, TCGA sample types, and the sites it shares."""
+    """The check of a split: patients, slides and labels of its sides, TCGA sample types, and shared sites."""
     of = patients(rows)
     sites = name_sites([site_of(row) for row in rows])
     rows = [dict(row) | {"patient_id": p.name, "site": site} for row, p, site in zip(rows, of, sites, strict=True)]
@@ -120,7 +120,7 @@ def check_split(rows: Sequence[Mapping[str, str]]) -> Check:
         count = sum(sum(site["slides"].values()) for site in shared)
         text = (
             f"{len(shared)} of {len(sites)} sites are on more than one side, with {count} of {len(used)} slides: a "
-            "model that knows the site's stain and scanner is not found out"
+            "model that recognises a site's stain and scanner is not detected"
         )
         findings.append(Finding("shared sites", False, text, [site["site"] for site in shared]))
     if 0 < len(used) < len(rows):
@@ -137,7 +137,7 @@ def _side(rows: list[Mapping[str, str]]) -> dict:
 
 
 def _sites(rows: Sequence[Mapping[str, str]]) -> list[dict]:
-    """Every known site with its slides by side and its labels, the largest first."""
+    """Every known site with its slides by side and its labels, in descending order of size."""
     found: dict[str, dict[str, Counter]] = {}
     for row in rows:
         if site := row["site"]:
@@ -165,7 +165,7 @@ def _shared_patients(of: Sequence[Patient]) -> list[Finding]:
 
 
 def _spellings(of: Sequence[Patient]) -> list[Finding]:
-    """Notes on patients that were taken for one though the table writes them in several ways."""
+    """Notes on patients that were merged although the table spells them differently."""
     several = sorted({p.name: p for p in of if len(p.spellings) > 1}.items())
     zeros = [p for _, p in several if len({fold(name, zeros=True) for name in p.spellings}) > p.ids]
     joined = [p for _, p in several if p.ids > 1]
@@ -197,7 +197,7 @@ def _labels_in_two_spellings(rows) -> list[Finding]:
     twice = [" = ".join(found) for found in spelt.values() if len(found) > 1]
     if not twice:
         return []
-    text = f"{len(twice)} labels are written in more than one way ({some(twice)}), and count as two each: write one"
+    text = f"{len(twice)} labels have more than one spelling ({some(twice)}) and count as two each: keep one spelling"
     return [Finding("labels in several spellings", True, text, twice)]
 
 
@@ -233,7 +233,7 @@ def _lacking_labels(sides: Mapping[str, dict]) -> list[Finding]:
     labels = sorted({label for side in sides.values() for label in side["labels"]})
     for name, side in sides.items():
         lacking = [label for label in labels if label not in side["labels"]]
-        if lacking and side["labels"]:  # a side with no label at all is not labelled, and scores nothing by label
+        if lacking and side["labels"]:  # a side without any label is unlabelled, not lacking
             text = f"split {name!r} has no slide of {some(lacking)}, which others have"
             found.append(Finding("label lacking", True, text, lacking))
     return found
@@ -242,10 +242,10 @@ def _lacking_labels(sides: Mapping[str, dict]) -> list[Finding]:
 def make_split(
     rows: Sequence[Mapping[str, str]], shares: Sequence[float], seed: int, by_site: bool = False
 ) -> list[int]:
-    """The part (0 to len(shares) - 1) of each row, so that no patient is in two of them; `by_site`: no site either.
+    """The part (0 to len(shares) - 1) of each row, with no patient in two parts and, if `by_site`, no site either.
 
-    Labels have the same shares in all parts, and so have sites, as far as whole patients (or whole sites) allow. The
-    order in which they are dealt out is drawn by the seed.
+    Labels and sites are balanced over the parts as far as whole patients (or sites) allow. The seed draws the order of
+    assignment.
     """
     shares = np.asarray(shares, float) / np.sum(shares)
     rows = name_patients(rows)
@@ -264,10 +264,10 @@ def make_split(
 
 
 def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> dict[int, int]:
-    """Give each group, the largest first, to the part that is least full of its labels and of its labels' sites.
+    """Assign each group, in descending order of size, to the part with most room for its labels and their sites.
 
-    A part is full of a label when it holds its share of that label's slides. Labels count so much more that sites
-    decide where labels are even to some percent; small groups, the last, even out what large ones left.
+    A part is full of a label when it holds its share of that label's slides. Labels outweigh sites unless labels are
+    balanced within a few percent; small groups come last and even out imbalances.
     """
 
     counts = {group: Counter(kind for row in rows for kind in _kinds(row)) for group, rows in members.items()}
@@ -277,7 +277,7 @@ def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> 
     for group in order:
         full = np.zeros(len(shares))
         for (label, site), count in counts[group].items():
-            # With half of the group itself, a part is chosen that it does not overfill: the squared error falls most.
+            # Counting half of the group itself minimises the squared error and avoids overfilling a part.
             held = given[label, site] + (count / 2 if site is None else 0)
             full += (LABEL_WEIGHT if site is None else 1) * count * held / (total[label, site] * shares)
         part[group] = int(np.argmin(full))
@@ -287,12 +287,12 @@ def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> 
 
 
 def _kinds(row) -> tuple:
-    """What a slide counts as: of its label, and of its label at its site."""
+    """The two strata of a slide: its label, and its label at its site."""
     return (row["label"], None), (row["label"], row["site"])
 
 
 def _fill_lacking(part: dict[int, int], members: Mapping[int, list], parts: int) -> None:
-    """Give every part a group of each label of which there are enough groups, in exchange for one that it can spare."""
+    """Swap groups so that every part has each label of which there are enough groups."""
     labels = {group: {row["label"] for row in rows if row["label"]} for group, rows in members.items()}
     total = Counter(label for own in labels.values() for label in own)
     held = Counter((label, part[group]) for group, own in labels.items() for label in own)
@@ -323,15 +323,15 @@ def _fill_lacking(part: dict[int, int], members: Mapping[int, list], parts: int)
 def write_splits(
     rows: Sequence[Mapping[str, str]], out: Path, *, shares=None, folds=None, by_site: bool = False, seed: int = 0
 ) -> dict[str, Check]:
-    """Split a slide table into the file `out`, or with `folds` into a folder of that many; returns the check of each.
+    """Split a slide table into the file `out`, or with `folds` into a folder of files; returns the check of each.
 
-    What a table says of its split is replaced; its other columns stay. Raises ValueError for slides listed twice, for
-    shares that are none, sites that are not known where they are asked for, and more parts than patients or sites.
+    The table's own split is replaced; other columns are kept. Raises ValueError for slides listed twice, invalid
+    shares, unknown sites with `by_site`, and more parts than patients or sites.
     """
     if twice := _listed_twice(rows):
-        raise ValueError(f"{twice[0].text}: a slide counts once, remove the others")
+        raise ValueError(f"{twice[0].text}: keep one row per slide")
     if by_site and (lost := [row["slide_id"] for row in rows if not site_of(row)]):
-        raise ValueError(f"the site of {some(lost)} is not known; fill a column site, or split by patient only")
+        raise ValueError(f"the site of {some(lost)} is unknown; add a column site, or split by patient only")
     if folds is not None and (folds < 3 or shares):
         raise ValueError(f"{folds} folds: give at least 3 (train, val and test), and no shares with them")
     shares = [1.0] * folds if folds else list(shares or SHARES)
@@ -352,7 +352,7 @@ def write_splits(
         write_csv(out, table)
         return {str(out): examined(table)}
     if out.exists():
-        raise FileExistsError(f"{out}: is there already; name a new folder for the folds")
+        raise FileExistsError(f"{out}: already exists; name a new folder for the folds")
     partial = out.with_name(out.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -366,7 +366,7 @@ def write_splits(
 
 
 def _with_sides(rows, sides: Sequence[str]) -> list[dict[str, str]]:
-    """The rows with their new sides, all with the same columns: the well-known first."""
+    """The rows with their new sides, all with the same columns, the standard ones first."""
     first = ("slide_id", "patient_id", "label", "split")
     columns = dict.fromkeys([*first, *(name for row in rows for name in row if name != "case_id")])
     return [
@@ -376,7 +376,7 @@ def _with_sides(rows, sides: Sequence[str]) -> list[dict[str, str]]:
 
 
 def describe(check: Check, name: str = "") -> str:
-    """The check in words: a line for each side, then what was found."""
+    """The check as text: a line for each side, then the findings."""
     lines = [name] if name else []
     for side, found in check.sides.items():
         labels = ", ".join(f"{label} {count}" for label, count in found["labels"].items()) or "no labels"

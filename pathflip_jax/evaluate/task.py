@@ -1,4 +1,4 @@
-"""What a task of an evaluation is: how it reads its input, asks runs, scores them and is shown.
+"""The interface between an evaluation and its tasks.
 
 A task is a file in `evaluate/tasks/` that ends with its `Task`, and an entry in `evaluate/tasks/__init__.py:TASKS`.
 """
@@ -22,7 +22,7 @@ SCORE, SHARE, GAIN = "score", "share", "gain"  # written as 0.87, as 87.0%, as +
 
 
 class Setting(NamedTuple):
-    """What all tasks of an evaluation share: its specification, slides, protocol, and slide files by slide id."""
+    """The specification, slides, protocol and slide files (by slide id) that all tasks of an evaluation share."""
 
     spec: EvaluationSpec
     cohort: Cohort
@@ -39,7 +39,7 @@ class RunAtWork(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What `Task.predict` returned for each run, and for each run that they are compared to.
+    """The results of `Task.predict` for each run and for each run that they are compared to.
 
     `predictor` is the first run, for pictures; None in an evaluation of the language stage alone.
     """

@@ -222,7 +222,7 @@ def test_every_fold_is_test_once_and_the_folder_is_whole(tmp_path, capsys):
         with open(path, newline="") as file:
             tested.update(row["slide_id"] for row in csv.DictReader(file) if row["split"] == "test")
     assert set(tested.values()) == {1} and len(tested) == 120
-    assert cli.main(command) == cli.WRONG_INPUT and "is there already" in capsys.readouterr().err
+    assert cli.main(command) == cli.WRONG_INPUT and "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def _read(setting: Setting) -> Outlined:
 
 
 def _how(setting: Setting) -> dict:
-    """How texts are mapped onto patches, for `Predictor.ground`."""
+    """The options of `Predictor.ground`."""
     return {"method": setting.spec.method, "window": setting.spec.window, "context": maps.CONTEXT}
 
 
