@@ -16,8 +16,9 @@ from pathflip_jax.grounding import maps
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.runs.bounds import OPTIONS
 
-Path = str | os.PathLike
+Place = str | os.PathLike  # a path, or a URL where the field's kind is PLACE
 PLACE, FILE, PROMPTS, TEXT, NUMBER, FLAG = "place", "file", "prompts", "text", "number", "flag"
+RETRIEVAL, CLASSES, GROUNDING, LANGUAGE = "retrieval", "zero-shot and few-shot classification", "grounding", "language"
 
 
 class Option(NamedTuple):
@@ -52,78 +53,73 @@ class EvaluationSpec:
     with `outlines`, or `language`. Raises ValueError for numbers out of bounds and unknown choices.
     """
 
-    run: Path | Sequence[Path]
-    records: Path = _required(PLACE, "folder of records")
-    slides: Path = _required(PLACE, "slide table: slide_id, patient_id, label, split", "CSV")
-    out: Path
+    run: Place | Sequence[Place]
+    records: Place = _required(PLACE, "folder of records")
+    slides: Place = _required(PLACE, "slide table: slide_id, patient_id, label, split", "CSV")
+    out: Place
     split: str = _option("test", TEXT, "split to score (default test)")
     strict: bool = _option(False, FLAG, "stop at a faulty split (pathflip split --check)")
     protocol: str = _option(
         STRICT, TEXT, "strict (default), or paper: the published script's arithmetic; the report says where it is "
         "optimistic", "NAME", choices=PROTOCOLS,
     )  # fmt: skip
-    images: Path | None = _option(None, FILE, "slide files, for thumbnails and the mean-colour baselines", "DIR")
-    compare_to: Path | Sequence[Path] | None = _option(
+    images: Place | None = _option(None, FILE, "slide files, for thumbnails and the mean-colour baselines", "DIR")
+    compare_to: Place | Sequence[Place] | None = _option(
         None, PLACE, "as many other runs, for paired differences", "RUN", many="+"
     )
     seed: int = _option(0, NUMBER, "seed of the bootstrap (default 0)")
-    texts: Path | None = _option(None, PLACE, "text table: scores retrieval and captions", group="retrieval")
-    region_texts: Path | None = _option(
-        None, PLACE, "captions of slides of one region, or of the region at a point x, y", "TABLE", group="retrieval"
+    texts: Place | None = _option(None, PLACE, "text table: scores retrieval and captions", group=RETRIEVAL)
+    region_texts: Place | None = _option(
+        None, PLACE, "captions of slides of one region, or of the region at a point x, y", "TABLE", group=RETRIEVAL
     )
-    prompts: Path | None = _option(
-        None, PROMPTS, "texts of each class, or the name of a shipped file: zero-shot classification", "JSON",
-        group="zero-shot and few-shot classification",
-    )  # fmt: skip
+    prompts: Place | None = _option(
+        None,
+        PROMPTS,
+        "texts of each class, or the name of a shipped file: zero-shot classification",
+        "JSON",
+        group=CLASSES,
+    )
     few_shot: Sequence[str | int] | None = _option(
-        None, TEXT, "probes on K training slides per class, or all (default 1 4 16)", "K", many="*",
-        group="zero-shot and few-shot classification",
-    )  # fmt: skip
+        None, TEXT, "probes on K training slides per class, or all (default 1 4 16)", "K", many="*", group=CLASSES
+    )
     labels: str | Sequence[str] = _option(
-        ("label",), TEXT, "label columns for --few-shot (default label)", "COLUMN", many="+",
-        group="zero-shot and few-shot classification",
-    )  # fmt: skip
-    label_table: Path | None = _option(
-        None, PLACE, "table of these columns (mutations, say), by slide_id or patient_id", "CSV",
-        group="zero-shot and few-shot classification",
-    )  # fmt: skip
-    draws: int = _option(
-        5, NUMBER, "draws of training slides for every K (default 5)", "N",
-        group="zero-shot and few-shot classification",
-    )  # fmt: skip
-    grounding: Path | None = _option(None, FILE, "texts of each concept: scores grounding", "JSON", group="grounding")
-    outlines: Path | None = _option(None, FILE, "annotated outlines, <slide_id>.geojson", "DIR", group="grounding")
+        ("label",), TEXT, "label columns for --few-shot (default label)", "COLUMN", many="+", group=CLASSES
+    )
+    label_table: Place | None = _option(
+        None, PLACE, "table of these columns (mutations, say), by slide_id or patient_id", "CSV", group=CLASSES
+    )
+    draws: int = _option(5, NUMBER, "draws of training slides for every K (default 5)", "N", group=CLASSES)
+    grounding: Place | None = _option(None, FILE, "texts of each concept: scores grounding", "JSON", group=GROUNDING)
+    outlines: Place | None = _option(None, FILE, "annotated outlines, <slide_id>.geojson", "DIR", group=GROUNDING)
     method: str | None = _option(
         None, TEXT, f"how a text is mapped onto patches (default {maps.DEFAULT_METHOD}; PathFLIP2: cosine)",
-        choices=tuple(maps.METHODS), group="grounding",
+        choices=tuple(maps.METHODS), group=GROUNDING,
     )  # fmt: skip
-    window: int = _option(
-        maps.WINDOW, NUMBER, f"patches across a window (default {maps.WINDOW})", "N", group="grounding"
-    )
+    window: int = _option(maps.WINDOW, NUMBER, f"patches across a window (default {maps.WINDOW})", "N", group=GROUNDING)
     smooth: float = _option(
         0.5, NUMBER, "standard deviation of the Gaussian that smooths maps, in patch edges (default 0.5; 0: none)",
-        "EDGES", group="grounding",
+        "EDGES", group=GROUNDING,
     )  # fmt: skip
     clear: float | None = _option(
         None, NUMBER, "leave out patches of which an outline covers more than SHARE and less than 1 - SHARE", "SHARE",
-        group="grounding",
+        group=GROUNDING,
     )  # fmt: skip
     lesions: str | None = _option(
         None, TEXT, "concept whose outlines are lesions to detect: scores FROC as CAMELYON16 does", "CONCEPT",
-        group="grounding",
+        group=GROUNDING,
     )  # fmt: skip
-    language: Path | None = _option(
-        None, PLACE, "run of the language stage: scores its captions and answers too", "RUN", group="language"
+    language: Place | None = _option(
+        None, PLACE, "run of the language stage: scores its captions and answers too", "RUN", group=LANGUAGE
     )
-    questions: Path | None = _option(None, PLACE, "questions to the language stage", "TABLE", group="language")
-    concepts: Path | None = _option(
-        None, FILE, "phrasings of each concept: scores the concepts that captions assert", "JSON", group="language"
+    questions: Place | None = _option(None, PLACE, "questions to the language stage", "TABLE", group=LANGUAGE)
+    concepts: Place | None = _option(
+        None, FILE, "phrasings of each concept: scores the concepts that captions assert", "JSON", group=LANGUAGE
     )
-    max_tokens: int = _option(384, NUMBER, "most tokens to write (default 384)", "N", group="language")
-    min_tokens: int = _option(0, NUMBER, "least tokens to write (default 0)", "N", group="language")
-    beams: int = _option(1, NUMBER, "beam search with N beams (default 1: greedy)", "N", group="language")
-    length_penalty: float = _option(1.0, NUMBER, "length penalty of beam search (default 1)", "X", group="language")
-    repetition_penalty: float = _option(1.0, NUMBER, "above 1: repeat less (default 1)", "X", group="language")
+    max_tokens: int = _option(384, NUMBER, "most tokens to write (default 384)", "N", group=LANGUAGE)
+    min_tokens: int = _option(0, NUMBER, "least tokens to write (default 0)", "N", group=LANGUAGE)
+    beams: int = _option(1, NUMBER, "beam search with N beams (default 1: greedy)", "N", group=LANGUAGE)
+    length_penalty: float = _option(1.0, NUMBER, "length penalty of beam search (default 1)", "X", group=LANGUAGE)
+    repetition_penalty: float = _option(1.0, NUMBER, "above 1: repeat less (default 1)", "X", group=LANGUAGE)
     name: str = ""  # of the benchmark, which published figures are matched by
     command: Sequence[str] | None = None  # the command line that the report shows
 
@@ -140,7 +136,7 @@ class EvaluationSpec:
                 raise ValueError(f"{option_name(name)} {value!r}: expected one of {', '.join(option.choices)}")
 
     @property
-    def runs(self) -> list[Path]:
+    def runs(self) -> list[Place]:
         """The runs to score."""
         return _as_list(self.run)
 

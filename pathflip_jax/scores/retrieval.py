@@ -41,8 +41,8 @@ def relate(cases: Sequence[str], captions: Sequence[str]) -> Int[np.ndarray, "n 
     return np.array([numbers.setdefault(name, len(numbers)) for name in names]).reshape(2, -1).T
 
 
-def twins(related: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, "n"]:
-    """Rows with the caption of a row of another case."""
+def shared_captions(related: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, "n"]:
+    """The rows whose caption is that of a row of another case too."""
     captions, cases = np.unique(np.unique(related, axis=0)[:, 1], return_counts=True)
     return np.isin(related[:, 1], captions[cases > 1])
 

@@ -111,7 +111,8 @@ def test_a_new_task_is_one_file_and_one_entry(new_task, tiny_cohort, tmp_path, c
     with open(out / "neighbours.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == scores["slides"] == 6
     page = (out / "report.html").read_text()
-    assert '<section id="neighbours">' in page and "<b>1.000</b>" in page and "Neighbours of the same label" in page
+    assert page.count("<section") == 2 and page.index('<section id="neighbours">') < page.index('<section id="how">')
+    assert "<b>1.000</b>" in page and "Neighbours of the same label" in page
     assert (out / "figures" / "neighbours.png").stat().st_size > 1000
     assert cli.main([*command, "--out", str(tmp_path / "again")]) == 0
     assert cli.main(["compare", str(out), str(tmp_path / "again"), "--out", str(tmp_path / "compared")]) == 0

@@ -95,7 +95,7 @@ def test_the_caption_of_another_patient_word_for_word_is_no_miss(pairs):
     captions = [f"Report {i}." for i in range(40)]
     captions[21] = " REPORT  20."
     related = retrieval.relate(cases, captions)
-    assert np.flatnonzero(retrieval.twins(related)).tolist() == [20, 21]
+    assert np.flatnonzero(retrieval.shared_captions(related)).tolist() == [20, 21]
     ranks, by_case = retrieval.rank(slide, text, related), retrieval.rank(slide, text, cases)
     assert by_case.tied[20] == by_case.tied[21] == 1 and by_case.others[20] == 39
     assert ranks.tied[20] == ranks.tied[21] == 0 and ranks.others[20] == 38
@@ -104,7 +104,7 @@ def test_the_caption_of_another_patient_word_for_word_is_no_miss(pairs):
         assert ours[rest].tolist() == theirs[rest].tolist()
 
 
-def test_captions_of_one_patient_alone_are_no_twins(pairs):
+def test_captions_of_one_patient_alone_are_not_shared(pairs):
     related = retrieval.relate(["a", "a", "b"], ["x", "X", "y"])
-    assert not retrieval.twins(related).any()
+    assert not retrieval.shared_captions(related).any()
     assert retrieval.relate(["x", "y"], ["y", "x"]).size == len(np.unique(retrieval.relate(["x", "y"], ["y", "x"])))

@@ -45,7 +45,7 @@ def rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, related: n
 
     if related is None:
         return Ranked(ranks(np.arange(len(images))), None)
-    return Ranked(ranks(related), ranks(related[:, 0]) if retrieval.twins(related).any() else None)
+    return Ranked(ranks(related), ranks(related[:, 0]) if retrieval.shared_captions(related).any() else None)
 
 
 def score_ranking(key: str, queries: Queries, predictions: Predictions, seed: int) -> Part:

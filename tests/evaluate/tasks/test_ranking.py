@@ -10,7 +10,7 @@ QUERIES = Queries("slides", DIRECTIONS, ["S0", "S1", "S2", "S3"], ["a", "b", "c"
 
 
 def test_captions_of_several_patients_are_counted_with_the_score_that_they_would_cost():
-    """Slides 0 and 1 have one caption, and each slide stands where its text does: only the twins can miss."""
+    """Slides 0 and 1 have one caption, and each slide stands where its text does: only these two can miss."""
     images = np.eye(4)
     images[1] = images[0] * 2
     related = retrieval.relate(["a", "b", "c", "d"], ["Fat.", "fat.", "Mucin.", "Gland."])
