@@ -8,7 +8,7 @@ import numpy as np
 from roofline import LENGTHS
 from sides import S
 
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.config import ModelConfig
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
 DATA_SIZES = (512, 30523)  # width of CONCH features and BERT's vocabulary, which training takes from its data
@@ -59,11 +59,11 @@ def make_mesh(devices: list, fsdp: int, region: int):
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-def with_layers(config, layers: int) -> PathFLIPConfig:
+def with_layers(config, layers: int) -> ModelConfig:
     """The config's model with so many layers."""
     from pathflip_jax.training.alignment import model_config
 
-    return PathFLIPConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
+    return ModelConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
 
 
 def make_batch(config, slides: int, mesh):
@@ -113,17 +113,16 @@ def lower(config, layers: int, slides: int, mesh):
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.parameters import abstract_params, unflatten
     from pathflip_jax.runtime import sharding
-    from pathflip_jax.training.objectives import alignment
+    from pathflip_jax.training.alignment import family_of
     from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
     from pathflip_jax.training.step import make_step
 
     model = with_layers(config, layers)
     schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)
     optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
-    stage = alignment(LossConfig(**config.loss), sharding.by_slide(mesh))
+    stage = family_of(config).stage(config, model, sharding.by_slide(mesh))
     step = make_step(
         stage, lambda p, _: unflatten(model, p), optimizer, schedule, config.train.accumulate, config.train.seed
     )

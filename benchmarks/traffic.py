@@ -105,11 +105,12 @@ def read_traffic(program: str, devices: int) -> Traffic:
 
     Loops count as often as they run; ValueError names a loop with collectives whose runs the HLO does not give.
     """
-    computations, entry = _computations(program)
+    computations, entry = read_computations(program)
     return _traffic(computations, entry, devices, 1, frozenset())
 
 
-def _computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
+def read_computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of each computation of a program's scheduled HLO text, and the name of its entry."""
     found: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in program.splitlines():
@@ -161,8 +162,8 @@ def _traffic(
         for place in between:
             left[place] = 0.0
         operands = [its_types.get(operand, "") for operand in instruction.operands] or [instruction.type]
-        dtypes = tuple(sorted({dtype for text in operands for dtype, _ in _shapes(text)}))
-        size = sum(_bytes(text) for text in operands)
+        dtypes = tuple(sorted({dtype for text in operands for dtype, _ in array_shapes(text)}))
+        size = sum(array_bytes(text) for text in operands)
         source = re.search(r'op_name="([^"]*)"', instruction.rest)
         taking = _group_size(instruction.rest, devices)
         found.append(Collective(kind, size, taking, runs, overlaps, runs * hidden, dtypes, source[1] if source else ""))
@@ -172,14 +173,14 @@ def _traffic(
 def _loop(
     computations: dict[str, list[Instruction]], loop: Instruction, devices: int, runs: int, begun: frozenset[str]
 ) -> Traffic:
-    trips = _trips(computations, loop)
+    trips = loop_runs(computations, loop)
     body = _traffic(computations, loop.named("body"), devices, runs * (trips or 1), begun)
     if trips is None and body.collectives:
         raise ValueError(f"{loop.name}: a loop with collectives, but the HLO does not say how often it runs")
     return body
 
 
-def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+def loop_runs(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
     """How often a loop runs, where the HLO says it, or compares a counter, which JAX starts at 0, with a constant."""
     if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(told[1])
@@ -208,13 +209,16 @@ def _inside(
                 yield key, "reduce-scatter" if kept else kind, collective, its_types
 
 
-def _shapes(text: str) -> list[tuple[str, str]]:
+def array_shapes(text: str) -> list[tuple[str, str]]:
+    """(dtype, sizes) of each array that the text of a type names."""
     return [pair for pair in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text) if pair[0] in ITEM_BYTES]
 
 
-def _bytes(text: str) -> int:
+def array_bytes(text: str) -> int:
     """The bytes of an array, or of all arrays of a tuple."""
-    return sum(ITEM_BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes in _shapes(text))
+    return sum(
+        ITEM_BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n) for dtype, sizes in array_shapes(text)
+    )
 
 
 def _group_size(attributes: str, devices: int) -> int:

@@ -1,6 +1,7 @@
 """What was done for XLA on CPUs, with and without, on this device: the step's time and memory.
 
-A workaround is taken out by putting its plain form in its place before the step is traced; the losses must agree.
+The library switches these forms by platform (`pathflip_jax.ops.platform`): here a CPU's step gets the plain forms, and
+any other's those of a CPU, by putting them in their place before the step is traced; the losses must agree.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ REDRAWN = "dropout drawn by jax.random"  # other entries fall, and the loss is a
 
 
 def run(context: Context, family: str) -> Rows:
-    """The train step as it is, then without each workaround, then without any; at small sizes the first and last."""
-    slides, forms, first = 2 if context.small else 16, plain_forms(), None
+    """The train step as it is, then with each form in turn, then with all; at small sizes the first and last."""
+    slides, forms, first = 2 if context.small else 16, compared_forms(context.platform), None
     for name in list(forms)[:: len(forms) - 1] if context.small else forms:
         with replace(forms[name]):
             row, loss = measure(Training(family, context), slides, 3 if context.small else 8)
@@ -43,33 +44,54 @@ def measure(training: Training, slides: int, steps: int) -> tuple[dict[str, floa
     return {"ms": 1e3 * seconds, "planned_gb": whole_bytes(compiled) / GB}, float(metrics["loss"])
 
 
-def plain_forms() -> dict[str, dict[Any, Callable]]:
-    """Each workaround's functions, and what stands in their place without it."""
-    import jax
-    import jax.numpy as jnp
+def cpu_forms() -> dict[str, dict[Any, Callable]]:
+    """The forms that XLA needs on a CPU, each as the switched functions and what a CPU's programs have for them."""
     from jax import lax
 
+    from pathflip_jax.ops import matmul, patch_pooling, platform
+
+    barriers = {platform.fusion_barrier: lax.optimization_barrier}
+    sums = {
+        matmul.row_sums: matmul.row_products,
+        matmul.column_sums: matmul.column_products,
+        patch_pooling.sum_regions: patch_pooling.region_products,
+    }
+    joined = {matmul.kernel_gradient: matmul.contract_joined_rows}
+    return {"fusion barriers": barriers, "sums as products": sums, "kernel gradients over joined axes": joined}
+
+
+def plain_forms() -> dict[str, dict[Any, Callable]]:
+    """The forms that other platforms compile, in the same way; and dropout that `jax.random` draws."""
+    import jax
+    import jax.numpy as jnp
+
+    from pathflip_jax.ops import matmul, patch_pooling, platform
     from pathflip_jax.ops.dropout import drop
-    from pathflip_jax.ops.matmul import column_sums, row_sums
 
     def plain_drop(x, rate: float, seed):
         kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)
         return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
-    barriers = {lax.optimization_barrier: lambda operand: operand}
+    barriers = {platform.fusion_barrier: platform.unchanged}
     sums = {
-        row_sums: lambda x: jnp.sum(x, -1, keepdims=True),
-        column_sums: lambda x: jnp.sum(x.reshape(-1, x.shape[-1]), 0),
+        matmul.row_sums: matmul.plain_row_sums,
+        matmul.column_sums: matmul.plain_column_sums,
+        patch_pooling.sum_regions: patch_pooling.plain_sum_regions,
     }
-    hashed = {drop: plain_drop}
+    joined = {matmul.kernel_gradient: matmul.contract_rows}
     return {
-        "as it is": {},
-        "without fusion barriers": barriers,
-        "sums as sums, not products": sums,
-        "neither barriers nor products": barriers | sums,
-        REDRAWN: hashed,
-        f"none of them, {REDRAWN}": barriers | sums | hashed,
+        "no fusion barriers": barriers,
+        "sums as sums": sums,
+        "kernel gradients over all axes": joined,
+        REDRAWN: {drop: plain_drop},
     }
+
+
+def compared_forms(platform: str) -> dict[str, dict[Any, Callable]]:
+    """The step as it is on a platform, then with each of the other platforms' forms, then with all of them."""
+    others = plain_forms() if platform == "cpu" else cpu_forms() | {REDRAWN: plain_forms()[REDRAWN]}
+    together = {function: other for form in others.values() for function, other in form.items()}
+    return {"as it is": {}} | others | {f"all of these, {REDRAWN}": together}
 
 
 @contextlib.contextmanager

@@ -169,9 +169,11 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x, angles, mask, cached, key):
         """As `Attention`."""
         keys = split_key(key, 2)
-        pooled, held = self.attention(self.attention_norm(x), angles, mask, cached, keys[0])
-        x = x + pooled
-        return x + self.feed_forward(self.feed_forward_norm(x), keys[1]), held
+        with jax.named_scope("decoder_attention"):
+            pooled, held = self.attention(self.attention_norm(x), angles, mask, cached, keys[0])
+            x = x + pooled
+        with jax.named_scope("decoder_feed_forward"):
+            return x + self.feed_forward(self.feed_forward_norm(x), keys[1]), held
 
 
 class Decoder(nnx.Module):
@@ -251,10 +253,11 @@ class Decoder(nnx.Module):
 
     def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
         """The logits of states, in float32."""
-        if self.head is None:
-            table = self.embedding.embedding[...]
-            return contract("btw,vw->btv", states, table).astype(jnp.float32)
-        return self.head(states).astype(jnp.float32)
+        with jax.named_scope("logits"):
+            if self.head is None:
+                table = self.embedding.embedding[...]
+                return contract("btw,vw->btv", states, table).astype(jnp.float32)
+            return self.head(states).astype(jnp.float32)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Room for so many tokens of so many sequences, none of them there yet."""

@@ -201,21 +201,23 @@ def _programs() -> _Programs:
     """
     compiled = partial(jax.jit, compiler_options=compiler_options())
     return _Programs(
-        compiled(_read_prompt, static_argnums=3),
-        compiled(_write, static_argnums=6, donate_argnums=2),
+        compiled(read_prompt, static_argnums=3),
+        compiled(write_texts, static_argnums=6, donate_argnums=2),
         compiled(_search, static_argnums=6, donate_argnums=2),
         compiled(_score, donate_argnums=2),
     )
 
 
-def _read_prompt(model: Decoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
+def read_prompt(model: Decoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
+    """The program of `generate` that reads prompts: the logits after each, and the cache with `room` slots more."""
     held = model.empty_cache(len(mask), mask.shape[1] + room)
     # What stands at padding is weighed with zero, but zero times NaN is NaN.
     states, held = model.states(inputs_embeds=jnp.where(mask[..., None], embeds, 0), mask=mask, cache=held)
     return model.logits(states[:, -1:])[:, 0], held
 
 
-def _write(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
+def write_texts(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
+    """The program of `generate` that writes tokens: what `Texts` hold at the end, and the cache."""
     B, rows = len(logits), jnp.arange(len(logits))
     key = jax.random.key(seed)
 

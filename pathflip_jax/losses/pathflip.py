@@ -252,12 +252,14 @@ def alignment_loss(
     loss = jnp.zeros(())
     if config.slide_weight:
         options = {"temperature": config.temperature, "label_smoothing": config.label_smoothing}
-        metrics["loss_slide"] = slide_loss(embeddings.slide, embeddings.captions, related, **options)
+        with jax.named_scope("slide_loss"):
+            metrics["loss_slide"] = slide_loss(embeddings.slide, embeddings.captions, related, **options)
         loss += config.slide_weight * metrics["loss_slide"]
     if config.region_weight:
-        metrics["loss_region"], similarity = region_loss(
-            embeddings, text_region_attention, negatives, related, scale, bias, config, spread
-        )
+        with jax.named_scope("region_loss"):
+            metrics["loss_region"], similarity = region_loss(
+                embeddings, text_region_attention, negatives, related, scale, bias, config, spread
+            )
         loss += config.region_weight * metrics["loss_region"]
         metrics |= similarity
     return loss, metrics | {"loss": loss}

@@ -141,9 +141,10 @@ class Bert(nnx.Module):
         tokens, positions = (
             jnp.concatenate([x.reshape(len(x), -1) for x in parts], axis=1) for parts in (tokens, positions)
         )
-        x = self.embed(tokens, positions)  # [G, T, H]
-        x = self.norm(x).astype(self.config.compute_dtype)
-        x = dropout(x, self.config.dropout, keys[-1])
+        with jax.named_scope("text_embedding"):
+            x = self.embed(tokens, positions)  # [G, T, H]
+            x = self.norm(x).astype(self.config.compute_dtype)
+            x = dropout(x, self.config.dropout, keys[-1])
         if pooling == "mean_padded":  # padding sees the words too
             masks = [jnp.broadcast_to((part > 0)[..., None, :], (*part.shape, part.shape[-1])) for part in segments]
         else:

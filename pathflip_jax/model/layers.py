@@ -19,6 +19,7 @@ from pathflip_jax.ops.attention import attend
 from pathflip_jax.ops.dropout import dropout
 from pathflip_jax.ops.matmul import add_bias, contract
 from pathflip_jax.ops.norm import layer_norm, rms_norm
+from pathflip_jax.ops.platform import fusion_barrier
 
 BERT_EPS = 1e-12  # of every LayerNorm in a BERT
 # How a kernel starts. "torch" is the default of torch.nn.Linear, bias included; "torch_fused" one third of the
@@ -96,8 +97,8 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
         y = layer_norm(x, self.scale[...], self.bias[...], self.eps)
-        # Here fusion ends: XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
-        return lax.optimization_barrier(y)
+        # Without it XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
+        return fusion_barrier(y)
 
 
 class RMSNorm(nnx.Module):

@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.bert import Rows
@@ -25,6 +24,7 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention
 from pathflip_jax.model.qformer import QFormer
 from pathflip_jax.ops.dropout import dropout, split_key
+from pathflip_jax.ops.platform import fusion_barrier
 from pathflip_jax.ops.recompute import recompute
 
 TORCH_EPS = 1e-5
@@ -173,8 +173,8 @@ class PathFLIP(nnx.Module):
         patches = jnp.where(patch_mask[..., None], patches, 0)
         with jax.named_scope("patch_projection"):
             project = partial(_project, self.config.compute_dtype)
-            # Here fusion ends: XLA for CPU would transpose the gradients of all layers, each before they are summed.
-            return lax.optimization_barrier(recompute(project, patches, self.patch_projection))
+            # Without it XLA for CPU would transpose the gradients of all layers, each before they are summed.
+            return fusion_barrier(recompute(project, patches, self.patch_projection))
 
     def read_texts(
         self, rows: Sequence[Rows], text_index: Int[Array, "G n"], *, key: Array | None = None

@@ -5,12 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pathflip_jax.ops.dropout import drop
+from pathflip_jax.ops.dropout import drop, dropout
 from pathflip_jax.ops.matmul import matmul, row_sums
-from pathflip_jax.ops.recompute import wait
+from pathflip_jax.ops.platform import fusion_barrier
+from pathflip_jax.ops.recompute import defer_until
 
 
 def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | None) -> Float[Array, "... N"]:
@@ -19,6 +19,20 @@ def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | No
     if mask is None:
         return jax.nn.softmax(scores)
     return jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min)), 0)
+
+
+def pool_reference(
+    query: Float[Array, "... C d"],
+    key: Float[Array, "... T d"],
+    value: Float[Array, "... T e"],
+    mask: Bool[Array, "... C T"] | None,
+    rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> tuple[Float[Array, "... C e"], Float[Array, "... C 1"]]:
+    """`pool` as attention is written in books, differentiated by JAX: its weights are kept for the gradient."""
+    kept = dropout(softmax_where(matmul(query, key.mT), mask), rate, dropout_key)
+    pooled = matmul(kept.astype(value.dtype), value)
+    return pooled.astype(value.dtype), kept.sum(-1, keepdims=True).astype(value.dtype)
 
 
 def pool(
@@ -46,7 +60,7 @@ def _pool(query: Array, key: Array, value: Array, mask: Array | None, seed: Arra
 def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
     scores = _scores(query, key, mask)
     # The barrier keeps it small: XLA for CPU would spread it over all keys, and keep that for the gradient.
-    largest = lax.optimization_barrier(scores.max(-1, keepdims=True))
+    largest = fusion_barrier(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
@@ -61,7 +75,7 @@ def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, se
 def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
     query, key, value, mask, seed, largest, share = residuals
     gradient, sums_gradient = gradients
-    query, gradient = wait(query, gradient)
+    query, gradient = defer_until(query, gradient)
     weights = jnp.exp(_scores(query, key, mask) - largest) * share
     if mask is not None:
         weights = jnp.where(mask, weights, 0)

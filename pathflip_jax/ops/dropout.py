@@ -25,6 +25,11 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return drop(x, rate, jax.random.key_data(key))
 
 
+def dropout_reference(x: Array, rate: float, key: Array) -> Array:
+    """Dropout as `jax.random` draws it: other entries fall than by `dropout`, as many of them."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def drop(x: Array, rate: float, seed: Array) -> Array:
     """`dropout` by the two words of a key: uint32 [2]."""

@@ -4,8 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
+
+from pathflip_jax.ops.platform import by_platform
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -22,24 +23,28 @@ def _contract_backward(spec: str, kept: tuple[Array, Array], gradient: Array) ->
     x, kernel = kept
     left, right, output = spec.replace("->", ",").split(",")
     towards_x = jnp.einsum(f"{output},{right}->{left}", gradient, kernel.astype(x.dtype))
-    return towards_x, lax.platform_dependent(
-        x, gradient, cpu=partial(_sum_over_rows, left, output, right), default=partial(_sum, left, output, right)
-    ).astype(kernel.dtype)
+    return towards_x, kernel_gradient(left, output, right, x, gradient).astype(kernel.dtype)
 
 
-def _sum(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+def contract_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+    """The gradient of a kernel, summed over all leading axes, in float32."""
     return jnp.einsum(f"{left},{output}->{right}", x, gradient, preferred_element_type=jnp.float32)
 
 
-def _sum_over_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
-    # Summed over several axes, XLA for CPU turns x or the gradient first, and computes it anew to do so, one entry at
-    # a time; over one axis it does not. Elsewhere turning is free, and one axis of two may be hard to share out.
+def contract_joined_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
+    """`contract_rows` with its leading axes made one.
+
+    Summed over several axes, XLA for CPU turns x or the gradient first, and computes it anew to do so, one entry at a
+    time; over one axis it does not. Elsewhere turning is free, and one axis of two may be hard to share out.
+    """
     rows = len(left) - len(set(left) & set(right))
     if rows > 1 and left[:rows] == output[:rows]:
         x, gradient = (array.reshape(-1, *array.shape[rows:]) for array in (x, gradient))
         left, output = left[rows - 1 :], output[rows - 1 :]
-    return _sum(left, output, right, x, gradient)
+    return contract_rows(left, output, right, x, gradient)
 
+
+kernel_gradient = by_platform(cpu=contract_joined_rows, default=contract_rows)
 
 contract.defvjp(lambda spec, x, kernel: (contract(spec, x, kernel), (x, kernel)), _contract_backward)
 
@@ -61,15 +66,29 @@ def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
 _add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
 
 
-def row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
+def plain_row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
+    """Sums over the last axis."""
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def row_products(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
     """Sums over the last axis, as a matrix product: XLA for CPU vectorises no sum of what it computes on the way."""
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
 
 
-def column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
-    """Sums over all axes but the last, as a matrix product: see `row_sums`."""
+def plain_column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
+    """Sums over all axes but the last."""
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+
+def column_products(x: Float[Array, "... W"]) -> Float[Array, "W"]:
+    """Sums over all axes but the last, as a matrix product: see `row_products`."""
     rows = x.reshape(-1, x.shape[-1])
     return jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision="highest")[0]
+
+
+row_sums = by_platform(cpu=row_products, default=plain_row_sums)
+column_sums = by_platform(cpu=column_products, default=plain_column_sums)
 
 
 def matmul(x: Float[Array, "... C d"], y: Float[Array, "... d T"]) -> Float[Array, "... C T"]:

@@ -8,7 +8,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pathflip_jax.ops.matmul import column_sums, row_sums
-from pathflip_jax.ops.recompute import wait
+from pathflip_jax.ops.recompute import defer_until
+
+
+def rms_norm_reference(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: float) -> Float[Array, "... W"]:
+    """`rms_norm` as it is written in books, differentiated by JAX."""
+    rows = x.astype(jnp.float32)
+    rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * rows.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -28,7 +35,7 @@ def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -
     # By hand, as of `layer_norm` below.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
-    x, gradient = wait(x, gradient.astype(jnp.float32))
+    x, gradient = defer_until(x, gradient.astype(jnp.float32))
     x, factor = _unit_rms(x, eps)
     inner = gradient * scale
     outer = factor * (inner - x * (row_sums(inner * x) / W))
@@ -36,6 +43,16 @@ def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -
 
 
 rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rms_norm_backward)
+
+
+def layer_norm_reference(
+    x: Float[Array, "... W"], scale: Float[Array, "W"], bias: Float[Array, "W"], eps: float
+) -> Float[Array, "... W"]:
+    """`layer_norm` as it is written in books, differentiated by JAX."""
+    rows = x.astype(jnp.float32)
+    rows = rows - jnp.mean(rows, axis=-1, keepdims=True)
+    rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
+    return (rows * scale + bias).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -57,7 +74,7 @@ def _layer_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array)
     # ten times as slow.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
-    x, gradient = wait(x, gradient.astype(jnp.float32))
+    x, gradient = defer_until(x, gradient.astype(jnp.float32))
     x, factor = _standardise(x, eps)
     inner = gradient * scale
     outer = factor * (inner - row_sums(inner) / W - x * (row_sums(inner * x) / W))

@@ -11,12 +11,34 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pathflip_jax.ops.dropout import drop
+from pathflip_jax.ops.attention import softmax_where
+from pathflip_jax.ops.dropout import drop, dropout
 from pathflip_jax.ops.matmul import contract, matmul, row_sums
-from pathflip_jax.ops.recompute import wait
+from pathflip_jax.ops.platform import by_platform, fusion_barrier
+from pathflip_jax.ops.recompute import defer_until
+
+
+def pool_patches_reference(
+    query: Float[Array, "B 1+R Q heads d"],
+    key_kernel: Float[Array, "D heads d"],
+    patches: Float[Array, "B R S D"],
+    mask: Bool[Array, "B R S"],
+    rate: float = 0.0,
+    key: Array | None = None,
+) -> tuple[Float[Array, "B 1+R C D"], Float[Array, "B 1+R C 1"]]:
+    """`pool_patches` as it would be written without a thought for memory, differentiated by JAX."""
+    B, R, S, D = patches.shape
+    rows = absorb(query, key_kernel, B, R)
+    slide, C = jnp.einsum("bcD,brsD->bcrs", rows[:, 0], patches, preferred_element_type=jnp.float32), rows.shape[2]
+    regions = softmax_where(matmul(rows[:, 1:], patches.mT), mask[:, :, None])
+    slide = softmax_where(slide.reshape(B, C, R * S), mask.reshape(B, 1, R * S)).reshape(slide.shape)
+    # What falls is drawn over [B, R, 2C, S].
+    kept = dropout(jnp.concatenate([slide.swapaxes(1, 2), regions], axis=2), rate, key)
+    both = matmul(kept.astype(patches.dtype), patches), kept.sum(-1, keepdims=True)
+    pooled, sums = (jnp.concatenate([x[:, :, :C].sum(1, keepdims=True), x[:, :, C:]], axis=1) for x in both)
+    return pooled.astype(patches.dtype), sums.astype(patches.dtype)
 
 
 def pool_patches(
@@ -48,7 +70,7 @@ def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed:
     C = rows.shape[2]
     scores = _scores(_join(rows), patches, mask)
     # The barrier keeps it small: XLA for CPU would spread it over all patches, and keep that for the gradient.
-    largest = lax.optimization_barrier(scores.max(-1, keepdims=True))
+    largest = fusion_barrier(scores.max(-1, keepdims=True))
     weights = jnp.where(mask[:, :, None], jnp.exp(scores - largest), 0)
     total = row_sums(weights)
     kept = weights if seed is None else drop(weights, rate, seed)
@@ -57,7 +79,7 @@ def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed:
     highest = largest[:, :, :C].max(1, keepdims=True)
     relative = jnp.exp(largest[:, :, :C] - highest)
     total, sums, pooled = (
-        jnp.concatenate([_add(relative * x[:, :, :C]), x[:, :, C:]], axis=1) for x in (total, sums, pooled)
+        jnp.concatenate([sum_regions(relative * x[:, :, :C]), x[:, :, C:]], axis=1) for x in (total, sums, pooled)
     )
     share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)  # [B, 1+R, C, 1]
     pooled, sums = ((x * share).astype(patches.dtype) for x in (pooled, sums))
@@ -67,7 +89,7 @@ def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed:
 
 def _backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
     query, key_kernel, patches, mask, seed, largest, share, pooled, sums = residuals
-    query, gradient = wait(query, gradients[0])
+    query, gradient = defer_until(query, gradients[0])
     absorbed = partial(absorb, slides=patches.shape[0], regions=patches.shape[1])
     rows, absorb_backward = jax.vjp(absorbed, query, key_kernel)
     sums_gradient, C = gradients[1].astype(jnp.float32), rows.shape[2]
@@ -81,12 +103,12 @@ def _backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
     kept, inner = (weights, inner) if seed is None else (drop(weights, rate, seed), drop(inner, rate, seed))
     inner = (weights * (inner - mean)).astype(patches.dtype)
     towards_rows = matmul(inner, patches)
-    towards_rows = jnp.concatenate([_add(towards_rows[:, :, :C]), towards_rows[:, :, C:]], axis=1)
+    towards_rows = jnp.concatenate([sum_regions(towards_rows[:, :, :C]), towards_rows[:, :, C:]], axis=1)
     # Patches are keys and values at once, and so are their gradients.
     inner = jnp.concatenate([inner, kept.astype(patches.dtype)], axis=2)
     towards_patches = matmul(inner.mT, jnp.concatenate([rows, gradient], axis=2))
     found = towards_rows.astype(query.dtype), towards_patches.astype(patches.dtype)
-    towards_rows, towards_patches = lax.optimization_barrier(found)
+    towards_rows, towards_patches = fusion_barrier(found)
     return *absorb_backward(towards_rows), towards_patches, None, None
 
 
@@ -106,10 +128,18 @@ def _join(rows: Float[Array, "B 1+R C y"]) -> Float[Array, "B R 2C y"]:
     return jnp.concatenate([jnp.broadcast_to(slide, regions.shape), regions], axis=2)
 
 
-def _add(x: Float[Array, "B R C y"]) -> Float[Array, "B 1 C y"]:
-    """The sum over regions, as a matrix product: see `row_sums`."""
+def plain_sum_regions(x: Float[Array, "B R C y"]) -> Float[Array, "B 1 C y"]:
+    """The sum over regions."""
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def region_products(x: Float[Array, "B R C y"]) -> Float[Array, "B 1 C y"]:
+    """The sum over regions, as a matrix product: see `ops.matmul.row_products`."""
     B, R, C, _ = x.shape
     return jnp.matmul(jnp.ones((1, R), x.dtype), x.reshape(B, R, -1), precision="highest").reshape(B, 1, C, -1)
+
+
+sum_regions = by_platform(cpu=region_products, default=plain_sum_regions)
 
 
 def _scores(rows: Float[Array, "B R 2C D"], patches: Array, mask: Array) -> Float[Array, "B R 2C S"]:

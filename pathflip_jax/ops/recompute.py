@@ -9,8 +9,11 @@ from jax import lax
 from jaxtyping import Array
 
 
-def wait(x: Array, gradient: Array) -> tuple[Array, Array]:
-    """Both, but x only when `gradient` is there: what is computed of it once more is not computed ahead and kept."""
+def defer_until(x: Array, gradient: Array) -> tuple[Array, Array]:
+    """Both, but x only when `gradient` is there: what is computed of it once more is not computed ahead and kept.
+
+    On every platform: without it XLA finds that the forward pass computes the same, and keeps that.
+    """
     return lax.optimization_barrier((x, gradient))
 
 
@@ -21,7 +24,7 @@ def recompute(function: Callable[[Array, Any], Array], x: Array, module: Any) ->
 
 
 def _recompute_backward(function: Callable[[Array, Any], Array], kept: tuple[Array, Any], gradient: Array):
-    x, gradient = wait(kept[0], gradient)
+    x, gradient = defer_until(kept[0], gradient)
     return jax.vjp(function, x, kept[1])[1](gradient)
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pathflip_jax.ops.attention import attend, pool, softmax_where
-from pathflip_jax.ops.dropout import dropout
+from pathflip_jax.ops.attention import attend, pool, pool_reference, softmax_where
 
 
 def test_a_masked_row_weighs_nothing_and_has_a_finite_gradient():
@@ -30,13 +29,6 @@ def test_attend_in_bfloat16_keeps_its_softmax_in_float32():
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
-def plain_pool(query, key, value, mask, rate, dropout_key):
-    """Attention as it is written in books, differentiated by JAX."""
-    weights = softmax_where(query @ key.mT, mask)
-    kept = dropout(weights, rate, dropout_key)
-    return kept @ value, kept.sum(-1, keepdims=True)
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked):
@@ -55,7 +47,7 @@ def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, mask
         return sum((x * w).sum() for x, w in zip(found, weights, strict=True)), found
 
     run = lambda f: jax.jit(jax.value_and_grad(partial(loss, f), (0, 1, 2), has_aux=True))(query, key, value)  # noqa: E731
-    ((_, found), gradients), ((_, expected), wanted) = run(pool), run(plain_pool)
+    ((_, found), gradients), ((_, expected), wanted) = run(pool), run(pool_reference)
     for x, y in zip((*found, *gradients), (*expected, *wanted), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6 * max(1, float(np.abs(y).max())))
     if masked:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pathflip_jax.ops.dropout import dropout, split_key
+from pathflip_jax.ops.dropout import dropout, dropout_reference, split_key
 
 
 @pytest.mark.parametrize("shape", [(400, 501), (3, 200_001), (20, 10, 1001)])
@@ -43,3 +43,15 @@ def test_dropout_without_a_key_or_a_rate_is_the_identity():
     assert dropout(x, 0.5, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
     assert split_key(None, 3) == [None] * 3
+
+
+def test_what_is_kept_and_its_gradient_are_those_of_the_reference():
+    """Other entries fall; where neither falls, values and gradients are the same, and as many fall."""
+    x, key = jax.random.normal(jax.random.key(1), (300, 200)), jax.random.key(2)
+    runs = [jax.vjp(lambda x, drop=drop: drop(x, 0.3, key), x) for drop in (dropout, dropout_reference)]
+    (ours, plain), (towards, expected) = zip(*((found, back(x)[0]) for found, back in runs), strict=True)
+    both = (ours != 0) & (plain != 0)
+    np.testing.assert_allclose(ours[both], plain[both], rtol=1e-6)
+    np.testing.assert_allclose(towards[both], expected[both], rtol=1e-6)
+    assert abs(float((ours == 0).mean() - (plain == 0).mean())) < 5 * math.sqrt(2 * 0.21 / x.size)
+    assert abs(float(both.mean()) - 0.49) < 5 * math.sqrt(0.25 / x.size)  # drawn independently of each other

@@ -5,26 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pathflip_jax.ops.attention import softmax_where
-from pathflip_jax.ops.dropout import dropout
-from pathflip_jax.ops.patch_pooling import pool_patches
+from pathflip_jax.ops.patch_pooling import pool_patches, pool_patches_reference
 
 D, HEADS = 24, 4
-
-
-def plain_pool(query, key_kernel, patches, mask, rate, key):
-    """The same pooling as it would be written without a thought for memory, differentiated by JAX."""
-    B, R, S, _ = patches.shape
-    query = jnp.broadcast_to(query, (B, 1 + R, *query.shape[2:]))
-    rows = jnp.einsum("...qhd,Dhd->...hqD", query, key_kernel).reshape(B, 1 + R, -1, D)
-    slide, regions = jnp.einsum("bcD,brsD->bcrs", rows[:, 0], patches), rows[:, 1:]
-    regions = softmax_where(regions @ patches.mT, mask[:, :, None])
-    slide = softmax_where(slide.reshape(B, -1, R * S), mask.reshape(B, 1, R * S)).reshape(slide.shape)
-    weights = jnp.concatenate([slide.swapaxes(1, 2), regions], axis=2)  # what falls is drawn over [B, R, 2C, S]
-    kept = dropout(weights, rate, key)
-    C = regions.shape[2]
-    both = (kept @ patches, kept.sum(-1, keepdims=True))
-    return tuple(jnp.concatenate([x[:, :, :C].sum(1, keepdims=True), x[:, :, C:]], axis=1) for x in both)
 
 
 @pytest.mark.parametrize(("rate", "shared"), [(0.0, False), (0.3, False), (0.0, True)])
@@ -48,7 +31,7 @@ def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, shar
         jax.jit(jax.value_and_grad(lambda *x, pool=pool: loss(pool, *x), (0, 1, 2), has_aux=True))(
             query, key_kernel, patches
         )
-        for pool in (pool_patches, plain_pool)
+        for pool in (pool_patches, pool_patches_reference)
     )
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6 * max(1, float(np.abs(y).max())))

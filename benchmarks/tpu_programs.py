@@ -1,0 +1,292 @@
+"""TPU programs without a TPU: what stands on the matrix unit and what does not, by part of the model.
+
+libtpu compiles for chips that are not there (`pip install pathflip-jax[aot]`). Compiled are the train steps of both
+families over the eight chips of a topology, a decoder's prefill and the loop that writes its tokens on one chip, and
+single operations with a gradient written by hand. Each is compiled as shipped and with the forms that XLA needs on a
+CPU (`pathflip_jax.ops.platform`); `--form` names others. Of each part of the model the JSON has the compiler's own
+estimate of cycles, bytes, FLOPs of products and what tiles are filled up with (hlo_parts.py), and the costliest work
+off the matrix unit. The compiler's estimates order forms of one program; they are no measurement.
+
+A step has the widths, texts and slides of its config and `--layers` of its layers, since all layers are alike; so has
+the decoder, that of Qwen3 1.7B but for a shorter vocabulary. Results of other programs stay in `--json`.
+
+    python benchmarks/tpu_programs.py --topology v5e:2x4 --program attention layer_norm patch_pooling
+    python benchmarks/tpu_programs.py --topology v6e:2x4 --program pathflip pathflip2 prefill decode --layers 2
+    python benchmarks/tpu_programs.py --program attention --form "dropout drawn by jax.random"
+    python benchmarks/tpu_programs.py --table
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hlo_parts import by_part, off_matrix, read_operations
+from machine import describe
+from topology import ENVIRONMENT, lower, make_mesh, open_topology
+
+RESULTS = Path(__file__).parent / "results" / "tpu_programs.json"
+CONFIGS = {"pathflip": "align_large", "pathflip2": "pathflip2"}
+SHIPPED, CPU = "as shipped", "forms of a CPU"
+WIDTH, BATCH, PROMPT, NEW = 2048, 8, 128, 64  # of the decoder, as `accelerator.py` measures it
+ROWS = (16, 384, 768)  # of an operation by itself: rows of texts of sixteen slides, as wide as a BERT
+
+
+def forms() -> dict[str, dict[Any, Callable]]:
+    """Each form of the operations, as functions and what stands in their place; as shipped, none."""
+    from accelerator_parts.workarounds import REDRAWN, cpu_forms, plain_forms
+
+    from pathflip_jax.ops import attention, norm, patch_pooling
+    from pathflip_jax.ops.recompute import defer_until
+
+    by_jax = {
+        norm.layer_norm: norm.layer_norm_reference,
+        norm.rms_norm: norm.rms_norm_reference,
+        attention.pool: attention.pool_reference,
+        patch_pooling.pool_patches: patch_pooling.pool_patches_reference,
+    }
+    return {
+        SHIPPED: {},
+        CPU: {},  # by the switch itself
+        **cpu_forms(),
+        REDRAWN: plain_forms()[REDRAWN],
+        "nothing deferred": {defer_until: lambda x, gradient: (x, gradient)},
+        "gradients by JAX": by_jax,
+    }
+
+
+@contextlib.contextmanager
+def traced_in(form: str):
+    """Trace in a form; what was traced before is forgotten."""
+    import jax
+    from accelerator_parts.workarounds import replace
+
+    from pathflip_jax.ops import packed_matmul, platform
+
+    modules, held = (platform, packed_matmul), platform.traced_for
+    try:
+        if form == CPU:
+            for module in modules:
+                module.traced_for = lambda: "cpu"
+        with replace(forms()[form]):
+            jax.clear_caches()
+            yield
+    finally:
+        for module in modules:
+            module.traced_for = held
+
+
+def lower_step(family: str, devices: list, options: argparse.Namespace):
+    """The train step of a family's config over all chips."""
+    from pathflip_jax.training import settings
+
+    config, _ = settings.parse([f"--config={CONFIGS[family]}", "--workdir=.", *options.more])
+    return lower(config, options.layers, options.slides, make_mesh(devices, 1, 1))[0]
+
+
+def lower_generation(program: str, devices: list, options: argparse.Namespace):
+    """A decoder's prefill, or the loop that writes tokens after it, on one chip."""
+    import jax
+    from flax import nnx
+    from generation import settings
+
+    from pathflip_jax.llm import generate
+    from pathflip_jax.llm.config import DecoderConfig
+    from pathflip_jax.llm.decoder import Decoder
+    from pathflip_jax.llm.products import for_generation
+    from pathflip_jax.llm.sampling import Sampling
+
+    values = settings(WIDTH, options.layers) | {"model_type": "qwen3"}
+    config = DecoderConfig.from_hf(values, compute_dtype="bfloat16")
+
+    def make():
+        return for_generation(jax.tree.map(lambda x: x.astype("bfloat16"), Decoder(config, nnx.Rngs(0))))
+
+    mesh, of = one_chip(devices)
+    with jax.set_mesh(mesh):
+        model = jax.tree.map(of, jax.eval_shape(make))
+        embeds, mask = of(np.empty((BATCH, PROMPT, WIDTH), np.float32)), of(np.empty((BATCH, PROMPT), bool))
+        read = jax.jit(generate.read_prompt, static_argnums=3)
+        if program == "prefill":
+            return read.lower(model, embeds, mask, NEW)
+        logits, held = jax.tree.map(of, jax.eval_shape(partial(generate.read_prompt, room=NEW), model, embeds, mask))
+        write = jax.jit(generate.write_texts, static_argnums=6, donate_argnums=2)
+        given = of(np.empty((), np.int32)), of(np.empty((), np.uint32)), Sampling(max_new_tokens=NEW)
+        return write.lower(model, logits, held, None, *given)
+
+
+def one_chip(devices: list):
+    """A mesh of the first chip, and what gives an array's shape a place on it."""
+    import jax
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:1])
+    place = NamedSharding(mesh, PartitionSpec())
+    return mesh, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def lower_operation(program: str, devices: list, options: argparse.Namespace):
+    """The values and gradients of one operation at the sizes of a step, on one chip."""
+    import jax
+    import jax.numpy as jnp
+
+    from pathflip_jax.ops import attention, norm, patch_pooling
+
+    G, T, H = ROWS
+    key, heads, (B, R, S, D, Q) = jax.random.key(0), 12, (2, 24, 256, 256, 8)
+    normal, whole = partial(jnp.empty, dtype=jnp.bfloat16), partial(jnp.empty, dtype=jnp.float32)
+
+    def attend(query, key_, value, mask):
+        return attention.attend(query, key_, value, mask, heads, 0.1, key)[0]
+
+    def pool_patches(query, kernel, patches, mask):
+        return patch_pooling.pool_patches(query, kernel, patches, mask, 0.1, key)[0]
+
+    def layer_norm(x, scale, bias):
+        return norm.layer_norm(x, scale, bias, 1e-12)
+
+    # Functions of shapes, so that nothing of their size is made.
+    function, made, learnt = {
+        "attention": (attend, lambda: (*[normal(ROWS)] * 3, jnp.empty((G, 1, T, T), bool)), (0, 1, 2)),
+        "layer_norm": (layer_norm, lambda: (normal((4 * G, T, H)), whole(H), whole(H)), (0, 1, 2)),
+        "patch_pooling": (
+            pool_patches,
+            lambda: (
+                normal((B, 1 + R, Q, heads, H // heads)),
+                normal((D, heads, H // heads)),
+                normal((B, R, S, D)),
+                jnp.empty((B, R, S), bool),
+            ),
+            (0, 1, 2),
+        ),
+    }[program]
+    mesh, of = one_chip(devices)
+    with jax.set_mesh(mesh):
+        arguments = jax.tree.map(of, jax.eval_shape(made))
+        towards = of(jax.eval_shape(function, *arguments))
+
+        def run(towards, *arguments):
+            learn = lambda *x: function(*x, *arguments[len(learnt) :])  # noqa: E731
+            found, backward = jax.vjp(learn, *arguments[: len(learnt)])
+            return found, backward(towards)
+
+        return jax.jit(run).lower(towards, *arguments)
+
+
+PROGRAMS = {
+    "pathflip": lower_step, "pathflip2": lower_step, "prefill": lower_generation, "decode": lower_generation,
+    "attention": lower_operation, "layer_norm": lower_operation, "patch_pooling": lower_operation,
+}  # fmt: skip
+
+
+def read(compiled, seconds: float) -> dict[str, Any]:
+    """What the compiler says of a program, whole and by part of the model."""
+    operations = read_operations(compiled.as_text())
+    plan, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    own = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    names = ("cycles", "bytes", "laid_out", "flops")
+    return {
+        **{name: sum(getattr(x, name) for x in operations) for name in names},
+        "product_cycles": sum(x.cycles for x in operations if x.kind == "product"),
+        "compilers_flops": cost["flops"],
+        "compilers_bytes": cost["bytes accessed"],
+        "peak_bytes": plan.argument_size_in_bytes + own + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
+        "temporary_bytes": plan.temp_size_in_bytes,
+        "seconds_to_compile": round(seconds, 1),
+        "parts": by_part(operations),
+        "off_matrix": off_matrix(operations),
+    }
+
+
+def compile_program(program: str, form: str, devices: list, options: argparse.Namespace) -> dict[str, Any]:
+    """A program in a form, compiled and read; its HLO goes to the folder `--hlo`."""
+    from pathflip_jax.runtime.compilation import compiler_options
+
+    with traced_in(form):
+        lowered = PROGRAMS[program](program, devices, options)
+    start = time.perf_counter()
+    compiled = lowered.compile(compiler_options(platform="tpu") if program in CONFIGS else None)
+    found = read(compiled, time.perf_counter() - start)
+    if options.hlo:
+        options.hlo.mkdir(parents=True, exist_ok=True)
+        name = f"{options.topology}_{program}_{form}.txt".replace(" ", "_").replace(":", "_")
+        (options.hlo / name).write_text(compiled.as_text())
+    return found
+
+
+def save(path: Path, name: str, form: str, found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Put a result beside those of other programs and forms."""
+    content = json.loads(path.read_text()) if path.exists() else {"results": {}}
+    told = {"layers": options.layers, "slides": options.slides, "settings": options.more}
+    entry = {"machine": describe("jax", "jaxlib", "libtpu"), **told, **found}
+    content["results"].setdefault(name, {})[form] = entry
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """The results as a table in Markdown, each form beside the shipped one."""
+    lines = [
+        "| program | form | Mcycles | in products | GB accessed | peak GB | against shipped |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        for form, row in found.items():
+            shipped = found.get(SHIPPED)
+            ratio = f"{row['cycles'] / shipped['cycles']:.2f}x" if shipped else ""
+            lines.append(
+                f"| {name} | {form} | {row['cycles'] / 1e6:.2f} | {row['product_cycles'] / row['cycles']:.0%} | "
+                f"{row['compilers_bytes'] / 1e9:.2f} | {row['peak_bytes'] / 1e9:.2f} | {ratio} |"
+            )
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v5e:2x4", help="v5e:2x4 (default), v6e:2x4 or another")
+    parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="programs (all)")
+    parser.add_argument("--form", nargs="+", default=[SHIPPED, CPU], help=f"forms (default {SHIPPED!r} and {CPU!r})")
+    parser.add_argument("--layers", type=int, default=2, help="layers of a model (2)")
+    parser.add_argument("--slides", type=int, default=16, help="slides per chip (16)")
+    parser.add_argument("--hlo", type=Path, help="folder to keep the compiled programs in")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write; other results stay in it")
+    parser.add_argument("--table", action="store_true", help="print the results of --json as a table and end")
+    parser.add_argument("more", nargs="*", metavar="-- SETTING", help="settings as for pathflip train")
+    return parser
+
+
+def main() -> int:
+    """Compile, read and save; 1 where the input cannot be used."""
+    options = make_parser().parse_args()
+    if options.table:
+        print(table(json.loads(options.json.read_text())["results"]))
+        return 0
+    os.environ.update(ENVIRONMENT)  # before jax is imported
+    if unknown := [form for form in options.form if form not in forms()]:
+        print(f"--form {', '.join(unknown)}: expected one of {', '.join(forms())}", file=sys.stderr)
+        return 1
+    try:
+        devices = open_topology(options.topology)
+    except (ModuleNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for program in options.program:
+        for form in options.form:
+            found = compile_program(program, form, devices, options)
+            name = f"{options.topology} {program}"
+            save(options.json, name, form, found, options)
+            print(f"{name}, {form}: {found['cycles'] / 1e6:.2f} Mcycles, {found['product_cycles'] / 1e6:.2f} of them "
+                  f"in products, {found['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
