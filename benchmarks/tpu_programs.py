@@ -44,7 +44,7 @@ def forms() -> dict[str, dict[Any, Callable]]:
     from accelerator_parts.workarounds import REDRAWN, cpu_forms, plain_forms
 
     from pathflip_jax.ops import attention, norm, patch_pooling
-    from pathflip_jax.ops.recompute import defer_until
+    from pathflip_jax.ops.recompute import defer_until, undeferred
 
     by_jax = {
         norm.layer_norm: norm.layer_norm_reference,
@@ -57,7 +57,7 @@ def forms() -> dict[str, dict[Any, Callable]]:
         CPU: {},  # by the switch itself
         **cpu_forms(),
         REDRAWN: plain_forms()[REDRAWN],
-        "nothing deferred": {defer_until: lambda x, gradient: (x, gradient)},
+        "nothing deferred": {defer_until: undeferred},
         "gradients by JAX": by_jax,
     }
 

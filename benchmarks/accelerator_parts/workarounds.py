@@ -48,7 +48,7 @@ def cpu_forms() -> dict[str, dict[Any, Callable]]:
     """The forms that XLA needs on a CPU, each as the switched functions and what a CPU's programs have for them."""
     from jax import lax
 
-    from pathflip_jax.ops import matmul, patch_pooling, platform
+    from pathflip_jax.ops import attention, matmul, patch_pooling, platform, recompute
 
     barriers = {platform.fusion_barrier: lax.optimization_barrier}
     sums = {
@@ -57,7 +57,18 @@ def cpu_forms() -> dict[str, dict[Any, Callable]]:
         patch_pooling.sum_regions: patch_pooling.region_products,
     }
     joined = {matmul.kernel_gradient: matmul.contract_joined_rows}
-    return {"fusion barriers": barriers, "sums as products": sums, "kernel gradients over joined axes": joined}
+    deferred = {recompute.defer_statistics: recompute.defer_until}
+    by_sums = {
+        attention.score_gradient: attention.score_gradient_by_sums,
+        attention.kept_outcome: lambda pooled, sums: None,
+    }
+    return {
+        "fusion barriers": barriers,
+        "sums as products": sums,
+        "kernel gradients over joined axes": joined,
+        "statistics of norms deferred": deferred,
+        "gradients of attention by sums over keys": by_sums,
+    }
 
 
 def plain_forms() -> dict[str, dict[Any, Callable]]:
@@ -65,7 +76,7 @@ def plain_forms() -> dict[str, dict[Any, Callable]]:
     import jax
     import jax.numpy as jnp
 
-    from pathflip_jax.ops import matmul, patch_pooling, platform
+    from pathflip_jax.ops import attention, matmul, patch_pooling, platform, recompute
     from pathflip_jax.ops.dropout import drop
 
     def plain_drop(x, rate: float, seed):
@@ -83,6 +94,11 @@ def plain_forms() -> dict[str, dict[Any, Callable]]:
         "no fusion barriers": barriers,
         "sums as sums": sums,
         "kernel gradients over all axes": joined,
+        "statistics of norms not deferred": {recompute.defer_statistics: recompute.undeferred},
+        "gradients of attention by what was pooled": {
+            attention.score_gradient: attention.score_gradient_by_outcome,
+            attention.kept_outcome: lambda pooled, sums: (pooled, sums),
+        },
         REDRAWN: {drop: plain_drop},
     }
 

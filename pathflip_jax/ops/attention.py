@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from pathflip_jax.ops.dropout import drop, dropout
 from pathflip_jax.ops.matmul import matmul, row_sums
-from pathflip_jax.ops.platform import fusion_barrier
+from pathflip_jax.ops.platform import by_platform, fusion_barrier
 from pathflip_jax.ops.recompute import defer_until
 
 
@@ -69,11 +69,11 @@ def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, se
     kept = weights if seed is None else drop(weights, rate, seed)
     pooled = (matmul(kept.astype(value.dtype), value) * share).astype(value.dtype)
     sums = (share * (total if seed is None else row_sums(kept))).astype(value.dtype)
-    return (pooled, sums), (query, key, value, mask, seed, largest, share)
+    return (pooled, sums), (query, key, value, mask, seed, largest, share, kept_outcome(pooled, sums))
 
 
 def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
-    query, key, value, mask, seed, largest, share = residuals
+    query, key, value, mask, seed, largest, share, outcome = residuals
     gradient, sums_gradient = gradients
     query, gradient = defer_until(query, gradient)
     weights = jnp.exp(_scores(query, key, mask) - largest) * share
@@ -82,8 +82,7 @@ def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]
     kept = weights if seed is None else drop(weights, rate, seed)
     inner = matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # towards `kept`
     inner = inner if seed is None else drop(inner, rate, seed)
-    inner = weights * inner
-    inner = (inner - weights * row_sums(inner)).astype(query.dtype)
+    inner = score_gradient(weights, inner, gradients, outcome).astype(query.dtype)
     gradients = matmul(inner, key), matmul(inner.mT, query), matmul(kept.astype(value.dtype).mT, gradient)
     shapes = query, key, value
     gradients = [g.astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
@@ -91,6 +90,28 @@ def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]
 
 
 _pool.defvjp(_pool_forward, _pool_backward)
+
+
+def score_gradient_by_sums(weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: None) -> Array:
+    """The gradient towards scores, of that towards their weights, less its mean by these: a sum over all keys."""
+    inner = weights * inner
+    return inner - weights * row_sums(inner)
+
+
+def score_gradient_by_outcome(
+    weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: tuple[Array, Array]
+) -> Array:
+    """`score_gradient_by_sums` whose mean is that of what was pooled with its gradient, as in FlashAttention.
+
+    No sum over keys: XLA for TPU would compute one within each of the two products that read what is given here.
+    """
+    mean = [row_sums(x.astype(jnp.float32) * g.astype(jnp.float32)) for x, g in zip(outcome, gradients, strict=True)]
+    return weights * (inner - sum(mean))
+
+
+# What was pooled, and its weights' sums, where the gradient asks for them; XLA for CPU would gain nothing by it.
+kept_outcome = by_platform(cpu=lambda pooled, sums: None, default=lambda pooled, sums: (pooled, sums))
+score_gradient = by_platform(cpu=score_gradient_by_sums, default=score_gradient_by_outcome)
 
 
 def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C T"]:

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pathflip_jax.ops.matmul import column_sums, row_sums
-from pathflip_jax.ops.recompute import defer_until
+from pathflip_jax.ops.recompute import defer_statistics
 
 
 def rms_norm_reference(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: float) -> Float[Array, "... W"]:
@@ -35,7 +35,7 @@ def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -
     # By hand, as of `layer_norm` below.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
-    x, gradient = defer_until(x, gradient.astype(jnp.float32))
+    x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
     x, factor = _unit_rms(x, eps)
     inner = gradient * scale
     outer = factor * (inner - x * (row_sums(inner * x) / W))
@@ -74,7 +74,7 @@ def _layer_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array)
     # ten times as slow.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
-    x, gradient = defer_until(x, gradient.astype(jnp.float32))
+    x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
     x, factor = _standardise(x, eps)
     inner = gradient * scale
     outer = factor * (inner - row_sums(inner) / W - x * (row_sums(inner * x) / W))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pathflip_jax.ops import platform
 from pathflip_jax.ops.attention import attend, pool, pool_reference, softmax_where
 
 
@@ -31,7 +32,9 @@ def test_attend_in_bfloat16_keeps_its_softmax_in_float32():
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked):
+@pytest.mark.parametrize("traced_for", ["cpu", "tpu"])
+def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked, traced_for, monkeypatch):
+    monkeypatch.setattr(platform, "traced_for", lambda: traced_for)
     rng = np.random.default_rng(6)
     query, key, value = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), jnp.float32) for n in (5, 7, 7))
     mask = None
