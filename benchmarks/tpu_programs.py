@@ -8,7 +8,7 @@ estimate of cycles, bytes, FLOPs of products and what tiles are filled up with (
 off the matrix unit. The compiler's estimates order forms of one program; they are no measurement.
 
 A step has the widths, texts and slides of its config and `--layers` of its layers, since all layers are alike; so has
-the decoder, that of Qwen3 1.7B but for a shorter vocabulary. Results of other programs stay in `--json`.
+the decoder, that of Qwen3 1.7B. Results of other programs stay in `--json`.
 
     python benchmarks/tpu_programs.py --topology v5e:2x4 --program attention layer_norm patch_pooling
     python benchmarks/tpu_programs.py --topology v6e:2x4 --program pathflip pathflip2 prefill decode --layers 2
@@ -35,7 +35,11 @@ from topology import ENVIRONMENT, lower, make_mesh, open_topology
 RESULTS = Path(__file__).parent / "results" / "tpu_programs.json"
 CONFIGS = {"pathflip": "align_large", "pathflip2": "pathflip2"}
 SHIPPED, CPU = "as shipped", "forms of a CPU"
-WIDTH, BATCH, PROMPT, NEW = 2048, 8, 128, 64  # of the decoder, as `accelerator.py` measures it
+QWEN3 = dict(
+    model_type="qwen3", vocab_size=151936, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8,
+    head_dim=128, intermediate_size=6144, tie_word_embeddings=True,
+)  # fmt: skip
+BATCH, PROMPT, NEW = 8, 128, 64  # of the decoder
 ROWS = (16, 384, 768)  # of an operation by itself: rows of texts of sixteen slides, as wide as a BERT
 
 
@@ -95,7 +99,6 @@ def lower_generation(program: str, devices: list, options: argparse.Namespace):
     """A decoder's prefill, or the loop that writes tokens after it, on one chip."""
     import jax
     from flax import nnx
-    from generation import settings
 
     from pathflip_jax.llm import generate
     from pathflip_jax.llm.config import DecoderConfig
@@ -103,8 +106,7 @@ def lower_generation(program: str, devices: list, options: argparse.Namespace):
     from pathflip_jax.llm.products import for_generation
     from pathflip_jax.llm.sampling import Sampling
 
-    values = settings(WIDTH, options.layers) | {"model_type": "qwen3"}
-    config = DecoderConfig.from_hf(values, compute_dtype="bfloat16")
+    config = DecoderConfig.from_hf(QWEN3 | {"num_hidden_layers": options.layers}, compute_dtype="bfloat16")
 
     def make():
         return for_generation(jax.tree.map(lambda x: x.astype("bfloat16"), Decoder(config, nnx.Rngs(0))))
@@ -112,7 +114,7 @@ def lower_generation(program: str, devices: list, options: argparse.Namespace):
     mesh, of = one_chip(devices)
     with jax.set_mesh(mesh):
         model = jax.tree.map(of, jax.eval_shape(make))
-        embeds, mask = of(np.empty((BATCH, PROMPT, WIDTH), np.float32)), of(np.empty((BATCH, PROMPT), bool))
+        embeds, mask = of(np.empty((BATCH, PROMPT, config.width), np.float32)), of(np.empty((BATCH, PROMPT), bool))
         read = jax.jit(generate.read_prompt, static_argnums=3)
         if program == "prefill":
             return read.lower(model, embeds, mask, NEW)
@@ -248,6 +250,26 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def part_table(found: dict[str, dict]) -> str:
+    """The parts of a program as shipped, and the cycles of each in the forms of a CPU, as a table in Markdown."""
+    lines = [
+        "| part | Mcycles | in products | most of the rest | GFLOP | GB | filling | forms of a CPU, Mcycles |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    others = found.get(CPU, {}).get("parts", {})
+    for name, part in found[SHIPPED]["parts"].items():
+        kinds = dict(part["cycles_by_kind"])
+        products, rest = kinds.pop("product", 0.0), max(kinds.items(), key=lambda item: item[1], default=("", 0.0))
+        share = f"{rest[0]} {rest[1] / part['cycles']:.0%}" if rest[1] else ""
+        filling = part["laid_out"] / part["bytes"] - 1 if part["bytes"] else 0.0
+        lines.append(
+            f"| {name} | {part['cycles'] / 1e6:.2f} | {products / max(part['cycles'], 1):.0%} | {share} | "
+            f"{part['flops'] / 1e9:.1f} | {part['bytes'] / 1e9:.2f} | {filling:.0%} | "
+            + (f"{others[name]['cycles'] / 1e6:.2f} |" if name in others else "|")
+        )
+    return "\n".join(lines)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,7 +280,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slides", type=int, default=16, help="slides per chip (16)")
     parser.add_argument("--hlo", type=Path, help="folder to keep the compiled programs in")
     parser.add_argument("--json", type=Path, default=RESULTS, help="file to write; other results stay in it")
-    parser.add_argument("--table", action="store_true", help="print the results of --json as a table and end")
+    parser.add_argument("--table", action="store_true", help="print the results of --json as tables and end")
     parser.add_argument("more", nargs="*", metavar="-- SETTING", help="settings as for pathflip train")
     return parser
 
@@ -267,7 +289,11 @@ def main() -> int:
     """Compile, read and save; 1 where the input cannot be used."""
     options = make_parser().parse_args()
     if options.table:
-        print(table(json.loads(options.json.read_text())["results"]))
+        results = json.loads(options.json.read_text())["results"]
+        print(table(results))
+        for name, found in results.items():
+            if SHIPPED in found and len(found[SHIPPED]["parts"]) > 2:
+                print(f"\n{name}\n\n{part_table(found)}")
         return 0
     os.environ.update(ENVIRONMENT)  # before jax is imported
     if unknown := [form for form in options.form if form not in forms()]:

@@ -44,63 +44,40 @@ def measure(training: Training, slides: int, steps: int) -> tuple[dict[str, floa
     return {"ms": 1e3 * seconds, "planned_gb": whole_bytes(compiled) / GB}, float(metrics["loss"])
 
 
-def cpu_forms() -> dict[str, dict[Any, Callable]]:
-    """The forms that XLA needs on a CPU, each as the switched functions and what a CPU's programs have for them."""
-    from jax import lax
-
+def switches() -> dict[tuple[str, str], list[Callable]]:
+    """The operations that have a form for CPUs and one for all others, by the names of both forms."""
     from pathflip_jax.ops import attention, matmul, patch_pooling, platform, recompute
 
-    barriers = {platform.fusion_barrier: lax.optimization_barrier}
-    sums = {
-        matmul.row_sums: matmul.row_products,
-        matmul.column_sums: matmul.column_products,
-        patch_pooling.sum_regions: patch_pooling.region_products,
-    }
-    joined = {matmul.kernel_gradient: matmul.contract_joined_rows}
-    deferred = {recompute.defer_statistics: recompute.defer_until}
-    by_sums = {
-        attention.score_gradient: attention.score_gradient_by_sums,
-        attention.kept_outcome: lambda pooled, sums: None,
-    }
     return {
-        "fusion barriers": barriers,
-        "sums as products": sums,
-        "kernel gradients over joined axes": joined,
-        "statistics of norms deferred": deferred,
-        "gradients of attention by sums over keys": by_sums,
+        ("fusion barriers", "no fusion barriers"): [platform.fusion_barrier],
+        ("sums as products", "sums as sums"): [matmul.row_sums, matmul.column_sums, patch_pooling.sum_regions],
+        ("kernel gradients over joined axes", "kernel gradients over all axes"): [matmul.kernel_gradient],
+        ("statistics of norms deferred", "statistics of norms not deferred"): [recompute.defer_statistics],
+        ("gradients of attention by sums over keys", "gradients of attention by what was pooled"): [
+            attention.score_gradient,
+            attention.kept_outcome,
+        ],
     }
+
+
+def cpu_forms() -> dict[str, dict[Any, Callable]]:
+    """The forms of a CPU, each as the switched operations and what its programs have for them."""
+    return {cpu: {switch: switch.cpu for switch in found} for (cpu, _), found in switches().items()}
 
 
 def plain_forms() -> dict[str, dict[Any, Callable]]:
-    """The forms that other platforms compile, in the same way; and dropout that `jax.random` draws."""
+    """The forms of all other platforms, in the same way; and dropout that `jax.random` draws."""
     import jax
     import jax.numpy as jnp
 
-    from pathflip_jax.ops import attention, matmul, patch_pooling, platform, recompute
     from pathflip_jax.ops.dropout import drop
 
     def plain_drop(x, rate: float, seed):
         kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)
         return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
-    barriers = {platform.fusion_barrier: platform.unchanged}
-    sums = {
-        matmul.row_sums: matmul.plain_row_sums,
-        matmul.column_sums: matmul.plain_column_sums,
-        patch_pooling.sum_regions: patch_pooling.plain_sum_regions,
-    }
-    joined = {matmul.kernel_gradient: matmul.contract_rows}
-    return {
-        "no fusion barriers": barriers,
-        "sums as sums": sums,
-        "kernel gradients over all axes": joined,
-        "statistics of norms not deferred": {recompute.defer_statistics: recompute.undeferred},
-        "gradients of attention by what was pooled": {
-            attention.score_gradient: attention.score_gradient_by_outcome,
-            attention.kept_outcome: lambda pooled, sums: (pooled, sums),
-        },
-        REDRAWN: {drop: plain_drop},
-    }
+    plain = {name: {switch: switch.default for switch in found} for (_, name), found in switches().items()}
+    return plain | {REDRAWN: {drop: plain_drop}}
 
 
 def compared_forms(platform: str) -> dict[str, dict[Any, Callable]]:

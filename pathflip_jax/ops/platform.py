@@ -21,12 +21,16 @@ def traced_for() -> str:
 
 
 def by_platform(*, cpu: Callable, default: Callable) -> Callable:
-    """The function that is `cpu` in programs for a CPU and `default` in all others; both compute the same."""
+    """The function that is `cpu` in programs for a CPU and `default` in all others; both compute the same.
+
+    It has them as attributes, for comparisons of one with the other.
+    """
 
     @wraps(default)
     def chosen(*arguments):
         return (cpu if traced_for() == "cpu" else default)(*arguments)
 
+    chosen.cpu, chosen.default = cpu, default
     return chosen
 
 

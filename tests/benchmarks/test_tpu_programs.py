@@ -108,6 +108,15 @@ def test_the_table_sets_forms_against_the_shipped_one(bench):
     assert "| v5e:2x4 attention | forms of a CPU | 3.00 | 33% | 3.00 | 4.00 | 1.50x |" in text
 
 
+def test_the_table_of_parts_says_what_is_off_the_matrix_unit(bench, parts):
+    found = parts.by_part(parts.read_operations(PROGRAM))
+    text = bench.part_table(
+        {bench.SHIPPED: {"parts": found}, bench.CPU: {"parts": {"text_attention": {"cycles": 9e6}}}}
+    )
+    assert "| patch_projection | 0.00 | 100% |  | 0.0 | 0.00 | 6436% | |" in text
+    assert "| text_attention | 0.00 | 0% | transpose, copy 100% |" in text and text.count("| 9.00 |") == 1
+
+
 def test_a_form_is_traced_and_then_forgotten(bench):
     import jax.numpy as jnp
 

@@ -9,11 +9,11 @@ import pytest
 
 from pathflip_jax.convert.decoder import init_decoder, load_decoder
 from pathflip_jax.llm import generate as module
-from pathflip_jax.llm import products
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.generate import adjust, generate, restrict, score
 from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.ops import packed_matmul
 from pathflip_jax.runtime.compilation import CompileCounter, compiler_options
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -238,7 +238,7 @@ def test_the_loop_ends_with_its_last_text_and_writes_the_cache_in_place(qwen3):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 3, products.FEW + 1])
+@pytest.mark.parametrize("rows", [1, 3, packed_matmul.FEW + 1])
 def test_a_decoder_laid_out_computes_the_same(decoder_folder, dtype, rows):
     decoder = load_decoder(decoder_folder("qwen2", num_hidden_layers=1), dtype=dtype, compute_dtype="float32")
     model = for_generation(decoder)

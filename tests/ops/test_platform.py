@@ -57,7 +57,8 @@ def test_elsewhere_weights_of_attention_are_deferred_and_nothing_else(elsewhere)
 
 def test_a_switch_gives_each_platform_its_form(elsewhere):
     double, triple = (lambda x: 2 * x), (lambda x: 3 * x)
-    assert by_platform(cpu=double, default=triple)(1) == 3
+    chosen = by_platform(cpu=double, default=triple)
+    assert chosen(1) == 3 and chosen.cpu is double and chosen.default is triple
     x = jnp.ones(3)
     assert fusion_barrier(x) is x and unchanged((x, x)) == (x, x)
 
