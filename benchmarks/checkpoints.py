@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from machine import describe
 
-from pathflip_jax.model.config import FAMILIES
+from pathflip_jax.model.config import CONFIGS
 from pathflip_jax.model.parameters import abstract_params
 from pathflip_jax.runs.checkpoints import Checkpoints
 from pathflip_jax.training.optim import OptimConfig, make_optimizer
@@ -41,7 +41,7 @@ KEPT, ROOM = 2, 1.1  # checkpoints on disk at once: those kept and the one that 
 
 def make_state(family: str, small: bool) -> tuple[dict, object]:
     """Parameters and optimizer state of a family at base size: random, so that no compression makes them small."""
-    shapes = abstract_params(FAMILIES[family](**SMALL if small else {}))
+    shapes = abstract_params(CONFIGS[family](**SMALL if small else {}))
     opt_shapes = jax.eval_shape(make_optimizer(OptimConfig(), optax.constant_schedule(1e-4)).init, shapes)
     rng = np.random.default_rng(0)
 
@@ -110,7 +110,7 @@ def summarise(seconds: dict[str, list[float]], size: int) -> dict:
 def main() -> int:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted(FAMILIES), help="one family; both by default")
+    parser.add_argument("--family", choices=sorted(CONFIGS), help="one family; both by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="models of a size that says nothing of speed")
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
@@ -123,7 +123,7 @@ def main() -> int:
     print(f"{'family':<12}{'':<14}{'seconds':>9}{'MB/s':>8}  quartiles")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         described = describe("jax", "orbax-checkpoint", "tensorstore", folder=Path(folder))
-        for family in [options.family] if options.family else sorted(FAMILIES):
+        for family in [options.family] if options.family else sorted(CONFIGS):
             state = make_state(family, options.small)
             needed, free = (KEPT + 2) * ROOM * size_of(state), shutil.disk_usage(folder).free
             if needed > free:

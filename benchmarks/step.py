@@ -123,7 +123,7 @@ def check_agreement(options: argparse.Namespace) -> float:
 
 def _write_weights(folder: Path, config: ModelConfig) -> None:
     """Random weights under the released names, moved off their initial values so that nothing is zero."""
-    from pathflip_jax.convert.names import unused
+    from pathflip_jax.convert.families import conversion_of
     from pathflip_jax.convert.pytorch import torch_shapes
     from pathflip_jax.export.pytorch import write_checkpoint
 
@@ -134,7 +134,7 @@ def _write_weights(folder: Path, config: ModelConfig) -> None:
         state[name] = np.asarray(one + drawn * np.float32(1 / np.sqrt(shape[-1]) if len(shape) == 2 else 0.1))
     state |= {name: np.array(2.659, np.float32) for name in state if name.endswith("logit_scale")}
     words = next(state[name] for name in state if name.endswith("word_embeddings.weight"))
-    state |= unused(config, words)
+    state |= conversion_of(config).unused(config, words)
     write_checkpoint(folder / "model.safetensors", state)
 
 

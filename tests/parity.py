@@ -21,7 +21,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from pathflip_jax.convert.checkpoint_files import read_checkpoint
-from pathflip_jax.convert.names import is_unused, names
+from pathflip_jax.convert.families import names
+from pathflip_jax.convert.names import is_unused
 from pathflip_jax.convert.pathflip2 import TOKENS
 from pathflip_jax.convert.pytorch import infer_config, to_jax
 from pathflip_jax.losses.pathflip import Embeddings, LossConfig, alignment_loss

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from pathflip_jax.convert.checkpoint_files import read_tensors
+from pathflip_jax.convert.families import conversion_of
 from pathflip_jax.convert.names import Name, bert_names, query_copy
 from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
+from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.parameters import abstract_params
 
 WORDS, POSITIONS = "qformer/word_embeddings/embedding", "qformer/position_embeddings/embedding"
@@ -79,10 +80,10 @@ def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types
     tensors = {_current_name(name): tensor for name, tensor in plain_names(read_tensors(weights), weights).items()}
 
     shapes = abstract_params(config)
-    whole = isinstance(config, PathFLIP2Config)
-    wanted = list(bert_names(config.layers, path="text_encoder" if whole else "qformer"))
+    path, whole = conversion_of(config).bert
+    wanted = list(bert_names(config.layers, path=path))
     if whole:
-        wanted.append(Name("text_encoder/type_embeddings/embedding", TYPES))
+        wanted.append(Name(f"{path}/type_embeddings/embedding", TYPES))
     flat: dict[str, np.ndarray] = {}
     for name in wanted:
         expected = name.torch_shape(tuple(shapes[name.path].shape))

@@ -126,7 +126,7 @@ def _places(mesh: Mesh | None, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[
 
 
 def _check(folder: Path, config: DecoderConfig, table: list[Name], shapes: dict, tensors: dict[str, Any]) -> None:
-    wanted = {name.torch: name.shape(shapes[name.path].shape) for name in table}
+    wanted = {name.torch: name.torch_shape(shapes[name.path].shape) for name in table}
     faults = [f"{name}: missing" for name in wanted if name not in tensors]
     faults += [f"{name}: unknown" for name in sorted(tensors.keys() - wanted.keys()) if not is_buffer(name)]
     for name, shape in wanted.items():
@@ -148,7 +148,7 @@ def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtyp
     def piece(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)
         if key not in read:
-            cut = index[::-1] if name.transposed else index
+            cut = index[::-1] if name.form == "transpose" else index
             part = read_slice(tensor, cut)
             if twin is not None and (
                 twin.get_shape() != tensor.get_shape() or not np.array_equal(part, read_slice(twin, cut))
@@ -156,7 +156,7 @@ def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtyp
                 raise ValueError(
                     f"{folder / CONFIG}: tie_word_embeddings is true, yet {HEAD} differs from {TABLE}; set it to false"
                 )
-            read[key] = np.ascontiguousarray(name.turn(part), shape.dtype)
+            read[key] = np.ascontiguousarray(name.to_jax(part), shape.dtype)
         return read[key]
 
     return jax.make_array_from_callback(shape.shape, place, piece)
@@ -187,14 +187,14 @@ def save_decoder(
         )
     table = {name.torch: name for name in names(config)}
     shapes = {
-        torch: jax.ShapeDtypeStruct(name.shape(flat[name.path].shape), dtype or flat[name.path].dtype)
+        torch: jax.ShapeDtypeStruct(name.torch_shape(flat[name.path].shape), dtype or flat[name.path].dtype)
         for torch, name in table.items()
     }
     values["dtype"] = values["torch_dtype"] = str(shapes[TABLE].dtype)
 
     def value(torch: str) -> np.ndarray:
         path = table[torch].path
-        return table[torch].turn(np.asarray(merged(flat, path, decoder.lora) if decoder.lora else flat[path]))
+        return table[torch].to_torch(np.asarray(merged(flat, path, decoder.lora) if decoder.lora else flat[path]))
 
     with whole_folder(folder) as part:
         write_model(part, shapes, value, shard_bytes)

@@ -1,32 +1,14 @@
-"""The ONE table of names: every tensor of a Hugging Face decoder and of a PEFT adapter, and where it lives here."""
+"""Names of weights of Hugging Face decoders and PEFT adapters: every tensor, and the parameter it holds."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-import numpy as np
-
+from pathflip_jax.convert.names import Name
 from pathflip_jax.llm.config import TARGETS, DecoderConfig
 
 PARENTS = {"attention": "self_attn", "feed_forward": "mlp"}  # the module of a layer that holds a projection
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 PEFT_PREFIX = "base_model.model."
 CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}  # of transformers
-
-
-class Name(NamedTuple):
-    """A parameter here and the tensor that holds it; a Linear of PyTorch is the transpose of a kernel."""
-
-    path: str
-    torch: str
-    transposed: bool = False
-
-    def turn(self, array: np.ndarray) -> np.ndarray:
-        """The parameter out of the tensor, and the tensor out of the parameter."""
-        return array.T if self.transposed else array
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor from that of the parameter, and the other way round."""
-        return shape[::-1] if self.transposed else shape
 
 
 def names(config: DecoderConfig) -> list[Name]:
@@ -42,7 +24,7 @@ def _names(config: DecoderConfig) -> Iterator[Name]:
         path, torch = f"layers/{number}", f"model.layers.{number}"
         yield Name(f"{path}/attention_norm/scale", f"{torch}.input_layernorm.weight")
         for target in TARGETS:
-            yield Name(f"{path}/{TARGETS[target]}/kernel", f"{torch}.{module(target)}.weight", True)
+            yield Name(f"{path}/{TARGETS[target]}/kernel", f"{torch}.{module(target)}.weight", "transpose")
             if target in biased:
                 yield Name(f"{path}/{TARGETS[target]}/bias", f"{torch}.{module(target)}.bias")
         if config.query_norm:
@@ -51,7 +33,7 @@ def _names(config: DecoderConfig) -> Iterator[Name]:
         yield Name(f"{path}/feed_forward_norm/scale", f"{torch}.post_attention_layernorm.weight")
     yield Name("norm/scale", "model.norm.weight")
     if not config.tied:
-        yield Name("head/kernel", HEAD, True)
+        yield Name("head/kernel", HEAD, "transpose")
 
 
 def module(target: str) -> str:
@@ -65,7 +47,7 @@ def adapter_names(layers: int, targets: Sequence[str]) -> list[Name]:
         Name(
             f"layers/{number}/{TARGETS[target]}/lora/{ours}",
             f"{PEFT_PREFIX}model.layers.{number}.{module(target)}.lora_{theirs}.weight",
-            True,
+            "transpose",
         )
         for number in range(layers)
         for target in targets

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from pathflip_jax.convert.families import conversion_of
 from pathflip_jax.convert.versions import READ, refusal, this_version, unknown_settings
 from pathflip_jax.data.storage.json_values import json_object
-from pathflip_jax.model.config import FAMILIES, ModelConfig
+from pathflip_jax.model.config import CONFIGS, ModelConfig
 from pathflip_jax.model.versions import UnknownSettings, before
 
 SECTION = "pathflip_jax"
@@ -101,15 +102,15 @@ def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
 
 def _older(values: Mapping[str, Any]) -> ModelConfig | None:
     """The model of an export from before there was a section: every setting of a family, by name."""
-    for name, family in FAMILIES.items():
-        fields = {field.name for field in dataclasses.fields(family)}
+    for name, kind in CONFIGS.items():
+        fields = {field.name for field in dataclasses.fields(kind)}
         if fields - before("model", fields).keys() <= values.keys():
             return ModelConfig.from_dict({"family": name} | {field: values[field] for field in fields & values.keys()})
     return None
 
 
 def _assumed_settings(config: ModelConfig, tokenizer: Path | None) -> tuple[dict, Path | None, tuple[str, ...]]:
-    length = 512 if config.family == "pathflip2" else 384
+    length, _ = conversion_of(config).text_lengths
     data = {"cut": "grid", "edge_um": 2048.0, "caption_length": length}
     assumed = (
         "an export of an older version, whose config.json says nothing of the run's data; export the run again where "

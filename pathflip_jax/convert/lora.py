@@ -124,7 +124,8 @@ def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> No
     if faults:
         raise ValueError(f"these are not the adapters at {', '.join(lora.targets)}: {'; '.join(faults)}")
     shapes = {
-        torch: jax.ShapeDtypeStruct(name.shape(found[name.path].shape), jnp.float32) for torch, name in table.items()
+        torch: jax.ShapeDtypeStruct(name.torch_shape(found[name.path].shape), jnp.float32)
+        for torch, name in table.items()
     }
     settings = {
         "peft_type": "LORA",
@@ -143,7 +144,7 @@ def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> No
         "use_rslora": False,
     }
     with whole_folder(folder) as part:
-        write_tensors(part / WEIGHTS, shapes, lambda torch: table[torch].turn(np.asarray(found[table[torch].path])))
+        write_tensors(part / WEIGHTS, shapes, lambda torch: table[torch].to_torch(np.asarray(found[table[torch].path])))
         write_json(part / SETTINGS, settings)
 
 
@@ -183,14 +184,13 @@ def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tupl
         if name.torch not in tensors:
             faults.append(f"{name.torch}: missing (adapters of some layers only are not supported; {MERGE})")
             continue
-        array = name.turn(tensors.pop(name.torch))
+        array = name.to_jax(tensors.pop(name.torch))
         rank = array.shape[1 if name.path.endswith("a") else 0] if array.ndim == 2 else None
         if base and array.shape != expected[name.path]:
-            faults.append(
-                f"{name.torch}: has shape {name.shape(array.shape)}, expected {name.shape(expected[name.path])}"
-            )
+            wanted = name.torch_shape(expected[name.path])
+            faults.append(f"{name.torch}: has shape {name.torch_shape(array.shape)}, expected {wanted}")
         elif rank != lora.rank:
-            faults.append(f"{name.torch}: has shape {name.shape(array.shape)}, expected rank {lora.rank}")
+            faults.append(f"{name.torch}: has shape {name.torch_shape(array.shape)}, expected rank {lora.rank}")
         else:
             flat[name.path] = np.ascontiguousarray(array)
     faults += [f"{name}: the base has no such layer" for name in sorted(tensors)]

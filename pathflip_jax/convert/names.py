@@ -1,15 +1,14 @@
-"""The ONE table of names: every tensor of the released PyTorch models, and where it lives here.
+"""Names of weights: pairs of a parameter here and the PyTorch tensor that holds it, for the layers all models share.
 
-Both directions of conversion, the parity command and the exporter read this table and nothing else. What a
-released model holds and no loss or embedding uses stands in `unused`, so that every entry is accounted for.
+Each family's table is made of them (`convert/families.py:names`), as are those of decoders and adapters
+(`convert/decoder_names.py`). Both directions of conversion, the parity command and the exporter read these tables and
+nothing else.
 """
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
-
-from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 
 class Name(NamedTuple):
@@ -44,7 +43,7 @@ class Name(NamedTuple):
         return (1, *shape) if self.form == "leading_axis" else shape
 
 
-def _linear(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
+def linear(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
     """A Linear; with `lora` as PEFT wraps it."""
     base = f"{torch}.base_layer" if lora else torch
     yield Name(f"{path}/kernel", f"{base}.weight", "transpose")
@@ -54,33 +53,38 @@ def _linear(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
         yield Name(f"{path}/lora/b", f"{torch}.lora_B.default.weight", "transpose")
 
 
-def _norm(path: str, torch: str) -> Iterator[Name]:
+def norm(path: str, torch: str) -> Iterator[Name]:
+    """A LayerNorm."""
     yield Name(f"{path}/scale", f"{torch}.weight")
     yield Name(f"{path}/bias", f"{torch}.bias")
 
 
-def _rms_norm(path: str, torch: str) -> Iterator[Name]:
+def rms_norm(path: str, torch: str) -> Iterator[Name]:
+    """An RMSNorm, which has no bias."""
     yield Name(f"{path}/scale", f"{torch}.weight")
 
 
-def _attention(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
+def attention(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
+    """BERT's attention with the LayerNorm behind it."""
     for name in ("query", "key", "value"):
-        yield from _linear(f"{path}/{name}", f"{torch}.self.{name}", lora)
-    yield from _linear(f"{path}/output", f"{torch}.output.dense", lora)
-    yield from _norm(f"{path}/norm", f"{torch}.output.LayerNorm")
+        yield from linear(f"{path}/{name}", f"{torch}.self.{name}", lora)
+    yield from linear(f"{path}/output", f"{torch}.output.dense", lora)
+    yield from norm(f"{path}/norm", f"{torch}.output.LayerNorm")
 
 
-def _ffn(path: str, torch: str, suffix: str = "", lora: bool = False) -> Iterator[Name]:
-    yield from _linear(f"{path}/intermediate", f"{torch}.intermediate{suffix}.dense", lora)
-    yield from _linear(f"{path}/output", f"{torch}.output{suffix}.dense", lora)
-    yield from _norm(f"{path}/norm", f"{torch}.output{suffix}.LayerNorm")
+def feed_forward(path: str, torch: str, suffix: str = "", lora: bool = False) -> Iterator[Name]:
+    """BERT's feed-forward network with the LayerNorm behind it."""
+    yield from linear(f"{path}/intermediate", f"{torch}.intermediate{suffix}.dense", lora)
+    yield from linear(f"{path}/output", f"{torch}.output{suffix}.dense", lora)
+    yield from norm(f"{path}/norm", f"{torch}.output{suffix}.LayerNorm")
 
 
-def _multihead(path: str, torch: str) -> Iterator[Name]:
+def multihead(path: str, torch: str) -> Iterator[Name]:
+    """torch.nn.MultiheadAttention, whose in-projection is one tensor."""
     for third, name in enumerate(("query", "key", "value")):
         yield Name(f"{path}/{name}/kernel", f"{torch}.in_proj_weight", "transpose", third)
         yield Name(f"{path}/{name}/bias", f"{torch}.in_proj_bias", "same", third)
-    yield from _linear(f"{path}/output", f"{torch}.out_proj")
+    yield from linear(f"{path}/output", f"{torch}.out_proj")
 
 
 def bert_names(layers: int, prefix: str = "", path: str = "qformer", lora: bool = False) -> Iterator[Name]:
@@ -88,94 +92,16 @@ def bert_names(layers: int, prefix: str = "", path: str = "qformer", lora: bool 
     embeddings = f"{prefix}embeddings"
     yield Name(f"{path}/word_embeddings/embedding", f"{embeddings}.word_embeddings.weight")
     yield Name(f"{path}/position_embeddings/embedding", f"{embeddings}.position_embeddings.weight")
-    yield from _norm(f"{path}/norm", f"{embeddings}.LayerNorm")
+    yield from norm(f"{path}/norm", f"{embeddings}.LayerNorm")
     for number in range(layers):
         here, torch = f"{path}/layers/{number}", f"{prefix}encoder.layer.{number}"
-        yield from _attention(f"{here}/self_attention", f"{torch}.attention", lora)
-        yield from _ffn(f"{here}/ffn", torch, lora=lora)
+        yield from attention(f"{here}/self_attention", f"{torch}.attention", lora)
+        yield from feed_forward(f"{here}/ffn", torch, lora=lora)
 
 
 def query_copy(path: str) -> str | None:
     """The parameter of the queries' own feed-forward network that starts as a copy of this one; None for others."""
     return path.replace("/ffn/", "/query_ffn/") if "/ffn/" in path else None
-
-
-def names(config: ModelConfig) -> list[Name]:
-    """All parameters of a model of this config, each once."""
-    return list(_pathflip2_names(config) if isinstance(config, PathFLIP2Config) else _pathflip_names(config))
-
-
-def _pathflip_names(config: PathFLIPConfig) -> Iterator[Name]:
-    if config.patch_projection == "linear":
-        yield from _linear("patch_projection/linear", "path_encoder")
-    else:
-        yield from _linear("patch_projection/linear", "path_encoder.0")
-        yield from _norm("patch_projection/norm", "path_encoder.1")
-        yield from _linear("patch_projection/linear_out", "path_encoder.3")
-        yield from _norm("patch_projection/norm_out", "path_encoder.4")
-    yield Name("qformer/query_tokens", "query_tokens", "leading_axis")
-    yield from bert_names(config.layers, "Qformer.bert.")
-    for number in range(config.layers):
-        path, torch = f"qformer/layers/{number}", f"Qformer.bert.encoder.layer.{number}"
-        yield from _ffn(f"{path}/query_ffn", torch, "_query")
-        if number in config.cross_layers:
-            yield from _attention(f"{path}/cross_attention", f"{torch}.crossattention")
-    yield from _linear("slide_projection", "path_proj")
-    yield from _linear("text_projection", "text_proj")
-    for number in range(config.region_layers):
-        path, torch = f"region_layers/{number}", f"path_trans.layers.{number}"
-        yield from _multihead(f"{path}/attention", f"{torch}.self_attn")
-        yield from _norm(f"{path}/attention_norm", f"{torch}.norm1")
-        yield from _linear(f"{path}/intermediate", f"{torch}.linear1")
-        yield from _linear(f"{path}/output", f"{torch}.linear2")
-        yield from _norm(f"{path}/norm", f"{torch}.norm2")
-    for name, torch in (("query", "w_q"), ("key", "w_k"), ("value", "w_v")):
-        yield from _linear(f"text_region/{name}", f"fg_head.{torch}")
-    yield from _multihead("text_region/attention", "fg_head.attn")
-    yield Name("logit_scale", "logit_scale")
-    if config.logit_bias_init is not None:
-        yield Name("logit_bias", "logit_bias")  # the released model has none
-
-
-def _pathflip2_names(config: PathFLIP2Config) -> Iterator[Name]:
-    yield from _projection("patch_projection", "image_proj")
-    yield Name("tokens", "slide_encoder.visual_tokens", "leading_axis")
-    for number in range(config.token_layers):
-        for name, torch in (("cross", "cross"), ("among", "self")):
-            block = f"slide_encoder.encoder_layers.{number}.{torch}"
-            yield from _block(f"layers/{number}/{name}", block, itself=name == "among")
-    yield from _block("patch_decoder", "slide_encoder.patch_decoder")
-    yield from _projection("slide_projection", "image_projection_global")
-    yield from _projection("region_projection", "image_projection_local")
-    lora = config.text_lora_rank > 0
-    bert = PEFT_TEXT_ENCODER if lora else TEXT_ENCODER
-    yield from bert_names(config.layers, bert, "text_encoder", lora)
-    yield Name("text_encoder/type_embeddings/embedding", f"{bert}embeddings.token_type_embeddings.weight")
-    yield from _projection("text_projection", "text_projection_global")
-    yield from _projection("region_text_projection", "text_projection_local")
-    if config.region_head == "attention":
-        head = "fine_gained_loss_head"
-        yield from _multihead("text_region/attention", f"{head}.attn")
-        for name, torch in (("query_norm", "ln_q"), ("key_norm", "ln_k"), ("value_norm", "ln_v")):
-            yield from _norm(f"text_region/{name}", f"{head}.{torch}")
-    for level, torch in (("slide", "global"), ("region", "local")):
-        for name in ("scale", "bias"):
-            yield Name(f"{level}_{name}", f"{torch}_logit_{name}")
-
-
-def _projection(path: str, torch: str) -> Iterator[Name]:
-    yield from _linear(f"{path}/linear", f"{torch}.0")
-    yield from _rms_norm(f"{path}/norm", f"{torch}.1")
-
-
-def _block(path: str, torch: str, itself: bool = False) -> Iterator[Name]:
-    yield from _multihead(f"{path}/attention", f"{torch}.mha")
-    yield from _rms_norm(f"{path}/query_norm", f"{torch}.norm_q")
-    if not itself:
-        yield from _rms_norm(f"{path}/key_norm", f"{torch}.norm_kv")
-    yield from _rms_norm(f"{path}/norm", f"{torch}.norm2")
-    yield from _linear(f"{path}/intermediate", f"{torch}.ffn.0")
-    yield from _linear(f"{path}/output", f"{torch}.ffn.3")
 
 
 TEXT_ENCODER = "text_encoder."
@@ -202,26 +128,3 @@ def why_unused(torch: str) -> str | None:
     if torch.startswith(TEXT_ENCODER) and ".pooler." in torch:
         return "BERT's pooler, which nothing reads: texts are pooled from the last states"
     return None
-
-
-def unused(config: ModelConfig, words: np.ndarray) -> dict[str, np.ndarray]:
-    """The entries of the released `state_dict` that are no parameter here, filled so that it loads with strict=True.
-
-    The language-model head is tied to the word table `words` as in BERT, and otherwise neutral.
-    """
-    H, head = config.hidden, f"{LANGUAGE_HEAD}predictions"
-    if isinstance(config, PathFLIP2Config):
-        bert = PEFT_TEXT_ENCODER if config.text_lora_rank else TEXT_ENCODER
-        dense = f"{bert}pooler.dense"
-        return {f"{dense}.weight": np.zeros((H, H), np.float32), f"{dense}.bias": np.zeros(H, np.float32)}
-    return {
-        POSITION_IDS: np.arange(config.max_positions, dtype=np.int64)[None],
-        # One short: the released code adds [DEC] to the tables after BERT has made this bias.
-        f"{head}.bias": np.zeros(config.vocab_size - 1, np.float32),
-        f"{head}.transform.dense.weight": np.zeros((H, H), np.float32),
-        f"{head}.transform.dense.bias": np.zeros(H, np.float32),
-        f"{head}.transform.LayerNorm.weight": np.ones(H, np.float32),
-        f"{head}.transform.LayerNorm.bias": np.zeros(H, np.float32),
-        f"{head}.decoder.weight": words,
-        f"{head}.decoder.bias": np.zeros(config.vocab_size, np.float32),
-    }

@@ -1,17 +1,27 @@
-"""Checkpoints of PathFLIP2: sizes from names, shapes and the run's own arguments, and LoRA.
+"""Checkpoints of PathFLIP2: names of its tensors, sizes from names, shapes and the run's own arguments, and LoRA.
 
 The published code trains with PEFT around BERT and stores its arguments (`hparams.yaml`, or in the checkpoint) under
 the names of `ARGUMENTS`. Heads, pooling and the scale of LoRA leave no trace in the tensors: where the arguments are
 missing too they must be given, or are the published defaults, as `infer_pathflip2` says.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from pathflip_jax.convert.names import PEFT_TEXT_ENCODER, TEXT_ENCODER
+from pathflip_jax.convert.names import (
+    PEFT_TEXT_ENCODER,
+    TEXT_ENCODER,
+    Name,
+    bert_names,
+    linear,
+    multihead,
+    norm,
+    rms_norm,
+)
 from pathflip_jax.model.config import PathFLIP2Config
 
 TOKENS = "slide_encoder.visual_tokens"  # the tensor that a PathFLIP2 is known by
@@ -26,10 +36,60 @@ OTHERS = {
     "init_logit_scale": "scale_init",
     "init_logit_bias": "bias_init",
 }
+POOLING, DEFAULT_POOLING = "text_pooling_type", "cls_token"
 POOLINGS = {"mean": "mean_padded", "cls_token": "cls"}
 LORA = re.compile(r"(.*)\.lora_([AB])\.default\.weight$")
 
 StateDict = Mapping[str, np.ndarray]
+
+
+def pathflip2_names(config: PathFLIP2Config) -> Iterator[Name]:
+    """Every parameter of a PathFLIP2, once; with LoRA its BERT has the names that PEFT gives it."""
+    yield from _projection("patch_projection", "image_proj")
+    yield Name("tokens", "slide_encoder.visual_tokens", "leading_axis")
+    for number in range(config.token_layers):
+        for name, torch in (("cross", "cross"), ("among", "self")):
+            block = f"slide_encoder.encoder_layers.{number}.{torch}"
+            yield from _block(f"layers/{number}/{name}", block, itself=name == "among")
+    yield from _block("patch_decoder", "slide_encoder.patch_decoder")
+    yield from _projection("slide_projection", "image_projection_global")
+    yield from _projection("region_projection", "image_projection_local")
+    lora = config.text_lora_rank > 0
+    bert = PEFT_TEXT_ENCODER if lora else TEXT_ENCODER
+    yield from bert_names(config.layers, bert, "text_encoder", lora)
+    yield Name("text_encoder/type_embeddings/embedding", f"{bert}embeddings.token_type_embeddings.weight")
+    yield from _projection("text_projection", "text_projection_global")
+    yield from _projection("region_text_projection", "text_projection_local")
+    if config.region_head == "attention":
+        head = "fine_gained_loss_head"
+        yield from multihead("text_region/attention", f"{head}.attn")
+        for name, torch in (("query_norm", "ln_q"), ("key_norm", "ln_k"), ("value_norm", "ln_v")):
+            yield from norm(f"text_region/{name}", f"{head}.{torch}")
+    for level, torch in (("slide", "global"), ("region", "local")):
+        for name in ("scale", "bias"):
+            yield Name(f"{level}_{name}", f"{torch}_logit_{name}")
+
+
+def _projection(path: str, torch: str) -> Iterator[Name]:
+    yield from linear(f"{path}/linear", f"{torch}.0")
+    yield from rms_norm(f"{path}/norm", f"{torch}.1")
+
+
+def _block(path: str, torch: str, itself: bool = False) -> Iterator[Name]:
+    yield from multihead(f"{path}/attention", f"{torch}.mha")
+    yield from rms_norm(f"{path}/query_norm", f"{torch}.norm_q")
+    if not itself:
+        yield from rms_norm(f"{path}/key_norm", f"{torch}.norm_kv")
+    yield from rms_norm(f"{path}/norm", f"{torch}.norm2")
+    yield from linear(f"{path}/intermediate", f"{torch}.ffn.0")
+    yield from linear(f"{path}/output", f"{torch}.ffn.3")
+
+
+def pathflip2_unused(config: PathFLIP2Config, words: np.ndarray) -> dict[str, np.ndarray]:
+    """Entries of the published `state_dict` that are no parameter here: BERT's pooler, which nothing reads."""
+    dense = f"{PEFT_TEXT_ENCODER if config.text_lora_rank else TEXT_ENCODER}pooler.dense"
+    H = config.hidden
+    return {f"{dense}.weight": np.zeros((H, H), np.float32), f"{dense}.bias": np.zeros(H, np.float32)}
 
 
 def infer_pathflip2(
@@ -42,9 +102,38 @@ def infer_pathflip2(
     contradict them, and LoRA whose scale (`lora_alpha`) nobody says.
     """
     arguments = dict(arguments or {})
-    lora = {match[1]: state[name] for name in state if (match := LORA.match(name)) and match[2] == "A"}
+    sizes, bert = _sizes(state)
+    rank = next((state[name].shape[0] for name in state if (match := LORA.match(name)) and match[2] == "A"), 0)
+    attention = any(name.startswith(HEAD) for name in state)
+    if clashes := _clashes(arguments, sizes, rank, attention):
+        raise ValueError(
+            "the arguments of the run and its tensors contradict each other: "
+            + "; ".join(clashes)
+            + "; give the hparams.yaml of this checkpoint"
+        )
+    if rank and "lora_alpha" not in arguments:
+        raise ValueError(
+            f"its text encoder has LoRA of rank {rank}, whose scale no tensor says; put the run's hparams.yaml beside "
+            "the checkpoint, or give --lora-alpha (64 in the published code)"
+        )
+    others = {setting: arguments[name] for name, setting in OTHERS.items() if arguments.get(name) is not None}
+    return PathFLIP2Config(
+        **sizes,
+        layers=_count(state, rf"{re.escape(bert)}encoder\.layer\.(\d+)\."),
+        heads=max(sizes["hidden"] // 64, 1) if heads is None else heads,
+        token_layers=_count(state, r"slide_encoder\.encoder_layers\.(\d+)\."),
+        text_pooling=POOLINGS[arguments.get(POOLING, DEFAULT_POOLING)],
+        text_lora_rank=rank,
+        text_lora_alpha=float(arguments.get("lora_alpha", PathFLIP2Config.text_lora_alpha)),
+        region_head="attention" if attention else "soft_topk",
+        **{name: type(getattr(PathFLIP2Config, name))(value) for name, value in others.items()},
+    )
+
+
+def _sizes(state: StateDict) -> tuple[dict[str, int], str]:
+    """The sizes that shapes tell, by setting, and the prefix of BERT's tensors. ValueError lists what is missing."""
     bert = PEFT_TEXT_ENCODER if any(name.startswith(PEFT_TEXT_ENCODER) for name in state) else TEXT_ENCODER
-    base = ".base_layer" if lora else ""
+    base = ".base_layer" if any(LORA.match(name) for name in state) else ""
     wanted = {
         "image_proj.0.weight": 2,
         TOKENS: 3,
@@ -60,56 +149,34 @@ def infer_pathflip2(
     if faults:
         raise ValueError("not a whole PathFLIP2: " + "; ".join(faults))
     patch, tokens, words, positions, intermediate = (state[name].shape for name in wanted)
-    sizes = {"feature_dim": patch[1], "embed_dim": patch[0], "hidden": words[1]}
+    sizes = {"feature_dim": patch[1], "embed_dim": patch[0], "hidden": words[1], "tokens": tokens[1] - 1}
+    sizes |= {"vocab_size": words[0], "max_positions": positions[0], "intermediate": intermediate[0]}
+    return sizes, bert
+
+
+def _clashes(arguments: Mapping[str, Any], sizes: Mapping[str, int], rank: int, attention: bool) -> list[str]:
+    """Arguments of a run that its tensors contradict."""
     clashes = [
         f"{name}={arguments[name]}, the tensors say {sizes[setting]}"
         for name, setting in SIZES.items()
         if name in arguments and arguments[name] != sizes[setting]
     ]
-    attention = any(name.startswith(HEAD) for name in state)
     if attention and arguments.get("use_soft_topk"):
         clashes.append(f"use_soft_topk=True, yet there is a {HEAD.rstrip('.')}")
-    rank = next((a.shape[0] for a in lora.values()), 0)
     if "text_encoder_use_lora" in arguments and bool(arguments["text_encoder_use_lora"]) != bool(rank):
         clashes.append(f"text_encoder_use_lora={arguments['text_encoder_use_lora']}, the tensors hold rank {rank}")
     if rank and arguments.get("lora_rank", rank) != rank:
         clashes.append(f"lora_rank={arguments['lora_rank']}, the tensors say {rank}")
-    pooling = arguments.get("text_pooling_type", "cls_token")
+    pooling = arguments.get(POOLING, DEFAULT_POOLING)
     if pooling not in POOLINGS:
-        clashes.append(f"text_pooling_type={pooling!r}, expected one of {', '.join(POOLINGS)}")
-    if clashes:
-        raise ValueError(
-            "the arguments of the run and its tensors contradict each other: "
-            + "; ".join(clashes)
-            + "; give the hparams.yaml of this checkpoint"
-        )
-    if rank and "lora_alpha" not in arguments:
-        raise ValueError(
-            f"its text encoder has LoRA of rank {rank}, whose scale no tensor says; put the run's hparams.yaml beside "
-            "the checkpoint, or give --lora-alpha (64 in the published code)"
-        )
-    others = {setting: arguments[name] for name, setting in OTHERS.items() if arguments.get(name) is not None}
-    return PathFLIP2Config(
-        **sizes,
-        layers=_count(state, rf"{re.escape(bert)}encoder\.layer\.(\d+)\."),
-        heads=max(words[1] // 64, 1) if heads is None else heads,
-        intermediate=intermediate[0],
-        vocab_size=words[0],
-        max_positions=positions[0],
-        tokens=tokens[1] - 1,
-        token_layers=_count(state, r"slide_encoder\.encoder_layers\.(\d+)\."),
-        text_pooling=POOLINGS[pooling],
-        text_lora_rank=rank,
-        text_lora_alpha=float(arguments.get("lora_alpha", PathFLIP2Config.text_lora_alpha)),
-        region_head="attention" if attention else "soft_topk",
-        **{name: type(getattr(PathFLIP2Config, name))(value) for name, value in others.items()},
-    )
+        clashes.append(f"{POOLING}={pooling!r}, expected one of {', '.join(POOLINGS)}")
+    return clashes
 
 
 def assumed_arguments(config: PathFLIP2Config, arguments: Mapping[str, Any]) -> list[str]:
     """The settings that no tensor tells and the run's arguments do not say: the published defaults."""
     silent = {name: setting for name, setting in OTHERS.items() if arguments.get(name) is None}
-    silent |= {} if "text_pooling_type" in arguments else {"text_pooling_type": "text_pooling"}
+    silent |= {} if POOLING in arguments else {POOLING: "text_pooling"}
     head = ("text_region_heads",) if config.region_head == "attention" else ("top_k", "topk_temperature")
     told = [setting for setting in silent.values() if setting in ("token_heads", "text_pooling", *head)]
     if not told:
@@ -148,3 +215,12 @@ def merge_lora(state: StateDict, alpha: float) -> dict[str, np.ndarray]:
         plain = name.replace(PEFT_TEXT_ENCODER, TEXT_ENCODER).replace(".base_layer.", ".")
         merged[plain] = tensor + added[name] if name in added else tensor
     return merged
+
+
+def merge_text_lora(state: StateDict, config: PathFLIP2Config) -> tuple[StateDict, PathFLIP2Config, list[str]]:
+    """The `state_dict` and config with the text encoder's LoRA merged into it, and notes of that; without, as given."""
+    rank, alpha = config.text_lora_rank, config.text_lora_alpha
+    if not rank:
+        return state, config, []
+    merged = merge_lora(state, alpha), dataclasses.replace(config, text_lora_rank=0)
+    return *merged, [f"the text encoder's LoRA (rank {rank}, alpha {alpha:g}) was merged into it"]

@@ -1,4 +1,4 @@
-"""Whose checkpoint is it? The family from the names of its tensors, and what became of each of them."""
+"""The origin of a checkpoint by the names of its tensors, and what became of each of them."""
 
 import csv
 import io
@@ -9,18 +9,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Family = Literal["pathflip", "pathflip2", "finetune"]
-# The tensors that a family is known by, all of them, the more particular family first.
-KNOWN_BY: dict[Family, tuple[str, ...]] = {
-    "finetune": ("path_proj_llm.weight", "path_proj.weight", "query_tokens"),
-    "pathflip2": ("slide_encoder.visual_tokens", "image_proj.0.weight"),
-    "pathflip": ("query_tokens", "path_proj.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
+from pathflip_jax.convert.families import CONVERSIONS
+
+FINETUNE = "finetune"  # the stage after alignment, whose checkpoints hold a language model beside a PathFLIP
+# The tensors that weights are known by, all of them, the more particular first.
+KNOWN_BY = {FINETUNE: ("path_proj_llm.weight", "path_proj.weight", "query_tokens")} | {
+    name: family.known_by for name, family in reversed(CONVERSIONS.items())
 }
-WHAT = {
-    "pathflip": "PathFLIP's alignment stage",
-    "pathflip2": "PathFLIP2",
-    "finetune": "PathFLIP's finetune stage",
-}
+WHAT = {name: family.title for name, family in CONVERSIONS.items()} | {FINETUNE: "PathFLIP's finetune stage"}
 # What other weights that lie around in a pathologist's folders are known by.
 OTHERS = {
     "a CLIP-like model (CONCH, PLIP, KEEP, QuiltNet)": (
@@ -36,8 +32,8 @@ OTHERS = {
 }
 
 
-def recognise(names: Iterable[str]) -> Family:
-    """The family of a `state_dict` by its names. Raises ValueError that says what it looks like instead."""
+def recognise(names: Iterable[str]) -> str:
+    """The family of a `state_dict` by its names, or FINETUNE. Raises ValueError saying what it looks like instead."""
     names = set(names)
     for family, known in KNOWN_BY.items():
         if names.issuperset(known):

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from pathflip_jax.convert.checkpoint_files import open_checkpoint
 from pathflip_jax.convert.exported import Exported, read_exported
+from pathflip_jax.convert.families import conversion_of
 from pathflip_jax.convert.names import why_unused
-from pathflip_jax.convert.pathflip2 import assumed_arguments, merge_lora
 from pathflip_jax.convert.pytorch import bert_setting, infer_config, read_bert_heads, to_jax, torch_shapes
-from pathflip_jax.convert.recognise import Tensor, account, recognise
-from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
+from pathflip_jax.convert.recognise import FINETUNE, Tensor, account, recognise
+from pathflip_jax.model.config import ModelConfig
 
 UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder are taken, if they are as wide"
 
@@ -117,21 +117,20 @@ def _load_foreign(
     assumed: list[str] = []
     try:
         state, known = open_checkpoint(source, weights)
-        if recognise(state) == "finetune":
+        if recognise(state) == FINETUNE:
             raise ValueError("of the finetune stage; name its language model too (`pathflip convert --decoder FOLDER`)")
         if config is None:
             arguments = known | arguments
             config = infer_config(state, heads or read_bert_heads(Path(bert_folder)), arguments)
             assumed = assumed_sizes(config, heads, Path(bert_folder), arguments)
         rows = account(state, torch_shapes(config), why_unused)
-        if isinstance(config, PathFLIP2Config) and config.text_lora_rank and not keep_lora:
-            state = merge_lora(state, config.text_lora_alpha)
-            config = dataclasses.replace(config, text_lora_rank=0)
+        if not keep_lora:
+            state, config, _ = conversion_of(config).merge(state, config)
         model = unflatten(config, to_jax(state, config))
     except ValueError as error:
         raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
     require_own_bert(source, config, bert_folder, tokenizer)
-    lengths = (512, 512) if isinstance(config, PathFLIP2Config) else (384, 192)
+    lengths = conversion_of(config).text_lengths
     data = {"cut": "scan", "caption_length": lengths[0], "subcaption_length": lengths[1]}
     assumed += [
         f"captions of at most {lengths[0]} tokens, and regions cut by scan, as in the released code",
@@ -146,17 +145,12 @@ def assumed_sizes(config: ModelConfig, heads: int | None, folder: Path, argument
     own = read_bert_heads(folder)
     origin = "as asked for" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"
     lines = [f"heads {config.heads} ({origin})"]
-    if isinstance(config, PathFLIP2Config):
-        return lines + assumed_arguments(config, arguments)
-    return [
-        *lines,
-        f"region_heads {config.region_heads} and text_region_heads {config.text_region_heads} (the released code's)",
-    ]
+    return lines + conversion_of(config).assumed(config, arguments)
 
 
 def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path, tokenizer) -> None:
     """Raise ValueError where the BERT folder is not that of the checkpoint: every word would mean another."""
-    whole = isinstance(config, PathFLIP2Config)
+    whole = conversion_of(config).bert.whole
     words, cure = tokenizer.vocab_size - whole, "give the BERT folder that this checkpoint was trained with"
     if config.vocab_size != words and not (whole and bert_setting(folder, "vocab_size") == config.vocab_size):
         ours = f"{folder} has {words} words{'' if whole else ' with [DEC]'}"

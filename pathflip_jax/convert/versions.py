@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pathflip_jax.model.config import FAMILIES
+from pathflip_jax.model.config import CONFIGS
 from pathflip_jax.model.versions import before
 
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
@@ -79,7 +79,7 @@ def _known_settings() -> dict[str, frozenset[str] | None]:
     for key in {key for kind in config_files.KINDS for key in config_files.defaults(kind)}:
         section, _, name = key.partition(".")
         names.setdefault(section, set()).add(name)
-    names["model"] |= {field.name for family in FAMILIES.values() for field in dataclasses.fields(family)}
+    names["model"] |= {field.name for kind in CONFIGS.values() for field in dataclasses.fields(kind)}
     return {section: None if of is None else frozenset(of) for section, of in names.items()}
 
 

@@ -21,7 +21,7 @@ from pathflip_jax.convert.pytorch import (
     to_jax,
     torch_shapes,
 )
-from pathflip_jax.convert.recognise import Tensor, account, recognise
+from pathflip_jax.convert.recognise import FINETUNE, Tensor, account, recognise
 from pathflip_jax.convert.released import UNKNOWN_ENCODER, assumed_sizes, require_own_bert
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.export.from_language_export import AlignerParts, write_language_run
@@ -60,7 +60,7 @@ def convert_finetune(
     state, _ = open_checkpoint(source, weights)
     decoder = read_decoder_config(decoder_folder)
     try:
-        if recognise(state) != "finetune":
+        if recognise(state) != FINETUNE:
             raise ValueError("not of the finetune stage; convert it without --decoder")
         aligner = {n: x for n, x in state.items() if not n.startswith((PROJECTOR, LANGUAGE_MODEL))}
         config = infer_config(aligner, heads or read_bert_heads(Path(bert_folder)))
@@ -121,7 +121,7 @@ def _adapter(state: Mapping[str, np.ndarray], layers: int) -> Adapter:
         faults.append(f"ranks {sorted(ranks)}, expected one")
     if faults:
         raise ValueError(f"its LoRA does not fit a language model of {layers} layers: {'; '.join(faults[:6])}")
-    params = {table[name].path: np.ascontiguousarray(table[name].turn(x)) for name, x in tensors.items()}
+    params = {table[name].path: np.ascontiguousarray(table[name].to_jax(x)) for name, x in tensors.items()}
     return Adapter(params, LoRAConfig(ranks.pop(), ALPHA, DROPOUT, targets))
 
 

@@ -5,7 +5,6 @@ code; for all others the same file travels along, and `trust_remote_code=True` l
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,13 +14,14 @@ import jinja2
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.data.storage.whole_files import whole_folder
-from pathflip_jax.export.pytorch import merged_state, write_checkpoint
+from pathflip_jax.export.families import export_of
+from pathflip_jax.export.pytorch import copy_code, merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.families import family_of
 from pathflip_jax.runs.folder import load_run
 
 CARD = "model_card.md"
-CODE = {"pathflip": ("torch_model", "PathFLIP"), "pathflip2": ("torch_pathflip2", "PathFLIP2")}  # file, class
 # What the encoders' own pages state; the licence binds features, and may bind what is trained on them.
 ENCODER_LICENCES = {
     "stain_texture": "Apache-2.0 (embedded in pathflip_jax; a floor, not a foundation model)",
@@ -70,17 +70,16 @@ def export_huggingface(
 def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
     """Fill a folder with what transformers loads: weights, config, tokenizer and the model's code."""
     state, config, more = merged_state(model)
-    code, _ = CODE[config.family]
     tokenizer.save(part)
     write_checkpoint(part / "model.safetensors", state)
     _write(part / "config.json", huggingface_config(config, settings, **more))
     _write(part / "tokenizer_config.json", _tokenizer_config(part, settings, config))
-    shutil.copyfile(Path(__file__).parents[1] / "convert" / f"{code}.py", part / f"{code}.py")
+    copy_code(export_of(config).code, part)
 
 
 def huggingface_config(config: ModelConfig, settings: dict, **more: Any) -> dict[str, Any]:
     """The config.json of transformers: its own entries, the model's settings, and what the export says of its run."""
-    code, name = CODE[config.family]
+    code, name, _, _ = export_of(config)
     classes = {"AutoConfig": f"{code}.{name}Config", "AutoModel": f"{code}.{name}Model"}
     facts = {"model_type": config.family, "architectures": [f"{name}Model"], "auto_map": classes, "dtype": "float32"}
     sizes = {REGION_TOP_K if key == "top_k" else key: value for key, value in config.to_dict().items()}
@@ -158,7 +157,7 @@ def card(config: ModelConfig, settings: dict, scores: dict | None, encoder_licen
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
     files = {name: PurePosixPath(str(data[name])).name for name in ("records", "texts", "slides") if data.get(name)}
     return environment.get_template(CARD).render(
-        config=config, patchwise=config.family == "pathflip2", code=CODE[config.family][0], encoder=encoder,
+        config=config, patchwise=family_of(config).patchwise, code=export_of(config).code, encoder=encoder,
         licence=licence, files=files, hashes=data.get("hashes") or {},
         data=data, train=train, loss=settings.get("loss", {}), origin=settings.get("converted_from"),
         scores=scores, figures=list(figures(scores)) if scores else [],

@@ -1,6 +1,5 @@
 """Runs written for PyTorch: weights, config, BERT folder, the model's own code and a README."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,12 +11,13 @@ import safetensors.numpy
 
 from pathflip_jax.convert.checkpoint_files import StateDict, import_torch
 from pathflip_jax.convert.exported import describe_export
-from pathflip_jax.convert.pathflip2 import merge_lora
+from pathflip_jax.convert.families import conversion_of
 from pathflip_jax.convert.pytorch import to_torch
 from pathflip_jax.data.storage.durable import sync
 from pathflip_jax.data.storage.whole_files import whole_folder
-from pathflip_jax.export.readmes import readme, readme2
-from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+from pathflip_jax.export.families import export_of
+from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.families import family_of
 from pathflip_jax.model.parameters import flatten
 
 
@@ -67,20 +67,20 @@ def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = Fal
         write_checkpoint(part / "model.pt", state)
     about = config.to_dict() | describe_export(config, settings, **more)
     (part / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    code, page = ("torch_model.py", readme) if isinstance(config, PathFLIPConfig) else ("torch_pathflip2.py", readme2)
-    shutil.copyfile(Path(__file__).parents[1] / "convert" / code, part / code)
-    (part / "README.md").write_text(page(config, settings), encoding="utf-8")
+    family = export_of(config)
+    copy_code(family.code, part)
+    (part / "README.md").write_text(family.readme(config, settings), encoding="utf-8")
+
+
+def copy_code(module: str, part: Path) -> None:
+    """Put the PyTorch code of a family, a module of `convert/`, into a folder."""
+    shutil.copyfile(Path(__file__).parents[1] / "convert" / f"{module}.py", part / f"{module}.py")
 
 
 def merged_state(model) -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
     """The `state_dict` of a model with the LoRA of its texts merged in, the config it then has, notes of it."""
-    config = model.config
-    state = to_torch(flatten(model), config)
-    if not isinstance(config, PathFLIP2Config) or not config.text_lora_rank:
-        return state, config, {}
-    rank, alpha = config.text_lora_rank, config.text_lora_alpha
-    notes = [f"the text encoder's LoRA (rank {rank}, alpha {alpha:g}) was merged into it at export"]
-    return merge_lora(state, alpha), dataclasses.replace(config, text_lora_rank=0), {"notes": notes}
+    state, config, notes = conversion_of(model.config).merge(to_torch(flatten(model), model.config), model.config)
+    return state, config, {"notes": [f"{note} at export" for note in notes]} if notes else {}
 
 
 def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
@@ -89,11 +89,11 @@ def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         words = sorted(vocabulary, key=vocabulary.get)
         (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-    whole = isinstance(config, PathFLIP2Config)
     sizes = {
         "model_type": "bert",
-        "architectures": ["BertModel" if whole else "BertLMHeadModel"],
-        "vocab_size": config.vocab_size - (not whole),  # [DEC] is added by the code that reads the folder
+        "architectures": [export_of(config).bert],
+        "vocab_size": config.vocab_size
+        - family_of(config).added_words,  # [DEC] is added by the code that reads the folder
         "hidden_size": config.hidden,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,

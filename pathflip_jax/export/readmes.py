@@ -9,7 +9,7 @@ def caption_length(config: ModelConfig, settings: dict) -> int:
 
 
 def readme(config: PathFLIPConfig, settings: dict) -> str:
-    """Of a PathFLIP."""
+    """The page of a PathFLIP."""
     encoder = settings.get("data", {}).get("encoder") or "not recorded"
     length = caption_length(config, settings)
     bias = (
@@ -45,7 +45,7 @@ Regions are R groups of up to S patches of a slide. Compare slides and texts by 
 
 
 def readme2(config: PathFLIP2Config, settings: dict) -> str:
-    """Of a PathFLIP2."""
+    """The page of a PathFLIP2."""
     encoder = settings.get("data", {}).get("encoder") or "not recorded"
     length = caption_length(config, settings)
     return f"""# A PathFLIP2, for PyTorch

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pathflip_jax.model.versions import UnknownSettings, before
 
-FAMILIES: dict[str, type["ModelConfig"]] = {}
+CONFIGS: dict[str, type["ModelConfig"]] = {}  # by the names of their families
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ModelConfig:
     _probabilities: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def __init_subclass__(cls) -> None:
-        FAMILIES[cls.family] = cls
+        CONFIGS[cls.family] = cls
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -83,17 +83,17 @@ class ModelConfig:
         """
         values = dict(values)
         name = values.pop("family", PathFLIPConfig.family)
-        if name not in FAMILIES:
-            raise ValueError(f"model config: family={name!r}, expected one of {', '.join(FAMILIES)}")
-        family = FAMILIES[name]
-        known = {field.name for field in dataclasses.fields(family)}
+        if name not in CONFIGS:
+            raise ValueError(f"model config: family={name!r}, expected one of {', '.join(CONFIGS)}")
+        kind = CONFIGS[name]
+        known = {field.name for field in dataclasses.fields(kind)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise UnknownSettings(
                 f"model config: no setting is called {', '.join(unknown)}; there are {', '.join(sorted(known))}",
                 unknown,
             )
-        return family(**before("model", known - set(values)) | values)
+        return kind(**before("model", known - set(values)) | values)
 
 
 LARGEST_SIZE = 2**24

@@ -1,4 +1,4 @@
-"""How many operations a step of the model takes, by formula: those of the algorithm, on valid patches and real tokens.
+"""Operations of a step of the model, by formula: those of the algorithm, on valid patches and real tokens.
 
 Padding, recomputation and what XLA adds do not count, so operations over the device's peak are the share of the machine
 that does useful work (the "model FLOPs utilisation" of PaLM, arXiv 2204.02311). Two operations per multiply-add; the
@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.families import family_of
 from pathflip_jax.model.parameters import abstract_params
+from pathflip_jax.model.step_parts import Work
 
 
 class Part(NamedTuple):
@@ -31,79 +33,17 @@ class Part(NamedTuple):
         return max(self.operations / rate, self.bytes / bandwidth)
 
 
-class Work(NamedTuple):
-    """What a whole batch holds: slides, regions, valid patches and real tokens, and the sum of squared text lengths."""
-
-    slides: float
-    regions: float
-    patches: float
-    tokens: float
-    squared_lengths: float
-
-
 def parts(config: ModelConfig, work: Work, width: int, training: bool) -> list[Part]:
     """The parts of a step; `width` is the bytes of an activation. Training takes three times the forward's work."""
     passes = 3 if training else 1
     found = [
         Part(name, 2 * passes * multiply_adds, passes * moved)
-        for name, multiply_adds, moved in (*_slide_parts(config, work, width), *_text_parts(config, work, width))
+        for name, multiply_adds, moved in family_of(config).parts(config, work, width)
     ]
     if training:
         # AdamW reads weight, gradient and two moments and writes three of them, in float32.
         found.append(Part("optimizer", 12.0 * parameters(config), 28.0 * parameters(config)))
     return found
-
-
-Step = tuple[str, float, float]  # what it is, its multiply-adds, the bytes it moves, forward
-
-
-def _slide_parts(config: ModelConfig, work: Work, width: int) -> list[Step]:
-    return (_pathflip2_parts if isinstance(config, PathFLIP2Config) else _pathflip_parts)(config, work, width)
-
-
-def _pathflip_parts(config: PathFLIPConfig, work: Work, width: int) -> list[Step]:
-    F, D, H, inner = config.feature_dim, config.embed_dim, config.hidden, config.intermediate
-    Q, heads, layers, crossing = config.num_queries, config.heads, config.layers, len(config.cross_layers)
-    N = work.patches
-    rows = (work.slides + work.regions) * Q  # query tokens of a batch, slide and regions
-    read = 2 * N  # every patch is scored and pooled by the slide's queries and by its region's
-    # Scores and their softmax are written and read once each way in float32; patches are read for scores and pooling.
-    scores = read * heads * Q
-    return [
-        ("patch projection", N * F * D, N * (2 * F + D * width)),
-        ("queries: projections of cross-attention", crossing * rows * (2 * H * H + 2 * H * D), crossing * 4 * H * H),
-        ("patches: scores and pooling", crossing * 2 * scores * D, crossing * (2 * read * D * width + 4 * scores * 4)),
-        ("queries: self-attention", layers * rows * (4 * H * H + 2 * Q * H), layers * rows * 8 * H * width),
-        ("queries: feed-forward", layers * rows * 2 * H * inner, layers * rows * (2 * H + 2 * inner) * width),
-    ]
-
-
-def _pathflip2_parts(config: PathFLIP2Config, work: Work, width: int) -> list[Step]:
-    F, D, layers = config.feature_dim, config.embed_dim, config.token_layers
-    N, Q = work.patches, work.slides * (1 + config.tokens)
-    read = N * (1 + config.tokens)  # pairs of a patch and a token of its slide
-    scores = 4 * read * config.token_heads * 4
-    return [
-        ("patch projections", N * (F * D + D * D), N * (2 * F + 3 * D * width)),
-        ("patches: keys and values", layers * N * 2 * D * D, layers * N * 3 * D * width),
-        ("tokens: scores and pooling", layers * 2 * read * D, layers * (2 * N * D * width + scores)),
-        ("tokens: projections", layers * Q * 6 * D * D, layers * Q * 12 * D * width),
-        ("tokens: among themselves", layers * 2 * Q * (1 + config.tokens) * D, layers * Q * 8 * D * width),
-        ("tokens: feed-forward", layers * 2 * Q * 8 * D * D, layers * Q * 20 * D * width),
-        ("patches: read the tokens", N * 2 * D * D + 2 * read * D, 4 * N * D * width + scores),
-        ("patches: feed-forward", N * 8 * D * D, N * 10 * D * width),
-    ]
-
-
-def _text_parts(config: ModelConfig, work: Work, width: int) -> list[Step]:
-    H, inner, layers, T = config.hidden, config.intermediate, config.layers, work.tokens
-    whole = layers - 1 if getattr(config, "text_pooling", "cls") == "cls" else layers  # only [CLS] is read of the last
-    moved = layers * 4 * work.squared_lengths * config.heads * width
-    return [
-        ("text: projections", layers * T * 4 * H * H, layers * T * 8 * H * width),
-        ("text: attention", layers * 2 * work.squared_lengths * H, moved),
-        ("text: feed-forward", whole * T * 2 * H * inner, layers * T * (2 * H + 2 * inner) * width),
-    ]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Models as flat dicts of parameters by name, and back; which class a config is of.
+"""Models as flat dicts of parameters by name, and back.
 
 Names such as "qformer/layers/0/self_attention/query/kernel" serve checkpoints, conversion, sharding rules and masks
 alike.
@@ -11,16 +11,13 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from pathflip_jax.model.config import ModelConfig, PathFLIP2Config
-from pathflip_jax.model.pathflip import PathFLIP
-from pathflip_jax.model.pathflip2 import PathFLIP2
-
-AlignmentModel = PathFLIP | PathFLIP2
+from pathflip_jax.model.config import ModelConfig
+from pathflip_jax.model.families import AlignmentModel, family_of
 
 
 def make_model(config: ModelConfig, rngs: nnx.Rngs) -> AlignmentModel:
     """A model of the config's family with random parameters."""
-    return (PathFLIP2 if isinstance(config, PathFLIP2Config) else PathFLIP)(config, rngs)
+    return family_of(config).network(config, rngs)
 
 
 def flatten(model: nnx.Module) -> dict[str, Array]:

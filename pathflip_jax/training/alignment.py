@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from pathflip_jax.data.batches.checks import require_negatives
 from pathflip_jax.losses.pathflip import LossConfig, Spread, pair_bytes
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pairs_bytes
+from pathflip_jax.model import families
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.flops import useful_operations
 from pathflip_jax.model.parameters import AlignmentModel, Params, abstract_params, flatten, make_model, unflatten
@@ -64,12 +65,11 @@ def alignment_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun_groups
 
 
 class Family(NamedTuple):
-    """What the families of models do not share: their losses, and which parameters learn.
+    """What the families of models do not share in training: their stages, and what their losses compare.
 
     `negatives_within`: whether a slide by itself has all negatives that the losses of a config need.
     """
 
-    loss: type
     stage: Callable[[ConfigDict, ModelConfig, Spread], Stage]
     pair_bytes: Callable[[ConfigDict, ModelConfig, int], int]
     negatives_within: Callable[[ConfigDict], bool]
@@ -108,8 +108,8 @@ def _pathflip2_within(config: ConfigDict) -> bool:
 
 
 FAMILIES = {
-    "pathflip": Family(LossConfig, _pathflip_stage, _pathflip_pairs, lambda config: False),
-    "pathflip2": Family(SigmoidLossConfig, _pathflip2_stage, _pathflip2_pairs, _pathflip2_within),
+    "pathflip": Family(_pathflip_stage, _pathflip_pairs, lambda config: False),
+    "pathflip2": Family(_pathflip2_stage, _pathflip2_pairs, _pathflip2_within),
 }
 
 
@@ -129,7 +129,8 @@ def model_config(config: ConfigDict, feature_dim: int = 512, vocab_size: int = 3
     values = config.model.to_dict()
     for name in ("bert", "freeze_text_encoder"):
         values.pop(name, None)
-    words = vocab_size - 1 if values.get("family") == PathFLIP2Config.family else vocab_size
+    family = families.FAMILIES.get(values.get("family", PathFLIPConfig.family))
+    words = vocab_size if family is None else vocab_size - 1 + family.added_words  # `from_dict` refuses another name
     for name, found in (("feature_dim", feature_dim), ("vocab_size", words)):
         values[name] = values[name] or found
     return ModelConfig.from_dict(values)
@@ -139,8 +140,11 @@ def check_config(name: str) -> int:
     """The number of parameters of a config's model; raises ValueError for what is wrong in it. Computes nothing."""
     config = settings.load_config(name)
     settings.check(config)
-    OptimConfig(**config.optim), family_of(config).loss(**config.loss)
-    return sum(math.prod(x.shape) for x in abstract_params(model_config(config)).values())
+    OptimConfig(**config.optim)
+    family_of(config)
+    model = model_config(config)
+    families.family_of(model).loss(**config.loss)
+    return sum(math.prod(x.shape) for x in abstract_params(model).values())
 
 
 def initial_params(model: ModelConfig, bert: str, seed: int, places: dict) -> Params:

@@ -35,7 +35,7 @@ if __name__ == "__main__":
     )
     assert whole and max(part.nbytes for part in read) < max(tensor.nbytes for tensor in tensors.values()) / 3
     for name in names(decoder.config):
-        array, tensor = flat[name.path], name.turn(tensors[name.torch])
+        array, tensor = flat[name.path], name.to_jax(tensors[name.torch])
         np.testing.assert_array_equal(array, tensor)
         shard = array.addressable_shards[0].data.shape
         assert len(array.sharding.device_set) == 8

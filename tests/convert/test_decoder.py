@@ -78,7 +78,7 @@ def test_every_tensor_arrives(decoder_folder, family, more):
         assert {name.path for name in table} == flat.keys() and {name.torch for name in table} == tensors.keys()
         for name in table:
             assert flat[name.path].dtype == dtype
-            np.testing.assert_array_equal(flat[name.path], name.turn(tensors[name.torch]).astype(dtype))
+            np.testing.assert_array_equal(flat[name.path], name.to_jax(tensors[name.torch]).astype(dtype))
 
 
 def test_on_eight_devices_each_byte_is_read_once(copied):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from pathflip_jax.convert import checkpoint_files, pytorch  # noqa: E402
-from pathflip_jax.convert.names import names  # noqa: E402
+from pathflip_jax.convert.families import names  # noqa: E402
 from pathflip_jax.convert.torch_model import PathFLIP as TorchPathFLIP  # noqa: E402
 from pathflip_jax.model.config import PathFLIPConfig  # noqa: E402
 from pathflip_jax.model.parameters import abstract_params, flatten, unflatten  # noqa: E402

@@ -9,7 +9,7 @@ from pathflip_jax.convert import versions
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model import versions as model_versions
-from pathflip_jax.model.config import FAMILIES, PathFLIPConfig
+from pathflip_jax.model.config import CONFIGS, PathFLIPConfig
 from pathflip_jax.runtime import config_files
 
 
@@ -46,7 +46,7 @@ def added(monkeypatch):
 
 def test_the_table_names_settings_that_there_are():
     known = {key for kind in config_files.KINDS for key in config_files.defaults(kind)}
-    fields = {f"model.{field.name}" for family in FAMILIES.values() for field in dataclasses.fields(family)}
+    fields = {f"model.{field.name}" for kind in CONFIGS.values() for field in dataclasses.fields(kind)}
     assert not model_versions.BEFORE.keys() - known - fields
 
 

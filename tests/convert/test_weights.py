@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from pathflip_jax.convert import checkpoint_files, pytorch
 from pathflip_jax.convert.exported import read_exported
-from pathflip_jax.convert.names import is_unused, names
+from pathflip_jax.convert.families import names
+from pathflip_jax.convert.names import is_unused
 from pathflip_jax.export import from_released
 from pathflip_jax.export import pytorch as export_pytorch
 from pathflip_jax.model.config import PathFLIPConfig

@@ -114,7 +114,7 @@ def test_losses_and_gradients_are_those_of_pytorch(slides, head, pooling):
     torch = pytest.importorskip("torch")
     from torch.nn import functional
 
-    from pathflip_jax.convert.names import names
+    from pathflip_jax.convert.families import names
     from pathflip_jax.convert.torch_pathflip2 import PathFLIP2 as Theirs
 
     config = dataclasses.replace(CONFIG, region_head=head, text_pooling=pooling, dropout=0.0, token_dropout=0.0)

@@ -1,0 +1,96 @@
+"""Conversion of each model family: its tensors' names elsewhere, its sizes, and what no tensor tells."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pathflip_jax.convert.names import Name
+from pathflip_jax.convert.pathflip import assumed_heads, infer_pathflip, pathflip_names, pathflip_unused
+from pathflip_jax.convert.pathflip2 import (
+    TOKENS,
+    assumed_arguments,
+    complete,
+    infer_pathflip2,
+    merge_text_lora,
+    pathflip2_names,
+    pathflip2_unused,
+)
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+
+State = Mapping[str, np.ndarray]
+
+
+class Bert(NamedTuple):
+    """The BERT inside a network: where its parameters stand.
+
+    `whole`: BERT as it is, token types included. Otherwise `[DEC]` is one more word, token types are folded into the
+    positions, and queries have a copy of the feed-forward networks.
+    """
+
+    path: str
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What conversion of one family takes.
+
+    `known_by` are the tensors that tell the family, the first of them its mark. `infer` makes a config of a
+    `state_dict`, BERT's heads and the arguments of a run, and `assumed` says what none of these told. `unused` fills
+    the entries of a `state_dict` that no parameter here is of, given the word table; `complete` adds what some
+    checkpoints lack. `merge` takes LoRA into the weights, with notes of it. `text_lengths` are the released code's
+    limits on tokens of captions and subcaptions.
+    """
+
+    title: str
+    known_by: tuple[str, ...]
+    infer: Callable[[State, int | None, Mapping[str, Any] | None], ModelConfig]
+    assumed: Callable[[ModelConfig, Mapping[str, Any]], list[str]]
+    names: Callable[[ModelConfig], Iterable[Name]]
+    unused: Callable[[ModelConfig, np.ndarray], dict[str, np.ndarray]]
+    bert: Bert
+    text_lengths: tuple[int, int]
+    complete: Callable[[State, ModelConfig], State] = lambda state, config: state
+    merge: Callable[[State, ModelConfig], tuple[State, ModelConfig, list[str]]] = lambda state, config: (
+        state,
+        config,
+        [],
+    )
+
+
+CONVERSIONS: dict[str, Conversion] = {
+    PathFLIPConfig.family: Conversion(
+        title="PathFLIP's alignment stage",
+        known_by=("query_tokens", "path_proj.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
+        infer=infer_pathflip,
+        assumed=assumed_heads,
+        names=pathflip_names,
+        unused=pathflip_unused,
+        bert=Bert("qformer", whole=False),
+        text_lengths=(384, 192),
+    ),
+    PathFLIP2Config.family: Conversion(
+        title="PathFLIP2",
+        known_by=(TOKENS, "image_proj.0.weight"),
+        infer=infer_pathflip2,
+        assumed=assumed_arguments,
+        names=pathflip2_names,
+        unused=pathflip2_unused,
+        bert=Bert("text_encoder", whole=True),
+        text_lengths=(512, 512),
+        complete=complete,
+        merge=merge_text_lora,
+    ),
+}
+
+
+def conversion_of(config: ModelConfig) -> Conversion:
+    """The conversion of a config's family."""
+    return CONVERSIONS[config.family]
+
+
+def names(config: ModelConfig) -> list[Name]:
+    """All parameters of a model of this config, each once."""
+    return list(conversion_of(config).names(config))
