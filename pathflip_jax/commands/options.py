@@ -9,6 +9,8 @@ from pathflip_jax.data.storage.files import Place, as_path
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.evaluate.spec import FILE, FLAG, NUMBER, PLACE, PROMPTS, TEXT, Option, option_name
 from pathflip_jax.grounding import maps
+from pathflip_jax.grounding.methods import METHODS
+from pathflip_jax.inference.families import method_help
 from pathflip_jax.runs.bounds import OPTIONS
 
 FAILED_SLIDES, WRONG_INPUT = 1, 2
@@ -144,8 +146,8 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
     """What `evaluate` and `ground` share: how a text becomes a map."""
     parser.add_argument(
         "--method",
-        choices=maps.METHODS,
-        help=f"how to map a text on patches (default {maps.DEFAULT_METHOD}; of a PathFLIP2 cosine)",
+        choices=list(METHODS),
+        help=method_help(),
     )
     parser.add_argument(
         "--window",

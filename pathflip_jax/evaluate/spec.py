@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from pathflip_jax.evaluate.protocols import PROTOCOLS, STRICT
 from pathflip_jax.grounding import maps
+from pathflip_jax.grounding.methods import METHODS
+from pathflip_jax.inference.families import method_help
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.runs.bounds import OPTIONS
 
@@ -91,10 +93,7 @@ class EvaluationSpec:
     draws: int = _option(5, NUMBER, "draws of training slides for every K (default 5)", "N", group=CLASSES)
     grounding: Place | None = _option(None, FILE, "texts of each concept: scores grounding", "JSON", group=GROUNDING)
     outlines: Place | None = _option(None, FILE, "annotated outlines, <slide_id>.geojson", "DIR", group=GROUNDING)
-    method: str | None = _option(
-        None, TEXT, f"how a text is mapped onto patches (default {maps.DEFAULT_METHOD}; PathFLIP2: cosine)",
-        choices=tuple(maps.METHODS), group=GROUNDING,
-    )  # fmt: skip
+    method: str | None = _option(None, TEXT, method_help(), choices=tuple(METHODS), group=GROUNDING)
     window: int = _option(maps.WINDOW, NUMBER, f"patches across a window (default {maps.WINDOW})", "N", group=GROUNDING)
     smooth: float = _option(
         0.5, NUMBER, "standard deviation of the Gaussian that smooths maps, in patch edges (default 0.5; 0: none)",

@@ -1,39 +1,10 @@
-"""Maps of a text on a slide: ways to turn one trained model into a score per patch.
-
-The model is trained to attend from a subcaption to regions (DESIGN section 3.6); a map wants patches. The methods
-differ in how they get from one to the other:
-
-- `region`: the text-region attention of a region, on all of its patches.
-- `attention`: the same, refined inside the region by the patch cross-attention of the Region Q-Former.
-- `patch`: every patch, with its neighbours in a small window, is a region of its own; the text attends to those.
-- `similarity`: the same windows, but each alone before the text: the cosine of the text with the text-conditioned
-  embedding of a slide that has only this region. It is the quantity that the region loss pulls (DESIGN section 4).
-- `cosine`: the cosine of the text with the window's region embedding, past the text-region attention.
-- `slide`: every window is a slide of its own; the cosine of the text with its slide embedding. The default: no
-  neighbour leaks in through the region transformer, and it asks nothing of weights that only the region loss
-  trains, so it is also the fair map of a model that was trained without that loss.
-
-The first three are logarithms of attention over its uniform value: 0 means "no more than anywhere else".
-
-The first two are what the model is trained to attend to, and say little of where: a region is many patches, and what
-draws its attention is mostly not the text. On 24 held-out slides of the demo (windows of one patch, smoothed by half a
-patch edge), ROC AUC of patches / how often the highest patch lies inside / Dice at a fixed threshold:
-
-    slide       0.95  0.97  0.77        attention   0.65  0.34  0.36
-    cosine      0.91  0.86  0.61        region      0.67  0.38  0.34
-    similarity  0.89  0.79  0.53        no text     0.59  0.26  0.37
-    patch       0.74  0.37  0.43
-
-Windows of 3 x 3 patches score the neighbours of what a text names as high as itself: `slide` has 0.94, 0.73 and 0.71.
-"""
+"""Maps of a text on a slide: scores by patch, and the arithmetic that the methods (`methods.py`) share."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-METHODS = ("region", "attention", "patch", "similarity", "cosine", "slide")
-DEFAULT_METHOD = "slide"
 WINDOW = 1
 CONTEXT = 256  # windows that go through the region transformer together
 
@@ -58,11 +29,7 @@ class Grounding(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A slide as `Predictor.prepare` encodes it before any text comes: where its patches lie, regions and windows.
-
-    `windows` [N, D] is None for the methods that spread the score of a region over its patches; `shares` [N] is what
-    method `attention` weighs those by.
-    """
+    """A slide encoded before any text comes: where its patches lie, its regions, and what the method kept of it."""
 
     slide_id: str
     coords: Int[np.ndarray, "N 2"]
@@ -73,8 +40,7 @@ class Prepared(NamedTuple):
     method: str
     slots: Int[np.ndarray, "R S"]
     regions: Float[np.ndarray, "R D"]
-    shares: Float[np.ndarray, "N"] | None
-    windows: Float[np.ndarray, "N D"] | None
+    kept: Float[np.ndarray, "N ..."] | None
 
 
 def subtract(grounding: Grounding, negatives: int) -> Grounding:

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.regions import EDGE_UM, Regions, cut_regions
-from pathflip_jax.data.storage.blocks import row_blocks
-from pathflip_jax.grounding import maps
-from pathflip_jax.grounding.maps import Grounding, Prepared
+from pathflip_jax.grounding import maps, methods
+from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.inference import large_slides
-from pathflip_jax.model.config import PathFLIP2Config
+from pathflip_jax.inference.families import SERVING
+from pathflip_jax.model.families import family_of
 from pathflip_jax.model.pathflip import SlideEncoding
 from pathflip_jax.runtime import memory
 from pathflip_jax.runtime.buckets import bucket
@@ -36,10 +36,6 @@ class TextEncoding(NamedTuple):
 
     slide: Float[np.ndarray, "n D"]
     region: Float[np.ndarray, "n D"]
-
-    def level(self, method: str) -> Float[np.ndarray, "n D"]:
-        """What a map of this method compares with: `slide` makes a slide of each window, all others read regions."""
-        return self.slide if method == "slide" else self.region
 
 
 class Embedding(NamedTuple):
@@ -76,7 +72,7 @@ def region_slots(order: Int[np.ndarray, "N"], rows: Int[np.ndarray, "R+1"]) -> I
     return slots
 
 
-class Bag(NamedTuple):
+class CutSlides(NamedTuple):
     """The patches of a slide, or of all slides of a case, and which of them make each region."""
 
     slide_id: str
@@ -107,13 +103,14 @@ class Predictor:
             raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
         #: What the run does not say of itself and was assumed: older runs, and weights from elsewhere.
         self.assumed = tuple(map(str, config.get("assumed") or ())) or self._unsaid(data)
-        #: A PathFLIP2 knows no regions: each patch stands where a PathFLIP has one.
-        self.patchwise = isinstance(model.config, PathFLIP2Config)
-        self.default_method = "cosine" if self.patchwise else maps.DEFAULT_METHOD
+        #: Each patch stands where another family has a region.
+        self.patchwise = family_of(model.config).patchwise
+        self._serving = SERVING[model.config.family]
+        self.default_method = self._serving.default_method
         self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
 
     def _unsaid(self, data: dict) -> tuple[str, ...]:
-        """What the settings of a run do not say, with the values that stand in for it."""
+        """The settings that a run does not state, with the values that stand in for them."""
         lines = [] if "encoder" in data else ["the patch encoder is not known: features of any encoder are taken"]
         lines += [] if data.get("cut") else [f"regions are cut by {self.cut}"]
         if self.cut == "grid" and data.get("edge_um") is None and data.get("edge_px") is None:
@@ -136,7 +133,7 @@ class Predictor:
                 "encoders share no space, extract them again"
             )
 
-    def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> Bag:
+    def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> CutSlides:
         """Cut slides into regions; several slides are one bag, their regions one after the other (DESIGN section 4).
 
         Raises ValueError for features of another width or patch encoder than the run was trained on.
@@ -153,7 +150,7 @@ class Predictor:
         widest = max(cut.shape[1] for cut in slots)
         slots = [np.pad(cut, ((0, 0), (0, widest - cut.shape[1])), constant_values=-1) for cut in slots]
         features = slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides])
-        return Bag("+".join(s.slide_id for s in slides), features, np.concatenate(slots), np.concatenate(grids))
+        return CutSlides("+".join(s.slide_id for s in slides), features, np.concatenate(slots), np.concatenate(grids))
 
     def region_patches(self, slide: SlideFeatures) -> Int[np.ndarray, "R S"]:
         """The patches of the regions that `encode_regions` embeds, -1 where a region has fewer than the fullest."""
@@ -166,11 +163,13 @@ class Predictor:
     def _patches(self, slide: SlideFeatures) -> Regions:
         return cut_regions(slide, cut="patch")
 
-    def _encode(self, features: Sequence[np.ndarray], slots: Sequence[np.ndarray], attention=False) -> SlideEncoding:
+    def encode_slots(
+        self, features: Sequence[np.ndarray], slots: Sequence[np.ndarray], attention=False
+    ) -> SlideEncoding:
         """Encode several bags of patch indices [R, S] in one padded call; arrays come back as NumPy, still padded."""
         rows = bucket(max(s.shape[0] for s in slots))
         columns = bucket(max(s.shape[1] for s in slots))
-        if rows * columns > large_slides.MOST_PATCHES and not attention and not self.patchwise:
+        if rows * columns > large_slides.MOST_PATCHES and not attention and self._serving.in_blocks:
             return large_slides.encode(self.model, features, slots)
         patches, mask = large_slides.padded(features, slots, (bucket(len(slots)), rows, columns))
         size = (patches.shape, patches.dtype, attention)
@@ -180,7 +179,7 @@ class Predictor:
         return jax.device_get(self._encoders[size](self.model, patches, mask))
 
     def _encoder(self, patches: np.ndarray, mask: np.ndarray, attention: bool, what: str) -> Callable:
-        """What encodes inputs of one size: the compilation that all runs share, a program that fits for large ones."""
+        """The encoder of inputs of one size: one compilation for all runs, for large ones a program that fits."""
         free = memory.free_bytes(jax.local_devices()[0])
         if free is None or patches.nbytes <= free / LARGE:
             return functools.partial(_encode_slides, attention=attention)
@@ -202,7 +201,7 @@ class Predictor:
             for members in sizes.values():
                 for first in range(0, len(members), batch_size):
                     batch = members[first : first + batch_size]
-                    encoding = self._encode([window[i].features for i in batch], [window[i].slots for i in batch])
+                    encoding = self.encode_slots([window[i].features for i in batch], [window[i].slots for i in batch])
                     for row, i in enumerate(batch):
                         regions = encoding.regions[row, : len(window[i].slots)]
                         found[i] = Embedding(window[i].slide_id, encoding.slide[row], regions, window[i].grid)
@@ -215,7 +214,7 @@ class Predictor:
         """
         slides, again = itertools.tee(slides)
         for slide, embedding in zip(again, self.encode_slides(slides, batch_size), strict=True):
-            regions = self._alone(embedding.regions)
+            regions = self.alone(embedding.regions)
             if self.patchwise:
                 cut = self._regions(slide)
                 regions = np.add.reduceat(regions[cut.order], cut.rows[:-1]) / np.diff(cut.rows)[:, None]
@@ -239,7 +238,7 @@ class Predictor:
         tokens = self.tokenizer.encode(texts, self.caption_length)
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # texts of one length share a call
         found = TextEncoding(*(np.zeros((len(texts), self.model.config.embed_dim), np.float32) for _ in range(2)))
-        padded = max(map(len, tokens)) if getattr(self.model.config, "text_pooling", "") == "mean_padded" else 0
+        padded = max(map(len, tokens)) if self._serving.shares_padding(self.model.config) else 0
         for first in range(0, len(order), batch_size):
             members = order[first : first + batch_size]
             rows, length = bucket(len(members)), padded or bucket(max(len(tokens[i]) for i in members))
@@ -266,112 +265,16 @@ class Predictor:
         window: int = maps.WINDOW,
         context: int = maps.CONTEXT,
     ) -> Grounding:
-        """Score every patch of a slide for every text; `grounding/maps.py` says what the methods are (None: the
-        family's own default).
+        """Score every patch of a slide for every text, by one of `grounding.methods.METHODS` (None: the family's own).
 
         The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
         and `context` matter to the methods that look at patches one by one.
         Raises ValueError for a slide without coordinates: there is no place to put a score.
         """
-        texts, negative = _as_tuple(texts), _as_tuple(negative)
+        texts, negative = methods.as_tuple(texts), methods.as_tuple(negative)
         encoded = self.encode_texts(texts + negative)  # first: a text of no words is told before the slide is encoded
-        prepared = self.prepare(slide, method=method, window=window, context=context)
-        return self.score(prepared, texts, negative=negative, encoded=encoded)
-
-    def prepare(
-        self,
-        slide: SlideFeatures,
-        *,
-        method: str | None = None,
-        window: int = maps.WINDOW,
-        context: int = maps.CONTEXT,
-    ) -> Prepared:
-        """Encode of a slide what no text changes, so that many texts can be scored on it. Raises as `ground`."""
-        method = method or self.default_method
-        if method not in maps.METHODS:
-            raise ValueError(f"method {method!r} is none of {', '.join(maps.METHODS)}")
-        if window < 1 or window % 2 == 0:
-            raise ValueError(f"window {window}: a patch stands in the middle of its window; give an odd number")
-        if self.patchwise and method == "attention":
-            raise ValueError(
-                "method 'attention' refines regions by their patches, and a PathFLIP2 attends to patches; ground with "
-                "'region'"
-            )
-        if slide.coords is None:
-            raise ValueError(
-                f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
-                "extract features in a format that stores them (CLAM or TRIDENT h5)"
-            )
-        bag = self.bag(slide)
-        regions = len(bag.slots)
-        encoding = self._encode([bag.features], [bag.slots], attention=method == "attention")
-        shares = windows = None
-        if method == "attention":
-            shares = maps.patch_shares(encoding.region_attention[0], bag.slots, len(slide.features))
-        elif method != "region":
-            if slide.patch_size <= 0 and window > 1:
-                raise ValueError(
-                    f"slide {slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
-                    "import it with --patch-size, or ground with a window of 1"
-                )
-            slots = maps.window_slots(slide.coords, slide.patch_size, window)
-            if self.patchwise and method != "slide":
-                windows = maps.window_means(encoding.regions[0], slots)
-            else:
-                encode_windows = maps.window_slides if method == "slide" else maps.window_regions
-                windows = encode_windows(lambda index: self._encode([bag.features] * len(index), index), slots, context)
-            if method == "similarity":
-                windows = self._alone(windows)
-        return Prepared(
-            slide_id=slide.slide_id,
-            coords=slide.coords,
-            patch_size=slide.patch_size,
-            mpp=slide.mpp,
-            width=slide.width,
-            height=slide.height,
-            method=method,
-            slots=bag.slots,
-            regions=encoding.regions[0, :regions],
-            shares=shares,
-            windows=windows,
-        )
-
-    def score(
-        self,
-        prepared: Prepared,
-        texts: str | Sequence[str],
-        *,
-        negative: str | Sequence[str] = (),
-        encoded: TextEncoding | None = None,
-    ) -> Grounding:
-        """What `ground` gives for a slide that `prepare` has encoded: a matrix product for each further text.
-
-        `encoded` is what `encode_texts` made of the texts and the negative ones behind them, where that is known.
-        """
-        texts, negative = _as_tuple(texts), _as_tuple(negative)
-        text = self.encode_texts(texts + negative) if encoded is None else encoded
-        region_scores = maps.log_ratio(self._attend(text.region, prepared.regions))
-        if prepared.windows is None:
-            scores = maps.spread(region_scores, prepared.slots, len(prepared.coords))
-            if prepared.shares is not None:
-                scores = scores + np.log(np.maximum(prepared.shares, 1e-9))
-        elif prepared.method == "patch":
-            scores = maps.log_ratio(self._attend(text.region, prepared.windows))
-        else:
-            scores = _cosine(text.level(prepared.method), prepared.windows)
-        found = Grounding(
-            slide_id=prepared.slide_id,
-            texts=texts + negative,
-            patch_scores=np.asarray(scores, np.float32),
-            region_scores=np.asarray(region_scores, np.float32),
-            coords=prepared.coords,
-            patch_size=prepared.patch_size,
-            mpp=prepared.mpp,
-            width=prepared.width,
-            height=prepared.height,
-            method=prepared.method,
-        )
-        return maps.subtract(found, len(negative))
+        prepared = methods.prepare(self, slide, method=method, window=window, context=context)
+        return methods.score(self, prepared, texts, negative=negative, encoded=encoded)
 
     def attend(self, slide: SlideFeatures) -> Float[np.ndarray, "N"]:
         """The cross-attention of the Slide Q-Former to each patch, as a logarithm over its mean: a map of no text.
@@ -379,11 +282,11 @@ class Predictor:
         What a grounding must beat: the model looks at some patches more than at others whatever is asked.
         """
         bag = self.bag(slide)
-        encoding = self._encode([bag.features], [bag.slots], attention=True)
+        encoding = self.encode_slots([bag.features], [bag.slots], attention=True)
         weights = maps.patch_weights(encoding.slide_attention[0], bag.slots, len(slide.features))
         return np.log(np.maximum(weights, 1e-9))
 
-    def _attend(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    def attend_regions(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
         """The attention of each text over the regions [C, R], mean over heads."""
         count, size, rows = len(regions), bucket(len(regions)), bucket(len(texts))
         keys = np.zeros((1, size, regions.shape[1]), np.float32)
@@ -393,7 +296,7 @@ class Predictor:
         _, weights = _text_region_attention(self.model, queries, keys, np.arange(size)[None] < count)
         return np.asarray(weights, np.float32)[0, : len(texts), :count]
 
-    def _alone(self, regions: np.ndarray) -> np.ndarray:
+    def alone(self, regions: np.ndarray) -> np.ndarray:
         """The text-conditioned embedding of each region as the only one of its slide [R, D].
 
         One region takes all the attention whatever the text, so the embedding is the same for every text.
@@ -405,7 +308,7 @@ class Predictor:
         return np.asarray(pooled, np.float32)[: len(regions), 0]
 
 
-def _windows(bags: Iterable[Bag], most: int) -> Iterator[list[Bag]]:
+def _windows(bags: Iterable[CutSlides], most: int) -> Iterator[list[CutSlides]]:
     """Bags in their order, `most` together, or fewer whose features in memory come to HELD bytes."""
     window, held = [], 0
     for bag in bags:
@@ -416,17 +319,3 @@ def _windows(bags: Iterable[Bag], most: int) -> Iterator[list[Bag]]:
             window, held = [], 0
     if window:
         yield window
-
-
-def _as_tuple(texts: str | Sequence[str]) -> tuple[str, ...]:
-    return (texts,) if isinstance(texts, str) else tuple(texts)
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cosine of each a with each b, many at a time: b may be the patches of a large slide."""
-    a = _unit(a)
-    return np.concatenate([a @ _unit(part).T for _, part in row_blocks(b)], axis=1)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
+from pathflip_jax.grounding.methods import prepare, score
 from pathflip_jax.inference.predictor import Predictor, TextEncoding
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.layers import Layer, make_layer
@@ -40,7 +41,7 @@ class Grounder:
         def make() -> Prepared:
             features = slide.features()
             with self.model_lock:
-                prepared = self.predictor.prepare(features, method=self.method, window=self.window)
+                prepared = prepare(self.predictor, features, method=self.method, window=self.window)
             self._score(prepared, (WARM_TEXT,), ())  # compiled now, not at the first question
             return prepared
 
@@ -88,7 +89,7 @@ class Grounder:
         each = [self._encode_text(text) for text in texts + negative]  # one by one: few shapes to compile
         encoded = TextEncoding(*(np.concatenate(level) for level in zip(*each, strict=True)))
         with self.model_lock:
-            return self.predictor.score(prepared, texts, negative=negative, encoded=encoded)
+            return score(self.predictor, prepared, texts, negative=negative, encoded=encoded)
 
 
 NO_FEATURES = "prepare the slide, and name its records by --records or its feature files by --features"

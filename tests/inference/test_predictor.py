@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pathflip_jax
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.regions import cut_regions
-from pathflip_jax.grounding import maps
+from pathflip_jax.grounding import methods
 from pathflip_jax.inference import predictor as inference
 from pathflip_jax.inference.predictor import Predictor, region_slots
 from pathflip_jax.model.config import PathFLIPConfig
@@ -127,7 +127,7 @@ def test_texts_come_back_in_order_whatever_shares_their_call(predictor):
     assert predictor.encode_text("fat").shape == (1, 16)
 
 
-@pytest.mark.parametrize("method", maps.METHODS)
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_maps_follow_their_patches(predictor, method):
     """The same slide with its patches in another order has the same map in that order."""
     slide = make_slide()
@@ -140,9 +140,9 @@ def test_maps_follow_their_patches(predictor, method):
     assert again.patch_scores == pytest.approx(found.patch_scores[:, order], abs=2e-5)
     assert np.ptp(found.patch_scores, axis=1).min() > 1e-4
     assert np.abs(found.patch_scores[0] - found.patch_scores[1]).max() > 1e-4
-    prepared = predictor.prepare(slide, method=method, context=1000)  # once, then any text
-    assert np.array_equal(predictor.score(prepared, texts).patch_scores, found.patch_scores)
-    less = predictor.score(prepared, texts[0], negative=texts[1])
+    prepared = methods.prepare(predictor, slide, method=method, context=1000)  # once, then any text
+    assert np.array_equal(methods.score(predictor, prepared, texts).patch_scores, found.patch_scores)
+    less = methods.score(predictor, prepared, texts[0], negative=texts[1])
     assert less.patch_scores[0] == pytest.approx(found.patch_scores[0] - found.patch_scores[1], abs=1e-5)
     assert less.texts == (texts[0],) and less.negative == (texts[1],)
 

@@ -1,0 +1,33 @@
+"""Inference with each model family: its default map, and what its encoders can and cannot do."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pathflip_jax.grounding.methods import describe_methods
+from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
+
+
+class Serving(NamedTuple):
+    """Encoding of slides and texts of one family.
+
+    `in_blocks`: slides too large for one call are encoded a block of regions at a time (`large_slides.py`).
+    `shares_padding`: whether padding counts in a text's embedding, so that all texts of a call are padded alike.
+    """
+
+    default_method: str
+    in_blocks: bool
+    shares_padding: Callable[[ModelConfig], bool]
+
+
+SERVING: dict[str, Serving] = {
+    PathFLIPConfig.family: Serving("slide", in_blocks=True, shares_padding=lambda config: False),
+    PathFLIP2Config.family: Serving(
+        "cosine", in_blocks=False, shares_padding=lambda config: config.text_pooling == "mean_padded"
+    ),
+}
+
+
+def method_help() -> str:
+    """The help of --method: the defaults of the families, and every method with its description."""
+    defaults = ", ".join(f"{serving.default_method} for {family}" for family, serving in SERVING.items())
+    return f"how to map a text on patches (default: {defaults}). {describe_methods()}"

@@ -1,0 +1,108 @@
+"""Grounding methods: their help and page, and one more, which a class and an entry add."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pathflip_jax import cli
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.grounding import maps, methods
+from pathflip_jax.grounding.methods import METHODS, Cosine
+
+PAGE = (Path(__file__).parents[2] / "docs" / "grounding_methods.md").read_text()
+
+
+class Encoder:
+    """A model whose regions and slides are means of features, and whose attention is uniform."""
+
+    patchwise, default_method = False, "slide"
+
+    def bag(self, slide):
+        return maps_bag(slide.features, np.array([[0, 1], [2, -1]]))
+
+    def encode_slots(self, features, slots, attention=False):
+        rows = np.stack([[own[i[i >= 0]].mean(0) for i in index] for own, index in zip(features, slots, strict=True)])
+        heads = np.ones((len(rows), 1, 1, *np.shape(slots)[1:]))
+        return Encoding(rows.mean(1), rows, heads)
+
+    def encode_texts(self, texts):
+        found = np.eye(3)[[("fat", "gland", "mucin").index(text) for text in texts]]
+        return Texts(found, found)
+
+    def attend_regions(self, texts, regions):
+        return np.full((len(texts), len(regions)), 1 / len(regions))
+
+    def alone(self, regions):
+        return regions
+
+
+class Encoding:
+    def __init__(self, slide, regions, region_attention):
+        self.slide, self.regions, self.region_attention = slide, regions, region_attention
+
+
+class Texts:
+    def __init__(self, slide, region):
+        self.slide, self.region = slide, region
+
+
+def maps_bag(features, slots):
+    return type("Bag", (), {"features": features, "slots": slots})
+
+
+def make_slide(**changes):
+    values = {"slide_id": "S", "case_id": "P", "coords": np.array([[0, 0], [256, 0], [512, 0]], np.int32)}
+    values |= {"features": np.eye(3, dtype=np.float32), "patch_size": 256, "mpp": 0.5, "width": 768, "height": 256}
+    return SlideFeatures(**values | {"encoder": ""} | changes)
+
+
+def ground(name, texts=("gland",), **how):
+    encoder = Encoder()
+    return methods.score(encoder, methods.prepare(encoder, make_slide(), method=name, **how), texts)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_scores_every_patch(name):
+    found = ground(name)
+    assert found.method == name and found.patch_scores.shape == (1, 3) and found.region_scores.shape == (1, 2)
+    if name in ("slide", "cosine", "similarity"):
+        assert found.patch_scores[0] == pytest.approx([0, 1, 0])
+    else:
+        assert found.patch_scores[0] == pytest.approx(np.zeros(3), abs=1e-6)  # attention is uniform
+
+
+def test_the_page_and_the_help_say_what_each_method_is(capsys):
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([a-z][^|]*[a-z]) \|$", PAGE, re.MULTILINE))
+    assert rows == {name: method.description for name, method in METHODS.items()}
+    for command in ("ground", "evaluate"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert all(f"{name}: {method.description}" in told for name, method in METHODS.items())
+        assert "default: slide for pathflip, cosine for pathflip2" in told
+
+
+def test_one_more_method_is_a_class_and_an_entry(monkeypatch, capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    place = {"Cosine": Cosine, "maps": maps}
+    exec(code, place)
+    monkeypatch.setitem(METHODS, "weighted", place["Weighted"]())
+    assert ground("weighted").patch_scores[0] == pytest.approx(ground("cosine").patch_scores[0], abs=1e-6)
+    with pytest.raises(SystemExit):
+        cli.main(["ground", "--help"])
+    assert "weighted: the cosine of each window plus the score of its region" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_what_a_method_cannot_do_is_refused():
+    encoder = Encoder()
+    with pytest.raises(ValueError, match="'magic' is none of region, attention"):
+        methods.prepare(encoder, make_slide(), method="magic")
+    with pytest.raises(ValueError, match=r"size of its patches is unknown.*--patch-size"):
+        methods.prepare(encoder, make_slide(patch_size=0), window=3)
+    encoder.patchwise = True
+    with pytest.raises(ValueError, match="'attention' refines regions.*ground with 'region'"):
+        methods.prepare(encoder, make_slide(), method="attention")

@@ -1,0 +1,41 @@
+"""Model families: one record each, and the tables of other rooms by the same names."""
+
+import dataclasses
+
+import pytest
+from flax import nnx
+
+from pathflip_jax.convert.families import CONVERSIONS
+from pathflip_jax.export.families import EXPORTS
+from pathflip_jax.grounding.methods import METHODS
+from pathflip_jax.inference.families import SERVING
+from pathflip_jax.model.config import CONFIGS
+from pathflip_jax.model.families import FAMILIES, family_of
+from pathflip_jax.model.parameters import abstract_params, make_model
+from pathflip_jax.training import alignment
+
+SMALL = dict(feature_dim=8, embed_dim=8, hidden=8, layers=1, heads=1, intermediate=8, vocab_size=9, max_positions=8)
+
+
+def test_every_room_has_the_same_families():
+    for table in (CONFIGS, CONVERSIONS, EXPORTS, SERVING, alignment.FAMILIES):
+        assert table.keys() == FAMILIES.keys()
+    assert {name: family.config for name, family in FAMILIES.items()} == CONFIGS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_rooms_say_of_a_family_agrees(name):
+    family = FAMILIES[name]
+    config = family.config(**SMALL)
+    assert family_of(config) is family
+    assert isinstance(make_model(config, nnx.Rngs(0)), family.network)
+    assert dataclasses.is_dataclass(family.loss)
+    assert CONVERSIONS[name].bert.whole == (family.added_words == 0)  # [DEC] is what a BERT as it is does not have
+    shapes = abstract_params(config)
+    assert f"{CONVERSIONS[name].bert.path}/word_embeddings/embedding" in shapes
+    assert [entry.path for entry in CONVERSIONS[name].names(config)] and {
+        entry.path for entry in CONVERSIONS[name].names(config)
+    } == shapes.keys()
+    default = METHODS[SERVING[name].default_method]
+    assert not (family.patchwise and default.splits_regions)
+    assert SERVING[name].in_blocks != family.patchwise  # regions are what a block is made of
