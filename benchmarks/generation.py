@@ -74,10 +74,10 @@ def ours(folder: Path, dtype: str, embeds: np.ndarray) -> Callable[[int], np.nda
 
     from pathflip_jax.convert.decoder import load_decoder
     from pathflip_jax.llm.generate import generate
-    from pathflip_jax.llm.products import for_generation
     from pathflip_jax.llm.sampling import Sampling
+    from pathflip_jax.llm.serving import fuse_for_decoding
 
-    model = for_generation(load_decoder(folder, dtype=dtype, compute_dtype=dtype))
+    model = fuse_for_decoding(load_decoder(folder, dtype=dtype, compute_dtype=dtype))
     inputs, mask = jnp.asarray(embeds), np.ones(embeds.shape[:2], bool)
     return lambda new: generate(model, inputs, mask, Sampling(max_new_tokens=new)).tokens
 

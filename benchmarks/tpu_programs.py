@@ -103,13 +103,13 @@ def lower_generation(program: str, devices: list, options: argparse.Namespace):
     from pathflip_jax.llm import generate
     from pathflip_jax.llm.config import DecoderConfig
     from pathflip_jax.llm.decoder import Decoder
-    from pathflip_jax.llm.products import for_generation
     from pathflip_jax.llm.sampling import Sampling
+    from pathflip_jax.llm.serving import fuse_for_decoding
 
     config = DecoderConfig.from_hf(QWEN3 | {"num_hidden_layers": options.layers}, compute_dtype="bfloat16")
 
     def make():
-        return for_generation(jax.tree.map(lambda x: x.astype("bfloat16"), Decoder(config, nnx.Rngs(0))))
+        return fuse_for_decoding(jax.tree.map(lambda x: x.astype("bfloat16"), Decoder(config, nnx.Rngs(0))))
 
     mesh, of = one_chip(devices)
     with jax.set_mesh(mesh):

@@ -57,9 +57,9 @@ def make_decoder(width: int, layers: int, dtype: str):
 
     from pathflip_jax.llm.config import DecoderConfig
     from pathflip_jax.llm.decoder import Decoder
-    from pathflip_jax.llm.products import for_generation
+    from pathflip_jax.llm.serving import fuse_for_decoding
 
     values = benchmark.settings(width, layers) | {"model_type": "qwen3"}
     config = DecoderConfig.from_hf(values, compute_dtype=dtype)
     cast = partial(jax.tree.map, lambda x: x.astype(dtype))
-    return for_generation(jax.jit(lambda: cast(Decoder(config, nnx.Rngs(0))))())
+    return fuse_for_decoding(jax.jit(lambda: cast(Decoder(config, nnx.Rngs(0))))())

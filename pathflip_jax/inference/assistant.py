@@ -21,11 +21,10 @@ from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.inference.language_run import assemble
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.llm.adapter import SlideLanguageModel
-from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.generate import generate, score
-from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.prompts import Prompted, encode_prompt, insert_slide, stop_ids
 from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.llm.serving import ServingDecoder, fuse_for_decoding
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.runs.files import CONFIG, run_folder
 from pathflip_jax.runtime.buckets import bucket
@@ -55,8 +54,8 @@ class SlideAssistant:
         self.predictor = Predictor(model.aligner, config, None, name)
 
     @cached_property
-    def _writer(self) -> Decoder:
-        return for_generation(self.model.decoder)
+    def _writer(self) -> ServingDecoder:
+        return fuse_for_decoding(self.model.decoder)
 
     def embed_slides(self, slides: Sequence[SlideFeatures]) -> list[Rows]:
         """[slide; regions] of each slide, of all its regions; raises as `Predictor.bag`."""
@@ -81,7 +80,7 @@ class SlideAssistant:
         return self.answer([self.prompt(DESCRIBE, slide) for slide in slides], sampling, batch_size=batch_size)
 
     def answer(self, prompts: Sequence[Asked], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
-        """What the model writes after each prompt. Prompts of like length share a call; raises as `generate`."""
+        """The model's answer to each prompt. Prompts of like length share a call; raises as `generate`."""
         sampling = replace(sampling, stop_ids=self.stop_ids)
         found: list[str] = [""] * len(prompts)
         for members in _alike([self._length(prompt) for prompt in prompts], batch_size):

@@ -1,4 +1,4 @@
-"""The books of beam search: which texts go on, which have ended, and when no better one can come.
+"""Beam-search state: running hypotheses, finished ones, and the bound that ends the search.
 
 As in transformers with early_stopping=False, whose results it gives token for token; letters as in generate.py.
 """

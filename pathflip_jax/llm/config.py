@@ -168,7 +168,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unsupported(family: str, values: Mapping[str, Any]) -> list[str]:
-    """What a config.json asks for that this decoder does not do."""
+    """Demands of a config.json that this decoder does not meet."""
     faults = []
     if values.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act {values['hidden_act']!r} (expected silu)")

@@ -84,7 +84,6 @@ class Attention(nnx.Module):
         self.query = project("query", config.width, inner, config.attention_bias)
         self.key = project("key", config.width, kv, config.attention_bias)
         self.value = project("value", config.width, kv, config.attention_bias)
-        self.joined = None  # the three above as one product, for generation (products.py)
         self.output = project("output", inner, config.width, config.output_bias)
         self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_norm else None
         self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.query_norm else None
@@ -100,10 +99,7 @@ class Attention(nnx.Module):
         """[B, T, W] -> [B, T, W], and with a cache the keys and values of its slots, the new ones among them."""
         heads, kv_heads, d = self.shape
         keys = split_key(key, 4)
-        if self.joined is None:
-            q, k, v = self.query(x, keys[0]), self.key(x, keys[1]), self.value(x, keys[2])
-        else:
-            q, k, v = jnp.split(self.joined(x), [heads * d, (heads + kv_heads) * d], axis=-1)
+        q, k, v = self.project(x, keys)
         q = q.reshape(*x.shape[:2], heads, d)
         k, v = (y.reshape(*x.shape[:2], kv_heads, d) for y in (k, v))
         if self.query_norm is not None:
@@ -118,6 +114,10 @@ class Attention(nnx.Module):
             held_v = jax.lax.dynamic_update_slice(held_v, v.swapaxes(1, 2).astype(held_v.dtype), at)
             pooled, held = _attend_cached(q, held_k, held_v, mask), (held_k, held_v)
         return self.output(pooled.reshape(*x.shape[:2], heads * d), keys[3]), held
+
+    def project(self, x: Float[Array, "B T W"], keys) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of all heads."""
+        return self.query(x, keys[0]), self.key(x, keys[1]), self.value(x, keys[2])
 
 
 def _attend_cached(
@@ -140,17 +140,17 @@ class FeedForward(nnx.Module):
 
         self.gate = project("gate", config.width, config.intermediate)
         self.up = project("up", config.width, config.intermediate)
-        self.joined = None  # the two above as one product, for generation (products.py)
         self.down = project("down", config.intermediate, config.width)
 
     def __call__(self, x: Float[Array, "B T W"], key: Array | None) -> Float[Array, "B T W"]:
         """[B, T, W] -> [B, T, W]."""
         keys = split_key(key, 3)
-        if self.joined is None:
-            gate, up = self.gate(x, keys[0]), self.up(x, keys[1])
-        else:
-            gate, up = jnp.split(self.joined(x), 2, axis=-1)
+        gate, up = self.project(x, keys)
         return self.down(jax.nn.silu(gate) * up, keys[2])
+
+    def project(self, x: Float[Array, "B T W"], keys) -> tuple[Array, Array]:
+        """Gate and up."""
+        return self.gate(x, keys[0]), self.up(x, keys[1])
 
 
 def _adapted(name: str, lora: LoRAConfig | None) -> LoRAConfig | None:
@@ -160,11 +160,13 @@ def _adapted(name: str, lora: LoRAConfig | None) -> LoRAConfig | None:
 class DecoderLayer(nnx.Module):
     """Attention, then the feed-forward network, each behind its norm and beside its residual."""
 
-    def __init__(self, config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, lora, rngs)
-        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward = FeedForward(config, lora, rngs)
+    def __init__(
+        self, attention_norm: RMSNorm, attention: Attention, feed_forward_norm: RMSNorm, feed_forward: FeedForward
+    ) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.feed_forward_norm = feed_forward_norm
+        self.feed_forward = feed_forward
 
     def __call__(self, x, angles, mask, cached, key):
         """As `Attention`."""
@@ -176,15 +178,13 @@ class DecoderLayer(nnx.Module):
             return x + self.feed_forward(self.feed_forward_norm(x), keys[1]), held
 
 
-class Decoder(nnx.Module):
-    """A causal language model. A pytree of parameters; use it with plain JAX transforms."""
+class CausalDecoder(nnx.Module):
+    """A stack of layers over embeddings of tokens: what decoders for training and for generation share."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, lora: LoRAConfig | None = None) -> None:
-        self.config, self.lora = config, lora
-        self.embedding = Embedding(config.vocab_size, config.width, rngs)
-        self.layers = nnx.List([DecoderLayer(config, lora, rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied else Projection(config.width, config.vocab_size, rngs)
+    config: DecoderConfig
+    embedding: Embedding
+    layers: nnx.List
+    norm: RMSNorm
 
     def __call__(
         self,
@@ -253,11 +253,7 @@ class Decoder(nnx.Module):
 
     def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
         """The logits of states, in float32."""
-        with jax.named_scope("logits"):
-            if self.head is None:
-                table = self.embedding.embedding[...]
-                return contract("btw,vw->btv", states, table).astype(jnp.float32)
-            return self.head(states).astype(jnp.float32)
+        raise NotImplementedError
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Room for so many tokens of so many sequences, none of them there yet."""
@@ -272,3 +268,28 @@ class Decoder(nnx.Module):
 
 def _apply(module: DecoderLayer, *arguments):
     return module(*arguments)
+
+
+class Decoder(CausalDecoder):
+    """A causal language model. A pytree of parameters; use it with plain JAX transforms."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, lora: LoRAConfig | None = None) -> None:
+        self.config, self.lora = config, lora
+        self.embedding = Embedding(config.vocab_size, config.width, rngs)
+        self.layers = nnx.List([_new_layer(config, lora, rngs) for _ in range(config.layers)])
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied else Projection(config.width, config.vocab_size, rngs)
+
+    def logits(self, states: Float[Array, "B T W"]) -> Float[Array, "B T V"]:
+        """The logits of states, in float32."""
+        with jax.named_scope("logits"):
+            if self.head is None:
+                table = self.embedding.embedding[...]
+                return contract("btw,vw->btv", states, table).astype(jnp.float32)
+            return self.head(states).astype(jnp.float32)
+
+
+def _new_layer(config: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs) -> DecoderLayer:
+    norms = (RMSNorm(config.width, config.norm_eps) for _ in range(2))
+    attention = Attention(config, lora, rngs)
+    return DecoderLayer(next(norms), attention, next(norms), FeedForward(config, lora, rngs))

@@ -20,9 +20,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm import beams
-from pathflip_jax.llm.decoder import Cache, Decoder
-from pathflip_jax.llm.products import for_generation
+from pathflip_jax.llm.decoder import Cache, CausalDecoder, Decoder
 from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.llm.serving import ServingDecoder, fuse_for_decoding
 from pathflip_jax.runtime.buckets import bucket
 from pathflip_jax.runtime.compilation import compiler_options
 
@@ -41,7 +41,7 @@ class Generated(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What the loop carries. `seen` marks the words of prompt and text if repetition has a penalty.
+    """The state of the loop. `seen` marks the words of prompt and text if repetition has a penalty.
 
     `fault` is the first step whose logits were not finite, -1 without one.
     """
@@ -56,7 +56,7 @@ class Texts(NamedTuple):
 
 
 def generate(
-    decoder: Decoder,
+    decoder: Decoder | ServingDecoder,
     inputs_embeds: Float[Array, "B T W"],
     mask: Bool[Array, "B T"],
     sampling: Sampling,
@@ -66,7 +66,7 @@ def generate(
     """Continue each prompt until a stop token or `max_new_tokens`.
 
     `mask` is False at padding, which stands on the left. `prompt_tokens` are the ids of the prompt where there are any,
-    -1 elsewhere: the repetition penalty counts them. Whoever calls more than once gives `for_generation(decoder)`,
+    -1 elsewhere: the repetition penalty counts them. Whoever calls more than once gives `fuse_for_decoding(decoder)`,
     which is made for this call otherwise. Draws are a function of the seed, the step and the row.
 
     Raises ValueError for prompts that are empty, padded elsewhere or too long for the decoder with the answer, and
@@ -76,7 +76,7 @@ def generate(
     V = decoder.config.vocab_size
     if unknown := [token for token in sampling.stop_ids if token >= V]:
         raise ValueError(f"stop_ids {unknown} are not among the {V} words of the decoder; give ids of its tokenizer")
-    model = for_generation(decoder)
+    model = fuse_for_decoding(decoder)
     room = bucket(sampling.max_new_tokens)
     logits, held = _prefill(model, inputs_embeds, mask, room * sampling.beams)
     seen = None
@@ -96,7 +96,7 @@ def generate(
 
 
 def score(
-    decoder: Decoder,
+    decoder: Decoder | ServingDecoder,
     inputs_embeds: Float[Array, "B T W"],
     mask: Bool[Array, "B T"],
     targets: Int[Array, "B C L"],
@@ -116,7 +116,7 @@ def score(
         raise ValueError(f"continuation {c} of sequence {b} is empty or padded on the left; pad on the right")
     pad = ((0, 0), (0, bucket(C) - C), (0, bucket(L) - L))
     targets, target_mask = (np.pad(np.where(target_mask, targets, 0), pad), np.pad(target_mask, pad))
-    model = for_generation(decoder)
+    model = fuse_for_decoding(decoder)
     logits, held = _prefill(model, inputs_embeds, mask, targets[0].size)
     found, _ = _programs().score(model, logits, held, targets.astype(np.int32), target_mask)
     found = np.asarray(found)[:, :C]
@@ -162,7 +162,7 @@ def _check_finite(fault: Int[np.ndarray, "B"]) -> None:
         raise FloatingPointError(f"the logits of sequence {b} are not finite at step {fault[b]}; {_CURE}")
 
 
-def _check_prompt(decoder: Decoder, inputs_embeds: Array, mask: Array, new: int) -> Bool[np.ndarray, "B T"]:
+def _check_prompt(decoder: CausalDecoder, inputs_embeds: Array, mask: Array, new: int) -> Bool[np.ndarray, "B T"]:
     mask = np.asarray(mask, bool)
     wanted = (*mask.shape, decoder.config.width)
     if tuple(inputs_embeds.shape) != wanted:
@@ -179,7 +179,7 @@ def _check_prompt(decoder: Decoder, inputs_embeds: Array, mask: Array, new: int)
     return mask
 
 
-def _prefill(model: Decoder, inputs_embeds: Array, mask: Bool[np.ndarray, "B T"], room: int):
+def _prefill(model: ServingDecoder, inputs_embeds: Array, mask: Bool[np.ndarray, "B T"], room: int):
     """The logits after each prompt, and the cache with `room` slots more."""
     missing = bucket(mask.shape[1]) - mask.shape[1]
     embeds = jnp.pad(jnp.asarray(inputs_embeds), ((0, 0), (missing, 0), (0, 0)))
@@ -208,7 +208,7 @@ def _programs() -> _Programs:
     )
 
 
-def read_prompt(model: Decoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
+def read_prompt(model: ServingDecoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
     """The program of `generate` that reads prompts: the logits after each, and the cache with `room` slots more."""
     held = model.empty_cache(len(mask), mask.shape[1] + room)
     # What stands at padding is weighed with zero, but zero times NaN is NaN.

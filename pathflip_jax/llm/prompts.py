@@ -189,7 +189,7 @@ def _chat(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequen
 
 @lru_cache(maxsize=64)
 def _frame(tokenizer: DecoderTokenizer, turns: int) -> _Frame:
-    """What a chat template puts around the messages of that many turns, whatever they say."""
+    """The ids that a chat template puts around the messages of that many turns, whatever they say."""
     roles = ("user", "assistant") * turns
     messages = [{"role": role, "content": _MARK.format(number)} for number, role in enumerate(roles)]
     before = _cut(tokenizer, tokenizer.render(messages[:-1], add_generation_prompt=True), 2 * turns - 1)
@@ -219,7 +219,7 @@ def _cut(tokenizer: DecoderTokenizer, rendered: str, messages: int) -> list[str]
 
 
 def _common(one: Int[np.ndarray, "t"], other: Int[np.ndarray, "t"]) -> int:
-    """How many ids two sequences begin with in common."""
+    """The number of ids that two sequences begin with in common."""
     size = min(len(one), len(other))
     return int(np.cumprod(one[:size] == other[:size]).sum())
 

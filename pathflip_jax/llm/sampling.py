@@ -1,4 +1,4 @@
-"""Settings of how the tokens of a text are chosen."""
+"""Settings by which the tokens of a text are chosen."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; all but beam search as in transformers' processors of the same names.
+    """Choice of tokens; all but beam search as in transformers' processors of the same names.
 
     `temperature` 0 takes the likeliest token, otherwise tokens are drawn by `seed`, of the `top_k` likeliest and of the
     fewest that hold a share of `top_p`. `beams` above 1 keeps so many texts, and divides their log likelihoods by

@@ -83,7 +83,7 @@ class DecoderTokenizer:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What its tokenizer.json says."""
+        """The content of its tokenizer.json."""
         return json_object(self.folder / "tokenizer.json", self._files["tokenizer.json"])
 
     @property
@@ -305,7 +305,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 def _sandbox() -> ImmutableSandboxedEnvironment:
-    """What chat templates are written for, as transformers sets it up."""
+    """The environment that chat templates are written for, as transformers sets it up."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

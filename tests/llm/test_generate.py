@@ -11,8 +11,8 @@ from pathflip_jax.convert.decoder import init_decoder, load_decoder
 from pathflip_jax.llm import generate as module
 from pathflip_jax.llm.config import LoRAConfig
 from pathflip_jax.llm.generate import adjust, generate, restrict, score
-from pathflip_jax.llm.products import for_generation
 from pathflip_jax.llm.sampling import Sampling
+from pathflip_jax.llm.serving import fuse_for_decoding
 from pathflip_jax.ops import packed_matmul
 from pathflip_jax.runtime.compilation import CompileCounter, compiler_options
 
@@ -154,7 +154,7 @@ def test_the_penalty_equals_that_of_transformers():
 
 
 def test_draws_are_a_function_of_seed_step_and_row(qwen3):
-    model = for_generation(qwen3[0])
+    model = fuse_for_decoding(qwen3[0])
     embeds = model.embed(IDS)
     drawn = Sampling(NEW, temperature=1.5, top_p=0.95, seed=3)
     first, again = (generate(model, embeds, LEFT, drawn) for _ in range(2))
@@ -165,7 +165,7 @@ def test_draws_are_a_function_of_seed_step_and_row(qwen3):
 
 
 def test_draws_follow_the_distribution(qwen3):
-    model = for_generation(qwen3[0])
+    model = fuse_for_decoding(qwen3[0])
     n = 512
     embeds = jnp.broadcast_to(model.embed(IDS[:1]), (n, T, model.config.width))
     sampling = Sampling(1, temperature=0.8, top_k=4)
@@ -207,7 +207,7 @@ def test_score_equals_transformers_one_by_one(pair, budget, monkeypatch):
 
 
 def test_prompts_of_many_lengths_share_programs(qwen3):
-    model = for_generation(qwen3[0])
+    model = fuse_for_decoding(qwen3[0])
     embeds = model.embed(np.tile(IDS, 3))
 
     def write(tokens: int, new: int) -> None:
@@ -224,7 +224,7 @@ def test_prompts_of_many_lengths_share_programs(qwen3):
 
 def test_the_loop_ends_with_its_last_text_and_writes_the_cache_in_place(qwen3):
     """Were the cache copied at each step, a program of more slots would hold it twice."""
-    model = for_generation(qwen3[0])
+    model = fuse_for_decoding(qwen3[0])
     fixed = Sampling(8)
 
     def memory(slots: int):
@@ -239,18 +239,18 @@ def test_the_loop_ends_with_its_last_text_and_writes_the_cache_in_place(qwen3):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3, packed_matmul.FEW + 1])
-def test_a_decoder_laid_out_computes_the_same(decoder_folder, dtype, rows):
+def test_a_decoder_fused_for_decoding_computes_the_same(decoder_folder, dtype, rows):
     decoder = load_decoder(decoder_folder("qwen2", num_hidden_layers=1), dtype=dtype, compute_dtype="float32")
-    model = for_generation(decoder)
-    assert for_generation(model) is model
+    model = fuse_for_decoding(decoder)
+    assert fuse_for_decoding(model) is model
     tokens = np.tile(IDS, (6, 1))[:rows, :1]
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), decoder)  # bfloat16 weights in half the bytes, as exact
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), decoder)  # bfloat16 weights, as exact
     np.testing.assert_allclose(logits_of(model, tokens), logits_of(wide, tokens), atol=2e-5)
 
 
 def test_bfloat16_agrees_with_the_decoder_that_trains(decoder_folder):
     decoder = load_decoder(decoder_folder("qwen3"), compute_dtype="bfloat16")
-    found, expected = logits_of(for_generation(decoder), IDS), logits_of(decoder, IDS)
+    found, expected = logits_of(fuse_for_decoding(decoder), IDS), logits_of(decoder, IDS)
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
@@ -258,14 +258,14 @@ def test_adapters_are_merged(qwen3):
     lora = LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
     decoder = init_decoder(qwen3[0].config, 0, lora=lora)
     decoder = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), decoder)
-    np.testing.assert_allclose(logits_of(for_generation(decoder), IDS), logits_of(decoder, IDS), atol=2e-5)
+    np.testing.assert_allclose(logits_of(fuse_for_decoding(decoder), IDS), logits_of(decoder, IDS), atol=2e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_logits_that_are_not_finite_end_it_by_name(qwen3, beams):
     ours = qwen3[0]
     written = generate(ours, ours.embed(IDS), LEFT, Sampling(NEW)).tokens[1]
-    model = for_generation(ours)
+    model = fuse_for_decoding(ours)
     model.embedding.embedding[...] = model.embedding.embedding[...].at[int(written[0])].set(jnp.nan)
     with pytest.raises(FloatingPointError, match="sequence 1 are not finite at step 1"):
         generate(model, ours.embed(IDS)[:2], LEFT[:2], Sampling(NEW, beams=beams))
