@@ -19,7 +19,8 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.inference import assistant as assistants
 from pathflip_jax.inference import load
-from pathflip_jax.inference.embed import checkpoint_hash, open_embeddings
+from pathflip_jax.inference.embed import checkpoint_hash
+from pathflip_jax.inference.embedding_files import open_embeddings
 from pathflip_jax.inference.language_run import read_trained
 from pathflip_jax.llm.prompts import Prompted, insert_slide
 from pathflip_jax.model import versions as model_versions

@@ -4,7 +4,6 @@ Every file appears whole or not at all.
 """
 
 import io
-import json
 import re
 import uuid
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from pathflip_jax.grounding.outlines import Polygon
 
 # Told apart by the colour-blind too, on pink tissue: Okabe and Ito's palette, its yellow and grey left out.
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (148, 33, 146))
+
+FOR_READERS = {"indent": 1, "ensure_ascii": False, "allow_nan": False}  # JSON (GeoJSON is JSON) that people open too
 
 
 def write_whole(path: Path, data: bytes) -> Path:
@@ -79,7 +80,7 @@ def _rings(polygon: Polygon, bounds: tuple[int, int]) -> list[list[list[float]]]
 
 
 def as_facts(grounding, thresholds: Sequence[float], smooth: float, boxes: Sequence[Box]) -> dict:
-    """What a grounding found, for scripts: how it was made, and the boxes of each text with its threshold."""
+    """The findings of a grounding for scripts: its settings, and the boxes of each text with its threshold."""
     found = []
     for number, text in enumerate(grounding.texts):
         mine = [
@@ -100,12 +101,6 @@ def as_facts(grounding, thresholds: Sequence[float], smooth: float, boxes: Seque
         "patches": len(grounding.coords),
         "texts": found,
     }
-
-
-def write_json(path: Path, content: dict) -> Path:
-    """Write JSON (GeoJSON is JSON)."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    return write_whole(path, (text + "\n").encode())
 
 
 def write_attention(path: Path, grounding, number: int) -> Path:

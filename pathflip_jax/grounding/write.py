@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.grounding.boxes import MIN_PATCHES, find_boxes, thresholds_of
 from pathflip_jax.grounding.files import (
+    FOR_READERS,
     as_facts,
     as_geojson,
     short_name,
     write_attention,
-    write_json,
     write_picture,
     write_whole,
 )
@@ -63,7 +64,8 @@ def write_grounding(
     facts = as_facts(grounding, limits, smooth, boxes)
     bounds = (0, 0) if measures is None else measures.bounds
     areas = as_geojson(name, grounding.texts, boxes, bounds)
-    written["geojson"] = str(write_json(out / f"{name}.geojson", areas))
+    written["geojson"] = str(out / f"{name}.geojson")
+    write_json(out / f"{name}.geojson", areas, **FOR_READERS)
     written["attention"] = [
         str(write_attention(out / f"{name}_{short_name(number + 1, text)}_blockmap.h5", grounding, number))
         for number, text in enumerate(grounding.texts)
@@ -71,5 +73,6 @@ def write_grounding(
     if image is not None:
         facts["top_patches"] = write_top_patches(out / "patches" / name, grounding, image, top)
         written["patches"] = [str(out / "patches" / name / "sheet.png"), *(p["file"] for p in facts["top_patches"])]
-    written["json"] = str(write_json(out / f"{name}.json", facts))
+    written["json"] = str(out / f"{name}.json")
+    write_json(out / f"{name}.json", facts, **FOR_READERS)
     return written

@@ -12,13 +12,13 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float
 
-from pathflip_jax.data.batches.bags import Regions, regions_of, wanted_slides
+from pathflip_jax.data.batches.bags import StoredRegions, regions_of, wanted_slides
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.conversations import Conversation, Turn, match_conversations
-from pathflip_jax.inference.embed import open_embeddings
+from pathflip_jax.inference.embedding_files import open_embeddings
 from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.training.language_objective import LanguageBatch
@@ -31,7 +31,7 @@ class Example(NamedTuple):
     """A conversation ready to draw: its tokens, of each order of its sentences that is learnt, and its regions."""
 
     orders: tuple[Prompted, ...]
-    regions: Regions
+    regions: StoredRegions
 
 
 def collect_examples(
@@ -90,14 +90,14 @@ class EmbeddedSlides:
         self.regions, self.patch_slots = regions, 0
         self._found = found
 
-    def load(self, bags: Iterable[Regions], on_device: bool = False) -> None:
+    def load(self, bags: Iterable[StoredRegions], on_device: bool = False) -> None:
         """Nothing more to read."""
 
     def take_features(self) -> None:
         """No features are needed."""
 
     def draw(
-        self, bags: Sequence[Regions], rngs: Sequence[np.random.Generator], *, in_order: bool = True
+        self, bags: Sequence[StoredRegions], rngs: Sequence[np.random.Generator], *, in_order: bool = True
     ) -> tuple[Float[np.ndarray, "B 1+R D"], Bool[np.ndarray, "B 1+R"]]:
         """The slide's row and up to R of its regions', in the order in which they are stored; which rows are real."""
         width = next(iter(self._found.values())).shape[1]

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from pathflip_jax.inference.embed import checkpoint_hash, open_embeddings
+from pathflip_jax.inference.embed import checkpoint_hash
+from pathflip_jax.inference.embedding_files import open_embeddings
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.viewer.grounder import Grounder
 from pathflip_jax.viewer.slides import ShownSlide
@@ -55,7 +56,7 @@ class Search:
                 tqdm.write(f"slide {slide.slide_id} is not searched: {error}", file=sys.stderr)
 
     def progress(self) -> dict[str, int | bool]:
-        """How many slides can be found, and whether more are on their way."""
+        """The number of slides that can be found, and whether more are on their way."""
         return {
             "ready": len(self._found),
             "all": len(self._slides),

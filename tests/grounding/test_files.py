@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.grounding import files
 from pathflip_jax.grounding.boxes import find_boxes
 from pathflip_jax.grounding.outlines import contains, read_outlines
@@ -24,7 +25,8 @@ def boxes(found):
 
 
 def test_geojson_has_what_qupath_reads(found, boxes, tmp_path):
-    path = files.write_json(tmp_path / "S1.geojson", files.as_geojson("S1", found.texts, boxes))
+    path = tmp_path / "S1.geojson"
+    write_json(path, files.as_geojson("S1", found.texts, boxes), **files.FOR_READERS)
     content = json.loads(path.read_text())
     assert content["type"] == "FeatureCollection" and len(content["features"]) == len(boxes) == 3
     for feature, box in zip(content["features"], boxes, strict=True):
@@ -48,7 +50,8 @@ def test_geojson_has_what_qupath_reads(found, boxes, tmp_path):
 
 def test_facts_list_the_boxes_of_each_text(found, boxes, tmp_path):
     facts = files.as_facts(found, [0.5, 0.5], 0.0, boxes)
-    path = files.write_json(tmp_path / "S1.json", facts)
+    path = tmp_path / "S1.json"
+    write_json(path, facts, **files.FOR_READERS)
     again = json.loads(path.read_text())
     assert [len(text["boxes"]) for text in again["texts"]] == [2, 1]
     assert again["texts"][1]["boxes"][0]["patches"] == 2 and again["mpp"] == 0.5 and again["width"] is None
@@ -65,9 +68,9 @@ def test_attention_is_laid_out_as_clam_does(found, tmp_path):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"a": 1})
+    write_json(path, {"a": 1}, **files.FOR_READERS)
     with pytest.raises(ValueError):
-        files.write_json(path, {"a": float("nan")})
+        write_json(path, {"a": float("nan")}, **files.FOR_READERS)
     assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -14,7 +14,7 @@ from pathflip_jax.commands.options import FAILED_SLIDES
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.inference import embed, load
+from pathflip_jax.inference import embed, embedding_files, load
 from pathflip_jax.inference import predictor as inference
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
@@ -72,7 +72,7 @@ def flip(records, slide_id):
 
 
 def test_rows_are_the_predictors_own_in_the_order_of_the_records(tiny_cohort, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "ROW_GROUP_BYTES", 3000)
+    monkeypatch.setattr(embedding_files, "ROW_GROUP_BYTES", 3000)
     out = tmp_path / "deep" / "embeddings.parquet"
     report = embed.embed(run, tiny_cohort.records, out, regions=True, batch_size=4)
     assert report.done == IDS and report.finished and report.slides_per_second > 0
@@ -99,7 +99,7 @@ def test_the_file_says_what_it_is_of(tiny_cohort, run, tmp_path):
     schema = pq.read_schema(out)
     assert schema.names == ["slide_id", "case_id", "embedding", "num_patches", "num_regions"]
     assert pq.read_table(out)["slide_id"].to_pylist() == IDS[18:]
-    about = json.loads(schema.metadata[embed.METADATA])
+    about = json.loads(schema.metadata[embedding_files.METADATA])
     assert about["records_hash"] == manifest_hash(tiny_cohort.records)
     assert about["checkpoint_hash"] == embed.checkpoint_hash(load.load(run))
     expected = {"format": 1, "encoder": "tiny", "split": "test", "embed_dim": 12, "normalised": False, "failed": []}
@@ -110,13 +110,13 @@ def test_the_file_says_what_it_is_of(tiny_cohort, run, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathflip_jax import cli; from pathflip_jax.inference import embed
-write, written = embed._write, []
+write, written = embed.write_table, []
 def write_two(path, tables):
     if len(written) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, tables)
     written.append(path)
-embed._write, embed.PART_SLIDES = write_two, 5
+embed.write_table, embed.PART_SLIDES = write_two, 5
 cli.main(sys.argv[1:])
 """
 
@@ -157,7 +157,7 @@ def test_a_kill_after_the_last_rename_costs_nothing(tiny_cohort, run, tmp_path, 
 def test_another_job_is_refused_by_both_hashes(tiny_cohort, run, tmp_path, stage, monkeypatch):
     out = tmp_path / "embeddings.parquet"
     if stage == "partial":
-        monkeypatch.setattr(embed.pq, "read_metadata", None)  # the join fails, the parts stay
+        monkeypatch.setattr(embedding_files.pq, "read_metadata", None)  # the join fails, the parts stay
         with pytest.raises(TypeError):
             embed.embed(run, tiny_cohort.records, out)
         monkeypatch.undo()
@@ -188,7 +188,7 @@ def test_a_flipped_byte_costs_its_slide_until_it_is_mended(tiny_cohort, run, tmp
     assert "S07" in capsys.readouterr().out
     rest = [name for name in IDS if name != "S07"]
     assert pq.read_table(out)["slide_id"].to_pylist() == rest
-    assert json.loads(pq.read_schema(out).metadata[embed.METADATA])["failed"] == ["S07"]
+    assert json.loads(pq.read_schema(out).metadata[embedding_files.METADATA])["failed"] == ["S07"]
     (failure,) = json.loads(embed.failures_path(out).read_text())
     assert failure["slide"] == "S07" and failure["file"].endswith("pathflip-00000.tfrecord")
     assert "S07" in failure["error"]
@@ -201,7 +201,7 @@ def test_a_flipped_byte_costs_its_slide_until_it_is_mended(tiny_cohort, run, tmp
     assert found["slide_id"].to_pylist() == IDS and not embed.failures_path(out).exists()
     expected = load.load(run).encode_slide(Records(records).read(7))
     assert np.array(found["regions"][7].as_py()) == pytest.approx(expected.regions, abs=1e-5)
-    assert json.loads(pq.read_schema(out).metadata[embed.METADATA])["failed"] == []
+    assert json.loads(pq.read_schema(out).metadata[embedding_files.METADATA])["failed"] == []
 
 
 def test_strict_stops_and_keeps_what_is_done(tiny_cohort, run, tmp_path, capsys):

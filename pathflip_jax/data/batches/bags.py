@@ -73,7 +73,7 @@ def _sentences(text: SlideText) -> list[str]:
     return list(text.subcaptions or split_sentences(text.caption))
 
 
-class Regions(NamedTuple):
+class StoredRegions(NamedTuple):
     """The regions of slides that are sampled as one: where each is stored and how many patches it has."""
 
     record: np.ndarray  # [regions] place of the region's slide in the records
@@ -95,10 +95,10 @@ class Bag(NamedTuple):
     places: tuple[int, ...]
 
 
-def regions_of(records: Records, places: Sequence[int]) -> Regions:
+def regions_of(records: Records, places: Sequence[int]) -> StoredRegions:
     """The regions of the slides at these places in the records, one slide after the other."""
     rows = [np.asarray(records.slides[i].region_rows) for i in places]
-    return Regions(
+    return StoredRegions(
         np.repeat(places, [len(row) - 1 for row in rows]),
         np.concatenate([np.arange(len(row) - 1) for row in rows]),
         np.concatenate([row[:-1] for row in rows]),

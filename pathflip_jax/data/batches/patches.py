@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float16, Int32
 
-from pathflip_jax.data.batches.bags import Regions
+from pathflip_jax.data.batches.bags import StoredRegions
 from pathflip_jax.data.batches.batch_memory import BatchMemory
 from pathflip_jax.data.records.records import Records
 
@@ -25,7 +25,7 @@ class PatchSampler:
         self._on_device = False
         self._first_row: np.ndarray | None = None
 
-    def load(self, bags: Iterable[Regions], on_device: bool = False) -> None:
+    def load(self, bags: Iterable[StoredRegions], on_device: bool = False) -> None:
         """Read the features of these bags into memory, behind one row of zeros that stands for padding."""
         self._on_device = on_device
         used = sorted({int(i) for bag in bags for i in bag.record})
@@ -46,7 +46,7 @@ class PatchSampler:
         return features
 
     def draw(
-        self, bags: Sequence[Regions], rngs: Sequence[np.random.Generator], *, in_order: bool = False
+        self, bags: Sequence[StoredRegions], rngs: Sequence[np.random.Generator], *, in_order: bool = False
     ) -> tuple[Float16[np.ndarray, "B R S F"] | Int32[np.ndarray, "B R S"], Bool[np.ndarray, "B R S"]]:
         """The patches of each bag, or their rows on the devices, and which slots hold one.
 
@@ -83,7 +83,7 @@ class PatchSampler:
             patches[b, len(regions) :] = 0
         return patches, mask
 
-    def _held(self, bags: Sequence[Regions], chosen: list[np.ndarray], index: np.ndarray, mask: np.ndarray):
+    def _held(self, bags: Sequence[StoredRegions], chosen: list[np.ndarray], index: np.ndarray, mask: np.ndarray):
         """The same patches out of memory, or their rows on the devices."""
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             first = self._first_row[bag.record[regions]] + bag.start[regions]

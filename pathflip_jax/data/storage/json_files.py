@@ -8,10 +8,10 @@ from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.data.storage.whole_files import whole_file
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole or not at all."""
+def write_json(path: Path, content: dict, *, indent: int = 2, **options: bool) -> None:
+    """Write a JSON file whole or not at all; further options are those of `json.dumps`."""
     with whole_file(as_path(path)) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        file.write((json.dumps(content, indent=indent, **options) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
