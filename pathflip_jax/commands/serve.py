@@ -28,6 +28,14 @@ def add(commands) -> None:
         "pathflip serve --records records --checkpoint runs/base --public-name hub.example.org "
         "--root-path /user/me/proxy/8000 --frame-ancestors self",
     )
+    _add_sources(parser)
+    _add_address(parser)
+    add_grounding_options(parser)
+    add_writing_options(parser, max_tokens=256)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    """The slides that are shown, and the runs that know of them."""
     parser.add_argument(
         "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, patches alone"
     )
@@ -52,6 +60,10 @@ def add(commands) -> None:
     parser.add_argument(
         "--aligner", type=path_text, default="", metavar="RUN", help="where its aligner's run lies, if it moved"
     )
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    """The address that the viewer listens at, and the proxies and pages before it."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument(
         "--port", type=number("port"), default=8000, help="port to listen at (default 8000; 0: any that is free)"
@@ -85,8 +97,6 @@ def add(commands) -> None:
         metavar="ORIGIN",
         help="whose pages may show the viewer in a frame: self, https://hub.example.org (default: none)",
     )
-    add_grounding_options(parser)
-    add_writing_options(parser, max_tokens=256)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
 
 class Canvas(NamedTuple):
-    """What a heatmap is painted on: a picture, and where its pixels lie on the slide (level 0)."""
+    """The background of a heatmap: a picture, and where its pixels lie on the slide (level 0)."""
 
     picture: UInt8[np.ndarray, "h w 3"]
     origin: tuple[float, float]
@@ -76,22 +76,27 @@ def blend(
     return grey * (1 - opacity) + colours * opacity
 
 
+class Panel(NamedTuple):
+    """One heatmap of a figure: its title, the scores of the patches, lines around areas, and a line below."""
+
+    title: str
+    scores: Float[np.ndarray, "N"]
+    outline: Sequence[Polygon] = ()
+    note: str = ""
+
+
 def draw_panels(
     canvas: Canvas,
-    titles: Sequence[str],
-    scores: Float[np.ndarray, "C N"],
+    panels: Sequence[Panel],
     coords: Int[np.ndarray, "N 2"],
     patch_size: float,
     *,
     mpp: float = 0.0,
-    outlines: Sequence[list[Polygon]] | None = None,
-    notes: Sequence[str] | None = None,
     heading: str = "",
-    reference: bool = True,
-    outlines_on_reference: bool = True,
+    reference: Sequence[Polygon] | None = (),
     smooth: float = 0.0,
 ) -> Figure:
-    """Draw one heatmap per text side by side, true outlines as lines where given, after the slide itself.
+    """Draw one heatmap per text side by side, after the slide itself with the lines of `reference` (None: without it).
 
     Each text has its own colour scale (1st to 99th percentile): scores of two texts are no common measure. `smooth` is
     the standard deviation, in patch edges, of the Gaussian that smooths the maps.
@@ -99,36 +104,38 @@ def draw_panels(
     if len(coords) == 0:
         raise ValueError("a slide with no patches has nothing to draw")
     rows, columns = canvas.picture.shape[:2]
-    panels = len(titles) + reference
-    across = min(panels, 4)
-    down = -(-panels // across)
+    count = len(panels) + (reference is not None)
+    across = min(count, 4)
+    down = -(-count // across)
     height = PANEL * min(max(rows / columns, 0.4), 2.2)
     figure = Figure(figsize=(PANEL * across, (height + 0.8) * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
+    axes = list(figure.subplots(down, across, squeeze=False).ravel())
     for axis in axes:
         axis.set_axis_off()
-    if reference:
-        axes[0].imshow(canvas.picture, interpolation="antialiased")
-        axes[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
-        if outlines is not None and outlines_on_reference:
-            for polygons in outlines:
-                _draw_outline(axes[0], polygons, canvas)
-    for i, (axis, title) in enumerate(zip(axes[reference:], titles, strict=False)):
-        heat = smooth_covered(paint(scores[i], coords, patch_size, canvas), smooth * patch_size / canvas.downsample)
-        low, high = np.quantile(scores[i], [0.01, 0.99])
-        norm = Normalize(low, high if high > low else low + 1e-6, clip=True)
-        axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
-        if outlines is not None:
-            _draw_outline(axis, outlines[i], canvas)
-        lines = textwrap.wrap(title, 30)[:3] or [""]
-        axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
-        if notes is not None:
-            note = axis.text(0, -0.015, notes[i], transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
-            note.set_in_layout(False)  # a long note must not push the panels apart
-        _draw_colour_bar(figure, axis, norm)
-    for axis in axes[:panels]:
+    shown = axes[:count]
+    if reference is not None:
+        shown[0].imshow(canvas.picture, interpolation="antialiased")
+        shown[0].set_title(heading, fontsize=9, color=MUTED, loc="left")
+        _draw_outline(shown[0], reference, canvas)
+    for axis, panel in zip(shown[count - len(panels) :], panels, strict=True):
+        heat = paint(panel.scores, coords, patch_size, canvas)
+        _draw_panel(figure, axis, panel, canvas, smooth_covered(heat, smooth * patch_size / canvas.downsample))
+    for axis in shown:
         _draw_scale_bar(axis, canvas, mpp)
     return figure
+
+
+def _draw_panel(figure: Figure, axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w"]) -> None:
+    low, high = np.quantile(panel.scores, [0.01, 0.99])
+    norm = Normalize(low, high if high > low else low + 1e-6, clip=True)
+    axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
+    _draw_outline(axis, panel.outline, canvas)
+    lines = textwrap.wrap(panel.title, 30)[:3] or [""]
+    axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
+    if panel.note:
+        note = axis.text(0, -0.015, panel.note, transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
+        note.set_in_layout(False)  # a long note must not push the panels apart
+    _draw_colour_bar(figure, axis, norm)
 
 
 def draw_grounding(
@@ -147,18 +154,19 @@ def draw_grounding(
         canvas = read_thumbnail(image)
     else:
         canvas = blank_canvas(grounding.coords, grounding.patch_size, grounding.width, grounding.height)
+    lines, notes = outlines or {}, notes or [""] * len(grounding.texts)
+    panels = [
+        Panel(text, scores, lines.get(text, ()), note)
+        for text, scores, note in zip(grounding.texts, grounding.patch_scores, notes, strict=True)
+    ]
     return draw_panels(
         canvas,
-        grounding.texts,
-        grounding.patch_scores,
+        panels,
         grounding.coords,
         grounding.patch_size,
         mpp=grounding.mpp,
-        outlines=None if outlines is None else [outlines.get(text, []) for text in grounding.texts],
-        notes=notes,
         heading=grounding.slide_id,
-        reference=image is not None,
-        outlines_on_reference=False,
+        reference=None if image is None else (),
         smooth=smooth,
     )
 
@@ -183,7 +191,7 @@ def _draw_scale_bar(axis, canvas: Canvas, mpp: float) -> None:
     text.set_path_effects(HALO)
 
 
-def _draw_outline(axis, polygons: list[Polygon], canvas: Canvas) -> None:
+def _draw_outline(axis, polygons: Sequence[Polygon], canvas: Canvas) -> None:
     for polygon in polygons:
         for ring in (polygon.ring, *polygon.holes):
             x, y = ((np.asarray(ring) - canvas.origin) / canvas.downsample - 0.5).T

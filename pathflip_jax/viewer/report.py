@@ -1,6 +1,7 @@
 """The static page of a run: its slides, the texts, and where they are seen."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,48 +19,55 @@ from pathflip_jax.viewer.slides import ShownSlide, list_slides
 from pathflip_jax.viewer.static import MOST_PIXELS, PageSlide, Report, check_out, write_page
 
 
-def report(
-    run: Place | str,
-    texts: Sequence[str],
-    out: Path,
-    *,
-    records: Place | None = None,
-    features: Path | None = None,
-    slides_dir: Path | None = None,
-    negative: Sequence[str] = (),
-    slide_ids: Sequence[str] | None = None,
-    most_slides: int | None = None,
-    most_pixels: int = MOST_PIXELS,
-    quality: int = QUALITY,
-    method: str | None = None,
-    window: int = maps.WINDOW,
-) -> Report:
-    """Write the page of the slides of `records` (or `features`) with the files of `slides_dir` under them.
+@dataclass(frozen=True)
+class PageSpec:
+    """Slides and texts of a page, and their presentation.
 
-    The page is told how similar each slide is to each text, so that it can order them; `most_slides` keeps those that
-    are most similar to any. Slides without features are left out. Raises as `write_page` and `list_slides`.
+    The slides are those of `records` (or `features`) with the files of `slides_dir` under them, of which `slide_ids`
+    are shown; `most_slides` keeps those that are most similar to any text. `most_pixels` and `quality` are as
+    `write_page` takes them, `negative`, `method` and `window` as `Predictor.ground`.
     """
-    check_out(out)
+
+    run: Place | str
+    texts: Sequence[str]
+    out: Path
+    records: Place | None = None
+    features: Path | None = None
+    slides_dir: Path | None = None
+    slide_ids: Sequence[str] | None = None
+    most_slides: int | None = None
+    most_pixels: int = MOST_PIXELS
+    quality: int = QUALITY
+    negative: Sequence[str] = ()
+    method: str | None = None
+    window: int = maps.WINDOW
+
+
+def report(spec: PageSpec) -> Report:
+    """Write the page of a run's slides.
+
+    The page is told how similar each slide is to each text, so that it can order them. Slides without features are left
+    out. Raises as `write_page` and `list_slides`.
+    """
+    check_out(spec.out)
+    texts = list(spec.texts)
     if len(set(texts)) < len(texts):
         raise ValueError("--texts: the same text is given twice; give each once")
-    slides = list_slides(slides_dir, records=records, features=features, only=slide_ids)
+    slides = list_slides(spec.slides_dir, records=spec.records, features=spec.features, only=spec.slide_ids)
     slides = [slide for slide in slides if slide.features is not None]
-    predictor = load(run)
-    similarities = _similarities(predictor, slides, predictor.encode_text(list(texts)))
+    predictor = load(spec.run)
+    similarities = _similarities(predictor, slides, predictor.encode_text(texts))
     order = range(len(slides))
-    if most_slides is not None:
-        order = sorted(order, key=lambda i: -max(similarities[i] or [-np.inf]))[:most_slides]
+    if spec.most_slides is not None:
+        order = sorted(order, key=lambda i: -max(similarities[i] or [-np.inf]))[: spec.most_slides]
 
     def ground(slide: ShownSlide) -> Grounding:
-        return predictor.ground(slide.features(), texts, negative=negative, method=method, window=window)
+        how = {"negative": spec.negative, "method": spec.method, "window": spec.window}
+        return predictor.ground(slide.features(), texts, **how)
 
-    pages = [
-        PageSlide(slide.slide_id, slide.image, partial(ground, slide), similarities[i])
-        for i, slide in ((i, slides[i]) for i in order)
-    ]
-    return write_page(
-        out, pages, model_facts(predictor, method or predictor.default_method), most_pixels=most_pixels, quality=quality
-    )
+    pages = [PageSlide(slides[i].slide_id, slides[i].image, partial(ground, slides[i]), similarities[i]) for i in order]
+    facts = model_facts(predictor, spec.method or predictor.default_method)
+    return write_page(spec.out, pages, facts, most_pixels=spec.most_pixels, quality=spec.quality)
 
 
 def _similarities(

@@ -40,54 +40,6 @@ MEDIA_TYPES = {
 
 def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy = DIRECT) -> Starlette:
     """The viewer as an ASGI application; with `local` it answers to the names of this machine and of `proxy` only."""
-    files = page_files()
-    tile_limit, work_limit = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(AT_ONCE)
-
-    async def index(request: Request) -> Response:
-        return _file("index.html", files["index.html"])
-
-    async def page_file(request: Request) -> Response:
-        name = request.path_params["name"]
-        return _file(name, files[name]) if name in files else _error(404, f"the page has no file {name!r:.80}")
-
-    async def slides(request: Request) -> Response:
-        script = f"globalThis.PATHFLIP = {json.dumps(session.page())};\n"
-        return Response(script, media_type=MEDIA_TYPES[".js"], headers={"cache-control": "no-store"})
-
-    def picture(limit_to: Callable[..., bytes]) -> Callable:
-        async def answer(request: Request) -> Response:
-            path = session.slides[request.path_params["number"]].image
-            if path is None:
-                return _error(404, "there is no file of this slide")
-            numbers = [request.path_params[name] for name in ("level", "column", "row") if name in request.path_params]
-            data = await anyio.to_thread.run_sync(limit_to, path, *numbers, limiter=tile_limit)
-            return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
-
-        return _guard(session, answer)
-
-    def told(work: Callable[..., Any]) -> Callable:
-        async def answer(request: Request) -> Response:
-            body = await _body(request) if request.method == "POST" else {}
-            number = [request.path_params["number"]] if "number" in request.path_params else []
-            found = await anyio.to_thread.run_sync(lambda: work(*number, **body), limiter=work_limit)
-            return JSONResponse(found, headers={"cache-control": "no-store"})
-
-        return _guard(session, answer)
-
-    def layer(number: int, text: str = "", negative: list[str] = (), **_) -> dict:
-        return session.layer(number, _text(text), _texts(negative))
-
-    def areas(number: int, text: str = "", negative: list[str] = (), threshold: float = 50, **_) -> dict:
-        return session.areas(number, _text(text), _texts(negative), _percent(threshold))
-
-    def find(text: str = "", **_) -> dict:
-        return session.find(_text(text))
-
-    def report(number: int, **_) -> dict:
-        return {"text": _speaker(session).report(session.slides[number])}
-
-    def answer(number: int, question: str = "", before: list = (), **_) -> dict:
-        return {"text": _speaker(session).answer(session.slides[number], _text(question), _turns(before))}
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -96,30 +48,95 @@ def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy
         await anyio.to_thread.run_sync(session.search.stop)
         session.pictures.close()
 
-    slide = "/slides/{number:int}"
     return Starlette(
-        routes=[
-            Route("/", index),
-            Route("/index.html", index),
-            Route("/page/{name}", page_file),
-            Route("/slides.js", slides),
-            Route(f"{slide}/thumbnail.jpg", picture(session.pictures.thumbnail)),
-            Route(f"{slide}/tiles/{{level:int}}/{{column:int}}_{{row:int}}.jpg", picture(session.pictures.tile)),
-            Route(f"{slide}/slide.json", told(session.slide)),
-            Route(f"{slide}/patches.json", told(session.patches)),
-            Route(f"{slide}/layer", told(layer), methods=["POST"]),
-            Route(f"{slide}/areas", told(areas), methods=["POST"]),
-            Route(f"{slide}/report", told(report), methods=["POST"]),
-            Route(f"{slide}/answer", told(answer), methods=["POST"]),
-            Route("/search", told(lambda **_: session.search.progress())),
-            Route("/find", told(find), methods=["POST"]),
-        ],
+        routes=_Endpoints(session).routes(),
         middleware=[
             Middleware(Access, token=token, local=local, proxy=proxy),
             Middleware(GZipMiddleware, minimum_size=2048),
         ],
         lifespan=lifespan,
     )
+
+
+class _Endpoints:
+    """Requests as calls of a session, in threads, of which a few run at once."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.files = session, page_files()
+        self.tile_limit, self.work_limit = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(AT_ONCE)
+
+    def routes(self) -> list[Route]:
+        session, slide = self.session, "/slides/{number:int}"
+        tile = f"{slide}/tiles/{{level:int}}/{{column:int}}_{{row:int}}.jpg"
+        return [
+            Route("/", self.index),
+            Route("/index.html", self.index),
+            Route("/page/{name}", self.page_file),
+            Route("/slides.js", self.slides),
+            Route(f"{slide}/thumbnail.jpg", self.picture(session.pictures.thumbnail)),
+            Route(tile, self.picture(session.pictures.tile)),
+            Route(f"{slide}/slide.json", self.answered(session.slide)),
+            Route(f"{slide}/patches.json", self.answered(session.patches)),
+            Route(f"{slide}/layer", self.answered(self.layer), methods=["POST"]),
+            Route(f"{slide}/areas", self.answered(self.areas), methods=["POST"]),
+            Route(f"{slide}/report", self.answered(self.report), methods=["POST"]),
+            Route(f"{slide}/answer", self.answered(self.answer), methods=["POST"]),
+            Route("/search", self.answered(lambda **_: session.search.progress())),
+            Route("/find", self.answered(self.find), methods=["POST"]),
+        ]
+
+    async def index(self, request: Request) -> Response:
+        return _file("index.html", self.files["index.html"])
+
+    async def page_file(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.files:
+            return _error(404, f"the page has no file {name!r:.80}")
+        return _file(name, self.files[name])
+
+    async def slides(self, request: Request) -> Response:
+        script = f"globalThis.PATHFLIP = {json.dumps(self.session.page())};\n"
+        return Response(script, media_type=MEDIA_TYPES[".js"], headers={"cache-control": "no-store"})
+
+    def picture(self, read: Callable[..., bytes]) -> Callable:
+        """The endpoint of a picture that `read` takes out of a slide file."""
+
+        async def answer(request: Request) -> Response:
+            path = self.session.slides[request.path_params["number"]].image
+            if path is None:
+                return _error(404, "there is no file of this slide")
+            numbers = [request.path_params[name] for name in ("level", "column", "row") if name in request.path_params]
+            data = await anyio.to_thread.run_sync(read, path, *numbers, limiter=self.tile_limit)
+            return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
+
+        return _guard(self.session, answer)
+
+    def answered(self, work: Callable[..., Any]) -> Callable:
+        """The endpoint of a call whose outcome goes out as JSON: its arguments are the slide and the request's body."""
+
+        async def answer(request: Request) -> Response:
+            body = await _body(request) if request.method == "POST" else {}
+            number = [request.path_params["number"]] if "number" in request.path_params else []
+            found = await anyio.to_thread.run_sync(lambda: work(*number, **body), limiter=self.work_limit)
+            return JSONResponse(found, headers={"cache-control": "no-store"})
+
+        return _guard(self.session, answer)
+
+    def layer(self, number: int, text: str = "", negative: list[str] = (), **_) -> dict:
+        return self.session.layer(number, _text(text), _texts(negative))
+
+    def areas(self, number: int, text: str = "", negative: list[str] = (), threshold: float = 50, **_) -> dict:
+        return self.session.areas(number, _text(text), _texts(negative), _percent(threshold))
+
+    def find(self, text: str = "", **_) -> dict:
+        return self.session.find(_text(text))
+
+    def report(self, number: int, **_) -> dict:
+        return {"text": _speaker(self.session).report(self.session.slides[number])}
+
+    def answer(self, number: int, question: str = "", before: list = (), **_) -> dict:
+        speaker = _speaker(self.session)
+        return {"text": speaker.answer(self.session.slides[number], _text(question), _turns(before))}
 
 
 def _guard(session: Session, answer: Callable) -> Callable:
@@ -215,7 +232,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: Starlette) -> uvicorn.Server:
-    """What serves the viewer; X-Forwarded headers are left to `Access`, which is told whose to believe."""
+    """The server of the viewer; X-Forwarded headers are left to `Access`, which is told whose to believe."""
     return uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, proxy_headers=False)
     )

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 
 from pathflip_jax.grounding import heatmap
 from pathflip_jax.grounding.files import write_picture
-from pathflip_jax.grounding.heatmap import Canvas
+from pathflip_jax.grounding.heatmap import Canvas, Panel
 from pathflip_jax.grounding.outlines import Polygon
 
 
@@ -85,7 +85,7 @@ def test_the_drawn_picture_glows_where_the_tissue_is(slide_file, tmp_path):
     assert widths[0] == 2 * widths[1]  # the slide beside the map
 
     canvas = heatmap.read_thumbnail(slide_file)
-    figure = heatmap.draw_panels(canvas, ["t"], scores, coords, 64, mpp=0.5, heading="S1")
+    figure = heatmap.draw_panels(canvas, [Panel("t", scores[0])], coords, 64, mpp=0.5, heading="S1")
     slide_axis, heat_axis = figure.axes[:2]
     painted = heat_axis.images[0].get_array()
     assert slide_axis.images[0].get_extent() == heat_axis.images[0].get_extent()
@@ -98,9 +98,8 @@ def test_outlines_are_drawn_in_thumbnail_pixels():
     canvas = Canvas(np.zeros((100, 200, 3), np.uint8), (50.0, 10.0), 4.0)
     polygon = Polygon(np.array([[50, 10], [450, 10], [450, 210]], float))
     coords = np.array([[50, 10], [114, 10]])
-    figure = heatmap.draw_panels(
-        canvas, ["t"], np.array([[0.0, 1.0]]), coords, 64, outlines=[[polygon]], reference=False
-    )
+    panel = Panel("t", np.array([0.0, 1.0]), [polygon])
+    figure = heatmap.draw_panels(canvas, [panel], coords, 64, reference=None)
     line = figure.axes[0].lines[0]
     assert line.get_xdata() == pytest.approx(np.array([0, 100, 100]) - 0.5)
     assert line.get_ydata() == pytest.approx(np.array([0, 0, 50]) - 0.5)
@@ -139,9 +138,9 @@ def test_scale_bar_is_as_long_as_it_says(mpp, downsample, columns, label):
 def test_a_constant_map_draws(tmp_path):
     coords = np.array([[0, 0], [10, 0]])
     canvas = heatmap.blank_canvas(coords, 10)
-    heatmap.draw_panels(canvas, ["same"], np.zeros((1, 2)), coords, 10).savefig(tmp_path / "a.png")
+    heatmap.draw_panels(canvas, [Panel("same", np.zeros(2))], coords, 10).savefig(tmp_path / "a.png")
     with pytest.raises(ValueError, match="no patches"):
-        heatmap.draw_panels(canvas, ["none"], np.zeros((1, 0)), coords[:0], 10)
+        heatmap.draw_panels(canvas, [Panel("none", np.zeros(0))], coords[:0], 10)
 
 
 def test_unreadable_slides_are_named(tmp_path):

@@ -222,16 +222,23 @@ def _panels(setting: Setting, outlined: Outlined, predictor, slide_id: str) -> F
         canvas = heatmap.read_thumbnail(setting.slide_files[slide_id])
     else:
         canvas = heatmap.blank_canvas(slide.coords, slide.patch_size, slide.width, slide.height)
+    panels = [
+        heatmap.Panel(
+            f"“{outlined.concepts[names[c]][0]}”",
+            raw[c],
+            of_concept(true, names[c]),
+            f"{names[c]}: ROC AUC {aucs[c]:.2f}",
+        )
+        for c in present
+    ]
     return heatmap.draw_panels(
         canvas,
-        [f"“{outlined.concepts[names[c]][0]}”" for c in present],
-        raw[present],
+        panels,
         slide.coords,
         slide.patch_size,
         mpp=slide.mpp,
-        outlines=[of_concept(true, names[c]) for c in present],
-        notes=[f"{names[c]}: ROC AUC {aucs[c]:.2f}" for c in present],
         heading=slide_id,
+        reference=[polygon for panel in panels for polygon in panel.outline],
         smooth=spec.smooth,
     )
 
