@@ -60,7 +60,7 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_exported(source: str | Path) -> Exported | None:
-    """What the config.json says that an export of ours has in its folder, or beside its weights; None without one.
+    """The export of ours that a config.json describes, in its folder or beside its weights; None without one.
 
     Raises ValueError naming the file where it contradicts itself or is of no model known here.
     """

@@ -35,7 +35,7 @@ class Bert(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What conversion of one family takes.
+    """Conversion of one family.
 
     `known_by` are the tensors that tell the family, the first of them its mark. `infer` makes a config of a
     `state_dict`, BERT's heads and the arguments of a run, and `assumed` says what none of these told. `unused` fills

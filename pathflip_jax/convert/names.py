@@ -88,7 +88,7 @@ def multihead(path: str, torch: str) -> Iterator[Name]:
 
 
 def bert_names(layers: int, prefix: str = "", path: str = "qformer", lora: bool = False) -> Iterator[Name]:
-    """What any BERT has, under the names of `transformers.BertModel` after `prefix`; here it is part of `path`."""
+    """The parameters of any BERT, as `transformers.BertModel` names them after `prefix`; here they stand in `path`."""
     embeddings = f"{prefix}embeddings"
     yield Name(f"{path}/word_embeddings/embedding", f"{embeddings}.word_embeddings.weight")
     yield Name(f"{path}/position_embeddings/embedding", f"{embeddings}.position_embeddings.weight")

@@ -86,7 +86,7 @@ def read_bert_heads(folder: Path) -> int | None:
 
 
 def bert_setting(folder: str | Path, name: str) -> int | None:
-    """What the config.json of a BERT folder says, where there is one."""
+    """A setting of the config.json of a BERT folder, where there is one."""
     path = Path(folder) / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None

@@ -68,7 +68,7 @@ class Tensor(NamedTuple):
 def account(
     state: Mapping[str, np.ndarray], wanted: Iterable[str], why_unused: Callable[[str], str | None]
 ) -> list[Tensor]:
-    """What becomes of every tensor of a checkpoint that has passed `to_jax`: nothing is left without a word."""
+    """An account of every tensor of a checkpoint that has passed `to_jax`."""
     wanted, rows = set(wanted), []
     for name, tensor in state.items():
         shape = "x".join(map(str, tensor.shape)) or "scalar"

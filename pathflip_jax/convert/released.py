@@ -20,7 +20,7 @@ UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder are t
 
 
 class Released(NamedTuple):
-    """What becomes of PyTorch weights: model, settings and tokenizer of a run, and of each tensor.
+    """PyTorch weights as a run: model, settings and tokenizer, and an account of every tensor.
 
     `assumed` is what neither weights nor files beside them say, and `notes` what an option changed.
     """
@@ -141,7 +141,7 @@ def _load_foreign(
 
 
 def assumed_sizes(config: ModelConfig, heads: int | None, folder: Path, arguments: Mapping[str, Any]) -> list[str]:
-    """What no tensor tells of a released model, each with where it is from."""
+    """The settings of a released model that no tensor tells, each with its origin."""
     own = read_bert_heads(folder)
     origin = "as asked for" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"
     lines = [f"heads {config.heads} ({origin})"]

@@ -28,5 +28,5 @@ EXPORTS: dict[str, Exported] = {
 
 
 def export_of(config: ModelConfig) -> Exported:
-    """What a config's family is exported with."""
+    """The export of a config's family."""
     return EXPORTS[config.family]

@@ -36,7 +36,7 @@ ALPHA, DROPOUT = 32.0, 0.05  # of the released code
 
 
 class Adapter(NamedTuple):
-    """What a checkpoint holds of the language model: LoRA by our names, and how it is scaled."""
+    """The language model's part of a checkpoint: LoRA by our names, and its scale."""
 
     params: dict[str, np.ndarray]
     config: LoRAConfig

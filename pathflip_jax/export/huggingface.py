@@ -91,7 +91,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _tokenizer_config(folder: Path, settings: dict, config: ModelConfig) -> dict[str, Any]:
-    """What AutoTokenizer needs, since the config names no tokenizer that it knows."""
+    """The settings that AutoTokenizer needs, since the config names no tokenizer that it knows."""
     path = folder / "tokenizer_config.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     words = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}

@@ -106,7 +106,7 @@ def _boxes(grounding, surface: Surface, number: int, limit: float, min_patches: 
 
 
 def _patches_inside(grounding, surface: Surface, labels: np.ndarray, count: int) -> np.ndarray:
-    """How many patches have their centre in each labelled area; number 0 is outside of all."""
+    """The number of patches whose centre lies in each labelled area; area 0 is outside of all."""
     centres = np.asarray(grounding.coords, np.float64) + grounding.patch_size / 2
     column, row = ((centres - surface.origin) / surface.downsample).astype(int).T
     rows, columns = labels.shape

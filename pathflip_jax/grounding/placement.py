@@ -9,7 +9,7 @@ from pathflip_jax.data.readers import guarded
 
 
 class Measures(NamedTuple):
-    """What a slide file says of itself: size at level 0, mpp (0: unknown), and the corner of what is not empty."""
+    """Measures of a slide by its file: size at level 0, mpp (0: unknown), and the corner of what is not empty."""
 
     width: int
     height: int

@@ -64,7 +64,7 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
 
 
 class Started(NamedTuple):
-    """What a run starts from: the parameters that another one trained, or an adapter of PEFT; and its LoRA, if any."""
+    """The start of a run: parameters that another one trained, or an adapter of PEFT; and its LoRA, if any."""
 
     lora: LoRAConfig | None
     params: dict[str, np.ndarray]

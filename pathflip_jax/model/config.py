@@ -12,7 +12,7 @@ CONFIGS: dict[str, type["ModelConfig"]] = {}  # by the names of their families
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What both families have: the patch features, the joint space, and a BERT. Raises ValueError where sizes clash.
+    """Sizes that both families have: patch features, joint space, and a BERT. Raises ValueError where sizes clash.
 
     F `feature_dim`, D `embed_dim`, H `hidden`; `heads`, `layers` and `intermediate` are BERT's.
     """

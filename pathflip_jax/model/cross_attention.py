@@ -73,7 +73,7 @@ class CrossAttention(nnx.Module):
     def pool_part(
         self, x: Float[Array, "B 1 Q H"], patches: Float[Array, "B R S D"], mask: Bool[Array, "B R S"], so_far: "Part"
     ) -> "Part":
-        """What a slide's queries pool of the part of its patches that is given, and of those before: `so_far`."""
+        """The pooling of a slide's queries over this part of its patches and those before: `so_far`."""
         B, R, S, D = patches.shape
         rows = absorb(*self._query(x, D), B, 0)[:, 0]  # [B, C, D]
         patches, mask = patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S)
@@ -85,14 +85,14 @@ class CrossAttention(nnx.Module):
         return Part(largest, before * so_far.total + row_sums(weights), pooled)
 
     def no_part(self, slides: int, queries: int, width: int) -> "Part":
-        """What queries have pooled before they have seen a patch."""
+        """The pooling of queries that have seen no patch yet."""
         rows = slides, self.heads * queries
         lowest = np.full((*rows, 1), np.finfo(np.float32).min, np.float32)
         return Part(lowest, np.zeros((*rows, 1), np.float32), np.zeros((*rows, width), np.float32))
 
 
 class Part(NamedTuple):
-    """What a slide's queries have pooled of some of its patches: the highest score, the sum of the weights against it,
+    """The pooling of a slide's queries over some of its patches: the highest score, the sum of the weights against it,
     and what these pool, all in float32."""
 
     largest: Float[Array, "B C 1"]

@@ -33,7 +33,7 @@ INITS: dict[str, Initializer] = {
 
 
 class LowRank(nnx.Module):
-    """What LoRA adds to a projection (arXiv 2106.09685); `b` starts at zero, so that at first it adds nothing."""
+    """LoRA beside a projection (arXiv 2106.09685); `b` starts at zero, so that at first it adds nothing."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, rate: float, rngs: nnx.Rngs) -> None:
         bound = 1 / math.sqrt(inputs)
@@ -97,7 +97,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
         y = layer_norm(x, self.scale[...], self.bias[...], self.eps)
-        # Without it XLA for CPU would compute the sum of residuals, and its gradient, again in every layer.
+        # XLA:CPU otherwise recomputes the residual sum, and its gradient, in every later layer.
         return fusion_barrier(y)
 
 
@@ -139,7 +139,7 @@ class MultiheadAttention(nnx.Module):
         rate: float = 0.0,
         dropout_key: Array | None = None,
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B heads C R"]]:
-        """What each query pools, and its weights; masked keys get none."""
+        """The pooled values of each query, and its weights; masked keys get none."""
         projected = self.query(queries), self.key(keys), self.value(values)
         pooled, weights = attend(*projected, mask[:, None, None], self.heads, rate, dropout_key)
         return self.output(pooled), weights

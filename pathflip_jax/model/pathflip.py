@@ -173,7 +173,7 @@ class PathFLIP(nnx.Module):
         patches = jnp.where(patch_mask[..., None], patches, 0)
         with jax.named_scope("patch_projection"):
             project = partial(_project, self.config.compute_dtype)
-            # Without it XLA for CPU would transpose the gradients of all layers, each before they are summed.
+            # XLA:CPU otherwise transposes the gradients of all layers, each before they are summed.
             return fusion_barrier(recompute(project, patches, self.patch_projection))
 
     def read_texts(

@@ -61,7 +61,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "B T"],
         key: Array | None,
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B heads C T"]]:
-        """What x becomes, and what it attended to; masked rows of y are no keys."""
+        """The next x, and the weights of its attention; masked rows of y are no keys."""
         keys = split_key(key, 3)
         read = (self.query_norm if self.key_norm is None else self.key_norm)(y)
         pooled, weights = self.attention(self.query_norm(x), read, read, mask, self.rate, keys[0])

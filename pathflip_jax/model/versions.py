@@ -14,7 +14,7 @@ BEFORE: dict[str, Any] = {
     "data.embeddings": "",
     "data.max_unknown_share": 1.0,  # such texts were trained on
     "data.no_slide_share": 0.0,
-    "data.row_step": AS_NOW,  # how texts are laid out
+    "data.row_step": AS_NOW,  # how texts are packed into rows
     "data.sentence_orders": 1,
     "loss.negatives_at_once": AS_NOW,  # the same loss
     "mesh.region": AS_NOW,  # the same loss
@@ -35,6 +35,6 @@ class UnknownSettings(ValueError):
 
 
 def before(section: str, names: Iterable[str]) -> dict[str, Any]:
-    """What versions without these settings did, of those of which it is stated and makes a difference."""
+    """Values that versions without these settings worked by, where stated and where they make a difference."""
     stated = ((name, BEFORE.get(f"{section}.{name}", AS_NOW)) for name in names)
     return {name: value for name, value in stated if value is not AS_NOW}

@@ -1,4 +1,4 @@
-"""What the viewer keeps in memory: tiles, encoded slides, layers. Bounded, and made once however many ask at once."""
+"""A bounded cache of tiles, encoded slides and layers, each made once however many ask at once."""
 
 import threading
 import time

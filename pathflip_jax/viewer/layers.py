@@ -1,4 +1,4 @@
-"""What the page draws of a text on a slide: patch scores, the range of its colours, and areas above a threshold.
+"""The drawing of a text on a slide: patch scores, the range of its colours, and areas above a threshold.
 
 The page speaks of thresholds in percent of a layer's own colour range, because scores of two texts are no common
 measure.

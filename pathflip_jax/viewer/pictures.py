@@ -41,7 +41,7 @@ class Pyramid(NamedTuple):
         return -(-self.width // step), -(-self.height // step)
 
     def tiles(self, level: int) -> tuple[int, int]:
-        """How many tiles a level has across and down."""
+        """The number of tiles of a level across and down."""
         width, height = self.size(level)
         return -(-width // self.tile), -(-height // self.tile)
 

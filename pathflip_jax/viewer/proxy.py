@@ -25,7 +25,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True)
 class Proxy:
-    """What is known of the proxies before a viewer: made by `read_proxy`, which checks it."""
+    """The proxies before a viewer, as `read_proxy` checked them."""
 
     names: frozenset[str] = frozenset()
     prefix: str = ""
@@ -77,7 +77,7 @@ class Proxy:
         return rest if rest.startswith("/") and rest.split("/")[1] in OWN_PATHS else path
 
     def cookie(self, scope: Scope) -> dict[str, str | bool]:
-        """How far a cookie of this viewer goes: to no other application behind the same proxy, nor over open lines.
+        """The scope of a cookie of this viewer: no other application behind the same proxy, no unencrypted line.
 
         Browsers send a cookie from a page within a page of another site only if it says so, and then over TLS alone.
         """

@@ -1,4 +1,4 @@
-"""What a viewer knows of its slides, as the JSON that the page reads: the same in a static folder and from a server."""
+"""The slides of a viewer as the JSON that the page reads: the same in a static folder and from a server."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ class Session:
         self.search, self.speaker = search, speaker
 
     def page(self) -> dict[str, Any]:
-        """What the page is told first: the model and the table of slides."""
+        """The first facts for the page: the model and the table of slides."""
         predictor = self.grounder.predictor
         slides = [
             {"id": slide.slide_id, "image": slide.image is not None, "features": slide.features is not None}
@@ -47,7 +47,7 @@ class Session:
         return {"live": True, **model, "slides": slides}
 
     def slide(self, number: int) -> dict[str, Any]:
-        """How a slide's tiles are asked for; `image` is None where there is no slide file, or none that opens."""
+        """The tiles of a slide as the page asks for them; `image` is None without a slide file that opens."""
         slide = self.slides[number]
         if slide.image is None:
             return {"image": None, "warnings": ["no slide file: drawn on the coordinates of its patches alone"]}
@@ -59,7 +59,7 @@ class Session:
             return {"image": None, "warnings": [f"{error}; drawn on the coordinates of its patches alone"]}
 
     def patches(self, number: int) -> dict[str, Any]:
-        """Where the patches of a slide lie; returns once the slide is encoded."""
+        """The places of a slide's patches; returns once the slide is encoded."""
         return patches_facts(self.grounder.prepared(self.slides[number]), self._pyramid(number))
 
     def layer(self, number: int, text: str, negative: Sequence[str]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Session:
 
 
 def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
-    """What the page says of the model, and the colours that it draws with."""
+    """The facts of the model for the page, and the colours that it draws with."""
     heat = np.round(colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(int)
     return {
         "run": predictor.name.rstrip("/").rpartition("/")[2],  # a page is sent to others: no folders of this machine

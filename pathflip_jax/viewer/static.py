@@ -40,7 +40,7 @@ class PageSlide(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: slides `done`, those that `failed`, how many tiles and bytes the folder has."""
+    """Outcome of a page: slides `done`, those that `failed`, how many tiles and bytes the folder has."""
 
     out: Path
     done: list[str]
@@ -50,7 +50,7 @@ class Report:
     skipped: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """What to tell the user at the end, failures by name."""
+        """The message at the end, failures by name."""
         size = f"{len(self.done)} slides, {self.tiles:,} tiles, {self.bytes / 1e6:.1f} MB"
         lines = [f"{self.out / 'index.html'}: {size}"]
         if self.failed:
