@@ -33,6 +33,14 @@ class Bert(NamedTuple):
     whole: bool
 
 
+def _as_it_is(state: State, config: ModelConfig) -> State:
+    return state
+
+
+def _without_lora(state: State, config: ModelConfig) -> tuple[State, ModelConfig, list[str]]:
+    return state, config, []
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Conversion of one family.
@@ -52,12 +60,8 @@ class Conversion:
     unused: Callable[[ModelConfig, np.ndarray], dict[str, np.ndarray]]
     bert: Bert
     text_lengths: tuple[int, int]
-    complete: Callable[[State, ModelConfig], State] = lambda state, config: state
-    merge: Callable[[State, ModelConfig], tuple[State, ModelConfig, list[str]]] = lambda state, config: (
-        state,
-        config,
-        [],
-    )
+    complete: Callable[[State, ModelConfig], State] = _as_it_is
+    merge: Callable[[State, ModelConfig], tuple[State, ModelConfig, list[str]]] = _without_lora
 
 
 CONVERSIONS: dict[str, Conversion] = {

@@ -5,7 +5,7 @@ Each family's table is made of them (`convert/families.py:names`), as are those 
 nothing else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -128,3 +128,12 @@ def why_unused(torch: str) -> str | None:
     if torch.startswith(TEXT_ENCODER) and ".pooler." in torch:
         return "BERT's pooler, which nothing reads: texts are pooled from the last states"
     return None
+
+
+def missing(state: Mapping[str, np.ndarray], wanted: Mapping[str, int]) -> list[str]:
+    """The tensors that a `state_dict` lacks, or has with another number of axes than wanted, each with the reason."""
+    return [
+        f"{name}: {'missing' if name not in state else f'is {state[name].ndim}-dimensional, expected {axes}'}"
+        for name, axes in wanted.items()
+        if name not in state or state[name].ndim != axes
+    ]

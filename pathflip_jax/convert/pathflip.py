@@ -14,6 +14,7 @@ from pathflip_jax.convert.names import (
     bert_names,
     feed_forward,
     linear,
+    missing,
     multihead,
     norm,
 )
@@ -97,12 +98,7 @@ def infer_pathflip(
         f"{bert}encoder.layer.0.intermediate.dense.weight": 2,
         f"{bert}encoder.layer.0.crossattention.self.query.weight": 2,
     }
-    faults = [
-        f"{name}: {'missing' if name not in state else f'is {state[name].ndim}-dimensional, expected {axes}'}"
-        for name, axes in wanted.items()
-        if name not in state or state[name].ndim != axes
-    ]
-    if faults:
+    if faults := missing(state, wanted):
         raise ValueError(not_the_model(faults, state))
     patch, projection, queries, words, positions, intermediate, _ = (state[name].shape for name in wanted)
     hidden = queries[2]

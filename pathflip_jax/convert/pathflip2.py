@@ -18,6 +18,7 @@ from pathflip_jax.convert.names import (
     Name,
     bert_names,
     linear,
+    missing,
     multihead,
     norm,
     rms_norm,
@@ -141,12 +142,7 @@ def _sizes(state: StateDict) -> tuple[dict[str, int], str]:
         f"{bert}embeddings.position_embeddings.weight": 2,
         f"{bert}encoder.layer.0.intermediate.dense{base}.weight": 2,
     }
-    faults = [
-        f"{name}: {'missing' if name not in state else f'is {state[name].ndim}-dimensional, expected {axes}'}"
-        for name, axes in wanted.items()
-        if name not in state or state[name].ndim != axes
-    ]
-    if faults:
+    if faults := missing(state, wanted):
         raise ValueError("not a whole PathFLIP2: " + "; ".join(faults))
     patch, tokens, words, positions, intermediate = (state[name].shape for name in wanted)
     sizes = {"feature_dim": patch[1], "embed_dim": patch[0], "hidden": words[1], "tokens": tokens[1] - 1}
