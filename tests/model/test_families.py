@@ -1,10 +1,13 @@
 """Model families: one record each, and the tables of other rooms by the same names."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from flax import nnx
 
+import pathflip_jax
 from pathflip_jax.convert.families import CONVERSIONS
 from pathflip_jax.export.families import EXPORTS
 from pathflip_jax.grounding.methods import METHODS
@@ -39,3 +42,9 @@ def test_what_the_rooms_say_of_a_family_agrees(name):
     default = METHODS[SERVING[name].default_method]
     assert not (family.patchwise and default.splits_regions)
     assert SERVING[name].in_blocks != family.patchwise  # regions are what a block is made of
+
+
+def test_no_room_asks_for_a_family_by_its_class():
+    asks = re.compile(r"(isinstance|issubclass)\([^()]*PathFLIP2?(Config)?\b")
+    library = Path(pathflip_jax.__file__).parent
+    assert [path.name for path in sorted(library.rglob("*.py")) if asks.search(path.read_text())] == []
