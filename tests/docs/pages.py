@@ -69,7 +69,7 @@ def commands(text: str) -> list[Command]:
 
 def links(text: str) -> list[str]:
     """The targets of links and pictures."""
-    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?<!`)`[^`\n]+`(?!`)", "", prose(text)))
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?<!`)`[^`]+`(?!`)", "", prose(text)))
 
 
 def anchors(text: str) -> set[str]:
