@@ -1,7 +1,8 @@
 """README and docs: every command is one that its own parser takes, every link and anchor leads somewhere."""
 
 import argparse
-import importlib
+import ast
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -178,6 +179,17 @@ def test_every_file_that_a_page_names_is_there(page):
     named = {code for code in pages.inline_code(TEXTS[page]) if path.fullmatch(code)}
     ours = ("benchmarks/", "configs/", "tests/", "docs/", "launch/", "pathflip_jax/", "notebooks/", "requirements/")
     assert [name for name in named if name.startswith(ours) and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_python_on_a_page_imports_what_there_is(page):
+    for code in (code for language, code in pages.FENCED.findall(TEXTS[page]) if language == "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import):
+                assert all(importlib.util.find_spec(alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_the_index_lists_every_page_and_the_readme_leads_to_each():
