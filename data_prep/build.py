@@ -18,7 +18,7 @@ from data_prep.jobs import Job, Outcome, ended, import_slide, layout, prepare_sl
 from data_prep.majority import Election
 from data_prep.plan import Plan, make_plan
 from data_prep.plan_file import write_json
-from data_prep.pool import cores, run_each
+from data_prep.pool import run_each
 from data_prep.report import Report, grouped
 from data_prep.shards import Progress, amend, assemble, remove
 from data_prep.slide_files import find_slides
@@ -30,6 +30,7 @@ from pathflip_jax.data.records.records import finish_folder, manifest_hash, writ
 from pathflip_jax.data.records.regions import EDGE_UM
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.storage.files import Place, as_path, make_folder
+from pathflip_jax.runtime.limits import processors
 
 
 def prepare(
@@ -169,7 +170,7 @@ def _run(
     make_folder(plan.parts)
     _amend(plan)
     if beam is None:
-        progress = _run_here(plan, work, workers or cores(), strict)
+        progress = _run_here(plan, work, workers or processors(), strict)
     else:
         from data_prep.beam import run_on_beam
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.encoders import PatchEncoder, load_encoder
-from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
@@ -30,6 +29,7 @@ from pathflip_jax.data.storage.files import Place, remove
 from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import ulimits
+from pathflip_jax.runtime.limits import processors
 
 PLACEHOLDER = 256  # the patch size, in pixels, of a slide that does not tell it, until its cohort does
 
@@ -227,7 +227,7 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatur
 
 
 def _encoder(job: Job) -> PatchEncoder:
-    settings, threads = job.settings, max(1, cores() // (job.sharing or cores()))
+    settings, threads = job.settings, max(1, processors() // (job.sharing or processors()))
     return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads)
 
 

@@ -21,11 +21,11 @@ from PIL import Image
 from data_prep import build, jobs
 from data_prep.build import import_features, prepare
 from data_prep.encoders import load_encoder
-from data_prep.pool import Worker, run_each, worker_number
-from pathflip_jax.data.readers import guarded
+from data_prep.pool import run_each, run_one
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
 from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.runtime.workers import Worker, limits, worker_number
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real files in {REAL}: set PATHFLIP_TEST_DATA")
@@ -315,8 +315,13 @@ def test_pool_outlives_its_workers():
     assert list(run_each(eval, [], 2)) == []
 
 
+NUMBER = "__import__('pathflip_jax.runtime.workers', fromlist='x').worker_number()"
+
+
 def test_workers_are_numbered():
-    jobs = ["[__import__('time').sleep(0.3), __import__('data_prep.pool').pool.worker_number()][1]"] * 4
+    jobs = [
+        "[__import__('time').sleep(0.3), __import__('pathflip_jax.runtime.workers', fromlist='x').worker_number()][1]"
+    ] * 4
     assert {result for _, result in run_each(eval, jobs, 2)} == {0, 1}
     assert worker_number() == os.getpid()  # no worker: it knows of no others
 
@@ -324,21 +329,21 @@ def test_workers_are_numbered():
 def test_a_worker_is_started_anew_after_a_job_that_killed_it():
     worker = Worker(3)
     try:
-        assert worker.run(eval, "__import__('os').kill(__import__('os').getpid(), 9)") is None
-        assert worker.run(eval, "__import__('data_prep.pool').pool.worker_number()") == 3
+        assert run_one(worker, eval, "__import__('os').kill(__import__('os').getpid(), 9)") is None
+        assert run_one(worker, eval, NUMBER) == 3
     finally:
-        worker.close()
+        worker.stop()
 
 
 def test_a_worker_that_stalls_or_floods_is_ended_by_its_limits():
     """As `Slide.read` sets them around OpenSlide: a stall ends the worker, an allocation too many is its error."""
-    start = "(held := __import__('pathflip_jax.data.readers.guarded', fromlist='x').limits({}, 2**30)).__enter__() or "
+    start = "(held := __import__('pathflip_jax.runtime.workers', fromlist='x').limits({}, 2**30)).__enter__() or "
     stall, flood = start.format(0.2) + "__import__('time').sleep(60) or 'slept'", start.format(60) + "len(bytes(2**33))"
     assert dict(run_each(eval, [stall, "1 + 1"], 2)) == {stall: None, "1 + 1": 2}
     if sys.platform == "linux":
         with pytest.raises(MemoryError):
             list(run_each(eval, [flood], 1))
-    with guarded.limits(0.01, 0):  # this process is nobody's worker
+    with limits(0.01, 0):  # this process is nobody's worker
         time.sleep(0.05)
 
 
