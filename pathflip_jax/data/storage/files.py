@@ -7,9 +7,7 @@ all ranges of a read go out together, near ones as one, and what fails in passin
 import io
 import mmap
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -79,36 +77,57 @@ class _MissedError(Exception):
         self.path = path
 
 
-def persist(place: object, attempt: Callable[[], Answer]) -> Answer:
-    """What `attempt` returns, tried again after a while when a bucket or the network fails.
+def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
+    """The value of `attempt`, tried again after a pause when a bucket or the network fails.
 
-    Raises FileNotFoundError and PermissionError at once, OSError once patience is at its end, each naming the place.
+    Raises FileNotFoundError and PermissionError at once, OSError after the last attempt, each naming the place.
     """
-    for wait in (*WAITS, None):
-        try:
-            return attempt()
-        except (AttributeError, NotImplementedError, TypeError):  # a mistake in a program, which no patience mends
-            raise
-        except Exception as error:  # every client library has exceptions of its own, not all of them OSErrors
-            if isinstance(error, _MissedError):
-                place, error = error.path, error.__cause__
-            _raise_lasting(place, error, last=wait is None)
-        time.sleep(wait * random.uniform(0.5, 1.5))
+    import tenacity  # 0.1 s, which only URLs cost
+
+    pauses = [tenacity.wait_random(0.5 * wait, 1.5 * wait) for wait in WAITS]
+    tries = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(len(WAITS) + 1),
+        wait=tenacity.wait_chain(*pauses),
+        retry=tenacity.retry_if_exception(_may_pass),
+        reraise=True,
+    )
+    try:
+        return tries(attempt)
+    except _MISTAKES:
+        raise
+    except Exception as error:
+        if isinstance(error, _MissedError):
+            place, error = error.path, error.__cause__
+        raise _explained(place, error) from error
 
 
-def _raise_lasting(place: object, error: Exception, last: bool) -> None:
-    """Raise what another try would not mend, or all at the last, naming the place and the cure."""
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+_LASTING = re.compile(r"^Forbidden|not satisfiable")
+_MISTAKES = (AttributeError, NotImplementedError, TypeError)  # in a program, which no patience mends
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another attempt could succeed; every client library has exceptions of its own, not all OSErrors."""
+    if not isinstance(error, Exception) or isinstance(error, _MISTAKES):
+        return False
+    error = error.__cause__ if isinstance(error, _MissedError) else error
+    return not isinstance(error, (FileNotFoundError, PermissionError)) and not _LASTING.search(_reason(error))
+
+
+def _explained(place: object, error: Exception) -> OSError:
+    """The error to raise for a place: what was found, and the cure."""
+    reason = _reason(error)
     if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
-        raise OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}") from error
+        return OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}")
     if isinstance(error, FileNotFoundError):
-        raise FileNotFoundError(f"{place}: no such object; restore it, or write it again") from error
+        return FileNotFoundError(f"{place}: no such object; restore it, or write it again")
     if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
-        cure = "check the credentials and what they may do"
-        raise PermissionError(f"{place}: permission denied ({reason}); {cure}") from error
-    if last:
-        cure = "check network, bucket and credentials, and run the same command again"
-        raise OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}") from error
+        return PermissionError(f"{place}: permission denied ({reason}); check the credentials and what they may do")
+    cure = "check network, bucket and credentials, and run the same command again"
+    return OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 class LocalFile:
@@ -287,7 +306,7 @@ def list_files(folder: Place) -> dict[str, int]:
     if isinstance(folder, Path):
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    found = persist(folder, lambda: folder.fs.ls(folder.path, detail=True))
+    found = retry(folder, lambda: folder.fs.ls(folder.path, detail=True))
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
 
 
@@ -311,7 +330,7 @@ def file_sizes(paths: Sequence[Place]) -> list[int | None]:
 
 def exists(path: Place) -> bool:
     """Whether there is a file or folder."""
-    return path.exists() if isinstance(path, Path) else persist(path, path.exists)
+    return path.exists() if isinstance(path, Path) else retry(path, path.exists)
 
 
 def make_folder(path: Place) -> None:
@@ -325,7 +344,7 @@ def remove(path: Place) -> None:
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
     else:
-        persist(path, lambda: path.unlink(missing_ok=True))
+        retry(path, lambda: path.unlink(missing_ok=True))
 
 
 def upload(source: Path, path: "UPath") -> None:
@@ -337,7 +356,7 @@ def upload(source: Path, path: "UPath") -> None:
         if stored != size:
             raise OSError(f"{stored} of {size} bytes arrived")
 
-    persist(path, attempt)
+    retry(path, attempt)
 
 
 def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | None]:
@@ -365,7 +384,7 @@ def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | No
             raise _MissedError(path) from error
 
     if ranges:
-        persist(ranges[0][0], attempt)
+        retry(ranges[0][0], attempt)
     return [found[i] for i in range(len(ranges))]
 
 
