@@ -23,11 +23,6 @@ class Report:
     effort: Effort = Effort()
     absent: list[Failure] = field(default_factory=list)
 
-    @property
-    def exit_code(self) -> int:
-        """0, or 1 when slides failed."""
-        return 1 if self.failed else 0
-
     def summary(self) -> str:
         """What to tell the user at the end, failures by name."""
         counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
