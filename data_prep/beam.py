@@ -153,7 +153,7 @@ def _seen_from_everywhere(job: Job) -> Job:
 
 
 def _cohort(votes: list[Traits | None], before: Cohort | None, alike: bool) -> Cohort | None:
-    """What the slides of all shards have in common: of those that stand, else of those that are through."""
+    """The common traits of the slides of all shards: of those that stand, else of those that are through."""
     voters = [traits for traits in votes if traits is not None]
     return before or (vote(voters, alike) if voters else None)
 

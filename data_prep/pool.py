@@ -49,7 +49,7 @@ def run_each(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
 
 
 def run_one(worker: Worker, work: Callable[[Any], Any], job: Any, tries: int = 2) -> Any:
-    """What `work(job)` returns, or None where the process died of it each time."""
+    """The result of `work(job)`, or None where the process died of it each time."""
     for _ in range(tries):
         try:
             return worker.submit(work, job, seconds=LONGEST).result()

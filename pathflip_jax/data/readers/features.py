@@ -222,7 +222,7 @@ def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
 
 
 def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    """What a file tells, by the reader that its first bytes call for."""
+    """Contents of a file, by the reader that its first bytes call for."""
     if fault := stand_in(path):
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:

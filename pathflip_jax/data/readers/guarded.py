@@ -121,11 +121,11 @@ def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: st
 
 
 class Refused(ValueError):
-    """What a reader itself has against a file, as opposed to what its library does: the worker stays in use."""
+    """A reader's own objection to a file, not an error of its library: the worker stays in use."""
 
 
 class _Fault(Exception):
-    """What went wrong with a file, without its name, and the type of error that it becomes."""
+    """An error of a file, without its name, and the type of exception that it becomes."""
 
     def __init__(self, message: str, kind: type[Exception] = ValueError) -> None:
         super().__init__(message)
@@ -229,7 +229,7 @@ def _map(file: int, shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _flags(size: int) -> int:
-    """How arrays are mapped: at once, but for large ones, which are worked through in blocks."""
+    """Flags for mapping arrays: at once, but for large ones, which are worked through in blocks."""
     return mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if size <= blocks.LARGE else 0)
 
 

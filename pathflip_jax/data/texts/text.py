@@ -313,7 +313,7 @@ def _descriptions(row: Row) -> list[str]:
 
 
 def row_name(row: Row, number: int) -> str:
-    """What a row is called: its id, unless that is the slide's or patient's, else its number."""
+    """The name of a row: its id, unless that is the slide's or patient's, else its number."""
     return row.text("question_id") or (row.text(*SLIDE_COLUMNS, *_CASE) and row.text("id")) or str(number)
 
 
@@ -335,7 +335,7 @@ def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
 
 
 def row_turns(row: Row) -> list[tuple[str, str]]:
-    """What is asked and answered in the conversation of a row, in turn. Raises ValueError where it is none."""
+    """Questions and answers in the conversation of a row, in turn. Raises ValueError where it is none."""
     turns = row.listed("conversations")
     try:
         spoken = [(turn["from"], str.strip(turn["value"])) for turn in turns]

@@ -165,7 +165,7 @@ def _load(folder: Place) -> Tokenizer:
 
 
 def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
-    """What the settings of a folder say of how texts are normalised."""
+    """Normalisation of texts as the settings of a folder give it."""
     found = {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
     wrong = [f"{name} {value!r:.40}" for name, value in found.items() if not isinstance(value, bool | None)]
     if wrong:
