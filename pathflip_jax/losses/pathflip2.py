@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pathflip_jax.losses.pathflip import Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
+from pathflip_jax.losses.pathflip import Scalar, Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def sigmoid_slide_loss(
     slides: Float[Array, "B D"],
     captions: Float[Array, "B D"],
     related: Int[Array, "B ..."],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
+    scale: Scalar,
+    bias: Scalar,
 ) -> Float[Array, ""]:
     """SigLIP: every pair of slide and caption is a match or none; the sum over pairs, divided by the slides."""
     same = jnp.eye(len(slides), dtype=bool)
@@ -76,8 +76,8 @@ def pair_loss(
     pooled: Float[Array, "B K D"],
     texts: Float[Array, "B K D"],
     related: Int[Array, "B ..."],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
+    scale: Scalar,
+    bias: Scalar,
     config: SigmoidLossConfig,
     spread: Spread = at_once,
     wording: Int[Array, "B K"] | None = None,
@@ -102,7 +102,9 @@ def pair_loss(
     return total / count, cosines
 
 
-def _sums(slides: _Slides, everyone: _Everyone, scale: Array, bias: Array, chunk: int) -> tuple[Float[Array, "n"], ...]:
+def _sums(
+    slides: _Slides, everyone: _Everyone, scale: Scalar, bias: Scalar, chunk: int
+) -> tuple[Float[Array, "n"], ...]:
     """Of each slide's pairs with the texts of all: the terms, how many count, the cosines of matches and of others.
 
     Chunks are computed again for the gradient, so that only one stands in memory at a time.
@@ -112,17 +114,17 @@ def _sums(slides: _Slides, everyone: _Everyone, scale: Array, bias: Array, chunk
     def one(numbers: Int[Array, "C"]):
         there = numbers < B
         numbers = jnp.minimum(numbers, B - 1)
-        own = slides.number[:, None] == numbers  # [n, C]
-        counted = (unrelated(slides.related[:, None], everyone.related[numbers]) | own) & there
+        own = slides.number[:, None] == numbers[None]  # [n, C]
+        counted = (unrelated(slides.related[:, None], everyone.related[numbers][None]) | own) & there[None]
         counted = jnp.broadcast_to(counted[..., None], (*counted.shape, K))  # [n, C, K]
         if everyone.wording is not None:
-            other = unrelated(slides.wording[:, None, None], everyone.wording[numbers][..., None])
+            other = unrelated(slides.wording[:, None, None], everyone.wording[numbers][None, ..., None])
             counted &= other | own[..., None]
-        match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[:, None]  # [n, K, C, K]
+        match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[None, :, None]  # [n, K, C, K]
         cosine = jnp.einsum("nkd,cjd->nkcj", slides.pooled, everyone.texts[numbers], precision="highest")
         terms = -log_sigmoid(cosine, jnp.where(match, 1.0, -1.0), scale, bias)
         weight = jnp.broadcast_to(counted[:, None], cosine.shape).astype(cosine.dtype)
-        matched = match & there[:, None]
+        matched = match & there[None, None, :, None]
         sums = terms * weight, weight, jnp.where(matched, cosine, 0), jnp.where(matched, 0, cosine * weight)
         return tuple(x.sum((1, 2, 3)) for x in sums)
 
