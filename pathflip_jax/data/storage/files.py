@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, Union
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
+
+from pathflip_jax.data.storage.retry import DAMAGED, MissedError, retry
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, which only URLs cost
     from upath import UPath
@@ -21,7 +23,6 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, which only URLs cost
 Place = Union[Path, "UPath"]  # a local path or a URL, with the methods of pathlib
 Extent = tuple[int, Sequence[np.ndarray]]  # where to read, and the contiguous arrays to fill, one behind the other
 Range = tuple["UPath", int | None, int | None]  # a file, and the first byte of it and the one behind the last
-Answer = TypeVar("Answer")
 
 STREAM = 4 << 20  # bytes: runs of neighbours from this length on are left to the system's own read-ahead
 MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
@@ -29,9 +30,7 @@ GAP = 1 << 16  # bytes: ranges this near are fetched as one, which costs less th
 PIECE = 8 << 20  # bytes: longer ranges are fetched in pieces at a time, as one stream is slower than the network
 AHEAD = 8 * PIECE  # bytes: what is in memory of a file that is read to its end
 AT_ONCE = 256  # small files that are asked for together
-WAITS = (0.5, 1.0, 2.0)  # seconds before asking again, give or take a half, so that a thousand readers spread out
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-DAMAGED = "copy it again, or delete it and its .idx and write it again"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 
 
@@ -68,66 +67,6 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
     except ValueError as error:
         raise ValueError(f"{text}: {error}; expected a local path, gs://, s3:// or another URL of fsspec") from None
     return path
-
-
-class _MissedError(Exception):
-    """One of many objects that were asked for together could not be had; why is its cause."""
-
-    def __init__(self, path: "UPath") -> None:
-        self.path = path
-
-
-def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
-    """The value of `attempt`, tried again after a pause when a bucket or the network fails.
-
-    Raises FileNotFoundError and PermissionError at once, OSError after the last attempt, each naming the place.
-    """
-    import tenacity  # 0.1 s, which only URLs cost
-
-    pauses = [tenacity.wait_random(0.5 * wait, 1.5 * wait) for wait in WAITS]
-    tries = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(len(WAITS) + 1),
-        wait=tenacity.wait_chain(*pauses),
-        retry=tenacity.retry_if_exception(_may_pass),
-        reraise=True,
-    )
-    try:
-        return tries(attempt)
-    except _MISTAKES:
-        raise
-    except Exception as error:
-        if isinstance(error, _MissedError):
-            place, error = error.path, error.__cause__
-        raise _explained(place, error) from error
-
-
-_LASTING = re.compile(r"^Forbidden|not satisfiable")
-_MISTAKES = (AttributeError, NotImplementedError, TypeError)  # in a program, which no patience mends
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether another attempt could succeed; every client library has exceptions of its own, not all OSErrors."""
-    if not isinstance(error, Exception) or isinstance(error, _MISTAKES):
-        return False
-    error = error.__cause__ if isinstance(error, _MissedError) else error
-    return not isinstance(error, (FileNotFoundError, PermissionError)) and not _LASTING.search(_reason(error))
-
-
-def _explained(place: object, error: Exception) -> OSError:
-    """The error to raise for a place: what was found, and the cure."""
-    reason = _reason(error)
-    if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
-        return OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}")
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{place}: no such object; restore it, or write it again")
-    if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
-        return PermissionError(f"{place}: permission denied ({reason}); check the credentials and what they may do")
-    cure = "check network, bucket and credentials, and run the same command again"
-    return OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 class LocalFile:
@@ -381,7 +320,7 @@ def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | No
                     found[i] = answer
         if missed:
             path, error = missed[0]
-            raise _MissedError(path) from error
+            raise MissedError(path) from error
 
     if ranges:
         retry(ranges[0][0], attempt)
