@@ -15,7 +15,7 @@ def rms_norm_reference(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: 
     """`rms_norm` as it is written in books, differentiated by JAX."""
     rows = x.astype(jnp.float32)
     rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * rows.astype(x.dtype)
+    return lax.broadcast_to_rank(scale, x.ndim).astype(x.dtype) * rows.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -52,6 +52,7 @@ def layer_norm_reference(
     rows = x.astype(jnp.float32)
     rows = rows - jnp.mean(rows, axis=-1, keepdims=True)
     rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
+    scale, bias = (lax.broadcast_to_rank(row, x.ndim) for row in (scale, bias))
     return (rows * scale + bias).astype(x.dtype)
 
 

@@ -22,13 +22,13 @@ from pathflip_jax.ops.recompute import defer_until
 
 
 def pool_patches_reference(
-    query: Float[Array, "B 1+R Q heads d"],
+    query: Float[Array, "#B #P Q heads d"],
     key_kernel: Float[Array, "D heads d"],
     patches: Float[Array, "B R S D"],
     mask: Bool[Array, "B R S"],
     rate: float = 0.0,
     key: Array | None = None,
-) -> tuple[Float[Array, "B 1+R C D"], Float[Array, "B 1+R C 1"]]:
+) -> tuple[Float[Array, "B P C D"], Float[Array, "B P C 1"]]:
     """`pool_patches` as it would be written without a thought for memory, differentiated by JAX."""
     B, R, S, D = patches.shape
     rows = absorb(query, key_kernel, B, R)
