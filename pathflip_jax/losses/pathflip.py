@@ -7,47 +7,19 @@ are related.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pathflip_jax.settings.networks import LossConfig
 
 # texts [B, C, D], regions [B, R, D], region_mask [B, R] -> text-conditioned region embeddings [B, C, D], weights
 TextRegionAttention = Callable[[Array, Array, Array], tuple[Array, Array]]
 Scalar = Float[Array, ""] | float
 # (function, of each slide, of all slides, of none) -> what the function gives for each slide; see `at_once`
 Spread = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights and settings of the losses; the defaults are the released code's.
-
-    `negative_weight` counts in `per_slide` only. `negatives_per_slide` shows each slide that many of the other
-    slides instead of all: the next ones in the batch, which is shuffled. `negatives_at_once` bounds memory, not the
-    loss: so many negatives of each slide are scored at a time (`region_loss` says what stands in memory).
-    """
-
-    slide_weight: float = 1.0
-    region_weight: float = 1.0
-    temperature: float = 0.1
-    label_smoothing: float = 0.1
-    normaliser: Literal["released", "per_slide", "per_positive"] = "released"
-    negative_weight: float = 1.0
-    negatives_per_slide: int | None = None
-    negatives_at_once: int | None = None
-
-    def __post_init__(self):
-        if self.normaliser not in ("released", "per_slide", "per_positive"):
-            raise ValueError(
-                f"loss config: normaliser={self.normaliser!r}, expected 'released', 'per_slide' or 'per_positive'"
-            )
-        for name in ("negatives_per_slide", "negatives_at_once"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"loss config: {name}={value}, expected at least 1, or None")
 
 
 class Embeddings(NamedTuple):

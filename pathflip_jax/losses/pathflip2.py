@@ -4,41 +4,14 @@ Both run over the global batch, as those of `losses/pathflip.py`, and treat rela
 negatives.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pathflip_jax.losses.pathflip import Scalar, Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
-
-
-@dataclass(frozen=True)
-class SigmoidLossConfig:
-    """Weights and settings; the defaults are the published code's, but for `slide`.
-
-    `slide`: "sigmoid", SigLIP's loss, whose published function does not run, or "infonce" with `temperature` and
-    `label_smoothing`, what the published runs had to use. `region`: "pairs", every text against every text-conditioned
-    embedding, or "flair", what is published with the attention head: each slide pools anew for its own texts and one
-    of each other slide. `slides_at_once` bounds memory, not the loss: the texts of so many slides stand against a
-    device's at a time; 0: all.
-    """
-
-    slide: Literal["sigmoid", "infonce"] = "sigmoid"
-    region: Literal["pairs", "flair"] = "pairs"
-    slide_weight: float = 1.0
-    region_weight: float = 1.0
-    temperature: float = 0.1
-    label_smoothing: float = 0.1
-    slides_at_once: int = 0
-
-    def __post_init__(self):
-        for name, choices in (("slide", ("sigmoid", "infonce")), ("region", ("pairs", "flair"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"loss config: {name}={getattr(self, name)!r}, expected {' or '.join(choices)}")
-        if self.slides_at_once < 0:
-            raise ValueError(f"loss config: slides_at_once={self.slides_at_once}, expected at least 1, or 0 for all")
+from pathflip_jax.settings.networks import SigmoidLossConfig
 
 
 def sigmoid_slide_loss(

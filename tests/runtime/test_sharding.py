@@ -70,7 +70,7 @@ def test_rules_place_by_name_and_spare_what_does_not_divide():
         "odd/kernel": jnp.zeros((6, 8)),
         "logit_scale": jnp.zeros(()),
     }
-    places = sharding.placements(mesh, {"mu": shapes, "count": jnp.zeros(())})
+    places = sharding.infer_shardings(mesh, {"mu": shapes, "count": jnp.zeros(())})
     found = {name: place.spec for name, place in places["mu"].items()}
     expected = {"a/kernel": P("fsdp", None), "a/bias": P(), "odd/kernel": P(None, None), "logit_scale": P()}
     assert found == expected and places["count"].spec == P()
