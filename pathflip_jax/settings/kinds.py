@@ -12,7 +12,6 @@ from pathflip_jax.settings.networks import (
     LanguageDataSettings,
     LanguageModelSettings,
     LossConfig,
-    ModelSettings,
     PathFLIP2ModelSettings,
     PathFLIPModelSettings,
     SigmoidLossConfig,
@@ -45,7 +44,12 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> "RunSettings":
-        """Inverse of `to_dict`; what is not given has its default. Raises ValueError for all that is out of bounds."""
+        """Inverse of `to_dict`; what is not given has its default.
+
+        Raises ValueError for names that are no settings, and for all that is out of bounds.
+        """
+        if unknown := [key for key in flatten(values) if key not in fields(cls)]:
+            raise ValueError(f"{', '.join(unknown)}: no such setting; expected some of {', '.join(fields(cls))}")
         sections, given = {field.name: type(field.default) for field in dataclasses.fields(cls)}, {}
         for name, section in sections.items():
             all_of_it = dataclasses.asdict(getattr(cls, name)) | dict(values.get(name, {}))
@@ -68,7 +72,7 @@ class AlignmentSettings(RunSettings):
     """Alignment of slides and texts; the defaults are the released code's, for the network of the paper."""
 
     data: AlignmentDataSettings = AlignmentDataSettings()
-    model: ModelSettings = PathFLIPModelSettings()
+    model: PathFLIPModelSettings | PathFLIP2ModelSettings = PathFLIPModelSettings()
     loss: LossConfig | SigmoidLossConfig = LossConfig()
     optim: OptimConfig = OptimConfig(preset="released", clip=0.0)
 
@@ -126,7 +130,12 @@ def defaults(kind: Kind) -> Mapping[str, Any]:
 
 def flat(settings: RunSettings) -> dict[str, Any]:
     """The values of all settings by "section.name"."""
-    return {f"{section}.{name}": x for section, values in settings.to_dict().items() for name, x in values.items()}
+    return flatten(settings.to_dict())
+
+
+def flatten(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Values in nested mappings by "section.name"."""
+    return {f"{section}.{name}": x for section, own in values.items() for name, x in own.items()}
 
 
 def _every() -> Iterator[tuple[str, Setting]]:

@@ -75,7 +75,7 @@ class PathFLIPModelSettings(ModelSettings):
 class PathFLIP2ModelSettings(ModelSettings):
     """The network of the authors' follow-up."""
 
-    family: str = setting("pathflip2", NAME, "of the network; left out: pathflip")
+    family: str = setting("pathflip2", Words(("pathflip2",)), "of networks; without this setting: pathflip")
     embed_dim: int = setting(512, WIDTH, "width of the space that slides and texts share")
     tokens: int = setting(
         128, whole(0, LARGEST_SIZE), "learned tokens that read the patches, beside the one that becomes the slide"

@@ -119,7 +119,8 @@ def parse(argv: list[str]) -> tuple[RunSettings, dict]:
         if argument.startswith("--config.") and key not in known:
             raise ValueError(f"{argument}: {find_config(names[0])[0]} has no setting {key}{_meant(key, known)}")
     values = flags.FlagValues()
-    none, argv = _settings_of_none(argv, kind_of(config))
+    kind = kind_of(config)
+    none, argv = _settings_of_none(argv, kind)
     rest = [argument for argument in argv if not argument.startswith("--config=")]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *rest])
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -133,7 +134,7 @@ def parse(argv: list[str]) -> tuple[RunSettings, dict]:
         raise ValueError(str(error)) from None
     for key in none:
         _set(config, key, None)
-    settings = freeze(config)
+    settings = kind.from_dict(config.to_dict())
     if not values.workdir:
         raise ValueError(f"--workdir is not given: name the folder that the run writes to\n{USAGE}")
     return settings, {name: values[name].value for name in OPTIONS}

@@ -76,6 +76,12 @@ def test_rules_place_by_name_and_spare_what_does_not_divide():
     assert found == expected and places["count"].spec == P()
 
 
+def test_the_parts_of_a_batch_lie_end_to_end():
+    assert sharding.ONE_PROCESS.rows(4).tolist() == [0, 1, 2, 3]
+    assert sharding.Shards(3, (0, 2)).rows(6).tolist() == [0, 1, 4, 5]
+    assert sharding.shards_of(sharding.make_mesh()).count == jax.device_count()
+
+
 def test_mesh_that_does_not_fit_the_devices_is_refused():
     assert dict(sharding.make_mesh().shape) == {"data": jax.device_count(), "fsdp": 1, "region": 1}
     with pytest.raises(ValueError, match=r"mesh.fsdp=3, mesh.region=1: \d+ devices are here"):

@@ -76,6 +76,10 @@ def test_a_kind_is_known_by_its_sections():
     for kind in KINDS:
         assert kinds.kind_of(kind().to_dict()) is kind
     assert kinds.kind_of({"data": {}, "model": 3}) is AlignmentSettings
+    with pytest.raises(ValueError, match="model.family=pathflip3: expected one of pathflip2, such as --config.model"):
+        settings.parse(["--config=pathflip2", *REQUIRED, "--config.model.family=pathflip3"])
+    with pytest.raises(ValueError, match="model.tokens, lm.trains: no such setting; expected some of data.records, "):
+        AlignmentSettings.from_dict({"model": {"layers": 2, "tokens": 1}, "lm": {"trains": "lora"}})
     assert isinstance(AlignmentSettings().loss, LossConfig) and isinstance(PathFLIP2Settings().loss, SigmoidLossConfig)
 
 

@@ -175,7 +175,7 @@ def test_groups_do_not_change_what_is_drawn(cohort):
     assert (a.patches == b.patches).all() and (a.slide == b.slide).all()
 
 
-@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_reading_ahead_gives_the_same_batches(cohort, threads):
     made = batches(cohort, threads=threads)
     for step, batch in zip(range(4, 9), made.__iter__(4), strict=False):
@@ -268,7 +268,7 @@ def test_memory_is_lent_again_only_when_nothing_refers_to_it(cohort, resident):
 
 
 def test_features_in_memory_give_the_same_batches(cohort):
-    for changes in ({}, {"patch_slots": None}, {"slide_ids": [f"S{i:02d}" for i in range(5, 15)]}):
+    for changes in ({}, {"patch_slots": 0}, {"slide_ids": [f"S{i:02d}" for i in range(5, 15)]}):
         for step in (0, 7):
             assert_equal(
                 batches(cohort, resident="host", **changes).batch(step), batches(cohort, **changes).batch(step)
