@@ -89,7 +89,7 @@ class Ledger:
         self._spent[target] += seconds
 
     def open(self, workdir: Path, step: int, **facts: float) -> None:
-        """Start writing to the file of this run, which goes on after `step`; `facts` go into the first row."""
+        """Start writing to the file of this run, which resumes after `step`; `facts` go into the first row."""
         self._path, self._torn = workdir / GOODPUT, True
         self._write(START, step, began=round(self._began, 3), **facts)
 
