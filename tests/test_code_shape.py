@@ -12,11 +12,8 @@ EXCEPTIONS = {
     "pathflip_jax/commands/serve.py:add": "a list of the options of a command",
     "pathflip_jax/convert/pathflip2.py:infer_pathflip2": "to be cut: one function a part of the network",
     "pathflip_jax/convert/torch_model.py": "one self-contained file, which is copied beside exported weights",
-    "pathflip_jax/data/batches/pipeline.py:make_batches": "to be cut: takes settings in place of parameters",
     "pathflip_jax/grounding/heatmap.py:draw_panels": "to be cut: takes a specification of the figure",
     "pathflip_jax/inference/predictor.py": "to be cut: grounding methods are objects of their own",
-    "pathflip_jax/training/language_batches.py:__init__": "to be cut: takes settings in place of parameters",
-    "pathflip_jax/training/loop.py:fit": "to be cut: phases of a monitor",
     "pathflip_jax/viewer/report.py:report": "to be cut: takes a specification of the report",
     "pathflip_jax/viewer/server.py:make_app": "to be cut: one function a route",
 }

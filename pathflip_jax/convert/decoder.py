@@ -31,7 +31,7 @@ from pathflip_jax.convert.decoder_names import CLASSES, HEAD, TABLE, Name, is_bu
 from pathflip_jax.convert.lora import adapters, is_adapter, merged
 from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe

@@ -25,7 +25,7 @@ from pathflip_jax.convert.decoder_folders import (
 from pathflip_jax.convert.decoder_names import CLASSES, adapter_names
 from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.model.parameters import flatten

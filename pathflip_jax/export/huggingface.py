@@ -14,7 +14,7 @@ import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.pytorch import merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig

@@ -15,7 +15,7 @@ from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.pathflip2 import merge_lora
 from pathflip_jax.convert.pytorch import to_torch
 from pathflip_jax.data.storage.durable import sync
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.readmes import readme, readme2
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
