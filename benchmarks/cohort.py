@@ -1,4 +1,4 @@
-"""The demo over several seeds: what the README and the report claim of the embedded cohort.
+"""The demo over several seeds: what docs/benchmarks.md and the report claim of the embedded cohort.
 
 Each seed makes its own cohort, trains with and without the region loss, and scores the held-out slides. Prints one
 row a seed and their mean, and writes them with the machine they came from.

@@ -126,7 +126,7 @@ class Bench(Rig):
             again = Run(self, workdir, hosts, [])
             if any(again.wait()):
                 wrong.append(f"the restarted run failed: {again.said()[0][-2000:]}")
-            going_on = re.search(r"going on from step (\d+)", again.said()[0])
+            going_on = re.search(r"resuming from step (\d+)", again.said()[0])
             resumed = int(going_on[1]) if going_on else 0
             if resumed < newest:
                 if not struck.may_go_back or newest - resumed > SAVE_EVERY:

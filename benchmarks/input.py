@@ -40,11 +40,12 @@ try:
 except ImportError as error:
     raise SystemExit(f"{error.name} is missing, and with it one side of the comparison: pip install it") from None
 
-from pathflip_jax.data.batches.pipeline import Batches, make_batches
+from pathflip_jax.data.batches.pipeline import Batches, BatchSize, Cohort, make_batches
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.captions import sample_subcaptions, split_sentences
 from pathflip_jax.data.texts.text import SlideText
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.settings.sections import AlignmentDataSettings
 
 OURS, H5, PT = "records", "h5", ".pt"
 RUN, SUBCAPTIONS, SUBCAPTION_LENGTH = 256, 8, 192
@@ -212,11 +213,12 @@ class Bench:
         self.caption_tokens = statistics.mean(len(ids) + 2 for ids in tokenizer.ids(captions))
 
         def batches(**more) -> Batches:
-            return make_batches(
-                self.records, texts, tokenizer, batch_size=options.batch_size, regions=options.regions,
-                subcaptions=SUBCAPTIONS, caption_length=CAPTION_LENGTH, subcaption_length=SUBCAPTION_LENGTH,
-                seed=options.seed, threads=options.threads, **more,
+            data = AlignmentDataSettings(
+                regions=options.regions, subcaptions=SUBCAPTIONS, caption_length=CAPTION_LENGTH,
+                subcaption_length=SUBCAPTION_LENGTH, threads=options.threads, **more,
             )  # fmt: skip
+            cohort = Cohort(self.records, texts, tokenizer)
+            return make_batches(cohort, data, BatchSize(options.batch_size), seed=options.seed)
 
         self.batches = batches()
         self.fewer = batches(patch_slots=max(1, self.batches.patch_slots * 3 // 4))

@@ -44,6 +44,7 @@ from PIL import Image
 from data_prep.build import prepare
 from data_prep.encoders import load_encoder
 from data_prep.layout import plan
+from data_prep.settings import PrepareSettings
 from data_prep.slide_image import render, write_slide
 from data_prep.slides import Slide, open_slide
 from data_prep.tiling import Tiles, read_patches, tile_slide
@@ -168,7 +169,7 @@ def _one_thread(name: str):
 def time_pipeline(slides: Path, out: Path, encoder: str, mpp: float, workers: int) -> dict:
     """`prepare`, by the clock from its call to its end: patches/s, shares of the stages, and the largest worker."""
     start = time.perf_counter()
-    report = prepare(slides, out, encoder=encoder, mpp=mpp, patch_size=PATCH, workers=workers)
+    report = prepare(slides, out, PrepareSettings(encoder=encoder, mpp=mpp, patch_size=PATCH, workers=workers))
     seconds = time.perf_counter() - start
     if report.failed:
         raise RuntimeError(report.summary())

@@ -15,6 +15,7 @@ out on both axes. It is given over all R and over the larger half of them, where
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -72,26 +73,23 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
     import jax
     from flax import nnx
 
-    from pathflip_jax.losses.pathflip import LossConfig
     from pathflip_jax.model.config import PathFLIPConfig
     from pathflip_jax.model.parameters import flatten, unflatten
     from pathflip_jax.model.pathflip import PathFLIP
     from pathflip_jax.runtime.compilation import compiler_options
-    from pathflip_jax.training import settings
+    from pathflip_jax.settings.kinds import AlignmentSettings
     from pathflip_jax.training.objectives import alignment
-    from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.training.optim import learning_rate, make_optimizer
     from pathflip_jax.training.step import make_step
 
-    config, device = settings.load_config("align_base"), jax.devices()[0]
+    config, device = AlignmentSettings(), jax.devices()[0]
     dtype = options.dtype or ("float32" if device.platform == "cpu" else "bfloat16")
-    sizes = config.model.to_dict() | DATA_SIZES | (SMALL if options.small else {}) | {"compute_dtype": dtype}
+    sizes = dataclasses.asdict(config.model) | DATA_SIZES | (SMALL if options.small else {}) | {"compute_dtype": dtype}
     del sizes["bert"]
     model = PathFLIPConfig.from_dict(sizes)
-    schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)
-    optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
-    step = make_step(
-        alignment(LossConfig(**config.loss)), lambda p, _: unflatten(model, p), optimizer, schedule, 1, seed=0
-    )
+    schedule = learning_rate(config.optim, 1000, 1000)
+    optimizer = make_optimizer(config.optim, schedule)
+    step = make_step(alignment(config.loss), lambda p, _: unflatten(model, p), optimizer, schedule, 1, seed=0)
     params = jax.jit(lambda key: flatten(PathFLIP(model, nnx.Rngs(key))))(jax.random.key(0))
     opt_state = jax.jit(optimizer.init)(params)
     batch = jax.device_put(make_batch(point, options.slots, model.feature_dim, model.vocab_size))

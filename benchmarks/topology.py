@@ -75,7 +75,7 @@ def make_batch(config, slides: int, mesh):
 
     from pathflip_jax.data.batches.packing import TextRows, enough_rows, row_lengths
     from pathflip_jax.data.batches.pipeline import Batch
-    from pathflip_jax.runtime.sharding import BATCH_RULES, batch_shards, placements
+    from pathflip_jax.runtime.sharding import BATCH_RULES, batch_shards, infer_shardings
     from pathflip_jax.training.data import choose_groups
 
     data, shares = config.data, batch_shards(mesh)
@@ -97,7 +97,7 @@ def make_batch(config, slides: int, mesh):
     patches, mask = of((B, R, slots, DATA_SIZES[0]), np.float16), of((B, R, slots), np.bool_)
     number = of((B,), np.int32)
     batch = Batch(patches, mask, rows, of((B, 1 + data.subcaptions), np.int32), number, number)
-    return placed(batch, placements(mesh, batch, BATCH_RULES))
+    return placed(batch, infer_shardings(mesh, batch, BATCH_RULES))
 
 
 def placed(shapes, places):
@@ -116,19 +116,19 @@ def lower(config, layers: int, slides: int, mesh):
     from pathflip_jax.model.parameters import abstract_params, unflatten
     from pathflip_jax.runtime import sharding
     from pathflip_jax.training.alignment import family_of
-    from pathflip_jax.training.optim import OptimConfig, learning_rate, make_optimizer
+    from pathflip_jax.training.optim import learning_rate, make_optimizer
     from pathflip_jax.training.step import make_step
 
     model = with_layers(config, layers)
-    schedule = learning_rate(OptimConfig(**config.optim), 1000, 1000)
-    optimizer = make_optimizer(OptimConfig(**config.optim), schedule)
+    schedule = learning_rate(config.optim, 1000, 1000)
+    optimizer = make_optimizer(config.optim, schedule)
     stage = family_of(config).stage(config, model, sharding.by_slide(mesh))
     step = make_step(
         stage, lambda p, _: unflatten(model, p), optimizer, schedule, config.train.accumulate, config.train.seed
     )
 
     params, opt_state = abstract_params(model), jax.eval_shape(optimizer.init, abstract_params(model))
-    params, opt_state = (placed(tree, sharding.placements(mesh, tree)) for tree in (params, opt_state))
+    params, opt_state = (placed(tree, sharding.infer_shardings(mesh, tree)) for tree in (params, opt_state))
     whole = NamedSharding(mesh, P())
     batch = make_batch(config, slides, mesh)
     places = jax.tree.map(lambda x: x.sharding, (params, opt_state))

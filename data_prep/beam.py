@@ -18,10 +18,11 @@ from data_prep.jobs import Effort, Job, Outcome, ended
 from data_prep.majority import is_alike, vote
 from data_prep.plan import Plan
 from data_prep.plan_file import write_json
-from data_prep.pool import Worker
+from data_prep.pool import PRELOADED, run_one
 from data_prep.shards import Progress, assemble, part_traits
 from pathflip_jax.data.records.cohort import Cohort, Traits
 from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.runtime.workers import Worker
 
 try:
     import apache_beam as beam
@@ -93,13 +94,13 @@ class _SlideToPart(beam.DoFn):
 
     def setup(self) -> None:
         """Called by Beam in each of its workers."""
-        self._worker = Worker()
+        self._worker = Worker(preload=PRELOADED)
 
     def process(self, job: Job) -> Iterator[tuple[str, tuple[Job, Outcome, Traits | None]]]:
         """One slide and its vote; under the name of its shard. Raises OSError for what every slide will meet."""
         outcome = Outcome()
         if not job.part.exists():  # else an earlier try or run came so far
-            outcome = self._worker.run(self._work, job) or ended(job)
+            outcome = run_one(self._worker, self._work, job) or ended(job)
         if outcome.fatal:
             raise OSError(outcome.error)
         self._counters["slides"].inc()
@@ -109,7 +110,7 @@ class _SlideToPart(beam.DoFn):
 
     def teardown(self) -> None:
         """Called by Beam when a worker ends."""
-        self._worker.close()
+        self._worker.stop()
 
 
 @worker_handlers.WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
@@ -152,7 +153,7 @@ def _seen_from_everywhere(job: Job) -> Job:
 
 
 def _cohort(votes: list[Traits | None], before: Cohort | None, alike: bool) -> Cohort | None:
-    """What the slides of all shards have in common: of those that stand, else of those that are through."""
+    """The common traits of the slides of all shards: of those that stand, else of those that are through."""
     voters = [traits for traits in votes if traits is not None]
     return before or (vote(voters, alike) if voters else None)
 

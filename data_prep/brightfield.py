@@ -30,7 +30,7 @@ def check_brightfield(path: Path, properties: Mapping[str, str], size: tuple[int
 
 
 def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
-    """What the pages of level 0's size in a TIFF are; "" for RGB of 8 bits and for what is not understood."""
+    """The kind of the pages of level 0's size in a TIFF; "" for RGB of 8 bits and for what is not understood."""
     try:
         with tifffile.TiffFile(path) as file:
             pages = [page for page in file.pages if (page.imagewidth, page.imagelength) == size]

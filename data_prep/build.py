@@ -18,162 +18,87 @@ from data_prep.jobs import Job, Outcome, ended, import_slide, layout, prepare_sl
 from data_prep.majority import Election
 from data_prep.plan import Plan, make_plan
 from data_prep.plan_file import write_json
-from data_prep.pool import cores, run_each
+from data_prep.pool import run_each
 from data_prep.report import Report, grouped
+from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings
 from data_prep.shards import Progress, amend, assemble, remove
 from data_prep.slide_files import find_slides
-from data_prep.slide_table import SANE_MPP
 from pathflip_jax.data.readers.feature_files import find_feature_files, slide_id_of
-from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
-from pathflip_jax.data.records.regions import EDGE_UM
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import Failure, some
 from pathflip_jax.data.storage.files import Place, as_path, make_folder
+from pathflip_jax.runtime.limits import processors
+
+_PREPARE, _IMPORT = PrepareSettings(), ImportSettings()
 
 
 def prepare(
-    slides: Path | str | Sequence[Path | str],
-    out: Place | str,
-    *,
-    encoder: str = "stain_texture",
-    patch_size: int = 256,
-    mpp: float = 0.5,
-    assume_mpp: float | None = None,
-    override_mpp: float | None = None,
-    min_tissue: float = 0.25,
-    keep_ink: bool = False,
-    half: bool = False,
-    dtype: str = "float16",
-    cut: str = "grid",
-    edge_um: float = EDGE_UM,
-    shard: tuple[int, int] = (0, 1),
-    slides_per_shard: int = 32,
-    workers: int | None = None,
-    strict: bool = False,
-    slides_table: Place | str | None = None,
-    prune: bool = False,
-    beam: Sequence[str] | None = None,
+    slides: Path | str | Sequence[Path | str], out: Place | str, settings: PrepareSettings = _PREPARE
 ) -> Report:
-    """Turn slide files into records: tissue, patches of `patch_size` pixels at `mpp`, features, regions.
+    """Turn slide files into records: tissue, patches, features, regions.
 
-    `slides` is a folder (searched below, too), a file or a list of files; a slide's id is its file name without
-    the extension. `assume_mpp` is for slides that do not tell their level-0 resolution, `override_mpp` replaces what
-    they tell; `min_tissue` is the tissue share of a patch; `keep_ink` takes pen for tissue, for stains that look like
-    it; `half` lets networks compute in half precision. `shard` = (i, n) does the i-th of n shares, for job arrays.
-    `workers` processes share this machine (default: one for each core) and its GPUs. `slides_table` (columns slide_id
-    and case_id or patient_id) names the cases; its columns mpp and magnification say the resolution of single slides,
-    and win. A second run does only what is missing, failed slides and new ones included; records of slides that are
-    gone stay, unless `prune` takes them out. A bad slide is reported, in `OUT/failures.json` too, and the rest goes on;
-    `strict` stops at the first. `beam` has Apache Beam spread the work, with these options of its (`data_prep.beam`).
+    `slides` is a folder (searched with its subfolders), a file or a list of files; a slide's id is its file name
+    without the extension. A second run does only what is missing, failed slides and new ones included; records of
+    slides that are gone stay, unless `prune` takes them out. A bad slide is reported, in `OUT/failures.json` too, and
+    the rest goes on.
 
-    Raises ValueError for settings that cannot be, for slide ids that occur twice, and for a folder that was begun with
-    other settings; FileNotFoundError for no slides; OSError on a full disk.
+    Raises ValueError for slide ids that occur twice and for a folder that was begun with other settings;
+    FileNotFoundError for no slides; OSError on a full disk.
     """
-    if patch_size < 1 or not 0 < mpp < 1e3 or not 0 <= min_tissue <= 1:
-        raise ValueError(
-            f"patch_size={patch_size}, mpp={mpp}, min_tissue={min_tissue}: expected a size and a resolution above 0 "
-            "and a share from 0 to 1"
-        )
-    settings = {
-        "command": "prepare", "encoder": encoder, "half": half, "patch_size": patch_size, "mpp": mpp,
-        "assume_mpp": assume_mpp, "override_mpp": override_mpp, "min_tissue": min_tissue,
-        "keep_ink": keep_ink or None, "dtype": dtype, "cut": cut, "edge_um": edge_um,
-    }  # fmt: skip
-    _check_resolution(settings, "assume_mpp", "override_mpp")
-    _check_spreading(beam, shard, strict)
-    plan = make_plan(
-        find_slides(slides), as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard, sharing=workers,
-        slides_table=slides_table, prune=prune,
-    )  # fmt: skip
-    if plan.jobs and beam is None:  # the machines of a cluster try it themselves: this one may not have the weights
+    plan = _plan(find_slides(slides), out, settings, settings.of_records())
+    if plan.jobs and settings.beam is None:  # machines of a cluster try it themselves: this one may lack the weights
         ((_, outcome),) = run_each(try_encoder, plan.jobs[:1], 1)
         if outcome is None:
-            raise ValueError(f"encoder {encoder!r}: its process died while it was loaded; is there memory for it?")
+            raise ValueError(
+                f"encoder {settings.encoder!r}: its process died while it was loaded; is there memory for it?"
+            )
         if outcome.error:
             raise ValueError(outcome.error)
-    return _run(plan, prepare_slide, workers, strict, beam)
+    return _run(plan, prepare_slide, settings)
 
 
-def import_features(
-    folder: Path | str,
-    out: Place | str,
-    *,
-    patch_size: int | None = None,
-    mpp: float | None = None,
-    override_mpp: float | None = None,
-    encoder: str | None = None,
-    dtype: str = "float16",
-    cut: str = "grid",
-    edge_um: float = EDGE_UM,
-    shard: tuple[int, int] = (0, 1),
-    slides_per_shard: int = 32,
-    workers: int | None = None,
-    strict: bool = False,
-    slides_table: Place | str | None = None,
-    prune: bool = False,
-    beam: Sequence[str] | None = None,
-) -> Report:
+def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:
     """Turn the feature files of CLAM, TRIDENT, SlideChat or STAMP below a folder into records.
 
-    `patch_size` (level-0 pixels), `mpp` (level 0) and `encoder` are for what the files do not say; `override_mpp`
-    replaces what they say. A folder of bare .pt files has no coordinates and is cut by `scan`. What most slides have
-    says what the cohort is, in encoder, feature width and physical patch size. Everything else as in `prepare`.
+    A folder of bare .pt files has no coordinates and is cut by `scan`. What most slides have says what the cohort is,
+    in encoder, feature width and physical patch size. Everything else as in `prepare`.
     """
     found = find_feature_files(folder)
     files = {slide_id_of(path): path for path in found.files}
-    bare = cut == "grid" and all(path.suffix.lower() == ".pt" for path in files.values())
-    settings = {
-        "command": "import", "patch_size": patch_size, "mpp": mpp, "override_mpp": override_mpp, "encoder": encoder,
-        "dtype": dtype, "cut": "scan" if bare else cut, "edge_um": edge_um,
-    }  # fmt: skip
-    _check_resolution(settings, "mpp", "override_mpp")
-    _check_spreading(beam, shard, strict)
-    plan = make_plan(
-        (files, found.unreachable), as_path(out), settings, shard=shard, slides_per_shard=slides_per_shard,
-        sharing=workers, slides_table=slides_table, prune=prune,
-    )  # fmt: skip
+    bare = settings.cut == "grid" and all(path.suffix.lower() == ".pt" for path in files.values())
+    kept = settings.of_records() | ({"cut": "scan"} if bare else {})
+    plan = _plan((files, found.unreachable), out, settings, kept)
     plan.notes.extend(found.notes)
     if bare:
         plan.notes.append(
             ".pt files have no coordinates: their regions are runs of stored patches (scan), and grounding refuses"
         )
-    return _run(plan, import_slide, workers, strict, beam)
+    return _run(plan, import_slide, settings)
 
 
-def _check_resolution(settings: dict[str, Any], *names: str) -> None:
-    for name in names:
-        value = settings[name]
-        if value is not None and not SANE_MPP[0] <= value <= SANE_MPP[1]:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value:g}: expected {SANE_MPP[0]:g} to {SANE_MPP[1]:g} um per level-0 pixel")
-    if settings["dtype"] not in DTYPES:
-        raise ValueError(f"--dtype {settings['dtype']}: expected {' or '.join(DTYPES)}")
+def _plan(
+    slides: tuple[dict[str, Path], list[Failure]], out: Place | str, settings: RecordsSettings, kept: dict[str, Any]
+) -> Plan:
+    return make_plan(
+        slides, as_path(out), kept, shard=settings.shard, slides_per_shard=settings.slides_per_shard,
+        sharing=settings.workers, slides_table=settings.slides_table, prune=settings.prune,
+    )  # fmt: skip
 
 
-def _check_spreading(beam: Sequence[str] | None, shard: tuple[int, int], strict: bool) -> None:
-    if beam is not None and (strict or shard != (0, 1)):
-        raise ValueError(
-            "--beam goes with neither --shard nor --strict: the runner shares the slides out, and no task knows how "
-            "the others fare; leave these out (bad slides are listed, and the exit code is 1)"
-        )
-
-
-def _run(
-    plan: Plan, work: Callable[[Job], Outcome], workers: int | None, strict: bool, beam: Sequence[str] | None
-) -> Report:
-    if strict and (plan.failed or plan.absent):
+def _run(plan: Plan, work: Callable[[Job], Outcome], settings: RecordsSettings) -> Report:
+    if settings.strict and (plan.failed or plan.absent):
         plan.notes.append("stopped before the first slide, because of the bad ones (--strict)")
         write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]])
         return Report(plan.out, [], plan.skipped, [*plan.failed, *plan.absent], False, plan.notes)
     make_folder(plan.parts)
     _amend(plan)
-    if beam is None:
-        progress = _run_here(plan, work, workers or cores(), strict)
+    if settings.beam is None:
+        progress = _run_here(plan, work, settings.workers or processors(), settings.strict)
     else:
         from data_prep.beam import run_on_beam
 
-        progress = run_on_beam(plan, work, beam) if plan.jobs else Progress()
+        progress = run_on_beam(plan, work, settings.beam) if plan.jobs else Progress()
     return _finish(plan, progress)
 
 

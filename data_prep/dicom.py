@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\d+([-_]\d+)*")  # a counter of the files of one series, 
 
 
 class Header(NamedTuple):
-    """What a DICOM file says of itself: its kind, its series and the identifier on the glass; "" for what it lacks."""
+    """Metadata of a DICOM file: its kind, its series and the identifier on the glass; "" for what it lacks."""
 
     kind: str
     series: str

@@ -18,7 +18,7 @@ _GATED = {"conch": "CONCH", "uni2": "UNI2-h"}
 
 
 class PatchEncoder(Protocol):
-    """What the pipeline asks of an encoder: uint8 RGB patches in, one float32 row per patch out.
+    """The interface of a patch encoder: uint8 RGB patches in, one float32 row per patch out.
 
     `name` goes into every record, so that features of two encoders are never mixed. A row depends on its
     patch alone, never on its neighbours in the batch.

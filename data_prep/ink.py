@@ -35,7 +35,7 @@ _BLUE_PEN, _CLEAR_SHARE = 1.4, 0.3  # OD in red over green that no haematoxylin 
 
 
 def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray, "h w"]:
-    """Where pen is, on a picture with pixels of `PIXEL_UM`; `look` is asked only about what colour does not tell."""
+    """Mask of pen marks on a picture with pixels of `PIXEL_UM`; `look` settles what colour does not."""
     glass = _glass(picture)
     strong, weak, doubtful = (np.zeros(picture.shape[:2], bool) for _ in range(3))
     for rows, inner, density in _densities(picture, glass):
@@ -83,7 +83,7 @@ def _densities(
 
 
 def _classes(density: Float[np.ndarray, "3 h w"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is ink by its colour, what is ink beside such, and what is even and strong enough to be ink in the wedge."""
+    """Masks of ink by colour, of ink beside such, and of areas even and strong enough to be ink in the wedge."""
     red, green, blue = density
     strong = (red > 0.25) & (red > 1.15 * green) & (blue < 1.3 * red)  # blue, violet-blue, turquoise, green
     strong |= (red > 0.7) & (red > 0.95 * green) & (blue < red)  # dark blue, and blue over tissue
@@ -142,7 +142,7 @@ def _is_one_dye(density: Float[np.ndarray, "n 3"]) -> bool:
 
 
 def _over_tissue(picture: np.ndarray, glass: np.ndarray, dye: Float[np.ndarray, "3"]) -> Bool[np.ndarray, "h w"]:
-    """Where a red pen may lie over tissue."""
+    """Mask of places where a red pen may lie over tissue."""
     found = np.zeros(picture.shape[:2], bool)
     for rows, inner, (red, green, blue) in _densities(picture, glass):
         more = (blue > _AS_MUCH * dye[2]) & (green > _AS_MUCH * dye[1]) & (red < _NO_HAEMATOXYLIN * green)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.encoders import PatchEncoder, load_encoder
-from data_prep.pool import cores
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
@@ -30,6 +29,7 @@ from pathflip_jax.data.storage.files import Place, remove
 from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import ulimits
+from pathflip_jax.runtime.limits import processors
 
 PLACEHOLDER = 256  # the patch size, in pixels, of a slide that does not tell it, until its cohort does
 
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Effort:
-    """What slides took: patches, seconds of each stage, and the largest resident size of a worker in bytes.
+    """Cost of slides: patches, seconds of each stage, and the largest resident size of a worker in bytes.
 
     The stages follow each other: `tissue`, then `wait` (for pixels) and `encode` in turn, then `write`. `read` is what
     the thread that reads ahead took, beside them. The encoder is the bottleneck where `wait` is next to nothing.
@@ -80,7 +80,7 @@ class Effort:
 
 
 class Remarks(NamedTuple):
-    """What was said of a slide and is not in its record: `notes` for the summary, and how sure its patch size is.
+    """Remarks on a slide that its record does not hold: `notes` for the summary, and how sure its patch size is.
 
     `guessed` is a patch size from the gaps between patches; `sizeless` says why there is none at all.
     """
@@ -91,7 +91,7 @@ class Remarks(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a worker says of a slide: nothing went wrong, or this did; `fatal` when every slide will meet it."""
+    """The result of a worker's job on a slide: its error, if any; `fatal` where every slide will meet it."""
 
     error: str = ""
     fatal: bool = False
@@ -138,7 +138,7 @@ def save_remarks(part: Place, remarks: Remarks) -> None:
 
 
 def read_remarks(part: Place) -> Remarks:
-    """What was said of the slide of a part."""
+    """The remarks on the slide of a part."""
     path = remarks_path(part)
     if not path.exists():
         return Remarks()
@@ -227,7 +227,7 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatur
 
 
 def _encoder(job: Job) -> PatchEncoder:
-    settings, threads = job.settings, max(1, cores() // (job.sharing or cores()))
+    settings, threads = job.settings, max(1, processors() // (job.sharing or processors()))
     return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads)
 
 

@@ -1,4 +1,4 @@
-"""Where the tissue of a made-up slide lies, and which concept fills which part of it.
+"""The layout of a synthetic slide: its tissue, and the concept that fills each part of it.
 
 Planning is apart from drawing: it takes milliseconds on a grid of 8 px, so a report can be written,
 and a second run can be told what is there, without rendering a pixel. The same smooth fields give the

@@ -72,7 +72,7 @@ def is_alike(plan: Plan) -> bool:
 
 
 def vote(voters: list[Traits], alike: bool) -> Cohort:
-    """What the slides of a run have in common: the first by name speaks for all where they are `alike`."""
+    """The common traits of the slides of a run: the first by name speaks for all where they are `alike`."""
     return elect(sorted(voters)[: 1 if alike else None])
 
 

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(\d+)\.tfrecord$")
 
 @dataclass(frozen=True)
 class Amendment:
-    """What changes of a shard that stands though no slide is read again: slides taken out, cases renamed."""
+    """Changes of a finished shard that need no slide to be read again: slides taken out, cases renamed."""
 
     gone: set[str] = field(default_factory=set)
     cases: dict[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Slides:
-    """What is known of slides: their `files` now, those `standing` in shards, and what the plan said `before`."""
+    """Everything known of slides: their `files` now, those `standing` in shards, and what the plan said `before`."""
 
     files: dict[str, Path]
     standing: dict[str, SlideInfo]
@@ -188,7 +188,7 @@ def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
 
 
 def _amendment(path: Place, known: _Slides, entries: dict[str, Entry]) -> Amendment:
-    """What changes of a shard that stands."""
+    """The changes of a finished shard."""
     own = [slide for slide, info in known.standing.items() if info.shard == path]
     gone = {slide for slide in own if known.prune and slide not in known.files}
     return Amendment(gone, {slide: entries[slide].case for slide in own if _is_moved(slide, known, entries)})
@@ -200,7 +200,7 @@ def _is_moved(slide: str, known: _Slides, entries: dict[str, Entry]) -> bool:
 
 
 def _changes(known: _Slides, entries: dict[str, Entry], due: set[str]) -> list[str]:
-    """What to say of a folder whose slides, cases or resolutions are not those that it was begun with."""
+    """Notes on a folder whose slides, cases or resolutions are not those that it was begun with."""
     notes, standing = [], sorted(known.standing)
     if gone := [slide for slide in standing if slide not in known.files]:
         what = "taken out of the records" if known.prune else "they stay, `--prune` takes them out"

@@ -21,7 +21,7 @@ _LATER = {"dtype": "float16"}  # settings that folders of earlier versions do no
 
 @dataclass(frozen=True)
 class Entry:
-    """What the plan says of a slide: its shard, the case and mpp of the slide table, the fills that it was given."""
+    """The entry of a slide in the plan: its shard, the case and mpp of the slide table, the fills that it was given."""
 
     shard: int
     case: str = ""

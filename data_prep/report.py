@@ -10,7 +10,7 @@ from pathflip_jax.data.storage.files import Place
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
+    """Outcome of a run: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
     folder is complete (of a job array, when the last task is through); `effort`, what the slides took. `absent` are
     rows of the slide table without a file."""
 
@@ -23,13 +23,8 @@ class Report:
     effort: Effort = Effort()
     absent: list[Failure] = field(default_factory=list)
 
-    @property
-    def exit_code(self) -> int:
-        """0, or 1 when slides failed."""
-        return 1 if self.failed else 0
-
     def summary(self) -> str:
-        """What to tell the user at the end, failures by name."""
+        """Summary for the user at the end, failures by name."""
         counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
         lines = [f"{self.folder}: {counts}", *self.notes]
         if not self.finished and not self.failed:

@@ -19,7 +19,7 @@ def extent_word(share: float) -> str:
 
 
 def case_facts(rng: np.random.Generator) -> dict[str, object]:
-    """What is true of a patient, whichever slide is looked at: size, stage, nodes, age, margin, proliferation."""
+    """Facts of a patient, whichever slide is looked at: size, stage, nodes, age, margin, proliferation."""
     cm = rng.uniform(0.6, 7.5)
     stage = "1a 1b 2 2 3 4a".split()[int(np.searchsorted([1, 2, 3.3, 4.5, 6], cm))]
     nodes = int(rng.integers(8, 26))

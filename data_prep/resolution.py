@@ -38,7 +38,7 @@ class Resolution(NamedTuple):
 
 
 class _Stated(NamedTuple):
-    """What a file says: um per pixel across and down, and where; objective power; vendor. 0 is for what it lacks."""
+    """Resolution in a file: um per pixel across and down, and their place; objective power; vendor; 0 for none."""
 
     across: float
     down: float
@@ -114,7 +114,7 @@ def _read(properties: Mapping[str, str], size: tuple[int, int]) -> _Stated:
 
 
 def _check(path: Path, said: _Stated) -> tuple[str, ...]:
-    """What to note of a size that the file states. Raises ValueError where the file contradicts itself."""
+    """A note on the size that the file states. Raises ValueError where the file contradicts itself."""
     if min(said.across, said.down) > 0 and max(said.across, said.down) > 1.1 * min(said.across, said.down):
         raise ValueError(
             f"{path}: pixels of {said.across:g} x {said.down:g} um, expected squares; scan or convert it anew"

@@ -22,7 +22,7 @@ from pathflip_jax.data.storage.files import Place
 
 @dataclass
 class Progress:
-    """What has come of some slides: the ids of those that are in a shard now, those that failed, what they took.
+    """Progress of a run: the ids of those that are in a shard now, those that failed, what they took.
 
     `notes` are pairs of a line for the summary and the slide that it is about.
     """
@@ -47,7 +47,7 @@ class Progress:
 
 
 def part_traits(job: Job) -> Traits | None:
-    """What the slide of a part has in common with its cohort; None where it has no part."""
+    """Traits of the slide of a part that its cohort shares; None where it has no part."""
     if not job.part.exists():
         return None
     found = traits_of(_info(job))._replace(where=str(job.file))
@@ -114,12 +114,12 @@ def remove(part: Place) -> None:
 
 
 def _info(job: Job) -> SlideInfo:
-    """What the index of a slide's part knows of it."""
+    """The entry of a slide in the index of its part."""
     return read_index(job.part).slides[0]
 
 
 def _fitted(job: Job, cohort: Cohort | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What changes of a slide when it joins its cohort, and what to say of it. Raises ValueError where it does not fit.
+    """Changes to a slide that joins its cohort, and notes on them. Raises ValueError where it does not fit.
 
     A patch size that is only guessed, or not known at all, gives way to the cohort's: a biopsy of two patches far apart
     tells no size.

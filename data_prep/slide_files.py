@@ -224,7 +224,7 @@ def _cure(cure: str, path: Path) -> str:
 
 
 def _pointer(path: Path) -> str:
-    """What a file of a few bytes stands for, that its storage has not fetched."""
+    """The file that a placeholder of a few bytes stands for, which its storage has not fetched."""
     try:
         size = path.stat().st_size
         head = path.read_bytes() if 0 < size <= _POINTER else b""

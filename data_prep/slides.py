@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep.brightfield import check_brightfield
 from data_prep.resolution import find_resolution
-from pathflip_jax.data.readers import guarded
+from pathflip_jax.runtime import workers
 
 # What OpenSlide may take for opening a slide or reading one block, in a worker process: a broken slide stalls it.
 _READ_SECONDS, _READ_BYTES = 300.0, 2 * 2**30
@@ -46,7 +46,7 @@ class Slide:
         Raises OSError for damaged pixels.
         """
         try:
-            with guarded.limits(_READ_SECONDS, _READ_BYTES):
+            with workers.limits(_READ_SECONDS, _READ_BYTES):
                 image = self.image.read_region((x, y), level, (width, height))
         except openslide.OpenSlideError as error:
             raise OSError(
@@ -74,7 +74,7 @@ def open_slide(path: Path | str, assume_mpp: float | None = None, override_mpp: 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide")
     try:
-        with guarded.limits(_READ_SECONDS, _READ_BYTES):
+        with workers.limits(_READ_SECONDS, _READ_BYTES):
             image = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         raise OSError(
@@ -82,7 +82,7 @@ def open_slide(path: Path | str, assume_mpp: float | None = None, override_mpp: 
             "other formats to a tiled TIFF, for example `vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`"
         ) from None
     try:
-        with guarded.limits(_READ_SECONDS, _READ_BYTES):
+        with workers.limits(_READ_SECONDS, _READ_BYTES):
             check_brightfield(path, image.properties, image.dimensions)
         found = find_resolution(path, image.properties, image.dimensions, assume_mpp, override_mpp)
     except ValueError:

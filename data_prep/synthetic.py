@@ -50,7 +50,7 @@ _COLORS = [
 
 
 class _Slide(NamedTuple):
-    """What is decided about a slide before anything is drawn."""
+    """Decisions about a slide made before anything is drawn."""
 
     number: int
     slide_id: str

@@ -24,7 +24,7 @@ _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
 
 
 class Tiles(NamedTuple):
-    """Where the patches of a slide lie and how they are read.
+    """Locations of the patches of a slide, and the level they are read from.
 
     `coords` [N, 2] are x, y of the top-left corners at level 0, in the order in which `read_patches` gives
     them: blocks of about 2,048 px of the read level, row by row inside. `patch_size_level0` is a patch's edge
@@ -134,5 +134,5 @@ def _region(
 
 
 def _block(edge: float) -> int:
-    """How many patches of `edge` pixels make the side of a block, which is read to its end before the next."""
+    """Number of patches of `edge` pixels along the side of a block, which is read to its end before the next."""
     return max(1, int(slides.BLOCK / edge))

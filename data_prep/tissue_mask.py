@@ -35,7 +35,7 @@ class Tissue(NamedTuple):
 
 
 def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) -> Tissue:
-    """Where there is stained tissue.
+    """Mask of stained tissue.
 
     Otsu's threshold on saturation, kept between what glass and what pale tissue have, so that a slide
     without glass or without tissue is not split in two; pen and black borders left out; specks dropped and small holes
@@ -78,7 +78,7 @@ def _doubt(picture: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -> Bool[np.ndarray, "h w"]:
-    """Where pen is on a picture of a slide, which is looked at closely where colour does not tell."""
+    """Mask of pen on a picture of a slide, which is looked at closely where colour does not tell."""
     step = max(1, int(PIXEL_UM / (downsample * slide.mpp) + 0.5))
     small = np.asarray(Image.fromarray(picture).reduce(step))
     wide = step * downsample
@@ -89,7 +89,7 @@ def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -
 
 
 def _structure(slide: Slide, row: float, column: float) -> float:
-    """How much structure of the size of cells is seen around a place at level 0, in grey levels."""
+    """Amount of structure of the size of cells around a place at level 0, in grey levels."""
     level = slide.image.get_best_level_for_downsample(max(1.0, 1.001 * _LOOK_UM / slide.mpp))
     scale = slide.image.level_downsamples[level]
     um = slide.mpp * scale

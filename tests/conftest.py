@@ -2,14 +2,18 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -75,9 +79,29 @@ SENTENCES = (
     "The tumor measures 1.8 cm.",
 )
 
-_spec = importlib.util.spec_from_file_location("decoder_folders", Path(__file__).with_name("decoder_folders.py"))
-_spec.loader.exec_module(_decoders := importlib.util.module_from_spec(_spec))
-decoder_folder = _decoders.decoder_folder  # a fixture
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+decoder_folder = _beside("decoder_folders").decoder_folder  # a fixture
+if importlib.util.find_spec("beartype") is not None:  # most environments of `make test-peers` lack it
+    _shapes = _beside("shapes")
+    _shapes.install()
+else:
+    _shapes = None
+
+
+@pytest.fixture(autouse=True)
+def _strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Shapes, dtypes and ranks as the code says, in the tests of operations, model and losses."""
+    strict_rooms = {Path(__file__).with_name(room) for room in ("ops", "model", "losses")}
+    with _shapes.strict() if request.path.parent in strict_rooms else nullcontext():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ from pathflip_jax.llm.prompts import Prompted, insert_slide
 from pathflip_jax.model import versions as model_versions
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.monitoring.metrics import read_metrics
-from pathflip_jax.runtime import config_files
+from pathflip_jax.settings import kinds
 from pathflip_jax.training import loop
 
 RUNS = Path(__file__).parent / "golden" / "runs"
@@ -86,9 +86,9 @@ def test_what_a_setting_added_since_meant_before_is_stated(golden):
     for run in (*ALIGNMENT, "language"):
         config = json.loads((golden[0] / run / "config.json").read_text())
         assert not versions.unknown_settings(config), "a setting was taken away or renamed: old runs still have it"
-        known = config_files.defaults(config_files.kind_of(config))
+        known = kinds.fields(kinds.kind_of(config))
         lacking = [key for key in known if key.partition(".")[2] not in config[key.partition(".")[0]]]
-        assert not set(lacking) - model_versions.BEFORE.keys(), "state in versions.BEFORE what runs without it did"
+        assert not set(lacking) - model_versions.BEFORE.keys(), "state as `before` what runs without it did"
 
 
 @pytest.mark.parametrize("run", ALIGNMENT)

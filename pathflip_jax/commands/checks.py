@@ -225,17 +225,20 @@ def _launchers() -> Iterator[Finding]:
 
 
 def _config(name: str) -> Iterator[Finding]:
-    from pathflip_jax.training.alignment import check_config
-    from pathflip_jax.training.language import check_language_config
-    from pathflip_jax.training.settings import load_config
+    from pathflip_jax.settings.kinds import LanguageSettings
+    from pathflip_jax.training.alignment import count_parameters
+    from pathflip_jax.training.language import check_language_settings
+    from pathflip_jax.training.settings import freeze, load_config
 
     try:
-        if "lm" in (config := load_config(name)):
-            check_language_config(config)
-            yield Finding(f"config {name}", f"a language stage that trains {config.lm.trains}", "ok")
+        settings = freeze(load_config(name))
+        if isinstance(settings, LanguageSettings):
+            check_language_settings(settings)
+            yield Finding(f"config {name}", f"a language stage that trains {settings.lm.trains}", "ok")
             return
-        parameters = check_config(name)
+        parameters = count_parameters(settings)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        yield Finding(f"config {name}", str(error), "fault", "compare it with configs/align_base.py")
+        cure = "`pathflip train --config align_base --help` lists the settings of alignment"
+        yield Finding(f"config {name}", str(error), "fault", cure)
         return
     yield Finding(f"config {name}", f"a model of {parameters / 1e6:.1f} M parameters", "ok")

@@ -16,7 +16,7 @@ from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate.splits import check_split
-from pathflip_jax.training.settings import load_config
+from pathflip_jax.settings.sections import AlignmentDataSettings
 
 
 class Seen(NamedTuple):
@@ -206,7 +206,7 @@ def _tokenizer(folder: Place, texts: Sequence[SlideText] | None) -> Iterator[Fin
         return
     share, most = (
         tokenizer.unknown_share(tokenizer.ids([text.caption for text in texts])),
-        load_config("align_base").data.max_unknown_share,
+        AlignmentDataSettings.max_unknown_share,
     )
     found = f"{size}; {share:.1%} of the pieces of the texts are unknown to it"
     cure = "take a vocabulary of the texts' language, or learn one: `pathflip vocabulary TEXTS --out FOLDER`"

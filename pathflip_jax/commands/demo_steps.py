@@ -72,7 +72,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
 
 
 def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2) -> int:
-    """Run every step in a process of its own; return the exit code of the first that fails, else 0.
+    """Run every step in a process of its own, and say how long it took; return the exit code of the first that fails.
 
     Ends with the path of the report as the last line of output.
     """
@@ -82,9 +82,11 @@ def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2
         print(f"\n[{number}/{len(plan)}] {title}\n  $ {shlex.join(command)}", flush=True)
         if command[0] == "pathflip":
             command = [sys.executable, "-m", "pathflip_jax.cli", *command[1:]]
+        began = time.monotonic()
         code = subprocess.run(command).returncode
         if code:
             print(f"Step {number} of the demo ended with exit code {code}; mend its cause and run the demo again.")
             return code
+        print(f"  took {time.monotonic() - began:.0f} s", flush=True)
     print(f"\nThe demo took {(time.monotonic() - start) / 60:.1f} minutes. The report:\n{out / 'report.html'}")
     return 0

@@ -39,13 +39,12 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from data_prep.build import import_features
+    from data_prep.settings import ImportSettings
 
-    report = import_features(
-        options.features_folder,
-        options.out,
+    settings = ImportSettings(
         encoder=options.encoder,
         patch_size=options.patch_size,
         mpp=options.mpp,
         **records_settings(options),
     )
-    return print_records_report(report, options.json)
+    return print_records_report(import_features(options.features_folder, options.out, settings), options.json)

@@ -57,10 +57,9 @@ def _encoder(text: str) -> str:
 
 def _run(options: argparse.Namespace) -> int:
     from data_prep.build import prepare
+    from data_prep.settings import PrepareSettings
 
-    report = prepare(
-        options.slides_folder,
-        options.out,
+    settings = PrepareSettings(
         encoder=options.encoder,
         patch_size=options.patch_size,
         mpp=options.mpp,
@@ -70,4 +69,4 @@ def _run(options: argparse.Namespace) -> int:
         half=options.half,
         **records_settings(options),
     )
-    return print_records_report(report, options.json)
+    return print_records_report(prepare(options.slides_folder, options.out, settings), options.json)

@@ -31,12 +31,12 @@ from pathflip_jax.convert.decoder_names import CLASSES, HEAD, TABLE, Name, is_bu
 from pathflip_jax.convert.lora import adapters, is_adapter, merged
 from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
 from pathflip_jax.model.parameters import flatten, unflatten
-from pathflip_jax.runtime.sharding import placements
+from pathflip_jax.runtime.sharding import infer_shardings
 
 STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
@@ -121,7 +121,7 @@ def _abstract(
 
 def _places(mesh: Mesh | None, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Sharding]:
     if mesh is not None:
-        return placements(mesh, shapes)
+        return infer_shardings(mesh, shapes)
     return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
 
 

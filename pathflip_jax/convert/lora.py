@@ -25,11 +25,11 @@ from pathflip_jax.convert.decoder_folders import (
 from pathflip_jax.convert.decoder_names import CLASSES, adapter_names
 from pathflip_jax.convert.weight_sets import plain_names
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.runtime.sharding import placements
+from pathflip_jax.runtime.sharding import infer_shardings
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and load that folder"
@@ -101,7 +101,7 @@ def attach(flat: Flat, adapter: Flat) -> dict[str, jax.Array]:
         if array.ndim != 2 or array.shape[axis] != kernel.shape[axis]:
             faults.append(f"{name}: has shape {tuple(array.shape)} beside a kernel of {tuple(kernel.shape)}")
         elif isinstance(place := getattr(kernel, "sharding", None), NamedSharding):
-            placed[name] = jax.device_put(array, placements(place.mesh, {name: array})[name])
+            placed[name] = jax.device_put(array, infer_shardings(place.mesh, {name: array})[name])
         else:
             placed[name] = jax.device_put(array, place)
     if faults:

@@ -1,6 +1,6 @@
 """Runs of other versions: settings that theirs lacked, and settings that this one does not know.
 
-A run may outlive many versions. What an earlier one meant by lacking a setting stands in `model/versions.py`; what a
+A run may outlive many versions. What an earlier one meant by lacking a setting stands beside it in `settings/`; what a
 later one wrote, and this one cannot know the meaning of, is refused.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from pathflip_jax.model.config import CONFIGS
 from pathflip_jax.model.versions import before
+from pathflip_jax.settings.kinds import KINDS, fields, kind_of
 
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
 # What a run's config.json holds beside settings, by section; of data and language stage all that readers go by.
@@ -73,10 +74,8 @@ def unknown_settings(config: Mapping[str, Any], sections: Iterable[str] | None =
 @functools.cache
 def _known_settings() -> dict[str, frozenset[str] | None]:
     """The names of each section of config.json, of every kind of run; None where they are free."""
-    from pathflip_jax.runtime import config_files  # late: weights alone are converted without ml_collections
-
     names: dict[str, set[str] | None] = {section: None if of is None else set(of) for section, of in FACTS.items()}
-    for key in {key for kind in config_files.KINDS for key in config_files.defaults(kind)}:
+    for key in {key for kind in KINDS for key in fields(kind)}:
         section, _, name = key.partition(".")
         names.setdefault(section, set()).add(name)
     names["model"] |= {field.name for kind in CONFIGS.values() for field in dataclasses.fields(kind)}
@@ -104,11 +103,9 @@ def refusal(place: object, names: Iterable[str], version: str | None) -> str:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a run trained here, with what its version did where it lacked a setting."""
-    from pathflip_jax.runtime import config_files
-
     found = dict(config)
     if "train" in found:
-        for key in config_files.defaults(config_files.kind_of(found)):
+        for key in fields(kind_of(found)):
             section, _, name = key.partition(".")
             if name not in found.get(section, {name: None}):
                 found[section] = before(section, [name]) | found[section]

@@ -17,7 +17,7 @@ from pathflip_jax.convert.exported import without_places
 from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.pytorch import write_export
 from pathflip_jax.inference.language_run import assemble, split_names
 from pathflip_jax.inference.load import load

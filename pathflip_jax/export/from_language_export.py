@@ -13,7 +13,7 @@ from pathflip_jax.convert.lora import SETTINGS, load_peft
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
 from pathflip_jax.convert.versions import READ, refusal, unknown_settings
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.decoder import ABOUT, ALIGNER
 from pathflip_jax.inference.language_run import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.llm.adapter import is_trained

@@ -13,7 +13,7 @@ import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.families import export_of
 from pathflip_jax.export.pytorch import copy_code, merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length

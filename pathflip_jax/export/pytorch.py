@@ -14,7 +14,7 @@ from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.families import conversion_of
 from pathflip_jax.convert.pytorch import to_torch
 from pathflip_jax.data.storage.durable import sync
-from pathflip_jax.data.storage.whole_files import whole_folder
+from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.families import export_of
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import family_of

@@ -7,46 +7,19 @@ are related.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pathflip_jax.settings.networks import LossConfig
+
 # texts [B, C, D], regions [B, R, D], region_mask [B, R] -> text-conditioned region embeddings [B, C, D], weights
 TextRegionAttention = Callable[[Array, Array, Array], tuple[Array, Array]]
+Scalar = Float[Array, ""] | float
 # (function, of each slide, of all slides, of none) -> what the function gives for each slide; see `at_once`
 Spread = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights and settings of the losses; the defaults are the released code's.
-
-    `negative_weight` counts in `per_slide` only. `negatives_per_slide` shows each slide that many of the other
-    slides instead of all: the next ones in the batch, which is shuffled. `negatives_at_once` bounds memory, not the
-    loss: so many negatives of each slide are scored at a time (`region_loss` says what stands in memory).
-    """
-
-    slide_weight: float = 1.0
-    region_weight: float = 1.0
-    temperature: float = 0.1
-    label_smoothing: float = 0.1
-    normaliser: Literal["released", "per_slide", "per_positive"] = "released"
-    negative_weight: float = 1.0
-    negatives_per_slide: int | None = None
-    negatives_at_once: int | None = None
-
-    def __post_init__(self):
-        if self.normaliser not in ("released", "per_slide", "per_positive"):
-            raise ValueError(
-                f"loss config: normaliser={self.normaliser!r}, expected 'released', 'per_slide' or 'per_positive'"
-            )
-        for name in ("negatives_per_slide", "negatives_at_once"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"loss config: {name}={value}, expected at least 1, or None")
 
 
 class Embeddings(NamedTuple):
@@ -68,7 +41,7 @@ def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def unrelated(one: Int[Array, "*n S"], other: Int[Array, "*n T"]) -> Bool[Array, "*n"]:
+def unrelated(one: Int[Array, "*#n S"], other: Int[Array, "*#n T"]) -> Bool[Array, "..."]:
     """Whether slides share none of their numbers, so that each is a negative for the other."""
     return ~jnp.any(one[..., :, None] == other[..., None, :], axis=(-2, -1))
 
@@ -145,8 +118,8 @@ def region_loss(
     text_region_attention: TextRegionAttention,
     negatives: Int[Array, "B B"],
     related: Int[Array, "B ..."],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""] | None,
+    scale: Scalar,
+    bias: Scalar | None,
     config: LossConfig,
     spread: Spread = at_once,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -197,8 +170,8 @@ def _negatives(
     slides: _Slides,
     everyone: _Everyone,
     attention: TextRegionAttention,
-    scale: Float[Array, ""],
-    bias: Float[Array, ""] | None,
+    scale: Scalar,
+    bias: Scalar | None,
     shown: int,
     chunk: int,
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
@@ -208,9 +181,9 @@ def _negatives(
     """
 
     def score(offsets: Int[Array, "C"]):
-        others = (slides.number[:, None] + offsets) % len(everyone.related)  # [n, C]
+        others = (slides.number[:, None] + offsets[None]) % len(everyone.related)  # [n, C]
         drawn = jnp.take_along_axis(slides.drawn, others, axis=1)
-        counted = unrelated(slides.related[:, None], everyone.related[others]) & (offsets <= shown)
+        counted = unrelated(slides.related[:, None], everyone.related[others]) & (offsets <= shown)[None]
         if everyone.wording is not None:
             counted &= unrelated(slides.wording[:, None], everyone.wording[others, drawn][..., None])
         texts = everyone.subcaptions[others, drawn]
@@ -232,7 +205,7 @@ def _cosines(attention: TextRegionAttention, texts: Array, regions: Array, mask:
     return jnp.sum(normalise(pooled) * normalise(texts), axis=-1)
 
 
-def log_sigmoid(cosine: Array, label: float | Array, scale: Array, bias: Array | None) -> Array:
+def log_sigmoid(cosine: Array, label: float | Array, scale: Scalar, bias: Scalar | None) -> Array:
     """The logarithm of how probable it is that a pair of this cosine is a match (label 1) or none (-1)."""
     return jax.nn.log_sigmoid(label * (scale * cosine if bias is None else scale * cosine + bias))
 
@@ -242,8 +215,8 @@ def alignment_loss(
     text_region_attention: TextRegionAttention,
     negatives: Int[Array, "B B"],
     related: Int[Array, "B ..."],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""] | None,
+    scale: Scalar,
+    bias: Scalar | None,
     config: LossConfig,
     spread: Spread = at_once,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:

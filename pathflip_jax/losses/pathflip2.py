@@ -4,49 +4,22 @@ Both run over the global batch, as those of `losses/pathflip.py`, and treat rela
 negatives.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pathflip_jax.losses.pathflip import Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
-
-
-@dataclass(frozen=True)
-class SigmoidLossConfig:
-    """Weights and settings; the defaults are the published code's, but for `slide`.
-
-    `slide`: "sigmoid", SigLIP's loss, whose published function does not run, or "infonce" with `temperature` and
-    `label_smoothing`, what the published runs had to use. `region`: "pairs", every text against every text-conditioned
-    embedding, or "flair", what is published with the attention head: each slide pools anew for its own texts and one
-    of each other slide. `slides_at_once` bounds memory, not the loss: the texts of so many slides stand against a
-    device's at a time; 0: all.
-    """
-
-    slide: Literal["sigmoid", "infonce"] = "sigmoid"
-    region: Literal["pairs", "flair"] = "pairs"
-    slide_weight: float = 1.0
-    region_weight: float = 1.0
-    temperature: float = 0.1
-    label_smoothing: float = 0.1
-    slides_at_once: int = 0
-
-    def __post_init__(self):
-        for name, choices in (("slide", ("sigmoid", "infonce")), ("region", ("pairs", "flair"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"loss config: {name}={getattr(self, name)!r}, expected {' or '.join(choices)}")
-        if self.slides_at_once < 0:
-            raise ValueError(f"loss config: slides_at_once={self.slides_at_once}, expected at least 1, or 0 for all")
+from pathflip_jax.losses.pathflip import Scalar, Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
+from pathflip_jax.settings.networks import SigmoidLossConfig
 
 
 def sigmoid_slide_loss(
     slides: Float[Array, "B D"],
     captions: Float[Array, "B D"],
     related: Int[Array, "B ..."],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
+    scale: Scalar,
+    bias: Scalar,
 ) -> Float[Array, ""]:
     """SigLIP: every pair of slide and caption is a match or none; the sum over pairs, divided by the slides."""
     same = jnp.eye(len(slides), dtype=bool)
@@ -76,8 +49,8 @@ def pair_loss(
     pooled: Float[Array, "B K D"],
     texts: Float[Array, "B K D"],
     related: Int[Array, "B ..."],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
+    scale: Scalar,
+    bias: Scalar,
     config: SigmoidLossConfig,
     spread: Spread = at_once,
     wording: Int[Array, "B K"] | None = None,
@@ -102,7 +75,9 @@ def pair_loss(
     return total / count, cosines
 
 
-def _sums(slides: _Slides, everyone: _Everyone, scale: Array, bias: Array, chunk: int) -> tuple[Float[Array, "n"], ...]:
+def _sums(
+    slides: _Slides, everyone: _Everyone, scale: Scalar, bias: Scalar, chunk: int
+) -> tuple[Float[Array, "n"], ...]:
     """Of each slide's pairs with the texts of all: the terms, how many count, the cosines of matches and of others.
 
     Chunks are computed again for the gradient, so that only one stands in memory at a time.
@@ -112,17 +87,17 @@ def _sums(slides: _Slides, everyone: _Everyone, scale: Array, bias: Array, chunk
     def one(numbers: Int[Array, "C"]):
         there = numbers < B
         numbers = jnp.minimum(numbers, B - 1)
-        own = slides.number[:, None] == numbers  # [n, C]
-        counted = (unrelated(slides.related[:, None], everyone.related[numbers]) | own) & there
+        own = slides.number[:, None] == numbers[None]  # [n, C]
+        counted = (unrelated(slides.related[:, None], everyone.related[numbers][None]) | own) & there[None]
         counted = jnp.broadcast_to(counted[..., None], (*counted.shape, K))  # [n, C, K]
         if everyone.wording is not None:
-            other = unrelated(slides.wording[:, None, None], everyone.wording[numbers][..., None])
+            other = unrelated(slides.wording[:, None, None], everyone.wording[numbers][None, ..., None])
             counted &= other | own[..., None]
-        match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[:, None]  # [n, K, C, K]
+        match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[None, :, None]  # [n, K, C, K]
         cosine = jnp.einsum("nkd,cjd->nkcj", slides.pooled, everyone.texts[numbers], precision="highest")
         terms = -log_sigmoid(cosine, jnp.where(match, 1.0, -1.0), scale, bias)
         weight = jnp.broadcast_to(counted[:, None], cosine.shape).astype(cosine.dtype)
-        matched = match & there[:, None]
+        matched = match & there[None, None, :, None]
         sums = terms * weight, weight, jnp.where(matched, cosine, 0), jnp.where(matched, 0, cosine * weight)
         return tuple(x.sum((1, 2, 3)) for x in sums)
 

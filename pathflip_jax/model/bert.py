@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.config import ModelConfig
@@ -19,7 +20,7 @@ from pathflip_jax.ops.dropout import dropout, split_key
 from pathflip_jax.ops.recompute import recompute
 
 # Tokens, segments (0 is padding) and positions of the rows of one length.
-Rows = tuple[Int[Array, "G P L"], Int[Array, "G P L"], Int[Array, "G P L"]]
+Rows = tuple[Int[Array, "G _ _"], Int[Array, "G _ _"], Int[Array, "G _ _"]]
 TOKEN_TYPES = 2  # a BERT knows two kinds of sentences; all of ours are of kind 0
 
 
@@ -48,10 +49,10 @@ class SelfAttention(nnx.Module):
     def within_texts(
         self,
         x: Float[Array, "G T H"],
-        masks: Sequence[Bool[Array, "G P L L"]],
+        masks: Sequence[Bool[Array, "G _ _ _"]],
         key: Array | None,
         kept: Int[Array, "G n"] | None = None,
-    ) -> Float[Array, "G T H"]:
+    ) -> Float[Array, "G kept H"]:
         """Token t of a row sees token u of it where the row's mask says so; the T tokens are all rows, end to end.
 
         With `kept`, only those states come out, [G, n, H] (see `pick`).
@@ -71,7 +72,7 @@ class SelfAttention(nnx.Module):
         return self.norm(x + dropout(self.output(pooled), self.rate, key))
 
 
-def _rows(x: Float[Array, "G T H"], masks: Sequence[Bool[Array, "G P L L"]]) -> list[Float[Array, "G P L H"]]:
+def _rows(x: Float[Array, "G T H"], masks: Sequence[Bool[Array, "G _ _ _"]]) -> list[Float[Array, "G _ _ H"]]:
     """Cut the tokens of a group into the rows that each mask is for."""
     sizes = [mask.shape[1] * mask.shape[2] for mask in masks]
     parts = jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=1)
@@ -168,13 +169,13 @@ class Bert(nnx.Module):
 
 def _mean_of_texts(
     states: Float[Array, "G T H"],
-    segments: Sequence[Int[Array, "G P L"]],
+    segments: Sequence[Int[Array, "G _ _"]],
     positions: Int[Array, "G T"],
     text_index: Int[Array, "G n"],
     padded: bool,
 ) -> Float[Array, "G n H"]:
     """The mean over the tokens of each text; `padded`: of one text a row, over the length of its row."""
-    starts = jnp.arange(states.shape[1]) - positions  # where the text of a token begins: positions restart with each
+    starts = jnp.arange(states.shape[1])[None] - positions  # of a token's text: positions restart with each
     own = starts[:, None] == text_index[..., None]  # [G, n, T]
     if not padded:
         own &= jnp.concatenate([part.reshape(len(part), -1) for part in segments], axis=1)[:, None] > 0
@@ -199,7 +200,8 @@ class TextEncoder(Bert):
 
     def embed(self, tokens: Int[Array, "G T"], positions: Int[Array, "G T"]) -> Float[Array, "G T H"]:
         """Words of type 0 at their positions, before normalisation."""
-        return super().embed(tokens, positions) + self.type_embeddings.embedding[0]
+        words = super().embed(tokens, positions)
+        return words + lax.broadcast_to_rank(self.type_embeddings.embedding[0], words.ndim)
 
 
 def _low_rank(config: ModelConfig, linear: Linear, rngs: nnx.Rngs) -> LowRank:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pathflip_jax.model.versions import UnknownSettings, before
+from pathflip_jax.settings.fields import LARGEST_SIZE
 
 CONFIGS: dict[str, type["ModelConfig"]] = {}  # by the names of their families
 
@@ -96,7 +97,6 @@ class ModelConfig:
         return kind(**before("model", known - set(values)) | values)
 
 
-LARGEST_SIZE = 2**24
 _LARGEST = {  # a model is built layer by layer before a file is compared with it
     "layers": 1024, "region_layers": 1024, "token_layers": 1024
 }  # fmt: skip

@@ -38,11 +38,11 @@ class CrossAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B 1+R Q H"],
+        x: Float[Array, "#B #P Q H"],
         patches: Float[Array, "B R S D"],
         mask: Bool[Array, "B R S"],
         key: Array | None,
-    ) -> tuple[Float[Array, "B 1+R Q H"], Float[Array, "B heads Q R*S"], Float[Array, "B R heads Q S"]]:
+    ) -> tuple[Float[Array, "B P Q H"], Float[Array, "B heads Q R*S"], Float[Array, "B R heads Q S"]]:
         """The queries after looking, and where the slide and each region looked (before dropout)."""
         keys = split_key(key, 2)
         B, R, S, D = patches.shape
@@ -55,12 +55,12 @@ class CrossAttention(nnx.Module):
         regions = attention_weights(rows[:, 1:], patches, mask[:, :, None])
         return x, slide.reshape(B, self.heads, Q, R * S), regions.reshape(B, R, self.heads, Q, S)
 
-    def _query(self, x: Array, D: int) -> tuple[Float[Array, "B 1+R Q heads d"], Float[Array, "D heads d"]]:
+    def _query(self, x: Array, D: int) -> tuple[Float[Array, "#B #P Q heads d"], Float[Array, "D heads d"]]:
         query = self.query(x)
         query = query.reshape(*query.shape[:-1], self.heads, -1) / math.sqrt(query.shape[-1] // self.heads)
         return query, self.key.kernel[...].reshape(D, self.heads, -1)
 
-    def finish(self, x: Array, pooled: Array, total: Array, key: Array | None = None) -> Float[Array, "B 1+R Q H"]:
+    def finish(self, x: Array, pooled: Array, total: Array, key: Array | None = None) -> Float[Array, "B P Q H"]:
         """The queries after what `pool_patches`, or `pooled` of a slide in parts, gives."""
         heads, D = (self.heads, -1), pooled.shape[-1]
         pooled = pooled.reshape(*pooled.shape[:2], self.heads, x.shape[-2], D)

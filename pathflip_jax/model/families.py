@@ -7,8 +7,6 @@ family's weights are named elsewhere, how its slides are encoded, and what it le
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pathflip_jax.losses.pathflip import LossConfig
-from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.model.pathflip2 import PathFLIP2
@@ -21,14 +19,13 @@ AlignmentModel = PathFLIP | PathFLIP2
 class Family:
     """One family of alignment models.
 
-    `loss` holds the settings of its losses. `patchwise`: every patch is embedded for itself and stands where other
-    families have a region. `added_words` counts the words beside those of BERT's own vocabulary, which is `[DEC]` or
-    none. `parts` gives operations and bytes of a forward pass.
+    `patchwise`: every patch is embedded for itself and stands where other families have a region. `added_words` counts
+    the words beside those of BERT's own vocabulary, which is `[DEC]` or none. `parts` gives operations and bytes of a
+    forward pass. The settings of its losses are in `settings/kinds.py`.
     """
 
     network: type[AlignmentModel]
     config: type[ModelConfig]
-    loss: type[LossConfig] | type[SigmoidLossConfig]
     patchwise: bool
     added_words: int
     parts: Callable[[ModelConfig, Work, int], list[Step]]
@@ -38,7 +35,6 @@ FAMILIES: dict[str, Family] = {
     PathFLIPConfig.family: Family(
         network=PathFLIP,
         config=PathFLIPConfig,
-        loss=LossConfig,
         patchwise=False,
         added_words=1,
         parts=pathflip_parts,
@@ -46,7 +42,6 @@ FAMILIES: dict[str, Family] = {
     PathFLIP2Config.family: Family(
         network=PathFLIP2,
         config=PathFLIP2Config,
-        loss=SigmoidLossConfig,
         patchwise=True,
         added_words=0,
         parts=pathflip2_parts,

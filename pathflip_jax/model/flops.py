@@ -55,7 +55,7 @@ def parameters(config: ModelConfig) -> int:
 def useful_operations(
     config: ModelConfig,
     patch_mask: Bool[jax.Array, "B R S"],
-    text_rows: Sequence[tuple[Int[jax.Array, "G P L"], ...]],
+    text_rows: Sequence[tuple[Int[jax.Array, "G _ _"], ...]],
 ) -> Float[jax.Array, ""]:
     """Operations of the training step on this batch; `text_rows` as in `PathFLIP.encode_texts`.
 

@@ -83,9 +83,9 @@ class RegionLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B C D"],
-        mask: Bool[Array, "B 1+R"],
+        mask: Bool[Array, "B P"],
         key: Array | None,
-        among: Float[Array, "B 1+R D"] | None = None,
+        among: Float[Array, "B P D"] | None = None,
     ) -> Float[Array, "B C D"]:
         """Rows after they have read each other, or those `among`, of which masked ones are no keys."""
         keys = split_key(key, 4)

@@ -1,29 +1,10 @@
-"""Settings that earlier versions lacked, and what those versions did.
-
-`BEFORE` is the one table of what was meant before a setting existed; whoever adds a setting adds a line.
-"""
+"""Settings that earlier versions lacked, and what those versions did, as the fields of the settings say."""
 
 from collections.abc import Iterable
 from typing import Any
 
-AS_NOW = object()  # it makes no difference to what a run learns: a run that began without it takes today's value
-
-# Setting -> the value that means what versions before it did. For runs and config files that lack it.
-BEFORE: dict[str, Any] = {
-    "data.caption_share": 1.0,
-    "data.embeddings": "",
-    "data.max_unknown_share": 1.0,  # such texts were trained on
-    "data.no_slide_share": 0.0,
-    "data.row_step": AS_NOW,  # how texts are packed into rows
-    "data.sentence_orders": 1,
-    "loss.negatives_at_once": AS_NOW,  # the same loss
-    "mesh.region": AS_NOW,  # the same loss
-    "train.deterministic": AS_NOW,
-    "train.keep_every": 0,
-    "train.preemptions_per_day": 0.0,
-    "train.select_margin": 0.0,
-    "train.wandb_project": "",
-}
+from pathflip_jax.settings.fields import AS_NOW
+from pathflip_jax.settings.kinds import BEFORE
 
 
 class UnknownSettings(ValueError):

@@ -2,7 +2,7 @@
 
 A run writes goodput.jsonl into its folder and only ever adds to it, so the file outlives kills and restarts; each row
 says how long this process has spent on what. Time is productive when it went into steps that were not run again: the
-seconds of steps after the checkpoint that a later start went on from are lost work, and the time between the last row
+seconds of steps after the checkpoint that a later start resumed from are lost work, and the time between the last row
 of a process and the next start is down time. All causes add up to the time from the first start to the last row.
 
 The terms are those of the package ml-goodput-measurement 0.2.3. The package itself works on Google Cloud alone: it
@@ -47,20 +47,32 @@ class Ledger:
         self._began = time.time() if began is None else began
         self._spent = dict.fromkeys(CAUSES, 0.0)
         self._cause, self._since = INITIALISATION, now - (time.time() - self._began)
+        self._saving: tuple[int, float] | None = None  # the step, and what saves had taken before
         self.resumed = now  # perf_counter() at which steps went on after something else
         self._path: Path | None = None
         self._torn = self._told = False
         self._step = 0
         self._every, self._recorded = record_seconds, now
 
-    def switch(self, cause: str) -> str:
-        """Count time for `cause` from now on; returns what it counted for until now."""
-        now, before = time.perf_counter(), self._cause
-        self._spent[before] += now - self._since
-        self._cause, self._since = cause, now
+    def switch(self, cause: str, saving: int | None = None) -> str:
+        """Count time for `cause` from now on; returns what it counted for until now.
+
+        The time until the next switch is that of a checkpoint of the step `saving`, where this is given: for so long
+        it blocks the loop, which is kept.
+        """
+        self._count()
+        before, self._cause = self._cause, cause
         if cause == STEP != before:
-            self.resumed = now
+            self.resumed = self._since
+        saved, self._saving = self._saving, None if saving is None else (saving, self._spent[SAVE])
+        if saved is not None:
+            self._write(SAVED, saved[0], took=round(self._spent[SAVE] - saved[1], 4))
         return before
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self._spent[self._cause] += now - self._since
+        self._since = now
 
     @contextmanager
     def during(self, cause: str) -> Iterator[None]:
@@ -71,21 +83,13 @@ class Ledger:
         finally:
             self.switch(before)
 
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Count the time for which a checkpoint of `step` blocks the loop, and keep how long this one took."""
-        before = self._spent[SAVE]
-        with self.during(SAVE):
-            yield
-        self._write(SAVED, step, took=round(self._spent[SAVE] - before, 4))
-
     def move(self, seconds: float, source: str, target: str) -> None:
         """Count seconds of one cause for another: what is known only afterwards."""
         self._spent[source] -= seconds
         self._spent[target] += seconds
 
     def open(self, workdir: Path, step: int, **facts: float) -> None:
-        """Start writing to the file of this run, which goes on after `step`; `facts` go into the first row."""
+        """Start writing to the file of this run, which resumes after `step`; `facts` go into the first row."""
         self._path, self._torn = workdir / GOODPUT, True
         self._write(START, step, began=round(self._began, 3), **facts)
 
@@ -98,7 +102,7 @@ class Ledger:
     def _write(self, event: str, step: int, **more: float) -> None:
         if self._path is None:
             return
-        self.switch(self._cause)
+        self._count()
         self._step, self._recorded = step, self._since
         spent = {cause: round(seconds, 4) for cause, seconds in self._spent.items() if seconds}
         row = {"time": round(time.time(), 3), "event": event, "step": step, **more, "seconds": spent}

@@ -26,7 +26,7 @@ VALIDATION, PERFORMANCE = "val/", "perf/"
 WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
 EVENTS_UNDER_WAY = 10_000  # that may wait to be written: far more than a row has
-CURE = "free disk space or mend permissions, and run the same command again to go on from the last checkpoint"
+CURE = "free disk space or mend permissions, and run the same command again to resume from the last checkpoint"
 SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
 
 
@@ -76,7 +76,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that goes on after `step`; a context manager. Only the first process writes.
+    """Writes the metrics of a run that resumes after `step`; a context manager. Only the first process writes.
 
     With `wandb_project` a run of Weights & Biases gets them too, and `config` with them.
     """

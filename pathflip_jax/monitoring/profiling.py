@@ -21,7 +21,7 @@ STEPS_ON_SIGNAL = 3
 
 
 def profiled_steps(text: str, start: int) -> range:
-    """The steps that `--profile` names, of a run that goes on after step `start`; "" names none.
+    """The steps that `--profile` names, of a run that resumes after step `start`; "" names none.
 
     "10:13" are steps 10 to 13, "3" the three steps after the first two of this start. Raises ValueError for others.
     """
@@ -61,7 +61,7 @@ class Profiler:
         if self._steps is None:
             self._steps = profiled_steps(self._wanted, step - 1)
             if self._steps and self._steps[0] < step:
-                print(f"--profile={self._wanted}: the run goes on with step {step}, these are over", file=sys.stderr)
+                print(f"--profile={self._wanted}: the run resumes with step {step}, these are over", file=sys.stderr)
         if self._asked and not self._tracing:
             self._asked, self._steps = False, range(step, step + STEPS_ON_SIGNAL)
         if self._steps and step == self._steps[0]:

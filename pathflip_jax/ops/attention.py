@@ -39,7 +39,7 @@ def pool(
     query: Float[Array, "... C d"],
     key: Float[Array, "... T d"],
     value: Float[Array, "... T e"],
-    mask: Bool[Array, "... C T"] | None,
+    mask: Bool[Array, "... #C T"] | None,
     rate: float = 0.0,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, "... C e"], Float[Array, "... C 1"]]:
@@ -120,7 +120,7 @@ def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C
 
 
 def attention_weights(
-    query: Float[Array, "... C d"], key: Float[Array, "... T d"], mask: Bool[Array, "... C T"] | None
+    query: Float[Array, "... C d"], key: Float[Array, "... T d"], mask: Bool[Array, "... #C T"] | None
 ) -> Float[Array, "... C T"]:
     """The weights that `pool` pools with, before dropout: for maps, since whoever does not ask does not pay."""
     return softmax_where(matmul(query, key.mT), mask)

@@ -51,12 +51,12 @@ contract.defvjp(lambda spec, x, kernel: (contract(spec, x, kernel), (x, kernel))
 
 def add_bias(x: Float[Array, "... W"], bias: Float[Array, "W"]) -> Float[Array, "... W"]:
     """x + bias in the dtype of x; as in `contract`, the gradient of the bias is summed in float32."""
-    return x + bias if x.dtype == bias.dtype else _add_bias(x, bias)
+    return x + jax.lax.broadcast_to_rank(bias, x.ndim) if x.dtype == bias.dtype else _add_bias(x, bias)
 
 
 @jax.custom_vjp
 def _add_bias(x: Array, bias: Array) -> Array:
-    return x + bias.astype(x.dtype)
+    return x + jax.lax.broadcast_to_rank(bias.astype(x.dtype), x.ndim)
 
 
 def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:

@@ -15,13 +15,13 @@ def rms_norm_reference(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: 
     """`rms_norm` as it is written in books, differentiated by JAX."""
     rows = x.astype(jnp.float32)
     rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * rows.astype(x.dtype)
+    return lax.broadcast_to_rank(scale, x.ndim).astype(x.dtype) * rows.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: float) -> Float[Array, "... W"]:
     """Root mean square normalisation in float32, in the dtype of x."""
-    return scale.astype(x.dtype) * _unit_rms(x, eps)[0].astype(x.dtype)
+    return lax.broadcast_to_rank(scale, x.ndim).astype(x.dtype) * _unit_rms(x, eps)[0].astype(x.dtype)
 
 
 def _unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
@@ -37,7 +37,7 @@ def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -
     W, dtype = x.shape[-1], x.dtype
     x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
     x, factor = _unit_rms(x, eps)
-    inner = gradient * scale
+    inner = gradient * lax.broadcast_to_rank(scale, x.ndim)
     outer = factor * (inner - x * (row_sums(inner * x) / W))
     return outer.astype(dtype), column_sums(gradient * x).astype(scale.dtype)  # a decoder's scale may be bfloat16
 
@@ -52,6 +52,7 @@ def layer_norm_reference(
     rows = x.astype(jnp.float32)
     rows = rows - jnp.mean(rows, axis=-1, keepdims=True)
     rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
+    scale, bias = (lax.broadcast_to_rank(row, x.ndim) for row in (scale, bias))
     return (rows * scale + bias).astype(x.dtype)
 
 
@@ -60,6 +61,7 @@ def layer_norm(
     x: Float[Array, "... W"], scale: Float[Array, "W"], bias: Float[Array, "W"], eps: float
 ) -> Float[Array, "... W"]:
     """Layer normalisation in float32, in the dtype of x."""
+    scale, bias = (lax.broadcast_to_rank(row, x.ndim) for row in (scale, bias))
     return (_standardise(x, eps)[0] * scale + bias).astype(x.dtype)
 
 
@@ -76,7 +78,7 @@ def _layer_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array)
     W, dtype = x.shape[-1], x.dtype
     x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
     x, factor = _standardise(x, eps)
-    inner = gradient * scale
+    inner = gradient * lax.broadcast_to_rank(scale, x.ndim)
     outer = factor * (inner - row_sums(inner) / W - x * (row_sums(inner * x) / W))
     return outer.astype(dtype), column_sums(gradient * x), column_sums(gradient)
 

@@ -4,7 +4,8 @@
 head and query, over the patch embeddings themselves, which slide, regions and heads share. Nothing of width H per patch
 is computed or kept. It is exact: the key bias adds the same to every score of a row and cancels in the softmax.
 
-Letters as in `pathflip_jax.model.pathflip`; C here is heads * Q, the rows that a slide or a region reads with.
+Letters as in `pathflip_jax.model.pathflip`; C here is heads * Q, the rows that a slide or a region reads with; P is
+1 + R, the slide and its regions.
 """
 
 from functools import partial
@@ -21,13 +22,13 @@ from pathflip_jax.ops.recompute import defer_until
 
 
 def pool_patches_reference(
-    query: Float[Array, "B 1+R Q heads d"],
+    query: Float[Array, "#B #P Q heads d"],
     key_kernel: Float[Array, "D heads d"],
     patches: Float[Array, "B R S D"],
     mask: Bool[Array, "B R S"],
     rate: float = 0.0,
     key: Array | None = None,
-) -> tuple[Float[Array, "B 1+R C D"], Float[Array, "B 1+R C 1"]]:
+) -> tuple[Float[Array, "B P C D"], Float[Array, "B P C 1"]]:
     """`pool_patches` as it would be written without a thought for memory, differentiated by JAX."""
     B, R, S, D = patches.shape
     rows = absorb(query, key_kernel, B, R)
@@ -42,13 +43,13 @@ def pool_patches_reference(
 
 
 def pool_patches(
-    query: Float[Array, "B 1+R Q heads d"],
+    query: Float[Array, "#B #P Q heads d"],
     key_kernel: Float[Array, "D heads d"],
     patches: Float[Array, "B R S D"],
     mask: Bool[Array, "B R S"],
     rate: float = 0.0,
     key: Array | None = None,
-) -> tuple[Float[Array, "B 1+R C D"], Float[Array, "B 1+R C 1"]]:
+) -> tuple[Float[Array, "B P C D"], Float[Array, "B P C 1"]]:
     """Softmax attention of a slide's queries, [:, 0], over all of its patches, and of each region's over the region's.
 
     Gives what each head of each query pools and the sum of its weights. Each region's patches meet both kinds of rows
@@ -115,14 +116,14 @@ def _backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
 _pool_patches.defvjp(_forward, _backward)
 
 
-def absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B 1+R C D"]:
+def absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B P C D"]:
     """Rows over patches in the place of queries over keys; before the first patches are read all sets may be one."""
     rows = contract("bgqhd,Dhd->bghqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
     rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
     return jnp.broadcast_to(rows, (slides, 1 + regions, *rows.shape[2:]))
 
 
-def _join(rows: Float[Array, "B 1+R C y"]) -> Float[Array, "B R 2C y"]:
+def _join(rows: Float[Array, "B P C y"]) -> Float[Array, "B R 2*C y"]:
     """The slide's rows above those of each region."""
     slide, regions = rows[:, :1], rows[:, 1:]
     return jnp.concatenate([jnp.broadcast_to(slide, regions.shape), regions], axis=2)
@@ -142,5 +143,5 @@ def region_products(x: Float[Array, "B R C y"]) -> Float[Array, "B 1 C y"]:
 sum_regions = by_platform(cpu=region_products, default=plain_sum_regions)
 
 
-def _scores(rows: Float[Array, "B R 2C D"], patches: Array, mask: Array) -> Float[Array, "B R 2C S"]:
+def _scores(rows: Float[Array, "B R T D"], patches: Array, mask: Array) -> Float[Array, "B R T S"]:
     return jnp.where(mask[:, :, None], matmul(rows, patches.mT), jnp.finfo(jnp.float32).min)

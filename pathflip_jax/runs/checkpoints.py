@@ -90,10 +90,6 @@ class Checkpoints:
         if max(self._best.all_steps(), default=-1) < step:
             self._save(self._best, step, {"params": params}, facts)
 
-    def best_step(self) -> int | None:
-        """The step of the best parameters kept on disk."""
-        return max(self._best.all_steps(), default=None)
-
     def _save(self, manager: ocp.CheckpointManager, step: int, arrays: dict, facts: dict) -> None:
         sums = {item: {k: int(v) for k, v in jax.device_get(checksums(tree)).items()} for item, tree in arrays.items()}
         about = {"step": step, **self.facts, **facts, "checksums": sums}

@@ -1,20 +1,31 @@
 """Config files, which are Python: whatever is wrong in one is said in a line, with the file and where in it."""
 
 import contextlib
-import functools
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+from pathflip_jax.settings.fields import types_of
+from pathflip_jax.settings.kinds import RunSettings
 
 SUFFIX = ".py"
-KINDS = ("align_base", "pathflip2", "lm_stage1")  # of each kind of run, the bundled config that lists every setting
+
+
+def as_config(settings: RunSettings) -> ConfigDict:
+    """Settings as a config, for a file to set others and for the command line to override; of the same types."""
+    config = ConfigDict()
+    for name, section in vars(settings).items():
+        config[name], of = ConfigDict(), types_of(type(section))
+        for key, value in vars(section).items():
+            config[name][key] = placeholder(of[key]) if value is None else value
+    return config
 
 
 def run_config_file(path: Path, argument: str) -> ConfigDict:
@@ -72,21 +83,6 @@ def bundled_configs() -> dict[str, Path]:
     """The configs that come with the package, by name."""
     folder = Path(importlib.util.find_spec("pathflip_jax.configs").origin).parent
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
-
-
-def kind_of(config: Mapping) -> str:
-    """The bundled config that lists every setting of this one's kind."""
-    if "lm" in config:
-        return "lm_stage1"
-    model = config.get("model")
-    sections = isinstance(model, (Mapping, ConfigDict))  # else the fault is told later, with the file
-    return "pathflip2" if sections and model.get("family") == "pathflip2" else "align_base"
-
-
-@functools.cache
-def defaults(kind: str) -> Mapping[str, Any]:
-    """Every setting of a kind of run, as "section.name", with its default."""
-    return MappingProxyType(flat_settings(run_config_file(bundled_configs()[kind], "")))
 
 
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict:

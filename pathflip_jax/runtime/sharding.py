@@ -8,7 +8,7 @@ state carries the names of the parameters it belongs to, so one table places bot
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, region: int = 1) -> Mesh:
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def placements(mesh: Mesh, tree, rules: Rules = RULES):
+def infer_shardings(mesh: Mesh, tree, rules: Rules = RULES):
     """The NamedSharding of every array of `tree`, by its name.
 
     A dimension that its mesh axis does not divide stays whole: better a copy than a crash over an odd size.
@@ -89,6 +89,26 @@ def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     return jax.device_put(rows, NamedSharding(mesh, P(AXES)))
 
 
+class Shards(NamedTuple):
+    """Into how many even parts of whole slides a batch is cut, and which of them this process makes; None: all."""
+
+    count: int = 1
+    own: tuple[int, ...] | None = None
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """The places in a batch that this process makes, end to end."""
+        places = np.arange(batch_size).reshape(self.count, -1)
+        return places[list(range(self.count) if self.own is None else self.own)].ravel()
+
+
+ONE_PROCESS = Shards()  # that makes whole batches
+
+
+def shards_of(mesh: Mesh) -> Shards:
+    """The parts of a batch, as the mesh cuts it."""
+    return Shards(batch_shards(mesh), own_shards(mesh))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts of whole slides the mesh cuts a batch."""
     return _size(mesh, BATCH[0])
@@ -107,9 +127,9 @@ def place_batch(mesh: Mesh, batch):
     def whole(x) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(x) // len(own) * shards, *x.shape[1:]), x.dtype)
 
-    places = placements(mesh, jax.tree.map(whole, batch), BATCH_RULES)
+    shardings = infer_shardings(mesh, jax.tree.map(whole, batch), BATCH_RULES)
     if jax.process_count() == 1:
-        return jax.device_put(batch, places)
+        return jax.device_put(batch, shardings)
 
     def place(x, sharding: NamedSharding):
         size = len(x) // len(own)
@@ -120,7 +140,7 @@ def place_batch(mesh: Mesh, batch):
 
         return jax.make_array_from_callback(whole(x).shape, sharding, piece)
 
-    return jax.tree.map(place, batch, places)
+    return jax.tree.map(place, batch, shardings)
 
 
 def by_slide(mesh: Mesh) -> Callable:

@@ -1,4 +1,4 @@
-"""The data of a run, as its config says: batches of both splits, and facts that tell whether data are the same.
+"""The data of a run, as its settings say: batches of both splits, and facts that tell whether data are the same.
 
 Training and validation draw from the same records and texts; the slide table says which slide is for which.
 """
@@ -7,14 +7,14 @@ import hashlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from pathflip_jax.data.batches.checks import any_unrelated, refuse_unknown_words
-from pathflip_jax.data.batches.pipeline import Batches, make_batches
+from pathflip_jax.data.batches.pipeline import Batches, BatchSize, Cohort, make_batches
 from pathflip_jax.data.records.manifest import CUT
 from pathflip_jax.data.records.records import Records, manifest_hash
 from pathflip_jax.data.records.splits import NO_VALIDATION, SlideTable, count_splits, describe, hold_table
@@ -22,6 +22,9 @@ from pathflip_jax.data.storage.files import Place, as_path, read_bytes
 from pathflip_jax.data.texts.cases import Sources
 from pathflip_jax.data.texts.text import read_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.runtime.sharding import ONE_PROCESS, Shards
+from pathflip_jax.settings.kinds import AlignmentSettings
+from pathflip_jax.settings.sections import AlignmentDataSettings, DataSettings
 from pathflip_jax.training import fingerprints
 
 COUNTS = "splits"  # among the facts
@@ -30,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunData(NamedTuple):
-    """The batches of a run, the tokenizer of its texts, and what the config shall record of them."""
+    """The batches of a run, the tokenizer of its texts, and what its config.json records of them."""
 
     train: Batches
     validation: Batches | None
@@ -38,57 +41,29 @@ class RunData(NamedTuple):
     facts: dict
 
 
-def open_data(
-    config: ConfigDict, shards: int = 1, own_shards: Sequence[int] | None = None, begun_groups: int = 0
-) -> RunData:
+def open_data(settings: AlignmentSettings, shards: Shards = ONE_PROCESS, begun_groups: int = 0) -> RunData:
     """Open records, texts and tokenizer, split the slides, and make the batches of training and validation.
 
-    `shards` and `own_shards` as in `make_batches`. A run that began with `begun_groups` text groups keeps them where
-    `shards` devices can share them out: dropout in texts is drawn for packed rows, so it stays the same. Validation is
-    the same on any number of devices.
+    A run that began with `begun_groups` text groups keeps them where the devices can share them out: dropout in texts
+    is drawn for packed rows, so it stays the same. Validation is the same on any number of devices.
     """
-    data = config.data
+    data, setup = settings.data, settings.train
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
-    if config.model.bert:
-        _refuse_other_words(Path(config.model.bert), tokenizer)
+    if settings.model.bert:
+        _refuse_other_words(Path(settings.model.bert), tokenizer)
     split = split_slides(data, records, begun=begun_groups > 0)
     sources = Sources(split.table.rows if split.table else {}, str(data.slides), str(data.records), str(data.texts))
-
-    def batches(slide_ids: list[str] | None, batch_size: int, groups: int, seed: int, **more):
-        names = ("regions", "subcaptions", "merge_sentences", "caption_length", "subcaption_length", "row_step")
-        names += ("threads", "resident")
-        return make_batches(
-            records,
-            texts,
-            tokenizer,
-            batch_size=batch_size,
-            text_groups=groups,
-            seed=seed,
-            slide_ids=slide_ids,
-            shards=shards,
-            own_shards=own_shards,
-            sources=sources,
-            **({name: data[name] for name in names} | more),
-        )
-
-    size, slots = config.train.batch_size, data.patch_slots or None
-    groups = data.text_groups or _groups_to_go_on_with(begun_groups, size, shards * config.train.accumulate)
-    more = {"patch_slots": slots, "text_rows": tuple(data.text_rows) or None, "caption_share": data.caption_share}
-    training = batches(split.training, size, groups, config.train.seed, **more)
+    cohort = Cohort(records, texts, tokenizer, split.training, sources)
+    pieces = shards.count * setup.accumulate
+    groups = data.text_groups or _groups_to_resume_with(begun_groups, setup.batch_size, pieces)
+    size = BatchSize(setup.batch_size, groups)
+    training = make_batches(cohort, data, size, seed=setup.seed, shards=shards)
     refuse_unknown_words(training.bags, tokenizer, data.max_unknown_share, data.texts)
     validation = None
-    if split.validation:  # not every slide has a text: how many can be drawn from is known only then
-        slots = {"patch_slots": training.patch_slots}
-        validation = batches(split.validation, 1, shards, 0, padding=shards - 1, **slots)
-        size = even_size(len(validation.slides), size)
-        padding = -size % shards
-        validation.resize(size, choose_groups(size + padding, shards), padding)
-        if not any_unrelated(validation.related):
-            _log.warning(
-                "validation: its %d slides are all of one case, or of one caption, so that none is another's rival and "
-                "retrieval among them is right whatever the model says; take slides of several patients",
-                len(validation.slides),
-            )  # fmt: skip
+    if split.validation:
+        held_out = cohort._replace(slide_ids=split.validation)
+        plain = replace(data, patch_slots=training.patch_slots, text_rows=(), caption_share=1.0)
+        validation = _validation_batches(held_out, plain, setup.batch_size, shards)
     facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
     means = {"texts": fingerprints.slide_texts(texts), "tokenizer": fingerprints.tokenizer(tokenizer.described)}
     table = {"slides": fingerprints.slide_rows(split.table.rows.values())} if split.table else {}
@@ -96,6 +71,22 @@ def open_data(
     told = [[bag.slides for bag in one.bags for _ in bag.texts] if one else None for one in (training, validation)]
     facts[COUNTS] = count_slides(data, records, split, told)
     return RunData(training, validation, tokenizer, facts)
+
+
+def _validation_batches(cohort: Cohort, data: AlignmentDataSettings, most: int, shards: Shards) -> Batches:
+    """All slides of a cohort in as few even batches as hold up to `most`, filled up for the devices."""
+    # Not every slide has a text: how many can be drawn from is known only once there are batches.
+    batches = make_batches(cohort, data, BatchSize(1, shards.count, shards.count - 1), shards=shards)
+    size = even_size(len(batches.slides), most)
+    padding = -size % shards.count
+    batches.resize(BatchSize(size, choose_groups(size + padding, shards.count), padding))
+    if not any_unrelated(batches.related):
+        _log.warning(
+            "validation: its %d slides are all of one case, or of one caption, so that none is another's rival and "
+            "retrieval among them is right whatever the model says; take slides of several patients",
+            len(batches.slides),
+        )  # fmt: skip
+    return batches
 
 
 class SplitSlides(NamedTuple):
@@ -106,7 +97,7 @@ class SplitSlides(NamedTuple):
     validation: list[str]
 
 
-def split_slides(data: ConfigDict, records: Records, begun: bool = False) -> SplitSlides:
+def split_slides(data: DataSettings, records: Records, begun: bool = False) -> SplitSlides:
     """The slides of the records as the slide table splits them; without one every slide trains.
 
     What matches otherwise is logged. Raises ValueError for a split of which
@@ -127,7 +118,7 @@ def split_slides(data: ConfigDict, records: Records, begun: bool = False) -> Spl
     return SplitSlides(table, training, table.require(data.val_split, cure))
 
 
-def count_slides(data: ConfigDict, records: Records, split: SplitSlides, texts: Sequence[list | None]) -> dict:
+def count_slides(data: DataSettings, records: Records, split: SplitSlides, texts: Sequence[list | None]) -> dict:
     """What each split has; `texts` are the slides of each text of training and of validation."""
     names = (data.split if split.table else "all", data.val_split)
     told = {name: own for name, own in zip(names, texts, strict=True) if own is not None}
@@ -152,9 +143,9 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
             )
 
 
-def _facts(data: ConfigDict, records: Records, patch_slots: int) -> dict:
+def _facts(data: AlignmentDataSettings, records: Records, patch_slots: int) -> dict:
     """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
-    files = {name: [as_path(data[name])] for name in ("texts", "slides") if data[name]}
+    files = {name: [as_path(path)] for name in ("texts", "slides") if (path := getattr(data, name))}
     files["tokenizer"] = [
         path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
     ]
@@ -188,7 +179,7 @@ def choose_groups(batch_size: int, pieces: int) -> int:
     )
 
 
-def _groups_to_go_on_with(begun: int, batch_size: int, pieces: int) -> int:
+def _groups_to_resume_with(begun: int, batch_size: int, pieces: int) -> int:
     """The text groups that a run began with, where they divide; else those of a run that begins here."""
     if begun and batch_size % begun == 0 and begun % pieces == 0:
         return begun
@@ -196,7 +187,7 @@ def _groups_to_go_on_with(begun: int, batch_size: int, pieces: int) -> int:
     if begun and jax.process_index() == 0:
         print(
             f"the run began with {begun} text groups, which {pieces} pieces (devices x train.accumulate) cannot share; "
-            f"it goes on with {groups}: the same batches, other dropout in texts",
+            f"it resumes with {groups}: the same batches, other dropout in texts",
             file=sys.stderr,
         )
     return groups

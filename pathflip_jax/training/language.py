@@ -6,11 +6,12 @@ sources with hashes of them: what is frozen is read from there again.
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from pathflip_jax.convert.decoder import check_tokenizer, init_decoder, load_decoder
 from pathflip_jax.convert.decoder_folders import read_decoder_config
@@ -19,7 +20,7 @@ from pathflip_jax.data.batches.pipeline import look_up
 from pathflip_jax.data.records.records import Records, manifest_hash
 from pathflip_jax.data.storage.files import as_path, read_bytes
 from pathflip_jax.data.texts.cases import slides_of_case
-from pathflip_jax.data.texts.conversations import read_conversations, read_mixture
+from pathflip_jax.data.texts.conversations import Conversation, read_conversations, read_mixture
 from pathflip_jax.inference.language_run import (
     Aligner,
     Started,
@@ -37,7 +38,9 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.parameters import Params, flatten
 from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.runtime import memory, sharding
-from pathflip_jax.training import fingerprints, settings
+from pathflip_jax.settings.kinds import LanguageSettings
+from pathflip_jax.settings.networks import LanguageDataSettings, LanguageModelSettings
+from pathflip_jax.training import fingerprints
 from pathflip_jax.training.data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
 from pathflip_jax.training.language_batches import (
     EmbeddedSlides,
@@ -46,25 +49,24 @@ from pathflip_jax.training.language_batches import (
     collect_examples,
     read_embeddings,
 )
-from pathflip_jax.training.language_objective import language_operations, language_stage
-from pathflip_jax.training.optim import OptimConfig
+from pathflip_jax.training.language_objective import language_flops, language_stage
 from pathflip_jax.training.stage import Stage, Training
 from pathflip_jax.training.validation import Mark, over_batches, require_score
 
 log = logging.getLogger(__name__)
 
 
-def language_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: bool = False) -> Training:
+def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun: Mapping[str, Any]) -> Training:
     """Answers about slides: what `lm.trains` names learns, the rest is read from aligner, decoder and `lm.start`.
 
-    `begun`: whether the run goes on, as in `split_slides`.
-    Raises ValueError and OSError for settings, folders and tables that cannot be used, with the cure.
+    `begun` as in `stages.open_training`. Raises ValueError and OSError for settings, folders and tables that cannot be
+    used, with the cure.
     """
-    lm, data = config.lm, config.data
+    lm, data = settings.lm, settings.data
     trains = split_names(lm.trains)
     stage = language_stage(trains)
-    check_language_config(config)
-    require_score(config.train.select, ("loss",))
+    check_language_settings(settings)
+    require_score(settings.train.select, ("loss",))
     records = Records(data.records)
     aligner, decoder_hash = read_aligner(lm.aligner, records, data.records), weights_hash(lm.decoder)
     decoder = read_decoder_config(lm.decoder, compute_dtype=lm.compute_dtype, remat=lm.remat)
@@ -72,14 +74,17 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: bool =
     tokenizer = DecoderTokenizer(lm.decoder)
     template = choose_template(tokenizer, data.template)
     started = read_start(lm.start, lm.decoder, aligner.hash, decoder_hash) if lm.start else None
-    lora = _lora(config, trains, started)
+    lora = _lora(lm, trains, started)
     shape = Shape(aligner.model, decoder, lora, lm.dtype)
 
-    split = split_slides(data, records, begun)
-    training, validation, means = _open_batches(
-        config, records, aligner, tokenizer, template, decoder.max_positions, mesh, split
+    split = split_slides(data, records, begun=bool(begun["data"]))
+    mixture, means = _read_conversations(data, split, tokenizer)
+    examples = _collect_examples(records, mixture, tokenizer, template, split, data)
+    found = _read_embeddings(settings, records, examples, aligner.hash)
+    training, validation = _make_batches(
+        settings, records, examples, found, decoder.max_positions, sharding.shards_of(mesh)
     )
-    resolved = config.to_dict()
+    resolved = settings.to_dict()
     resolved["data"] |= _facts(data, records, training, template, means)
     told = [batches and batches.slides_of_examples(records) for batches in (training, validation)]
     resolved["data"][COUNTS] = count_slides(data, records, split, told)
@@ -90,42 +95,39 @@ def language_training(config: ConfigDict, mesh: jax.sharding.Mesh, begun: bool =
     def build(learned: Params, frozen: Params) -> SlideLanguageModel:
         return shape.build(learned | frozen)
 
-    def require_room(step) -> None:
-        setup, shards = config.train, sharding.batch_shards(mesh)
+    def check_memory(step) -> None:
+        setup, shards = settings.train, sharding.batch_shards(mesh)
         memory.check_step(step, setup.batch_size, setup.accumulate, lm.remat, shards, 0, "lm")
 
     return Training(
         stage=stage,
         shapes=shape.abstract(stage.trainable),
         build=build,
-        initial=lambda places: initial_parameters(config, shape, aligner, started, places, mesh),
-        keeps=stage.trainable,
+        initial=lambda shardings: initial_parameters(settings, shape, aligner, started, shardings, mesh),
+        is_checkpointed=stage.trainable,
         batches=training,
         validate=_make_validation(stage, build, validation, mesh) if validation else None,
         compute_dtype=lm.compute_dtype,
-        useful_operations=language_operations(aligner.model, decoder, trains),
-        require_room=require_room,
+        model_flops=language_flops(aligner.model, decoder, trains),
+        check_memory=check_memory,
         resolved=resolved,
         describe=lambda folder: describe_language_run(folder, shape, resolved, tokenizer),
     )
 
 
-def check_language_config(config: ConfigDict) -> None:
-    """Raise ValueError for what is wrong in a config of the language stage, whatever its folders. Computes nothing."""
-    settings.check(config)
-    OptimConfig(**config.optim)
-    trains = split_names(config.lm.trains)
+def check_language_settings(settings: LanguageSettings) -> None:
+    """Raise ValueError for what is wrong in the settings, whatever is in their folders. Computes nothing."""
+    trains = split_names(settings.lm.trains)
     language_stage(trains)
-    _lora(config, trains, None)
-    if config.data.embeddings and "aligner" in trains:
+    _lora(settings.lm, trains, None)
+    if settings.data.embeddings and "aligner" in trains:
         raise ValueError("data.embeddings: slides that were embedded before teach the aligner nothing; leave it unset")
-    if config.lm.random_decoder and "decoder" not in trains:
+    if settings.lm.random_decoder and "decoder" not in trains:
         raise ValueError("lm.random_decoder: a decoder that starts from scratch must learn; add decoder to lm.trains")
 
 
-def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
+def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
     """The adapters of this run: those that it starts from, or as its settings say; None without any."""
-    lm = config.lm
     if "lora" not in trains:
         return None if started is None else started.lora
     lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, split_names(lm.lora_targets))
@@ -135,37 +137,39 @@ def _lora(config: ConfigDict, trains: tuple[str, ...], started: "Started | None"
     return lora
 
 
-def initial_parameters(config: ConfigDict, shape: Shape, aligner: Aligner, started: Started | None, places: dict, mesh):
+def initial_parameters(
+    settings: LanguageSettings, shape: Shape, aligner: Aligner, started: Started | None, shardings: dict, mesh
+) -> Params:
     """All parameters where they live: aligner and decoder as read, the projector random, then those of `lm.start`."""
-    lm = config.lm
+    lm, seed = settings.lm, settings.train.seed
     if lm.random_decoder:
-        decoder = init_decoder(shape.decoder, config.train.seed, mesh=mesh, lora=shape.lora)
+        decoder = init_decoder(shape.decoder, seed, mesh=mesh, lora=shape.lora)
     else:
         decoder = load_decoder(
             lm.decoder, dtype=shape.dtype, compute_dtype=lm.compute_dtype, mesh=mesh, lora=shape.lora
         )
     params = {f"decoder/{name}": x for name, x in flatten(decoder).items()}
-    params |= {f"aligner/{name}": jax.device_put(x, places[f"aligner/{name}"]) for name, x in aligner.params.items()}
-    projector = {name: places[name] for name in places if name.startswith("projector/")}
-    params |= jax.jit(shape.projector, out_shardings=projector)(jax.random.key(config.train.seed))
+    read = {f"aligner/{name}": x for name, x in aligner.params.items()}
+    params |= {name: jax.device_put(x, shardings[name]) for name, x in read.items()}
+    projector = {name: shardings[name] for name in shardings if name.startswith("projector/")}
+    params |= jax.jit(shape.projector, out_shardings=projector)(jax.random.key(seed))
     wanted = shape.abstract(is_trained(split_names(lm.trains)))
     cast = {name: x.astype(wanted[name].dtype) for name, x in params.items()}
     started_params = {} if started is None else started.params
-    return cast | {name: jax.device_put(x, places[name]) for name, x in started_params.items()}
+    return cast | {name: jax.device_put(x, shardings[name]) for name, x in started_params.items()}
 
 
-def _open_batches(
-    config: ConfigDict,
-    records: Records,
-    aligner: Aligner,
-    tokenizer: DecoderTokenizer,
-    template: str,
-    positions: int,
-    mesh: jax.sharding.Mesh,
-    split: SplitSlides,
-) -> tuple[LanguageBatches, LanguageBatches | None, dict]:
-    """The batches of training and of validation, as the slide table splits them, and hashes of what data say."""
-    data, size = config.data, config.train.batch_size
+class _Examples(NamedTuple):
+    """The examples of training, and those that are held out."""
+
+    training: list[Example]
+    held_out: list[Example]
+
+
+def _read_conversations(
+    data: LanguageDataSettings, split: SplitSlides, tokenizer: DecoderTokenizer
+) -> tuple[list[tuple[list[Conversation], int]], dict]:
+    """The conversations of each table, with the slides of their cases, how often each is seen, and hashes of them."""
     mixture = [(read_conversations(path), times) for path, times in read_mixture(data.texts)]
     means = {"texts": fingerprints.conversations(mixture), "times": [times for _, times in mixture]}
     means["tokenizer"] = fingerprints.tokenizer(tokenizer.described)
@@ -174,29 +178,52 @@ def _open_batches(
         of_case = slides_of_case(split.table.rows.values())
         mixture = [([talk._replace(slide_ids=talk.slide_ids or of_case(talk.case_id)) for talk in talks], times)
                    for talks, times in mixture]  # fmt: skip
-    shared = {"length": data.length or None, "most_positions": positions, "threads": data.threads}
-    shared |= {"shards": sharding.batch_shards(mesh), "own_shards": sharding.own_shards(mesh)}
-    examples = collect_examples(records, mixture, tokenizer, template, split.training, data.sentence_orders)
-    held_out: list[Example] = []
-    if split.validation:
-        once = [(conversations, 1) for conversations, _ in mixture]
-        held_out = collect_examples(records, once, tokenizer, template, split.validation)
-    if data.embeddings:
-        found = read_embeddings(data.embeddings, records, [*examples, *held_out], config.lm.aligner, aligner.hash)
+    return mixture, means
+
+
+def _collect_examples(
+    records: Records, mixture: list, tokenizer: DecoderTokenizer, template: str, split: SplitSlides,
+    data: LanguageDataSettings,
+) -> _Examples:  # fmt: skip
+    """The examples of both splits; those that are held out once each, in the order that was written."""
+    training = collect_examples(records, mixture, tokenizer, template, split.training, data.sentence_orders)
+    if not split.validation:
+        return _Examples(training, [])
+    once = [(conversations, 1) for conversations, _ in mixture]
+    return _Examples(training, collect_examples(records, once, tokenizer, template, split.validation))
+
+
+def _read_embeddings(settings: LanguageSettings, records: Records, examples: _Examples, aligner_hash: str):
+    """The rows of all slides that were embedded before, as `data.embeddings` says; None where it is not set."""
+    if not settings.data.embeddings:
+        return None
+    every = [*examples.training, *examples.held_out]
+    return read_embeddings(settings.data.embeddings, records, every, settings.lm.aligner, aligner_hash)
+
+
+def _make_batches(
+    settings: LanguageSettings, records: Records, examples: _Examples, found, positions: int, shards: sharding.Shards
+) -> tuple[LanguageBatches, LanguageBatches | None]:
+    """The batches of training and of validation, of slides' patches or of their rows in `found`."""
+    data, size = settings.data, settings.train.batch_size
+    if found is not None:
         slides = [EmbeddedSlides(found, data.regions)] * 2
     else:
-        slots = data.patch_slots or max(int(example.regions.count.max()) for example in examples)
+        slots = data.patch_slots or max(int(example.regions.count.max()) for example in examples.training)
         slides = [PatchSampler(records, data.regions, slots, data.threads) for _ in range(2)]
-    seed, share = config.train.seed, data.no_slide_share
-    training = LanguageBatches(examples, slides[0], batch_size=size, seed=seed, no_slide_share=share, **shared)
-    validation = LanguageBatches(held_out, slides[1], batch_size=size, fill=True, **shared) if held_out else None
+    shared = {"shards": shards, "most_positions": positions}
+    training = LanguageBatches(examples.training, slides[0], data, size, seed=settings.train.seed, **shared)
+    validation = None
+    if examples.held_out:
+        shown = replace(data, no_slide_share=0.0)
+        validation = LanguageBatches(examples.held_out, slides[1], shown, size, seed=None, **shared)
     for batches in (training, validation):
         if batches is not None and data.resident:
             batches.load(on_device=data.resident == "device")
-    return training, validation, means
+    return training, validation
 
 
-def _facts(data: ConfigDict, records: Records, training: LanguageBatches, template: str, means: dict) -> dict:
+def _facts(data: LanguageDataSettings, records: Records, training: LanguageBatches, template: str, means: dict) -> dict:
     """What a later reader must know of the data, and hashes that tell whether it is still the same."""
     paths = [path for path, _ in read_mixture(data.texts)] + ([as_path(data.slides)] if data.slides else [])
     hashes = {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in paths}

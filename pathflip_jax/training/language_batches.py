@@ -21,6 +21,8 @@ from pathflip_jax.data.texts.conversations import Conversation, Turn, match_conv
 from pathflip_jax.inference.embedding_files import open_embeddings
 from pathflip_jax.llm.prompts import Prompted, encode_conversation, insert_slide
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
+from pathflip_jax.runtime.sharding import ONE_PROCESS, Shards
+from pathflip_jax.settings.networks import LanguageDataSettings
 from pathflip_jax.training.language_objective import LanguageBatch
 
 LENGTH_STEP = 32
@@ -143,55 +145,56 @@ def read_embeddings(path: str | Path, records: Records, examples: Sequence[Examp
     return found
 
 
+def _sequence_length(examples: Sequence[Example], regions: int, given: int, most_positions: int | None) -> int:
+    """The tokens of a sequence: as given, or what the longest example needs with its slide of so many regions."""
+    tokens = [max(len(order.tokens) for order in example.orders) for example in examples]
+    shown = [min(regions, len(example.regions.count)) for example in examples]
+    needed = [sum(pair) for pair in zip(tokens, shown, strict=True)]  # IMAGE_ID is one of the 1 + R already
+    longest = -(-max(needed) // LENGTH_STEP) * LENGTH_STEP
+    length = given or (min(longest, most_positions) if most_positions else longest)
+    if max(needed) > length:
+        over = sum(n > length for n in needed)
+        raise ValueError(
+            f"{over} of {len(examples)} conversations are longer than {length} tokens with their slide, the "
+            f"longest by {max(needed) - length}; set --config.data.length={longest} (the decoder has "
+            f"{most_positions or 'any number of'} positions), fewer --config.data.regions, or take them out"
+        )
+    return length
+
+
 class LanguageBatches:
     """The batches of a run; `batch(step)` can be asked in any order, from any thread.
 
-    `slides` draws what is shown of a slide. `length` None takes what the longest example needs. A `no_slide_share` of
-    the examples is shown without its slide, so that the same model learns what can be said without one: the baseline of
-    its scores. Of `shards` even parts of a batch this process makes its `own_shards`. With `fill`, the last batch of an
-    epoch is filled up with examples that teach nothing, and the order is that of the examples: for validation. Raises
-    ValueError for an example longer than `length`, and for sizes that do not divide.
+    `slides` draws what is shown of a slide. Where `data.length` is 0, sequences are as long as the longest example
+    needs, `most_positions` at most. A `no_slide_share` of the examples is shown without its slide, so that the same
+    model learns what can be said without one: the baseline of its scores. Without a `seed`, for validation, examples
+    come in their order, and the last batch of an epoch is filled up with some that teach nothing. Raises ValueError for
+    an example longer than `length`, and for sizes that do not divide.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
         slides: PatchSampler | EmbeddedSlides,
-        *,
+        data: LanguageDataSettings,
         batch_size: int,
-        length: int | None = None,
+        *,
+        seed: int | None = 0,
+        shards: Shards = ONE_PROCESS,
         most_positions: int | None = None,
-        no_slide_share: float = 0.0,
-        seed: int = 0,
-        shards: int = 1,
-        own_shards: Sequence[int] | None = None,
-        threads: int = 4,
-        fill: bool = False,
     ) -> None:
-        if batch_size % shards:
-            raise ValueError(f"batch_size {batch_size}: expected a multiple of the {shards} devices that share a batch")
-        if not 0 <= no_slide_share < 1:
-            raise ValueError(f"no_slide_share {no_slide_share}: expected a share of at least 0 and below 1")
+        if batch_size % shards.count:
+            raise ValueError(
+                f"batch_size {batch_size}: expected a multiple of the {shards.count} devices that share a batch"
+            )
+        fill = seed is None
         if len(examples) < batch_size and not fill:
             raise ValueError(f"{len(examples)} conversations make no batch of {batch_size}; lower train.batch_size")
-        tokens = [max(len(order.tokens) for order in example.orders) for example in examples]
-        regions = [min(slides.regions, len(example.regions.count)) for example in examples]
-        needed = [sum(pair) for pair in zip(tokens, regions, strict=True)]  # IMAGE_ID is one of the 1 + R already
-        longest = -(-max(needed) // LENGTH_STEP) * LENGTH_STEP
-        self.length = length or (min(longest, most_positions) if most_positions else longest)
-        if max(needed) > self.length:
-            over = sum(n > self.length for n in needed)
-            raise ValueError(
-                f"{over} of {len(examples)} conversations are longer than {self.length} tokens with their slide, the "
-                f"longest by {max(needed) - self.length}; set --config.data.length={longest} (the decoder has "
-                f"{most_positions or 'any number of'} positions), fewer --config.data.regions, or take them out"
-            )
+        self.length = _sequence_length(examples, slides.regions, data.length, most_positions)
         self.steps_per_epoch = -(-len(examples) // batch_size) if fill else len(examples) // batch_size
         self.batch_size = batch_size
-        self._examples, self._seed, self._share, self._fill = examples, seed, no_slide_share, fill
-        places = np.arange(batch_size).reshape(shards, -1)
-        self._places = places[list(range(shards) if own_shards is None else own_shards)].ravel()
-        self._threads, self._slides = threads, slides
+        self._examples, self._slides, self._data, self._seed, self._fill = examples, slides, data, seed or 0, fill
+        self._places = shards.rows(batch_size)
 
     @property
     def patch_slots(self) -> int:
@@ -223,7 +226,7 @@ class LanguageBatches:
         rngs = [np.random.default_rng([self._seed, _STEPS, step, place]) for place in self._places]
         patches, patch_mask = self._slides.draw([e.regions for e in examples], rngs, in_order=True)
         shown = 1 + patch_mask.any(-1).sum(1) if patch_mask.ndim == 3 else patch_mask.sum(1)
-        rows = [0 if rng.random() < self._share else n for rng, n in zip(rngs, shown, strict=True)]
+        rows = [0 if rng.random() < self._data.no_slide_share else n for rng, n in zip(rngs, shown, strict=True)]
         tokens = np.zeros((len(examples), self.length), np.int32)
         mask, response = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
         for b, (example, n, teaches) in enumerate(zip(examples, rows, real, strict=True)):
@@ -236,5 +239,5 @@ class LanguageBatches:
     def __iter__(self, start_step: int = 0) -> Iterator[LanguageBatch]:
         """Batches from `start_step` on without end, made ahead in threads."""
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._threads, 1))
+        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=max(self._data.threads, 1))
         return iter(steps.to_iter_dataset(options))

@@ -99,10 +99,10 @@ def language_stage(trains: tuple[str, ...]) -> Stage:
     return Stage(encode, objective, trainable)
 
 
-def language_operations(
+def language_flops(
     aligner: PathFLIPConfig, decoder: DecoderConfig, trains: tuple[str, ...]
 ) -> Callable[[Any], jax.Array]:
-    """`useful_operations(batch)` of the stage: real tokens, valid patches; what is frozen has no weight gradients."""
+    """`model_flops(batch)` of the stage: real tokens, valid patches; what is frozen has no weight gradients."""
     from pathflip_jax.model.flops import Work, parts
 
     inner, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim

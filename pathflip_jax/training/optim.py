@@ -1,39 +1,15 @@
 """AdamW with warm-up and cosine decay, and the released code's variant of it (DESIGN section 6)."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from pathflip_jax.settings.sections import OptimConfig
+
 # Biases, LayerNorm scales and the scalars of the region loss are not shrunk towards zero.
 NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Settings of the optimizer; `clip` is a global norm, 0 for none.
-
-    `preset="released"` is the released code's way: every parameter decays, the cosine moves once per epoch, and the
-    warm-up is no longer than an epoch.
-    """
-
-    preset: Literal["ours", "released"] = "ours"
-    learning_rate: float = 1e-4
-    warmup_steps: int = 200
-    warmup_learning_rate: float = 1e-6
-    final_learning_rate: float = 5e-6
-    weight_decay: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip: float = 1.0
-
-    def __post_init__(self):
-        if self.preset not in ("ours", "released"):
-            raise ValueError(f"optim.preset={self.preset!r}: expected 'ours' or 'released'")
 
 
 def learning_rate(config: OptimConfig, steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -73,3 +49,11 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         mask=lambda params: decays(config, params),
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+
+
+def scheduled_optimizer(
+    config: OptimConfig, steps: int, steps_per_epoch: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate of a run of so many steps, and the optimizer that follows it."""
+    schedule = learning_rate(config, steps, steps_per_epoch)
+    return schedule, make_optimizer(config, schedule)

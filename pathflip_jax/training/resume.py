@@ -1,94 +1,62 @@
 """The run that a folder holds, and the settings that must not change when it resumes elsewhere or on other devices."""
 
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from pathflip_jax.convert.versions import WRITTEN_BY, refusal, unknown_settings, version_of
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.model.versions import AS_NOW, BEFORE
 from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runs import checkpoints, files
-from pathflip_jax.runtime import config_files, sharding
+from pathflip_jax.settings.fields import AS_NOW
+from pathflip_jax.settings.kinds import BEFORE, MAY_CHANGE, RunSettings, defaults, flat, kind_of
 from pathflip_jax.training.fingerprints import same_data
 
-# Settings that may differ when a run goes on, elsewhere or on other devices; what the paths hold is compared by hash.
-MAY_CHANGE = {
-    "mesh": sharding.AXES,
-    "loss": ("negatives_at_once",),
-    "data": (
-        "records",
-        "texts",
-        "slides",
-        "tokenizer",
-        "threads",
-        "resident",
-        "text_groups",
-        "text_rows",
-        "max_unknown_share",
-        "splits",
-    ),
-    "model": ("bert",),
-    "train": (
-        "steps",
-        "epochs",
-        "keep",
-        "checkpoints",
-        "keep_every",
-        "save_every",
-        "preemptions_per_day",
-        "deterministic",
-        "wandb_project",
-        "hang_seconds",
-        "heartbeat_seconds",
-    ),
-}
+# What the paths hold is compared by hash. Of the facts beside the settings, the counts of the splits alone may change.
+_MAY_CHANGE = MAY_CHANGE | {"data.splits"}
 
 
-def go_on_as(config: ConfigDict, begun: dict, home: Path) -> ConfigDict:
-    """The settings with which a run that began with `begun` in `home` goes on.
+def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
+    """The settings with which a run that began with `begun` in `home` resumes.
 
     A run of an earlier version keeps doing what that version did: a setting that it lacks has the value that means so
-    (`model.versions.BEFORE`), which is said once. Raises ValueError for a run of a later version, whose settings are
-    not all known here.
+    (`settings.fields.Setting.before`), which is said once. Raises ValueError for a run of a later version, whose
+    settings are not all known here.
     """
     if unknown := unknown_settings(begun):
         raise ValueError(refusal(home / files.CONFIG, unknown, version_of(begun)))
-    kind = config_files.kind_of(config)
-    if "train" not in begun or config_files.kind_of(begun) != kind:
-        return config
-    taken, config = [], copy.deepcopy(config)
-    for key, default in config_files.defaults(kind).items():
+    kind = type(settings)
+    if "train" not in begun or kind_of(begun) != kind:
+        return settings
+    taken, changes, values = [], {}, flat(settings)
+    for key, default in defaults(kind).items():
         section, _, name = key.partition(".")
         if name in begun.get(section, {}):
             continue
-        now, value = config[section][name], BEFORE.get(key, default)
-        chosen = name in MAY_CHANGE.get(section, ()) and now != default
+        now, value = values[key], BEFORE.get(key, default)
+        chosen = key in MAY_CHANGE and now != default
         if value is not AS_NOW and value != now and not chosen:
-            with config.ignore_type():
-                config[section][name] = value
-        kept = config[section][name]
+            changes[key] = value
+        kept = changes.get(key, now)
         taken.append(f"{key}={kept!r}" + (f" (not {now!r})" if kept != now else ""))
     if taken and jax.process_index() == 0:
         print(
-            f"{home}: a run of an earlier version, which goes on as it began; settings that it had not have the value "
+            f"{home}: a run of an earlier version, which resumes as it began; settings that it had not have the value "
             f"that means what it did: {', '.join(taken)}",
             file=sys.stderr,
         )
-    return config.lock()
+    return settings.with_changes(changes)
 
 
-def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
+def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
     A run may be given more steps, or fewer than it was to have, but not fewer than it has done: its learning rate then
     goes on along the schedule of the new length. `describe` writes into a folder what its run is. The folder of
-    `train.checkpoints`, which alone outlives a lost machine, is claimed too. A run that ended before its first
-    checkpoint, on a wrong setting or for want of memory, has no claim on either.
+    `train.checkpoints`, which alone outlives a lost machine, is made so too. A run that ended before its first
+    checkpoint, on a wrong setting or for want of memory, has neither.
     """
     home = files.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / files.CONFIG).exists():
@@ -104,7 +72,7 @@ def claim(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> No
         if differing:
             raise ValueError(
                 f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
-                "give that run's settings to go on with it, or another --workdir to start a new one"
+                "give that run's settings to resume it, or another --workdir to start a new one"
             )
         _change_length(home, before, resolved["train"])
     elif jax.process_index() == 0:
@@ -154,7 +122,7 @@ def _differing(before: dict, now: dict) -> list[str]:
 def _fixed(resolved: dict) -> dict:
     """The settings that make a run this run."""
     return {
-        section: {name: x for name, x in values.items() if name not in MAY_CHANGE.get(section, ())}
+        section: {name: x for name, x in values.items() if f"{section}.{name}" not in _MAY_CHANGE}
         for section, values in resolved.items()
     }
 

@@ -1,13 +1,14 @@
 """Settings of a run, from a config file and the command line, checked before anything costs time.
 
-configs/align_base.py lists every setting of alignment, configs/pathflip2.py of the follow-up network,
-configs/lm_stage1.py of the language stage: a config may set other values, never other names. What is wrong is said with
-the file, the name, and the name that was probably meant.
+This is the edge: files and overrides are ConfigDicts, what leaves it is frozen (`settings.kinds.RunSettings`). A config
+may set other values than the defaults, never other names. What is wrong is said with the file, the name, and the name
+that was probably meant.
 """
 
 import difflib
 import logging
 import re
+import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,13 @@ from ml_collections import ConfigDict, config_flags
 
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.data.storage.paths import expand
-from pathflip_jax.model.versions import BEFORE, before
-from pathflip_jax.runs import bounds
-from pathflip_jax.runtime.config_files import bundled_configs, defaults, flat_settings, kind_of, run_config_file
+from pathflip_jax.runtime.config_files import bundled_configs, flat_settings, run_config_file
+from pathflip_jax.settings.fields import AS_NOW, Free
+from pathflip_jax.settings.kinds import BEFORE, Kind, RunSettings, defaults, fields, flat, kind_of
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
        [--profile STEPS] [--coordinator HOST:PORT --num_processes N --process_id I]"""
 OPTIONS = ("workdir", "profile", "coordinator", "num_processes", "process_id")
-REQUIRED = {
-    "data.records": "a folder of records, made by `pathflip prepare` or `pathflip import`",
-    "data.texts": "a table of reports by slide id (JSONL, CSV or JSON)",
-    "data.tokenizer": "a Hugging Face BERT folder, or one made by `pathflip vocabulary`",
-    "lm.aligner": "the run folder that slides are embedded by, made by `pathflip train` or `pathflip convert`",
-    "lm.decoder": "a Hugging Face folder of a language model, or one made by `pathflip vocabulary --decoder`",
-}
-LOCAL = ("model.bert", "lm.aligner", "lm.decoder", "lm.start")  # folders of weights
 _log = logging.getLogger(__name__)
 
 
@@ -84,9 +77,9 @@ def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
     return config
 
 
-def check(config: ConfigDict) -> None:
-    """Raise ValueError for settings that are zero, negative, absurd or no number where that makes no sense."""
-    bounds.check(flat_settings(config), defaults(kind_of(config)))
+def freeze(config: ConfigDict) -> RunSettings:
+    """The settings of a config as all else takes them. ValueError for those that are absurd or contradict others."""
+    return kind_of(config).from_dict(config.to_dict())
 
 
 def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
@@ -95,7 +88,7 @@ def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> N
     for key in (key for key in BEFORE if key in reference):
         section, name = key.split(".")
         if isinstance(config.get(section), ConfigDict) and name not in config[section]:
-            config[section][name] = before(section, [name]).get(name, reference[key])
+            config[section][name] = reference[key] if BEFORE[key] is AS_NOW else BEFORE[key]
             taken.append(f"{key}={config[section][name]!r}")
     if taken:
         _log.warning(
@@ -104,7 +97,7 @@ def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> N
         )  # fmt: skip
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
+def parse(argv: list[str]) -> tuple[RunSettings, dict]:
     """Settings and other options of `pathflip train`. Raises ValueError, naming what is wrong and what was meant."""
     argv = [_expand_argument(argument) for argument in _joined(argv)]
     for argument in argv:
@@ -113,7 +106,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
             close = difflib.get_close_matches(name, ["--config", *(f"--{option}" for option in OPTIONS)], n=1)
             hint = f"; did you mean {close[0]}?" if close else "; settings are given as --config.section.name=value"
             raise ValueError(f"{argument}: not an option of `pathflip train`{hint}\n{USAGE}")
-    names = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    names = configs_named(argv)
     if len(names) != 1:
         raise ValueError(
             f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)}\n{USAGE}"
@@ -126,7 +119,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
         if argument.startswith("--config.") and key not in known:
             raise ValueError(f"{argument}: {find_config(names[0])[0]} has no setting {key}{_meant(key, known)}")
     values = flags.FlagValues()
-    none, argv = _settings_of_none(argv, defaults(kind_of(config)))
+    kind = kind_of(config)
+    none, argv = _settings_of_none(argv, kind)
     rest = [argument for argument in argv if not argument.startswith("--config=")]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *rest])
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -140,28 +134,43 @@ def parse(argv: list[str]) -> tuple[ConfigDict, dict]:
         raise ValueError(str(error)) from None
     for key in none:
         _set(config, key, None)
-    check(config)
+    settings = kind.from_dict(config.to_dict())
     if not values.workdir:
         raise ValueError(f"--workdir is not given: name the folder that the run writes to\n{USAGE}")
-    return config, {name: values[name].value for name in OPTIONS}
+    return settings, {name: values[name].value for name in OPTIONS}
 
 
-def require(config: ConfigDict) -> None:
+def configs_named(argv: list[str]) -> list[str]:
+    """What options name as --config."""
+    return [argument.partition("=")[2] for argument in _joined(argv) if argument.startswith("--config=")]
+
+
+def require(settings: RunSettings) -> None:
     """Raise ValueError for a required setting that is empty, FileNotFoundError for a path that is not there."""
-    check(config)
-    values = flat_settings(config)
-    required = [key for key in REQUIRED if key in values]
-    for key in required:
-        if not values[key]:
-            raise ValueError(f"{key} is not set: add --config.{key}=..., {REQUIRED[key]}")
-    for key in dict.fromkeys((*required, "data.slides", "data.embeddings", *LOCAL)):
-        value = values.get(key)
-        if key in LOCAL and is_url(value or ""):
-            raise ValueError(f"--config.{key}={value}: weights are read from a local disk; copy the folder there")
-        if value and not (key == "data.texts" and "lm" in config) and not exists(as_path(value)):
-            raise FileNotFoundError(
-                f"--config.{key}={value}: no such file or folder; expected {REQUIRED.get(key, key)}"
-            )
+    known, values = fields(type(settings)), flat(settings)
+    for key, found in known.items():
+        if found.required and not values[key]:
+            raise ValueError(f"{key} is not set: add --config.{key}=..., {found.required}")
+    for key, found in known.items():
+        if found.local and is_url(values[key]):
+            raise ValueError(f"--config.{key}={values[key]}: weights are read from a local disk; copy the folder there")
+        if found.exists and values[key] and not exists(as_path(values[key])):
+            expected = found.required or found.help
+            raise FileNotFoundError(f"--config.{key}={values[key]}: no such file or folder; expected {expected}")
+
+
+def describe(name: str) -> str:
+    """Every setting of a config with its value, what it is for and what it may be, for the command line's help."""
+    config = load_config(name)
+    lines = [f"settings of {name}:"]
+    for key, found in fields(kind_of(config)).items():
+        section, _, own = key.partition(".")
+        words = [found.help] + ([] if isinstance(found.bounds, Free) else [found.bounds.words()])
+        lines += [f"  --config.{key}={config[section][own]}", *textwrap.wrap("; ".join(words), 108, **_INDENT)]
+    return "\n".join(lines)
+
+
+_INDENT = {"initial_indent": " " * 10, "subsequent_indent": " " * 10}
 
 
 def _expand_argument(argument: str) -> str:
@@ -180,22 +189,22 @@ def _expand_setting(key: str, value: str) -> str:
     return ",".join(map(expand, value.split(","))) if key == "data.texts" else expand(value)
 
 
-def _settings_of_none(argv: list[str], defaults: dict) -> tuple[list[str], list[str]]:
+def _settings_of_none(argv: list[str], kind: Kind) -> tuple[list[str], list[str]]:
     """The settings that are None at last, and the other arguments: absl reads None as a text, where it reads it at all.
 
     Raises ValueError for a setting that cannot be None.
     """
     none: dict[str, None] = {}
-    others = []
+    others, known, usual = [], fields(kind), defaults(kind)
     for argument in argv:
         option, _, value = argument.partition("=")
         key = option.removeprefix("--config.")
         none.pop(key, None)
-        if key == option or value not in ("None", "none") or (value == "none" and isinstance(defaults[key], str)):
+        if key == option or value not in ("None", "none") or (value == "none" and isinstance(usual[key], str)):
             others.append(argument)
-        elif fault := bounds.objection(key, None, defaults[key]):
+        elif fault := known[key].objection(key, None, usual[key]):
             raise ValueError(fault)
-        elif isinstance(defaults[key], str):  # nothing by another name
+        elif isinstance(usual[key], str):  # nothing by another name
             others.append(argument)
         else:
             none[key] = None

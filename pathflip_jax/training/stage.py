@@ -26,23 +26,28 @@ class Stage(NamedTuple):
 class Training(NamedTuple):
     """All that a run of a stage brings to the loop (`training.loop.fit`).
 
-    `shapes` are all parameters by name; `initial(places)` makes them where they live. Checkpoints hold those that
-    `keeps(name)`: what is frozen and was read from elsewhere is read from there again. `batches` are a function of the
-    step (as `data.batches.pipeline.Batches`); one of the scores that `validate(learned, frozen, mark)` returns chooses
-    the best checkpoint, and `mark(doing, timed=True)` tells the watchdog where it is. `useful_operations(batch)` counts
-    inside of a compiled step; `require_room(step)` raises MemoryError for one that does not fit. `resolved` are all
-    settings and facts of the data, `describe(folder)` writes what a run folder holds beside its checkpoints.
+    `shapes` are all parameters by name; `initial(shardings)` makes them where they live. Checkpoints hold those that
+    `is_checkpointed(name)`: what is frozen and was read from elsewhere is read from there again. `batches` are a
+    function of the step (as `data.batches.pipeline.Batches`); one of the scores that `validate(learned, frozen, mark)`
+    returns chooses the best checkpoint, and `mark(doing)` says where it is, in words of `monitors.PHASES`.
+    `model_flops(batch)` counts inside of a compiled step; `check_memory(step)` raises MemoryError for one that does not
+    fit. `resolved` are all settings and facts of the data, `describe(folder)` writes what a run folder holds beside its
+    checkpoints.
     """
 
     stage: Stage
     shapes: dict[str, jax.ShapeDtypeStruct]
     build: Callable[[Params, Params], Any]
     initial: Callable[[dict[str, Any]], Params]
-    keeps: Callable[[str], bool]
+    is_checkpointed: Callable[[str], bool]
     batches: Any
-    validate: Callable[[Params, Params, Callable[..., None]], dict[str, float]] | None
+    validate: Callable[[Params, Params, Callable[[str], None]], dict[str, float]] | None
     compute_dtype: str
-    useful_operations: Callable[[Any], jax.Array]
-    require_room: Callable[[Any], None]
+    model_flops: Callable[[Any], jax.Array]
+    check_memory: Callable[[Any], None]
     resolved: dict
     describe: Callable[[Path], None]
+
+    def checkpointed(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Those of these parameters that a checkpoint holds."""
+        return {name: x for name, x in params.items() if self.is_checkpointed(name)}

@@ -13,7 +13,7 @@ from pathflip_jax.monitoring.metrics import VALIDATION
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.training.stage import Stage
 
-Mark = Callable[..., None]  # of the watchdog: mark(doing, timed=False)
+Mark = Callable[[str], None]  # enters a phase of the validation (`training.monitors.PHASES`)
 RECALLS = (1, 5)
 MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss")
 
@@ -47,7 +47,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
 
     def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
         metrics, slides, captions, related = zip(*measured(learned, frozen, mark), strict=True)
-        mark("ranking the slides of the validation", timed=False)
+        mark("ranking the slides of the validation")
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         slides, captions, related = (np.concatenate(x) for x in (slides, captions, related))
         both = [rank(slides, captions, related), rank(captions, slides, related)]
@@ -76,7 +76,7 @@ def over_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, 
             mark("reading a batch of the validation")
             batch = sharding.place_batch(mesh, batches.batch(number))
             if program is None:
-                mark("compiling the validation", timed=False)
+                mark("compiling the validation")
                 program = measure.lower(learned, frozen, batch, features).compile()
             mark("validating")
             found += jax.device_get(under_way)

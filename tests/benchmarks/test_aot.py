@@ -192,7 +192,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(bench):
 def test_useful_flops_grow_with_slides_and_layers(bench):
     from pathflip_jax.training import settings
 
-    config = settings.load_config("align_large")
+    config = settings.freeze(settings.load_config("align_large"))
     one = bench.step_flops(config, 12, 1)
     assert 450e9 < one < 600e9  # 480 GFLOP a slide in ROOFLINE.md
     assert bench.step_flops(config, 12, 16) == pytest.approx(16 * one)

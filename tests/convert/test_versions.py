@@ -10,7 +10,7 @@ from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.model import versions as model_versions
 from pathflip_jax.model.config import CONFIGS, PathFLIPConfig
-from pathflip_jax.runtime import config_files
+from pathflip_jax.settings import kinds
 
 
 def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def added(monkeypatch):
 
 
 def test_the_table_names_settings_that_there_are():
-    known = {key for kind in config_files.KINDS for key in config_files.defaults(kind)}
+    known = {key for kind in kinds.KINDS for key in kinds.fields(kind)}
     fields = {f"model.{field.name}" for kind in CONFIGS.values() for field in dataclasses.fields(kind)}
     assert not model_versions.BEFORE.keys() - known - fields
 

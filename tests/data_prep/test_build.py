@@ -19,17 +19,25 @@ import tifffile
 from PIL import Image
 
 from data_prep import build, jobs
-from data_prep.build import import_features, prepare
 from data_prep.encoders import load_encoder
-from data_prep.pool import Worker, run_each, worker_number
-from pathflip_jax.data.readers import guarded
+from data_prep.pool import run_each, run_one
+from data_prep.settings import ImportSettings, PrepareSettings
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
 from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.runtime.workers import Worker, limits, worker_number
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real files in {REAL}: set PATHFLIP_TEST_DATA")
 SMALL = {"patch_size": 64, "edge_um": 64.0, "slides_per_shard": 2, "workers": 2}
+
+
+def prepare(slides, out, **settings):
+    return build.prepare(slides, out, PrepareSettings(**settings))
+
+
+def import_features(folder, out, **settings):
+    return build.import_features(folder, out, ImportSettings(**settings))
 
 
 def _write_slide(path: Path, seed: int, tissue: bool = True) -> Path:
@@ -68,7 +76,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 def test_records_hold_the_features_of_the_patches(slides, whole):
     out, report = whole
     assert report.done == [f"S{number}" for number in range(5)] and not report.failed and not report.skipped
-    assert report.finished and report.exit_code == 0 and json.loads((out / "failures.json").read_text()) == []
+    assert report.finished and not report.failed and json.loads((out / "failures.json").read_text()) == []
     assert "slides written 5" in report.summary()
     assert "180 patches; workers' time: tissue " in report.summary() and report.effort.peak_bytes > 5e7
     records, encode = Records(out), load_encoder("stain_texture")
@@ -127,8 +135,13 @@ def test_killed_run_leaves_no_worker_and_is_continued(slides, whole, tmp_path):
 
 def _script(folder: Path, slides: Path, out: Path, before: str = "pass") -> list[str]:
     """A command that prepares slides in a process of its own, as a user's script would."""
-    lines = ["from data_prep.build import prepare", "if __name__ == '__main__':", f"    {before}"]
-    lines.append(f"    prepare({str(slides)!r}, {str(out)!r}, **{SMALL})")
+    lines = [
+        "from data_prep.build import prepare",
+        "from data_prep.settings import PrepareSettings",
+        "if __name__ == '__main__':",
+        f"    {before}",
+    ]
+    lines.append(f"    prepare({str(slides)!r}, {str(out)!r}, PrepareSettings(**{SMALL}))")
     (folder / "script.py").write_text("\n".join(lines))
     return [sys.executable, str(folder / "script.py")]
 
@@ -154,7 +167,7 @@ def test_bad_slides_are_listed_and_the_rest_goes_on(slides, tmp_path):
     (folder / "S2.tiff").write_text("not a slide")
     _write_slide(folder / "S4.tiff", 0, tissue=False)
     report = prepare(folder, out, **SMALL)
-    assert report.exit_code == 1 and report.done == ["S0", "S3"]
+    assert report.failed and report.done == ["S0", "S3"]
     assert [failure.slide for failure in report.failed] == ["S1", "S2", "S4"]
     assert all(failure.file in failure.error for failure in report.failed)
     assert "no tissue" in report.failed[2].error and "OpenSlide cannot open it" in report.failed[1].error
@@ -183,7 +196,7 @@ def test_strict_stops_at_the_first_bad_slide(slides, tmp_path):
     folder, out = Path(shutil.copytree(slides, tmp_path / "slides")), tmp_path / "records"
     (folder / "S0.tiff").write_text("not a slide")
     report = prepare(folder, out, strict=True, **SMALL | {"workers": 1})
-    assert report.exit_code == 1 and [failure.slide for failure in report.failed] == ["S0"]
+    assert report.failed and [failure.slide for failure in report.failed] == ["S0"]
     assert not report.done and not report.finished and not list(out.glob("*.tfrecord"))
     shutil.copy(slides / "S0.tiff", folder)
     assert len(prepare(folder, out, strict=True, **SMALL).done) == 5
@@ -192,7 +205,7 @@ def test_strict_stops_at_the_first_bad_slide(slides, tmp_path):
 def test_nothing_but_bad_slides(tmp_path):
     _write_slide(tmp_path / "S0.tiff", 0, tissue=False)
     report = prepare(tmp_path, tmp_path / "records", **SMALL)
-    assert report.exit_code == 1 and not report.finished and not (tmp_path / "records/manifest.json").exists()
+    assert report.failed and not report.finished and not (tmp_path / "records/manifest.json").exists()
 
 
 def test_changed_settings_are_refused(slides, whole, tmp_path):
@@ -227,7 +240,7 @@ def test_a_resolution_given_for_all_slides_or_for_one_wins(slides, tmp_path):
     report = prepare(files, tmp_path / "records", slides_table=table, **how)
     records = Records(tmp_path / "records")
     assert [round(info.mpp, 4) for info in records.slides] == [0.25, 0.4] and records.dtype.name == "bfloat16"
-    assert [info.patch_size for info in records.slides] == [128, 80] and report.exit_code == 0
+    assert [info.patch_size for info in records.slides] == [128, 80] and not report.failed
     assert any("0.25" in note and "0.5" in note and "1 slide (S0)" in note for note in report.notes), report.notes
     for wrong in ({"override_mpp": 40}, {"assume_mpp": 0.0}):
         with pytest.raises(ValueError, match=r"mpp (40|0): expected 0.05 to 10 um"):
@@ -315,8 +328,13 @@ def test_pool_outlives_its_workers():
     assert list(run_each(eval, [], 2)) == []
 
 
+NUMBER = "__import__('pathflip_jax.runtime.workers', fromlist='x').worker_number()"
+
+
 def test_workers_are_numbered():
-    jobs = ["[__import__('time').sleep(0.3), __import__('data_prep.pool').pool.worker_number()][1]"] * 4
+    jobs = [
+        "[__import__('time').sleep(0.3), __import__('pathflip_jax.runtime.workers', fromlist='x').worker_number()][1]"
+    ] * 4
     assert {result for _, result in run_each(eval, jobs, 2)} == {0, 1}
     assert worker_number() == os.getpid()  # no worker: it knows of no others
 
@@ -324,21 +342,21 @@ def test_workers_are_numbered():
 def test_a_worker_is_started_anew_after_a_job_that_killed_it():
     worker = Worker(3)
     try:
-        assert worker.run(eval, "__import__('os').kill(__import__('os').getpid(), 9)") is None
-        assert worker.run(eval, "__import__('data_prep.pool').pool.worker_number()") == 3
+        assert run_one(worker, eval, "__import__('os').kill(__import__('os').getpid(), 9)") is None
+        assert run_one(worker, eval, NUMBER) == 3
     finally:
-        worker.close()
+        worker.stop()
 
 
 def test_a_worker_that_stalls_or_floods_is_ended_by_its_limits():
     """As `Slide.read` sets them around OpenSlide: a stall ends the worker, an allocation too many is its error."""
-    start = "(held := __import__('pathflip_jax.data.readers.guarded', fromlist='x').limits({}, 2**30)).__enter__() or "
+    start = "(held := __import__('pathflip_jax.runtime.workers', fromlist='x').limits({}, 2**30)).__enter__() or "
     stall, flood = start.format(0.2) + "__import__('time').sleep(60) or 'slept'", start.format(60) + "len(bytes(2**33))"
     assert dict(run_each(eval, [stall, "1 + 1"], 2)) == {stall: None, "1 + 1": 2}
     if sys.platform == "linux":
         with pytest.raises(MemoryError):
             list(run_each(eval, [flood], 1))
-    with guarded.limits(0.01, 0):  # this process is nobody's worker
+    with limits(0.01, 0):  # this process is nobody's worker
         time.sleep(0.05)
 
 
@@ -402,7 +420,7 @@ def test_bad_feature_files_are_listed_and_the_rest_goes_on(tmp_path):
     _write_features(folder / "j_huge.h5", features=np.full((12, 8), 1e6, np.float32))
     _write_features(folder / "k_good.h5")
     report = import_features(folder, out, workers=2)
-    assert report.done == ["a_good", "k_good"] and report.exit_code == 1 and verify(out) == []
+    assert report.done == ["a_good", "k_good"] and report.failed and verify(out) == []
     errors = {failure.slide: failure.error for failure in report.failed}
     said = {
         "b_cut": "not a whole HDF5", "c_foreign": "HDF5", "d_short": "12 features and coords of shape",

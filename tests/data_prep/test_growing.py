@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import build
-from data_prep.build import import_features
 from data_prep.plan import _entries, _Slides
 from data_prep.plan_file import Entry
+from data_prep.settings import ImportSettings
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
+
+
+def import_features(folder, out, **settings):
+    return build.import_features(folder, out, ImportSettings(**settings))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +95,7 @@ def test_slides_that_are_gone_stay_until_they_are_pruned(cohort):
     (folder / "D.h5").unlink()
     write(folder / "B.h5")
     report = run()
-    assert report.exit_code == 0 and report.done == ["B"] and ids(out) == ["A", "C", "B", "D"]
+    assert not report.failed and report.done == ["B"] and ids(out) == ["A", "C", "B", "D"]
     assert ": 2 (C, D); they stay, `--prune` takes them out" in note(report, "not among those given")
     report = run(prune=True)
     assert not report.done and "2 (C, D); taken out" in note(report, "not among those given")
@@ -105,10 +109,10 @@ def test_slides_that_are_gone_stay_until_they_are_pruned(cohort):
 def test_a_failed_slide_that_is_left_out_is_no_word_worth(tmp_path):
     write(tmp_path / "in/A.h5")
     (tmp_path / "in/B.h5").write_text("broken")
-    assert import_features(tmp_path / "in", tmp_path / "out", slides_per_shard=1).exit_code == 1
+    assert import_features(tmp_path / "in", tmp_path / "out", slides_per_shard=1).failed
     (tmp_path / "in/B.h5").unlink()
     report = import_features(tmp_path / "in", tmp_path / "out", slides_per_shard=1)
-    assert report.exit_code == 0 and not report.notes and verify(tmp_path / "out") == []
+    assert not report.failed and not report.notes and verify(tmp_path / "out") == []
 
 
 def test_shards_of_slides_that_went_before_they_were_done_leave_no_gap(tmp_path):
@@ -315,13 +319,13 @@ def test_what_vanishes_is_named_and_strict_stops(tmp_path):
     os.symlink(tmp_path / "store", tmp_path / "in/linked")
     (tmp_path / "slides.csv").write_text("slide_id,patient_id\nA,P1\nB,P2\nC,P3\n")
     report = import_features(tmp_path / "in", tmp_path / "out", slides_table=tmp_path / "slides.csv")
-    assert report.done == ["A", "B"] and report.exit_code == 0 and "(C)" in note(report, "belong to no slide")
+    assert report.done == ["A", "B"] and not report.failed and "(C)" in note(report, "belong to no slide")
     assert [row["slide"] for row in json.loads((tmp_path / "out/failures.json").read_text())] == ["C"]
     os.symlink("/nowhere/D.h5", tmp_path / "in/D.h5")
     how = {"slides_table": tmp_path / "slides.csv"}
     report = import_features(tmp_path / "in", tmp_path / "out", **how)
-    assert report.exit_code == 1 and [failure.slide for failure in report.failed] == ["D"]
+    assert report.failed and [failure.slide for failure in report.failed] == ["D"]
     report = import_features(tmp_path / "in", tmp_path / "strict", strict=True, **how)
-    assert report.exit_code == 1 and not report.done and not list((tmp_path / "strict").glob("*.tfrecord"))
+    assert report.failed and not report.done and not list((tmp_path / "strict").glob("*.tfrecord"))
     listed = [row["slide"] for row in json.loads((tmp_path / "strict/failures.json").read_text())]
     assert listed == ["D", "C"] and "before the first slide" in report.summary()

@@ -320,7 +320,7 @@ def test_two_processes_of_a_node_train_stop_and_go_on(buckets, tmp_path):
     stop(trainers)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "stopped after saving: starting again" in err and "going on from step" in err
+    assert "stopped after saving: starting again" in err and "resuming from step" in err
     assert finished(run) and any((run / "compiled").iterdir())
 
 
@@ -340,5 +340,5 @@ def test_two_processes_of_a_slurm_job_train_are_requeued_and_go_on(buckets, tmp_
     assert 0 < len(read_metrics(run / "metrics.jsonl")) < STEPS
     done = buckets.run("slurm.sh", *JOB, *TRAINING, **settings, SLURM_RESTART_COUNT=1)
     assert done.returncode == 0 and len(buckets.calls("scontrol")) == 1, done.stderr
-    assert "going on from step" in done.stderr and "is staged" in done.stderr
+    assert "resuming from step" in done.stderr and "is staged" in done.stderr
     assert finished(run)

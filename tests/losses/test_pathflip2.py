@@ -35,7 +35,9 @@ def test_slide_loss_is_the_sum_over_pairs_by_slide(case):
         for j in range(B)
         if i == j or case[i] != case[j]
     )
-    assert float(sigmoid_slide_loss(slides, captions, case, SCALE, BIAS)) == pytest.approx(expected / B, rel=1e-5)
+    assert float(sigmoid_slide_loss(*map(jnp.asarray, (slides, captions, case)), SCALE, BIAS)) == pytest.approx(
+        expected / B, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=["all apart", "two cases of two slides"])

@@ -1,6 +1,5 @@
 """Model families: one record each, and the tables of other rooms by the same names."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -32,7 +31,6 @@ def test_what_the_rooms_say_of_a_family_agrees(name):
     config = family.config(**SMALL)
     assert family_of(config) is family
     assert isinstance(make_model(config, nnx.Rngs(0)), family.network)
-    assert dataclasses.is_dataclass(family.loss)
     assert CONVERSIONS[name].bert.whole == (family.added_words == 0)  # [DEC] is what a BERT as it is does not have
     shapes = abstract_params(config)
     assert f"{CONVERSIONS[name].bert.path}/word_embeddings/embedding" in shapes

@@ -46,8 +46,9 @@ def run(clock, workdir, first, last, *, saves, ends=True):
             clock.wait(2)
             ledger.progress(step)
             if step in saves:
-                with ledger.saving(step):
-                    clock.wait(1)
+                ledger.switch(goodput.SAVE, saving=step)
+                clock.wait(1)
+                ledger.switch(goodput.STEP)
     if ends:
         ledger.__exit__()
 

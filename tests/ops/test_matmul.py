@@ -34,7 +34,7 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
     x, bias = jax.random.normal(jax.random.key(0), (3, 400, 5), jnp.bfloat16), jnp.ones(5)
     towards = jax.random.normal(jax.random.key(1), x.shape, jnp.bfloat16)
     found, backward = jax.vjp(add_bias, x, bias)
-    np.testing.assert_array_equal(found, x + bias.astype(x.dtype))
+    np.testing.assert_array_equal(found, x + bias.astype(x.dtype)[None, None])
     towards_x, towards_bias = backward(towards)
     np.testing.assert_array_equal(towards_x, towards)
     np.testing.assert_allclose(towards_bias, np.asarray(towards, np.float64).sum((0, 1)), rtol=1e-5, atol=1e-4)

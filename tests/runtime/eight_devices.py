@@ -84,7 +84,7 @@ def same_on_every_mesh(meshes, params, accumulate, loss):
     assert abs(float(no_negatives["loss"] - one["loss"])) > 1e-3, "the negatives do not matter"
     for number, mesh in enumerate(meshes):
         with jax.set_mesh(mesh):
-            placed = jax.device_put(params, sharding.placements(mesh, params))
+            placed = jax.device_put(params, sharding.infer_shardings(mesh, params))
             stage = make(0 if number else 4, sharding.by_slide(mesh))
             found = run(placed, sharding.place_batch(mesh, batch), stage, accumulate, config)
         compare(one, found, dict(mesh.shape))
@@ -145,7 +145,7 @@ if __name__ == "__main__":
         batch_lies_on_all_devices(mesh)
     mesh = sharding.make_mesh(-1, 2)
     assert dict(mesh.shape) == {"data": devices // 2, "fsdp": 2, "region": 1}
-    places = sharding.placements(mesh, params)
+    places = sharding.infer_shardings(mesh, params)
     reads_text = "qformer" if config is CONFIG else "text_encoder"
     assert not places[f"{reads_text}/layers/0/ffn/output/kernel"].is_fully_replicated
     features_are_looked_up_wherever_they_lie(mesh)

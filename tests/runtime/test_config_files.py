@@ -3,6 +3,7 @@
 import pytest
 
 from pathflip_jax.cli import WRONG_INPUT, main
+from pathflip_jax.settings.kinds import flat
 from pathflip_jax.training import loop, settings
 
 BODY = (
@@ -98,11 +99,15 @@ def test_none_is_none_from_a_file_and_from_the_command_line(write, key):
     given = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir=w"]
     path = write(BODY + f"    config.{key} = 5\n    return config\n")
     section, name = key.split(".")
-    assert settings.parse([f"--config={path}", *given])[0][section][name] == 5
+
+    def parsed(*more):
+        found, _ = settings.parse([f"--config={path}", *given, *more])
+        return flat(found)[key]
+
+    assert parsed() == 5
     for none in ("None", "none"):
-        assert settings.parse([f"--config={path}", *given, f"--config.{key}={none}"])[0][section][name] is None
-    last = settings.parse([f"--config={path}", *given, f"--config.{key}=None", f"--config.{key}=7"])[0]
-    assert last[section][name] == 7
+        assert parsed(f"--config.{key}={none}") is None
+    assert parsed(f"--config.{key}=None", f"--config.{key}=7") == 7
     assert settings.load_config(write(BODY + f"    config.{key} = None\n    return config\n"))[section][name] is None
 
 
@@ -114,4 +119,4 @@ def test_none_where_no_config_documents_it_is_refused_by_name(write, key):
         settings.parse(["--config=demo", "--workdir=w", f"--config.{key}=None"])
     config = settings.load_config(write(BODY + f"    config.{key} = None\n    return config\n"))
     with pytest.raises(ValueError, match=f"{key}=None: expected"):
-        settings.check(config)
+        settings.freeze(config)

@@ -70,10 +70,16 @@ def test_rules_place_by_name_and_spare_what_does_not_divide():
         "odd/kernel": jnp.zeros((6, 8)),
         "logit_scale": jnp.zeros(()),
     }
-    places = sharding.placements(mesh, {"mu": shapes, "count": jnp.zeros(())})
+    places = sharding.infer_shardings(mesh, {"mu": shapes, "count": jnp.zeros(())})
     found = {name: place.spec for name, place in places["mu"].items()}
     expected = {"a/kernel": P("fsdp", None), "a/bias": P(), "odd/kernel": P(None, None), "logit_scale": P()}
     assert found == expected and places["count"].spec == P()
+
+
+def test_the_parts_of_a_batch_lie_end_to_end():
+    assert sharding.ONE_PROCESS.rows(4).tolist() == [0, 1, 2, 3]
+    assert sharding.Shards(3, (0, 2)).rows(6).tolist() == [0, 1, 4, 5]
+    assert sharding.shards_of(sharding.make_mesh()).count == jax.device_count()
 
 
 def test_mesh_that_does_not_fit_the_devices_is_refused():

@@ -106,7 +106,7 @@ def test_a_run_goes_on_elsewhere_with_the_same_curve(
         shutil.rmtree(workdir / "checkpoints" / step)
     command = [*TRAIN, *tiny_cohort.settings(), f"--workdir={workdir}"]
     ((_, stderr),) = together([command], [environment(devices)])
-    assert "going on from step 4" in stderr and "text groups" not in stderr
+    assert "resuming from step 4" in stderr and "text groups" not in stderr
     assert_same_curve(workdir, folder / "1")
 
 
@@ -132,4 +132,4 @@ def test_processes_of_a_launcher_join_without_options(
         environment(4, **variables, **where, **{rank: str(i)}, OMPI_COMM_WORLD_LOCAL_RANK="0") for i in range(2)
     ]
     said = together([[*TRAIN, *tiny_cohort.settings(), f"--workdir={workdir}"]] * 2, environments)
-    assert f"2 processes, 8 devices (cpu); found by {name}" in said[0][1] and "going on from step 8" in said[0][1]
+    assert f"2 processes, 8 devices (cpu); found by {name}" in said[0][1] and "resuming from step 8" in said[0][1]

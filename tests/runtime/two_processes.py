@@ -82,7 +82,7 @@ if __name__ == "__main__":
         raise AssertionError("two workdirs passed for one")
     mesh = sharding.make_mesh(-1, 2)
     params = jax.device_get(jax.jit(lambda key: flatten(PathFLIP(CONFIG, nnx.Rngs(key))))(jax.random.key(0)))
-    places = sharding.placements(mesh, params)
+    places = sharding.infer_shardings(mesh, params)
     loss_and_gradients_are_those_of_one_device(mesh, params, places)
     what_one_process_finds_damaged_is_damaged_for_both(folder / "run", mesh, params, places)
     print("equal", file=sys.stderr)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.convert.versions import unknown_settings
+from pathflip_jax.runtime.sharding import Shards
 from pathflip_jax.training import fingerprints, settings
 from pathflip_jax.training.data import choose_groups, even_size, open_data, say_counts
 
@@ -24,7 +25,7 @@ def config(tiny_cohort):
 
 
 def test_each_split_of_the_slide_table_has_its_batches(config):
-    data = open_data(config(), 1)
+    data = open_data(config())
     assert data.train.slides == [(f"S{i:02d}",) for i in range(12)]
     assert data.validation.slides == [(f"S{i:02d}",) for i in range(12, 18)]
     assert data.train.steps_per_epoch == 3 and data.train.batch(0).patches.shape == (4, 2, 4, 16)
@@ -33,7 +34,7 @@ def test_each_split_of_the_slide_table_has_its_batches(config):
 
 
 def test_without_a_slide_table_all_slides_train(config):
-    data = open_data(config(**{"data.slides": ""}), 1)
+    data = open_data(config(**{"data.slides": ""}))
     assert len(data.train.slides) == 24 and data.validation is None
 
 
@@ -42,7 +43,7 @@ def test_what_is_wrong_with_the_texts_is_said_once_a_split(config, tiny_cohort, 
     rows = [row for row in rows if row["slide_id"] not in ("S03", "S13", "S14")]
     texts = tmp_path / "reports.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = open_data(config(**{"data.texts": texts, "data.caption_length": 20}), 2)
+    data = open_data(config(**{"data.texts": texts, "data.caption_length": 20}), Shards(2))
     assert len(data.train.slides) == 11 and len(data.validation.slides) == 4
     said = [record.getMessage() for record in caplog.records]
     for split, bags in (("training", 11), ("validation", 4)):
@@ -71,7 +72,7 @@ def test_what_is_wrong_with_the_texts_is_said_once_a_split(config, tiny_cohort, 
 )
 def test_settings_that_do_not_fit_the_data_are_named(config, setting, value, message):
     with pytest.raises(ValueError, match=message):
-        open_data(config(**{setting: value}), 1)
+        open_data(config(**{setting: value}))
 
 
 def test_weights_for_other_words_are_refused(config, tiny_cohort, tmp_path):
@@ -79,16 +80,16 @@ def test_weights_for_other_words_are_refused(config, tiny_cohort, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*words, "more"]) + "\n")
     message = f"a vocabulary of {len(words) + 2} words, config.data.tokenizer={tiny_cohort.vocabulary} has"
     with pytest.raises(ValueError, match=f"{message} {len(words) + 1}; name one folder"):
-        open_data(config(**{"model.bert": tmp_path}), 1)
+        open_data(config(**{"model.bert": tmp_path}))
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    assert open_data(config(**{"model.bert": tmp_path}), 1).tokenizer.vocab_size == len(words) + 1
+    assert open_data(config(**{"model.bert": tmp_path})).tokenizer.vocab_size == len(words) + 1
 
 
 def test_records_that_are_not_finished_are_refused(config, tiny_cohort):
     records = tiny_cohort.copy_records()
     (records / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="manifest.json: no such file, so the records are not finished"):
-        open_data(config(**{"data.records": records}), 1)
+        open_data(config(**{"data.records": records}))
 
 
 def test_groups_divide_over_devices_and_microbatches():
@@ -110,7 +111,7 @@ def test_even_batches_leave_out_less_than_a_slide_for_each_batch():
 def test_validation_is_the_same_on_any_number_of_devices(config, shards):
     """Six slides: fewer than eight devices, and no multiple of four."""
     sizes = {"train.batch_size": 8, "data.subcaptions": 2}
-    one, many = (open_data(config(**sizes), count).validation for count in (1, shards))
+    one, many = (open_data(config(**sizes), Shards(count)).validation for count in (1, shards))
     assert one.steps_per_epoch == many.steps_per_epoch == 1 and one.batch_size == many.batch_size == 6
     expected, found = one.batch(0), many.batch(0)
     assert len(expected.related) == 6 and len(found.related) % shards == 0
@@ -128,10 +129,10 @@ def texts(batch, sep=3):
 
 
 def test_a_run_keeps_its_text_groups_where_devices_can_share_them(config, capsys):
-    assert open_data(config(), 4).facts["text_groups"] == 4
-    assert open_data(config(), 1).facts["text_groups"] == 1
-    assert open_data(config(), 1, begun_groups=4).facts["text_groups"] == 4 and capsys.readouterr().err == ""
-    assert open_data(config(), 4, begun_groups=2).facts["text_groups"] == 4
+    assert open_data(config(), Shards(4)).facts["text_groups"] == 4
+    assert open_data(config()).facts["text_groups"] == 1
+    assert open_data(config(), begun_groups=4).facts["text_groups"] == 4 and capsys.readouterr().err == ""
+    assert open_data(config(), Shards(4), begun_groups=2).facts["text_groups"] == 4
     assert "began with 2 text groups, which 4 pieces" in capsys.readouterr().err
 
 
@@ -145,16 +146,16 @@ def test_the_patients_of_the_slide_table_are_read(config, tiny_cohort, tmp_path)
         row[1] = "" if number == 0 else f"Group {number // 4}"
     table = tmp_path / "slides.csv"
     table.write_text("\n".join([lines[0], *map(",".join, rows)]) + "\n")
-    cases = open_data(config(**{"data.slides": table}), 1).train.related[:, 0].tolist()
+    cases = open_data(config(**{"data.slides": table})).train.related[:, 0].tolist()
     assert cases == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]  # slide 0 has the case of slide 1
-    assert open_data(config(), 1).train.related[:, 0].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
+    assert open_data(config()).train.related[:, 0].tolist() == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]
 
 
 def test_a_slide_table_of_other_patients_is_refused_by_name(config, tiny_cohort, tmp_path):
     table = tmp_path / "other.csv"
     table.write_text(tiny_cohort.slides.read_text().replace("S03,P03", "S03,P99"))
     with pytest.raises(ValueError) as error:
-        open_data(config(**{"data.slides": table}), 1)
+        open_data(config(**{"data.slides": table}))
     said = str(error.value)
     assert f"slide S03 is of P99 in {table}, but of P03 in" in said and "must agree: correct case_id or patient" in said
 
@@ -169,7 +170,7 @@ def test_texts_may_name_a_patient_that_only_the_slide_table_knows(config, tiny_c
     captions = ["Fat is seen.", "No mucin is present.", "Necrosis is extensive."]
     rows = [name | {"caption": caption} for name, caption in zip(named, captions, strict=True)]
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = open_data(config(**{"data.slides": table, "data.texts": texts, "train.batch_size": 2}), 1)
+    data = open_data(config(**{"data.slides": table, "data.texts": texts, "train.batch_size": 2}))
     assert data.train.slides == [("S02", "S03"), ("S04", "S05")]
 
 
@@ -178,8 +179,8 @@ def test_texts_in_words_that_the_vocabulary_lacks_are_refused_and_an_option_over
     texts = tmp_path / "reports.jsonl"
     texts.write_text("".join(json.dumps(row | {"caption": f"Железа {i}. Fat."}) + "\n" for i, row in enumerate(rows)))
     with pytest.raises(ValueError, match="reports.jsonl: [0-9.]+% of the word pieces.*max_unknown_share"):
-        open_data(config(**{"data.texts": texts, "data.max_unknown_share": 0.01}), 1)
-    open_data(config(**{"data.texts": texts, "data.max_unknown_share": 1.0}), 1)
+        open_data(config(**{"data.texts": texts, "data.max_unknown_share": 0.01}))
+    open_data(config(**{"data.texts": texts, "data.max_unknown_share": 1.0}))
 
 
 def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, caplog):
@@ -188,7 +189,7 @@ def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, capl
         row["caption"] = "Fat is seen."
     texts = tmp_path / "reports.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    open_data(config(**{"data.texts": texts}), 1)
+    open_data(config(**{"data.texts": texts}))
     assert "1 captions are those of slides of several cases, word for word (6 of 6 slides" in caplog.text
     assert "validation: its 6 slides are all of one case, or of one caption" in caplog.text
 
@@ -198,14 +199,14 @@ def test_tables_saved_anew_are_the_same_data(config, tiny_cohort, tmp_path):
     lines = tiny_cohort.slides.read_text().splitlines()
     slides.write_bytes("\r\n".join([f"site,{lines[0]}", *(f"x,{line}" for line in lines[1:])]).encode("utf-8-sig"))
     texts.write_bytes(tiny_cohort.texts.read_bytes().rstrip().replace(b"\n", b"\r\n"))
-    before, now = (open_data(config(**more), 1).facts for more in ({}, {"data.slides": slides, "data.texts": texts}))
+    before, now = (open_data(config(**more)).facts for more in ({}, {"data.slides": slides, "data.texts": texts}))
     assert before["hashes"]["slides"] != now["hashes"]["slides"] and before["meanings"] == now["meanings"]
     then, today = fingerprints.same_data(before, now)
     assert then == today
 
 
 def test_readers_of_a_run_know_all_that_it_says_of_its_data(config, tiny_cohort):
-    assert unknown_settings({"data": open_data(config(**{"data.slides": tiny_cohort.slides}), 1).facts}) == []
+    assert unknown_settings({"data": open_data(config(**{"data.slides": tiny_cohort.slides})).facts}) == []
 
 
 def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, capsys):
@@ -215,7 +216,7 @@ def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, caps
     table.write_text("\n".join([*lines[:-1], "X99,P99,,train"]) + "\n")
     rows = tiny_cohort.texts.read_text().splitlines()
     texts.write_text("\n".join(row for row in rows if '"S04"' not in row) + "\n")
-    facts = open_data(config(**{"data.slides": table, "data.texts": texts}), 1).facts
+    facts = open_data(config(**{"data.slides": table, "data.texts": texts})).facts
     counts = facts["splits"]
     assert counts["train"] == {"slides": 10, "patients": 8, "texts": 9, "no_text": 1, "no_record": 3}
     assert counts["val"]["slides"] == counts["val"]["texts"] == 6 and counts["test"]["slides"] == 5
@@ -229,7 +230,7 @@ def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, caps
 
 def test_validation_is_left_out_where_that_is_asked_for_and_said(config, capsys):
     for nothing in ("", "none", "None"):
-        data = open_data(config(**{"data.val_split": nothing}), 1)
+        data = open_data(config(**{"data.val_split": nothing}))
         assert data.validation is None
     say_counts(data.facts, validates=False)
     assert "; no validation" in capsys.readouterr().err
@@ -240,5 +241,5 @@ def test_a_split_without_records_is_an_error_but_not_of_a_run_that_began_so(conf
     table.write_text(re.sub("S(.*val)", r"X\1", tiny_cohort.slides.read_text()))
     given = config(**{"data.slides": table})
     with pytest.raises(ValueError, match="none of the 6 slides of split 'val' .* is among the 24 slides of"):
-        open_data(given, 1)
-    assert open_data(given, 1, begun_groups=1).validation is None
+        open_data(given)
+    assert open_data(given, begun_groups=1).validation is None

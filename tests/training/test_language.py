@@ -27,7 +27,7 @@ from pathflip_jax.training import loop
 from pathflip_jax.training.language_objective import (
     LOSS_CHUNK,
     LanguageBatch,
-    language_operations,
+    language_flops,
     language_stage,
     response_losses,
 )
@@ -289,11 +289,11 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(language):
     assert {name.rpartition("cross_attention/")[2] for name in silent} == {"key/bias"}  # the softmax cancels that alone
 
 
-def test_useful_operations_are_what_the_compiler_counts(language):
+def test_model_flops_are_what_the_compiler_counts(language):
     shape, params, batch = language
     stage = language_stage(("projector", "decoder"))
     full = batch._replace(mask=np.ones_like(batch.mask), response=np.ones_like(batch.response))
-    count = float(language_operations(ALIGNER, DECODER, ("projector", "decoder"))(full))
+    count = float(language_flops(ALIGNER, DECODER, ("projector", "decoder"))(full))
     learned = {name: x for name, x in params.items() if stage.trainable(name)}
     frozen = {name: x for name, x in params.items() if name not in learned}
 

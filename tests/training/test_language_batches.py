@@ -19,6 +19,8 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs import folder as runs_folder
+from pathflip_jax.runtime.sharding import Shards
+from pathflip_jax.settings.networks import LanguageDataSettings
 from pathflip_jax.training.language_batches import EmbeddedSlides, LanguageBatches, collect_examples, read_embeddings
 from pathflip_jax.training.language_objective import language_stage
 
@@ -39,7 +41,9 @@ def setting(tiny_cohort, tmp_path_factory):
 def batches(setting, **more):
     _, records, _, examples = setting
     slides = more.pop("slides", None) or PatchSampler(records, REGIONS, 4, 2)
-    return LanguageBatches(examples, slides, **({"batch_size": 6, "threads": 2} | more))
+    data = {name: more.pop(name) for name in ("length", "no_slide_share") if name in more}
+    size, shards = more.pop("batch_size", 6), Shards(more.pop("shards", 1), more.pop("own_shards", None))
+    return LanguageBatches(examples, slides, LanguageDataSettings(threads=2, **data), size, shards=shards, **more)
 
 
 def test_a_mixture_is_seen_as_often_as_it_says(setting):
@@ -88,7 +92,7 @@ def test_a_share_is_shown_without_its_slide(setting):
 
 
 def test_validation_sees_every_example_once(setting):
-    made = batches(setting, batch_size=7, fill=True)
+    made = batches(setting, batch_size=7, seed=None)
     assert made.steps_per_epoch == 4
     taught = [made.batch(step).response.any(1) for step in range(4)]
     assert np.concatenate(taught).sum() == 24 and taught[3].sum() == 3

@@ -152,7 +152,7 @@ def test_checkpoints_elsewhere_outlive_the_machine(options, straight, tmp_path, 
         assert loop.main([*command, str(first)]) == loop.TRY_AGAIN
     shutil.rmtree(first)  # the machine was lost
     assert loop.main([*command, str(second)]) == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     mine, theirs = arrays(kept, 4), arrays(straight, 4)
     assert mine == theirs and os.listdir(kept / "best") == os.listdir(straight / "best")
     assert metrics(second) == metrics(straight)[2:] and not (second / "checkpoints").exists()
@@ -184,7 +184,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
     assert "stopped at step 2 of 4" in capsys.readouterr().err
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
     assert loop.main(command) == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming from step 2" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", straight)
     found = goodput.summarise(tmp_path / "run")
     assert (found.starts, found.steps, found.badput["lost_work"]) == (2, 4, 0) and found.badput["down"] > 0

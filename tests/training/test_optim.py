@@ -30,7 +30,7 @@ def test_released_schedule_falls_per_epoch():
 def test_only_weights_decay_unless_released():
     assert [name for name, decayed in decays(OptimConfig(), PARAMS).items() if decayed] == ["a/kernel"]
     assert all(decays(OptimConfig(preset="released"), PARAMS).values())
-    with pytest.raises(ValueError, match="preset='paper': expected"):
+    with pytest.raises(ValueError, match="optim.preset=paper: expected one of ours, released"):
         OptimConfig(preset="paper")
 
 

@@ -8,7 +8,7 @@ import pytest
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.runs import files
 from pathflip_jax.training import settings
-from pathflip_jax.training.resume import begun_config, claim, differences, go_on_as
+from pathflip_jax.training.resume import begun_config, differences, lock_to_run, resume_as
 
 
 @pytest.fixture
@@ -30,18 +30,18 @@ def changed(resolved, **settings):
 @pytest.mark.parametrize("steps", [60, 90, 200])
 def test_a_run_may_be_given_another_length(run, steps, capsys):
     folder, resolved = run
-    claim(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
+    lock_to_run(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
     assert json_files.read_json(folder / files.CONFIG) == changed(resolved, steps=steps, epochs=20)
     said = capsys.readouterr().err
     assert f"was to end at step 100 and now ends at {steps}; from step 60 on the learning rate follows" in said
-    claim(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
+    lock_to_run(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
     assert capsys.readouterr().err == ""
 
 
 def test_a_run_cannot_end_before_where_it_is(run):
     folder, resolved = run
     with pytest.raises(ValueError, match="has done 60 steps, and 59 are asked for.*60 steps or more"):
-        claim(folder, changed(resolved, steps=59), pytest.fail)
+        lock_to_run(folder, changed(resolved, steps=59), pytest.fail)
     assert json_files.read_json(folder / files.CONFIG) == resolved
 
 
@@ -49,16 +49,16 @@ def test_a_setting_that_a_run_began_without_is_no_other_run(run):
     folder, resolved = run
     now = changed(resolved)
     now["data"]["max_unknown_share"] = 0.2
-    claim(folder, now, pytest.fail)
+    lock_to_run(folder, now, pytest.fail)
     with pytest.raises(ValueError, match="train.seed: 0 in the run, 1 now"):
-        claim(folder, changed(resolved, seed=1, steps=200), pytest.fail)
+        lock_to_run(folder, changed(resolved, seed=1, steps=200), pytest.fail)
     assert json_files.read_json(folder / files.CONFIG) == resolved
 
 
 @pytest.fixture
 def begun(tmp_path):
     """The settings of the demo, and as the config.json of a run of it holds them."""
-    config = settings.load_config("demo")
+    config = settings.freeze(settings.load_config("demo"))
     return config, json.loads(json.dumps(config.to_dict()))
 
 
@@ -71,39 +71,39 @@ def begun(tmp_path):
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(begun, tmp_path, capsys, key, kept):
     config, before = begun
     section, _, name = key.partition(".")
-    now = config[section][name]
+    now = getattr(getattr(config, section), name)
     del before[section][name]
-    found = go_on_as(config, before, tmp_path)
-    assert found[section][name] == kept and config[section][name] == now
+    found = resume_as(config, before, tmp_path)
+    assert getattr(getattr(found, section), name) == kept and getattr(getattr(config, section), name) == now
     other = "" if now == kept else f" (not {now!r})"
     said = capsys.readouterr().err
     assert f"{tmp_path}: a run of an earlier version" in said and said.endswith(f": {key}={kept!r}{other}\n")
     json_files.write_json(tmp_path / files.CONFIG, before)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    claim(tmp_path, json.loads(json.dumps(found.to_dict())), pytest.fail)
+    lock_to_run(tmp_path, json.loads(json.dumps(found.to_dict())), pytest.fail)
 
 
 def test_what_may_change_is_as_asked_for_in_an_older_run_too(begun, tmp_path):
     config, before = begun
     del before["data"]["max_unknown_share"]
-    config.data.max_unknown_share = 0.5
-    assert go_on_as(config, before, tmp_path).data.max_unknown_share == 0.5
+    config = config.with_changes({"data.max_unknown_share": 0.5})
+    assert resume_as(config, before, tmp_path).data.max_unknown_share == 0.5
 
 
 def test_a_run_of_a_later_version_is_refused_by_name(begun, tmp_path):
     config, before = begun
     before["train"]["pace"], before["written_by"] = 1, {"version": "9.0"}
     with pytest.raises(ValueError, match=r"config\.json: .*train\.pace.*version 9\.0 wrote it.*upgrade"):
-        go_on_as(config, before, tmp_path)
+        resume_as(config, before, tmp_path)
 
 
 def test_a_run_of_another_family_is_another_run(begun, tmp_path):
     _, before = begun
-    found = go_on_as(settings.load_config("pathflip2"), before, tmp_path)
+    found = resume_as(settings.freeze(settings.load_config("pathflip2")), before, tmp_path)
     json_files.write_json(tmp_path / files.CONFIG, before)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ValueError, match="model.num_queries: 4 in the run, None now"):
-        claim(tmp_path, found.to_dict(), pytest.fail)
+        lock_to_run(tmp_path, found.to_dict(), pytest.fail)
 
 
 def test_differences_name_every_setting():
@@ -122,9 +122,9 @@ def test_what_a_kill_before_the_first_checkpoint_left_binds_nobody(run):
     json_files.write_json(folder / files.CONFIG, changed(resolved, checkpoints=str(folder / "elsewhere")))
     assert begun_config(folder) is None
     described = []
-    claim(folder, changed(resolved, seed=1), described.append)
+    lock_to_run(folder, changed(resolved, seed=1), described.append)
     assert described == [folder]
     (folder / "elsewhere" / "checkpoints" / "1").mkdir(parents=True)
     json_files.write_json(folder / "elsewhere" / files.CONFIG, resolved)
     with pytest.raises(ValueError, match="has the logs of a run with checkpoints in .*elsewhere"):
-        claim(folder, resolved, pytest.fail)
+        lock_to_run(folder, resolved, pytest.fail)

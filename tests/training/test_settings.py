@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from pathflip_jax.runtime import config_files
+from pathflip_jax.settings import kinds
 from pathflip_jax.training import loop, settings
 
 REQUIRED = ["--config.data.records=r", "--config.data.texts=t", "--config.data.tokenizer=v", "--workdir", "w"]
@@ -77,17 +78,23 @@ def test_wrong_config_files_are_named(tmp_path, line, message):
 
 
 def test_missing_settings_and_paths_say_what_belongs_there(tmp_path):
-    config = settings.load_config("demo")
+    config = settings.freeze(settings.load_config("demo"))
     with pytest.raises(ValueError, match=r"data\.records is not set: add --config\.data\.records=.*pathflip prepare"):
         settings.require(config)
-    config.data.records, config.data.texts, config.data.tokenizer = str(tmp_path), "no/reports.jsonl", str(tmp_path)
+    given = {"data.records": str(tmp_path), "data.texts": "no/reports.jsonl", "data.tokenizer": str(tmp_path)}
+    config = config.with_changes(given)
     with pytest.raises(FileNotFoundError, match=r"data\.texts=no/reports\.jsonl: no such file or folder; expected"):
         settings.require(config)
 
 
-def test_help_shows_an_example(capsys):
+def test_help_shows_an_example_and_explains_the_settings_of_a_config(capsys):
     assert loop.main(["--help"]) == 0
     assert "pathflip train --config align_base" in capsys.readouterr().out
+    assert loop.main(["--config", "lm_stage2", "--help"]) == 0
+    said = capsys.readouterr().out
+    for key, found in kinds.fields(kinds.LanguageSettings).items():
+        assert f"--config.{key}=" in said and found.help.split()[0] in said
+    assert "--config.lm.trains=projector,lora\n" in said and "a whole number of at least 1 and at most 1024" in said
 
 
 def test_a_config_of_an_earlier_version_does_what_that_did(tmp_path, caplog):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.training import validation
+from pathflip_jax.training.monitors import PHASES
 from pathflip_jax.training.validation import choose_best
 
 
@@ -41,16 +42,14 @@ def test_each_batch_of_a_validation_is_a_sign_of_life_and_one_is_compiled(monkey
         marks.append("traced")
         return learned * batch + frozen
 
-    def mark(doing, timed=True):
-        marks.append((doing, timed))
-
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
     measured = validation.over_batches(measure, batches, mesh)
     for _ in range(2):
-        found = measured(np.float32(2), np.float32(1), mark)
+        found = measured(np.float32(2), np.float32(1), marks.append)
         assert found == [1, 3, 5] and all(isinstance(x, np.ndarray | np.generic) for x in found)
-    reading, computing = ("reading a batch of the validation", True), ("validating", True)
-    compiling = [("compiling the validation", False), "traced"]
+    reading, computing = "reading a batch of the validation", "validating"
+    compiling = ["compiling the validation", "traced"]
+    assert {reading, computing, compiling[0]} <= PHASES.keys() and not PHASES[compiling[0]].timed
     assert marks == [
         reading,
         *compiling,

@@ -11,7 +11,8 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import grain
 import jax
@@ -34,6 +35,8 @@ from pathflip_jax.data.texts.captions import draw_given, draw_merges
 from pathflip_jax.data.texts.cases import NO_TABLE, Sources
 from pathflip_jax.data.texts.text import SlideText
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
+from pathflip_jax.runtime.sharding import ONE_PROCESS, Shards
+from pathflip_jax.settings.sections import AlignmentDataSettings
 
 _SIMULATED_GROUPS, _SIMULATED_SLIDES = 256, 8192
 _EPOCHS, _STEPS, _ROWS = 0, 1, 2  # what a random stream is for; the first word after the seed
@@ -60,93 +63,70 @@ class Batch(NamedTuple):
     wording: Int32[np.ndarray, "B K"] | None = None
 
 
-def make_batches(
-    records: Records,
-    texts: Sequence[SlideText],
-    tokenizer: TextTokenizer,
-    *,
-    batch_size: int,
-    regions: int = 24,
-    patch_slots: int | None = None,
-    subcaptions: int = 8,
-    merge_sentences: int = 3,
-    caption_length: int = 384,
-    subcaption_length: int = 192,
-    row_step: int = 128,
-    text_rows: Sequence[int] | None = None,
-    text_groups: int = 1,
-    caption_share: float = 1.0,
-    seed: int = 0,
-    slide_ids: Sequence[str] | None = None,
-    shards: int = 1,
-    own_shards: Sequence[int] | None = None,
-    padding: int = 0,
-    threads: int = 4,
-    resident: Literal["", "host", "device"] = "",
-    sources: Sources = NO_TABLE,
-) -> "Batches":
-    """Batches of `batch_size` bags from records and texts, of the slides in `slide_ids` (None = all with a text).
+class Cohort(NamedTuple):
+    """What batches are drawn from: records, texts and their tokenizer; of the slides in `slide_ids` (None: of all).
 
-    `patch_slots` None takes the most patches that a region has. Texts are packed into rows of
-    1, 2, 3, ... times `row_step` tokens; `text_rows` None measures how many of each the texts of a group take, by
-    drawing them as training will. A subcaption merges up to
-    `merge_sentences` sentences, unless subcaptions are given. A `caption_share` below 1 shows that
-    share of a report's sentences in place of the caption, drawn anew each time and in any order: a small cohort's
-    reports are else learned by heart. `resident` reads all features once: "host" keeps them in
-    this process's memory, "device" leaves them to be put on the devices (`Batches.take_features`), so that a batch
-    brings row numbers alone. Of `shards` even parts of a batch, this process makes its `own_shards`, end to end (None:
-    all). `padding` more slides, repeated ones, end each batch: for few slides that must divide over many devices; what
-    comes of them is to be cut off. `sources` brings the slide table, which says whose slides are, beside records and
-    texts. Raises ValueError for slides of which there are no records, for texts that match none, where two sources
-    name different patients of a slide, and for sizes that do not divide.
+    `sources` brings the slide table, which says whose slides are, beside records and texts.
     """
-    _require_whole_groups(batch_size + padding, text_groups, shards)
-    if not 0 < caption_share <= 1:
-        raise ValueError(f"caption_share {caption_share}: expected a share of the sentences above 0, at most 1")
-    if merge_sentences < 1:
-        raise ValueError(f"merge_sentences {merge_sentences}: a subcaption has at least one sentence")
-    if row_step < 1:
-        raise ValueError(f"row_step {row_step}: rows have at least one token")
-    bags = collect_bags(records, texts, tokenizer, slide_ids, caption_length, subcaption_length, sources)
-    if len(bags) < batch_size:
-        raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {batch_size}; lower batch_size")
-    widest = max(int(np.diff(records.slides[place].region_rows).max()) for bag in bags for place in bag.places)
-    draws = _Draws(
-        batch_size, regions, patch_slots or widest, subcaptions, caption_length, subcaption_length, row_step,
-        text_groups, merge_sentences, caption_share, seed, padding,
-    )  # fmt: skip
-    batches = Batches(
-        records, bags, tokenizer, draws, (shards, tuple(range(shards) if own_shards is None else own_shards)), threads
-    )
-    batches.set_text_rows(text_rows)
-    if resident:
-        batches.load(on_device=resident == "device")
+
+    records: Records
+    texts: Sequence[SlideText]
+    tokenizer: TextTokenizer
+    slide_ids: Sequence[str] | None = None
+    sources: Sources = NO_TABLE
+
+
+class BatchSize(NamedTuple):
+    """Slides of a batch over all processes, and the groups that their texts are packed in.
+
+    `padding` more slides, repeated ones, end each batch: for few slides that must divide over many devices; what comes
+    of them is to be cut off.
+    """
+
+    slides: int
+    text_groups: int = 1
+    padding: int = 0
+
+    @property
+    def padded(self) -> int:
+        """The slides of a batch, its padding among them."""
+        return self.slides + self.padding
+
+    def require_whole_groups(self, shards: int) -> None:
+        """Raise ValueError where a device would not hold whole groups of slides."""
+        if self.padded % self.text_groups or self.text_groups % shards:
+            raise ValueError(
+                f"batch_size {self.padded}, text_groups {self.text_groups}, {shards} shards: each must be a multiple "
+                "of the next, so that every device holds whole groups of slides"
+            )
+
+
+def make_batches(
+    cohort: Cohort, data: AlignmentDataSettings, size: BatchSize, *, seed: int = 0, shards: Shards = ONE_PROCESS
+) -> "Batches":
+    """Batches of bags of a cohort, drawn as `data` says; `size` takes the place of its text groups.
+
+    Where `data.patch_slots` is 0, a region has as many as the largest; where `data.text_rows` is empty, the texts of a
+    group are measured, by drawing them as training will. A `caption_share` below 1 shows that share of a report's
+    sentences in place of the caption, drawn anew each time and in any order: a small cohort's reports are else learned
+    by heart. `resident` reads all features once: "host" keeps them in this process's memory, "device" leaves them to be
+    put on the devices (`Batches.take_features`), so that a batch brings row numbers alone. Raises ValueError for slides
+    of which there are no records, for texts that match none, where two sources name different patients of a slide, and
+    for sizes that do not divide.
+    """
+    size.require_whole_groups(shards.count)
+    records, texts, tokenizer, slide_ids, sources = cohort
+    bags = collect_bags(records, texts, tokenizer, slide_ids, data.caption_length, data.subcaption_length, sources)
+    if len(bags) < size.slides:
+        raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {size.slides}; lower batch_size")
+    if not data.patch_slots:
+        widest = max(int(np.diff(records.slides[place].region_rows).max()) for bag in bags for place in bag.places)
+        data = replace(data, patch_slots=widest)
+    batches = Batches(cohort, bags, data, size, seed, shards)
+    batches.set_text_rows(data.text_rows)
+    if data.resident:
+        batches.load(on_device=data.resident == "device")
     return batches
-
-
-def _require_whole_groups(batch_size: int, text_groups: int, shards: int) -> None:
-    if batch_size % text_groups or text_groups % shards:
-        raise ValueError(
-            f"batch_size {batch_size}, text_groups {text_groups}, {shards} shards: each must be a multiple of the "
-            "next, so that every device holds whole groups of slides"
-        )
-
-
-class _Draws(NamedTuple):
-    """The settings on which batches depend."""
-
-    batch_size: int
-    regions: int
-    patch_slots: int
-    subcaptions: int
-    caption_length: int
-    subcaption_length: int
-    row_step: int
-    text_groups: int
-    merge_sentences: int
-    caption_share: float
-    seed: int
-    padding: int
 
 
 def look_up(batch: Batch, features: jax.Array | None) -> Batch:
@@ -165,33 +145,33 @@ class Batches:
 
     def __init__(
         self,
-        records: Records,
+        cohort: Cohort,
         bags: list[Bag],
-        tokenizer: TextTokenizer,
-        draws: _Draws,
-        shards: tuple[int, tuple[int, ...]],
-        threads: int,
+        data: AlignmentDataSettings,
+        size: BatchSize,
+        seed: int = 0,
+        shards: Shards = ONE_PROCESS,
     ) -> None:
         self.bags = bags
         self.slides = [bag.slides for bag in bags]
         widest = max(len(bag.related) for bag in bags)  # a shorter one is filled up with its case
         filled = [[*bag.related, *bag.related[:1] * (widest - len(bag.related))] for bag in bags]
         self.related = np.array(filled, np.int32)  # [bags, S]
-        self.steps_per_epoch = len(bags) // draws.batch_size
-        self.patch_slots = draws.patch_slots
-        self.row_lengths = row_lengths(draws.row_step, max(draws.caption_length, draws.subcaption_length))
+        self.steps_per_epoch = len(bags) // size.slides
+        self.patch_slots = data.patch_slots
+        self.row_lengths = row_lengths(data.row_step, max(data.caption_length, data.subcaption_length))
         self.text_rows: tuple[int, ...] = ()
         self.counts: Counter[str] = Counter()
-        self._records, self._tokenizer, self._draws = records, tokenizer, draws
-        self._shards, self._threads = shards, threads
+        self._records, self._tokenizer = cohort.records, cohort.tokenizer
+        self._data, self._size, self._seed, self._shards = data, size, seed, shards
         self._lock = threading.Lock()
         self._order: tuple[int, np.ndarray] = -1, np.zeros(0, np.int64)  # of the epoch that was asked for last
-        self._patches = PatchSampler(records, draws.regions, draws.patch_slots, threads)
+        self._patches = PatchSampler(cohort.records, data.regions, data.patch_slots, data.threads)
 
     @property
     def batch_size(self) -> int:
         """The slides of a batch of all processes, without padding."""
-        return self._draws.batch_size
+        return self._size.slides
 
     def take_features(self) -> np.ndarray | None:
         """Hand over the features [N, F] that batches name rows of, once; None where batches bring features."""
@@ -201,28 +181,27 @@ class Batches:
         """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
         self._patches.load((regions_of(self._records, bag.places) for bag in self.bags), on_device)
 
-    def resize(self, batch_size: int, text_groups: int, padding: int = 0) -> None:
+    def resize(self, size: BatchSize) -> None:
         """Make batches of another size from the same bags: for a size that their number decides.
 
         Texts are not tokenised again and features not loaded again; `text_rows` is measured anew. Raises ValueError
         for sizes that do not divide.
         """
-        _require_whole_groups(batch_size + padding, text_groups, self._shards[0])
-        self._draws = self._draws._replace(batch_size=batch_size, text_groups=text_groups, padding=padding)
-        self.steps_per_epoch = len(self.bags) // batch_size
-        self.set_text_rows(None)
+        size.require_whole_groups(self._shards.count)
+        self._size, self.steps_per_epoch = size, len(self.bags) // size.slides
+        self.set_text_rows()
 
-    def set_text_rows(self, text_rows: Sequence[int] | None) -> None:
+    def set_text_rows(self, text_rows: Sequence[int] = ()) -> None:
         """Fix how many rows of each of `row_lengths` a text group has: as given, or enough for simulated groups.
 
         Raises ValueError when the longest captions would not fit with the shortest subcaptions: a batch of these
         could not be packed at all.
         """
-        size, widths = (self._draws.batch_size + self._draws.padding) // self._draws.text_groups, self.row_lengths
+        size, widths = self._size.padded // self._size.text_groups, self.row_lengths
         least = sorted((self._least(bag) for bag in self.bags), key=sum, reverse=True)[:size]
         least = [length for lengths in least for length in lengths]
-        if text_rows is None:
-            rng = np.random.default_rng([self._draws.seed, _ROWS])
+        if not text_rows:
+            rng = np.random.default_rng([self._seed, _ROWS])
             groups = max(16, min(_SIMULATED_GROUPS, _SIMULATED_SLIDES // size))
             drawn = [least, *(self._simulated_lengths(size, rng) for _ in range(groups))]
             text_rows = enough_rows(drawn, widths)
@@ -244,8 +223,8 @@ class Batches:
         """The lengths of a bag's texts at their shortest, for the longest of its captions."""
         options = []
         for text in bag.texts:
-            shortest = min(text.pieces.shortest + 2, self._draws.subcaption_length)
-            options.append([len(text.caption)] + [shortest] * self._draws.subcaptions)
+            shortest = min(text.pieces.shortest + 2, self._data.subcaption_length)
+            options.append([len(text.caption)] + [shortest] * self._data.subcaptions)
         return max(options, key=sum)
 
     def _simulated_lengths(self, size: int, rng: np.random.Generator) -> list[int]:
@@ -261,48 +240,46 @@ class Batches:
         epoch, within = divmod(step, self.steps_per_epoch)
         held, order = self._order
         if held != epoch:
-            order = np.random.default_rng([self._draws.seed, _EPOCHS, epoch]).permutation(len(self.bags))
+            order = np.random.default_rng([self._seed, _EPOCHS, epoch]).permutation(len(self.bags))
             self._order = epoch, order  # in one assignment: other threads are at it, too
         return order[within * self.batch_size :][: self.batch_size]
 
     def batch(self, step: int) -> Batch:
         """The batch of a global step: a function of (seed, step), cut to this process's slides, in their order."""
-        shards, own = self._shards
-        padded = self.batch_size + self._draws.padding
-        places = np.arange(padded).reshape(shards, -1)[list(own)].ravel()
-        chosen = np.resize(self.chosen(step), padded)[places]
+        places = self._shards.rows(self._size.padded)
+        chosen = np.resize(self.chosen(step), self._size.padded)[places]
         bags = [self.bags[i] for i in chosen]
-        rngs = [np.random.default_rng([self._draws.seed, _STEPS, step, place]) for place in places]
+        rngs = [np.random.default_rng([self._seed, _STEPS, step, place]) for place in places]
         patches, mask = self._patches.draw([regions_of(self._records, bag.places) for bag in bags], rngs)
-        size = padded // self._draws.text_groups
+        size = self._size.padded // self._size.text_groups
         groups = [self._pack(bags[g : g + size], rngs[g : g + size]) for g in range(0, len(places), size)]
         packed, wording = zip(*groups, strict=True)
         rows = jax.tree.map(lambda *groups: np.stack(groups), *(group.rows for group in packed))
         index = np.stack([group.cls_index for group in packed])
-        index = index.reshape(len(places), 1 + self._draws.subcaptions)
+        index = index.reshape(len(places), 1 + self._data.subcaptions)
         wording = np.concatenate(wording)
         return Batch(patches, mask, rows, index, self.related[chosen], chosen.astype(np.int32), wording)
 
     def __iter__(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from `start_step` on without end, made ahead in threads."""
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=max(self._threads, 1))
+        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=max(self._data.threads, 1))
         return iter(steps.to_iter_dataset(options))
 
     def _merges(self, text: TokenisedText, rng: np.random.Generator) -> list[tuple[int, ...]]:
-        n, k = len(text.pieces), self._draws.subcaptions
-        return draw_given(n, k, rng) if text.given else draw_merges(n, k, rng, self._draws.merge_sentences)
+        n, k = len(text.pieces), self._data.subcaptions
+        return draw_given(n, k, rng) if text.given else draw_merges(n, k, rng, self._data.merge_sentences)
 
     def _caption(self, text: TokenisedText, rng: np.random.Generator) -> np.ndarray:
         """The ids of the whole caption, or of a share of its sentences; one with given subcaptions stays whole."""
-        if self._draws.caption_share == 1 or text.given or not self._tokenizer.concatenates:
+        if self._data.caption_share == 1 or text.given or not self._tokenizer.concatenates:
             return text.caption
-        kept = rng.permutation(len(text.pieces))[: round(self._draws.caption_share * len(text.pieces)) or 1]
-        return self._tokenizer.wrap(np.concatenate([text.pieces[i] for i in kept]), self._draws.caption_length)
+        kept = rng.permutation(len(text.pieces))[: round(self._data.caption_share * len(text.pieces)) or 1]
+        return self._tokenizer.wrap(np.concatenate([text.pieces[i] for i in kept]), self._data.caption_length)
 
     def _subcaption(self, text: TokenisedText, merge: tuple[int, ...], counts: Counter | None = None) -> np.ndarray:
         """The ids of a merge with [CLS] and [SEP]: without its last sentences where it is too long."""
-        room = self._draws.subcaption_length - 2
+        room = self._data.subcaption_length - 2
         kept = len(merge)
         while kept > 1 and sum(len(text.pieces[i]) for i in merge[:kept]) > room:
             kept -= 1
@@ -314,7 +291,7 @@ class Batches:
         if counts is not None:
             counts["shortened"] += kept < len(merge)
             counts["cut"] += len(ids) > room
-        return self._tokenizer.wrap(ids, self._draws.subcaption_length)
+        return self._tokenizer.wrap(ids, self._data.subcaption_length)
 
     def _pack(self, bags: list[Bag], rngs: list[np.random.Generator]) -> tuple[PackedText, Int32[np.ndarray, "n K"]]:
         """The texts of a group, packed, and a number for the wording of each subcaption.

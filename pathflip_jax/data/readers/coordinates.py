@@ -74,7 +74,7 @@ def smallest_step(coords: np.ndarray) -> float:
 
 
 def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> str:
-    """What is wrong with a patch's edge at level 0, else ""; 0 stands for unknown everywhere."""
+    """Objection to a patch's edge at level 0, else ""; 0 stands for unknown everywhere."""
     expected = f"expected {SMALLEST_PATCH} to {LARGEST_PATCH} px at level 0"
     if patch_size and not SMALLEST_PATCH <= patch_size <= LARGEST_PATCH:
         return f"an impossible patch size of {patch_size} px; {expected}; pass the patch size if it is known"
@@ -88,7 +88,7 @@ def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> st
 
 
 def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, height: int) -> str:
-    """What is wrong with where patches lie, else ""; `patch_size`, `width` and `height` are 0 where unknown."""
+    """Objection to the places of patches, else ""; `patch_size`, `width` and `height` are 0 where unknown."""
     coords = coords.astype(np.int64)
     low, high = (np.array([end(axis) for axis in coords.T]) for end in (np.min, np.max))  # faster than along axis 0
     size = np.array([width, height])
@@ -159,7 +159,7 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
 
 
 def repeated_fault(coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "N F"] | None = None) -> str:
-    """What is wrong where several patches have one place, else ""; features tell how the file came to it."""
+    """Objection to several patches in one place, else ""; features tell how the file came to it."""
     keys = (coords[:, 0].astype(np.int64) << 32) | (coords[:, 1].astype(np.int64) & 0xFFFFFFFF)
     ordered = np.sort(keys)
     if (ordered[1:] != ordered[:-1]).all():

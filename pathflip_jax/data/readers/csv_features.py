@@ -121,7 +121,7 @@ def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
 
 
 def _of_several(numbers: np.ndarray, led: bool) -> tuple[np.ndarray, set[float]]:
-    """Which of three or four numbers are x, y, by what is alike in all rows: the others are the size, or the slide."""
+    """Positions of x, y among three or four numbers, where others, alike in all rows, are the size or the slide."""
     count, several = numbers.shape[1], len(numbers) > 1
     alike = (numbers == numbers[0]).all(axis=0) & (led or several)
     if count == 4:

@@ -54,9 +54,8 @@ class SlideFeatures:
     of a size or in a place that cannot be (`coordinates.py`).
 
     What a reader adds, and records do not keep: `patch_size_source` is "file", "option" or "gaps" (guessed from
-    `patch_size_support` gaps between neighbours that agree); `notes` are lines for the summary of a cohort, without the
-    slide's name, alike for slides that have the same thing to tell. `finite` says that whoever read the features has
-    checked them for it.
+    gaps between neighbours that agree); `notes` are lines for the summary of a cohort, without the slide's name, alike
+    for slides that have the same thing to tell. `finite` says that whoever read the features has checked them for it.
     """
 
     slide_id: str
@@ -69,7 +68,6 @@ class SlideFeatures:
     height: int = 0
     encoder: str = ""
     patch_size_source: str = ""
-    patch_size_support: int = 0
     notes: tuple[str, ...] = ()
     finite: InitVar[bool] = False
 
@@ -224,7 +222,7 @@ def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
 
 
 def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    """What a file tells, by the reader that its first bytes call for."""
+    """Contents of a file, by the reader that its first bytes call for."""
     if fault := stand_in(path):
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:
@@ -325,7 +323,7 @@ def _guessed_size(patches: int, gap: Gap) -> dict:
             f"the patch size is not in the file, nor to be told from {patches} patches ({seen}); pass patch_size "
             "(--patch-size): the edge of a patch in pixels at level 0"
         )
-    return {"patch_size": gap.size, "patch_size_source": "gaps", "patch_size_support": gap.support}
+    return {"patch_size": gap.size, "patch_size_source": "gaps"}
 
 
 def _is_hdf5(path: Path) -> bool:

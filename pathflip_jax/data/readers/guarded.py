@@ -1,34 +1,31 @@
 """Files parsed in a process of their own: what a broken one does to a C library is that file's error, nothing more.
 
-HDF5, OpenSlide and PyTorch parse what users bring, and mutated files crash and stall them. So one worker process does
-it for this one, with limits on its memory and on its time. Arrays come back as shared memory, uncopied. It is no
-sandbox: it contains accidents and exhaustion, not an exploit of those libraries.
+HDF5, OpenSlide and PyTorch parse what users bring, and mutated files crash and stall them. So a worker process
+(`runtime/workers.py`) does it for this one, with limits on its memory and on its time. Arrays come back as shared
+memory, uncopied. It is no sandbox: it contains accidents and exhaustion, not an exploit of those libraries.
 """
 
 import atexit
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import resource
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pathflip_jax.data.storage import blocks
+from pathflip_jax.runtime import workers
 
 MEGABYTE = 2**20
 # What parsing itself may take beyond the arrays that it makes (those are checked against the size of their file).
@@ -40,7 +37,9 @@ SLOWEST_PARSE, SLOWEST_DISK = 10 * MEGABYTE, 4 * MEGABYTE  # bytes of the file a
 # An array of a sound file is at most this many times the file's size and this many bytes more: compressed features
 # shrink to a third, a bomb to a thousandth.
 LARGEST_EXPANSION, LARGEST_SMALL = 16, 64 * MEGABYTE
-LENGTH = struct.Struct("<I")
+NUMBER = struct.Struct("<Q")  # of a request
+MOST_ARRAYS = 64  # of one file
+STARTING = 60  # seconds that a process may take until it begins
 LONGEST_MESSAGE = 1000  # characters of an error
 
 Parsed = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -54,7 +53,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._worker: _Worker | None = None
+        self._process: _Process | None = None
         _readers.add(self)
 
     def parse(self, function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
@@ -80,10 +79,10 @@ class Reader:
 
     def _ask(self, request: dict, seconds: float) -> Parsed:
         """An answer from the worker, or from a fresh one: a crash may be owed to a file that it read before."""
-        used = self._worker is not None
-        worker = self._worker = self._worker or _Worker()
+        used = self._process is not None
+        process = self._process = self._process or _Process()
         try:
-            return worker.ask(request, seconds)
+            return process.ask(request, seconds)
         except _Refusal:
             raise
         except BaseException as error:  # a library that met a broken file is not asked again
@@ -94,17 +93,15 @@ class Reader:
 
     def stop(self) -> None:
         """End the worker, whatever it is doing; the next file starts another."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.stop()
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
 
     def forget(self) -> None:
         """After a fork the worker is the parent's: the child starts its own."""
         self._lock = threading.Lock()
-        if self._worker is not None:
-            self._worker.connection.close()
-            self._worker.process.returncode = 0  # not this process's to wait for
-            self._worker = None
+        _inherited.append(self._process)
+        self._process = None
 
 
 def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
@@ -124,11 +121,11 @@ def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: st
 
 
 class Refused(ValueError):
-    """What a reader itself has against a file, as opposed to what its library does: the worker stays in use."""
+    """A reader's own objection to a file, not an error of its library: the worker stays in use."""
 
 
 class _Fault(Exception):
-    """What went wrong with a file, without its name, and the type of error that it becomes."""
+    """An error of a file, without its name, and the type of exception that it becomes."""
 
     def __init__(self, message: str, kind: type[Exception] = ValueError) -> None:
         super().__init__(message)
@@ -143,34 +140,11 @@ class _Died(_Fault):
     """The worker ended before its answer came."""
 
 
-@contextlib.contextmanager
-def limits(seconds: float, memory: int) -> Iterator[None]:
-    """End this process where the body takes longer, and fail its allocations beyond `memory` more bytes.
-
-    For worker processes that are there to die of a file (those of `multiprocessing`); others run without limits. The
-    system does it, whatever a library is at; memory is limited where Linux counts it.
-    """
-    if multiprocessing.parent_process() is None:
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    with contextlib.suppress(FileNotFoundError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
-        wanted = data + memory
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted if before[1] < 0 else min(wanted, before[1]), before[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, which nobody handles, ends the process
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
 # ---- in the process that wants a file read ----
 
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 _shared_reader = Reader()
+_inherited: list["_Process | None"] = []  # kept, as what their finalizers would end is the parent's
 
 
 def _stop() -> None:
@@ -187,106 +161,91 @@ atexit.register(_stop)
 os.register_at_fork(after_in_child=_forget)
 
 
-class _Worker:
-    """A running worker and the socket to it."""
+class _Process:
+    """A worker, and the socket through which its arrays come."""
 
     def __init__(self) -> None:
-        self.connection, theirs = socket.socketpair()
-        # Not multiprocessing: its processes import the user's main script again. One thread: pools reserve memory.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
-        threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | threads,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+        self._ours, self._theirs = socket.socketpair()
+        self._worker = workers.Worker(begin=_begin, arguments=[self._theirs])
+        self._numbers = itertools.count()
 
     def ask(self, request: dict, seconds: float) -> Parsed:
         """Send a request and wait for its answer. Raises _Fault, _Died for a worker that ends without one."""
+        number = next(self._numbers)
         try:
-            self.connection.settimeout(seconds)
-            _send(self.connection, request, [])
-            answer, files = _receive(self.connection)
+            future = self._worker.submit(_answer, number, json.dumps(request), seconds=seconds)
+            answer = json.loads(future.result(seconds + STARTING))
+        except workers.DEATHS as death:
+            raise _death(workers.exit_name(death), request) from None
         except TimeoutError:
             raise _Fault(f"no answer within {seconds:.0f} s of its reader; {_CURE}") from None
-        except (EOFError, OSError, ValueError):
-            raise self._death(request) from None
-        try:
-            if "error" in answer:
-                if answer["kind"] in ("Refused", "ImportError"):
-                    raise _Refusal(answer["error"], ImportError if answer["kind"] == "ImportError" else ValueError)
-                raise _Fault(answer["error"], OSError if answer["kind"] == "OSError" else ValueError)
-            arrays = {}
-            for (name, shape, dtype), file in zip(answer["arrays"], files, strict=True):
-                arrays[name] = _map(file, shape, np.dtype(dtype))
-            return answer["facts"], arrays
-        finally:
+        if "error" in answer:
+            if answer["kind"] in ("Refused", "ImportError"):
+                raise _Refusal(answer["error"], ImportError if answer["kind"] == "ImportError" else ValueError)
+            raise _Fault(answer["error"], OSError if answer["kind"] == "OSError" else ValueError)
+        return answer["facts"], self._arrays(number, answer["arrays"])
+
+    def _arrays(self, number: int, listed: list) -> dict[str, np.ndarray]:
+        """The arrays of an answer."""
+        files = iter(self._files(number) if any(math.prod(shape) for _, shape, _ in listed) else ())
+        arrays = {}
+        for name, shape, dtype in listed:
+            full = math.prod(shape) > 0
+            arrays[name] = _map(next(files), shape, np.dtype(dtype)) if full else np.empty(shape, np.dtype(dtype))
+        return arrays
+
+    def _files(self, number: int) -> list[int]:
+        """The file descriptors that came with an answer; those of requests that were given up are closed."""
+        while True:
+            head, files, *_ = socket.recv_fds(self._ours, NUMBER.size, MOST_ARRAYS)
+            if NUMBER.unpack(head)[0] == number:
+                return files
             for file in files:
                 os.close(file)
 
-    def _death(self, request: dict) -> _Fault:
-        self.connection.close()
-        try:
-            code = self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            return _Died(f"its reader gave no answer that can be read; {_CURE}")
-        if code == -signal.SIGXCPU:
-            return _Fault(f"its reader was still computing after {request['computing']} s; {_CURE}")
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _Died(f"its reader crashed ({name}), or memory ran out; {_CURE}")
-
     def stop(self) -> None:
         """End the worker, whatever it is doing."""
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
+        self._worker.stop()
+        self._ours.close()
+        self._theirs.close()
+
+
+def _death(how: str, request: dict) -> _Fault:
+    if how == "SIGXCPU":
+        return _Fault(f"its reader was still computing after {request['computing']} s; {_CURE}")
+    return _Died(f"its reader crashed ({how or 'unseen'}), or memory ran out; {_CURE}")
 
 
 _CURE = "the file is damaged: copy or extract it again"
 
 
 def _map(file: int, shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array in a file, which is closed: the mapping stays."""
     size = math.prod(shape) * dtype.itemsize
-    if not size:
-        return np.empty(shape, dtype)
-    return np.frombuffer(mmap.mmap(file, size, flags=_flags(size)), dtype).reshape(shape)
-
-
-# ---- both ends ----
+    try:
+        return np.frombuffer(mmap.mmap(file, size, flags=_flags(size)), dtype).reshape(shape)
+    finally:
+        os.close(file)
 
 
 def _flags(size: int) -> int:
-    """How arrays are mapped: at once, but for large ones, which are worked through in blocks."""
+    """Flags for mapping arrays: at once, but for large ones, which are worked through in blocks."""
     return mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if size <= blocks.LARGE else 0)
-
-
-def _send(connection: socket.socket, message: dict, files: list[int]) -> None:
-    data = json.dumps(message).encode()
-    socket.send_fds(connection, [LENGTH.pack(len(data))], files)
-    connection.sendall(data)
-
-
-def _receive(connection: socket.socket) -> tuple[dict, list[int]]:
-    """A message and the file descriptors that came with it. Raises EOFError where the other end is closed."""
-    head, files, *_ = socket.recv_fds(connection, LENGTH.size, 16)
-    if len(head) < LENGTH.size:
-        raise EOFError
-    data, left = bytearray(LENGTH.unpack(head)[0]), LENGTH.unpack(head)[0]
-    while left:
-        count = connection.recv_into(memoryview(data)[len(data) - left :])
-        if not count:
-            raise EOFError
-        left -= count
-    return json.loads(data), files
 
 
 # ---- in the worker ----
 
+_connection: socket.socket | None = None
 _shared: list[tuple[np.ndarray, int]] = []  # arrays of this request and the files that they lie in
+
+
+def _begin(connection: socket.socket) -> None:
+    """Begin a worker: silent, whatever a library has to say of a file, and with one thread, as pools reserve memory."""
+    global _connection
+    _connection = connection
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")})
 
 
 def shared_empty(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: str) -> np.ndarray:
@@ -311,44 +270,37 @@ def shared_empty(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: 
     return array
 
 
-def serve(descriptor: int) -> None:
-    """The worker's life: answer requests until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the other process's to handle
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    connection = socket.socket(fileno=descriptor)
-    while True:
-        try:
-            request, _ = _receive(connection)
-        except (EOFError, ConnectionError):
-            return
-        _answer(connection, request)
-
-
-def _answer(connection: socket.socket, request: dict) -> None:
+def _answer(number: int, request: str) -> str:
+    """Answer a request; the arrays go through the socket, under its number."""
+    wanted = json.loads(request)
     try:
-        module, _, name = request["function"].partition(":")
+        module, _, name = wanted["function"].partition(":")
         function = getattr(importlib.import_module(module), name)  # before the limits: libraries are large
-        _limit_computing(request["computing"])
-        _limit_memory(request["memory"], more=False)
-        facts, arrays = function(request["path"], *request["arguments"])
-        files = [_file_of(array) for array in arrays.values()]
-        listed = [(name, array.shape, array.dtype.str) for name, array in arrays.items()]
-        _send(connection, {"facts": facts, "arrays": listed}, files)
+        _limit_computing(wanted["computing"])
+        _limit_memory(wanted["memory"], more=False)
+        facts, arrays = function(wanted["path"], *wanted["arguments"])
+        files = [_file_of(array) for array in arrays.values() if array.size]
+        answer = json.dumps({"facts": facts, "arrays": [(key, x.shape, x.dtype.str) for key, x in arrays.items()]})
+        if files:
+            socket.send_fds(_connection, [NUMBER.pack(number)], files)
+        return answer
     except MemoryError:
-        _send_error(connection, f"its reader wants more than {request['memory'] / 1e6:.0f} MB; {_CURE}", ValueError)
+        return _error(f"its reader wants more than {wanted['memory'] / 1e6:.0f} MB; {_CURE}", ValueError)
     except (ValueError, OSError, ImportError) as error:
         kinds = (kind for kind in (Refused, OSError, ImportError) if isinstance(error, kind))
-        _send_error(connection, str(error), next(kinds, ValueError))
+        return _error(str(error), next(kinds, ValueError))
     except Exception as error:  # whatever a library raises on broken files
-        _send_error(connection, f"its reader fails ({type(error).__name__}: {error}); {_CURE}", ValueError)
+        return _error(f"its reader fails ({type(error).__name__}: {error}); {_CURE}", ValueError)
     finally:
+        for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+            resource.setrlimit(kind, (resource.getrlimit(kind)[1],) * 2)
         for _, file in _shared:
             os.close(file)
         _shared.clear()
 
 
-def _send_error(connection: socket.socket, message: str, kind: type[Exception]) -> None:
-    _send(connection, {"error": message[:LONGEST_MESSAGE], "kind": kind.__name__}, [])
+def _error(message: str, kind: type[Exception]) -> str:
+    return json.dumps({"error": message[:LONGEST_MESSAGE], "kind": kind.__name__})
 
 
 def _file_of(array: np.ndarray) -> int:
@@ -358,7 +310,7 @@ def _file_of(array: np.ndarray) -> int:
             return file
     copy = shared_empty(array.shape, array.dtype, array.nbytes, "an array")
     copy[...] = array
-    return _file_of(copy) if array.size else os.open(os.devnull, os.O_RDONLY)
+    return _file_of(copy)
 
 
 def _limit_computing(seconds: int) -> None:

@@ -48,7 +48,7 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> dict:
 
 
 def _other_layout(names: list[str]) -> str:
-    """What is said of a file without patch features."""
+    """The message for a file without patch features."""
     if "embeddings" in names:
         kind = "of the spots of HEST-bench" if "barcodes" in names else "of a kind that is not stated"
         return f"'embeddings' {kind}, expected 'features' [patches, width] of a slide; {OWN_LAYOUT}"
@@ -134,7 +134,7 @@ def _atlas_places(path: Path, fields: dict) -> dict:
 
 
 def _sibling_attributes(path: Path) -> dict:
-    """What the `patches/` folder beside a feature folder says of this slide (CLAM `X.h5`, TRIDENT `X_patches.h5`).
+    """Facts of a slide in the `patches/` folder beside a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
 
     Beside a link, or beside what it leads to.
     """

@@ -66,7 +66,7 @@ def _choose(group: h5py.Group, name: str, encoder: str) -> str:
 
 
 def _here(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
-    """What the file holds under a name: followed to no other file."""
+    """The object under a name in the file; links to other files are not followed."""
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
         raise Refused(f"{name!r} is a link to another file; copy the array itself into this one")
     found = file[name]

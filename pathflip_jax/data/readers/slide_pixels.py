@@ -23,7 +23,7 @@ OPEN_SLIDES = 4  # that a worker keeps open for tiles; each may hold 32 MB of de
 
 
 def detect(path: str) -> Parsed:
-    """Which format OpenSlide takes a file for: the fact `format`, None for none."""
+    """The format that OpenSlide takes a file for: the fact `format`, None for none."""
     return {"format": openslide.OpenSlide.detect_format(path)}, {}
 
 

@@ -7,15 +7,15 @@ all ranges of a read go out together, near ones as one, and what fails in passin
 import io
 import mmap
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, Union
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
+
+from pathflip_jax.data.storage.retry import DAMAGED, MissedError, retry
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, which only URLs cost
     from upath import UPath
@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # importing it takes 0.1 s, which only URLs cost
 Place = Union[Path, "UPath"]  # a local path or a URL, with the methods of pathlib
 Extent = tuple[int, Sequence[np.ndarray]]  # where to read, and the contiguous arrays to fill, one behind the other
 Range = tuple["UPath", int | None, int | None]  # a file, and the first byte of it and the one behind the last
-Answer = TypeVar("Answer")
 
 STREAM = 4 << 20  # bytes: runs of neighbours from this length on are left to the system's own read-ahead
 MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
@@ -31,9 +30,7 @@ GAP = 1 << 16  # bytes: ranges this near are fetched as one, which costs less th
 PIECE = 8 << 20  # bytes: longer ranges are fetched in pieces at a time, as one stream is slower than the network
 AHEAD = 8 * PIECE  # bytes: what is in memory of a file that is read to its end
 AT_ONCE = 256  # small files that are asked for together
-WAITS = (0.5, 1.0, 2.0)  # seconds before asking again, give or take a half, so that a thousand readers spread out
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-DAMAGED = "copy it again, or delete it and its .idx and write it again"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 
 
@@ -70,45 +67,6 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
     except ValueError as error:
         raise ValueError(f"{text}: {error}; expected a local path, gs://, s3:// or another URL of fsspec") from None
     return path
-
-
-class _MissedError(Exception):
-    """One of many objects that were asked for together could not be had; why is its cause."""
-
-    def __init__(self, path: "UPath") -> None:
-        self.path = path
-
-
-def persist(place: object, attempt: Callable[[], Answer]) -> Answer:
-    """What `attempt` returns, tried again after a while when a bucket or the network fails.
-
-    Raises FileNotFoundError and PermissionError at once, OSError once patience is at its end, each naming the place.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return attempt()
-        except (AttributeError, NotImplementedError, TypeError):  # a mistake in a program, which no patience mends
-            raise
-        except Exception as error:  # every client library has exceptions of its own, not all of them OSErrors
-            if isinstance(error, _MissedError):
-                place, error = error.path, error.__cause__
-            _raise_lasting(place, error, last=wait is None)
-        time.sleep(wait * random.uniform(0.5, 1.5))
-
-
-def _raise_lasting(place: object, error: Exception, last: bool) -> None:
-    """Raise what another try would not mend, or all at the last, naming the place and the cure."""
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-    if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
-        raise OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}") from error
-    if isinstance(error, FileNotFoundError):
-        raise FileNotFoundError(f"{place}: no such object; restore it, or write it again") from error
-    if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
-        cure = "check the credentials and what they may do"
-        raise PermissionError(f"{place}: permission denied ({reason}); {cure}") from error
-    if last:
-        cure = "check network, bucket and credentials, and run the same command again"
-        raise OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}") from error
 
 
 class LocalFile:
@@ -287,7 +245,7 @@ def list_files(folder: Place) -> dict[str, int]:
     if isinstance(folder, Path):
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    found = persist(folder, lambda: folder.fs.ls(folder.path, detail=True))
+    found = retry(folder, lambda: folder.fs.ls(folder.path, detail=True))
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in found if entry["type"] == "file"}
 
 
@@ -311,7 +269,7 @@ def file_sizes(paths: Sequence[Place]) -> list[int | None]:
 
 def exists(path: Place) -> bool:
     """Whether there is a file or folder."""
-    return path.exists() if isinstance(path, Path) else persist(path, path.exists)
+    return path.exists() if isinstance(path, Path) else retry(path, path.exists)
 
 
 def make_folder(path: Place) -> None:
@@ -325,7 +283,7 @@ def remove(path: Place) -> None:
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
     else:
-        persist(path, lambda: path.unlink(missing_ok=True))
+        retry(path, lambda: path.unlink(missing_ok=True))
 
 
 def upload(source: Path, path: "UPath") -> None:
@@ -337,7 +295,7 @@ def upload(source: Path, path: "UPath") -> None:
         if stored != size:
             raise OSError(f"{stored} of {size} bytes arrived")
 
-    persist(path, attempt)
+    retry(path, attempt)
 
 
 def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | None]:
@@ -362,10 +320,10 @@ def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | No
                     found[i] = answer
         if missed:
             path, error = missed[0]
-            raise _MissedError(path) from error
+            raise MissedError(path) from error
 
     if ranges:
-        persist(ranges[0][0], attempt)
+        retry(ranges[0][0], attempt)
     return [found[i] for i in range(len(ranges))]
 
 

@@ -1,10 +1,9 @@
-"""Files that appear whole or not at all, on disks and behind URLs, and folders that do, on disks."""
+"""Files that appear whole or not at all, on disks and behind URLs."""
 
 import errno
 import glob
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pathflip_jax.data.storage.durable import sync
-from pathflip_jax.data.storage.files import Place, is_url, upload
+from pathflip_jax.data.storage.files import Place, upload
 from pathflip_jax.data.storage.framing import Data, Summed, extended, frame, in_pieces
 
 BEHIND = 8 << 20  # bytes that are written before the disk is told to begin with them
@@ -119,24 +118,3 @@ def whole_file(path: Place, *, sync_folder: bool = True) -> Iterator[WholeFile]:
                 left.unlink()
     if sync_folder:
         sync(path.parent)
-
-
-@contextmanager
-def whole_folder(place: Path | str) -> Iterator[Path]:
-    """A folder to fill that appears under its name once all is written, or not at all.
-
-    Raises FileExistsError where there is one with content, ValueError for a URL.
-    """
-    if is_url(place):
-        raise ValueError(f"{place}: folders are written to local disks; write to one and copy the folder there")
-    folder = Path(place)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not empty; write to another folder, or remove it")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

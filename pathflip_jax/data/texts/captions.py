@@ -175,7 +175,7 @@ def _merge(n: int, leader: int, neighbours: bool, most: int, chance: list[float]
 
 
 def draw_given(n: int, k: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Which of n subcaptions given with the caption are used: K in random order, all of them before any again."""
+    """Indices of the subcaptions used, of n given with the caption: K in random order, all of them before any again."""
     if n < 1:
         raise ValueError("no subcaptions to draw from; leave the key out, and they come from the sentences")
     rounds = [rng.permutation(n) for _ in range(-(-k // n))]

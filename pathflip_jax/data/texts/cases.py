@@ -27,7 +27,7 @@ NO_TABLE = Sources()
 
 
 class _Said(NamedTuple):
-    """What one source says of whose a slide is: its case, its patient, or both."""
+    """Ownership of a slide in one source: its case, its patient, or both."""
 
     source: str
     names: Sequence[str]
@@ -45,7 +45,7 @@ def bag_keys(
     case_of: Mapping[str, str],
     sources: Sources,
 ) -> list[set[Key]]:
-    """What each bag of slides is known by: bags that share a key, also by way of others, are of one patient.
+    """The keys of each bag of slides: bags that share a key, also by way of others, are of one patient.
 
     The records (`case_of`) and the texts name a case or a patient without saying which: a name of the slide table is
     what it is there. A slide's own id and its barcode say nothing that the slide does not. Raises ValueError where two

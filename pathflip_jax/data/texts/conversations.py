@@ -30,7 +30,7 @@ DESCRIBE = "Describe the input pathology whole slide image."  # what a caption a
 
 
 class Turn(NamedTuple):
-    """What is asked and what is answered; `asked` may hold IMAGE, where the slide stands."""
+    """A question and its answer; `asked` may hold IMAGE, where the slide stands."""
 
     asked: str
     answer: str
@@ -60,7 +60,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 
 def ask(question: Question) -> str:
-    """How a model is asked a question: its text, then its options, "A. text", a line each."""
+    """The prompt of a question: its text, then its options, "A. text", a line each."""
     return "\n".join([question.question, *(f"{letter}. {text}" for letter, text in question.options.items())])
 
 

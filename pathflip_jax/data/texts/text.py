@@ -6,14 +6,11 @@ caption and a slide_id or case_id are needed. SlideInstruct (also with the fine-
 PathFLIP2), WSI-Bench, WSI-VQA and SlideBench files are read as they are published.
 """
 
-import json
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pathflip_jax.data.storage.durable import sync
 from pathflip_jax.data.storage.failures import some
 from pathflip_jax.data.texts.cells import as_text
 from pathflip_jax.data.texts.choices import OPTION, answer_letter, row_options
@@ -82,27 +79,6 @@ def read_texts(path: str | Path) -> list[SlideText]:
         repeats = len(texts) - len(kept)
         _log.warning("%s: %d of %d rows repeat an earlier one and are left out", path, repeats, len(texts))
     return kept
-
-
-def write_texts(path: str | Path, texts: Iterable[SlideText]) -> None:
-    """Write texts as the canonical JSON Lines; the file appears whole or not at all.
-
-    Raises ValueError for a slide or case whose name is read as missing, such as "NA".
-    """
-    path, texts = Path(path), list(texts)
-    if lost := [name for text in texts for name in (*text.slide_ids, text.case_id) if name and is_missing(name)]:
-        raise ValueError(f"{path}: a slide or case called {lost[0]!r} would be read as none; give it another name")
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as stream:
-        for text in texts:
-            ids = list(text.slide_ids)
-            row = {"slide_id": ids[0] if len(ids) == 1 else ids, "case_id": text.case_id, "caption": text.caption}
-            if text.subcaptions is not None:
-                row["subcaptions"] = list(text.subcaptions)
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        stream.flush()
-        sync(stream.fileno())
-    os.replace(partial, path)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -337,7 +313,7 @@ def _descriptions(row: Row) -> list[str]:
 
 
 def row_name(row: Row, number: int) -> str:
-    """What a row is called: its id, unless that is the slide's or patient's, else its number."""
+    """The name of a row: its id, unless that is the slide's or patient's, else its number."""
     return row.text("question_id") or (row.text(*SLIDE_COLUMNS, *_CASE) and row.text("id")) or str(number)
 
 
@@ -359,7 +335,7 @@ def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
 
 
 def row_turns(row: Row) -> list[tuple[str, str]]:
-    """What is asked and answered in the conversation of a row, in turn. Raises ValueError where it is none."""
+    """Questions and answers in the conversation of a row, in turn. Raises ValueError where it is none."""
     turns = row.listed("conversations")
     try:
         spoken = [(turn["from"], str.strip(turn["value"])) for turn in turns]

@@ -56,7 +56,6 @@ class TextTokenizer:
         if last >= 2**31 - 1:
             raise ValueError(f"{self.folder}: the vocabulary numbers a token {last}; copy the tokenizer's files again")
         self.vocab_size = last + 1 if "[DEC]" in vocabulary else last + 2
-        self.truncated = 0
         parts = json.loads(self._tokenizer.to_str())
         kinds = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
         #: Whether the ids of two texts joined by a space are the ids of the one and then of the other. BERT cuts at
@@ -109,14 +108,13 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str], max_length: int) -> list[Int[np.ndarray, "t"]]:
         """The ids of each text with [CLS] and [SEP], at most `max_length` (3 or more) of them.
 
-        Texts that had to be cut are counted in `truncated` and logged as a warning: nothing is cut silently.
+        Texts that had to be cut are counted in a warning: nothing is cut silently.
         """
         if max_length < 3:
             raise ValueError(f"max_length {max_length} leaves no room between [CLS] and [SEP]; use at least 3")
         found = self.ids(texts)
         long = [len(ids) + 2 for ids in found if len(ids) + 2 > max_length]
         if long:
-            self.truncated += len(long)
             _log.warning(
                 "%d of %d texts are longer than %d tokens (the longest has %d); their ends are cut",
                 len(long), len(found), max_length, max(long),
@@ -167,7 +165,7 @@ def _load(folder: Place) -> Tokenizer:
 
 
 def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
-    """What the settings of a folder say of how texts are normalised."""
+    """Normalisation of texts as the settings of a folder give it."""
     found = {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
     wrong = [f"{name} {value!r:.40}" for name, value in found.items() if not isinstance(value, bool | None)]
     if wrong:

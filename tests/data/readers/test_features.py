@@ -156,10 +156,10 @@ def test_options_fill_what_a_file_lacks(tmp_path):
 def test_a_guessed_patch_size_says_so(tmp_path):
     path = write_h5(tmp_path / "x.h5", features=FEATURES, coords=COORDS)
     slide = read_features(path)
-    assert (slide.patch_size, slide.patch_size_source, slide.patch_size_support) == (256, "gaps", 5)
+    assert (slide.patch_size, slide.patch_size_source) == (256, "gaps")
     assert slide.notes == ("patch size 256 px guessed from the gaps between patches, which the file does not tell",)
     slide = read_features(path, patch_size=512)
-    assert (slide.patch_size, slide.patch_size_source, slide.patch_size_support) == (512, "option", 0)
+    assert (slide.patch_size, slide.patch_size_source) == (512, "option")
     assert slide.notes == ("patches of 512 px stand 256 px apart at level 0: check the patch size",)
 
 

@@ -59,7 +59,7 @@ def make_bucket():
 def bucket(monkeypatch):
     bucket = make_bucket()
     fsspec.register_implementation("memory", bucket, clobber=True)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: bucket.asked.append(("wait", "", seconds)))
+    monkeypatch.setattr("time.sleep", lambda seconds: bucket.asked.append(("wait", "", seconds)))
     yield bucket
     fsspec.register_implementation("memory", MemoryFileSystem, clobber=True)
 

@@ -1,0 +1,105 @@
+"""Settings of preparation and import, checked when they are made: the command line and programs build the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.slide_table import SANE_MPP
+from pathflip_jax.data.records.columns import DTYPES
+from pathflip_jax.data.records.regions import EDGE_UM
+from pathflip_jax.data.storage.files import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsSettings:
+    """Layout of the records, and how the work is shared out.
+
+    `cut` and `edge_um` say how slides are cut into regions. `override_mpp` replaces the level-0 resolution that files
+    tell. `shard` = (i, n) does the i-th of n shares, for job arrays. `workers` processes share this machine (default:
+    one for each core) and its GPUs. `slides_table` (columns slide_id and case_id or patient_id) names the cases; its
+    columns mpp and magnification give the resolution of single slides, and win. `prune` takes records of slides that
+    are gone out. `strict` stops at the first bad slide. `beam` has Apache Beam spread the work, with these options of
+    its (`data_prep.beam`). Raises ValueError for settings that are out of range or exclude each other.
+    """
+
+    override_mpp: float | None = None
+    dtype: str = "float16"
+    cut: str = "grid"
+    edge_um: float = EDGE_UM
+    shard: tuple[int, int] = (0, 1)
+    slides_per_shard: int = 32
+    workers: int | None = None
+    strict: bool = False
+    slides_table: Place | str | None = None
+    prune: bool = False
+    beam: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_mpp("override-mpp", self.override_mpp)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype}: expected {' or '.join(DTYPES)}")
+        if self.beam is not None and (self.strict or self.shard != (0, 1)):
+            raise ValueError(
+                "--beam goes with neither --shard nor --strict: the runner shares the slides out, and no task knows "
+                "how the others fare; leave these out (bad slides are listed, and the exit code is 1)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings(RecordsSettings):
+    """Settings of `prepare`: patches of `patch_size` pixels at `mpp`, and their encoder.
+
+    `assume_mpp` is for slides that do not tell their level-0 resolution; `min_tissue` is the tissue share of a patch;
+    `keep_ink` takes pen for tissue, for stains that look like it; `half` lets networks compute in half precision.
+    """
+
+    encoder: str = "stain_texture"
+    patch_size: int = 256
+    mpp: float = 0.5
+    assume_mpp: float | None = None
+    min_tissue: float = 0.25
+    keep_ink: bool = False
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1 or not 0 < self.mpp < 1e3 or not 0 <= self.min_tissue <= 1:
+            raise ValueError(
+                f"patch_size={self.patch_size}, mpp={self.mpp}, min_tissue={self.min_tissue}: expected a size and a "
+                "resolution above 0 and a share from 0 to 1"
+            )
+        _check_mpp("assume-mpp", self.assume_mpp)
+        super().__post_init__()
+
+    def of_records(self) -> dict[str, Any]:
+        """The settings that a folder of records is tied to."""
+        return {
+            "command": "prepare", "encoder": self.encoder, "half": self.half, "patch_size": self.patch_size,
+            "mpp": self.mpp, "assume_mpp": self.assume_mpp, "override_mpp": self.override_mpp,
+            "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "dtype": self.dtype, "cut": self.cut,
+            "edge_um": self.edge_um,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings(RecordsSettings):
+    """Settings of `import_features`: `patch_size` (level-0 pixels), `mpp` (level 0) and `encoder` that files lack."""
+
+    patch_size: int | None = None
+    mpp: float | None = None
+    encoder: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_mpp("mpp", self.mpp)
+        super().__post_init__()
+
+    def of_records(self) -> dict[str, Any]:
+        """The settings that a folder of records is tied to."""
+        return {
+            "command": "import", "patch_size": self.patch_size, "mpp": self.mpp, "override_mpp": self.override_mpp,
+            "encoder": self.encoder, "dtype": self.dtype, "cut": self.cut, "edge_um": self.edge_um,
+        }  # fmt: skip
+
+
+def _check_mpp(option: str, value: float | None) -> None:
+    if value is not None and not SANE_MPP[0] <= value <= SANE_MPP[1]:
+        raise ValueError(f"--{option} {value:g}: expected {SANE_MPP[0]:g} to {SANE_MPP[1]:g} um per level-0 pixel")

@@ -1,0 +1,72 @@
+"""Requests to buckets and networks, repeated when they fail in passing; errors name the place and the cure."""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+Answer = TypeVar("Answer")
+WAITS = (0.5, 1.0, 2.0)  # seconds before asking again, give or take a half, so that a thousand readers spread out
+DAMAGED = "copy it again, or delete it and its .idx and write it again"
+
+
+class MissedError(Exception):
+    """One of many objects that were asked for together could not be had; why is its cause."""
+
+    def __init__(self, path: "UPath") -> None:
+        self.path = path
+
+
+def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
+    """The value of `attempt`, tried again after a pause when a bucket or the network fails.
+
+    Raises FileNotFoundError and PermissionError at once, OSError after the last attempt, each naming the place.
+    """
+    import tenacity  # 0.1 s, which only URLs cost
+
+    pauses = [tenacity.wait_random(0.5 * wait, 1.5 * wait) for wait in WAITS]
+    tries = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(len(WAITS) + 1),
+        wait=tenacity.wait_chain(*pauses),
+        retry=tenacity.retry_if_exception(_may_pass),
+        reraise=True,
+    )
+    try:
+        return tries(attempt)
+    except _MISTAKES:
+        raise
+    except Exception as error:
+        if isinstance(error, MissedError):
+            place, error = error.path, error.__cause__
+        raise _explained(place, error) from error
+
+
+_LASTING = re.compile(r"^Forbidden|not satisfiable")
+_MISTAKES = (AttributeError, NotImplementedError, TypeError)  # in a program, which no patience mends
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another attempt could succeed; every client library has exceptions of its own, not all OSErrors."""
+    if not isinstance(error, Exception) or isinstance(error, _MISTAKES):
+        return False
+    error = error.__cause__ if isinstance(error, MissedError) else error
+    return not isinstance(error, (FileNotFoundError, PermissionError)) and not _LASTING.search(_reason(error))
+
+
+def _explained(place: object, error: Exception) -> OSError:
+    """The error to raise for a place: what was found, and the cure."""
+    reason = _reason(error)
+    if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
+        return OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{place}: no such object; restore it, or write it again")
+    if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
+        return PermissionError(f"{place}: permission denied ({reason}); check the credentials and what they may do")
+    cure = "check network, bucket and credentials, and run the same command again"
+    return OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,0 +1,30 @@
+"""Folders that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pathflip_jax.data.storage.files import is_url
+
+
+@contextmanager
+def whole_folder(place: Path | str) -> Iterator[Path]:
+    """A folder to fill that appears under its name once all is written, or not at all.
+
+    Raises FileExistsError where there is one with content, ValueError for a URL.
+    """
+    if is_url(place):
+        raise ValueError(f"{place}: folders are written to local disks; write to one and copy the folder there")
+    folder = Path(place)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty; write to another folder, or remove it")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""The kinds of runs, each with its sections of settings, and what follows from the fields of all of them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pathflip_jax.settings.fields import Setting, plain_values, settings_of
+from pathflip_jax.settings.networks import (
+    LanguageDataSettings,
+    LanguageModelSettings,
+    LossConfig,
+    PathFLIP2ModelSettings,
+    PathFLIPModelSettings,
+    SigmoidLossConfig,
+)
+from pathflip_jax.settings.sections import (
+    AlignmentDataSettings,
+    DataSettings,
+    MeshSettings,
+    OptimConfig,
+    TrainSettings,
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All settings of a run. Raises ValueError, naming each that contradicts another."""
+
+    data: DataSettings = DataSettings()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshSettings = MeshSettings()
+    train: TrainSettings = TrainSettings()
+
+    def __post_init__(self):
+        if faults := list(_contradictions(type(self), flat(self))):
+            raise ValueError("; ".join(faults))
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section and name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> "RunSettings":
+        """Inverse of `to_dict`; what is not given has its default.
+
+        Raises ValueError for names that are no settings, and for all that is out of bounds.
+        """
+        if unknown := [key for key in flatten(values) if key not in fields(cls)]:
+            raise ValueError(f"{', '.join(unknown)}: no such setting; expected some of {', '.join(fields(cls))}")
+        sections, given = {field.name: type(field.default) for field in dataclasses.fields(cls)}, {}
+        for name, section in sections.items():
+            all_of_it = dataclasses.asdict(getattr(cls, name)) | dict(values.get(name, {}))
+            given[name] = plain_values(section, all_of_it)
+        if faults := list(_objections(cls, given)):
+            raise ValueError("; ".join(faults))
+        return cls(**{name: section(**given[name]) for name, section in sections.items()})
+
+    def with_changes(self, changes: Mapping[str, Any]) -> "RunSettings":
+        """The same settings with others for these, by "section.name"."""
+        values = self.to_dict()
+        for key, value in changes.items():
+            section, _, name = key.partition(".")
+            values[section][name] = value
+        return self.from_dict(values)
+
+
+@dataclass(frozen=True)
+class AlignmentSettings(RunSettings):
+    """Alignment of slides and texts; the defaults are the released code's, for the network of the paper."""
+
+    data: AlignmentDataSettings = AlignmentDataSettings()
+    model: PathFLIPModelSettings | PathFLIP2ModelSettings = PathFLIPModelSettings()
+    loss: LossConfig | SigmoidLossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig(preset="released", clip=0.0)
+
+
+@dataclass(frozen=True)
+class PathFLIP2Settings(AlignmentSettings):
+    """Alignment with the network of the authors' follow-up; the defaults are the published ones where they differ.
+
+    16 regions: with regions of 16 x 16 patches up to 4,096 patches of a slide a step, as published.
+    """
+
+    data: AlignmentDataSettings = AlignmentDataSettings(regions=16, caption_length=512, subcaption_length=512)
+    model: PathFLIP2ModelSettings = PathFLIP2ModelSettings()
+    loss: SigmoidLossConfig = SigmoidLossConfig()
+    optim: OptimConfig = OptimConfig(preset="released", clip=0.0, weight_decay=0.01)
+    train: TrainSettings = TrainSettings(batch_size=64)  # published: 16 on each of 4
+
+
+@dataclass(frozen=True)
+class LanguageSettings(RunSettings):
+    """The language stage; the learning rate is that of the follow-up's first stage."""
+
+    data: LanguageDataSettings = LanguageDataSettings()
+    lm: LanguageModelSettings = LanguageModelSettings()
+    optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=100, final_learning_rate=0.0, weight_decay=0.0)
+    train: TrainSettings = TrainSettings(batch_size=32, epochs=1, select="val/loss")
+
+
+Kind = type[RunSettings]
+KINDS: tuple[Kind, ...] = (AlignmentSettings, PathFLIP2Settings, LanguageSettings)
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """The kind of a run, by its settings in nested mappings."""
+    if "lm" in config:
+        return LanguageSettings
+    model = config.get("model")
+    family = model.get("family") if hasattr(model, "get") else None  # else the fault is told later, with the file
+    return PathFLIP2Settings if family == PathFLIP2ModelSettings.family else AlignmentSettings
+
+
+@functools.cache
+def fields(kind: Kind) -> Mapping[str, Setting]:
+    """Every setting of a kind of run, by "section.name"."""
+    sections = {field.name: type(field.default) for field in dataclasses.fields(kind)}
+    found = {f"{at}.{name}": x for at, section in sections.items() for name, x in settings_of(section).items()}
+    return MappingProxyType(found)
+
+
+@functools.cache
+def defaults(kind: Kind) -> Mapping[str, Any]:
+    """The default of every setting of a kind of run, by "section.name"."""
+    return MappingProxyType(flat(kind()))
+
+
+def flat(settings: RunSettings) -> dict[str, Any]:
+    """The values of all settings by "section.name"."""
+    return flatten(settings.to_dict())
+
+
+def flatten(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Values in nested mappings by "section.name"."""
+    return {f"{section}.{name}": x for section, own in values.items() for name, x in own.items()}
+
+
+def _every() -> Iterator[tuple[str, Setting]]:
+    for kind in KINDS:
+        yield from fields(kind).items()
+
+
+# Setting -> the value that means what versions before it did. For runs and config files that lack it.
+BEFORE: dict[str, Any] = {key: found.before for key, found in _every() if found.is_new}
+MAY_CHANGE: frozenset[str] = frozenset(key for key, found in _every() if found.may_change)
+
+
+def _objections(kind: Kind, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What is out of its bounds."""
+    usual = defaults(kind)
+    for key, found in fields(kind).items():
+        section, _, name = key.partition(".")
+        if fault := found.objection(key, values[section][name], usual[key]):
+            yield fault
+
+
+def _contradictions(kind: Kind, values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with settings together, each of which is in its bounds."""
+    for key, found in fields(kind).items():
+        for whole in found.divides:
+            if values[key] and values[whole] % values[key]:
+                yield f"{whole}={values[whole]} is no multiple of {key}={values[key]}; change one of them"
+    for key, found in fields(kind).items():
+        if found.at_most and values[key] > values[found.at_most]:
+            other = f"{found.at_most}={values[found.at_most]}"
+            yield f"{key}={values[key]} is more than {other}; lower the one or raise the other"
+    if values["train.steps"] == values["train.epochs"] == 0:
+        yield "train.steps=0 and train.epochs=0: there is nothing to do; set one of them"

@@ -1,0 +1,152 @@
+"""Monitors of a run: where the loop is, for whoever looks for hangs, accounts for its time or profiles a step.
+
+The phases of the loop are data, `PHASES`: entering one tells all monitors at once.
+"""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from pathflip_jax.monitoring.goodput import (
+    COMPILATION,
+    DATA,
+    EVALUATION,
+    INITIALISATION,
+    RESTORE,
+    SAVE,
+    STEP,
+    Ledger,
+)
+from pathflip_jax.monitoring.profiling import Profiler
+from pathflip_jax.runs.lock import RunLock
+from pathflip_jax.runtime.distributed import Watchdog
+
+
+class Phase(NamedTuple):
+    """The cause that the time of a phase counts for, and how long the watchdog lets it stand still.
+
+    What is not `timed`, such as compilation, takes as long as it takes; what is `slow`, such as a save, is given six
+    times as long as the rest.
+    """
+
+    cause: str
+    timed: bool = True
+    slow: bool = False
+
+
+COMPUTING, ENDING, SAVING = "computing the step", "ending the step", "saving"
+PHASES = {
+    "opening the data": Phase(INITIALISATION, timed=False),
+    "reading the checkpoint": Phase(RESTORE, slow=True),
+    "making the parameters": Phase(INITIALISATION, timed=False),
+    "reading the first batch": Phase(DATA),
+    "placing the features on the devices": Phase(INITIALISATION, slow=True),
+    "compiling": Phase(COMPILATION, timed=False),
+    "opening the logs": Phase(INITIALISATION, timed=False),
+    COMPUTING: Phase(STEP),
+    "reading the next batch": Phase(STEP),
+    "waiting for the devices": Phase(STEP),
+    ENDING: Phase(STEP, slow=True),  # with a profile that is written, at times
+    "reading a batch of the validation": Phase(EVALUATION),
+    "compiling the validation": Phase(EVALUATION, timed=False),
+    "validating": Phase(EVALUATION),
+    "ranking the slides of the validation": Phase(EVALUATION, timed=False),
+    "writing the metrics": Phase(STEP),
+    "checking the lock": Phase(STEP, slow=True),
+    SAVING: Phase(SAVE, slow=True),  # and waiting for the save before, in the background
+    "saving the best": Phase(SAVE, slow=True),
+    "waiting for the save": Phase(SAVE, slow=True),
+    "closing the logs": Phase(INITIALISATION, slow=True),
+    "drawing the plots": Phase(INITIALISATION, slow=True),
+}
+
+
+class Monitors:
+    """What watches a run beside its loop; a context manager around that, for the account of time and profiles.
+
+    Hangs, requests to stop and the lock on the run's folders are watched from before to after it.
+    """
+
+    def __init__(
+        self, workdir: Path, ledger: Ledger, stop: "StopSignal", watchdog: Watchdog, lock: RunLock, profile: str = ""
+    ):
+        self.workdir, self.ledger, self.stop, self.lock = workdir, ledger, stop, lock
+        self._watchdog, self._profiler = watchdog, Profiler(workdir, profile, ledger)
+
+    def phase(self, doing: str, step: int, results: Any = None) -> None:
+        """Enter a phase of a step, which lasts until the next; a profile that ends here waits for `results`."""
+        phase = PHASES[doing]
+        self._watchdog.at(step, doing, timed=phase.timed, slow=phase.slow)
+        self.ledger.switch(phase.cause, saving=step if doing == SAVING else None)
+        if doing == COMPUTING:
+            self._profiler.begin(step)
+        elif doing == ENDING:
+            self._profiler.end(step, results)
+
+    def stopping(self, step: int) -> bool:
+        """Whether to save and stop after this step; starts that come now wait for that.
+
+        Raises InUseError where another run has taken over the folder.
+        """
+        self.lock.require()
+        stopping = self.stop.requested(step)
+        if stopping:
+            self.lock.ending()
+        return stopping
+
+    def check_lock(self, step: int) -> None:
+        """Look whether the folder is still this run's, before a checkpoint is written into it."""
+        self.phase("checking the lock", step)
+        self.lock.require(look=True)
+
+    def __enter__(self):
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._profiler.__exit__(*raised)
+        self.ledger.__exit__(*raised)
+
+
+class StopSignal:
+    """Turns SIGTERM into a question that the loop asks after each step; several processes agree on the step.
+
+    In those, JAX itself takes the signal from the moment they join, whichever of them it comes to. SIGHUP, of a
+    terminal that is closed, is passed on as SIGTERM, but for a process that was started to outlive it (nohup).
+    """
+
+    def __enter__(self):
+        self._asked = False
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            if jax.process_count() == 1:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._pass_on)
+        return self
+
+    def _pass_on(self, *_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def asked(self) -> bool:
+        """Whether a lone process has been told to stop."""
+        return self._asked
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop after this step."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def __exit__(self, *_) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)

@@ -1,0 +1,28 @@
+"""The stages of training, by the kind of settings that ask for them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from pathflip_jax.settings.kinds import AlignmentSettings, Kind, LanguageSettings, PathFLIP2Settings, RunSettings
+from pathflip_jax.training.alignment import alignment_training
+from pathflip_jax.training.stage import Training
+
+
+def _language(settings: LanguageSettings, mesh: Mesh, begun: Mapping[str, Any]) -> Training:
+    from pathflip_jax.training.language import language_training  # late: alignment does without what it needs
+
+    return language_training(settings, mesh, begun)
+
+
+STAGES: dict[Kind, Callable[[Any, Mesh, Mapping], Training]] = {
+    AlignmentSettings: alignment_training,
+    PathFLIP2Settings: alignment_training,
+    LanguageSettings: _language,
+}
+
+
+def open_training(settings: RunSettings, mesh: Mesh, begun: Mapping[str, Any]) -> Training:
+    """What settings train; `begun` is the config.json of the run that resumes, with a section `data` at least."""
+    return STAGES[type(settings)](settings, mesh, begun)

@@ -1,0 +1,46 @@
+"""The metrics of steps, each written while the next is under way, so that the devices never wait for them."""
+
+import math
+from pathlib import Path
+
+import jax
+
+from pathflip_jax.monitoring.goodput import Ledger
+from pathflip_jax.monitoring.metrics import MetricsWriter
+from pathflip_jax.monitoring.telemetry import USEFUL, Telemetry
+from pathflip_jax.runs import files
+
+
+class StepLog:
+    """Rows of metrics: of each step its own, what was measured of the machine, and the validation that follows it."""
+
+    def __init__(self, writer: MetricsWriter, telemetry: Telemetry, ledger: Ledger, workdir: Path):
+        self._writer, self._telemetry, self._ledger, self._workdir = writer, telemetry, ledger, workdir
+        self._pending: tuple[int, dict] | None = None  # a step under way, whose metrics nobody has waited for
+
+    def follow(self, step: int, metrics: dict) -> None:
+        """Take the metrics of a step that the devices have just been given, and write those of the step before."""
+        self.write()
+        self._pending = step, metrics
+
+    def write(self, scores: dict[str, float] | None = None) -> None:
+        """Write the row of the step that was followed last, if it is not written yet; waits for its end.
+
+        Raises FloatingPointError where its loss is no number.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        row = {name: float(x) for name, x in jax.device_get(metrics).items()} | (scores or {})
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"step {step}: the loss is {row['loss']}; checkpoints in {self._workdir / files.CHECKPOINTS} are from "
+                "before it. Lower --config.optim.learning_rate or set --config.optim.clip=1.0, in another --workdir"
+            )
+        self._writer.write(step, row | self._telemetry.row(step, row[USEFUL]))
+        self._ledger.progress(step)
+
+    def flush(self) -> None:
+        """Write the row of the last step, and all rows to disk: a checkpoint is never ahead of its metrics."""
+        self.write()
+        self._writer.flush()
