@@ -7,7 +7,7 @@ import openslide
 import tifffile
 
 from pathflip_jax.data.readers.ome import Ome, read_ome
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 
 _TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold anything; the others write 8-bit RGB alone
 _COLOUR = ("RGB", "YCBCR")
@@ -49,7 +49,7 @@ def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
         what = "RGB in three planes" if names else "three planes without names"
         cure = f"interleave them{'' if names else ' if they are RGB'}: `{_interleave(path, ome)}`"
         return f"{what}, of which OpenSlide reads the first alone; {cure}"
-    named = f" ({some(names)})" if names else ""
+    named = f" ({preview(names)})" if names else ""
     if channels > 1 and samples < 3:
         return f"{channels} channels of {bits} bits{named}, as of fluorescence"
     if samples == 1:

@@ -26,7 +26,7 @@ from data_prep.slide_files import find_slides
 from pathflip_jax.data.readers.feature_files import find_feature_files, slide_id_of
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
-from pathflip_jax.data.storage.failures import Failure, some
+from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.files import Place, as_path, make_folder
 from pathflip_jax.runtime.limits import processors
 
@@ -172,8 +172,8 @@ def _finish(plan: Plan, progress: Progress) -> Report:
     unknown = [info.slide_id for info in infos if info.cut == "grid" and not info.mpp]
     if unknown:
         notes.append(
-            f"slides that do not tell their mpp: {len(unknown)} ({some(unknown)}); their regions are 16 patches wide, "
-            "whatever that is in micrometres; where it is known, give it by --mpp or the column mpp of --slides"
+            f"slides that do not tell their mpp: {len(unknown)} ({preview(unknown)}); their regions are 16 patches "
+            "wide, whatever that is in micrometres; where it is known, give it by --mpp or the column mpp of --slides"
         )
     if whole and infos and _unlisted(out):
         finish_folder(out, edge_um=plan.settings["edge_um"])

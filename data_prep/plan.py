@@ -22,7 +22,7 @@ from pathflip_jax.data.records.cohort import Cohort, elect, traits_of
 from pathflip_jax.data.records.columns import SlideInfo
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import is_shard, shard_name
-from pathflip_jax.data.storage.failures import Failure, some
+from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.files import Place, make_folder
 
 _NUMBER = re.compile(r"(\d+)\.tfrecord$")
@@ -204,16 +204,16 @@ def _changes(known: _Slides, entries: dict[str, Entry], due: set[str]) -> list[s
     notes, standing = [], sorted(known.standing)
     if gone := [slide for slide in standing if slide not in known.files]:
         what = "taken out of the records" if known.prune else "they stay, `--prune` takes them out"
-        notes.append(f"slides in the records that are not among those given: {len(gone)} ({some(gone)}); {what}")
+        notes.append(f"slides in the records that are not among those given: {len(gone)} ({preview(gone)}); {what}")
     if moved := [slide for slide in standing if _is_moved(slide, known, entries)]:
-        notes.append(f"slides that have another case now: {len(moved)} ({some(moved)}); changed in the records")
+        notes.append(f"slides that have another case now: {len(moved)} ({preview(moved)}); changed in the records")
     if anew := [slide for slide in standing if slide in due]:
-        notes.append(f"slides whose resolution is given otherwise now: {len(anew)} ({some(anew)}); done again")
+        notes.append(f"slides whose resolution is given otherwise now: {len(anew)} ({preview(anew)}); done again")
     present = [slide for slide in standing if slide in known.files and slide not in due]
     if kept := [slide for slide in present if _made_otherwise(slide, known, entries[slide])]:
         notes.append(
-            f"slides done with another resolution, patch size or encoder of the options: {len(kept)} ({some(kept)}); "
-            "they stay as they are; a new mpp in the slide table does a slide again"
+            f"slides done with another resolution, patch size or encoder of the options: {len(kept)} ({preview(kept)})"
+            "; they stay as they are; a new mpp in the slide table does a slide again"
         )
     return notes
 

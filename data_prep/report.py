@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from data_prep.jobs import Effort
-from pathflip_jax.data.storage.failures import Failure, list_failures, some
+from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
 
 
@@ -42,7 +42,7 @@ def grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
     slides: dict[str, set[str]] = {}
     for note, slide in notes:
         slides.setdefault(note, set()).add(slide)
-    lines = [f"{note}: {_count(own)} ({some(sorted(own))})" for note, own in sorted(slides.items())]
+    lines = [f"{note}: {_count(own)} ({preview(sorted(own))})" for note, own in sorted(slides.items())]
     if any("mpp" in note and "not used" in note for note in slides):
         lines.append("what files say of mpp is replaced by --override-mpp, or by the column mpp of --slides")
     return lines

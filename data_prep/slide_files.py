@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.dicom import Header, name_series, read_header
-from pathflip_jax.data.storage.failures import Failure, some
+from pathflip_jax.data.storage.failures import Failure, preview
 
 # What OpenSlide 4 opens: Aperio, DICOM, Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, plain TIFF.
 SLIDE_SUFFIXES = (
@@ -65,7 +65,7 @@ def find_slides(slides: Path | str | Sequence[Path | str]) -> tuple[dict[str, Pa
     given = [Path(slides)] if isinstance(slides, (str, Path)) else [Path(path) for path in slides]
     absent = [path for path in given if not path.is_dir() and not path.is_file()]
     if absent or not given:
-        raise FileNotFoundError(f"{some(absent) or 'an empty list'}: no such slide or folder of slides")
+        raise FileNotFoundError(f"{preview(absent) or 'an empty list'}: no such slide or folder of slides")
     failed: list[Failure] = []
     files: dict[str, Path] = {}
     dicom: dict[Path, Header] = {}
@@ -80,7 +80,7 @@ def find_slides(slides: Path | str | Sequence[Path | str]) -> tuple[dict[str, Pa
         _add(files, name, path)
     files = _once(files, failed)
     if not files and not failed:
-        raise FileNotFoundError(f"{some(given)}: no slides in it or below ({' '.join(SLIDE_SUFFIXES)})")
+        raise FileNotFoundError(f"{preview(given)}: no slides in it or below ({' '.join(SLIDE_SUFFIXES)})")
     return files, sorted(failed)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pathflip_jax.data.readers.h5_features import UM_TIMES_MAGNIFICATION
-from pathflip_jax.data.storage.failures import Failure, some
+from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.texts.identity import is_missing
 from pathflip_jax.data.texts.text import match_rows, read_slide_table
@@ -41,18 +41,18 @@ def read_table(table: Place | str, slide_ids: Sequence[str], known: Sequence[str
     if slide_ids and not own:
         raise ValueError(
             f"{table}: none of its {len(rows)} slide ids is among the {len(slide_ids)} slides; it has "
-            f"{some(row['slide_id'] for row in rows)}, the slides are {some(slide_ids)}; slide ids are file names "
-            "without the extension"
+            f"{preview(row['slide_id'] for row in rows)}, the slides are {preview(slide_ids)}; slide ids are file "
+            "names without the extension"
         )
     matched = {row["listed"] for row in found.values()}
     error = f"{table}: a row without a file; get the file, or take the row out of the table"
     absent = [Failure(row["slide_id"], "", error) for row in rows if row["listed"] not in matched]
     mpp = {slide: value for slide, row in own.items() if (value := _mpp(row, f"{table}: slide {row['listed']}"))}
     if mpp:
-        notes.append(f"mpp taken from {table}: {len(mpp)} slides ({some(mpp)})")
+        notes.append(f"mpp taken from {table}: {len(mpp)} slides ({preview(mpp)})")
     unlisted = [slide for slide in slide_ids if slide not in own]
     if unlisted:
-        found = f"slides that are not in {table}: {len(unlisted)} ({some(unlisted)})"
+        found = f"slides that are not in {table}: {len(unlisted)} ({preview(unlisted)})"
         notes.append(f"{found}; their ids name their cases")
     return SlideTable({slide: row["case_id"] for slide, row in own.items()}, mpp, absent, unlisted, notes)
 

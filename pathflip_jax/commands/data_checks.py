@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pathflip_jax.commands.findings import Finding, guarded, logged_warnings
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.texts.cases import Sources, bag_keys, slides_of_case
 from pathflip_jax.data.texts.identity import SlideNames, connected, is_missing, person_keys
@@ -120,7 +120,9 @@ def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
     yield Finding("slides", f"{len(rows)} slides of {len(set(people))} patients; split: {listed}", "ok")
     nobody = [row["slide_id"] for row in rows if is_missing(row["patient_id"]) and is_missing(row["case_id"])]
     if nobody:
-        found = f"without a patient: {len(nobody)} of the {len(rows)} slides ({some(nobody)}); each counts as its own"
+        found = (
+            f"without a patient: {len(nobody)} of the {len(rows)} slides ({preview(nobody)}); each counts as its own"
+        )
         yield Finding(
             "slides", found, "note", "fill the column patient_id: slides of one patient must be known as such"
         )
@@ -135,21 +137,23 @@ def _slides_and_records(seen: Seen) -> Iterator[Finding]:
     names = SlideNames(slides)
     strange = [row for row in seen.rows if not names.find(row["slide_id"])]
     if len(strange) == len(seen.rows):
-        found = f"none of its slides ({some(row['slide_id'] for row in strange)}) is among those of {records}"
-        yield Finding("slides", found, "fault", f"give the table of these slides: {some(slides)}")
+        found = f"none of its slides ({preview(row['slide_id'] for row in strange)}) is among those of {records}"
+        yield Finding("slides", found, "fault", f"give the table of these slides: {preview(slides)}")
         return
     yield Finding("slides", f"{len(seen.row_of)} of {len(slides)} slides of {records} have a row", "ok")
     listed = {row["slide_id"] for row in seen.rows}
     if respelt := [slide for slide in seen.row_of if slide not in listed]:
-        found = f"spelt otherwise there, and taken for the same: {len(respelt)} slides of {records} ({some(respelt)})"
+        found = (
+            f"spelt otherwise there, and taken for the same: {len(respelt)} slides of {records} ({preview(respelt)})"
+        )
         yield Finding("slides", found, "note", "spell them alike, or rename one if they are not the same")
     for side, (state, what) in UNPREPARED.items():
         if absent := [row["slide_id"] for row in strange if row["split"] == side]:
             size = sum(row["split"] == side for row in seen.rows)
-            found = f"without a record: {len(absent)} of the {size} slides of split {side} ({some(absent)}); {what}"
+            found = f"without a record: {len(absent)} of the {size} slides of split {side} ({preview(absent)}); {what}"
             yield Finding("slides", found, state, "prepare or import them, or take them out of the table")
     if left := [slide for slide in slides if slide not in seen.row_of]:
-        found = f"without a row: {len(left)} of the {len(slides)} slides of {records} ({some(left)})"
+        found = f"without a row: {len(left)} of the {len(slides)} slides of {records} ({preview(left)})"
         yield Finding("slides", found, "note", "without a row and a split, a slide is neither trained on nor scored")
     yield from _agreeing("slides", seen, {(slide,): [] for slide in slides})
 

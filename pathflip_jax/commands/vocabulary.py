@@ -31,7 +31,7 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.data.records.splits import no_such_split
-    from pathflip_jax.data.storage.failures import some
+    from pathflip_jax.data.storage.failures import preview
     from pathflip_jax.data.texts.text import match_texts, read_slide_table, read_texts
     from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         texts = [text for text in matched if wanted.intersection(text.slide_ids)]
         if not texts:
             raise ValueError(
-                f"{options.texts}: no text is of a slide of split {options.split!r} ({some(sorted(wanted))})"
+                f"{options.texts}: no text is of a slide of split {options.split!r} ({preview(sorted(wanted))})"
             )
     captions = [text.caption for text in texts]
     if options.decoder:

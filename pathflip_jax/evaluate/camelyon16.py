@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.grounding.boxes import trace
 from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
@@ -139,7 +139,8 @@ def build(folder: Path, out: Path) -> list[str]:
     silent = [name for name in slides if name not in labels]
     if silent:
         raise ValueError(
-            f"{folder}: {some(silent)} without a label; put reference.csv of the test slides anywhere below the folder"
+            f"{folder}: {preview(silent)} without a label; put reference.csv of the test slides anywhere below the "
+            "folder"
         )
     for part in ("slides", "outlines"):
         (out / part).mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def _write_outlines(found: Found, labels: dict[str, str], folder: Path) -> list[
         write_outlines(path, {"tumor": list(polygons)} if label == "Tumor" else {})
     notes = [f"annotations of the groups {', '.join(sorted(groups))} are left out"] if groups else []
     if bare:
-        notes.append(f"tumor slides without annotations, left out of grounding: {some(bare)}")
+        notes.append(f"tumor slides without annotations, left out of grounding: {preview(bare)}")
     return notes
 
 

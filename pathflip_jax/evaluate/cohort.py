@@ -9,7 +9,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.splits import no_such_split
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.evaluate.patients import name_patients
 from pathflip_jax.evaluate.splits import NO_SIDE, check_split
@@ -77,7 +77,7 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     unknown = [row["slide_id"] for row in rows if row["slide_id"] not in known]
     if unknown:
         raise ValueError(
-            f"{slides}: {some(unknown)} of split {split!r} not among the {len(known)} slides of the records; "
+            f"{slides}: {preview(unknown)} of split {split!r} not among the {len(known)} slides of the records; "
             "prepare them, or take them out of the table (a score over the rest would hide them)"
         )
     train = [row for row in table if row["split"] == "train" and split != "train"]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.evaluate import report
 from pathflip_jax.evaluate.published import published
@@ -116,7 +116,7 @@ def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units,
     """Raise ValueError for evaluations of different slides or texts, and for different labels of the same ones."""
     apart = set(ours.keys) ^ set(theirs.keys)
     if apart:
-        names = some(sorted({key[0] for key in apart}))
+        names = preview(sorted({key[0] for key in apart}))
         raise ValueError(
             f"{first.folder} and {second.folder} scored different slides in {' '.join(task)} ({len(apart)} are in "
             f"only one of them: {names}); evaluate both on the same split"
@@ -129,7 +129,7 @@ def _check_same(first: Evaluation, second: Evaluation, task: tuple, ours: Units,
     other = [key[0] for key, a, b in zip(ours.keys, ours.truth, theirs.truth, strict=True) if a != b]
     if other:
         raise ValueError(
-            f"{first.folder} and {second.folder} differ in the ground truth of {some(other)} in {' '.join(task)} "
+            f"{first.folder} and {second.folder} differ in the ground truth of {preview(other)} in {' '.join(task)} "
             "(label, concepts or gallery); evaluate both on the same table, under the same protocol"
         )
 

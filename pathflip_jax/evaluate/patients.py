@@ -6,7 +6,7 @@ Patients are resolved over the whole table: the barcode or case that links two s
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.identity import (
     barcode_patient,
     clean_id,
@@ -42,7 +42,7 @@ class Patient(NamedTuple):
         if len(self.spellings) == 1:
             return self.name
         sides = {spelling: "/".join(filter(None, splits)) or "no side" for spelling, splits in self.spellings.items()}
-        return some((f"{spelling} ({splits})" for spelling, splits in sides.items()), 4)
+        return preview((f"{spelling} ({splits})" for spelling, splits in sides.items()), 4)
 
 
 def patients(rows: Rows) -> list[Patient]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.identity import connected, fold, fold_slide, is_missing, natural
 from pathflip_jax.data.texts.tables import read_rows, write_csv
 from pathflip_jax.data.texts.text import row_columns, slide_row
@@ -87,7 +87,7 @@ def unlabelled(rows: Sequence[Mapping[str, str]]) -> list[Finding]:
         if 2 <= len(set(values)) <= min(MOST_LABELS, len(values) // 2):
             found[name] = f"{name} ({len(set(values))} values)"
     listed = (
-        f"columns that could be one: {some(found.values(), 8)}; choose with --label" if found else "name it: --label"
+        f"columns that could be one: {preview(found.values(), 8)}; choose with --label" if found else "name it: --label"
     )
     return [Finding("no labels", False, f"no column label; {listed}", list(found))]
 
@@ -125,7 +125,7 @@ def check_split(rows: Sequence[Mapping[str, str]]) -> Check:
         findings.append(Finding("shared sites", False, text, [site["site"] for site in shared]))
     if 0 < len(used) < len(rows):
         out = [row["slide_id"] for row in rows if not row["split"]]
-        text = f"{len(out)} of {len(rows)} slides are on no side: {some(out)}"
+        text = f"{len(out)} of {len(rows)} slides are on no side: {preview(out)}"
         findings.append(Finding(NO_SIDE, False, text, out))
     return Check(sides, sites, findings)
 
@@ -159,7 +159,7 @@ def _shared_patients(of: Sequence[Patient]) -> list[Finding]:
     shared = sorted({p.name: p for p in of if len([side for side in p.splits if side]) > 1}.items())
     if not shared:
         return []
-    names = some(str(patient) for _, patient in shared)
+    names = preview(str(patient) for _, patient in shared)
     text = f"{len(shared)} patients have slides on more than one side ({names}): scores of it are too good"
     return [Finding("shared patients", True, text, [name for name, _ in shared])]
 
@@ -183,7 +183,7 @@ def _spellings(of: Sequence[Patient]) -> list[Finding]:
 
 
 def _written(found: Sequence[Patient]) -> str:
-    return some(" = ".join(list(patient.spellings)[:4]) for patient in found)
+    return preview(" = ".join(list(patient.spellings)[:4]) for patient in found)
 
 
 def _names(found: Sequence[Patient]) -> list[str]:
@@ -197,7 +197,9 @@ def _labels_in_two_spellings(rows) -> list[Finding]:
     twice = [" = ".join(found) for found in spelt.values() if len(found) > 1]
     if not twice:
         return []
-    text = f"{len(twice)} labels have more than one spelling ({some(twice)}) and count as two each: keep one spelling"
+    text = (
+        f"{len(twice)} labels have more than one spelling ({preview(twice)}) and count as two each: keep one spelling"
+    )
     return [Finding("labels in several spellings", True, text, twice)]
 
 
@@ -208,7 +210,7 @@ def _listed_twice(rows) -> list[Finding]:
     twice = {natural(found): " = ".join(dict.fromkeys(found)) for found in spelt.values() if len(found) > 1}
     if not twice:
         return []
-    text = f"{len(twice)} slides are listed twice ({some(twice[name] for name in sorted(twice))})"
+    text = f"{len(twice)} slides are listed twice ({preview(twice[name] for name in sorted(twice))})"
     return [Finding("slides listed twice", True, text, sorted(twice))]
 
 
@@ -222,8 +224,8 @@ def _normal_tissue(rows) -> list[Finding]:
         return []
     kinds = ", ".join(sorted({f"{sample_type(slide)} {NORMAL_TYPES[sample_type(slide)]}" for slide in wrong}))
     text = (
-        f"{len(wrong)} slides of normal tissue (TCGA sample type {kinds}) have the label of a tumor ({some(wrong)}): "
-        "take them out"
+        f"{len(wrong)} slides of normal tissue (TCGA sample type {kinds}) have the label of a tumor "
+        f"({preview(wrong)}): take them out"
     )
     return [Finding("normal tissue under a tumor label", True, text, wrong)]
 
@@ -234,7 +236,7 @@ def _lacking_labels(sides: Mapping[str, dict]) -> list[Finding]:
     for name, side in sides.items():
         lacking = [label for label in labels if label not in side["labels"]]
         if lacking and side["labels"]:  # a side without any label is unlabelled, not lacking
-            text = f"split {name!r} has no slide of {some(lacking)}, which others have"
+            text = f"split {name!r} has no slide of {preview(lacking)}, which others have"
             found.append(Finding("label lacking", True, text, lacking))
     return found
 
@@ -331,7 +333,7 @@ def write_splits(
     if twice := _listed_twice(rows):
         raise ValueError(f"{twice[0].text}: keep one row per slide")
     if by_site and (lost := [row["slide_id"] for row in rows if not site_of(row)]):
-        raise ValueError(f"the site of {some(lost)} is unknown; add a column site, or split by patient only")
+        raise ValueError(f"the site of {preview(lost)} is unknown; add a column site, or split by patient only")
     if folds is not None and (folds < 3 or shares):
         raise ValueError(f"{folds} folds: give at least 3 (train, val and test), and no shares with them")
     shares = [1.0] * folds if folds else list(shares or SHARES)

@@ -24,7 +24,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records, manifest_hash
 from pathflip_jax.data.records.splits import no_such_split
-from pathflip_jax.data.storage.failures import Failure, list_failures, some
+from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
@@ -162,8 +162,8 @@ def _select(
     absent = sorted(wanted - set(ids))
     if len(absent) == len(wanted):
         raise ValueError(
-            f"{table}: none of its {len(wanted)} slides ({some(absent)}) is among the {len(ids)} slides of "
-            f"{archive.where} ({some(ids)})"
+            f"{table}: none of its {len(wanted)} slides ({preview(absent)}) is among the {len(ids)} slides of "
+            f"{archive.where} ({preview(ids)})"
         )
     error = "not among the slides of the records; prepare it, or take it out of the slide table"
     return [name for name in ids if name in wanted], [Failure(name, archive.where, error) for name in absent], notes

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from pathflip_jax.data.batches.bags import StoredRegions, regions_of, wanted_slides
 from pathflip_jax.data.batches.patches import PatchSampler
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.conversations import Conversation, Turn, match_conversations
 from pathflip_jax.inference.embedding_files import open_embeddings
@@ -67,7 +67,9 @@ def collect_examples(
                 found.append(Example(prompted, regions_of(records, [position[slide] for slide in slides])))
         examples += found * times
     if not examples:
-        raise ValueError(f"none of the conversations is about one of the {len(wanted)} slides ({some(sorted(wanted))})")
+        raise ValueError(
+            f"none of the conversations is about one of the {len(wanted)} slides ({preview(sorted(wanted))})"
+        )
     return examples
 
 
@@ -135,7 +137,7 @@ def read_embeddings(path: str | Path, records: Records, examples: Sequence[Examp
     names = [records.slides[place].slide_id for place in places]
     missing = [name for name in names if name not in at]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} slides are not in it ({some(missing)}); embed them too")
+        raise ValueError(f"{path}: {len(missing)} slides are not in it ({preview(missing)}); embed them too")
     found = {}
     for place, name in zip(places, names, strict=True):
         row = table.slice(at[name], 1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pathflip_jax.data.readers.feature_files import find_feature_files
 from pathflip_jax.data.readers.features import SlideFeatures, read_features, slide_id_of
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.evaluate.colour import slide_files
 
@@ -45,13 +45,13 @@ def list_slides(
         readers = {slide_id_of(path): partial(read_features, path) for path in find_feature_files(features).files}
     if images and readers and not images.keys() & readers.keys():
         raise ValueError(
-            f"{slides_dir}: none of its {len(images)} slides ({some(images)}) is among the {len(readers)} slides of "
-            f"{records or features} ({some(readers)}); slides are matched by file name without its ending"
+            f"{slides_dir}: none of its {len(images)} slides ({preview(images)}) is among the {len(readers)} slides of "
+            f"{records or features} ({preview(readers)}); slides are matched by file name without its ending"
         )
     found = sorted(images.keys() | readers.keys())
     if only is not None:
         if absent := [name for name in only if name not in images and name not in readers]:
-            raise ValueError(f"no slide {absent[0]!r} among the {len(found)} there ({some(found)})")
+            raise ValueError(f"no slide {absent[0]!r} among the {len(found)} there ({preview(found)})")
         found = list(dict.fromkeys(only))
     if not found:
         raise ValueError(f"{slides_dir}: no file in it that OpenSlide opens; name the folder of the slide files")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.captions import plain, split_sentences
 from pathflip_jax.data.texts.cases import NO_TABLE, Sources, bag_keys, slides_of_case
 from pathflip_jax.data.texts.identity import connected, person_keys
@@ -113,12 +113,12 @@ def wanted_slides(records: Records, slide_ids: Sequence[str] | None) -> set[str]
     missing = sorted(wanted - set(patches))
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} slides have no record ({some(missing)}); the records hold "
-            f"{some(patches)}; prepare or import them, or take them out of the slide table"
+            f"{len(missing)} of {len(wanted)} slides have no record ({preview(missing)}); the records hold "
+            f"{preview(patches)}; prepare or import them, or take them out of the slide table"
         )
     empty = sorted(slide for slide in wanted if patches[slide] == 0)
     if empty:
-        raise ValueError(f"{len(empty)} slides have no patches ({some(empty)}); take them out of the slide table")
+        raise ValueError(f"{len(empty)} slides have no patches ({preview(empty)}); take them out of the slide table")
     return wanted
 
 
@@ -148,10 +148,10 @@ def collect_bags(
         if slides:
             grouped.setdefault(slides, []).append(text)
     if not grouped:
-        raise ValueError(f"none of the {len(wanted)} slides ({some(sorted(wanted))}) has a text")
+        raise ValueError(f"none of the {len(wanted)} slides ({preview(sorted(wanted))}) has a text")
     silent = sorted(wanted.difference(*grouped))
     if silent and slide_ids is not None:  # otherwise matching has said so
-        _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), some(silent))
+        _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), preview(silent))
     members = sorted(grouped, key=lambda slides: [position[slide] for slide in slides])
     cases = _cases(members, grouped, {info.slide_id: info.case_id for info in infos}, sources)
     captions = _shared_captions(members, grouped, cases)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from pathflip_jax.data.batches.bags import Bag, TokenisedText
 from pathflip_jax.data.batches.pipeline import Batches
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
 WORTH_SAYING = 0.01  # a share of unknown pieces below this is said to nobody
@@ -26,7 +26,7 @@ def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: fl
         return
     found = (
         f"{table}: {share:.1%} of the word pieces of the texts are unknown to the vocabulary {tokenizer.folder} "
-        f"({some(_unknown_words(texts, tokenizer), 5)})"
+        f"({preview(_unknown_words(texts, tokenizer), 5)})"
     )
     if share > most:
         raise ValueError(
@@ -58,8 +58,8 @@ def require_negatives(batches: Batches) -> None:
         )
     if not any_unrelated(batches.related):
         raise ValueError(
-            f"all {len(batches.related)} training slides ({some('+'.join(slides) for slides in batches.slides)}) are "
-            f"of one case, or have the same caption: no batch has a negative, and {useless}. Train on slides of "
+            f"all {len(batches.related)} training slides ({preview('+'.join(slides) for slides in batches.slides)}) "
+            f"are of one case, or have the same caption: no batch has a negative, and {useless}. Train on slides of "
             "several patients, or correct case_id and patient_id in the tables"
         )
     steps = min(batches.steps_per_epoch, MOST_STEPS)

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pathflip_jax.data.storage.failures import Failure, some
+from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.folders import stand_in, walk_files
 
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
@@ -66,7 +66,7 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
     notes = _notes(folder, inside, embeddings)
     if any(tables.values()) and not all(tables.values()):
         others = [path.relative_to(folder) for path, taken in tables.items() if not taken]
-        notes.append(f"csv files that are no tables of features are not read: {len(others)} ({some(others)})")
+        notes.append(f"csv files that are no tables of features are not read: {len(others)} ({preview(others)})")
     if not found:
         reasons = [*(failure.error for failure in unreachable[:3]), *notes]
         seen = f"; {'; '.join(reasons)}" if reasons else ""
@@ -118,11 +118,11 @@ def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]
         if path.suffix.lower() in UNREADABLE:
             kinds[path.suffix.lower()].append(str(path.relative_to(folder)))
     notes = [
-        f"{suffix} files are not read: {len(names)} ({some(names)}); {UNREADABLE[suffix]}"
+        f"{suffix} files are not read: {len(names)} ({preview(names)}); {UNREADABLE[suffix]}"
         for suffix, names in sorted(kinds.items())
     ]
     if embeddings:
-        names = some(path.relative_to(folder) for path in embeddings)
+        names = preview(path.relative_to(folder) for path in embeddings)
         notes.append(
             f"slide embeddings are not read: {len(embeddings)} ({names}); patch features lie in features_<encoder>"
         )

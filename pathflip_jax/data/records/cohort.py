@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pathflip_jax.data.records.columns import SlideInfo, column
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 
 # Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
 # patches of 224 and 256 pixels differ by 14.
@@ -97,7 +97,7 @@ class Cohort:
             same, here, there = _same(slide.patch_um, self.size.value), slide.patch_um, f"{self.size.value:g} um"
         else:
             same = any(_same(slide.patch_size, size) for size in self.pixels)
-            here, there = slide.patch_size, f"{some(sorted(self.pixels))} px (an mpp is not known)"
+            here, there = slide.patch_size, f"{preview(sorted(self.pixels))} px (an mpp is not known)"
         found = f"slide {slide.slide_id} has patches of {here:g}, {_share(self.size)} of {there}"
         return "" if same else f"{found}; {_ANEW}"
 
@@ -155,7 +155,7 @@ def check_cohort(slides: Sequence[SlideInfo]) -> None:
     found = [traits_of(info) for info in slides]
     cohort = elect(found)
     odd = [(slide, text) for slide in found if (text := cohort.objection(slide))]
-    others = f" (and {some(slide.slide_id for slide, _ in odd[1:])})" if odd[1:] else ""
+    others = f" (and {preview(slide.slide_id for slide, _ in odd[1:])})" if odd[1:] else ""
     raise ValueError(f"{odd[0][0].where}: {odd[0][1]}{others}")
 
 
@@ -210,7 +210,7 @@ def _check_majority(vote: Vote, name: str, voters: Sequence[tuple[Any, Traits]])
     for value, slide in voters:
         sides.setdefault(f"{value:g}" if isinstance(value, float) else repr(value), []).append(slide)
     listed = "; ".join(
-        f"{len(own)} with {name} {value} ({some(slide.slide_id for slide in own)})"
+        f"{len(own)} with {name} {value} ({preview(slide.slide_id for slide in own)})"
         for value, own in sorted(sides.items(), key=lambda side: -len(side[1]))
     )
     cure = _ANEW if name.startswith("patches") else _APART

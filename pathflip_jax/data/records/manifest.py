@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.json_values import parse_json
 
@@ -64,11 +64,11 @@ def folder_faults(manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
     faults = []
     for name in missing:
         twins = [other for other in extra if sizes[other] == listed[name].bytes]
-        renamed = f"if {some(twins)}, which is as large, is this shard, rename it; else " if twins else ""
+        renamed = f"if {preview(twins)}, which is as large, is this shard, rename it; else " if twins else ""
         found = f"listed in {MANIFEST} and not there: {len(sizes)} shards found, {len(listed)} listed"
         faults.append(f"{folder / name}: {found}; {renamed}{_AGAIN}")
     for name in extra:
-        found = f"not in {MANIFEST}, which lists {len(listed)} shards ({some(listed)})"
+        found = f"not in {MANIFEST}, which lists {len(listed)} shards ({preview(listed)})"
         cure = "if it is of another cohort, take it away with its .idx; if it belongs to this one"
         faults.append(f"{folder / name}: {found}; {cure}, run the command that writes the records to its end")
     for name, (size, _, _) in listed.items():

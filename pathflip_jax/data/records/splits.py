@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.identity import fold
 from pathflip_jax.data.texts.text import SPLITS, read_slide_table, rename_rows
 
@@ -41,8 +41,8 @@ class SlideTable(NamedTuple):
             raise ValueError(f"{no_such_split(self.name, split, self.listed)}; {cure}")
         if not (found := self.slides(split)):
             raise ValueError(
-                f"{self.name}: none of the {len(listed)} slides of split {split!r} ({some(listed)}) is among the "
-                f"{len(self.case_of)} slides of {self.records} ({some(self.case_of)}); prepare them, or {cure}"
+                f"{self.name}: none of the {len(listed)} slides of split {split!r} ({preview(listed)}) is among the "
+                f"{len(self.case_of)} slides of {self.records} ({preview(self.case_of)}); prepare them, or {cure}"
             )
         return found
 

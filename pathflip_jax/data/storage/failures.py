@@ -18,7 +18,7 @@ def list_failures(failed: Sequence[Failure], most: int = 20) -> list[str]:
     return lines + [f"  and {len(failed) - most} more"] * (len(failed) > most)
 
 
-def some(names: Iterable[object], most: int = 3) -> str:
+def preview(names: Iterable[object], most: int = 3) -> str:
     """A few names for a message, and how many more there are."""
     names = [str(name) for name in names]
     listed = ", ".join(names[:most])

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.cells import as_text
 from pathflip_jax.data.texts.choices import OPTION, answer_letter, row_options
 from pathflip_jax.data.texts.identity import (
@@ -192,7 +192,7 @@ def match_slides(
     if not any(matched):
         raise ValueError(
             f"none of the {len(named)} texts belongs to any of the {len(slide_ids)} slides: the texts name "
-            f"{some(samples)}, the slides are {some(slide_ids)}; give the table that belongs to these slides, or "
+            f"{preview(samples)}, the slides are {preview(slide_ids)}; give the table that belongs to these slides, or "
             "make its ids those of the slides (file names without extension)"
         )
     silent = sorted(set(slide_ids) - {slide for found in matched for slide in found})
@@ -203,11 +203,11 @@ def match_slides(
         if len(names) == len(found) == 1 and clean_id(name) != clean_id(found[0]) and known.find(name)
     }:
         pairs = [f"{name} is slide {slide}" for name, slide in other.items()]
-        _log.warning("%d ids of the text table are spelt otherwise than the slides (%s)", len(other), some(pairs))
+        _log.warning("%d ids of the text table are spelt otherwise than the slides (%s)", len(other), preview(pairs))
     if lost:
-        _log.warning("%d ids of the text table match no slide (%s) and are left out", lost, some(samples))
+        _log.warning("%d ids of the text table match no slide (%s) and are left out", lost, preview(samples))
     if silent:
-        _log.warning("%d of %d slides have no text (%s)", len(silent), len(slide_ids), some(silent))
+        _log.warning("%d of %d slides have no text (%s)", len(silent), len(slide_ids), preview(silent))
     return matched
 
 
@@ -246,9 +246,9 @@ def rename_rows(
         renamed.append(dict(row) | {"slide_id": slide})
     notes = []
     if other := [f"{name} is slide {slide}" for slide, name in spelt.items() if name != slide]:
-        notes.append(f"{len(other)} ids of {table} are spelt otherwise than the slides ({some(other)})")
+        notes.append(f"{len(other)} ids of {table} are spelt otherwise than the slides ({preview(other)})")
     if absent:
-        notes.append(f"{len(absent)} of {len(rows)} rows of {table} belong to no slide ({some(absent)})")
+        notes.append(f"{len(absent)} of {len(rows)} rows of {table} belong to no slide ({preview(absent)})")
     return renamed, notes
 
 
@@ -285,7 +285,7 @@ def _caption(row: Row) -> object:
 def _written(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str) -> str:
     if is_missing(caption) or not isinstance(caption, str) or not any(letter.isalnum() for letter in caption):
         raise ValueError(
-            f"{row.place}: the caption of {some(slide_ids) or case_id} is empty ({str(caption)[:20]!r}); "
+            f"{row.place}: the caption of {preview(slide_ids) or case_id} is empty ({str(caption)[:20]!r}); "
             "write it or remove the row"
         )
     return caption
@@ -359,4 +359,4 @@ def bare_turns(row: Row) -> list[tuple[str, str]]:
 
 def row_columns(row: Row) -> str:
     """The columns that a row has, for a message."""
-    return f"found {some((name[:40] or '(no name)' for name in row.values), 12)}"
+    return f"found {preview((name[:40] or '(no name)' for name in row.values), 12)}"

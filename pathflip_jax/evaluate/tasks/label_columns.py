@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.identity import SlideNames, fold
 from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.data.texts.text import row_slides
@@ -74,12 +74,13 @@ def read_column(cohort: Cohort, column: str, table, shots: Sequence[str | int], 
     foreign = sorted({label for label in labels[cohort.split] if label} - set(known))
     if foreign:
         raise ValueError(
-            f"{where}, column {column!r}: split {cohort.split!r} has slides of {some(foreign)}, of which the training "
-            f"split has none; its classes are {some(known, 8) or '(none)'}. Split the table anew, or leave them out"
+            f"{where}, column {column!r}: split {cohort.split!r} has slides of {preview(foreign)}, of which the "
+            f"training split has none; its classes are {preview(known, 8) or '(none)'}. Split the table anew, or leave "
+            "them out"
         )
     if len({fold(label) for label in known}) < len(known):
         raise ValueError(
-            f"{where}, column {column!r}: labels that differ in spelling only: {some(known, 8)}; keep one spelling"
+            f"{where}, column {column!r}: labels that differ in spelling only: {preview(known, 8)}; keep one spelling"
         )
     if len(known) < 2:
         listed = sum(row["split"] == "train" for row in cohort.table)
@@ -93,7 +94,7 @@ def read_column(cohort: Cohort, column: str, table, shots: Sequence[str | int], 
     val = parts["val"] if cohort.split != "val" and len(parts["val"].ids) else None
     if val and (lacking := [label for c, label in enumerate(known) if c not in val.classes]):
         cohort.warnings.append(
-            f"few-shot, {column}: split 'val' has no slide of {some(lacking)}, so settings are fixed"
+            f"few-shot, {column}: split 'val' has no slide of {preview(lacking)}, so settings are fixed"
         )
         val = None
     unlabelled = {name: sum(not label for label in found) for name, found in labels.items()}
@@ -105,7 +106,7 @@ def read_column(cohort: Cohort, column: str, table, shots: Sequence[str | int], 
     for k in shots:
         short = [known[c] for c in fewest if k != ALL and fewest[c] < k]
         if short:
-            text = f"few-shot, {column}: {some(short)} have fewer than {k} training slides, all of which are used"
+            text = f"few-shot, {column}: {preview(short)} have fewer than {k} training slides, all of which are used"
             cohort.warnings.append(text)
     return LabelColumn(column, known, parts["train"], val, parts[cohort.split], unlabelled, shots, seeds)
 
@@ -137,7 +138,7 @@ def _label_table(cohort: Cohort, column: str, table) -> dict[str, str]:
     if not found:
         ids = [row["slide_id"] for row in cohort.table]
         raise ValueError(
-            f"{table}: no row labels a slide of the slide table ({some(ids)}); give their slide_id or patient_id"
+            f"{table}: no row labels a slide of the slide table ({preview(ids)}); give their slide_id or patient_id"
         )
     return found
 

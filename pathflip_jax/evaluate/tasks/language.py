@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.conversations import ask, match_conversations, read_conversations
 from pathflip_jax.data.texts.text import Question, match_slides, read_questions
 from pathflip_jax.evaluate.cohort import Cohort
@@ -107,7 +107,7 @@ def write_captions(
     kept = [(talk, tuple(slide for slide in talk.slide_ids if slide in patient_of)) for talk in talks]
     kept = [(talk, slides) for talk, slides in kept if slides]
     if not kept:
-        raise ValueError(f"{table}: none of its texts belongs to a slide of the split ({some(cohort.slide_ids)})")
+        raise ValueError(f"{table}: none of its texts belongs to a slide of the split ({preview(cohort.slide_ids)})")
     asked = [talk.turns[0].asked for talk, _ in kept]
     shown = rows([slides for _, slides in kept])
     written = assistant.answer([assistant.prompt(a, x) for a, x in zip(asked, shown, strict=True)], sampling)
@@ -132,7 +132,7 @@ def answer_questions(
     bags = [tuple(slide for slide in slides if slide in patient_of) for slides in found]
     kept = [(question, bag) for question, bag in zip(questions, bags, strict=True) if bag]
     if not kept:
-        raise ValueError(f"{table}: none of its questions is about a slide of the split ({some(cohort.slide_ids)})")
+        raise ValueError(f"{table}: none of its questions is about a slide of the split ({preview(cohort.slide_ids)})")
     outcomes = []
     for with_options in (True, False):
         own = [(question, bag) for question, bag in kept if bool(question.options) == with_options]

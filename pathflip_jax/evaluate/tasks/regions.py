@@ -16,7 +16,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.tables import Row, read_rows
 from pathflip_jax.data.texts.text import has_caption, match_slides, row_caption, row_columns, row_slides
 from pathflip_jax.evaluate.cohort import Cohort
@@ -53,12 +53,14 @@ def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
     found = []
     for row, slides in zip(rows, matched, strict=True):
         if len(slides) > 1:
-            raise ValueError(f"{row.place}: a region is of one slide, this text names {len(slides)} ({some(slides)})")
+            raise ValueError(
+                f"{row.place}: a region is of one slide, this text names {len(slides)} ({preview(slides)})"
+            )
         if slides and slides[0] in patient_of:
             patch = _patch(row, cohort, slides[0])
             found.append(RegionText(slides[0], patient_of[slides[0]], patch, row_caption(row)))
     if not found:
-        raise ValueError(f"{path}: none of its texts is of a slide of the split ({some(cohort.slide_ids)})")
+        raise ValueError(f"{path}: none of its texts is of a slide of the split ({preview(cohort.slide_ids)})")
     return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.text import SlideText, match_texts, read_texts
 from pathflip_jax.evaluate.cohort import Cohort
 from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task
@@ -29,11 +29,11 @@ def read_pairs(path, cohort: Cohort) -> list[SlideText]:
     if not pairs:
         raise ValueError(
             f"{path}: none of its texts belongs to a slide of the split; its ids are such as "
-            f"{some(slide for text in texts for slide in text.slide_ids)}, the split's {some(cohort.slide_ids)}"
+            f"{preview(slide for text in texts for slide in text.slide_ids)}, the split's {preview(cohort.slide_ids)}"
         )
     silent = sorted(chosen - {slide for text in pairs for slide in text.slide_ids})
     if silent:
-        cohort.warnings.append(f"{len(silent)} slides have no text and are left out of retrieval ({some(silent)})")
+        cohort.warnings.append(f"{len(silent)} slides have no text and are left out of retrieval ({preview(silent)})")
     return pairs
 
 

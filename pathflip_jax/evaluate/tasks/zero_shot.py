@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.data.storage.failures import some
+from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.evaluate import colour, figures
 from pathflip_jax.evaluate.cohort import Cohort, name_labels
 from pathflip_jax.evaluate.embeddings import slide_embeddings
@@ -58,10 +58,12 @@ def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
     """The class number of each slide. Raises ValueError for slides with no label, and labels with no prompts."""
     bare = [slide for slide, label in zip(cohort.slide_ids, cohort.labels, strict=True) if label is None]
     if bare:
-        raise ValueError(f"slide table: {some(bare)} without a label; fill the column `label` or leave --prompts out")
+        raise ValueError(
+            f"slide table: {preview(bare)} without a label; fill the column `label` or leave --prompts out"
+        )
     foreign = sorted(set(cohort.labels) - set(classes))
     if foreign:
-        raise ValueError(f"{prompts}: no class for the labels {some(foreign)}; its classes are {', '.join(classes)}")
+        raise ValueError(f"{prompts}: no class for the labels {preview(foreign)}; its classes are {', '.join(classes)}")
     return np.array([classes.index(label) for label in cohort.labels])
 
 
