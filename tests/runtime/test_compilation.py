@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pathflip_jax.model.layers import LayerNorm
 from pathflip_jax.ops.attention import pool
@@ -83,16 +84,25 @@ def test_a_folder_of_programs_that_cannot_be_written_is_said_once(monkeypatch, c
     assert said.count("\n") == 1 and "(/full: OSError: full); set JAX_COMPILATION_CACHE_DIR" in said
 
 
-def test_jax_goes_on_without_a_folder_for_programs(monkeypatch, tmp_path):
-    """And warns in the words that are looked for."""
-    from jax._src import compilation_cache
+@pytest.fixture
+def cache_folder():
+    """Gives the compiled programs another folder until the test ends."""
+    before = jax.config.jax_compilation_cache_dir
 
+    def move(folder) -> None:
+        reset_cache()
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+    yield move
+    move(before)
+
+
+def test_jax_goes_on_without_a_folder_for_programs(cache_folder, tmp_path):
+    """And warns in the words that are looked for."""
     (tmp_path / "file").touch()
-    compilation_cache.reset_cache()
-    with jax._src.config.compilation_cache_dir(str(tmp_path / "file/below")):
-        with pytest.warns(UserWarning) as warned:
-            assert jax.jit(lambda x: x * 3 + 1)(2.0) == 7
-    compilation_cache.reset_cache()
+    cache_folder(str(tmp_path / "file/below"))
+    with pytest.warns(UserWarning) as warned:
+        assert jax.jit(lambda x: x * 3 + 1)(2.0) == 7
     assert all(compilation._CACHE_FAULT.match(str(warning.message)) for warning in warned)
 
 

@@ -10,11 +10,11 @@ import time
 
 import jax
 import pytest
-from jax._src.clusters import cloud_tpu_cluster
 
 from pathflip_jax.runtime import distributed, launchers
 from pathflip_jax.runtime.distributed import find_launch
 from pathflip_jax.runtime.launchers import Launch
+from pathflip_jax.runtime.private_interfaces import cluster_environments
 
 SLURM = {
     "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[07,09]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
@@ -94,7 +94,8 @@ def test_the_launcher_is_found_by_its_variables(environment, variables, expected
 
 
 def test_a_tpu_pod_is_found_by_its_variables(environment, monkeypatch):
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    (pod,) = (cluster for cluster in cluster_environments() if cluster.name == "gketpu")
+    monkeypatch.setattr(pod, "is_env_present", lambda: "TPU_WORKER_HOSTNAMES" in os.environ)  # but for the chips
     environment({"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "2", "TPU_SKIP_MDS_QUERY": "1"})
     environment({"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"})
     assert find_launch() == Launch("TPU variables", 4, 2, method="gketpu")
