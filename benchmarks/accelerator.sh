@@ -29,7 +29,8 @@ if [[ $mode == --download ]]; then
         exit 2
     fi
     mkdir -p "$wheels"
-    "$PYTHON" -m pip download --quiet --dest "$wheels" --constraint "$lock" --requirement "$lock" pip "$@"
+    # Not `pip download`: it leaves a package without wheels as sources, which the other machine could not build.
+    "$PYTHON" -m pip wheel --quiet --wheel-dir "$wheels" --constraint "$lock" --requirement "$lock" pip "$@"
     "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$wheels" "$here/.."
     du -sh "$wheels"
     exit

@@ -68,8 +68,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0):
         self.workdir = run_folder(workdir)
         self.facts = facts
-        # Two: a damaged one has one before it.
-        self._latest = _manager(self.workdir / CHECKPOINTS, max(keep, 2), keep_every)
+        self._keep = (max(keep, 2), keep_every)  # two: a damaged one has one before it
+        self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
         self._best = _manager(self.workdir / BEST, 1)
 
     def compile(self, params: dict, opt_state: Any) -> None:
@@ -137,8 +137,9 @@ class Checkpoints:
                 epath.Path(aside).rmtree(missing_ok=True)
                 (self.workdir / CHECKPOINTS / str(s)).rename(aside)
         distributed.agree("moved")
-        if newer:
-            self._latest.reload()
+        if newer:  # opened anew: `reload` reads what every older step says of itself, and fails on one that is malformed
+            self._latest.close()
+            self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
 
     def wait(self) -> None:
         """Wait until what was saved stands on disk."""

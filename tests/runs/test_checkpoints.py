@@ -125,6 +125,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, how)
     assert restore(tmp_path) == 3
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"metrics": 3}', '{"init_timestamp_nsecs": "x"}'])
+def test_an_older_checkpoint_with_malformed_metadata_hinders_nobody_until_it_is_needed(tmp_path, capsys, content):
+    save(tmp_path)
+    damage(tmp_path / "checkpoints" / "3", "cut")
+    (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text(content)
+    assert restore(tmp_path) == 2
+    save(tmp_path, steps=[3, 4])  # and it goes as others do
+    assert saved_steps(tmp_path / "checkpoints") == [2, 3, 4]
+
+
 def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, steps=[1, 2])
     for step in "12":
