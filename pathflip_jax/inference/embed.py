@@ -32,7 +32,7 @@ from pathflip_jax.inference.embedding_files import FORMAT, find_rows, in_order, 
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import HELD, Embedding, Predictor
 from pathflip_jax.model.parameters import flatten
-from pathflip_jax.runs.checkpoints import checksums
+from pathflip_jax.runs.checksums import checksums
 
 PARTS = "part-*.parquet"
 PART_SLIDES = 64  # what a kill costs at most

@@ -29,8 +29,9 @@ from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.model.versions import UnknownSettings
-from pathflip_jax.runs import checkpoints, files
+from pathflip_jax.runs import files
 from pathflip_jax.runs import folder as runs_folder
+from pathflip_jax.runs.checksums import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) 
                 folder,
             )
         params = {f"decoder/{name}": x for name, x in flat.items()}
-        return Started(lora, params, checkpoints.content_hash(params))
+        return Started(lora, params, content_hash(params))
     shape, config, params = read_trained(folder)
     wrong = [
         f"another {name}, {config['lm'].get(name)}"
@@ -94,7 +95,7 @@ def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) 
     ]
     if wrong:
         raise ValueError(f"lm.start={folder}: stands on {' and on '.join(wrong)}; name the same ones, or no lm.start")
-    return Started(shape.lora, params, checkpoints.content_hash(params))
+    return Started(shape.lora, params, content_hash(params))
 
 
 def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, dict, dict[str, np.ndarray]]:

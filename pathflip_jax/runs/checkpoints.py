@@ -13,47 +13,22 @@ import importlib
 import importlib.metadata
 import json
 import logging
-import zlib
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from pathflip_jax.runs.checksums import checksum_of_facts, checksums, verified
 from pathflip_jax.runs.files import BEST, CHECKPOINTS, run_folder
 from pathflip_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
-
-
-@jax.jit
-def checksums(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A uint32 per array that any one changed number changes.
-
-    A sum of the bits, each number weighed by an odd factor of its place, modulo 2**32: the same however the array is
-    cut over devices, so it is computed where the array lives and checked on any other mesh.
-    """
-
-    def one(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(one, tree)
-
-
-def content_hash(params: dict[str, jax.Array]) -> str:
-    """A SHA-256 over the checksums of all parameters, by name: equal where every number is."""
-    sums = {name: int(value) for name, value in jax.device_get(checksums(params)).items()}
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+RUN = "run"  # fact of a checkpoint with local ones beside it: which run both are of
 
 
 def flat_state(opt_state: Any) -> dict[str, jax.Array]:
@@ -63,11 +38,17 @@ def flat_state(opt_state: Any) -> dict[str, jax.Array]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saves in the background, restores the newest sound one; a context manager."""
+    """The checkpoints of one run: saves in the background, restores the newest sound one; a context manager.
 
-    def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0):
+    With `local`, a folder on a disk (or in the memory) of each host, `save_locally` saves between those of the run, and
+    the newer of the two is restored. A local one counts only while a checkpoint of the same run is there.
+    """
+
+    def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0, local: str = ""):
         self.workdir = run_folder(workdir)
         self.facts = facts
+        self._local = _LocalTier(Path(local), self.workdir) if local else None
+        self._run: str | None = None  # what ties local checkpoints to those of the run
         self._keep = (max(keep, 2), keep_every)  # two: a damaged one has one before it
         self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
         self._best = _manager(self.workdir / BEST, 1)
@@ -79,7 +60,16 @@ class Checkpoints:
     def save(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
         """Start saving; returns once the arrays are copied, so that the next step may overwrite them."""
         arrays = {"params": params, "opt_state": flat_state(opt_state)}
+        if self._local:
+            self._run = self._run or distributed.agree(uuid.uuid4().hex)
+            facts = facts | {RUN: self._run}
         self._save(self._latest, step, arrays, facts)
+
+    def save_locally(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
+        """Start saving what this host holds to its own disk; nothing before the first `save`, which makes it count."""
+        if self._run:
+            arrays = {"params": params, "opt_state": flat_state(opt_state)}
+            self._save(self._local.manager, step, arrays, facts | {RUN: self._run}, ocp.args.PyTreeSave)
 
     def save_best(self, step: int, params: dict, facts: dict) -> None:
         """Keep these parameters as the best; a best of this or a later step, from before a restart, stays.
@@ -90,27 +80,29 @@ class Checkpoints:
         if max(self._best.all_steps(), default=-1) < step:
             self._save(self._best, step, {"params": params}, facts)
 
-    def _save(self, manager: ocp.CheckpointManager, step: int, arrays: dict, facts: dict) -> None:
+    def _save(
+        self, manager: ocp.CheckpointManager, step: int, arrays: dict, facts: dict, kind: type = ocp.args.StandardSave
+    ) -> None:
         sums = {item: {k: int(v) for k, v in jax.device_get(checksums(tree)).items()} for item, tree in arrays.items()}
         about = {"step": step, **self.facts, **facts, "checksums": sums}
-        about["checksum"] = _checksum(about)
-        items = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
+        about["checksum"] = checksum_of_facts(about)
+        items = {item: kind(tree) for item, tree in arrays.items()}
         with _clear_errors(manager, step):
             # force in place of a save_decision_policy: when to save is the loop's to say. Orbax would ask JAX once more
             # whether a host is to stop, and pass over a step before its newest without a word.
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
 
-    def restore(self, params: dict, opt_state: Any) -> tuple[int, dict, Any, dict] | None:
+    def restore(self, params: dict, opt_state: Any, before: int | None = None) -> tuple[int, dict, Any, dict] | None:
         """Step, parameters, optimizer state and facts of the newest sound checkpoint; None where there is none.
 
-        `params` and `opt_state` say shapes and shardings (jax.ShapeDtypeStruct). A damaged checkpoint is named on
-        stdout and moved to damaged-<step>, and the one before is taken: what one process finds damaged is damaged for
-        all. Raises ValueError when none is sound, NewerOrbaxError for one that is no damage: it stays where it is.
+        `params` and `opt_state` say shapes and shardings (jax.ShapeDtypeStruct). Local ones are taken only of steps
+        before `before`. A damaged checkpoint is named on stdout and moved to damaged-<step>, a local one removed, and
+        the one before is taken: what one process finds damaged is damaged for all. Raises ValueError when none is
+        sound, NewerOrbaxError for one that is no damage: it stays where it is.
         """
         wanted = {"params": params, "opt_state": flat_state(opt_state)}
         faults = []
-        for step in distributed.agree(sorted(self._latest.all_steps(), reverse=True)):
-            folder = self.workdir / CHECKPOINTS / str(step)
+        for step, folder in self._candidates(before):
             try:
                 found, facts = restore_arrays(folder, wanted)
             except _Damaged as error:
@@ -120,13 +112,28 @@ class Checkpoints:
                 for fault in faults:
                     print(f"Damaged checkpoint, going back to step {step}: {fault}", flush=True)
             self._set_aside(step)
+            self._run = facts.pop(RUN, None)
             state = jax.tree.unflatten(jax.tree.structure(opt_state), list(found["opt_state"].values()))
             return step, found["params"], state, facts
         if faults:
             raise ValueError(
                 "no checkpoint of this run can be read; start anew in another --workdir:\n  " + "\n  ".join(faults)
             )
+        if self._local:
+            self._local.forget(after=-1)
         return None
+
+    def _candidates(self, before: int | None) -> list[tuple[int, Path]]:
+        """Checkpoints to try, by step and folder: the newest first, of one step the local one."""
+        home = self.workdir / CHECKPOINTS
+        steps = distributed.agree(sorted(self._latest.all_steps(), reverse=True))
+        found = [(step, False, home / str(step)) for step in steps]
+        if self._local:
+            runs = (_run_of(home / str(step)) for step in steps)
+            run = distributed.agree(next((run for run in runs if run is not None), ""))
+            local = self._local.steps(run) if run else []
+            found += [(step, True, self._local.folder / str(step)) for step in local if before is None or step < before]
+        return [(step, folder) for step, _, folder in sorted(found, reverse=True)]
 
     def _set_aside(self, step: int) -> None:
         """Move checkpoints newer than `step` out of the way of the steps that will be run again."""
@@ -137,13 +144,15 @@ class Checkpoints:
                 epath.Path(aside).rmtree(missing_ok=True)
                 (self.workdir / CHECKPOINTS / str(s)).rename(aside)
         distributed.agree("moved")
-        if newer:  # opened anew: `reload` reads what every older step says of itself, and fails on one that is malformed
+        if newer:  # opened anew: `reload` reads the metadata of every older step, and fails on one that is malformed
             self._latest.close()
             self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
+        if self._local:
+            self._local.forget(after=step)
 
     def wait(self) -> None:
         """Wait until what was saved stands on disk."""
-        for manager in (self._latest, self._best):
+        for manager in self._managers():
             with _clear_errors(manager, manager.latest_step()):
                 manager.wait_until_finished()
 
@@ -153,8 +162,11 @@ class Checkpoints:
     def __exit__(self, *_) -> None:
         """Wait for the last save and end its threads."""
         self.wait()
-        self._latest.close()
-        self._best.close()
+        for manager in self._managers():
+            manager.close()
+
+    def _managers(self) -> list[ocp.CheckpointManager]:
+        return [self._latest, self._best, *(self._local.opened if self._local else ())]
 
 
 def _manager(folder: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
@@ -168,6 +180,70 @@ def _manager(folder: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointMana
         lightweight_initialize=True,  # what a step says of itself is for `restore` to find damaged, not for the start
     )
     return ocp.CheckpointManager(folder, options=options)
+
+
+class _LocalTier:
+    """Checkpoints that each process keeps of its own share, on its own host: no process waits for another to save.
+
+    The options of Orbax's ordinary manager by which its multi-tier checkpointing works on each host. A process reads
+    only what it wrote: on another number of processes, or with one that lost its share, there are none.
+    """
+
+    def __init__(self, folder: Path, home: Path):
+        key = hashlib.sha256(str(home).encode()).hexdigest()[:12]
+        share = f"{jax.process_index()}-of-{jax.process_count()}"
+        self.folder = folder.expanduser().resolve() / f"{home.name}-{key}" / share
+        self.opened: list[ocp.CheckpointManager] = []
+
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        """Opened by the first save."""
+        if not self.opened:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.opened.append(_local_manager(self.folder))
+        return self.opened[0]
+
+    def steps(self, run: str) -> list[int]:
+        """The steps of a run that every process has whole."""
+        own = [step for step in saved_steps(self.folder) if _run_of(self.folder / str(step)) == run]
+        return sorted(set.intersection(*map(set, distributed.gather(own))))
+
+    def forget(self, after: int) -> None:
+        """Remove the steps after one, which will be run again or are another run's; before the first save."""
+        for step in saved_steps(self.folder):
+            if step > after:
+                epath.Path(self.folder / str(step)).rmtree()
+
+
+def _local_manager(folder: Path) -> ocp.CheckpointManager:
+    """Orbax's manager as if this process were alone, and all that it holds of an array a part of its own."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(None, active_processes={this}, barrier_sync_key_prefix=f"local{this}")
+    shares = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
+    arrays = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, shares)),
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(None, ocp.args.PyTreeSave, arrays)
+    registry.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler(multiprocessing_options=alone))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.LatestN(2),
+        multiprocessing_options=alone,
+        create=False,
+        enable_per_process_directory_creation=True,
+        lightweight_initialize=True,
+    )
+    logging.getLogger("absl").addFilter(lambda record: "Global object size logging" not in str(record.msg))  # each save
+    return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
+
+
+def _run_of(folder: Path) -> str | None:
+    """The run that a checkpoint says it is of; None where it says nothing."""
+    try:
+        return _read_facts(folder).get(RUN)
+    except Exception:  # damaged: Orbax raises what it likes
+        return None
 
 
 class _clear_errors:
@@ -220,7 +296,7 @@ def restore_arrays(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     """
     arrays, about = _on_all(lambda: _read(folder, wanted))  # apart, for what follows computes over all processes
     kept = about.pop("checksums")
-    return _on_all(lambda: (_checked(arrays, kept), about))
+    return _on_all(lambda: (verified(arrays, kept), about))
 
 
 def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
@@ -273,10 +349,7 @@ def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
 
 def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     """Arrays as read, without Orbax's barriers: a process that fails must not leave the others waiting there."""
-    about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
-    if about.pop("checksum", None) not in (None, _checksum(about)):  # None: written before there was one
-        raise ValueError("its facts are not those that were saved")
-    arrays = {}
+    about, arrays = _read_facts(folder), {}
     for item, tree in wanted.items():
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             metadata = handler.metadata(folder / item)
@@ -290,17 +363,11 @@ def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     return arrays, about
 
 
-def _checksum(facts: dict) -> int:
-    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def _checked(arrays: dict[str, dict], kept: dict[str, dict]) -> dict[str, dict]:
-    """The arrays, if their numbers are those that were saved; ValueError names one that is not."""
-    for item, tree in arrays.items():
-        for name, value in jax.device_get(checksums(tree)).items():
-            if int(value) != kept[item][name]:
-                raise ValueError(f"the numbers of {name} are not those that were saved")
-    return arrays
+def _read_facts(folder: Path) -> dict:
+    about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
+    if about.pop("checksum", None) not in (None, checksum_of_facts(about)):  # None: written before there was one
+        raise ValueError("its facts are not those that were saved")
+    return about
 
 
 def saved_steps(folder: Path) -> list[int]:

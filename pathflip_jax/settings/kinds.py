@@ -169,3 +169,5 @@ def _contradictions(kind: Kind, values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={values[key]} is more than {other}; lower the one or raise the other"
     if values["train.steps"] == values["train.epochs"] == 0:
         yield "train.steps=0 and train.epochs=0: there is nothing to do; set one of them"
+    if bool(values["train.local_checkpoints"]) != bool(values["train.local_every"]):
+        yield "train.local_checkpoints and train.local_every: one is of no use without the other; set both or neither"

@@ -163,7 +163,8 @@ class TrainSettings(Section):
     )
     wandb_project: str = setting(
         "", Free("a name of its user's choice"),
-        'Weights & Biases project that gets the metrics too (extra [wandb]); "": none', may_change=True, before="",
+        'Weights & Biases project that gets the metrics too (extra [wandb]); "": none', may_change=True,
+        before="",
     )  # fmt: skip
     hang_seconds: int = setting(
         1800, whole(1, 10**8, zero="for never"), "without progress, compilation aside: exit with 75 and say where",
@@ -175,6 +176,14 @@ class TrainSettings(Section):
     checkpoints: str = setting(
         "", PATH, 'local folder or gs://bucket/run that they go to; "": the workdir, with the logs', may_change=True
     )
+    local_checkpoints: str = setting(
+        "", PATH, 'folder on a disk or in memory of each host, saved to in between; "": none', may_change=True,
+        before="",
+    )  # fmt: skip
+    local_every: int = setting(
+        0, whole(1, zero="for none"), "steps between those; a restart takes the newer of the two", may_change=True,
+        before=0,
+    )  # fmt: skip
     select: str = setting(
         "val/mean_reciprocal_rank", NAME, "decides the best checkpoint; smaller is better where the name says loss"
     )

@@ -106,7 +106,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
     schedule, optimizer = scheduled_optimizer(settings.optim, steps, training.batches.steps_per_epoch)
     plain_step = make_step(training.stage, training.build, optimizer, schedule, setup.accumulate, setup.seed)
     with monitors, _open_checkpoints(training, setup, monitors.workdir) as checkpoints:
-        start, learned, frozen, opt_state, best = begin(training, optimizer, mesh, checkpoints, phase)
+        start, learned, frozen, opt_state, best = begin(training, optimizer, mesh, checkpoints, steps, phase)
         telemetry = _open_accounts(monitors, setup, Telemetry(monitors.ledger, mesh, training.compute_dtype), start)
         batches = telemetry.timed_batches(training.batches.__iter__(start))
         phase("reading the first batch", start)
@@ -148,6 +148,11 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     monitors.check_lock(done)
                     phase("saving", done)
                     checkpoints.save(done, kept, opt_state, {"best": best})
+                elif setup.local_every and done % setup.local_every == 0:
+                    phase("writing the metrics", done)
+                    log.flush()
+                    phase("saving locally", done)
+                    checkpoints.save_locally(done, kept, opt_state, {"best": best})
                 if improved:
                     phase("saving the best", done)
                     checkpoints.save_best(done, kept, {"best": best})
@@ -163,7 +168,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
 def _open_checkpoints(training: Training, setup: TrainSettings, workdir: Path) -> Checkpoints:
     """The checkpoints of a run; each says its settings and the commit of this code."""
     facts = {"config": training.resolved, "git": git_revision()}
-    return Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every)
+    return Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every, setup.local_checkpoints)
 
 
 def _jit_step(

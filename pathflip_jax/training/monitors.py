@@ -58,6 +58,7 @@ PHASES = {
     "writing the metrics": Phase(STEP),
     "checking the lock": Phase(STEP, slow=True),
     SAVING: Phase(SAVE, slow=True),  # and waiting for the save before, in the background
+    "saving locally": Phase(SAVE, slow=True),
     "saving the best": Phase(SAVE, slow=True),
     "waiting for the save": Phase(SAVE, slow=True),
     "closing the logs": Phase(INITIALISATION, slow=True),

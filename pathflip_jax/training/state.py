@@ -29,9 +29,10 @@ def begin(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     checkpoints: Checkpoints,
+    steps: int,
     phase: Callable[[str, int], None],
 ) -> State:
-    """The state of the newest sound checkpoint, else that of a run that begins.
+    """The state of the newest sound checkpoint, else that of a run of so many steps that begins.
 
     Shapes and shardings come first, so that nothing is computed that a checkpoint holds. `phase` is told what is done.
     """
@@ -45,7 +46,8 @@ def begin(
         return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
 
     phase("reading the checkpoint", 0)
-    found = checkpoints.restore(training.checkpointed(placed(shapes, shardings)), placed(opt_shapes, opt_shardings))
+    wanted = training.checkpointed(placed(shapes, shardings)), placed(opt_shapes, opt_shardings)
+    found = checkpoints.restore(*wanted, before=steps)
     phase("making the parameters", found[0] if found else 0)
     saved = found[1] if found else {}
     params = saved if len(saved) == len(shapes) else training.initial(shardings) | saved

@@ -1,6 +1,7 @@
 """Run by test_two_processes.py, twice at a time: PORT PROCESS FOLDER. Ends with "equal" on stderr where all is."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +68,27 @@ def what_one_process_finds_damaged_is_damaged_for_both(workdir, mesh, params, pl
             np.testing.assert_array_equal(shard.data, np.asarray(params[name])[shard.index])
 
 
+def each_process_keeps_its_share_on_its_own_disk(folder, mesh, params, places):
+    placed, state = params_on(mesh, params, places), {"count": jax.device_put(np.int32(1), NamedSharding(mesh, P()))}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (placed, state))
+    settings = {"keep": 3, "facts": {}, "local": str(folder / "local")}
+    with checkpoint.Checkpoints(folder / "beside", **settings) as checkpoints:
+        checkpoints.save(1, placed, state, {"best": None})
+        for step in (2, 3):
+            checkpoints.save_locally(step, placed, state, {"best": None})
+    for lost, expected in ((None, 3), ("3", 2), ("", 1)):
+        if lost is not None and jax.process_index() == 1:  # a step that this host had not written, then its whole disk
+            (share,) = (folder / "local").glob("*/1-of-2")
+            shutil.rmtree(share / lost)
+        distributed.agree("lost")
+        with checkpoint.Checkpoints(folder / "beside", **settings) as checkpoints:
+            step, found, _, _ = checkpoints.restore(*like)
+        assert step == expected, (lost, step)
+        for name, x in found.items():
+            for shard in x.addressable_shards:
+                np.testing.assert_array_equal(shard.data, np.asarray(params[name])[shard.index])
+
+
 if __name__ == "__main__":
     port, process, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     distributed.initialize(distributed.find_launch(f"localhost:{port}", 2, process))
@@ -85,4 +107,5 @@ if __name__ == "__main__":
     places = sharding.infer_shardings(mesh, params)
     loss_and_gradients_are_those_of_one_device(mesh, params, places)
     what_one_process_finds_damaged_is_damaged_for_both(folder / "run", mesh, params, places)
+    each_process_keeps_its_share_on_its_own_disk(folder, mesh, params, places)
     print("equal", file=sys.stderr)

@@ -131,6 +131,8 @@ def test_a_setting_out_of_bounds_is_refused_by_name_value_and_cure(setting):
         (["train.accumulate=5"], "train.batch_size=48 is no multiple of train.accumulate=5"),
         (["data.text_groups=5"], "train.batch_size=48 is no multiple of data.text_groups=5"),
         (["data.caption_length=600"], "data.caption_length=600 is more than model.max_positions=512"),
+        (["train.local_every=5"], "train.local_checkpoints and train.local_every: .*set both or neither"),
+        (["train.local_checkpoints=ram"], "train.local_checkpoints and train.local_every: .*set both or neither"),
         (["train.epochs=0", "train.steps=0"], "train.steps=0 and train.epochs=0: there is nothing to do"),
         (["data.text_rows=(1,-1)"], "data.text_rows=.*: expected a whole number of at least 0"),
         (["train.save_every=0", "data.regions=0"], "data.regions=0: .*; train.save_every=0: .*saves at the end alone"),

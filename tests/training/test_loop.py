@@ -163,6 +163,27 @@ def test_checkpoints_elsewhere_outlive_the_machine(options, straight, tmp_path, 
         loop.main([*options, "--workdir", str(second)])
 
 
+def test_a_run_that_ends_between_its_checkpoints_goes_on_from_a_local_one(
+    options, straight, tmp_path, monkeypatch, capsys
+):
+    command = [*options, f"--config.train.local_checkpoints={tmp_path / 'ram'}", "--config.train.local_every=1"]
+    command += ["--workdir", str(tmp_path / "run")]
+    save = loop.Checkpoints.save
+
+    def lost(self, step, *arguments):
+        if step == 4:
+            raise ConnectionError("the machine was lost")
+        save(self, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", lost)
+        with pytest.raises(ConnectionError, match="the machine was lost"):
+            loop.main(command)
+    assert loop.main(command) == 0
+    assert "resuming from step 3" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", straight)
+
+
 def test_urls_that_a_run_cannot_write_to(options, tmp_path):
     with pytest.raises(ValueError, match="--workdir=gs://b/run: logs .*--config.train.checkpoints=gs://b/run"):
         loop.main([*options, "--workdir", "gs://b/run"])
