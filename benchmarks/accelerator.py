@@ -13,8 +13,8 @@ done yet.
     benchmarks/accelerator.sh --wheels wheels --out runs/h100                      # on a machine that cannot install
 
 With `--small` sizes are small, on a CPU unless JAX_PLATFORMS names another device: it shows that every part works, its
-figures say nothing of speed. Where JAX finds a CPU alone sizes are small too, and an accelerator that it does not use
-is a fault of the first part.
+figures say nothing of speed, and the page is drawn once, at the end. Where JAX finds a CPU alone sizes are small too,
+and an accelerator that it does not use is a fault of the first part.
 """
 
 import argparse
@@ -160,10 +160,10 @@ class Session:
                     "--again to measure everything anew"
                 )
             self.found["parts"] = {DEVICE: self.found["parts"][DEVICE]}
-        self.write()
+        self.write(page=not self.small)
 
-    def write(self) -> None:
-        """Both files, each whole or as it was before."""
+    def write(self, page: bool = True) -> None:
+        """Both files, or the JSON alone; each whole or as it was before."""
         from accelerator_parts.page import render  # here: the parts' processes need no matplotlib
 
         described = describe(*PACKAGES) | {"revision": git_revision()}
@@ -172,7 +172,8 @@ class Session:
         self.found["machine"] = described
         self.found["parts"] = {name: self.found["parts"][name] for name in order}
         write_whole(self.out / RESULT, json.dumps(self.found, indent=1) + "\n")
-        write_whole(self.out / PAGE, render(self.found))
+        if page:
+            write_whole(self.out / PAGE, render(self.found))
 
 
 def read(path: Path):
@@ -205,10 +206,11 @@ def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> 
         under_way = {pool.submit(session.run, name, parts[name]): name for name in to_do}
         for future in as_completed(under_way):
             session.keep(under_way[future], future.result())
-            session.write()
+            session.write(page=not session.small)  # drawing takes longer than some small parts
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         session.end()
+        session.write()
     return all(session.done(name) for name in parts)
 
 

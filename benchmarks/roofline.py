@@ -211,9 +211,9 @@ def torch_product_rate(
     return 2 * math.prod(left) * right[-1] / median_seconds(run)
 
 
-def large_product(device: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of a square product that is large enough to run at a device's full rate."""
-    n = 2048 if device == "cpu" else 8192
+def large_product(device: str, small: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of a square product that is large enough to run at a device's full rate, or `small`."""
+    n = 256 if small else 2048 if device == "cpu" else 8192
     return (n, n), (n, n)
 
 

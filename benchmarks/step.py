@@ -1,7 +1,7 @@
 """A training step and inference, ours beside the released way of working and beside competent PyTorch, in one run.
 
 Every measurement is a process of its own (`sides.py`) that exits before the next starts; the sides take turns, and a
-figure is the median over rounds of the ratio within a round. Before anything is timed, the three sides compute the same
+figure is the median over rounds of the ratio within a round. Before anything is timed, the sides compute the same
 slides and texts from the same weights and must agree to 1e-4. A side that cannot run ends the benchmark: no ratio
 comes from one side alone. A ratio above 1 means that ours is better. Where the released side takes longer than the
 released code did, scaled by the rate of this machine's matrix products, by more than 15%, it counts at that time.
@@ -101,18 +101,30 @@ def run_side(side: str, job: str, options: argparse.Namespace, *more: str) -> di
 
 def check_agreement(options: argparse.Namespace) -> float:
     """The largest difference between sides in slides, regions, texts and losses of one small batch in float32."""
-    family = FAMILIES[options.family]
+    family, sides = FAMILIES[options.family], options.sides
     plain = argparse.Namespace(**vars(options) | {"dtype": "float32", "batch": 2, "regions": 3})
     with tempfile.TemporaryDirectory() as folder:
         _write_weights(Path(folder), family.small if options.small else family.base)
         found = {}
-        for side in family.sides:
+        for side in sides:
             outputs = Path(folder) / f"{side}.npz"
-            run_side(side, "train_base", plain, "--weights", folder, "--outputs", str(outputs), "--steps", "0")
+            run_side(
+                side,
+                "train_base",
+                plain,
+                "--weights",
+                folder,
+                "--outputs",
+                str(outputs),
+                "--steps",
+                "0",
+                "--warmup",
+                "0",
+            )
             with np.load(outputs) as archive:
                 found[side] = [archive[name] for name in sorted(archive.files)]
     worst = 0.0
-    for side in family.sides[1:]:
+    for side in sides[1:]:
         for mine, theirs in zip(found["ours"], found[side], strict=True):
             error = float(np.abs(mine.reshape(theirs.shape) - theirs).max() / max(1.0, np.abs(theirs).max()))
             worst = max(worst, error)
@@ -138,9 +150,9 @@ def _write_weights(folder: Path, config: ModelConfig) -> None:
     write_checkpoint(folder / "model.safetensors", state)
 
 
-def matrix_rate(device: str, dtype: str) -> float:
+def matrix_rate(device: str, dtype: str, small: bool) -> float:
     """Operations per second of a large matrix product in PyTorch: the rate that the yardstick can count on."""
-    return torch_product_rate(*large_product(device), dtype, device)
+    return torch_product_rate(*large_product(device, small), dtype, device)
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -153,10 +165,10 @@ def measure(options: argparse.Namespace) -> dict:
         for number in range(options.rounds):
             order = options.sides[number % len(options.sides) :] + options.sides[: number % len(options.sides)]
             for side in order:
-                steps = str(STEPS[job] * (3 if side == "ours" else 1))
-                row = run_side(
-                    side, job, options, "--steps", steps, "--warmup", "2" if side in ("ours", "competent") else "1"
-                )
+                steps, warmup = STEPS[job] * (3 if side == "ours" else 1), 2 if side in ("ours", "competent") else 1
+                if options.small:
+                    steps, warmup = 1, 1
+                row = run_side(side, job, options, "--steps", str(steps), "--warmup", str(warmup))
                 times[job][side].append(statistics.median(row["seconds"]))
                 peaks[job][side].append(row["peak_bytes"])
                 print(
@@ -217,8 +229,8 @@ def main() -> int:
         parser.error("--sides needs ours and at least one other")
     try:
         error = check_agreement(options)
-        print(f"{', '.join(family.sides)} agree: largest difference {error:.1e}")
-        rate = matrix_rate(options.device, options.dtype)
+        print(f"{', '.join(options.sides)} agree: largest difference {error:.1e}")
+        rate = matrix_rate(options.device, options.dtype, options.small)
         print(f"matrix products run at {rate / 1e9:.0f} GFLOP/s in {options.dtype}")
         found = measure(options)
     except SideError as failure:

@@ -23,6 +23,17 @@ SLIDES, SMALL_SLIDES = 64, 8
 STEPS, SAVE_EVERY = 12, 4
 PART = 256  # slides of the prediction, before an epoch is run for real
 SPARE_GB = 10
+LOAD = """
+import json, sys
+from pathflip_jax.runs.folder import load_run
+for run in sys.argv[1:]:
+    try:
+        load_run(run, "latest")
+        fault = ""
+    except Exception as error:
+        fault = (str(error).splitlines() or [repr(error)])[0]
+    print(json.dumps(fault), flush=True)
+"""
 
 
 def time_to_train(context: Context) -> Rows:
@@ -94,17 +105,17 @@ def resume(context: Context) -> Rows:
 def _old_checkpoints() -> Rows:
     """The checkpoints of earlier versions that travel with the tests."""
     versions = Path(__file__).resolve().parents[2] / "tests" / "golden" / "runs"
-    for run in sorted(path for path in versions.glob("*/pathflip*") if (path / "checkpoints").is_dir()):
-        ask = f"from pathflip_jax.runs.folder import load_run; load_run({str(run)!r}, 'latest')"
-        done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-        row = {"checkpoint": f"{run.parent.name}/{run.name}", "loads": done.returncode == 0}
-        if done.returncode:
+    runs = sorted(path for path in versions.glob("*/pathflip*") if (path / "checkpoints").is_dir())
+    done = subprocess.run([sys.executable, "-c", LOAD, *runs], capture_output=True, text=True)
+    said = {run: json.loads(line) for run, line in zip(runs, done.stdout.splitlines(), strict=False)}
+    last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    for run in runs:
+        fault = said.get(run, last[-1])
+        row = {"checkpoint": f"{run.parent.name}/{run.name}", "loads": not fault}
+        if fault:
             newer = [fault for step in (run / "checkpoints").iterdir() if (fault := of_newer_orbax(step))]
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             row |= (
-                newer[0]
-                if newer
-                else {FAULT: f"{run} does not load: {said[-1]}", CURE: "compare pip list with setup.cfg"}
+                newer[0] if newer else {FAULT: f"{run} does not load: {fault}", CURE: "compare pip list with setup.cfg"}
             )
         yield Row("old checkpoints", row)
 

@@ -62,6 +62,7 @@ def what_one_process_finds_damaged_is_damaged_for_both(workdir, mesh, params, pl
     checkpoint._read = unlucky
     with checkpoint.Checkpoints(workdir, 3, {}) as checkpoints:
         step, found, _, _ = checkpoints.restore(*like)
+    checkpoint._read = read
     assert step == 1 and sorted(p.name for p in workdir.iterdir()) == ["best", "checkpoints", "damaged-2", "damaged-3"]
     for name, x in found.items():
         for shard in x.addressable_shards:
