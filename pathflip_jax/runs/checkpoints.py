@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from pathflip_jax.data.storage.files import is_url
 from pathflip_jax.runs.checksums import checksum_of_facts, checksums, verified
 from pathflip_jax.runs.files import BEST, CHECKPOINTS, run_folder
 from pathflip_jax.runtime import distributed
@@ -47,7 +48,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0, local: str = ""):
         self.workdir = run_folder(workdir)
         self.facts = facts
-        self._local = _LocalTier(Path(local), self.workdir) if local else None
+        self._local = _LocalTier(local, self.workdir) if local else None
         self._run: str | None = None  # what ties local checkpoints to those of the run
         self._keep = (max(keep, 2), keep_every)  # two: a damaged one has one before it
         self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
@@ -189,10 +190,15 @@ class _LocalTier:
     only what it wrote: on another number of processes, or with one that lost its share, there are none.
     """
 
-    def __init__(self, folder: Path, home: Path):
+    def __init__(self, folder: str, home: Path):
+        if is_url(folder):
+            raise ValueError(
+                f"train.local_checkpoints={folder}: expected a folder on a disk or in the memory of each host; a "
+                "bucket is for train.checkpoints"
+            )
         key = hashlib.sha256(str(home).encode()).hexdigest()[:12]
         share = f"{jax.process_index()}-of-{jax.process_count()}"
-        self.folder = folder.expanduser().resolve() / f"{home.name}-{key}" / share
+        self.folder = Path(folder).expanduser().resolve() / f"{home.name}-{key}" / share
         self.opened: list[ocp.CheckpointManager] = []
 
     @property

@@ -205,6 +205,11 @@ def test_local_checkpoints_of_another_run_or_past_the_end_are_not_taken(tmp_path
     assert restore_beside(tmp_path) == 1 and local_steps(tmp_path) == []
 
 
+def test_a_bucket_is_no_place_for_local_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match="train.local_checkpoints=gs://b/x: expected a folder .*for train.checkpoints"):
+        Checkpoints(tmp_path, 3, {}, local="gs://b/x")
+
+
 def test_unfinished_saves_are_not_seen(tmp_path):
     save(tmp_path)
     (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-0")
