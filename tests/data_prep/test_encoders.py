@@ -238,7 +238,7 @@ def test_timm_model_gives_its_own_features(tmp_path):
     torch = pytest.importorskip("torch")
     try:
         import timm
-        from timm.models._hub import save_for_hf
+        from timm.models import save_for_hf
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"timm cannot be imported here: {error}")
     from PIL import Image
