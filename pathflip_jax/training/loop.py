@@ -142,17 +142,14 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
                     log.write(scores)
                 kept = training.checkpointed(learned | frozen)
-                if last or stopping or improved or done % setup.save_every == 0:
+                shared = last or stopping or improved or done % setup.save_every == 0
+                if shared or (setup.local_every and done % setup.local_every == 0):
                     phase("writing the metrics", done)
                     log.flush()
                     monitors.check_lock(done)
-                    phase("saving", done)
-                    checkpoints.save(done, kept, opt_state, {"best": best})
-                elif setup.local_every and done % setup.local_every == 0:
-                    phase("writing the metrics", done)
-                    log.flush()
-                    phase("saving locally", done)
-                    checkpoints.save_locally(done, kept, opt_state, {"best": best})
+                    phase("saving" if shared else "saving locally", done)
+                    save = checkpoints.save if shared else checkpoints.save_locally
+                    save(done, kept, opt_state, {"best": best})
                 if improved:
                     phase("saving the best", done)
                     checkpoints.save_best(done, kept, {"best": best})
