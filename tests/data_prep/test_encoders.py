@@ -207,14 +207,15 @@ def test_hugging_face_model_gives_its_own_features(hf_folders, name):
 
 def test_workers_take_a_gpu_each(monkeypatch):
     torch = pytest.importorskip("torch")
-    from data_prep import pool, torch_encoders
+    from data_prep import torch_encoders
+    from pathflip_jax.runtime import workers
 
     assert torch_encoders.best_device() == torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     found = []
     for number in range(5):
-        monkeypatch.setattr(pool, "_number", number)
+        monkeypatch.setattr(workers, "_number", number)
         found.append(torch_encoders.best_device().index)
     assert found == [0, 1, 2, 0, 1]
 

@@ -168,6 +168,9 @@ class _Process:
         self._ours, self._theirs = socket.socketpair()
         self._worker = workers.Worker(begin=_begin, arguments=[self._theirs])
         self._numbers = itertools.count()
+        # For one that is dropped, not stopped; at exit `_stop` ends them all.
+        self._let_go = weakref.finalize(self, _let_go, self._worker, self._ours, self._theirs)
+        self._let_go.atexit = False
 
     def ask(self, request: dict, seconds: float) -> Parsed:
         """Send a request and wait for its answer. Raises _Fault, _Died for a worker that ends without one."""
@@ -205,9 +208,19 @@ class _Process:
 
     def stop(self) -> None:
         """End the worker, whatever it is doing."""
-        self._worker.stop()
-        self._ours.close()
-        self._theirs.close()
+        self._let_go.detach()
+        _end(self._worker, self._ours, self._theirs)
+
+
+def _end(worker: workers.Worker, *sockets: socket.socket) -> None:
+    worker.stop()
+    for ours in sockets:
+        ours.close()
+
+
+def _let_go(*process: Any) -> None:
+    """End a worker that nobody waits for, in a thread of its own: this one may be in the midst of anything."""
+    threading.Thread(target=_end, args=process, daemon=True).start()
 
 
 def _death(how: str, request: dict) -> _Fault:

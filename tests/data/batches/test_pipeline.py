@@ -146,9 +146,9 @@ def test_a_process_reads_its_own_slides_alone(cohort, processes, monkeypatch):
     read, slides = [], []
     fill, read_regions = LocalFile._fill, Records.read_regions
 
-    def counted_bytes(self, arrays, offset):
+    def counted_bytes(self, fd, arrays, offset):
         read.append(sum(array.nbytes for array in arrays))
-        fill(self, arrays, offset)
+        fill(self, fd, arrays, offset)
 
     def counted_slides(self, position, *rest):
         slides.append(position)

@@ -175,14 +175,22 @@ def test_the_worker_ends_with_its_process(file, tmp_path):
 
     worker = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
 
-    def outlives() -> bool:
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    assert ends(worker)
 
+
+def test_a_reader_that_nobody_needs_any_more_ends_its_worker(file):
+    reader = guarded.Reader()
+    worker = reader.parse("guarded_readers:echo", file)[0]["process"]
+    del reader
+    assert ends(worker)
+
+
+def ends(process: int) -> bool:
     deadline = time.monotonic() + 10
-    while outlives() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
         time.sleep(0.05)
-    assert not outlives()
+    return False
