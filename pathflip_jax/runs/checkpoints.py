@@ -61,14 +61,19 @@ class Checkpoints:
     def save(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
         """Start saving; returns once the arrays are copied, so that the next step may overwrite them."""
         arrays = {"params": params, "opt_state": flat_state(opt_state)}
+        self.wait()  # of two managers that save at once, one may wait for ever for the signals of its threads
         if self._local:
             self._run = self._run or distributed.agree(uuid.uuid4().hex)
             facts = facts | {RUN: self._run}
         self._save(self._latest, step, arrays, facts)
 
     def save_locally(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
-        """Start saving what this host holds to its own disk; nothing before the first `save`, which makes it count."""
+        """Start saving what this host holds to its own disk; nothing before the first `save`, which makes it count.
+
+        Waits for the save before, like `save`.
+        """
         if self._run:
+            self.wait()
             arrays = {"params": params, "opt_state": flat_state(opt_state)}
             self._save(self._local.manager, step, arrays, facts | {RUN: self._run}, ocp.args.PyTreeSave)
 
