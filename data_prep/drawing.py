@@ -141,7 +141,9 @@ class Field:
         shade = (gain * self.rng.uniform(0.72, 1.2, len(xy))).astype(np.float32)
         offset = np.arange(-half, half + 1)
         at = (y * self.cols + x)[inside][:, None, None] + (offset[:, None] * self.cols + offset)
-        np.maximum.at(self.h.reshape(-1), at, bank[which[inside]] * shade[inside][:, None, None])
+        stamps = bank[which[inside]] * shade[inside][:, None, None]
+        # With indices in one dimension NumPy takes a loop that is ten times as fast.
+        np.maximum.at(self.h.reshape(-1), at.reshape(-1), stamps.reshape(-1))
 
     def cells(self, spacing: float) -> tuple[np.ndarray, np.ndarray]:
         """Polygonal cells about `spacing` px wide: the points [n, 2] and each pixel's distance from a border.
@@ -233,10 +235,11 @@ def fibres(field: Field, u: np.ndarray, v: np.ndarray, across: float, along: flo
     shift = field.rng.uniform(0, 512, 2).astype(np.float32)
     row, col = u * np.float32(4.0 / across) + shift[0], v * np.float32(4.0 / along) + shift[1]
     down, right = row - np.floor(row), col - np.floor(col)
-    top, left = row.astype(np.int32) & 511, col.astype(np.int32) & 511
-    below, beside, table = (top + 1) & 511, (left + 1) & 511, _table()
-    upper = table[top, left] * (1 - right) + table[top, beside] * right
-    lower = table[below, left] * (1 - right) + table[below, beside] * right
+    top, left = row.astype(np.intp) & 511, col.astype(np.intp) & 511
+    below, beside, table = ((top + 1) & 511) * 512, (left + 1) & 511, _table().reshape(-1)
+    top *= 512
+    upper = table.take(top + left) * (1 - right) + table.take(top + beside) * right
+    lower = table.take(below + left) * (1 - right) + table.take(below + beside) * right
     return upper * (1 - down) + lower * down
 
 

@@ -89,6 +89,7 @@ _LIMIT = 5.0
 _SCALES, _PATTERN_SCALES = 4, 3
 _SMALLEST = 32
 _PIXELS_AT_ONCE = 1 << 16  # what the work arrays of one chunk hold: they stay in the processor's cache
+_FILTERED_PIXELS_AT_ONCE = 1 << 15  # the same for the filters, which need some fifteen arrays
 _DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255.0).astype(np.float32)
 _SEPARATION = hed_from_rgb.astype(np.float32)
 
@@ -132,17 +133,20 @@ class StainTexture:
 def _describe(patches: np.ndarray) -> np.ndarray:
     number = len(patches)
     density = _DENSITY[patches]
-    stains = np.maximum(density @ _SEPARATION, 0)  # [n, P, P, 3]: haematoxylin, eosin, residual
-    groups = [_stain(stains.reshape(number, -1, 3))]
-    grey = density.mean(-1)
+    stains = (density @ _SEPARATION).transpose(3, 0, 1, 2)  # haematoxylin, eosin, residual
+    stains = np.maximum(stains, 0, order="C")  # [3, n, P, P]
+    groups = [_stain(stains.reshape(3, number, -1))]
+    grey = (density[..., 0] + density[..., 1] + density[..., 2]) / np.float32(3)
     groups += [(_mean(grey < 0.15) - _EMPTY[0]) / _EMPTY[1], (_mean(grey > 1.0) - _DENSE[0]) / _DENSE[1]]
 
-    both = np.concatenate([stains[..., 0], stains[..., 1]])  # [2n, P, P]
+    both = stains[:2].reshape(-1, *stains.shape[2:])  # [2n, P, P]
     both -= _mean(both)[:, None, None]
     both /= np.sqrt(_dot(both, both))[:, None, None] + 0.03  # the floor keeps camera noise on empty glass small
     for scale in range(_SCALES):
         both = _blur(_halve(both) if scale else both)
-        for name, values in zip(_SCALE_STATISTICS, _statistics(both), strict=True):
+        step = max(1, _FILTERED_PIXELS_AT_ONCE // both[0].size)
+        parts = [_statistics(both[i : i + step]) for i in range(0, len(both), step)]
+        for name, values in zip(_SCALE_STATISTICS, map(np.concatenate, zip(*parts, strict=True)), strict=True):
             centre, spread = (constants[scale] for constants in _SCALE_STATISTICS[name])
             values = (values - centre) / spread
             groups += [values[:number], values[number:]]
@@ -157,12 +161,15 @@ def _describe(patches: np.ndarray) -> np.ndarray:
 
 
 def _stain(stains: np.ndarray) -> np.ndarray:
-    """Level and contrast of each stain: [n, pixels, 3] to [n, 21]."""
-    values = np.sort(stains.transpose(0, 2, 1), axis=2)  # [n, 3, pixels]
-    mean = values.mean(2)
-    values -= mean[..., None]
-    contrast = np.sqrt(np.vecdot(values, values) / values.shape[2])
-    levels = [mean, *(mean + values[..., int(q * (values.shape[2] - 1))] for q in _QUANTILES)]
+    """Level and contrast of each stain: [3, n, pixels] to [n, 21]."""
+    values = np.sort(stains, axis=2)
+    count, number, pixels = values.shape
+    # Summed pixel by pixel, and squared with the stains interleaved: features then round as in records of 0.1.0.
+    mean = np.add.reduce(np.ascontiguousarray(values.reshape(-1, pixels).T), axis=0) / np.float32(pixels)
+    mean = mean.reshape(count, number)
+    centred = np.subtract(values, mean[..., None], out=np.empty((number, pixels, count), np.float32).transpose(2, 0, 1))
+    contrast = np.sqrt(np.vecdot(centred, centred) / pixels).T
+    levels = [mean.T, *((mean + centred[..., int(q * (pixels - 1))]).T for q in _QUANTILES)]
     (centre, spread), (middle, width) = np.float32(_STAIN_LEVELS), np.float32(_STAIN_CONTRAST)
     levels = [(level - centre) / spread for level in levels]
     return np.concatenate([*levels, (contrast - middle) / width], 1)
@@ -248,7 +255,7 @@ def _pattern_table() -> np.ndarray:
     return np.where(changes <= 2, bits.sum(1), 9)
 
 
-_PATTERN = _pattern_table()
+_PATTERNS_OF_CODES = np.eye(10, dtype=np.int64)[_pattern_table()]
 _TIE = np.float32(1e-3)  # even areas: equal up to rounding counts as equal
 _NEIGHBOURS = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
 
@@ -261,6 +268,6 @@ def _patterns(images: np.ndarray) -> np.ndarray:
     for bit, (row, column) in enumerate(_NEIGHBOURS):
         brighter = images[:, row : edge - 2 + row, column : edge - 2 + column] >= centre
         code |= brighter.view(np.uint8) << np.uint8(bit)
-    kind = _PATTERN[code].reshape(number, -1)
-    count = np.bincount((kind + 10 * np.arange(number)[:, None]).ravel(), minlength=10 * number)
-    return np.sqrt(count.reshape(number, 10) / kind.shape[1]).astype(np.float32)
+    codes = code.reshape(number, -1) + 256 * np.arange(number)[:, None]
+    count = np.bincount(codes.ravel(), minlength=256 * number).reshape(number, 256) @ _PATTERNS_OF_CODES
+    return np.sqrt(count / codes.shape[1]).astype(np.float32)

@@ -93,7 +93,7 @@ def generate(
                 rows[job[1].number] = _make_slide(*job)
                 bar.update()
         else:
-            with _single_threaded(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            with _drawing_environment(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 for future in as_completed([pool.submit(_make_slide, *job) for job in jobs]):
                     row = future.result()
                     rows[row["number"]] = row
@@ -229,11 +229,16 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _single_threaded():
-    """One numeric thread per worker: several pools of threads on the same cores only wait for each other."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _drawing_environment():
+    """One numeric thread per worker, whose layers stay in its memory.
+
+    Several pools of threads on the same cores only wait for each other. By default glibc hands the memory of a large
+    array back to the system and has it cleared page by page for the next: a tenth of the time of drawing.
+    """
+    settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    settings |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:

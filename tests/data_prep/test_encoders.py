@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from data_prep import encoders
 from data_prep.encoders import StainTexture, load_encoder
 
 ENCODE = StainTexture()
+GOLDEN = Path(__file__).parents[1] / "golden" / "stain_texture.npz"
 
 
 def _patches(number: int, size: int, seed: int = 0) -> np.ndarray:
@@ -31,6 +33,13 @@ def test_descriptor_rows_depend_on_their_patch_alone():
     np.testing.assert_array_equal(together, np.concatenate([ENCODE(patches[i : i + 1]) for i in range(70)]))
     np.testing.assert_array_equal(together[::-1], ENCODE(patches[::-1]))
     assert len(np.unique(together, axis=0)) == 70
+
+
+@pytest.mark.parametrize("size", [33, 64, 256])
+def test_descriptor_gives_the_features_of_records_of_0_1_0(size):
+    with np.load(GOLDEN) as kept:
+        expected = kept[f"of_{size}_px"]
+    np.testing.assert_allclose(ENCODE(_patches(5, size)), expected, rtol=2**-11, atol=2e-6)  # as float16 keeps them
 
 
 @pytest.mark.parametrize("size", [32, 33, 50, 64, 224, 512])
