@@ -1,15 +1,21 @@
 """The main job on the embedded cohort: slides -> records -> training -> scores -> report.
 
-The demo is the command line's own commands, one after the other, each printed before it runs: whoever has
-read its output knows how to do the same with slides of their own. Every step resumes, so a second run does
-only what is missing.
+The demo is the command line's own commands, each printed before it runs: whoever has read its output knows how to do
+the same with slides of their own. Every step resumes, so a second run does only what is missing. Steps run one after
+the other, but for pairs that need nothing of each other: so small a model hardly trains faster on two cores than on
+one, so each of a pair has half of the cores.
 """
 
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, NamedTuple
 
 # The synthetic slides are small, so are their patches and regions: 64 pixels at 0.5 um, in squares of 128 um.
 PATCH_SIZE = 64
@@ -17,8 +23,16 @@ REGION_EDGE_UM = 128.0
 SLIDES, SLIDE_PIXELS = 440, 1280
 
 
-def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, list[str]]]:
-    """Title and command line of each step, for a cohort of `slides` slides under `out`."""
+class Step(NamedTuple):
+    """A command of the demo; one `with_previous` needs nothing of the step before and runs side by side with it."""
+
+    title: str
+    command: list[str]
+    with_previous: bool = False
+
+
+def steps(out: Path, slides: int, seed: int, workers: int) -> list[Step]:
+    """The commands of the demo in their order, for a cohort of `slides` slides under `out`."""
     cohort, records, vocabulary = out / "slides", out / "records", out / "vocabulary"
     run, slide_only, decoder, language = (
         out / name for name in ("run", "run_slide_loss_only", "decoder", "run_language")
@@ -41,33 +55,27 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[tuple[str, li
     evaluate = ["pathflip", "evaluate", str(run), "--compare-to", str(slide_only), "--records", str(records), *table]
     evaluate += ["--language", str(language), "--concepts", f"{cohort}/concepts.json"]
     evaluate += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
+    evaluate += ["--texts", f"{cohort}/reports.jsonl", "--prompts", f"{cohort}/prompts.json"]
+    evaluate += ["--grounding", f"{cohort}/grounding.json", "--outlines", f"{cohort}/outlines"]
+    evaluate += ["--images", str(cohort), "--split", "test", "--out", str(out)]
+    slide_loss = [*train, "--config.loss.region_weight=0.0", "--workdir", str(slide_only)]
+    decoder_folder = [*words, str(decoder), "--decoder", "64", "2", "--size", "800"]
     return [
-        (
+        Step(
             "Slides, reports and outlines of the embedded cohort",
             [*synthesize, "--seed", str(seed), "--workers", str(workers)],
         ),
-        (
+        Step(
             "Slides to patch features in TFRecords",
             [*prepare, "--edge-um", str(REGION_EDGE_UM), *table, "--workers", str(workers)],
         ),
-        (
-            "A WordPiece vocabulary from the training reports",
-            [*words, str(vocabulary)],
-        ),
-        ("Training with slide and region loss", [*train, "--workdir", str(run)]),
-        (
-            "Training with the slide loss alone, for comparison",
-            [*train, "--config.loss.region_weight=0.0", "--workdir", str(slide_only)],
-        ),
-        ("Embeddings of all slides and their regions", embed),
-        ("The folder of a small decoder", [*words, str(decoder), "--decoder", "64", "2", "--size", "800"]),
-        ("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
-        (
-            "Scores on the held-out slides, and the report",
-            [*evaluate, "--texts", f"{cohort}/reports.jsonl", "--prompts", f"{cohort}/prompts.json"]
-            + ["--grounding", f"{cohort}/grounding.json", "--outlines", f"{cohort}/outlines"]
-            + ["--images", str(cohort), "--split", "test", "--out", str(out)],
-        ),
+        Step("A WordPiece vocabulary from the training reports", [*words, str(vocabulary)]),
+        Step("Training with slide and region loss", [*train, "--workdir", str(run)]),
+        Step("Training with the slide loss alone, for comparison", slide_loss, with_previous=True),
+        Step("Embeddings of all slides and their regions", embed),
+        Step("The folder of a small decoder", decoder_folder, with_previous=True),
+        Step("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
+        Step("Scores on the held-out slides, and the report", evaluate),
     ]
 
 
@@ -78,15 +86,74 @@ def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2
     """
     start = time.monotonic()
     plan = steps(out, slides, seed, workers)
-    for number, (title, command) in enumerate(plan, 1):
-        print(f"\n[{number}/{len(plan)}] {title}\n  $ {shlex.join(command)}", flush=True)
-        if command[0] == "pathflip":
-            command = [sys.executable, "-m", "pathflip_jax.cli", *command[1:]]
-        began = time.monotonic()
-        code = subprocess.run(command).returncode
+    groups: list[list[tuple[int, Step]]] = []
+    for number, step in enumerate(plan, 1):
+        if not step.with_previous:
+            groups.append([])
+        groups[-1].append((number, step))
+    for group in groups:
+        print()
+        for number, step in group:
+            beside = f" (beside step {number - 1})" if step.with_previous else ""
+            print(f"[{number}/{len(plan)}] {step.title}{beside}\n  $ {shlex.join(step.command)}", flush=True)
+        if code := _run_group(group):
+            return code
+    print(f"\nThe demo took {(time.monotonic() - start) / 60:.1f} minutes. The report:\n{out / 'report.html'}")
+    return 0
+
+
+def _run_group(group: list[tuple[int, Step]]) -> int:
+    """Run steps side by side; the first one's output is shown as it comes, the others' after it.
+
+    Returns 0, or the exit code of the step that failed first; the others are then told to stop.
+    """
+    began, ended = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = {number: open(Path(folder) / str(number), "w+b") for number, _ in group[1:]}
+        running = {}
+        try:
+            for place, (number, step) in enumerate(group):
+                with _share_of_cores(place, len(group)):
+                    running[number] = _start(step.command, logs.get(number))
+            while len(ended) < len(group) and not any(code for code, _ in ended.values()):
+                time.sleep(0.05)
+                for number, process in running.items():
+                    if number not in ended and process.poll() is not None:
+                        ended[number] = process.returncode, time.monotonic() - began
+        finally:
+            for process in running.values():
+                if process.poll() is None:
+                    process.terminate()
+                process.wait()
+            for number, log in logs.items():
+                print(f"Output of step {number}:", flush=True)
+                log.seek(0)
+                print(log.read().decode(errors="replace"), end="", flush=True)
+                log.close()
+    for number, (code, seconds) in sorted(ended.items()):
         if code:
             print(f"Step {number} of the demo ended with exit code {code}; mend its cause and run the demo again.")
             return code
-        print(f"  took {time.monotonic() - began:.0f} s", flush=True)
-    print(f"\nThe demo took {(time.monotonic() - start) / 60:.1f} minutes. The report:\n{out / 'report.html'}")
+        title = f"step {number} took" if len(group) > 1 else "took"
+        print(f"  {title} {seconds:.0f} s", flush=True)
     return 0
+
+
+def _start(command: list[str], log: IO[bytes] | None) -> subprocess.Popen:
+    if command[0] == "pathflip":
+        command = [sys.executable, "-m", "pathflip_jax.cli", *command[1:]]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT if log else None)
+
+
+@contextmanager
+def _share_of_cores(place: int, shares: int) -> Iterator[None]:
+    """Processes started in it keep to one share of the cores, where the system knows of such a thing."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not 1 < shares <= len(cores):
+        yield
+        return
+    os.sched_setaffinity(0, cores[place::shares])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

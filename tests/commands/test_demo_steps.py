@@ -1,9 +1,10 @@
 """The demo: every step is a command that parses, the first failure ends it, and its setup has all that it needs."""
 
 import configparser
+import os
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,34 +13,61 @@ from pathflip_jax.commands import demo_steps
 from pathflip_jax.training.settings import parse
 
 ROOT = Path(__file__).parents[2]
+STEPS = demo_steps.steps(Path("demo"), slides=440, seed=0, workers=2)
 
 
 def test_every_step_is_a_command_that_parses():
-    plan = demo_steps.steps(Path("demo"), slides=440, seed=0, workers=2)
-    assert len({title for title, _ in plan}) == len(plan) == 9
-    for _, (program, *arguments) in plan:
+    assert len({step.title for step in STEPS}) == len(STEPS) == 9
+    for program, *arguments in (step.command for step in STEPS):
         if program == "pathflip" and arguments[0] == "train":
             parse(arguments[1:])
         elif program == "pathflip":
             build_parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("failing", [None, 3])
-def test_steps_run_in_order_and_the_first_failure_ends_the_demo(failing, monkeypatch, capsys, tmp_path):
-    ran = []
+def _plan(tmp_path, failing=0):
+    """Nine steps as those of the demo; each says its cores and leaves a file when it is told to stop or done."""
+    code = (
+        "import os, pathlib, signal, sys, time;"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));"
+        "print('cores', sorted(os.sched_getaffinity(0)), flush=True);"
+        "path, failing, slow = sys.argv[1:];"
+        "time.sleep(60) if slow == 'True' else None;"
+        "sys.exit(7) if failing == 'True' else pathlib.Path(path).touch()"
+    )
+    return [
+        step._replace(
+            command=[sys.executable, "-c", code]
+            + [str(tmp_path / str(number)), str(number == failing), str(failing == number + 1 and number == 4)]
+        )
+        for number, step in enumerate(STEPS, 1)
+    ]
 
-    def run(command):
-        ran.append(command)
-        return SimpleNamespace(returncode=7 * (len(ran) == failing))
 
-    monkeypatch.setattr(demo_steps.subprocess, "run", run)
-    code = demo_steps.run_demo(tmp_path / "demo")
-    said = capsys.readouterr().out.strip().splitlines()
-    if failing:
-        assert code == 7 and len(ran) == failing and "Step 3 of the demo ended with exit code 7" in said[-1]
-    else:
-        assert code == 0 and len(ran) == 9 and said[-1] == str(tmp_path / "demo" / "report.html")
-        assert sum(re.fullmatch(r"  took \d+ s", line) is not None for line in said) == 9
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes that can be kept to some cores")
+def test_steps_run_in_order_and_pairs_side_by_side(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(demo_steps, "steps", lambda *_, **__: _plan(tmp_path))
+    cores = sorted(os.sched_getaffinity(0))
+    assert demo_steps.run_demo(tmp_path / "demo") == 0
+    said = capfd.readouterr().out
+    assert said.strip().splitlines()[-1] == str(tmp_path / "demo" / "report.html")
+    assert sorted(os.listdir(tmp_path)) == [str(number) for number in range(1, 10)]
+    assert len(re.findall(r"^  (?:step \d )?took \d+ s$", said, re.MULTILINE)) == 9
+    shown = re.findall(r"^cores \[(.*)\]$", said, re.MULTILINE)
+    whole = [", ".join(map(str, cores))]
+    pair = [", ".join(map(str, share)) for share in (cores[::2], cores[1::2])] if len(cores) > 1 else whole * 2
+    assert shown == 3 * whole + 2 * pair + 2 * whole
+    assert said.index("[5/9]") < said.index("Output of step 5:") < said.index("[6/9]") < said.index("Output of step 7:")
+    assert sorted(os.sched_getaffinity(0)) == cores
+
+
+@pytest.mark.parametrize("failing", [3, 5])
+def test_the_first_failure_ends_the_demo(failing, monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(demo_steps, "steps", lambda *_, **__: _plan(tmp_path, failing))
+    assert demo_steps.run_demo(tmp_path / "demo") == 7  # step 4, which would take a minute, is told to stop
+    said = capfd.readouterr().out.strip().splitlines()
+    assert f"Step {failing} of the demo ended with exit code 7" in said[-1]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"][: failing - 1]
 
 
 @pytest.mark.parametrize("lock", sorted(path.name for path in (ROOT / "requirements").glob("demo-*.txt")))

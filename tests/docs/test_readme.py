@@ -51,7 +51,7 @@ def test_its_python_runs_after_the_demo(tmp_path, capsys):
     """The demo's own commands, on fewer and smaller slides, up to the first training."""
     with contextlib.chdir(tmp_path), warnings.catch_warnings():
         warnings.simplefilter("default")  # as in a process of its own
-        for _, command in steps(Path("demo"), slides=16, seed=0, workers=1)[:4]:
+        for command in (step.command for step in steps(Path("demo"), slides=16, seed=0, workers=1)[:4]):
             command = ["640" if word == str(SLIDE_PIXELS) else word for word in command]
             more = SMALL if command[:2] == ["pathflip", "train"] else []
             program, *rest = [*command, *more]
