@@ -128,7 +128,8 @@ def _run_group(group: list[tuple[int, Step]]) -> int:
             for number, log in logs.items():
                 print(f"Output of step {number}:", flush=True)
                 log.seek(0)
-                print(log.read().decode(errors="replace"), end="", flush=True)
+                lines = log.read().decode(errors="replace").split("\n")
+                print("\n".join(line.rpartition("\r")[2] for line in lines), end="", flush=True)  # progress: its end
                 log.close()
     for number, (code, seconds) in sorted(ended.items()):
         if code:

@@ -31,6 +31,7 @@ def _plan(tmp_path, failing=0):
         "import os, pathlib, signal, sys, time;"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));"
         "print('cores', sorted(os.sched_getaffinity(0)), flush=True);"
+        "print('at 1%\\rat 99%', flush=True);"
         "path, failing, slow = sys.argv[1:];"
         "time.sleep(60) if slow == 'True' else None;"
         "sys.exit(7) if failing == 'True' else pathlib.Path(path).touch()"
@@ -57,6 +58,8 @@ def test_steps_run_in_order_and_pairs_side_by_side(monkeypatch, capfd, tmp_path)
     whole = [", ".join(map(str, cores))]
     pair = [", ".join(map(str, share)) for share in (cores[::2], cores[1::2])] if len(cores) > 1 else whole * 2
     assert shown == 3 * whole + 2 * pair + 2 * whole
+    lines = said.split("\n")
+    assert lines.count("at 1%\rat 99%") == 7 and lines.count("at 99%") == 2  # of those shown later the bar's end alone
     assert said.index("[5/9]") < said.index("Output of step 5:") < said.index("[6/9]") < said.index("Output of step 7:")
     assert sorted(os.sched_getaffinity(0)) == cores
 
