@@ -73,7 +73,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[Step]:
         Step("Training with slide and region loss", [*train, "--workdir", str(run)]),
         Step("Training with the slide loss alone, for comparison", slide_loss, with_previous=True),
         Step("Embeddings of all slides and their regions", embed),
-        Step("The folder of a small decoder", decoder_folder, with_previous=True),
+        Step("The folder of a small decoder", decoder_folder),
         Step("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
         Step("Scores on the held-out slides, and the report", evaluate),
     ]

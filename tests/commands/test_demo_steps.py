@@ -13,6 +13,7 @@ from pathflip_jax.commands import demo_steps
 from pathflip_jax.training.settings import parse
 
 ROOT = Path(__file__).parents[2]
+PINS = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes kept to some cores")
 STEPS = demo_steps.steps(Path("demo"), slides=440, seed=0, workers=2)
 
 
@@ -45,8 +46,8 @@ def _plan(tmp_path, failing=0):
     ]
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes that can be kept to some cores")
-def test_steps_run_in_order_and_pairs_side_by_side(monkeypatch, capfd, tmp_path):
+@PINS
+def test_steps_run_in_order_and_the_two_trainings_side_by_side(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(demo_steps, "steps", lambda *_, **__: _plan(tmp_path))
     cores = sorted(os.sched_getaffinity(0))
     assert demo_steps.run_demo(tmp_path / "demo") == 0
@@ -57,13 +58,14 @@ def test_steps_run_in_order_and_pairs_side_by_side(monkeypatch, capfd, tmp_path)
     shown = re.findall(r"^cores \[(.*)\]$", said, re.MULTILINE)
     whole = [", ".join(map(str, cores))]
     pair = [", ".join(map(str, share)) for share in (cores[::2], cores[1::2])] if len(cores) > 1 else whole * 2
-    assert shown == 3 * whole + 2 * pair + 2 * whole
+    assert shown == 3 * whole + pair + 4 * whole
     lines = said.split("\n")
-    assert lines.count("at 1%\rat 99%") == 7 and lines.count("at 99%") == 2  # of those shown later the bar's end alone
-    assert said.index("[5/9]") < said.index("Output of step 5:") < said.index("[6/9]") < said.index("Output of step 7:")
+    assert lines.count("at 1%\rat 99%") == 8 and lines.count("at 99%") == 1  # of one shown later the bar's end alone
+    assert said.index("[5/9]") < said.index("Output of step 5:") < said.index("[6/9]")
     assert sorted(os.sched_getaffinity(0)) == cores
 
 
+@PINS
 @pytest.mark.parametrize("failing", [3, 5])
 def test_the_first_failure_ends_the_demo(failing, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(demo_steps, "steps", lambda *_, **__: _plan(tmp_path, failing))
