@@ -14,7 +14,7 @@ def add(commands) -> None:
         commands,
         "demo",
         _run,
-        "the main job on an embedded cohort: slides to report, in a quarter to half of an hour",
+        "the main job on an embedded cohort: slides to report, in about ten minutes on two cores",
         "pathflip demo --out demo",
     )
     parser.add_argument(

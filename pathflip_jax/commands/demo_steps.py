@@ -2,8 +2,8 @@
 
 The demo is the command line's own commands, each printed before it runs: whoever has read its output knows how to do
 the same with slides of their own. Every step resumes, so a second run does only what is missing. Steps run one after
-the other, but for pairs that need nothing of each other: so small a model hardly trains faster on two cores than on
-one, so each of a pair has half of the cores.
+the other, but for the two trainings of aligners, which need nothing of each other: a step of so small a model takes as
+long on one core as on two, so each has half of the cores.
 """
 
 import os
