@@ -31,6 +31,7 @@ import numpy as np
 from hlo_parts import by_part, off_matrix, read_operations
 from machine import describe
 from topology import ENVIRONMENT, lower, make_mesh, open_topology
+from traffic import NO_ESTIMATE
 
 RESULTS = Path(__file__).parent / "results" / "tpu_programs.json"
 CONFIGS = {"pathflip": "align_large", "pathflip2": "pathflip2"}
@@ -190,13 +191,15 @@ PROGRAMS = {
 
 def read(compiled, seconds: float) -> dict[str, Any]:
     """What the compiler says of a program, whole and by part of the model."""
-    operations = read_operations(compiled.as_text())
+    text = compiled.as_text()
+    operations = read_operations(text)
     plan, cost = compiled.memory_analysis(), compiled.cost_analysis()
     own = plan.output_size_in_bytes - plan.alias_size_in_bytes
     names = ("cycles", "bytes", "laid_out", "flops")
     return {
         **{name: sum(getattr(x, name) for x in operations) for name in names},
         "product_cycles": sum(x.cycles for x in operations if x.kind == "product"),
+        "without_estimate": text.count(f'"estimated_cycles":"{NO_ESTIMATE}"'),
         "compilers_flops": cost["flops"],
         "compilers_bytes": cost["bytes accessed"],
         "peak_bytes": plan.argument_size_in_bytes + own + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes,
@@ -234,7 +237,10 @@ def save(path: Path, name: str, form: str, found: dict[str, Any], options: argpa
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """The results as a table in Markdown, each form beside the shipped one."""
+    """The results as a table in Markdown, each form beside the shipped one.
+
+    Cycles marked with > lack operations for which the compiler gave no estimate.
+    """
     lines = [
         "| program | form | Mcycles | in products | GB accessed | peak GB | against shipped |",
         "|---|---|---|---|---|---|---|",
@@ -242,9 +248,10 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     for name, found in results.items():
         for form, row in found.items():
             shipped = found.get(SHIPPED)
-            ratio = f"{row['cycles'] / shipped['cycles']:.2f}x" if shipped else ""
+            more = "> " if row.get("without_estimate") else ""
+            ratio = f"{more}{row['cycles'] / shipped['cycles']:.2f}x" if shipped else ""
             lines.append(
-                f"| {name} | {form} | {row['cycles'] / 1e6:.2f} | {row['product_cycles'] / row['cycles']:.0%} | "
+                f"| {name} | {form} | {more}{row['cycles'] / 1e6:.2f} | {row['product_cycles'] / row['cycles']:.0%} | "
                 f"{row['compilers_bytes'] / 1e9:.2f} | {row['peak_bytes'] / 1e9:.2f} | {ratio} |"
             )
     return "\n".join(lines)

@@ -20,6 +20,8 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16":
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
+NO_ESTIMATE = str(2**63 - 1)  # written by the TPU's compiler as the cycles of an operation that its model cannot cost
+
 
 class Instruction(NamedTuple):
     """One line of HLO: its name, the text of its type, the operation, and what follows the opening bracket."""
@@ -43,9 +45,9 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> float:
-        """The compiler's estimate of what it takes; 0 where it gives none."""
+        """The compiler's estimate of what it takes; 0 where it gives none, or writes `NO_ESTIMATE`."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return float(found[1]) if found else 0.0
+        return float(found[1]) if found and found[1] != NO_ESTIMATE else 0.0
 
 
 class Collective(NamedTuple):

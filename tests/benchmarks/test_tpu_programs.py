@@ -106,6 +106,14 @@ def test_the_table_sets_forms_against_the_shipped_one(bench):
     row = {"cycles": 2e6, "product_cycles": 1e6, "compilers_bytes": 3e9, "peak_bytes": 4e9}
     text = bench.table({"v5e:2x4 attention": {bench.SHIPPED: row, bench.CPU: row | {"cycles": 3e6}}})
     assert "| v5e:2x4 attention | forms of a CPU | 3.00 | 33% | 3.00 | 4.00 | 1.50x |" in text
+    text = bench.table({"v5e:2x4 attention": {bench.SHIPPED: row, bench.CPU: row | {"without_estimate": 1}}})
+    assert "| forms of a CPU | > 2.00 | 50% | 3.00 | 4.00 | > 1.00x |" in text
+
+
+def test_an_operation_without_an_estimate_counts_no_cycles(parts):
+    program = PROGRAM.replace('"estimated_cycles":"600"', f'"estimated_cycles":"{2**63 - 1}"')
+    found = {x.name: x.cycles for x in parts.read_operations(program)}
+    assert found == {"fused": 0, "found": 70, "moved": 50, "sum": 30}
 
 
 def test_the_table_of_parts_says_what_is_off_the_matrix_unit(bench, parts):
