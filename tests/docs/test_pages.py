@@ -78,7 +78,8 @@ def parse_script():
 
 def check_train(arguments: tuple[str, ...], whole: bool) -> None:
     """Parse what follows `pathflip train`; a command that leaves options out gets those without which none parses."""
-    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    whole = whole and "--help" not in arguments  # which needs no more than a config
+    arguments = [argument for argument in arguments if argument not in ("--dry-run", "--help")]
     given = " ".join(arguments)
     if not whole:
         arguments += ["--config=align_base"] * ("--config " not in given and "--config=" not in given)
