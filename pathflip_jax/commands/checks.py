@@ -37,7 +37,7 @@ SLIDES = {
 EXTRAS = {
     "torch": ("torch", "torch", "read and write PyTorch checkpoints other than .safetensors"),
     "gcs": ("gcsfs", "gcsfs", "read and write records in Google Cloud Storage, gs://"),
-    "s3": ("s3fs", "s3fs", "read and write records in Amazon S3 and what speaks like it, s3://"),
+    "s3": ("s3fs", "s3fs", "read and write records in Amazon S3 and compatible storage, s3://"),
     "aot": ("libtpu", "libtpu", "compile for absent TPUs: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
     "encoders": ("timm", "timm", "encode patches with timm and Hugging Face vision models"),
     "viewer": ("starlette", "starlette", "show slides in a browser: pathflip serve"),
@@ -47,7 +47,7 @@ EXTRAS = {
 }
 # The program that each script of launch/ hands the work to.
 LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}
-AWAY = "rename that, start elsewhere, or take the folder that holds it out of PYTHONPATH"
+AWAY = "rename that, start in another folder, or remove the folder that holds it from PYTHONPATH"
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
 FEW_FILES, LITTLE_SHARED = 1024, 1 << 29  # NCCL takes some tens of megabytes for each process
 
@@ -91,7 +91,7 @@ def _versions() -> Iterator[Finding]:
         "python", python, "ok" if supported else "fault", "" if supported else "use Python 3.11, 3.12 or 3.13"
     )
     for package, module in {**CORE, **SLIDES}.items():
-        cure = "run `make setup`, or `pip install pathflip-jax` anew"
+        cure = "run `make setup`, or reinstall with `pip install pathflip-jax`"
         yield from guarded(package, _package, package, package, module, "fault", cure)
     for extra, (package, module, purpose) in EXTRAS.items():
         cure = f"`pip install pathflip-jax[{extra}]` to {purpose}"
@@ -111,18 +111,18 @@ def _package(name: str, package: str, module: str, state: str, cure: str) -> Ite
         installed = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         if places:
-            yield Finding(name, f"not installed; {places[0]} is imported in its place", state, f"{cure}; {AWAY}")
+            yield Finding(name, f"not installed; {places[0]} is imported instead", state, f"{cure}; {AWAY}")
         else:
             yield Finding(name, "not installed", state, cure)
         return
     home = Path(str(installed.locate_file(""))).resolve()
     editable = '"editable": true' in (installed.read_text("direct_url.json") or "")  # then its files lie elsewhere
     if not places:
-        yield Finding(name, f"{installed.version}, but {module} cannot be imported", "fault", f"install {package} anew")
+        yield Finding(name, f"{installed.version}, but {module} cannot be imported", "fault", f"reinstall {package}")
     elif editable or any(Path(place).resolve().is_relative_to(home) for place in places):
         yield Finding(name, installed.version, "ok")
     else:
-        yield Finding(name, f"{places[0]} is imported in the place of {package} {installed.version}", "fault", AWAY)
+        yield Finding(name, f"{places[0]} is imported instead of {package} {installed.version}", "fault", AWAY)
 
 
 def _devices() -> Iterator[Finding]:
@@ -151,7 +151,7 @@ def _utilisation(kind: str) -> Finding:
 
 
 def _launcher() -> Iterator[Finding]:
-    """Which processes `pathflip train` would join, started as this command was."""
+    """The launch that `pathflip train` would join, started as this command was."""
     from pathflip_jax.runtime.distributed import find_launch
     from pathflip_jax.runtime.launchers import SWITCH, why_alone
 
@@ -200,7 +200,7 @@ def _reader() -> Iterator[Finding]:
 
 
 def _offline() -> Iterator[Finding]:
-    """What a machine without a network would lack: nothing here downloads, model folders must be there."""
+    """Model folders that a machine without a network would lack: nothing here downloads."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = sorted(path.name[8:].replace("--", "/") for path in Path(HF_HUB_CACHE).glob("models--*"))

@@ -20,7 +20,7 @@ from pathflip_jax.settings.sections import AlignmentDataSettings
 
 
 class Seen(NamedTuple):
-    """What could be read, and from where: `rows` of the slide table, and `row_of` a slide of the records.
+    """The tables that could be read, and their places: `rows` of the slide table, and `row_of` a slide of the records.
 
     Of the records it holds the ids of the slides and of their cases.
     """
@@ -78,7 +78,7 @@ CURES = {
 
 
 def _opened(name: str, read, found: list[Finding]):
-    """What `read` returns, its warnings as notes; None, and a fault among the findings, where it cannot be read."""
+    """The result of `read`, its warnings as notes; None, with a fault among the findings, if it cannot be read."""
     with logged_warnings() as warnings:
         try:
             content = read()
@@ -123,11 +123,9 @@ def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
         found = (
             f"without a patient: {len(nobody)} of the {len(rows)} slides ({preview(nobody)}); each counts as its own"
         )
-        yield Finding(
-            "slides", found, "note", "fill the column patient_id: slides of one patient must be known as such"
-        )
+        yield Finding("slides", found, "note", "fill in the column patient_id: slides of one patient must share it")
     for finding in check_split(rows).findings:
-        cure = f"`pathflip split --check {table}` lists them; `pathflip split {table} --out new.csv` splits anew"
+        cure = f"`pathflip split --check {table}` lists them; `pathflip split {table} --out new.csv` makes a new split"
         yield Finding("slides", finding.text, "fault" if finding.fault else "note", cure)
 
 
@@ -144,14 +142,14 @@ def _slides_and_records(seen: Seen) -> Iterator[Finding]:
     listed = {row["slide_id"] for row in seen.rows}
     if respelt := [slide for slide in seen.row_of if slide not in listed]:
         found = (
-            f"spelt otherwise there, and taken for the same: {len(respelt)} slides of {records} ({preview(respelt)})"
+            f"spelt differently there, and taken as the same: {len(respelt)} slides of {records} ({preview(respelt)})"
         )
         yield Finding("slides", found, "note", "spell them alike, or rename one if they are not the same")
     for side, (state, what) in UNPREPARED.items():
         if absent := [row["slide_id"] for row in strange if row["split"] == side]:
             size = sum(row["split"] == side for row in seen.rows)
             found = f"without a record: {len(absent)} of the {size} slides of split {side} ({preview(absent)}); {what}"
-            yield Finding("slides", found, state, "prepare or import them, or take them out of the table")
+            yield Finding("slides", found, state, "prepare or import them, or remove them from the table")
     if left := [slide for slide in slides if slide not in seen.row_of]:
         found = f"without a row: {len(left)} of the {len(slides)} slides of {records} ({preview(left)})"
         yield Finding("slides", found, "note", "without a row and a split, a slide is neither trained on nor scored")
@@ -178,11 +176,11 @@ def _texts(seen: Seen) -> Iterator[Finding]:
         with logged_warnings() as warnings:
             matched = match_texts(texts, seen.ids, seen.cases)
     except ValueError as error:
-        yield Finding("texts", str(error), "fault", "or name the cases of the slides: --slides of a table that does")
+        yield Finding("texts", str(error), "fault", "or give a table that names the cases of the slides: --slides")
         return
     yield Finding("texts", f"{len(texts)} texts, {len(matched)} of them with a slide in {seen.places['records']}", "ok")
     for warning in warnings:
-        yield Finding("texts", warning, "note", "if that is not as it should be, compare the ids of both")
+        yield Finding("texts", warning, "note", "if this is unexpected, compare the ids of both")
     train = {slide for slide, row in seen.row_of.items() if row["split"] == "train"}
     if train and train.isdisjoint(slide for text in matched for slide in text.slide_ids):
         found = f"none of the {len(train)} slides of split train has a text"
@@ -213,6 +211,6 @@ def _tokenizer(folder: Place, texts: Sequence[SlideText] | None) -> Iterator[Fin
         AlignmentDataSettings.max_unknown_share,
     )
     found = f"{size}; {share:.1%} of the pieces of the texts are unknown to it"
-    cure = "take a vocabulary of the texts' language, or learn one: `pathflip vocabulary TEXTS --out FOLDER`"
+    cure = "use a vocabulary of the texts' language, or learn one: `pathflip vocabulary TEXTS --out FOLDER`"
     bad = share > most
     yield Finding("tokenizer", found, "fault" if bad else "ok", cure if bad else "")

@@ -1,4 +1,4 @@
-"""`pathflip demo`: the main job on an embedded cohort."""
+"""`pathflip demo`: the whole path on an embedded cohort."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ def add(commands) -> None:
         "pathflip demo --out demo",
     )
     parser.add_argument(
-        "--out", type=local_path, default=Path("demo"), help="folder of everything it makes (default demo)"
+        "--out", type=local_path, default=Path("demo"), help="output folder (default demo)"
     )
     parser.add_argument(
         "--slides", type=number("slides"), default=SLIDES, help=f"slides of the cohort (default {SLIDES})"

@@ -18,7 +18,7 @@ class Finding(NamedTuple):
 
 
 def guarded(name: str, check: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
-    """The findings of a check; an error that nobody foresaw is a fault among them, and other checks go on."""
+    """The findings of a check; an unexpected error is a fault among them, and other checks still run."""
     found = []
     try:
         for finding in check(*arguments):
@@ -27,7 +27,7 @@ def guarded(name: str, check: Callable[..., Iterable[Finding]], *arguments) -> l
         if os.environ.get("PATHFLIP_DEBUG"):
             traceback.print_exc()
         lines = str(error).splitlines() or ["no message"]
-        cure = "set PATHFLIP_DEBUG=1 to see where; if a package is at fault, install it anew"
+        cure = "set PATHFLIP_DEBUG=1 to see where; if a package is at fault, reinstall it"
         found.append(Finding(name, f"{type(error).__name__}: {lines[0]}", "fault", cure))
     return found
 

@@ -1,4 +1,4 @@
-"""`pathflip goodput`: where the time of a run went."""
+"""`pathflip goodput`: breakdown of a run's time by cause."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ def add(commands) -> None:
         commands,
         "goodput",
         _run,
-        "say where the time of a run went, and how often to save",
+        "report where the time of a run went, and how often to save",
         "pathflip goodput runs/base --preemptions-per-day 4",
     )
     parser.add_argument("run_folder", type=local_path, metavar="RUN", help="run folder; the run may be under way")
@@ -20,7 +20,7 @@ def add(commands) -> None:
         "--preemptions-per-day",
         type=number("preemptions-per-day"),
         metavar="N",
-        help="stops to reckon with, instead of the run's setting",
+        help="expected preemptions per day (default: the run's setting); only used to recommend save_every",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON, in seconds and shares")
 

@@ -1,4 +1,4 @@
-"""Parts that commands share: their declaration, options of several, and the printing of an outcome."""
+"""Parts that commands share: their declaration, common options, and the printing of an outcome."""
 
 import argparse
 import json
@@ -94,7 +94,7 @@ def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Opti
 
 
 def add_records_options(parser: argparse.ArgumentParser) -> None:
-    """What `prepare` and `import` share: where records go, how regions are cut, what happens to a bad slide."""
+    """Options that `prepare` and `import` share: output folder, region cut, handling of bad slides."""
     parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder of the records to write")
     parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
     parser.add_argument(
@@ -112,10 +112,10 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
         "--override-mpp",
         type=number("override-mpp"),
         metavar="UM",
-        help="level-0 mpp of all slides, in place of what their files say",
+        help="level-0 mpp of all slides, overriding their files",
     )
     parser.add_argument(
-        "--prune", action="store_true", help="take slides out of the records that are not among those given"
+        "--prune", action="store_true", help="remove slides from the records that are not among those given"
     )
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
     parser.add_argument(
@@ -143,7 +143,7 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_grounding_options(parser: argparse.ArgumentParser) -> None:
-    """What `evaluate` and `ground` share: how a text becomes a map."""
+    """Options that `evaluate` and `ground` share: the way from a text to a map."""
     parser.add_argument(
         "--method",
         choices=list(METHODS),
@@ -159,28 +159,28 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_smooth_option(parser: argparse.ArgumentParser) -> None:
-    """How `evaluate` and `ground` smooth a map."""
+    """The option for smoothing maps, of `evaluate` and `ground`."""
     parser.add_argument(
         "--smooth",
         type=number("smooth"),
         default=0.5,
         metavar="EDGES",
-        help="smooth maps by a Gaussian of so many patch edges (default 0.5; 0: not at all)",
+        help="width of the Gaussian that smooths maps, in patch edges (default 0.5; 0: none)",
     )
 
 
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
-    """What `caption` and `ask` share: which slide, and by which run."""
+    """Options that `caption` and `ask` share: the slide and the run."""
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
     parser.add_argument("--slide-id", help="slide of a folder of records")
     parser.add_argument(
         "--checkpoint", type=local_path, required=True, metavar="RUN", help="run folder of a language stage"
     )
     parser.add_argument(
-        "--decoder", type=path_text, default="", metavar="FOLDER", help="where the decoder's folder lies, if it moved"
+        "--decoder", type=path_text, default="", metavar="FOLDER", help="new place of the decoder's folder, if it moved"
     )
     parser.add_argument(
-        "--aligner", type=path_text, default="", metavar="RUN", help="where the aligner's run lies, if it moved"
+        "--aligner", type=path_text, default="", metavar="RUN", help="new place of the aligner's run, if it moved"
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="", help="of the weights (default: as it was trained)"
@@ -189,16 +189,16 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """How a language model writes where there is no chance in it: what scores are made of."""
+    """Options of deterministic generation, the kind that is scored."""
     parser.add_argument(
         "--max-tokens",
         type=number("max-tokens"),
         default=max_tokens,
         metavar="N",
-        help=f"most tokens to write (default {max_tokens})",
+        help=f"most tokens to generate (default {max_tokens})",
     )
     parser.add_argument(
-        "--min-tokens", type=number("min-tokens"), default=0, metavar="N", help="least tokens to write (default 0)"
+        "--min-tokens", type=number("min-tokens"), default=0, metavar="N", help="fewest tokens to generate (default 0)"
     )
     parser.add_argument(
         "--beams", type=number("beams"), default=1, metavar="N", help="beam search with N beams (default 1: none)"
@@ -216,22 +216,26 @@ def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> Non
 
 
 def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """How a language model writes."""
+    """Options of generation, sampling included."""
     add_writing_options(parser, max_tokens)
     parser.add_argument(
-        "--temperature", type=number("temperature"), default=0.0, metavar="T", help="0 (default): the likeliest token"
+        "--temperature", type=number("temperature"), default=0.0, metavar="T", help="of sampling; 0 (default): greedy"
     )
     parser.add_argument(
-        "--top-k", type=number("top-k"), metavar="K", help="draw among the K likeliest tokens (default: all)"
+        "--top-k", type=number("top-k"), metavar="K", help="sample from the K most likely tokens (default: all)"
     )
     parser.add_argument(
-        "--top-p", type=number("top-p"), default=1.0, metavar="P", help="draw among the likeliest of share P (1)"
+        "--top-p",
+        type=number("top-p"),
+        default=1.0,
+        metavar="P",
+        help="nucleus sampling: total probability (default 1)",
     )
-    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of what is drawn (default 0)")
+    parser.add_argument("--seed", type=number("seed"), default=0, help="seed of sampling (default 0)")
 
 
 def sampling(options: argparse.Namespace):
-    """How to write, as `add_writing_options` or `add_language_options` took it."""
+    """The sampling that `add_writing_options` or `add_language_options` took."""
     from pathflip_jax.llm.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
@@ -282,12 +286,12 @@ def records_settings(options: argparse.Namespace) -> dict:
 
 
 def print_records_report(report, as_json: bool) -> int:
-    """What `prepare` and `import` did, with what there is to know of single slides."""
+    """Print the outcome of `prepare` or `import`, with notes on single slides."""
     return print_report(report, as_json, absent=[row._asdict() for row in report.absent], notes=report.notes)
 
 
 def print_report(report, as_json: bool, **more) -> int:
-    """What a job over many slides did, for people or as JSON with `more` facts; the exit code."""
+    """Print the outcome of a job over many slides, for people or as JSON with `more` facts; the exit code."""
     if as_json:
         failed = [failure._asdict() for failure in report.failed]
         print(json.dumps({"done": report.done, "skipped": report.skipped, "failed": failed} | more))

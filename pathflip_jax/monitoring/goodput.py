@@ -1,4 +1,4 @@
-"""Goodput: what share of a run's time moved training forward, and what the rest went to.
+"""Goodput: the share of a run's time that moved training forward, and the causes of the rest.
 
 A run writes goodput.jsonl into its folder and only ever adds to it, so the file outlives kills and restarts; each row
 says how long this process has spent on what. Time is productive when it went into steps that were not run again: the
@@ -38,8 +38,8 @@ class Ledger:
     """The time of one process by cause, and the rows that say so; a context manager around the loop.
 
     `began` is the `time.time()` at which the process is held to have started. Rows are written once `open` has named
-    the file, by the first process alone. A file that cannot be written is told of once, and the run goes on: the next
-    row, whose times are sums, makes up for those that are missing.
+    the file, by the first process alone. A file that cannot be written is reported once, and the run continues: the
+    next row, whose times are sums, makes up for those that are missing.
     """
 
     def __init__(self, began: float | None = None, record_seconds: float = RECORD_SECONDS):
@@ -94,7 +94,7 @@ class Ledger:
         self._write(START, step, began=round(self._began, 3), **facts)
 
     def progress(self, step: int) -> None:
-        """Say that a step is done; a row every ten seconds."""
+        """Record that a step is done; a row every ten seconds."""
         self._step = step
         if time.perf_counter() - self._recorded >= self._every:
             self._write(PROGRESS, step)
@@ -111,7 +111,7 @@ class Ledger:
         except OSError as error:
             if not self._told:
                 print(
-                    f"{self._path}: not written ({error}); training goes on, and this file may lack times",
+                    f"{self._path}: not written ({error}); training continues, and this file may lack times",
                     file=sys.stderr,
                 )
             self._told = True
@@ -134,7 +134,7 @@ class Ledger:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Where the time of a run went, over all of its starts. Seconds, but for shares and counts.
+    """Breakdown of a run's time over all of its starts, in seconds except shares and counts.
 
     `goodput` is the productive share of `total`, `goodput_while_running` that of the time in which a process lived.
     `badput` adds up with `productive` to `total`. `save` is the median time that a checkpoint blocks the loop, nan
@@ -258,14 +258,14 @@ def describe(found: Summary) -> str:
         )
     elif found.saves and not found.preemptions_per_day:
         lines.append(
-            f"a save blocks for {_duration(found.save)}; state --config.train.preemptions_per_day and the best "
+            f"a save blocks for {_duration(found.save)}; set --config.train.preemptions_per_day and the best "
             "train.save_every is worked out"
         )
     return "\n".join(lines)
 
 
 def try_to_describe(workdir: Path) -> str:
-    """What `describe` says of a run folder, or why it cannot: an account of times that is damaged ends no run."""
+    """The text of `describe` for a run folder, or why there is none: a damaged account of times ends no run."""
     try:
         return describe(summarise(workdir))
     except (OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]). metrics.jsonl is
 the record, and a run ends where it cannot be written. All else shows what stands there: where a part of it fails, that
-is said once, and the run goes on without it.
+is reported once, and the run continues without it.
 """
 
 import collections
@@ -26,7 +26,7 @@ VALIDATION, PERFORMANCE = "val/", "perf/"
 WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
 EVENTS_UNDER_WAY = 10_000  # that may wait to be written: far more than a row has
-CURE = "free disk space or mend permissions, and run the same command again to resume from the last checkpoint"
+CURE = "free disk space or fix permissions, and run the same command again to resume from the last checkpoint"
 SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
 
 
@@ -152,14 +152,14 @@ class MetricsWriter:
 
 
 class _Shown:
-    """A part of the log that shows what metrics.jsonl holds: where it fails, that is said, and no more asked of it."""
+    """An optional view of metrics.jsonl: its first failure is reported and disables it."""
 
     def __init__(self, name: str, start: Callable[[], Any], wanted: bool = True):
         self.name, self.part, self._works = name, None, wanted
         self.part = self.attempt(lambda _: start())
 
     def attempt(self, work: Callable[[Any], Any]) -> Any:
-        """What `work` makes of the part; None where it fails, or failed before."""
+        """The result of `work` on the part; None if it fails or has failed before."""
         if not self._works:
             return None
         try:
@@ -167,7 +167,7 @@ class _Shown:
         except Exception as error:  # wandb's have no base that others have too
             self._works = False
             with contextlib.suppress(Exception):  # stderr may be what fails
-                print(f"{self.name} failed: {error!r}; training goes on, {METRICS} has every row", file=sys.stderr)
+                print(f"{self.name} failed: {error!r}; training continues, {METRICS} has every row", file=sys.stderr)
             return None
 
 
@@ -210,7 +210,7 @@ def import_wandb(project: str):
 
 
 def start_wandb(project: str, workdir: Path, config: dict | None):
-    """The Weights & Biases run of a run folder: a run that goes on is the same one there.
+    """The Weights & Biases run of a run folder: a resumed run is the same one there.
 
     Rows that a restart writes again are taken from the first time. WANDB_MODE=offline needs no account; the mode, key
     and server are wandb's own settings.
@@ -224,7 +224,7 @@ def start_wandb(project: str, workdir: Path, config: dict | None):
 
 
 def _shown_performance(row: dict[str, float]) -> dict[str, str]:
-    """What the progress bar shows of how well the machine is used."""
+    """Use of the machine as the progress bar shows it."""
     shown = {}
     for name, label in (("utilisation", "use"), ("input_wait", "wait")):
         if PERFORMANCE + name in row:
@@ -240,7 +240,7 @@ def try_to_plot(workdir: Path) -> None:
     try:
         plot(workdir)
     except Exception as error:
-        print(f"{workdir / PLOTS}: not drawn ({error!r}); the run itself is whole", file=sys.stderr)
+        print(f"{workdir / PLOTS}: not drawn ({error!r}); the run itself is complete", file=sys.stderr)
 
 
 def plot(workdir: Path) -> list[Path]:

@@ -65,7 +65,7 @@ class Peak(NamedTuple):
 
 
 def peak(mesh: Mesh, dtype: str) -> Peak | None:
-    """What the devices of a mesh can do at most; None where nobody knows, for then no utilisation is the right one.
+    """Peak rate of the devices of a mesh; None if no peak is on record, in which case no utilisation is reported.
 
     On a CPU it is the fastest of the matrix products that this takes 0.2 s to run; not with several processes, which
     may share the cores.
@@ -150,7 +150,7 @@ def step_time(started: Started, finished_before: float, finished: float) -> Step
 
 
 class Telemetry:
-    """What the loop of a run measures of itself; a context manager around the loop.
+    """Measurements of the training loop; a context manager around it.
 
     The loop takes its batches from `timed_batches`, its step from `timed_step`, and asks `row` once for every step, in
     order, after it has read that step's metrics.
@@ -198,7 +198,7 @@ class Telemetry:
         return run
 
     def row(self, step: int, useful_flops: float) -> dict[str, float]:
-        """What was measured of the oldest step not asked for yet, whose metrics have been read.
+        """Measurements of the oldest step not asked for yet, whose metrics have been read.
 
         `step_seconds`: from the end of the step before (or of a validation or save between them) to its own end.
         `input_wait`: the share of the last steps in which the devices had nothing to do because the batch was not
@@ -221,7 +221,7 @@ class Telemetry:
         return {PERFORMANCE + name: value for name, value in found.items()}
 
     def describe(self) -> str:
-        """What utilisation is counted against, or why there is none."""
+        """The peak that utilisation is relative to, or why there is none."""
         if self.peak:
             return f"utilisation is of {self.peak.rate / 1e12:.3g} TFLOP/s: {self.peak.source}"
         return f"utilisation not reported: no peak FLOP/s on record for {jax.local_devices()[0].device_kind}"
@@ -281,7 +281,7 @@ class Hosts:
         if straggles and self._named != slowest and jax.process_index() == 0:
             print(
                 f"step {step}: host {slowest} ({self.names[slowest]}) takes {alone:.2f} s a step, the others "
-                f"{others:.2f} s: all wait for it; look at its input, its processors and what else runs there",
+                f"{others:.2f} s: all wait for it; check its input, its processors and what else runs there",
                 file=sys.stderr,
             )
         self._named = slowest if straggles else None

@@ -27,9 +27,9 @@ TPU_OVERLAP = {
 
 
 def compiler_options(deterministic: bool = False, platform: str | None = None) -> dict[str, str | bool]:
-    """What `jax.jit` is given for programs that take gradients, on a platform; None: the backend in use.
+    """Compiler options of `jax.jit` for programs that take gradients, on a platform; None: the backend in use.
 
-    With `deterministic`, a program gives the same bits each time: ValueError for a backend of which nobody knows how.
+    With `deterministic`, a program gives the same bits each time: ValueError for a backend without a known way.
 
     XLA for CPU removes `optimization_barrier` before it fuses and schedules. Without it a layer's fusion reaches back
     through the residuals of all layers before it, which costs time, and what is to be recomputed for the gradient is

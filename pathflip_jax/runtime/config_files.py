@@ -1,4 +1,4 @@
-"""Config files, which are Python: whatever is wrong in one is said in a line, with the file and where in it."""
+"""Config files, which are Python: a fault in one becomes a single line with the file and the place in it."""
 
 import contextlib
 import importlib.util
@@ -29,7 +29,7 @@ def as_config(settings: RunSettings) -> ConfigDict:
 
 
 def run_config_file(path: Path, argument: str) -> ConfigDict:
-    """What the file's `get_config(argument)` returns. What it prints goes to stderr, so that no output is mixed up.
+    """The result of the file's `get_config(argument)`. What it prints goes to stderr, so that no output is mixed up.
 
     Raises ValueError for a file that is no such Python, naming the line that fails.
     """
@@ -57,7 +57,7 @@ def run_config_file(path: Path, argument: str) -> ConfigDict:
 
 
 def _run(path: Path, step: Callable[[], Any]) -> Any:
-    """What a step of the file gives. ValueError with the line for whatever it raises, an attempt to exit included."""
+    """The result of a step of the file. ValueError with the line for whatever it raises, attempts to exit included."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return step()

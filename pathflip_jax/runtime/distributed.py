@@ -91,7 +91,7 @@ def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
     _join(launch, heartbeat_seconds)
     if jax.process_count() != launch.processes:
         raise RuntimeError(
-            f"{launch.found_by} names {launch.processes} processes, their devices are one process's: the backend "
+            f"{launch.found_by} names {launch.processes} processes, but the devices belong to one: the backend "
             f"{jax.default_backend()!r} knows of no others"
         )
     _exit_where_jax_aborts()
@@ -183,7 +183,7 @@ class Unanswered(TimeoutError):
 
 
 def _answer(client, key: str, process: int) -> str:
-    """What a process says; one that keeps the others waiting is named."""
+    """The answer of a process; one that keeps the others waiting is named."""
     try:
         return client.blocking_key_value_get(key, NOTICE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
@@ -208,8 +208,8 @@ def require_same(**values: str) -> None:
         for name, value in values.items():
             if others[name] != value:
                 raise ValueError(
-                    f"{this_process()} has {name} {value}, process {process} has {others[name]}: one run has one; to "
-                    f"train a run in each process, set {SWITCH}=0"
+                    f"{this_process()} has {name} {value}, process {process} has {others[name]}: all processes of a "
+                    f"run must agree; to train a run in each process, set {SWITCH}=0"
                 )
 
 
@@ -285,7 +285,7 @@ class Watchdog:
 
 
 def end_together(error: Exception, heartbeat_seconds: int) -> None:
-    """End all processes for the failure of this one, with one exit code; a lone process goes on.
+    """End all processes for the failure of this one, with one exit code; a lone process continues.
 
     Without this, the others would wait for it in a collective, and it for them at exit. Where the error may come of a
     lost peer, that is given the time to show, and decides.

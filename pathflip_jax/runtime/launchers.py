@@ -138,7 +138,7 @@ def from_jax(on_demand: bool) -> Launch | None:
 
 
 def refuse_address_alone() -> None:
-    """Raise ValueError where an address is given and nobody says for how many processes."""
+    """Raise ValueError if an address is given without a number of processes."""
     if _value(ADDRESS) and _value(COUNT) != "1":
         raise ValueError(
             f"{ADDRESS}={_value(ADDRESS)} without {COUNT} and {NUMBER}, and no launcher says how many processes there "
@@ -166,7 +166,7 @@ def own_address(launch: Launch) -> str | None:
 
 
 def port_setting(launch: Launch) -> str:
-    """What decides on the port of the first process."""
+    """The setting that decides on the port of the first process."""
     return "--coordinator" if launch.found_by == "--coordinator" else ADDRESS if launch.coordinator else PORT
 
 
@@ -182,7 +182,7 @@ def listening_port(address: str) -> int:
 
 
 def local_devices() -> list[int] | None:
-    """Which device of the host is this process's, where its launcher numbers the processes of a host."""
+    """The device of this process on its host, where its launcher numbers the processes of a host."""
     if ids := _value("JAX_LOCAL_DEVICE_IDS"):
         return [_number("JAX_LOCAL_DEVICE_IDS", text.strip()) for text in ids.split(",")]
     numbered = [(_TASKS, "SLURM_LOCALID"), *((size, local) for size, _, local in _COUNTING.values())]

@@ -17,14 +17,14 @@ _HIERARCHY = "sys/fs/cgroup"  # its usual place, for containers whose mounts are
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process may use at most; None where nobody says."""
+    """Bytes that this process may use at most; None if unknown."""
     limits = [limit for limit, _ in _memory_groups()]
     limits += [limit for limit in (_meminfo("MemTotal"), address_space()) if limit is not None]
     return min(limits, default=None)
 
 
 def memory_left() -> int | None:
-    """Bytes that this process may still take; None where nobody says."""
+    """Bytes that this process may still take; None if unknown."""
     left = [max(limit - used, 0) for limit, used in _memory_groups()]
     if (available := _meminfo("MemAvailable")) is not None:
         left.append(available)

@@ -13,13 +13,13 @@ GIB = 2**30
 
 
 def needed_bytes(compiled) -> int:
-    """What one device has to find for a compiled program besides its arguments: temporaries, and outputs of its own."""
+    """Bytes that one device needs for a compiled program besides its arguments: temporaries, and outputs of its own."""
     plan = compiled.memory_analysis()
     return plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """What a device has left; on a CPU its share of what this process may still take. None where nobody says."""
+    """Free memory of a device; on a CPU its share of what this process may still take. None if unknown."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -25,7 +25,7 @@ def raise_open_files() -> None:
 
 
 def open_files() -> int:
-    """How many files this process may have open at once."""
+    """The number of files that this process may have open at once."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return OPEN_FILES if soft == _UNLIMITED else soft
 
@@ -52,7 +52,7 @@ def explain(error: BaseException) -> str | None:
 
 
 class _Limit(NamedTuple):
-    """What the operating system (a number) or a library (words) says at a limit; its cure, None where there is none."""
+    """The sign of a limit, an error number or a library's words, and its cure; None where there is none."""
 
     numbers: set[int]
     words: str

@@ -36,7 +36,7 @@ def worker_number() -> int:
 
 
 def exit_name(death: BaseException) -> str:
-    """The signal or exit code that a process ended with; empty where nobody knows."""
+    """The signal or exit code that a process ended with; empty if it is unknown."""
     code = getattr(death, "exitcode", None)
     if code is None:
         return ""

@@ -70,7 +70,7 @@ class AlignmentDataSettings(DataSettings):
     subcaption_length: int = setting(192, whole(3, 2**20), "the same", at_most="model.max_positions")
     caption_share: float = setting(
         1.0, share(most_itself=True, zero=False),
-        "of a report's sentences in a training caption, drawn anew; 1: the whole report", before=1.0,
+        "of a report's sentences in a training caption, drawn for every batch; 1: the whole report", before=1.0,
     )  # fmt: skip
     max_unknown_share: float = setting(
         0.2, share(most_itself=True), "of the pieces of the texts, unknown to the vocabulary: more is an error",

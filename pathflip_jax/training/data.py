@@ -82,8 +82,8 @@ def _validation_batches(cohort: Cohort, data: AlignmentDataSettings, most: int, 
     batches.resize(BatchSize(size, choose_groups(size + padding, shards.count), padding))
     if not any_unrelated(batches.related):
         _log.warning(
-            "validation: its %d slides are all of one case, or of one caption, so that none is another's rival and "
-            "retrieval among them is right whatever the model says; take slides of several patients",
+            "validation: its %d slides all share one case or one caption, so that there are no negatives and retrieval "
+            "among them is always right; use slides of several patients",
             len(batches.slides),
         )  # fmt: skip
     return batches
@@ -101,7 +101,7 @@ def split_slides(data: DataSettings, records: Records, begun: bool = False) -> S
     """The slides of the records as the slide table splits them; without one every slide trains.
 
     What matches otherwise is logged. Raises ValueError for a split of which
-    there is no slide; a run that `begun` without validation, when that was no error, goes on without.
+    there is no slide; a run that `begun` without validation, when that was no error, continues without.
     """
     validates = (data.val_split or "").lower() not in NO_VALIDATION
     if not data.slides:
@@ -113,13 +113,13 @@ def split_slides(data: DataSettings, records: Records, begun: bool = False) -> S
     if not validates or (begun and not table.slides(data.val_split)):
         return SplitSlides(table, training, [])
     if data.val_split == data.split:
-        _log.warning("data.val_split=%s is what is trained on: its scores say nothing about new slides", data.split)
+        _log.warning("data.val_split=%s is the training split: its scores are no estimate for new slides", data.split)
     cure = "name another with --config.data.val_split; --config.data.val_split= trains without validation"
     return SplitSlides(table, training, table.require(data.val_split, cure))
 
 
 def count_slides(data: DataSettings, records: Records, split: SplitSlides, texts: Sequence[list | None]) -> dict:
-    """What each split has; `texts` are the slides of each text of training and of validation."""
+    """Counts of each split; `texts` are the slides of each text of training and of validation."""
     names = (data.split if split.table else "all", data.val_split)
     told = {name: own for name, own in zip(names, texts, strict=True) if own is not None}
     return count_splits(split.table, records, told)
@@ -138,7 +138,7 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
         words = TextTokenizer(bert).vocab_size
         if words != tokenizer.vocab_size:
             raise ValueError(
-                f"{bert}: the weights of config.model.bert are for a vocabulary of {words} words, config.data.tokenizer"
+                f"{bert}: the weights of config.model.bert have a vocabulary of {words} words, config.data.tokenizer"
                 f"={tokenizer.folder} has {tokenizer.vocab_size}; name one folder for both"
             )
 
@@ -165,7 +165,7 @@ def cut_facts(records: Records) -> dict:
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:
-    """How many text groups to cut a batch into, so that every device has whole groups of every microbatch.
+    """The number of text groups to cut a batch into, so that every device has whole groups of every microbatch.
 
     Sixteen slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
     ValueError where the batch does not divide.

@@ -1,7 +1,7 @@
 """Fingerprints of data: hashes of what training takes from tables and tokenizer, not of their bytes.
 
 A slide table that gained a column, or that was saved with other line ends, quotes or a mark at its start, is the same
-table. Runs of versions that hashed bytes alone go on by those (`same_data`).
+table. Runs of versions that hashed bytes alone resume by those (`same_data`).
 """
 
 import hashlib

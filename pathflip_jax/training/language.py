@@ -121,7 +121,7 @@ def check_language_settings(settings: LanguageSettings) -> None:
     language_stage(trains)
     _lora(settings.lm, trains, None)
     if settings.data.embeddings and "aligner" in trains:
-        raise ValueError("data.embeddings: slides that were embedded before teach the aligner nothing; leave it unset")
+        raise ValueError("data.embeddings: the aligner cannot learn from embedded slides; leave it unset")
     if settings.lm.random_decoder and "decoder" not in trains:
         raise ValueError("lm.random_decoder: a decoder that starts from scratch must learn; add decoder to lm.trains")
 
@@ -133,7 +133,7 @@ def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "Started 
     lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, split_names(lm.lora_targets))
     if started is not None and started.lora is not None:
         if {**vars(started.lora), "dropout": 0.0} != {**vars(lora), "dropout": 0.0}:
-            raise ValueError(f"lm.start={lm.start}: has {started.lora}, this config {lora}; set lm.lora_... alike")
+            raise ValueError(f"lm.start={lm.start}: has {started.lora}, this config {lora}; set the same lm.lora_...")
     return lora
 
 

@@ -123,7 +123,7 @@ def read_embeddings(path: str | Path, records: Records, examples: Sequence[Examp
     """
     table, about = open_embeddings(path)
     if about.get("checkpoint_hash") != run_hash:
-        raise ValueError(f"{path}: embedded by {about.get('checkpoint')}, not by {run} as it is now; embed once more")
+        raise ValueError(f"{path}: embedded by {about.get('checkpoint')}, not by {run} as it is now; embed again")
     if not about.get("regions"):
         raise ValueError(f"{path}: holds no regions; embed with --regions")
     several = sum(len(set(example.regions.record.tolist())) > 1 for example in examples)

@@ -23,7 +23,7 @@ LOSS_CHUNK = 128  # tokens whose logits stand in memory at once
 
 
 class LanguageBatch(NamedTuple):
-    """What a step of the language stage sees: sequences about slides, padded on the right.
+    """Input of a step of the language stage: sequences about slides, padded on the right.
 
     `mask` is True at real tokens, `response` at those that are learnt, each from what stands before it. Where the
     features are on the devices, `patches` are their rows (`data.batches.pipeline.look_up`); where slides were embedded

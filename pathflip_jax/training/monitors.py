@@ -67,7 +67,7 @@ PHASES = {
 
 
 class Monitors:
-    """What watches a run beside its loop; a context manager around that, for the account of time and profiles.
+    """The monitors of a run; a context manager around its loop, for the account of time and profiles.
 
     Hangs, requests to stop and the lock on the run's folders are watched from before to after it.
     """

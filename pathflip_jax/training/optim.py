@@ -34,7 +34,7 @@ def learning_rate(config: OptimConfig, steps: int, steps_per_epoch: int) -> opta
 
 
 def decays(config: OptimConfig, params: dict[str, jax.Array]) -> dict[str, bool]:
-    """Which parameters weight decay shrinks, by name."""
+    """The parameters that weight decay shrinks, by name."""
     return {name: config.preset == "released" or NO_DECAY.search(name) is None for name in params}
 
 

@@ -43,8 +43,8 @@ def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
         taken.append(f"{key}={kept!r}" + (f" (not {now!r})" if kept != now else ""))
     if taken and jax.process_index() == 0:
         print(
-            f"{home}: a run of an earlier version, which resumes as it began; settings that it had not have the value "
-            f"that means what it did: {', '.join(taken)}",
+            f"{home}: a run of an earlier version, which resumes as it began; settings that it did not have get "
+            f"the value that keeps its behaviour: {', '.join(taken)}",
             file=sys.stderr,
         )
     return settings.with_changes(changes)
@@ -54,7 +54,7 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
     """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
 
     A run may be given more steps, or fewer than it was to have, but not fewer than it has done: its learning rate then
-    goes on along the schedule of the new length. `describe` writes into a folder what its run is. The folder of
+    continues along the schedule of the new length. `describe` writes into a folder what its run is. The folder of
     `train.checkpoints`, which alone outlives a lost machine, is made so too. A run that ended before its first
     checkpoint, on a wrong setting or for want of memory, has neither.
     """

@@ -11,7 +11,7 @@ from pathflip_jax.model.parameters import Key, Params
 
 
 class Stage(NamedTuple):
-    """What is particular to a stage of training; the loop is the same for all.
+    """The parts of training that differ between stages; the loop is the same for all.
 
     encode(model, batch, key) -> embeddings: float arrays whose leading axis is the batch; key None: no dropout.
     objective(model, embeddings, batch, key) -> (loss, metrics by name).

@@ -24,5 +24,5 @@ STAGES: dict[Kind, Callable[[Any, Mesh, Mapping], Training]] = {
 
 
 def open_training(settings: RunSettings, mesh: Mesh, begun: Mapping[str, Any]) -> Training:
-    """What settings train; `begun` is the config.json of the run that resumes, with a section `data` at least."""
+    """The training that settings ask for; `begun`: config.json of the run that resumes, at least its section `data`."""
     return STAGES[type(settings)](settings, mesh, begun)

@@ -1,4 +1,4 @@
-"""Where a run stands when its loop begins: at its newest sound checkpoint, or at step 0."""
+"""State of a run when its loop begins: at its newest sound checkpoint, or at step 0."""
 
 import sys
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from pathflip_jax.training.stage import Stage
 
 
 def text_groups(batch: Any) -> int:
-    """How many groups of slides a batch is made of: the shortest leading axis, that of packed texts."""
+    """The number of slide groups in a batch: the shortest leading axis, that of packed texts."""
     return min(len(x) for x in jax.tree.leaves(batch))
 
 

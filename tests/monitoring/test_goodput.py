@@ -150,7 +150,7 @@ def test_the_command_says_it_to_people_and_programs(clock, tmp_path, capsys):
     assert cli.main(["goodput", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "goodput 75.8% of 2.2 min (75.8% while running): 50 steps, 1 start\n" in printed
-    assert "state --config.train.preemptions_per_day" in printed and "initialisation" in printed
+    assert "set --config.train.preemptions_per_day" in printed and "initialisation" in printed
     assert cli.main(["goodput", str(tmp_path), "--preemptions-per-day=24", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recommended"]["save_every"] == round(math.sqrt(2 * 3600) / 2) == 42

@@ -138,7 +138,7 @@ def test_slides_embedded_before_give_the_same_loss(setting, tiny_cohort):
     losses = [encode(model, batch, None)["loss"] for batch in (plain, rows)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
-    with pytest.raises(ValueError, match="embed once more"):
+    with pytest.raises(ValueError, match="embed again"):
         read_embeddings(folder / "rows.parquet", records, examples, name, "other")
     embed.embed(run, tiny_cohort.records, folder / "bare.parquet")
     with pytest.raises(ValueError, match="embed with --regions"):
