@@ -5,7 +5,7 @@ Hardware   not run at scale yet
 Hours      not measured
 Result     not measured
 
-Of the aligner learns what slides pass through; its text side sees no gradient and stays. r=16 as released.
+Only the slide side of the aligner learns; its text side gets no gradient. LoRA rank 16, as released.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-# What the launch scripts share; sourced after their settings, never run.
+# Functions that the launch scripts share; sourced after their settings, never run.
 # shellcheck shell=bash
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "bash 4.4 or newer is needed" >&2; exit 2; }
@@ -72,7 +72,7 @@ show_settings() {
     [[ ${#written[@]} == 0 ]] || say "from the top of the script: $(quoted "${written[@]}")"
 }
 
-# forget_places: what another launcher said of its processes would lead these ones astray.
+# forget_places: unset what another launcher told its own processes, which would mislead these.
 forget_places() {
     local name
     for name in COORDINATOR PROCESSES PROCESS WAIT_FOR JAX_COORDINATOR_ADDRESS JAX_COORDINATOR_BIND_ADDRESS \
@@ -149,7 +149,7 @@ step_of() {
 }
 
 # count_start FOLDER PROCESS: note that a process of this LAUNCH_ID starts on the run; stop for good where MAX_STARTS
-# starts have brought it no further: what ends a run at one step each time is not cured by another start.
+# starts have brought no progress: a fault that ends a run at the same step each time is not cured by another start.
 count_start() {
     local file=$1/starts/$2 step count=0 id most
     [[ -n $LAUNCH_ID && $MAX_STARTS != 0 && -z $DRY_RUN ]] || return 0
@@ -160,13 +160,13 @@ count_start() {
         count=0
     fi
     ((count < MAX_STARTS)) ||
-        fail "$count starts, and $1 is still at step $step: giving up. Look for why they ended, then launch it anew; MAX_STARTS is how many may be in vain"
+        fail "$count starts, and $1 is still at step $step: giving up. Find out why they ended, then launch again; MAX_STARTS limits starts without progress"
     { mkdir -p "$1/starts" && echo "$LAUNCH_ID $step $((count + 1))" > "$file"; } 2> /dev/null ||
         say "$file cannot be written: starts in vain are not counted"
 }
 
 # keep_running COMMAND...: run it until it is done, and return its last exit code. What stopped after saving starts
-# again as long as it comes further (count_start); anything else that went wrong (a killed process, a lost host)
+# again as long as it makes progress (count_start); anything else that went wrong (a killed process, a lost host)
 # MAX_RESTARTS times, with PAUSE seconds before; wrong input never, and nothing once STOPPING is set.
 keep_running() {
     local failures=0 code=$TRY_AGAIN

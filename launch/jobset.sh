@@ -7,7 +7,7 @@ set -euo pipefail
 #   IMAGE=registry/pathflip:1 NODES=4 DATA=s3://lab/cohort WORKDIR=/share/runs/base SHARED_CLAIM=share \
 #       launch/jobset.sh --config align_base --config.data.records=records ...
 #
-# All pods start again after exit code 75 or a lost node, as long as the run comes further (MAX_STARTS); after another
+# All pods start again after exit code 75 or a lost node, as long as the run makes progress (MAX_STARTS); after another
 # failure MAX_RESTARTS times; wrong input (exit code 2) ends the JobSet. --dry-run prints the manifest: pipe it into a file to adapt it.
 #
 # Settings, here or in the environment:

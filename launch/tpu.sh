@@ -9,7 +9,8 @@ set -euo pipefail
 #       --config.data.tokenizer=bert --config.model.bert=bert
 #
 # The request is made, waited for, given this clone (its commit, not what is uncommitted), the locked packages and the
-# data, and trains. Preempted, it is deleted and made anew and the run goes on; at the end, or on ctrl-C, it is deleted.
+# data, and trains. If preempted, it is deleted and requested again, and the run resumes; at the end, or on ctrl-C, it is
+# deleted.
 # A request of this name that is there already is another run's, and is left alone.
 # Keep this script running (tmux) on a machine that stays up, with gcloud logged in.
 #

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 set -euo pipefail
-# What every host of a run does, called by the other scripts: get the code ready, stage the data, train.
+# The work of every host of a run, called by the other scripts: get the code ready, stage the data, train.
 #
 # usage: launch/worker.sh [--dry-run | --help] install EXTRAS | stage | train OPTIONS OF pathflip train
 #
@@ -57,7 +57,7 @@ upload() {
 }
 
 # download_whole URL FOLDER [CHECK]: the folder appears when all of it is there and CHECK agrees, in place of what was
-# there until then. What a killed copy left behind is gone on with.
+# there until then. An interrupted copy is continued.
 download_whole() {
     run mkdir -p "$2.partial" && download "$1" "$2.partial" && ${3:+"$3" "$2.partial"} && run rm -rf "$2" &&
         run mv "$2.partial" "$2"

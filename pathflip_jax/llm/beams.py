@@ -53,7 +53,7 @@ def advance(
     limit: Int[Array, ""],
     sampling: Sampling,
 ) -> tuple[Beams, Int[Array, "B K"]]:
-    """Give each text its likeliest next tokens; the beams afterwards, and which beam each goes on from."""
+    """Give each text its likeliest next tokens; the beams afterwards, and the beam that each continues."""
     B, K, V = likelihoods.shape
     step = beams.step
     # Of so many candidates K do not end, whatever stop tokens are among them.

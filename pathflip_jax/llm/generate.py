@@ -263,7 +263,7 @@ def write_texts(model, logits, held: Cache, seen, limit, seed, sampling: Samplin
 def _search(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
     """Beam search: the beams of a sequence are tokens side by side, and each sees the prompt and its ancestors.
 
-    So they share the prompt's keys and values, and no slot of the cache is ever copied: a beam that goes on from
+    So they share the prompt's keys and values, and no slot of the cache is ever copied: a beam that continues from
     another takes over what that one sees.
     """
     B, K, rows = len(logits), sampling.beams, jnp.arange(len(logits))[:, None]

@@ -191,7 +191,7 @@ def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, capl
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     open_data(config(**{"data.texts": texts}))
     assert "1 captions are those of slides of several cases, word for word (6 of 6 slides" in caplog.text
-    assert "validation: its 6 slides are all of one case, or of one caption" in caplog.text
+    assert "validation: its 6 slides all share one case or one caption" in caplog.text
 
 
 def test_tables_saved_anew_are_the_same_data(config, tiny_cohort, tmp_path):
