@@ -1,8 +1,8 @@
-"""The demo: a small model on the embedded cohort, trained in about two minutes on two cores.
+"""The demo: a small model on the embedded cohort, trained on two cores.
 
 Command    make demo
 Hardware   2 CPU cores
-Hours      0.04; 0.13 with slides, records, the comparison run and the report
+Hours      `make demo` prints the time of every step and of the whole
 Result     three seeds, about 150 held-out slides (benchmarks/results/cohort.json): R@1 of 100 9.7% and 11.2% (chance
            1%), zero-shot balanced accuracy 1.00, grounding AUC 0.85, 0.78 without the region loss
 """

@@ -17,9 +17,7 @@ def add(commands) -> None:
         "the main job on an embedded cohort: slides to report, in about ten minutes on two cores",
         "pathflip demo --out demo",
     )
-    parser.add_argument(
-        "--out", type=local_path, default=Path("demo"), help="output folder (default demo)"
-    )
+    parser.add_argument("--out", type=local_path, default=Path("demo"), help="output folder (default demo)")
     parser.add_argument(
         "--slides", type=number("slides"), default=SLIDES, help=f"slides of the cohort (default {SLIDES})"
     )
