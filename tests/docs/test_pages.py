@@ -97,7 +97,8 @@ def check_command(arguments: tuple[str, ...], whole: bool, parsers) -> None:
         return None
     assert name in parsers, f"no command {name}"
     if whole:
-        build_parser().parse_args([name, *rest])
+        # A bucket's client is an extra; fsspec's memory is a place behind a URL without one.
+        build_parser().parse_args([name, *(word.replace("gs://", "memory://") for word in rest)])
         return None
     for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
         assert option in parsers[name]._option_string_actions, f"{name} has no option {option}"
