@@ -1,11 +1,11 @@
-"""Everything to know of an accelerator in one command, for a session on it that may last minutes.
+"""Complete accelerator benchmark in one command, for a session that may last only minutes.
 
-Runs on whatever JAX finds. Each part is a process of its own with a limit of 8 minutes, in the order of what is worst
-to learn late: parity, train steps at growing batches, beside PyTorch, encoding, generation, time to train,
-deterministic mode, save and kill, memory, input, meshes, workarounds. A part that fails, hangs or crashes is named in
-one line with the cure, and the others run. After each part `DIR/accelerator.json` and the page `DIR/accelerator.html`
-are written anew, whole; a session that is cut off keeps what was measured. Given again, the command runs what is not
-done yet.
+Runs on the device that JAX finds. Each part is a separate process with a limit of 8 minutes, the most important first:
+parity, train steps at growing batches, comparison with PyTorch, encoding, generation, time to train, deterministic
+mode, save and kill, memory, input, meshes, workarounds. A part that fails, hangs or crashes is reported in one line
+with the cure, and the others run. After each part `DIR/accelerator.json` and the page `DIR/accelerator.html` are
+rewritten atomically; an interrupted session keeps its measurements. Run again, the command does the parts that are
+missing.
 
     python benchmarks/accelerator.py --out runs/h100
     python benchmarks/accelerator.py --out runs/h100 --part parity --part step-pathflip --again
@@ -13,8 +13,8 @@ done yet.
     benchmarks/accelerator.sh --wheels wheels --out runs/h100                      # on a machine that cannot install
 
 With `--small` sizes are small, on a CPU unless JAX_PLATFORMS names another device: it shows that every part works, its
-figures say nothing of speed, and the page is drawn once, at the end. Where JAX finds a CPU alone sizes are small too,
-and an accelerator that it does not use is a fault of the first part.
+figures are no measure of speed, and the page is drawn once, at the end. Where JAX finds only a CPU sizes are small too,
+and an unused accelerator is a fault of the first part.
 """
 
 import argparse
@@ -42,20 +42,20 @@ LIMIT = 480.0  # seconds of a part
 RESULT, PAGE = "accelerator.json", "accelerator.html"
 DONE, FAILED = "done", "failed"
 PACKAGES = ("pathflip-jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
-# A small program on a CPU takes longer to compile than to run: less is done for its speed.
+# A small program on a CPU takes longer to compile than to run: optimise it less.
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
-TAIL = 20_000  # characters of a log that say why
+TAIL = 20_000  # characters of a log's end that are reported
 
 
 class Session:
-    """The results in a folder: what is done, what is to do, and the two files that say so."""
+    """Results in a folder: finished and pending parts, and the two output files."""
 
     def __init__(self, out: Path, small: bool, limit: float = LIMIT) -> None:
         self.out, self.small, self.limit = out, small, limit
-        self.running: set[int] = set()  # processes of parts, each a group of its own
+        self.running: set[int] = set()  # processes of parts, each its own process group
         self.work, self.logs = out / "work", out / "logs"
         for folder in (self.work, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class Session:
         return self.found["parts"].get(name, {}).get("state") == DONE
 
     def environment(self) -> dict[str, str]:
-        """Of the parts: this clone first, compiled programs kept for the parts that follow."""
+        """Environment of the parts: this clone first, compiled programs cached for later parts."""
         search = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         more = {"PYTHONPATH": os.pathsep.join(filter(None, search)), "PYTHONUNBUFFERED": "1"}
         kept = {"JAX_COMPILATION_CACHE_DIR": str(self.work / "compiled")}
@@ -78,16 +78,16 @@ class Session:
         if self.small and "JAX_PLATFORMS" not in os.environ:
             more["JAX_PLATFORMS"] = "cpu"
         if "JAX_PLATFORMS" not in os.environ and self.found["device"].get(FAULT):
-            more["JAX_PLATFORMS"] = "cpu"  # the device opens for nobody: what needs none is measured
+            more["JAX_PLATFORMS"] = "cpu"  # the device does not open: only parts without it are measured
         if self.small:
-            more["TORCHDYNAMO_DISABLE"] = "1"  # what torch.compile takes is more than all else
+            more["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile takes longer than all else
         if self.small and more.get("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS")) == "cpu":
             kept["XLA_FLAGS"] = QUICK_TO_COMPILE
         return kept | os.environ | more
 
     def run(self, name: str, part: Part) -> dict:
-        """What came of a part, run to its end or limit: its rows, and in one line what went wrong with the cure."""
-        print(f"{name:21} {part.title} ...\n", end="", flush=True)  # one write: two parts may speak at once
+        """Run a part to its end or limit: its rows, and any fault in one line with the cure."""
+        print(f"{name:21} {part.title} ...\n", end="", flush=True)  # one write: two parts may print concurrently
         work, rows_file, log = self.work / name, self.work / f"{name}.json", self.logs / f"{name}.log"
         shutil.rmtree(work, ignore_errors=True)
         rows_file.unlink(missing_ok=True)
@@ -106,7 +106,7 @@ class Session:
                 code = process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
                 code = None
-            self.end(process.pid)  # it, or what it left running
+            self.end(process.pid)  # the part, or its leftover processes
             process.wait()
         rows = read(rows_file) if rows_file.exists() else []
         found = {"title": part.title, "state": DONE, "seconds": time.monotonic() - start, "rows": rows}
@@ -125,14 +125,14 @@ class Session:
         return found
 
     def end(self, *parts: int) -> None:
-        """End the processes of parts, by default of all, with everything that they started."""
+        """Kill the processes of parts, by default of all, with their children."""
         for pid in parts or tuple(self.running):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
             self.running.discard(pid)
 
     def keep(self, name: str, found: dict) -> None:
-        """Keep what came of a part, and say how it went in one line."""
+        """Save the outcome of a part, and print it in one line."""
         self.found["parts"][name] = found
         line = f"{name:21} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
         if FAULT in found:
@@ -140,11 +140,11 @@ class Session:
         print(line, flush=True)
 
     def identity(self) -> dict:
-        """What all results of a folder must share."""
+        """Identity that all results in a folder must share."""
         return {name: self.found["device"].get(name) for name in ("kind", "count")} | {"small": self.found["small"]}
 
     def look(self, part: Part, again: bool) -> None:
-        """Run the part that says what JAX runs on, every time; sizes are small where that is a CPU alone."""
+        """Run the device part, every time; sizes are small on a machine with only a CPU."""
         before, sound = self.identity(), self.done(DEVICE)
         self.found["device"] = {}
         found = self.run(DEVICE, part)
@@ -154,7 +154,7 @@ class Session:
         self.small |= self.found["device"].get("platform", "cpu") == "cpu"
         self.found["small"] = self.small
         if before != (here := self.identity()):
-            if sound and not again:  # what ran while the device did not open is of no use now
+            if sound and not again:  # results from while the device did not open are void
                 raise ValueError(
                     f"{self.out / RESULT}: measured on {before}, this session is on {here}; give another --out, or "
                     "--again to measure everything anew"
@@ -163,8 +163,8 @@ class Session:
         self.write(page=not self.small)
 
     def write(self, page: bool = True) -> None:
-        """Both files, or the JSON alone; each whole or as it was before."""
-        from accelerator_parts.page import render  # here: the parts' processes need no matplotlib
+        """Write both files, or only the JSON, each atomically."""
+        from accelerator_parts.page import render  # imported here: the parts' processes need no matplotlib
 
         described = describe(*PACKAGES) | {"revision": git_revision()}
         order = [name for name in PARTS if name in self.found["parts"]]
@@ -185,14 +185,14 @@ def read(path: Path):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file, so that it is never seen in part."""
+    """Replace a file atomically."""
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> bool:
-    """Look at the device, then run what is not done yet, each part whatever became of the others; whether all is done.
+    """Inspect the device, then run the missing parts independently of each other; returns whether all are done.
 
     Raises ValueError where the folder holds the results of another device or of other sizes.
     """
@@ -200,7 +200,7 @@ def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> 
     to_do = [name for name in parts if name != DEVICE and (again or not session.done(name))]
     if before := [name for name in parts if name != DEVICE and name not in to_do]:
         print(f"{', '.join(before)}: done before; --again repeats it", flush=True)
-    # Small sizes are there to see that all works, not for times: two parts at once.
+    # Small sizes test function, not speed: two parts run concurrently.
     pool = ThreadPoolExecutor(2 if session.small else 1)
     try:
         under_way = {pool.submit(session.run, name, parts[name]): name for name in to_do}
@@ -215,7 +215,7 @@ def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> 
 
 
 def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:
-    """What a part's process does: yield row after row, each on disk before the next is measured."""
+    """Run a part in its process: yields row after row, each on disk before the next is measured."""
     module, function = target.split(":")
     context = Context(**context | {"work": Path(context["work"])})
     rows = []
@@ -227,7 +227,7 @@ def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; work and logs lie there too")
     parser.add_argument("--part", action="append", choices=list(PARTS), metavar="NAME", help=", ".join(PARTS))
@@ -240,7 +240,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the parts; 1 where one failed, 2 where none could start."""
+    """Run the parts; the exit code is 1 where one failed, 2 where none could start."""
     parser = make_parser()
     options = parser.parse_args()
     if options.call:
@@ -249,7 +249,7 @@ def main() -> int:
         parser.error("--out DIR is needed: the folder of the results")
     if options.limit <= 0:
         parser.error(f"--limit {options.limit:g}: expected seconds, more than 0")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part under way ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the running part ends too
     try:
         session = Session(options.out.resolve(), options.small, options.limit)
         chosen = {name: PARTS[name] for name in PARTS if name in (options.part or PARTS)}

@@ -1,27 +1,28 @@
-"""A TPU pod, predicted without a TPU: compile the training step for a topology, read memory and traffic, estimate.
+"""Ahead-of-time prediction of a TPU pod: compile the training step for a topology, read memory and traffic, estimate.
 
-libtpu compiles for machines that are not there (`pip install pathflip-jax[aot]`). The step is that of `pathflip train`
+libtpu compiles without the hardware (`pip install pathflip-jax[aot]`). The step is that of `pathflip train`
 with a config, on batches of the shapes that its pipeline makes (texts of real lengths, packed). Each chip has
 `--slides` slides, so that 256 chips see 4,096, or shares the regions of them with `--region` others. The last line
 printed is
 
     peak_bytes=… largest_batch=… efficiency_exposed=…% efficiency_overlapped=…%
 
-All layers are compiled, which takes minutes. `--fit` compiles steps of few instead and continues bytes in a straight
-line, in pairs because every second layer looks at patches, for models that are too deep; with `--whole` it says how far
-the line was off. It saves no time at twelve layers: the compiler makes machine code once for all layers that are alike.
-Peak memory has a part that does not grow with the batch (parameters, moments and float32 gradients, all known) and one
-that does: `largest_batch` is the largest batch, in steps of `--step` slides per chip, whose sum fits what the compiler
-allows itself of the chip; `--confirm` compiles it, all layers.
+All layers are compiled, which takes minutes. For models that are too deep, `--fit` compiles steps of few layers instead
+and extrapolates bytes linearly, in pairs because every second layer attends to patches; with `--whole` it reports the
+error of the line. It saves no time at twelve layers: the compiler makes machine code once for all layers that are
+alike. Peak memory has a part that does not grow with the batch (parameters, moments and float32 gradients, all known)
+and one that does: `largest_batch` is the largest batch, in steps of `--step` slides per chip, whose sum fits what the
+compiler allows itself of the chip; `--confirm` compiles it, all layers.
 
     compute     useful FLOPs of a chip's slides (roofline.py) over half of the chip's published bf16 rate
     exposed     compute / (compute + bytes on the wire over the published link rate)
     overlapped  the same, without collectives that the schedule puts compute beside (traffic.py); the JSON also has
                 `bounded`, where compute hides no more than the compiler's estimate of its time
 
-`--no-overlap` compiles without the options that make a TPU compute while it sends (`runtime.compilation.TPU_OVERLAP`),
-which shows what they are worth. In the plot, a line goes through the compiled topologies of a chip: the time that n
-chips wait is a share of (n - 1) / n, as round a ring, and one of n - 1, as of gathers of all slides, by least squares.
+`--no-overlap` compiles without the options that overlap a TPU's computation and communication
+(`runtime.compilation.TPU_OVERLAP`), which shows their effect. In the plot, a line is fitted to the compiled topologies
+of a chip: the waiting time of n chips has a term in (n - 1) / n, as in a ring, and one in n - 1, as in gathers of all
+slides, by least squares.
 
 Single slices only: traffic between slices, over the data centre's network, is not counted.
 
@@ -55,7 +56,7 @@ UTILISATION = 0.5  # of the peak, assumed
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a step of so many layers: a chip's bytes, its traffic and FLOPs; seconds to compile."""
+    """Compiler's figures for a step with that many layers: bytes, traffic and FLOPs per chip; seconds to compile."""
 
     layers: int
     slides: int
@@ -70,11 +71,11 @@ class Compiled(NamedTuple):
 
     @property
     def fixed_bytes(self) -> float:
-        """Those of the peak that stay whatever the batch: parameters, two moments, float32 gradients, and code."""
+        """Part of the peak independent of the batch: parameters, two moments, float32 gradients, and code."""
         return 4 * self.parameter_bytes + self.code_bytes
 
     def line_to(self, more: "Compiled", layers: int) -> "Compiled":
-        """The straight line through two steps, continued to so many layers."""
+        """Linear extrapolation of two steps to that many layers."""
         share = (layers - self.layers) / (more.layers - self.layers)
         continued = {
             name: getattr(self, name) + share * (getattr(more, name) - getattr(self, name))
@@ -84,10 +85,10 @@ class Compiled(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """The share of a step that is useful compute.
+    """Fraction of a step that is useful compute.
 
-    `exposed` waits for all traffic, `overlapped` for what is sent with no compute beside it, `bounded` also for what
-    the compute beside has no time to hide.
+    `exposed` waits for all traffic, `overlapped` for traffic without concurrent compute, `bounded` also for traffic
+    that the concurrent compute is too short to hide.
     """
 
     exposed: float
@@ -96,18 +97,18 @@ class Efficiency(NamedTuple):
 
 
 def predict(compute_seconds: float, found: Compiled, link: float) -> Efficiency:
-    """The fixed formula: compute over compute and communication."""
+    """Efficiency by a fixed formula: compute over compute plus communication."""
     sent = (found.wire_bytes, found.synchronous_bytes, found.waited_bytes)
     return Efficiency(*(compute_seconds / (compute_seconds + bytes_ / link) for bytes_ in sent))
 
 
 def largest_batch(peak: float, fixed: float, slides: int, limit: float, step: int) -> int:
-    """The most slides a chip holds, a multiple of `step`: `fixed` bytes stay, the rest of `peak` grows with slides."""
+    """Most slides per chip, a multiple of `step`: `fixed` bytes are constant, the rest of `peak` grows with slides."""
     return max(int((limit - fixed) * slides / (peak - fixed)) // step * step, 0)
 
 
 def step_flops(config, layers: int, slides: int) -> float:
-    """Useful FLOPs of one step over so many full slides with texts of real lengths; without the optimizer's."""
+    """Useful FLOPs of one step over that many full slides with texts of real lengths; without the optimizer's."""
     data, model = config.data, with_layers(config, layers)
     lengths, patches = json.loads(LENGTHS.read_text())["slides"], data.regions * (data.patch_slots or S)
     forward = (parts(model, Shapes(slides, data.regions, patches, tuple(own)), 2, training=False) for own in lengths)
@@ -117,7 +118,7 @@ def step_flops(config, layers: int, slides: int) -> float:
 def compile_step(
     config, layers: int, slides: int, mesh, chip: str, overlap: bool, keep: Path | None
 ) -> tuple[Compiled, Traffic]:
-    """Compile a step: what it takes, and its traffic; its HLO goes to the folder `keep`.
+    """Compile a step: its memory and its traffic; its HLO is written to the folder `keep`.
 
     Raises MemoryError where it does not fit the chip.
     """
@@ -162,7 +163,7 @@ def compile_step(
 
 
 def show(traffic: Traffic, most: int = 6) -> str:
-    """The largest collectives of a program, by kind, dtype and source."""
+    """Print the largest collectives of a program, by kind, dtype and source."""
     rows = sorted(traffic.collectives, key=lambda x: -x.wire_bytes)[:most]
     return "\n".join(
         f"  {x.kind} {'/'.join(x.dtypes)} of {x.bytes / 1e6:.1f} MB over {x.devices}, "
@@ -172,7 +173,7 @@ def show(traffic: Traffic, most: int = 6) -> str:
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Compile and predict as the options say; prints what it finds, the summary last."""
+    """Compile and predict according to the options; prints the results, the summary last."""
     from pathflip_jax.training import settings
 
     chip = options.topology.partition(":")[0]
@@ -213,7 +214,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def take_bytes(options: argparse.Namespace, compiled: Callable[[int], Compiled], layers: int) -> tuple[Compiled, dict]:
-    """A step of all layers, compiled or by a straight line or both; and what was found on the way."""
+    """Figures of a step with all layers, compiled or extrapolated or both, and the intermediate results."""
     found, result = None, {}
     if options.fit:
         few, more = (compiled(n) for n in options.fit)
@@ -232,7 +233,7 @@ def take_bytes(options: argparse.Namespace, compiled: Callable[[int], Compiled],
 
 
 def gigabytes(found: Compiled) -> str:
-    """Peak and traffic, for people."""
+    """Peak and traffic as readable text."""
     return (
         f"peak {found.peak_bytes / 1e9:.2f} GB, {found.wire_bytes / 1e9:.3f} GB on the wire of a chip, "
         f"{found.synchronous_bytes / 1e9:.3f} GB of them with no compute beside"
@@ -240,18 +241,18 @@ def gigabytes(found: Compiled) -> str:
 
 
 def between(devices: np.ndarray, efficiency: np.ndarray, chips: np.ndarray) -> np.ndarray:
-    """The efficiency of other numbers of chips; one chip waits for nobody."""
+    """Efficiency at other numbers of chips; a single chip has no communication."""
 
     def shares(n: np.ndarray) -> np.ndarray:
         terms = np.stack([(n - 1) / n, n - 1], axis=-1)
-        return terms if len(devices) > 1 else terms[:, :1]  # one topology says nothing of what grows
+        return terms if len(devices) > 1 else terms[:, :1]  # a single topology cannot determine the growth
 
     share, *_ = np.linalg.lstsq(shares(devices), 1 / efficiency - 1)
     return 1 / (1 + shares(chips) @ share)
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Efficiency over the chips of each kind, from one chip, which waits for nobody."""
+    """Plot efficiency over the number of chips of each kind, from a single chip without communication."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -278,7 +279,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", help="v5e:2x4, v5e:8x8, v5e:16x16, v6e:16x16 or another of these chips")
     parser.add_argument("--config", default="align_large", help="config to train (default align_large)")
@@ -300,7 +301,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Predict for a topology, plot what is known, or both; 1 where the input cannot be used."""
+    """Predict for a topology, plot the results, or both; the exit code is 1 for unusable input."""
     options = make_parser().parse_args()
     if len(options.fit) not in (0, 2):
         print("--fit: give two numbers of layers", file=sys.stderr)
@@ -323,7 +324,7 @@ def main() -> int:
 
 
 def save(options: argparse.Namespace, found: dict) -> None:
-    """Put a result beside those of other topologies."""
+    """Add a result to those of other topologies."""
     content = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}}
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
     machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")

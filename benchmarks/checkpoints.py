@@ -1,10 +1,10 @@
-"""What a checkpoint costs a run: how long a save holds the training loop, and how long until it stands on disk.
+"""Cost of a checkpoint: time that a save blocks the training loop, and time until it is complete on disk.
 
 The parameters and AdamW's moments of models of base size, random numbers, saved by the class that training saves with.
-The loop goes on as soon as the arrays are copied (`held`); the rest is written in the background, and `on disk` counts
-from the same start until the checkpoint is whole, its files flushed and its folder renamed. `read` is what a restart
-waits for: reading and checking every number, from the page cache. `plain write` is the floor: one file of as many
-random bytes, written and flushed. Medians and quartiles of `--repeats`.
+The loop continues as soon as the arrays are copied (`held`); the rest is written in the background, and `on disk`
+counts from the same start until the checkpoint is whole, its files flushed and its folder renamed. `read` is the
+waiting time of a restart: reading and checking every value, from the page cache. `plain write` is the lower bound: one
+file of as many random bytes, written and flushed. Medians and quartiles of `--repeats`.
 
     python benchmarks/checkpoints.py --json benchmarks/results/checkpoints.json
     python benchmarks/checkpoints.py --family pathflip2 --folder /mnt/disk --repeats 9
@@ -36,11 +36,11 @@ from pathflip_jax.training.optim import OptimConfig, make_optimizer
 
 MEASURED = ("held", "on disk", "read", "plain write")
 SMALL = {"hidden": 16, "layers": 1, "heads": 2, "intermediate": 32, "vocab_size": 64, "max_positions": 16}
-KEPT, ROOM = 2, 1.1  # checkpoints on disk at once: those kept and the one that is written
+KEPT, ROOM = 2, 1.1  # checkpoints on disk at a time: those kept and the one being written
 
 
 def make_state(family: str, small: bool) -> tuple[dict, object]:
-    """Parameters and optimizer state of a family at base size: random, so that no compression makes them small."""
+    """Parameters and optimizer state of a family at base size: random, hence incompressible."""
     shapes = abstract_params(CONFIGS[family](**SMALL if small else {}))
     opt_shapes = jax.eval_shape(make_optimizer(OptimConfig(), optax.constant_schedule(1e-4)).init, shapes)
     rng = np.random.default_rng(0)
@@ -54,12 +54,12 @@ def make_state(family: str, small: bool) -> tuple[dict, object]:
 
 
 def size_of(state: object) -> int:
-    """Bytes of all arrays."""
+    """Total bytes of all arrays."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def plain_write(path: Path, count: int) -> float:
-    """Seconds to write and flush a file of so many random bytes."""
+    """Seconds to write and flush a file of that many random bytes."""
     block = np.random.default_rng(0).bytes(min(count, 2**26))
     start = time.perf_counter()
     with open(path, "wb") as file:
@@ -73,7 +73,7 @@ def plain_write(path: Path, count: int) -> float:
 
 
 def measure(folder: Path, state: tuple[dict, object], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each of MEASURED in every repeat. Raises RuntimeError if other numbers were read than were saved."""
+    """Seconds of each of MEASURED in every repeat. Raises RuntimeError if the values read differ from those saved."""
     params, opt_state = state
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     seconds: dict[str, list[float]] = {name: [] for name in MEASURED}
@@ -90,7 +90,7 @@ def measure(folder: Path, state: tuple[dict, object], repeats: int) -> dict[str,
             same = jax.tree.map(np.array_equal, tuple(found), state)
             if found_step != step or not all(jax.tree.leaves(same)):
                 raise RuntimeError(f"step {found_step} was read after {step} was saved, or other numbers")
-            if step:  # the first starts threads and makes folders
+            if step:  # the first starts threads and creates folders
                 row = (held - start, saved - start, read - saved, plain_write(folder / "plain", size_of(state)))
                 for name, value in zip(MEASURED, row, strict=True):
                     seconds[name].append(value)
@@ -98,7 +98,7 @@ def measure(folder: Path, state: tuple[dict, object], repeats: int) -> dict[str,
 
 
 def summarise(seconds: dict[str, list[float]], size: int) -> dict:
-    """Medians and quartiles in seconds, the rate of each, and the share of a save that holds the loop."""
+    """Medians and quartiles in seconds, the rate of each, and the fraction of a save that blocks the loop."""
     found = {}
     for name, values in seconds.items():
         low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()

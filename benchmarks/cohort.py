@@ -1,7 +1,7 @@
-"""The demo over several seeds: what docs/benchmarks.md and the report claim of the embedded cohort.
+"""Demo over several seeds: the source of the embedded cohort's figures in docs/benchmarks.md and the report.
 
-Each seed makes its own cohort, trains with and without the region loss, and scores the held-out slides. Prints one
-row a seed and their mean, and writes them with the machine they came from.
+Each seed makes its own cohort, trains with and without the region loss, and scores the held-out slides. Prints one row
+per seed and their mean, and writes them with a description of the machine.
 
     python benchmarks/cohort.py --seeds 0 1 2 --out runs/cohort --json benchmarks/results/cohort.json
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from pathflip_jax.commands.demo_steps import SLIDES, run_demo
 from pathflip_jax.runtime.limits import processors
 
-# Name in the table -> where it stands in scores.json; each of these is one number.
+# Name in the table -> path in scores.json; each is one number.
 FIGURES = {
     "text_to_slide_r1": ("retrieval", "text_to_slide", "of_100", "R@1", "value"),
     "slide_to_text_r1": ("retrieval", "slide_to_text", "of_100", "R@1", "value"),
@@ -43,7 +43,7 @@ FIGURES = {
 
 
 def figures(scores: dict) -> dict[str, float]:
-    """The numbers of one seed, by name."""
+    """Figures of one seed, by name."""
     found = {}
     for name, path in FIGURES.items():
         value = scores

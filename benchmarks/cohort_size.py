@@ -1,11 +1,11 @@
-"""Seconds and memory that opening a cohort takes, over its number of slides; every size in a process of its own.
+"""Time and memory of opening a cohort over its number of slides; every size in a separate process.
 
-The cohort is made on the spot: the indexes and the manifest are those of slides with `--regions` regions on average,
-between half and one and a half of it, 32 slides to a shard as `pathflip prepare` writes them. The shards are files of
-holes of the right size, since opening reads no byte of them. Opening begins with the import of the library and ends
-when a slide can be read: the manifest is compared, every index read and checked, the slides held against each other.
-Indexes are in the page cache. Memory is the process's highest resident size (VmHWM). `ids` is the time to ask every
-slide for its id.
+The cohort is generated: the indexes and the manifest are those of slides with `--regions` regions on average, between
+half and one and a half of it, 32 slides to a shard as `pathflip prepare` writes them. The shards are sparse files of
+the right size, since opening reads no byte of them. Opening begins with the import of the library and ends when a slide
+can be read: the manifest is compared, every index read and checked, the slides checked against each other. Indexes are
+in the page cache. Memory is the process's highest resident size (VmHWM). `ids` is the time to ask every slide for its
+id.
 
     python benchmarks/cohort_size.py --json cohort_size.json --plot cohort_size.png
     python benchmarks/cohort_size.py --small            # up to 10,000 slides: seconds
@@ -32,7 +32,7 @@ WANTED = {100_000: (4.0, 300e6), 1_000_000: (40.0, 2e9)}  # seconds, bytes
 
 
 def make_infos(regions: int, seed: int) -> list:
-    """The entries of a shard's slides, of about so many regions each, as its index holds them."""
+    """Index entries of a shard's slides, with about that many regions each."""
     from pathflip_jax.data.records.columns import SlideInfo
 
     rng, end, infos = np.random.default_rng(seed), 100, []
@@ -50,7 +50,7 @@ def make_infos(regions: int, seed: int) -> list:
 
 
 def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
-    """A finished folder of so many slides, whose shards are holes; their indexes differ in the ids alone."""
+    """Write a finished folder of that many slides with sparse shards, whose indexes differ only in the ids."""
     from pathflip_jax.data.records.index import index_path
     from pathflip_jax.data.records.index_file import Index, encode_index
     from pathflip_jax.data.records.records import shard_name
@@ -93,7 +93,7 @@ def open_cohort(folder: Path) -> dict:
 
 
 def run_apart(*arguments: str) -> str:
-    """What this script prints in a process of its own. Raises RuntimeError with its last words where it fails."""
+    """Output of this script in a separate process. Raises RuntimeError with its last output where it fails."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}")
@@ -101,7 +101,7 @@ def run_apart(*arguments: str) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Seconds and memory over the slides, with what is wanted."""
+    """Plot seconds and memory over the slides, with the targets."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -126,7 +126,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """A row for each size: the fastest of the repeats, and the memory of that one."""
+    """One row per size: the fastest of the repeats, and its memory."""
     rows = []
     print(f"{'slides':>9}{'seconds':>9}{'cpu s':>8}{'ids s':>8}{'peak MB':>9}", flush=True)
     for slides in options.slides:
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def main() -> int:
-    """Measure every size, print the table, write plot and JSON; 1 where a size could not be run."""
+    """Measure every size, print the table, write plot and JSON; the exit code is 1 where a size could not be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", type=int, nargs="+", help="sizes; 1,000 to 1,000,000 by default")
     parser.add_argument("--small", action="store_true", help="up to 10,000 slides")

@@ -1,9 +1,8 @@
-"""The best PyTorch that a good engineer would write in a day: what ours has to beat on its merits.
+"""Competent PyTorch baseline: the best that a good engineer would write in a day.
 
-All regions in one call, keys and values projected once for slide and regions, fused attention, texts padded only to
-the longest of their batch, one vectorised loss, `torch.compile`. It is the module that an export carries
-(`convert/torch_model.py`) with a loss on top; only what is special to our JAX code is missing: absorbed projections
-and packed texts.
+All regions in one call, keys and values projected once for slide and regions, fused attention, texts padded only to the
+longest of their batch, one vectorised loss, `torch.compile`. It is the module of an export (`convert/torch_model.py`)
+with a loss on top; only the techniques specific to our JAX code are missing: absorbed projections and packed texts.
 """
 
 import torch
@@ -15,7 +14,7 @@ from pathflip_jax.convert import torch_model
 
 
 class CompetentTorch(torch_model.PathFLIP):
-    """The model of `torch_model` with the losses of DESIGN section 4, released normaliser."""
+    """Model of `torch_model` with the losses of DESIGN section 4, released normaliser."""
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(slide loss, region loss) of a batch, its texts cut to the longest."""

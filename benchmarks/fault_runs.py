@@ -1,4 +1,4 @@
-"""A tiny cohort, runs of it in real processes that can be struck, and how the ends of two runs are compared."""
+"""Tiny cohort with runs in real processes for fault injection, and comparison of the final states of two runs."""
 
 import atexit
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 STEPS, SAVE_EVERY, DEVICES = 40, 5, 2
-LIMIT_SECONDS = 1200  # for any run, on a slow and busy machine
+LIMIT_SECONDS = 1200  # enough for any run on a slow and busy machine
 HEARTBEAT_SECONDS = 10
 SETTINGS = [
     f"--config.train.steps={STEPS}", f"--config.train.save_every={SAVE_EVERY}", "--config.train.eval_every=20",
@@ -25,13 +25,13 @@ SETTINGS = [
     "--config.data.patch_slots=4", "--config.model.hidden=16", "--config.model.layers=1", "--config.model.embed_dim=16",
     "--config.data.threads=1",
 ]  # fmt: skip
-SLIDES = 160  # a shard each: more than are held open, so that files are opened all along the run
-# What a run imports on its way, besides what stands at the top of its modules.
+SLIDES = 160  # one shard each: more than are held open, so that files are opened throughout the run
+# Lazy imports of a run, besides those at the top of its modules.
 LATE = ["matplotlib.figure", "pathflip_jax.scores.retrieval", "tensorboardX"]
 
 
 class Rig:
-    """A cohort, and a fork server with all modules loaded, to run it from; everything lies in one folder."""
+    """Cohort, and a fork server with all modules loaded to run it from, in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class Rig:
         self._straight: dict[int, Path] = {}
 
     def straight(self, hosts: int) -> Path:
-        """The undisturbed run."""
+        """Undisturbed reference run."""
         if hosts not in self._straight:
             workdir = self.folder / f"straight{hosts}"
             run = Run(self, workdir, hosts, [])
@@ -55,9 +55,9 @@ class Rig:
 
 
 class Run:
-    """The processes of one `pathflip train`.
+    """Processes of one `pathflip train`.
 
-    They say what they say into a pipe each, which no full disk stops; a thread copies it to a file.
+    Each writes its output to a pipe, which a full disk cannot block; a thread copies it to a file.
     """
 
     def __init__(self, rig: Rig, workdir: Path, hosts: int, more: list[str]) -> None:
@@ -80,13 +80,13 @@ class Run:
             self.copying.append(copying)
 
     def step(self) -> int:
-        """The last step whose metrics are written."""
+        """Last step whose metrics are written."""
         path = self.workdir / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
         return json.loads(rows[-1])["step"] if rows and rows[-1].endswith("}") else 0
 
     def reach(self, reached: Callable[[], bool]) -> bool:
-        """Wait until something is so; False when the processes end before."""
+        """Wait until a condition holds; False when the processes end first."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while not reached():
             if any(process.exitcode is not None for process in self.processes) or time.monotonic() > deadline:
@@ -101,7 +101,7 @@ class Run:
                 os.kill(self.processes[host].pid, how)
 
     def wait(self) -> list[int]:
-        """The exit codes; what does not end by itself is killed and counts as -9."""
+        """Wait for the exit codes; a process that does not end is killed and counts as -9."""
         deadline = time.monotonic() + LIMIT_SECONDS
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0.1))
@@ -113,17 +113,17 @@ class Run:
         return [process.exitcode for process in self.processes]
 
     def said(self) -> list[str]:
-        """What each process wrote."""
+        """Output of each process."""
         return [log.read_text(errors="replace") for log in self.logs]
 
 
 def complete(workdir: Path) -> list[int]:
-    """The steps of the complete checkpoints."""
+    """Steps of the complete checkpoints."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 
 def arrays(workdir: Path, step: int) -> dict[str, bytes]:
-    """Every number of a checkpoint, as bytes."""
+    """Every array of a checkpoint, as bytes."""
     from pathflip_jax.runs.checkpoints import stored_arrays
 
     stored = stored_arrays(workdir / "checkpoints" / str(step))
@@ -131,13 +131,13 @@ def arrays(workdir: Path, step: int) -> dict[str, bytes]:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """The rows of a run without what depends on the clock."""
+    """Metrics of a run without those that depend on time."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in row.items() if "perf/" not in name and "per_second" not in name} for row in rows]
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """What two runs that ended differ in: metrics, best step, and every array of the last checkpoint."""
+    """Differences between two finished runs: metrics, best step, and every array of the last checkpoint."""
     if complete(found)[-1:] != [STEPS]:
         return [f"ended with checkpoints {complete(found)}"]
     wrong = []
@@ -151,12 +151,12 @@ def differences(found: Path, expected: Path) -> list[str]:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether both are there and hold the same bytes."""
+    """Whether both files exist with identical bytes."""
     return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def make_cohort(folder: Path) -> Path:
-    """Slides of random features with reports, in shards of one slide; returns the folder of records."""
+    """Write slides of random features with reports, in shards of one slide; returns the folder of records."""
     from pathflip_jax.data.readers.features import SlideFeatures
     from pathflip_jax.data.records.records import finish_folder, shard_name, write_shard
     from pathflip_jax.data.texts.wordpiece import train_wordpiece
@@ -184,7 +184,7 @@ def make_cohort(folder: Path) -> Path:
 
 
 def make_features(folder: Path) -> None:
-    """Feature files to import, in CLAM's form."""
+    """Write feature files to import, in CLAM's format."""
     import h5py
 
     folder.mkdir()
@@ -197,21 +197,21 @@ def make_features(folder: Path) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def _copy(hears: Connection, log: Path) -> None:
-    """Copy what a process says to a file, until it has ended."""
+    """Copy the output of a process to a file, until it ends."""
     with hears, open(log, "ab", buffering=0) as file:
         while said := os.read(hears.fileno(), 2**16):
             file.write(said)
 
 
 def _train(argv: list[str], says: Connection, devices: int, cache: Path) -> None:
-    """`pathflip train` in this process, which the fork server has made with all modules loaded."""
+    """Run `pathflip train` in this process, forked from the server with all modules loaded."""
     os.dup2(says.fileno(), 1)
     os.dup2(says.fileno(), 2)
     flags = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -226,7 +226,7 @@ def _train(argv: list[str], says: Connection, devices: int, cache: Path) -> None
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     try:
         code = cli.main(["train", *argv])
-        atexit._run_exitfuncs()  # multiprocessing leaves out JAX's farewell to the other processes
+        atexit._run_exitfuncs()  # multiprocessing skips JAX's shutdown handshake with the other processes
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -1,7 +1,7 @@
-"""Faults injected into real runs, each then started again: does it end as the undisturbed run, and what was lost?
+"""Fault injection into real runs, each then restarted and compared with the undisturbed run, with the steps lost.
 
 A tiny cohort is trained for 40 steps, by one process or by two with two virtual devices each; a checkpoint every 5
-steps. At a random moment (seeded) the fault strikes; then the same command is started again, as a launcher would, and
+steps. The fault is injected at a random moment (seeded); then the same command is restarted, as a launcher would, and
 its last parameters, optimizer state and metrics must be those of the undisturbed run, bit for bit.
 
 fault            hosts  what is done
@@ -14,11 +14,11 @@ full-disk        1      the disk fills up: a tmpfs of its own and a ballast file
                         allowed; else no file of the process may grow (RLIMIT_FSIZE, EFBIG)
 flipped-byte     1      kill -9, then one bit of one file of the newest checkpoint is flipped
 vanished-shard   2      the folder loses a file of records
-hang             2      the files of records stop answering (FIFOs stand in their place)
+hang             2      the files of records stop responding (replaced by FIFOs)
 
-"lost" are the steps that the restarted run takes again: those since the last complete checkpoint, never more. A fault
-is told when every process that survives it says so on stderr and exits with the code that is right for it: 75 where
-starting again is all that is needed, 2 where somebody must mend something first.
+"lost" are the steps that the restarted run repeats: those since the last complete checkpoint, never more. A fault is
+reported when every surviving process describes it on stderr and exits with the right code: 75 where a restart suffices,
+2 where a repair is needed first.
 
     python benchmarks/faults.py --times 20 --json benchmarks/results/faults.json     # ended, it goes on from there
     python benchmarks/faults.py --faults kill-in-save flipped-byte --times 3
@@ -56,13 +56,13 @@ from fault_runs import (
 from machine import describe
 
 AGAIN, MEND, KILLED = 75, 2, -signal.SIGKILL
-HANG_SECONDS = 60  # a starved machine makes no step for many seconds
+HANG_SECONDS = 60  # a starved machine completes no step for many seconds
 OWN_MOUNTS = "FAULTS_OWN_MOUNTS"
-RUNS = {"steps": STEPS, "save_every": SAVE_EVERY, "slides": SLIDES}  # what outcomes of one table share
+RUNS = {"steps": STEPS, "save_every": SAVE_EVERY, "slides": SLIDES}  # settings shared by the outcomes of one table
 
 
 class Outcome(NamedTuple):
-    """What became of one fault: exit `codes`, steps taken again (`lost`), and what was `wrong`."""
+    """Outcome of one fault: exit `codes`, repeated steps (`lost`), and what was `wrong`."""
 
     fault: str
     seed: int
@@ -77,9 +77,9 @@ class Outcome(NamedTuple):
 
 
 class Struck(NamedTuple):
-    """How a fault struck: who must exit how, what the survivors say, what must be mended before the next start.
+    """Injected fault: the expected exits, the survivors' messages, and the repair needed before the restart.
 
-    Each survivor says why it ends, but for `one_speaks`: for what they do together process 0 does.
+    Each survivor reports why it ends, except with `one_speaks`: process 0 then reports for all.
     """
 
     codes: list[set[int]]
@@ -90,10 +90,10 @@ class Struck(NamedTuple):
 
 
 class Bench(Rig):
-    """What injects faults into runs of the rig, and compares."""
+    """Fault injector and comparison for runs of the rig."""
 
     def inject(self, fault: str, seed: int) -> Outcome:
-        """Let a fault strike a run, start the run again, and compare. Raises RuntimeError where it never struck."""
+        """Inject a fault into a run, restart it, and compare. Raises RuntimeError where the fault never occurred."""
         if fault == "kill-in-records":
             return self._records(seed)
         begin = time.monotonic()
@@ -113,7 +113,7 @@ class Bench(Rig):
                 struck.mend()
             elif any(codes):
                 raise RuntimeError(f"{fault}: the run failed before it struck, with {codes}:\n{run.said()[0][-3000:]}")
-            if struck is None or set(codes) == {0}:  # it was through before
+            if struck is None or set(codes) == {0}:  # it finished before
                 continue
             wrong = [
                 f"process {host} exited with {code}, expected {sorted(expected)}"
@@ -148,7 +148,7 @@ class Bench(Rig):
         return disk
 
     def _records(self, seed: int) -> Outcome:
-        """Kill an import while it writes; a second run must leave the files that an undisturbed one leaves."""
+        """Kill an import while it writes; a second run must produce the same files as an undisturbed one."""
         begin, rng = time.monotonic(), random.Random(f"kill-in-records {seed}")
         features, straight = self.folder / "features", self.folder / "imported"
         if not straight.exists():
@@ -157,7 +157,7 @@ class Bench(Rig):
         out = self.folder / f"imported-{seed}"
         process = self._import(features, out)
         count, seen = rng.randrange(1, 12), set()
-        while process.poll() is None and len(seen) < count:  # the n-th file that is being written
+        while process.poll() is None and len(seen) < count:  # the n-th file being written
             seen |= {path.name for path in out.rglob("*.tmp")}
         time.sleep(rng.random() * 0.01)
         struck = process.poll() is None
@@ -242,7 +242,7 @@ def _full_disk(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
             try:
                 file.write(bytes(2**16))
             except OSError:
-                time.sleep(0.001)  # what old checkpoints free is taken at once
+                time.sleep(0.001)  # space freed by old checkpoints is taken immediately
     return Struck([{MEND}], message, mend=ballast.unlink)
 
 
@@ -274,7 +274,7 @@ def _hang(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
         return None
     aside, shards = bench.records.with_name("aside"), list(bench.records.glob("*.tfrecord"))
     aside.mkdir()
-    for shard in shards:  # none of them is missing at any time, which would be another fault
+    for shard in shards:  # none of them is ever missing, which would be another fault
         os.link(shard, aside / shard.name)
         os.mkfifo(aside / "fifo")
         os.replace(aside / "fifo", shard)
@@ -289,7 +289,7 @@ def _hang(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
 
 
 def _some_step(run: Run, rng: random.Random, most: int) -> bool:
-    """Wait for a random moment of the run; False when the run ends before."""
+    """Wait for a random moment of the run; False when the run ends first."""
     step = rng.randrange(1, most)
     if not run.reach(lambda: run.step() >= step):
         return False
@@ -311,7 +311,7 @@ FAULTS: dict[str, tuple[Callable, int]] = {
 
 
 def campaign(bench: Bench, names: list[str], seeds: range, done: list[Outcome]) -> Iterator[Outcome]:
-    """Every fault with every seed, all faults once before any again; those that are done come from there."""
+    """Every fault with every seed, all faults once before any repeats; finished ones are reused."""
     known = {(outcome.fault, outcome.seed): outcome for outcome in done}
     for seed in seeds:
         for name in names:
@@ -319,7 +319,7 @@ def campaign(bench: Bench, names: list[str], seeds: range, done: list[Outcome]) 
 
 
 def main() -> int:
-    """Inject, print the table, write JSON; 1 where a run did not end as the undisturbed one, or was silent."""
+    """Inject, print the table, write JSON; returns 1 where a run ended unlike the undisturbed one, or silently."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="NAME")
     parser.add_argument("--times", type=int, default=20, help="of each fault (default 20)")
@@ -359,7 +359,7 @@ def main() -> int:
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """The outcomes in a JSON of before. Raises ValueError where they are of other runs."""
+    """Read the outcomes of an earlier campaign. Raises ValueError where they belong to other runs."""
     content = json.loads(path.read_text())
     if content["settings"] != RUNS:
         raise ValueError(f"{path}: is of {content['settings']}, this is {RUNS}; name another file")
@@ -367,7 +367,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
-    """Write the table and all outcomes, so that a campaign that is ended goes on from there."""
+    """Write the table and all outcomes, so that an interrupted campaign can resume."""
     content = {"machine": describe("jax", "jaxlib", "orbax-checkpoint"), "settings": RUNS}
     content |= {"results": summaries(outcomes), "outcomes": [outcome._asdict() for outcome in outcomes]}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,12 +377,12 @@ def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
 
 
 def summaries(outcomes: list[Outcome]) -> list[dict]:
-    """The rows of the table."""
+    """Rows of the table."""
     return [summary(name, found) for name in FAULTS if (found := [o for o in outcomes if o.fault == name])]
 
 
 def summary(fault: str, outcomes: list[Outcome]) -> dict:
-    """A row of the table."""
+    """Row of the table."""
     lost = [outcome.lost for outcome in outcomes]
     return {
         "fault": fault,
@@ -395,7 +395,7 @@ def summary(fault: str, outcomes: list[Outcome]) -> dict:
 
 
 def own_mounts() -> None:
-    """Start this program again where it may mount what nobody else sees, if the kernel lets it (user namespaces)."""
+    """Re-execute this program in a private mount namespace, if the kernel allows it (user namespaces)."""
     inside = ["unshare", "--user", "--map-root-user", "--mount"]
     if not os.environ.get(OWN_MOUNTS) and shutil.which("unshare"):
         if subprocess.run([*inside, "true"], capture_output=True).returncode == 0:
@@ -404,7 +404,7 @@ def own_mounts() -> None:
 
 
 def mount_disk(folder: Path) -> None:
-    """Mount a small disk in memory, in a mount namespace of our own; elsewhere the folder is one as any other."""
+    """Mount a small in-memory disk in a private mount namespace; elsewhere the folder is an ordinary one."""
     folder.mkdir(exist_ok=True)
     if os.environ.get(OWN_MOUNTS):
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "faults", folder], capture_output=True)

@@ -1,14 +1,15 @@
-"""A campaign of broken and hostile files against every reader: none may end the run, hang it, or get out of its folder.
+"""Fuzzing campaign of broken and hostile files against every reader: none may crash, hang or escape its folder.
 
-Sound files of every kind are mutated (`mutations.py`) and read as the commands read them (`fuzz_readers.py`). An input
-passes when it is read, or refused by a ValueError or OSError that names its file. Faults: another type of error, no
-name in it, the end of the process, more than 120 s, more than 2 GB, a file written outside the output folder, and code
-that ran (payloads would make a file; an audit hook watches every file opened, command started and connection made).
+Valid files of every kind are mutated (`mutations.py`) and read as the commands read them (`fuzz_readers.py`). An input
+passes when it is read, or refused by a ValueError or OSError that names its file. Faults: another type of error, an
+error without the name, a crash of the process, more than 120 s, more than 2 GB, a file written outside the output
+folder, and executed code (payloads would create a file; an audit hook watches every file opened, command started and
+connection made).
 
     python benchmarks/fuzz.py --inputs 100000 --h5 5000 --seed 0 --json benchmarks/results/fuzz.json
     python benchmarks/fuzz.py --only "h5 clam" --first 1234 --inputs 1     # one input again, with its traceback
 
-An input is a function of (seed, reader, number), whatever the processes. Exits with 1 where there was a fault.
+An input is a function of (seed, reader, number), whatever the number of processes. Exits with 1 on a fault.
 """
 
 import argparse
@@ -46,7 +47,7 @@ CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.l
 
 
 class Attempt(NamedTuple):
-    """What became of an input: an outcome of PASSED or FAULTS, what the reader said, and seconds."""
+    """Result of an input: an outcome of PASSED or FAULTS, the reader's message, and seconds."""
 
     number: int
     outcome: str
@@ -55,7 +56,7 @@ class Attempt(NamedTuple):
 
 
 class Watch:
-    """An audit hook that notes files opened for writing or changed outside a folder, and commands started."""
+    """Audit hook that records files opened for writing or changed outside a folder, and commands started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.found, self.on = str(folder), [], False
@@ -82,7 +83,7 @@ class Watch:
 
 
 def _is_ours(event: str, arguments: tuple) -> bool:
-    """Whether it is this library that starts its own workers: the guarded reader, the pool of `prepare`."""
+    """Whether the library itself is starting its workers: the guarded reader, the pool of `prepare`."""
     if event == "socket.connect":  # the fork server listens on a socket of the file system
         return isinstance(arguments[1], str | bytes)
     return event == "subprocess.Popen" and arguments[0] == sys.executable
@@ -94,7 +95,7 @@ class Sandbox:
     def __init__(self, folder: Path) -> None:
         self.folder, self.work, self.out = folder, folder / "inner" / "work", folder / "inner" / "out"
         self.seeds = folder / "seeds"
-        self.canary = self.seeds / "canary"  # what a payload would make; the seeds of a reader name it
+        self.canary = self.seeds / "canary"  # file that a payload would create; the seeds of a reader name it
         temporary = folder / "inner" / "tmp"
         for path in (self.work, self.out, self.seeds, temporary):
             path.mkdir(parents=True)
@@ -103,7 +104,7 @@ class Sandbox:
         self.reader, self.sound = None, []
 
     def load(self, reader) -> None:
-        """Make a reader's sound files, and what belongs beside the broken one."""
+        """Create a reader's valid files, and the files that accompany the broken one."""
         if self.reader is reader:
             return
         for path in (self.work, self.seeds):
@@ -115,7 +116,7 @@ class Sandbox:
             reader.prepare(self.work)
 
     def attempt(self, reader, seed: int, number: int, debug: bool = False) -> Attempt:
-        """Break a file, read it, and look at what happened."""
+        """Break a file, read it, and record the outcome."""
         self.load(reader)
         data = reader.mutate(random.Random(f"{seed}/{reader.name}/{number}"), self.sound)
         path, outcome, message = self.work / reader.file, "accepted", ""
@@ -127,7 +128,7 @@ class Sandbox:
         except (ValueError, OSError) as error:
             named = str(self.work) if reader.beside else path.name
             outcome, message = "refused" if named in str(error) else "unnamed", f"{type(error).__name__}: {error}"
-        except BaseException as error:  # also what a Rust library panics with
+        except BaseException as error:  # also raised by panics of Rust libraries
             outcome, message = "type", f"{type(error).__name__}: {error}"
         finally:
             seconds, self.watch.on = time.perf_counter() - start, False
@@ -148,13 +149,13 @@ class Sandbox:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process or one of its ended children ever had."""
+    """Peak memory of this process or any of its ended children."""
     return max(resident_peak(), largest_child())
 
 
 def work(connection, current, folder: str, seed: int) -> None:
-    """A process of the campaign: takes (reader, numbers), sends attempts; `current` says which input it is at."""
-    # Before JAX is imported. Programs that it keeps for later would count as written outside.
+    """Worker loop of the campaign: takes (reader, numbers), sends attempts; `current` is the input in progress."""
+    # Before JAX is imported. Its compilation cache would count as written outside.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     from fuzz_readers import readers
 
@@ -162,7 +163,7 @@ def work(connection, current, folder: str, seed: int) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sandbox, known, reported = Sandbox(Path(folder)), {reader.name: reader for reader in readers()}, False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries print what they think of the files
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries print warnings about the files
     while True:
         task = connection.recv()
         if task is None:
@@ -179,7 +180,7 @@ def work(connection, current, folder: str, seed: int) -> None:
 
 
 class Worker:
-    """A process of the campaign, as its master sees it; started again where an input ended it."""
+    """Handle of a campaign process; restarted where an input crashed it."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed, self.task, self.starts = folder, seed, None, 0
@@ -197,13 +198,13 @@ class Worker:
         theirs.close()
 
     def give(self, name: str, numbers: list[int]) -> None:
-        """Set it to work on some inputs of a reader."""
+        """Assign inputs of a reader."""
         self.task = (name, numbers)
         self.current[1] = 0.0
         self.connection.send(self.task)
 
     def answer(self) -> Iterator[tuple[str, Attempt, int]]:
-        """What it has to say: an attempt, that its task is done (nothing), or its death, which is an attempt too."""
+        """Next message: an attempt, nothing at the end of its task, or its death, which is an attempt too."""
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
@@ -215,11 +216,11 @@ class Worker:
             yield self.task[0], *answer
 
     def hangs(self) -> bool:
-        """Whether it is at one input for longer than a reader may take."""
+        """Whether it has exceeded the time limit of one input."""
         return self.task is not None and 0 < self.current[1] < time.monotonic() - HANG_SECONDS
 
     def replace(self, outcome: str) -> tuple[str, Attempt]:
-        """End it, tell which input did that, and start it anew on those that are left."""
+        """Kill it, report the responsible input, and restart it on the remaining ones."""
         name, numbers = self.task
         at, self.task = int(self.current[0]), None
         if outcome == "hang":
@@ -234,7 +235,7 @@ class Worker:
         return name, Attempt(at, outcome, message, seconds)
 
     def end(self) -> None:
-        """End it, whatever it is at."""
+        """Kill it."""
         if self.task is None:
             self.connection.send(None)
         else:
@@ -243,7 +244,7 @@ class Worker:
 
 
 def share_out(inputs: int, h5: int, first: int, only: str | None) -> dict[str, list[int]]:
-    """How many inputs each reader gets, as their numbers."""
+    """Numbers of the inputs that each reader gets."""
     from fuzz_readers import readers
 
     known = list(readers())
@@ -266,10 +267,10 @@ def share_out(inputs: int, h5: int, first: int, only: str | None) -> dict[str, l
 
 
 def campaign(counts: dict[str, list[int]], seed: int, jobs: int) -> Iterator[tuple[str, Attempt, int]]:
-    """Every attempt as it is made: reader, attempt, and the most bytes that its process had by then."""
+    """Attempts as they are made: reader, attempt, and the peak bytes of its process so far."""
     parts = ((name, numbers, range(0, len(numbers), CHUNK)) for name, numbers in counts.items())
     tasks = [(name, numbers[start : start + CHUNK]) for name, numbers, starts in parts for start in starts]
-    random.Random(seed).shuffle(tasks)  # so that a campaign that is stopped has tried something of everything
+    random.Random(seed).shuffle(tasks)  # so that an interrupted campaign has covered every reader
     with tempfile.TemporaryDirectory(prefix="pathflip-fuzz-", ignore_cleanup_errors=True) as folder:
         workers = [Worker(Path(folder) / str(i), seed) for i in range(min(jobs, len(tasks)))]
         try:
@@ -289,7 +290,7 @@ def campaign(counts: dict[str, list[int]], seed: int, jobs: int) -> Iterator[tup
 
 
 def main() -> int:
-    """Run the campaign, print a row a reader and the faults, write the JSON."""
+    """Run the campaign, print one row per reader and the faults, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000, help="broken files in all (default 100000)")
     parser.add_argument("--h5", type=int, default=5_000, help="of them h5 files (default 5000)")
@@ -312,7 +313,7 @@ def main() -> int:
     slowest, peaks, faults = dict.fromkeys(counts, 0.0), dict.fromkeys(counts, 0), []
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    stopped = contextlib.suppress(KeyboardInterrupt)  # what was tried by then is reported
+    stopped = contextlib.suppress(KeyboardInterrupt)  # attempts so far are reported
     with tqdm(total=total, unit="file", desc="broken files", smoothing=0.05) as bar, stopped:
         for name, attempt, peak in campaign(counts, options.seed, options.jobs):
             outcomes[name][attempt.outcome] += 1

@@ -1,6 +1,6 @@
-"""What `fuzz.py` feeds: every reader of files that users bring, sound files for it to be broken, and how.
+"""Targets of `fuzz.py`: every reader of user files, with valid files to mutate and the mutations.
 
-A reader gets the broken file and a folder to write to, and does with it what the command does that reads such files.
+A reader gets the broken file and an output folder, and processes it as the corresponding command does.
 """
 
 import io
@@ -52,10 +52,10 @@ CAPTION = "Glands infiltrate the stroma. Necrosis is extensive, about 1.8 cm. No
 
 @dataclass(frozen=True)
 class Reader:
-    """A kind of file: its name, its share of the inputs, sound files of it, how they are broken, what reads them.
+    """File type: its name, its share of the inputs, valid files, their mutations, and the reader.
 
-    `read(path, out)` raises what it raises. `file` is the name of the broken file in the folder that `prepare` fills
-    with what belongs beside it; an error has to name the file, or with `beside` anything in that folder.
+    `read(path, out)` may raise anything. `file` is the name of the broken file in the folder that `prepare` fills with
+    its companion files; an error must name the file, or with `beside` anything in that folder.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Reader:
     beside: bool = False
 
 
-# ---- sound files ----
+# ---- valid files ----
 
 
 def _slide(name: str = "S1") -> SlideFeatures:
@@ -201,7 +201,7 @@ def _of_records(name: str) -> Callable[[Path], list[bytes]]:
 
 
 def _record(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """A shard of sound checksums whose Example is changed."""
+    """Shard with valid checksums and a mutated Example."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     parts, _ = encode_slide(_slide(), cut="grid", edge_um=2048.0, edge_px=None, dtype="float16")
@@ -233,7 +233,7 @@ def _record(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def _index(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """An index of a sound checksum whose head or arrays are changed."""
+    """Index with a valid checksum and mutated header or arrays."""
     data = rng.choice(seeds)
     magic, version, length = HEAD.unpack_from(data)
     head, arrays = data[HEAD.size : HEAD.size + length], data[HEAD.size + length : -4]
@@ -276,7 +276,7 @@ def _fill_run(folder: Path) -> None:
 
 
 def _run_files(folder: Path) -> list[bytes]:
-    """Every small file of a checkpoint: its name within the run, a line feed, its content."""
+    """Small files of a checkpoint: its name within the run, a line feed, its content."""
     made = folder / "made-run"
     made.mkdir()
     _fill_run(made)
@@ -293,7 +293,7 @@ def _run_mutation(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def write_slide(compression: str = "jpeg", tiles: bool = True) -> bytes:
-    """A small pyramidal TIFF that OpenSlide takes for a slide."""
+    """Write a small pyramidal TIFF that OpenSlide recognises as a slide."""
     rng, out = np.random.default_rng(0), io.BytesIO()
     picture = rng.integers(90, 255, (8, 8, 3), dtype=np.uint8).repeat(64, 0).repeat(64, 1)
     with tifffile.TiffWriter(out) as writer:
@@ -306,7 +306,7 @@ def write_slide(compression: str = "jpeg", tiles: bool = True) -> bytes:
     return out.getvalue()
 
 
-# ---- what reads them ----
+# ---- readers ----
 
 
 def _read_features(path: Path, out: Path) -> None:
@@ -395,7 +395,7 @@ METRICS = [{"step": step, "loss": 1.0 / step, "val/recall_at_1": 0.5} for step i
 
 
 def readers() -> Iterator[Reader]:
-    """All of them, those of h5 files first."""
+    """All readers, those of h5 files first."""
     for kind in ("clam", "trident", "stamp", "atlas"):
         yield Reader(f"h5 {kind}", 0, "x.h5", _h5(kind), _h5_mutation(kind), _read_features)
     yield Reader(
@@ -450,7 +450,7 @@ def _fill_words(folder: Path) -> None:
 
 
 def _fill_features(folder: Path) -> None:
-    """CLAM's features, whose patch size stands in the file beside."""
+    """CLAM's features, with the patch size in the companion file."""
     (folder / "features").mkdir()
     with h5py.File(folder / "features" / "x.h5", "w") as file:
         file["features"], file["coords"] = features(), COORDS

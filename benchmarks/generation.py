@@ -1,6 +1,6 @@
-"""Generation by the decoder of the language model stage, ours beside transformers, in one run.
+"""Text generation by the language stage's decoder, compared with transformers in one run.
 
-Every measurement is a process of its own that exits before the next starts; the sides take turns, and a figure is the
+Every measurement is a separate process that exits before the next starts; the sides take turns, and a figure is the
 median over rounds of the ratio within a round. Both load the same folder of random weights, and in float32 must write
 the same tokens, greedily, from the same embeddings. A side that cannot run ends the benchmark. A ratio above 1 means
 that ours is faster.
@@ -10,12 +10,12 @@ that ours is faster.
     python benchmarks/generation.py --batches 1 --dtypes bfloat16 --rounds 5
     python benchmarks/generation.py --device cuda --dtypes bfloat16 --width 2048 --layers 28
 
-Prefill is the time to one token, a token's the rest of the time over the rest of the tokens: each the least of
-`--repeats` in a process. The floor of a token is the bytes of all weights that it multiplies with over the bandwidth of
-matrix-vector products in float32 (on a GPU in the first of `--dtypes`), measured in each round.
+Prefill is the time to the first token, the time per token the remaining time over the remaining tokens: each the
+minimum of `--repeats` in a process. The lower bound per token is the bytes of all weights that it multiplies over the
+bandwidth of matrix-vector products in float32 (on a GPU in the first of `--dtypes`), measured in each round.
 
-On a machine that others use, `--one-core` says what both sides cost where the clock hardly can: each runs on one core,
-and its processor time counts. Two cores that wait for each other show in the clock's time alone.
+On a shared machine, where wall time is unreliable, `--one-core` gives the cost of both sides: each runs on one core,
+and its processor time counts. Waiting of two cores for each other shows only in wall time.
 """
 
 import argparse
@@ -39,11 +39,11 @@ SMALL = {"width": 64, "layers": 2, "prompt": 9, "new": 6}
 
 
 class SideError(RuntimeError):
-    """A side could not run, or does not write what the other writes."""
+    """Error of a side that could not run, or whose tokens differ from the other's."""
 
 
 def settings(width: int, layers: int) -> dict:
-    """A Qwen3: three heads of queries to one of keys where that goes, feed-forward three times the width, tied."""
+    """Qwen3 config: three query heads per key head where possible, feed-forward three times the width, tied."""
     heads = width // HEAD
     return dict(
         vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -53,14 +53,14 @@ def settings(width: int, layers: int) -> dict:
 
 
 def multiplied(width: int, layers: int) -> int:
-    """The weights that a token multiplies with: all kernels, the table as the head."""
+    """Number of weights that a token multiplies: all kernels, and the embedding table as head."""
     s = settings(width, layers)
     attention = HEAD * width * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
     return layers * (attention + 3 * width * s["intermediate_size"]) + width * VOCABULARY
 
 
 def write_folder(folder: Path, width: int, layers: int) -> None:
-    """A random model as transformers writes it."""
+    """Write a random model as transformers does."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -101,12 +101,12 @@ def in_transformers(folder: Path, dtype: str, embeds: np.ndarray, device: str) -
 
 
 def clock_of(options: argparse.Namespace) -> Callable[[], float]:
-    """What times a side: with `--one-core` the seconds of the processor, otherwise those of the clock."""
+    """Timer of a side: with `--one-core` processor seconds, otherwise wall seconds."""
     return time.process_time if options.one_core else time.perf_counter
 
 
 def measure_side(options: argparse.Namespace) -> dict:
-    """What a child prints: seconds to the first token and for each further one, and the tokens."""
+    """Measurement printed by a child: seconds to the first token and per further one, and the tokens."""
     rng = np.random.default_rng(0)
     embeds = rng.standard_normal((options.batch, options.prompt, options.width)).astype(np.float32) * 0.02
     given = options.folder, options.dtype, embeds
@@ -124,7 +124,7 @@ def measure_side(options: argparse.Namespace) -> dict:
 
 
 def measure_bandwidth(options: argparse.Namespace) -> dict:
-    """Bytes per second of matrix-vector products over weights that no cache holds: the best of `--repeats` times 4."""
+    """Bytes per second of matrix-vector products over weights beyond any cache: the best of `--repeats` times 4."""
     import jax
     import jax.numpy as jnp
 
@@ -142,7 +142,7 @@ def measure_bandwidth(options: argparse.Namespace) -> dict:
 
 
 def run_side(side: str, batch: int, dtype: str, folder: Path, options: argparse.Namespace) -> dict:
-    """One measurement in a process of its own: the JSON of its last line."""
+    """Run one measurement in a separate process: the JSON of its last line."""
     command = [sys.executable, __file__, "--side", side, "--batch", str(batch), "--dtype", dtype]
     command += ["--folder", str(folder), "--device", options.device] + ["--small"] * options.small
     command += ["--one-core"] * options.one_core
@@ -159,14 +159,14 @@ def run_side(side: str, batch: int, dtype: str, folder: Path, options: argparse.
 
 
 def check_tokens(ours: list, theirs: list) -> None:
-    """Raise SideError where the sides write different tokens."""
+    """Raise SideError where the sides generate different tokens."""
     if ours != theirs:
         where = np.argwhere(np.array(ours) != np.array(theirs))[0] if np.shape(ours) == np.shape(theirs) else "length"
         raise SideError(f"the sides write different tokens (first at {where}): no comparison")
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict:
-    """All rounds of all cases: times by case and side, bandwidths, ratios, floors."""
+    """Run all rounds of all cases: times by case and side, bandwidths, ratios, lower bounds."""
     cases = [(batch, dtype) for dtype in options.dtypes for batch in options.batches]
     times = {name(*case): {side: [] for side in SIDES} for case in cases}
     bandwidths = []
@@ -192,12 +192,12 @@ SIZE = {"float32": 4, "bfloat16": 2}
 
 
 def name(batch: int, dtype: str) -> str:
-    """Of a case."""
+    """Name of a case."""
     return f"{dtype}_batch{batch}"
 
 
 def ratios(times: dict) -> dict[str, float]:
-    """Medians over rounds: ours beside transformers in the same dtype, and bfloat16 beside its float32."""
+    """Median ratios over rounds: ours to transformers in the same dtype, and bfloat16 to its float32."""
     found = {}
     for case, sides in times.items():
         others = {"": case}
@@ -211,7 +211,7 @@ def ratios(times: dict) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure, print the table, write the JSON; 1 where a side failed."""
+    """Measure, print the table, write the JSON; the exit code is 1 where a side failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", choices=list(SIZE), default=list(SIZE))

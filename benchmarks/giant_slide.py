@@ -1,7 +1,7 @@
-"""One slide of millions of patches: seconds and memory to write, open, sample and embed it, a stage after the other.
+"""Slide of millions of patches: time and memory to write, open, sample and embed it, stage by stage.
 
-Each stage's peak is the highest resident size of the process while it ran (VmHWM, started anew for each where the
-kernel allows it); `started` is what Python, JAX and the model take before there is a slide. The slide is a square of
+Each stage's peak is the highest resident size of the process while it ran (VmHWM, reset for each where the kernel
+allows it); `started` is the footprint of Python, JAX and the model before there is a slide. The slide is a square of
 tissue, its features random.
 
     python benchmarks/giant_slide.py --patches 2000000 --width 384 --json benchmarks/results/giant_slide.json
@@ -33,7 +33,7 @@ BATCHES, REGIONS = 20, 24
 
 
 def make_slide(patches: int, width: int) -> SlideFeatures:
-    """A square of patches, row by row as tools write them; random features as float16, in a file that is mapped."""
+    """Square of patches, row by row as tools write them; random float16 features in a memory-mapped file."""
     rng, features = np.random.default_rng(0), blocks.scratch((patches, width), np.float16)
     for rows, block in blocks.row_blocks(features):
         features[rows] = rng.standard_normal(block.shape, np.float32)

@@ -1,7 +1,7 @@
-"""What it costs to parse feature files in a worker process: HDF5 and .pt, beside h5py and torch in this one.
+"""Overhead of parsing feature files (HDF5, .pt) in a worker process, against h5py and torch in this process.
 
-Both sides read the same file to its end, one after the other, in an order drawn anew for each repeat; the median and
-the quartiles of the ratio are printed, and what starting the worker took.
+Both sides read the same file to its end, one after the other, in an order redrawn for each repeat; the median and the
+quartiles of the ratio are printed, and the worker's start-up time.
 
     python benchmarks/guarded.py --patches 30000 --width 512 --json benchmarks/results/guarded.json
 """
@@ -25,7 +25,7 @@ from pathflip_jax.data.readers.h5_features import READER, read_h5
 
 
 def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:
-    """One slide as tools write it: in one piece, in chunks of a few rows, compressed, and as a tensor."""
+    """Write one slide as tools do: contiguous, in chunks of a few rows, compressed, and as a tensor."""
     features = np.random.default_rng(0).standard_normal((patches, width), np.float32)
     coords = np.stack(np.divmod(np.arange(patches), 200)[::-1], 1) * 256
     files = {}
@@ -64,7 +64,7 @@ def read_there(path: Path) -> np.ndarray:
 
 
 def seconds_of(call: Callable, *arguments) -> tuple[float, np.ndarray]:
-    """How long a call took, and what it gave."""
+    """Duration and result of a call."""
     start = time.perf_counter()
     found = call(*arguments)
     return time.perf_counter() - start, found
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _parse(path: Path) -> np.ndarray:
-    """The features as the worker gives them, without the checks of `read_features`."""
+    """Features as the worker returns them, without the checks of `read_features`."""
     return (read_pt(path) if path.suffix == ".pt" else read_h5(path, None, None))["features"]
 
 

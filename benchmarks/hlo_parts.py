@@ -1,9 +1,9 @@
-"""What a TPU's compiled program does in each part of the model, read from its scheduled HLO.
+"""Cost of a compiled TPU program by part of the model, read from its scheduled HLO.
 
-An operation is an instruction of the schedule; a fusion counts as what it holds: one with a product runs on the matrix
-unit, whatever else is in it. Cycles are the compiler's own estimate. Bytes are those of all operands and results, once
-as numbers and once as laid out in tiles, where rows are filled up to 128 lanes and columns to 8 sublanes or more. FLOPs
-are those of products alone, counted from their shapes. Loops count as often as they run, once where that is not known.
+An operation is an instruction of the schedule; a fusion is classified by its content: one with a product runs on the
+matrix unit, whatever else is in it. Cycles are the compiler's estimate. Bytes are those of all operands and results,
+once unpadded and once in tiles, where rows are padded to 128 lanes and columns to 8 sublanes or more. FLOPs are those
+of products alone, counted from their shapes. Loops count as often as they run, once where the count is unknown.
 """
 
 import math
@@ -22,7 +22,7 @@ PARTS = (
 )  # fmt: skip
 OTHER = "other"
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
-# What an operation off the matrix unit counts as: the first of these that it, or what it fuses, has.
+# Kind of an operation off the matrix unit: the first of these found in it, or in its fusion.
 FORMS = (
     ("gather, scatter", {"gather", "scatter", "dynamic-slice", "dynamic-update-slice"}),
     ("sort", {"sort", "topk"}),
@@ -35,7 +35,7 @@ _LAID_OUT = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\)
 
 
 class Operation(NamedTuple):
-    """An instruction of the schedule, in all of its runs: the kind of work, the part of the model, what it costs."""
+    """Instruction of the schedule, in all of its runs: the kind of work, the part of the model, its cost."""
 
     name: str
     kind: str
@@ -50,7 +50,7 @@ class Operation(NamedTuple):
 
 
 def read_operations(program: str) -> list[Operation]:
-    """The operations of a program's scheduled HLO text that take time."""
+    """Operations of a program's scheduled HLO text that take time."""
     computations, entry = read_computations(program)
     return list(_operations(computations, entry, 1))
 
@@ -60,7 +60,7 @@ def _operations(computations: dict[str, list[Instruction]], name: str, runs: int
     for instruction in computations[name]:
         operation = instruction.operation
         if operation in FREE or operation.endswith(("-start", "-done", "-update")):
-            continue  # of those that run beside others, the cycles are in the others
+            continue  # concurrent operations are included in the cycles of the others
         if operation == "while":
             yield from _operations(
                 computations, instruction.named("body"), runs * (loop_runs(computations, instruction) or 1)
@@ -92,7 +92,7 @@ def _operations(computations: dict[str, list[Instruction]], name: str, runs: int
 def _held(
     computations: dict[str, list[Instruction]], instruction: Instruction, types: dict[str, str]
 ) -> Iterator[tuple[Instruction, dict[str, str]]]:
-    """An instruction and those that it fuses, each with the types of what stands beside it."""
+    """Instruction and those that it fuses, each with the types in its computation."""
     yield instruction, types
     body = computations.get(instruction.named("calls"), [])
     inner = {x.name: x.type for x in body}
@@ -109,13 +109,13 @@ def _kind(operations: set[str]) -> str:
 
 
 def part_of(source: str) -> str:
-    """The part of the model that an operation's name says: the innermost scope that is one."""
+    """Model part of an operation by its name: the innermost matching scope."""
     found = [word for word in re.findall(r"\w+", source) if word in PARTS]
     return found[-1] if found else OTHER
 
 
 def laid_out_bytes(text: str) -> int:
-    """The bytes of the arrays of a type, filled up to whole tiles."""
+    """Bytes of the arrays of a type, padded to whole tiles."""
     total = 0
     for dtype, sizes, order, tile in _LAID_OUT.findall(text):
         if dtype not in ITEM_BYTES:
@@ -130,7 +130,7 @@ def laid_out_bytes(text: str) -> int:
 
 
 def product_flops(instruction: Instruction, types: dict[str, str]) -> float:
-    """Twice the multiplications of a product, from its shapes; 0 of anything else."""
+    """FLOPs of a product, twice its multiplications, from its shapes; 0 for anything else."""
     if instruction.operation not in ("dot", "convolution"):
         return 0.0
     left, right = (_shape(types.get(name, "")) for name in instruction.operands[:2])
@@ -154,7 +154,7 @@ def _shape(text: str) -> list[int]:
 
 
 def _window(rest: str, axis: int) -> dict[str, int]:
-    """Of an axis of a convolution: its stride, the padding before it and the dilations of both operands."""
+    """Window of a convolution's axis: its stride, the padding before it and the dilations of both operands."""
     window = re.search(r"window=\{([^}]*)\}", rest)
     given = dict(item.split("=") for item in window[1].split()) if window else {}
 
@@ -172,7 +172,7 @@ def _window(rest: str, axis: int) -> dict[str, int]:
 def _meetings(
     left: int, right: int, output: int, stride: int, before: int, left_dilation: int, right_dilation: int
 ) -> int:
-    """How often an entry of a convolution's window meets one of its input along an axis, and neither filling."""
+    """Number of pairs of window and input entries along a convolution's axis, padding and dilation excluded."""
     place = np.arange(output)[:, None] * stride + np.arange(right) * right_dilation - before
     return int(((place >= 0) & (place <= (left - 1) * left_dilation) & (place % left_dilation == 0)).sum())
 
@@ -194,7 +194,7 @@ def by_part(operations: list[Operation]) -> dict[str, dict[str, Any]]:
 
 
 def off_matrix(operations: list[Operation], most: int = 12) -> list[dict[str, Any]]:
-    """The costliest kinds of work off the matrix unit: alike operations of a part together, the longest first."""
+    """Costliest kinds of work off the matrix unit: similar operations of a part together, the longest first."""
     groups: dict[tuple, list[Operation]] = defaultdict(list)
     for x in operations:
         if x.kind not in (MATRIX, TRAFFIC):

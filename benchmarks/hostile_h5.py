@@ -1,4 +1,4 @@
-"""Feature files in HDF5 as tools write them, and as no tool does: strange types, bombs, links to elsewhere."""
+"""HDF5 feature files, as tools write them and hostile ones: unusual types, decompression bombs, external links."""
 
 import io
 import random
@@ -14,7 +14,7 @@ COORDS = np.stack(np.meshgrid(np.arange(4), np.arange(3)), -1).reshape(-1, 2) * 
 
 @cache
 def features() -> np.ndarray:
-    """The features [ROWS, 4] of the one slide that everything here is about."""
+    """Features [ROWS, 4] of the slide used throughout."""
     return np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
 
 
@@ -27,7 +27,7 @@ STAMP = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": 
 
 
 def write_h5(kind: str, rng: random.Random | None = None, **how) -> bytes:
-    """An h5 file of features as a tool writes it; with `rng`, of attributes, types and shapes that no tool writes."""
+    """Write an h5 file of features as a tool does, or with `rng` one of attributes, types and shapes of no tool."""
     out = io.BytesIO()
     with h5py.File(out, "w", libver=rng.choice((None, "latest")) if rng else None) as file:
         patches, coords = features(), COORDS.astype(np.float32 if kind == "stamp" else np.int64)
@@ -67,7 +67,7 @@ def _strange(rng: random.Random):
 
 
 def _bomb(rng: random.Random, file: h5py.File) -> None:
-    """Arrays that say they are huge, expand hugely, or lie elsewhere."""
+    """Arrays with huge declared sizes, huge expansion, or external storage."""
     name = rng.choice(list(file))
     attributes = dict(file[name].attrs)
     del file[name]

@@ -1,6 +1,6 @@
-"""Pen strokes drawn over real slides: how much of them the tissue mask leaves out, and how much tissue it loses.
+"""Pen strokes drawn over real slides: the fraction that the tissue mask excludes, and the tissue lost.
 
-The slide of `--data` and mosaics of the real H&E tiles there, each class a slide of its own, are written as TIFF with
+The slide of `--data` and mosaics of the real H&E tiles there, each class a separate slide, are written as TIFF with
 strokes of each colour (random lines, 60 to 300 um wide, opacity 0.6 to 1, uneven and blurred, multiplied over what is
 below) and without. `before` is the mask without the search for ink (`--keep-ink`), `after` with it.
 
@@ -68,7 +68,7 @@ def pictures(data: Path, mosaics: int, rng: np.random.Generator) -> Iterator[tup
 
 
 def draw(image: np.ndarray, pen: tuple[int, int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Strokes over a picture, and how much of each pixel they cover."""
+    """Draw strokes over an image; returns it with their coverage of each pixel."""
     height, width = image.shape[:2]
     cover = Image.new("L", (width, height))
     for _ in range(4):
@@ -85,7 +85,7 @@ def draw(image: np.ndarray, pen: tuple[int, int, int], rng: np.random.Generator)
 
 
 def mask_of(image: np.ndarray, folder: Path, keep_ink: bool) -> np.ndarray:
-    """The tissue mask of a picture, by way of a file."""
+    """Tissue mask of an image, by way of a file."""
     path = folder / "slide.tif"
     tifffile.imwrite(
         path, image, photometric="rgb", tile=(256, 256), compression="jpeg", compressionargs={"level": 90},
@@ -100,7 +100,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> float | None:
 
 
 def measure(name: str, image: np.ndarray, pens: list[str], folder: Path, rng: np.random.Generator) -> list[dict]:
-    """A row for the slide without strokes and one for each pen."""
+    """One row for the slide without strokes and one per pen."""
     clean, after = mask_of(image, folder, True), mask_of(image, folder, False)
     rows = [{"slide": name, "pen": None, "tissue": int(clean.sum()), "lost": _share(~after, clean)}]
     for pen in pens:

@@ -1,4 +1,4 @@
-"""What the input pipeline feeds a training step, beside a torch DataLoader that reads whole files: one run.
+"""Throughput of the input pipeline compared with a torch DataLoader that reads whole files, in one run.
 
 Ours are records on disk and `make_batches` as training calls it: regions and patches drawn, subcaptions drawn, tokens
 packed, every region's CRC32C checked. Theirs work the way the released code does: a worker loads all features of a
@@ -7,8 +7,8 @@ patches, draws as many of them as we draw regions, and tokenises caption and sub
 
 A repeat is `--epochs` epochs, from asking for an iterator to its last batch; the DataLoader's workers are there before.
 "cold": every file fsynced and dropped from the page cache before each epoch; "warm": all in the page cache;
-"resident": our features in memory, beside theirs warm. Ratios are of the features' bytes delivered per second, so that
-fuller regions count for what they hold, of the same repeat, in an order drawn anew each time; their median and
+"resident": our features in memory, against theirs warm. Ratios are of the features' bytes delivered per second, so that
+fuller regions count for what they hold, of the same repeat, in an order redrawn each time; their median and
 quartiles are printed. A stage's time is that of one thread alone, without read-ahead.
 
     python benchmarks/input.py --json benchmarks/results/input.json
@@ -52,7 +52,7 @@ RUN, SUBCAPTIONS, SUBCAPTION_LENGTH = 256, 8, 192
 
 
 class Source(torch.utils.data.Dataset):
-    """The released code's way: the whole file, then runs of 256 patches of which some are drawn."""
+    """Data set read as in the released code: the whole file, then runs of 256 patches of which some are drawn."""
 
     def __init__(self, paths: list[Path], captions: list[str], tokenizer, regions: int) -> None:
         self.paths, self.captions, self.tokenizer, self.regions = paths, captions, tokenizer, regions
@@ -106,7 +106,7 @@ def make_loader(source: Source, batch_size: int, workers: int) -> torch.utils.da
 
 
 def deliver_ours(batches: Batches, epochs: int, threads: int) -> Iterable[tuple[int, int]]:
-    """Slides and bytes of features of each batch: what `Batches.__iter__` does, but with an end."""
+    """Slides and bytes of features of each batch, as in `Batches.__iter__`, but finite."""
     steps = grain.MapDataset.range(0, epochs * batches.steps_per_epoch).map(batches.batch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     for batch in steps.to_iter_dataset(options):
@@ -172,7 +172,7 @@ def stages(batches: Batches, records: Records, repeats: int) -> dict[str, float]
 
 
 def compare(ours: list[float], theirs: list[float]) -> dict[str, float | list[float]]:
-    """How many times as fast ours is, repeat by repeat: the median and the quartiles."""
+    """Speed-up of ours, repeat by repeat: the median and the quartiles."""
     low, ratio, high = np.quantile([a / b for a, b in zip(ours, theirs, strict=True)], [0.25, 0.5, 0.75]).tolist()
     return {"ratio": ratio, "quartiles": [low, high]}
 
@@ -274,7 +274,7 @@ class Bench:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", type=int, default=32)
     parser.add_argument("--patches", type=int, default=30_000)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how much memory its process took."""
+"""Description of the machine, and memory use of the benchmark's process."""
 
 import ctypes
 import os
@@ -40,7 +40,7 @@ def describe(*packages: str, folder: Path | None = None) -> dict:
 
 
 def keep_freed() -> None:
-    """Let this process keep the memory that it frees, where that is the C library's choice (glibc); before any thread.
+    """Let this process retain freed memory, where the C library allows it (glibc); call before any thread starts.
 
     Eager PyTorch takes and frees gigabytes a step, and the system would map new pages and clear them each time: a
     quarter of the yardstick's step. Ours hardly gains by it.
@@ -52,7 +52,7 @@ def keep_freed() -> None:
 
 
 def reset_peak() -> None:
-    """Let VmHWM start again from the present resident size. Raises OSError where the kernel does not allow it.
+    """Reset VmHWM to the present resident size. Raises OSError where the kernel does not allow it.
 
     What the compiler has freed goes back first: the step would fill it again, and less the larger the step.
     """
@@ -70,7 +70,7 @@ def resident_peak() -> int:
 
 
 def largest_child() -> int:
-    """The most memory that one of this process's ended children ever had, in bytes."""
+    """Peak memory of any ended child of this process, in bytes."""
     return _getrusage_peak(resource.RUSAGE_CHILDREN)
 
 

@@ -1,4 +1,4 @@
-"""Captions made up of words, for cohorts that nobody wrote reports for."""
+"""Synthetic captions for cohorts without reports."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ SENTENCE_TOKENS = 28  # merges of one to three sentences then come near the 58 t
 
 
 def make_captions(count: int, folder: Path, rng: np.random.Generator) -> list[str]:
-    """Captions made up of words, of real captions' length in tokens of the vocabulary that is written to `folder`."""
+    """Make synthetic captions of real captions' length in tokens of the vocabulary that is written to `folder`."""
     syllables = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "ar", "en", "is", "ut")]
     words = list(dict.fromkeys("".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(2000)))
-    chances = 1 / np.arange(10, 10 + len(words))  # a few words are most of any text
+    chances = 1 / np.arange(10, 10 + len(words))  # a few words make up most of any text
     chances /= chances.sum()
     text = " ".join(rng.choice(words, 20_000, p=chances)) + " ."
     train_wordpiece([text], folder, vocab_size=1500)
@@ -27,7 +27,7 @@ def make_captions(count: int, folder: Path, rng: np.random.Generator) -> list[st
         left, sentences = int(length) - 2, []  # without [CLS] and [SEP]
         while left > 0:
             size, sentence = min(left, SENTENCE_TOKENS + int(rng.integers(-8, 9))), []
-            while size > 1 or not sentence:  # the point takes one
+            while size > 1 or not sentence:  # the full stop takes one
                 sentence.append(str(rng.choice(words, p=chances)))
                 size, left = size - tokens[sentence[-1]], left - tokens[sentence[-1]]
             sentences.append(" ".join(sentence).capitalize() + ".")

@@ -1,7 +1,7 @@
-"""Broken and hostile versions of sound files, drawn from a random state: what `fuzz.py` and its tests feed to readers.
+"""Broken and hostile mutations of valid files, drawn from a random state, for `fuzz.py` and its tests.
 
-Blind ones flip, cut, repeat and splice bytes; the others know the format, so that they get past checksums and grammars
-to the code behind.
+Blind ones flip, cut, repeat and splice bytes; the others are format-aware, so that they pass checksums and grammars and
+reach the code behind.
 """
 
 import csv
@@ -32,7 +32,7 @@ Mutation = Callable[[random.Random, list[bytes]], bytes]
 
 
 def blind(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """One of the seeds, changed by one to three mutations that know nothing of its format."""
+    """One of the seeds, changed by one to three format-agnostic mutations."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 2, 3))):
         data = rng.choice(_BLIND)(rng, data, seeds)
@@ -69,7 +69,7 @@ def _delete(rng, data, seeds):
 
 
 def _integer(rng, data, seeds):
-    """An integer of any width where one may stand."""
+    """Replace an integer of any width at a plausible position."""
     code = rng.choice("BHIQ")
     size = struct.calcsize(code)
     if len(data) > size:
@@ -81,7 +81,7 @@ def _integer(rng, data, seeds):
 
 
 def _length(rng, data, seeds):
-    """A number that may be a length or an offset, by a little or by far."""
+    """Change a number that may be a length or an offset, slightly or grossly."""
     code = rng.choice(("<I", "<Q", ">I", "<H"))
     size, tries = struct.calcsize(code), 20
     for _ in range(tries if len(data) > size else 0):

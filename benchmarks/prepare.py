@@ -1,10 +1,10 @@
-"""Preparation: patches per second by stage, the whole pipeline on one and two cores, and memory on a huge slide.
+"""Preparation benchmark: patches per second by stage, the pipeline on one and two cores, and memory on a huge slide.
 
 The slides are drawn (JPEG tiles of 256 px in a pyramid, as scanners write them). Each stage alone is timed in processor
 seconds of one core, which other programs on the machine disturb little; `OpenSlide loop` is the plain way, one
 `read_region` a patch. Then `pathflip prepare` on the same slides with so many cores and workers, by the clock, with the
 stages' shares of the workers' time: `wait` is what the encoder waited for pixels. Two encoders: `stain_texture`, and
-a Hugging Face ViT with random weights made on the spot. `at 40x` asks for half the resolution of level 0, so that four
+a Hugging Face ViT with newly generated random weights. `at 40x` requests half the resolution of level 0, so that four
 times the pixels are read and resampled.
 
 Predicted before the first run: reading in blocks is 1.3 times as fast as the plain loop where patches are taken as they
@@ -54,7 +54,7 @@ from pathflip_jax.data.records.records import write_shard
 PATCH = 256
 ENCODED = 128  # patches on which an encoder alone is timed
 VIT = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": 224, "patch_size": 16}
-CASES = {"at 20x": 0.5, "at 40x": 1.0}  # micrometres per pixel that are asked for; the slides have 0.5
+CASES = {"at 20x": 0.5, "at 40x": 1.0}  # requested micrometres per pixel; the slides have 0.5
 
 
 def make_slides(folder: Path, count: int, edge: int) -> None:
@@ -113,7 +113,7 @@ def write_huge_slide(path: Path, edge: int, tissue: int) -> None:
 
 
 def plain_loop(slide: Slide, tiles: Tiles) -> Iterator[np.ndarray]:
-    """Every patch by its own `read_region`, resampled where needed, as scripts do it."""
+    """One `read_region` per patch, resampled where needed, as scripts do it."""
     edge = round(tiles.patch_size_level0 / slide.image.level_downsamples[tiles.level])
     for x, y in tiles.coords.tolist():
         patch = slide.image.read_region((x, y), tiles.level, (edge, edge)).convert("RGB")
@@ -136,7 +136,7 @@ def time_stages(path: Path, encoders: list[str], mpp: float) -> dict[str, float]
         count = len(tiles.coords)
         timed("tissue", count, lambda: tile_slide(slide, PATCH, mpp))
     for stage, read in (("OpenSlide loop", plain_loop), ("read", read_patches)):
-        with open_slide(path) as slide:  # anew: OpenSlide keeps decoded tiles
+        with open_slide(path) as slide:  # reopened: OpenSlide caches decoded tiles
             pixels = read(slide, tiles)
             timed(stage, count, lambda pixels=pixels: sum(map(len, pixels)))
     with open_slide(path) as slide:
@@ -185,7 +185,7 @@ def time_pipeline(slides: Path, out: Path, encoder: str, mpp: float, workers: in
 
 
 def on_cores(count: int, work: Callable, *arguments):
-    """Run a function in a process of its own, with the processes that it starts, on the first `count` cores."""
+    """Run a function in a separate process, with its child processes, on the first `count` cores."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_pin, initargs=(count,)) as pool:
         return pool.submit(work, *arguments).result()

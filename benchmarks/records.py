@@ -1,4 +1,4 @@
-"""Records beside h5py and .pt: writing, whole slides and random regions, cold, the same features in one run.
+"""Records compared with h5py and .pt: writing, whole slides and random regions, cold, the same features in one run.
 
 The records are one shard, as `prepare` writes them; the others have a file per slide. Three HDF5 files: `h5py` is as
 fast as it gets (contiguous, patches stored region by region as in our records, so that a region is one slice); `h5py,
@@ -7,7 +7,7 @@ the whole array; `h5py, CLAM` has them in that order as CLAM writes them: an arr
 of which a region is read by runs of neighbours. Our reads check every region's CRC32C and that every feature is finite,
 theirs check nothing. "Cold" means fsync, then dropped from the page cache until no page is left there; a virtual disk's
 host may still hold the pages, so ratios within a run say more than MB/s. Ratios are of the same slide and repeat, in an
-order drawn anew each time; their median and quartiles are printed. A round before the first is not counted.
+order redrawn each time; their median and quartiles are printed. A round before the first is not counted.
 
     python benchmarks/records.py --slides 6 --repeats 8 --json benchmarks/results/records.json
 """
@@ -87,7 +87,7 @@ def drop(path: Path) -> None:
 
 
 def resident(fd: int) -> int:
-    """How many pages of a file the page cache holds."""
+    """Number of pages of a file in the page cache."""
     size = os.fstat(fd).st_size
     if not size:
         return 0
@@ -124,7 +124,7 @@ def write_clam(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
 
 
 def runs_of(order: np.ndarray) -> list[tuple[int, int]]:
-    """Rows as runs of neighbours, each its first row and the one behind its last."""
+    """Rows as runs of neighbours, each given by its first row and the one after its last."""
     cuts = [0, *(np.flatnonzero(np.diff(order) != 1) + 1).tolist(), len(order)]
     return [(int(order[a]), int(order[b - 1]) + 1) for a, b in pairwise(cuts)]
 
@@ -143,7 +143,7 @@ class Formats:
         self.records: Records | None = None
 
     def path(self, name: str, i: int) -> Path:
-        """Where slide i lies in a format."""
+        """Path of slide i in a format."""
         files = {CONTIGUOUS: f"{i}_sorted.h5", TOOL_ORDER: f"{i}.h5", CLAM: f"{i}_clam.h5", PT: f"{i}.pt"}
         return self.folder / files.get(name, shard_name(0))
 
@@ -194,7 +194,7 @@ class Formats:
 
 
 def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every operation, format, repeat and slide, those of one slide side by side in an order drawn anew."""
+    """Seconds of every operation, format, repeat and slide, with the formats of one slide in a redrawn order."""
     rng = np.random.default_rng(seed)
     seconds = {task: {name: [] for name in formats.names} for task in ("write", "cohort", "slide", "regions")}
 
@@ -212,7 +212,7 @@ def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str
         for name in chain(*(rng.permutation(formats.names) for _ in range(WRITES))):
             for i in range(count):
                 formats.path(name, i).unlink(missing_ok=True)
-            sync(formats.folder)  # what the deletion costs the disk is nobody's
+            sync(formats.folder)  # the disk's cost of the deletion counts for no format
             timed("write", name, lambda name=name: formats.write(name))
         formats.open()
         for name in rng.permutation(formats.names):

@@ -1,7 +1,7 @@
-"""The yardstick: eager PyTorch that works the way the paper's released code works, with the same weights as ours.
+"""Reference baseline: eager PyTorch in the style of the paper's released code, with the same weights as ours.
 
 Per slide and step: one Q-Former pass over all patches, then one pass per region in a Python loop; keys and values of
-the patches projected anew in every pass and layer; attention as written out, its probabilities kept; every text padded
+the patches projected again in every pass and layer; attention as written out, its probabilities kept; every text padded
 to the maximum; the region loss slide by slide. Parameters and names are those of `convert/torch_model.py`, so that the
 two, and our own model, can be given the same weights and must give the same figures (tests/benchmarks).
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pathflip_jax.convert import torch_model
 
-CAPTION_LENGTH, SUBCAPTION_LENGTH = 384, 192  # what the released code pads to
+CAPTION_LENGTH, SUBCAPTION_LENGTH = 384, 192  # padded length in the released code
 
 
 class ReleasedStyle(torch_model.PathFLIP):

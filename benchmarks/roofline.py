@@ -1,11 +1,11 @@
-"""The floor under every part of a step: operations over the unit's rate, bytes over the bandwidth, the larger counts.
+"""Roofline of every part of a step: the larger of operations over the unit's rate and bytes over the bandwidth.
 
 Operations are those of the algorithm that the library runs (absorbed key and value projections, packed texts) on valid
 patches and real tokens, bytes what has to move through memory at least (`pathflip_jax/model/flops.py`). Prints a
 Markdown table, the source of ROOFLINE.md.
 
-With `--measure` the base train step of `step.py` runs here under JAX's profiler, and the table says what each part took
-beside its floor at the rate of this machine's own matrix products, its peak memory and its longest operations.
+With `--measure` the base train step of `step.py` runs here under JAX's profiler, and the table gives each part's time
+against its lower bound at the rate of this machine's matrix products, its peak memory and its longest operations.
 
     python benchmarks/roofline.py --device cpu --regions 24 --batch 2
     python benchmarks/roofline.py --measure
@@ -68,7 +68,7 @@ LENGTHS = Path(__file__).parent / "token_lengths.json"
 
 
 class Shapes(NamedTuple):
-    """What a step sees: slides, regions and valid patches of each, and the lengths of all texts of one slide."""
+    """Shapes of a step: slides, regions and valid patches of each, and the lengths of all texts of one slide."""
 
     slides: int
     regions: int
@@ -160,7 +160,7 @@ def shares(events: list[dict], program: str) -> tuple[dict[str, float], dict[str
 
 
 def measured_table(found: dict[str, float], seconds: float, floors: list[Part], rate: float, bandwidth: float) -> str:
-    """What each part of a step took beside its floor, as Markdown; the step's seconds go to parts by thread time."""
+    """Time of each part of a step against its lower bound, as Markdown; the step's seconds are split by thread time."""
     total, by_name = sum(found.values()), {part.name: part.floor(rate, bandwidth) for part in floors}
     rows = ["| part | measured, ms a step | share | floor, ms | of the floor |", "|---|---|---|---|---|"]
     for scope, thread_seconds in sorted(found.items(), key=lambda item: -item[1]):
@@ -198,7 +198,7 @@ def our_product_rate(left: tuple[int, ...], right: tuple[int, ...], dtype: str =
 def torch_product_rate(
     left: tuple[int, ...], right: tuple[int, ...], dtype: str = "float32", device: str = "cpu"
 ) -> float:
-    """The same in PyTorch, on a device."""
+    """Operations per second of the same product in PyTorch, on a device."""
     import torch
 
     x, y = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for shape in (left, right))
@@ -218,7 +218,7 @@ def large_product(device: str, small: bool = False) -> tuple[tuple[int, int], tu
 
 
 def print_products() -> int:
-    """How fast products of the shapes of a step run, in JAX and in PyTorch, on the CPU."""
+    """Print the rates of products of the shapes of a step, in JAX and in PyTorch, on the CPU."""
     print("| product | JAX, GFLOP/s | PyTorch, GFLOP/s |\n|---|---|---|")
     for name, shapes in PRODUCTS.items():
         rates = (f"{rate(*shapes) / 1e9:.0f}" for rate in (our_product_rate, torch_product_rate))
@@ -227,7 +227,7 @@ def print_products() -> int:
 
 
 def print_measured(options: argparse.Namespace, bandwidth: float) -> int:
-    """Measure a train step of `step.py` and print it beside its floor."""
+    """Measure a train step of `step.py` and print it against its lower bound."""
     import jax
 
     job, sizes = JOBS[options.job], SMALL if options.small else BASE

@@ -1,10 +1,10 @@
-"""How step time and memory grow with regions R, slides B and subcaptions K; every point in a process of its own.
+"""Scaling of step time and memory with regions R, slides B and subcaptions K; every point in a separate process.
 
 The step is the one that `pathflip train` compiles for the base config (clip, AdamW, dropout), on random features and
 texts of typical lengths. One of R, B, K varies, the others stay at `--at-regions`, `--at-batch`, `--at-subcaptions`.
 Time is the median of the steps. Peak memory is the highest resident size while the steps run, after the first has
 compiled (VmHWM, set back through clear_refs), or the device's own peak on an accelerator. On a CPU the process keeps
-the memory that it frees (`machine.keep_freed`): clearing pages anew grows with the step faster than its work.
+the memory that it frees (`machine.keep_freed`): the cost of clearing pages again grows faster than the step's work.
 
 The exponent over the patches is the slope of a line through log(y - y0) over log(N - N0), by least squares: y0 and N0
 are those of a step with one region, so that what does not depend on patches (texts, optimizer, parameters) is left
@@ -46,7 +46,7 @@ class Point(NamedTuple):
 
 
 def make_points(options: argparse.Namespace) -> dict[str, list[Point]]:
-    """The points of each curve, smallest first; that of the regions begins with one region, which is no part of it."""
+    """Points of each curve, smallest first; that of the regions starts with one region, which is not part of it."""
     centre = Point(options.at_regions, options.at_batch, options.at_subcaptions)
     curves = {axis: [centre._replace(**{axis: n}) for n in sorted(getattr(options, axis))] for axis in AXES}
     curves["regions"].insert(0, centre._replace(regions=1))
@@ -124,7 +124,7 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
 
 
 def run_apart(point: Point, arguments: list[str]) -> dict:
-    """`run_point` in a process of its own, over before this returns. Raises RuntimeError with its last words."""
+    """Run `run_point` in a separate process that ends before this returns. Raises RuntimeError with its last output."""
     command = [sys.executable, __file__, *arguments, "--point", *map(str, point)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -134,7 +134,7 @@ def run_apart(point: Point, arguments: list[str]) -> dict:
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """The slope of log y over log x by least squares. Raises ValueError where there is no logarithm or no line."""
+    """Slope of log y over log x by least squares. Raises ValueError where logarithm or line is undefined."""
     if len(x) < 2 or min(*x, *y) <= 0:
         raise ValueError(f"no exponent of {y} over {x}: two points or more are needed, all above that of one region")
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
@@ -160,7 +160,7 @@ def fit(curve: list[dict]) -> dict[str, dict]:
 
 
 def plot(curves: dict[str, list[dict]], fits: dict[str, dict], path: Path, title: str) -> None:
-    """Time and memory over each axis; both axes logarithmic for the regions, with a linear law beside the points."""
+    """Plot time and memory over each axis; log-log for the regions, with a linear law for comparison."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,7 +192,7 @@ def plot(curves: dict[str, list[dict]], fits: dict[str, dict], path: Path, title
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--regions", type=int, nargs="+", default=[8, 24, 64, 128, 256])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4])

@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: builds its model, runs one job, prints what it took as JSON.
+"""One side of a comparison in a separate process: builds its model, runs one job, prints time and memory as JSON.
 
 `step.py` starts it; by hand: `python benchmarks/sides.py --side ours --job train_base --steps 3`. A side is `ours`
 (JAX), `released` (`released_style.py`) or `competent` (`competent_torch.py`). All see the same slides and texts, and,
@@ -29,7 +29,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 1.0
 
 
 class Job(NamedTuple):
-    """What is measured: a train step, or the encoding of slides or of texts without dropout and gradients."""
+    """Measured job: a train step, or the encoding of slides or of texts without dropout and gradients."""
 
     kind: str
     slides: int
@@ -133,7 +133,7 @@ def our_parameters(config, weights: Path | None) -> dict:
 
 
 def our_steps(config, weights: Path | None, batch: "Batch", stage=None) -> Callable[[int], float]:
-    """What takes a training step on a batch each time it is called with the step's number; it returns the loss."""
+    """Function that takes a training step on a batch when called with the step's number, and returns the loss."""
     import jax
 
     step, optimizer = our_training(config, stage)
@@ -187,7 +187,7 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
 
 
 class Batch(NamedTuple):
-    """What a step reads of `pathflip_jax.data.batches.pipeline.Batch`, without the packages that the pipeline needs."""
+    """Fields of `pathflip_jax.data.batches.pipeline.Batch` that a step reads, without the pipeline's dependencies."""
 
     patches: np.ndarray
     patch_mask: np.ndarray
@@ -309,7 +309,7 @@ class Peak:
 
 
 class Family(NamedTuple):
-    """What is measured of one family of models: its sides, jobs and sizes, and what builds either kind of side."""
+    """Measurements of one model family: its sides, jobs and sizes, and the builders of both kinds of side."""
 
     sides: tuple[str, ...]
     jobs: dict[str, Job]
@@ -320,7 +320,7 @@ class Family(NamedTuple):
 
 
 def set_precision(side: str, exact: bool) -> None:
-    """How a GPU multiplies float32: as TF32, ten bits of a number; `exact`, where sides are compared, with all."""
+    """Set a GPU's float32 products: TF32 with ten mantissa bits, or `exact`, for comparing sides, at full precision."""
     if side == "ours":
         import jax
 

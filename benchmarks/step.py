@@ -1,6 +1,6 @@
-"""A training step and inference, ours beside the released way of working and beside competent PyTorch, in one run.
+"""Training step and inference, compared with PyTorch in the released style and competent PyTorch, in one run.
 
-Every measurement is a process of its own (`sides.py`) that exits before the next starts; the sides take turns, and a
+Every measurement is a separate process (`sides.py`) that exits before the next starts; the sides take turns, and a
 figure is the median over rounds of the ratio within a round. Before anything is timed, the sides compute the same
 slides and texts from the same weights and must agree to 1e-4. A side that cannot run ends the benchmark: no ratio
 comes from one side alone. A ratio above 1 means that ours is better. Where the released side takes longer than the
@@ -47,7 +47,7 @@ RELEASED_RATE, SLACK = 250e9, 1.15
 
 
 class Compared(NamedTuple):
-    """What is compared of one family of models: the script that runs a side, and sides, jobs and sizes.
+    """Comparison of one model family: the script that runs a side, and sides, jobs and sizes.
 
     The second side is the yardstick, whose ratios carry no name of a side.
     """
@@ -71,7 +71,7 @@ FAMILIES = {
 
 
 class SideError(RuntimeError):
-    """A side could not run, or does not compute what the others do."""
+    """Error of a side that could not run, or whose results differ from the others'."""
 
 
 def run_side(side: str, job: str, options: argparse.Namespace, *more: str) -> dict:
@@ -189,12 +189,12 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def allowed_seconds(job: str, rate: float) -> float:
-    """The most that a step of the released side may take to count: 15% more than the released code, at this rate."""
+    """Longest accepted step of the released side: 15% more than the released code, at this rate."""
     return sides.JOBS[job].slides * SLACK * RELEASED_SECONDS[job] * RELEASED_RATE / rate
 
 
 def hold_to_yardstick(found: dict, rate: float) -> dict[str, float]:
-    """Count a released side that is too slow at what it may take: its ratios shrink. The factors, by job."""
+    """Cap a released side that is too slow at the accepted time, which shrinks its ratios; the factors by job."""
     factors = {}
     for job in RELEASED_SECONDS:
         if job in found["times"] and "released" in found["times"][job]:

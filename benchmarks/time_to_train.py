@@ -1,4 +1,4 @@
-"""How long an epoch over a cohort of the paper's size takes on this machine: predicted from a part, or run for real.
+"""Duration of an epoch over a cohort of the paper's size on this machine, predicted from a part or measured.
 
 Makes a cohort of realistic sizes (random features, 10,000 patches a slide on average, reports of real captions'
 length), and trains on it with `pathflip train`, its input pipeline, logging and checkpoints included. With fewer
@@ -9,10 +9,10 @@ of the last steps. Useful FLOPs are those that the run counts of its own batches
     python benchmarks/time_to_train.py --slides 4181 --batch 64 --dtype bfloat16  # an epoch for real: 43 GB of records
     python benchmarks/time_to_train.py --slides 4181 --batch 64 --dtype bfloat16 --device h200 --profile
 
-With `--profile` a step of this size is profiled afterwards: its peak memory, its parts beside their floor, its longest
-operations (`roofline.py --measure`).
+With `--profile` a step of this size is profiled afterwards: its peak memory, its parts against their lower bounds, its
+longest operations (`roofline.py --measure`).
 
-What stands after `--` goes to `pathflip train`: `-- --config.model.remat=True`.
+Arguments after `--` are passed to `pathflip train`: `-- --config.model.remat=True`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The training step, lowered for TPUs that are not there: a topology's devices, their memory, a batch's shapes."""
+"""Lowering of the training step for absent TPUs: a topology's devices, their memory, a batch's shapes."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def open_topology(name: str) -> list:
 
 
 def hbm_limit(device) -> float:
-    """What the compiler allows itself of a chip's memory, in bytes, as it says when asked for more."""
+    """Memory of a chip that the compiler may use, in bytes, as reported when more is requested."""
     import jax
     from jax.sharding import SingleDeviceSharding
 
@@ -60,14 +60,14 @@ def make_mesh(devices: list, fsdp: int, region: int):
 
 
 def with_layers(config, layers: int) -> ModelConfig:
-    """The config's model with so many layers."""
+    """Model of the config with that many layers."""
     from pathflip_jax.training.alignment import model_config
 
     return ModelConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
 
 
 def make_batch(config, slides: int, mesh):
-    """The shapes of a batch of so many slides to each share of the mesh, placed.
+    """Shapes of a batch with that many slides per share of the mesh, with shardings.
 
     It has as many rows for texts as groups of real lengths take (`set_text_rows`).
     """
@@ -101,14 +101,14 @@ def make_batch(config, slides: int, mesh):
 
 
 def placed(shapes, places):
-    """A tree of shapes, each with its sharding."""
+    """Tree of shapes, each with its sharding."""
     import jax
 
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
 
 
 def lower(config, layers: int, slides: int, mesh):
-    """The training step of a config with so many layers, lowered for a mesh; and the bytes of parameters on a chip."""
+    """Lower the training step of a config with that many layers for a mesh; also the bytes of parameters per chip."""
     import jax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P

@@ -1,11 +1,11 @@
-"""TPU programs without a TPU: what stands on the matrix unit and what does not, by part of the model.
+"""TPU programs compiled without a TPU: work on and off the matrix unit, by part of the model.
 
-libtpu compiles for chips that are not there (`pip install pathflip-jax[aot]`). Compiled are the train steps of both
+libtpu compiles without the hardware (`pip install pathflip-jax[aot]`). Compiled are the train steps of both
 families over the eight chips of a topology, a decoder's prefill and the loop that writes its tokens on one chip, and
 single operations with a gradient written by hand. Each is compiled as shipped and with the forms that XLA needs on a
 CPU (`pathflip_jax.ops.platform`); `--form` names others. Of each part of the model the JSON has the compiler's own
-estimate of cycles, bytes, FLOPs of products and what tiles are filled up with (hlo_parts.py), and the costliest work
-off the matrix unit. The compiler's estimates order forms of one program; they are no measurement.
+estimate of cycles, bytes, FLOPs of products and tile padding (hlo_parts.py), and the costliest work
+off the matrix unit. The compiler's estimates rank forms of one program; they are not a measurement.
 
 A step has the widths, texts and slides of its config and `--layers` of its layers, since all layers are alike; so has
 the decoder, that of Qwen3 1.7B. Results of other programs stay in `--json`.
@@ -41,11 +41,11 @@ QWEN3 = dict(
     head_dim=128, intermediate_size=6144, tie_word_embeddings=True,
 )  # fmt: skip
 BATCH, PROMPT, NEW = 8, 128, 64  # of the decoder
-ROWS = (16, 384, 768)  # of an operation by itself: rows of texts of sixteen slides, as wide as a BERT
+ROWS = (16, 384, 768)  # of a single operation: rows of texts of sixteen slides, as wide as a BERT
 
 
 def forms() -> dict[str, dict[Any, Callable]]:
-    """Each form of the operations, as functions and what stands in their place; as shipped, none."""
+    """Forms of the operations, each as functions and their replacements; none as shipped."""
     from accelerator_parts.workarounds import REDRAWN, cpu_forms, plain_forms
 
     from pathflip_jax.ops import attention, norm, patch_pooling
@@ -69,7 +69,7 @@ def forms() -> dict[str, dict[Any, Callable]]:
 
 @contextlib.contextmanager
 def traced_in(form: str):
-    """Trace in a form; what was traced before is forgotten."""
+    """Trace in a form, after clearing earlier traces."""
     import jax
     from accelerator_parts.workarounds import replace
 
@@ -190,7 +190,7 @@ PROGRAMS = {
 
 
 def read(compiled, seconds: float) -> dict[str, Any]:
-    """What the compiler says of a program, whole and by part of the model."""
+    """Compiler's figures of a program, in total and by part of the model."""
     text = compiled.as_text()
     operations = read_operations(text)
     plan, cost = compiled.memory_analysis(), compiled.cost_analysis()
@@ -227,7 +227,7 @@ def compile_program(program: str, form: str, devices: list, options: argparse.Na
 
 
 def save(path: Path, name: str, form: str, found: dict[str, Any], options: argparse.Namespace) -> None:
-    """Put a result beside those of other programs and forms."""
+    """Add a result to those of other programs and forms."""
     content = json.loads(path.read_text()) if path.exists() else {"results": {}}
     told = {"layers": options.layers, "slides": options.slides, "settings": options.more}
     entry = {"machine": describe("jax", "jaxlib", "libtpu"), **told, **found}
@@ -237,7 +237,7 @@ def save(path: Path, name: str, form: str, found: dict[str, Any], options: argpa
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """The results as a table in Markdown, each form beside the shipped one.
+    """Results as a Markdown table, each form next to the shipped one.
 
     Cycles marked with > lack operations for which the compiler gave no estimate.
     """
@@ -278,7 +278,7 @@ def part_table(found: dict[str, dict]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x4", help="v5e:2x4 (default), v6e:2x4 or another")
     parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="programs (all)")
@@ -293,7 +293,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Compile, read and save; 1 where the input cannot be used."""
+    """Compile, read and save; the exit code is 1 for unusable input."""
     options = make_parser().parse_args()
     if options.table:
         results = json.loads(options.json.read_text())["results"]

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its scheduled HLO, and what of it the program waits for.
+"""Communication of a compiled program between devices, read from its scheduled HLO, and the part it waits for.
 
 A collective is a plain instruction, a pair of `-start` and `-done`, or, on TPUs, a chain of fusions that all name its
 channel: the first sends, each in between computes while the data are on their way, the last receives; those in between
@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> float:
-        """The compiler's estimate of what it takes; 0 where it gives none, or writes `NO_ESTIMATE`."""
+        """Compiler's estimate of its cycles; 0 where it gives none, or writes `NO_ESTIMATE`."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
         return float(found[1]) if found and found[1] != NO_ESTIMATE else 0.0
 
@@ -103,7 +103,7 @@ class Traffic(NamedTuple):
 
 
 def read_traffic(program: str, devices: int) -> Traffic:
-    """The traffic of a program's scheduled HLO text, compiled for so many devices.
+    """Traffic of a program's scheduled HLO text, compiled for that many devices.
 
     Loops count as often as they run; ValueError names a loop with collectives whose runs the HLO does not give.
     """
@@ -131,10 +131,10 @@ def read_computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
 def _traffic(
     computations: dict[str, list[Instruction]], name: str, devices: int, runs: int, begun: frozenset[str]
 ) -> Traffic:
-    """The traffic of a computation that runs so many times, without collectives that were `begun` before it."""
+    """Traffic of a computation that runs that many times, without collectives that were `begun` before it."""
     schedule = computations[name]
     types = {x.name: x.type for x in schedule}
-    sites: dict[str, list[int]] = {}  # where each collective begins, goes on and ends
+    sites: dict[str, list[int]] = {}  # start, continuation and end of each collective
     first: dict[str, tuple[str, Instruction, dict[str, str]]] = {}
     key_of: dict[str, str] = {}
     inner: list[Traffic] = []
@@ -183,7 +183,7 @@ def _loop(
 
 
 def loop_runs(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
-    """How often a loop runs, where the HLO says it, or compares a counter, which JAX starts at 0, with a constant."""
+    """Trip count of a loop, where the HLO states it, or compares a counter, which JAX starts at 0, with a constant."""
     if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(told[1])
     condition = computations.get(loop.named("condition"), [])
@@ -224,7 +224,7 @@ def array_bytes(text: str) -> int:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """How many devices take part in a collective, in each of the ways that HLO writes groups."""
+    """Number of devices in a collective, for each of HLO's notations of groups."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))

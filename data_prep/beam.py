@@ -1,10 +1,9 @@
-"""Preparation on Apache Beam: the single machine's work, spread by any runner (Dataflow, Flink, Spark, or here).
+"""Preparation on Apache Beam: the single-machine work, distributed by any runner (Dataflow, Flink, Spark, local).
 
-What travels between the machines are the names of slides and what became of them, never pixels or features: a task
-turns one slide into its part, another puts a shard together, both by the functions that the single machine uses, and
-what they write goes straight to the folder of records. So every worker must see that folder and the slides under the
-same paths (a shared or mounted file system), and must have this package with its `beam` extra. Runners try a task that
-they lost again; both functions bear that.
+Only slide names and outcomes are exchanged between machines, never pixels or features: one task turns a slide into its
+part, another assembles a shard, both by the functions of the single-machine path, and their output goes directly to the
+folder of records. Every worker must therefore see that folder and the slides under the same paths (a shared or mounted
+file system), and must have this package with its `beam` extra. Runners retry lost tasks; both functions are idempotent.
 """
 
 import contextlib
@@ -37,10 +36,10 @@ except ImportError as error:
 
 
 def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[str]) -> Progress:
-    """Do the jobs of a plan on the runner that `options` name (Beam's own; DirectRunner when they name none).
+    """Run the jobs of a plan on the runner that `options` name (Beam's options; DirectRunner by default).
 
-    Raises ValueError for a runner that Beam does not have, OSError when the pipeline ends early, with what it says: a
-    disk is full, or a worker died with more than a slide. What is written stays, and a second run does the rest.
+    Raises ValueError for an unknown runner, OSError with Beam's message when the pipeline ends early: a full disk, or a
+    worker that died with more than a slide. Finished work is kept, and a second run does the rest.
     """
     pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
     through = (
@@ -66,7 +65,7 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
     said.unlink(missing_ok=True)
     try:
         state = pipeline.run().wait_until_finish()
-    except Exception as error:  # every runner has its own, with the traceback of a worker in it
+    except Exception as error:  # every runner raises its own class, with a worker's traceback in the message
         lines = str(error).strip().splitlines() or [repr(error)]
         raise OSError(f"{plan.out}: the Beam pipeline failed: {lines[-1]}; {_CURE}") from error
     if state != PipelineState.DONE or not said.exists():
@@ -82,9 +81,9 @@ _CURE = "what is whole stays: mend it and run the same command again"
 
 
 class _SlideToPart(beam.DoFn):
-    """Turns slides into parts, in a process that may die of them, and says what became of each.
+    """Conversion of slides to parts, in a process that a slide may crash, with the outcome of each.
 
-    A slide that kills its reader would kill the runner's own worker otherwise, and the pipeline after some tries.
+    A slide that crashes its reader would otherwise crash the runner's worker, and the pipeline after some retries.
     """
 
     def __init__(self, work: Callable[[Job], Outcome]) -> None:
@@ -97,9 +96,9 @@ class _SlideToPart(beam.DoFn):
         self._worker = Worker(preload=PRELOADED)
 
     def process(self, job: Job) -> Iterator[tuple[str, tuple[Job, Outcome, Traits | None]]]:
-        """One slide and its vote; under the name of its shard. Raises OSError for what every slide will meet."""
+        """Process one slide and its vote, keyed by its shard. Raises OSError for errors that every slide would meet."""
         outcome = Outcome()
-        if not job.part.exists():  # else an earlier try or run came so far
+        if not job.part.exists():  # else an earlier attempt or run got this far
             outcome = run_one(self._worker, self._work, job) or ended(job)
         if outcome.fatal:
             raise OSError(outcome.error)
@@ -115,11 +114,11 @@ class _SlideToPart(beam.DoFn):
 
 @worker_handlers.WorkerHandler.register_environment(python_urns.SUBPROCESS_SDK, bytes)
 class _LocalWorker(worker_handlers.SubprocessSdkWorkerHandler):
-    """A worker process of the DirectRunner whose death ends the pipeline.
+    """DirectRunner worker process whose death ends the pipeline.
 
-    Beam (2.77) lets whoever waits for an answer of a dead process wait for ever, unless there was more to read of it;
-    of containers, it tells them. At the end it waits for ever for a process that was just starting, which nobody has
-    told to end. It takes this class in the place of its own.
+    In Beam 2.77 a caller waiting for a response of a dead process waits forever, unless there was more output to read;
+    for containers, callers are notified. At the end Beam waits forever for a process that was just starting and was
+    never told to stop. Beam uses this class instead of its own.
     """
 
     def start_worker(self) -> None:
@@ -129,37 +128,37 @@ class _LocalWorker(worker_handlers.SubprocessSdkWorkerHandler):
         threading.Thread(target=self._watch, daemon=True).start()
 
     def stop_worker(self) -> None:
-        """Called by Beam when all is done."""
+        """Called by Beam at the end."""
         self._stopping.set()
-        self.control_conn.push(worker_handlers.BeamFnControlServicer._DONE_MARKER)  # for one that connects only now
+        self.control_conn.push(worker_handlers.BeamFnControlServicer._DONE_MARKER)  # for a late connection
         super().stop_worker()
 
     def _watch(self) -> None:
         self.worker_thread.join()  # until the process has ended
         if not self._stopping.is_set():
-            with contextlib.suppress(Exception):  # it raises what it met while it read; then nobody waits for it
+            with contextlib.suppress(Exception):  # it raises its read error, for which nothing waits
                 self.data_conn.close()
-        while not self._stopping.wait(_ANSWER_SECONDS):  # again for what is asked of it later
-            with contextlib.suppress(RuntimeError):  # something is being asked just now
+        while not self._stopping.wait(_ANSWER_SECONDS):  # repeated for later requests
+            with contextlib.suppress(RuntimeError):  # a request is in progress
                 self.control_conn.abort(RuntimeError("a worker process of the DirectRunner died"))
 
 
-_ANSWER_SECONDS = 1.0  # from a worker's death until those that wait are told: an answer may be on its way
+_ANSWER_SECONDS = 1.0  # seconds from a worker's death to notifying waiters: a response may still arrive
 
 
 def _seen_from_everywhere(job: Job) -> Job:
-    """The job with absolute paths: a worker starts in another folder."""
+    """Job with absolute paths: a worker starts in another folder."""
     return replace(job, file=job.file.absolute(), shard=job.shard.absolute(), part=job.part.absolute())
 
 
 def _cohort(votes: list[Traits | None], before: Cohort | None, alike: bool) -> Cohort | None:
-    """The common traits of the slides of all shards: of those that stand, else of those that are through."""
+    """Common traits of the slides of all shards: of existing shards, else of finished slides."""
     voters = [traits for traits in votes if traits is not None]
     return before or (vote(voters, alike) if voters else None)
 
 
 def _assemble(shard: tuple[str, Iterable[tuple[Job, Outcome, Traits | None]]], cohort: Cohort | None) -> Progress:
-    """Put a shard together when all of its slides are through."""
+    """Assemble a shard once all of its slides are finished."""
     through = sorted(shard[1], key=lambda slide: slide[0].slide_id)
     progress = assemble([job for job, _, _ in through], cohort)
     for job, outcome, _ in through:
@@ -168,7 +167,7 @@ def _assemble(shard: tuple[str, Iterable[tuple[Job, Outcome, Traits | None]]], c
 
 
 def _save(shards: list[Progress], path: Path) -> None:
-    """Leave what became of the slides where the machine that started the pipeline finds it."""
+    """Save the outcomes of the slides for the machine that started the pipeline."""
     total = Progress()
     for progress in shards:
         total.add(progress)

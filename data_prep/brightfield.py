@@ -1,4 +1,4 @@
-"""Brightfield pictures in 8-bit RGB, told from the grey, 16-bit and fluorescence files that OpenSlide opens as well."""
+"""Detection of 8-bit RGB brightfield images among the grey, 16-bit and fluorescence files that OpenSlide also opens."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +9,13 @@ import tifffile
 from pathflip_jax.data.readers.ome import Ome, read_ome
 from pathflip_jax.data.storage.failures import preview
 
-_TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold anything; the others write 8-bit RGB alone
+_TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold other formats; the others write only 8-bit RGB
 _COLOUR = ("RGB", "YCBCR")
 _NEEDED = "a brightfield slide in RGB of 8 bits is needed: give that file, or leave the slide out"
 
 
 def check_brightfield(path: Path, properties: Mapping[str, str], size: tuple[int, int]) -> None:
-    """Raise ValueError, saying what a slide is, where it is not brightfield in 8-bit RGB."""
+    """Raise ValueError naming a slide's format where it is not 8-bit RGB brightfield."""
     found = ""
     if properties.get(openslide.PROPERTY_NAME_VENDOR) in _TIFF:
         found = _tiff(path, size, read_ome(properties.get("tiff.ImageDescription", ""), *size))
@@ -30,14 +30,14 @@ def check_brightfield(path: Path, properties: Mapping[str, str], size: tuple[int
 
 
 def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
-    """The kind of the pages of level 0's size in a TIFF; "" for RGB of 8 bits and for what is not understood."""
+    """Pixel format of the level-0 pages of a TIFF; "" for 8-bit RGB and for unrecognised formats."""
     try:
         with tifffile.TiffFile(path) as file:
             pages = [page for page in file.pages if (page.imagewidth, page.imagelength) == size]
             if not pages:
                 return ""
             bits, samples, kind = pages[0].bitspersample, pages[0].samplesperpixel, pages[0].photometric.name
-    except Exception:  # of a parser that meets a broken file; OpenSlide has opened it, and reads it or says why not
+    except Exception:  # parser error on a broken file; OpenSlide has opened it, and reads it or reports why not
         return ""
     names = [name for name in ome.names if name] if ome else []
     if kind == "PALETTE":
@@ -58,7 +58,7 @@ def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
 
 
 def _interleave(path: Path, ome: Ome | None) -> str:
-    """A command that writes RGB in three planes as OpenSlide reads it, for as much as memory holds."""
+    """Command that converts planar RGB to the interleaved form OpenSlide reads, for images that fit in memory."""
     size = ""
     if ome and ome.across > 0:
         size = f", resolution=({1e4 / ome.across:g},) * 2, resolutionunit='CENTIMETER'"

@@ -1,8 +1,8 @@
-"""Slides or feature files in, a folder of records out: on one machine, as a task of a job array, or on Apache Beam.
+"""Conversion of slides or feature files to a folder of records: on one machine, in a job array, or on Apache Beam.
 
-Every slide is worked in a process of its own and first becomes a small record in `OUT/.parts`; when all of
-a shard's slides are through, the shard is put together from them. So an interrupted run loses the slides under way and
-nothing else, a shard appears whole or not at all, and what is in it depends on neither workers nor tasks nor runner.
+Every slide is processed in a separate process and first becomes a small record in `OUT/.parts`; when all of a shard's
+slides are finished, the shard is assembled from them. An interrupted run thus loses only the slides in progress, a
+shard is written atomically, and its content depends on neither workers nor tasks nor runner.
 """
 
 import json
@@ -40,14 +40,14 @@ def prepare(
 
     `slides` is a folder (searched with its subfolders), a file or a list of files; a slide's id is its file name
     without the extension. A second run does only what is missing, failed slides and new ones included; records of
-    slides that are gone stay, unless `prune` takes them out. A bad slide is reported, in `OUT/failures.json` too, and
-    the rest goes on.
+    slides that no longer exist are kept, unless `prune` removes them. A bad slide is reported, in `OUT/failures.json`
+    too, and the others continue.
 
     Raises ValueError for slide ids that occur twice and for a folder that was begun with other settings;
     FileNotFoundError for no slides; OSError on a full disk.
     """
     plan = _plan(find_slides(slides), out, settings, settings.of_records())
-    if plan.jobs and settings.beam is None:  # machines of a cluster try it themselves: this one may lack the weights
+    if plan.jobs and settings.beam is None:  # cluster machines test it themselves: this one may lack the weights
         ((_, outcome),) = run_each(try_encoder, plan.jobs[:1], 1)
         if outcome is None:
             raise ValueError(
@@ -61,8 +61,8 @@ def prepare(
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:
     """Turn the feature files of CLAM, TRIDENT, SlideChat or STAMP below a folder into records.
 
-    A folder of bare .pt files has no coordinates and is cut by `scan`. What most slides have says what the cohort is,
-    in encoder, feature width and physical patch size. Everything else as in `prepare`.
+    A folder of bare .pt files has no coordinates and is cut by `scan`. The majority of slides determines the cohort's
+    encoder, feature width and physical patch size. Everything else as in `prepare`.
     """
     found = find_feature_files(folder)
     files = {slide_id_of(path): path for path in found.files}
@@ -103,18 +103,18 @@ def _run(plan: Plan, work: Callable[[Job], Outcome], settings: RecordsSettings) 
 
 
 def _amend(plan: Plan) -> None:
-    """Do what needs no slide: take slides out, rename cases, and let no number of a shard be missing."""
+    """Apply changes that need no slide: remove slides, rename cases, and close gaps in the shard numbers."""
     for path, change in plan.amendments.items():
         amend(path, change.gone, change.cases, plan.settings)
     for path in plan.own_shards:
-        if path not in plan.missing and not path.exists():  # its slides went before they were done
+        if path not in plan.missing and not path.exists():  # its slides were removed before they were finished
             write_shard(path, [], **layout(plan.settings))
 
 
 def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: bool) -> Progress:
-    """Do the jobs in processes of this machine, and put shards together, in order, as their last slide is through.
+    """Run the jobs in processes on this machine, and assemble shards in order as their last slide finishes.
 
-    None is put together before it is certain what the majority of the slides has.
+    No shard is assembled before the majority of the slides is certain.
     """
     progress = Progress()
     left = {path: {job.slide_id for job in own if not job.part.exists()} for path, own in plan.missing.items()}
@@ -150,13 +150,13 @@ def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: 
 
 
 def _failures(plan: Plan) -> Place:
-    """The list of what failed, of a whole run or of a task."""
+    """Path of the list of failures, of an entire run or of a task."""
     task, tasks = plan.task
     return plan.out / ("failures.json" if tasks == 1 else f"failures-{task:05d}-of-{tasks:05d}.json")
 
 
 def _finish(plan: Plan, progress: Progress) -> Report:
-    """List what failed, and make the folder a data set when its last shard stands."""
+    """List the failures, and complete the folder's data set once its last shard exists."""
     out, failed, tasks = plan.out, sorted([*plan.failed, *progress.failed]), plan.task[1]
     notes = [*plan.notes, *grouped(progress.notes)]
     unfit = {failure.slide for failure in failed}

@@ -1,8 +1,8 @@
-"""The few words of a DICOM header that say which slide a file belongs to.
+"""DICOM header elements that identify the slide of a file.
 
-Archives name files by instance ("DCM_0.dcm", a UUID, nothing but digits), so the name of a slide stands in the header
-or on the folder. OpenSlide, which reads the pixels, gives a header only after it has looked at every other file of the
-folder; here a header is parsed alone, as far as the container's identifier.
+Archives name files by instance ("DCM_0.dcm", a UUID, only digits), so a slide's name is in the header or is the
+folder's. OpenSlide, which reads the pixels, gives a header only after inspecting every other file of the folder; here a
+single header is parsed, up to the container's identifier.
 """
 
 import re
@@ -19,7 +19,7 @@ _HEAD = 1 << 17  # bytes: the container's identifier comes before any pixels, pa
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _UNDEFINED = 0xFFFFFFFF
 _ENDS = ((0xFFFE, 0xE00D), (0xFFFE, 0xE0DD))  # of an item, of a sequence, of undefined length
-# Names that exporters and archives give, which say nothing of the slide: counters, UIDs, UUIDs.
+# Uninformative names given by exporters and archives: counters, UIDs, UUIDs.
 _UID = r"([a-z]{1,3}_)?\d+(\.\d+){2,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}"
 _COUNTER = r"(dcm|im|img|image|i|level|series|instance|sm)[-_]?\d{1,8}([-_]\d{1,4})*"
 _INSTANCE = re.compile(f"{_COUNTER}|{_UID}", re.IGNORECASE)
@@ -36,12 +36,12 @@ class Header(NamedTuple):
 
     @property
     def is_slide(self) -> bool:
-        """Whether it is (a level of) a whole slide image, and no radiograph, annotation or directory."""
+        """Whether it is (a level of) a whole-slide image, not a radiograph, annotation or directory."""
         return self.kind == _WHOLE_SLIDE
 
 
 def read_header(path: Path) -> Header | None:
-    """The header of a DICOM file, None for a file that is none. Raises OSError where it cannot be read."""
+    """Read the header of a DICOM file, None for any other file. Raises OSError where it cannot be read."""
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":
             return None
@@ -49,13 +49,13 @@ def read_header(path: Path) -> Header | None:
     found: dict[tuple[int, int], str] = {}
     try:
         _parse(head, found)
-    except struct.error:  # the end of what was read, or of a file that was cut short
+    except struct.error:  # the end of the bytes read, or of a truncated file
         pass
     return Header(found.get(_CLASS, ""), found.get(_SERIES, ""), found.get(_CONTAINER, ""))
 
 
 def _parse(head: bytes, found: dict[tuple[int, int], str]) -> None:
-    """Fill in the elements of the top level, from the file's meta information to the container's identifier."""
+    """Parse the top-level elements, from the file's meta information to the container's identifier."""
     at, depth = 0, 0
     while True:
         tag = struct.unpack_from("<HH", head, at)
@@ -82,11 +82,11 @@ def _parse(head: bytes, found: dict[tuple[int, int], str]) -> None:
 
 
 def name_series(headers: Mapping[Path, Header]) -> dict[Path, str]:
-    """One file of each series to the slide id of the series; OpenSlide opens all of a series by any file of it.
+    """Map from one file of each series to the slide id of the series; OpenSlide opens a series by any of its files.
 
-    A file that is all of its series and has a name of its own is called by that. Otherwise the folder names the slide
-    where it holds one series and is not itself called by a UID; else the container (the identifier on the glass), and
-    the UID of the series where two series share a container or it is empty.
+    A file that is its whole series and has an informative name gives the id. Otherwise the folder names the slide where
+    it holds one series and its name is not a UID; else the container (the identifier on the glass), and the UID of the
+    series where two series share a container or it is empty.
     """
     groups: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for path, header in sorted(headers.items()):

@@ -1,8 +1,7 @@
-"""The tools that tissue is drawn with: noise, cells, closed curves, fibres and stamped nuclei.
+"""Drawing primitives of synthetic tissue: noise, cells, closed curves, fibres and stamped nuclei.
 
-A `Field` holds the amounts of haematoxylin and eosin of a rectangle, in optical density; lengths are
-pixels at level 0. Nuclei are sprites, drawn once per process and stamped by the thousand, which is
-what makes a slide a matter of half a second.
+A `Field` holds the amounts of haematoxylin and eosin of a rectangle, in optical density; lengths are pixels at level 0.
+Nuclei are sprites, drawn once per process and stamped by the thousand, which is why a slide takes only half a second.
 """
 
 from functools import lru_cache
@@ -107,7 +106,7 @@ class Field:
         return self.grow(field), self.grow(distance)
 
     def grow(self, small: np.ndarray) -> np.ndarray:
-        """Bring a coarse array to the size of the field."""
+        """Upsample a coarse array to the size of the field."""
         image = Image.fromarray(np.ascontiguousarray(small, np.float32))
         return np.asarray(image.resize((self.cols, self.rows), Image.Resampling.BICUBIC))
 
@@ -181,7 +180,7 @@ class Field:
 
 
 def ramp(value: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 at `low`, 1 at `high` (which may be the smaller), straight between and level outside."""
+    """Linear ramp: 0 at `low`, 1 at `high` (which may be the smaller), constant outside."""
     return np.clip((value - low) / (high - low), 0, 1)
 
 

@@ -1,9 +1,8 @@
 """Frozen patch encoders: from pixels to one feature vector per patch.
 
-An encoder is a name, a width and a call; nothing else is asked of it (`PatchEncoder`). The embedded one,
-`stain_texture`, needs no download and no network: it lets the whole pipeline run anywhere, and is a floor
-that a learned encoder must beat. Learned ones come by name through `load_encoder`, from timm or from a
-Hugging Face folder, and live in `torch_encoders`.
+An encoder is a name, a width and a call, nothing more (`PatchEncoder`). The embedded one, `stain_texture`, needs no
+download and no network: it lets the entire pipeline run anywhere, and is a baseline that a learned encoder must beat.
+Learned ones come by name through `load_encoder`, from timm or from a Hugging Face folder, and live in `torch_encoders`.
 """
 
 from pathlib import Path
@@ -32,7 +31,7 @@ class PatchEncoder(Protocol):
 
 
 def load_encoder(name: str, half: bool = False) -> PatchEncoder:
-    """The encoder of that name: `stain_texture`, `timm:NAME_OR_FOLDER` or `hf:FOLDER`.
+    """Load the encoder of that name: `stain_texture`, `timm:NAME_OR_FOLDER` or `hf:FOLDER`.
 
     `half` computes in half precision where the encoder is a network. Raises ValueError for a name that is
     none of these and for encoders that need their own package (CONCH, UNI2-h); ImportError when the packages
@@ -88,7 +87,7 @@ _LIMIT = 5.0
 
 _SCALES, _PATTERN_SCALES = 4, 3
 _SMALLEST = 32
-_PIXELS_AT_ONCE = 1 << 16  # what the work arrays of one chunk hold: they stay in the processor's cache
+_PIXELS_AT_ONCE = 1 << 16  # size of a chunk's work arrays, which fit in the processor's cache
 _FILTERED_PIXELS_AT_ONCE = 1 << 15  # the same for the filters, which need some fifteen arrays
 _DENSITY = -np.log(np.maximum(np.arange(256), 1) / 255.0).astype(np.float32)
 _SEPARATION = hed_from_rgb.astype(np.float32)
@@ -109,7 +108,7 @@ class StainTexture:
       Laplacian's peaks, which is close to nuclei per area at a fine scale.
     - **patterns** (60): uniform rotation-invariant local binary patterns (Ojala et al. 2002, 8 neighbours) of
       both stains at three scales, as square roots of their frequencies.
-    - **correlation** (4): of the two stains at each scale: do nuclei sit in eosin or beside it?
+    - **correlation** (4): of the two stains at each scale: whether nuclei coincide with eosin.
 
     Every value is centred, divided by a fixed spread and clipped to +-5, so that a linear layer can take the
     groups as they are. Constants come from a real slide; nothing is fitted to a cohort.

@@ -1,10 +1,10 @@
-"""Pen on the glass: marker of any colour, told from stained tissue by its dye and by its evenness.
+"""Pen ink detection: marker of any colour, distinguished from stained tissue by its dye and its evenness.
 
-Light through a dye is dimmed in proportions of its own in red, green and blue (Beer-Lambert: optical densities, OD).
-Haematoxylin and eosin absorb green most, so tissue lies in the wedge between the two: a dye that absorbs red more than
-green (blue, green), or blue alone (yellow, orange), is no tissue. Red, pink and purple pens lie within the wedge. They
-are one dye without structure, so their proportions do not vary from place to place, and nothing is seen in them at the
-size of cells; blood and dense lymphocytes have both.
+Each dye absorbs red, green and blue in characteristic proportions (Beer-Lambert: optical densities, OD). Haematoxylin
+and eosin absorb green most, so tissue lies in the wedge between the two: a dye that absorbs red more than green (blue,
+green), or blue alone (yellow, orange), is not tissue. Red, pink and purple pens lie within the wedge. They are one dye
+without structure, so their proportions are spatially constant, and they have no cell-sized structure; blood and dense
+lymphocytes have both variations.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,29 +13,29 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
-PIXEL_UM = 8.0  # wide: ink is looked for at this resolution, at which nuclei and their surroundings mix
+PIXEL_UM = 8.0  # resolution of ink detection, at which nuclei and their surroundings mix
 _GLASS_BRIGHT, _GLASS_PALE, _GLASS_SHARE = 190, 0.1, 0.002  # glass is brighter, less saturated and a larger share
 _WHITE = 245.0  # of a slide that shows no glass
-_STROKE_PX = 3  # a stroke of 24 um at least; scattered bluish pixels of tissue are no stroke
+_STROKE_PX = 3  # a stroke of at least 24 um; scattered bluish pixels of tissue are not a stroke
 _SMALLEST_PX = 80  # 0.005 mm2: a dot of a pen; smaller ones are dirt, or tissue
-_EVEN_PX = 3  # how far even ink is even: 24 um
+_EVEN_PX = 3  # extent of even ink: 24 um
 _EVEN_OD, _ONE_DYE = 0.06, 0.05  # standard deviations, of OD and of the proportions, in ink within the wedge
-# Strong red pen, by OD in blue: over tissue it absorbs more than beside it, and less red than haematoxylin would add.
+# Strong red pen, by OD in blue: it absorbs more over tissue than next to it, and less red than haematoxylin would add.
 _RED_PEN, _AS_MUCH, _NO_HAEMATOXYLIN = 0.6, 0.95, 0.45
-_ROWS = 1024  # of the picture at a time, for floats take four times its memory
+_ROWS = 1024  # rows of the image at a time, since floats take four times its memory
 
-Look = Callable[[int, int], float]  # how much structure is seen at a row and column of the picture, in grey levels
+Look = Callable[[int, int], float]  # amount of structure at a row and column of the image, in grey levels
 Piece = tuple[np.ndarray, np.ndarray]  # rows and columns
-_STRUCTURE = 4.0  # grey levels, at the size of cells: what grain and compression leave in ink stays below
-_LOOKS, _MOST_PIECES = 12, 64  # places of a piece that are looked at closely, and pieces that are
-# The share of places where nothing is seen: of pen whose colour is beside the wedge, as parts lie over tissue; of pen
-# whose colour is within.
+_STRUCTURE = 4.0  # grey levels, at the size of cells: grain and compression in ink stay below
+_LOOKS, _MOST_PIECES = 12, 64  # points of a component examined closely, and components examined
+# Fraction of points without structure: for pen with a colour outside the wedge, parts of which cover tissue; for pen
+# with a colour within.
 _BESIDE_SHARE, _WITHIN_SHARE = 0.25, 0.5
 _BLUE_PEN, _CLEAR_SHARE = 1.4, 0.3  # OD in red over green that no haematoxylin has, and the share of a piece
 
 
 def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray, "h w"]:
-    """Mask of pen marks on a picture with pixels of `PIXEL_UM`; `look` settles what colour does not."""
+    """Mask of pen marks on an image with pixels of `PIXEL_UM`; `look` decides where colour is inconclusive."""
     glass = _glass(picture)
     strong, weak, doubtful = (np.zeros(picture.shape[:2], bool) for _ in range(3))
     for rows, inner, density in _densities(picture, glass):
@@ -52,7 +52,7 @@ def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray
         if _is_one_dye(density) and _is_smooth(inside, look, _WITHIN_SHARE):
             within[piece] = True
             dyes.append(np.median(density, 0))
-    ink |= _grown(within, _EVEN_PX // 2 + 1)  # what is even ends before the stroke does
+    ink |= _grown(within, _EVEN_PX // 2 + 1)  # the even area ends before the stroke
     reds = [dye for dye in dyes if dye[2] > _RED_PEN]
     if reds:
         ink = ndimage.binary_propagation(ink, mask=ink | _over_tissue(picture, glass, np.median(reds, 0)))
@@ -64,7 +64,7 @@ def _grown(mask: Bool[np.ndarray, "h w"], pixels: int) -> Bool[np.ndarray, "h w"
 
 
 def _glass(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "3"]:
-    """The colour of bare glass: what a scanner calls white is often tinted."""
+    """Colour of bare glass: a scanner's white is often tinted."""
     some = picture[:: max(1, len(picture) // 1024), :: max(1, picture.shape[1] // 1024)].reshape(-1, 3)
     largest, smallest = some.max(1).astype(np.float32), some.min(1).astype(np.float32)
     bare = some[(smallest > _GLASS_BRIGHT) & (largest - smallest < _GLASS_PALE * largest)]
@@ -74,7 +74,7 @@ def _glass(picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "3"]:
 def _densities(
     picture: UInt8[np.ndarray, "h w 3"], glass: Float[np.ndarray, "3"]
 ) -> Iterator[tuple[slice, slice, Float[np.ndarray, "3 rows w"]]]:
-    """OD in red, green and blue, some rows at a time with a margin: the rows, where they are in it, and OD."""
+    """OD in red, green and blue, in blocks of rows with a margin: the rows, their position in the block, and OD."""
     for top in range(0, len(picture), _ROWS):
         first, last = max(0, top - _EVEN_PX), min(len(picture), top + _ROWS + _EVEN_PX)
         light = np.maximum(picture[first:last].astype(np.float32), 1) / glass.astype(np.float32)
@@ -83,7 +83,7 @@ def _densities(
 
 
 def _classes(density: Float[np.ndarray, "3 h w"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of ink by colour, of ink beside such, and of areas even and strong enough to be ink in the wedge."""
+    """Masks of ink by colour, of ink next to it, and of areas even and strong enough to be ink in the wedge."""
     red, green, blue = density
     strong = (red > 0.25) & (red > 1.15 * green) & (blue < 1.3 * red)  # blue, violet-blue, turquoise, green
     strong |= (red > 0.7) & (red > 0.95 * green) & (blue < red)  # dark blue, and blue over tissue
@@ -102,7 +102,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def _strokes(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
-    """A mask without what is thinner than a stroke or smaller than a dot of a pen."""
+    """Mask without areas thinner than a stroke or smaller than a pen dot."""
     if not mask.any():
         return mask
     mask = ndimage.binary_opening(mask, np.ones((_STROKE_PX, _STROKE_PX), bool))
@@ -115,7 +115,7 @@ def _strokes(mask: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
 def _pieces(
     mask: Bool[np.ndarray, "h w"], picture: UInt8[np.ndarray, "h w 3"], glass: Float[np.ndarray, "3"]
 ) -> Iterator[tuple[Piece, Piece, Float[np.ndarray, "n 3"]]]:
-    """The largest pieces of a mask, the half of each that is farthest from its rim, and OD in the piece."""
+    """Largest components of a mask, the half of each that is farthest from its rim, and OD in the component."""
     pieces, _ = ndimage.label(mask)
     sizes = np.bincount(pieces.ravel())[1:]
     places = ndimage.find_objects(pieces)
@@ -131,18 +131,18 @@ def _pieces(
 
 
 def _is_no_stain(density: Float[np.ndarray, "n 3"]) -> bool:
-    """Whether much of a piece has a colour that no stain of tissue has: plain blue, green, yellow or orange."""
+    """Whether much of a component has a colour that no tissue stain has: plain blue, green, yellow or orange."""
     red, green, blue = density.T
     return bool(((red > _BLUE_PEN * green) | (blue > 1.8 * green)).mean() > _CLEAR_SHARE)
 
 
 def _is_one_dye(density: Float[np.ndarray, "n 3"]) -> bool:
-    """Whether red and blue are absorbed in the same proportion to green all over a piece."""
+    """Whether red and blue are absorbed in the same proportion to green throughout a component."""
     return bool((density[:, ::2] / density[:, 1:2]).std(0).max() < _ONE_DYE)
 
 
 def _over_tissue(picture: np.ndarray, glass: np.ndarray, dye: Float[np.ndarray, "3"]) -> Bool[np.ndarray, "h w"]:
-    """Mask of places where a red pen may lie over tissue."""
+    """Mask of areas where red pen may cover tissue."""
     found = np.zeros(picture.shape[:2], bool)
     for rows, inner, (red, green, blue) in _densities(picture, glass):
         more = (blue > _AS_MUCH * dye[2]) & (green > _AS_MUCH * dye[1]) & (red < _NO_HAEMATOXYLIN * green)
@@ -151,7 +151,7 @@ def _over_tissue(picture: np.ndarray, glass: np.ndarray, dye: Float[np.ndarray, 
 
 
 def _is_smooth(piece: Piece, look: Look, share: float) -> bool:
-    """Whether nothing of the size of cells is seen at that share of the places of a piece, or more."""
+    """Whether at least that fraction of a component's points has no cell-sized structure."""
     at = np.linspace(0, len(piece[0]) - 1, _LOOKS).round().astype(int)
     seen = [look(int(row), int(column)) for row, column in zip(piece[0][at], piece[1][at], strict=True)]
     return np.mean(np.array(seen) < _STRUCTURE) >= share

@@ -1,7 +1,7 @@
-"""The work on one slide in a worker process: read it, and write it as a record of its own.
+"""Processing of one slide in a worker process: reading, and writing as a separate record.
 
-A worker never raises for what is wrong with a slide; it says so in a line that names the file. Reading runs ahead of
-encoding by one batch, in a thread: OpenSlide and the encoder's libraries both let go of the interpreter.
+A worker never raises for a bad slide; it reports the fault in a line that names the file. Reading is one batch ahead of
+encoding, in a thread: OpenSlide and the encoder's libraries both release the GIL.
 """
 
 import json
@@ -31,15 +31,15 @@ from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import ulimits
 from pathflip_jax.runtime.limits import processors
 
-PLACEHOLDER = 256  # the patch size, in pixels, of a slide that does not tell it, until its cohort does
+PLACEHOLDER = 256  # placeholder patch size, in pixels, of a slide that does not state it, until its cohort gives it
 
 
 @dataclass(frozen=True)
 class Job:
-    """One slide on its way to a record: read from `file`, written to `part`, meant for `shard`.
+    """Conversion of one slide to a record: read from `file`, written to `part`, for `shard`.
 
     `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
-    wins over what the file says; None where the file is believed.
+    overrides the file's; None to use the file's.
     """
 
     slide_id: str
@@ -56,8 +56,8 @@ class Job:
 class Effort:
     """Cost of slides: patches, seconds of each stage, and the largest resident size of a worker in bytes.
 
-    The stages follow each other: `tissue`, then `wait` (for pixels) and `encode` in turn, then `write`. `read` is what
-    the thread that reads ahead took, beside them. The encoder is the bottleneck where `wait` is next to nothing.
+    The stages are consecutive: `tissue`, then `wait` (for pixels) and `encode` alternately, then `write`. `read` is the
+    time of the concurrent prefetch thread. The encoder is the bottleneck where `wait` is near zero.
     """
 
     patches: int = 0
@@ -65,9 +65,9 @@ class Effort:
     peak_bytes: int = 0
 
     def summary(self) -> str:
-        """Patches, and the stages' shares of the time that the workers took."""
+        """Summary: patches, and the stages' shares of the workers' time."""
         stages = [stage for stage in ("tissue", "wait", "encode", "write") if stage in self.seconds]
-        if "encode" not in stages:  # feature files: reading is a stage of its own
+        if "encode" not in stages:  # feature files: reading is a separate stage
             stages = ["read", *stages]
         whole = sum(self.seconds[stage] for stage in stages) or 1.0
         shares = ", ".join(f"{stage} {self.seconds[stage] / whole:.0%}" for stage in stages)
@@ -80,9 +80,9 @@ class Effort:
 
 
 class Remarks(NamedTuple):
-    """Remarks on a slide that its record does not hold: `notes` for the summary, and how sure its patch size is.
+    """Remarks on a slide that are not in its record: `notes` for the summary, and the certainty of its patch size.
 
-    `guessed` is a patch size from the gaps between patches; `sizeless` says why there is none at all.
+    `guessed` is a patch size inferred from the gaps between patches; `sizeless` is the reason for a missing one.
     """
 
     notes: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Remarks(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The result of a worker's job on a slide: its error, if any; `fatal` where every slide will meet it."""
+    """Result of a worker's job on a slide: its error, if any; `fatal` where every slide would meet it."""
 
     error: str = ""
     fatal: bool = False
@@ -99,18 +99,18 @@ class Outcome(NamedTuple):
 
 
 def prepare_slide(job: Job) -> Outcome:
-    """From a slide file to its part."""
+    """Convert a slide file to its part."""
     outcome = try_encoder(job)
     return outcome if outcome.error else _guarded(job, _slide_features)
 
 
 def import_slide(job: Job) -> Outcome:
-    """From a feature file to its part."""
+    """Convert a feature file to its part."""
     return _guarded(job, _imported_features)
 
 
 def try_encoder(job: Job) -> Outcome:
-    """Load the encoder and give it one patch, so that what is wrong with it is said once, not once a slide."""
+    """Load the encoder and run it on one patch, so that its faults are reported once, not once per slide."""
     try:
         _encoder(job)
     except (ValueError, OSError, ImportError) as error:
@@ -119,18 +119,18 @@ def try_encoder(job: Job) -> Outcome:
 
 
 def ended(job: Job) -> Outcome:
-    """The outcome of a slide whose worker process died."""
+    """Outcome of a slide whose worker process died."""
     cure = "the file crashes or stalls its reader, or memory ran out: look at it, or use fewer workers"
     return Outcome(f"{job.file}: the worker process died; {cure}")
 
 
 def remarks_path(part: Place) -> Place:
-    """The file beside a part that keeps what was said of its slide."""
+    """Path of the remarks on a part's slide, next to the part."""
     return part.with_name(part.name.removesuffix(".tfrecord") + ".json")
 
 
 def save_remarks(part: Place, remarks: Remarks) -> None:
-    """Keep what was said of a slide until its shard is put together, by another run perhaps."""
+    """Save the remarks on a slide until its shard is assembled, perhaps by another run."""
     remove(remarks_path(part))
     if remarks != Remarks():
         with whole_file(remarks_path(part)) as out:
@@ -138,7 +138,7 @@ def save_remarks(part: Place, remarks: Remarks) -> None:
 
 
 def read_remarks(part: Place) -> Remarks:
-    """The remarks on the slide of a part."""
+    """Read the remarks on the slide of a part."""
     path = remarks_path(part)
     if not path.exists():
         return Remarks()
@@ -147,14 +147,14 @@ def read_remarks(part: Place) -> Remarks:
 
 
 def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatures, Remarks]]) -> Outcome:
-    """Read and write one slide; whatever goes wrong with it becomes a line of text."""
+    """Read and write one slide; any error becomes a line of text."""
     seconds: dict[str, float] = {}
     try:
         slide, remarks = read(job, seconds)
     except (ValueError, OSError) as error:
-        limit = ulimits.explain(error)  # of this process, not of this file
+        limit = ulimits.explain(error)  # an error of this process, not of this file
         return Outcome(limit or str(error), fatal=bool(limit))
-    except Exception as error:  # a reader's own bug, met by one file, must not end the night's run
+    except Exception as error:  # a reader's bug triggered by one file must not end an overnight run
         return Outcome(f"{job.file}: {type(error).__name__}: {error}")
     start = time.perf_counter()
     try:
@@ -192,12 +192,12 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures,
 
 
 def _stored(features: np.ndarray, dtype: str, file: Path) -> np.ndarray:
-    """The features of some patches as records keep them; what is not finite is said of the slide as a whole."""
+    """Features of a batch of patches as stored in records; non-finite values are reported for the slide as a whole."""
     return narrowed(features, dtype, str(file)) if np.isfinite(features).all() else features
 
 
 def _read_ahead(batches: Iterator[np.ndarray], seconds: dict[str, float]) -> Iterator[np.ndarray]:
-    """The batches of an iterator, each read while the one before is worked on; counts what reading took."""
+    """Batches of an iterator, each read while the previous one is processed; measures the reading time."""
     seconds["read"] = 0.0
 
     def read() -> np.ndarray | None:
@@ -219,7 +219,7 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatur
     names = {"slide_id": job.slide_id, "case_id": job.case_id}
     try:
         slide = read_features(job.file, **names, **given)
-    except UnknownPatchSize as error:  # the others of the cohort may tell it
+    except UnknownPatchSize as error:  # the rest of the cohort may give it
         sizeless = str(error)
         slide = read_features(job.file, **names, **given | {"patch_size": PLACEHOLDER})
     seconds["read"] = time.perf_counter() - start
@@ -234,7 +234,7 @@ def _encoder(job: Job) -> PatchEncoder:
 @lru_cache(maxsize=1)
 def _loaded(name: str, half: bool, patch_size: int, threads: int) -> PatchEncoder:
     encoder = load_encoder(name, half)
-    if "torch" in sys.modules:  # as many threads in all as there are cores, not as many in each worker
+    if "torch" in sys.modules:  # as many threads in total as cores, not as many in each worker
         sys.modules["torch"].set_num_threads(threads)
     encoder(np.zeros((1, patch_size, patch_size, 3), np.uint8))
     return encoder
@@ -246,5 +246,5 @@ def _peak_bytes() -> int:
 
 
 def layout(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that say how records are laid out, as `write_shard` takes them."""
+    """Record layout settings, as `write_shard` takes them."""
     return {"cut": settings["cut"], "edge_um": settings["edge_um"], "dtype": settings.get("dtype", "float16")}

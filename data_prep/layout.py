@@ -1,8 +1,8 @@
-"""The layout of a synthetic slide: its tissue, and the concept that fills each part of it.
+"""Layout of a synthetic slide: its tissue, and the concept that fills each part of it.
 
-Planning is apart from drawing: it takes milliseconds on a grid of 8 px, so a report can be written,
-and a second run can be told what is there, without rendering a pixel. The same smooth fields give the
-outline on disk and the edge that is drawn, so the outlines are true by construction.
+Planning is separate from drawing: it takes milliseconds on a grid of 8 px, so a report can be written, and a second run
+can know a slide's content, without rendering a pixel. The same smooth fields give the outline on disk and the edge that
+is drawn, so the outlines are true by construction.
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class Area:
 
 @dataclass(frozen=True)
 class Layout:
-    """The plan of one slide: size in level-0 px, the tissue's field, its areas, and the facts a report may state.
+    """Plan of one slide: size in level-0 px, the tissue's field, its areas, and the facts a report may state.
 
-    `extent` is each concept's share of the tissue, `place` the words that are true of where it lies.
+    `extent` is each concept's share of the tissue, `place` the words that describe its location.
     """
 
     width: int
@@ -136,7 +136,7 @@ def _parcels(rng: np.random.Generator, mask: np.ndarray, edge: float) -> tuple[n
 
 
 def _assign(rng: np.random.Generator, middles: np.ndarray, tumor: str) -> list[str | None]:
-    """Give each parcel a concept or None (background): the tumour's lie together, the rest are 2 to 4 others."""
+    """Assign each parcel a concept or None (background): the tumour's are adjacent, the rest are 2 to 4 others."""
     number = len(middles)
     owner: list[str | None] = [None] * number
     first = int(rng.integers(number))
@@ -191,7 +191,7 @@ def rings(field: np.ndarray) -> list[list[np.ndarray]]:
     return polygons
 
 
-# find_contours walks with the higher values on one side; the sign of an outer ring's area, x right and y down.
+# find_contours keeps the higher values on one side; the sign of an outer ring's area, x right and y down.
 _TURN = (
     1.0
     if (lambda c: np.sum(c[:-1, 1] * c[1:, 0] - c[1:, 1] * c[:-1, 0]))(

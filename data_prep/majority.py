@@ -1,4 +1,4 @@
-"""The encoder, width and patch size of a cohort: those of its shards, else of most slides, the same for all tasks."""
+"""Encoder, width and patch size of a cohort: those of its shards, else of most slides, the same for all tasks."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from pathflip_jax.data.storage.json_values import json_object
 
 
 class Election:
-    """The vote of the slides of one run, or of one task of it.
+    """Vote of the slides of one run, or of one task of it.
 
-    Slides that `prepare` makes are alike by their settings: the first speaks for all, and shards can be written as they
-    come. Feature files are not, so no shard of a new cohort is written before all have voted. The tasks of a job array
-    do not see each other's slides: the first that is decided leaves its votes for the others.
+    Slides from `prepare` share their traits by the settings: the first represents all, and shards can be written
+    immediately. Feature files do not, so no shard of a new cohort is written before all have voted. The tasks of a job
+    array do not see each other's slides: the first with a majority stores its votes for the others.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -29,14 +29,14 @@ class Election:
         self._voters: list[Traits] = []
 
     def add(self, jobs: Iterable[Job]) -> None:
-        """Let the slides that are through vote."""
+        """Count the votes of finished slides."""
         if self.cohort is None:
             self._voters += filter(None, map(part_traits, jobs))
 
     def is_over(self, outstanding: int) -> bool:
-        """Whether it is known what the cohort is, while so many slides are not through; `cohort` is it then.
+        """Whether the majority is certain with this many slides unfinished; `cohort` then holds it.
 
-        Raises Undecided when all are through and there is no majority.
+        Raises Undecided when all are finished without a majority.
         """
         if self.cohort is not None or (not outstanding and not self._voters):
             return True
@@ -47,13 +47,13 @@ class Election:
         return True
 
     def _shared(self) -> Cohort:
-        """The cohort that the tasks of a job array agree on: of shards that stand, else of the first to decide."""
+        """Cohort that the tasks of a job array agree on: of existing shards, else of the first task to decide."""
         standing = [info for path in self._plan.shards if path.exists() for info in read_index(path).slides]
         if standing:
             return elect([traits_of(info) for info in standing])
         path, own = _votes(self._plan), _votes(self._plan, self._plan.task[0])
         if not path.exists():
-            vote(self._voters, False)  # one without a majority decides nothing
+            vote(self._voters, False)  # a task without a majority decides nothing
             write_json(own, {"slides": self._voters})
             with contextlib.suppress(FileExistsError):
                 os.link(own, path) if isinstance(own, Path) else write_json(path, {"slides": self._voters})
@@ -62,17 +62,17 @@ class Election:
 
     @staticmethod
     def forget(plan: Plan) -> None:
-        """Take the votes away: the shards of a whole folder say what it is."""
+        """Delete the votes: the shards of a complete folder define its cohort."""
         _votes(plan).unlink(missing_ok=True)
 
 
 def is_alike(plan: Plan) -> bool:
-    """Whether the settings make all slides of a plan alike."""
+    """Whether the settings give all slides of a plan the same traits."""
     return plan.settings.get("command") == "prepare"
 
 
 def vote(voters: list[Traits], alike: bool) -> Cohort:
-    """The common traits of the slides of a run: the first by name speaks for all where they are `alike`."""
+    """Common traits of the slides of a run: the first by name represents all where they are `alike`."""
     return elect(sorted(voters)[: 1 if alike else None])
 
 

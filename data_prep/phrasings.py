@@ -1,11 +1,11 @@
-"""The words of the made-up reports: names of concepts and sentence frames, for training and held out.
+"""Vocabulary of the synthetic reports: concept names and sentence templates, for training and held out.
 
-"train" lists write the training and validation reports, "test" lists the held-out ones, and "prompt"
-lists the texts for grounding and zero-shot classification. The held-out lists put the training words
-together in other ways; no sentence of theirs can come out of a training list. A plus marks a plural.
+"train" lists write the training and validation reports, "test" lists the held-out ones, and "prompt" lists the texts
+for grounding and zero-shot classification. The held-out lists recombine the training words; none of their sentences can
+be generated from a training list. A plus marks a plural.
 """
 
-# What a concept is called. The first two names of a training list also serve denials.
+# Names of concepts. The first two names of a training list are also used for negations.
 NAMES = {
     "glands": {
         "train": [

@@ -1,8 +1,8 @@
-"""The plan of a build: the slides of each shard, and those that have no record yet.
+"""Build plan: the slides of each shard, and those without a record yet.
 
 A folder of records is tied to its settings from the start, so that a second run, another task of a job array or another
-runner continues the first and never mixes two. Its slides may change: new ones fill the last shard and further ones,
-slides that are done stay where they are.
+runner resumes the same build and never mixes two. Its slides may change: new ones fill the last shard and further ones,
+finished slides stay in their shards.
 """
 
 import re
@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"(\d+)\.tfrecord$")
 
 @dataclass(frozen=True)
 class Amendment:
-    """Changes of a finished shard that need no slide to be read again: slides taken out, cases renamed."""
+    """Changes of a finished shard that need no slide to be read again: slides removed, cases renamed."""
 
     gone: set[str] = field(default_factory=set)
     cases: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Amendment:
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of a build, or of one task of it.
+    """Work of a build, or of one task of it.
 
     `shards` are those of the folder. `missing` has the slides that the shards of this task, `task` = (i, n), lack, in
     order; `skipped` the ids of those that they have. `cohort` is what the slides in shards have in common, None where
@@ -59,24 +59,24 @@ class Plan:
 
     @property
     def parts(self) -> Place:
-        """The folder of the slides that are through while their shard is not."""
+        """Folder of finished slides whose shard is not finished."""
         return self.out / PARTS
 
     @property
     def jobs(self) -> list[Job]:
-        """The slides that this task has to see to."""
+        """Slides that this task must process."""
         return [job for jobs in self.missing.values() for job in jobs]
 
     @property
     def own_shards(self) -> list[Place]:
-        """The shards that this task writes."""
+        """Shards that this task writes."""
         task, tasks = self.task
         return self.shards[task::tasks]
 
 
 @dataclass(frozen=True)
 class _Slides:
-    """Everything known of slides: their `files` now, those `standing` in shards, and what the plan said `before`."""
+    """State of the slides: their current `files`, those `standing` in shards, and the previous plan (`before`)."""
 
     files: dict[str, Path]
     standing: dict[str, SlideInfo]
@@ -97,10 +97,10 @@ def make_plan(
     slides_table: Place | str | None = None,
     prune: bool = False,
 ) -> Plan:
-    """Look at a folder of records and plan what it lacks of `slides`: slide id to file, and those that cannot be read.
+    """Plan what a folder of records lacks of `slides`: slide id to file, and those that cannot be read.
 
-    `sharing` worker processes share a machine (`Job`); `prune` takes the records of slides out that are not among
-    `slides`. Raises ValueError for numbers that cannot be, for a slide table of other slides and for a folder that was
+    `sharing` worker processes share a machine (`Job`); `prune` removes the records of slides that are not among
+    `slides`. Raises ValueError for impossible numbers, for a slide table of other slides and for a folder that was
     begun with other settings.
     """
     task, tasks = shard
@@ -119,7 +119,7 @@ def make_plan(
     entries = _entries(known, slides_per_shard)
     for slide in files.keys() & before.keys():
         if (before[slide].mpp, before[slide].given) != (entries[slide].mpp, entries[slide].given):
-            remove(_part(out, slide))  # an interrupted run was told something else
+            remove(_part(out, slide))  # an interrupted run had other options
     write_plan(out, every, entries, files if prune else {*files, *standing})
     shards = [out / shard_name(number) for number in range(max((e.shard for e in entries.values()), default=0) + 1)]
     jobs = {path: [] for path in shards}
@@ -156,15 +156,15 @@ def _is_due(job: Job, standing: dict[str, SlideInfo]) -> bool:
 
 
 def _standing(out: Place) -> dict[str, SlideInfo]:
-    """The slides in the shards of a folder."""
+    """Slides in the shards of a folder."""
     paths = sorted(path for path in out.glob("*.tfrecord") if is_shard(path.name) and _NUMBER.search(path.name))
     return {info.slide_id: info for path in paths for info in read_index(path).slides}
 
 
 def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
-    """The plan's line for each slide: in the shard where it stands, else where it was planned, else behind the others.
+    """Plan entry of each slide: in its present shard, else where it was planned, else after the others.
 
-    A function of the folder and the slides alone, so that the tasks of a job array come to the same one.
+    A function of the folder and the slides alone, so that all tasks of a job array derive the same plan.
     """
     shards = {slide: known.before[slide].shard for slide in known.files if slide in known.before}
     shards |= {slide: int(_NUMBER.search(info.shard.name)[1]) for slide, info in known.standing.items()}
@@ -179,7 +179,7 @@ def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
     for slide, number in shards.items():
         old = known.before.get(slide, Entry(number))
         case, mpp = old.case, old.mpp
-        if known.table is not None and slide in known.files:  # without a table, what an earlier one said still holds
+        if known.table is not None and slide in known.files:  # without a table, an earlier one still holds
             case, mpp = known.table.cases.get(slide) or case_of(slide), known.table.mpp.get(slide)
         info = known.standing.get(slide)
         stays = info is not None and not outdated(info, mpp or known.settings.get(OVERRIDE), known.settings)
@@ -188,19 +188,19 @@ def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
 
 
 def _amendment(path: Place, known: _Slides, entries: dict[str, Entry]) -> Amendment:
-    """The changes of a finished shard."""
+    """Changes of a finished shard."""
     own = [slide for slide, info in known.standing.items() if info.shard == path]
     gone = {slide for slide in own if known.prune and slide not in known.files}
     return Amendment(gone, {slide: entries[slide].case for slide in own if _is_moved(slide, known, entries)})
 
 
 def _is_moved(slide: str, known: _Slides, entries: dict[str, Entry]) -> bool:
-    """Whether the case in a slide's record is not the one that the slide table gives now."""
+    """Whether the case in a slide's record differs from the slide table's."""
     return slide in known.files and entries[slide].case not in ("", known.standing[slide].case_id)
 
 
 def _changes(known: _Slides, entries: dict[str, Entry], due: set[str]) -> list[str]:
-    """Notes on a folder whose slides, cases or resolutions are not those that it was begun with."""
+    """Notes on a folder whose slides, cases or resolutions have changed since it was begun."""
     notes, standing = [], sorted(known.standing)
     if gone := [slide for slide in standing if slide not in known.files]:
         what = "taken out of the records" if known.prune else "they stay, `--prune` takes them out"
@@ -219,7 +219,7 @@ def _changes(known: _Slides, entries: dict[str, Entry], due: set[str]) -> list[s
 
 
 def _made_otherwise(slide: str, known: _Slides, entry: Entry) -> bool:
-    """Whether a record holds what an option or the slide table said, and this run would not say so again."""
+    """Whether a record holds a value from an option or the slide table that this run would not give."""
     info, now = known.standing[slide], fills(known.settings)
     for name, field_name in FILLS.get(known.settings.get("command", ""), {}).items():
         old = entry.given.get(name)
@@ -231,5 +231,5 @@ def _made_otherwise(slide: str, known: _Slides, entry: Entry) -> bool:
 
 
 def _float32(value: Any) -> Any:
-    """A number as records keep it."""
+    """Number as stored in records."""
     return float(np.float32(value)) if isinstance(value, float) else value

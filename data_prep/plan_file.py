@@ -1,4 +1,4 @@
-"""`plan.json`: what a folder of records was begun with, and where each of its slides belongs."""
+"""`plan.json`: the settings that a folder of records was begun with, and the shard of each of its slides."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -9,19 +9,19 @@ from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.whole_files import whole_file
 
 PARTS = ".parts"  # hidden: shards are found by their suffix
-# Settings for what a slide's file does not say, by command, and the field of the record that they become. A folder is
+# Settings for values missing from slide files, by command, and the record field that they fill. A folder is
 # not tied to them: slides of two scanners need two.
 FILLS = {
     "prepare": {"assume_mpp": "mpp"},
     "import": {"mpp": "mpp", "patch_size": "patch_size", "encoder": "encoder"},
 }
-OVERRIDE = "override_mpp"  # nor to this one: it is for slides whose files are wrong
-_LATER = {"dtype": "float16"}  # settings that folders of earlier versions do not name
+OVERRIDE = "override_mpp"  # nor to this one, for slides whose files are wrong
+_LATER = {"dtype": "float16"}  # settings missing from folders of earlier versions
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The entry of a slide in the plan: its shard, the case and mpp of the slide table, the fills that it was given."""
+    """Plan entry of a slide: its shard, its case and mpp from the slide table, and its filled-in values."""
 
     shard: int
     case: str = ""
@@ -30,13 +30,13 @@ class Entry:
 
 
 def fills(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are for single slides, those that say something."""
+    """Settings that apply to single slides and are set."""
     names = [*FILLS.get(settings.get("command", ""), {}), OVERRIDE]
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def read_plan(out: Place, settings: dict[str, Any]) -> dict[str, Entry]:
-    """The slides of a folder that was begun, none of one that was not.
+    """Read the slides of a folder that was begun; none for a new folder.
 
     Raises ValueError for a folder that was begun with other settings, or not by these commands.
     """
@@ -68,18 +68,18 @@ def read_plan(out: Place, settings: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _first_format(cases: dict[str, str], settings: dict[str, Any]) -> dict[str, Entry]:
-    """Before slides could be added, their order alone said which shard is theirs."""
+    """Entries of the first plan format, in which a slide's order alone determined its shard."""
     size, given = settings["slides_per_shard"], fills(settings)
     return {slide: Entry(i // size, cases[slide], None, given) for i, slide in enumerate(sorted(cases))}
 
 
 def write_plan(out: Place, settings: dict[str, Any], entries: Mapping[str, Entry], slides: Collection[str]) -> None:
-    """Keep the settings, and the entries of these slides."""
+    """Write the settings, and the entries of these slides."""
     kept = {slide: asdict(entry) for slide, entry in sorted(entries.items()) if slide in slides}
     write_json(out / "plan.json", {"settings": settings, "slides": kept})
 
 
 def write_json(path: Place, content: Any) -> None:
-    """Write a JSON file that appears whole or not at all."""
+    """Write a JSON file atomically."""
     with whole_file(path) as out:
         out.write((json.dumps(content, indent=1) + "\n").encode())

@@ -1,6 +1,6 @@
-"""Slides shared out to worker processes: one bad file ends its own job, never the run.
+"""Worker processes for slides: one bad file ends its own job, never the run.
 
-A job whose worker died is tried once more at the end, when no other takes its memory.
+A job whose worker died is retried once at the end, when no other job competes for memory.
 """
 
 from collections import deque
@@ -10,15 +10,15 @@ from typing import Any
 
 from pathflip_jax.runtime.workers import DEATHS, Worker
 
-PRELOADED = "data_prep.jobs"  # imported once by the server that workers are forked from
-LONGEST = 24 * 3600.0  # seconds of a job: a slide that takes a day is stuck
+PRELOADED = "data_prep.jobs"  # imported once by the fork server of the workers
+LONGEST = 24 * 3600.0  # seconds per job: a slide that takes a day is stuck
 
 
 def run_each(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
     """Run `work(job)` in `workers` processes; yields (job, result) as they end, result None for a worker that died.
 
-    `work` is a function of a module and should catch what it can: whatever it raises ends the run. At most one
-    job per worker is under way, so results do not pile up. Leaving early lets the running jobs end first.
+    `work` is a module-level function and should catch what it can: any exception ends the run. At most one job per
+    worker is in progress, so results do not accumulate. Leaving early lets running jobs finish first.
     """
     waiting, again = deque(jobs), []
     everyone = [Worker(number, PRELOADED) for number in range(min(workers, len(waiting)))]
@@ -49,7 +49,7 @@ def run_each(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
 
 
 def run_one(worker: Worker, work: Callable[[Any], Any], job: Any, tries: int = 2) -> Any:
-    """The result of `work(job)`, or None where the process died of it each time."""
+    """Result of `work(job)`, or None where the process died each time."""
     for _ in range(tries):
         try:
             return worker.submit(work, job, seconds=LONGEST).result()

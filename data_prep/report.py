@@ -1,4 +1,4 @@
-"""The outcome of a run over many slides, for people and for files."""
+"""Outcome of a run over many slides, as text and as files."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from pathflip_jax.data.storage.files import Place
 @dataclass(frozen=True)
 class Report:
     """Outcome of a run: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
-    folder is complete (of a job array, when the last task is through); `effort`, what the slides took. `absent` are
+    folder is complete (of a job array, when the last task is through); `effort`, the cost of the slides. `absent` are
     rows of the slide table without a file."""
 
     folder: Place
@@ -24,7 +24,7 @@ class Report:
     absent: list[Failure] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Summary for the user at the end, failures by name."""
+        """Final summary for the user, failures by name."""
         counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
         lines = [f"{self.folder}: {counts}", *self.notes]
         if not self.finished and not self.failed:
@@ -38,7 +38,7 @@ class Report:
 
 
 def grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each note, with the number of its slides and some of their names."""
+    """One line per note, with the number of its slides and some of their names."""
     slides: dict[str, set[str]] = {}
     for note, slide in notes:
         slides.setdefault(note, set()).add(slide)

@@ -1,8 +1,8 @@
-"""Reports for made-up slides: what is true of a slide, in the words of a pathology report.
+"""Reports of synthetic slides: facts about a slide, in the language of pathology reports.
 
-Training and held-out slides are described by different sentences. The held-out ones are built of the
-same words in other phrases and other sentence frames, so that a score on them measures meaning and not
-recall of a template, while a tokenizer trained on the training reports knows their words.
+Training and held-out slides are described by different sentences. The held-out ones use the same words in other phrases
+and sentence templates, so that a score on them measures meaning rather than recall of a template, while a tokenizer
+trained on the training reports covers their words.
 """
 
 from collections.abc import Collection
@@ -14,12 +14,12 @@ from data_prep.phrasings import ABSENT, CASE, DIAGNOSIS, NAMES, PIECES, PRESENT,
 
 
 def extent_word(share: float) -> str:
-    """The word that a report uses for a concept that fills `share` of the tissue."""
+    """Word for the extent of a concept that fills `share` of the tissue."""
     return "focal" if share < 0.10 else "moderate" if share < 0.22 else "extensive"
 
 
 def case_facts(rng: np.random.Generator) -> dict[str, object]:
-    """Facts of a patient, whichever slide is looked at: size, stage, nodes, age, margin, proliferation."""
+    """Patient-level facts, the same for every slide: size, stage, nodes, age, margin, proliferation."""
     cm = rng.uniform(0.6, 7.5)
     stage = "1a 1b 2 2 3 4a".split()[int(np.searchsorted([1, 2, 3.3, 4.5, 6], cm))]
     nodes = int(rng.integers(8, 26))
@@ -38,7 +38,7 @@ def case_facts(rng: np.random.Generator) -> dict[str, object]:
 
 
 def write_report(rng: np.random.Generator, layout: Layout, label: str, case: dict[str, object], split: str) -> str:
-    """One report of 5 to 10 sentences about a slide, true in every statement about tissue.
+    """Write a report of 5 to 10 sentences about a slide, true in every statement about tissue.
 
     `split` is "test" for held-out phrasings; anything else draws from the training phrasings.
     """
@@ -65,7 +65,7 @@ def write_report(rng: np.random.Generator, layout: Layout, label: str, case: dic
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     words = {**case, "pieces": PIECES[layout.pieces], "label": label}
     remarks = [say(kind[voice], **words) for kind in kinds]
-    # Findings, one denial and one remark always stand; the rest fills up to a length of 5 to 10 sentences.
+    # Findings, one negation and one remark are always included; the rest fills up to 5 to 10 sentences.
     length = max(len(findings) + 2, int(rng.integers(6, 11)))
     wanted = [*findings, *denials[:1], *remarks[:1], *places[:1], *remarks[1:], *denials[1:]]
     kept = list(dict.fromkeys(wanted))[:length]
@@ -84,12 +84,12 @@ def _inflect(name: str) -> dict[str, str]:
 
 
 def grounding_texts() -> dict[str, list[str]]:
-    """Concept -> texts that ask where it is; no training report contains any of them."""
+    """Concept -> texts for grounding it; no training report contains any of them."""
     return {concept: [name.removeprefix("+") for name in NAMES[concept]["prompt"]] for concept in CONCEPTS}
 
 
 def questions(slide_id: str, present: Collection[str], turns: int = 5) -> list[dict]:
-    """Conversations of SlideInstruct about a slide: is each concept there? `turns` questions each, in a drawn order."""
+    """SlideInstruct conversations on the presence of each concept: `turns` questions each, in random order."""
     order = np.random.default_rng([*slide_id.encode()]).permutation(CONCEPTS).tolist()
     rows = []
     for number, first in enumerate(range(0, len(order), turns)):
@@ -103,10 +103,10 @@ def questions(slide_id: str, present: Collection[str], turns: int = 5) -> list[d
 
 
 def concept_phrasings() -> dict[str, list[str]]:
-    """Concept -> all that it is called in any report or prompt, for finding what a text says is there.
+    """Concept -> all its phrasings in any report or prompt, for detecting the concepts that a text asserts.
 
-    With each name comes its head, what stands before "with" ("fronds" of "fronds with papillary architecture"),
-    unless another concept's name holds it too: a text may put heads and attributes together in other ways.
+    Each name is accompanied by its head, the words before "with" ("fronds" of "fronds with papillary architecture"),
+    unless another concept's name contains it too: a text may recombine heads and attributes.
     """
     names = {
         concept: [name.removeprefix("+") for texts in lists.values() for name in texts]
@@ -122,7 +122,7 @@ def concept_phrasings() -> dict[str, list[str]]:
 
 
 def class_prompts() -> dict[str, list[str]]:
-    """Class label -> an ensemble of texts for zero-shot classification; no training report contains any of them."""
+    """Class label -> prompt ensemble for zero-shot classification; no training report contains any of its texts."""
     prompts = {}
     for concept, label in TUMORS.items():
         names = grounding_texts()[concept]

@@ -1,7 +1,7 @@
-"""The pixel size of a slide in micrometres, and a check of what its file states.
+"""Pixel size of a slide in micrometres, with a check of the file's metadata.
 
-A wrong resolution makes patches of another size, which no later step notices. So what contradicts itself is refused
-with both readings, and the user says which is right.
+A wrong resolution gives patches of another physical size, which no later step detects. Contradictory metadata are
+therefore refused with both readings, and the user states which is right.
 """
 
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ from pathflip_jax.data.readers.ome import read_ome
 _SANE_MPP = (0.05, 10.0)
 _UM_TIMES_MAGNIFICATION = 10.0
 # um per pixel times objective power. Some vendors state a nominal power, which is 10 within a tenth or, with a doubler,
-# two. Others state what is engraved on the objective: then it is the camera's pixel in um, and 3.5 to 10 is common.
+# two. Others state the power engraved on the objective: then it is the camera's pixel in um, and 3.5 to 10 is common.
 _NOMINAL_VENDORS = ("aperio", "hamamatsu", "leica", "ventana")
 _AGREES, _NOMINAL, _ENGRAVED = (7.0, 14.0), (4.5, 22.0), (2.0, 25.0)
 _SCANNED = ((0.22, 0.275), (0.45, 0.55), (0.99, 1.01))  # um per pixel of scanners at 40x, 20x and 10x
-_SLIPS = (2.54, 1 / 2.54, 10.0, 0.1)  # an inch for a centimetre, a millimetre for a centimetre
+_SLIPS = (2.54, 1 / 2.54, 10.0, 0.1)  # common unit errors: inch for centimetre, millimetre for centimetre
 _CURE = (
     "Say which is right: in the column mpp of the slide table or, for every slide of the run, with --override-mpp "
     "(--assume-mpp only fills in what a file lacks)"
 )
-_UNUSED = 0.02  # an assumption that differs by less from what the file says needs no word
+_UNUSED = 0.02  # an assumption that differs by less from the file's value needs no note
 
 
 class Resolution(NamedTuple):
-    """Micrometres per level-0 pixel, where they are from, and what the user should know of it."""
+    """Micrometres per level-0 pixel, their source, and a note for the user."""
 
     mpp: float
     source: str
@@ -38,7 +38,7 @@ class Resolution(NamedTuple):
 
 
 class _Stated(NamedTuple):
-    """Resolution in a file: um per pixel across and down, and their place; objective power; vendor; 0 for none."""
+    """Resolution in a file: um per pixel across and down, and their source; objective power; vendor; 0 for none."""
 
     across: float
     down: float
@@ -60,9 +60,9 @@ def find_resolution(
     assume_mpp: float | None = None,
     override_mpp: float | None = None,
 ) -> Resolution:
-    """The level-0 resolution of a slide of that size: `override_mpp`, what the file says, `assume_mpp`, or the nominal.
+    """Level-0 resolution of a slide of that size: `override_mpp`, the file's, `assume_mpp`, or the nominal one.
 
-    Raises ValueError where it is missing, absurd or contradicts itself, with both readings and the cure.
+    Raises ValueError where it is missing, absurd or contradictory, with both readings and the cure.
     """
     for value, option in ((assume_mpp, "--assume-mpp"), (override_mpp, "--override-mpp")):
         if value is not None and not _SANE_MPP[0] <= value <= _SANE_MPP[1]:
@@ -114,7 +114,7 @@ def _read(properties: Mapping[str, str], size: tuple[int, int]) -> _Stated:
 
 
 def _check(path: Path, said: _Stated) -> tuple[str, ...]:
-    """A note on the size that the file states. Raises ValueError where the file contradicts itself."""
+    """Note on the physical size stated in the file. Raises ValueError where the file contradicts itself."""
     if min(said.across, said.down) > 0 and max(said.across, said.down) > 1.1 * min(said.across, said.down):
         raise ValueError(
             f"{path}: pixels of {said.across:g} x {said.down:g} um, expected squares; scan or convert it anew"

@@ -1,4 +1,4 @@
-"""Settings of preparation and import, checked when they are made: the command line and programs build the same."""
+"""Settings of preparation and import, validated on construction, shared by the command line and Python."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from pathflip_jax.data.storage.files import Place
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsSettings:
-    """Layout of the records, and how the work is shared out.
+    """Layout of the records, and distribution of the work.
 
-    `cut` and `edge_um` say how slides are cut into regions. `override_mpp` replaces the level-0 resolution that files
-    tell. `shard` = (i, n) does the i-th of n shares, for job arrays. `workers` processes share this machine (default:
-    one for each core) and its GPUs. `slides_table` (columns slide_id and case_id or patient_id) names the cases; its
-    columns mpp and magnification give the resolution of single slides, and win. `prune` takes records of slides that
-    are gone out. `strict` stops at the first bad slide. `beam` has Apache Beam spread the work, with these options of
-    its (`data_prep.beam`). Raises ValueError for settings that are out of range or exclude each other.
+    `cut` and `edge_um` determine how slides are cut into regions. `override_mpp` replaces the files' level-0
+    resolution. `shard` = (i, n) processes the i-th of n shares, for job arrays. `workers` processes share this machine
+    (default: one for each core) and its GPUs. `slides_table` (columns slide_id and case_id or patient_id) names the
+    cases; its columns mpp and magnification override the resolution of single slides. `prune` removes records of slides
+    that no longer exist. `strict` stops at the first bad slide. `beam` distributes the work by Apache Beam, with these
+    Beam options (`data_prep.beam`). Raises ValueError for settings that are out of range or exclude each other.
     """
 
     override_mpp: float | None = None
@@ -49,8 +49,8 @@ class RecordsSettings:
 class PrepareSettings(RecordsSettings):
     """Settings of `prepare`: patches of `patch_size` pixels at `mpp`, and their encoder.
 
-    `assume_mpp` is for slides that do not tell their level-0 resolution; `min_tissue` is the tissue share of a patch;
-    `keep_ink` takes pen for tissue, for stains that look like it; `half` lets networks compute in half precision.
+    `assume_mpp` is for slides without a stated level-0 resolution; `min_tissue` is the tissue fraction of a patch;
+    `keep_ink` keeps pen as tissue, for stains that resemble it; `half` lets networks compute in half precision.
     """
 
     encoder: str = "stain_texture"

@@ -1,7 +1,7 @@
-"""A shard put together from the records of its slides: the one function that writes shards, whoever spreads the work.
+"""Shard assembly from the records of its slides: the only function that writes shards, however work is distributed.
 
-It can be tried again at any moment, as cluster runners do with a task that they lost: what is written depends on the
-slides alone, and a second try finds the first one's shard.
+It can be retried at any time, as cluster runners do with lost tasks: the output depends on the slides alone, and a
+retry finds the shard of the first attempt.
 """
 
 import time
@@ -22,7 +22,7 @@ from pathflip_jax.data.storage.files import Place
 
 @dataclass
 class Progress:
-    """Progress of a run: the ids of those that are in a shard now, those that failed, what they took.
+    """Progress of a run: the ids of slides now in a shard, those that failed, and their cost.
 
     `notes` are pairs of a line for the summary and the slide that it is about.
     """
@@ -33,13 +33,13 @@ class Progress:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def count(self, job: Job, outcome: Outcome) -> None:
-        """Add what a worker said of a slide."""
+        """Add a worker's outcome for a slide."""
         if outcome.error:
             self.failed.append(Failure(job.slide_id, str(job.file), outcome.error))
         self.effort += outcome.effort
 
     def add(self, other: "Progress") -> None:
-        """Add what has come of other slides."""
+        """Add the progress of other slides."""
         self.done += other.done
         self.failed += other.failed
         self.effort += other.effort
@@ -47,7 +47,7 @@ class Progress:
 
 
 def part_traits(job: Job) -> Traits | None:
-    """Traits of the slide of a part that its cohort shares; None where it has no part."""
+    """Cohort traits of the slide of a part; None where it has no part."""
     if not job.part.exists():
         return None
     found = traits_of(_info(job))._replace(where=str(job.file))
@@ -55,12 +55,12 @@ def part_traits(job: Job) -> Traits | None:
 
 
 def assemble(jobs: list[Job], cohort: Cohort | None) -> Progress:
-    """Write a shard from what is in it already and the parts of the slides that it lacked, unless nothing is new.
+    """Write a shard from its present content and the parts of its missing slides, unless nothing is new.
 
     `jobs` are these slides, at least one; without a part where they failed. A slide that does not belong to the
-    `cohort` stays out, and its part stays where it is. The shard and its index appear whole or not at all, and only
-    then the parts go. Returns the slides of `jobs` that are in it, and those of another cohort. Raises OSError on a
-    full disk.
+    `cohort` is left out, and its part is kept. The shard and its index are written atomically, and only then are the
+    parts deleted. Returns the slides of `jobs` that are in it, and those of another cohort. Raises OSError on a full
+    disk.
     """
     start, path, settings = time.perf_counter(), jobs[0].shard, jobs[0].settings
     added: dict[str, tuple[Job, dict[str, Any]]] = {}
@@ -101,28 +101,28 @@ def amend(shard: Place, gone: Collection[str], cases: Mapping[str, str], setting
 
 
 def outdated(info: SlideInfo, mpp: float | None, settings: dict[str, Any]) -> bool:
-    """Whether a record was made at another resolution than is given now: by `mpp`, which wins over files, or filled."""
+    """Whether a record has another resolution than the one given now: by `mpp`, which overrides files, or filled in."""
     if mpp is not None:
         return abs(info.mpp - mpp) > 1e-5 * mpp
     return not info.mpp and settings.get("command") == "import" and bool(settings.get("mpp"))
 
 
 def remove(part: Place) -> None:
-    """Delete a part with its index, and what was said of it."""
+    """Delete a part with its index and its remarks."""
     for path in (part, index_path(part), remarks_path(part)):
         path.unlink(missing_ok=True)
 
 
 def _info(job: Job) -> SlideInfo:
-    """The entry of a slide in the index of its part."""
+    """Index entry of the slide of a part."""
     return read_index(job.part).slides[0]
 
 
 def _fitted(job: Job, cohort: Cohort | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Changes to a slide that joins its cohort, and notes on them. Raises ValueError where it does not fit.
 
-    A patch size that is only guessed, or not known at all, gives way to the cohort's: a biopsy of two patches far apart
-    tells no size.
+    A patch size that is only inferred, or unknown, is replaced by the cohort's: a biopsy of two distant patches
+    determines no size.
     """
     found, remarks = part_traits(job), read_remarks(job.part)
     changes: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def _whole_gaps(gap: int, size: int) -> bool:
 def _slides(
     path: Place, kept: Collection[str], added: Mapping[str, tuple[Job, dict[str, Any]]]
 ) -> Iterator[SlideFeatures]:
-    """The slides of a shard in order, from the shard that stands and from parts."""
+    """Slides of a shard in order, from the existing shard and from parts."""
     standing = Records([path]) if kept else None
     for slide_id in sorted({*kept, *added}):
         if slide_id in added:

@@ -1,7 +1,7 @@
-"""Slide files below a folder: which files are slides, what their ids are, and which cannot be read and why.
+"""Discovery of slide files below a folder: slides, their ids, and unreadable files with the reason.
 
-Links are followed, hidden files are passed over, and nothing that a pathologist would call a slide is left out without
-a word: what cannot be read here comes back as a `Failure` with the cure.
+Links are followed, hidden files are skipped, and no file that a pathologist would call a slide is skipped silently: an
+unreadable one is returned as a `Failure` with the cure.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.dicom import Header, name_series, read_header
 from pathflip_jax.data.storage.failures import Failure, preview
 
-# What OpenSlide 4 opens: Aperio, DICOM, Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, plain TIFF.
+# OpenSlide 4's formats: Aperio, DICOM, Hamamatsu, Leica, MIRAX, Philips, Sakura, Trestle, Ventana, Zeiss, plain TIFF.
 SLIDE_SUFFIXES = (
     ".svs", ".tif", ".tiff", ".btf", ".dcm", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi",
 )  # fmt: skip
@@ -48,19 +48,18 @@ _FOREIGN = {
 }
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z")
 _UNFINISHED = (".part", ".partial", ".crdownload", ".filepart", ".download", ".tmp", ".aria2")
-_WRAPPED = (*_PACKED, *_UNFINISHED, ".dvc")  # what may follow a slide's suffix
+_WRAPPED = (*_PACKED, *_UNFINISHED, ".dvc")  # extensions that may follow a slide's suffix
 _JUNK = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"})  # of archives, servers and disks
-_FILE_TYPE = re.compile(r"\.[a-z][a-z0-9]{0,7}", re.IGNORECASE)  # a suffix that is one, and not the end of a UID
-_POINTER = 1024  # bytes: pointers to files that are kept elsewhere are smaller
+_FILE_TYPE = re.compile(r"\.[a-z][a-z0-9]{0,7}", re.IGNORECASE)  # a real suffix, not the end of a UID
+_POINTER = 1024  # bytes: pointers to files stored elsewhere are smaller
 _OME = re.compile(r"\.ome(?=\.(tiff?|btf|zarr)$)", re.IGNORECASE)
 
 
 def find_slides(slides: Path | str | Sequence[Path | str]) -> tuple[dict[str, Path], list[Failure]]:
-    """Slide id to file, of a folder and those below it, of a file or of a list of both, and the slides that cannot be.
+    """Map from slide id to file, for a folder with its subfolders, a file or a list of both, and the unreadable slides.
 
     A slide's id is its file name without the suffix; a DICOM series is one slide, named by `dicom.name_series`. Raises
-    FileNotFoundError for a name that is not there and where there is nothing like a slide, ValueError where two files
-    have one id.
+    FileNotFoundError for a missing path and where there is no slide, ValueError where two files have one id.
     """
     given = [Path(slides)] if isinstance(slides, (str, Path)) else [Path(path) for path in slides]
     absent = [path for path in given if not path.is_dir() and not path.is_file()]
@@ -85,7 +84,7 @@ def find_slides(slides: Path | str | Sequence[Path | str]) -> tuple[dict[str, Pa
 
 
 def slide_id_of_file(path: Path) -> str:
-    """The id of a slide that is one file: its name without the suffix, which for OME-TIFF is two."""
+    """Id of a single-file slide: its name without the suffix, which for OME-TIFF is double."""
     name = path.name
     if path.suffix.lower() in _WRAPPED:
         name = path.stem
@@ -94,13 +93,13 @@ def slide_id_of_file(path: Path) -> str:
 
 
 def _with_pixels(path: Path) -> Path:
-    """The file beside whose name a MIRAX slide's folder of pixels lies; where a link has none, what it leads to."""
+    """File next to a MIRAX slide's pixel folder; for a link without such a folder, the link's target."""
     linked = path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir()
     return path.resolve() if linked else path
 
 
 def _add(files: dict[str, Path], name: str, path: Path) -> None:
-    """Take a slide up, once where links lead to one file twice."""
+    """Add a slide, only once where links lead to one file twice."""
     other = files.setdefault(name, path)
     if not os.path.samefile(other, path):
         raise ValueError(
@@ -110,7 +109,7 @@ def _add(files: dict[str, Path], name: str, path: Path) -> None:
 
 
 def _once(files: dict[str, Path], failed: list[Failure]) -> dict[str, Path]:
-    """The slides whose file no other id names: one slide under two names would be its own negative."""
+    """Slides whose file has no other id: one slide under two names would be its own negative."""
     names: dict[str, str] = {}
     for name, path in sorted(files.items()):
         first = names.setdefault(os.path.realpath(path), name)
@@ -121,7 +120,7 @@ def _once(files: dict[str, Path], failed: list[Failure]) -> dict[str, Path]:
 
 
 def _walk(folder: Path, failed: list[Failure]) -> Iterator[Path]:
-    """The files below a folder in order, through links, each folder once; image folders (.zarr) count as files."""
+    """Walk the files below a folder in order, through links, each folder once; image folders (.zarr) count as files."""
     seen: set[str] = set()
     waiting = [folder]
     while waiting:
@@ -150,7 +149,7 @@ def _walk(folder: Path, failed: list[Failure]) -> Iterator[Path]:
 
 
 def _is_image_folder(path: Path) -> bool:
-    """Whether a .zarr folder is an OME-Zarr image; other tools keep tables in such folders beside their slides."""
+    """Whether a .zarr folder is an OME-Zarr image; other tools store tables in such folders next to their slides."""
     if path.suffix.lower() != ".zarr":
         return False
     if _OME.search(path.name):
@@ -166,7 +165,7 @@ def _is_image_folder(path: Path) -> bool:
 
 
 def _look_at(path: Path, failed: list[Failure], asked: bool) -> Header | bool:
-    """A DICOM header, or whether a file is a slide; one that was `asked` for by name is, whatever its suffix."""
+    """DICOM header of a file, or whether it is a slide; a file `asked` for by name is, whatever its suffix."""
     suffix = path.suffix.lower()
     error = _unreadable(path, suffix)
     if error:
@@ -190,7 +189,7 @@ def _look_at(path: Path, failed: list[Failure], asked: bool) -> Header | bool:
 
 
 def _unreadable(path: Path, suffix: str) -> str:
-    """Why a file that looks like a slide cannot be read here, and the cure; "" where nothing speaks against it."""
+    """Reason that a slide-like file cannot be read here, with the cure; "" where none is found."""
     if suffix in _WRAPPED:
         if Path(path.stem).suffix.lower() not in SLIDE_SUFFIXES:
             return ""
@@ -204,7 +203,7 @@ def _unreadable(path: Path, suffix: str) -> str:
     like_slide = suffix in SLIDE_SUFFIXES or suffix in _FOREIGN
     if not like_slide and _FILE_TYPE.fullmatch(suffix):
         return ""
-    if path.is_symlink() and not os.path.exists(path):  # one without a suffix may have been a folder of slides
+    if path.is_symlink() and not os.path.exists(path):  # a path without a suffix may have been a folder of slides
         target = os.readlink(path)
         if "annex/objects" in target:
             return f"git-annex keeps it elsewhere; `git annex get {path.name}`"
@@ -224,11 +223,11 @@ def _cure(cure: str, path: Path) -> str:
 
 
 def _pointer(path: Path) -> str:
-    """The file that a placeholder of a few bytes stands for, which its storage has not fetched."""
+    """Description of the unfetched file that a placeholder of a few bytes represents."""
     try:
         size = path.stat().st_size
         head = path.read_bytes() if 0 < size <= _POINTER else b""
-    except OSError:  # said when it is opened
+    except OSError:  # reported when it is opened
         return ""
     if not size:
         return "an empty file; copy it again"

@@ -1,8 +1,8 @@
-"""From a plan to a slide file: stains, colours and the pyramid.
+"""Rendering of a layout to a slide file: stains, colours and the pyramid.
 
-Colour is made uninformative here. Every area is stained toward a target drawn from one distribution
-that all concepts and the background share, so that the mean colour of a patch says next to nothing
-about the concept; only texture does (`synthetic` states the measured figures).
+Colour is made uninformative here. Every area is stained toward a target drawn from one distribution shared by all
+concepts and the background, so that the mean colour of a patch carries almost no information about the concept; only
+texture does (`synthetic` states the measured figures).
 """
 
 import os
@@ -23,7 +23,7 @@ TILE = 256
 
 # Optical density per unit of haematoxylin and of eosin in red, green, blue (Ruifrok and Johnston 2001, roughly).
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.16]], np.float32)
-# The amounts of stain that areas are drawn to, whatever they contain.
+# Target amounts of stain of areas, whatever they contain.
 _TARGET_H, _TARGET_E = (0.12, 0.34), (0.18, 0.46)
 _OWN = 0.12  # the share of an area's own colour that is kept, so that fat stays paler than a lymph follicle
 
@@ -35,7 +35,7 @@ def render(layout: Layout, rng: np.random.Generator) -> np.ndarray:
     scale = rng.uniform(0.92, 1.1)
     ground = Field(rng, layout.height, layout.width, scale)
     background(ground)
-    # What belongs to the whole slide is drawn before the areas, so that it does not depend on them.
+    # Slide-wide properties are drawn before the areas, so that they do not depend on them.
     thickness = np.clip((ground.grow(layout.tissue) - 0.42) / 0.16, 0, 1) * (1 + 0.06 * ground.noise(150))
     white = rng.uniform(236, 250) - rng.uniform(0, 5, 3)
     grain = rng.integers(-3, 4, (layout.height, layout.width), np.int8)
@@ -102,12 +102,12 @@ def _stain(h: np.ndarray, e: np.ndarray, inside: np.ndarray, stains: np.ndarray,
 
 
 def _restain(layer: np.ndarray, strength: float) -> np.ndarray:
-    """More or less of a stain: mostly a stronger contrast, partly an even film."""
+    """Change the amount of a stain: mostly by contrast, partly by an even film."""
     return np.maximum(layer * np.float32(np.exp(0.75 * strength)) + np.float32(0.22 * strength), 0)
 
 
 def write_slide(path: Path, image: np.ndarray) -> None:
-    """Write a tiled pyramidal TIFF (JPEG, 256 px tiles) that OpenSlide reads with its mpp; whole or not at all."""
+    """Write a tiled pyramidal TIFF (JPEG, 256 px tiles) that OpenSlide reads with its mpp, atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     base = Image.fromarray(image)
     try:

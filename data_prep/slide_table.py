@@ -1,4 +1,4 @@
-"""Cases and pixel sizes that a slide table gives to slides on their way to records."""
+"""Cases and pixel sizes from a slide table, for the preparation of records."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _ALIKE = 1.25  # nominal and measured resolution of one objective are within thi
 
 @dataclass(frozen=True)
 class SlideTable:
-    """The rows of a table by slide: `cases` and `mpp` (level 0) of those that have one; `absent`, rows without a file.
+    """Rows of a table by slide: `cases` and `mpp` (level 0) of those that have one; `absent`, rows without a file.
 
     `unlisted` are the slides that have no row.
     """
@@ -32,8 +32,8 @@ class SlideTable:
 def read_table(table: Place | str, slide_ids: Sequence[str], known: Sequence[str] = ()) -> SlideTable:
     """Read a slide table for these slides; `known` are others that may be in it too.
 
-    Raises ValueError when it has a row of none of the slides, for two rows of one slide, and for a resolution that
-    cannot be.
+    Raises ValueError when it has no row for any of the slides, for two rows of one slide, and for an impossible
+    resolution.
     """
     rows = [row | {"listed": row["slide_id"]} for row in read_slide_table(table)]
     found, notes = match_rows(rows, sorted({*slide_ids, *known}), table)
@@ -58,7 +58,7 @@ def read_table(table: Place | str, slide_ids: Sequence[str], known: Sequence[str
 
 
 def _mpp(row: dict[str, str], where: str) -> float | None:
-    """The resolution that a row gives by its columns mpp and magnification; None where they are empty."""
+    """Resolution from a row's columns mpp and magnification; None where they are empty."""
     mpp = _number(row.get("mpp"), "mpp", SANE_MPP, where)
     power = _number(row.get("magnification"), "magnification", _SANE_MAGNIFICATION, where)
     nominal = UM_TIMES_MAGNIFICATION / power if power else None

@@ -1,4 +1,4 @@
-"""An open slide: its pixels, its size and its resolution, and a word about files that are no H&E slide."""
+"""Open slides: pixels, size and resolution, with warnings about files that are not H&E slides."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from data_prep.brightfield import check_brightfield
 from data_prep.resolution import find_resolution
 from pathflip_jax.runtime import workers
 
-# What OpenSlide may take for opening a slide or reading one block, in a worker process: a broken slide stalls it.
+# Time limit for opening a slide or reading one block, in a worker process: a broken slide stalls OpenSlide.
 _READ_SECONDS, _READ_BYTES = 300.0, 2 * 2**30
 BLOCK = 2048  # pixels of the read level on a side: 16 MB, and its tiles fit in OpenSlide's cache of 32
 
 
 @dataclass(frozen=True)
 class Slide:
-    """An open slide: its file, its size in level-0 pixels and `mpp`, micrometres per level-0 pixel.
+    """Open slide: its file, its size in level-0 pixels and `mpp`, micrometres per level-0 pixel.
 
-    `source` says where `mpp` is from, `notes` what the user should know of it. A context manager; `read` turns what
-    OpenSlide raises into errors that name the file.
+    `source` is the origin of `mpp`, `notes` are for the user. A context manager; `read` turns OpenSlide's exceptions
+    into errors that name the file.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Slide:
         self.image.close()
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Pixels of a level; x, y at level 0, width and height in the level's pixels. What is no slide is white.
+        """Read pixels of a level; x, y at level 0, width and height in its pixels. Areas outside the slide are white.
 
         Raises OSError for damaged pixels.
         """
@@ -65,8 +65,8 @@ class Slide:
 def open_slide(path: Path | str, assume_mpp: float | None = None, override_mpp: float | None = None) -> Slide:
     """Open a brightfield slide that OpenSlide reads.
 
-    `assume_mpp` is the level-0 resolution where the file does not tell it, `override_mpp` wins over the file. Without
-    any, the nominal resolution of the objective power (20x is 0.5) is taken. Raises FileNotFoundError; OSError for a
+    `assume_mpp` is the level-0 resolution where the file does not state it, `override_mpp` overrides the file. Without
+    either, the nominal resolution of the objective power (20x is 0.5) is taken. Raises FileNotFoundError; OSError for a
     file that does not open; ValueError for fluorescence and the like, and where the resolution is missing, absurd or in
     doubt (`find_resolution`).
     """
@@ -94,10 +94,10 @@ def open_slide(path: Path | str, assume_mpp: float | None = None, override_mpp: 
 def averaged(
     slide: Slide, level: int, step: int, start: tuple[int, int], end: tuple[int, int]
 ) -> Iterator[tuple[slice, slice, UInt8[np.ndarray, "h w 3"]]]:
-    """A rectangle of a level, averaged over squares of `step` pixels, in blocks of bounded size.
+    """Rectangle of a level, averaged over squares of `step` pixels, in blocks of bounded size.
 
-    `start` and `end` are x, y in the level's pixels. Yields the rows and columns of the averaged rectangle, and what is
-    there.
+    `start` and `end` are x, y in the level's pixels. Yields rows, columns and content of each block of the averaged
+    rectangle.
     """
     scale, block = slide.image.level_downsamples[level], max(step, BLOCK // step * step)
     for top in range(start[1], end[1], block):

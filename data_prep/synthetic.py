@@ -1,18 +1,18 @@
-"""The embedded cohort: made-up slides with reports and true outlines, for the demo and the tests.
+"""Embedded cohort: synthetic slides with reports and exact outlines, for the demo and the tests.
 
     python -m data_prep.synthetic --out cohort --slides 320 --seed 0 --workers 2
 
-Nothing in it comes from a patient. Slides are pyramidal TIFF files that OpenSlide opens (0.5 um/px); each
-holds one of five tumour types and two to four of five other tissue concepts as areas a few hundred px
-across. Everything is a function of (seed, slide number), so the files are the same byte for byte
-whatever the number of workers, and a second run makes only what is missing.
+Nothing in it comes from a patient. Slides are pyramidal TIFF files that OpenSlide opens (0.5 um/px); each holds one of
+five tumour types and two to four of five other tissue concepts as areas a few hundred px across. Everything is a
+function of (seed, slide number), so the files are identical byte for byte whatever the number of workers, and a second
+run makes only what is missing.
 
     OUT/<slide_id>.tiff                 OUT/outlines/<slide_id>.geojson   outlines as QuPath writes them
     OUT/slides.csv                      slide_id, patient_id, label, split, width, height, mpp
     OUT/reports.jsonl                   slide_id, case_id, caption, concepts
     OUT/prompts.json, grounding.json    texts for zero-shot classification and for grounding
     OUT/questions.json                  multiple choice about each slide, as conversations of SlideInstruct
-    OUT/concepts.json                   all that each concept is called, to find what a text says of a slide
+    OUT/concepts.json                   phrasings of each concept, to detect the concepts that a text asserts
 """
 
 import argparse
@@ -42,7 +42,7 @@ from data_prep.reports import (
 )
 from data_prep.slide_image import MPP, render, write_slide
 
-EDITION = 5  # raise when the same seed gives other slides, so that old and new are never mixed in one folder
+EDITION = 5  # increment when the same seed gives other slides, so that old and new are never mixed in one folder
 _COLORS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
@@ -65,9 +65,9 @@ def generate(
 ) -> Path:
     """Write a cohort of `slides` slides, about `size` px wide at level 0, under `out`, and return the folder.
 
-    A third of the slides are held out (split "test"), a twelfth are for validation, by patient and in
-    balance over the five classes. Files appear whole; an interrupted run is continued by the same call.
-    Raises ValueError for settings out of range and for a folder that holds a cohort of other settings.
+    A third of the slides are held out (split "test"), a twelfth are for validation, by patient and balanced over the
+    five classes. Files are written atomically; an interrupted run is resumed by the same call. Raises ValueError for
+    settings out of range and for a folder that holds a cohort of other settings.
     """
     if slides < 1 or workers < 1 or seed < 0:
         raise ValueError(
@@ -116,7 +116,7 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
 
 
 def _roster(slides: int, seed: int) -> list[_Slide]:
-    """Patients, classes and splits: a quarter of the patients have two slides, classes and splits stay in balance."""
+    """Patients, classes and splits: a quarter of the patients have two slides, with balanced classes and splits."""
     rng = np.random.default_rng([seed, 0])
     tumors = list(TUMORS)
     counts, total = [], 0
@@ -131,7 +131,7 @@ def _roster(slides: int, seed: int) -> list[_Slide]:
         tumor = tumors[patient % len(tumors)]
         split = "train"
         for name in ("test", "val"):
-            # Walk through the cohort at the pace at which the split must fill up, class by class.
+            # Fill the splits evenly along the cohort, class by class.
             due = held[name] / slides * (sum(used[s, tumor] for s in ("train", "val", "test")) + count)
             if used[name, tumor] < due - (0.5 if name == "val" else 0):
                 split = name
@@ -232,8 +232,8 @@ def _write(path: Path, text: str) -> None:
 def _drawing_environment():
     """One numeric thread per worker, whose layers stay in its memory.
 
-    Several pools of threads on the same cores only wait for each other. By default glibc hands the memory of a large
-    array back to the system and has it cleared page by page for the next: a tenth of the time of drawing.
+    Several thread pools on the same cores only wait for each other. By default glibc returns the memory of a large
+    array to the system, which clears it page by page for the next: a tenth of the drawing time.
     """
     settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     settings |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}
@@ -250,7 +250,7 @@ def _drawing_environment():
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a cohort from the command line; the exit code is 0, or 2 for settings that cannot be."""
+    """Command line of the cohort generator; the exit code is 0, or 2 for impossible settings."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.synthetic",
         description="Make a cohort of synthetic slides with reports, labels and outlines (research use only).",

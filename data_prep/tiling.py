@@ -1,8 +1,7 @@
-"""From an open slide to patches of tissue at one physical resolution.
+"""Tiling of an open slide into tissue patches at one physical resolution.
 
-Everything here speaks level-0 pixels, the coordinates that QuPath and every feature file use. A slide is
-read once at low resolution to find its tissue and once, block by block, to cut its patches. Nothing here grows with
-the slide but the list of its patches.
+All coordinates are level-0 pixels, as in QuPath and every feature file. A slide is read once at low resolution to find
+its tissue and once, block by block, to cut its patches. Only the list of patches grows with the slide.
 """
 
 from collections.abc import Iterator
@@ -17,18 +16,18 @@ from data_prep.slides import Slide, averaged
 from data_prep.tissue_mask import tissue_mask
 
 _LARGEST_ENLARGEMENT = 1.25
-_NEAR = 0.02  # a level this close to the wanted resolution is taken as it is: 0.499 is 0.5
-_BATCH_PIXELS = 1 << 22  # in the patches of one batch: 64 of 256 px, what a network takes at once
-_MUCH = 0.1  # pen, of what is stained: blue stains of tissue would be more
+_NEAR = 0.02  # a level this close to the target resolution is used without resampling: 0.499 is 0.5
+_BATCH_PIXELS = 1 << 22  # pixels per batch: 64 patches of 256 px, a network's batch
+_MUCH = 0.1  # fraction of the stained area that is pen: blue tissue stains would exceed it
 _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
 
 
 class Tiles(NamedTuple):
-    """Locations of the patches of a slide, and the level they are read from.
+    """Patch locations of a slide, and the level they are read from.
 
-    `coords` [N, 2] are x, y of the top-left corners at level 0, in the order in which `read_patches` gives
-    them: blocks of about 2,048 px of the read level, row by row inside. `patch_size_level0` is a patch's edge
-    there, `patch_size` the edge in pixels after resampling from `level`. `notes` is what the user should know.
+    `coords` [N, 2] are x, y of the top-left corners at level 0, in the order in which `read_patches` yields them:
+    blocks of about 2,048 px of the read level, row by row inside. `patch_size_level0` is a patch's edge there,
+    `patch_size` the edge in pixels after resampling from `level`. `notes` are for the user.
     """
 
     coords: Int[np.ndarray, "N 2"]
@@ -41,7 +40,7 @@ class Tiles(NamedTuple):
 def tile_slide(
     slide: Slide, patch_size: int = 256, mpp: float = 0.5, min_tissue: float = 0.25, keep_ink: bool = False
 ) -> Tiles:
-    """The patches of a slide with tissue: a grid of `patch_size` pixels at `mpp`, from the level-0 origin.
+    """Tile the tissue of a slide: a grid of patches of `patch_size` pixels at `mpp`, from the level-0 origin.
 
     A level within 2 % of `mpp` is not resampled: scanners' 0.499 and 0.502 give patches of 256 px, not 257 and 255.
     A patch counts when at least `min_tissue` of its area is tissue; one that reaches over the slide's edge counts its
@@ -93,11 +92,11 @@ def _between(sums: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def read_patches(slide: Slide, tiles: Tiles) -> Iterator[UInt8[np.ndarray, "n P P 3"]]:
-    """The pixels of the patches in the order of `tiles.coords`, in batches of 13 MB at most.
+    """Read the pixels of the patches in the order of `tiles.coords`, in batches of at most 13 MB.
 
-    A patch is read alone: what takes long is decoding the file's tiles, and OpenSlide keeps those of a block. Patches
-    are resampled only when the level is not at the wanted resolution already, each from its own pixels, and averaged
-    down while they are read where one is larger than a block. Raises OSError for damaged pixels.
+    Each patch is read individually: the cost is in decoding the file's tiles, and OpenSlide caches those of a block.
+    Patches are resampled only when the level is not already at the target resolution, each from its own pixels, and
+    averaged down while they are read where one is larger than a block. Raises OSError for damaged pixels.
     """
     size, scale = tiles.patch_size, slide.image.level_downsamples[tiles.level]
     edge = tiles.patch_size_level0 / scale  # in pixels of the level
@@ -122,7 +121,7 @@ def read_patches(slide: Slide, tiles: Tiles) -> Iterator[UInt8[np.ndarray, "n P 
 def _region(
     slide: Slide, level: int, step: int, start: tuple[int, int], end: tuple[int, int]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A rectangle of a level from `start` to `end`, x, y in its pixels, averaged over squares of `step` of them."""
+    """Rectangle of a level from `start` to `end`, x, y in its pixels, averaged over squares of `step` pixels."""
     (left, top), (right, bottom) = start, end
     scale = slide.image.level_downsamples[level]
     if step == 1:
@@ -134,5 +133,5 @@ def _region(
 
 
 def _block(edge: float) -> int:
-    """Number of patches of `edge` pixels along the side of a block, which is read to its end before the next."""
+    """Number of patches of `edge` pixels along the side of a block; blocks are read one after the other."""
     return max(1, int(slides.BLOCK / edge))

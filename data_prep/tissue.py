@@ -1,10 +1,9 @@
 """Ten histological textures, drawn as amounts of haematoxylin and eosin.
 
-Each function of `TEXTURES` fills a rectangle with one concept: what a pathologist would tell apart by
-the size, shape, density and arrangement of nuclei and by the matrix between them. Colour carries as
-little as possible: `synthetic` brings the mean colour of every area to a draw from one shared
-distribution afterwards. Units are pixels at level 0 and optical densities; everything is a function
-of the generator that comes in, so a slide depends on nothing but its seed.
+Each function of `TEXTURES` fills a rectangle with one concept: what a pathologist would distinguish by the size, shape,
+density and arrangement of nuclei and by the matrix between them. Colour carries as little information as possible:
+`synthetic` later sets the mean colour of every area to a draw from one shared distribution. Units are pixels at level 0
+and optical densities; everything is a function of the generator passed in, so a slide depends only on its seed.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from data_prep.drawing import Field, along, direction, fibre_axes, fibres, outli
 
 
 def background(field: Field) -> None:
-    """Loose connective tissue, the ground that carries none of the concepts: faint mesh, few small nuclei."""
+    """Loose connective tissue, the background without any concept: faint mesh, few small nuclei."""
     mesh = np.minimum(np.abs(field.noise(16)), np.abs(field.noise(9)) + 0.1)
     field.e += 0.27 + 0.16 * ramp(mesh, 0.5, 0.0) + 0.03 * field.noise(30) + 0.02 * field.noise(4)
     field.h += 0.10

@@ -1,4 +1,4 @@
-"""Tissue on a slide: stained, no ink, no speck, found on a picture of low resolution."""
+"""Tissue detection at low resolution: stained areas without pen ink and specks."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,21 @@ from skimage.filters import threshold_otsu
 from data_prep.ink import PIXEL_UM, find_ink
 from data_prep.slides import Slide, averaged
 
-_MASK_PIXELS = 1 << 24  # at most: about 25 bytes each while the mask is made
-# Saturation (0 to 1): glass stays below the first, stained tissue is above the second.
+_MASK_PIXELS = 1 << 24  # most pixels of the mask: about 25 bytes each during computation
+# Saturation (0 to 1): glass is below the first, stained tissue above the second.
 _GLASS, _STAINED = 0.05, 0.15
-_APART, _RIM = 0.06, 0.03  # two classes of saturation differ by more; a smaller share is the blurred rim of tissue
+_APART, _RIM = 0.06, 0.03  # two classes of saturation differ by more; a smaller fraction is the blurred rim of tissue
 _BLACK = 60  # a pixel darker than this in all channels is ink, a slide border or a scanner's void
 _BRIGHT, _GREY = 150, 3  # glass is brighter in all channels; a grey picture's channels differ by less
 _GREENER = 30  # H&E absorbs green most; green above red by this much is a felt pen
-_LOOK_UM, _LOOK_WIDE_UM = 1.5, 24.0  # the finest detail looked for, and how far around a place
+_LOOK_UM, _LOOK_WIDE_UM = 1.5, 24.0  # the finest detail considered, and the radius around a point
 _SMALLEST_PIECE_UM2, _LARGEST_HOLE_UM2 = 300.0, 20_000.0
 
 
 class Tissue(NamedTuple):
-    """A mask of tissue, the level-0 pixels that one of its is wide, and the share of what is stained that was pen.
+    """Tissue mask, its downsample from level 0, and the fraction of the stained area that was pen.
 
-    `doubt` says what speaks against a brightfield slide in colour: a dark ground, or no colour.
+    `doubt` is the evidence against a colour brightfield slide: a dark background, or no colour.
     """
 
     mask: Bool[np.ndarray, "rows columns"]
@@ -37,11 +37,11 @@ class Tissue(NamedTuple):
 def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) -> Tissue:
     """Mask of stained tissue.
 
-    Otsu's threshold on saturation, kept between what glass and what pale tissue have, so that a slide
-    without glass or without tissue is not split in two; pen and black borders left out; specks dropped and small holes
-    filled (lumina, fat cells). With `keep_ink` only green and black pen is left out, for stains that look like pen.
-    Works from the best level there is and averages down, block by block, where that is still too fine. The mask of a
-    huge slide is coarser than asked: it has 4,096 x 4,096 pixels at most.
+    Otsu's threshold on saturation, bounded by the values of glass and of pale tissue, so that a slide without glass or
+    without tissue is not split in two; pen and black borders are excluded, specks dropped and small holes filled
+    (lumina, fat cells). With `keep_ink` only green and black pen is excluded, for stains that resemble pen. The
+    best-fitting level is read and averaged down, block by block, where it is still too fine. The mask of a huge slide
+    is coarser than requested: it has at most 4,096 x 4,096 pixels.
     """
     downsample = max(downsample, np.sqrt(slide.width * slide.height / _MASK_PIXELS))
     level = slide.image.get_best_level_for_downsample(downsample * 1.001)
@@ -65,7 +65,7 @@ def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) 
     mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
     area = (downsample * slide.mpp) ** 2
     mask, _ = _parted(mask, _SMALLEST_PIECE_UM2 / area)
-    _, small = _parted(~(mask | ink), _LARGEST_HOLE_UM2 / area)  # a stroke over fat opens no fat cells
+    _, small = _parted(~(mask | ink), _LARGEST_HOLE_UM2 / area)  # a stroke over fat must not open fat cells
     return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
 
 
@@ -78,7 +78,7 @@ def _doubt(picture: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -> Bool[np.ndarray, "h w"]:
-    """Mask of pen on a picture of a slide, which is looked at closely where colour does not tell."""
+    """Pen mask on an image of a slide, with a closer look where colour is inconclusive."""
     step = max(1, int(PIXEL_UM / (downsample * slide.mpp) + 0.5))
     small = np.asarray(Image.fromarray(picture).reduce(step))
     wide = step * downsample
@@ -89,7 +89,7 @@ def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -
 
 
 def _structure(slide: Slide, row: float, column: float) -> float:
-    """Amount of structure of the size of cells around a place at level 0, in grey levels."""
+    """Amount of cell-sized structure around a level-0 point, in grey levels."""
     level = slide.image.get_best_level_for_downsample(max(1.0, 1.001 * _LOOK_UM / slide.mpp))
     scale = slide.image.level_downsamples[level]
     um = slide.mpp * scale
@@ -112,7 +112,7 @@ def _saturation(pixels: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w"]:
 def _stain_threshold(saturation: np.ndarray) -> float:
     """Otsu's threshold between glass and stain.
 
-    On a slide with dark and pale tissue the first threshold parts these two, so what is below it is parted again,
+    On a slide with dark and pale tissue the first threshold separates these two, so the part below it is split again,
     as long as there are two classes: `_APART` from each other, and the upper more than the rim of the lower.
     """
     threshold, values = _STAINED, saturation
@@ -126,7 +126,7 @@ def _stain_threshold(saturation: np.ndarray) -> float:
 
 
 def _parted(mask: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of a mask that have at least `size` pixels, and those that have fewer."""
+    """Components of a mask with at least `size` pixels, and those with fewer."""
     pieces, _ = ndimage.label(mask)
     large = np.bincount(pieces.ravel()) >= size
     large[0] = False
@@ -135,7 +135,7 @@ def _parted(mask: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _enclosed(mask: np.ndarray) -> np.ndarray:
-    """The pieces of a mask that do not touch its border."""
+    """Components of a mask that do not touch its border."""
     pieces, number = ndimage.label(mask)
     inside = np.arange(number + 1) > 0
     for rim in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):

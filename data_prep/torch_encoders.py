@@ -1,7 +1,7 @@
-"""Patch encoders that are PyTorch networks: timm models and Hugging Face vision folders.
+"""PyTorch patch encoders: timm models and Hugging Face vision folders.
 
-Each takes its pixels the way its own configuration says (size, crop, mean, deviation) and gives its pooled
-features. Weights are read, code never is: no model may bring its own (`trust_remote_code` stays off).
+Each preprocesses pixels by its own configuration (size, crop, mean, standard deviation) and returns its pooled
+features. Only weights are loaded, never code: `trust_remote_code` stays off.
 """
 
 from pathlib import Path
@@ -13,15 +13,15 @@ from PIL import Image
 
 from pathflip_jax.runtime.workers import worker_number
 
-_BATCH = 64  # patches at once through the network: 64 of 224 px fit any GPU beside a large model
+_BATCH = 64  # patches per batch: 64 of 224 px fit any GPU along with a large model
 
 
 class HuggingFace:
-    """A vision model in a Hugging Face folder (config.json, weights, preprocessor_config.json).
+    """Vision model in a Hugging Face folder (config.json, weights, preprocessor_config.json).
 
     Pooled features are the model's own pooled output; where that is a tanh layer over [CLS], trained for
     another purpose or not at all (ViT and its kin), the last [CLS] itself, as pathology models of that
-    family are used. Raises ValueError for a folder that is no vision model or lacks weights.
+    family are used. Raises ValueError for a folder that is not a vision model or lacks weights.
     """
 
     def __init__(self, folder: str | Path, half: bool = False) -> None:
@@ -42,7 +42,7 @@ class HuggingFace:
                 f"{folder}: not a vision model that transformers loads ({error}); expected config.json, "
                 "preprocessor_config.json and model.safetensors of a released model"
             ) from error
-        model = getattr(model, "vision_model", model)  # of a model of images and text, the half that sees
+        model = getattr(model, "vision_model", model)  # the vision half of an image-text model
         self._cls = hasattr(getattr(model, "pooler", None), "dense")
         missing = sorted(key for key in loading["missing_keys"] if not (self._cls and key.startswith("pooler.")))
         if missing:
@@ -70,9 +70,9 @@ class HuggingFace:
 
 
 class Timm:
-    """A timm model by name (weights downloaded once), by `hf-hub:OWNER/NAME`, or from a local timm folder.
+    """Timm model by name (weights downloaded once), by `hf-hub:OWNER/NAME`, or from a local timm folder.
 
-    The features before the classifier, pooled as the model's own head pools them.
+    Features before the classifier, pooled as in the model's head.
     """
 
     def __init__(self, model: str, half: bool = False) -> None:
@@ -106,13 +106,13 @@ class Timm:
 
 
 def best_device() -> torch.device:
-    """The GPU that falls to this worker process, of those that torch sees; else the processor."""
+    """GPU assigned to this worker process, among those visible to torch; else the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return torch.device("cuda", worker_number() % gpus) if gpus else torch.device("cpu")
 
 
 class _Runner:
-    """A frozen network on the best device, in batches; half precision is float16 on CUDA and bfloat16 elsewhere."""
+    """Frozen network on the best device, run in batches; half precision is float16 on CUDA and bfloat16 elsewhere."""
 
     def __init__(self, model: torch.nn.Module, half: bool) -> None:
         self._device = best_device()
@@ -126,5 +126,5 @@ class _Runner:
         with torch.inference_mode(), torch.autocast(kind, dtype, enabled=self._half):
             for start in range(0, len(patches), _BATCH):
                 batch = pixels(patches[start : start + _BATCH]).to(self._device)
-                rows.append(pool(self._model, batch).float())  # a GPU is at it while the next batch is made ready
+                rows.append(pool(self._model, batch).float())  # the GPU computes while the next batch is prepared
             return torch.cat(rows).cpu().numpy()

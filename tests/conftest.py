@@ -1,4 +1,4 @@
-"""What all tests share: how quickly programs are compiled, processes side by side, and a tiny cohort on disk."""
+"""Shared test setup: compilation effort, parallel processes, and a tiny cohort on disk."""
 
 import gc
 import importlib.metadata

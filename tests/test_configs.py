@@ -1,4 +1,4 @@
-"""Every bundled config: it loads, its model builds without computing, and it says what DESIGN section 6 says."""
+"""Every bundled config: it loads, its model builds without computing, and it agrees with DESIGN section 6."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Golden runs: what every released version wrote is read by this one, to the same numbers (tests/golden/runs)."""
+"""Golden runs: output of every released version is read by this one, to the same numbers (tests/golden/runs)."""
 
 import importlib.util
 import json

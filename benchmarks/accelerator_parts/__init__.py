@@ -1,15 +1,15 @@
-"""The parts of `accelerator.py`, in the order in which a session on an accelerator needs to know of them."""
+"""Parts of `accelerator.py`, the most important for a session on an accelerator first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FAULT, CURE = "fault", "cure"  # of a row: what is wrong, and what mends it
+FAULT, CURE = "fault", "cure"  # key of a row: the fault, and its cure
 
 
 class Row(NamedTuple):
-    """A row of one of a part's tables; the key `FAULT` in it fails the part, which goes on nevertheless."""
+    """Row of one of a part's tables; the key `FAULT` in it fails the part, which continues nevertheless."""
 
     table: str
     values: dict[str, Any]
@@ -19,17 +19,17 @@ Rows = Iterator[Row]
 
 
 class Part(NamedTuple):
-    """A measurement in a process of its own: `target` is the "module:function" that yields its rows."""
+    """Measurement in a separate process: `target` is the "module:function" that yields its rows."""
 
     title: str
     target: str
     arguments: dict[str, Any] = {}
-    limit: float | None = None  # seconds; None: that of all parts
+    limit: float | None = None  # seconds; None: the common limit
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a part is told: sizes, a folder to work in, and the device as the first part found it."""
+    """Input of a part: sizes, a working folder, and the device as found by the first part."""
 
     small: bool
     work: Path
@@ -38,12 +38,12 @@ class Context:
 
     @property
     def platform(self) -> str:
-        """JAX's name: cpu, gpu or tpu."""
+        """JAX platform name: cpu, gpu or tpu."""
         return self.device.get("platform", "cpu")
 
     @property
     def dtype(self) -> str:
-        """What the device computes fastest in; a CPU gains nothing by bfloat16."""
+        """Fastest dtype of the device; a CPU gains nothing from bfloat16."""
         return "float32" if self.platform == "cpu" else "bfloat16"
 
 

@@ -1,4 +1,4 @@
-"""Ours beside PyTorch on the same device, from the same weights: what `step.py` and `generation.py` measure."""
+"""Comparison with PyTorch on the same device, from the same weights, by `step.py` and `generation.py`."""
 
 import json
 import statistics
@@ -15,7 +15,7 @@ DECODER = ["--width=2048", "--layers=28", "--batches", "1", "8", "--dtypes", "bf
 
 
 def absent(context: Context) -> dict | None:
-    """Why PyTorch is not there to compare with, and the cure; None where it is."""
+    """Fault, with its cure, where PyTorch is missing; None where it is available."""
     torch = context.device.get("torch", "not installed")
     if context.platform == "tpu":
         return {"note": f"no PyTorch beside it: torch ({torch}) does not see a TPU", CURE: "compare on a GPU"}
@@ -28,14 +28,14 @@ def absent(context: Context) -> dict | None:
 
 
 def run(context: Context, family: str, jobs: list[str]) -> Rows:
-    """Ratios of jobs of `step.py`, above 1 where ours is better, and how far the sides agree."""
+    """Ratios of jobs of `step.py`, above 1 where ours is better, and the agreement of the sides."""
     if missing := absent(context):
         yield Row("not compared", missing)
         return
     command = [f"--family={family}", "--jobs", *(jobs[:1] if context.small else jobs), f"--dtype={context.dtype}"]
     if context.small:
         command += ["--small", "--batch=2", "--regions=2", "--rounds=1"]
-        if "train_base" not in jobs:  # beside what trains, all sides were there
+        if "train_base" not in jobs:  # with the training jobs, all sides ran
             command += ["--sides", "ours", "released"]
     else:
         command += [f"--batch={SLIDES}", f"--rounds={ROUNDS}"]
@@ -54,7 +54,7 @@ def run(context: Context, family: str, jobs: list[str]) -> Rows:
 
 
 def run_generation(context: Context) -> Rows:
-    """A decoder's prefill and tokens beside transformers."""
+    """Decoder prefill and decoding compared with transformers."""
     if missing := absent(context):
         yield Row("not compared", missing)
         return
@@ -73,7 +73,7 @@ def run_generation(context: Context) -> Rows:
 
 
 def call(script: str, arguments: list[str], context: Context) -> dict:
-    """The JSON of a benchmark that runs on this device; RuntimeError with its last words where it fails."""
+    """JSON of a benchmark run on this device; RuntimeError with its last output where it fails."""
     out = context.work / f"{Path(script).stem}.json"
     command = [sys.executable, str(BENCHMARKS / script), *arguments, f"--device={TORCH_DEVICE[context.platform]}"]
     done = subprocess.run([*command, "--json", str(out)], stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""What JAX runs on: kind, memory, driver and versions, and whether PyTorch sees the same device."""
+"""Device report: JAX's kind, memory, driver and versions, and whether PyTorch sees the same device."""
 
 import glob
 import importlib.metadata
@@ -34,7 +34,7 @@ TABLE = "device"
 
 
 def run(context: Context) -> Rows:
-    """One row of facts; with a fault where an accelerator is here and JAX does not use it."""
+    """One row of facts, with a fault where an accelerator is present but JAX does not use it."""
     import jax
     from jax.extend import backend
 
@@ -64,7 +64,7 @@ def run(context: Context) -> Rows:
 
 
 def _card() -> str | None:
-    """What the NVIDIA driver says of its GPUs; None without one."""
+    """GPUs as reported by the NVIDIA driver; None without one."""
     if not shutil.which("nvidia-smi"):
         return None
     asked = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
@@ -79,7 +79,7 @@ def _driver(card: str | None) -> str | None:
 
 
 def _unused(platform: str, card: str | None) -> dict[str, str]:
-    """The fault of an accelerator that is here while JAX runs on the CPU."""
+    """Fault of an accelerator that is present while JAX runs on the CPU."""
     if platform != "cpu":
         return {}
     if card:
@@ -96,7 +96,7 @@ def _unused(platform: str, card: str | None) -> dict[str, str]:
 
 
 def _torch() -> str:
-    """PyTorch's version, and the device that it sees; asked in another process, which holds no memory afterwards."""
+    """PyTorch's version and device, queried in another process, which holds no memory afterwards."""
     seen = "torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'"
     ask = f"import torch; print(torch.__version__, 'on', {seen})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True)

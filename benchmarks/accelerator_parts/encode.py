@@ -1,4 +1,4 @@
-"""Encoding as inference calls it: slides of both families at growing batches, and texts."""
+"""Encoding throughput as in inference: slides of both families at growing batches, and texts."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ BATCHES, SMALL_BATCHES = (1, 4, 16, 64), (1, 2)
 
 
 def run(context: Context) -> Rows:
-    """Slides or texts per second by batch, results brought to the host."""
+    """Slides or texts per second by batch, with results copied to the host."""
     for name, module, kind, regions in (
         ("slides of PathFLIP", sides, "encode_slide", 24),
         ("slides of PathFLIP2", sides_pathflip2, "encode_slide", 16),
@@ -31,7 +31,7 @@ def run(context: Context) -> Rows:
 
 
 def median_seconds(call, repeats: int) -> float:
-    """The median time of a call that returns what it computed, after one that compiles."""
+    """Median time of a call, results included, after one that compiles."""
     call()
     seconds = []
     for _ in range(repeats):

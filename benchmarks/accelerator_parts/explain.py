@@ -1,4 +1,4 @@
-"""Why a part failed, in one line with the cure, from what its process left behind."""
+"""Explanation of a part's failure, in one line with the cure, from its process's exit code and log."""
 
 import re
 import signal
@@ -9,16 +9,16 @@ DRIVERS = "CUDA 12 needs driver 525 or newer, CUDA 13 driver 580 or newer"  # JA
 
 
 class Fault(NamedTuple):
-    """What is wrong, with what is there and what is needed, and what mends it."""
+    """Fault, with what was found, what was expected, and the cure."""
 
     what: str
     cure: str
 
 
 def explain(code: int, said: str, device: dict, log: str) -> Fault:
-    """The fault of a process that ended with an exit code, or -N by signal N, and wrote `said` (its last lines).
+    """Fault of a process that ended with an exit code, or -N by signal N, and wrote `said` (its last lines).
 
-    `device` is what the first part found, {} if it found none; `log` names the file that holds all of it.
+    `device` is the first part's result, {} if it found none; `log` names the complete log file.
     """
     for known in (_busy, _driver, _memory, _module):
         if fault := known(said, device):

@@ -1,4 +1,4 @@
-"""A decoder's prefill and tokens, and the share of the memory's bandwidth that writing them uses."""
+"""Decoder prefill and decoding rates, and the fraction of memory bandwidth that decoding uses."""
 
 import argparse
 from functools import partial
@@ -25,7 +25,7 @@ def run(context: Context) -> Rows:
     prompt, new = (small["prompt"], small["new"]) if context.small else (PROMPT, NEW)
     model = make_decoder(width, layers, context.dtype)
     read = benchmark.multiplied(width, layers) * benchmark.SIZE[context.dtype]
-    device = "cuda" if context.platform != "cpu" else "cpu"  # which chooses the dtype of the products, nothing else
+    device = "cuda" if context.platform != "cpu" else "cpu"  # determines only the dtype of the products
     options = argparse.Namespace(small=context.small, dtype=context.dtype, device=device, repeats=5, one_core=False)
     measured, sheet = benchmark.measure_bandwidth(options)["bandwidth"], context.device.get("bandwidth")
     yield Row("bandwidth", {"matrix-vector products, GB/s": measured / 1e9, "data sheet, GB/s": sheet and sheet / 1e9})
@@ -51,7 +51,7 @@ def run(context: Context) -> Rows:
 
 
 def make_decoder(width: int, layers: int, dtype: str):
-    """A random decoder of the benchmark's shape, laid out for generation."""
+    """Random decoder of the benchmark's shape, fused for decoding."""
     import jax
     from flax import nnx
 

@@ -1,4 +1,4 @@
-"""The check that a step fits: what the compiler plans beside what the device took, and a step that is refused."""
+"""Memory check: the compiler's planned bytes against the device's peak, and refusal of an oversized step."""
 
 import math
 
@@ -7,7 +7,7 @@ from sides import Batch, Peak
 from accelerator_parts import CURE, FAULT, Context, Row, Rows
 from accelerator_parts.steps import GB, Training, whole_bytes
 
-MORE, LESS = 1.05, 0.5  # true over planned bytes, on a device that says what it took
+MORE, LESS = 1.05, 0.5  # actual over planned bytes, on a device that reports its peak
 TABLE = "planned and true"
 
 
@@ -37,9 +37,9 @@ def run(context: Context) -> Rows:
 
 
 def judge(planned: int, true: int, platform: str) -> dict:
-    """Both figures; with a fault where the device took more than was planned, or planned was of no use.
+    """Both figures, with a fault where the device took more than planned, or the plan was unusable.
 
-    A CPU tells the process's resident size, Python and its libraries in it.
+    A CPU reports the process's resident size, including Python and its libraries.
     """
     found = {"planned_gb": planned / GB, "true_gb": true / GB, "true_over_planned": true / planned}
     if platform != "cpu" and not LESS <= true / planned <= MORE:
@@ -51,7 +51,7 @@ def judge(planned: int, true: int, platform: str) -> dict:
 
 
 def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
-    """A step of twice what is free must be refused with a cure, before it runs."""
+    """Check that a step of twice the free memory is refused with a cure, before it runs."""
     from pathflip_jax.runtime import memory
 
     free = memory.free_bytes(device)
@@ -63,7 +63,7 @@ def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
     try:
         compiled = training.compile(enlarge(batch, times))
         memory.check_step(compiled, slides, 1, False, 1, 0)
-    except Exception as refusal:  # a device's own compiler may refuse first, by a type of its own
+    except Exception as refusal:  # a device's compiler may refuse first, with its own exception class
         yield Row("refused", {"slides": slides, "said": str(refusal).splitlines()[0]})
         return
     fault = f"a step of {slides} slides was not refused, {free / GB:.1f} GB are free"
@@ -71,7 +71,7 @@ def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
 
 
 def enlarge(batch: Batch, times: int) -> Batch:
-    """The shapes of a batch of so many times the slides, its one group of texts so many times as long."""
+    """Shapes of a batch with that many times the slides, its one group of texts that many times as long."""
     import jax
 
     def grow(x, axis: int):

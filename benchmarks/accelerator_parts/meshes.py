@@ -1,4 +1,4 @@
-"""Losses and gradients on all devices beside those of one, on the meshes of the test on eight devices."""
+"""Losses and gradients on all devices compared with one device, on the meshes of the eight-device test."""
 
 import os
 import subprocess
@@ -14,14 +14,14 @@ HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
 def meshes(devices: int) -> list[str]:
-    """Data, fsdp and region axes over so many devices: one axis at a time, then two."""
+    """Data, fsdp and region axes over that many devices: one axis at a time, then two."""
     half = devices // 2
     found = [f"{devices}x1x1", f"1x{devices}x1", f"{half}x2x1", f"{half}x1x2"]
     return list(dict.fromkeys(found + ([f"{devices // 4}x2x2"] if devices % 4 == 0 else [])))
 
 
 def run(context: Context) -> Rows:
-    """A row for each loss; on a CPU, eight devices made of it."""
+    """One row per loss; on a CPU, with eight virtual devices."""
     devices = MOST if context.platform == "cpu" else context.device.get("count", 1)
     if devices < 2 or MOST % devices:
         needed = f"2, 4 or {MOST} devices"

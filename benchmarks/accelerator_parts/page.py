@@ -1,4 +1,4 @@
-"""The page of a session on an accelerator: every table, plots of those that have a shape, what failed and its cure."""
+"""Report page of an accelerator session: every table, plots where useful, faults and their cures."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from accelerator_parts import CURE, FAULT
 from pathflip_jax.evaluate.figures import BASE, GRID, MAIN, SECOND, make_axes
 
-SHARES = ("share", "utilisation", "waiting")  # names of columns that hold a share begin or end so
+SHARES = ("share", "utilisation", "waiting")  # prefixes and suffixes of columns that hold fractions
 
 
 def render(found: dict) -> str:
-    """The page of what `accelerator.json` holds; it stands alone."""
+    """Render `accelerator.json` as a self-contained page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -42,12 +42,12 @@ def tables(rows: list) -> dict[str, tuple[list[str], list[dict]]]:
 
 
 def words(name: str) -> str:
-    """A column's name as a reader sees it."""
+    """Display name of a column."""
     return name.replace("_", " ")
 
 
 def cell(value, column: str) -> str:
-    """A value as a table shows it: three digits, shares in percent."""
+    """Formatted value of a table cell: three digits, fractions in percent."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -64,14 +64,14 @@ def cell(value, column: str) -> str:
 
 
 def embed(figure: Figure) -> str:
-    """A figure as a data URL."""
+    """Figure as a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def picture(title: str, rows: list[dict]) -> Figure | None:
-    """The plot of a table, where it has a shape worth one."""
+    """Plot of a table, where it is worth one."""
     if title.startswith("growing batches"):
         return batches([row for row in rows if "slides_per_second" in row])
     if title.startswith("longest operations"):
@@ -118,7 +118,7 @@ def bars(names: list[str], values: list[float], label: str) -> Figure:
 
 
 def beside(rows: list[dict]) -> Figure | None:
-    """How many times as fast ours is as each other side, by job or case."""
+    """Speed-up of ours over each other side, by job or case."""
     found = {}
     for row in rows:
         for column, value in row.items():

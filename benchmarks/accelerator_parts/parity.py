@@ -1,4 +1,4 @@
-"""The released models' own outputs and gradients, compared on the device in every precision that it offers."""
+"""Parity with the released models' outputs and gradients on the device, in every precision that it offers."""
 
 import importlib
 import sys
@@ -11,12 +11,12 @@ CASES = ("base", "pathflip2")
 
 
 def run(context: Context) -> Rows:
-    """A row for each output, and one for the worst gradient, of each released model in each precision."""
+    """One row per output, and one for the worst gradient, of each released model in each precision."""
     import jax
 
     sys.path.insert(0, str(TESTS))
     released = importlib.import_module("parity")
-    # float32 products run as TF32 on a GPU and as bfloat16 on a TPU, unless the highest precision is asked for.
+    # float32 products run as TF32 on a GPU and as bfloat16 on a TPU, unless the highest precision is requested.
     precisions = [
         ("float32", "float32", "highest", released.FLOAT32),
         ("float32 as it comes", "float32", "default", released.FLOAT32 if _exact(jax) else released.BFLOAT16),
@@ -25,7 +25,7 @@ def run(context: Context) -> Rows:
     for case in CASES:
         for name, dtype, precision, tolerances in precisions:
             if name == "float32 as it comes" and _exact(jax):
-                continue  # nothing else than the highest
+                continue  # only the highest
             with jax.default_matmul_precision(precision):
                 rows = released.compare(TESTS / "golden" / case, dtype, tolerances)
             yield from _summarise(f"{case} in {name}", rows)

@@ -1,4 +1,4 @@
-"""Whole runs of `pathflip train` on the device: speed, the same bits twice, a kill, waiting for input, embedding."""
+"""Complete runs of `pathflip train` on the device: speed, determinism, kill and resume, input stalls, embedding."""
 
 import contextlib
 import importlib.metadata
@@ -37,7 +37,7 @@ for run in sys.argv[1:]:
 
 
 def time_to_train(context: Context) -> Rows:
-    """An epoch predicted from a part; then for real, where disk and time allow."""
+    """Epoch time predicted from a part, then measured, where disk and time allow."""
     if context.small:
         yield Row("an epoch", _epoch(context, 6, 2, "align_base:smoke", width=16))
         return
@@ -72,7 +72,7 @@ def _epoch(context: Context, slides: int, batch: int, config: str, width: int = 
 
 
 def deterministic(context: Context) -> Rows:
-    """Two runs with train.deterministic=True, each compiled anew, must end in the same bits."""
+    """Check that two runs with train.deterministic=True, compiled separately, end bit-identical."""
     first, second = context.work / "first", context.work / "second"
     cohort = make_cohort(context)
     for workdir in (first, second):
@@ -82,7 +82,7 @@ def deterministic(context: Context) -> Rows:
 
 
 def resume(context: Context) -> Rows:
-    """A run killed by SIGKILL and started again must end as one that nobody disturbed; old checkpoints must load."""
+    """Check that a run killed by SIGKILL and restarted ends as an undisturbed one, and that old checkpoints load."""
     yield from _old_checkpoints()
     cohort, straight, killed = make_cohort(context), context.work / "straight", context.work / "killed"
     settings = ["--config.train.deterministic=True"]
@@ -103,7 +103,7 @@ def resume(context: Context) -> Rows:
 
 
 def _old_checkpoints() -> Rows:
-    """The checkpoints of earlier versions that travel with the tests."""
+    """Checkpoints of earlier versions among the test data."""
     versions = Path(__file__).resolve().parents[2] / "tests" / "golden" / "runs"
     runs = sorted(path for path in versions.glob("*/pathflip*") if (path / "checkpoints").is_dir())
     done = subprocess.run([sys.executable, "-c", LOAD, *runs], capture_output=True, text=True)
@@ -121,7 +121,7 @@ def _old_checkpoints() -> Rows:
 
 
 def of_newer_orbax(step: Path) -> dict[str, str] | None:
-    """The fault of a checkpoint whose parts were written by handlers that the Orbax here lacks; None of another."""
+    """Fault of a checkpoint written by handlers that this Orbax lacks; None for any other."""
     from pathflip_jax.runs.checkpoints import lacking_handlers
 
     if not (lacking := lacking_handlers(step)):
@@ -132,7 +132,7 @@ def of_newer_orbax(step: Path) -> dict[str, str] | None:
 
 
 def wait_for_input(context: Context) -> Rows:
-    """The share of a run's time in which the device waited for its batch, from disk and from memory."""
+    """Fraction of a run's time in which the device waited for its batch, from disk and from memory."""
     cohort = make_cohort(context)
     for resident in ("", "device") if context.small else ("", "host", "device"):
         workdir = context.work / f"resident_{resident or 'disk'}"
@@ -165,7 +165,7 @@ def make_cohort(context: Context) -> Path:
         own.mkdir(parents=True)
         slides, width = (SMALL_SLIDES, 16) if context.small else (SLIDES, 512)
         benchmark.write_cohort(own, slides, width)
-        with contextlib.suppress(OSError):  # another part made it meanwhile
+        with contextlib.suppress(OSError):  # another part has created it meanwhile
             own.rename(shared)
     return shared
 
@@ -187,14 +187,14 @@ def _train(cohort: Path, workdir: Path, context: Context, *settings: str, more: 
 
 
 def _checked(command: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command; RuntimeError with its last words where it fails."""
+    """Run a command; RuntimeError with its last output where it fails."""
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
 def _compared(one: Path, other: Path, what: str) -> dict:
-    """How many arrays of the last checkpoints of two runs differ in any bit."""
+    """Number of arrays in the last checkpoints of two runs that differ in any bit."""
     mine, theirs = arrays(one, STEPS), arrays(other, STEPS)
     differ = [name for name in mine if not np.array_equal(mine[name].view(np.uint8), theirs[name].view(np.uint8))]
     row = {"compared": what, "arrays": len(mine), "steps": STEPS, "arrays that differ": len(differ)}
@@ -207,7 +207,7 @@ def _compared(one: Path, other: Path, what: str) -> dict:
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by name, one-dimensional, read on the CPU: the device is other processes'."""
+    """Every array of a checkpoint by name, flattened, read on the CPU: the device belongs to other processes."""
     import jax
 
     from pathflip_jax.runs.checkpoints import stored_arrays

@@ -1,4 +1,4 @@
-"""Train steps at growing batches: speed, utilisation, memory predicted and true, and the longest operations."""
+"""Train steps at growing batches: speed, utilisation, predicted and actual memory, and the longest operations."""
 
 import dataclasses
 import gzip
@@ -46,16 +46,16 @@ class Training:
         self.opt_state = jax.jit(optimizer.init)(self.params)
 
     def batch(self, slides: int, regions: int | None = None) -> sides.Batch:
-        """A batch of so many slides on the device."""
+        """Batch of that many slides on the device."""
         job = Job("train", slides, regions or self.regions)
         return our_batch(job, make_inputs(job, self.sizes))
 
     def compile(self, batch: sides.Batch):
-        """The step's program for batches of these shapes; arrays or their shapes."""
+        """Compile the step for batches of these shapes (arrays or their shapes)."""
         return self.step.lower(self.params, {}, self.opt_state, batch, np.int32(0)).compile()
 
     def run(self, compiled, batch: sides.Batch, steps: int) -> list[float]:
-        """Seconds of each of so many steps."""
+        """Run that many steps; the seconds of each."""
         import jax
 
         seconds = []
@@ -70,14 +70,14 @@ class Training:
 
 
 def whole_bytes(compiled) -> int:
-    """What the compiler planned for a program with its arguments."""
+    """Bytes that the compiler planned for a program with its arguments."""
     from pathflip_jax.runtime import memory
 
     return compiled.memory_analysis().argument_size_in_bytes + memory.needed_bytes(compiled)
 
 
 def run(context: Context, family: str) -> Rows:
-    """A row for each batch until one does not fit, then the longest operations of the last that did."""
+    """One row per batch until one does not fit, then the longest operations of the last that did."""
     import jax
 
     from pathflip_jax.model import flops
@@ -131,7 +131,7 @@ def run(context: Context, family: str) -> Rows:
 
 
 def profile(training: Training, compiled, batch: sides.Batch) -> Rows:
-    """The longest operations of a step, from the trace that `jax.profiler` writes."""
+    """Longest operations of a step, from the trace of `jax.profiler`."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def profile(training: Training, compiled, batch: sides.Batch) -> Rows:
 
 
 def device_events(events: list[dict]) -> list[dict]:
-    """What the device ran, each event with the name of its operation in `args.hlo_op`.
+    """Device events, each with the name of its operation in `args.hlo_op`.
 
     A GPU has a line of events for each stream, a TPU one of operations; a CPU's operations stand among other calls.
     Other lines of a device sum these up (steps, modules, scopes): with them time would count twice.

@@ -1,7 +1,7 @@
-"""What was done for XLA on CPUs, with and without, on this device: the step's time and memory.
+"""Ablation of the workarounds for XLA on CPUs, on this device: the step's time and memory.
 
 The library switches these forms by platform (`pathflip_jax.ops.platform`): here a CPU's step gets the plain forms, and
-any other's those of a CPU, by putting them in their place before the step is traced; the losses must agree.
+any other's those of a CPU, by replacing functions before the step is traced; the losses must agree.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ REDRAWN = "dropout drawn by jax.random"  # other entries fall, and the loss is a
 
 
 def run(context: Context, family: str) -> Rows:
-    """The train step as it is, then with each form in turn, then with all; at small sizes the first and last."""
+    """The train step as shipped, then with each form in turn, then with all; at small sizes the first and last."""
     slides, forms, first = 2 if context.small else 16, compared_forms(context.platform), None
     for name in list(forms)[:: len(forms) - 1] if context.small else forms:
         with replace(forms[name]):
@@ -31,7 +31,7 @@ def run(context: Context, family: str) -> Rows:
 
 
 def measure(training: Training, slides: int, steps: int) -> tuple[dict[str, float], float]:
-    """Milliseconds and planned bytes of a step; and the loss of the first, before which nothing was learnt."""
+    """Milliseconds and planned bytes of a step, and the loss of the first, before any update."""
     import jax
     import numpy as np
 
@@ -45,7 +45,7 @@ def measure(training: Training, slides: int, steps: int) -> tuple[dict[str, floa
 
 
 def switches() -> dict[tuple[str, str], list[Callable]]:
-    """The operations that have a form for CPUs and one for all others, by the names of both forms."""
+    """Operations with one form for CPUs and one for all others, by the names of both forms."""
     from pathflip_jax.ops import attention, matmul, patch_pooling, platform, recompute
 
     return {
@@ -61,12 +61,12 @@ def switches() -> dict[tuple[str, str], list[Callable]]:
 
 
 def cpu_forms() -> dict[str, dict[Any, Callable]]:
-    """The forms of a CPU, each as the switched operations and what its programs have for them."""
+    """CPU forms, each as the switched operations and their replacements."""
     return {cpu: {switch: switch.cpu for switch in found} for (cpu, _), found in switches().items()}
 
 
 def plain_forms() -> dict[str, dict[Any, Callable]]:
-    """The forms of all other platforms, in the same way; and dropout that `jax.random` draws."""
+    """Forms of all other platforms, likewise, and dropout drawn by `jax.random`."""
     import jax
     import jax.numpy as jnp
 
@@ -81,7 +81,7 @@ def plain_forms() -> dict[str, dict[Any, Callable]]:
 
 
 def compared_forms(platform: str) -> dict[str, dict[Any, Callable]]:
-    """The step as it is on a platform, then with each of the other platforms' forms, then with all of them."""
+    """The step as shipped on a platform, then with each of the other platforms' forms, then with all of them."""
     others = plain_forms() if platform == "cpu" else cpu_forms() | {REDRAWN: plain_forms()[REDRAWN]}
     together = {function: other for form in others.values() for function, other in form.items()}
     return {"as it is": {}} | others | {f"all of these, {REDRAWN}": together}
@@ -89,7 +89,7 @@ def compared_forms(platform: str) -> dict[str, dict[Any, Callable]]:
 
 @contextlib.contextmanager
 def replace(functions: dict[Any, Callable]) -> Iterator[None]:
-    """Put others in the place of functions, wherever the library holds them by name; what was traced is forgotten."""
+    """Replace functions wherever the library refers to them by name, and clear traced programs."""
     import jax
     from jax import lax
 

@@ -1,4 +1,4 @@
-"""The subcommands of `pathflip`, a module each: `add` declares it, what it needs is imported when it runs."""
+"""Subcommands of `pathflip`, one module each: `add` declares it, and its dependencies are imported when it runs."""
 
 from pathflip_jax.commands import (
     ask,

@@ -1,4 +1,4 @@
-"""`pathflip ask`: a question about a slide, answered by a language stage."""
+"""`pathflip ask`: slide question answering by a run of the language stage."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`pathflip caption`: a report of a slide, written by a language stage."""
+"""`pathflip caption`: slide captioning by a run of the language stage."""
 
 import argparse
 import json

@@ -1,7 +1,7 @@
-"""`pathflip doctor`: is this machine, are these data and configs, ready? Each fault comes with its cure.
+"""`pathflip doctor`: readiness checks of the machine, the data and the configs. Each fault comes with its cure.
 
-An experiment that fails after a night's queue usually failed on something that could be known before it began:
-a package, a device, a folder of records with one bad byte, a table of other slide ids, a missing vocabulary.
+An experiment that fails after a night in the queue usually fails on something that could have been checked beforehand:
+a package, a device, a folder of records with one bad byte, a table with other slide ids, a missing vocabulary.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ SLIDES = {
     "scikit-image": "skimage",
     "h5py": "h5py",
 }
-# What each extra adds: a package, its module, and what it is for.
+# Packages of each extra: name, module and purpose.
 EXTRAS = {
     "torch": ("torch", "torch", "read and write PyTorch checkpoints other than .safetensors"),
     "gcs": ("gcsfs", "gcsfs", "read and write records in Google Cloud Storage, gs://"),
@@ -45,11 +45,11 @@ EXTRAS = {
     "wandb": ("wandb", "wandb", "log to Weights & Biases (train.wandb_project)"),
     "beam": ("apache-beam", "apache_beam", "prepare slides on a cluster with Apache Beam"),
 }
-# The program that each script of launch/ hands the work to.
+# Program that each script of launch/ calls.
 LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}
 AWAY = "rename that, start in another folder, or remove the folder that holds it from PYTHONPATH"
 LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
-FEW_FILES, LITTLE_SHARED = 1024, 1 << 29  # NCCL takes some tens of megabytes for each process
+FEW_FILES, LITTLE_SHARED = 1024, 1 << 29  # NCCL needs some tens of megabytes per process
 
 
 def examine(
@@ -60,7 +60,7 @@ def examine(
     tokenizer: Place | None = None,
     configs: Sequence[str] = (),
 ) -> list[Finding]:
-    """Look at the machine, and at the data and configs that are named; nothing is changed, and no check ends others."""
+    """Check the machine and the given data and configs; nothing is modified, and no failed check stops the others."""
     checks = {
         "versions": _versions,
         "devices": _devices,
@@ -99,9 +99,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _package(name: str, package: str, module: str, state: str, cure: str) -> Iterator[Finding]:
-    """The version of a package, or what is imported in its place; `state` and `cure` where it is not installed.
+    """Version of a package, or the module that shadows it; `state` and `cure` where it is not installed.
 
-    A folder or file of its name where Python looks first is imported instead: W&B leaves a folder `wandb` behind.
+    A folder or file of that name earlier on Python's path is imported instead: W&B leaves a folder `wandb` behind.
     """
     spec = importlib.util.find_spec(module)
     places = []
@@ -116,7 +116,7 @@ def _package(name: str, package: str, module: str, state: str, cure: str) -> Ite
             yield Finding(name, "not installed", state, cure)
         return
     home = Path(str(installed.locate_file(""))).resolve()
-    editable = '"editable": true' in (installed.read_text("direct_url.json") or "")  # then its files lie elsewhere
+    editable = '"editable": true' in (installed.read_text("direct_url.json") or "")  # then its files are elsewhere
     if not places:
         yield Finding(name, f"{installed.version}, but {module} cannot be imported", "fault", f"reinstall {package}")
     elif editable or any(Path(place).resolve().is_relative_to(home) for place in places):
@@ -151,7 +151,7 @@ def _utilisation(kind: str) -> Finding:
 
 
 def _launcher() -> Iterator[Finding]:
-    """The launch that `pathflip train` would join, started as this command was."""
+    """Distributed launch that `pathflip train` would join, started as this command was."""
     from pathflip_jax.runtime.distributed import find_launch
     from pathflip_jax.runtime.launchers import SWITCH, why_alone
 
@@ -168,7 +168,7 @@ def _launcher() -> Iterator[Finding]:
 
 def _room() -> Iterator[Finding]:
     memory, cores = limits.memory_limit(), limits.processors()
-    if memory is None:  # not Linux, so the machine's own
+    if memory is None:  # not Linux, so the machine's total
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gb = memory / 2**30
     cure = f"training needs about {LITTLE_MEMORY_GB} GB: use a smaller batch" if gb < LITTLE_MEMORY_GB else ""
@@ -186,7 +186,7 @@ def _room() -> Iterator[Finding]:
 
 
 def _reader() -> Iterator[Finding]:
-    """Whether the process starts that parses HDF5, .pt and slide files, whatever these do to it."""
+    """Check that the isolated process starts which parses HDF5, .pt and slide files."""
     from pathflip_jax.data.readers import guarded
 
     try:
@@ -200,7 +200,7 @@ def _reader() -> Iterator[Finding]:
 
 
 def _offline() -> Iterator[Finding]:
-    """Model folders that a machine without a network would lack: nothing here downloads."""
+    """Model folders that would be missing without a network: nothing is downloaded."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = sorted(path.name[8:].replace("--", "/") for path in Path(HF_HUB_CACHE).glob("models--*"))

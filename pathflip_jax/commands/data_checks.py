@@ -1,4 +1,4 @@
-"""The data that `pathflip doctor` looks at: records, slide table, texts and vocabulary, each by itself and together."""
+"""Data checks of `pathflip doctor`: records, slide table, texts and vocabulary, individually and together."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -20,9 +20,9 @@ from pathflip_jax.settings.sections import AlignmentDataSettings
 
 
 class Seen(NamedTuple):
-    """The tables that could be read, and their places: `rows` of the slide table, and `row_of` a slide of the records.
+    """Readable tables and their locations: `rows` of the slide table, and `row_of` a slide of the records.
 
-    Of the records it holds the ids of the slides and of their cases.
+    From the records it holds the ids of slides and cases.
     """
 
     places: dict[str, Place]
@@ -33,21 +33,21 @@ class Seen(NamedTuple):
     texts: Sequence[SlideText] | None = None
 
     def sources(self) -> Sources:
-        """The slide table with the names of all tables, as `data/texts/cases.py` holds them against each other."""
+        """Slide table with the names of all tables, as `data/texts/cases.py` compares them."""
         return Sources(self.row_of, *(str(self.places.get(name)) for name in ("slides", "records", "texts")))
 
 
 def examine_data(
     records: Place | None, slides: Place | None, texts: Place | None, tokenizer: Place | None
 ) -> list[Finding]:
-    """Look at each of these that is named, and at each beside the others."""
+    """Check each given input, and each against the others."""
     found: list[Finding] = []
     seen = Seen({"records": records, "slides": slides, "texts": texts})
     if records is not None:
         if (cohort := _opened("records", lambda: Records(records), found)) is not None:
             found.append(Finding("records", _size(cohort), "ok"))
             seen = seen._replace(ids=cohort.slides.column("slide_id"), cases=cohort.slides.column("case_id"))
-            del cohort  # its shards are read whole next, and its regions take most of the memory
+            del cohort  # its shards are read in full next, and its regions take most of the memory
         found += guarded("records", _records, records, [finding.found for finding in found])
     if slides is not None and (rows := _opened("slides", lambda: _rows(slides), found)) is not None:
         seen = seen._replace(rows=rows)
@@ -64,7 +64,7 @@ def examine_data(
     return found
 
 
-# What a slide without a record means for those who use its split.
+# Consequence of a slide without a record, by split.
 UNPREPARED = {
     "train": ("note", "training leaves them out"),
     "val": ("note", "validation leaves them out"),
@@ -78,20 +78,20 @@ CURES = {
 
 
 def _opened(name: str, read, found: list[Finding]):
-    """The result of `read`, its warnings as notes; None, with a fault among the findings, if it cannot be read."""
+    """Result of `read`, with its warnings as notes; None, with a fault among the findings, if it cannot be read."""
     with logged_warnings() as warnings:
         try:
             content = read()
         except (ValueError, OSError) as error:
             found.append(Finding(name, str(error), "fault", CURES[name]))
             return None
-    if name != "records":  # what is said of those, the check of every byte says too
+    if name != "records":  # the check of every byte reports these too
         found += [Finding(name, warning, "note", "look at these rows of the table") for warning in warnings]
     return content
 
 
 def _rows(table: Place) -> list[dict[str, str]]:
-    """The rows of a slide table, those of a slide that is listed twice too: the check of the split names it."""
+    """Rows of a slide table, including slides listed twice, which the check of the split reports."""
     return [slide_row(row) for row in read_rows(table)]
 
 
@@ -102,10 +102,10 @@ def _size(cohort: Records) -> str:
 
 
 def _records(folder: Place, told: Collection[str]) -> Iterator[Finding]:
-    """The faults of records, byte by byte, but for those that opening them has told."""
+    """Check records byte by byte, without repeating faults reported when they were opened."""
     try:
         faults = verify(folder)
-    except OSError as error:  # no folder, or no shard in it
+    except OSError as error:  # no folder, or none with shards
         faults = [str(error)]
     for fault in faults:
         if not any(text.startswith(fault) for text in told):
@@ -113,7 +113,7 @@ def _records(folder: Place, told: Collection[str]) -> Iterator[Finding]:
 
 
 def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
-    """The slide table by itself: its splits and patients, as `pathflip split --check` examines them."""
+    """Check the slide table: its splits and patients, as in `pathflip split --check`."""
     people = connected([person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in rows])
     sides = Counter(row["split"] or "none" for row in rows)
     listed = ", ".join(f"{side} {count}" for side, count in sides.items())
@@ -130,7 +130,7 @@ def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
 
 
 def _slides_and_records(seen: Seen) -> Iterator[Finding]:
-    """The slide table beside the records: what one has and the other lacks, and cases that contradict each other."""
+    """Check the slide table against the records: slides missing from either, and contradictory cases."""
     records, slides = seen.places["records"], seen.ids
     names = SlideNames(slides)
     strange = [row for row in seen.rows if not names.find(row["slide_id"])]
@@ -157,7 +157,7 @@ def _slides_and_records(seen: Seen) -> Iterator[Finding]:
 
 
 def _agreeing(name: str, seen: Seen, grouped: dict[tuple[str, ...], list[SlideText]]) -> Iterator[Finding]:
-    """A fault where two tables say that a slide is of different patients; training stops there."""
+    """Report a fault where two tables assign a slide to different patients, at which training would stop."""
     case_of = dict(zip(seen.ids, seen.cases, strict=True))
     try:
         bag_keys(list(grouped), grouped, case_of, seen.sources())
@@ -166,7 +166,7 @@ def _agreeing(name: str, seen: Seen, grouped: dict[tuple[str, ...], list[SlideTe
 
 
 def _texts(seen: Seen) -> Iterator[Finding]:
-    """The texts, matched with the slides of the records as training matches them (`data/batches/bags.py`)."""
+    """Check the texts, matched with the slides of the records as in training (`data/batches/bags.py`)."""
     if seen.ids is None:
         yield Finding("texts", f"{len(seen.texts)} texts", "ok")
         return
@@ -192,7 +192,7 @@ def _texts(seen: Seen) -> Iterator[Finding]:
 
 
 def _tokenizer(folder: Place, texts: Sequence[SlideText] | None) -> Iterator[Finding]:
-    """The vocabulary, and how many pieces of the texts it does not know."""
+    """Check the vocabulary, and count the pieces of the texts that it lacks."""
     try:
         with logged_warnings() as warnings:
             tokenizer = TextTokenizer(folder)

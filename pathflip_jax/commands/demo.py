@@ -1,4 +1,4 @@
-"""`pathflip demo`: the whole path on an embedded cohort."""
+"""`pathflip demo`: the complete workflow on an embedded cohort."""
 
 import argparse
 from pathlib import Path

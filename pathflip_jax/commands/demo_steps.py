@@ -1,9 +1,9 @@
-"""The main job on the embedded cohort: slides -> records -> training -> scores -> report.
+"""Complete workflow on the embedded cohort: slides -> records -> training -> scores -> report.
 
-The demo is the command line's own commands, each printed before it runs: whoever has read its output knows how to do
-the same with slides of their own. Every step resumes, so a second run does only what is missing. Steps run one after
-the other, but for the two trainings of aligners, which need nothing of each other: a step of so small a model takes as
-long on one core as on two, so each has half of the cores.
+The demo consists of ordinary `pathflip` commands, each printed before it runs: its output shows how to process other
+slides. Every step resumes, so a second run does only what is missing. Steps run one after the other, except the two
+independent trainings of aligners: a step of so small a model takes as long on one core as on two, so each gets half of
+the cores.
 """
 
 import os
@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-# The synthetic slides are small, so are their patches and regions: 64 pixels at 0.5 um, in squares of 128 um.
+# The synthetic slides are small, and so are their patches and regions: 64 pixels at 0.5 um, in squares of 128 um.
 PATCH_SIZE = 64
 REGION_EDGE_UM = 128.0
 SLIDES, SLIDE_PIXELS = 440, 1280
 
 
 class Step(NamedTuple):
-    """A command of the demo; one `with_previous` needs nothing of the step before and runs side by side with it."""
+    """Command of the demo; one `with_previous` does not depend on the previous step and runs in parallel with it."""
 
     title: str
     command: list[str]
@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
 
 def steps(out: Path, slides: int, seed: int, workers: int) -> list[Step]:
-    """The commands of the demo in their order, for a cohort of `slides` slides under `out`."""
+    """Commands of the demo in order, for a cohort of `slides` slides under `out`."""
     cohort, records, vocabulary = out / "slides", out / "records", out / "vocabulary"
     run, slide_only, decoder, language = (
         out / name for name in ("run", "run_slide_loss_only", "decoder", "run_language")
@@ -80,7 +80,7 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[Step]:
 
 
 def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2) -> int:
-    """Run every step in a process of its own, and say how long it took; return the exit code of the first that fails.
+    """Run every step in a separate process, and print its duration; return the exit code of the first that fails.
 
     Ends with the path of the report as the last line of output.
     """
@@ -103,9 +103,9 @@ def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2
 
 
 def _run_group(group: list[tuple[int, Step]]) -> int:
-    """Run steps side by side; the first one's output is shown as it comes, the others' after it.
+    """Run steps in parallel; the first one's output is shown live, the others' after it.
 
-    Returns 0, or the exit code of the step that failed first; the others are then told to stop.
+    Returns 0, or the exit code of the step that failed first; the others are then terminated.
     """
     began, ended = time.monotonic(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def _start(command: list[str], log: IO[bytes] | None) -> subprocess.Popen:
 
 @contextmanager
 def _share_of_cores(place: int, shares: int) -> Iterator[None]:
-    """Processes started in it keep to one share of the cores, where the system knows of such a thing."""
+    """Restrict processes started within to one share of the cores, where the system supports CPU affinity."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if not 1 < shares <= len(cores):
         yield

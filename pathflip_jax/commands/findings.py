@@ -1,4 +1,4 @@
-"""Findings of `pathflip doctor`: one for each thing looked at; a check that breaks is a finding and ends no other."""
+"""Findings of `pathflip doctor`: one per check; a check that crashes is a finding and stops no other."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """One thing looked at: its name, what was found, `ok`, `note` or `fault`, and what to do about it."""
+    """Result of one check: its name, what was found, `ok`, `note` or `fault`, and the cure."""
 
     name: str
     found: str
@@ -18,7 +18,7 @@ class Finding(NamedTuple):
 
 
 def guarded(name: str, check: Callable[..., Iterable[Finding]], *arguments) -> list[Finding]:
-    """The findings of a check; an unexpected error is a fault among them, and other checks still run."""
+    """Findings of a check; an unexpected error is a fault among them, and other checks still run."""
     found = []
     try:
         for finding in check(*arguments):
@@ -34,7 +34,7 @@ def guarded(name: str, check: Callable[..., Iterable[Finding]], *arguments) -> l
 
 @contextlib.contextmanager
 def logged_warnings() -> Iterator[list[str]]:
-    """The warnings that this package logs within the block, instead of lines on stderr."""
+    """Collect the warnings that this package logs within the block, instead of printing them to stderr."""
     log, messages = logging.getLogger("pathflip_jax"), []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -48,7 +48,7 @@ def logged_warnings() -> Iterator[list[str]]:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """One line a finding, its cure below it, and a last line that counts the faults."""
+    """Print one line per finding, its cure below it, and a last line with the number of faults."""
     width = max(len(finding.name) for finding in findings)
     for name, found, state, cure in findings:
         print(f"{state:5}  {name:{width}}  {found}")

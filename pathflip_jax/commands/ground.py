@@ -1,4 +1,4 @@
-"""`pathflip ground`: where on a slide a text is seen."""
+"""`pathflip ground`: grounding of texts on a slide."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Parts that commands share: their declaration, common options, and the printing of an outcome."""
+"""Shared parts of commands: declaration, common options, and printing of results."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ FAILED_SLIDES, WRONG_INPUT = 1, 2
 
 
 def command(commands, name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:
-    """Declare a command, which `run(options)` does; each example is a whole command line."""
+    """Declare a command, implemented by `run(options)`; each example is a complete command line."""
     parser = commands.add_parser(
         name,
         help=summary,
@@ -40,7 +40,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def place(text: str) -> Place:
-    """A local path or a URL, for argparse; `~` and environment variables of a path are expanded."""
+    """Local path or URL, for argparse; `~` and environment variables of a path are expanded."""
     try:
         return as_path(expand(text))
     except ValueError as error:
@@ -48,7 +48,7 @@ def place(text: str) -> Place:
 
 
 def path_text(text: str) -> str:
-    """A text that names a path, expanded, for argparse."""
+    """Path as text, expanded, for argparse."""
     try:
         return expand(text)
     except ValueError as error:
@@ -56,12 +56,12 @@ def path_text(text: str) -> str:
 
 
 def local_path(text: str) -> Path:
-    """A local path, expanded, for argparse."""
+    """Local path, expanded, for argparse."""
     return Path(path_text(text))
 
 
 def number(option: str) -> Callable[[str], float]:
-    """A number within the bounds of an option, for argparse."""
+    """Number within the bounds of an option, for argparse."""
     bound = OPTIONS[option]
 
     def read(text: str) -> float:
@@ -77,7 +77,7 @@ def number(option: str) -> Callable[[str], float]:
 
 
 def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
-    """Options for the fields of a specification; those that are not given are absent from the parsed namespace."""
+    """Add options for the fields of a specification; options not given are absent from the parsed namespace."""
     types = {PLACE: place, FILE: local_path, PROMPTS: local_path, TEXT: None}
     groups: dict[str, argparse._ArgumentGroup | argparse.ArgumentParser] = {"": parser}
     for field, option in options.items():
@@ -94,7 +94,7 @@ def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Opti
 
 
 def add_records_options(parser: argparse.ArgumentParser) -> None:
-    """Options that `prepare` and `import` share: output folder, region cut, handling of bad slides."""
+    """Add the options shared by `prepare` and `import`: output folder, region cut, handling of bad slides."""
     parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder of the records to write")
     parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
     parser.add_argument(
@@ -143,7 +143,7 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_grounding_options(parser: argparse.ArgumentParser) -> None:
-    """Options that `evaluate` and `ground` share: the way from a text to a map."""
+    """Add the grounding options shared by `evaluate` and `ground`."""
     parser.add_argument(
         "--method",
         choices=list(METHODS),
@@ -159,7 +159,7 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_smooth_option(parser: argparse.ArgumentParser) -> None:
-    """The option for smoothing maps, of `evaluate` and `ground`."""
+    """Add the option for smoothing maps, shared by `evaluate` and `ground`."""
     parser.add_argument(
         "--smooth",
         type=number("smooth"),
@@ -170,7 +170,7 @@ def add_smooth_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
-    """Options that `caption` and `ask` share: the slide and the run."""
+    """Add the options shared by `caption` and `ask`: the slide and the run."""
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
     parser.add_argument("--slide-id", help="slide of a folder of records")
     parser.add_argument(
@@ -189,7 +189,7 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Options of deterministic generation, the kind that is scored."""
+    """Add the options of deterministic generation, which evaluation uses."""
     parser.add_argument(
         "--max-tokens",
         type=number("max-tokens"),
@@ -216,7 +216,7 @@ def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> Non
 
 
 def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Options of generation, sampling included."""
+    """Add the options of generation, sampling included."""
     add_writing_options(parser, max_tokens)
     parser.add_argument(
         "--temperature", type=number("temperature"), default=0.0, metavar="T", help="of sampling; 0 (default): greedy"
@@ -235,17 +235,17 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
 
 
 def sampling(options: argparse.Namespace):
-    """The sampling that `add_writing_options` or `add_language_options` took."""
+    """Sampling settings from the options of `add_writing_options` or `add_language_options`."""
     from pathflip_jax.llm.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    ends = (0,)  # the assistant puts in their place what ends a text in its own words
+    ends = (0,)  # the assistant substitutes the end tokens of its tokenizer
     return Sampling(max_new_tokens=options.max_tokens, min_new_tokens=options.min_tokens, stop_ids=ends, **given)
 
 
 def slide_rows(options: argparse.Namespace):
-    """The assistant, the slide and its rows [slide; regions], as `add_slide_options` took them."""
+    """Load the assistant, the slide and its rows [slide; regions] from the options of `add_slide_options`."""
     from pathflip_jax.inference.assistant import load_assistant
     from pathflip_jax.inference.load import read_slide
 
@@ -257,7 +257,7 @@ def slide_rows(options: argparse.Namespace):
 
 
 def beam_examples(command: str) -> list[str]:
-    """The same command by Apache Beam: in processes here, on a Flink cluster, on Dataflow."""
+    """Examples of a command on Apache Beam: in local processes, on a Flink cluster, on Dataflow."""
     shared = f"pathflip {command} --out /mnt/records --beam"
     flink = "--runner=FlinkRunner --flink_master=HOST:8081"
     dataflow = "--runner=DataflowRunner --project=P --region=us-central1 --temp_location=gs://B/temp"
@@ -269,7 +269,7 @@ def beam_examples(command: str) -> list[str]:
 
 
 def records_settings(options: argparse.Namespace) -> dict:
-    """The settings that `add_records_options` took."""
+    """Settings from the options of `add_records_options`."""
     names = (
         "cut",
         "edge_um",
@@ -291,7 +291,7 @@ def print_records_report(report, as_json: bool) -> int:
 
 
 def print_report(report, as_json: bool, **more) -> int:
-    """Print the outcome of a job over many slides, for people or as JSON with `more` facts; the exit code."""
+    """Print the outcome of a job over many slides, as text or as JSON with `more` entries; returns the exit code."""
     if as_json:
         failed = [failure._asdict() for failure in report.failed]
         print(json.dumps({"done": report.done, "skipped": report.skipped, "failed": failed} | more))

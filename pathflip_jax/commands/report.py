@@ -1,4 +1,4 @@
-"""`pathflip report`: slides and where texts are seen on them, as a page that opens by a double click."""
+"""`pathflip report`: slides and the grounding of texts on them, as a page that opens by a double click."""
 
 import argparse
 

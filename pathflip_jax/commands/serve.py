@@ -1,4 +1,4 @@
-"""`pathflip serve`: slides in a browser, and where on them a text is seen."""
+"""`pathflip serve`: slides in a browser, with grounding of texts."""
 
 import argparse
 
@@ -35,7 +35,7 @@ def add(commands) -> None:
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    """The slides that are shown, and the runs that know of them."""
+    """Add the options for the slides shown and the runs queried."""
     parser.add_argument(
         "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, patches alone"
     )
@@ -63,7 +63,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    """The address that the viewer listens at, and the proxies and pages before it."""
+    """Add the options for the listening address, and the proxies and pages in front of it."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument(
         "--port", type=number("port"), default=8000, help="port to listen at (default 8000; 0: any that is free)"
@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--port {options.port}: expected 0 to 65535")
     proxy = read_proxy(options.public_name, options.root_path, options.proxy_headers, options.frame_ancestors)
     token = choose_token(options.host, options.token)
-    listener = listen(options.host, options.port)  # first: a port in use is known before the model is loaded
+    listener = listen(options.host, options.port)  # first: a port in use is reported before the model is loaded
 
     from pathflip_jax.inference.load import load
     from pathflip_jax.viewer.grounder import Grounder

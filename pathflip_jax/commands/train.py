@@ -1,4 +1,4 @@
-"""`pathflip train`: its options are settings of the config, so `cli.main` hands them to `training.loop.main` as they
+"""`pathflip train`: its options are settings of the config, so `cli.main` passes them to `training.loop.main` as they
 are."""
 
 import argparse

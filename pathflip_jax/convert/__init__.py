@@ -1,1 +1,1 @@
-"""Weights and files of others, and of other versions, as flat dicts of parameters and settings of today."""
+"""Conversion of third-party weights and other versions' runs to flat parameter dicts and current settings."""

@@ -1,7 +1,7 @@
-"""Start the Q-Former from a BERT: any Hugging Face folder with weights (BioBERT, ClinicalBERT, MiniLM).
+"""Q-Former initialisation from a BERT: any Hugging Face folder with weights (BioBERT, ClinicalBERT, MiniLM).
 
-Words, positions, self-attention and feed-forward networks come from the folder; queries get a copy of the latter, and
-cross-attention keeps its own initialisation (DESIGN section 3.2).
+Word and position embeddings, self-attention and feed-forward networks come from the folder; queries get a copy of the
+latter, and cross-attention keeps its own initialisation (DESIGN section 3.2).
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ WORDS, POSITIONS = "qformer/word_embeddings/embedding", "qformer/position_embedd
 TABLES = ("/word_embeddings/embedding", "/position_embeddings/embedding")
 TYPES = "embeddings.token_type_embeddings.weight"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# What this architecture takes for granted; the values that transformers assumes when a config.json is silent.
+# Values that this architecture requires; transformers assumes them too when config.json does not state them.
 ASSUMED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "layer_norm_eps": 1e-12}
 
 
 def bert_settings(folder: str | Path) -> dict[str, Any]:
-    """The fields of PathFLIPConfig that a BERT folder decides, from its config.json.
+    """Fields of PathFLIPConfig that a BERT folder's config.json determines.
 
     Raises ValueError when it is not a BERT that the Q-Former can start from.
     """
@@ -58,12 +58,12 @@ def bert_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types: bool = True) -> dict[str, np.ndarray]:
-    """The parameters that BERT decides, by our names: `flatten(model) | bert_parameters(...)`.
+    """Parameters initialised from BERT, under our names: `flatten(model) | bert_parameters(...)`.
 
-    The text encoder of a PathFLIP2 is the folder's BERT as it is. The Q-Former of a PathFLIP knows no token types, but
-    every BERT was trained with the embedding of type 0 added to each word: folded into the positions, it gives exactly
-    BERT's own features. `fold_token_types=False` drops it, as the released code does. The row of [DEC] is the mean of
-    the words. Raises ValueError listing all that does not fit the config.
+    The text encoder of a PathFLIP2 is the folder's BERT unchanged. The Q-Former of a PathFLIP has no token types, but
+    every BERT was trained with the embedding of type 0 added to each word: folded into the position embeddings, it
+    reproduces BERT's features exactly. `fold_token_types=False` drops it, as the released code does. The row of [DEC]
+    is the mean of the word embeddings. Raises ValueError listing every mismatch with the config.
     """
     folder = Path(folder)
     settings = bert_settings(folder)
@@ -89,7 +89,7 @@ def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types
         expected = name.torch_shape(tuple(shapes[name.path].shape))
         tensor = tensors.get(name.torch)
         if name.path.endswith(TABLES):
-            rows = expected[0] - (name.path == WORDS)  # the row of [DEC] comes below
+            rows = expected[0] - (name.path == WORDS)  # the row of [DEC] is appended below
             expected = (rows, *expected[1:])
             tensor = None if tensor is None else tensor[:rows]  # some folders pad their tables
         if tensor is None:
@@ -113,6 +113,6 @@ def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types
 
 
 def _current_name(name: str) -> str:
-    """Without the prefix of models with a head, and LayerNorm's names since PyTorch."""
+    """Tensor name without the prefix of models with a head, with LayerNorm's PyTorch names."""
     name = name.removeprefix("bert.")
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

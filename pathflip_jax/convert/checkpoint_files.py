@@ -1,6 +1,6 @@
-"""Checkpoint files of either code base: tensors by name, and the arguments of the run that made them.
+"""Checkpoint files of either code base: tensors by name, and the arguments of the run that wrote them.
 
-They come from other people's machines: nothing of a file is ever executed. Safetensors files need no torch; for the
+The files are untrusted: nothing in a file is ever executed. Safetensors files need no torch; for the
 others it is imported late.
 """
 
@@ -36,7 +36,7 @@ StateDict = dict[str, np.ndarray]
 
 
 class _Read(NamedTuple):
-    """The tensors of a file by the place that they have in it, the model's own first, and its arguments if any."""
+    """Tensors of a file by their location in it, the model's own first, and its arguments if any."""
 
     tensors: dict[str, StateDict]
     arguments: dict[str, Any]
@@ -46,8 +46,8 @@ def read_tensors(path: str | Path) -> StateDict:
     """Read every tensor of a .safetensors, .pt, .pth, .ckpt or .bin file, or of a folder; floats come as float32.
 
     A folder holds one such file, or a set of shards with its index. Raises ValueError for a file that is damaged, holds
-    no tensors, or could only be read by running code in it, and for half a set; ImportError where a format needs torch
-    and there is none.
+    no tensors, or could only be read by running code in it, and for an incomplete set; ImportError where a format needs
+    torch and it is not installed.
     """
     return next(iter(_read(Path(path)).tensors.values()))
 
@@ -77,7 +77,7 @@ def _read_folder(folder: Path) -> _Read:
 
 
 def _read_shards(index: Path) -> StateDict:
-    """The tensors of a set of shards, as transformers and DeepSpeed write it."""
+    """Tensors of a sharded checkpoint, as transformers and DeepSpeed write it."""
     try:
         places = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         places = {str(name): Path(str(file)).name for name, file in places.items()}
@@ -113,7 +113,7 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def import_torch(path: str | Path):
-    """The torch module, or an ImportError that says for which file and how to get it."""
+    """The torch module, or an ImportError naming the file that needs it and the installation command."""
     try:
         import torch
     except ImportError as error:
@@ -130,10 +130,10 @@ def _first_line(error: Exception) -> str:
 def _read_torch(path: Path) -> _Read:
     torch = import_torch(path)
     try:
-        with torch.serialization.safe_globals([Namespace]):  # Lightning keeps the command line; it is inert
+        with torch.serialization.safe_globals([Namespace]):  # Lightning stores the command line; it is inert
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises weights_only=False, the one thing not to do with a file from elsewhere.
+        # torch's own message advises weights_only=False, which is unsafe for an untrusted file.
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found.group(1) if found else _first_line(error)
         raise ValueError(
@@ -141,7 +141,7 @@ def _read_torch(path: Path) -> _Read:
             "such a file can run code. Where it was written, keep the weights alone: "
             'torch.save(checkpoint["state_dict"], "weights.pt")'
         ) from error
-    except Exception as error:  # on damaged bytes torch's unpickler fails in any way
+    except Exception as error:  # on damaged bytes torch's unpickler may raise anything
         raise ValueError(f"{path}: not a whole PyTorch file ({_first_line(error)}); copy it again") from error
     arguments = _arguments_within(content)
     held = dict(containers(content, torch.is_tensor))
@@ -165,7 +165,7 @@ def _read_torch(path: Path) -> _Read:
 
 
 def _own_weights(content: Any, held: Mapping[str, Any]) -> tuple[str, Any]:
-    """Place and content of a file's own state dict: under a usual name, else the largest of those that it holds."""
+    """Location and content of a file's main state dict: under a usual name, else the largest one present."""
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             return name, content[name]
@@ -176,7 +176,7 @@ def _own_weights(content: Any, held: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _arguments_within(content: Any) -> dict[str, Any]:
-    """The arguments that Lightning keeps in a file: a namespace, a mapping, or one of these under the name `args`."""
+    """Arguments that Lightning stores in a file: a namespace, a mapping, or either under the key `args`."""
     found = content.get("hyper_parameters") if isinstance(content, Mapping) else None
     if isinstance(found, Mapping) and "args" in found:
         found = found["args"]
@@ -185,9 +185,9 @@ def _arguments_within(content: Any) -> dict[str, Any]:
 
 
 class Checkpoint(NamedTuple):
-    """The `state_dict` of a model without the prefixes that training code adds, and the arguments it was trained with.
+    """`state_dict` of a model without the prefixes that training code adds, and the arguments it was trained with.
 
-    `arguments` is empty where neither the file nor an hparams.yaml beside it holds any.
+    `arguments` is empty where neither the file nor an hparams.yaml in its folder holds any.
     """
 
     tensors: StateDict
@@ -203,8 +203,8 @@ def open_checkpoint(path: str | Path, weights: str = "") -> Checkpoint:
     """Read a checkpoint with its arguments: a file, a folder that holds one, or the folder of a set of shards.
 
     `weights` names the set of weights where there are several (`weight_sets`). Arguments come from the file
-    (Lightning's `hyper_parameters`), else from the hparams.yaml beside it or in the folder above, where Lightning
-    writes it. Raises as `read_tensors`, and ValueError listing the sets where it is not said which one is meant.
+    (Lightning's `hyper_parameters`), else from the hparams.yaml in its folder or the one above, where Lightning
+    writes it. Raises as `read_tensors`, and ValueError listing the sets where the choice is ambiguous.
     """
     found = _read(Path(path))
     sets: dict[str, StateDict] = {}
@@ -229,9 +229,9 @@ def _arguments_beside(path: Path) -> dict[str, Any]:
 
 
 def read_hparams(path: str | Path) -> dict[str, Any]:
-    """The arguments of a run as Lightning writes them: YAML, in which an argparse namespace is a mapping like others.
+    """Read a run's arguments as Lightning writes them: YAML, with an argparse namespace read as a plain mapping.
 
-    Raises ValueError for what is no mapping, and for any other Python object in it: nothing is constructed.
+    Raises ValueError for anything but a mapping, and for any other Python object in it: no object is constructed.
     """
     path = Path(path)
     try:
@@ -250,7 +250,7 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
 
 
 class _Arguments(yaml.SafeLoader):
-    """YAML without Python objects, but for the namespace of a command line, which becomes a dict."""
+    """YAML loader without Python objects, except an argparse namespace, which becomes a dict."""
 
 
 def _namespace(loader: _Arguments, node: yaml.Node) -> dict:

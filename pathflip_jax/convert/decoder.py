@@ -1,7 +1,7 @@
-"""Decoders from Hugging Face folders and back (DESIGN section 9).
+"""Conversion of decoders from and to Hugging Face folders (DESIGN section 9).
 
 A folder holds config.json, weights as safetensors, and a tokenizer. Nothing in it is ever executed: an `auto_map` to
-code of its own is not looked at, pickled weights are refused.
+custom code is ignored, pickled weights are refused.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ from pathflip_jax.runtime.sharding import infer_shardings
 
 STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
-PROMPTS = 32  # that a small vocabulary is learnt from beside the texts, so that it has words for them too
-# What a folder holds beside config and weights that belongs to the same model: tokenizer, generation, licence.
+PROMPTS = 32  # added to the texts that a small vocabulary is learnt from, so that it covers these words too
+# Files besides config and weights that belong to the model: tokenizer, generation settings, licence.
 BESIDE = re.compile(
     r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_templates?|generation_config)\.(json|txt|model|jinja)"
     r"|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?"
@@ -56,7 +56,7 @@ def init_decoder(
     lora: LoRAConfig | None = None,
     dtype: str = "float32",
 ) -> Decoder:
-    """A decoder of random parameters, made where they live; adapters are float32 whatever the dtype of the rest."""
+    """Initialise a decoder with random parameters directly on their devices; adapters are always float32."""
     template, shapes = _abstract(config, lora, dtype)
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
@@ -76,10 +76,10 @@ def load_decoder(
     seed: int = 0,
     remat: bool = False,
 ) -> Decoder:
-    """The decoder in a Hugging Face folder, its parameters stored as `dtype` and computed in `compute_dtype`.
+    """Load the decoder in a Hugging Face folder, its parameters stored as `dtype` and computed in `compute_dtype`.
 
-    Tensor by tensor, a process reads the slices that its devices hold and no others, straight into their places on the
-    mesh (without one: the first device). `lora` adds fresh adapters, drawn from `seed` and float32. Raises
+    Tensor by tensor, each process reads only the slices that its devices hold, directly into their shards on the mesh
+    (without a mesh: onto the first device). `lora` adds new float32 adapters, initialised from `seed`. Raises
     FileNotFoundError where files are missing, ValueError listing every tensor that is missing, unknown, or of another
     shape or type than config.json says.
     """
@@ -108,7 +108,7 @@ def load_decoder(
 def _abstract(
     config: DecoderConfig, lora: LoRAConfig | None, dtype: str
 ) -> tuple[Decoder, dict[str, jax.ShapeDtypeStruct]]:
-    """The decoder without numbers, and shape and dtype of each parameter."""
+    """Abstract decoder without values, and shape and dtype of each parameter."""
     if dtype not in STORED:
         raise ValueError(f"dtype {dtype!r}: parameters are stored as {' or '.join(STORED)}")
     template = jax.eval_shape(lambda: Decoder(config, nnx.Rngs(0), lora))
@@ -142,7 +142,7 @@ def _check(folder: Path, config: DecoderConfig, table: list[Name], shapes: dict,
 
 
 def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
-    """A parameter out of its tensor; slices that several devices hold are read once."""
+    """Load a parameter from its tensor; slices that several devices hold are read once."""
     read: dict[tuple, np.ndarray] = {}
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
@@ -172,10 +172,10 @@ def save_decoder(
 ) -> None:
     """Write a decoder as a Hugging Face folder that transformers loads; an adapter is merged in.
 
-    `source` is the folder that it came from: its config.json, tokenizer and licence come along. Weights are written as
-    they are, or as `dtype`, one tensor in host memory at a time, in files of at most `shard_bytes`. The folder appears
-    whole or not at all. Raises FileExistsError when there is one with content, ValueError when `source` is another
-    model or other processes hold a part of the parameters.
+    `source` is the folder that it came from: its config.json, tokenizer and licence are copied. Weights are written
+    unchanged, or as `dtype`, one tensor in host memory at a time, in files of at most `shard_bytes`. The folder is
+    written atomically. Raises FileExistsError for an existing folder that is not empty, ValueError when `source` is
+    another model or other processes hold part of the parameters.
     """
     config, flat = decoder.config, flatten(decoder)
     values = _hf_config(config) if source is None else _source_config(config, source)
@@ -205,7 +205,7 @@ def save_decoder(
 
 
 def make_decoder_folder(texts: list[str], folder: str | Path, *, vocab_size: int, width: int, layers: int) -> None:
-    """Write the folder of a small Qwen3 that is to be trained from scratch: words learnt from texts, and config.json.
+    """Write the folder of a small Qwen3 to be trained from scratch: a vocabulary learnt from texts, and config.json.
 
     Heads are 64 wide. Raises ValueError for a width that is no multiple of 64, and as `train_bpe`.
     """
@@ -228,7 +228,7 @@ def _is_here(x: jax.Array) -> bool:
 
 
 def _source_config(config: DecoderConfig, source: str | Path) -> dict[str, Any]:
-    """The config.json of the folder that a decoder came from, if it is that; without code of its own."""
+    """config.json of the folder that a decoder was loaded from, after a check that it matches; without custom code."""
     found = read_decoder_config(source, compute_dtype=config.compute_dtype, remat=config.remat)
     differing = [
         f"{field.name} is {getattr(found, field.name)!r}, expected {getattr(config, field.name)!r}"
@@ -245,7 +245,7 @@ def _source_config(config: DecoderConfig, source: str | Path) -> dict[str, Any]:
 
 
 def _hf_config(config: DecoderConfig) -> dict[str, Any]:
-    """A config.json as transformers 5 writes it; `rope_theta` and `rope_scaling` stand there once more for 4."""
+    """config.json as transformers 5 writes it; `rope_theta` and `rope_scaling` are repeated for version 4."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if (scaling := config.rope_scaling) is not None:
         rope |= {
@@ -293,7 +293,7 @@ def check_tokenizer(folder: str | Path, config: DecoderConfig) -> None:
         raise FileNotFoundError(f"{path}: no such file; copy the tokenizer of the model into the folder")
     try:
         vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path}: not a tokenizer ({error}); copy it again") from error
     largest = max(vocabulary, key=vocabulary.get, default=None)
     if largest is None or vocabulary[largest] >= config.vocab_size:

@@ -1,8 +1,8 @@
 """Hugging Face folders: config, and safetensors of any size.
 
 A safetensors file is a little-endian uint64 length, a JSON header of that length, and the bytes of all tensors. A large
-model is a set of files with an index that says which tensor stands in which. They are read by slices and written
-tensor by tensor, so that no model need fit into host memory.
+model is a set of files with an index from tensor to file. They are read by slices and written tensor by tensor, so that
+no model needs to fit into host memory.
 """
 
 import json
@@ -30,7 +30,7 @@ PROJECTOR = "projector.safetensors"  # of a language run's export
 
 
 def local_folder(place: str | Path) -> Path:
-    """A folder on a local disk. Raises FileNotFoundError where there is none, ValueError for a URL."""
+    """Path of a local folder. Raises FileNotFoundError where it does not exist, ValueError for a URL."""
     if is_url(place):
         raise ValueError(f"{place}: language models are read from and written to local disks; copy the folder here")
     folder = Path(place)
@@ -43,7 +43,7 @@ def local_folder(place: str | Path) -> Path:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError, or ValueError for what is no JSON object."""
+    """Read the object in a JSON file. Raises FileNotFoundError, or ValueError for anything but a JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy the whole folder")
     try:
@@ -56,9 +56,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_decoder_config(folder: str | Path, **more: Any) -> DecoderConfig:
-    """The decoder that a folder's config.json describes; `more` are fields that it does not decide.
+    """Config of the decoder that a folder's config.json describes; `more` are fields that it does not determine.
 
-    Raises FileNotFoundError, or ValueError naming the file and all that is not supported.
+    Raises FileNotFoundError, or ValueError naming the file and everything unsupported in it.
     """
     path = local_folder(folder) / CONFIG
     values = read_object(path)
@@ -69,7 +69,7 @@ def read_decoder_config(folder: str | Path, **more: Any) -> DecoderConfig:
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
-    """The tensors of a folder by name, for `read_slice`; nothing but the headers is read yet.
+    """Tensors of a folder by name, for `read_slice`; only the headers are read here.
 
     Raises FileNotFoundError where weights or a file of a set are missing, ValueError where weights are pickled, cut
     short, or not those that the index names.
@@ -104,7 +104,7 @@ def _is_file_name(name: Any) -> bool:
 def _open(path: Path) -> dict[str, Any]:
     try:
         file = safetensors.safe_open(path, framework="numpy")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); {AGAIN}") from error
 
@@ -127,16 +127,16 @@ def _no_weights(folder: Path) -> Exception:
 
 
 def read_slice(tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a tensor of `open_tensors`; only its bytes are read."""
+    """Read a slice of a tensor from `open_tensors`, and no other bytes."""
     return tensor[index]
 
 
 def write_tensors(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], value: Callable[[str], np.ndarray]) -> None:
     """Write a safetensors file as PyTorch's readers expect it, asking `value` for one tensor at a time.
 
-    The file appears whole or not at all. Raises OSError on a full disk.
+    The file is written atomically. Raises OSError on a full disk.
     """
-    order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # so that each lies aligned
+    order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # keeps each tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:

@@ -1,4 +1,4 @@
-"""Names of weights of Hugging Face decoders and PEFT adapters: every tensor, and the parameter it holds."""
+"""Weight names of Hugging Face decoders and PEFT adapters: every tensor, and the parameter it holds."""
 
 from collections.abc import Iterator, Sequence
 
@@ -37,12 +37,12 @@ def _names(config: DecoderConfig) -> Iterator[Name]:
 
 
 def module(target: str) -> str:
-    """The module of a layer that a name of `target_modules` stands for: q_proj is self_attn.q_proj."""
+    """Full module name of a `target_modules` entry within a layer: q_proj is self_attn.q_proj."""
     return f"{PARENTS[TARGETS[target].partition('/')[0]]}.{target}"
 
 
 def adapter_names(layers: int, targets: Sequence[str]) -> list[Name]:
-    """All parameters of the adapters at these projections of so many layers, as PEFT calls them."""
+    """All adapter parameters at these projections of all layers, under PEFT's names."""
     return [
         Name(
             f"layers/{number}/{TARGETS[target]}/lora/{ours}",
@@ -56,5 +56,5 @@ def adapter_names(layers: int, targets: Sequence[str]) -> list[Name]:
 
 
 def is_buffer(torch: str) -> bool:
-    """Whether this is a tensor of old files that follows from the config: it is not read."""
+    """Whether this is a buffer in older files that follows from the config and is not read."""
     return torch.endswith(".rotary_emb.inv_freq")

@@ -1,8 +1,8 @@
-"""The description that an export carries, so that its weights come back as the same model with the same settings.
+"""Description stored in an export, so that its weights load as the same model with the same settings.
 
-Attention heads, how regions are cut, the patch encoder and the lengths of texts leave no trace in weights. The
-config.json beside exported weights holds them under `SECTION`: the model's settings once more as they were, and the
-run's, of whose files the names go in and never their folders.
+Attention heads, the cutting of regions, the patch encoder and text lengths cannot be inferred from weights. The
+config.json of an export holds them under `SECTION`: the model's settings verbatim, and the run's settings with the
+names of its files but never their folders.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from pathflip_jax.model.versions import UnknownSettings, before
 
 SECTION = "pathflip_jax"
 CONFIG, BERT = "config.json", "bert"
-REGION_TOP_K = "region_top_k"  # `top_k` in a folder for transformers, which drops a setting of its generation's name
+REGION_TOP_K = "region_top_k"  # `top_k` in transformers folders, where a generation setting has that name
 NAMED = {"data": ("records", "texts", "slides", "tokenizer", "embeddings")}
 PLACES = {"model": ("bert",), "train": ("checkpoints", "wandb_project"), "lm": ("aligner", "decoder", "start")}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 class Exported(NamedTuple):
-    """An export of ours: its config.json, what that says of model and run, its tokenizer, and what it does not say."""
+    """Export of this library: config.json, the model and run described there, tokenizer, and unstated settings."""
 
     path: Path
     config: ModelConfig
@@ -36,19 +36,19 @@ class Exported(NamedTuple):
 
     @property
     def weights(self) -> Path:
-        """The weights to read where nobody names a file."""
+        """Weights file read by default."""
         single = self.path.parent / "model.safetensors"
         return single if single.is_file() else self.path.parent
 
 
 def describe_export(config: ModelConfig, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The section of config.json about a model and the settings of its run."""
+    """Section of config.json about a model and the settings of its run."""
     about = {"version": this_version(), "family": config.family}
     return {SECTION: about | {"model": config.to_dict(), "settings": without_places(settings)} | more}
 
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run for others to read: of its files the names, and nothing of where they lie."""
+    """Run settings for publication: file names without their paths."""
     found = {name: dict(part) if isinstance(part, Mapping) else part for name, part in settings.items()}
     for section, names in NAMED.items():
         for name in names:
@@ -60,9 +60,9 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_exported(source: str | Path) -> Exported | None:
-    """The export of ours that a config.json describes, in its folder or beside its weights; None without one.
+    """Read the export that a config.json describes, given its folder or weights; None without a description.
 
-    Raises ValueError naming the file where it contradicts itself or is of no model known here.
+    Raises ValueError naming the file where it contradicts itself or describes no model known here.
     """
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     path = folder / CONFIG
@@ -85,7 +85,7 @@ def read_exported(source: str | Path) -> Exported | None:
 
 
 def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
-    """The model of an export's section. ValueError where the rest of config.json says otherwise."""
+    """Model config in an export's section. Raises ValueError where the rest of config.json contradicts it."""
     if not isinstance(about, dict) or not all(isinstance(about.get(name), dict) for name in ("model", "settings")):
         raise ValueError(f'its section "{SECTION}" has no settings of model and run')
     config = ModelConfig.from_dict(about["model"])
@@ -101,7 +101,7 @@ def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
 
 
 def _older(values: Mapping[str, Any]) -> ModelConfig | None:
-    """The model of an export from before there was a section: every setting of a family, by name."""
+    """Model config of an export that predates the section: every setting of a family, by name."""
     for name, kind in CONFIGS.items():
         fields = {field.name for field in dataclasses.fields(kind)}
         if fields - before("model", fields).keys() <= values.keys():

@@ -1,4 +1,4 @@
-"""Conversion of each model family: its tensors' names elsewhere, its sizes, and what no tensor tells."""
+"""Conversion of each model family: tensor names in PyTorch, sizes, and settings that no tensor reveals."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ State = Mapping[str, np.ndarray]
 
 
 class Bert(NamedTuple):
-    """The BERT inside a network: where its parameters stand.
+    """BERT within a network: the location of its parameters.
 
-    `whole`: BERT as it is, token types included. Otherwise `[DEC]` is one more word, token types are folded into the
-    positions, and queries have a copy of the feed-forward networks.
+    `whole`: unchanged BERT, token types included. Otherwise `[DEC]` is an additional word, token types are folded into
+    the position embeddings, and queries have a copy of the feed-forward networks.
     """
 
     path: str
@@ -43,13 +43,13 @@ def _without_lora(state: State, config: ModelConfig) -> tuple[State, ModelConfig
 
 @dataclass(frozen=True)
 class Conversion:
-    """Conversion of one family.
+    """Conversion record of one family.
 
-    `known_by` are the tensors that tell the family, the first of them its mark. `infer` makes a config of a
-    `state_dict`, BERT's heads and the arguments of a run, and `assumed` says what none of these told. `unused` fills
-    the entries of a `state_dict` that no parameter here is of, given the word table; `complete` adds what some
-    checkpoints lack. `merge` takes LoRA into the weights, with notes of it. `text_lengths` are the released code's
-    limits on tokens of captions and subcaptions.
+    `known_by` are the tensors that identify the family, the first of them decisive. `infer` makes a config from a
+    `state_dict`, BERT's heads and the arguments of a run, and `assumed` lists what none of these determined. `unused`
+    fills the entries of a `state_dict` that correspond to no parameter here, given the word table; `complete` adds what
+    some checkpoints lack. `merge` merges LoRA into the weights and returns notes about it. `text_lengths` are the
+    released code's limits on tokens of captions and subcaptions.
     """
 
     title: str
@@ -91,7 +91,7 @@ CONVERSIONS: dict[str, Conversion] = {
 
 
 def conversion_of(config: ModelConfig) -> Conversion:
-    """The conversion of a config's family."""
+    """Conversion record of a config's family."""
     return CONVERSIONS[config.family]
 
 

@@ -1,7 +1,7 @@
-"""Low-rank adapters (DESIGN section 7): out of a decoder, into one, merged into its kernels, as PEFT folders.
+"""Low-rank adapters (DESIGN section 7): extraction, attachment, merging into kernels, and PEFT folders.
 
 An adapter is a flat dict of the parameters ".../lora/a" [inputs, rank] and ".../lora/b" [rank, outputs], and the
-LoRAConfig that says how they are scaled.
+LoRAConfig that determines their scale.
 """
 
 import math
@@ -33,7 +33,7 @@ from pathflip_jax.runtime.sharding import infer_shardings
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and load that folder"
-# Settings of PEFT that change what an adapter computes, and the values with which it is what it is here.
+# PEFT settings that change what an adapter computes, and the values that match the computation here.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
@@ -52,7 +52,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "kasa_config": (None,),
     "velora_config": (None,),
-    # The others (pissa, olora, corda, loftq, ...) also change the base.
+    # Other initialisations (pissa, olora, corda, loftq, ...) also change the base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
@@ -65,12 +65,12 @@ def is_adapter(name: str) -> bool:
 
 
 def adapters(flat: Flat) -> dict[str, Any]:
-    """The parameters of a decoder that belong to its adapter."""
+    """Adapter parameters of a decoder."""
     return {name: array for name, array in flat.items() if is_adapter(name)}
 
 
 def merged(flat: Flat, name: str, lora: LoRAConfig) -> jax.Array:
-    """A parameter of the decoder with what the adapter adds to it, summed in float32, in its own dtype."""
+    """Decoder parameter plus the adapter's update, summed in float32 and returned in its original dtype."""
     stem, _, last = name.rpartition("/")
     kernel = flat[name]
     if last != "kernel" or f"{stem}/lora/a" not in flat:
@@ -81,14 +81,14 @@ def merged(flat: Flat, name: str, lora: LoRAConfig) -> jax.Array:
 
 
 def merge(flat: Flat, lora: LoRAConfig) -> dict[str, jax.Array]:
-    """The parameters of a decoder that computes without an adapter what this one computes with it."""
+    """Merge the adapter into the decoder's parameters: the result computes the same without an adapter."""
     return {name: merged(flat, name, lora) for name in flat if not is_adapter(name)}
 
 
 def attach(flat: Flat, adapter: Flat) -> dict[str, jax.Array]:
-    """The parameters of a decoder with this adapter in place of any that it had, each where the decoder lives.
+    """Attach this adapter to a decoder's parameters, replacing any previous one, on the decoder's devices.
 
-    Raises ValueError listing what does not fit its kernels.
+    Raises ValueError listing every mismatch with its kernels.
     """
     base = {name: array for name, array in flat.items() if not is_adapter(name)}
     faults, placed = [], {}
@@ -112,8 +112,8 @@ def attach(flat: Flat, adapter: Flat) -> dict[str, jax.Array]:
 def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> None:
     """Write the adapter of a decoder as PEFT does; `base` names its base model, a folder or a name on the Hub.
 
-    The folder appears whole or not at all. Raises FileExistsError when there is one with content, ValueError listing
-    what the adapter lacks.
+    The folder is written atomically. Raises FileExistsError for an existing folder that is not empty, ValueError
+    listing what the adapter lacks.
     """
     found = adapters(flat)
     layers = 1 + max((int(name.split("/")[1]) for name in found), default=-1)
@@ -149,11 +149,11 @@ def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> No
 
 
 def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tuple[dict[str, np.ndarray], LoRAConfig]:
-    """The adapter in a folder that PEFT wrote, for `attach`, and its config; with `base_folder`, checked against it.
+    """Load the adapter in a PEFT folder, for `attach`, and its config; with `base_folder`, checked against it.
 
-    Where it adapts, the names of its tensors say, so that target_modules may also be a pattern. An rsLoRA comes with
-    the alpha that gives its scale. Raises FileNotFoundError where something is missing, ValueError listing all that is
-    not supported and all that does not fit.
+    The adapted projections follow from the names of its tensors, so target_modules may also be a pattern. An rsLoRA is
+    returned with the alpha that gives its scale. Raises FileNotFoundError where something is missing, ValueError
+    listing everything unsupported and every mismatch.
     """
     folder = local_folder(folder)
     path = folder / SETTINGS
@@ -200,7 +200,7 @@ def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tupl
 
 
 def _lora(path: Path, settings: Mapping[str, Any]) -> LoRAConfig:
-    """Rank, scale and dropout of an adapter_config.json."""
+    """Rank, scale and dropout from an adapter_config.json."""
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'; {MERGE}")
     faults = [
@@ -225,13 +225,13 @@ def _lora(path: Path, settings: Mapping[str, Any]) -> LoRAConfig:
 
 
 def _layers(tensors: Mapping[str, np.ndarray]) -> int:
-    """One more than the highest number of a layer that occurs."""
+    """Number of layers: the highest layer index that occurs, plus one."""
     numbers = [name.split(".layers.", 1)[1].split(".")[0] for name in tensors if ".layers." in name]
     return 1 + max((int(number) for number in numbers if number.isdecimal() and len(number) < 5), default=0)
 
 
 def _base(path: Path, settings: Mapping[str, Any], base_folder: str | Path) -> DecoderConfig:
-    """The config of the base. ValueError where the adapter says that it was trained on another architecture."""
+    """Config of the base model. Raises ValueError where the adapter names another architecture."""
     base = read_decoder_config(base_folder)
     mapping = settings.get("auto_mapping")
     trained_on = mapping.get("base_model_class") if isinstance(mapping, dict) else None

@@ -1,8 +1,8 @@
-"""Names of weights: pairs of a parameter here and the PyTorch tensor that holds it, for the layers all models share.
+"""Weight names: pairs of a parameter here and the PyTorch tensor that holds it, for the layers all models share.
 
-Each family's table is made of them (`convert/families.py:names`), as are those of decoders and adapters
-(`convert/decoder_names.py`). Both directions of conversion, the parity command and the exporter read these tables and
-nothing else.
+Each family's table is built from them (`convert/families.py:names`), as are those of decoders and adapters
+(`convert/decoder_names.py`). Both directions of conversion, the parity command and the exporter rely on these tables
+alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Name(NamedTuple):
-    """One parameter here, the torch tensor that holds it, and how: which third of a fused one, transposed or not."""
+    """Pair of a parameter and its torch tensor: which third of a fused tensor, transposed or not."""
 
     path: str
     torch: str
@@ -20,7 +20,7 @@ class Name(NamedTuple):
     third: int | None = None
 
     def to_jax(self, tensor: np.ndarray) -> np.ndarray:
-        """The parameter out of the torch tensor."""
+        """Parameter from the torch tensor."""
         if self.third is not None:
             size = tensor.shape[0] // 3
             tensor = tensor[self.third * size : (self.third + 1) * size]
@@ -29,13 +29,13 @@ class Name(NamedTuple):
         return tensor[0] if self.form == "leading_axis" else tensor
 
     def to_torch(self, parameter: np.ndarray) -> np.ndarray:
-        """The torch tensor, or its third, out of the parameter."""
+        """Torch tensor, or its third, from the parameter."""
         if self.form == "transpose":
             return parameter.T
         return parameter[None] if self.form == "leading_axis" else parameter
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the whole torch tensor, from that of the parameter."""
+        """Shape of the full torch tensor, from that of the parameter."""
         if self.form == "transpose":
             shape = shape[::-1]
         if self.third is not None:
@@ -44,7 +44,7 @@ class Name(NamedTuple):
 
 
 def linear(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
-    """A Linear; with `lora` as PEFT wraps it."""
+    """Names of a Linear; with `lora` as PEFT wraps it."""
     base = f"{torch}.base_layer" if lora else torch
     yield Name(f"{path}/kernel", f"{base}.weight", "transpose")
     yield Name(f"{path}/bias", f"{base}.bias")
@@ -54,18 +54,18 @@ def linear(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
 
 
 def norm(path: str, torch: str) -> Iterator[Name]:
-    """A LayerNorm."""
+    """Names of a LayerNorm."""
     yield Name(f"{path}/scale", f"{torch}.weight")
     yield Name(f"{path}/bias", f"{torch}.bias")
 
 
 def rms_norm(path: str, torch: str) -> Iterator[Name]:
-    """An RMSNorm, which has no bias."""
+    """Names of an RMSNorm, which has no bias."""
     yield Name(f"{path}/scale", f"{torch}.weight")
 
 
 def attention(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
-    """BERT's attention with the LayerNorm behind it."""
+    """Names of BERT's attention with the LayerNorm after it."""
     for name in ("query", "key", "value"):
         yield from linear(f"{path}/{name}", f"{torch}.self.{name}", lora)
     yield from linear(f"{path}/output", f"{torch}.output.dense", lora)
@@ -73,14 +73,14 @@ def attention(path: str, torch: str, lora: bool = False) -> Iterator[Name]:
 
 
 def feed_forward(path: str, torch: str, suffix: str = "", lora: bool = False) -> Iterator[Name]:
-    """BERT's feed-forward network with the LayerNorm behind it."""
+    """Names of BERT's feed-forward network with the LayerNorm after it."""
     yield from linear(f"{path}/intermediate", f"{torch}.intermediate{suffix}.dense", lora)
     yield from linear(f"{path}/output", f"{torch}.output{suffix}.dense", lora)
     yield from norm(f"{path}/norm", f"{torch}.output{suffix}.LayerNorm")
 
 
 def multihead(path: str, torch: str) -> Iterator[Name]:
-    """torch.nn.MultiheadAttention, whose in-projection is one tensor."""
+    """Names of a torch.nn.MultiheadAttention, whose in-projection is one tensor."""
     for third, name in enumerate(("query", "key", "value")):
         yield Name(f"{path}/{name}/kernel", f"{torch}.in_proj_weight", "transpose", third)
         yield Name(f"{path}/{name}/bias", f"{torch}.in_proj_bias", "same", third)
@@ -88,7 +88,7 @@ def multihead(path: str, torch: str) -> Iterator[Name]:
 
 
 def bert_names(layers: int, prefix: str = "", path: str = "qformer", lora: bool = False) -> Iterator[Name]:
-    """The parameters of any BERT, as `transformers.BertModel` names them after `prefix`; here they stand in `path`."""
+    """Parameters of any BERT, as `transformers.BertModel` names them after `prefix`; here they are under `path`."""
     embeddings = f"{prefix}embeddings"
     yield Name(f"{path}/word_embeddings/embedding", f"{embeddings}.word_embeddings.weight")
     yield Name(f"{path}/position_embeddings/embedding", f"{embeddings}.position_embeddings.weight")
@@ -100,7 +100,7 @@ def bert_names(layers: int, prefix: str = "", path: str = "qformer", lora: bool 
 
 
 def query_copy(path: str) -> str | None:
-    """The parameter of the queries' own feed-forward network that starts as a copy of this one; None for others."""
+    """Parameter of the queries' feed-forward network that is initialised as a copy of this one; None for others."""
     return path.replace("/ffn/", "/query_ffn/") if "/ffn/" in path else None
 
 
@@ -109,16 +109,16 @@ PEFT_TEXT_ENCODER = f"{TEXT_ENCODER}base_model.model."
 
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 LANGUAGE_HEAD = "Qformer.cls."
-COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")  # single numbers that weight averaging keeps
+COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")  # scalars stored by weight averaging
 
 
 def is_unused(torch: str) -> bool:
-    """Whether this entry of a released model is one that no loss or embedding uses: it is not read."""
+    """Whether no loss or embedding uses this entry of a released model, so that it is not read."""
     return why_unused(torch) is not None
 
 
 def why_unused(torch: str) -> str | None:
-    """Why an entry of a released model is not read; None for one that is a parameter, or unknown."""
+    """Reason that an entry of a released model is not read; None for a parameter or an unknown entry."""
     if torch in COUNTERS:
         return "a number that weight averaging keeps beside the weights"
     if torch == POSITION_IDS or (torch.startswith(TEXT_ENCODER) and torch.endswith("embeddings.position_ids")):
@@ -131,7 +131,7 @@ def why_unused(torch: str) -> str | None:
 
 
 def missing(state: Mapping[str, np.ndarray], wanted: Mapping[str, int]) -> list[str]:
-    """The tensors that a `state_dict` lacks, or has with another number of axes than wanted, each with the reason."""
+    """Tensors that a `state_dict` lacks, or has with another number of axes than expected, each with the reason."""
     return [
         f"{name}: {'missing' if name not in state else f'is {state[name].ndim}-dimensional, expected {axes}'}"
         for name, axes in wanted.items()

@@ -1,4 +1,4 @@
-"""Checkpoints of PathFLIP: names of its tensors, and its sizes from names and shapes."""
+"""PathFLIP checkpoints: tensor names, and the config inferred from names and shapes."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -51,18 +51,18 @@ def pathflip_names(config: PathFLIPConfig) -> Iterator[Name]:
     yield from multihead("text_region/attention", "fg_head.attn")
     yield Name("logit_scale", "logit_scale")
     if config.logit_bias_init is not None:
-        yield Name("logit_bias", "logit_bias")  # the released model has none
+        yield Name("logit_bias", "logit_bias")  # absent from the released model
 
 
 def pathflip_unused(config: PathFLIPConfig, words: np.ndarray) -> dict[str, np.ndarray]:
-    """Entries of the released `state_dict` that are no parameter here, filled so that it loads with strict=True.
+    """Entries of the released `state_dict` without a parameter here, filled so that it loads with strict=True.
 
     The language-model head is tied to the word table `words` as in BERT, and otherwise neutral.
     """
     H, head = config.hidden, f"{LANGUAGE_HEAD}predictions"
     return {
         POSITION_IDS: np.arange(config.max_positions, dtype=np.int64)[None],
-        # One short: the released code adds [DEC] to the tables after BERT has made this bias.
+        # One row short: the released code adds [DEC] to the tables after BERT has created this bias.
         f"{head}.bias": np.zeros(config.vocab_size - 1, np.float32),
         f"{head}.transform.dense.weight": np.zeros((H, H), np.float32),
         f"{head}.transform.dense.bias": np.zeros(H, np.float32),
@@ -76,7 +76,7 @@ def pathflip_unused(config: PathFLIPConfig, words: np.ndarray) -> dict[str, np.n
 def infer_pathflip(
     state: Mapping[str, np.ndarray], heads: int | None = None, arguments: Mapping[str, Any] | None = None
 ) -> PathFLIPConfig:
-    """The config of a PathFLIP `state_dict`, from names and shapes; no argument of a run adds to them.
+    """Infer the config of a PathFLIP `state_dict` from names and shapes; run arguments add nothing to them.
 
     Heads leave no trace in either: BERT's are `heads`, or one per 64 of the hidden width, and those of the region
     transformer and of the text-region attention the released 8. Raises ValueError listing the tensors without which
@@ -128,7 +128,7 @@ def infer_pathflip(
 
 
 def not_the_model(faults: list[str], state: Mapping[str, np.ndarray]) -> str:
-    """The message about a `state_dict` whose tensors are not those of a model."""
+    """Error message for a `state_dict` whose tensors are not those of a model."""
     return (
         f"not a PathFLIP alignment model: {len(faults)} of its tensors do not fit ({len(state)} found)\n  "
         + "\n  ".join(faults)
@@ -136,7 +136,7 @@ def not_the_model(faults: list[str], state: Mapping[str, np.ndarray]) -> str:
 
 
 def assumed_heads(config: PathFLIPConfig, arguments: Mapping[str, Any]) -> list[str]:
-    """The settings that neither tensors nor arguments of a run tell: the released code's."""
+    """Settings that neither tensors nor run arguments determine: the released code's."""
     return [
         f"region_heads {config.region_heads} and text_region_heads {config.text_region_heads} (the released code's)"
     ]

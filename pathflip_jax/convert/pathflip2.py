@@ -1,4 +1,4 @@
-"""Checkpoints of PathFLIP2: names of its tensors, sizes from names, shapes and the run's own arguments, and LoRA.
+"""PathFLIP2 checkpoints: tensor names, LoRA, and the config inferred from names, shapes and the run's arguments.
 
 The published code trains with PEFT around BERT and stores its arguments (`hparams.yaml`, or in the checkpoint) under
 the names of `ARGUMENTS`. Heads, pooling and the scale of LoRA leave no trace in the tensors: where the arguments are
@@ -25,9 +25,9 @@ from pathflip_jax.convert.names import (
 )
 from pathflip_jax.model.config import PathFLIP2Config
 
-TOKENS = "slide_encoder.visual_tokens"  # the tensor that a PathFLIP2 is known by
+TOKENS = "slide_encoder.visual_tokens"  # the tensor that identifies a PathFLIP2
 HEAD = "fine_gained_loss_head."
-# Published argument -> setting, for what tensors tell too (a contradiction is refused) and what they do not.
+# Published argument -> setting: those that tensors also determine (a contradiction is refused), and the others.
 SIZES = {"image_embed_dim": "feature_dim", "embed_dim": "embed_dim", "text_embed_dim": "hidden"}
 OTHERS = {
     "num_heads": "token_heads",
@@ -45,7 +45,7 @@ StateDict = Mapping[str, np.ndarray]
 
 
 def pathflip2_names(config: PathFLIP2Config) -> Iterator[Name]:
-    """Every parameter of a PathFLIP2, once; with LoRA its BERT has the names that PEFT gives it."""
+    """Every parameter of a PathFLIP2, once; with LoRA its BERT has PEFT's names."""
     yield from _projection("patch_projection", "image_proj")
     yield Name("tokens", "slide_encoder.visual_tokens", "leading_axis")
     for number in range(config.token_layers):
@@ -87,7 +87,7 @@ def _block(path: str, torch: str, itself: bool = False) -> Iterator[Name]:
 
 
 def pathflip2_unused(config: PathFLIP2Config, words: np.ndarray) -> dict[str, np.ndarray]:
-    """Entries of the published `state_dict` that are no parameter here: BERT's pooler, which nothing reads."""
+    """Entries of the published `state_dict` without a parameter here: BERT's pooler, which is unused."""
     dense = f"{PEFT_TEXT_ENCODER if config.text_lora_rank else TEXT_ENCODER}pooler.dense"
     H = config.hidden
     return {f"{dense}.weight": np.zeros((H, H), np.float32), f"{dense}.bias": np.zeros(H, np.float32)}
@@ -96,11 +96,11 @@ def pathflip2_unused(config: PathFLIP2Config, words: np.ndarray) -> dict[str, np
 def infer_pathflip2(
     state: StateDict, heads: int | None = None, arguments: Mapping[str, Any] | None = None
 ) -> PathFLIP2Config:
-    """The config of a PathFLIP2 `state_dict`, from names and shapes and the published run's `arguments`.
+    """Infer the config of a PathFLIP2 `state_dict` from names, shapes and the published run's `arguments`.
 
     BERT's heads are `heads`, or one per 64 of the hidden width. Without arguments, pooling is the published default
     ("cls"), heads and top-k too. Raises ValueError for tensors without which nothing can be inferred, arguments that
-    contradict them, and LoRA whose scale (`lora_alpha`) nobody says.
+    contradict them, and LoRA of unknown scale (`lora_alpha`).
     """
     arguments = dict(arguments or {})
     sizes, bert = _sizes(state)
@@ -132,7 +132,7 @@ def infer_pathflip2(
 
 
 def _sizes(state: StateDict) -> tuple[dict[str, int], str]:
-    """The sizes that shapes tell, by setting, and the prefix of BERT's tensors. ValueError lists what is missing."""
+    """Sizes read off shapes, by setting, and the prefix of BERT's tensors. ValueError lists what is missing."""
     bert = PEFT_TEXT_ENCODER if any(name.startswith(PEFT_TEXT_ENCODER) for name in state) else TEXT_ENCODER
     base = ".base_layer" if any(LORA.match(name) for name in state) else ""
     wanted = {
@@ -151,7 +151,7 @@ def _sizes(state: StateDict) -> tuple[dict[str, int], str]:
 
 
 def _clashes(arguments: Mapping[str, Any], sizes: Mapping[str, int], rank: int, attention: bool) -> list[str]:
-    """Arguments of a run that its tensors contradict."""
+    """Run arguments that contradict the run's tensors."""
     clashes = [
         f"{name}={arguments[name]}, the tensors say {sizes[setting]}"
         for name, setting in SIZES.items()
@@ -170,7 +170,7 @@ def _clashes(arguments: Mapping[str, Any], sizes: Mapping[str, int], rank: int, 
 
 
 def assumed_arguments(config: PathFLIP2Config, arguments: Mapping[str, Any]) -> list[str]:
-    """The settings that no tensor tells and the run's arguments do not say: the published defaults."""
+    """Settings that neither tensors nor run arguments determine: the published defaults."""
     silent = {name: setting for name, setting in OTHERS.items() if arguments.get(name) is None}
     silent |= {} if POOLING in arguments else {POOLING: "text_pooling"}
     head = ("text_region_heads",) if config.region_head == "attention" else ("top_k", "topk_temperature")
@@ -186,7 +186,7 @@ def _count(state: StateDict, pattern: str) -> int:
 
 
 def complete(state: StateDict, config: PathFLIP2Config) -> dict[str, np.ndarray]:
-    """The `state_dict` with the scales and biases that a run of another loss did not have, at their initial values.
+    """Add the scales and biases that a run with another loss lacks to a `state_dict`, at their initial values.
 
     Trained with `infonce`, a model has no `global_logit_*`; no embedding or map depends on them.
     """
@@ -198,7 +198,7 @@ def complete(state: StateDict, config: PathFLIP2Config) -> dict[str, np.ndarray]
 
 
 def merge_lora(state: StateDict, alpha: float) -> dict[str, np.ndarray]:
-    """The `state_dict` with LoRA added to the kernels, under the names that BERT has without PEFT."""
+    """Merge LoRA into the kernels of a `state_dict`, under BERT's names without PEFT."""
     added = {}
     for name in state:
         if (match := LORA.match(name)) and match[2] == "A":
@@ -214,7 +214,7 @@ def merge_lora(state: StateDict, alpha: float) -> dict[str, np.ndarray]:
 
 
 def merge_text_lora(state: StateDict, config: PathFLIP2Config) -> tuple[StateDict, PathFLIP2Config, list[str]]:
-    """The `state_dict` and config with the text encoder's LoRA merged into it, and notes of that; without, as given."""
+    """Merge the text encoder's LoRA into `state_dict` and config, with notes; without LoRA, return them unchanged."""
     rank, alpha = config.text_lora_rank, config.text_lora_alpha
     if not rank:
         return state, config, []

@@ -1,7 +1,7 @@
-"""Weights of the released PyTorch models to ours and back (DESIGN section 9).
+"""Conversion of weights between the released PyTorch models and ours (DESIGN section 9).
 
-Checkpoints come from other people's machines: nothing of a file is ever executed, and what does not fit is said in
-one error that lists all of it. Safetensors files need no torch; for the others it is imported late.
+Checkpoints are untrusted: nothing in a file is ever executed, and every mismatch is listed in a single error.
+Safetensors files need no torch; for the others it is imported late.
 """
 
 import functools
@@ -22,7 +22,7 @@ from pathflip_jax.model.config import ModelConfig, PathFLIPConfig
 def infer_config(
     state: Mapping[str, np.ndarray], heads: int | None = None, arguments: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """The config of a `state_dict`, from names and shapes, and for a PathFLIP2 the `arguments` it was trained with.
+    """Infer the config of a `state_dict` from names and shapes, and for a PathFLIP2 from its training `arguments`.
 
     Heads leave no trace in either: those of BERT are `heads`, or one per 64 of the hidden width as in every published
     BERT of 768 or 1,024 (a MiniLM has one per 32), those of the region transformer and of the text-region attention
@@ -33,11 +33,11 @@ def infer_config(
 
 
 def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the PyTorch model that is a parameter here."""
+    """Name and shape of every tensor of the PyTorch model with a parameter here."""
     return dict(_torch_shapes(config))
 
 
-@functools.lru_cache(maxsize=8)  # a conversion asks several times, and each answer traces the model
+@functools.lru_cache(maxsize=8)  # a conversion calls this several times, and each call traces the model
 def _torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     from pathflip_jax.model.parameters import abstract_params
 
@@ -48,7 +48,7 @@ def _torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def to_jax(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Parameters by our names, for `unflatten`, from a PyTorch `state_dict`.
 
-    Buffers and the language-model head are dropped, whether there or not. Raises ValueError that lists every other
+    Buffers and the language-model head are dropped where present. Raises ValueError that lists every other
     tensor that is missing, unknown, of another shape, or not finite.
     """
     state = conversion_of(config).complete(state, config)
@@ -66,10 +66,10 @@ def to_jax(state: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np
 
 
 def to_torch(flat: Mapping[str, Any], config: ModelConfig) -> StateDict:
-    """The `state_dict` of parameters by our names, complete for `load_state_dict(strict=True)` of the released class.
+    """`state_dict` from parameters by our names, complete for `load_state_dict(strict=True)` of the released class.
 
-    What that class holds and nothing uses is filled (`Conversion.unused`). A `logit_bias` has no counterpart there: it
-    is one entry more, which `torch_model` takes when the config has one and the released class refuses.
+    Entries that the class holds but never uses are filled (`Conversion.unused`). A `logit_bias` has no counterpart
+    there: it is an additional entry, which `torch_model` takes when the config has one and the released class refuses.
     """
     parts: dict[str, list[np.ndarray]] = {}
     for name in names(config):
@@ -81,12 +81,12 @@ def to_torch(flat: Mapping[str, Any], config: ModelConfig) -> StateDict:
 
 
 def read_bert_heads(folder: Path) -> int | None:
-    """The attention heads that the config.json of a BERT folder names, None without one."""
+    """Number of attention heads in the config.json of a BERT folder, None without one."""
     return bert_setting(folder, "num_attention_heads")
 
 
 def bert_setting(folder: str | Path, name: str) -> int | None:
-    """A setting of the config.json of a BERT folder, where there is one."""
+    """A setting from the config.json of a BERT folder, if there is one."""
     path = Path(folder) / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""The origin of a checkpoint by the names of its tensors, and what became of each of them."""
+"""Checkpoint identification by tensor names, and an account of every tensor."""
 
 import csv
 import io
@@ -11,13 +11,13 @@ import numpy as np
 
 from pathflip_jax.convert.families import CONVERSIONS
 
-FINETUNE = "finetune"  # the stage after alignment, whose checkpoints hold a language model beside a PathFLIP
-# The tensors that weights are known by, all of them, the more particular first.
+FINETUNE = "finetune"  # the stage after alignment, whose checkpoints hold both a language model and a PathFLIP
+# Tensors that together identify a model, the most specific set first.
 KNOWN_BY = {FINETUNE: ("path_proj_llm.weight", "path_proj.weight", "query_tokens")} | {
     name: family.known_by for name, family in reversed(CONVERSIONS.items())
 }
 WHAT = {name: family.title for name, family in CONVERSIONS.items()} | {FINETUNE: "PathFLIP's finetune stage"}
-# What other weights that lie around in a pathologist's folders are known by.
+# Identifying tensors of other models' weights that are common in pathology.
 OTHERS = {
     "a CLIP-like model (CONCH, PLIP, KEEP, QuiltNet)": (
         "visual.trunk.",
@@ -33,7 +33,7 @@ OTHERS = {
 
 
 def recognise(names: Iterable[str]) -> str:
-    """The family of a `state_dict` by its names, or FINETUNE. Raises ValueError saying what it looks like instead."""
+    """Family of a `state_dict` by its names, or FINETUNE. Raises ValueError naming the model it resembles instead."""
     names = set(names)
     for family, known in KNOWN_BY.items():
         if names.issuperset(known):
@@ -57,7 +57,7 @@ def recognise(names: Iterable[str]) -> str:
 
 
 class Tensor(NamedTuple):
-    """A tensor of a checkpoint, or one that it lacks, and what became of it."""
+    """Tensor of a checkpoint, or one that it lacks, and its fate in conversion."""
 
     name: str
     shape: str
@@ -68,7 +68,7 @@ class Tensor(NamedTuple):
 def account(
     state: Mapping[str, np.ndarray], wanted: Iterable[str], why_unused: Callable[[str], str | None]
 ) -> list[Tensor]:
-    """An account of every tensor of a checkpoint that has passed `to_jax`."""
+    """Account of every tensor of a checkpoint that `to_jax` has accepted."""
     wanted, rows = set(wanted), []
     for name, tensor in state.items():
         shape = "x".join(map(str, tensor.shape)) or "scalar"
@@ -79,7 +79,7 @@ def account(
 
 
 def summary(rows: list[Tensor]) -> str:
-    """The rows by state, the unused ones by reason."""
+    """Summary of the rows by state, of the unused ones by reason."""
     lines = [f"tensors used {sum(row.state == 'used' for row in rows)}"]
     counts = Counter((row.state, row.why) for row in rows if row.state != "used")
     lines += [f"{state} {count}: {why}" for (state, why), count in counts.items()]
@@ -87,8 +87,8 @@ def summary(rows: list[Tensor]) -> str:
 
 
 def write_rows(path: Path, rows: list[Tensor]) -> None:
-    """The rows as CSV."""
-    # Here: whoever makes a checkpoint only to measure it (benchmarks/step.py) has none of the packages of data.
+    """Write the rows as CSV."""
+    # Imported here: benchmarks/step.py makes checkpoints without the data packages installed.
     from pathflip_jax.data.storage.whole_files import whole_file
 
     text = io.StringIO()

@@ -1,6 +1,7 @@
-"""PyTorch weights as a run: a checkpoint of a released model with its BERT folder, or an export of ours.
+"""Released PyTorch weights as a run: a released model's checkpoint with its BERT folder, or an export of this library.
 
-An export says all of itself (`exported.py`). A released checkpoint does not: what had to be assumed of it is listed.
+An export describes itself completely (`exported.py`). A released checkpoint does not: what is assumed about it is
+listed.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder are t
 class Released(NamedTuple):
     """PyTorch weights as a run: model, settings and tokenizer, and an account of every tensor.
 
-    `assumed` is what neither weights nor files beside them say, and `notes` what an option changed.
+    `assumed` lists what neither the weights nor the files with them state, `notes` what an option changed.
     """
 
     model: Any
@@ -43,14 +44,14 @@ def load_released(
     keep_lora: bool = False,
     weights: str = "",
 ) -> Released:
-    """PyTorch weights of either family: an export of ours, or a released checkpoint and the BERT folder it goes with.
+    """Load PyTorch weights of either family: an export of this library, or a released checkpoint with its BERT folder.
 
-    An export's config.json decides, and its tokenizer is its own; `heads` and `bert_folder` win over it, which `notes`
-    says. Of a released checkpoint the config is inferred where none is given; BERT's heads are `heads`, else those of
-    the folder's config.json, else one per 64 of the hidden width. `arguments` count beside those that the checkpoint
-    comes with (`open_checkpoint`), and win. The LoRA of a PathFLIP2 is merged into its BERT unless `keep_lora`. Regions
+    An export brings its config.json and tokenizer; `heads` and `bert_folder` override them, as `notes` records. The
+    config of a released checkpoint is inferred where none is given; BERT's heads are `heads`, else those of the
+    folder's config.json, else one per 64 of the hidden width. `arguments` are added to those stored with the checkpoint
+    (`open_checkpoint`), and override them. The LoRA of a PathFLIP2 is merged into its BERT unless `keep_lora`. Regions
     are cut by `scan`, as the released code cuts them. `weights` names one of several sets of weights. Raises ValueError
-    when the checkpoint is neither model or the vocabulary is not its own.
+    when the checkpoint is neither model or the vocabulary is not the checkpoint's.
     """
     exported = None if config is not None else read_exported(source)
     if exported is not None:
@@ -96,7 +97,7 @@ def _load_export(
     settings = dict(exported.settings)
     if exported.assumed:
         settings["assumed"] = list(exported.assumed)
-    if not settings.get("train"):  # not trained here: keep saying where it is from
+    if not settings.get("train"):  # not trained here: keep its origin on record
         settings.setdefault("converted_from", source.name)
     return Released(model, settings, tokenizer, rows, exported.assumed, tuple(notes))
 
@@ -141,7 +142,7 @@ def _load_foreign(
 
 
 def assumed_sizes(config: ModelConfig, heads: int | None, folder: Path, arguments: Mapping[str, Any]) -> list[str]:
-    """The settings of a released model that no tensor tells, each with its origin."""
+    """Settings of a released model that no tensor determines, each with its origin."""
     own = read_bert_heads(folder)
     origin = "as asked for" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"
     lines = [f"heads {config.heads} ({origin})"]
@@ -149,7 +150,7 @@ def assumed_sizes(config: ModelConfig, heads: int | None, folder: Path, argument
 
 
 def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path, tokenizer) -> None:
-    """Raise ValueError where the BERT folder is not that of the checkpoint: every word would mean another."""
+    """Raise ValueError where the BERT folder is not the checkpoint's: every token would map to the wrong word."""
     whole = conversion_of(config).bert.whole
     words, cure = tokenizer.vocab_size - whole, "give the BERT folder that this checkpoint was trained with"
     if config.vocab_size != words and not (whole and bert_setting(folder, "vocab_size") == config.vocab_size):

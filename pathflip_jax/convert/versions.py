@@ -1,7 +1,7 @@
-"""Runs of other versions: settings that theirs lacked, and settings that this one does not know.
+"""Compatibility with runs of other versions: settings that they lacked, and settings unknown to this version.
 
-A run may outlive many versions. What an earlier one meant by lacking a setting stands beside it in `settings/`; what a
-later one wrote, and this one cannot know the meaning of, is refused.
+A run may outlive many versions. The value implied by a setting's absence in an earlier version is recorded with the
+setting in `settings/`; a setting that a later version wrote, unknown here, is refused.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pathflip_jax.model.versions import before
 from pathflip_jax.settings.kinds import KINDS, fields, kind_of
 
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
-# What a run's config.json holds beside settings, by section; of data and language stage all that readers go by.
+# Entries of a run's config.json other than settings, by section; for data and language stage all that readers use.
 FACTS = {
     "data": ("encoder", "feature_dim", "cut", "edge_um", "edge_px", "hashes", "meanings", "splits"),
     "lm": ("aligner_hash", "decoder_hash", "start_hash"),
@@ -25,18 +25,18 @@ FACTS = {
     "assumed": None,
     "converted_from": None,
 }
-READ = ("data", "lm")  # the sections that say how the weights of a run are to be used
+READ = ("data", "lm")  # the sections that determine how the weights of a run are used
 
 
 def this_version() -> str:
-    """The version of this package."""
+    """Version of this package."""
     return importlib.metadata.version("pathflip-jax")
 
 
 def git_revision() -> str:
-    """The commit that this code stands at, with "+" where files differ from it; "unknown" outside a clone.
+    """Git commit of this code, with "+" where files differ from it; "unknown" outside a clone.
 
-    Installed in the environment of somebody else's clone, the code is none of that clone's files.
+    Code installed in an environment inside another project's clone is not attributed to that clone.
     """
     folder = Path(__file__).parents[1]
     try:
@@ -54,12 +54,12 @@ def git_revision() -> str:
 
 
 def signed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, with the version that writes them."""
+    """Settings of a run, with the version that writes them."""
     return {**config, WRITTEN_BY: {"version": this_version()}}
 
 
 def unknown_settings(config: Mapping[str, Any], sections: Iterable[str] | None = None) -> list[str]:
-    """The settings in a run's config.json that this version does not know, of all sections or of these."""
+    """Settings in a run's config.json that are unknown to this version, in all sections or in these."""
     known, found = _known_settings(), []
     for section, values in config.items():
         if sections is not None and section not in sections:
@@ -73,7 +73,7 @@ def unknown_settings(config: Mapping[str, Any], sections: Iterable[str] | None =
 
 @functools.cache
 def _known_settings() -> dict[str, frozenset[str] | None]:
-    """The names of each section of config.json, of every kind of run; None where they are free."""
+    """Known names in each section of config.json, over all kinds of run; None where names are free."""
     names: dict[str, set[str] | None] = {section: None if of is None else set(of) for section, of in FACTS.items()}
     for key in {key for kind in KINDS for key in fields(kind)}:
         section, _, name = key.partition(".")
@@ -83,13 +83,13 @@ def _known_settings() -> dict[str, frozenset[str] | None]:
 
 
 def version_of(config: Mapping[str, Any]) -> str | None:
-    """The version that wrote a run's config.json; None where it does not say."""
+    """Version that wrote a run's config.json; None where it is not recorded."""
     wrote = config.get(WRITTEN_BY)
     return wrote.get("version") if isinstance(wrote, Mapping) else None
 
 
 def refusal(place: object, names: Iterable[str], version: str | None) -> str:
-    """The message about settings that this version does not know, in what that version wrote (None: not recorded)."""
+    """Error message for settings unknown to this version in a file that `version` wrote (None: not recorded)."""
     wrote = f"version {version} wrote it" if version else "it does not say which version wrote it"
     if version not in (None, this_version()):
         cure = f"upgrade pathflip-jax to {version} or later"
@@ -102,7 +102,7 @@ def refusal(place: object, names: Iterable[str], version: str | None) -> str:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a run trained here, with what its version did where it lacked a setting."""
+    """config.json of a run trained here, completed with its version's behaviour for each missing setting."""
     found = dict(config)
     if "train" in found:
         for key in fields(kind_of(found)):
@@ -113,6 +113,6 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values without those that mean what versions before their setting did: a hash of them outlives new settings."""
+    """Values without those equal to the behaviour before their setting existed, so that hashes survive new settings."""
     stated = before(section, values)
     return {name: value for name, value in values.items() if name not in stated or stated[name] != value}

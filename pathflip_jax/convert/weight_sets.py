@@ -1,8 +1,8 @@
-"""Names as the model's own class gives them, and the sets of weights that one checkpoint may hold.
+"""Tensor names free of wrappers, and the sets of weights that one checkpoint may hold.
 
-Wrappers of PyTorch put segments into names, wherever the wrapped part stands: compilation, FSDP, checkpointed
-activations, data parallelism. And training code often keeps a moving average (EMA) or a teacher beside the weights that
-learn: those are other numbers under the same names, so which set is meant is never guessed.
+PyTorch wrappers (compilation, FSDP, activation checkpointing, data parallelism) insert segments into names at the
+wrapped module. Training code also often stores a moving average (EMA) or a teacher with the trained weights: different
+values under the same names, so the set to use is never guessed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,23 +15,23 @@ from pathflip_jax.convert.names import COUNTERS, is_unused
 WRAPPERS = frozenset(
     ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_ddp_module", "module")
 )
-PREFIXES = ("pathflip_align.", "pathflip_finetune.", "model.")  # what a training class calls the model that it holds
-#: First segments of a name that say of which set of weights the tensor is.
+PREFIXES = ("pathflip_align.", "pathflip_finetune.", "model.")  # attributes of training classes that hold the model
+#: First name segments that identify a tensor's set of weights.
 SETS = frozenset(
     """ema ema_model model_ema ema_state_dict state_dict_ema ema_network avg_model averaged_model swa_model
     student teacher online online_model target_model momentum_model""".split()
 )
-RAW = "raw"  # the set of tensors whose names say of none
-DEPTH = 4  # of containers in a file: callbacks, the callback, its state
+RAW = "raw"  # the set of tensors whose names identify none
+DEPTH = 4  # nesting depth of containers in a file: callbacks, the callback, its state
 
 
 def plain_name(name: str) -> str:
-    """The name of a tensor without the segments that wrappers put into it."""
+    """Tensor name without the segments that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def plain_names(tensors: Mapping[str, Any], path: object) -> dict[str, Any]:
-    """The tensors of a file under their plain names. ValueError where two come to one name, naming both."""
+    """Tensors of a file under their plain names. Raises ValueError naming both where two names collide."""
     found: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -58,9 +58,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def split_sets(tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The sets of weights of a state dict: for each, its tensors' names within the model and in the file.
+    """Sets of weights in a state dict: for each, its tensors' names within the model and in the file.
 
-    Raises ValueError where two tensors of one set come to one name, naming both.
+    Raises ValueError naming both where the names of two tensors of one set collide.
     """
     sets: dict[str, dict[str, str]] = {}
     if flat := next((name for name in tensors if name.endswith("_flat_param")), None):
@@ -83,7 +83,7 @@ def split_sets(tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def containers(content: Any, is_tensor, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, tensors by name) of every mapping in a file's content that holds tensors alone, outermost first."""
+    """(location, tensors by name) of every mapping in a file's content that holds only tensors, outermost first."""
     if not isinstance(content, Mapping) or not content:
         return
     if all(isinstance(name, str) and is_tensor(value) for name, value in content.items()):
@@ -94,13 +94,13 @@ def containers(content: Any, is_tensor, path: tuple[str, ...] = ()) -> Iterator[
 
 
 def same_model(one: Iterable[str], other: Iterable[str]) -> bool:
-    """Whether two state dicts are of one model: most names of the smaller one are in the other too."""
+    """Whether two state dicts belong to one model: most names of the smaller one are in the other too."""
     one, other = ({split_name(name)[1] for name in names} for names in (one, other))
     return len(one & other) * 2 > min(len(one), len(other))
 
 
 def choose_set(sets: Mapping[str, Mapping[str, np.ndarray]], wanted: str) -> Mapping[str, np.ndarray]:
-    """The set of that name, or the only one; sets of equal numbers are one. ValueError listing what there is."""
+    """The set of that name, or the only one; sets of equal values count as one. ValueError lists the sets present."""
     if wanted:
         if wanted not in sets:
             raise ValueError(f"holds no weights {wanted!r}; there are {describe(sets)}")
@@ -112,7 +112,7 @@ def choose_set(sets: Mapping[str, Mapping[str, np.ndarray]], wanted: str) -> Map
 
 
 def describe(sets: Mapping[str, Mapping[str, np.ndarray]]) -> str:
-    """The sets of a checkpoint by name, with how many tensors each has."""
+    """Description of a checkpoint's sets by name, with the number of tensors in each."""
     return ", ".join(f"{label} ({len(tensors)} tensors)" for label, tensors in sets.items())
 
 

@@ -30,7 +30,7 @@ KEYS = sorted(_FIELDS)
 
 
 def read_benchmark(path) -> dict[str, dict]:
-    """The fields of an `EvaluationSpec` that a file gives, by name of the task; without `tasks` one, named "".
+    """Read the fields of an `EvaluationSpec` from a file, by task name; without `tasks` a single task named "".
 
     Raises ValueError naming the file for invalid YAML, an unknown or repeated key, and a value of the wrong kind.
     """

@@ -1,4 +1,4 @@
-"""Mean-colour baselines: the scores that the colour of the stain alone can reach.
+"""Mean-colour baselines: the scores attainable from stain colour alone.
 
 They use labels or outlines of the training slides, unlike zero-shot models. If they score well, a task can be solved
 without morphology.
@@ -16,7 +16,7 @@ from pathflip_jax.data.readers import guarded
 
 log = logging.getLogger(__name__)
 
-WHOLE_LEVEL = 20_000_000  # most pixels of a level that is read whole
+WHOLE_LEVEL = 20_000_000  # most pixels of a level that is read in full
 NEIGHBOURS = 25  # of a patch; enough for the share of a concept among them to rank patches
 
 

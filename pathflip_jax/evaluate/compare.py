@@ -1,6 +1,6 @@
 """Paired comparison of evaluations of the same slides, with published figures of the same protocol.
 
-The input is the folders of `pathflip evaluate`: scores.json and the tables with a row for every slide or text.
+The inputs are folders of `pathflip evaluate`: scores.json and the tables with a row for every slide or text.
 """
 
 import json

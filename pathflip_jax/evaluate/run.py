@@ -1,7 +1,7 @@
 """Evaluation of runs on a split, from records to the report.
 
 Every metric is reported with patient-level bootstrap intervals and chance and majority baselines. The split comes from
-the slide table, and none of its labels and outlines choose anything (DESIGN section 8).
+the slide table, and its labels and outlines are never used for selection (DESIGN section 8).
 """
 
 import logging
@@ -70,7 +70,7 @@ def _place_language_run(spec: EvaluationSpec) -> EvaluationSpec:
 
 
 def _wanted_tasks(spec: EvaluationSpec) -> list[Task]:
-    """The tasks that a specification asks for. Raises ValueError for none, and for options that contradict."""
+    """Tasks requested by a specification. Raises ValueError for none, and for contradictory options."""
     for task in TASKS:
         task.check(spec)
     wanted = [task for task in TASKS if task.wanted(spec)]

@@ -145,7 +145,7 @@ class EvaluationSpec:
         return Sampling(
             max_new_tokens=self.max_tokens,
             min_new_tokens=self.min_tokens,
-            stop_ids=(0,),  # the assistant puts the end tokens of its own tokenizer in their place
+            stop_ids=(0,),  # the assistant substitutes the end tokens of its tokenizer
             beams=self.beams,
             length_penalty=self.length_penalty,
             repetition_penalty=self.repetition_penalty,

@@ -31,7 +31,7 @@ class Setting(NamedTuple):
 
 
 class RunAtWork(NamedTuple):
-    """One loaded run, with the embeddings of the slides that the tasks asked for."""
+    """One loaded run, with the embeddings of the slides that the tasks requested."""
 
     predictor: Predictor
     name: str
@@ -83,11 +83,10 @@ class Task:
     `key` is the task's entry in scores.json, `title` its name in text. `wanted` says whether a specification asks for
     it, by giving `needs`. `check` raises ValueError for options that contradict each other; `read` returns the task's
     data, raising for faulty input; `embed` names the slides whose embeddings `predict` takes from `RunAtWork.bags`. A
-    task without `predict` loads what it scores itself.
-    `headlines` yields the main scores of scores.json; `section` is the task's part of the report, a Jinja template that
-    sees `scores` and `images`, and sections of higher `prominence` come first. `published` yields what tells a score
-    apart, with its metrics, for `published.json`; `paired` reads back the rows of an evaluation, by score, for
-    `pathflip compare`, with `metric_names` and `heading` for its page.
+    task without `predict` loads what it scores itself. `headlines` yields the main scores of scores.json; `section` is
+    the task's part of the report, a Jinja template that sees `scores` and `images`, and sections of higher `prominence`
+    come first. `published` yields the identifiers of a score, with its metrics, for `published.json`; `paired` reads
+    back the rows of an evaluation, by score, for `pathflip compare`, with `metric_names` and `heading` for its page.
     """
 
     key: str
@@ -115,7 +114,7 @@ def make_headline(name: str, entry: dict, others: dict | None = None, kind: str 
 
 
 def baseline_values(entry: dict, names: dict[str, str]) -> dict[str, float | None]:
-    """The values of an entry's baselines by the names to show; a baseline is a number or an entry of its own."""
+    """The values of an entry's baselines by the names to show; a baseline is a number or a separate entry."""
     known = {shown: entry[name] for name, shown in names.items() if name in entry}
     return {shown: other["value"] if isinstance(other, dict) else other for shown, other in known.items()}
 

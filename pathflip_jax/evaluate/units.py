@@ -1,4 +1,4 @@
-"""The rows of an evaluation's tables as statistics again, which evaluations are compared by."""
+"""Statistics restored from the tables of an evaluation, for comparing evaluations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ METRICS = {
     "macro_f1": "F1, macro",
     "published_f1": "F1 as published",
 }
-CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")  # what classifications are compared by
+CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")  # metrics compared for classifications
 
 
 class Evaluation(NamedTuple):

@@ -1,1 +1,1 @@
-"""Runs to and from the formats of others: PyTorch, Hugging Face, PEFT."""
+"""Export of runs to, and import from, other formats: PyTorch, Hugging Face, PEFT."""

@@ -1,7 +1,7 @@
-"""A run of the language stage for others: its adapter for PEFT, or the whole decoder for transformers.
+"""Export of language-stage runs: the adapter for PEFT, or the whole decoder for transformers.
 
-Beside it stands what makes slides into words, so that `pathflip convert` makes the same run of the folder again: the
-projector as `projector.safetensors`, with the names of a torch.nn.Linear, the aligner as an export of its own in
+The folder also holds what turns slides into decoder inputs, so that `pathflip convert` restores the same run from it:
+the projector as `projector.safetensors`, with the names of a torch.nn.Linear, the aligner as a separate export in
 `aligner/`, and shape and settings of the run in `pathflip_language.json`. `generation_config.json` holds the tokens at
 which the run's answers end.
 """
@@ -34,8 +34,8 @@ GENERATION = "generation_config.json"
 def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decoder: str = "", aligner: str = "") -> None:
     """Write the adapter of a run as a PEFT folder; `decoder` and `aligner` as `assemble` takes them.
 
-    The folder appears whole or not at all. Raises ValueError for a run that trained no adapter, or more of its decoder
-    than that.
+    The folder is written atomically. Raises ValueError for a run that trained no adapter, or more of its decoder than
+    the adapter.
     """
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
     trains = split_names(config["lm"]["trains"])
@@ -62,9 +62,9 @@ def export_decoder(
 def _complete(
     part: Path, run: str | Path, model: SlideLanguageModel, config: dict, tokenizer: DecoderTokenizer, aligner: str
 ) -> None:
-    """Add what the language model needs beside its decoder."""
+    """Add the files that the language model needs besides its decoder."""
     _save_projector(model, part)
-    source = load(aligner or config["lm"]["aligner"])  # its settings and words; what the run trained of it is in model
+    source = load(aligner or config["lm"]["aligner"])  # for settings and vocabulary; model holds the trained parameters
     (part / ALIGNER).mkdir()
     write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
     write_generation(part, tokenizer, config["data"]["template"])
@@ -74,7 +74,7 @@ def _complete(
 
 
 def write_generation(folder: Path, tokenizer: DecoderTokenizer, template: str) -> None:
-    """Say in generation_config.json where answers end, and with what they are padded; what else stands there stays."""
+    """Set end and padding tokens in generation_config.json, keeping its other entries."""
     path = folder / GENERATION
     before = read_object(path) if path.is_file() else {}
     ends = {"eos_token_id": list(stop_ids(tokenizer, template)), "pad_token_id": tokenizer.pad_id}

@@ -1,4 +1,4 @@
-"""Export of each model family: its code in PyTorch, and the pages that go with it."""
+"""Export of each model family: its PyTorch code and the README of a folder."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConf
 
 
 class Exported(NamedTuple):
-    """A family as PyTorch users get it.
+    """Export record of a family for PyTorch users.
 
-    `code` is the module of `convert/` that travels along, whose class is `name` and whose classes for transformers are
-    `name`Config and `name`Model. `readme` writes the page of a folder. `bert` is the class of transformers that the
-    published code reads the BERT folder with.
+    `code` is the module of `convert/` that is copied into the export, whose class is `name` and whose transformers
+    classes are `name`Config and `name`Model. `readme` writes the README of a folder. `bert` is the class of
+    transformers that the published code reads the BERT folder with.
     """
 
     code: str
@@ -28,5 +28,5 @@ EXPORTS: dict[str, Exported] = {
 
 
 def export_of(config: ModelConfig) -> Exported:
-    """The export of a config's family."""
+    """Export record of a config's family."""
     return EXPORTS[config.family]

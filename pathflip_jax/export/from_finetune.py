@@ -1,8 +1,8 @@
-"""The released finetune stage: aligner, projector and PEFT's LoRA of a language model, as a run of our language stage.
+"""Import of the released finetune stage (aligner, projector, PEFT LoRA) as a run of the language stage here.
 
-The released code keeps what it trained and leaves out the frozen language model, so that is read from its folder, as
-ever here. It fixes rank 16 and alpha 32. Its class has no text-region attention: the aligner that comes of it embeds
-slides and regions, and grounds by `slide` or `cosine`, not by what its regions would attend to.
+The released code saves trained parameters without the frozen language model, which is read from its folder, as always
+here. It fixes rank 16 and alpha 32. Its class has no text-region attention: the resulting aligner embeds slides and
+regions, and grounds by `slide` or `cosine`, not by text-region attention.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ ALPHA, DROPOUT = 32.0, 0.05  # of the released code
 
 
 class Adapter(NamedTuple):
-    """The language model's part of a checkpoint: LoRA by our names, and its scale."""
+    """Language-model part of a checkpoint: LoRA by our names, and its scale."""
 
     params: dict[str, np.ndarray]
     config: LoRAConfig
@@ -51,11 +51,11 @@ def convert_finetune(
     heads: int | None = None,
     weights: str = "",
 ) -> tuple[list[Tensor], list[str]]:
-    """Make a run of the language stage, with its aligner in `out`/aligner, of a checkpoint of the finetune stage.
+    """Convert a finetune-stage checkpoint to a run of the language stage, with its aligner in `out`/aligner.
 
-    `decoder_folder` is the language model that it was trained on, `weights` one of several sets of weights. Returns
-    what became of each tensor, and what had to be assumed. The folder appears whole or not at all. Raises ValueError
-    for another checkpoint, another decoder or BERT, and for a language model that was trained without LoRA.
+    `decoder_folder` is the language model that it was trained on, `weights` one of several sets of weights. Returns the
+    account of every tensor, and the assumed settings. The folder is written atomically. Raises ValueError for another
+    checkpoint, another decoder or BERT, and for a language model that was trained without LoRA.
     """
     state, _ = open_checkpoint(source, weights)
     decoder = read_decoder_config(decoder_folder)
@@ -101,7 +101,7 @@ def _projector(state: Mapping[str, np.ndarray], width: int, decoder_width: int, 
 
 
 def _adapter(state: Mapping[str, np.ndarray], layers: int) -> Adapter:
-    """LoRA of the language model, under our names."""
+    """LoRA parameters of the language model, under our names."""
     tensors = {
         name.removeprefix(LANGUAGE_MODEL).replace(".default.", "."): x
         for name, x in state.items()
@@ -126,7 +126,7 @@ def _adapter(state: Mapping[str, np.ndarray], layers: int) -> Adapter:
 
 
 def _with_text_region(state: Mapping[str, np.ndarray], config: PathFLIPConfig) -> dict[str, np.ndarray]:
-    """The aligner with zeros where the class of this stage has nothing: the text-region attention and its scale."""
+    """Aligner parameters with zeros for what the class of this stage lacks: the text-region attention and its scale."""
     absent = {name: shape for name, shape in torch_shapes(config).items() if name.startswith("fg_head.")}
     filled = {name: np.zeros(shape, np.float32) for name, shape in absent.items()}
     return filled | {"logit_scale": np.float32(config.logit_scale_init).reshape(())} | dict(state)
@@ -149,7 +149,7 @@ def _check_shapes(params: Mapping[str, np.ndarray], shape: Shape, source: str | 
 
 
 def _settings(source: str, assumed: list[str]) -> dict:
-    """The settings of the run: those of lm_joint."""
+    """Settings of the run: those of lm_joint."""
     found = settings.load_config("lm_joint").to_dict()
     found["data"] |= {"encoder": "", "cut": "scan", "edge_um": None, "edge_px": None}
     found["lm"] |= {"trains": "projector,lora"}

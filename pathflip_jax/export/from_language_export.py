@@ -1,4 +1,4 @@
-"""Exports of the language stage read back: a PEFT adapter on its decoder, or a whole decoder, as the run it was."""
+"""Import of language-stage exports, a PEFT adapter on its decoder or a whole decoder, as the original run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ TENSORS = "tensors.csv"
 
 
 class AlignerParts(NamedTuple):
-    """The aligner of a language run: model, settings and words, as a run of its own is written."""
+    """Aligner of a language run: model, settings and vocabulary, to be written as a separate run."""
 
     model: Any
     settings: dict
@@ -37,7 +37,7 @@ class AlignerParts(NamedTuple):
 
 
 def is_language_export(source: str | Path) -> bool:
-    """Whether a folder is an export of a language run. ValueError for an adapter of PEFT that is none."""
+    """Whether a folder is an export of a language run. Raises ValueError for any other PEFT adapter."""
     folder = Path(source)
     if (folder / SETTINGS).is_file() and not (folder / ABOUT).is_file():
         raise ValueError(
@@ -48,10 +48,10 @@ def is_language_export(source: str | Path) -> bool:
 
 
 def convert_language(source: str | Path, out: str | Path, *, decoder_folder: str | Path | None = None) -> list[str]:
-    """Make a run of the language stage of what `pathflip export --to peft` or `--to huggingface` wrote; returns notes.
+    """Restore a run of the language stage from `pathflip export --to peft` or `--to huggingface`; returns notes.
 
-    An adapter stands on `decoder_folder`, else on the folder that it names; a whole decoder is its own. The folder
-    appears whole or not at all. Raises FileNotFoundError and ValueError for parts that are missing or of other models.
+    An adapter's base is `decoder_folder`, else the folder that it names; a whole decoder needs none. The folder is
+    written atomically. Raises FileNotFoundError and ValueError for parts that are missing or of other models.
     """
     source = Path(source)
     about = read_object(source / ABOUT)
@@ -93,7 +93,7 @@ def write_language_run(
     decoder: str | Path,
     rows: list[Tensor],
 ) -> None:
-    """Write a run of the language stage, its aligner in `out`/aligner, of what it trained and a decoder's folder."""
+    """Write a run of the language stage, aligner in `out`/aligner, from trained parameters and a decoder's folder."""
     with whole_folder(out) as part:
         runs_folder.save_run(part / ALIGNER, *aligner)
         lm = {"aligner": str(Path(out).resolve() / ALIGNER), "decoder": str(Path(decoder).resolve()), "start": ""}
@@ -107,7 +107,7 @@ def write_language_run(
 
 
 def _settings(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an export, to be changed. UnknownSettings names those of a later version."""
+    """Mutable settings of an export. UnknownSettings names those of a later version."""
     if unknown := unknown_settings(stated, READ):
         raise UnknownSettings("settings of its run", unknown)
     return {name: dict(part) if isinstance(part, dict) else part for name, part in stated.items() if part != {}}
@@ -121,7 +121,7 @@ def _projector(source: Path) -> dict[str, np.ndarray]:
 
 
 def _base(source: Path, given: str | Path | None, known: str) -> Path:
-    """The decoder's folder under an adapter. ValueError where it holds other weights than the run was trained on."""
+    """Folder of an adapter's base decoder. ValueError where it holds other weights than the run was trained on."""
     named = str(read_object(source / SETTINGS).get("base_model_name_or_path") or "")
     folder = Path(given) if given is not None else Path(named)
     if not (folder / files.CONFIG).is_file():
@@ -142,7 +142,7 @@ def _scale(lora: Any) -> str:
 
 
 def _whole_decoder(source: Path, shape: Shape, trains: tuple[str, ...]) -> tuple[Shape, tuple[str, ...], list[str]]:
-    """Shape and trained parts of a run whose decoder, adapter and all, is in a folder of its own."""
+    """Shape and trained parts of a run whose decoder, adapter included, is exported as a whole."""
     stated = read_decoder_config(source, compute_dtype=shape.decoder.compute_dtype, remat=shape.decoder.remat)
     if stated != shape.decoder:
         raise ValueError(f"{source}: its config.json and its {ABOUT} are of two decoders; copy the export again")
@@ -159,7 +159,7 @@ def _whole_decoder(source: Path, shape: Shape, trains: tuple[str, ...]) -> tuple
 
 
 def _trained(params: dict, shape: Shape, trains: tuple[str, ...], source: Path) -> dict[str, np.ndarray]:
-    """Of all parameters those that a run of these parts keeps. ValueError for what is missing or of another shape."""
+    """Parameters that a run with these trained parts saves. ValueError for missing ones or other shapes."""
     trainable = is_trained(trains)
     wanted = {name: x for name, x in shape.abstract(trainable).items() if trainable(name)}
     faults = [

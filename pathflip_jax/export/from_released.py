@@ -1,4 +1,4 @@
-"""Checkpoints of the released PyTorch model, or exports, written as run folders."""
+"""Conversion of released PyTorch checkpoints, or of exports, to run folders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def convert(
     keep_lora: bool = False,
     weights: str = "",
 ) -> Released:
-    """Make a run folder of what `load_released` reads; tensors.csv in it says what became of each tensor."""
+    """Write a run folder from what `load_released` reads, with an account of every tensor in tensors.csv."""
     found = load_released(source, bert_folder, heads, config, arguments=arguments, keep_lora=keep_lora, weights=weights)
     save_run(out, found.model, found.settings, found.tokenizer)
     write_rows(Path(out) / "tensors.csv", found.tensors)

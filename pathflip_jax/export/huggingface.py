@@ -1,7 +1,7 @@
-"""A trained model for users of transformers: a folder for `AutoModel.from_pretrained`, with a model card.
+"""Export of trained models for transformers: a folder for `AutoModel.from_pretrained`, with a model card.
 
-Who has this package imports `pathflip_jax.convert.torch_model` (`torch_pathflip2` of a PathFLIP2) and needs no remote
-code; for all others the same file travels along, and `trust_remote_code=True` loads it.
+Users with this package import `pathflip_jax.convert.torch_model` (`torch_pathflip2` for a PathFLIP2) and need no remote
+code; for all others the folder includes the same file, which `trust_remote_code=True` loads.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathflip_jax.model.families import family_of
 from pathflip_jax.runs.folder import load_run
 
 CARD = "model_card.md"
-# What the encoders' own pages state; the licence binds features, and may bind what is trained on them.
+# As stated on the encoders' model cards; the licence binds features, and may bind models trained on them.
 ENCODER_LICENCES = {
     "stain_texture": "Apache-2.0 (embedded in pathflip_jax; a floor, not a foundation model)",
     "conch": "CC-BY-NC-ND-4.0",
@@ -53,12 +53,12 @@ def export_huggingface(
     scores: str | Path | None = None,
     encoder_licence: str | None = None,
 ) -> None:
-    """Write a run as a folder of transformers: weights, config, tokenizer, the model's code and a model card.
+    """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
-    `scores` is a folder that `pathflip evaluate` wrote for this run: its figures stand in the card, with intervals and
-    baselines. `encoder_licence` is that of the patch encoder where it is not one of `ENCODER_LICENCES`. The folder
-    appears whole or not at all; FileExistsError when there is one with content, ValueError when the scores are of
-    another run.
+    `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
+    baselines. `encoder_licence` is that of the patch encoder where it is not one of `ENCODER_LICENCES`. The folder is
+    written atomically; FileExistsError for an existing folder that is not empty, ValueError for the scores of another
+    run.
     """
     found = None if scores is None else read_scores(scores, run)
     with whole_folder(out) as part:
@@ -68,7 +68,7 @@ def export_huggingface(
 
 
 def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
-    """Fill a folder with what transformers loads: weights, config, tokenizer and the model's code."""
+    """Write the files that transformers loads: weights, config, tokenizer and the model's code."""
     state, config, more = merged_state(model)
     tokenizer.save(part)
     write_checkpoint(part / "model.safetensors", state)
@@ -78,7 +78,7 @@ def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
 
 
 def huggingface_config(config: ModelConfig, settings: dict, **more: Any) -> dict[str, Any]:
-    """The config.json of transformers: its own entries, the model's settings, and what the export says of its run."""
+    """config.json for transformers: its standard entries, the model's settings, and the description of the run."""
     code, name, _, _ = export_of(config)
     classes = {"AutoConfig": f"{code}.{name}Config", "AutoModel": f"{code}.{name}Model"}
     facts = {"model_type": config.family, "architectures": [f"{name}Model"], "auto_map": classes, "dtype": "float32"}
@@ -91,7 +91,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _tokenizer_config(folder: Path, settings: dict, config: ModelConfig) -> dict[str, Any]:
-    """The settings that AutoTokenizer needs, since the config names no tokenizer that it knows."""
+    """Settings that AutoTokenizer needs, since the config names no tokenizer known to it."""
     path = folder / "tokenizer_config.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     words = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
@@ -100,7 +100,7 @@ def _tokenizer_config(folder: Path, settings: dict, config: ModelConfig) -> dict
 
 
 def read_scores(folder: str | Path, run: str | Path) -> dict:
-    """The scores.json of an evaluation. Raises ValueError where it is of another run."""
+    """Read the scores.json of an evaluation. Raises ValueError where it belongs to another run."""
     path = Path(folder)
     path = path / "scores.json" if path.is_dir() else path
     try:
@@ -118,7 +118,7 @@ def read_scores(folder: str | Path, run: str | Path) -> dict:
 
 
 def figures(scores: dict) -> Iterator[dict[str, Any]]:
-    """The rows of the card: what was measured, its value with interval, and what knows nothing of the slide."""
+    """Rows of the card: the metric, its value with interval, and the baseline that ignores the slide."""
 
     def row(what: str, entry: dict, **baselines) -> dict[str, Any]:
         return {"what": what, "entry": entry, "baselines": {k: v for k, v in baselines.items() if v is not None}}
@@ -143,9 +143,9 @@ def figures(scores: dict) -> Iterator[dict[str, Any]]:
 
 
 def card(config: ModelConfig, settings: dict, scores: dict | None, encoder_licence: str | None = None) -> str:
-    """The README.md of the folder: what the model is, of which data and encoder, its scores, and how to load it.
+    """Model card (README.md) of the folder: the model, its data and encoder, its scores, and loading instructions.
 
-    Of the run's files the names go in, never their folders.
+    The run's files are named without their folders.
     """
     data, train = settings.get("data", {}), settings.get("train", {})
     encoder = str(data.get("encoder") or "")

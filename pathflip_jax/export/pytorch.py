@@ -1,4 +1,4 @@
-"""Runs written for PyTorch: weights, config, BERT folder, the model's own code and a README."""
+"""Export of runs for PyTorch: weights, config, BERT folder, the model's code and a README."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ from pathflip_jax.model.parameters import flatten
 
 
 def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
-    """Write a `state_dict` as .safetensors, or as .pt with torch; the file appears whole or not at all."""
+    """Write a `state_dict` atomically, as .safetensors or, with torch, as .pt."""
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"{path}: weights are written as .safetensors or .pt")
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:  # not by the library, whose files nobody else may read
+        with open(temporary, "wb") as file:  # not by the library, which makes files unreadable to other users
             if path.suffix == ".safetensors":
                 file.write(safetensors.numpy.save(dict(state), metadata={"format": "pt"}))
             else:
@@ -46,19 +46,19 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: bool = False) -> None:
-    """Write a run for PyTorch users: weights, config, BERT folder, the model's own code and a README.
+    """Write a run for PyTorch users: weights, config, BERT folder, the model's code and a README.
 
-    Weights are model.safetensors, with `pt` (needs torch) also model.pt. The folder appears whole or not at all;
-    FileExistsError when there is one with content.
+    Weights are model.safetensors, with `pt` (needs torch) also model.pt. The folder is written atomically;
+    FileExistsError for an existing folder that is not empty.
     """
-    from pathflip_jax.runs.folder import load_run  # late: weights alone are written without Orbax
+    from pathflip_jax.runs.folder import load_run  # late import: writing weights alone needs no Orbax
 
     with whole_folder(out) as part:
         write_export(part, *load_run(run, which), pt=pt)
 
 
 def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = False) -> None:
-    """Fill a folder with what `export` says, of a model with the settings and the tokenizer of its run."""
+    """Write the files that `export` lists, for a model with the settings and the tokenizer of its run."""
     state, config, more = merged_state(model)
     tokenizer.save(part / "bert")
     _complete_bert_folder(part / "bert", config)
@@ -73,18 +73,18 @@ def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = Fal
 
 
 def copy_code(module: str, part: Path) -> None:
-    """Put the PyTorch code of a family, a module of `convert/`, into a folder."""
+    """Copy the PyTorch code of a family, a module of `convert/`, into a folder."""
     shutil.copyfile(Path(__file__).parents[1] / "convert" / f"{module}.py", part / f"{module}.py")
 
 
 def merged_state(model) -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
-    """The `state_dict` of a model with the LoRA of its texts merged in, the config it then has, notes of it."""
+    """Merge the text encoder's LoRA into a model: its `state_dict`, the resulting config, and notes."""
     state, config, notes = conversion_of(model.config).merge(to_torch(flatten(model), model.config), model.config)
     return state, config, {"notes": [f"{note} at export" for note in notes]} if notes else {}
 
 
 def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
-    """Add what the released code reads of a BERT folder: vocab.txt and the sizes in config.json."""
+    """Add what the released code reads from a BERT folder: vocab.txt and the sizes in config.json."""
     if not (folder / "vocab.txt").exists():
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         words = sorted(vocabulary, key=vocabulary.get)
@@ -92,8 +92,7 @@ def _complete_bert_folder(folder: Path, config: ModelConfig) -> None:
     sizes = {
         "model_type": "bert",
         "architectures": [export_of(config).bert],
-        "vocab_size": config.vocab_size
-        - family_of(config).added_words,  # [DEC] is added by the code that reads the folder
+        "vocab_size": config.vocab_size - family_of(config).added_words,  # the code that reads the folder adds [DEC]
         "hidden_size": config.hidden,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,

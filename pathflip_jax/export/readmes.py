@@ -1,15 +1,15 @@
-"""The README.md of a folder that `pathflip export --to pytorch` writes, for either family."""
+"""README.md of a folder that `pathflip export --to pytorch` writes, for either family."""
 
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
 
 
 def caption_length(config: ModelConfig, settings: dict) -> int:
-    """The tokens at which the run cut captions, as many as the model has positions where it does not say."""
+    """Token limit of the run's captions; where it is not recorded, the model's number of positions."""
     return min(int(settings.get("data", {}).get("caption_length") or config.max_positions), config.max_positions)
 
 
 def readme(config: PathFLIPConfig, settings: dict) -> str:
-    """The page of a PathFLIP."""
+    """README of a PathFLIP."""
     encoder = settings.get("data", {}).get("encoder") or "not recorded"
     length = caption_length(config, settings)
     bias = (
@@ -45,7 +45,7 @@ Regions are R groups of up to S patches of a slide. Compare slides and texts by 
 
 
 def readme2(config: PathFLIP2Config, settings: dict) -> str:
-    """The page of a PathFLIP2."""
+    """README of a PathFLIP2."""
     encoder = settings.get("data", {}).get("encoder") or "not recorded"
     length = caption_length(config, settings)
     return f"""# A PathFLIP2, for PyTorch

@@ -1,1 +1,1 @@
-"""Maps of texts on slides: methods, boxes, drawings, files."""
+"""Grounding of texts on slides: methods, boxes, figures, files."""

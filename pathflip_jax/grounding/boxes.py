@@ -1,4 +1,4 @@
-"""Areas in which a text is seen: connected parts of its heatmap above a threshold, and the boxes around them."""
+"""Areas grounded by a text: connected components of its heatmap above a threshold, and their bounding boxes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from scipy import ndimage
 from pathflip_jax.grounding.outlines import Polygon
 from pathflip_jax.grounding.surface import Surface
 
-MIN_PATCHES = 2.0  # an area smaller than so many patches is dropped: one patch is little evidence
-TOUCHING = np.ones((3, 3), int)  # pixels that touch at a corner belong together
+MIN_PATCHES = 2.0  # smaller areas, in patches, are dropped: one patch is little evidence
+TOUCHING = np.ones((3, 3), int)  # 8-connectivity: pixels that touch at a corner are connected
 
 
 class Box(NamedTuple):
-    """One area of a text on a slide, in level-0 pixels: the box around it, and its outline with holes.
+    """One area of a text on a slide, in level-0 pixels: its bounding box, and its outline with holes.
 
     `score` is the mean and `peak` the highest value of the (smoothed) heatmap inside, in the units of the patch scores;
     `patches` counts the patches whose centre lies inside; `area_mm2` is None where the slide's mpp is unknown.
@@ -35,16 +35,17 @@ class Box(NamedTuple):
 
 
 def split_threshold(values: Float[np.ndarray, "..."]) -> float:
-    """The score that parts a map: half way from its median to its highest; a map of one value has none above it.
+    """Threshold that splits a map: midway between its median and its maximum; in a constant map nothing exceeds it.
 
-    It finds areas on every slide, whether or not the text's subject is there; only scores of many slides can tell that.
+    It finds areas on every slide, whether or not the text's subject is present; only scores of many slides can show
+    that.
     """
     known = np.asarray(values)[np.isfinite(values)]
     return float((np.median(known) + known.max()) / 2)
 
 
 def thresholds_of(surface: Surface, threshold: float | Sequence[float] | None) -> list[float]:
-    """The threshold of each text: the one given for all, one for each, or (None) each map's own `split_threshold`."""
+    """Threshold of each text: one given for all, one for each, or (None) the `split_threshold` of each map."""
     if threshold is None:
         return [split_threshold(values) for values in surface.values]
     wanted = np.broadcast_to(np.asarray(threshold, np.float64), len(surface.values))
@@ -60,9 +61,9 @@ def find_boxes(
     *,
     min_patches: float = MIN_PATCHES,
 ) -> list[Box]:
-    """The areas of each text whose heatmap lies above `threshold` (`thresholds_of`), the highest peak first.
+    """Find the areas where each text's heatmap exceeds `threshold` (`thresholds_of`), the highest peak first.
 
-    Pixels that touch, by an edge or a corner, are one area. An area smaller than `min_patches` patches is dropped.
+    Pixels that share an edge or a corner belong to one area. An area smaller than `min_patches` patches is dropped.
     """
     found = []
     for number, limit in enumerate(thresholds_of(surface, threshold)):
@@ -106,7 +107,7 @@ def _boxes(grounding, surface: Surface, number: int, limit: float, min_patches: 
 
 
 def _patches_inside(grounding, surface: Surface, labels: np.ndarray, count: int) -> np.ndarray:
-    """The number of patches whose centre lies in each labelled area; area 0 is outside of all."""
+    """Number of patches whose centre lies in each labelled area; area 0 is the background."""
     centres = np.asarray(grounding.coords, np.float64) + grounding.patch_size / 2
     column, row = ((centres - surface.origin) / surface.downsample).astype(int).T
     rows, columns = labels.shape
@@ -114,16 +115,16 @@ def _patches_inside(grounding, surface: Surface, labels: np.ndarray, count: int)
 
 
 def trace(mask: Bool[np.ndarray, "h w"], corner: np.ndarray, scale: float) -> tuple[Polygon, ...]:
-    """The rings around the set pixels of a mask whose corner lies at `corner`, in level-0 pixels.
+    """Outline rings of the set pixels of a mask whose top-left corner lies at `corner`, in level-0 pixels.
 
-    They run half way between the centres of pixels in and out: along pixel edges, corners cut. Parts that touch only
-    at a corner may come as two.
+    They run midway between the centres of pixels inside and outside: along pixel edges, corners cut. Parts that touch
+    only at a corner may be returned as two.
     """
     padded = np.pad(mask.astype(np.float64), 1)
     points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)
     polygons = []
     for ring_points, ends in zip(points, offsets, strict=True):
-        placed = corner + (ring_points - 0.5) * scale  # the padded centre of pixel j stands at j + 1
+        placed = corner + (ring_points - 0.5) * scale  # in the padded mask the centre of pixel j is at j + 1
         rings = [placed[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         polygons.append(Polygon(rings[0], tuple(rings[1:])))
     return tuple(polygons)

@@ -1,6 +1,6 @@
-"""Groundings as files that other tools open: GeoJSON for QuPath, JSON, and attention maps as CLAM writes them.
+"""Grounding files for other tools: GeoJSON for QuPath, JSON, and attention maps in CLAM's format.
 
-Every file appears whole or not at all.
+Every file is written atomically.
 """
 
 import io
@@ -17,35 +17,35 @@ from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.grounding.boxes import Box
 from pathflip_jax.grounding.outlines import Polygon
 
-# Told apart by the colour-blind too, on pink tissue: Okabe and Ito's palette, its yellow and grey left out.
+# Distinguishable on pink tissue, with colour blindness too: Okabe and Ito's palette without yellow and grey.
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (148, 33, 146))
 
-FOR_READERS = {"indent": 1, "ensure_ascii": False, "allow_nan": False}  # JSON (GeoJSON is JSON) that people open too
+FOR_READERS = {"indent": 1, "ensure_ascii": False, "allow_nan": False}  # JSON (GeoJSON is JSON) that people also open
 
 
 def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file that appears whole or not at all."""
+    """Write a file atomically."""
     with whole_file(path) as out:
         out.write(data)
     return path
 
 
 def colour_of(texts: Sequence[str], text: str) -> tuple[int, int, int]:
-    """The colour (red, green, blue; 0 to 255) in which a text of several is shown."""
+    """Colour (red, green, blue; 0 to 255) of one of several texts."""
     return COLOURS[list(texts).index(text) % len(COLOURS)]
 
 
 def short_name(number: int, text: str) -> str:
-    """A file name for a text: its number among the texts, from 1, and its first words."""
+    """File name for a text: its number among the texts, from 1, and its first words."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:16].strip("-")
     return f"{number}-{words}" if words else str(number)
 
 
 def as_geojson(slide_id: str, texts: Sequence[str], boxes: Sequence[Box], bounds: tuple[int, int] = (0, 0)) -> dict:
-    """The areas as a FeatureCollection of QuPath annotations: outlines in level-0 pixels, the text as their class.
+    """Areas as a FeatureCollection of QuPath annotations: outlines in level-0 pixels, with the text as class.
 
-    QuPath crops slides that tell their bounds (MRXS and some others) and counts pixels from there: `bounds` is
-    that corner.
+    QuPath crops slides that state their bounds (MRXS and some others) and counts pixels from there: `bounds` is that
+    corner.
     """
     counts: dict[str, int] = {}
     features = []
@@ -80,7 +80,7 @@ def _rings(polygon: Polygon, bounds: tuple[int, int]) -> list[list[list[float]]]
 
 
 def as_facts(grounding, thresholds: Sequence[float], smooth: float, boxes: Sequence[Box]) -> dict:
-    """The findings of a grounding for scripts: its settings, and the boxes of each text with its threshold."""
+    """Machine-readable results of a grounding: its settings, and the boxes of each text with its threshold."""
     found = []
     for number, text in enumerate(grounding.texts):
         mine = [
@@ -106,7 +106,7 @@ def as_facts(grounding, thresholds: Sequence[float], smooth: float, boxes: Seque
 def write_attention(path: Path, grounding, number: int) -> Path:
     """Write one text's scores as CLAM's `<slide>_blockmap.h5`: `attention_scores` [N, 1], `coords` [N, 2] at level 0.
 
-    CLAM's heatmap code reads both by name and has the patch size from its caller; attributes say it, and the text.
+    CLAM's heatmap code reads both by name and gets the patch size from its caller; attributes hold it, and the text.
     """
     stream = io.BytesIO()
     with h5py.File(stream, "w") as file:

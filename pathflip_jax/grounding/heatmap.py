@@ -1,8 +1,8 @@
-"""Pictures of where a text is seen: patch scores painted over the slide.
+"""Heatmap figures: patch scores painted over the slide.
 
-Everything is placed by level-0 pixels: a patch covers [x, x + patch_size) at level 0 whatever the level it was read
-at, and a thumbnail pixel covers `downsample` level-0 pixels. Neighbouring tools misplace heatmaps by mixing the
-two (STACK, "What users of the neighbours complain of"), so nothing here knows of levels or magnifications.
+All positions are in level-0 pixels: a patch covers [x, x + patch_size) at level 0 whatever the level it was read at,
+and a thumbnail pixel covers `downsample` level-0 pixels. Other tools misplace heatmaps by mixing the two (STACK, "What
+users of the neighbours complain of"), so no function here takes a level or magnification.
 """
 
 import textwrap
@@ -21,7 +21,7 @@ from pathflip_jax.data.readers import guarded
 from pathflip_jax.grounding.outlines import Polygon
 from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
-COLORMAP = "inferno"  # perceptually even, readable in grey and by the colour-blind
+COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour blindness
 OPACITY = 0.62
 PANEL = 2.7  # inches
 INK, MUTED = "#1d2530", "#5b6673"
@@ -29,7 +29,7 @@ HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
 
 class Canvas(NamedTuple):
-    """The background of a heatmap: a picture, and where its pixels lie on the slide (level 0)."""
+    """Background of a heatmap: an image, and the position of its pixels on the slide (level 0)."""
 
     picture: UInt8[np.ndarray, "h w 3"]
     origin: tuple[float, float]
@@ -37,7 +37,7 @@ class Canvas(NamedTuple):
 
 
 def read_thumbnail(path, pixels: int = 1024) -> Canvas:
-    """Read a slide file as a picture of at most `pixels` on its longer side, on the slide's own background."""
+    """Read a slide file as an image of at most `pixels` on its longer side, on the slide's background colour."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
@@ -49,7 +49,7 @@ def read_thumbnail(path, pixels: int = 1024) -> Canvas:
 
 
 def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, height=0, pixels: int = 1024) -> Canvas:
-    """A white canvas for a slide with no file beside it: the whole slide when its size is known, else its patches."""
+    """White canvas for a slide without a slide file: the whole slide when its size is known, else its patches."""
     if width and height:
         low, high = np.zeros(2), np.array([width, height], float)
     else:
@@ -62,14 +62,14 @@ def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, hei
 def paint(
     scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, canvas: Canvas
 ) -> Float[np.ndarray, "h w"]:
-    """Spread patch scores over the canvas: the mean where patches overlap, NaN where there is none."""
+    """Rasterise patch scores on the canvas: the mean where patches overlap, NaN where there is none."""
     return average_patches(scores, coords, patch_size, canvas.picture.shape[:2], canvas.origin, canvas.downsample)
 
 
 def blend(
     picture: UInt8[np.ndarray, "h w 3"], heat: Float[np.ndarray, "h w"], norm: Normalize
 ) -> Float[np.ndarray, "h w 3"]:
-    """Lay the heat over the picture turned grey, so that colour means score and nothing else."""
+    """Blend the heatmap with the greyscale image, so that colour encodes the score alone."""
     grey = (picture @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
     colours = colormaps[COLORMAP](norm(np.nan_to_num(heat, nan=norm.vmin)))[..., :3]
     opacity = np.where(np.isfinite(heat), OPACITY, 0.0)[..., None]
@@ -77,7 +77,7 @@ def blend(
 
 
 class Panel(NamedTuple):
-    """One heatmap of a figure: its title, the scores of the patches, lines around areas, and a line below."""
+    """One heatmap of a figure: title, patch scores, area outlines, and a caption below."""
 
     title: str
     scores: Float[np.ndarray, "N"]
@@ -96,9 +96,9 @@ def draw_panels(
     reference: Sequence[Polygon] | None = (),
     smooth: float = 0.0,
 ) -> Figure:
-    """Draw one heatmap per text side by side, after the slide itself with the lines of `reference` (None: without it).
+    """Draw one heatmap per text side by side, after the slide with the outlines of `reference` (None: without it).
 
-    Each text has its own colour scale (1st to 99th percentile): scores of two texts are no common measure. `smooth` is
+    Each text has its own colour scale (1st to 99th percentile): scores of two texts are not comparable. `smooth` is
     the standard deviation, in patch edges, of the Gaussian that smooths the maps.
     """
     if len(coords) == 0:
@@ -145,7 +145,7 @@ def draw_grounding(
     notes: Sequence[str] | None = None,
     smooth: float = 0.0,
 ) -> Figure:
-    """Draw a `Grounding`: every text over the thumbnail of `image`, or over white when there is none.
+    """Draw a `Grounding`: every text over the thumbnail of `image`, or over white without one.
 
     `outlines` holds the areas of each text, drawn on its map; `notes` (a line under each map) and `smooth` are as
     `draw_panels` takes them.
@@ -172,8 +172,8 @@ def draw_grounding(
 
 
 def scale_bar(mpp: float, downsample: float, columns: int) -> tuple[float, str]:
-    """A round length near a quarter of the picture: its thumbnail pixels and its label (px when mpp is unknown)."""
-    unit = mpp * downsample if mpp > 0 else downsample  # of one thumbnail pixel
+    """Scale bar of a round length near a quarter of the image: thumbnail pixels and label (px when mpp is unknown)."""
+    unit = mpp * downsample if mpp > 0 else downsample  # size of one thumbnail pixel
     wanted = columns * unit / 4
     power = 10 ** np.floor(np.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)

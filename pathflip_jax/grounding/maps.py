@@ -1,4 +1,4 @@
-"""Maps of a text on a slide: scores by patch, and the arithmetic that the methods (`methods.py`) share."""
+"""Grounding maps of a text on a slide: patch scores, and the arithmetic that the methods (`methods.py`) share."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 WINDOW = 1
-CONTEXT = 256  # windows that go through the region transformer together
+CONTEXT = 256  # windows per pass of the region transformer
 
 
 class Grounding(NamedTuple):
@@ -29,7 +29,7 @@ class Grounding(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A slide encoded before any text comes: where its patches lie, its regions, and what the method kept of it."""
+    """Slide encoded independently of texts: its patch positions, its regions, and the method's precomputed state."""
 
     slide_id: str
     coords: Int[np.ndarray, "N 2"]
@@ -44,11 +44,11 @@ class Prepared(NamedTuple):
 
 
 def subtract(grounding: Grounding, negatives: int) -> Grounding:
-    """Take the last `negatives` texts out of a grounding, and the highest of their scores off the others'.
+    """Remove the last `negatives` texts from a grounding, and subtract the highest of their scores from the others'.
 
-    A score is then a difference of cosines, or of logarithms of attention (a ratio), by method: above 0 a patch looks
-    more like the text than like any of the negative ones. The highest and not the mean, so that a negative text counts
-    where it applies and nowhere else.
+    A score is then a difference of cosines, or of logarithms of attention (a ratio), by method: above 0 a patch is more
+    similar to the text than to any of the negative ones. The highest rather than the mean, so that a negative text
+    counts only where it applies.
     """
     if not negatives:
         return grounding
@@ -63,13 +63,13 @@ def subtract(grounding: Grounding, negatives: int) -> Grounding:
 
 
 def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int) -> Int[np.ndarray, "N S"]:
-    """The patches of each patch's window of `window` x `window` patch edges, itself first; -1 where there is none.
+    """Patches of each patch's window of `window` x `window` patch edges, itself first; -1 where there is none.
 
-    By distance, not by grid, so that overlapping patches and patches off the grid have neighbours too.
+    By distance rather than grid position, so that overlapping and off-grid patches have neighbours too.
     """
     if window == 1:
         return np.arange(len(coords), dtype=np.int32)[:, None]
-    from scipy.spatial import cKDTree  # half the start of every command, and few ground
+    from scipy.spatial import cKDTree  # half the start-up time of every command, and few need it
 
     tree = cKDTree(np.asarray(coords, np.float64))
     _, found = tree.query(coords, k=window**2, p=np.inf, distance_upper_bound=patch_size * window / 2 - 1e-6)
@@ -77,10 +77,10 @@ def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int)
 
 
 def window_regions(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
-    """The region embedding of each window.
+    """Region embedding of each window.
 
-    `encode` takes patch indices [B, R, S] and gives a `SlideEncoding`. Windows that are encoded together stand far
-    apart (every n-th), so that each pass sees the whole slide as its context, whatever its size.
+    `encode` takes patch indices [B, R, S] and returns a `SlideEncoding`. Windows encoded together are far apart (every
+    n-th), so that each pass has the whole slide as its context, whatever its size.
     """
     passes = -(-len(slots) // context)
     length = -(-len(slots) // passes)
@@ -92,13 +92,13 @@ def window_regions(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT
 
 
 def window_slides(encode, slots: Int[np.ndarray, "N S"], context: int = CONTEXT) -> Float[np.ndarray, "N D"]:
-    """The slide embedding of each window taken for a slide of one region; `context` windows share a call."""
+    """Slide embedding of each window taken as a slide of one region; `context` windows share a call."""
     parts = [slots[first : first + context] for first in range(0, len(slots), context)]
     return np.concatenate([encode(part[:, None]).slide[: len(part)] for part in parts])
 
 
 def window_means(regions: Float[np.ndarray, "N D"], slots: Int[np.ndarray, "N S"]) -> Float[np.ndarray, "N D"]:
-    """The mean embedding of each window's patches, of a model that embeds patches: one of them is its own window."""
+    """Mean embedding of each window's patches, for a model that embeds patches: a single patch is its own window."""
     if slots.shape[1] == 1:
         return regions[slots[:, 0]]
     there = (slots >= 0)[..., None]
@@ -106,7 +106,7 @@ def window_means(regions: Float[np.ndarray, "N D"], slots: Int[np.ndarray, "N S"
 
 
 def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):
-    """Give every patch the value of its region: [C, N]."""
+    """Copy the value of each region to its patches: [C, N]."""
     region, column = np.nonzero(slots >= 0)
     values = np.empty((len(region_values), patches), np.float32)
     values[:, slots[region, column]] = region_values[:, region]
@@ -114,7 +114,7 @@ def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"
 
 
 def patch_weights(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndarray, "R S"], patches: int):
-    """The Slide Q-Former's attention to each patch, mean of heads and queries, 1 = the slide's mean: [N]."""
+    """Slide Q-Former attention to each patch, mean over heads and queries, 1 = the slide's mean: [N]."""
     region, column = np.nonzero(slots >= 0)
     weights = np.zeros(patches, np.float32)
     weights[slots[region, column]] = attention.mean((0, 1))[region, column]
@@ -122,7 +122,7 @@ def patch_weights(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.nda
 
 
 def patch_shares(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndarray, "R S"], patches: int):
-    """The Region Q-Former's attention to each patch, over heads and queries, 1 = its region's mean: [N]."""
+    """Region Q-Former attention to each patch, over heads and queries, 1 = its region's mean: [N]."""
     region, column = np.nonzero(slots >= 0)
     valid = slots >= 0
     mean = attention.mean((0, 1))[: slots.shape[0], : slots.shape[1]] * valid  # [R, S]
@@ -133,5 +133,5 @@ def patch_shares(attention: Float[np.ndarray, "heads Q R S"], slots: Int[np.ndar
 
 
 def log_ratio(weights: Float[np.ndarray, "C n"]) -> Float[np.ndarray, "C n"]:
-    """Attention over its uniform value, as a logarithm."""
+    """Logarithm of attention over its uniform value."""
     return np.log(np.maximum(weights * weights.shape[-1], 1e-9))

@@ -1,8 +1,8 @@
-"""Grounding methods: ways to turn one trained model into a score per patch for a text.
+"""Grounding methods: patch scores for a text from a trained model.
 
-The model is trained to attend from a subcaption to regions (DESIGN section 3.6); a map wants patches. The methods
-differ in how they get from one to the other; `docs/grounding_methods.md` compares them. A method is a class with an
-entry in `METHODS`.
+The model is trained to attend from a subcaption to regions (DESIGN section 3.6); a map needs scores of patches. The
+methods differ in how they derive one from the other; `docs/grounding_methods.md` compares them. A method is a class
+with an entry in `METHODS`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,9 +18,9 @@ from pathflip_jax.grounding.maps import CONTEXT, WINDOW, Grounding, Prepared
 
 
 class Encoder(Protocol):
-    """The part of a `Predictor` that methods use: it encodes, and knows nothing of maps.
+    """Interface of a `Predictor` that methods use: encoding only, independent of maps.
 
-    `encode_slots` gives a `SlideEncoding` of bags of patch indices [R, S], each of features of its own;
+    `encode_slots` returns a `SlideEncoding` of bags of patch indices [R, S], each with its own features;
     `attend_regions` the attention of texts over regions; `alone` the text-conditioned embedding of each region as the
     only one of its slide.
     """
@@ -29,25 +29,25 @@ class Encoder(Protocol):
     default_method: str
 
     def bag(self, slides) -> Any:
-        """The slide's features, and the patches in the slots of its regions."""
+        """Features of the slide, and the patches in the slots of its regions."""
 
     def encode_slots(self, features: Sequence[np.ndarray], slots: Sequence[np.ndarray], attention: bool = False) -> Any:
-        """The encoding of each bag."""
+        """Encoding of each bag."""
 
     def encode_texts(self, texts: Sequence[str]) -> Any:
-        """The texts in the space of slides, `slide`, and of regions, `region`."""
+        """Text embeddings in the slide space (`slide`) and in the region space (`region`)."""
 
     def attend_regions(
         self, texts: Float[np.ndarray, "C D"], regions: Float[np.ndarray, "R D"]
     ) -> Float[np.ndarray, "C R"]:
-        """Attention, mean of the heads."""
+        """Attention, averaged over heads."""
 
     def alone(self, regions: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "R D"]:
         """Text-conditioned embeddings, the same for every text."""
 
 
 class View(NamedTuple):
-    """A slide as a method prepares it: its features file, its regions, their encoding, and the settings of windows."""
+    """Input of a method's preparation: the slide's features, its regions, their encoding, and the window settings."""
 
     slide: Any
     features: Float[np.ndarray, "N F"]
@@ -57,7 +57,7 @@ class View(NamedTuple):
     context: int
 
     def window_slots(self) -> Int[np.ndarray, "N S"]:
-        """The patches of each patch's window. Raises ValueError where neighbours cannot be told."""
+        """Patches of each patch's window. Raises ValueError where neighbours cannot be determined."""
         if self.slide.patch_size <= 0 and self.window > 1:
             raise ValueError(
                 f"slide {self.slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
@@ -67,10 +67,10 @@ class View(NamedTuple):
 
 
 class Method(ABC):
-    """A way to score patches: what it keeps of a slide, and how a text is scored on that.
+    """Patch scoring method: preparation of a slide, and scoring of texts on it.
 
-    `attention` asks for the attention maps of the slide's encoding. `splits_regions`: it has a meaning only where the
-    model attends to regions of several patches.
+    `attention` requests the attention maps of the slide's encoding. `splits_regions`: the method is meaningful only
+    where the model attends to regions of several patches.
     """
 
     name: ClassVar[str]
@@ -79,24 +79,24 @@ class Method(ABC):
     splits_regions: ClassVar[bool] = False
 
     def prepare(self, encoder: Encoder, view: View) -> Float[np.ndarray, "N ..."] | None:
-        """Whatever of a slide no text changes, beside its regions."""
+        """Text-independent quantities of a slide, besides its regions."""
         return None
 
     @abstractmethod
     def score(
         self, encoder: Encoder, prepared: Prepared, text: Any, region_scores: Float[np.ndarray, "C R"]
     ) -> Float[np.ndarray, "C N"]:
-        """Scores of every patch for texts, given those of the regions."""
+        """Scores of every patch for each text, given those of the regions."""
 
 
 class Region(Method):
-    """Attention of the text over regions: the logarithm of its ratio to uniform attention, 0 as anywhere else."""
+    """Attention of the text over regions: the logarithm of its ratio to uniform attention, 0 where it is uniform."""
 
     name = "region"
     description = "the attention of the text to a region, on all of its patches"
 
     def score(self, encoder, prepared, text, region_scores):
-        """Each patch has its region's score."""
+        """Region scores copied to their patches."""
         return maps.spread(region_scores, prepared.slots, len(prepared.coords))
 
 
@@ -109,70 +109,70 @@ class RefinedRegion(Region):
     splits_regions = True
 
     def prepare(self, encoder, view):
-        """The share of each patch in the attention to its region [N]."""
+        """Share of each patch in the attention to its region [N]."""
         return maps.patch_shares(view.encoding.region_attention[0], view.slots, len(view.slide.features))
 
     def score(self, encoder, prepared, text, region_scores):
-        """The score of the region and the logarithm of the share."""
+        """Sum of the region's score and the logarithm of the share."""
         return super().score(encoder, prepared, text, region_scores) + np.log(np.maximum(prepared.kept, 1e-9))
 
 
 class Patch(Method):
-    """Windows as regions: attention of the text over them, as `Region` over regions."""
+    """Attention of the text over windows, as `Region` over regions."""
 
     name = "patch"
     description = "every patch with its window is a region; the attention of the text to those"
 
     def prepare(self, encoder, view):
-        """The region embedding of each window [N, D]."""
+        """Region embedding of each window [N, D]."""
         slots = view.window_slots()
         if encoder.patchwise:
             return maps.window_means(view.encoding.regions[0], slots)
         return maps.window_regions(_encode_of(encoder, view), slots, view.context)
 
     def score(self, encoder, prepared, text, region_scores):
-        """The logarithm of attention over its uniform value."""
+        """Logarithm of attention over its uniform value."""
         return maps.log_ratio(encoder.attend_regions(text.region, prepared.kept))
 
 
 class Cosine(Patch):
-    """Cosine of the text with the region embedding of each window, past the text-region attention."""
+    """Cosine of the text with the region embedding of each window, bypassing the text-region attention."""
 
     name = "cosine"
     description = "the cosine of the text with the region embedding of each window"
 
     def score(self, encoder, prepared, text, region_scores):
-        """Cosines with regions."""
+        """Cosines with window region embeddings."""
         return cosine(text.region, prepared.kept)
 
 
 class Similarity(Cosine):
-    """Cosine with each window alone before the text: the quantity that the region loss pulls (DESIGN section 4)."""
+    """Cosine with the text-conditioned embedding of each window alone, as in the region loss (DESIGN section 4)."""
 
     name = "similarity"
     description = "the cosine of the text with the text-conditioned embedding of a slide that has this window only"
 
     def prepare(self, encoder, view):
-        """The text-conditioned embedding of each window, alone [N, D]."""
+        """Text-conditioned embedding of each window alone [N, D]."""
         return encoder.alone(super().prepare(encoder, view))
 
 
 class Slide(Method):
-    """Cosine with each window as a slide of its own.
+    """Cosine with the slide embedding of each window taken as a separate slide.
 
-    No neighbour leaks in through the region transformer, and it asks nothing of weights that only the region loss
-    trains: the fair map of a model that was trained without that loss.
+    No neighbour leaks in through the region transformer, and no weights that only the region loss trains are used: the
+    fair map for a model trained without that loss.
     """
 
     name = "slide"
     description = "every patch with its window is a slide; the cosine of the text with its slide embedding"
 
     def prepare(self, encoder, view):
-        """The slide embedding of each window [N, D]."""
+        """Slide embedding of each window [N, D]."""
         return maps.window_slides(_encode_of(encoder, view), view.window_slots(), view.context)
 
     def score(self, encoder, prepared, text, region_scores):
-        """Cosines with slides."""
+        """Cosines with window slide embeddings."""
         return cosine(text.slide, prepared.kept)
 
 
@@ -182,17 +182,17 @@ METHODS: dict[str, Method] = {
 
 
 def describe_methods() -> str:
-    """The methods by name, each with its description: the help of --method."""
+    """Methods by name, each with its description: the help of --method."""
     return "; ".join(f"{name}: {method.description}" for name, method in METHODS.items())
 
 
 def prepare(
     encoder: Encoder, slide, *, method: str | None = None, window: int = WINDOW, context: int = CONTEXT
 ) -> Prepared:
-    """Encode of a slide what no text changes, so that many texts can be scored on it (method None: the family's own).
+    """Encode a slide independently of texts, so that many can be scored on it (method None: the family's default).
 
-    Raises ValueError for a method that there is not or that the family does not have, an even window, and a slide
-    without coordinates: there is no place to put a score.
+    Raises ValueError for a method that does not exist or that the family does not support, an even window, and a slide
+    without coordinates, on which no score can be located.
     """
     name = method or encoder.default_method
     if name not in METHODS:
@@ -233,10 +233,10 @@ def score(
     negative: str | Sequence[str] = (),
     encoded: Any = None,
 ) -> Grounding:
-    """Score texts on a slide that `prepare` has encoded: a matrix product for each further text.
+    """Score texts on a slide that `prepare` has encoded: one matrix product per additional text.
 
-    The highest score of the `negative` texts is subtracted (`maps.subtract`). `encoded` is what `encode_texts` made of
-    the texts and the negative ones behind them, where that is known.
+    The highest score of the `negative` texts is subtracted (`maps.subtract`). `encoded` is the result of `encode_texts`
+    for the texts followed by the negative ones, where available.
     """
     texts, negative = as_tuple(texts), as_tuple(negative)
     text = encoder.encode_texts(texts + negative) if encoded is None else encoded
@@ -258,12 +258,12 @@ def score(
 
 
 def as_tuple(texts: str | Sequence[str]) -> tuple[str, ...]:
-    """Texts as they are given, one or several."""
+    """One or several texts as a tuple."""
     return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def cosine(a: Float[np.ndarray, "C D"], b: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "C N"]:
-    """The cosine of each a with each b, many at a time: b may be the patches of a large slide."""
+    """Cosine of each a with each b, in blocks: b may be the patches of a large slide."""
     a = _unit(a)
     return np.concatenate([a @ _unit(part).T for _, part in row_blocks(b)], axis=1)
 
@@ -273,5 +273,5 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _encode_of(encoder: Encoder, view: View):
-    """The function by which windows of a slide are encoded: patch indices [B, R, S] to a `SlideEncoding`."""
+    """Encoder of a slide's windows: a function from patch indices [B, R, S] to a `SlideEncoding`."""
     return lambda index: encoder.encode_slots([view.features] * len(index), index)

@@ -1,4 +1,4 @@
-"""Outlines of tissue in QuPath's GeoJSON, in level-0 pixels, and which patches lie in them."""
+"""Tissue outlines in QuPath's GeoJSON, in level-0 pixels, and tests of patches against them."""
 
 import json
 from collections import deque
@@ -14,24 +14,24 @@ from skimage.draw import polygon2mask
 from pathflip_jax.data.storage.json_values import parse_json
 
 WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
-JOINT = ": "  # between the names of a class, as QuPath writes several in one
+JOINT = ": "  # separator of QuPath's derived class names
 
 
 class Polygon(NamedTuple):
-    """An outline: its ring of (x, y) points in level-0 pixels, and the rings of its holes."""
+    """Outline: its ring of (x, y) points in level-0 pixels, and the rings of its holes."""
 
     ring: Float[np.ndarray, "n 2"]
     holes: tuple[Float[np.ndarray, "m 2"], ...] = ()
 
 
 class Annotations(NamedTuple):
-    """The outlines of a file by class, and the numbers of the features that have no area, by kind of geometry."""
+    """Outlines of a file by class, and counts of features without an area, by geometry type."""
 
     outlines: dict[str, list[Polygon]]
     left_out: dict[str, list[int]]
 
     def note(self) -> str:
-        """A sentence about what was left out; "" when nothing was."""
+        """Sentence about skipped features; "" when there were none."""
         if not self.left_out:
             return ""
         kinds = ", ".join(f"{len(numbers)} {kind}" for kind, numbers in self.left_out.items())
@@ -41,18 +41,18 @@ class Annotations(NamedTuple):
 
 
 def read_outlines(path) -> dict[str, list[Polygon]]:
-    """The outlines of a GeoJSON file by the name of their class, as `read_annotations` reads them."""
+    """Read the outlines of a GeoJSON file by class name, as `read_annotations` does."""
     return read_annotations(path).outlines
 
 
 def read_annotations(path) -> Annotations:
-    """Read the annotations of a GeoJSON file by the name of their class.
+    """Read the annotations of a GeoJSON file by class name.
 
-    Takes a FeatureCollection, a bare list of features or one feature. Polygons count, those inside a MultiPolygon or a
-    GeometryCollection too; points, lines and features without a geometry are left out and named. The class is QuPath's
-    `properties.classification`, by its `name` or its list of `names` (joined as QuPath shows them, "Tumor: Positive"),
-    else `properties.name`. Raises ValueError, with the number of the feature, for what is not understood, for an
-    outline without a class, and for a file in which nothing is an outline.
+    Takes a FeatureCollection, a bare list of features or one feature. Polygons are read, including those inside a
+    MultiPolygon or a GeometryCollection; points, lines and features without a geometry are skipped and reported. The
+    class is QuPath's `properties.classification`, by its `name` or its list of `names` (joined as QuPath shows them,
+    "Tumor: Positive"), else `properties.name`. Raises ValueError, with the number of the feature, for invalid content,
+    for an outline without a class, and for a file without outlines.
     """
     path = Path(path)
     features = _features(path)
@@ -83,16 +83,16 @@ def read_annotations(path) -> Annotations:
 
 
 def of_concept(outlines: dict[str, list[Polygon]], concept: str) -> list[Polygon]:
-    """The outlines of a concept: of the class of its name, and of classes that list it ("Tumor: Positive" is "tumor").
+    """Outlines of a concept: of the class of that name, and of classes derived from it ("Tumor: Positive" is "tumor").
 
-    Names are compared without regard to case and white space.
+    Names are compared ignoring case and white space.
     """
     wanted = _plain(concept)
     return [polygon for name, polygons in outlines.items() if wanted in _names(name) for polygon in polygons]
 
 
 def unknown_classes(outlines: dict[str, list[Polygon]], concepts: Iterable[str]) -> list[str]:
-    """The classes of outlines that are of none of the concepts."""
+    """Classes of outlines that belong to none of the concepts."""
     wanted = {_plain(concept) for concept in concepts}
     return [name for name in outlines if not wanted & _names(name)]
 
@@ -111,7 +111,7 @@ def _features(path: Path) -> list:
 
 
 def _simple(geometry) -> Iterator[tuple[str, list | None]]:
-    """The simple geometries of one, as (type, coordinates): a collection may hold several, and collections too."""
+    """Simple geometries within one, as (type, coordinates): a collection may hold several, and nested collections."""
     rest = deque([geometry])
     while rest:
         part = rest.popleft()
@@ -130,9 +130,9 @@ def _simple(geometry) -> Iterator[tuple[str, list | None]]:
 
 
 def _class_name(properties: dict) -> str:
-    """The class of a feature: one name, or QuPath's list of names as QuPath writes it in one."""
+    """Class of a feature: one name, or QuPath's list of names joined as QuPath shows them."""
     found = properties.get("classification") or {}
-    if isinstance(found, str):  # as tools beside QuPath write it
+    if isinstance(found, str):  # as other tools write it
         return found.strip()
     names = found.get("names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -141,7 +141,7 @@ def _class_name(properties: dict) -> str:
 
 
 def _names(name: str) -> set[str]:
-    """All that a class may be called: its whole name, and each part of a name that QuPath derived."""
+    """All names of a class: its full name, and each part of a derived QuPath name."""
     return {_plain(part) for part in (name, *name.split(":"))} - {""}
 
 
@@ -176,7 +176,7 @@ def write_outlines(path, outlines: dict[str, list[Polygon]]) -> None:
 
 
 def contains(polygons: list[Polygon], points: Float[np.ndarray, "N 2"]) -> Bool[np.ndarray, "N"]:
-    """Whether each point lies in any of the polygons and in none of that polygon's holes."""
+    """Whether each point lies in any polygon and in none of that polygon's holes."""
     inside = np.zeros(len(points), bool)
     for polygon in polygons:
         found = Curve(polygon.ring).contains_points(points)
@@ -194,9 +194,9 @@ def patches_inside(polygons: list[Polygon], coords: Int[np.ndarray, "N 2"], patc
 def area_fraction(
     polygons: list[Polygon], coords: Int[np.ndarray, "N 2"], patch_size: float, samples: int = 16
 ) -> Float[np.ndarray, "N"]:
-    """The share of each patch's area inside the outlines, from `samples` x `samples` points of a patch.
+    """Fraction of each patch's area inside the outlines, estimated from `samples` x `samples` points per patch.
 
-    Between 0 and 1 only on the border, so that patches cut by an outline can be told from those clear of it.
+    Strictly between 0 and 1 only on the border, which distinguishes patches cut by an outline from the others.
     """
     if len(coords) == 0:
         return np.zeros(0)
@@ -213,7 +213,7 @@ def area_fraction(
 
 
 def rasterise(polygons: list[Polygon], shape: tuple[int, int], origin, downsample: float) -> Bool[np.ndarray, "h w"]:
-    """Paint the outlines on a raster of rows and columns; a pixel is in when its centre is.
+    """Rasterise the outlines to rows and columns; a pixel is inside when its centre is.
 
     `origin` is the level-0 (x, y) of the raster's corner, `downsample` the level-0 pixels of one of its pixels.
     """

@@ -1,4 +1,4 @@
-"""Checks that the patches of a slide lie on it: coordinates of another level or slide are found out before drawing."""
+"""Checks that patches lie within their slide: coordinates of another level or slide are detected before drawing."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from pathflip_jax.data.readers import guarded
 
 
 class Measures(NamedTuple):
-    """Measures of a slide by its file: size at level 0, mpp (0: unknown), and the corner of what is not empty."""
+    """Measures from a slide file: size at level 0, mpp (0: unknown), and the corner of the non-empty bounds."""
 
     width: int
     height: int
@@ -18,7 +18,7 @@ class Measures(NamedTuple):
 
 
 def read_measures(path) -> Measures:
-    """The measures of a slide file. Raises OSError or ValueError, naming it, for what is no slide."""
+    """Read the measures of a slide file. Raises OSError or ValueError, naming the file, if it is not a slide."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
@@ -27,9 +27,9 @@ def read_measures(path) -> Measures:
 
 
 def check_on_slide(slide, width: int, height: int, source: str) -> None:
-    """Raise ValueError where patches of `slide` (features, or a grounding) lie wholly beyond `width` x `height` pixels.
+    """Raise ValueError where patches of `slide` (features or grounding) lie entirely outside `width` x `height` pixels.
 
-    A patch that only sticks out is sound: some tools pad the last row and column.
+    A patch partly outside is valid: some tools pad the last row and column.
     """
     coords, size = np.asarray(slide.coords, np.int64), max(slide.patch_size, 1)
     beyond = ((coords >= (width, height)) | (coords + size <= 0)).any(1)
@@ -43,7 +43,7 @@ def check_on_slide(slide, width: int, height: int, source: str) -> None:
 
 
 def check_same_slide(slide, measures: Measures, path) -> None:
-    """Raise ValueError where a slide file is not of the size that the features' slide had, or patches lie beyond it."""
+    """Raise ValueError where a slide file and the features' slide differ in size, or patches lie outside it."""
     differ = max(abs(slide.width - measures.width), abs(slide.height - measures.height))
     if slide.width and slide.height and differ > max(slide.patch_size, 1):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Patch scores as a heatmap in level-0 pixels: what pictures, boxes and viewers are made of.
+"""Rasterised heatmaps of patch scores in level-0 pixels, the basis of figures, boxes and the viewer.
 
 A patch covers [x, x + patch_size) at level 0 whatever the level it was read at; overlapping patches are averaged, and
-where no patch lies there is no score (NaN). Smoothing weighs by coverage, so that the edge of the tissue keeps its
-scores instead of fading into glass.
+pixels without a patch have no score (NaN). Smoothing is weighted by coverage, so that scores at the tissue's edge do
+not fade into background.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
-PIXELS_PER_PATCH = 4  # along an edge: boxes and contours are right to a quarter of a patch
-LONGEST = 2048  # pixels of a surface's longer side; larger slides get fewer pixels a patch
-SMOOTH = 0.5  # patch edges: the standard deviation of the Gaussian, unless told otherwise
-TRUNCATE = 3.0  # standard deviations at which the Gaussian ends
+PIXELS_PER_PATCH = 4  # pixels per patch edge: boxes and contours are accurate to a quarter of a patch
+LONGEST = 2048  # pixels of a surface's longer side; larger slides get fewer pixels per patch
+SMOOTH = 0.5  # default standard deviation of the Gaussian, in patch edges
+TRUNCATE = 3.0  # standard deviations at which the Gaussian is truncated
 
 
 class Surface(NamedTuple):
-    """The scores of every text over one slide; NaN where no patch lies.
+    """Scores of every text over one slide; NaN where there is no patch.
 
     Pixel (row, column) covers `downsample` level-0 pixels from `origin` (x, y) + (column, row) * downsample.
     """
@@ -33,7 +33,7 @@ class Surface(NamedTuple):
 def make_surface(
     grounding, smooth: float = SMOOTH, *, pixels_per_patch: int = PIXELS_PER_PATCH, longest: int = LONGEST
 ) -> Surface:
-    """Lay the patch scores of a `Grounding` out over its slide, smoothed by a Gaussian of `smooth` patch edges.
+    """Rasterise the patch scores of a `Grounding` over its slide, smoothed by a Gaussian of `smooth` patch edges.
 
     Raises ValueError for a slide whose patch size is unknown, and for a negative `smooth`.
     """
@@ -69,10 +69,10 @@ def average_patches(
     origin: tuple[float, float],
     downsample: float,
 ) -> Float[np.ndarray, "h w"]:
-    """Spread patch scores over a raster of rows and columns: the mean where patches overlap, NaN where there is none.
+    """Rasterise patch scores to rows and columns: the mean where patches overlap, NaN where there is none.
 
     `origin` is the level-0 (x, y) of the raster's corner, `downsample` the level-0 pixels of one of its pixels. Patches
-    beyond the raster are cut off.
+    are clipped to the raster.
     """
     rows, columns = shape
     low = (np.asarray(coords, np.float64) - origin) / downsample
@@ -82,7 +82,7 @@ def average_patches(
     x0, x1 = (np.clip(side[:, 0], 0, columns) for side in (low, high))
     y0, y1 = (np.clip(side[:, 1], 0, rows) for side in (low, high))
 
-    def cover(values):  # the sum over the patches that cover a pixel, by differences at their corners
+    def cover(values):  # sum over the patches that cover a pixel, by cumulative sums of differences at their corners
         corners = np.zeros((rows + 1, columns + 1))
         for y, x, sign in ((y0, x0, 1), (y1, x1, 1), (y0, x1, -1), (y1, x0, -1)):
             np.add.at(corners, (y, x), sign * values)
@@ -95,7 +95,7 @@ def average_patches(
 
 
 def smooth_covered(values: Float[np.ndarray, "*C h w"], sigma: float) -> Float[np.ndarray, "*C h w"]:
-    """Smooth rasters by a Gaussian of `sigma` pixels, weighing only pixels that have a score; NaN stays NaN."""
+    """Smooth rasters by a Gaussian of `sigma` pixels, weighting only pixels with a score; NaN stays NaN."""
     if sigma <= 0:
         return values
     known = np.isfinite(values)
@@ -110,7 +110,7 @@ def smooth_covered(values: Float[np.ndarray, "*C h w"], sigma: float) -> Float[n
 def smooth_patches(
     scores: Float[np.ndarray, "C N"], coords: Int[np.ndarray, "N 2"], patch_size: float, smooth: float
 ) -> Float[np.ndarray, "C N"]:
-    """Smooth patch scores by a Gaussian of `smooth` patch edges: the scores of a smoothed map at its patches."""
+    """Smooth patch scores by a Gaussian of `smooth` patch edges: the smoothed map sampled at its patches."""
     if smooth <= 0:
         return scores
     tree = cKDTree(np.asarray(coords, np.float64))

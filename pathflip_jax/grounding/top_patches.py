@@ -1,4 +1,4 @@
-"""The patches that a text fits best, as pictures: what one looks at to believe a map, or not."""
+"""Highest-scoring patches of a text as images, for visual review of a map."""
 
 import io
 import textwrap
@@ -12,16 +12,16 @@ from PIL import Image
 from pathflip_jax.data.readers import guarded
 from pathflip_jax.grounding.files import short_name, write_picture, write_whole
 
-PIXELS = 256  # of a picture's edge
-ACROSS = 8  # pictures in a row of the sheet
-TILE, GAP, SCORE, TITLE = 1.2, 0.08, 0.2, 0.3  # inches of the sheet: a picture, between two, under one, over a text's
+PIXELS = 256  # pixels of an image's edge
+ACROSS = 8  # images per row of the sheet
+TILE, GAP, SCORE, TITLE = 1.2, 0.08, 0.2, 0.3  # inches: image, gaps between, below, above a text's row
 INK, MUTED = "#1d2530", "#5b6673"
 
 
 def top_patches(
     scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, count: int
 ) -> Int[np.ndarray, "n"]:
-    """The `count` patches of the highest scores, best first; of patches that overlap only the best is taken."""
+    """The `count` patches with the highest scores, best first; of overlapping patches only the best is taken."""
     coords = np.asarray(coords, np.float64)
     left = np.ones(len(scores), bool)
     chosen: list[int] = []
@@ -37,7 +37,7 @@ def top_patches(
 def read_patches(
     path, coords: Int[np.ndarray, "n 2"], patch_size: int, pixels: int = PIXELS
 ) -> UInt8[np.ndarray, "n pixels pixels 3"]:
-    """Patches of a slide file as pictures, from the level that fits `pixels`, on the slide's own background."""
+    """Read patches of a slide file as images, from the level that fits `pixels`, on the slide's background colour."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such slide file")
@@ -50,7 +50,7 @@ def read_patches(
 def write_top_patches(folder: Path, grounding, image, count: int, pixels: int = PIXELS) -> list[dict]:
     """Write the top patches of every text, read from the slide file `image`, and a sheet of them with their scores.
 
-    `folder` gets `sheet.png` and a folder of PNG files for each text. Returns where each is: text, file, x, y, score.
+    `folder` gets `sheet.png` and a folder of PNG files for each text. Returns text, file, x, y and score of each.
     """
     rows, found = [], []
     for number, text in enumerate(grounding.texts):
@@ -72,11 +72,11 @@ def write_top_patches(folder: Path, grounding, image, count: int, pixels: int = 
 
 
 def draw_sheet(rows: list[tuple[str, np.ndarray, np.ndarray]], heading: str) -> Figure:
-    """A sheet of pictures: for each text its patches, best first, the score under each."""
+    """Draw a sheet of images: for each text its patches, best first, with the score under each."""
     across = min(ACROSS, max(len(pictures) for _, pictures, _ in rows))
     lines = sum(-(-len(pictures) // across) for _, pictures, _ in rows)
     width = max(across, 4) * (TILE + GAP) + GAP
-    height = TITLE * (1 + len(rows)) + (TILE + SCORE) * lines  # all in inches
+    height = TITLE * (1 + len(rows)) + (TILE + SCORE) * lines  # all sizes in inches
     figure = Figure(figsize=(width, height))
     figure.text(GAP / width, 1 - TITLE / 2 / height, heading, va="center", fontsize=8, color=MUTED)
     top = height - TITLE

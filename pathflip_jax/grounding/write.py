@@ -1,4 +1,4 @@
-"""Everything that `pathflip ground` leaves behind of one slide."""
+"""Output files of `pathflip ground` for one slide."""
 
 import io
 from pathlib import Path
@@ -39,8 +39,8 @@ def write_grounding(
     """Write a grounding into `out` and return the files by kind.
 
     `<slide>.png` (maps), `.npz` (scores of patches and regions), `.json` (boxes), `.geojson` (areas, for QuPath) and a
-    `_blockmap.h5` for each text (as CLAM has them); with the slide file `image` and its `measures`, also the `top`
-    patches of each text in `patches/<slide>/`. `threshold`, `smooth` and `min_patches` are those of `find_boxes` and
+    `_blockmap.h5` for each text (CLAM's format); with the slide file `image` and its `measures`, also the `top` patches
+    of each text in `patches/<slide>/`. `threshold`, `smooth` and `min_patches` are those of `find_boxes` and
     `make_surface`.
     """
     name = grounding.slide_id

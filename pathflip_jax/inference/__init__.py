@@ -1,1 +1,1 @@
-"""Trained runs at work: embeddings, groundings and answers."""
+"""Inference with trained runs: embeddings, grounding and answers."""

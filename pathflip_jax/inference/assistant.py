@@ -1,7 +1,7 @@
-"""A trained language stage at work: captions of slides, answers to questions about them, and choices among options.
+"""Inference with the language stage: slide captioning, question answering and multiple choice.
 
-Slides are embedded by the run's aligner with all their regions, as `inference.predictor.Predictor` does, and stand in
-the prompt as in training. Everything can also be asked without the slide, which is the baseline of every score.
+Slides are embedded by the run's aligner with all their regions, as `inference.predictor.Predictor` does, and enter the
+prompt as in training. Every prompt can also be given without the slide, which is the baseline of every score.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ Rows = Float[np.ndarray, "n D"]
 
 
 class Asked(NamedTuple):
-    """A prompt up to where the answer begins, and the slide that it is about: [slide; regions], None for no slide."""
+    """Prompt up to the start of the answer, and its slide: [slide; regions], None for no slide."""
 
     tokens: Int[np.ndarray, "T"]
     slide: Rows | None
@@ -45,7 +45,7 @@ def _embed(model: SlideLanguageModel, tokens, rows):
 
 
 class SlideAssistant:
-    """Captions, answers and choices by a run of the language stage; `template` is how it was trained to be asked."""
+    """Captions, answers and choices by a run of the language stage; `template` is its chat format in training."""
 
     def __init__(self, model: SlideLanguageModel, config: dict, tokenizer: DecoderTokenizer, name: str = "") -> None:
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
@@ -58,14 +58,14 @@ class SlideAssistant:
         return fuse_for_decoding(self.model.decoder)
 
     def embed_slides(self, slides: Sequence[SlideFeatures]) -> list[Rows]:
-        """[slide; regions] of each slide, of all its regions; raises as `Predictor.bag`."""
+        """Embed each slide as [slide; regions], with all its regions; raises as `Predictor.bag`."""
         found = self.predictor.encode_slides(slides)
         return [np.concatenate([slide.slide[None], slide.regions]) for slide in found]
 
     def prompt(self, asked: str, slide: Rows | None, before: Sequence[Turn] = ()) -> Asked:
-        """A prompt about a slide; `<image>` is put before the first text where none of them has it.
+        """Prompt about a slide; `<image>` is put before the first text where none of them has it.
 
-        Raises ValueError for a text of no words, and where `<image>` stands twice.
+        Raises ValueError for a text without words, and where `<image>` occurs twice.
         """
         if not asked.replace(IMAGE, "").strip():
             raise ValueError(f"question {asked!r} has no words; write what to ask")
@@ -76,11 +76,11 @@ class SlideAssistant:
         return Asked(encode_prompt(self.tokenizer, before, asked, self.template), slide)
 
     def caption(self, slides: Sequence[Rows | None], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
-        """A report of each slide, as the caption tables of training were asked for."""
+        """Generate a report of each slide, with the prompt used for caption tables in training."""
         return self.answer([self.prompt(DESCRIBE, slide) for slide in slides], sampling, batch_size=batch_size)
 
     def answer(self, prompts: Sequence[Asked], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
-        """The model's answer to each prompt. Prompts of like length share a call; raises as `generate`."""
+        """Answer each prompt. Prompts of similar length share a call; raises as `generate`."""
         sampling = replace(sampling, stop_ids=self.stop_ids)
         found: list[str] = [""] * len(prompts)
         for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
@@ -93,7 +93,7 @@ class SlideAssistant:
     def choose(
         self, prompts: Sequence[Asked], answers: Sequence[Sequence[str]], *, batch_size: int = 8
     ) -> list[Float[np.ndarray, "C"]]:
-        """The log likelihood of each possible answer to each prompt, summed over its tokens and its end token."""
+        """Log likelihood of each candidate answer to each prompt, summed over its tokens and its end token."""
         found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
         for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
             _, embeds, mask = self._inputs([prompts[i] for i in members])
@@ -101,7 +101,7 @@ class SlideAssistant:
             most, longest = max(map(len, ids)), max(len(x) for own in ids for x in own)
             targets = np.zeros((len(mask), bucket(most), bucket(longest)), np.int32)
             real = np.zeros(targets.shape, bool)
-            real[:, :, 0] = True  # room without an answer holds one token
+            real[:, :, 0] = True  # unused slots hold one token
             for row, own in enumerate(ids):
                 for column, x in enumerate(own):
                     targets[row, column, : len(x)], real[row, column, : len(x)] = x, True
@@ -114,7 +114,7 @@ class SlideAssistant:
         return len(prompt.tokens) + (0 if prompt.slide is None else len(prompt.slide)) - 1
 
     def _inputs(self, prompts: Sequence[Asked]):
-        """Tokens, embeddings and mask of prompts, padded on the left to one of a few sizes."""
+        """Tokens, embeddings and mask of prompts, left-padded to one of a few sizes."""
         size, width = bucket(len(prompts)), bucket(max(map(self._length, prompts)))
         most = bucket(max([1, *(len(p.slide) for p in prompts if p.slide is not None)]))
         tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
@@ -129,13 +129,13 @@ class SlideAssistant:
 
 
 def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of prompts of like length, the longest first: what does not fit in memory says so at once."""
+    """Batches of prompts of similar length, the longest first, so that running out of memory shows immediately."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def is_language_run(folder: str | Path) -> bool:
-    """Whether a folder is a run of the language stage; False for one that is no run at all."""
+    """Whether a folder is a run of the language stage; False for a folder that is not a run."""
     home = run_folder(folder)
     return (home / CONFIG).exists() and "lm" in read_json(home / CONFIG)
 
@@ -143,9 +143,10 @@ def is_language_run(folder: str | Path) -> bool:
 def load_assistant(
     folder: str | Path, *, which: str | int = "best", decoder: str = "", aligner: str = "", dtype: str = ""
 ) -> SlideAssistant:
-    """Load a run of the language stage; `decoder` and `aligner` say where those folders lie now, if elsewhere.
+    """Load a run of the language stage; `decoder` and `aligner` give the current location of those folders, if moved.
 
-    Raises FileNotFoundError and ValueError for a folder that is no such run, is damaged, or stands on other weights.
+    Raises FileNotFoundError and ValueError for a folder that is no such run, is damaged, or was trained on other
+    weights.
     """
     model, config, tokenizer = assemble(folder, which, decoder=decoder, aligner=aligner, dtype=dtype)
     return SlideAssistant(model, config, tokenizer, str(folder))

@@ -1,7 +1,7 @@
-"""A whole archive of records as one Parquet file of slide embeddings, for search, clustering and probes elsewhere.
+"""Embedding of an entire archive of records into one Parquet file, for search, clustering and probes elsewhere.
 
-What is done stands in parts in `OUT.partial/`, each whole or absent; the last step joins them and renames the result
-into place. Every part says which weights and which records it is of, so that a run continues its own work only.
+Finished slides are kept as parts in `OUT.partial/`, each written atomically; the last step joins them and renames the
+result to its final name. Every part records its weights and records, so that a run resumes only from its own work.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs.checksums import checksums
 
 PARTS = "part-*.parquet"
-PART_SLIDES = 64  # what a kill costs at most
+PART_SLIDES = 64  # the most work that a kill can lose
 READERS = 2  # threads; CRCs are computed without the GIL
 
 
 @dataclass(frozen=True)
 class Report:
     """Outcome of a run: slides `done` now, `skipped` because they were embedded before, `failed`; `finished` when the
-    file holds every slide that can be embedded. `seconds` is what reading and encoding took, compilation included."""
+    file holds every slide that can be embedded. `seconds` is the time of reading and encoding, compilation included."""
 
     out: Path
     done: list[str]
@@ -54,11 +54,11 @@ class Report:
 
     @property
     def slides_per_second(self) -> float:
-        """Slides embedded in a second; 0 where nothing was left to do."""
+        """Slides embedded per second; 0 where nothing was left to do."""
         return len(self.done) / self.seconds if self.done else 0.0
 
     def summary(self) -> str:
-        """The message at the end, failures by name."""
+        """Final message, with failures by name."""
         counts = f"slides embedded {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
         lines = [f"{self.out}: {counts}; {self.slides_per_second:.2f} slides/s", *self.notes]
         if self.failed:
@@ -68,17 +68,17 @@ class Report:
 
 
 def failures_path(out: Path) -> Path:
-    """The list of slides that failed, beside the file of those that did not."""
+    """Path of the list of failed slides, next to the output file."""
     return out.with_name(out.name + ".failures.json")
 
 
 def partial_path(out: Path) -> Path:
-    """The folder of finished parts, until the file is whole."""
+    """Folder of finished parts, until the file is complete."""
     return out.with_name(out.name + ".partial")
 
 
 def checkpoint_hash(predictor: Predictor) -> str:
-    """A SHA-256 of all that makes an embedding: weights, the model's shape and how slides are cut into regions."""
+    """SHA-256 of everything that determines an embedding: weights, model shape and the cutting into regions."""
     sums = {name: int(value) for name, value in jax.device_get(checksums(flatten(predictor.model))).items()}
     cut = [predictor.cut, predictor.edge_um, predictor.edge_px]
     return _sha256([sums, as_before("model", predictor.model.config.to_dict()), cut])
@@ -97,14 +97,14 @@ def embed(
 ) -> Report:
     """Embed the slides of a folder of records with a trained run, into one Parquet file in the order of the records.
 
-    Columns: slide_id, case_id, embedding (float32 [D], as the model gives it: not normalised), num_patches,
+    Columns: slide_id, case_id, embedding (float32 [D], as the model outputs it: not normalised), num_patches,
     num_regions; with `regions` also regions [R, D] and region_grid [R, 2]. `slides_table` and `split` choose slides.
-    Slides are read ahead while others are encoded; memory holds eight batches of slides, however many there are, and of
-    one of millions of patches some regions at a time. A second run does only what is missing, failed slides included.
-    A bad slide is reported, in `OUT.failures.json` too, and the rest goes on; `strict` stops at the first and keeps
-    what is done for the next run. Raises ValueError for records of another encoder than the run's, and for an `out`
-    that was begun with other weights, records or slides; FileNotFoundError for no run or records; OSError on a full
-    disk.
+    Slides are prefetched while others are encoded; memory holds eight batches of slides, however many there are, and a
+    slide of millions of patches is processed a block of regions at a time. A second run embeds only what is missing,
+    failed slides included. A bad slide is reported, in `OUT.failures.json` too, and the others continue; `strict` stops
+    at the first and keeps finished work for the next run. Raises ValueError for records of another encoder than the
+    run's, and for an `out` that was begun with other weights, records or slides; FileNotFoundError for a missing run or
+    records; OSError on a full disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
@@ -149,7 +149,7 @@ def embed(
 def _select(
     archive: Records, table: Place | str | None, split: str | None
 ) -> tuple[list[str], list[Failure], list[str]]:
-    """The slides to embed, in the order of the records, those of the table that these do not have, and notes on ids."""
+    """Slides to embed in the order of the records, slides of the table missing from the records, and notes on ids."""
     ids = [info.slide_id for info in archive.slides]
     if table is None:
         if split:
@@ -179,14 +179,14 @@ def _embed_parts(
     failed: list[Failure],
     bar: tqdm,
 ) -> Iterator[list[Embedding]]:
-    """Embeddings in the order of `ids`, some at a time; slides that cannot be embedded go to `failed`."""
+    """Embed slides in the order of `ids`, in blocks; slides that cannot be embedded go to `failed`."""
 
     def fail(slide_id: str, error: str) -> None:
         failed.append(Failure(slide_id, str(archive.slides[archive.position(slide_id)].shard), error))
         bar.update()
 
     def sound() -> Iterator[SlideFeatures]:
-        ahead = 4 * batch_size  # as many as `encode_slides` takes at once: the next ones are there when it is done
+        ahead = 4 * batch_size  # as many as `encode_slides` takes per call: the next ones are ready when it returns
         for slide_id, slide in _read_ahead(predictor, archive, ids, ahead):
             if not isinstance(slide, SlideFeatures):
                 fail(slide_id, slide)
@@ -204,7 +204,7 @@ def _embed_parts(
             if strict:
                 break
             continue
-        if not regions:  # their number is all that is kept
+        if not regions:  # only their number is kept
             embedding = embedding._replace(regions=np.empty((len(embedding.regions), 0), np.float32))
         rows.append(embedding)
         bar.update()
@@ -218,13 +218,13 @@ def _embed_parts(
 def _read_ahead(
     predictor: Predictor, archive: Records, ids: Sequence[str], ahead: int
 ) -> Iterator[tuple[str, SlideFeatures | str]]:
-    """Slides in the order of `ids`, or what was wrong with them; `ahead` of them are read while others are encoded,
+    """Slides in the order of `ids`, or the error of each; `ahead` of them are prefetched while others are encoded,
     fewer where their features come to HELD bytes."""
 
     def read(slide_id: str) -> SlideFeatures | str:
         try:
             slide = open_slide(archive, archive.position(slide_id))
-            predictor.bag(slide)  # refuses what cannot be cut here, where it costs this slide only
+            predictor.bag(slide)  # a slide that cannot be cut is refused here, where only that slide is lost
             return slide
         except (ValueError, OSError) as error:
             return str(error)

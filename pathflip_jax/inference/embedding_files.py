@@ -1,4 +1,4 @@
-"""Parquet files of slide embeddings: a row a slide, and what the file is of in its metadata."""
+"""Parquet files of slide embeddings: one row per slide, and the file's provenance in its metadata."""
 
 import functools
 import json
@@ -14,8 +14,8 @@ from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.inference.predictor import Embedding
 
 FORMAT = 1
-METADATA = b"pathflip"  # key of the Parquet metadata under which a JSON object says what the file is
-IDENTITY = {  # what two runs must share to write one file
+METADATA = b"pathflip"  # Parquet metadata key of the JSON object that describes the file
+IDENTITY = {  # what two runs must share to write to one file
     "format": "format", "checkpoint_hash": "checkpoint", "records_hash": "records",
     "slides_hash": "selection of slides", "regions": "choice of --regions",
 }  # fmt: skip
@@ -53,7 +53,7 @@ def _vectors(values: np.ndarray, dtype: type) -> pa.FixedSizeListArray:
 
 
 def write_table(path: Path, tables: Iterator[pa.Table] | list[pa.Table]) -> None:
-    """Write a Parquet file whole or not at all, a row group to each table."""
+    """Write a Parquet file atomically, one row group per table."""
     tables = iter(tables)
     first = next(tables)
     options = {"use_dictionary": False, "write_page_checksum": True}
@@ -64,7 +64,7 @@ def write_table(path: Path, tables: Iterator[pa.Table] | list[pa.Table]) -> None
 
 
 class _Sink:
-    """The part of a Python file that Arrow writes to."""
+    """Subset of Python's file interface that Arrow writes to."""
 
     closed = False
 
@@ -72,11 +72,11 @@ class _Sink:
         self.write = out.write
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """No-op: nothing is buffered."""
 
 
 def open_embeddings(path: str | Path) -> tuple[pa.Table, dict]:
-    """The table of a file that `embed` wrote, and what it is: hashes, settings, versions. ValueError for another."""
+    """Table and provenance (hashes, settings, versions) of a file that `embed` wrote. ValueError for any other file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `pathflip embed` writes it")
@@ -84,7 +84,7 @@ def open_embeddings(path: str | Path) -> tuple[pa.Table, dict]:
 
 
 def read_claim(path: Path) -> dict:
-    """The JSON object that says what a file is of. ValueError for a file that `embed` did not write."""
+    """Read the JSON provenance of a file. ValueError for a file that `embed` did not write."""
     try:
         metadata = pq.read_schema(path).metadata or {}
         return json.loads(metadata[METADATA])
@@ -105,7 +105,7 @@ def _read_group(path: Path, group: int, columns: list[str] | None = None) -> pa.
 
 
 def find_rows(paths: Sequence[Path], claim: dict) -> dict[str, tuple[Path, int, int]]:
-    """Slide id to file, row group and row, of files that are of this claim. Raises ValueError for others."""
+    """Map from slide id to file, row group and row, for files of this provenance. Raises ValueError for others."""
     places = {}
     for path in paths:
         found = read_claim(path)
@@ -132,9 +132,9 @@ def _show(claim: dict, name: str) -> str:
 
 
 def in_order(ids: Sequence[str], places: dict[str, tuple[Path, int, int]], claim: dict) -> Iterator[pa.Table]:
-    """The rows of all files in the order of `ids`, as tables of about ROW_GROUP_BYTES."""
+    """Rows of all files in the order of `ids`, as tables of about ROW_GROUP_BYTES."""
 
-    read = functools.lru_cache(maxsize=2)(_read_group)  # a part, and the file that it fills a gap of
+    read = functools.lru_cache(maxsize=2)(_read_group)  # a part, and the file whose gap it fills
     schema, held, size = _schema(claim), [], 0
     for slide_id in ids:
         if slide_id not in places:

@@ -1,4 +1,4 @@
-"""Inference with each model family: its default map, and what its encoders can and cannot do."""
+"""Inference settings of each model family: default grounding map and encoder capabilities."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConf
 class Serving(NamedTuple):
     """Encoding of slides and texts of one family.
 
-    `in_blocks`: slides too large for one call are encoded a block of regions at a time (`large_slides.py`).
-    `shares_padding`: whether padding counts in a text's embedding, so that all texts of a call are padded alike.
+    `in_blocks`: slides too large for one call are encoded one block of regions at a time (`large_slides.py`).
+    `shares_padding`: whether padding affects a text's embedding, so that all texts of a call are padded to one length.
     """
 
     default_method: str
@@ -28,6 +28,6 @@ SERVING: dict[str, Serving] = {
 
 
 def method_help() -> str:
-    """The help of --method: the defaults of the families, and every method with its description."""
+    """Help text of --method: the families' defaults, and every method with its description."""
     defaults = ", ".join(f"{serving.default_method} for {family}" for family, serving in SERVING.items())
     return f"how to map a text on patches (default: {defaults}). {describe_methods()}"

@@ -1,7 +1,7 @@
-"""A run of the language stage read back: what it trained, and aligner and decoder that it stands on.
+"""Loading of language-stage runs: the trained parameters, and the aligner and decoder they build on.
 
-A run folder of this stage holds what was trained (projector, LoRA, ...), the tokenizer and the names of the two
-sources with hashes of them: what is frozen is read from there again.
+A run folder of this stage holds the trained parameters (projector, LoRA, ...), the tokenizer and the names and hashes
+of the two sources, from which frozen parameters are read again.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Aligner(NamedTuple):
-    """The run that slides come from: its shape, and its parameters on the host."""
+    """Alignment run that embeds slides: its shape, and its parameters on the host."""
 
     model: PathFLIPConfig
     params: dict[str, np.ndarray]
@@ -47,8 +47,8 @@ class Aligner(NamedTuple):
 def read_aligner(folder: str, records: Records | None = None, where: str = "") -> Aligner:
     """Read the best checkpoint of an alignment run.
 
-    Raises FileNotFoundError and ValueError for what is none, and for `records` (called `where`) of features that it was
-    not trained on.
+    Raises FileNotFoundError and ValueError for any other folder, and for `records` (called `where`) of features that it
+    was not trained on.
     """
     if "lm" in json_files.read_json(files.run_folder(folder) / files.CONFIG):
         raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
@@ -65,7 +65,7 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
 
 
 class Started(NamedTuple):
-    """The start of a run: parameters that another one trained, or an adapter of PEFT; and its LoRA, if any."""
+    """Initial parameters of a run: those that another run trained, or a PEFT adapter; and its LoRA, if any."""
 
     lora: LoRAConfig | None
     params: dict[str, np.ndarray]
@@ -73,9 +73,9 @@ class Started(NamedTuple):
 
 
 def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) -> Started:
-    """Read what a run of the language stage trained, or an adapter that PEFT did, of the decoder in that folder.
+    """Read the parameters trained by a run of the language stage, or a PEFT adapter, for the decoder in that folder.
 
-    Raises ValueError where it stands on another aligner or decoder.
+    Raises ValueError where it was trained on another aligner or decoder.
     """
     if (Path(folder) / "adapter_config.json").is_file():
         flat, lora = load_peft(folder, decoder)
@@ -99,9 +99,9 @@ def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) 
 
 
 def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, dict, dict[str, np.ndarray]]:
-    """Shape, settings and trained parameters, on the host, of a run folder of the language stage.
+    """Read shape, settings and trained parameters (on the host) from a run folder of the language stage.
 
-    Raises FileNotFoundError and ValueError for a folder that is none, or is damaged.
+    Raises FileNotFoundError and ValueError for any other folder, or a damaged one.
     """
     home = files.run_folder(folder)
     config = files.read_run_config(home)
@@ -123,10 +123,10 @@ def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, 
 def assemble(
     folder: str | Path, which: str | int = "best", *, decoder: str = "", aligner: str = "", dtype: str = ""
 ) -> tuple[SlideLanguageModel, dict, DecoderTokenizer]:
-    """(model, config, tokenizer) of a run of the language stage: what it trained, and its sources read again.
+    """Assemble (model, config, tokenizer) of a run of the language stage from its trained parameters and its sources.
 
-    `decoder` and `aligner` name those folders where they are not where they were; `dtype` is that of the decoder's
-    weights and of computing. Raises ValueError where a source holds other weights than it did.
+    `decoder` and `aligner` name those folders if they have moved; `dtype` is that of the decoder's weights and of
+    computation. Raises ValueError where a source's weights have changed.
     """
     shape, config, trained = read_trained(folder, which)
     lm = config["lm"]
@@ -155,15 +155,15 @@ def assemble(
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """The names in a list written with commas."""
+    """Names in a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def weights_hash(folder: str | Path) -> str:
-    """A hash of a decoder's folder: of config.json, and of name, size and table of contents of each file of weights.
+    """Hash of a decoder's folder: of config.json, and of name, size and header of each weights file.
 
-    Weights of one shape that were saved over each other differ in what the tensors hold: so the start and the end of
-    each file count too, without reading gigabytes.
+    Weights of equal shape saved over each other differ only in tensor values, so the start and the end of each file are
+    hashed too, without reading gigabytes.
     """
     found = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for path in sorted(Path(folder).glob("*.safetensors")):

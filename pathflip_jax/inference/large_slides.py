@@ -1,9 +1,9 @@
-"""Slides too large to be encoded at once: the same model, a block of regions at a time (DESIGN section 3).
+"""Blockwise encoding of slides too large for one call, one block of regions at a time (DESIGN section 3).
 
-The queries of a region read its own patches alone, so that regions are encoded block by block. The slide's read all
-patches in every cross-attention layer, and once more with what they became: for each such layer the patches pass once,
-and what is pooled of the blocks is put together by their share in the softmax. Memory holds one block of patches, and
-the slide's regions.
+A region's queries attend only to its own patches, so regions are encoded block by block. The slide's queries attend to
+all patches in every cross-attention layer, with states updated since the layer before: each such layer takes one pass
+over the patches, and the pooled blocks are combined by their share of the softmax. Memory holds one block of patches,
+and the slide's regions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +17,15 @@ from pathflip_jax.model.cross_attention import Part
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
 from pathflip_jax.runtime.buckets import bucket
 
-MOST_PATCHES = 2**17  # slots of a slide, padding included, that are encoded at once
+MOST_PATCHES = 2**17  # slots of a slide, padding included, encoded per call
 BLOCK_PATCHES = 2**12
-ROWS_AT_ONCE = 128  # of the region transformer, each of which attends to all
+ROWS_AT_ONCE = 128  # rows of the region transformer, each of which attends to all
 
 Block = tuple[Float[np.ndarray, "r S F"], Bool[np.ndarray, "r S"]]
 
 
 def encode(model: PathFLIP, features: Sequence[np.ndarray], slots: Sequence[np.ndarray]) -> SlideEncoding:
-    """Slides by their features and the patches in their slots [R, S], one after the other; padded to one size."""
+    """Encode slides, given as features and patch slots [R, S], one after the other; padded to one size."""
     found = []
     for x, index in zip(features, slots, strict=True):
         columns = bucket(index.shape[1])
@@ -47,11 +47,11 @@ def encode(model: PathFLIP, features: Sequence[np.ndarray], slots: Sequence[np.n
 def padded(
     features: Sequence[np.ndarray], slots: Sequence[np.ndarray], size: tuple[int, int, int]
 ) -> tuple[Float[np.ndarray, "B R S F"], Bool[np.ndarray, "B R S"]]:
-    """The patches of bags in their slots of an array of this size, and which slots hold one."""
+    """Patches of bags in the slots of an array of this size, and the mask of filled slots."""
     patches = np.zeros((*size, features[0].shape[1]), features[0].dtype)
     mask = np.zeros(size, bool)
     wanted = [index[index >= 0] for index in slots]
-    if not isinstance(features[0], np.ndarray) and all(x is features[0] for x in features):  # on disk: read once
+    if not isinstance(features[0], np.ndarray) and all(x is features[0] for x in features):  # on disk: read only once
         read = np.split(features[0][np.concatenate(wanted)], np.cumsum([len(rows) for rows in wanted])[:-1])
     else:
         read = (x[rows] for x, rows in zip(features, wanted, strict=True))
@@ -65,9 +65,9 @@ def padded(
 def encode_in_blocks(
     model: PathFLIP, blocks: Callable[[], Iterator[Block]]
 ) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "R D"]]:
-    """A slide and its regions, padding included, as `PathFLIP.encode_slides` gives them.
+    """Encode a slide and its regions, padding included, as `PathFLIP.encode_slides` does.
 
-    `blocks` begins anew with each call and gives the patches of the same number of regions each time.
+    Each call of `blocks` restarts the iteration, which yields the patches of the same number of regions each time.
     """
     qformer = model.qformer
     x = _first_queries(model)  # [1, 1, Q, H]
@@ -104,7 +104,7 @@ def _project(model: PathFLIP, patches: Array, mask: Array) -> Float[Array, "1 r 
 
 @jax.jit
 def _read_regions(model: PathFLIP, patches: Array, mask: Array) -> Float[Array, "r D"]:
-    """The regions of a block before they see each other."""
+    """Regions of a block before they attend to each other."""
     return model.slide_projection(model.qformer.read_patches(patches, mask).regions.mean(2))[0]
 
 
@@ -132,7 +132,7 @@ def _after_patches(layer, x: Array, part: Part | None) -> Array:
 
 @jax.jit
 def _among_regions(layer, rows: Float[Array, "1 1+R D"], mask: Array) -> Float[Array, "1 1+R D"]:
-    """The rows after a layer of the region transformer: all of them are read, some at a time read."""
+    """Rows after a layer of the region transformer: every row attends to all, in blocks of rows."""
     count = rows.shape[1]
     parts = -(-count // ROWS_AT_ONCE)
     padded = jnp.pad(rows, ((0, 0), (0, parts * ROWS_AT_ONCE - count), (0, 0)))

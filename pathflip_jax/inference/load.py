@@ -16,12 +16,12 @@ SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif"
 
 
 def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
-    """Load a run folder (trained here, or made by `pathflip convert`), local or behind gs://, for inference.
+    """Load a run folder (trained here, or made by `pathflip convert`), local or on gs://, for inference.
 
-    `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, come back as the run
-    that they were. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that
-    it was trained with; `arguments` those of the published run, where the file does not hold them; `weights` names one
-    of several sets of weights in it. What no file says is assumed as the released code has it, and logged.
+    `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, load as the original
+    run. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that it was
+    trained with; `arguments` are those of the published run, where the file does not hold them; `weights` names one of
+    several sets of weights in it. Whatever no file states is assumed to be the released code's default, and logged.
     """
     if as_path(path).suffix in WEIGHTS or _is_export(path):
         from pathflip_jax.convert.released import load_released
@@ -49,8 +49,8 @@ def _is_export(path) -> bool:
 def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
     """Read one slide's features: a feature file (CLAM, TRIDENT, SlideChat, STAMP, .pt), or a slide of records.
 
-    Records may lie behind a URL, feature files on a local disk only. `slide_id` chooses from a folder or shard of
-    records that holds several slides. `known` is what a feature file may not say: patch_size (level-0 pixels), mpp,
+    Records may be at a URL, feature files only on a local disk. `slide_id` chooses from a folder or shard of records
+    that holds several slides. `known` gives what a feature file may not state: patch_size (level-0 pixels), mpp,
     encoder, as `read_features` takes it.
     """
     path = as_path(path)

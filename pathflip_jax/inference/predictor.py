@@ -1,7 +1,7 @@
-"""A trained model at work: embeddings of slides and texts, and where on a slide a text is seen.
+"""Inference with a trained model: embeddings of slides and texts, and grounding of texts on slides.
 
-Slides have any number of regions; XLA compiles once per shape. So regions and patch slots are padded to a few
-sizes (masked, hence without effect), and a cohort costs a handful of compilations.
+Slides have any number of regions, and XLA compiles once per shape. Regions and patch slots are therefore padded to a
+few sizes (masked, hence without effect), and a cohort costs a handful of compilations.
 """
 
 import functools
@@ -27,19 +27,19 @@ from pathflip_jax.runtime.buckets import bucket
 
 log = logging.getLogger(__name__)
 
-HELD = 4 << 30  # bytes of features that wait together to be encoded
-LARGE = 16  # features of more than this fraction of the free memory are asked whether they fit
+HELD = 4 << 30  # bytes of features queued for one encoding call
+LARGE = 16  # memory is checked for features above this fraction of the free memory
 
 
 class TextEncoding(NamedTuple):
-    """Texts in the space of slides and in that of regions: the same for PathFLIP, two for PathFLIP2."""
+    """Text embeddings in the slide space and in the region space: identical for PathFLIP, distinct for PathFLIP2."""
 
     slide: Float[np.ndarray, "n D"]
     region: Float[np.ndarray, "n D"]
 
 
 class Embedding(NamedTuple):
-    """A slide in the joint space: itself, its regions, and where these lie (grid column and row; -1 in `scan`)."""
+    """Slide in the joint space: its embedding, its regions' and their grid columns and rows (-1 in `scan`)."""
 
     slide_id: str
     slide: Float[np.ndarray, "D"]
@@ -64,7 +64,7 @@ def _text_region_attention(model, texts, regions, mask):
 
 
 def region_slots(order: Int[np.ndarray, "N"], rows: Int[np.ndarray, "R+1"]) -> Int[np.ndarray, "R S"]:
-    """The patch in every slot of every region, -1 where a region has fewer than the fullest one."""
+    """Patch index in every slot of every region, -1 where a region has fewer patches than the fullest one."""
     counts = np.diff(rows)
     slots = np.full((len(counts), int(counts.max(initial=1))), -1, np.int32)
     region = np.repeat(np.arange(len(counts)), counts)
@@ -73,7 +73,7 @@ def region_slots(order: Int[np.ndarray, "N"], rows: Int[np.ndarray, "R+1"]) -> I
 
 
 class CutSlides(NamedTuple):
-    """The patches of a slide, or of all slides of a case, and which of them make each region."""
+    """Patches of a slide, or of all slides of a case, and their assignment to regions."""
 
     slide_id: str
     features: Float[np.ndarray, "N F"]
@@ -82,7 +82,7 @@ class CutSlides(NamedTuple):
 
 
 class Predictor:
-    """A trained run: encodes slides and texts, and grounds texts on slides.
+    """Trained run that encodes slides and texts, and grounds texts on slides.
 
     Takes `SlideFeatures` of any origin, cut into regions as the run's records were.
     """
@@ -101,16 +101,16 @@ class Predictor:
             self.caption_length = int(data.get("caption_length") or 384)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
-        #: What the run does not say of itself and was assumed: older runs, and weights from elsewhere.
+        #: Settings that the run does not state and that were assumed: older runs, and third-party weights.
         self.assumed = tuple(map(str, config.get("assumed") or ())) or self._unsaid(data)
-        #: Each patch stands where another family has a region.
+        #: Each patch takes the role of a region in other families.
         self.patchwise = family_of(model.config).patchwise
         self._serving = SERVING[model.config.family]
         self.default_method = self._serving.default_method
-        self._encoders: dict[tuple, Callable] = {}  # by size of their inputs
+        self._encoders: dict[tuple, Callable] = {}  # by input size
 
     def _unsaid(self, data: dict) -> tuple[str, ...]:
-        """The settings that a run does not state, with the values that stand in for them."""
+        """Settings that a run does not state, with the values assumed for them."""
         lines = [] if "encoder" in data else ["the patch encoder is not known: features of any encoder are taken"]
         lines += [] if data.get("cut") else [f"regions are cut by {self.cut}"]
         if self.cut == "grid" and data.get("edge_um") is None and data.get("edge_px") is None:
@@ -134,7 +134,7 @@ class Predictor:
             )
 
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> CutSlides:
-        """Cut slides into regions; several slides are one bag, their regions one after the other (DESIGN section 4).
+        """Cut slides into regions; several slides form one bag, their regions concatenated (DESIGN section 4).
 
         Raises ValueError for features of another width or patch encoder than the run was trained on.
         """
@@ -153,7 +153,7 @@ class Predictor:
         return CutSlides("+".join(s.slide_id for s in slides), features, np.concatenate(slots), np.concatenate(grids))
 
     def region_patches(self, slide: SlideFeatures) -> Int[np.ndarray, "R S"]:
-        """The patches of the regions that `encode_regions` embeds, -1 where a region has fewer than the fullest."""
+        """Patches of the regions that `encode_regions` embeds, -1 where a region has fewer than the fullest."""
         regions = self._regions(slide)
         return region_slots(regions.order, regions.rows)
 
@@ -166,7 +166,7 @@ class Predictor:
     def encode_slots(
         self, features: Sequence[np.ndarray], slots: Sequence[np.ndarray], attention=False
     ) -> SlideEncoding:
-        """Encode several bags of patch indices [R, S] in one padded call; arrays come back as NumPy, still padded."""
+        """Encode several bags of patch indices [R, S] in one padded call; returns NumPy arrays, still padded."""
         rows = bucket(max(s.shape[0] for s in slots))
         columns = bucket(max(s.shape[1] for s in slots))
         if rows * columns > large_slides.MOST_PATCHES and not attention and self._serving.in_blocks:
@@ -179,7 +179,7 @@ class Predictor:
         return jax.device_get(self._encoders[size](self.model, patches, mask))
 
     def _encoder(self, patches: np.ndarray, mask: np.ndarray, attention: bool, what: str) -> Callable:
-        """The encoder of inputs of one size: one compilation for all runs, for large ones a program that fits."""
+        """Encoder for inputs of one size: compiled once for all runs; large inputs get a program that fits."""
         free = memory.free_bytes(jax.local_devices()[0])
         if free is None or patches.nbytes <= free / LARGE:
             return functools.partial(_encode_slides, attention=attention)
@@ -192,7 +192,7 @@ class Predictor:
         return next(self.encode_slides([slide]))
 
     def encode_slides(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
-        """Embed slides (or lists of slides) in their order; those of one padded size share a call."""
+        """Embed slides (or lists of slides) in order; those of one padded size share a call."""
         for window in _windows(map(self.bag, slides), 4 * batch_size):
             sizes: dict[tuple[int, int], list[int]] = {}
             for i, bag in enumerate(window):
@@ -208,9 +208,9 @@ class Predictor:
             yield from (found[i] for i in range(len(window)))
 
     def encode_regions(self, slides: Iterable, batch_size: int = 8) -> Iterator[Embedding]:
-        """Embed slides as `encode_slides`, their regions in the space of texts, where the region loss compares them.
+        """Embed slides as `encode_slides`, with regions in the text space in which the region loss compares them.
 
-        A region of a PathFLIP2 is the mean of its patches, which are cut into regions as the run's records were.
+        A PathFLIP2 region is the mean of its patches, which are cut into regions as the run's records were.
         """
         slides, again = itertools.tee(slides)
         for slide, embedding in zip(again, self.encode_slides(slides, batch_size), strict=True):
@@ -222,14 +222,14 @@ class Predictor:
             yield embedding._replace(regions=regions)
 
     def encode_text(self, texts: str | Sequence[str], batch_size: int = 32) -> Float[np.ndarray, "n D"]:
-        """Embed texts in the space of slides, in their order. Raises ValueError for a text of no words."""
+        """Embed texts in the slide space, in order. Raises ValueError for a text without words."""
         return self.encode_texts(texts, batch_size).slide
 
     def encode_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> TextEncoding:
-        """Embed texts, in their order, to be compared with slides and with regions.
+        """Embed texts, in order, for comparison with slides and with regions.
 
         Where a PathFLIP2 pools "mean_padded", an embedding depends on the longest of the texts given together, as in
-        the released code. Raises ValueError for a text of no words.
+        the released code. Raises ValueError for a text without words.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(texts):
@@ -269,17 +269,17 @@ class Predictor:
 
         The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
         and `context` matter to the methods that look at patches one by one.
-        Raises ValueError for a slide without coordinates: there is no place to put a score.
+        Raises ValueError for a slide without coordinates, on which no score can be located.
         """
         texts, negative = methods.as_tuple(texts), methods.as_tuple(negative)
-        encoded = self.encode_texts(texts + negative)  # first: a text of no words is told before the slide is encoded
+        encoded = self.encode_texts(texts + negative)  # first: refuses a text without words early
         prepared = methods.prepare(self, slide, method=method, window=window, context=context)
         return methods.score(self, prepared, texts, negative=negative, encoded=encoded)
 
     def attend(self, slide: SlideFeatures) -> Float[np.ndarray, "N"]:
-        """The cross-attention of the Slide Q-Former to each patch, as a logarithm over its mean: a map of no text.
+        """Text-independent attention map: log of the Slide Q-Former's cross-attention to each patch over its mean.
 
-        What a grounding must beat: the model looks at some patches more than at others whatever is asked.
+        Baseline that a grounding must beat: the model attends to some patches more than to others whatever the text.
         """
         bag = self.bag(slide)
         encoding = self.encode_slots([bag.features], [bag.slots], attention=True)
@@ -287,7 +287,7 @@ class Predictor:
         return np.log(np.maximum(weights, 1e-9))
 
     def attend_regions(self, texts: np.ndarray, regions: np.ndarray) -> np.ndarray:
-        """The attention of each text over the regions [C, R], mean over heads."""
+        """Attention of each text over the regions [C, R], averaged over heads."""
         count, size, rows = len(regions), bucket(len(regions)), bucket(len(texts))
         keys = np.zeros((1, size, regions.shape[1]), np.float32)
         keys[0, :count] = regions
@@ -297,9 +297,9 @@ class Predictor:
         return np.asarray(weights, np.float32)[0, : len(texts), :count]
 
     def alone(self, regions: np.ndarray) -> np.ndarray:
-        """The text-conditioned embedding of each region as the only one of its slide [R, D].
+        """Text-conditioned embedding of each region taken as the only one of its slide [R, D].
 
-        One region takes all the attention whatever the text, so the embedding is the same for every text.
+        A single region receives all the attention whatever the text, so the embedding is the same for every text.
         """
         size = bucket(len(regions))
         keys = np.zeros((size, 1, regions.shape[1]), np.float32)
@@ -309,7 +309,7 @@ class Predictor:
 
 
 def _windows(bags: Iterable[CutSlides], most: int) -> Iterator[list[CutSlides]]:
-    """Bags in their order, `most` together, or fewer whose features in memory come to HELD bytes."""
+    """Bags in order, in groups of at most `most`, or fewer where features in memory reach HELD bytes."""
     window, held = [], 0
     for bag in bags:
         window.append(bag)

@@ -1,1 +1,1 @@
-"""The decoder as a model: layers, generation, tokenizer and prompts."""
+"""Language-model decoder: layers, generation, tokenizer and prompts."""

@@ -1,4 +1,4 @@
-"""A language model that reads slides: [slide; regions] as soft tokens in a prompt, and the loss of its answers.
+"""Slide-conditioned language model: [slide; regions] as soft tokens in a prompt, and the loss of its answers.
 
 Letters as in `model/pathflip.py` and `llm/decoder.py`: B sequences, each about one slide of R regions; T tokens; D the
 aligner's width, W the decoder's. In `tokens` an id below zero is a soft token: -1 the slide, -2 its first region, ...
@@ -18,8 +18,8 @@ from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.layers import Linear
 from pathflip_jax.model.pathflip import PathFLIP
 
-# What a stage may train, and the parameters that it then trains. Of the aligner only what slides pass through: the rest
-# sees no gradient, and weight decay alone would shrink it.
+# Parts that a stage may train, with their parameters. Of the aligner only the slide branch: the rest
+# receives no gradient, and weight decay alone would shrink it.
 PARTS = {
     "projector": r"^projector/",
     "lora": r"^decoder/.*/lora/",
@@ -30,7 +30,7 @@ PARTS = {
 
 
 class SlideLanguageModel(nnx.Module):
-    """Aligner, projector and decoder: one pytree of parameters, of which a stage trains some."""
+    """Aligner, projector and decoder: one pytree of parameters, part of which a stage trains."""
 
     def __init__(
         self, aligner: PathFLIPConfig, decoder: DecoderConfig, lora: LoRAConfig | None, rngs: nnx.Rngs
@@ -42,25 +42,25 @@ class SlideLanguageModel(nnx.Module):
     def soft_tokens(
         self, patches: Float[Array, "B R S F"], patch_mask: Bool[Array, "B R S"], *, key: Array | None = None
     ) -> Float[Array, "B 1+R W"]:
-        """The slide and its regions as rows of the decoder's width; `key` draws the aligner's dropout."""
+        """Embed the slide and its regions as rows of the decoder's width; `key` draws the aligner's dropout."""
         found = self.aligner.encode_slides(patches, patch_mask, key=key)
         return self.project(jnp.concatenate([found.slide[:, None], found.regions], axis=1))
 
     def project(self, rows: Float[Array, "B n D"]) -> Float[Array, "B n W"]:
-        """Embeddings of slides and regions as soft tokens."""
+        """Project embeddings of slides and regions to soft tokens."""
         return self.projector(rows.astype(self.decoder.config.compute_dtype))
 
     def embed(self, tokens: Int[Array, "B T"], soft: Float[Array, "B n W"]) -> Float[Array, "B T W"]:
-        """Embeddings of a sequence: of words by the decoder's table, of soft tokens their own rows."""
+        """Embed a sequence: words by the decoder's table, soft tokens by their rows."""
         words = self.decoder.embed(jnp.maximum(tokens, 0))
         rows = jnp.take_along_axis(soft, jnp.clip(-1 - tokens, 0, soft.shape[1] - 1)[..., None], axis=1)
         return jnp.where((tokens < 0)[..., None], rows.astype(words.dtype), words)
 
 
 def is_trained(trains: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether the parameter of a name learns, where `trains` names the `PARTS` that do.
+    """Whether the parameter of this name is trained, where `trains` names the trained `PARTS`.
 
-    Raises ValueError for a part that is none.
+    Raises ValueError for an unknown part.
     """
     unknown = [name for name in trains if name not in PARTS]
     if unknown or not trains:

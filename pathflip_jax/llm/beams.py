@@ -1,6 +1,6 @@
 """Beam-search state: running hypotheses, finished ones, and the bound that ends the search.
 
-As in transformers with early_stopping=False, whose results it gives token for token; letters as in generate.py.
+As in transformers with early_stopping=False, whose results it reproduces token for token; letters as in generate.py.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm.sampling import Sampling
 
-NEVER = -1e9  # the score of what may not be chosen
+NEVER = -1e9  # score of disallowed choices
 
 
 class Beams(NamedTuple):
-    """Running texts with sums of log likelihoods, and the best ended ones with their scores.
+    """Running texts with summed log likelihoods, and the best finished ones with their scores.
 
-    `open` is whether a running text of the sequence may still beat its ended ones; `seen` and `fault` as in
+    `open` is whether a running text of the sequence may still beat its finished ones; `seen` and `fault` as in
     `generate.Texts`.
     """
 
@@ -36,7 +36,7 @@ class Beams(NamedTuple):
 
 
 def start(B: int, K: int, N: int, seen: Bool[Array, "B V"] | None) -> Beams:
-    """No text yet. All but the first beam are out of the race, for at first all are the same."""
+    """Initial state without text. All but the first beam are disabled, since all are identical at first."""
     tokens, never = jnp.full((B, K, N), -1, jnp.int32), jnp.full((B, K), NEVER)
     no = jnp.zeros((B, K), bool)
     return Beams(
@@ -53,10 +53,10 @@ def advance(
     limit: Int[Array, ""],
     sampling: Sampling,
 ) -> tuple[Beams, Int[Array, "B K"]]:
-    """Give each text its likeliest next tokens; the beams afterwards, and the beam that each continues."""
+    """Extend each text by its likeliest next tokens; returns the new beams, and the beam that each continues."""
     B, K, V = likelihoods.shape
     step = beams.step
-    # Of so many candidates K do not end, whatever stop tokens are among them.
+    # Enough candidates that K of them do not end, whatever stop tokens are among them.
     kept = min(max(2, 1 + len(sampling.stop_ids)) * K, K * V)
     sums, places = lax.top_k((likelihoods + beams.sums[:, :, None]).reshape(B, K * V), kept)
     parents, token = places // V, (places % V).astype(jnp.int32)
@@ -66,7 +66,7 @@ def advance(
     running, chosen = lax.top_k(sums + ends * NEVER, K)
     length = (step + 1).astype(jnp.float32)
     candidates = sums / length**sampling.length_penalty
-    counts = ends & (jnp.arange(kept) < K)  # the others are there only so that enough go on
+    counts = ends & (jnp.arange(kept) < K)  # the others only ensure that enough beams continue
     candidates = candidates + ~beams.open[:, None] * NEVER + ~counts * NEVER
     scores, best = lax.top_k(jnp.concatenate([beams.scores, candidates], axis=1), K)
     ended_tokens = _pick(jnp.concatenate([beams.ended_tokens, tokens], axis=1), best)
@@ -91,7 +91,7 @@ def advance(
 
 
 def best(beams: Beams) -> tuple[Int[Array, "B N"], Int[Array, "B"], Float[Array, "B"]]:
-    """The best text of each sequence, its length and its score."""
+    """Best text of each sequence, its length and its score."""
     return beams.ended_tokens[:, 0], beams.ended_lengths[:, 0], beams.scores[:, 0]
 
 

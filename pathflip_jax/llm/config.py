@@ -1,7 +1,7 @@
-"""The shape of a decoder, read from the config.json of a Hugging Face folder, and that of its low-rank adapters.
+"""Decoder configuration, read from the config.json of a Hugging Face folder, and that of its low-rank adapters.
 
-Qwen3, Qwen2 (and 2.5) and Llama 3 are one architecture with switches; what a config.json asks beyond them is refused,
-never ignored.
+Qwen3, Qwen2 (and 2.5) and Llama 3 are one architecture with switches; any other requirement of a config.json is
+refused, never ignored.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 Family = Literal["qwen3", "qwen2", "llama"]
 FAMILIES = get_args(Family)
 DTYPES = ("float32", "bfloat16", "float16")
-# How the projections are called in Hugging Face's weights and in PEFT's target_modules, and here.
+# Names of the projections in Hugging Face's weights and PEFT's target_modules, and here.
 TARGETS = {
     "q_proj": "attention/query",
     "k_proj": "attention/key",
@@ -25,7 +25,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of rotary positions: long waves slowed by `factor`, short ones left (arXiv 2407.21783)."""
+    """Llama 3's rotary scaling: long wavelengths are stretched by `factor`, short ones unchanged (arXiv 2407.21783)."""
 
     factor: float
     low_freq_factor: float
@@ -57,10 +57,10 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A causal decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """Causal decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    `attention_bias` puts biases on queries, keys and values, `output_bias` on the attention's output; `query_norm`
-    normalises each head of queries and keys. `tied`: the head is the embedding. `remat` computes layers again for the
+    `attention_bias` adds biases to queries, keys and values, `output_bias` to the attention's output; `query_norm`
+    normalises each head of queries and keys. `tied`: the head shares the embedding. `remat` recomputes layers for the
     gradient.
     """
 
@@ -96,9 +96,9 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], **more: Any) -> "DecoderConfig":
-        """The decoder of a Hugging Face config.json, as transformers 4 or 5 writes it.
+        """Read a Hugging Face config.json, as transformers 4 or 5 writes it.
 
-        Raises ValueError listing what is missing and everything that is asked for and not supported.
+        Raises ValueError listing missing entries and unsupported requirements.
         """
         family = values.get("model_type")
         if family not in FAMILIES:
@@ -154,13 +154,13 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DecoderConfig":
-        """Inverse of `to_dict`. Raises TypeError for a name that no setting has."""
+        """Inverse of `to_dict`. Raises TypeError for an unknown setting."""
         scaling = values.get("rope_scaling")
         return cls(**values | {"rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary positions as one dict: transformers 5 says `rope_parameters`, 4 `rope_theta` beside `rope_scaling`."""
+    """Rotary settings as one dict: transformers 5 has `rope_parameters`, 4 `rope_theta` and `rope_scaling`."""
     rope = dict(values.get("rope_scaling") or {}) | dict(values.get("rope_parameters") or {})
     if "rope_theta" not in rope and "rope_theta" in values:
         rope["rope_theta"] = values["rope_theta"]
@@ -168,7 +168,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unsupported(family: str, values: Mapping[str, Any]) -> list[str]:
-    """Demands of a config.json that this decoder does not meet."""
+    """Requirements of a config.json that this decoder does not support."""
     faults = []
     if values.get("hidden_act", "silu") != "silu":
         faults.append(f"hidden_act {values['hidden_act']!r} (expected silu)")

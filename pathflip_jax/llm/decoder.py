@@ -1,11 +1,11 @@
-"""The decoder that reads soft tokens and writes text: Qwen3, Qwen2 and Llama 3 (DESIGN section 7).
+"""Decoder that takes soft tokens and generates text: Qwen3, Qwen2 and Llama 3 (DESIGN section 7).
 
     B  sequences of the batch     W  width of the decoder     N  heads of queries
     T  tokens                     V  vocabulary               M  heads of keys and values
     U  slots of the cache         d  width of a head
 
-It is called with token ids or with embeddings, which is how a slide comes in. Padding may stand on either side; what
-stands there changes nothing. Positions count real tokens.
+It is called with token ids or with embeddings, through which a slide enters. Padding may be on either side; its content
+has no effect. Positions count real tokens.
 """
 
 import math
@@ -25,9 +25,9 @@ from pathflip_jax.ops.matmul import add_bias, contract
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen, of every layer; `mask` says which slots hold one.
+    """Keys and values of past tokens in every layer; `mask` marks the filled slots.
 
-    All sequences fill the same slots, `filled` of them: prompts of different lengths are padded on the left.
+    All sequences fill the same slots, `filled` of them: prompts of different lengths are left-padded.
     """
 
     keys: tuple[Float[Array, "B M U d"], ...]
@@ -55,10 +55,10 @@ class Projection(nnx.Module):
 
 
 def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "d/2"]:
-    """Radians that each pair of numbers of a head turns by from one position to the next."""
+    """Rotation angle per position of each pair of components of a head, in radians."""
     frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)  # over the length that was trained first
+        turns = scaling.original_max_positions * frequencies / (2 * np.pi)  # relative to the original training length
         span = scaling.high_freq_factor - scaling.low_freq_factor
         kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
@@ -66,7 +66,7 @@ def rotary_frequencies(config: DecoderConfig) -> Float[np.ndarray, "d/2"]:
 
 
 def rotate(x: Float[Array, "B T N d"], angles: Float[Array, "B T d/2"]) -> Float[Array, "B T N d"]:
-    """Turn each pair (i, i + d/2) of a head by its angle (RoFormer, arXiv 2104.09864)."""
+    """Rotate each pair (i, i + d/2) of a head by its angle (RoFormer, arXiv 2104.09864)."""
     cos, sin = (f(angles)[:, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         cached: tuple[Float[Array, "B M U d"], Float[Array, "B M U d"], Int[Array, ""]] | None,
         key: Array | None,
     ) -> tuple[Float[Array, "B T W"], tuple[Float[Array, "B M U d"], Float[Array, "B M U d"]] | None]:
-        """[B, T, W] -> [B, T, W], and with a cache the keys and values of its slots, the new ones among them."""
+        """[B, T, W] -> [B, T, W], and with a cache the keys and values of its slots, including the new ones."""
         heads, kv_heads, d = self.shape
         keys = split_key(key, 4)
         q, k, v = self.project(x, keys)
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
 def _attend_cached(
     q: Float[Array, "B T N d"], k: Float[Array, "B M U d"], v: Float[Array, "B M U d"], mask: Bool[Array, "B 1 T U"]
 ) -> Float[Array, "B T N d"]:
-    """Attention as a product for each head of keys, of all queries that share it: the cache is read as it lies."""
+    """Attention as one product per key head over all queries that share it: the cache is read in its stored layout."""
     B, T, N, d = q.shape
     shared = N // k.shape[1]
     rows = (q / math.sqrt(d)).reshape(B, T, -1, shared, d).swapaxes(1, 2).reshape(B, -1, T * shared, d)
@@ -158,7 +158,7 @@ def _adapted(name: str, lora: LoRAConfig | None) -> LoRAConfig | None:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the feed-forward network, each behind its norm and beside its residual."""
+    """Attention, then the feed-forward network, each pre-normalised with a residual connection."""
 
     def __init__(
         self, attention_norm: RMSNorm, attention: Attention, feed_forward_norm: RMSNorm, feed_forward: FeedForward
@@ -179,7 +179,7 @@ class DecoderLayer(nnx.Module):
 
 
 class CausalDecoder(nnx.Module):
-    """A stack of layers over embeddings of tokens: what decoders for training and for generation share."""
+    """Stack of layers over token embeddings, shared by decoders for training and for generation."""
 
     config: DecoderConfig
     embedding: Embedding
@@ -195,15 +195,15 @@ class CausalDecoder(nnx.Module):
         cache: Cache | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache | None]:
-        """The logits after every token, in float32, and the cache with the tokens in it (None without one).
+        """Logits after every token, in float32, and the cache with the tokens added (None without one).
 
-        Give token ids or `inputs_embeds`. `mask` is False at padding. `key` draws LoRA's dropout; None: no dropout.
+        Takes token ids or `inputs_embeds`. `mask` is False at padding. `key` draws LoRA's dropout; None: no dropout.
         """
         states, cache = self.states(tokens, inputs_embeds=inputs_embeds, mask=mask, cache=cache, key=key)
         return self.logits(states), cache
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T W"]:
-        """The embeddings of tokens, in the dtype of computation."""
+        """Embeddings of tokens, in the dtype of computation."""
         return self.embedding(tokens).astype(self.config.compute_dtype)
 
     def states(
@@ -217,16 +217,16 @@ class CausalDecoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         visible: Bool[Array, "B T U"] | None = None,
     ) -> tuple[Float[Array, "B T W"], Cache | None]:
-        """The last states, which `logits` reads, so that a loss need not hold the logits of all tokens at once.
+        """Final hidden states, the input of `logits`, so that a loss need not hold the logits of all tokens together.
 
-        `positions` and `visible`, the slots that each token sees, are given where tokens do not follow one another:
-        beams and alternatives that share a prompt lie side by side in the cache.
+        `positions` and `visible`, the slots that each token attends to, are given where tokens are not consecutive:
+        beams and alternatives that share a prompt are side by side in the cache.
         """
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("give token ids or inputs_embeds, one of the two")
         x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.config.compute_dtype)
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        # Attention weighs padding with zero, and zero times NaN is NaN.
+        # Attention weights padding with zero, and zero times NaN is NaN.
         x = jnp.where(mask[..., None], x, 0)
         if cache is None:
             held, filled, before = mask, 0, 0
@@ -256,7 +256,7 @@ class CausalDecoder(nnx.Module):
         raise NotImplementedError
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """Room for so many tokens of so many sequences, none of them there yet."""
+        """Empty cache for the given numbers of sequences and tokens."""
         config = self.config
         shape = (batch, config.kv_heads, slots, config.head_dim)
 
@@ -271,7 +271,7 @@ def _apply(module: DecoderLayer, *arguments):
 
 
 class Decoder(CausalDecoder):
-    """A causal language model. A pytree of parameters; use it with plain JAX transforms."""
+    """Causal language model, a pytree of parameters for use with plain JAX transforms."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, lora: LoRAConfig | None = None) -> None:
         self.config, self.lora = config, lora

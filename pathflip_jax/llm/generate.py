@@ -1,11 +1,11 @@
-"""Text from a decoder: greedy, drawn, or by beam search (beams.py); and the likelihood of texts that are given.
+"""Text generation by a decoder (greedy, sampling or beam search, beams.py), and likelihoods of given texts.
 
     B  sequences of the batch     W  width of the decoder     K  beams of a sequence
     T  tokens of a prompt         V  vocabulary               C  continuations of a prompt
     U  slots of the cache                                     L  tokens of a continuation
 
-A prompt comes as embeddings, which is how a slide gets in. Prompts of different lengths are padded on the left. Their
-length and that of the answer are rounded up to a few sizes (`bucket`), so that a handful of programs serves all.
+A prompt is given as embeddings, through which a slide enters. Prompts of different lengths are left-padded. Their
+length and that of the answer are rounded up to a few sizes (`bucket`), so that a handful of compiled programs suffices.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from pathflip_jax.llm.serving import ServingDecoder, fuse_for_decoding
 from pathflip_jax.runtime.buckets import bucket
 from pathflip_jax.runtime.compilation import compiler_options
 
-LOGITS = 2**26  # of them at most stand in memory while continuations are scored: 256 MB
+LOGITS = 2**26  # held in memory at most while continuations are scored: 256 MB
 
 
 class Generated(NamedTuple):
-    """Texts as ids, -1 behind their ends; `lengths` count the stop token that ended a text.
+    """Texts as ids, -1 after their ends; `lengths` include the stop token that ended a text.
 
-    `scores` are sums of log likelihoods, of the logits as they come; with beams as beam search compares them.
+    `scores` are summed log likelihoods of the unmodified logits; with beams the scores that beam search compares.
     """
 
     tokens: Int[np.ndarray, "B N"]
@@ -41,7 +41,7 @@ class Generated(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """The state of the loop. `seen` marks the words of prompt and text if repetition has a penalty.
+    """Loop state. `seen` marks the tokens of prompt and text if there is a repetition penalty.
 
     `fault` is the first step whose logits were not finite, -1 without one.
     """
@@ -65,11 +65,11 @@ def generate(
 ) -> Generated:
     """Continue each prompt until a stop token or `max_new_tokens`.
 
-    `mask` is False at padding, which stands on the left. `prompt_tokens` are the ids of the prompt where there are any,
-    -1 elsewhere: the repetition penalty counts them. Whoever calls more than once gives `fuse_for_decoding(decoder)`,
-    which is made for this call otherwise. Draws are a function of the seed, the step and the row.
+    `mask` is False at padding, which is on the left. `prompt_tokens` are the ids of the prompt where there are any, -1
+    elsewhere: the repetition penalty counts them. For repeated calls pass `fuse_for_decoding(decoder)`, which is
+    otherwise computed in each call. Draws are a function of the seed, the step and the row.
 
-    Raises ValueError for prompts that are empty, padded elsewhere or too long for the decoder with the answer, and
+    Raises ValueError for prompts that are empty, padded elsewhere or, with the answer, too long for the decoder, and
     FloatingPointError naming sequence and step where logits are not finite.
     """
     mask = _check_prompt(decoder, inputs_embeds, mask, sampling.max_new_tokens)
@@ -85,7 +85,7 @@ def generate(
         seen = np.zeros((len(mask), V + 1), bool)
         np.put_along_axis(seen, np.where(known < 0, V, known), True, axis=1)
         seen = jnp.asarray(seen[:, :V])
-    # The program does not depend on what changes from call to call.
+    # Values that vary between calls are kept out of the compiled program.
     fixed = dataclasses.replace(sampling, max_new_tokens=room, seed=0)
     limit, seed = np.int32(sampling.max_new_tokens), np.uint32(sampling.seed % 2**32)
     run = _programs().search if sampling.beams > 1 else _programs().write
@@ -102,10 +102,10 @@ def score(
     targets: Int[Array, "B C L"],
     target_mask: Bool[Array, "B C L"],
 ) -> Float[np.ndarray, "B C"]:
-    """The log likelihood of each continuation of its prompt, summed over its tokens.
+    """Log likelihood of each continuation of its prompt, summed over its tokens.
 
     The prompt is read once for all its continuations. `mask` is as in `generate`, as are the errors; `target_mask` is
-    False at padding, which stands on the right. Raises ValueError for a continuation without a token too.
+    False at padding, which is on the right. Raises ValueError for a continuation without tokens too.
     """
     target_mask, targets = np.asarray(target_mask, bool), np.asarray(targets)
     B, C, L = target_mask.shape
@@ -129,7 +129,7 @@ def score(
 def adjust(
     logits: Float[Array, "... V"], seen: Bool[Array, "... V"] | None, step: Int[Array, ""], sampling: Sampling
 ) -> Float[Array, "... V"]:
-    """Logits after the penalty for repetition, without stop tokens where it is too early for one."""
+    """Logits after the repetition penalty, with stop tokens disabled before `min_new_tokens`."""
     if seen is not None:
         penalty = sampling.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -140,7 +140,7 @@ def adjust(
 
 
 def restrict(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
-    """Logits at the temperature, -inf at words outside `top_k` and `top_p`."""
+    """Logits divided by the temperature, -inf at tokens outside `top_k` and `top_p`."""
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
         kept = lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0]
@@ -180,7 +180,7 @@ def _check_prompt(decoder: CausalDecoder, inputs_embeds: Array, mask: Array, new
 
 
 def _prefill(model: ServingDecoder, inputs_embeds: Array, mask: Bool[np.ndarray, "B T"], room: int):
-    """The logits after each prompt, and the cache with `room` slots more."""
+    """Logits after each prompt, and the cache with `room` additional slots."""
     missing = bucket(mask.shape[1]) - mask.shape[1]
     embeds = jnp.pad(jnp.asarray(inputs_embeds), ((0, 0), (missing, 0), (0, 0)))
     return _programs().prefill(model, embeds, np.pad(mask, ((0, 0), (missing, 0))), room)
@@ -195,9 +195,9 @@ class _Programs(NamedTuple):
 
 @memoize
 def _programs() -> _Programs:
-    """The compiled functions; made at the first call, since options depend on the backend.
+    """Compiled functions, created at the first call, since options depend on the backend.
 
-    The cache goes in for good and comes out again, so that it is written where it lies.
+    The cache is donated and returned, so that it is updated in place.
     """
     compiled = partial(jax.jit, compiler_options=compiler_options())
     return _Programs(
@@ -209,15 +209,15 @@ def _programs() -> _Programs:
 
 
 def read_prompt(model: ServingDecoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
-    """The program of `generate` that reads prompts: the logits after each, and the cache with `room` slots more."""
+    """Prefill program of `generate`: the logits after each prompt, and the cache with `room` additional slots."""
     held = model.empty_cache(len(mask), mask.shape[1] + room)
-    # What stands at padding is weighed with zero, but zero times NaN is NaN.
+    # Padding is weighted with zero, but zero times NaN is NaN.
     states, held = model.states(inputs_embeds=jnp.where(mask[..., None], embeds, 0), mask=mask, cache=held)
     return model.logits(states[:, -1:])[:, 0], held
 
 
 def write_texts(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
-    """The program of `generate` that writes tokens: what `Texts` hold at the end, and the cache."""
+    """Decoding program of `generate`: the content of `Texts` at the end, and the cache."""
     B, rows = len(logits), jnp.arange(len(logits))
     key = jax.random.key(seed)
 
@@ -261,10 +261,10 @@ def write_texts(model, logits, held: Cache, seen, limit, seed, sampling: Samplin
 
 
 def _search(model, logits, held: Cache, seen, limit, seed, sampling: Sampling):
-    """Beam search: the beams of a sequence are tokens side by side, and each sees the prompt and its ancestors.
+    """Beam search: the beams of a sequence are tokens side by side, each attending to the prompt and its ancestors.
 
-    So they share the prompt's keys and values, and no slot of the cache is ever copied: a beam that continues from
-    another takes over what that one sees.
+    Beams thus share the prompt's keys and values, and no slot of the cache is ever copied: a beam that continues
+    another inherits its visible slots.
     """
     B, K, rows = len(logits), sampling.beams, jnp.arange(len(logits))[:, None]
     start, length = held.filled, held.mask.sum(1, keepdims=True)
@@ -305,7 +305,7 @@ def _score(model, logits, held: Cache, targets: Int[Array, "B C L"], target_mask
         logits = model.logits(after[0][None, None])[0, 0]
         return jax.nn.log_softmax(logits)[after[1]]
 
-    # The state at a token says how likely the next one is; the prompt's last logits, how likely the first.
+    # The state at a token scores the next one; the prompt's last logits score the first.
     states, following = states.reshape(B, C, L, -1)[:, :, :-1], targets[:, :, 1:]
     pairs = states.reshape(B * C * (L - 1), -1), following.reshape(-1)
     found = lax.map(likelihood, pairs, batch_size=max(1, LOGITS // model.config.vocab_size)) if L > 1 else jnp.zeros(0)

@@ -1,9 +1,8 @@
 """Conversations about a slide as tokens, for training and for generation alike (DESIGN, section 7).
 
-The slide stands in a text as one number, IMAGE_ID, until `insert_slide` makes room for its soft tokens. A prompt is
-put together from the same pieces whether its answer is known or asked for, so a model meets in generation the very ids
-that it was trained on. What somebody wrote never becomes a special token, and the text on both sides of the slide is
-kept (the released code drops what stands before it).
+The slide is a single id, IMAGE_ID, in a text until `insert_slide` makes room for its soft tokens. A prompt is built
+from the same pieces in training and in generation, so a model sees the same ids in both. User text never becomes a
+special token, and the text on both sides of the slide is kept (the released code drops the text before it).
 """
 
 import re
@@ -18,14 +17,14 @@ from pathflip_jax.data.texts.conversations import Conversation, Turn
 from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 
-IMAGE_ID = -1  # the slide, and its first soft token: soft token j is -1 - j
+IMAGE_ID = -1  # the slide, which is also its first soft token: soft token j is -1 - j
 TEMPLATES = ("plain", "chat")  # the paper's, and that of the decoder's folder
-_MARK = "\ue000{}\ue001"  # what stands for a message in a rendered conversation, of characters that nobody writes
+_MARK = "\ue000{}\ue001"  # placeholder of a message in a rendered conversation, of characters that no text contains
 _MARKS = re.compile(_MARK.format("([0-9]+)"))
 
 
 class Prompted(NamedTuple):
-    """A conversation as ids; `response` is True at what is learnt: each answer, and what ends it."""
+    """Conversation as ids; `response` is True at trained tokens: each answer, and its end."""
 
     tokens: Int[np.ndarray, "T"]
     response: Bool[np.ndarray, "T"]
@@ -37,10 +36,10 @@ class _Part(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """A rendered conversation without its messages.
+    """Rendered conversation without its messages.
 
-    `before` stands before each message (and the last answer), `end` behind an answer as far as it is learnt, `rest`
-    behind that of the last answer.
+    `before` precedes each message (and the last answer), `end` is the trained part after an answer, `rest` follows that
+    of the last answer.
     """
 
     before: tuple[Int[np.ndarray, "t"], ...]
@@ -49,7 +48,7 @@ class _Frame(NamedTuple):
 
 
 def choose_template(tokenizer: DecoderTokenizer, wanted: str) -> str:
-    """The template that is asked for; "": that of the decoder's folder where there is one, else the paper's.
+    """Requested template; "": that of the decoder's folder where there is one, else the paper's.
 
     Raises ValueError for a template of another name, and for "chat" where the folder has none.
     """
@@ -63,10 +62,10 @@ def choose_template(tokenizer: DecoderTokenizer, wanted: str) -> str:
 
 
 def encode_conversation(tokenizer: DecoderTokenizer, conversation: Conversation, template: str) -> Prompted:
-    """A conversation as it is learnt.
+    """Encode a conversation for training.
 
-    Raises ValueError, naming the conversation, for one in which the slide does not stand once in the first turn, and
-    as `encode_prompt`.
+    Raises ValueError, naming the conversation, for one in which the slide does not occur exactly once in the first
+    turn, and as `encode_prompt`.
     """
     *turns, (asked, answer) = conversation.turns
     try:
@@ -88,20 +87,20 @@ def encode_conversation(tokenizer: DecoderTokenizer, conversation: Conversation,
 def encode_prompt(
     tokenizer: DecoderTokenizer, turns_so_far: Sequence[Turn], asked: str, template: str
 ) -> Int[np.ndarray, "T"]:
-    """The tokens of a conversation up to where the answer to its last question begins, IMAGE_ID among them once.
+    """Encode a conversation up to the start of the answer to its last question, with IMAGE_ID once.
 
     "plain" is the paper's template, "chat" that of the decoder's folder, without thinking. Raises ValueError where the
-    slide does not stand once, in the first question; for a template of another name; for "chat" where the folder has
-    none, or one that fails or does not write each message once; and for a text with a special token that the
-    vocabulary cannot tell from text.
+    slide does not occur exactly once, in the first question; for a template of another name; for "chat" where the
+    folder has none, or one that fails or does not write each message once; and for a text with a special token that the
+    vocabulary cannot distinguish from text.
     """
     return np.concatenate([part.ids for part in _prompt_parts(tokenizer, turns_so_far, asked, template)])
 
 
 def insert_slide(prompted: Prompted, rows: int) -> Prompted:
-    """A conversation with `rows` soft tokens where the slide stands, numbered -1, -2, ...; 0 takes the slide out.
+    """Replace the slide in a conversation by `rows` soft tokens, numbered -1, -2, ...; 0 removes the slide.
 
-    Raises ValueError for tokens in which the slide does not stand once.
+    Raises ValueError for tokens in which the slide does not occur exactly once.
     """
     tokens, response = prompted
     (at,) = np.nonzero(tokens < 0)
@@ -121,9 +120,9 @@ def insert_slide(prompted: Prompted, rows: int) -> Prompted:
 
 
 def stop_ids(tokenizer: DecoderTokenizer, template: str) -> tuple[int, ...]:
-    """The ids at which an answer ends: those of the folder, and for "chat" what its template puts behind an answer.
+    """Ids at which an answer ends: those of the folder, and for "chat" the id that its template puts after an answer.
 
-    Base models come with a chat template whose end of turn none of their settings names.
+    Base models include a chat template whose end of turn is missing from their settings.
     """
     if template != "chat":
         return tokenizer.stop_ids
@@ -155,7 +154,7 @@ def _check(questions: Sequence[str], answers: Sequence[str]) -> None:
 
 
 def _plain(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequence[str]) -> list[_Part]:
-    """The paper's: an instruction, the slide, the response. Later turns have no slide."""
+    """The paper's template: an instruction, the slide, the response. Later turns have no slide."""
     first = " ".join(filter(None, (text.strip() for text in questions[0].split(IMAGE))))
     text = tokenizer.text_ids
     parts = [
@@ -189,12 +188,12 @@ def _chat(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequen
 
 @lru_cache(maxsize=64)
 def _frame(tokenizer: DecoderTokenizer, turns: int) -> _Frame:
-    """The ids that a chat template puts around the messages of that many turns, whatever they say."""
+    """Ids that a chat template puts around the messages of that many turns, whatever their content."""
     roles = ("user", "assistant") * turns
     messages = [{"role": role, "content": _MARK.format(number)} for number, role in enumerate(roles)]
     before = _cut(tokenizer, tokenizer.render(messages[:-1], add_generation_prompt=True), 2 * turns - 1)
     behind = tokenizer.ids(_cut(tokenizer, tokenizer.render(messages), 2 * turns)[-1])
-    # Up to the special tokens behind an answer: "<|im_end|>" and not the line end behind it.
+    # Up to the special tokens after an answer: "<|im_end|>" but not the line end after it.
     special = [int(number) in tokenizer.special_ids for number in behind]
     if True not in special:
         raise ValueError(
@@ -207,7 +206,7 @@ def _frame(tokenizer: DecoderTokenizer, turns: int) -> _Frame:
 
 
 def _cut(tokenizer: DecoderTokenizer, rendered: str, messages: int) -> list[str]:
-    """The text around the marks that stand for messages. Raises ValueError where they do not stand in turn."""
+    """Text around the placeholders of messages. Raises ValueError where they are out of order."""
     pieces = _MARKS.split(rendered)
     if pieces[1::2] != [str(number) for number in range(messages)]:
         raise ValueError(
@@ -219,7 +218,7 @@ def _cut(tokenizer: DecoderTokenizer, rendered: str, messages: int) -> list[str]
 
 
 def _common(one: Int[np.ndarray, "t"], other: Int[np.ndarray, "t"]) -> int:
-    """The number of ids that two sequences begin with in common."""
+    """Length of the common prefix of two sequences."""
     size = min(len(one), len(other))
     return int(np.cumprod(one[:size] == other[:size]).sum())
 

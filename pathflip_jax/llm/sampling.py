@@ -1,4 +1,4 @@
-"""Settings by which the tokens of a text are chosen."""
+"""Generation settings: greedy decoding, sampling and beam search."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """Choice of tokens; all but beam search as in transformers' processors of the same names.
+    """Token selection; all but beam search as in transformers' processors of the same names.
 
-    `temperature` 0 takes the likeliest token, otherwise tokens are drawn by `seed`, of the `top_k` likeliest and of the
-    fewest that hold a share of `top_p`. `beams` above 1 keeps so many texts, and divides their log likelihoods by
-    length ** `length_penalty`. `repetition_penalty` makes tokens that occurred less likely. `stop_ids` end a text, not
-    before `min_new_tokens`.
+    `temperature` 0 takes the likeliest token; otherwise tokens are drawn by `seed` from the `top_k` likeliest and from
+    the smallest set with probability `top_p`. `beams` above 1 keeps that many texts, and divides their log likelihoods
+    by length ** `length_penalty`. `repetition_penalty` makes tokens that occurred less likely. `stop_ids` end a text,
+    not before `min_new_tokens`.
     """
 
     max_new_tokens: int = 256

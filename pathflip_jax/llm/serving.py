@@ -1,6 +1,6 @@
-"""A decoder that writes one token at a time: its weights fused and stored so that each is read once, at full speed.
+"""Decoder for token-by-token generation: weights fused and stored so that each is read once, at full bandwidth.
 
-Which form that is depends on the platform: `pathflip_jax.ops.packed_matmul`.
+The layout depends on the platform: `pathflip_jax.ops.packed_matmul`.
 """
 
 from functools import partial
@@ -27,13 +27,13 @@ class PackedLinear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "B T I"], key: None = None) -> Float[Array, "B T O"]:
-        """[B, T, I] -> [B, T, O] in the dtype of x; `key` stands where `Projection` has it."""
+        """[B, T, I] -> [B, T, O] in the dtype of x; `key` is there for the signature of `Projection`."""
         y = packed_matmul(x.reshape(-1, self.inputs), self.kernel[...], self.layout).reshape(*x.shape[:-1], -1)
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
 class ServingAttention(Attention):
-    """Attention whose queries, keys and values are one product."""
+    """Attention with queries, keys and values from one product."""
 
     def __init__(self, attention: Attention, pack: "_Packer") -> None:
         self.shape = attention.shape
@@ -48,7 +48,7 @@ class ServingAttention(Attention):
 
 
 class ServingFeedForward(FeedForward):
-    """SwiGLU whose gate and up are one product."""
+    """SwiGLU with gate and up from one product."""
 
     def __init__(self, feed_forward: FeedForward, pack: "_Packer") -> None:
         self.gate_up = pack(feed_forward.gate, feed_forward.up)
@@ -60,7 +60,7 @@ class ServingFeedForward(FeedForward):
 
 
 class ServingDecoder(CausalDecoder):
-    """A decoder for generation: as `Decoder`, adapters merged into its kernels, without a gradient."""
+    """Decoder for generation: as `Decoder`, with adapters merged into its kernels and without a gradient."""
 
     def __init__(self, decoder: Decoder, pack: "_Packer") -> None:
         self.config, self.embedding, self.norm = decoder.config, decoder.embedding, decoder.norm
@@ -85,7 +85,7 @@ class ServingDecoder(CausalDecoder):
 
 
 def fuse_for_decoding(decoder: Decoder | ServingDecoder) -> ServingDecoder:
-    """The decoder with its weights stored for generation; a `ServingDecoder` comes back as it is.
+    """Store a decoder's weights for generation; a `ServingDecoder` is returned unchanged.
 
     It holds a copy of the kernels: on a CPU in float32 whatever their dtype, elsewhere in the dtype of computation.
     """
@@ -98,7 +98,7 @@ def _fuse(_platform: str, decoder: Decoder) -> ServingDecoder:  # compiled for e
 
 
 class _Packer:
-    """Makes projections packed ones: their kernels side by side, in a layout and (if plain) a dtype."""
+    """Packer of projections: their kernels side by side, in a layout and (if plain) a dtype."""
 
     def __init__(self, layout: Layout, dtype: str) -> None:
         self.layout, self.dtype = layout, jnp.dtype(dtype)
@@ -109,12 +109,12 @@ class _Packer:
         return self.kernel(kernel, jnp.concatenate(biases).astype(jnp.float32) if biases else None)
 
     def kernel(self, kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None) -> PackedLinear:
-        """A kernel with its bias."""
+        """Kernel with its bias."""
         return PackedLinear(kernel.astype(self.dtype) if self.layout == "plain" else kernel, bias, self.layout)
 
 
 def _merged(projection: Projection) -> Float[Array, "I O"]:
-    """The kernel with its adapter merged in, in the kernel's dtype."""
+    """Kernel with its adapter merged in, in the kernel's dtype."""
     kernel = projection.kernel[...]
     if (lora := projection.lora) is None:
         return kernel

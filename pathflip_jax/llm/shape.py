@@ -1,4 +1,4 @@
-"""The shapes of a language model about slides, as its run's model.json holds them."""
+"""Shapes of a slide-conditioned language model, as stored in its run's model.json."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -16,7 +16,7 @@ from pathflip_jax.model.versions import UnknownSettings, before
 
 
 class Shape(NamedTuple):
-    """The shapes of a language model about slides, and the dtype that its decoder's frozen parameters are stored in."""
+    """Shapes of a slide-conditioned language model, and the storage dtype of its decoder's frozen parameters."""
 
     aligner: PathFLIPConfig
     decoder: DecoderConfig
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     dtype: str
 
     def abstract(self, trainable: Callable[[str], bool]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Name, shape and dtype of every parameter: float32, but what is frozen of the decoder."""
+        """Name, shape and dtype of every parameter: float32, except the decoder's frozen ones."""
 
         def stored(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             frozen = name.startswith("decoder/") and not trainable(name)
@@ -33,12 +33,12 @@ class Shape(NamedTuple):
         return {name: stored(name, x) for name, x in jax.eval_shape(lambda: flatten(self._new())).items()}
 
     def projector(self, key: jax.Array) -> Params:
-        """Random parameters of the projector, as PyTorch's Linear starts."""
+        """Random initial parameters of the projector, as in PyTorch's Linear."""
         linear = Linear(self.aligner.embed_dim, self.decoder.width, "torch", nnx.Rngs(key))
         return {f"projector/{name}": x for name, x in flatten(linear).items()}
 
     def build(self, params: Params) -> SlideLanguageModel:
-        """The model of these parameters."""
+        """Build the model with these parameters."""
         return unflatten(jax.eval_shape(self._new), params)
 
     def _new(self) -> SlideLanguageModel:
@@ -52,10 +52,10 @@ class Shape(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Shape":
-        """Inverse of `to_dict`. Raises ValueError for what is no shape of a language model.
+        """Inverse of `to_dict`. Raises ValueError for anything but the shape of a language model.
 
-        What an earlier version did not write has the value that means what it did; UnknownSettings names what a later
-        one did.
+        Entries that an earlier version did not write get the value of its behaviour; UnknownSettings names those of a
+        later version.
         """
         _refuse_unknown(values)
         try:
@@ -72,7 +72,7 @@ class Shape(NamedTuple):
 
 
 def _refuse_unknown(values: dict[str, Any]) -> None:
-    """Raise UnknownSettings for names in a model.json that no part of the shape has."""
+    """Raise UnknownSettings for names in a model.json that are in no part of the shape."""
     kinds = {"decoder": DecoderConfig, "lora": LoRAConfig}
     unknown = sorted(set(values) - set(Shape._fields))
     for part, kind in kinds.items():
@@ -83,5 +83,5 @@ def _refuse_unknown(values: dict[str, Any]) -> None:
 
 
 def _earlier(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a dataclass; those that an earlier version did not write as what it did."""
+    """Values of a dataclass; those missing from an earlier version get that version's behaviour."""
     return before("lm", {field.name for field in fields(kind)} - values.keys()) | values

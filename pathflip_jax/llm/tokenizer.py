@@ -1,7 +1,7 @@
-"""The tokenizer of a decoder's Hugging Face folder, with its chat template (DESIGN, section 7).
+"""Tokenizer of a decoder's Hugging Face folder, with its chat template (DESIGN, section 7).
 
-Only `tokenizers` and jinja2 are used, not transformers. A chat template is a program that came with the folder: it is
-rendered in jinja2's sandbox, and no other code of a folder ever runs.
+Only `tokenizers` and jinja2 are used, not transformers. A chat template is untrusted code: it is rendered in jinja2's
+sandbox, and no other code of a folder ever runs.
 """
 
 import json
@@ -21,8 +21,8 @@ from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_ma
 from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.data.storage.whole_files import whole_file
 
-END = "<|endoftext|>"  # ends texts, and pads them, in tokenizers that are learnt here
-#: What Llama 3's templates write as today's date: their own default, so that a prompt is the same tomorrow.
+END = "<|endoftext|>"  # end and padding token of tokenizers trained here
+#: Date that Llama 3's templates write: their default, so that prompts do not change from day to day.
 DATE = "26 Jul 2024"
 _OBJECTS = (
     "tokenizer_config.json",
@@ -34,18 +34,18 @@ _OBJECTS = (
 )
 _FILES = ("tokenizer.json", "chat_template.jinja", *_OBJECTS)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Where words end that are learnt, as in Qwen: contractions, letters, single digits, signs, line ends, white space.
+# Pre-tokenization as in Qwen: contractions, letters, single digits, signs, line ends, white space.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 class DecoderTokenizer:
-    """The tokenizer of a Hugging Face folder of a language model: tokenizer.json and what stands beside it.
+    """Tokenizer of a language model's Hugging Face folder: tokenizer.json and the settings files next to it.
 
     `vocab_size` is the largest id + 1, which may be less than the rows of the model's embedding. `stop_ids` are the
-    ids that end a text by any file of the folder, those of generation_config.json first; `pad_id` is the first of
-    them where no file names a padding token. `special_ids` are those of special tokens.
+    end-of-text ids in any file of the folder, those of generation_config.json first; `pad_id` is the first of them
+    where no file names a padding token. `special_ids` are those of special tokens.
 
     Raises FileNotFoundError without a tokenizer.json, ValueError naming the file that is damaged or contradicts it.
     """
@@ -63,7 +63,7 @@ class DecoderTokenizer:
         self._tokenizer = self._read_tokenizer()
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
-        self._texts = self._read_tokenizer()  # one to which special tokens are text as any other
+        self._texts = self._read_tokenizer()  # a tokenizer that treats special tokens as ordinary text
         self._texts.add_special_tokens([AddedToken(token, special=True) for token in self._added.values()])
         self._texts.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -83,22 +83,22 @@ class DecoderTokenizer:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The content of its tokenizer.json."""
+        """Content of its tokenizer.json."""
         return json_object(self.folder / "tokenizer.json", self._files["tokenizer.json"])
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the folder says how conversations are written."""
+        """Whether the folder has a chat template."""
         return self._template_text is not None
 
     def ids(self, text: str) -> Int[np.ndarray, "T"]:
-        """The ids of a text; special tokens that it spells are recognised, none is added."""
+        """Ids of a text; special tokens spelt in it are recognised, none is added."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def text_ids(self, text: str) -> Int[np.ndarray, "T"]:
-        """The ids of what somebody wrote: a special token that it spells stays the text that it is.
+        """Ids of user text: a special token spelt in it stays ordinary text.
 
-        Raises ValueError naming the token where this vocabulary cannot spell it otherwise.
+        Raises ValueError naming the token where this vocabulary has no other spelling for it.
         """
         ids = np.array(self._texts.encode(text, add_special_tokens=False).ids, np.int32)
         for number in self._added.keys() & {*ids.tolist()}:
@@ -109,11 +109,11 @@ class DecoderTokenizer:
         return ids
 
     def decode(self, ids: Int[np.ndarray, "T"]) -> str:
-        """The text of ids, without special tokens."""
+        """Text of ids, without special tokens."""
         return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True)
 
     def prefix(self) -> Int[np.ndarray, "t"]:
-        """The ids that stand before any text: Llama's BOS, none for Qwen. Chat templates write it themselves."""
+        """Ids that precede any text: Llama's BOS, none for Qwen. Chat templates include them already."""
         return self._prefix.copy()
 
     def render(
@@ -122,10 +122,10 @@ class DecoderTokenizer:
         add_generation_prompt: bool = False,
         enable_thinking: bool = False,
     ) -> str:
-        """A conversation as the folder's chat template writes it, of messages with a `role` and a `content`.
+        """Render a conversation by the folder's chat template, from messages with a `role` and a `content`.
 
-        As `apply_chat_template` of transformers, with DATE for today's. Raises ValueError where there is no template,
-        and with what the template itself says where it fails.
+        As `apply_chat_template` of transformers, with DATE as today's date. Raises ValueError where there is no
+        template, and with the template's error message where it fails.
         """
         self.require_chat_template()
         settings = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
@@ -138,14 +138,14 @@ class DecoderTokenizer:
                 **self._named,
                 **settings,
             )
-        except Exception as error:  # whatever a program from elsewhere may raise
+        except Exception as error:  # untrusted code may raise anything
             raise ValueError(
                 f"{self.folder}: its chat template fails ({type(error).__name__}: {error!s:.200}); use the template "
                 '"plain", or mend it'
             ) from error
 
     def require_chat_template(self) -> None:
-        """Raise ValueError where the folder does not say how conversations are written."""
+        """Raise ValueError where the folder has no chat template."""
         if not self.has_chat_template:
             raise ValueError(
                 f'{self.folder}: no chat template in it; use the template "plain", or the folder of a model that was '
@@ -153,7 +153,7 @@ class DecoderTokenizer:
             )
 
     def save(self, folder: str | Place) -> None:
-        """Write a folder (without weights) from which the same tokenizer can be read; a config.json in it stays."""
+        """Write a folder (without weights) that restores the same tokenizer; an existing config.json is kept."""
         folder = as_path(folder)
         make_folder(folder)
         held = read_many([folder / name for name in self._files])
@@ -167,8 +167,8 @@ class DecoderTokenizer:
             tokenizer = Tokenizer.from_buffer(self._files["tokenizer.json"])
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            tokenizer.encode("a")  # some damage shows no sooner
-        except BaseException as error:  # tokenizers raises bare Exception, or panics, which is none
+            tokenizer.encode("a")  # some damage shows only here
+        except BaseException as error:  # tokenizers raises bare Exception, or panics, which is not an Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(
@@ -177,7 +177,7 @@ class DecoderTokenizer:
         return tokenizer
 
     def _named_tokens(self) -> dict[str, str]:
-        """The tokens that tokenizer_config.json, else special_tokens_map.json, gives a name: eos_token and so on."""
+        """Named tokens of tokenizer_config.json, else of special_tokens_map.json: eos_token and so on."""
         named = {}
         for name in _NAMED:
             for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -191,7 +191,7 @@ class DecoderTokenizer:
         return named
 
     def _check_added(self) -> None:
-        """Refuse a folder whose settings add tokens that tokenizer.json lacks: their ids would be others."""
+        """Refuse a folder whose settings add tokens that tokenizer.json lacks: their ids would differ."""
         stated = self._objects.get("tokenizer_config.json", {}).get("added_tokens_decoder")
         for number, token in stated.items() if isinstance(stated, dict) else ():
             text = token.get("content") if isinstance(token, dict) else token
@@ -202,7 +202,7 @@ class DecoderTokenizer:
                 )
 
     def _id(self, name: str) -> int | None:
-        """The id of a token that has a name."""
+        """Id of a named token."""
         if name not in self._named:
             return None
         number = self._tokenizer.token_to_id(self._named[name])
@@ -214,7 +214,7 @@ class DecoderTokenizer:
         return number
 
     def _stated_ids(self, file: str, name: str) -> list[int]:
-        """The ids of a setting that is an id, a list of them, or nothing."""
+        """Ids of a setting that is an id, a list of ids, or absent."""
         value = self._objects.get(file, {}).get(name)
         numbers = [] if value is None else value if isinstance(value, list) else [value]
         for number in numbers:
@@ -244,7 +244,7 @@ class DecoderTokenizer:
 
     def _read_prefix(self) -> Int[np.ndarray, "t"]:
         begins = self._objects.get("tokenizer_config.json", {}).get("add_bos_token")
-        if isinstance(begins, bool):  # it wins over tokenizer.json, as in transformers
+        if isinstance(begins, bool):  # it overrides tokenizer.json, as in transformers
             number = self._id("bos_token") if begins else None
             return np.array([] if number is None else [number], np.int32)
         encoding = self._tokenizer.encode("a")
@@ -261,7 +261,7 @@ class DecoderTokenizer:
                 raise ValueError(f"{path}: not UTF-8 (byte {error.start}); copy the file again") from error
         for file in ("tokenizer_config.json", "chat_template.json", "chat_templates.json"):
             found = self._objects.get(file, {}).get("chat_template")
-            if isinstance(found, list):  # of several templates by name
+            if isinstance(found, list):  # one of several templates, by name
                 usual = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
                 found = usual[0].get("template", found) if usual else found
             if found is not None and not isinstance(found, str):
@@ -279,18 +279,18 @@ class DecoderTokenizer:
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` around what the assistant says: it changes nothing in the text."""
+    """jinja2 tag `{% generation %} ... {% endgeneration %}` around assistant messages, without effect on the text."""
 
     tags = {"generation"}
 
     def parse(self, parser):
-        """The statements between, whose variables stay their own."""
+        """Parse the enclosed statements into their own variable scope."""
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """jinja2's, without the names by which a template might reach into Python."""
+    """jinja2's namespace without the names by which a template could reach Python internals."""
 
     def __init__(*args: Any, **values: Any) -> None:
         self, *given = args
@@ -305,7 +305,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 
 def _sandbox() -> ImmutableSandboxedEnvironment:
-    """The environment that chat templates are written for, as transformers sets it up."""
+    """Environment that chat templates are written for, as set up by transformers."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -334,9 +334,9 @@ def _sandbox() -> ImmutableSandboxedEnvironment:
 def train_bpe(texts: Iterable[str], folder: str | Place, vocab_size: int = 2000) -> None:
     """Learn a byte-level BPE vocabulary from texts and write it as a Hugging Face folder without weights.
 
-    END ends and pads texts. Any text can be written in it, as every byte is a token; the same texts give the same
-    files. Few texts may hold fewer pieces than `vocab_size`. Raises ValueError when the bytes alone do not fit, and
-    for texts that are all empty.
+    END is the end and padding token. Any text can be encoded, as every byte is a token; the same texts give the same
+    files. A small corpus may yield fewer tokens than `vocab_size`. Raises ValueError when the bytes alone do not fit,
+    and for texts that are all empty.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(letters) + 1:

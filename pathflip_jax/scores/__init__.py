@@ -1,1 +1,1 @@
-"""Scores and statistics of predictions, of arrays and texts alone."""
+"""Metrics and statistics of predictions, computed from arrays and texts alone."""

@@ -30,7 +30,7 @@ _BEFORE = [tuple(cue.split()) for cue in (
 _AFTER = frozenset(("absent", "lacking", "excluded"))
 _NOT = frozenset(("not", "n't"))
 _ANSWERS = frozenset(("no", "none", "negative", "not", "absent"))  # "Necrosis: none"
-_ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" is no negation
+_ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" is not a negation
 _AUXILIARIES = frozenset("is are was were has have been be also".split())
 _SEEN = frozenset("seen identified present noted found observed evident detected appreciated apparent visible".split())
 # "Invasion is not specified" asserts nothing, so it counts as a negation.

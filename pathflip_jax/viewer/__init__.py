@@ -1,1 +1,1 @@
-"""The page in a browser: a server for one user, and reports that stand alone."""
+"""Browser viewer: a server for one user, and self-contained reports."""

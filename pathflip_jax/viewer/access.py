@@ -1,8 +1,8 @@
-"""Access control of the viewer: this machine, or whoever holds its token.
+"""Access control of the viewer: this machine, or holders of its token.
 
-Slides are patients' data. A viewer on the loopback address answers to the names of that address, to those that it was
-given, and to who has its token: a web page elsewhere that points a name of its own at this machine (DNS rebinding) has
-neither. On any other address it wants a token.
+Slides are patient data. A viewer on the loopback address accepts requests under the names of that address and under
+configured names, and requests with its token: a foreign web page that resolves its own host name to this machine (DNS
+rebinding) has neither. On any other address a token is required.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pathflip_jax.viewer.proxy import DIRECT, Proxy
 
 SHORTEST_TOKEN = 16
 WANTS_TOKEN = "This viewer needs its token: open the address that `pathflip serve` printed, which ends in ?token=...\n"
-# The name is not repeated: whoever sent it chose it.
+# The name is not echoed: the client controls it.
 WRONG_NAME = (
     "This viewer does not answer to the name in this address. If it is meant to, start it with that name (pathflip "
     "serve --public-name NAME), or with a token (--token) and open the address that it prints, with this name in it.\n"
@@ -33,8 +33,8 @@ HEADERS = {
 
 
 def safety_headers(frames: tuple[str, ...]) -> dict[str, str]:
-    """The headers of every answer; `frames` are whose pages may show the viewer within them."""
-    # OpenSeadragon sets styles of elements inline; scripts come from files alone.
+    """Security headers of every response; `frames` are the sites that may embed the viewer."""
+    # OpenSeadragon sets inline styles; scripts come only from files.
     policy = (
         "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
         f"frame-ancestors {' '.join(frames or NOBODY)}; base-uri 'none'; form-action 'none'"
@@ -43,7 +43,7 @@ def safety_headers(frames: tuple[str, ...]) -> dict[str, str]:
 
 
 def is_local(host: str) -> bool:
-    """Whether an address to listen at is this machine's own, which nobody else can reach."""
+    """Whether a listening address is a loopback address, unreachable from other machines."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -51,9 +51,9 @@ def is_local(host: str) -> bool:
 
 
 def choose_token(host: str, given: str | None) -> str:
-    """The token that the viewer wants: the given one, a new one for an address that others reach, else none.
+    """Required token: the given one, a new one for an address reachable by others, else none.
 
-    Raises ValueError for one that is short enough to guess.
+    Raises ValueError for a token short enough to guess.
     """
     if given is None:
         return "" if is_local(host) else secrets.token_urlsafe(24)
@@ -65,15 +65,15 @@ def choose_token(host: str, given: str | None) -> str:
 
 
 class Access:
-    """ASGI middleware that lets through who may ask, and puts the safety headers on what goes out."""
+    """ASGI middleware that admits authorised requests, and adds the security headers to responses."""
 
     def __init__(self, app: ASGIApp, token: str, local: bool, proxy: Proxy = DIRECT) -> None:
         self.app, self.token, self.local, self.proxy = app, token, local, proxy
         self.headers = [(name.encode(), value.encode()) for name, value in safety_headers(proxy.frames).items()]
-        self.cookie = "pathflip-" + hashlib.sha256(token.encode()).hexdigest()[:12]  # one for each viewer of a machine
+        self.cookie = "pathflip-" + hashlib.sha256(token.encode()).hexdigest()[:12]  # one for each viewer on a machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or refuse it."""
+        """Handle one request, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -101,7 +101,7 @@ class Access:
             return PlainTextResponse(WANTS_TOKEN, 401, {"www-authenticate": "Bearer"})
         if not entered:
             return None
-        # The token leaves the address bar, and history, for a cookie that scripts cannot read.
+        # Moves the token from the address bar and history to a cookie that scripts cannot read.
         rest = urlencode([(name, value) for name, value in query if name != "token"])
         slash = "/" if self.proxy.inner_path(scope) is None else ""
         response = _redirect(scope, slash + (f"?{rest}" if rest else ""))
@@ -113,5 +113,5 @@ class Access:
 
 
 def _redirect(scope: Scope, end: str) -> Response:
-    """The same address with another end, relative: what stands before it is a proxy's affair."""
+    """Relative redirect to the same address with another last segment, since a proxy may add a prefix."""
     return RedirectResponse("./" + quote(scope["path"].rpartition("/")[2]) + end, 303)

@@ -1,4 +1,4 @@
-"""A bounded cache of tiles, encoded slides and layers, each made once however many ask at once."""
+"""Bounded cache of tiles, encoded slides and layers, each computed once under concurrent requests."""
 
 import threading
 import time
@@ -8,12 +8,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-RETRY_SECONDS = 10.0  # for so long an error stands for its value
+RETRY_SECONDS = 10.0  # seconds for which an error is cached
 
 
 @dataclass
 class _Entry:
-    """A value that is there or being made, its size once it is there, and until when it holds."""
+    """Value that is ready or being computed, its size once ready, and its expiry."""
 
     future: Future = field(default_factory=Future)
     size: int = 0
@@ -21,10 +21,10 @@ class _Entry:
 
 
 class Cache:
-    """Values by key; beyond `capacity`, counted by `size` of each, the least recently used go.
+    """Values by key; beyond `capacity`, measured by `size` of each, the least recently used are evicted.
 
-    Threads that want a value that is being made wait for its one maker. Errors are kept for ten seconds: a file that
-    cost its reader the life is not tried again for each of fifty tiles.
+    Threads that request a value being computed wait for it. Errors are cached for ten seconds: a file that crashed its
+    reader is not retried for each of fifty tiles.
     """
 
     def __init__(self, capacity: int, size: Callable[[Any], int]) -> None:
@@ -34,7 +34,7 @@ class Cache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of a key, made by `make` if it is not there; raises what `make` raised."""
+        """Return the value of a key, computed by `make` if missing; raises what `make` raised."""
         with self._lock:
             entry = self._entries.get(key)
             mine = entry is None or time.monotonic() > entry.until
@@ -53,7 +53,7 @@ class Cache:
         return entry.future.result()
 
     def holds(self, key: Hashable) -> bool:
-        """Whether the value of a key stands ready."""
+        """Whether the value of a key is ready."""
         with self._lock:
             entry = self._entries.get(key)
         return entry is not None and entry.future.done() and entry.future.exception() is None

@@ -1,6 +1,6 @@
-"""Texts on slides within a second: each slide is encoded once, after which a text is a matrix product.
+"""Interactive grounding within a second: each slide is encoded once, after which a text costs a matrix product.
 
-One model call at a time: two at once would share the same cores and be slower, and need the memory twice.
+One model call at a time: two concurrent calls would share the same cores and be slower, and need twice the memory.
 """
 
 import threading
@@ -26,7 +26,7 @@ LONGEST_TEXT, MOST_NEGATIVE = 2000, 8  # characters, texts
 
 
 class Grounder:
-    """Scores texts on the slides of a viewer by a trained run; keeps what it has encoded."""
+    """Scorer of texts on a viewer's slides by a trained run; caches encoded slides."""
 
     def __init__(self, predictor: Predictor, method: str | None = None, window: int = maps.WINDOW) -> None:
         self.predictor, self.method, self.window = predictor, method or predictor.default_method, window
@@ -36,13 +36,13 @@ class Grounder:
         self._layers = Cache(LAYERS_BYTES, lambda layer: layer.surface.values.nbytes + _bytes_of(layer.grounding))
 
     def prepared(self, slide: ShownSlide) -> Prepared:
-        """The encoded slide. Raises ValueError or OSError for features that cannot be read or are of no use here."""
+        """Encoded slide, cached. Raises ValueError or OSError for features that are unreadable or unsuitable."""
 
         def make() -> Prepared:
             features = slide.features()
             with self.model_lock:
                 prepared = prepare(self.predictor, features, method=self.method, window=self.window)
-            self._score(prepared, (WARM_TEXT,), ())  # compiled now, not at the first question
+            self._score(prepared, (WARM_TEXT,), ())  # compiled now, not for the first query
             return prepared
 
         if slide.features is None:
@@ -50,10 +50,9 @@ class Grounder:
         return self._prepared.get(slide.slide_id, make)
 
     def layer(self, slide: ShownSlide, text: str, negative: Sequence[str] = (), mpp: float = 0.0) -> Layer:
-        """A text on a slide, the negative texts subtracted; `mpp` is for features that do not know theirs.
+        """Layer of a text on a slide, the negative texts subtracted; `mpp` is for features without one.
 
-        Raises ValueError for a text of no words.
-        """
+        Raises ValueError for a text without words."""
         text, negative = text.strip(), tuple(x.strip() for x in negative)
         for given in (text, *negative):
             if not given or len(given) > LONGEST_TEXT:
@@ -70,7 +69,7 @@ class Grounder:
         return self._layers.get((slide.slide_id, text, negative), make)
 
     def embed_text(self, text: str) -> Float[np.ndarray, "D"]:
-        """A text in the space of slides. Raises ValueError for a text of no words."""
+        """Embed a text in the slide space. Raises ValueError for a text without words."""
         return self._encode_text(text).slide[0]
 
     def _encode_text(self, text: str) -> TextEncoding:
@@ -81,12 +80,12 @@ class Grounder:
         return self._texts.get(text, make)
 
     def warm(self) -> None:
-        """Encode a text of each length up to a long sentence, so that no question waits for a compilation."""
+        """Encode a text of each length up to a long sentence, so that no query waits for compilation."""
         for words in range(1, WARM_WORDS + 1):
             self.embed_text(" ".join([WARM_TEXT] * words))
 
     def _score(self, prepared: Prepared, texts: tuple[str, ...], negative: tuple[str, ...]) -> Grounding:
-        each = [self._encode_text(text) for text in texts + negative]  # one by one: few shapes to compile
+        each = [self._encode_text(text) for text in texts + negative]  # one text per call: few shapes to compile
         encoded = TextEncoding(*(np.concatenate(level) for level in zip(*each, strict=True)))
         with self.model_lock:
             return score(self.predictor, prepared, texts, negative=negative, encoded=encoded)

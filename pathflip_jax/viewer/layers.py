@@ -1,7 +1,6 @@
-"""The drawing of a text on a slide: patch scores, the range of its colours, and areas above a threshold.
+"""Map layers of the viewer: patch scores, the colour range, and areas above a threshold.
 
-The page speaks of thresholds in percent of a layer's own colour range, because scores of two texts are no common
-measure.
+The page gives thresholds in percent of a layer's colour range, because scores of two texts are not comparable.
 """
 
 from typing import Any, NamedTuple
@@ -13,12 +12,12 @@ from pathflip_jax.grounding.files import as_geojson
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.surface import Surface, make_surface
 
-DIGITS = 4  # of a score behind its point
-STEPS = range(10, 100, 10)  # percent: the thresholds for which a static page holds areas
+DIGITS = 4  # decimal places of a score
+STEPS = range(10, 100, 10)  # thresholds, in percent, for which a static page stores areas
 
 
 class Layer(NamedTuple):
-    """One text on one slide: its grounding, the smoothed surface, and the scores that the colours span."""
+    """One text on one slide: its grounding, the smoothed surface, and the score range of the colour map."""
 
     grounding: Grounding
     surface: Surface
@@ -27,7 +26,7 @@ class Layer(NamedTuple):
 
 
 def make_layer(grounding: Grounding, number: int = 0) -> Layer:
-    """The layer of one text of a grounding. Its colours span the 1st to the 99th percentile of its patches."""
+    """Layer of one text of a grounding. Its colours span the 1st to the 99th percentile of its patches."""
     only = slice(number, number + 1)
     grounding = grounding._replace(
         texts=grounding.texts[only],
@@ -39,8 +38,8 @@ def make_layer(grounding: Grounding, number: int = 0) -> Layer:
 
 
 def layer_facts(layer: Layer) -> dict[str, Any]:
-    """The layer as JSON: a score per patch in the order of the slide's coordinates, and where to cut it at first."""
-    # Above 0 a patch looks more like the text than like the negative ones.
+    """Layer as JSON: a score per patch in the order of the slide's coordinates, and the initial threshold."""
+    # Above 0 a patch is more similar to the text than to the negative ones.
     split = 0.0 if layer.grounding.negative else split_threshold(layer.surface.values[0])
     percent = 100 * (split - layer.low) / (layer.high - layer.low)
     return {
@@ -54,7 +53,7 @@ def layer_facts(layer: Layer) -> dict[str, Any]:
 
 
 def areas(layer: Layer, percent: float) -> list[dict[str, Any]]:
-    """The areas above a threshold as QuPath annotations (GeoJSON features), the highest peak first."""
+    """Areas above a threshold as QuPath annotations (GeoJSON features), the highest peak first."""
     threshold = layer.low + (layer.high - layer.low) * percent / 100
     boxes = find_boxes(layer.grounding, layer.surface, threshold)
     return as_geojson(layer.grounding.slide_id, layer.grounding.texts, boxes)["features"]

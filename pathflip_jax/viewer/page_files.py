@@ -1,9 +1,9 @@
-"""The files of the page, which a server sends and a static folder holds."""
+"""Files of the page, sent by the server and copied into static folders."""
 
 from importlib import resources
 
 
 def page_files() -> dict[str, bytes]:
-    """The files of the page by name; `index.html` names the others as `page/NAME`."""
+    """Files of the page by name; `index.html` refers to the others as `page/NAME`."""
     folder = resources.files("pathflip_jax.viewer") / "page"
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}

@@ -1,8 +1,8 @@
-"""Tiles and thumbnails of slide files, read by worker processes that a broken file may end.
+"""Tiles and thumbnails of slide files, read by worker processes that a broken file may crash.
 
-A file is asked for its state on disk each time, so a slide that was deleted or replaced while it is shown is told at
-once, and what was cached of it before is not shown in its place. Nothing here reads labels, macro images or the
-properties that scanners write: they can name the patient.
+A file's state on disk is checked on every request, so a slide that was deleted or replaced while shown is reported
+immediately, and no stale cache entry is shown for it. Labels, macro images and scanner properties are never read: they
+can identify the patient.
 """
 
 import io
@@ -18,14 +18,14 @@ from pathflip_jax.runtime.limits import processors
 from pathflip_jax.viewer.cache import Cache
 
 READERS = min(4, processors())  # worker processes
-CACHE_BYTES = 256 * 2**20  # of JPEG tiles
+CACHE_BYTES = 256 * 2**20  # JPEG quality of tiles
 THUMBNAIL = 256  # pixels
 QUALITY = 82
 SOURCE = "pathflip_jax.data.readers.slide_pixels"
 
 
 class Pyramid(NamedTuple):
-    """A slide as Deep Zoom tiles: its measures (as `grounding.placement.Measures`), levels, and how tiles are cut."""
+    """Slide as Deep Zoom tiles: its measures (as `grounding.placement.Measures`), levels, and tile layout."""
 
     width: int
     height: int
@@ -36,18 +36,18 @@ class Pyramid(NamedTuple):
     overlap: int
 
     def size(self, level: int) -> tuple[int, int]:
-        """The pixels of a level; the last level is the slide's own level 0."""
+        """Size of a level in pixels; the last level is the slide's level 0."""
         step = 2 ** (self.levels - 1 - level)
         return -(-self.width // step), -(-self.height // step)
 
     def tiles(self, level: int) -> tuple[int, int]:
-        """The number of tiles of a level across and down."""
+        """Number of tiles of a level across and down."""
         width, height = self.size(level)
         return -(-width // self.tile), -(-height // self.tile)
 
 
 class Pictures:
-    """Reads slide files by `readers` worker processes, from any number of threads."""
+    """Reader of slide files with `readers` worker processes, usable from any number of threads."""
 
     def __init__(self, readers: int = READERS, cache_bytes: int = CACHE_BYTES) -> None:
         self._readers: queue.SimpleQueue[guarded.Reader] = queue.SimpleQueue()
@@ -56,11 +56,11 @@ class Pictures:
         self._cache = Cache(cache_bytes, lambda value: len(value) if isinstance(value, bytes) else 1)
 
     def pyramid(self, path: Path) -> Pyramid:
-        """The levels of a slide. Raises ValueError or OSError, naming the file, where it cannot be read."""
+        """Pyramid of a slide. Raises ValueError or OSError, naming the file, where it cannot be read."""
         return self._cached(path, ("pyramid",), lambda: Pyramid(**self._parse("pyramid", path)[0]))
 
     def tile(self, path: Path, level: int, column: int, row: int, quality: int = QUALITY) -> bytes:
-        """One tile as JPEG. Raises IndexError for one that the slide does not have, else as `pyramid`."""
+        """One tile as JPEG. Raises IndexError for a tile outside the slide, else as `pyramid`."""
         pyramid = self.pyramid(path)
         if not 0 <= level < pyramid.levels:
             raise IndexError(f"{path.name}: no level {level} among its {pyramid.levels}")
@@ -74,7 +74,7 @@ class Pictures:
         return self._cached(path, (level, column, row, quality), make)
 
     def thumbnail(self, path: Path) -> bytes:
-        """The whole slide as a small JPEG."""
+        """Thumbnail of the whole slide as JPEG."""
 
         def make() -> bytes:
             picture = Image.fromarray(self._parse("thumbnail", path, THUMBNAIL)[1]["picture"])
@@ -96,7 +96,7 @@ class Pictures:
         reader = self._readers.get()
         try:
             return reader.parse(f"{SOURCE}:{function}", path, *arguments, memory=guarded.SLIDE_MEMORY)
-        except (ValueError, OSError) as error:  # by its name alone: a page has no business with folders
+        except (ValueError, OSError) as error:  # by its name alone: the page must not learn folders
             raise type(error)(str(error).replace(str(path), path.name)) from None
         finally:
             self._readers.put(reader)

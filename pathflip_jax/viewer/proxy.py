@@ -1,7 +1,7 @@
-"""Access to a viewer through a proxy: its public names, its path, and the sites whose frames may show it.
+"""Access to a viewer through a proxy: its public names, its path, and the sites that may embed it.
 
-A proxy ends TLS and asks who someone is; the viewer still refuses names that nobody gave it, because a page elsewhere
-may point a name of its own at this machine (DNS rebinding).
+A proxy terminates TLS and authenticates users; the viewer still refuses unconfigured host names, because a foreign page
+may resolve its own host name to this machine (DNS rebinding).
 """
 
 import ipaddress
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-# The first part of every path of the viewer: what is left of a path once its prefix is taken away begins with one.
+# First segments of the viewer's paths: a path without its prefix begins with one of them.
 OWN_PATHS = frozenset({"", "index.html", "page", "slides.js", "slides", "search", "find"})
 _ORIGIN = re.compile(r"https?://(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?", re.IGNORECASE)
 _PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,=:@%-]+)+")
@@ -25,7 +25,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True)
 class Proxy:
-    """The proxies before a viewer, as `read_proxy` checked them."""
+    """Proxy settings of a viewer, as validated by `read_proxy`."""
 
     names: frozenset[str] = frozenset()
     prefix: str = ""
@@ -33,9 +33,9 @@ class Proxy:
     frames: tuple[str, ...] = ()
 
     def refused_name(self, scope: Scope) -> str | None:
-        """A name that the request came by and that nobody gave this viewer; None where all are known.
+        """Host name of the request that is not configured for this viewer; None where all are known.
 
-        The Host header counts whatever a proxy says: a browser could forge the other.
+        The Host header is checked whatever a proxy forwards: the forwarded header could be forged by a browser.
         """
         headers = Headers(scope=scope)
         names = [headers.get("host", "")]
@@ -45,7 +45,7 @@ class Proxy:
         return next((name for name in map(host_name, names) if name not in known), None)
 
     def trusts(self, scope: Scope) -> bool:
-        """Whether the request came from a proxy whose word is taken."""
+        """Whether the request came from a trusted proxy."""
         try:
             peer = ipaddress.ip_address((scope.get("client") or ("",))[0])
         except ValueError:
@@ -54,19 +54,19 @@ class Proxy:
         return any(peer in network for network in self.trusted)
 
     def is_https(self, scope: Scope) -> bool:
-        """Whether the browser speaks TLS, to the viewer or to the proxy."""
+        """Whether the browser uses TLS, to the viewer or to the proxy."""
         told = Headers(scope=scope).get("x-forwarded-proto", "") if self.trusts(scope) else ""
         return "https" in (scope.get("scheme"), told.partition(",")[0].strip().lower())
 
     def prefix_of(self, scope: Scope) -> str:
-        """The path under which the browser sees the viewer, "" where it is the root."""
+        """Path prefix under which the browser sees the viewer, "" for the root."""
         told = Headers(scope=scope).get("x-forwarded-prefix", "").rstrip("/") if self.trusts(scope) else ""
         return self.prefix or (told if _is_path(told) else "")
 
     def inner_path(self, scope: Scope) -> str | None:
-        """The path of a request without the prefix, which some proxies leave on and some take away.
+        """Path of a request without the prefix, which some proxies keep and others strip.
 
-        None for the prefix alone, without the slash that the page's own links need.
+        None for the prefix alone, without the trailing slash that the page's relative links need.
         """
         path, prefix = scope["path"], unquote(self.prefix_of(scope))
         rest = path.removeprefix(prefix)
@@ -77,13 +77,13 @@ class Proxy:
         return rest if rest.startswith("/") and rest.split("/")[1] in OWN_PATHS else path
 
     def cookie(self, scope: Scope) -> dict[str, str | bool]:
-        """The scope of a cookie of this viewer: no other application behind the same proxy, no unencrypted line.
+        """Scope of this viewer's cookie: no other application behind the same proxy, no unencrypted connection.
 
-        Browsers send a cookie from a page within a page of another site only if it says so, and then over TLS alone.
+        Browsers send a cookie from a page embedded in another site only with SameSite=None, and then only over TLS.
         """
         plain = []
         for part in self.prefix_of(scope).split("/")[1:]:
-            if not _PLAIN.fullmatch(part):  # spelt otherwise by browsers, perhaps: the path above it will do
+            if not _PLAIN.fullmatch(part):  # browsers may spell it differently: its parent path suffices
                 break
             plain.append(part)
         https = self.is_https(scope)
@@ -97,7 +97,7 @@ DIRECT = Proxy()
 def read_proxy(
     names: Sequence[str] = (), root_path: str = "", trusted: Sequence[str] | None = None, frames: Sequence[str] = ()
 ) -> Proxy:
-    """The options of `pathflip serve` about proxies. Raises ValueError for one that cannot be meant.
+    """Validate the proxy options of `pathflip serve`. Raises ValueError for an implausible one.
 
     `trusted` are addresses or networks of proxies whose X-Forwarded headers are believed; empty means this machine's.
     """
@@ -111,7 +111,7 @@ def read_proxy(
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Host name in a Host header, without its port."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]

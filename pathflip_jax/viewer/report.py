@@ -1,4 +1,4 @@
-"""The static page of a run: its slides, the texts, and where they are seen."""
+"""Static page of a run: its slides, the texts, and their grounding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from pathflip_jax.viewer.static import MOST_PIXELS, PageSlide, Report, check_out
 class PageSpec:
     """Slides and texts of a page, and their presentation.
 
-    The slides are those of `records` (or `features`) with the files of `slides_dir` under them, of which `slide_ids`
+    The slides are those of `records` (or `features`) over the slide files of `slides_dir`, of which `slide_ids`
     are shown; `most_slides` keeps those that are most similar to any text. `most_pixels` and `quality` are as
     `write_page` takes them, `negative`, `method` and `window` as `Predictor.ground`.
     """
@@ -46,8 +46,8 @@ class PageSpec:
 def report(spec: PageSpec) -> Report:
     """Write the page of a run's slides.
 
-    The page is told how similar each slide is to each text, so that it can order them. Slides without features are left
-    out. Raises as `write_page` and `list_slides`.
+    The page includes the similarity of each slide to each text, for sorting. Slides without features are left out.
+    Raises as `write_page` and `list_slides`.
     """
     check_out(spec.out)
     texts = list(spec.texts)
@@ -73,7 +73,7 @@ def report(spec: PageSpec) -> Report:
 def _similarities(
     predictor: Predictor, slides: Sequence[ShownSlide], texts: np.ndarray
 ) -> list[Sequence[float] | None]:
-    """The cosine of each slide with each text; None for a slide that cannot be encoded, which the page will report."""
+    """Cosine of each slide with each text; None for a slide that cannot be encoded, which the page will report."""
     found = []
     for slide in tqdm(slides, unit="slide", desc="slides to embeddings"):
         try:

@@ -1,6 +1,6 @@
-"""Slides by text: the cosine of a text with the embedding of every slide.
+"""Slide retrieval by text: the cosine of a text with the embedding of every slide.
 
-Embeddings come from a file of `pathflip embed`, or are made in the background from the moment the viewer starts.
+Embeddings come from a file of `pathflip embed`, or are computed in the background once the viewer starts.
 """
 
 import sys
@@ -20,7 +20,7 @@ from pathflip_jax.viewer.slides import ShownSlide
 
 
 class Search:
-    """The embeddings of the slides that have one, by their number in the viewer's table."""
+    """Embeddings of the slides that have one, by their number in the viewer's table."""
 
     def __init__(self, slides: Sequence[ShownSlide], found: dict[int, Float[np.ndarray, "D"]] | None = None) -> None:
         self._slides = slides
@@ -29,13 +29,13 @@ class Search:
         self._thread: threading.Thread | None = None
 
     def start(self, grounder: Grounder) -> None:
-        """Compile for texts and embed the slides that have features and no embedding yet, in the background."""
+        """Compile the text encoder and embed slides that have features but no embedding yet, in the background."""
         left = [i for i, slide in enumerate(self._slides) if slide.features is not None and i not in self._found]
         self._thread = threading.Thread(target=self._embed, args=(grounder, left), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the background's work after the slide that it is at."""
+        """Stop the background work after the current slide."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -50,13 +50,13 @@ class Search:
             slide = self._slides[number]
             try:
                 features = slide.features()
-                with grounder.model_lock:  # for one slide at a time, so that whoever looks at one is served between
+                with grounder.model_lock:  # one slide at a time, so that requests are served in between
                     self._found[number] = grounder.predictor.encode_slide(features).slide
             except (ValueError, OSError, MemoryError) as error:
                 tqdm.write(f"slide {slide.slide_id} is not searched: {error}", file=sys.stderr)
 
     def progress(self) -> dict[str, int | bool]:
-        """The number of slides that can be found, and whether more are on their way."""
+        """Number of searchable slides, and whether more are being embedded."""
         return {
             "ready": len(self._found),
             "all": len(self._slides),
@@ -64,7 +64,7 @@ class Search:
         }
 
     def similarities(self, text: Float[np.ndarray, "D"]) -> dict[int, float]:
-        """The cosine of a text with each slide that has an embedding, the best first."""
+        """Cosine of a text with each slide that has an embedding, the highest first."""
         found = dict(self._found)
         if not found:
             return {}
@@ -78,7 +78,7 @@ class Search:
 def read_slide_embeddings(
     path: Path, predictor: Predictor, slides: Sequence[ShownSlide]
 ) -> dict[int, Float[np.ndarray, "D"]]:
-    """The embeddings of the shown slides out of a file of `pathflip embed`.
+    """Read the embeddings of the shown slides from a file of `pathflip embed`.
 
     Raises ValueError for a file that another run wrote: its embeddings share no space with this run's texts.
     """

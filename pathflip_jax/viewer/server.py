@@ -1,7 +1,7 @@
-"""The viewer over HTTP: the page, tiles, and what the page asks of the model.
+"""HTTP server of the viewer: the page, tiles, and model queries.
 
-Requests name slides by number, tiles by three numbers and files of the page by a table of their names: no path is made
-of what a client sends. What is wrong with one slide is answered as JSON with status 4xx, and the rest goes on.
+Requests name slides by number, tiles by three numbers and files of the page by a table of their names: no path is built
+from client input. A problem with one slide is reported as JSON with status 4xx, and the viewer keeps running.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from pathflip_jax.viewer.pictures import READERS
 from pathflip_jax.viewer.proxy import DIRECT, Proxy
 from pathflip_jax.viewer.session import Session
 
-LONGEST_BODY = 2**16  # bytes of a question
-AT_ONCE = 8  # requests that read features or ask the model; the others of such wait
+LONGEST_BODY = 2**16  # bytes of a request body
+AT_ONCE = 8  # concurrent requests that read features or query the model; further ones wait
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -39,7 +39,7 @@ MEDIA_TYPES = {
 
 
 def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy = DIRECT) -> Starlette:
-    """The viewer as an ASGI application; with `local` it answers to the names of this machine and of `proxy` only."""
+    """Viewer as an ASGI application; with `local` it accepts only the host names of this machine and of `proxy`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -59,7 +59,7 @@ def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy
 
 
 class _Endpoints:
-    """Requests as calls of a session, in threads, of which a few run at once."""
+    """Endpoints that call a session in threads, a few at a time."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.files = session, page_files()
@@ -99,7 +99,7 @@ class _Endpoints:
         return Response(script, media_type=MEDIA_TYPES[".js"], headers={"cache-control": "no-store"})
 
     def picture(self, read: Callable[..., bytes]) -> Callable:
-        """The endpoint of a picture that `read` takes out of a slide file."""
+        """Endpoint of an image that `read` takes from a slide file."""
 
         async def answer(request: Request) -> Response:
             path = self.session.slides[request.path_params["number"]].image
@@ -112,7 +112,7 @@ class _Endpoints:
         return _guard(self.session, answer)
 
     def answered(self, work: Callable[..., Any]) -> Callable:
-        """The endpoint of a call whose outcome goes out as JSON: its arguments are the slide and the request's body."""
+        """Endpoint of a call that returns JSON: its arguments are the slide and the request's body."""
 
         async def answer(request: Request) -> Response:
             body = await _body(request) if request.method == "POST" else {}
@@ -140,7 +140,7 @@ class _Endpoints:
 
 
 def _guard(session: Session, answer: Callable) -> Callable:
-    """The same, with errors as JSON, and 404 for a slide that the table does not have."""
+    """Wrap an endpoint: errors as JSON, and 404 for a slide that is not in the table."""
 
     async def guarded(request: Request) -> Response:
         number = request.path_params.get("number", 0)
@@ -170,7 +170,7 @@ def _file(name: str, data: bytes) -> Response:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request. JSON by its type too, which no form of another site can send."""
+    """JSON object of a request. The content type must be JSON too, which no form of another site can send."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ValueError("expected a body of type application/json")
     data = bytearray()
@@ -215,7 +215,7 @@ def _speaker(session: Session):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address. Raises OSError with the cure where it is taken or not this machine's."""
+    """Open a socket listening at an address. Raises OSError with the cure where it is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -232,14 +232,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: Starlette) -> uvicorn.Server:
-    """The server of the viewer; X-Forwarded headers are left to `Access`, which is told whose to believe."""
+    """Server of the viewer; X-Forwarded headers are left to `Access`, which knows the trusted proxies."""
     return uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, proxy_headers=False)
     )
 
 
 def run(session: Session, listener: socket.socket, token: str, proxy: Proxy = DIRECT) -> None:
-    """Serve until ctrl-C or SIGTERM."""
+    """Run the server until ctrl-C or SIGTERM."""
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     query = f"?token={token}" if token else ""

@@ -1,4 +1,4 @@
-"""The slides of a viewer as the JSON that the page reads: the same in a static folder and from a server."""
+"""Slides of a viewer as the JSON that the page reads, identical in a static folder and from a server."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +19,11 @@ from pathflip_jax.viewer.slides import ShownSlide
 from pathflip_jax.viewer.speaker import Speaker
 
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
-MPP_DIFFERENCE = 1.1  # a slide file and its features whose resolutions differ by more are no pair
+MPP_DIFFERENCE = 1.1  # a slide file and features whose resolutions differ by more do not match
 
 
 class Session:
-    """The slides of a viewer and all that answers questions about them."""
+    """Slides of a viewer, and the components that answer queries about them."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Session:
         self.search, self.speaker = search, speaker
 
     def page(self) -> dict[str, Any]:
-        """The first facts for the page: the model and the table of slides."""
+        """Initial data of the page: the model and the table of slides."""
         predictor = self.grounder.predictor
         slides = [
             {"id": slide.slide_id, "image": slide.image is not None, "features": slide.features is not None}
@@ -47,7 +47,7 @@ class Session:
         return {"live": True, **model, "slides": slides}
 
     def slide(self, number: int) -> dict[str, Any]:
-        """The tiles of a slide as the page asks for them; `image` is None without a slide file that opens."""
+        """Tile description of a slide; `image` is None without a readable slide file."""
         slide = self.slides[number]
         if slide.image is None:
             return {"image": None, "warnings": ["no slide file: drawn on the coordinates of its patches alone"]}
@@ -59,19 +59,19 @@ class Session:
             return {"image": None, "warnings": [f"{error}; drawn on the coordinates of its patches alone"]}
 
     def patches(self, number: int) -> dict[str, Any]:
-        """The places of a slide's patches; returns once the slide is encoded."""
+        """Positions of a slide's patches; returns once the slide is encoded."""
         return patches_facts(self.grounder.prepared(self.slides[number]), self._pyramid(number))
 
     def layer(self, number: int, text: str, negative: Sequence[str]) -> dict[str, Any]:
-        """The scores of a text on a slide."""
+        """Scores of a text on a slide."""
         return layer_facts(self._layer(number, text, negative))
 
     def areas(self, number: int, text: str, negative: Sequence[str], percent: float) -> dict[str, Any]:
-        """The areas of a text above a threshold, in percent of its layer's range."""
+        """Areas of a text above a threshold, in percent of its layer's range."""
         return {"areas": areas(self._layer(number, text, negative), percent)}
 
     def find(self, text: str) -> dict[str, Any]:
-        """Slides by their similarity to a text, the best first."""
+        """Slides by their similarity to a text, the highest first."""
         found = self.search.similarities(self.grounder.embed_text(text))
         return {"slides": [[number, cosine] for number, cosine in found.items()], **self.search.progress()}
 
@@ -80,7 +80,7 @@ class Session:
         return self.grounder.layer(self.slides[number], text, negative, mpp=pyramid.mpp if pyramid else 0.0)
 
     def _pyramid(self, number: int) -> Pyramid | None:
-        """The slide file's, None where there is none or where it cannot be read: `slide` tells that."""
+        """Pyramid of the slide file, None where it is missing or unreadable, which `slide` reports."""
         image = self.slides[number].image
         try:
             return None if image is None else self.pictures.pyramid(image)
@@ -89,10 +89,10 @@ class Session:
 
 
 def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
-    """The facts of the model for the page, and the colours that it draws with."""
+    """Model description for the page, and its colour map."""
     heat = np.round(colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(int)
     return {
-        "run": predictor.name.rstrip("/").rpartition("/")[2],  # a page is sent to others: no folders of this machine
+        "run": predictor.name.rstrip("/").rpartition("/")[2],  # pages are shared: no folders of this machine
         "encoder": predictor.encoder,
         "method": method,
         "notice": RESEARCH_ONLY,
@@ -103,7 +103,7 @@ def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
 
 
 def image_facts(pyramid: Pyramid, last: int | None = None) -> dict[str, Any]:
-    """A pyramid for the page: its size at level 0, and the levels that are there (up to `last`) with their tiles."""
+    """Pyramid for the page: its size at level 0, and the available levels (up to `last`) with their tiles."""
     last = pyramid.levels - 1 if last is None else last
     first = next(level for level in range(last, -1, -1) if pyramid.tiles(level) == (1, 1) or level == 0)
     return {
@@ -120,7 +120,7 @@ def image_facts(pyramid: Pyramid, last: int | None = None) -> dict[str, Any]:
 
 
 def patches_facts(slide: Prepared | Grounding, pyramid: Pyramid | None) -> dict[str, Any]:
-    """The patches of a slide for the page, and what does not fit together between them and its file."""
+    """Patches of a slide for the page, and any mismatch between them and the slide file."""
     width, height = (slide.width, slide.height) if pyramid is None else (pyramid.width, pyramid.height)
     warnings = []
     try:
@@ -128,7 +128,7 @@ def patches_facts(slide: Prepared | Grounding, pyramid: Pyramid | None) -> dict[
             check_same_slide(slide, pyramid, "the slide file")
         elif width and height:
             check_on_slide(slide, width, height, "the slide by its features' file")
-    except ValueError as error:  # here the user sees what is where
+    except ValueError as error:  # here the user sees the positions
         warnings.append(str(error))
     if pyramid is not None and slide.mpp > 0 < pyramid.mpp:
         if not 1 / MPP_DIFFERENCE < slide.mpp / pyramid.mpp < MPP_DIFFERENCE:

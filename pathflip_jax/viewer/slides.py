@@ -1,6 +1,6 @@
-"""The slides that a viewer shows: slide files and features, matched by slide id when it starts.
+"""Slide table of a viewer: slide files and features, matched by slide id at start-up.
 
-Requests name a slide by its number in this table, so no id and nothing that a client sends becomes a path.
+Requests name a slide by its number in this table, so neither an id nor other client input becomes a path.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from pathflip_jax.evaluate.colour import slide_files
 
 
 class ShownSlide(NamedTuple):
-    """A slide of the table: its id, its file and what reads its features, None where there is none."""
+    """Slide of the table: its id, its file and the reader of its features, each None where missing."""
 
     slide_id: str
     image: Path | None
@@ -31,10 +31,10 @@ def list_slides(
     features: Path | None = None,
     only: Sequence[str] | None = None,
 ) -> list[ShownSlide]:
-    """The slides of a folder of slide files and of records or feature files, in order of their ids.
+    """List the slides of a folder of slide files and of records or feature files, in order of their ids.
 
-    A slide that is in one of them alone is shown by what there is of it. `only` chooses slides by id. Raises
-    ValueError where files and features have no slide in common, and for an id of `only` that is not there.
+    A slide found in only one of them is shown by what is available. `only` chooses slides by id. Raises ValueError
+    where files and features have no slide in common, and for an id of `only` that is not found.
     """
     images = {} if slides_dir is None else slide_files(slides_dir)
     readers: dict[str, Callable[[], SlideFeatures]] = {}

@@ -1,4 +1,4 @@
-"""Reports and answers of a language stage about the slides of a viewer."""
+"""Reports and answers about a viewer's slides by a run of the language stage."""
 
 import threading
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ MOST_TURNS = 20
 
 
 class Speaker:
-    """Writes about slides, one answer at a time; embeds each slide once."""
+    """Generator of texts about slides, one at a time; embeds each slide once."""
 
     def __init__(self, assistant: SlideAssistant, sampling: Sampling) -> None:
         self.assistant, self.sampling = assistant, sampling
@@ -23,13 +23,13 @@ class Speaker:
         self._rows = Cache(ROWS_BYTES, lambda rows: rows.nbytes)
 
     def report(self, slide: ShownSlide) -> str:
-        """A report of the slide."""
+        """Generate a report of the slide."""
         rows = self._embedded(slide)
         with self._lock:
             return self.assistant.caption([rows], self.sampling)[0]
 
     def answer(self, slide: ShownSlide, question: str, before: Sequence[tuple[str, str]] = ()) -> str:
-        """An answer about the slide; `before` holds the questions and answers that led to it."""
+        """Answer a question about the slide; `before` holds the previous questions and answers."""
         if not question.strip() or len(question) > LONGEST_TEXT:
             raise ValueError(f"a question of {len(question)} characters: write 1 to {LONGEST_TEXT}")
         if len(before) > MOST_TURNS:

@@ -1,7 +1,7 @@
-"""The viewer's page as a folder: tiles, scores and areas written beforehand, opened by a double click on index.html.
+"""Static viewer page: a folder of precomputed tiles, scores and areas, opened by a double click on index.html.
 
-A page opened from file:// may load scripts and pictures and nothing else, so what the server answers as JSON lies here
-in scripts that hand it over: `slides.js`, and `slides/N/slide.js` for each slide.
+A page opened from file:// may load only scripts and images, so the server's JSON responses are stored as scripts that
+pass them to the page: `slides.js`, and `slides/N/slide.js` for each slide.
 """
 
 import json
@@ -23,14 +23,14 @@ from pathflip_jax.viewer.page_files import page_files
 from pathflip_jax.viewer.pictures import QUALITY, READERS, Pictures
 from pathflip_jax.viewer.session import image_facts, patches_facts
 
-MOST_PIXELS = 8192  # of the finest level's longer side
-MARK = "slides.js"  # a folder that has it was written here and may be written again
+MOST_PIXELS = 8192  # pixels of the finest level's longer side
+MARK = "slides.js"  # marks a folder that was written here and may be overwritten
 TILES_AT_ONCE = 64
 
 
 class PageSlide(NamedTuple):
-    """A slide of the page: its file (None: drawn on coordinates alone), what grounds the texts on it, and
-    its similarity to each text where that is known."""
+    """Slide of the page: its file (None: drawn from coordinates alone), the grounding of the texts on it, and its
+    similarity to each text where that is known."""
 
     slide_id: str
     image: Path | None
@@ -40,7 +40,7 @@ class PageSlide(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of a page: slides `done`, those that `failed`, how many tiles and bytes the folder has."""
+    """Outcome of a page: slides `done`, those that `failed`, and the number of tiles and bytes in the folder."""
 
     out: Path
     done: list[str]
@@ -50,7 +50,7 @@ class Report:
     skipped: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """The message at the end, failures by name."""
+        """Final message, with failures by name."""
         size = f"{len(self.done)} slides, {self.tiles:,} tiles, {self.bytes / 1e6:.1f} MB"
         lines = [f"{self.out / 'index.html'}: {size}"]
         if self.failed:
@@ -66,11 +66,11 @@ def write_page(
     most_pixels: int = MOST_PIXELS,
     quality: int = QUALITY,
 ) -> Report:
-    """Write the page of some slides with the texts that their groundings hold; `model` is what `model_facts` says.
+    """Write the page of the given slides with the texts of their groundings; `model` is the result of `model_facts`.
 
-    Tiles end at the level whose longer side has at most `most_pixels` pixels. The folder appears whole or not at all,
-    in place of one that was written before. A slide that cannot be read or grounded is reported and left out. Raises
-    ValueError for a folder of something else, and where no slide is left.
+    Tiles end at the level whose longer side has at most `most_pixels` pixels. The folder is written atomically and
+    replaces an earlier page. A slide that cannot be read or grounded is reported and left out. Raises ValueError for a
+    folder that is not a page, and where no slide is left.
     """
     check_out(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -105,13 +105,13 @@ def write_page(
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError for a place that holds something else than a page."""
+    """Raise ValueError for an existing path that is not a page."""
     if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
         raise ValueError(f"{out} exists and was not written by this command; choose another --out, or remove it")
 
 
 def _replace(partial: Path, out: Path) -> None:
-    """Put the finished folder in the place of the one before."""
+    """Replace the previous folder by the finished one."""
     before = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         os.replace(out, before)
@@ -122,7 +122,7 @@ def _replace(partial: Path, out: Path) -> None:
 def _write_slide(
     folder: Path, slide: PageSlide, number: int, pictures: Pictures, most_pixels: int, quality: int
 ) -> tuple[dict[str, Any], int]:
-    """Write what the page needs of one slide; what the table of slides says of it, and how many tiles it has."""
+    """Write the page's files for one slide; returns its entry in the table of slides and its number of tiles."""
     pyramid = None if slide.image is None else pictures.pyramid(slide.image)
     grounding = slide.ground()
     if pyramid is not None:
@@ -164,7 +164,7 @@ def _write_tiles(folder: Path, slide: PageSlide, pictures: Pictures, levels: ran
         ThreadPoolExecutor(READERS) as pool,
         tqdm(total=len(places), unit="tile", desc=slide.slide_id, leave=False) as bar,
     ):
-        for first in range(0, len(places), TILES_AT_ONCE):  # so that the first error ends the slide soon
+        for first in range(0, len(places), TILES_AT_ONCE):  # so that the first error stops the slide early
             part = places[first : first + TILES_AT_ONCE]
             bar.update(len(list(pool.map(write, part))))
     return len(places)

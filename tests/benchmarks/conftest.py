@@ -1,4 +1,4 @@
-"""The benchmarks are scripts: they are imported here as they import each other when run."""
+"""Import path of the benchmarks, which are scripts that import each other when run."""
 
 import importlib
 import sys

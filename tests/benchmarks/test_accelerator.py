@@ -1,4 +1,4 @@
-"""The command for a session on an accelerator: it survives its parts, resumes, and every part of it works at small
+"""The accelerator benchmark: it survives failing parts, resumes, and every part of it works at small
 sizes."""
 
 import base64

@@ -1,4 +1,4 @@
-"""A pod predicted: what is read from HLO, the formula, the line and the largest batch, and one real compile."""
+"""Prediction of a pod: HLO parsing, the formula, the extrapolation, the largest batch, and one real compile."""
 
 import importlib.util
 import json

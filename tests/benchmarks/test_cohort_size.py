@@ -1,4 +1,4 @@
-"""The benchmark of large cohorts: what it makes is opened whole, and its table, plot and JSON are written."""
+"""The benchmark of large cohorts: its generated cohort opens completely, and its table, plot and JSON are written."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Some hundreds of the campaign's inputs, and that the campaign sees each kind of fault that it looks for."""
+"""Some hundreds of the campaign's inputs, and detection of each kind of fault."""
 
 import json
 import os

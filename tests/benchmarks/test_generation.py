@@ -1,4 +1,4 @@
-"""The generation benchmark: its counts and ratios, its refusals, and the whole of it at a tiny size."""
+"""The generation benchmark: its counts, ratios and refusals, and a complete run at a tiny size."""
 
 import json
 import sys

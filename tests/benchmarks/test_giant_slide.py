@@ -1,4 +1,4 @@
-"""The benchmark of one large slide runs to its end, and says what each stage took."""
+"""The benchmark of one large slide runs to completion and reports the cost of each stage."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The floors: operations counted by formula against those that XLA counts in the compiled forward pass."""
+"""Roofline bounds: operations counted by formula against those that XLA counts in the compiled forward pass."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark of growth: its points, its exponents, its tables and plot, and one real step."""
+"""The scaling benchmark: its points, its exponents, its tables and plot, and one real step."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Programs of TPUs, read: kinds of work, parts of the model, FLOPs of products and what tiles are filled up with."""
+"""Analysis of TPU programs: kinds of work, parts of the model, FLOPs of products and tile padding."""
 
 import importlib.util
 import json

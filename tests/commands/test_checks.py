@@ -1,4 +1,4 @@
-"""The doctor names each fault with its cure, and its exit code says whether there is one."""
+"""`pathflip doctor` names each fault with its cure, and its exit code tells whether there is one."""
 
 import json
 import sys

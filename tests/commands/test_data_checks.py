@@ -1,4 +1,4 @@
-"""The doctor holds records, slide table, texts and vocabulary against each other as training does."""
+"""`pathflip doctor` checks records, slide table, texts and vocabulary against each other as training does."""
 
 import json
 

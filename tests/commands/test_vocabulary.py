@@ -1,4 +1,4 @@
-"""`pathflip vocabulary`: words of one split, and no false word about the others."""
+"""`pathflip vocabulary`: words of one split, and no false statement about the others."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Run by test_hf_io.py in a process of its own: FOLDER. Ends with "whole" if all is read once, into its places."""
+"""Script of test_hf_io.py for a separate process: FOLDER. Prints "whole" last if all is read once, into its shards."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Q-Former started from Hugging Face BERT folders gives transformers' own features."""
+"""The Q-Former initialised from Hugging Face BERT folders reproduces transformers' features."""
 
 import functools
 import importlib.util

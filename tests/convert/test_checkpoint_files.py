@@ -1,4 +1,4 @@
-"""Folders, shards and arguments of checkpoints; nothing of a file is executed, half a set is named."""
+"""Folders, shards and arguments of checkpoints; nothing in a file is executed, incomplete sets are named."""
 
 import argparse
 import json

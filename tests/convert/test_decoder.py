@@ -1,4 +1,4 @@
-"""Decoders out of Hugging Face folders and back: every tensor accounted for, and what is wrong said by name."""
+"""Decoders from Hugging Face folders and back: every tensor accounted for, and every fault named."""
 
 import json
 import os

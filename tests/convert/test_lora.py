@@ -1,4 +1,4 @@
-"""Adapters: out of a decoder and into one, merged, and both ways between here and PEFT."""
+"""Adapters: extracted, attached, merged, and converted to and from PEFT."""
 
 import json
 import shutil

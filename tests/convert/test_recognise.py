@@ -1,4 +1,4 @@
-"""Whose checkpoint it is, by the names that each project gives its tensors."""
+"""Checkpoint identification by the tensor names of each project."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What transformers 4 and its PEFT wrote (tests/golden/transformers4, kept by the peer of that name), read by us."""
+"""Reading of files of transformers 4 and its PEFT (tests/golden/transformers4, kept by the peer of that name)."""
 
 from pathlib import Path
 

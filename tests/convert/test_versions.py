@@ -1,4 +1,4 @@
-"""What other versions wrote: settings that are lacking, settings that are not known, and the commit of this code."""
+"""Runs of other versions: missing settings, unknown settings, and the commit of this code."""
 
 import dataclasses
 import subprocess

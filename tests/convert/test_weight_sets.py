@@ -1,4 +1,4 @@
-"""Names that wrappers changed, and several sets of weights in one checkpoint: each read as meant, or asked for."""
+"""Tensor names changed by wrappers, and several sets of weights in one checkpoint: read correctly, or refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the tests of preparation share: DICOM headers, and drawn slides."""
+"""Shared fixtures of the preparation tests: DICOM headers, and drawn slides."""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Preparation on Apache Beam: what one machine writes, byte for byte, whatever dies on the way."""
+"""Preparation on Apache Beam: byte-identical to a single machine's output, whatever process dies."""
 
 import contextlib
 import importlib

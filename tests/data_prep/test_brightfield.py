@@ -1,4 +1,4 @@
-"""Pictures that OpenSlide opens although they are no brightfield slides."""
+"""Images that OpenSlide opens although they are not brightfield slides."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Slides and feature files to records: what is in them, and what happens when something goes wrong on the way."""
+"""Conversion of slides and feature files to records: their content, and the handling of faults."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Headers written element by element, as the standard has them."""
+"""DICOM headers written element by element, according to the standard."""
 
 import pytest
 

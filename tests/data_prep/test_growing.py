@@ -1,4 +1,4 @@
-"""A cohort that grows, shrinks and is corrected: what is done stays, and what changes is said."""
+"""A cohort that grows, shrinks and is corrected: finished work is kept, and changes are reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What files say of their resolution, right, wrong and twice."""
+"""Resolution metadata of files: correct, wrong and contradictory."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A shard put together from parts: tried again, as cluster runners do, it gives the same shard and the same answer."""
+"""Assembly of a shard from parts: a retry, as by cluster runners, gives the same shard and the same result."""
 
 import dataclasses
 import os

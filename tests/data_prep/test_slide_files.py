@@ -1,4 +1,4 @@
-"""Folders as hospitals and archives keep them: what is found, by which id, and what is said of the rest."""
+"""Slide folders as in hospitals and archives: the slides found, their ids, and reports of the rest."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What a slide table says of slides: resolution by single cells, rows that have no file."""
+"""Slide tables in preparation: resolution by single cells, rows without a file."""
 
 import pytest
 

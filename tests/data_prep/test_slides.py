@@ -1,4 +1,4 @@
-"""Slides opened: their pixels against OpenSlide's own, and what is said of those that cannot be used."""
+"""Open slides: their pixels against OpenSlide's, and the errors of unusable ones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`pages`, the helper of these tests: the folder is no package."""
+"""Import path of `pages`, the helper of these tests: the folder is not a package."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The migration guide names settings, commands and options that there are."""
+"""The migration guide names only existing settings, commands and options."""
 
 import contextlib
 import re

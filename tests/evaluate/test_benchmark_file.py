@@ -1,4 +1,4 @@
-"""One file as a benchmark: the options by their names, paths beside the file, and nothing unknown."""
+"""Benchmark files: options by name, paths relative to the file, and unknown keys refused."""
 
 from pathlib import Path
 

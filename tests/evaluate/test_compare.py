@@ -1,4 +1,4 @@
-"""Evaluations side by side: the same figures as each report, paired, and refused where the slides differ."""
+"""Comparison of evaluations: the same figures as each report, paired, and refused where the slides differ."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Patients of a slide table: one however they are spelt, and never one because nobody is named."""
+"""Patients of a slide table: merged over spellings, but never for lack of an id."""
 
 from hypothesis import given
 from hypothesis import strategies as st

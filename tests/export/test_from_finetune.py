@@ -1,4 +1,4 @@
-"""A checkpoint of the released finetune stage becomes a run that speaks as transformers and PEFT do."""
+"""A checkpoint of the released finetune stage becomes a run that generates the same text as transformers and PEFT."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Language runs go out as an adapter or a whole decoder and come back the same; their exports stop where they do."""
+"""Round trips of language runs as an adapter or a whole decoder; their exports stop at the same tokens."""
 
 import dataclasses
 import json

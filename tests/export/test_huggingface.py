@@ -1,4 +1,4 @@
-"""The folder for transformers: loaded by AutoModel here and, as remote code, where this package is not; its card."""
+"""The folder for transformers: loaded by AutoModel with this package and, by remote code, without it; model card."""
 
 import json
 import subprocess

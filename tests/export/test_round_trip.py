@@ -1,4 +1,4 @@
-"""Every way out of an alignment run comes back the same: parameters, model, settings, ids of texts; both families."""
+"""Round trips of every export of an alignment run: parameters, model, settings, ids of texts; both families."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Outlines that geopandas wrote (tests/golden/geopandas.geojson, kept by the peer `geojson`), read by us."""
+"""Reading of outlines that geopandas wrote (tests/golden/geopandas.geojson, kept by the peer `geojson`)."""
 
 from pathlib import Path
 

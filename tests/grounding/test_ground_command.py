@@ -1,4 +1,4 @@
-"""`pathflip ground` on the feature files and slides that there are: everything lands where the tissue is.
+"""`pathflip ground` on all kinds of feature files and slides: every output is located on the tissue.
 
 The slide is white but for one black square. A stand-in for the model scores a patch by the share of it that is black,
 which the feature file holds, so that every file must point at the square, whatever tool, level or overlap it came from.

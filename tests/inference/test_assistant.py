@@ -1,4 +1,4 @@
-"""The language stage at work: batches change nothing, likelihoods are the decoder's own, commands say what is wrong."""
+"""Inference with the language stage: batching has no effect, likelihoods are the decoder's, commands report faults."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Slides encoded a block of regions at a time: what the whole at once gives."""
+"""Blockwise encoding of slides equals encoding in a single call."""
 
 import numpy as np
 import pytest

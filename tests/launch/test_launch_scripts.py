@@ -1,4 +1,4 @@
-"""What all launch scripts have in common: shellcheck, --help, settings from the head, a dry run that runs nothing."""
+"""Common properties of all launch scripts: shellcheck, --help, settings from the head, a dry run that runs nothing."""
 
 import re
 import shlex

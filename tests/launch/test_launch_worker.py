@@ -1,4 +1,4 @@
-"""What every host does: data staged once and whole, a run on a bucket that outlives its host, processes that meet."""
+"""Work of every host: data staged once and completely, a bucket run that outlives its host, processes that connect."""
 
 import hashlib
 import json

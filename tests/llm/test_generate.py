@@ -1,4 +1,4 @@
-"""Generation beside transformers: the same tokens greedily and by beams, the same filters; likelihoods; refusals."""
+"""Generation against transformers: the same tokens greedily and by beams, the same filters; likelihoods; refusals."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The layers against PyTorch's, and what masks and dropout do."""
+"""Layers against PyTorch's, and the effect of masks and dropout."""
 
 import jax
 import jax.numpy as jnp

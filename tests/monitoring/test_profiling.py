@@ -1,4 +1,4 @@
-"""Profiles: the steps asked for, by option or by signal, and no others."""
+"""Profiles: exactly the steps requested by option or by signal."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Attention against attention as it is written in books, and what masks do."""
+"""Attention against the textbook form, and the effect of masks."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""Normalisation and its gradients by hand against normalisation as it is written in books."""
+"""Normalisation and its hand-written gradients against the textbook form."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Pooling of patches against cross-attention as it is written in books."""
+"""Patch pooling against textbook cross-attention."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Values computed again for the gradient: the gradient is the same."""
+"""Recomputation for the gradient leaves the gradient unchanged."""
 
 import jax
 import jax.numpy as jnp

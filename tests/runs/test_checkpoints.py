@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked when read; the newest sound one is taken, and the rest is told."""
+"""Checkpoints: written atomically, checked when read; the newest valid one is taken, and damaged ones are reported."""
 
 import gc
 import json

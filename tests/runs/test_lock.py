@@ -1,4 +1,4 @@
-"""One run in a folder at a time, on one host, over several, and in a bucket; what is gone is in nobody's way."""
+"""One run in a folder at a time, on one host, over several, and in a bucket; a process that is gone blocks no other."""
 
 import json
 import os

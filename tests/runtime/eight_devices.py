@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process of its own: FOLDER ACCUMULATE LOSS MESH... Ends with "equal" if all is.
+"""Script of test_sharding.py for a separate process: FOLDER ACCUMULATE LOSS MESH... Prints "equal" last on success.
 
 A LOSS is a normaliser of PathFLIP's region loss, or `pairs` or `flair` of PathFLIP2's. A MESH is "data fsdp region",
 such as 4x2x1; all have the same number of devices, which divides 8.

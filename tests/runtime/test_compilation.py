@@ -1,4 +1,4 @@
-"""What XLA is told does what it is told for: on a CPU, barriers stay and what is recomputed is not kept."""
+"""Effect of the XLA options: on a CPU, barriers persist and recomputed values are not stored."""
 
 import os
 import pwd

@@ -1,4 +1,4 @@
-"""What a job may use of its machine: the control groups above it, as Slurm, systemd and containers lay them out."""
+"""Resource limits of a job: the control groups above it, as Slurm, systemd and containers arrange them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Whether a program fits is asked before it runs: XLA's own plan against what the device has left."""
+"""Memory check before a program runs: XLA's plan against the device's free memory."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Whoever reads the output may go: no command ends of it, or exits otherwise. What a full disk loses is an error."""
+"""A closed output pipe neither ends a command nor changes its exit code; output lost to a full disk is an error."""
 
 import subprocess
 import sys

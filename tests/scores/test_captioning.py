@@ -1,4 +1,4 @@
-"""Scores of captions against other people's code: pycocoevalcap's (golden, see captioning/README.md) and NLTK's."""
+"""Caption metrics against reference implementations: pycocoevalcap's (golden, see captioning/README.md) and NLTK's."""
 
 import json
 import os

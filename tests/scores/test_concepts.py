@@ -1,4 +1,4 @@
-"""What captions assert: phrases and denials by hand, the embedded cohort's reports, figures against scikit-learn."""
+"""Asserted concepts: phrases and negations by hand, the embedded cohort's reports, figures against scikit-learn."""
 
 import json
 from itertools import pairwise

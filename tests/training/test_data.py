@@ -1,4 +1,4 @@
-"""What a run trains on: splits, batch sizes that devices can share, and what is said about data that do not fit."""
+"""Training data of a run: splits, batch sizes divisible over devices, and errors about unsuitable data."""
 
 import json
 import re

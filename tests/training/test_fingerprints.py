@@ -1,4 +1,4 @@
-"""Tables and tokenizers are the same where they say the same, however they are written."""
+"""Fingerprints of tables and tokenizers depend on their content, not on its formatting."""
 
 import json
 

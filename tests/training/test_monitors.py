@@ -1,4 +1,4 @@
-"""Phases of the loop: each tells watchdog, account of time and profiler at once."""
+"""Phases of the loop: each updates watchdog, goodput ledger and profiler together."""
 
 import ast
 import inspect

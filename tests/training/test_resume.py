@@ -1,4 +1,4 @@
-"""Which run a folder holds: settings that make it another, and a length that may change."""
+"""Identity of a run folder: settings that make it another run, and a length that may change."""
 
 import copy
 import json

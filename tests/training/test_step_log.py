@@ -1,4 +1,4 @@
-"""Rows of metrics: a step's is written while the next is under way, once, and never for a loss that is no number."""
+"""Rows of metrics: a step's is written during the next one, exactly once, and never for a non-finite loss."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best; what a validation measures is tested where runs are, in test_train.py."""
+"""Selection of the best checkpoint; validation metrics are tested with whole runs, in test_train.py."""
 
 from types import SimpleNamespace
 

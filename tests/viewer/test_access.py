@@ -1,4 +1,4 @@
-"""Who may ask the viewer: this machine alone, or who has its token."""
+"""Access to the viewer: this machine alone, or holders of its token."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""The viewer's cache: one maker however many ask, bounded, and an error is not asked for again at once."""
+"""The viewer's cache: one computation for concurrent requests, bounded, and errors are not retried immediately."""
 
 import threading
 import time

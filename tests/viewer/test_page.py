@@ -1,7 +1,7 @@
 """The page in a real browser: headless Chromium opens it, searches, zooms, grounds, asks and downloads.
 
 Needs Chromium (Debian: `apt-get install chromium`, or PATHFLIP_CHROMIUM names one) and Playwright; without them the
-tests are skipped and say so. PATHFLIP_SCREENSHOTS names a folder that gets pictures of what was seen.
+tests are skipped and say so. PATHFLIP_SCREENSHOTS names a folder for screenshots.
 """
 
 import json

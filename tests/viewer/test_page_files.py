@@ -1,4 +1,4 @@
-"""What the page takes from others is what npm published, and it asks nobody else for anything."""
+"""Third-party files of the page equal those that npm published, and the page loads nothing from other hosts."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Reports and answers: each slide is embedded once, and what was said before is told to the model."""
+"""Reports and answers: each slide is embedded once, and the model sees the previous turns."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The table of tasks, in the order in which they are read, scored and summarised: a file and an entry each."""
+"""Table of tasks, in the order in which they are read, scored and summarised: one file and one entry each."""
 
 from pathflip_jax.evaluate.tasks import few_shot, grounding, language, regions, retrieval, zero_shot
 

@@ -1,8 +1,8 @@
 """Few-shot classification: probes on the frozen model, trained on a few labelled slides, for any column of labels.
 
-Training slides are drawn from the training split several times; a probe may choose its one setting on `val` and never
-on the slides that are scored. The same linear probe on the mean of the raw patch features is the baseline: the
-difference is the gain of the model over its patch encoder.
+Training slides are drawn from the training split several times; a probe may select its only setting on `val`, never on
+the slides that are scored. The same linear probe on the mean of the raw patch features is the baseline: the difference
+is the gain of the model over its patch encoder.
 """
 
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Retrieval both ways, which `retrieval` does with slides and `regions` with regions of slides."""
+"""Bidirectional retrieval, used by `retrieval` for slides and by `regions` for regions."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ GALLERY = 100
 class Ranked(NamedTuple):
     """The ranks of a run in both directions.
 
-    `with_duplicates` are those of galleries that keep rows of other patients with the query's very caption; None if
+    `with_duplicates` are those of galleries that keep rows of other patients with the query's exact caption; None if
     there are none.
     """
 
@@ -28,7 +28,7 @@ class Ranked(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The kind of things that are retrieved by text, the directions by key, and each query's slides and patient."""
+    """Type of items retrieved by text, the directions by key, and each query's slides and patient."""
 
     kind: str
     directions: Mapping[str, str]
@@ -37,7 +37,7 @@ class Queries(NamedTuple):
 
 
 def rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, related: np.ndarray | None) -> Ranked:
-    """The ranks of texts among images and of images among texts; without `related` no row is masked."""
+    """Rank texts among images and images among texts; without `related` no row is masked."""
     there, back = directions
 
     def ranks(related) -> dict[str, retrieval.Ranks]:
@@ -49,7 +49,7 @@ def rank_both_ways(directions, images: np.ndarray, texts: np.ndarray, related: n
 
 
 def score_ranking(key: str, queries: Queries, predictions: Predictions, seed: int) -> Part:
-    """The results of a retrieval whose files and entry are called by `key`."""
+    """Results of a retrieval whose files and entry are named by `key`."""
     ours, theirs = ([one.ranks for one in side] for side in (predictions.ours, predictions.theirs))
     curves = {name: ours[0][direction] for direction, name in queries.directions.items()}
     return Part(
@@ -91,7 +91,7 @@ def score_ranks(
 
 
 def warn_of_duplicates(queries: Queries, ranked: Ranked) -> list[str]:
-    """The effect on R@1 of the rule about captions that several patients share; nothing if none do."""
+    """Warn of the effect on R@1 of the rule about captions shared by several patients, if any."""
     ranks, with_duplicates = ranked
     if with_duplicates is None:
         return []
@@ -173,7 +173,7 @@ def ranked_units(evaluation: Evaluation, table: str, direction: str) -> Units:
         metrics["median_rank"].append(statistics.median(retrieval.expected_rank(ranks)))
     seen: Counter = Counter()
     keys = []
-    for row in runs[0]:  # texts of one slide are told apart by their order
+    for row in runs[0]:  # texts of one slide are distinguished by their order
         keys.append((row["slide_ids"], str(seen[row["slide_ids"]])))
         seen[row["slide_ids"]] += 1
     return Units(keys, [row["patient_id"] for row in runs[0]], [row["gallery"] for row in runs[0]], metrics)

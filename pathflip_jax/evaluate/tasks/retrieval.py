@@ -18,7 +18,7 @@ DIRECTIONS = {"slide_to_text": "slide to text", "text_to_slide": "text to slide"
 
 
 def read_pairs(path, cohort: Cohort) -> list[SlideText]:
-    """The texts of the cohort's slides; a text of a case is of those of its slides that the split holds.
+    """Read the texts of the cohort's slides; a case's text belongs to those of its slides that are in the split.
 
     Raises ValueError when the table has no text for any slide of the split.
     """

@@ -103,7 +103,7 @@ def parse_choice(generated: str, options: Mapping[str, str]) -> str | None:
     draws one, and of several, MMMU's takes the last. Here there is no guess. The first rule that matches decides: the
     text is a letter or an option's text; it names the answer ("answer: B"); it names an option ("option B"); a line
     starts with a letter and a punctuation mark, or a letter is in brackets; the text contains an option's text; a
-    capital letter stands alone and is no article.
+    capital letter stands alone and is not an article.
     """
     if not options:
         return None
@@ -140,7 +140,7 @@ class _Patterns(NamedTuple):
 @lru_cache(maxsize=64)
 def _patterns(letters: tuple[str, ...]) -> _Patterns:
     one = f"(?:{'|'.join(map(re.escape, letters))})"
-    # An "A" before a word in small letters is an article ("Answer: A tumor of ..."), unless that word goes on about it.
+    # An "A" before a lower-case word is an article ("Answer: A tumor of ..."), unless that word continues the answer.
     article = r"A\s+(?!(?:and|or|is|because|since|as)\b)[a-z]"
     single = rf"(?<![\w'’-])(?!{article}){one}(?![\w'’-])"
     marks = r"[\s*_\"'`(\[]*"

@@ -1,7 +1,7 @@
-"""Zero-shot classification: a slide is of the class whose texts are nearest to it.
+"""Zero-shot classification: a slide is assigned to the class whose texts are nearest to it.
 
 The normalised embeddings of a class's texts are averaged (a prompt ensemble), which reduces the dependence on one
-wording. No label is seen, and none chooses a threshold.
+wording. No label is seen or used to choose a threshold.
 """
 
 from pathlib import Path

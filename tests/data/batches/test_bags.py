@@ -1,4 +1,4 @@
-"""Bags of slides: which of them are of one case, against a plain graph search, and which captions they share."""
+"""Bags of slides: their cases, against a plain graph search, and shared captions."""
 
 import numpy as np
 import pytest

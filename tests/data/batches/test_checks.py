@@ -1,4 +1,4 @@
-"""Runs that would teach nothing: refused where no step could, counted where some do not."""
+"""Batches without a training signal: refused where no step has one, counted where some lack it."""
 
 from types import SimpleNamespace
 

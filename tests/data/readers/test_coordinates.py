@@ -1,4 +1,4 @@
-"""Coordinates and patch sizes that cannot be: each kind of fault found, and sound grids of any tool let through."""
+"""Invalid coordinates and patch sizes: each kind of fault is found, and valid grids of any tool are accepted."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Patch names of feature tables: every known spelling gives the same places, an unknown or unclear one is refused."""
+"""Patch names of feature tables: all known spellings give the same positions, unknown or ambiguous ones are refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Feature files below a folder: which are taken, which are passed over, and what is said of those out of reach."""
+"""Discovery of feature files below a folder: those read, those skipped, and reports of unreachable ones."""
 
 import pytest
 

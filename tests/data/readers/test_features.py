@@ -1,4 +1,4 @@
-"""Readers of other tools' feature files: each layout, and what is wrong with a file said with its name and the cure."""
+"""Readers of other tools' feature files: each layout, and faults of a file reported with its name and the cure."""
 
 import importlib.util
 import os

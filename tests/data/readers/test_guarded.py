@@ -1,4 +1,4 @@
-"""The worker that parses files: arrays come back whole, and crash, stall and greed of a reader are the file's error."""
+"""The worker that parses files: arrays return intact, and a reader's crash, stall or memory use is the file's error."""
 
 import os
 import signal

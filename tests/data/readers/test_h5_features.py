@@ -1,4 +1,4 @@
-"""Layouts of HDF5 features: STAMP's units by version, AtlasPatch's groups, and what the others say of themselves."""
+"""Layouts of HDF5 features: STAMP's units by version, AtlasPatch's groups, and the metadata of the others."""
 
 import h5py
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a cohort is: the majority says it, whoever comes first; where there is none, all are named."""
+"""Traits of a cohort: decided by the majority, whatever the order; without a majority, all are named."""
 
 import random
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The slides of records as a sequence: each is what the writer's own entry says, whatever is asked of it."""
+"""Slides of records as a sequence: each matches the writer's entry, whichever way it is accessed."""
 
 import dataclasses
 import pickle

@@ -1,4 +1,4 @@
-"""Large slides: written, opened and read in blocks with the very bytes that the whole at once gives."""
+"""Large slides: written, opened and read in blocks, byte-identical to a single read."""
 
 import errno
 import mmap

@@ -1,4 +1,4 @@
-"""A folder of records is what its manifest lists: opening one that is not says which file, and what to do."""
+"""Manifest of a folder of records: a mismatch is refused with the file and the cure."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Whole slides, read and checked piece by piece: the same slide and the same errors as at once."""
+"""Whole slides, read and checked piecewise: the same slide and the same errors as in a single read."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Records: what is written is read, by us and by plain readers; what is damaged, mixed or half written is refused."""
+"""Records: round trips, by this library and by plain readers; damaged, mixed or incomplete files are refused."""
 
 import errno
 import json

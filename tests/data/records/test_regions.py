@@ -1,4 +1,4 @@
-"""Regions: every patch in exactly one, where coords // edge says, whatever the mpp or the order in the file."""
+"""Regions: every patch in exactly one, given by coords // edge, whatever the mpp or the order in the file."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The splits of a slide table: a name that no row has, and what is counted of each."""
+"""Splits of a slide table: an unknown name, and the counts of each."""
 
 import pytest
 

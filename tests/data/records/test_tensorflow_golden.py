@@ -1,4 +1,4 @@
-"""Records that TensorFlow and TFDS wrote (tests/golden/tensorflow, kept by the peer `tensorflow`), read by us."""
+"""Reading of records that TensorFlow and TFDS wrote (tests/golden/tensorflow, kept by the peer `tensorflow`)."""
 
 import shutil
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The whole way over a bucket: import, doctor, train, embed, against the S3 or GCS protocol on this machine.
+"""Complete workflow over a bucket: import, doctor, train, embed, against the S3 or GCS protocol on this machine.
 
 `moto` speaks S3, `gcp-storage-emulator` speaks GCS; s3fs, gcsfs, Orbax and TensorStore talk to them as to the cloud.
-What comes out must be what a local disk gives, bit for bit.
+The results must equal those of a local disk bit for bit.
 
     python tests/data/storage/buckets.py s3     (needs pathflip-jax[s3] and moto[server])
     python tests/data/storage/buckets.py gs     (needs pathflip-jax[gcs] and gcp-storage-emulator)

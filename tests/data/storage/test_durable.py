@@ -1,4 +1,4 @@
-"""Files reach the disk; a file system that cannot say so is no reason to stop, a failing disk is."""
+"""Durable writes: a file system without sync is tolerated, a failing disk is an error."""
 
 import errno
 import os

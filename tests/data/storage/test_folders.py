@@ -1,4 +1,4 @@
-"""Files below a folder: links followed once, hidden ones passed over, and what stands in for a file told apart."""
+"""Files below a folder: links followed once, hidden files skipped, and placeholders distinguished from files."""
 
 import pytest
 

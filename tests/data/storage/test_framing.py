@@ -1,4 +1,4 @@
-"""CRC32C of data that comes in parts, against the sum of the whole."""
+"""CRC32C of data in parts, against the checksum of the whole."""
 
 import numpy as np
 import pytest

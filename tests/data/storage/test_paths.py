@@ -1,4 +1,4 @@
-"""Paths: `~` and environment variables in every place that a path is written, and bytes that are no text."""
+"""Paths: `~` and environment variables wherever a path is given, and bytes that are not text."""
 
 import argparse
 import importlib

@@ -1,6 +1,6 @@
-"""Records behind URLs: the same slides and the same errors as on a disk, no byte more than asked for.
+"""Records at URLs: the same slides and errors as on a disk, and no unrequested byte read.
 
-The bucket is fsspec's memory file system, which counts here what is asked of it and fails on demand.
+The bucket is fsspec's memory file system, extended to count requests and to fail on demand.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Whose slides are: slide table, records and text table agree, fill each other's gaps, or are named."""
+"""Assignment of slides to patients: slide table, records and text table agree, complete each other, or are reported."""
 
 import pytest
 

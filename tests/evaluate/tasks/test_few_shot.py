@@ -1,4 +1,4 @@
-"""Few-shot: which slides are drawn, which labels count, what chooses, and what the scores are."""
+"""Few-shot classification: drawing of slides, labels that count, model selection, and scores."""
 
 import csv
 

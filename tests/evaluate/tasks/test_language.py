@@ -1,4 +1,4 @@
-"""Scores of a language stage: one that knows every report scores 1, one that never looks is told so."""
+"""Scores of a language stage: an oracle scores 1, and a model that ignores the slide is reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Grounding against outlines: which patches are true, which count, and what an AUC is."""
+"""Grounding against outlines: true patches, patches that count, and the AUC."""
 
 import json
 from types import SimpleNamespace

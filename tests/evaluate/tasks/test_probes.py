@@ -1,4 +1,4 @@
-"""Probes: what they learn, what they must not see, and how they agree with scikit-learn."""
+"""Probes: learning, isolation from test labels, and agreement with scikit-learn."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Retrieval in which several patients have one caption: counted, and its effect on R@1 told."""
+"""Retrieval with captions shared by several patients: counted, and their effect on R@1 reported."""
 
 import numpy as np
 
