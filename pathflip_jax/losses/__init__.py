@@ -1,1 +1,1 @@
-"""The losses of both families, of arrays alone."""
+"""Losses of both model families, as pure functions of arrays."""

@@ -1,9 +1,9 @@
-"""The two alignment losses, as pure functions of arrays (DESIGN section 4).
+"""Alignment losses at slide and region level, as pure functions of arrays (DESIGN section 4).
 
 Both run over the global batch: under jit on a mesh the same code gathers over devices. Pairs of related slides are
-neither positives nor negatives: slides of one case, whose reports speak of the same tumor, and slides with the same
-caption. `related` numbers what a slide shares with others, its case and its captions: slides that share any number
-are related.
+neither positives nor negatives: slides of one case, whose reports describe the same tumor, and slides with the same
+caption. `related` holds integer ids of whatever a slide shares with others, its case and its captions: slides with
+any id in common are related.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from pathflip_jax.settings.networks import LossConfig
 # texts [B, C, D], regions [B, R, D], region_mask [B, R] -> text-conditioned region embeddings [B, C, D], weights
 TextRegionAttention = Callable[[Array, Array, Array], tuple[Array, Array]]
 Scalar = Float[Array, ""] | float
-# (function, of each slide, of all slides, of none) -> what the function gives for each slide; see `at_once`
+# (function, per-slide inputs, inputs of all slides, shared inputs) -> the function's result per slide; see `at_once`
 Spread = Callable[..., Any]
 
 
 class Embeddings(NamedTuple):
-    """All that the losses need of a batch, before any normalisation.
+    """Embeddings of a batch that the losses compare, before normalisation.
 
-    Subcaptions of equal `wording` read the same: one that a slide has itself is no negative for its regions.
+    Subcaptions of equal `wording` have the same text: a slide's own wording is never a negative for its regions.
     """
 
     slide: Float[Array, "B D"]
@@ -42,12 +42,12 @@ def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 
 
 def unrelated(one: Int[Array, "*#n S"], other: Int[Array, "*#n T"]) -> Bool[Array, "..."]:
-    """Whether slides share none of their numbers, so that each is a negative for the other."""
+    """Whether slides have no id in common, so that each is a negative for the other."""
     return ~jnp.any(one[..., :, None] == other[..., None, :], axis=(-2, -1))
 
 
 def negative_pairs(related: Int[Array, "B ..."]) -> Bool[Array, "B B"]:
-    """[i, j]: slide j is a negative for slide i."""
+    """Mask of negative pairs: [i, j] is True where slide j is a negative for slide i."""
     related = jnp.asarray(related).reshape(len(related), -1)
     return unrelated(related[:, None], related[None, :])
 
@@ -60,10 +60,9 @@ def slide_loss(
     temperature: float = 0.1,
     label_smoothing: float = 0.1,
 ) -> Float[Array, ""]:
-    """InfoNCE between slides and captions, mean of both directions.
+    """InfoNCE between slides and captions, averaged over both directions.
 
-    Label smoothing spreads its share evenly over a slide's own caption and its negatives, as in torch's
-    cross-entropy.
+    Label smoothing is spread evenly over a slide's own caption and its negatives, as in torch's cross-entropy.
     """
     allowed = negative_pairs(related) | jnp.eye(len(slides), dtype=bool)
     logits = normalise(slides) @ normalise(captions).T / temperature  # [B, B]
@@ -78,24 +77,24 @@ def slide_loss(
 
 
 def draw_negatives(key: Array, B: int, K: int) -> Int[Array, "B B"]:
-    """[i, j]: which subcaption of slide j slide i is shown as a negative; -1 on the diagonal.
+    """Indices of negative subcaptions: [i, j] is the subcaption of slide j shown to slide i, -1 on the diagonal.
 
-    A function of the key alone, so the draw does not depend on the devices.
+    The draw is a function of the key alone and does not depend on the devices.
     """
     return jnp.where(jnp.eye(B, dtype=bool), -1, jax.random.randint(key, (B, B), 0, K))
 
 
 def at_once(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
-    """function(slides, everyone, whole) for all slides on one device.
+    """Unsharded evaluation of function(slides, everyone, whole): all slides on one device.
 
-    `slides` and `everyone` are arrays [B, ...], of which a mesh hands a device its own slides' share of the first and
-    all of the second (`by_slide` in `runtime/sharding.py`); what the function gives has a row for each of `slides`.
+    `slides` and `everyone` are arrays [B, ...]; on a mesh each device receives its own slides' rows of the former and
+    all rows of the latter (`by_slide` in `runtime/sharding.py`). The result has one row per row of `slides`.
     """
     return function(slides, everyone, whole)
 
 
 class _Slides(NamedTuple):
-    """What the negatives of n slides are scored with: all slides of the batch, or those of one device."""
+    """Per-slide inputs for scoring the negatives of n slides: the whole batch, or one device's share."""
 
     number: Int[Array, "n"]
     related: Int[Array, "n S"]
@@ -106,7 +105,7 @@ class _Slides(NamedTuple):
 
 
 class _Everyone(NamedTuple):
-    """What all slides of the batch are to each other."""
+    """Inputs of all slides of the batch: their relations, and the texts that serve as negatives."""
 
     subcaptions: Float[Array, "B K D"]
     related: Int[Array, "B S"]
@@ -123,16 +122,16 @@ def region_loss(
     config: LossConfig,
     spread: Spread = at_once,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Sigmoid loss between subcaptions and the regions that they themselves attend to; with it, mean cosines.
+    """Sigmoid loss between subcaptions and text-conditioned region embeddings, with mean cosines as metrics.
 
     The texts of slide i are its own K subcaptions (label +1) and one subcaption of each other slide (label -1).
-    `released` divides the sum by K + B - 1, one device's arithmetic in the released code, and so grows with B;
-    `per_positive` by B * K, as the follow-up's code;
+    `released` divides the sum by K + B - 1, the single-device arithmetic of the released code, and so grows with B;
+    `per_positive` divides by B * K, as in the follow-up's code;
     `per_slide` is the mean over slides of (mean over positives + w * mean over negatives) / 2.
 
-    Each text pools the regions of each slide anew, so pairs of slides and texts are what takes memory. With n slides
-    on a device and C = `config.negatives_at_once` texts at a time, the largest arrays are [n, C, heads, R] and
-    [n, C, D], in float32 4 n C heads R and 4 n C D bytes; the subcaptions of all, 4 B K D, are gathered once.
+    Each text pools the regions of each slide separately, so memory scales with pairs of slides and texts. With n
+    slides per device and C = `config.negatives_at_once` texts at a time, the largest arrays are [n, C, heads, R] and
+    [n, C, D], in float32 4 n C heads R and 4 n C D bytes; all subcaptions, 4 B K D bytes, are gathered once.
     """
     B, K, _ = embeddings.subcaptions.shape
     shown = B - 1 if config.negatives_per_slide is None else min(config.negatives_per_slide, B - 1)
@@ -157,7 +156,7 @@ def region_loss(
 
 
 def pair_bytes(config: LossConfig, slides: int, batch_size: int, heads: int, regions: int, width: int) -> int:
-    """Bytes of the largest array of `region_loss` on a device of `slides` slides of a batch, in float32.
+    """Bytes of the largest float32 array of `region_loss` on a device that holds `slides` slides of a batch.
 
     `width` is D; the array is [n, C, heads, R] or [n, C, D], whichever is larger.
     """
@@ -175,9 +174,9 @@ def _negatives(
     shown: int,
     chunk: int,
 ) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
-    """Of the next `shown` slides as negatives of each: sums of their terms and cosines, and how many count.
+    """Sums of loss terms and cosines over the next `shown` slides as negatives of each slide, and their counts.
 
-    Chunks are computed again for the gradient, so that only one stands in memory at a time.
+    Chunks are rematerialised in the backward pass, so that only one is in memory at a time.
     """
 
     def score(offsets: Int[Array, "C"]):
@@ -195,18 +194,18 @@ def _negatives(
     chunks = -(-shown // chunk)
     if chunks <= 1:
         return score(jnp.arange(1, 1 + shown))
-    offsets = jnp.arange(1, 1 + chunks * chunk).reshape(chunks, chunk)  # those beyond `shown` count for nothing
+    offsets = jnp.arange(1, 1 + chunks * chunk).reshape(chunks, chunk)  # entries beyond `shown` are masked out
     return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(score), offsets))
 
 
 def _cosines(attention: TextRegionAttention, texts: Array, regions: Array, mask: Array) -> Float[Array, "B C"]:
-    """Between each text and what it pools of the regions."""
+    """Cosine between each text and its text-conditioned region embedding."""
     pooled, _ = attention(texts, regions, mask)
     return jnp.sum(normalise(pooled) * normalise(texts), axis=-1)
 
 
 def log_sigmoid(cosine: Array, label: float | Array, scale: Scalar, bias: Scalar | None) -> Array:
-    """The logarithm of how probable it is that a pair of this cosine is a match (label 1) or none (-1)."""
+    """Log-probability of a match (label 1) or a non-match (-1) for a pair of this cosine."""
     return jax.nn.log_sigmoid(label * (scale * cosine if bias is None else scale * cosine + bias))
 
 
@@ -220,7 +219,7 @@ def alignment_loss(
     config: LossConfig,
     spread: Spread = at_once,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The total loss and its parts by name; a loss of weight 0 is not computed. `spread` as in `region_loss`."""
+    """Total loss and its components by name; a loss of weight 0 is not computed. `spread` as in `region_loss`."""
     metrics = {}
     loss = jnp.zeros(())
     if config.slide_weight:

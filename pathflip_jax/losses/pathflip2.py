@@ -1,7 +1,7 @@
-"""The losses of PathFLIP2, as pure functions of arrays: sigmoid losses over pairs (SigLIP, arXiv 2303.15343).
+"""Losses of PathFLIP2, as pure functions of arrays: pairwise sigmoid losses (SigLIP, arXiv 2303.15343).
 
-Both run over the global batch, as those of `losses/pathflip.py`, and treat related slides alike: neither positives nor
-negatives.
+Both run over the global batch, like those of `losses/pathflip.py`, and treat related slides in the same way: as neither
+positives nor negatives.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ def sigmoid_slide_loss(
     scale: Scalar,
     bias: Scalar,
 ) -> Float[Array, ""]:
-    """SigLIP: every pair of slide and caption is a match or none; the sum over pairs, divided by the slides."""
+    """SigLIP loss over all slide-caption pairs: the sum over pairs divided by the number of slides."""
     same = jnp.eye(len(slides), dtype=bool)
     cosine = normalise(slides) @ normalise(captions).T
     terms = -log_sigmoid(cosine, jnp.where(same, 1.0, -1.0), scale, bias)
@@ -29,7 +29,7 @@ def sigmoid_slide_loss(
 
 
 class _Slides(NamedTuple):
-    """All slides of the batch, or those of one device: which they are, and what their texts pooled of them."""
+    """Slides of the whole batch or of one device: their indices and their text-conditioned embeddings."""
 
     number: Int[Array, "n"]
     related: Int[Array, "n S"]
@@ -38,7 +38,7 @@ class _Slides(NamedTuple):
 
 
 class _Everyone(NamedTuple):
-    """The texts of all slides of the batch, and what the slides are to each other."""
+    """Texts of all slides of the batch, and the relations between the slides."""
 
     texts: Float[Array, "B K D"]
     related: Int[Array, "B S"]
@@ -55,12 +55,13 @@ def pair_loss(
     spread: Spread = at_once,
     wording: Int[Array, "B K"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Sigmoid loss between every text-conditioned embedding and every subcaption: the mean over pairs, and cosines.
+    """Mean sigmoid loss over all pairs of text-conditioned embedding and subcaption, with mean cosines as metrics.
 
-    `pooled[i, k]` is what subcaption k of slide i pooled of it, and matches that subcaption alone: others of the slide
-    are negatives too, as published; subcaptions of other slides that read like one of its own (equal `wording`) are
-    not. Both directions of the published loss are this one sum. With n slides on a device
-    and C = `config.slides_at_once` slides at a time, the largest array is [n, K, C, K]; subcaptions are gathered once.
+    `pooled[i, k]` is the embedding of slide i conditioned on its subcaption k, and matches that subcaption alone: the
+    slide's other subcaptions are negatives too, as published; subcaptions of other slides with the same text as one of
+    its own (equal `wording`) are not. Both directions of the published loss reduce to this one sum. With n slides per
+    device and C = `config.slides_at_once` slides at a time, the largest array is [n, K, C, K]; subcaptions are gathered
+    once.
     """
     B, K, _ = texts.shape
 
@@ -78,9 +79,9 @@ def pair_loss(
 def _sums(
     slides: _Slides, everyone: _Everyone, scale: Scalar, bias: Scalar, chunk: int
 ) -> tuple[Float[Array, "n"], ...]:
-    """Of each slide's pairs with the texts of all: the terms, how many count, the cosines of matches and of others.
+    """Per-slide sums over its pairs with all texts: loss terms, pair counts, cosines of matches and of non-matches.
 
-    Chunks are computed again for the gradient, so that only one stands in memory at a time.
+    Chunks are rematerialised in the backward pass, so that only one is in memory at a time.
     """
     B, K, _ = everyone.texts.shape
 
@@ -109,6 +110,6 @@ def _sums(
 
 
 def pairs_bytes(config: SigmoidLossConfig, slides: int, batch_size: int, subcaptions: int) -> int:
-    """Bytes of the largest array of `pair_loss` on a device of `slides` slides of a batch, in float32."""
+    """Bytes of the largest float32 array of `pair_loss` on a device that holds `slides` slides of a batch."""
     texts = min(config.slides_at_once or batch_size, batch_size)
     return 4 * slides * texts * subcaptions**2 if config.region_weight else 0

@@ -1,1 +1,1 @@
-"""The two networks, their layers and their configs."""
+"""The alignment networks, their layers and their configs."""

@@ -1,6 +1,7 @@
-"""BERT over packed texts: alone the text encoder of PathFLIP2, and in a Q-Former the part that reads text.
+"""BERT over packed texts: the text encoder of PathFLIP2, and the text path of the Q-Former.
 
-Letters as in `pathflip_jax.model.pathflip`. A row of tokens holds several texts, each seeing only its own segment.
+Letters as in `pathflip_jax.model.pathflip`. A row of tokens holds several texts, each attending only to its own
+segment.
 """
 
 from collections.abc import Sequence
@@ -21,16 +22,16 @@ from pathflip_jax.ops.recompute import recompute
 
 # Tokens, segments (0 is padding) and positions of the rows of one length.
 Rows = tuple[Int[Array, "G _ _"], Int[Array, "G _ _"], Int[Array, "G _ _"]]
-TOKEN_TYPES = 2  # a BERT knows two kinds of sentences; all of ours are of kind 0
+TOKEN_TYPES = 2  # BERT has two sentence types; all texts here are of type 0
 
 
 def pick(states: Float[Array, "G T H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
-    """States by their place among the tokens of their group."""
+    """States gathered by their index among the tokens of their group."""
     return jnp.take_along_axis(states, index[..., None], axis=1)
 
 
 class SelfAttention(nnx.Module):
-    """BERT self-attention with its output Linear, residual and LayerNorm; queries and text share it."""
+    """BERT self-attention with output Linear, residual and LayerNorm, shared by queries and text."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.heads, self.rate = config.heads, config.dropout
@@ -41,7 +42,7 @@ class SelfAttention(nnx.Module):
         self.norm = LayerNorm(config.hidden, BERT_EPS)
 
     def among_queries(self, x: Float[Array, "... Q H"], key: Array | None) -> Float[Array, "... Q H"]:
-        """Every query of a set sees all of its set."""
+        """Self-attention within each set of queries."""
         keys = split_key(key, 2)
         pooled, _ = attend(self.query(x), self.key(x), self.value(x), None, self.heads, self.rate, keys[0])
         return self._finish(x, pooled, keys[1])
@@ -53,9 +54,10 @@ class SelfAttention(nnx.Module):
         key: Array | None,
         kept: Int[Array, "G n"] | None = None,
     ) -> Float[Array, "G kept H"]:
-        """Token t of a row sees token u of it where the row's mask says so; the T tokens are all rows, end to end.
+        """Masked self-attention within each row; the T tokens are all rows of a group, concatenated.
 
-        With `kept`, only those states come out, [G, n, H] (see `pick`).
+        Token t of a row attends to token u of the row where the row's mask is True. With `kept`, only those states are
+        returned, [G, n, H] (see `pick`).
         """
         keys = split_key(key, 1 + len(masks))
         projected = [_rows(project(x), masks) for project in (self.query, self.key, self.value)]
@@ -73,14 +75,14 @@ class SelfAttention(nnx.Module):
 
 
 def _rows(x: Float[Array, "G T H"], masks: Sequence[Bool[Array, "G _ _ _"]]) -> list[Float[Array, "G _ _ H"]]:
-    """Cut the tokens of a group into the rows that each mask is for."""
+    """Split the tokens of a group into the rows that each mask applies to."""
     sizes = [mask.shape[1] * mask.shape[2] for mask in masks]
     parts = jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=1)
     return [part.reshape(*mask.shape[:3], x.shape[-1]) for part, mask in zip(parts, masks, strict=True)]
 
 
 class FeedForward(nnx.Module):
-    """Linear, exact GELU, Linear, residual, LayerNorm."""
+    """BERT feed-forward block: Linear, exact GELU, Linear, residual, LayerNorm."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.rate = config.dropout
@@ -99,14 +101,14 @@ def _contract(inner: Array, output: Linear) -> Array:
 
 
 class BertLayer(nnx.Module):
-    """One layer: self-attention, then a feed-forward network."""
+    """BERT layer: self-attention, then a feed-forward network."""
 
     def __init__(self, config: ModelConfig, index: int, rngs: nnx.Rngs) -> None:
         self.self_attention = SelfAttention(config, rngs)
         self.ffn = FeedForward(config, rngs)
 
     def read_text(self, x: Array, masks: Sequence[Array], key: Array | None, kept: Array | None = None) -> Array:
-        """Tokens [G, T, H] through the layer; with `kept` only those states come out, [G, n, H]."""
+        """Tokens [G, T, H] through the layer; with `kept` only those states are returned, [G, n, H]."""
         keys = split_key(key, 2)
         with jax.named_scope("text_attention"):
             x = self.self_attention.within_texts(x, masks, keys[0], kept)
@@ -115,7 +117,7 @@ class BertLayer(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """Words and positions, and layers of the class given."""
+    """Word and position embeddings, and layers of the given class."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: type[BertLayer] = BertLayer) -> None:
         self.config = config
@@ -131,11 +133,11 @@ class Bert(nnx.Module):
         key: Array | None = None,
         pooling: Literal["mean", "cls", "mean_padded"] = "cls",
     ) -> Float[Array, "G n H"]:
-        """The final state of each text: that of its [CLS], or the mean of its tokens.
+        """Final state of each text: that of its [CLS], or the mean of its tokens.
 
         Rows as in `PathFLIP.encode_texts`. Attention is bidirectional, although a BERT folder may say `is_decoder`
-        (DESIGN section 3.2). For "cls" all other tokens leave before the feed-forward of the last layer: nobody reads
-        them. For "mean_padded" a row holds one text, and its padding counts in the mean.
+        (DESIGN section 3.2). For "cls" all other tokens are dropped before the feed-forward of the last layer, as they
+        are never used. For "mean_padded" a row holds one text, and its padding counts in the mean.
         """
         keys = split_key(key, len(self.layers) + 1)
         tokens, segments, positions = zip(*rows, strict=True)
@@ -146,7 +148,7 @@ class Bert(nnx.Module):
             x = self.embed(tokens, positions)  # [G, T, H]
             x = self.norm(x).astype(self.config.compute_dtype)
             x = dropout(x, self.config.dropout, keys[-1])
-        if pooling == "mean_padded":  # padding sees the words too
+        if pooling == "mean_padded":  # padding attends to the words too
             masks = [jnp.broadcast_to((part > 0)[..., None, :], (*part.shape, part.shape[-1])) for part in segments]
         else:
             masks = [part[..., :, None] == part[..., None, :] for part in segments]
@@ -159,11 +161,11 @@ class Bert(nnx.Module):
         return _mean_of_texts(x, segments, positions, text_index, padded=pooling == "mean_padded")
 
     def embed(self, tokens: Int[Array, "G T"], positions: Int[Array, "G T"]) -> Float[Array, "G T H"]:
-        """Words at their positions, before normalisation."""
+        """Sum of word and position embeddings, before normalisation."""
         return self.word_embeddings(tokens) + self.position_embeddings(positions)
 
     def run(self, method, *arguments):
-        """method(*arguments), computed again for the gradient where the config has `remat`."""
+        """method(*arguments), rematerialised in the backward pass if the config has `remat`."""
         return (jax.checkpoint(method) if self.config.remat else method)(*arguments)
 
 
@@ -174,8 +176,8 @@ def _mean_of_texts(
     text_index: Int[Array, "G n"],
     padded: bool,
 ) -> Float[Array, "G n H"]:
-    """The mean over the tokens of each text; `padded`: of one text a row, over the length of its row."""
-    starts = jnp.arange(states.shape[1])[None] - positions  # of a token's text: positions restart with each
+    """Mean over the tokens of each text; with `padded`, for one text per row, over the full length of the row."""
+    starts = jnp.arange(states.shape[1])[None] - positions  # start of each token's text
     own = starts[:, None] == text_index[..., None]  # [G, n, T]
     if not padded:
         own &= jnp.concatenate([part.reshape(len(part), -1) for part in segments], axis=1)[:, None] > 0
@@ -185,7 +187,7 @@ def _mean_of_texts(
 
 
 class TextEncoder(Bert):
-    """A whole BERT as published: with token types, and with LoRA at every projection where the config has a rank."""
+    """Complete BERT as published, with token types, and with LoRA at every projection if the config has a rank."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs)
@@ -199,7 +201,7 @@ class TextEncoder(Bert):
                     linear.lora = _low_rank(config, linear, rngs)
 
     def embed(self, tokens: Int[Array, "G T"], positions: Int[Array, "G T"]) -> Float[Array, "G T H"]:
-        """Words of type 0 at their positions, before normalisation."""
+        """Sum of word, position and type-0 embeddings, before normalisation."""
         words = super().embed(tokens, positions)
         return words + lax.broadcast_to_rank(self.type_embeddings.embedding[0], words.ndim)
 

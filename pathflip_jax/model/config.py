@@ -1,4 +1,4 @@
-"""Sizes and settings of the models: a frozen dataclass for each family, the same in files, code and checkpoints."""
+"""Model configurations: one frozen dataclass per family, identical in files, code and checkpoints."""
 
 import dataclasses
 import math
@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 from pathflip_jax.model.versions import UnknownSettings, before
 from pathflip_jax.settings.fields import LARGEST_SIZE
 
-CONFIGS: dict[str, type["ModelConfig"]] = {}  # by the names of their families
+CONFIGS: dict[str, type["ModelConfig"]] = {}  # by family name
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes that both families have: patch features, joint space, and a BERT. Raises ValueError where sizes clash.
+    """Sizes common to both families: patch features, joint space and BERT. Raises ValueError for incompatible sizes.
 
     F `feature_dim`, D `embed_dim`, H `hidden`; `heads`, `layers` and `intermediate` are BERT's.
     """
@@ -72,15 +72,15 @@ class ModelConfig:
                 raise ValueError(f"model config: {name}={getattr(self, name)}, expected a probability below 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name, for JSON; those of another family than `PathFLIPConfig` name it."""
+        """Plain values by name, for JSON; families other than `PathFLIPConfig` include the family's name."""
         values = dataclasses.asdict(self)
         return values if self.family == PathFLIPConfig.family else {"family": self.family} | values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Inverse of `to_dict`; a name that no setting has raises UnknownSettings, naming it.
+        """Inverse of `to_dict`; an unknown name raises UnknownSettings, naming it.
 
-        What an earlier version did not write has the value that means what it did.
+        Settings that an earlier version did not write take the value that reproduces its behaviour.
         """
         values = dict(values)
         name = values.pop("family", PathFLIPConfig.family)
@@ -104,13 +104,13 @@ _LARGEST = {  # a model is built layer by layer before a file is compared with i
 
 @dataclass(frozen=True)
 class PathFLIPConfig(ModelConfig):
-    """Shape of a PathFLIP; the defaults are the released model's (DESIGN section 3).
+    """Configuration of PathFLIP; the defaults are the released model's (DESIGN section 3).
 
-    Letters as in `pathflip.py`: F `feature_dim`, D `embed_dim`, H `hidden`, Q `num_queries`. Raises ValueError where
-    sizes contradict each other.
+    Letters as in `pathflip.py`: F `feature_dim`, D `embed_dim`, H `hidden`, Q `num_queries`. Raises ValueError for
+    incompatible sizes.
     """
 
-    vocab_size: int = 30523  # the BERT vocabulary and `[DEC]`
+    vocab_size: int = 30523  # the BERT vocabulary plus `[DEC]`
     num_queries: int = 8
     cross_attention_freq: int = 2
     patch_projection: Literal["linear", "mlp"] = "linear"
@@ -129,27 +129,27 @@ class PathFLIPConfig(ModelConfig):
 
     @property
     def cross_layers(self) -> tuple[int, ...]:
-        """The layers whose queries look at patches."""
+        """Indices of the layers with cross-attention to patches."""
         return tuple(range(0, self.layers, self.cross_attention_freq))
 
     @property
     def map_layer(self) -> int:
-        """The layer whose cross-attention is the attention map: the last cross layer up to `layers - 2`."""
+        """Index of the layer that gives the attention map: the last cross-attention layer up to `layers - 2`."""
         return max(layer for layer in self.cross_layers if layer <= max(self.layers - 2, 0))
 
 
 @dataclass(frozen=True)
 class PathFLIP2Config(ModelConfig):
-    """Shape of a PathFLIP2, the authors' follow-up network; the defaults are the released code's.
+    """Configuration of PathFLIP2, the authors' follow-up network; the defaults are the released code's.
 
-    Its texts are read by a whole BERT, whose words have no `[DEC]`. `text_lora_rank` above 0 adapts that BERT by LoRA.
-    `text_pooling` says how tokens become one text: "mean" of its own tokens, "cls", or "mean_padded", the mean over the
-    padded length of all texts that are encoded together, as the released code takes it.
+    Texts are encoded by a complete BERT, whose vocabulary has no `[DEC]`. `text_lora_rank` above 0 adapts that BERT by
+    LoRA. `text_pooling` selects the pooling of tokens: "mean" of the text's own tokens, "cls", or "mean_padded", the
+    mean over the padded length of all texts encoded together, as in the released code.
     """
 
     embed_dim: int = 512
     vocab_size: int = 28996
-    tokens: int = 128  # beside the one that becomes the slide
+    tokens: int = 128  # in addition to the slide token
     token_layers: int = 1
     token_heads: int = 8
     token_dropout: float = 0.2

@@ -3,10 +3,10 @@
 (W_k x)·q = x·(W_k^T q): absorbing the key projection into the queries turns them into rows of width D, one for each
 head and query, over the patch embeddings themselves, which slide, regions and heads share; the value projection follows
 the pooling. Nothing of width H per patch is computed or kept. It is exact: the key bias adds the same to every score of
-a row and cancels in the softmax; the value bias comes once per row, times the sum of its probabilities (one, but for
-dropout, and zero where there is no patch).
+a row and cancels in the softmax; the value bias is added once per row, times the sum of its probabilities (one, except
+for dropout, and zero where there is no patch).
 
-Letters as in `pathflip_jax.model.pathflip`; C here is heads * Q, the rows that a slide or a region reads with.
+Letters as in `pathflip_jax.model.pathflip`; C here is heads * Q, the query rows of a slide or a region.
 """
 
 import math
@@ -26,7 +26,7 @@ from pathflip_jax.ops.patch_pooling import absorb, pool_patches
 
 
 class CrossAttention(nnx.Module):
-    """BERT cross-attention from the queries to the patches, for the slide and for all of its regions at once."""
+    """BERT cross-attention from queries to patches, for the slide and all of its regions in one pass."""
 
     def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.heads, self.rate = config.heads, config.dropout
@@ -43,7 +43,7 @@ class CrossAttention(nnx.Module):
         mask: Bool[Array, "B R S"],
         key: Array | None,
     ) -> tuple[Float[Array, "B P Q H"], Float[Array, "B heads Q R*S"], Float[Array, "B R heads Q S"]]:
-        """The queries after looking, and where the slide and each region looked (before dropout)."""
+        """Updated queries, and the attention of the slide and of each region before dropout."""
         keys = split_key(key, 2)
         B, R, S, D = patches.shape
         Q = x.shape[-2]
@@ -61,7 +61,7 @@ class CrossAttention(nnx.Module):
         return query, self.key.kernel[...].reshape(D, self.heads, -1)
 
     def finish(self, x: Array, pooled: Array, total: Array, key: Array | None = None) -> Float[Array, "B P Q H"]:
-        """The queries after what `pool_patches`, or `pooled` of a slide in parts, gives."""
+        """Updated queries from the pooled values of `pool_patches`, or of a slide pooled in parts."""
         heads, D = (self.heads, -1), pooled.shape[-1]
         pooled = pooled.reshape(*pooled.shape[:2], self.heads, x.shape[-2], D)
         value_kernel, value_bias = self.value.kernel[...].reshape(D, *heads), self.value.bias[...].reshape(heads)
@@ -73,7 +73,7 @@ class CrossAttention(nnx.Module):
     def pool_part(
         self, x: Float[Array, "B 1 Q H"], patches: Float[Array, "B R S D"], mask: Bool[Array, "B R S"], so_far: "Part"
     ) -> "Part":
-        """The pooling of a slide's queries over this part of its patches and those before: `so_far`."""
+        """Pooling of a slide's queries over this part of its patches, merged with the earlier parts in `so_far`."""
         B, R, S, D = patches.shape
         rows = absorb(*self._query(x, D), B, 0)[:, 0]  # [B, C, D]
         patches, mask = patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S)
@@ -85,21 +85,21 @@ class CrossAttention(nnx.Module):
         return Part(largest, before * so_far.total + row_sums(weights), pooled)
 
     def no_part(self, slides: int, queries: int, width: int) -> "Part":
-        """The pooling of queries that have seen no patch yet."""
+        """Initial pooling state of a slide's queries, before any patch."""
         rows = slides, self.heads * queries
         lowest = np.full((*rows, 1), np.finfo(np.float32).min, np.float32)
         return Part(lowest, np.zeros((*rows, 1), np.float32), np.zeros((*rows, width), np.float32))
 
 
 class Part(NamedTuple):
-    """The pooling of a slide's queries over some of its patches: the highest score, the sum of the weights against it,
-    and what these pool, all in float32."""
+    """Running pooling of a slide's queries over part of its patches, in float32: the maximum score, and the sum of
+    weights and the pooled values relative to it."""
 
     largest: Float[Array, "B C 1"]
     total: Float[Array, "B C 1"]
     pooled: Float[Array, "B C D"]
 
     def whole(self, dtype: jnp.dtype) -> tuple[Float[Array, "B 1 C D"], Float[Array, "B 1 C 1"]]:
-        """As `pool_patches` gives it, when all patches have been seen."""
+        """Result in the form of `pool_patches`, once all patches have been pooled."""
         share = jnp.where(self.total > 0, 1 / jnp.where(self.total > 0, self.total, 1), 0)
         return (self.pooled * share).astype(dtype)[:, None], (self.total * share).astype(dtype)[:, None]

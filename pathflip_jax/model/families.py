@@ -1,7 +1,7 @@
 """Model families: one record for each network that this library trains, converts and serves.
 
-`convert/families.py`, `inference/families.py` and `training/alignment.py` hold one table each by the same names: how a
-family's weights are named elsewhere, how its slides are encoded, and what it learns by.
+`convert/families.py`, `inference/families.py` and `training/alignment.py` hold one table each, keyed by the same names:
+a family's weight names in other formats, its slide encoding, and its training objective.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ AlignmentModel = PathFLIP | PathFLIP2
 
 @dataclass(frozen=True)
 class Family:
-    """One family of alignment models.
+    """A family of alignment models.
 
-    `patchwise`: every patch is embedded for itself and stands where other families have a region. `added_words` counts
-    the words beside those of BERT's own vocabulary, which is `[DEC]` or none. `parts` gives operations and bytes of a
-    forward pass. The settings of its losses are in `settings/kinds.py`.
+    `patchwise`: every patch has an embedding and takes the role that a region has in other families. `added_words`
+    counts the tokens added to BERT's vocabulary: `[DEC]` or none. `parts` gives operations and bytes of a forward pass.
+    The settings of its losses are in `settings/kinds.py`.
     """
 
     network: type[AlignmentModel]
@@ -50,5 +50,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of a model's config."""
+    """Family of a model's config."""
     return FAMILIES[config.family]

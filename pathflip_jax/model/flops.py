@@ -1,9 +1,9 @@
-"""Operations of a step of the model, by formula: those of the algorithm, on valid patches and real tokens.
+"""Model FLOPs of a training step, by formula, counted on valid patches and real tokens.
 
-Padding, recomputation and what XLA adds do not count, so operations over the device's peak are the share of the machine
-that does useful work (the "model FLOPs utilisation" of PaLM, arXiv 2204.02311). Two operations per multiply-add; the
-bytes are what has to move through memory at least, each tensor too large for a cache written once and read once per
-use. The numbers of `Work` may be arrays, so that a compiled step can count its own batch.
+Padding, recomputation and operations added by XLA do not count, so the ratio to the device's peak is the "model FLOPs
+utilisation" of PaLM (arXiv 2204.02311). Two operations per multiply-add; bytes are the minimal memory traffic, each
+tensor too large for a cache written once and read once per use. The numbers of `Work` may be arrays, so that a compiled
+step can count its own batch.
 """
 
 import functools
@@ -22,33 +22,33 @@ from pathflip_jax.model.step_parts import Work
 
 
 class Part(NamedTuple):
-    """One part of a step: operations and bytes, forward and backward together."""
+    """Operations and bytes of one part of a step, forward and backward together."""
 
     name: str
     operations: float
     bytes: float
 
     def floor(self, rate: float, bandwidth: float) -> float:
-        """Seconds that it takes at least."""
+        """Roofline lower bound on the time of this part, in seconds."""
         return max(self.operations / rate, self.bytes / bandwidth)
 
 
 def parts(config: ModelConfig, work: Work, width: int, training: bool) -> list[Part]:
-    """The parts of a step; `width` is the bytes of an activation. Training takes three times the forward's work."""
+    """Parts of a step; `width` is the bytes of an activation. Training counts three times the forward pass."""
     passes = 3 if training else 1
     found = [
         Part(name, 2 * passes * multiply_adds, passes * moved)
         for name, multiply_adds, moved in family_of(config).parts(config, work, width)
     ]
     if training:
-        # AdamW reads weight, gradient and two moments and writes three of them, in float32.
+        # AdamW reads the weight, gradient and two moments and writes all but the gradient, in float32.
         found.append(Part("optimizer", 12.0 * parameters(config), 28.0 * parameters(config)))
     return found
 
 
 @functools.cache
 def parameters(config: ModelConfig) -> int:
-    """The number of parameters."""
+    """Number of parameters."""
     return sum(math.prod(x.shape) for x in abstract_params(config).values())
 
 
@@ -59,7 +59,7 @@ def useful_operations(
 ) -> Float[jax.Array, ""]:
     """Operations of the training step on this batch; `text_rows` as in `PathFLIP.encode_texts`.
 
-    Meant for the inside of a compiled step: there the arrays are those of all devices and processes, and so is the sum.
+    Meant to run inside a compiled step, where arrays, and hence the sum, span all devices and processes.
     """
     B = len(patch_mask)
     tokens = squares = jnp.float32(0)

@@ -1,8 +1,8 @@
-"""The layers that every part of the model is made of.
+"""Layers shared by all parts of the models.
 
-Parameters are float32; the dtype of the activations decides in what precision a layer works, except for
-softmax and layer normalisation, which always run in float32. Keys of dropout are raw JAX keys; None means
-no dropout. Letters as in `pathflip_jax.model.pathflip`.
+Parameters are float32; a layer computes in the dtype of its activations, except for softmax and layer normalisation,
+which always run in float32. Dropout keys are raw JAX keys; None means no dropout. Letters as in
+`pathflip_jax.model.pathflip`.
 """
 
 import math
@@ -22,7 +22,7 @@ from pathflip_jax.ops.norm import layer_norm, rms_norm
 from pathflip_jax.ops.platform import fusion_barrier
 
 BERT_EPS = 1e-12  # of every LayerNorm in a BERT
-# How a kernel starts. "torch" is the default of torch.nn.Linear, bias included; "torch_fused" one third of the
+# Kernel initialisers. "torch" is the default of torch.nn.Linear, bias included; "torch_fused" one third of the
 # [3D, D] in-projection of torch.nn.MultiheadAttention, which PyTorch draws as one matrix.
 INITS: dict[str, Initializer] = {
     "bert": initializers.normal(0.02),
@@ -33,7 +33,7 @@ INITS: dict[str, Initializer] = {
 
 
 class LowRank(nnx.Module):
-    """LoRA beside a projection (arXiv 2106.09685); `b` starts at zero, so that at first it adds nothing."""
+    """LoRA adapter of a projection (arXiv 2106.09685); `b` is initialised to zero, so that it starts as a no-op."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, rate: float, rngs: nnx.Rngs) -> None:
         bound = 1 / math.sqrt(inputs)
@@ -42,16 +42,16 @@ class LowRank(nnx.Module):
         self.b = nnx.Param(jnp.zeros((rank, outputs)))
 
     def __call__(self, x: Float[Array, "... I"], key: Array | None = None) -> Float[Array, "... O"]:
-        """[..., I] -> [..., O]; `key` draws dropout of the inputs."""
+        """[..., I] -> [..., O]; `key` seeds dropout of the inputs."""
         axes = _axes(x)
         inner = contract(f"{axes}i,ir->{axes}r", dropout(x, self.rate, key), self.a[...])
         return contract(f"{axes}r,ro->{axes}o", inner, self.b[...]) * self.scale
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias in the dtype of x; the kernel is [inputs, outputs] and starts as `INITS[init]` says.
+    """Affine layer x @ kernel + bias in the dtype of x; the kernel is [inputs, outputs], initialised by `INITS[init]`.
 
-    A `lora` that it is given later is added.
+    The output of a `lora` attached later is added.
     """
 
     def __init__(self, inputs: int, outputs: int, init: str, rngs: nnx.Rngs) -> None:
@@ -71,12 +71,12 @@ class Linear(nnx.Module):
 
 
 def _axes(x: Array) -> str:
-    """A letter for each axis but the last."""
+    """Einsum letters for all axes but the last."""
     return "abcdefgh"[: x.ndim - 1]
 
 
 class Embedding(nnx.Module):
-    """A table of rows, looked up by number; it starts as in BERT."""
+    """Embedding table, initialised as in BERT."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Param(INITS["bert"](rngs.params(), (rows, width), jnp.float32))
@@ -102,7 +102,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation in float32, whatever the dtype of the activations."""
+    """RMS normalisation in float32, whatever the dtype of the activations."""
 
     def __init__(self, width: int, eps: float) -> None:
         self.eps = eps
@@ -114,12 +114,12 @@ class RMSNorm(nnx.Module):
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU, as PyTorch computes it; by erf, where `jax.nn.gelu` takes the costlier erfc."""
+    """Exact GELU as in PyTorch, by erf; `jax.nn.gelu` uses the costlier erfc."""
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 class MultiheadAttention(nnx.Module):
-    """Attention with in- and out-projections, as torch.nn.MultiheadAttention has them."""
+    """Multi-head attention with the in- and out-projections of torch.nn.MultiheadAttention."""
 
     def __init__(self, width: int, heads: int, init: str, rngs: nnx.Rngs) -> None:
         self.heads = heads
@@ -139,7 +139,7 @@ class MultiheadAttention(nnx.Module):
         rate: float = 0.0,
         dropout_key: Array | None = None,
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B heads C R"]]:
-        """The pooled values of each query, and its weights; masked keys get none."""
+        """Pooled values of each query, and its weights; masked keys have weight zero."""
         projected = self.query(queries), self.key(keys), self.value(values)
         pooled, weights = attend(*projected, mask[:, None, None], self.heads, rate, dropout_key)
         return self.output(pooled), weights

@@ -1,4 +1,4 @@
-"""Models as flat dicts of parameters by name, and back.
+"""Conversion between models and flat dicts of parameters by name.
 
 Names such as "qformer/layers/0/self_attention/query/kernel" serve checkpoints, conversion, sharding rules and masks
 alike.
@@ -16,14 +16,14 @@ from pathflip_jax.model.families import AlignmentModel, family_of
 
 
 def make_model(config: ModelConfig, rngs: nnx.Rngs) -> AlignmentModel:
-    """A model of the config's family with random parameters."""
+    """Model of the config's family with randomly initialised parameters."""
     return family_of(config).network(config, rngs)
 
 
 def flatten(model: nnx.Module) -> dict[str, Array]:
-    """Parameters by name.
+    """Flat dict of parameters by name.
 
-    Optimizer moments, which are trees of the same form, flatten the same way.
+    Optimizer moments, which have the same tree structure, flatten in the same way.
     """
     return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
 
@@ -35,7 +35,7 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.cache
 def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The abstract model of a config in two, made once: every program that is traced needs it."""
+    """Graph definition and abstract state of a config's model, cached, as every traced program needs them."""
     return nnx.split(jax.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
 
 

@@ -1,4 +1,4 @@
-"""PathFLIP: slides and reports in one space, at the level of the slide and of its regions (DESIGN section 3).
+"""PathFLIP: a joint embedding space of slides and reports, at slide and region level (DESIGN section 3).
 
     B  slides in the batch            F  width of a patch feature
     R  regions of a slide             D  joint embedding width
@@ -7,7 +7,7 @@
     K  subcaptions of a slide         T  text tokens
     C  texts shown to one slide       G  text groups: P rows of L tokens for each of some L, n texts in each group
 
-Padding is masked everywhere: a padded slide gives what the unpadded one gives, outputs and gradients.
+Padding is masked everywhere: a padded slide gives the same outputs and gradients as the unpadded one.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ TORCH_EPS = 1e-5
 
 
 class SlideEncoding(NamedTuple):
-    """A batch of slides in the joint space; the attention maps are None unless asked for.
+    """A batch of slides in the joint space; attention maps are None unless requested.
 
     Padded regions are zero rows, False in `region_mask`.
     """
@@ -44,7 +44,7 @@ class SlideEncoding(NamedTuple):
 
 
 class PatchProjection(nnx.Module):
-    """Patch features F -> D: one Linear, or the MLP variant with two LayerNorms (DESIGN section 3.1)."""
+    """Projection of patch features F -> D: one Linear, or the MLP variant with two LayerNorms (DESIGN section 3.1)."""
 
     def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
         F, D = config.feature_dim, config.embed_dim
@@ -69,7 +69,7 @@ def _project(dtype: jnp.dtype, features: Array, projection: PatchProjection) -> 
 
 
 class RegionLayer(nnx.Module):
-    """A post-LayerNorm encoder layer over [slide; regions], as torch.nn.TransformerEncoderLayer."""
+    """Post-LayerNorm encoder layer over [slide; regions], as torch.nn.TransformerEncoderLayer."""
 
     def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
         D = config.embed_dim
@@ -87,7 +87,7 @@ class RegionLayer(nnx.Module):
         key: Array | None,
         among: Float[Array, "B P D"] | None = None,
     ) -> Float[Array, "B C D"]:
-        """Rows after they have read each other, or those `among`, of which masked ones are no keys."""
+        """Rows after attention over each other, or over `among`; masked ones are excluded as keys."""
         keys = split_key(key, 4)
         among = x if among is None else among
         pooled, _ = self.attention(x, among, among, mask, self.rate, keys[0])
@@ -97,9 +97,9 @@ class RegionLayer(nnx.Module):
 
 
 class TextRegionAttention(nnx.Module):
-    """Pools the regions of each slide once per text: the text-conditioned region embedding.
+    """Text-conditioned region embedding: attention pooling of each slide's regions, once per text.
 
-    Each text asks "where am I in this slide?"; regions that answer weigh most (DESIGN section 3.6).
+    The text is the query, so the regions that match it best have the highest weights (DESIGN section 3.6).
     """
 
     def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
@@ -113,21 +113,21 @@ class TextRegionAttention(nnx.Module):
     def __call__(
         self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], mask: Bool[Array, "B R"]
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B C R"]]:
-        """The text-conditioned region embedding of every text, and its weights over the regions, mean of the heads."""
+        """Text-conditioned region embedding of every text, and its weights over the regions, averaged over heads."""
         texts, regions = texts.astype(self.dtype), regions.astype(self.dtype)
         pooled, weights = self.attention(self.query(texts), self.key(regions), self.value(regions), mask)
         return pooled.astype(jnp.float32), weights.mean(1)
 
 
 class PathFLIP(nnx.Module):
-    """The alignment model. A pytree of float32 parameters; use it with plain JAX transforms.
+    """PathFLIP alignment model: a pytree of float32 parameters, for use with plain JAX transforms.
 
-    There is one Q-Former. A second attribute naming it would come untied under `jax.grad`.
+    There is one Q-Former. A second attribute referring to it would become untied under `jax.grad`.
     """
 
     def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        # What is not BERT, the released code leaves to PyTorch's defaults.
+        # Layers outside BERT have PyTorch's default initialisation in the released code.
         init = "torch" if config.init == "bert" else config.init
         self.patch_projection = PatchProjection(config, init, rngs)
         self.qformer = QFormer(config, rngs)
@@ -151,7 +151,7 @@ class PathFLIP(nnx.Module):
     ) -> SlideEncoding:
         """Embed slides and their regions; a region without a valid patch counts as padding.
 
-        Patches come in any float dtype. What stands in masked slots has no effect, NaN included.
+        Patches may have any float dtype. The content of masked slots has no effect, NaN included.
         """
         query_key, *layer_keys = split_key(key, 1 + len(self.region_layers))
         patches = self.project_patches(patches, patch_mask)
@@ -169,7 +169,7 @@ class PathFLIP(nnx.Module):
     def project_patches(
         self, patches: Float[Array, "B R S F"], patch_mask: Bool[Array, "B R S"]
     ) -> Float[Array, "B R S D"]:
-        """Patch features as the queries read them; what stands in masked slots is zero before."""
+        """Projected patch features for the queries; masked slots are zeroed first."""
         patches = jnp.where(patch_mask[..., None], patches, 0)
         with jax.named_scope("patch_projection"):
             project = partial(_project, self.config.compute_dtype)
@@ -179,18 +179,18 @@ class PathFLIP(nnx.Module):
     def read_texts(
         self, rows: Sequence[Rows], text_index: Int[Array, "G n"], *, key: Array | None = None
     ) -> Float[Array, "G n H"]:
-        """The state of each text's [CLS], whose place in the T tokens of its group is `text_index`.
+        """[CLS] state of each text; `text_index` is the index of that [CLS] among the T tokens of the text's group.
 
-        `rows` are (tokens, segments, positions), a triple for each length of rows that there are; laid end to end they
-        are the group's tokens. A row holds several texts, told apart by their segments (0 is padding); positions
-        restart with each.
+        `rows` holds a triple (tokens, segments, positions) for each row length; the concatenated rows are the group's
+        tokens. A row holds several texts, distinguished by their segments (0 is padding); positions restart with each
+        text.
         """
         return self.qformer.read_text(rows, text_index, key)
 
     def project_texts(
         self, states: Float[Array, "... H"], level: Literal["slide", "region"] = "slide", *, key: Array | None = None
     ) -> Float[Array, "... D"]:
-        """States of texts in the joint space, one for slides and regions: the level makes no difference here."""
+        """Text states projected into the joint space, the same for slides and regions: the level has no effect."""
         return self.text_projection(states).astype(jnp.float32)
 
     def encode_texts(

@@ -1,8 +1,8 @@
-"""PathFLIP2, the authors' follow-up network: tokens read all patches of a slide, and patches read the tokens.
+"""PathFLIP2, the authors' follow-up network: tokens attend to all patches of a slide, then patches to the tokens.
 
-Letters as in `pathflip_jax.model.pathflip`. It knows no regions: every patch stands for itself where PathFLIP has a
-region, so its R is N here. Coordinates are not used. Source: github.com/cyclexfy/PathFLIP2; what a checkpoint of it
-computes, this computes (`tests/parity.py`).
+Letters as in `pathflip_jax.model.pathflip`. It has no regions: every patch takes the role that a region has in
+PathFLIP, so R is N here. Coordinates are not used. Source: github.com/cyclexfy/PathFLIP2, with numerical parity for its
+checkpoints (`tests/parity.py`).
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from pathflip_jax.model.pathflip import TORCH_EPS, SlideEncoding
 from pathflip_jax.ops.attention import softmax_where
 from pathflip_jax.ops.dropout import dropout, split_key
 
-RMS_EPS = float(np.finfo(np.float32).eps)  # what torch.nn.RMSNorm takes when it is not told
-PATCHES_AT_ONCE = 8192  # of a slide, in the part that treats each patch alone: bounds memory, changes nothing
-KEPT = "kept"  # the values of a block that its part of a slide keeps for the gradient; the rest is computed again
+RMS_EPS = float(np.finfo(np.float32).eps)  # the default of torch.nn.RMSNorm
+PATCHES_AT_ONCE = 8192  # of a slide, in the patchwise part: bounds memory without changing the result
+KEPT = "kept"  # checkpoint name of the residuals that a block keeps; the rest is rematerialised
 
 
 class Projection(nnx.Module):
-    """Linear, RMSNorm, dropout."""
+    """Projection head: Linear, RMSNorm, dropout."""
 
     def __init__(self, inputs: int, outputs: int, rate: float, rngs: nnx.Rngs) -> None:
         self.rate = rate
@@ -42,7 +42,7 @@ class Projection(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention of x over y, then a feed-forward network; x over itself has one norm for all three inputs."""
+    """Pre-norm attention of x over y, then a feed-forward network; self-attention has one norm for all three inputs."""
 
     def __init__(self, config: PathFLIP2Config, rngs: nnx.Rngs, *, itself: bool = False) -> None:
         D = config.embed_dim
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "B T"],
         key: Array | None,
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B heads C T"]]:
-        """The next x, and the weights of its attention; masked rows of y are no keys."""
+        """Updated x, and its attention weights; masked rows of y are excluded as keys."""
         keys = split_key(key, 3)
         read = (self.query_norm if self.key_norm is None else self.key_norm)(y)
         pooled, weights = self.attention(self.query_norm(x), read, read, mask, self.rate, keys[0])
@@ -72,7 +72,7 @@ class Block(nnx.Module):
 
 
 class TokenLayer(nnx.Module):
-    """The tokens read the patches, then each other."""
+    """Cross-attention of the tokens to the patches, then self-attention among the tokens."""
 
     def __init__(self, config: PathFLIP2Config, rngs: nnx.Rngs) -> None:
         self.cross = Block(config, rngs)
@@ -81,7 +81,7 @@ class TokenLayer(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "B Q D"], patches: Float[Array, "B N D"], mask: Bool[Array, "B N"], key: Array | None
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B heads Q N"]]:
-        """The tokens, and what of the patches they attended to."""
+        """Updated tokens, and their attention over the patches."""
         keys = split_key(key, 2)
         tokens, weights = self.cross(tokens, patches, mask, keys[0])
         tokens, _ = self.among(tokens, tokens, jnp.ones(tokens.shape[:2], bool), keys[1])
@@ -89,9 +89,9 @@ class TokenLayer(nnx.Module):
 
 
 class SoftTopK(nnx.Module):
-    """Pools of each slide the k patches most like a text, by the softmax of their cosines; it has no parameters.
+    """Softmax pooling of each slide's k patches of highest cosine to a text, without parameters.
 
-    Patches as like as the k-th count too, where torch.topk picks any of them.
+    Patches tied with the k-th are included too, where torch.topk picks any of them.
     """
 
     def __init__(self, config: PathFLIP2Config) -> None:
@@ -100,7 +100,7 @@ class SoftTopK(nnx.Module):
     def __call__(
         self, texts: Float[Array, "B C D"], patches: Float[Array, "B N D"], mask: Bool[Array, "B N"]
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B C N"]]:
-        """The text-conditioned embedding of every text, and its softmax over all patches of the slide."""
+        """Text-conditioned embedding of every text, and its softmax over all patches of the slide."""
         cosines = jnp.einsum("bcd,bnd->bcn", _unit(texts), _unit(patches), precision="highest")
         scores, mask = cosines / self.temperature, mask[:, None]
         ranked = lax.stop_gradient(jnp.where(mask, scores, -jnp.inf))
@@ -114,7 +114,7 @@ def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 
 
 class AttentionPooling(nnx.Module):
-    """Pools of each slide its patches by attention of a text, as FLAIR does (arXiv 2412.03561)."""
+    """Text-conditioned attention pooling of each slide's patches, as in FLAIR (arXiv 2412.03561)."""
 
     def __init__(self, config: PathFLIP2Config, rngs: nnx.Rngs) -> None:
         D = config.embed_dim
@@ -124,14 +124,14 @@ class AttentionPooling(nnx.Module):
     def __call__(
         self, texts: Float[Array, "B C D"], patches: Float[Array, "B N D"], mask: Bool[Array, "B N"]
     ) -> tuple[Float[Array, "B C D"], Float[Array, "B C N"]]:
-        """The text-conditioned embedding of every text, and its weights over the patches, mean of the heads."""
+        """Text-conditioned embedding of every text, and its weights over the patches, averaged over heads."""
         read = self.query_norm(texts), self.key_norm(patches), self.value_norm(patches)
         pooled, weights = self.attention(*read, mask)
         return pooled, weights.mean(1)
 
 
 class PatchStates(NamedTuple):
-    """Tokens and patches of a slide before projection, and what the tokens of the last layer attended to."""
+    """Tokens and patches of a slide before projection, and the attention of the last token layer."""
 
     tokens: Float[Array, "B Q D"]
     patches: Float[Array, "B N D"]
@@ -139,9 +139,9 @@ class PatchStates(NamedTuple):
 
 
 class PathFLIP2(nnx.Module):
-    """The follow-up network. A pytree of float32 parameters; use it with plain JAX transforms.
+    """PathFLIP2 alignment model: a pytree of float32 parameters, for use with plain JAX transforms.
 
-    Slides and captions meet in one space, patches and subcaptions in another: each has a projection of its own.
+    Slides and captions share one space, patches and subcaptions another, each with separate projections.
     """
 
     def __init__(self, config: PathFLIP2Config, rngs: nnx.Rngs) -> None:
@@ -169,9 +169,9 @@ class PathFLIP2(nnx.Module):
         key: Array | None = None,
         attention: bool = False,
     ) -> SlideEncoding:
-        """Embed slides and, as their regions, their patches: R*S of them, in the order given.
+        """Embed slides and, as their regions, their R*S patches, in the order given.
 
-        Patches come in any float dtype. What stands in masked slots has no effect, NaN included.
+        Patches may have any float dtype. The content of masked slots has no effect, NaN included.
         """
         B, R, S, F = patches.shape
         slide_key, region_key, key = split_key(key, 3)
@@ -186,7 +186,7 @@ class PathFLIP2(nnx.Module):
     def read_patches(
         self, patches: Float[Array, "B N F"], mask: Bool[Array, "B N"], *, key: Array | None = None
     ) -> PatchStates:
-        """Tokens and patches after reading each other, before they are projected into the spaces of texts."""
+        """Tokens and patches after attention to each other, before projection into the spaces shared with texts."""
         keys = split_key(key, 2 + len(self.layers))
         x = jnp.where(mask[..., None], patches, 0).astype(self.config.compute_dtype)
         with jax.named_scope("patch_projection"):
@@ -202,7 +202,7 @@ class PathFLIP2(nnx.Module):
     def _read_tokens(
         self, x: Float[Array, "B N D"], tokens: Float[Array, "B Q D"], key: Array | None
     ) -> Float[Array, "B N D"]:
-        """The patches after reading the tokens: each alone, so a slide of any size is a number of equal parts."""
+        """Patches after attention to the tokens: independent per patch, so slides are processed in equal parts."""
         there = jnp.ones(tokens.shape[:2], bool)
 
         def read(x: Array, key: Array | None) -> Array:
@@ -222,13 +222,13 @@ class PathFLIP2(nnx.Module):
     def read_texts(
         self, rows: Sequence[Rows], text_index: Int[Array, "G n"], *, key: Array | None = None
     ) -> Float[Array, "G n H"]:
-        """The state of each text, as `PathFLIP.read_texts`."""
+        """Pooled state of each text, as in `PathFLIP.read_texts`."""
         return self.text_encoder.read_text(rows, text_index, key, self.config.text_pooling)
 
     def project_texts(
         self, states: Float[Array, "... H"], level: Literal["slide", "region"], *, key: Array | None = None
     ) -> Float[Array, "... D"]:
-        """States of texts in the space of slides or of regions (patches)."""
+        """Text states projected into the space of slides or of regions (patches)."""
         projection = self.text_projection if level == "slide" else self.region_text_projection
         return projection(states, key).astype(jnp.float32)
 
@@ -240,7 +240,7 @@ class PathFLIP2(nnx.Module):
         level: Literal["slide", "region"] = "slide",
         key: Array | None = None,
     ) -> Float[Array, "G n D"]:
-        """Embed packed texts, as `PathFLIP.encode_texts`, in the space of slides or of regions."""
+        """Embed packed texts in the space of slides or of regions, as `PathFLIP.encode_texts`."""
         keys = split_key(key, 2)
         return self.project_texts(self.read_texts(rows, text_index, key=keys[0]), level, key=keys[1])
 

@@ -1,4 +1,4 @@
-"""The Q-Former: a BERT whose learned queries read patches, and which reads text with the same weights.
+"""Q-Former: a BERT with learned queries that cross-attend to patches, and that encodes text with the same weights.
 
 Used for the slide, for its regions and for text (DESIGN section 3.2). Letters as in
 `pathflip_jax.model.pathflip`.
@@ -19,20 +19,20 @@ from pathflip_jax.ops.dropout import dropout, split_key
 
 
 class Layer(BertLayer):
-    """One BERT layer: self-attention for all, cross-attention for the queries, a feed-forward for each kind."""
+    """Q-Former layer: shared self-attention, cross-attention for the queries, separate feed-forwards for both."""
 
     def __init__(self, config: PathFLIPConfig, index: int, rngs: nnx.Rngs) -> None:
         self.self_attention = SelfAttention(config, rngs)
         if index in config.cross_layers:
             self.cross_attention = CrossAttention(config, rngs)
         self.ffn = FeedForward(config, rngs)
-        # A copy, as in the released code: queries start from what BERT does to words.
+        # A copy, as in the released code: the queries' feed-forward is initialised from the one for text.
         self.query_ffn = jax.tree.map(jnp.copy, self.ffn)
 
     def read_patches(
         self, x: Array, patches: Array, mask: Array, key: Array | None
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Queries [B, 1+R, Q, H] through the layer, and what slide and regions attended to, if they did here."""
+        """Queries [B, 1+R, Q, H] through the layer, and the attention of slide and regions if it cross-attends."""
         keys = split_key(key, 3)
         maps = None
         with jax.named_scope("query_self_attention"):
@@ -46,7 +46,7 @@ class Layer(BertLayer):
 
 
 class QueryStates(NamedTuple):
-    """Final query states, and the cross-attention of `PathFLIPConfig.map_layer`, None unless asked for."""
+    """Final query states, and the cross-attention of `PathFLIPConfig.map_layer`, None unless requested."""
 
     slide: Float[Array, "B Q H"]
     regions: Float[Array, "B R Q H"]
@@ -55,7 +55,7 @@ class QueryStates(NamedTuple):
 
 
 class QFormer(Bert):
-    """One set of weights for slide, regions and text."""
+    """Q-Former whose weights are shared by slide, regions and text."""
 
     def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:
         self.query_tokens = nnx.Param(INITS["bert"](rngs.params(), (config.num_queries, config.hidden), jnp.float32))
@@ -68,16 +68,15 @@ class QFormer(Bert):
         key: Array | None = None,
         attention: bool = False,
     ) -> QueryStates:
-        """Let the queries read all patches of each slide and, beside that, the patches of each of its regions.
+        """Encode each slide from all of its patches and each region from its own patches.
 
-        Both passes share every weight, so they run as one: set 0 of the queries is the slide's, sets 1..R are the
-        regions'.
+        Both passes share every weight, so they run as one: query set 0 is the slide's, sets 1..R are the regions'.
         """
         keys = split_key(key, len(self.layers) + 1)
         B, R, S, _ = patches.shape
         x = self.norm(self.query_tokens[...])[None, None]
         if key is not None:
-            # Without dropout all sets are equal until they see patches, and layer 0 broadcasts its rows itself.
+            # Without dropout all query sets are equal until they attend to patches; layer 0 broadcasts its own rows.
             x = dropout(jnp.broadcast_to(x, (B, 1 + R, *x.shape[2:])), self.config.dropout, keys[-1])
         x = x.astype(patches.dtype)
         shown = None

@@ -1,7 +1,7 @@
-"""Operations and bytes of each part of a forward pass, by formula: the parts of both networks and of the text encoder.
+"""Operations and bytes of each part of a forward pass, by formula, for both networks and the text encoder.
 
-Two operations make a multiply-add. Bytes are those that have to move through memory at least: a tensor too large for a
-cache is written once and read once per use. Letters as in `pathflip_jax.model.pathflip`.
+A multiply-add counts as two operations. Bytes are the minimal memory traffic: a tensor too large for a cache is written
+once and read once per use. Letters as in `pathflip_jax.model.pathflip`.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConf
 
 
 class Work(NamedTuple):
-    """Size of a whole batch: slides, regions, valid patches and real tokens, and the sum of squared text lengths."""
+    """Size of a global batch: slides, regions, valid patches and real tokens, and the sum of squared text lengths."""
 
     slides: float
     regions: float
@@ -23,13 +23,13 @@ Step = tuple[str, float, float]  # name, multiply-adds and bytes of a forward pa
 
 
 def pathflip_parts(config: PathFLIPConfig, work: Work, width: int) -> list[Step]:
-    """Parts of a PathFLIP; `width` is the bytes of an activation."""
+    """Parts of the PathFLIP forward pass; `width` is the bytes of an activation."""
     F, D, H, inner = config.feature_dim, config.embed_dim, config.hidden, config.intermediate
     Q, heads, layers, crossing = config.num_queries, config.heads, config.layers, len(config.cross_layers)
     N = work.patches
-    rows = (work.slides + work.regions) * Q  # query tokens of a batch, slide and regions
-    read = 2 * N  # every patch is scored and pooled by the slide's queries and by its region's
-    # Scores and their softmax are written and read once each way in float32; patches are read for scores and pooling.
+    rows = (work.slides + work.regions) * Q  # query tokens of a batch, of slides and regions
+    read = 2 * N  # every patch is scored and pooled by its slide's and its region's queries
+    # Scores and their softmax are each written and read once in float32; patches are read for scores and for pooling.
     scores = read * heads * Q
     return [
         ("patch projection", N * F * D, N * (2 * F + D * width)),
@@ -42,7 +42,7 @@ def pathflip_parts(config: PathFLIPConfig, work: Work, width: int) -> list[Step]
 
 
 def pathflip2_parts(config: PathFLIP2Config, work: Work, width: int) -> list[Step]:
-    """Parts of a PathFLIP2; `width` is the bytes of an activation."""
+    """Parts of the PathFLIP2 forward pass; `width` is the bytes of an activation."""
     F, D, layers = config.feature_dim, config.embed_dim, config.token_layers
     N, Q = work.patches, work.slides * (1 + config.tokens)
     read = N * (1 + config.tokens)  # pairs of a patch and a token of its slide
@@ -62,7 +62,7 @@ def pathflip2_parts(config: PathFLIP2Config, work: Work, width: int) -> list[Ste
 
 def _text_parts(config: ModelConfig, work: Work, width: int, only_cls: bool) -> list[Step]:
     H, inner, layers, T = config.hidden, config.intermediate, config.layers, work.tokens
-    whole = layers - only_cls  # layers whose feed-forward network reads every token: of the last, [CLS] may be enough
+    whole = layers - only_cls  # layers with a feed-forward over every token; the last one may need [CLS] only
     moved = layers * 4 * work.squared_lengths * config.heads * width
     return [
         ("text: projections", layers * T * 4 * H * H, layers * T * 8 * H * width),

@@ -1,4 +1,4 @@
-"""Settings that earlier versions lacked, and what those versions did, as the fields of the settings say."""
+"""Settings that earlier versions lacked, and the values that reproduce their behaviour, from the settings' fields."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from pathflip_jax.settings.kinds import BEFORE
 
 
 class UnknownSettings(ValueError):
-    """Settings that no version up to this one has; `names` are those."""
+    """Settings unknown to every version up to this one, listed in `names`."""
 
     def __init__(self, message: str, names: Iterable[str]) -> None:
         super().__init__(message)
@@ -16,6 +16,6 @@ class UnknownSettings(ValueError):
 
 
 def before(section: str, names: Iterable[str]) -> dict[str, Any]:
-    """Values that versions without these settings worked by, where stated and where they make a difference."""
+    """Values that reproduce versions without these settings, where stated and where they make a difference."""
     stated = ((name, BEFORE.get(f"{section}.{name}", AS_NOW)) for name in names)
     return {name: value for name, value in stated if value is not AS_NOW}

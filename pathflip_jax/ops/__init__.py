@@ -1,4 +1,4 @@
-"""Operations with a gradient written by hand, each beside its plain reference, on arrays alone.
+"""Array operations with hand-written gradients, each next to its plain reference implementation.
 
-What is there for one platform's compiler goes through the switch in `platform.py`.
+Workarounds for one platform's compiler go through the switch in `platform.py`.
 """

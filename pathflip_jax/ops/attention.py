@@ -1,4 +1,4 @@
-"""Softmax attention whose weights are computed again for the gradient: nothing of size C x T is kept."""
+"""Softmax attention with weights rematerialised in the backward pass: no residual of size C x T is kept."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from pathflip_jax.ops.recompute import defer_until
 
 
 def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | None) -> Float[Array, "... N"]:
-    """Softmax in float32 over the unmasked entries; all zeros where everything is masked, never a mean of padding."""
+    """Float32 softmax over the unmasked entries; all zeros where everything is masked, never a mean of padding."""
     scores = scores.astype(jnp.float32)
     if mask is None:
         return jax.nn.softmax(scores)
@@ -29,7 +29,7 @@ def pool_reference(
     rate: float = 0.0,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, "... C e"], Float[Array, "... C 1"]]:
-    """`pool` as attention is written in books, differentiated by JAX: its weights are kept for the gradient."""
+    """Textbook reference of `pool`, differentiated by JAX, which keeps the weights for the backward pass."""
     kept = dropout(softmax_where(matmul(query, key.mT), mask), rate, dropout_key)
     pooled = matmul(kept.astype(value.dtype), value)
     return pooled.astype(value.dtype), kept.sum(-1, keepdims=True).astype(value.dtype)
@@ -43,10 +43,10 @@ def pool(
     rate: float = 0.0,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, "... C e"], Float[Array, "... C 1"]]:
-    """Softmax attention of rows of queries over rows of keys: what each pools, and the sum of its weights.
+    """Softmax attention of query rows over key rows: the pooled values and the sum of each row's weights.
 
-    That sum is one, but for dropout, and zero where everything is masked. The softmax is in float32. Weights are
-    computed again for the gradient, as in FlashAttention (arXiv 2205.14135): nothing of size C x T is kept.
+    That sum is one, except for dropout, and zero where everything is masked. The softmax is in float32. Weights are
+    rematerialised in the backward pass, as in FlashAttention (arXiv 2205.14135): nothing of size C x T is kept.
     """
     seed = None if dropout_key is None or rate == 0 else jax.random.key_data(dropout_key)
     return _pool(query, key, value, mask, seed, rate)
@@ -59,7 +59,7 @@ def _pool(query: Array, key: Array, value: Array, mask: Array | None, seed: Arra
 
 def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
     scores = _scores(query, key, mask)
-    # The barrier keeps it small: XLA for CPU would spread it over all keys, and keep that for the gradient.
+    # The barrier keeps it small: XLA:CPU would otherwise broadcast it over all keys and keep the result.
     largest = fusion_barrier(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     if mask is not None:
@@ -80,7 +80,7 @@ def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]
     if mask is not None:
         weights = jnp.where(mask, weights, 0)
     kept = weights if seed is None else drop(weights, rate, seed)
-    inner = matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # towards `kept`
+    inner = matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # with respect to `kept`
     inner = inner if seed is None else drop(inner, rate, seed)
     inner = score_gradient(weights, inner, gradients, outcome).astype(query.dtype)
     gradients = matmul(inner, key), matmul(inner.mT, query), matmul(kept.astype(value.dtype).mT, gradient)
@@ -93,7 +93,7 @@ _pool.defvjp(_pool_forward, _pool_backward)
 
 
 def score_gradient_by_sums(weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: None) -> Array:
-    """The gradient towards scores, of that towards their weights, less its mean by these: a sum over all keys."""
+    """Softmax gradient with respect to the scores, its weighted mean computed as a sum over all keys."""
     inner = weights * inner
     return inner - weights * row_sums(inner)
 
@@ -101,15 +101,15 @@ def score_gradient_by_sums(weights: Array, inner: Array, gradients: tuple[Array,
 def score_gradient_by_outcome(
     weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: tuple[Array, Array]
 ) -> Array:
-    """`score_gradient_by_sums` whose mean is that of what was pooled with its gradient, as in FlashAttention.
+    """`score_gradient_by_sums` with the mean taken from the pooled values and their gradient, as in FlashAttention.
 
-    No sum over keys: XLA for TPU would compute one within each of the two products that read what is given here.
+    It avoids the sum over keys, which XLA:TPU would compute inside each of the two products that read this result.
     """
     mean = [row_sums(x.astype(jnp.float32) * g.astype(jnp.float32)) for x, g in zip(outcome, gradients, strict=True)]
     return weights * (inner - sum(mean))
 
 
-# What was pooled, and its weights' sums, where the gradient asks for them; XLA for CPU would gain nothing by it.
+# Pooled values and sums of weights, kept where the backward pass uses them; XLA:CPU gains nothing by it.
 kept_outcome = by_platform(cpu=lambda pooled, sums: None, default=lambda pooled, sums: (pooled, sums))
 score_gradient = by_platform(cpu=score_gradient_by_sums, default=score_gradient_by_outcome)
 
@@ -122,12 +122,12 @@ def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C
 def attention_weights(
     query: Float[Array, "... C d"], key: Float[Array, "... T d"], mask: Bool[Array, "... #C T"] | None
 ) -> Float[Array, "... C T"]:
-    """The weights that `pool` pools with, before dropout: for maps, since whoever does not ask does not pay."""
+    """Attention weights of `pool` before dropout, for attention maps: computed only on request."""
     return softmax_where(matmul(query, key.mT), mask)
 
 
 def split_heads(x: Float[Array, "... T H"], heads: int) -> Float[Array, "... heads T d"]:
-    """[..., T, H] -> [..., heads, T, H / heads]."""
+    """Split of the last axis into attention heads: [..., T, H] -> [..., heads, T, H / heads]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
 
 
@@ -140,9 +140,9 @@ def attend(
     rate: float = 0.0,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, "... C H"], Float[Array, "... heads C T"]]:
-    """Multi-head attention between projected rows: what it pools, and the probabilities before dropout.
+    """Multi-head attention between projected rows: the pooled values and the probabilities before dropout.
 
-    The mask broadcasts against [..., heads, C, T]. C may be 0: a batch of one slide has no negatives.
+    The mask broadcasts against [..., heads, C, T]. C may be 0, as in a batch of one slide, which has no negatives.
     """
     query, key, value = (split_heads(x, heads) for x in (query, key, value))
     query /= math.sqrt(query.shape[-1])

@@ -1,4 +1,4 @@
-"""Dropout as a function of the key and the place of an entry, whatever the devices."""
+"""Dropout as a function of the key and an entry's index, independent of the devices."""
 
 from functools import partial
 
@@ -10,15 +10,15 @@ from jaxtyping import Array
 
 
 def split_key(key: Array | None, n: int) -> list[Array | None]:
-    """Split a key in n; without a key there is no dropout, in any of the parts either."""
+    """Split a key in n; None, which means no dropout, yields n times None."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero each entry with probability `rate` and scale the rest; the identity without a key.
+    """Zero each entry with probability `rate` and rescale the rest; the identity without a key.
 
-    What falls is a function of the key and the place of the entry, whatever the devices. It is drawn again for the
-    gradient, so that nothing is kept for it.
+    The mask is a function of the key and the entry's index, independent of the devices. It is redrawn in the backward
+    pass instead of being kept as a residual.
     """
     if key is None or rate == 0:
         return x
@@ -26,13 +26,13 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def dropout_reference(x: Array, rate: float, key: Array) -> Array:
-    """Dropout as `jax.random` draws it: other entries fall than by `dropout`, as many of them."""
+    """Dropout drawn by `jax.random`: a different mask from that of `dropout`, at the same rate."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def drop(x: Array, rate: float, seed: Array) -> Array:
-    """`dropout` by the two words of a key: uint32 [2]."""
+    """`dropout` seeded by the two words of a key: uint32 [2]."""
     dropped = round(rate * 2**32)
     return jnp.where(_hash(x.shape, seed) >= np.uint32(dropped), x * (1 / (1 - dropped / 2**32)), 0)
 
@@ -41,10 +41,10 @@ drop.defvjp(lambda x, rate, seed: (drop(x, rate, seed), seed), lambda rate, seed
 
 
 def _hash(shape: tuple[int, ...], seed: Array) -> Array:
-    """A random word for each place, of its number and the seed's two words; it repeats after 2**32 places.
+    """A random word per entry from its index and the seed's two words, with a period of 2**32 entries.
 
-    The mixing is the finalizer of MurmurHash3, whose every output bit depends on every input bit. Threefry, which
-    `jax.random` would draw with, costs a CPU more than the attention whose weights it drops.
+    The mixing is the finalizer of MurmurHash3, in which every output bit depends on every input bit. Threefry, the
+    generator of `jax.random`, costs more on a CPU than the attention whose weights it drops.
     """
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):

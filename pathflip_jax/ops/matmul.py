@@ -1,4 +1,4 @@
-"""Matrix products, bias and sums whose gradients leave in float32."""
+"""Matrix products, biases and sums with float32 gradients."""
 
 from functools import partial
 
@@ -11,10 +11,10 @@ from pathflip_jax.ops.platform import by_platform
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(spec: str, x: Array, kernel: Array) -> Array:
-    """einsum of activations with a kernel, in the dtype of x; `spec` names every axis, without dots.
+    """Einsum of activations with a kernel, in the dtype of x; `spec` names every axis, without an ellipsis.
 
-    In bfloat16 too the gradient of a float32 kernel is summed in float32 and leaves so: devices add up their shares of
-    it, and each addition in bfloat16 would round to three digits.
+    Even for bfloat16 activations the gradient of a float32 kernel is accumulated and returned in float32: it is
+    all-reduced over devices, and each addition in bfloat16 would round to three digits.
     """
     return jnp.einsum(spec, x, kernel.astype(x.dtype))
 
@@ -27,15 +27,15 @@ def _contract_backward(spec: str, kept: tuple[Array, Array], gradient: Array) ->
 
 
 def contract_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
-    """The gradient of a kernel, summed over all leading axes, in float32."""
+    """Gradient of a kernel in float32, summed over all leading axes."""
     return jnp.einsum(f"{left},{output}->{right}", x, gradient, preferred_element_type=jnp.float32)
 
 
 def contract_joined_rows(left: str, output: str, right: str, x: Array, gradient: Array) -> Array:
-    """`contract_rows` with its leading axes made one.
+    """`contract_rows` with its leading axes flattened into one.
 
-    Summed over several axes, XLA for CPU turns x or the gradient first, and computes it anew to do so, one entry at a
-    time; over one axis it does not. Elsewhere turning is free, and one axis of two may be hard to share out.
+    To sum over several axes, XLA:CPU first transposes x or the gradient, recomputing it one entry at a time; over a
+    single axis it does not. On other platforms the transpose is free, and a merged axis may be hard to shard.
     """
     rows = len(left) - len(set(left) & set(right))
     if rows > 1 and left[:rows] == output[:rows]:
@@ -50,7 +50,7 @@ contract.defvjp(lambda spec, x, kernel: (contract(spec, x, kernel), (x, kernel))
 
 
 def add_bias(x: Float[Array, "... W"], bias: Float[Array, "W"]) -> Float[Array, "... W"]:
-    """x + bias in the dtype of x; as in `contract`, the gradient of the bias is summed in float32."""
+    """x + bias in the dtype of x; as in `contract`, the gradient of the bias is accumulated in float32."""
     return x + jax.lax.broadcast_to_rank(bias, x.ndim) if x.dtype == bias.dtype else _add_bias(x, bias)
 
 
@@ -72,7 +72,7 @@ def plain_row_sums(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
 
 
 def row_products(x: Float[Array, "... W"]) -> Float[Array, "... 1"]:
-    """Sums over the last axis, as a matrix product: XLA for CPU vectorises no sum of what it computes on the way."""
+    """Sums over the last axis as a matrix product: XLA:CPU does not vectorise a sum fused with its producer."""
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")
 
 
@@ -82,7 +82,7 @@ def plain_column_sums(x: Float[Array, "... W"]) -> Float[Array, "W"]:
 
 
 def column_products(x: Float[Array, "... W"]) -> Float[Array, "W"]:
-    """Sums over all axes but the last, as a matrix product: see `row_products`."""
+    """Sums over all axes but the last as a matrix product; see `row_products`."""
     rows = x.reshape(-1, x.shape[-1])
     return jnp.matmul(jnp.ones((1, len(rows)), x.dtype), rows, precision="highest")[0]
 
@@ -92,5 +92,5 @@ column_sums = by_platform(cpu=column_products, default=plain_column_sums)
 
 
 def matmul(x: Float[Array, "... C d"], y: Float[Array, "... d T"]) -> Float[Array, "... C T"]:
-    """x @ y, summed in float32 and left so."""
+    """x @ y, accumulated and returned in float32."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)

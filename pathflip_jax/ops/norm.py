@@ -1,4 +1,4 @@
-"""Layer and root mean square normalisation over the last axis, in float32, with gradients written by hand."""
+"""Layer and RMS normalisation over the last axis in float32, with hand-written gradients."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from pathflip_jax.ops.recompute import defer_statistics
 
 
 def rms_norm_reference(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: float) -> Float[Array, "... W"]:
-    """`rms_norm` as it is written in books, differentiated by JAX."""
+    """Textbook reference of `rms_norm`, differentiated by JAX."""
     rows = x.astype(jnp.float32)
     rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
     return lax.broadcast_to_rank(scale, x.ndim).astype(x.dtype) * rows.astype(x.dtype)
@@ -20,19 +20,19 @@ def rms_norm_reference(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "... W"], scale: Float[Array, "W"], eps: float) -> Float[Array, "... W"]:
-    """Root mean square normalisation in float32, in the dtype of x."""
+    """RMS normalisation, computed in float32 and returned in the dtype of x."""
     return lax.broadcast_to_rank(scale, x.ndim).astype(x.dtype) * _unit_rms(x, eps)[0].astype(x.dtype)
 
 
 def _unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
-    """x with root mean square 1, in float32, and what it was multiplied with."""
+    """x rescaled to root mean square 1 in float32, and the factor applied."""
     x = x.astype(jnp.float32)
     factor = lax.rsqrt(row_sums(x * x) / x.shape[-1] + eps)
     return x * factor, factor
 
 
 def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    # By hand, as of `layer_norm` below.
+    # Hand-written for the same reason as that of `layer_norm` below.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
     x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
@@ -48,7 +48,7 @@ rms_norm.defvjp(lambda x, scale, eps: (rms_norm(x, scale, eps), (x, scale)), _rm
 def layer_norm_reference(
     x: Float[Array, "... W"], scale: Float[Array, "W"], bias: Float[Array, "W"], eps: float
 ) -> Float[Array, "... W"]:
-    """`layer_norm` as it is written in books, differentiated by JAX."""
+    """Textbook reference of `layer_norm`, differentiated by JAX."""
     rows = x.astype(jnp.float32)
     rows = rows - jnp.mean(rows, axis=-1, keepdims=True)
     rows = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
@@ -60,20 +60,20 @@ def layer_norm_reference(
 def layer_norm(
     x: Float[Array, "... W"], scale: Float[Array, "W"], bias: Float[Array, "W"], eps: float
 ) -> Float[Array, "... W"]:
-    """Layer normalisation in float32, in the dtype of x."""
+    """Layer normalisation, computed in float32 and returned in the dtype of x."""
     scale, bias = (lax.broadcast_to_rank(row, x.ndim) for row in (scale, bias))
     return (_standardise(x, eps)[0] * scale + bias).astype(x.dtype)
 
 
 def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
-    """x with mean 0 and variance 1, in float32, and what it was multiplied with."""
+    """x standardised to mean 0 and variance 1 in float32, and the factor applied."""
     x = x.astype(jnp.float32)
     return _unit_rms(x - x.mean(-1, keepdims=True), eps)
 
 
 def _layer_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
-    # By hand: of the derivative that JAX finds, XLA for CPU runs the sums over rows and columns one entry at a time,
-    # ten times as slow.
+    # Hand-written: in the derivative that JAX finds, XLA:CPU runs the sums over rows and columns one entry at a time,
+    # ten times slower.
     x, scale = kept
     W, dtype = x.shape[-1], x.dtype
     x, gradient = defer_statistics(x, gradient.astype(jnp.float32))

@@ -1,7 +1,7 @@
-"""The one switch between the forms that XLA needs on a CPU and those that every other platform compiles.
+"""The single switch between implementations for XLA:CPU and those that every other platform compiles.
 
-It is thrown where a program is traced, so that no other platform's program holds what is there for a CPU. Which form a
-platform gets, and what each costs there, is read from compiled programs by `benchmarks/tpu_programs.py`.
+It is resolved at trace time, so that no other platform's program contains a CPU workaround. The implementation that a
+platform gets, and its cost there, is read from compiled programs by `benchmarks/tpu_programs.py`.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 def traced_for() -> str:
-    """The platform that is traced for: that of the mesh in use, whose devices need not be here, else the backend's."""
+    """The target platform of the trace: that of the current mesh, whose devices may be abstract, else the backend's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def by_platform(*, cpu: Callable, default: Callable) -> Callable:
-    """The function that is `cpu` in programs for a CPU and `default` in all others; both compute the same.
+    """A function that runs `cpu` in programs for a CPU and `default` in all others; both compute the same result.
 
-    It has them as attributes, for comparisons of one with the other.
+    Both are its attributes, so that tests can compare them.
     """
 
     @wraps(default)
@@ -35,9 +35,9 @@ def by_platform(*, cpu: Callable, default: Callable) -> Callable:
 
 
 def unchanged(x: T) -> T:
-    """The plain form of a fusion barrier, for an array or several."""
+    """No-op counterpart of a fusion barrier, for one array or several."""
     return x
 
 
-# XLA for CPU fuses producers into consumers even where that computes them again for each; here fusion ends.
+# Fusion barrier: XLA:CPU fuses producers into consumers even where that recomputes them for each consumer.
 fusion_barrier = by_platform(cpu=lax.optimization_barrier, default=unchanged)

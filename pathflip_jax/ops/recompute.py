@@ -1,4 +1,4 @@
-"""Values computed again for the gradient in place of being kept."""
+"""Rematerialisation: values recomputed in the backward pass instead of being kept."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,26 +12,26 @@ from pathflip_jax.ops.platform import by_platform
 
 
 def defer_until(x: Array, gradient: Array) -> tuple[Array, Array]:
-    """Both, but x only when `gradient` is there: what is computed of it once more is not computed ahead and kept.
+    """Both arrays, with x made to depend on `gradient`, so that its recomputation waits for the backward pass.
 
-    Without it XLA finds that the forward pass computes the same, and keeps that, on every platform.
+    Without this dependency XLA merges the recomputation with the forward pass and keeps the result, on every platform.
     """
     return lax.optimization_barrier((x, gradient))
 
 
 def undeferred(x: Array, gradient: Array) -> tuple[Array, Array]:
-    """The plain form of `defer_until`."""
+    """No-op counterpart of `defer_until`."""
     return x, gradient
 
 
-# Of a row's few statistics, which other platforms compute again within the fusion that asks for them: XLA for TPU would
-# write both operands of a barrier to memory.
+# For per-row statistics, which other platforms recompute inside the fusion that consumes them: XLA:TPU would write both
+# operands of a barrier to memory.
 defer_statistics = by_platform(cpu=defer_until, default=undeferred)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recompute(function: Callable[[Array, Any], Array], x: Array, module: Any) -> Array:
-    """function(x, module), whose inner values are computed again for the gradient: memory for a little time."""
+    """function(x, module) with its intermediates rematerialised in the backward pass, trading time for memory."""
     return function(x, module)
 
 

@@ -1,1 +1,1 @@
-"""Run folders: settings, checkpoints and their lock."""
+"""Run folders: settings, checkpoints and lock."""

@@ -1,6 +1,6 @@
-"""Bounds of the options of commands: what is zero, negative, absurd or not a number is refused before anything is read.
+"""Bounds of command-line options: zero, negative, absurd and non-numeric values are refused before anything is read.
 
-Those of the settings of a run stand beside each of them, in `settings/`.
+The bounds of a run's settings are defined with each setting, in `settings/`.
 """
 
 from pathflip_jax.settings.fields import LARGEST_SIZE, SEED, Range, above_zero, share, whole

@@ -1,10 +1,10 @@
-"""Checkpoints: whole or absent, checked when read, restorable on any number of devices.
+"""Checkpoints: written atomically, verified when read, restorable on any number of devices.
 
-A run folder holds config.json (all settings), model.json (the model's shape), tokenizer/ (a BERT folder),
-checkpoints/<step>/ (parameters, optimizer state, facts) and best/<step>/ (parameters and facts of the step that
-validated best). Arrays are flat dicts by parameter name: these names are the format (DESIGN section 6).
+A run folder holds config.json (all settings), model.json (the model's configuration), tokenizer/ (a BERT folder),
+checkpoints/<step>/ (parameters, optimizer state, facts) and best/<step>/ (parameters and facts of the step with the
+best validation score). Arrays are flat dicts by parameter name: these names are the format (DESIGN section 6).
 
-This is the one file that imports Orbax: its v1 interface would change nothing elsewhere.
+This is the only file that imports Orbax: its v1 interface would change nothing elsewhere.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pathflip_jax.runs.files import BEST, CHECKPOINTS, run_folder
 from pathflip_jax.runtime import distributed
 
 log = logging.getLogger(__name__)
-RUN = "run"  # fact of a checkpoint with local ones beside it: which run both are of
+RUN = "run"  # fact that ties a checkpoint and its local counterparts to one run
 
 
 def flat_state(opt_state: Any) -> dict[str, jax.Array]:
@@ -39,38 +39,38 @@ def flat_state(opt_state: Any) -> dict[str, jax.Array]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: saves in the background, restores the newest sound one; a context manager.
+    """Checkpoints of a run: saves in the background, restores the newest intact one; a context manager.
 
-    With `local`, a folder on a disk (or in the memory) of each host, `save_locally` saves between those of the run, and
-    the newer of the two is restored. A local one counts only while a checkpoint of the same run is there.
+    With `local`, a folder on a disk (or in memory) of each host, `save_locally` adds checkpoints between those of the
+    run, and the newer of the two is restored. A local one is valid only while a checkpoint of the same run exists.
     """
 
     def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0, local: str = ""):
         self.workdir = run_folder(workdir)
         self.facts = facts
         self._local = _LocalTier(local, self.workdir) if local else None
-        self._run: str | None = None  # what ties local checkpoints to those of the run
-        self._keep = (max(keep, 2), keep_every)  # two: a damaged one has one before it
+        self._run: str | None = None  # ties local checkpoints to those of the run
+        self._keep = (max(keep, 2), keep_every)  # two: the fallback for a damaged one
         self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
         self._best = _manager(self.workdir / BEST, 1)
 
     def compile(self, params: dict, opt_state: Any) -> None:
-        """Compile what `save` computes of arrays like these."""
+        """Compile the computations of `save` for arrays of these shapes."""
         jax.block_until_ready((checksums(params), checksums(flat_state(opt_state))))
 
     def save(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
         """Start saving; returns once the arrays are copied, so that the next step may overwrite them."""
         arrays = {"params": params, "opt_state": flat_state(opt_state)}
-        self.wait()  # of two managers that save at once, one may wait for ever for the signals of its threads
+        self.wait()  # with two managers saving concurrently, one may wait forever for the signals of its threads
         if self._local:
             self._run = self._run or distributed.agree(uuid.uuid4().hex)
             facts = facts | {RUN: self._run}
         self._save(self._latest, step, arrays, facts)
 
     def save_locally(self, step: int, params: dict, opt_state: Any, facts: dict) -> None:
-        """Start saving what this host holds to its own disk; nothing before the first `save`, which makes it count.
+        """Start saving this host's share to its own disk; a no-op before the first `save`, which it depends on.
 
-        Waits for the save before, like `save`.
+        Waits for the previous save, like `save`.
         """
         if self._run:
             self.wait()
@@ -78,9 +78,9 @@ class Checkpoints:
             self._save(self._local.manager, step, arrays, facts | {RUN: self._run}, ocp.args.PyTreeSave)
 
     def save_best(self, step: int, params: dict, facts: dict) -> None:
-        """Keep these parameters as the best; a best of this or a later step, from before a restart, stays.
+        """Keep these parameters as the best; a best of this or a later step, from before a restart, is kept.
 
-        Waits for the checkpoint of the same step, so that a run that restarts never stands before its best.
+        Waits for the checkpoint of the same step, so that a restarted run never resumes before its best.
         """
         self.wait()
         if max(self._best.all_steps(), default=-1) < step:
@@ -99,12 +99,12 @@ class Checkpoints:
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
 
     def restore(self, params: dict, opt_state: Any, before: int | None = None) -> tuple[int, dict, Any, dict] | None:
-        """Step, parameters, optimizer state and facts of the newest sound checkpoint; None where there is none.
+        """Step, parameters, optimizer state and facts of the newest intact checkpoint; None if there is none.
 
-        `params` and `opt_state` say shapes and shardings (jax.ShapeDtypeStruct). Local ones are taken only of steps
-        before `before`. A damaged checkpoint is named on stdout and moved to damaged-<step>, a local one removed, and
-        the one before is taken: what one process finds damaged is damaged for all. Raises ValueError when none is
-        sound, NewerOrbaxError for one that is no damage: it stays where it is.
+        `params` and `opt_state` give shapes and shardings (jax.ShapeDtypeStruct). Local checkpoints are used only for
+        steps before `before`. A damaged checkpoint is reported on stdout and moved to damaged-<step>, or removed if
+        local, and the previous one is used: damage found by one process counts for all. Raises ValueError when none is
+        intact, NewerOrbaxError for one that is not damaged but unreadable here: it stays in place.
         """
         wanted = {"params": params, "opt_state": flat_state(opt_state)}
         faults = []
@@ -130,7 +130,7 @@ class Checkpoints:
         return None
 
     def _candidates(self, before: int | None) -> list[tuple[int, Path]]:
-        """Checkpoints to try, by step and folder: the newest first, of one step the local one."""
+        """Checkpoints to try, as (step, folder): newest first, and local ones first within a step."""
         home = self.workdir / CHECKPOINTS
         steps = distributed.agree(sorted(self._latest.all_steps(), reverse=True))
         found = [(step, False, home / str(step)) for step in steps]
@@ -142,7 +142,7 @@ class Checkpoints:
         return [(step, folder) for step, _, folder in sorted(found, reverse=True)]
 
     def _set_aside(self, step: int) -> None:
-        """Move checkpoints newer than `step` out of the way of the steps that will be run again."""
+        """Move checkpoints newer than `step` aside, as those steps will be repeated."""
         newer = [s for s in self._latest.all_steps() if s > step]
         if jax.process_index() == 0:
             for s in newer:
@@ -150,14 +150,14 @@ class Checkpoints:
                 epath.Path(aside).rmtree(missing_ok=True)
                 (self.workdir / CHECKPOINTS / str(s)).rename(aside)
         distributed.agree("moved")
-        if newer:  # opened anew: `reload` reads the metadata of every older step, and fails on one that is malformed
+        if newer:  # reopened: `reload` reads the metadata of every older step, and fails on a malformed one
             self._latest.close()
             self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
         if self._local:
             self._local.forget(after=step)
 
     def wait(self) -> None:
-        """Wait until what was saved stands on disk."""
+        """Wait until all saves are on disk."""
         for manager in self._managers():
             with _clear_errors(manager, manager.latest_step()):
                 manager.wait_until_finished()
@@ -166,7 +166,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        """Wait for the last save and end its threads."""
+        """Wait for the last save and stop its threads."""
         self.wait()
         for manager in self._managers():
             manager.close()
@@ -176,23 +176,23 @@ class Checkpoints:
 
 
 def _manager(folder: Path, keep: int, keep_every: int = 0) -> ocp.CheckpointManager:
-    """Keeps the newest `keep`, and those whose step is a multiple of `keep_every` (0: none) for good."""
+    """Checkpoint manager that keeps the newest `keep`, and permanently every multiple of `keep_every` (0: none)."""
     policies = [checkpoint_managers.LatestN(keep)]
     if keep_every:
         policies.append(checkpoint_managers.EveryNSteps(keep_every))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         create=True,
-        lightweight_initialize=True,  # what a step says of itself is for `restore` to find damaged, not for the start
+        lightweight_initialize=True,  # damaged step metadata is handled by `restore`, not at startup
     )
     return ocp.CheckpointManager(folder, options=options)
 
 
 class _LocalTier:
-    """Checkpoints that each process keeps of its own share, on its own host: no process waits for another to save.
+    """Local checkpoints: each process saves its own share on its own host, without waiting for the others.
 
-    The options of Orbax's ordinary manager by which its multi-tier checkpointing works on each host. A process reads
-    only what it wrote: on another number of processes, or with one that lost its share, there are none.
+    It uses the options of Orbax's ordinary manager with which its multi-tier checkpointing runs on each host. A process
+    reads only its own files: with another number of processes, or if one has lost its share, there are none.
     """
 
     def __init__(self, folder: str, home: Path):
@@ -208,26 +208,26 @@ class _LocalTier:
 
     @property
     def manager(self) -> ocp.CheckpointManager:
-        """Opened by the first save."""
+        """Checkpoint manager, opened by the first save."""
         if not self.opened:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.opened.append(_local_manager(self.folder))
         return self.opened[0]
 
     def steps(self, run: str) -> list[int]:
-        """The steps of a run that every process has whole."""
+        """Steps of a run that are complete on every process."""
         own = [step for step in saved_steps(self.folder) if _run_of(self.folder / str(step)) == run]
         return sorted(set.intersection(*map(set, distributed.gather(own))))
 
     def forget(self, after: int) -> None:
-        """Remove the steps after one, which will be run again or are another run's; before the first save."""
+        """Remove the steps after `after`, which will be repeated or belong to another run; before the first save."""
         for step in saved_steps(self.folder):
             if step > after:
                 epath.Path(self.folder / str(step)).rmtree()
 
 
 def _local_manager(folder: Path) -> ocp.CheckpointManager:
-    """Orbax's manager as if this process were alone, and all that it holds of an array a part of its own."""
+    """Orbax manager for this process alone, which saves every shard that it holds, replicas included."""
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(None, active_processes={this}, barrier_sync_key_prefix=f"local{this}")
     shares = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
@@ -250,15 +250,15 @@ def _local_manager(folder: Path) -> ocp.CheckpointManager:
 
 
 def _run_of(folder: Path) -> str | None:
-    """The run that a checkpoint says it is of; None where it says nothing."""
+    """Run id recorded in a checkpoint; None if there is none."""
     try:
         return _read_facts(folder).get(RUN)
-    except Exception:  # damaged: Orbax raises what it likes
+    except Exception:  # damaged: Orbax raises arbitrary exceptions
         return None
 
 
 class _clear_errors:
-    """Say which checkpoint could not be written and what to do, whatever the storage library raised."""
+    """Context manager that turns any error of the storage library into one with the checkpoint and the cure."""
 
     def __init__(self, manager: ocp.CheckpointManager, step: int | None):
         self.place = f"{manager.directory}/{step}"
@@ -275,24 +275,24 @@ class _clear_errors:
 
 
 class _Damaged(ValueError):
-    """A checkpoint that cannot be taken, on whichever process."""
+    """A checkpoint that cannot be restored, on any process."""
 
 
 class NewerOrbaxError(ValueError):
-    """A checkpoint that the Orbax of a process is too old to read."""
+    """A checkpoint written by a newer Orbax than that of some process."""
 
 
 def lacking_handlers(folder: Path) -> list[str]:
-    """The classes of Orbax that wrote one checkpoint and that the Orbax here does not have; sorted."""
+    """Sorted Orbax classes that wrote a checkpoint and are missing from the installed Orbax."""
     try:
         handlers = set(json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: it says nothing
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: no classes recorded
         return []
     return sorted(name for name in handlers if isinstance(name, str) and not _is_here(name))
 
 
 def _is_here(handler: str) -> bool:
-    """Whether this Orbax has a class; another package is not imported because a file names it."""
+    """Whether the installed Orbax has a class; other packages are never imported on behalf of a file."""
     module, _, name = handler.rpartition(".")
     try:
         return module.split(".")[0] == "orbax" and hasattr(importlib.import_module(module), name)
@@ -301,17 +301,17 @@ def _is_here(handler: str) -> bool:
 
 
 def restore_arrays(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
-    """Arrays and facts of one checkpoint; on all processes the error of one that cannot take it.
+    """Arrays and facts of one checkpoint; an error of one process is raised on all.
 
-    Raises NewerOrbaxError where Orbax must be upgraded to read it, else _Damaged.
+    Raises NewerOrbaxError if Orbax must be upgraded to read it, else _Damaged.
     """
-    arrays, about = _on_all(lambda: _read(folder, wanted))  # apart, for what follows computes over all processes
+    arrays, about = _on_all(lambda: _read(folder, wanted))  # separate, as the next step computes over all processes
     kept = about.pop("checksums")
     return _on_all(lambda: (verified(arrays, kept), about))
 
 
 def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
-    """Every array of one checkpoint by item ("params", "opt_state") and name, on one device, as read: unchecked."""
+    """All arrays of a checkpoint by item ("params", "opt_state") and name, on one device and unverified."""
     folder = run_folder(folder)
     one, found = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
     for item in ("params", "opt_state"):
@@ -324,9 +324,9 @@ def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
 
 
 def _on_all(work: Callable) -> Any:
-    """What `work` returns, if no process fails in it; else the first failure, raised on all of them.
+    """Result of `work` if it succeeds on all processes; else the first failure, raised on all of them.
 
-    A newer Orbax comes before damage, for which a checkpoint is moved away.
+    A newer Orbax takes precedence over damage, as damaged checkpoints are moved away.
     """
     found, fault, newer = None, "", False
     try:
@@ -344,10 +344,10 @@ def _on_all(work: Callable) -> Any:
 
 
 def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
-    """Arrays and facts as read; NewerOrbaxError for what cannot be read and was written by what is not here."""
+    """Arrays and facts, unverified; NewerOrbaxError for files written by Orbax classes that are missing here."""
     try:
         return _read_items(folder, wanted)
-    except Exception as error:  # only then: a class may have moved between versions whose files are the same
+    except Exception as error:  # checked only on failure: a class may have moved between versions with identical files
         if lacking := lacking_handlers(folder):
             said = str(error).splitlines()[0] if str(error) else repr(error)
             raise NewerOrbaxError(
@@ -359,7 +359,7 @@ def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
 
 
 def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
-    """Arrays as read, without Orbax's barriers: a process that fails must not leave the others waiting there."""
+    """Arrays, unverified, read without Orbax's barriers: a failing process must not leave the others waiting."""
     about, arrays = _read_facts(folder), {}
     for item, tree in wanted.items():
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
@@ -376,13 +376,13 @@ def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
 
 def _read_facts(folder: Path) -> dict:
     about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
-    if about.pop("checksum", None) not in (None, checksum_of_facts(about)):  # None: written before there was one
+    if about.pop("checksum", None) not in (None, checksum_of_facts(about)):  # None: written before checksums existed
         raise ValueError("its facts are not those that were saved")
     return about
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Whole checkpoints in a folder, oldest first."""
+    """Complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(step) for step in ocp.path.step.checkpoint_steps(folder))

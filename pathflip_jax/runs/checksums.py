@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where the arrays live and equal however they are cut over devices."""
+"""Checksums of arrays, computed on the devices that hold them and independent of their sharding."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 @jax.jit
 def checksums(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A uint32 per array that any one changed number changes.
+    """A uint32 checksum per array that detects any single changed number.
 
-    A sum of the bits, each number weighed by an odd factor of its place, modulo 2**32: the same however the array is
-    cut over devices, so it is computed where the array lives and checked on any other mesh.
+    A sum of the bits, each number weighted by an odd factor of its index, modulo 2**32: it is independent of sharding,
+    so it is computed on the devices that hold the array and verified on any other mesh.
     """
 
     def one(x: jax.Array) -> jax.Array:
@@ -29,18 +29,18 @@ def checksums(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def content_hash(params: dict[str, jax.Array]) -> str:
-    """A SHA-256 over the checksums of all parameters, by name: equal where every number is."""
+    """SHA-256 over the checksums of all parameters, by name: equal if every number is."""
     sums = {name: int(value) for name, value in jax.device_get(checksums(params)).items()}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def checksum_of_facts(facts: dict) -> int:
-    """A checksum of what JSON holds."""
+    """Checksum of JSON values."""
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def verified(arrays: dict[str, dict], kept: dict[str, dict]) -> dict[str, dict]:
-    """The arrays, if their numbers are those that were saved; ValueError names one that is not."""
+    """The arrays, if they match the saved checksums; ValueError names one that does not."""
     for item, tree in arrays.items():
         for name, value in jax.device_get(checksums(tree)).items():
             if int(value) != kept[item][name]:

@@ -1,4 +1,4 @@
-"""The files of a run folder: their names, and the settings and the model's shape that they hold."""
+"""Files of a run folder: their names, and the settings and model configuration that they hold."""
 
 import logging
 from pathlib import Path
@@ -16,9 +16,9 @@ CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "toke
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The shape of a run's model, from its model.json. Raises ValueError naming the file and the setting.
+    """Configuration of a run's model, from its model.json. Raises ValueError naming the file and the setting.
 
-    What a run of an earlier version does not say has the value that means what that version did, and is logged.
+    Settings missing from a run of an earlier version take the value that reproduces that version, which is logged.
     """
     values = read_json(path)
     try:
@@ -36,17 +36,17 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def run_folder(place: str | Path) -> Path:
-    """The folder of a run: on a local disk, or behind gs://, which Orbax knows too. ValueError for another URL."""
+    """Folder of a run: on a local disk, or at a gs:// URL, which Orbax supports too. ValueError for other URLs."""
     if not is_url(place):
         return Path(place).resolve()
     if not str(place).startswith("gs://"):
         raise ValueError(f"{place}: checkpoints lie on local disks or behind gs://, Orbax writes nowhere else")
-    as_path(place)  # says what is missing here to read it
+    as_path(place)  # raises if a package to read it is missing
     return epath.Path(str(place))
 
 
 def describe_run(workdir: Path, model: ModelConfig, config: dict, tokenizer) -> None:
-    """Write config.json, model.json and tokenizer/, all that a checkpoint needs beside itself."""
+    """Write config.json, model.json and tokenizer/, everything needed to use a checkpoint."""
     make_folder(as_path(workdir))
     tokenizer.save(workdir / TOKENIZER)
     write_json(workdir / CONFIG, signed(config))
@@ -54,10 +54,10 @@ def describe_run(workdir: Path, model: ModelConfig, config: dict, tokenizer) -> 
 
 
 def read_run_config(workdir: Path) -> dict:
-    """The settings of a run; those that its version lacked have the value that means what it did.
+    """Settings of a run; those that its version lacked take the value that reproduces it.
 
-    Raises FileNotFoundError for a folder that is none, ValueError for one of a later version that says of data or
-    language stage what this one does not know.
+    Raises FileNotFoundError for a folder without a run, ValueError for one of a later version with settings of the data
+    or the language stage that this version does not know.
     """
     for name in (MODEL, CONFIG):
         if not (workdir / name).exists():

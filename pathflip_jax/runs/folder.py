@@ -1,4 +1,4 @@
-"""A run folder as a whole: written around a model, and read back as model, settings and tokenizer."""
+"""Saving a model as a run folder, and loading a run folder as model, settings and tokenizer."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from pathflip_jax.runs.files import (
 
 
 def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
-    """Write a run folder around a model that was not trained here, for `load_run` and training from it.
+    """Save a model that was trained elsewhere as a run folder, for `load_run` and for training from it.
 
-    `config` is what config.json shall hold; settings that a later evaluation reads stand in its section "data".
+    `config` is the content of config.json; the settings that a later evaluation reads are in its section "data".
     Raises FileExistsError when the folder already holds a run.
     """
     workdir = run_folder(workdir)
@@ -39,8 +39,8 @@ def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
 def load_run(workdir: str | Path, which: str | int = "best"):
     """(model, config, tokenizer) of a run folder; `which` is "best" (by validation), "latest" or a step.
 
-    Follows `train.checkpoints` of its config where the folder has no checkpoints itself. A run without validation has
-    no best, its latest is taken. Raises FileNotFoundError when the folder holds no run or not the checkpoint asked for,
+    Follows `train.checkpoints` of its config if the folder has no checkpoints. A run without validation has no best
+    checkpoint, so its latest is used. Raises FileNotFoundError when the folder lacks a run or the requested checkpoint,
     ValueError when it is damaged.
     """
     from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -59,7 +59,7 @@ def load_run(workdir: str | Path, which: str | int = "best"):
 def read_params(
     workdir: Path, settings: dict, shapes: dict[str, jax.ShapeDtypeStruct], which: str | int = "best"
 ) -> dict[str, jax.Array]:
-    """The parameters of one of a run's checkpoints, of these names and shapes, on one device; raises as `load_run`."""
+    """Parameters of a run's checkpoint, of these names and shapes, on one device; raises as `load_run`."""
     elsewhere = settings.get("train", {}).get("checkpoints")
     if elsewhere and not (saved_steps(workdir / CHECKPOINTS) or saved_steps(workdir / BEST)):
         workdir = run_folder(elsewhere)
@@ -78,7 +78,7 @@ def read_params(
 
 
 def _find(workdir: Path, which: str | int) -> tuple[Path, int]:
-    """Folder and step of the checkpoint asked for."""
+    """Folder and step of the requested checkpoint."""
     best, latest = saved_steps(workdir / BEST), saved_steps(workdir / CHECKPOINTS)
     if which == "best" and best:
         return workdir / BEST, best[-1]

@@ -1,10 +1,10 @@
-"""One run in a folder at a time: a lock in the run folder, and in that of `train.checkpoints`, which hosts may share.
+"""Lock of a run folder, and of the folder of `train.checkpoints`, which hosts may share: one run at a time.
 
-The lock is a file, run.lock, that says who holds it and that its holder writes anew every ten seconds. On the host of
-the holder a start sees whether that process lives; on another one, whether the file still changes, whatever the clocks
-of the two say. A lock of the kernel (fcntl, flock, and the libraries around them) would end with its process, but many
-file systems of clusters keep such a lock on one host without a word (NFS mounted with `nolock`, Lustre with
-`localflock`, BeeGFS as it comes), and buckets have none. A file is seen by all hosts and in buckets too.
+The lock is a file, run.lock, that names its holder, who rewrites it every ten seconds. On the holder's host a new start
+checks whether that process is alive; on another host, whether the file still changes, independent of the clocks of the
+two. A kernel lock (fcntl, flock, and the libraries around them) would end with its process, but many cluster file
+systems silently keep such a lock local to one host (NFS mounted with `nolock`, Lustre with `localflock`, BeeGFS by
+default), and buckets have none. A file is visible to all hosts, and in buckets too.
 """
 
 import contextlib
@@ -25,34 +25,34 @@ from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import distributed
 
 LOCK = "run.lock"
-BEAT_SECONDS = 10  # between two signs of life
-STALE_SECONDS = 120  # without one: the holder, on another host, is gone
-ENDING_SECONDS = 600  # that a start waits for a run that saves and stops
-SETTLE_SECONDS = 1  # after which the last of two who wrote at once is the one that stands there
+BEAT_SECONDS = 10  # between two heartbeats
+STALE_SECONDS = 120  # without a heartbeat: the holder, on another host, is gone
+ENDING_SECONDS = 600  # for which a start waits for a run that is saving and stopping
+SETTLE_SECONDS = 1  # after which the last of two concurrent writers holds the lock
 POLL_SECONDS = 1.0
 
 
 class InUseError(BlockingIOError):
-    """Another run is at work in the folder."""
+    """Another run is active in the folder."""
 
 
 class StillEndingError(Exception):
-    """The run before this one in the folder still saves its state; start again later."""
+    """The previous run in the folder is still saving its state; start again later."""
 
 
 class RunLock:
-    """The hold of a run on its folders, which process 0 has; what the other processes have does nothing."""
+    """A run's lock on its folders, held by process 0; a no-op on all other processes."""
 
     def __init__(self, locks: Sequence["_Lock"]):
         self._locks = locks
 
     def ending(self) -> None:
-        """Tell starts that come now that this run saves and stops, and is worth waiting for."""
+        """Mark the run as saving and stopping, so that a new start waits for it."""
         for lock in self._locks:
             lock.tell(ending=True)
 
     def require(self, look: bool = False) -> None:
-        """Raise InUseError where another run has taken over, as of a host that was suspended; `look` reads the file."""
+        """Raise InUseError if another run has taken over, as after a suspended host; `look` rereads the file."""
         for lock in self._locks:
             if look:
                 lock.tell()
@@ -62,10 +62,10 @@ class RunLock:
 
 @contextlib.contextmanager
 def hold(folders: Sequence[str | Path], stopped: Callable[[], bool]) -> Iterator[RunLock]:
-    """Hold these folders for one run of all processes, while the block lasts.
+    """Lock these folders for one run of all processes, for the duration of the block.
 
-    Raises on all processes InUseError where another run is at work in one of them, StillEndingError where that one was
-    told to stop and still saves after ten minutes or when this start is `stopped` too. What a run that is gone left is
+    Raises on all processes InUseError if another run is active in one of them, StillEndingError if that run was told to
+    stop and is still saving after ten minutes or when this start is `stopped` too. Locks left behind by a dead run are
     taken over.
     """
     with contextlib.ExitStack() as stack:
@@ -85,11 +85,11 @@ def hold(folders: Sequence[str | Path], stopped: Callable[[], bool]) -> Iterator
 
 
 class _Lock:
-    """The lock of one folder; a context manager, which waits for it, keeps it alive and takes it away again."""
+    """Lock of one folder; a context manager that waits for it, refreshes it and removes it at the end."""
 
     def __init__(self, folder: Place, stopped: Callable[[], bool]):
         self.path = folder / LOCK
-        self.lost: dict | None = None  # who has it now
+        self.lost: dict | None = None  # the facts of its new holder
         self._folder, self._stopped, self._made = folder, stopped, False
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self._facts = {"host": socket.gethostname(), "process": os.getpid(), "since": since, "ending": False, "beat": 0}
@@ -102,7 +102,7 @@ class _Lock:
         try:
             self._made = isinstance(self._folder, Path) and not self._folder.exists()
             make_folder(self._folder)
-            # A copy of the folder has a copy of its lock, and is another folder.
+            # A copied folder contains a copy of the lock, but is a different folder.
             self._facts["folder"] = self._folder.stat().st_ino if isinstance(self._folder, Path) else str(self._folder)
             self._take()
         except InUseError:
@@ -115,16 +115,16 @@ class _Lock:
 
     def __exit__(self, *_) -> None:
         self._end.set()
-        self._thread.join(5 * POLL_SECONDS)  # storage that does not answer keeps no process alive
+        self._thread.join(5 * POLL_SECONDS)  # unresponsive storage must not keep the process alive
         with contextlib.suppress(OSError):
             if (_read(self.path) or {}).get("token") == self._facts["token"]:
                 remove(self.path)
             if self._made:
-                self._folder.rmdir()  # where the run came to write nothing
+                self._folder.rmdir()  # if the run wrote nothing
 
     def tell(self, **facts: bool) -> None:
-        """Write the lock anew, with these facts, unless somebody else has it now."""
-        with self._mutex, contextlib.suppress(OSError):  # storage may fail in passing; the next time may be in time
+        """Rewrite the lock with these facts, unless another run holds it now."""
+        with self._mutex, contextlib.suppress(OSError):  # transient storage errors; the next heartbeat may be in time
             found = _read(self.path)
             if found and found.get("token") != self._facts["token"]:
                 self.lost = found
@@ -141,7 +141,7 @@ class _Lock:
                 beaten = time.monotonic()
 
     def _take(self) -> None:
-        """Write the lock where there is none or that of a run that is gone; raises as `hold`."""
+        """Acquire the lock if there is none, or that of a dead run; raises as `hold`."""
         begin, seen, changes, told = time.monotonic(), None, -1, False
         while not _create(self.path, self._facts):
             if (found := _read(self.path)) is None:
@@ -167,7 +167,7 @@ class _Lock:
             time.sleep(POLL_SECONDS)
 
     def _lives(self, found: dict) -> bool | None:
-        """Whether the holder of a lock lives; None where it is of another kernel, and nobody can tell from here."""
+        """Whether the holder of a lock is alive; None if it runs under another kernel, where this cannot be checked."""
         if not found or found.get("kernel") != self._facts["kernel"]:
             return None
         start = _start_of(found.get("process", 0))
@@ -188,9 +188,9 @@ def _holder(found: dict) -> str:
 
 
 def _kernel() -> list[str]:
-    """The running kernel and the namespace that its processes are numbered in.
+    """Identity of the running kernel and of its PID namespace.
 
-    A host name alone will not do: containers are started again under their name, on other hosts too.
+    A host name alone is not sufficient: containers are restarted under the same name, on other hosts too.
     """
     with contextlib.suppress(OSError):
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -198,7 +198,7 @@ def _kernel() -> list[str]:
 
 
 def _start_of(process: int) -> str | None:
-    """When a process started, as its kernel counts; None for one that is gone. Numbers of processes come again."""
+    """Start time of a process in kernel ticks, as PIDs are reused; None for one that has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
@@ -215,7 +215,7 @@ def _start_of(process: int) -> str | None:
 
 
 def _read(path: Place) -> dict | None:
-    """What a lock says; None where there is none, {} for one that says nothing, perhaps not yet."""
+    """Content of a lock; None if there is none, {} for one that is empty, perhaps still being written."""
     try:
         found = json.loads(read_bytes(path))
     except FileNotFoundError:
@@ -231,7 +231,7 @@ def _write(path: Place, facts: dict) -> None:
 
 
 def _create(path: Place, facts: dict) -> bool:
-    """Write a lock where there is none, and say whether this was so; of several that try at once, one does."""
+    """Create a lock if there is none, and return whether it was created; of concurrent attempts, one succeeds."""
     if is_url(path):
         return _read(path) is None and _replace(path, None, facts)
     try:
@@ -247,9 +247,9 @@ def _create(path: Place, facts: dict) -> bool:
 
 
 def _replace(path: Place, found: dict | None, facts: dict) -> bool:
-    """Write a lock over the one that was found, and say whether it stands: of several who do, the last one has it.
+    """Overwrite the lock that was found, and return whether ours persists: of concurrent writers, the last one wins.
 
-    One who comes too late to be seen here is seen at the next sign of life, by `tell`.
+    A writer too late to be noticed here is noticed at the next heartbeat, by `tell`.
     """
     if _read(path) != found:
         return False

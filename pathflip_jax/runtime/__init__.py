@@ -1,1 +1,1 @@
-"""Processes, meshes, memory, compilation and limits of the machine."""
+"""Processes, meshes, memory, compilation and machine limits."""

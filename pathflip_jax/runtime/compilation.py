@@ -1,4 +1,4 @@
-"""Compilation of programs: options for XLA, and the folder in which its work is kept for the next start."""
+"""XLA compilation: compiler options, and the persistent compilation cache."""
 
 import os
 import re
@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for every program, from the cache or not
-# What makes a program give the same bits each time it runs, by backend. CPU and TPU: it does
-# (tests/training/test_loop.py shows it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by a
-# race at compilation.
+COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded by JAX for every program, cached or not
+# Options for bitwise reproducible programs, by backend. CPU and TPU: reproducible by default
+# (tests/training/test_loop.py shows it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by
+# autotuning at compilation.
 DETERMINISTIC = {"cpu": {}, "tpu": {}, "gpu": {"xla_gpu_deterministic_ops": True}}
-# A TPU computes on while gradients are summed over the devices, if each large one goes by itself: those joined into one
-# operation are waited for at the end of the step. Small ones are joined up to so many bytes.
+# A TPU overlaps computation with the all-reduce of gradients only if each large one is reduced separately: a combined
+# all-reduce is waited for at the end of the step. Small ones are combined up to so many bytes.
 TPU_OVERLAP = {
     "xla_jf_crs_combiner_threshold_in_bytes": "131072",
     "xla_enable_async_all_reduce": "true",
@@ -29,11 +29,11 @@ TPU_OVERLAP = {
 def compiler_options(deterministic: bool = False, platform: str | None = None) -> dict[str, str | bool]:
     """Compiler options of `jax.jit` for programs that take gradients, on a platform; None: the backend in use.
 
-    With `deterministic`, a program gives the same bits each time: ValueError for a backend without a known way.
+    With `deterministic`, programs are bitwise reproducible: ValueError for a backend without a known way.
 
-    XLA for CPU removes `optimization_barrier` before it fuses and schedules. Without it a layer's fusion reaches back
-    through the residuals of all layers before it, which costs time, and what is to be recomputed for the gradient is
-    computed ahead and kept, which costs memory. Nothing but speed depends on this.
+    XLA:CPU removes `optimization_barrier` before fusion and scheduling. Without it a layer's fusion reaches back
+    through the residuals of all earlier layers, which costs time, and values to be rematerialised in the backward pass
+    are computed ahead and kept, which costs memory. Only performance depends on this.
     """
     import jax
 
@@ -50,7 +50,7 @@ def compiler_options(deterministic: bool = False, platform: str | None = None) -
 
 
 class CompileCounter:
-    """`count`: the programs that this process compiled or took from the cache; a context manager while it counts."""
+    """Context manager that counts, in `count`, the programs that this process compiled or loaded from the cache."""
 
     def __init__(self):
         self.count = 0
@@ -71,14 +71,14 @@ class CompileCounter:
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs between runs, in `$XDG_CACHE_HOME/pathflip_jax`; before JAX is imported.
+    """Enable the persistent compilation cache in `$XDG_CACHE_HOME/pathflip_jax`; call before JAX is imported.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder. Without a folder that can be written, programs are compiled at
-    each start, which is said once.
+    `JAX_COMPILATION_CACHE_DIR` selects another folder. Without a writable folder, programs are compiled at each start,
+    which is reported once.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        if cache.startswith("~"):  # as it stands: neither HOME nor an entry in passwd
+        if cache.startswith("~"):  # not expanded: neither HOME nor an entry in passwd
             _say_not_kept("HOME is not set, and this user has no entry in passwd", "a folder")
             return
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache) / "pathflip_jax")
@@ -89,11 +89,11 @@ def keep_compiled() -> None:
 
 _CACHE_FAULT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for .*?: (.*)", re.DOTALL)
 _told: list[str] = []
-_shown_by: list[Callable] = []  # what shows all other warnings
+_shown_by: list[Callable] = []  # the previous `warnings.showwarning`
 
 
 def _show_once(message: Warning | str, *where, **how) -> None:
-    """Show a warning. JAX warns for each program, when it reads and when it writes: once is enough."""
+    """Show cache warnings only once, as JAX warns for every program, both on reading and on writing."""
     if not (fault := _CACHE_FAULT.match(str(message))):
         _shown_by[0](message, *where, **how)
     elif not _told:

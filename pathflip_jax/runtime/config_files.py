@@ -1,4 +1,4 @@
-"""Config files, which are Python: a fault in one becomes a single line with the file and the place in it."""
+"""Python config files: an error in one becomes a single line with the file and line number."""
 
 import contextlib
 import importlib.util
@@ -19,7 +19,7 @@ SUFFIX = ".py"
 
 
 def as_config(settings: RunSettings) -> ConfigDict:
-    """Settings as a config, for a file to set others and for the command line to override; of the same types."""
+    """Settings as a ConfigDict of the same types, for config files and the command line to override."""
     config = ConfigDict()
     for name, section in vars(settings).items():
         config[name], of = ConfigDict(), types_of(type(section))
@@ -29,9 +29,9 @@ def as_config(settings: RunSettings) -> ConfigDict:
 
 
 def run_config_file(path: Path, argument: str) -> ConfigDict:
-    """The result of the file's `get_config(argument)`. What it prints goes to stderr, so that no output is mixed up.
+    """Result of the file's `get_config(argument)`. Its prints go to stderr, so that stdout holds only our output.
 
-    Raises ValueError for a file that is no such Python, naming the line that fails.
+    Raises ValueError for an invalid config file, naming the line that fails.
     """
     if path.suffix != SUFFIX:
         raise ValueError(
@@ -57,7 +57,7 @@ def run_config_file(path: Path, argument: str) -> ConfigDict:
 
 
 def _run(path: Path, step: Callable[[], Any]) -> Any:
-    """The result of a step of the file. ValueError with the line for whatever it raises, attempts to exit included."""
+    """Result of executing a part of the file. ValueError with the line for any exception, SystemExit included."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return step()
@@ -73,20 +73,20 @@ def _run(path: Path, step: Callable[[], Any]) -> Any:
 
 
 def _place(path: Path, error: BaseException) -> str:
-    """The file and the last of its lines that the error passed through."""
+    """The file and its last line in the error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).absolute() == path.absolute()]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
 def bundled_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name."""
+    """Configs bundled with the package, by name."""
     folder = Path(importlib.util.find_spec("pathflip_jax.configs").origin).parent
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
 def flat_settings(config: ConfigDict, prefix: str = "") -> dict:
-    """The settings of a config by "section.name"."""
+    """Settings of a config, by "section.name"."""
     flat = {}
     for name, value in config.items():
         nested = isinstance(value, ConfigDict)

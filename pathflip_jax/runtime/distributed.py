@@ -1,9 +1,9 @@
-"""Several processes as one run: how they find each other, agree on a fact, and end together (DESIGN section 6).
+"""Multi-process runs: discovery of the processes, agreement on values, and joint exit (DESIGN section 6).
 
-Who started the processes tells each how many there are, which one it is and where the first one is: options, variables
-or JAX's own detection of TPU pods, Slurm and Open MPI. From then on what ends one process ends all of them, soon and
-with one exit code: 75 where the same command may be started again (a host was lost, or hangs), else that of the
-process that failed. `Watchdog` sees to hangs, `end_together` to failures, `_exit_where_jax_aborts` to lost hosts.
+The launcher tells each process the number of processes, its own index and the address of the first one: by options,
+variables or JAX's detection of TPU pods, Slurm and Open MPI. From then on, whatever ends one process ends all of them
+soon, with one exit code: 75 if the same command may be restarted (a host was lost, or hangs), else that of the process
+that failed. `Watchdog` handles hangs, `end_together` failures, `_exit_where_jax_aborts` lost hosts.
 """
 
 import contextlib
@@ -28,31 +28,31 @@ from pathflip_jax.runtime import launchers, ulimits
 from pathflip_jax.runtime.launchers import SWITCH, Launch
 from pathflip_jax.runtime.private_interfaces import key_value_client, running_on_cloud_tpu
 
-TRY_AGAIN = 75  # EX_TEMPFAIL: schedulers take 0 for done
-FAILED, WRONG_INPUT = 1, 2  # as `pathflip` exits for a fault of ours and for one of its input
-JOIN_SECONDS = 300  # for all processes to be there, from the start of each
-AGREE_SECONDS = 1800  # for the slowest process to come to where all must agree, such as after reading a checkpoint
-NOTICE_SECONDS = 10  # of waiting in silence
+TRY_AGAIN = 75  # EX_TEMPFAIL, as schedulers treat 0 as done
+FAILED, WRONG_INPUT = 1, 2  # exit codes of `pathflip` for internal errors and for invalid input
+JOIN_SECONDS = 300  # for all processes to join, from the start of each
+AGREE_SECONDS = 1800  # for the slowest process to reach a point of agreement, such as after reading a checkpoint
+NOTICE_SECONDS = 10  # of waiting without a message
 POLL_SECONDS = 1.0
-# What waits for large files on slow storage may take so many times `hang_seconds`, and so many seconds at least.
+# Phases that wait for large files on slow storage may take so many times `hang_seconds`, and so many seconds at least.
 SLOW, SLOW_LEAST = 6, 60
 _ENDED, _PLACE, _AGREED = "pathflip/ended/", "pathflip/place/", "pathflip/agreed/"
-# What XLA and its network libraries say when another process is gone, and of nothing that a process did itself.
+# Messages of XLA and its network libraries that mean a lost peer and never a local error.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
 _agreements = 0
-_leaving = None  # the exit code of this process, from when it is settled
-_held = []  # what C calls and keeps no reference to
+_leaving = None  # the exit code of this process, once decided
+_held = []  # references to callbacks that C code calls without keeping any
 
 
 def find_launch(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Launch | None:
-    """The launch that this process is part of; None where it is alone.
+    """The launch that this process is part of; None for a single process.
 
-    Explicit values win. Then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or JOB_COMPLETION_INDEX,
-    which indexed jobs of Kubernetes set) count, then MPI and its like, Slurm and TPU pods where they started several
-    processes. PATHFLIP_DISTRIBUTED=0 leaves the process alone whatever it finds, 1 insists on finding others. Raises
-    ValueError for what is missing or no number, by the name of the option or variable.
+    Explicit values take precedence, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (or
+    JOB_COMPLETION_INDEX, which indexed jobs of Kubernetes set), then MPI and similar launchers, Slurm and TPU pods if
+    they started several processes. PATHFLIP_DISTRIBUTED=0 forces a single process, 1 requires several. Raises
+    ValueError for missing or non-numeric values, with the name of the option or variable.
     """
     if (launch := launchers.from_options(coordinator, processes, process)) is not None:
         return launch
@@ -79,10 +79,10 @@ def find_launch(
 
 
 def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
-    """Join the processes of a launch, before the first use of a device; None leaves this one alone.
+    """Join the processes of a launch, before the first use of a device; None means a single process.
 
-    A process not heard of for `heartbeat_seconds` is lost, and ends the others with exit code 75. Process 0 says how
-    many they are and who found them, and from then on it alone writes to stdout and warns.
+    A process without a heartbeat for `heartbeat_seconds` is lost, and ends the others with exit code 75. Process 0
+    reports their number and the launcher, and from then on it alone writes to stdout and warns.
     """
     if launch is None:
         if alone := launchers.why_alone():
@@ -105,7 +105,7 @@ def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
 
 
 def _join(launch: Launch, heartbeat_seconds: int) -> None:
-    """Connect to the other processes. Those that do not come are named, and not waited for without end."""
+    """Connect to the other processes; those missing after a time limit are named in the error."""
     address, devices = launchers.own_address(launch), launchers.local_devices()
     if address and launch.process == 0:
         _require_free(launchers.listening_port(address), launchers.port_setting(launch))
@@ -116,7 +116,7 @@ def _join(launch: Launch, heartbeat_seconds: int) -> None:
     joined = threading.Event()
     threading.Thread(target=_wait_for_others, args=(launch, address, joined), name="join", daemon=True).start()
     try:
-        # JAX would end a process that waits for too long by a core dump, so this one goes before.
+        # JAX would abort a process with a core dump after too long a wait, so this timeout comes first.
         timeouts = {"initialization_timeout": JOIN_SECONDS + 60, "heartbeat_timeout_seconds": heartbeat_seconds}
         jax.distributed.initialize(**known, **timeouts)
     finally:
@@ -124,7 +124,7 @@ def _join(launch: Launch, heartbeat_seconds: int) -> None:
 
 
 def _require_free(port: int, setting: str) -> None:
-    """Raise OSError where another program has the port: JAX would crash, or share it with another run."""
+    """Raise OSError if another program uses the port: JAX would crash, or share it with another run."""
     for family, every in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
         try:
             with socket.socket(family) as listener:
@@ -157,14 +157,14 @@ def _wait_for_others(launch: Launch, address: str | None, joined: threading.Even
 
 
 def this_process() -> str:
-    """The name of this process for messages, such as "process 1 (node7)"."""
+    """Name of this process for messages, such as "process 1 (node7)"."""
     return f"process {jax.process_index()} ({socket.gethostname()})"
 
 
 def gather(value: Any) -> list:
-    """The values of all processes, in order, on each of them; what JSON can hold. All must call it at the same point.
+    """All-gather of JSON values, in order of the processes. All must call it at the same point.
 
-    Raises Unanswered naming the process that does not come.
+    Raises Unanswered naming the process that does not respond.
     """
     global _agreements
     if jax.process_count() == 1:
@@ -179,17 +179,17 @@ def gather(value: Any) -> list:
 
 
 class Unanswered(TimeoutError):
-    """A process that the others waited for did not come: most often a sick host, so a restart may mend it."""
+    """A process that the others waited for did not respond: mostly a faulty host, so a restart may help."""
 
 
 def _answer(client, key: str, process: int) -> str:
-    """The answer of a process; one that keeps the others waiting is named."""
+    """Answer of a process; one that keeps the others waiting is reported."""
     try:
         return client.blocking_key_value_get(key, NOTICE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise Unanswered(f"process {process} did not answer {this_process()}: {error}") from None
-    if jax.process_index() == (process == 0):  # one of those that wait says it
+    if jax.process_index() == (process == 0):  # one of the waiting processes reports it
         print(f"pathflip: waiting for process {process}, {AGREE_SECONDS} s at most", file=sys.stderr, flush=True)
     try:
         return client.blocking_key_value_get(key, (AGREE_SECONDS - NOTICE_SECONDS) * 1000)
@@ -198,12 +198,12 @@ def _answer(client, key: str, process: int) -> str:
 
 
 def agree(value: Any) -> Any:
-    """The value of process 0, on every process; all wait for each other."""
+    """Broadcast of the value of process 0; all processes wait for each other."""
     return gather(value)[0]
 
 
 def require_same(**values: str) -> None:
-    """Raise ValueError where processes were started as different runs: those of one run have one command line."""
+    """Raise ValueError if processes were started as different runs: those of one run have the same command line."""
     for process, others in enumerate(gather(values)):
         for name, value in values.items():
             if others[name] != value:
@@ -214,28 +214,28 @@ def require_same(**values: str) -> None:
 
 
 class Watchdog:
-    """Ends a process that hangs, or whose peer has failed; a context manager around the loop of a run.
+    """Watchdog that ends a process that hangs, or whose peer has failed; a context manager around the training loop.
 
-    `at` says where the loop is. When that stays the same for `hang_seconds` (0: for ever), stderr gets the host and
-    step that the run hangs at and the Python stacks, and the process exits with 75: most hangs are a sick host or
-    network, which a restart from the last checkpoint leaves behind; a launcher bounds how often it starts again. With
-    several processes all wait when one hangs, so the one that is named is the one that came least far. A process that
-    waits for another leaves it to that one to know what it may take, and ends the run only where the other has stood
-    still before its eyes for as long.
+    `at` records the position of the loop. If it does not change for `hang_seconds` (0: no limit), the host and step of
+    the hang and the Python stacks are written to stderr, and the process exits with 75: most hangs are due to a faulty
+    host or network, and a restart from the last checkpoint resolves them; the launcher bounds the number of restarts.
+    With several processes all wait when one hangs, so the one with the least progress is named. A process that waits
+    for another relies on the other's time limits, and ends the run only if it has observed no progress of the other for
+    as long.
     """
 
     def __init__(self, hang_seconds: float):
         self.hang_seconds = hang_seconds
         start = {"count": 0, "step": 0, "doing": "starting", "host": socket.gethostname(), "allowed": None}
-        self._now = start, time.monotonic()  # one value, for two threads: the place, and since when
+        self._now = start, time.monotonic()  # one tuple, as two threads use it: the position, and since when
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, step: int, doing: str, *, timed: bool = True, slow: bool = False) -> None:
-        """The run is at this step, doing this; every process passes the same places in the same order.
+        """Record the step and activity of the run; every process passes the same positions in the same order.
 
-        What is not `timed`, such as compilation, takes as long as it takes; what is `slow`, such as a save, may take
-        six times `hang_seconds`, and a minute at least.
+        Activities that are not `timed`, such as compilation, have no time limit; `slow` ones, such as a save, may take
+        six times `hang_seconds`, and at least a minute.
         """
         allowed = max(SLOW * self.hang_seconds, SLOW_LEAST) if slow else self.hang_seconds
         place = {"step": step, "doing": doing, "allowed": allowed if timed and self.hang_seconds else None}
@@ -244,7 +244,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         client, told = key_value_client(), None
-        awaited, awaited_since = None, 0.0  # the process that this one waits for and the place where it is
+        awaited, awaited_since = None, 0.0  # the process that this one waits for, and its position
         while not self._stop.wait(POLL_SECONDS):
             place, since = self._now
             if client is not None:
@@ -270,7 +270,7 @@ class Watchdog:
         names = [f"process {n} ({place['host']}) at step {place['step']}, {place['doing']}" for n, place in late]
         others = f"; the other {len(places) - len(names)} wait for it" if len(names) < len(places) else ""
         message = f"no progress for {late[0][1]['allowed']:g} s: {', '.join(names)}{others}"
-        with contextlib.suppress(Exception):  # a closed terminal keeps no hang alive
+        with contextlib.suppress(Exception):  # a closed terminal must not keep a hang alive
             print(f"\npathflip: {this_process()}: {message}. The stacks of this process:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         _leave(message, TRY_AGAIN)
@@ -285,23 +285,23 @@ class Watchdog:
 
 
 def end_together(error: Exception, heartbeat_seconds: int) -> None:
-    """End all processes for the failure of this one, with one exit code; a lone process continues.
+    """End all processes after a failure of this one, with one exit code; returns in a single process.
 
-    Without this, the others would wait for it in a collective, and it for them at exit. Where the error may come of a
-    lost peer, that is given the time to show, and decides.
+    Without this, the others would wait for it in a collective, and it for them at exit. If a lost peer may have caused
+    the error, its loss is given time to be detected, and determines the exit code.
     """
     if jax.process_count() == 1:
         return
     deadline = time.monotonic() + heartbeat_seconds + 5 * POLL_SECONDS
     while _may_be_a_lost_peer(error) and time.monotonic() < deadline:
         _follow(key_value_client())
-        time.sleep(POLL_SECONDS)  # JAX aborts in the meantime where a peer is lost: _exit_where_jax_aborts
+        time.sleep(POLL_SECONDS)  # JAX aborts in the meantime if a peer is lost: _exit_where_jax_aborts
     limit = ulimits.explain(error)
     ours = limit or isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
     if not ours or os.environ.get("PATHFLIP_DEBUG"):
         traceback.print_exception(error)
     print(f"pathflip: {this_process()}: {limit or error}", file=sys.stderr)
-    unreached = _may_be_a_lost_peer(error) and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error))  # all live
+    unreached = _may_be_a_lost_peer(error) and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error))  # all are alive
     unreached = unreached or isinstance(error, Unanswered)
     _leave(str(error), TRY_AGAIN if unreached else WRONG_INPUT if ours else FAILED)
 
@@ -315,47 +315,48 @@ def _may_be_a_lost_peer(error: BaseException | None) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    """Tell the others why and with which code to exit, give them the time to read it, and exit."""
+    """Publish the reason and the exit code to the other processes, give them time to read it, and exit."""
     global _leaving
     client, _leaving = key_value_client(), code
     if client is not None:
         _put(client, f"{_ENDED}{jax.process_index()}", {"message": message, "code": code, "by": this_process()})
-        time.sleep(4 * POLL_SECONDS)  # process 0 holds what is told
+        time.sleep(4 * POLL_SECONDS)  # process 0 serves the published message
     _exit(code)
 
 
 def _follow(client) -> None:
-    """Exit as another process did that has told so."""
+    """Exit with the code that another process has published."""
     global _leaving
     for process, ended in _read(client, _ENDED).items():
         if process != jax.process_index():
             print(f"pathflip: {this_process()} ends with {ended['by']}: {ended['message']}", file=sys.stderr)
             _leaving = ended["code"]
             if jax.process_index() == 0:
-                time.sleep(2 * POLL_SECONDS)  # the others read it here
+                time.sleep(2 * POLL_SECONDS)  # process 0 serves it to the others meanwhile
             _exit(ended["code"])
 
 
 def _exit(code: int) -> None:
-    """Exit from any thread, without the farewell at which JAX waits for every process."""
+    """Exit from any thread, without JAX's shutdown barrier, which waits for every process."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # closed, or none
+        with contextlib.suppress(Exception):  # closed or missing streams
             stream.flush()
     os._exit(code)
 
 
 def _exit_where_jax_aborts() -> None:
-    """Exit with 75 where JAX would dump core because another process is lost; with its own code where that is settled.
+    """Exit with 75 where JAX would dump core for a lost peer, or with the exit code already decided.
 
-    Its coordination service ends the survivors by abort(3), from a thread of its own, and takes no other wish (jaxlib
-    0.10: a callback in Python ends in std::bad_cast). Launchers restart on 75, and take a core dump for a defect.
+    JAX's coordination service ends the survivors by abort(3), from a separate thread, and cannot be configured
+    otherwise (jaxlib 0.10: a Python callback ends in std::bad_cast). Launchers restart on 75, and treat a core dump as
+    a defect.
     """
 
     message = f"pathflip: {this_process()}: another process of this run is lost; exit {TRY_AGAIN}, start again\n"
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(_: int) -> None:
-        if _leaving is not None:  # the others went first
+        if _leaving is not None:  # the others exited first
             os._exit(_leaving)
         os.write(2, message.encode())
         os._exit(TRY_AGAIN)
@@ -370,7 +371,7 @@ def _put(client, key: str, value: dict) -> None:
     try:
         client.key_value_set(key, json.dumps(value), allow_overwrite=True)
     except jax.errors.JaxRuntimeError:
-        pass  # process 0 is gone: JAX is about to end this one
+        pass  # process 0 is gone: JAX is about to abort this one
 
 
 def _read(client, prefix: str) -> dict[int, dict]:

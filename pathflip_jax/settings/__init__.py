@@ -1,1 +1,1 @@
-"""The settings of a run as frozen dataclasses: each with its default, its bounds and what it is for."""
+"""Run settings as frozen dataclasses, each field with its default, bounds and help text."""

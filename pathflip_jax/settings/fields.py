@@ -1,7 +1,7 @@
-"""A setting as a field of a dataclass: its default, and beside it all else that is known of it.
+"""Settings as dataclass fields, whose metadata holds help, bounds and history.
 
-Whatever acts on settings by name (checks, the command line, resuming, runs of earlier versions) reads it here, so that
-adding a setting takes one line.
+All code that handles settings by name (checks, the command line, resuming, runs of earlier versions) reads them from
+here, so that adding a setting takes one line.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-AS_NOW = object()  # it makes no difference to what a run learns: a run that began without it takes today's value
-COUNT = 2**31 - 1  # steps and the like are counted in 32 bits
-LARGEST_SIZE = 2**24  # of a dimension of a model
-_THERE = object()  # in every version
+AS_NOW = object()  # no effect on training: a run that began without the setting takes today's value
+COUNT = 2**31 - 1  # steps and other counts are 32-bit
+LARGEST_SIZE = 2**24  # of a model dimension
+_THERE = object()  # default of `before`: present in every version
 
 
 class Range(NamedTuple):
-    """Numbers from `least` to `most`; `open_least` and `open_most` leave the end itself out.
+    """Numbers from `least` to `most`; `open_least` and `open_most` exclude the end point.
 
-    `besides` is a value below the range that stands for something else, `meaning`; None is one that may be given too.
+    `besides` is a sentinel value below the range, with the meaning `meaning`; None is allowed as a sentinel too.
     """
 
     least: float
@@ -33,7 +33,7 @@ class Range(NamedTuple):
     meaning: str = ""
 
     def holds(self, value: object) -> bool:
-        """Whether a value is one of these."""
+        """Whether a value is accepted."""
         if value is None:
             return None in self.besides
         if not isinstance(value, int if self.whole else int | float) or isinstance(value, bool):
@@ -42,10 +42,10 @@ class Range(NamedTuple):
             return True
         above = value > self.least if self.open_least else value >= self.least
         below = value < self.most if self.open_most else value <= self.most
-        return above and below and math.isfinite(value)  # of NaN nothing is true
+        return above and below and math.isfinite(value)  # NaN fails every comparison
 
     def words(self, value: object = None) -> str:
-        """What is expected, for a message about this value."""
+        """Description of the accepted values, for a message about this value."""
         ends = [f"{'above' if self.open_least else 'of at least'} {self.least:.10g}"]
         if self.most not in (math.inf, COUNT) or (isinstance(value, int | float) and value > self.most):
             ends.append(f"{'below' if self.open_most else 'at most'} {self.most:.10g}")
@@ -54,31 +54,31 @@ class Range(NamedTuple):
 
 
 class Words(NamedTuple):
-    """One of some words."""
+    """A choice among fixed words."""
 
     choices: tuple[str | bool, ...]
 
     def holds(self, value: object) -> bool:
-        """Whether a value is one of these."""
+        """Whether a value is accepted."""
         return value in self.choices
 
     def words(self, value: object = None) -> str:
-        """What is expected, for a message about this value."""
+        """Description of the accepted values, for a message about this value."""
         return "one of " + ", ".join(str(choice) or '""' for choice in self.choices)
 
 
 class Free(NamedTuple):
-    """Any value of its type, for a reason."""
+    """Any value of the type, with the reason why it is unrestricted."""
 
     reason: str
-    optional: bool = False  # None stands for ""
+    optional: bool = False  # None means ""
 
     def holds(self, value: object) -> bool:
-        """Whether a value is one of these."""
+        """Whether a value is accepted."""
         return value is not None or self.optional
 
     def words(self, value: object = None) -> str:
-        """What is expected, for a message about this value."""
+        """Description of the accepted values, for a message about this value."""
         return f"{self.reason}; leave it empty for none"
 
 
@@ -86,18 +86,18 @@ Bounds = Range | Words | Free
 
 
 def whole(least: int, most: int = COUNT, *, zero: str = "", minus: str = "", none: str = "") -> Range:
-    """Whole numbers from `least` on; `zero`, `minus` (-1) and `none` say what these stand for, where they may be."""
+    """Integers from `least` up; `zero`, `minus` (-1) and `none` give the meaning of these values where allowed."""
     value, meaning = next(((v, text) for v, text in ((0, zero), (-1, minus), (None, none)) if text), (0, ""))
     return Range(least, most, True, besides=(value,) if meaning else (), meaning=meaning)
 
 
 def share(most_itself: bool = False, zero: bool = True) -> Range:
-    """Shares and probabilities: from 0 (without `zero` above it) to below 1, or to 1 itself."""
+    """Fractions and probabilities: from 0 (exclusive without `zero`) up to 1, inclusive with `most_itself`."""
     return Range(0, 1, open_least=not zero, open_most=not most_itself)
 
 
 def above_zero(most: float = math.inf) -> Range:
-    """Numbers above 0."""
+    """Positive numbers."""
     return Range(0, most, open_least=True)
 
 
@@ -112,13 +112,12 @@ RATE, WEIGHT, SCALE = Range(0, 1), Range(0, 1e6), above_zero(1e6)
 
 
 class Setting(NamedTuple):
-    """All that is known of a setting besides its name, type and default.
+    """Metadata of a setting, beyond its name, type and default.
 
-    `help` says what it is for. `required` says what belongs there, where a run needs one. `may_change`: a run may
-    resume with another value. `before` is the value that means what versions without the setting did, or `AS_NOW`; a
-    setting of all versions has none. `exists`: the path that it names must be there; `local`: and on a local disk.
-    `divides` and `at_most` name settings that it must divide, or not exceed. `cure` ends the message about a value out
-    of bounds.
+    `help` is its help text. `required` describes the value that a run cannot do without. `may_change`: a run may resume
+    with another value. `before` is the value that reproduces versions without the setting, or `AS_NOW`; settings
+    present in all versions have none. `exists`: the path must exist; `local`: and on a local disk. `divides` and
+    `at_most` name settings that it must divide, or not exceed. `cure` ends the message about a value out of bounds.
     """
 
     bounds: Bounds
@@ -134,11 +133,11 @@ class Setting(NamedTuple):
 
     @property
     def is_new(self) -> bool:
-        """Whether earlier versions lacked it."""
+        """Whether earlier versions lacked the setting."""
         return self.before is not _THERE
 
     def objection(self, name: str, value: object, default: object = None) -> str:
-        """Why the setting cannot have this value, with the cure; "" where it can."""
+        """Objection to a value of the setting, with the cure; "" if the value is valid."""
         parts = value if isinstance(value, tuple | list) else (value,)
         if all(self.bounds.holds(part) for part in parts):
             return ""
@@ -147,13 +146,13 @@ class Setting(NamedTuple):
 
 
 def setting(default: Any, bounds: Bounds, help: str, **more: Any) -> Any:
-    """A field of a section of settings; `more` as in `Setting`."""
+    """Dataclass field for a section of settings; `more` as in `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": Setting(bounds, help, **more)})
 
 
 @dataclass(frozen=True)
 class Section:
-    """Settings that belong together. Raises ValueError, naming each that is out of its bounds."""
+    """A section of related settings. Raises ValueError, naming each one out of bounds."""
 
     section: ClassVar[str]
 
@@ -168,12 +167,12 @@ class Section:
 
 
 def settings_of(section: type) -> dict[str, Setting]:
-    """The settings of a section, by name."""
+    """Settings of a section, by name."""
     return {field.name: field.metadata["setting"] for field in dataclasses.fields(section)}
 
 
 def types_of(section: type) -> dict[str, type]:
-    """The type of each setting of a section, but for None, which some may be."""
+    """Type of each setting of a section, without the None of optional ones."""
     found = {}
     for name, hint in typing.get_type_hints(section).items():
         options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -182,7 +181,7 @@ def types_of(section: type) -> dict[str, type]:
 
 
 def plain_values(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for a section: lists become tuples, and whole numbers floats where the setting is one."""
+    """Values for a section, with lists converted to tuples, and integers to floats for float settings."""
     of = types_of(section)
 
     def plain(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The kinds of runs, each with its sections of settings, and what follows from the fields of all of them."""
+"""Kinds of runs, each with its sections of settings, and lookups over the fields of all sections."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from pathflip_jax.settings.sections import (
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All settings of a run. Raises ValueError, naming each that contradicts another."""
+    """Complete settings of a run. Raises ValueError, naming each setting that contradicts another."""
 
     data: DataSettings = DataSettings()
     optim: OptimConfig = OptimConfig()
@@ -44,9 +44,9 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> "RunSettings":
-        """Inverse of `to_dict`; what is not given has its default.
+        """Inverse of `to_dict`; missing settings take their defaults.
 
-        Raises ValueError for names that are no settings, and for all that is out of bounds.
+        Raises ValueError for unknown settings, and for all values out of bounds.
         """
         if unknown := [key for key in flatten(values) if key not in fields(cls)]:
             raise ValueError(f"{', '.join(unknown)}: no such setting; expected some of {', '.join(fields(cls))}")
@@ -59,7 +59,7 @@ class RunSettings:
         return cls(**{name: section(**given[name]) for name, section in sections.items()})
 
     def with_changes(self, changes: Mapping[str, Any]) -> "RunSettings":
-        """The same settings with others for these, by "section.name"."""
+        """Copy with some settings replaced, by "section.name"."""
         values = self.to_dict()
         for key, value in changes.items():
             section, _, name = key.partition(".")
@@ -69,7 +69,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class AlignmentSettings(RunSettings):
-    """Alignment of slides and texts; the defaults are the released code's, for the network of the paper."""
+    """Settings of slide-text alignment; the defaults are the released code's, for the network of the paper."""
 
     data: AlignmentDataSettings = AlignmentDataSettings()
     model: PathFLIPModelSettings | PathFLIP2ModelSettings = PathFLIPModelSettings()
@@ -79,21 +79,21 @@ class AlignmentSettings(RunSettings):
 
 @dataclass(frozen=True)
 class PathFLIP2Settings(AlignmentSettings):
-    """Alignment with the network of the authors' follow-up; the defaults are the published ones where they differ.
+    """Settings of alignment with the authors' follow-up network; where its published defaults differ, those apply.
 
-    16 regions: with regions of 16 x 16 patches up to 4,096 patches of a slide a step, as published.
+    16 regions of 16 x 16 patches are up to 4,096 patches per slide and step, as published.
     """
 
     data: AlignmentDataSettings = AlignmentDataSettings(regions=16, caption_length=512, subcaption_length=512)
     model: PathFLIP2ModelSettings = PathFLIP2ModelSettings()
     loss: SigmoidLossConfig = SigmoidLossConfig()
     optim: OptimConfig = OptimConfig(preset="released", clip=0.0, weight_decay=0.01)
-    train: TrainSettings = TrainSettings(batch_size=64)  # published: 16 on each of 4
+    train: TrainSettings = TrainSettings(batch_size=64)  # published: 16 on each of 4 devices
 
 
 @dataclass(frozen=True)
 class LanguageSettings(RunSettings):
-    """The language stage; the learning rate is that of the follow-up's first stage."""
+    """Settings of the language stage; the learning rate is that of the follow-up's first stage."""
 
     data: LanguageDataSettings = LanguageDataSettings()
     lm: LanguageModelSettings = LanguageModelSettings()
@@ -106,17 +106,17 @@ KINDS: tuple[Kind, ...] = (AlignmentSettings, PathFLIP2Settings, LanguageSetting
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
-    """The kind of a run, by its settings in nested mappings."""
+    """Kind of a run, from its settings as nested mappings."""
     if "lm" in config:
         return LanguageSettings
     model = config.get("model")
-    family = model.get("family") if hasattr(model, "get") else None  # else the fault is told later, with the file
+    family = model.get("family") if hasattr(model, "get") else None  # else a later error names the file
     return PathFLIP2Settings if family == PathFLIP2ModelSettings.family else AlignmentSettings
 
 
 @functools.cache
 def fields(kind: Kind) -> Mapping[str, Setting]:
-    """Every setting of a kind of run, by "section.name"."""
+    """All settings of a kind of run, by "section.name"."""
     sections = {field.name: type(field.default) for field in dataclasses.fields(kind)}
     found = {f"{at}.{name}": x for at, section in sections.items() for name, x in settings_of(section).items()}
     return MappingProxyType(found)
@@ -124,17 +124,17 @@ def fields(kind: Kind) -> Mapping[str, Setting]:
 
 @functools.cache
 def defaults(kind: Kind) -> Mapping[str, Any]:
-    """The default of every setting of a kind of run, by "section.name"."""
+    """Defaults of all settings of a kind of run, by "section.name"."""
     return MappingProxyType(flat(kind()))
 
 
 def flat(settings: RunSettings) -> dict[str, Any]:
-    """The values of all settings by "section.name"."""
+    """Values of all settings, by "section.name"."""
     return flatten(settings.to_dict())
 
 
 def flatten(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Values in nested mappings by "section.name"."""
+    """Values of nested mappings, by "section.name"."""
     return {f"{section}.{name}": x for section, own in values.items() for name, x in own.items()}
 
 
@@ -143,13 +143,13 @@ def _every() -> Iterator[tuple[str, Setting]]:
         yield from fields(kind).items()
 
 
-# Setting -> the value that means what versions before it did. For runs and config files that lack it.
+# Setting -> the value that reproduces versions before it, for runs and config files that lack it.
 BEFORE: dict[str, Any] = {key: found.before for key, found in _every() if found.is_new}
 MAY_CHANGE: frozenset[str] = frozenset(key for key, found in _every() if found.may_change)
 
 
 def _objections(kind: Kind, values: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What is out of its bounds."""
+    """Objections to values out of bounds."""
     usual = defaults(kind)
     for key, found in fields(kind).items():
         section, _, name = key.partition(".")
@@ -158,7 +158,7 @@ def _objections(kind: Kind, values: Mapping[str, Mapping[str, Any]]) -> Iterator
 
 
 def _contradictions(kind: Kind, values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with settings together, each of which is in its bounds."""
+    """Objections to combinations of settings that are each within bounds."""
     for key, found in fields(kind).items():
         for whole in found.divides:
             if values[key] and values[whole] % values[key]:

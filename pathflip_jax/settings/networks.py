@@ -1,4 +1,4 @@
-"""Networks and losses of both families of alignment, and the language model about slides."""
+"""Settings of networks and losses: both alignment families, and the slide language model."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,7 +29,7 @@ _AS_TOKENIZER = WIDTH._replace(besides=(0,), meaning="for what the tokenizer say
 
 @dataclass(frozen=True)
 class ModelSettings(Section):
-    """What the networks of both families have; `model.config.ModelConfig` takes them, with the sizes of the data."""
+    """Network settings common to both families; `model.config.ModelConfig` takes them, with the sizes of the data."""
 
     section = "model"
 
@@ -53,7 +53,7 @@ class ModelSettings(Section):
 
 @dataclass(frozen=True)
 class PathFLIPModelSettings(ModelSettings):
-    """The network of the paper."""
+    """Settings of the network of the paper."""
 
     family: ClassVar[str] = "pathflip"
 
@@ -73,7 +73,7 @@ class PathFLIPModelSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class PathFLIP2ModelSettings(ModelSettings):
-    """The network of the authors' follow-up."""
+    """Settings of the authors' follow-up network."""
 
     family: str = setting("pathflip2", Words(("pathflip2",)), "of networks; without this setting: pathflip")
     embed_dim: int = setting(512, WIDTH, "width of the space that slides and texts share")
@@ -105,10 +105,10 @@ class PathFLIP2ModelSettings(ModelSettings):
 class LossConfig(Section):
     """Weights and settings of PathFLIP's losses; the defaults are the released code's.
 
-    `negative_weight` counts in `per_slide` only. `negatives_per_slide` shows each slide that many of the other
-    slides instead of all: the next ones in the batch, which is shuffled. `negatives_at_once` bounds memory, not the
-    loss: so many negatives of each slide are scored at a time (`losses.pathflip.region_loss` says what stands in
-    memory).
+    `negative_weight` applies to `per_slide` only. `negatives_per_slide` limits each slide's negatives to that many
+    other slides: the next ones in the batch, which is shuffled. `negatives_at_once`, the negatives of each slide scored
+    at a time, bounds memory and does not change the loss (`losses.pathflip.region_loss` gives the sizes of the arrays
+    in memory).
     """
 
     section = "loss"
@@ -136,13 +136,13 @@ class LossConfig(Section):
 
 @dataclass(frozen=True)
 class SigmoidLossConfig(Section):
-    """Weights and settings of PathFLIP2's losses; the defaults are the published code's, but for `slide`.
+    """Weights and settings of PathFLIP2's losses; the defaults are the published code's, except for `slide`.
 
     `slide`: "sigmoid", SigLIP's loss, whose published function does not run, or "infonce" with `temperature` and
-    `label_smoothing`, what the published runs had to use. `region`: "pairs", every text against every text-conditioned
-    embedding, or "flair", what is published with the attention head: each slide pools anew for its own texts and one
-    of each other slide. `slides_at_once` bounds memory, not the loss: the texts of so many slides stand against a
-    device's at a time; 0: all.
+    `label_smoothing`, which the published runs had to use. `region`: "pairs", every text against every text-conditioned
+    embedding, or "flair", published with the attention head: each slide is pooled separately for its own texts and for
+    one text of each other slide. `slides_at_once` bounds memory and does not change the loss: the number of slides
+    whose texts are scored against a device's slides at a time; 0: all.
     """
 
     section = "loss"
@@ -166,7 +166,7 @@ class SigmoidLossConfig(Section):
 
 @dataclass(frozen=True)
 class LanguageDataSettings(DataSettings):
-    """What the language stage draws: conversations about slides."""
+    """Data settings of the language stage: conversations about slides."""
 
     texts: str = setting(
         "", PATH,
@@ -196,7 +196,7 @@ class LanguageDataSettings(DataSettings):
 
 @dataclass(frozen=True)
 class LanguageModelSettings(Section):
-    """Aligner, decoder and which of their parts learn."""
+    """Aligner, decoder and the parts of them that are trained."""
 
     section = "lm"
 

@@ -1,4 +1,4 @@
-"""Data, optimizer, mesh and loop of a run: the sections that every kind of run has, and what alignment draws."""
+"""Sections of settings common to all runs (data, optimizer, mesh, loop), and the data settings of alignment."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +27,7 @@ _AXIS = whole(1, minus="for all devices that the others leave")
 
 @dataclass(frozen=True)
 class DataSettings(Section):
-    """Records, texts and the split of the slides, and what a step sees of each slide."""
+    """Records, texts, the split of the slides, and the sampling of each slide in a step."""
 
     section = "data"
 
@@ -58,7 +58,7 @@ class DataSettings(Section):
 
 @dataclass(frozen=True)
 class AlignmentDataSettings(DataSettings):
-    """What alignment draws besides: captions and subcaptions of a report."""
+    """Data settings of alignment: additionally, captions and subcaptions drawn from reports."""
 
     tokenizer: str = setting(
         "", PATH, "BERT folder, or one of `pathflip vocabulary`; released: BioBERT cased v1.2",
@@ -74,7 +74,7 @@ class AlignmentDataSettings(DataSettings):
     )  # fmt: skip
     max_unknown_share: float = setting(
         0.2, share(most_itself=True), "of the pieces of the texts, unknown to the vocabulary: more is an error",
-        may_change=True, before=1.0,  # such texts were trained on
+        may_change=True, before=1.0,  # earlier versions trained on such texts
     )  # fmt: skip
     row_step: int = setting(
         128, LENGTH, "texts are packed into rows of 1, 2, 3, ... times so many tokens", before=AS_NOW
@@ -92,8 +92,8 @@ class AlignmentDataSettings(DataSettings):
 class OptimConfig(Section):
     """AdamW with warm-up and cosine decay.
 
-    `preset="released"` is the released code's way: every parameter decays, the cosine moves once per epoch, and the
-    warm-up is no longer than an epoch.
+    `preset="released"` follows the released code: weight decay on every parameter, a cosine schedule that advances once
+    per epoch, and a warm-up of at most one epoch.
     """
 
     section = "optim"
@@ -115,7 +115,7 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True)
 class MeshSettings(Section):
-    """How many devices share what; the product of the three is the number of devices."""
+    """Sizes of the three mesh axes; their product is the number of devices."""
 
     section = "mesh"
 
@@ -129,7 +129,7 @@ class MeshSettings(Section):
 
 @dataclass(frozen=True)
 class TrainSettings(Section):
-    """Length, batches, checkpoints and monitors of the loop."""
+    """Length, batch size, checkpoints and monitors of the training loop."""
 
     section = "train"
 
