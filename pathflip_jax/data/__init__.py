@@ -1,1 +1,1 @@
-"""Slides, texts and features: from files to records, and from records to batches."""
+"""Data pipeline for slides, texts and features: from files to records, and from records to batches."""

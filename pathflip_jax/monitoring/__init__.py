@@ -1,1 +1,1 @@
-"""Metrics, telemetry, goodput and profiles of a run."""
+"""Metrics, telemetry, goodput and profiling of a run."""

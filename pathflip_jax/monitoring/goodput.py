@@ -1,12 +1,12 @@
-"""Goodput: the share of a run's time that moved training forward, and the causes of the rest.
+"""Goodput: the share of a run's time that advanced training, and the causes of the rest.
 
-A run writes goodput.jsonl into its folder and only ever adds to it, so the file outlives kills and restarts; each row
-says how long this process has spent on what. Time is productive when it went into steps that were not run again: the
-seconds of steps after the checkpoint that a later start resumed from are lost work, and the time between the last row
-of a process and the next start is down time. All causes add up to the time from the first start to the last row.
+A run appends to goodput.jsonl in its folder, so the file survives kills and restarts; each row gives the time that this
+process has spent per cause. Time is productive if it went into steps that were not repeated: the seconds of steps after
+the checkpoint that a later start resumed from are lost work, and the time between the last row of a process and the
+next start is down time. All causes add up to the time from the first start to the last row.
 
-The terms are those of the package ml-goodput-measurement 0.2.3. The package itself works on Google Cloud alone: it
-writes to and reads from Cloud Logging (offline its recorder raises DefaultCredentialsError), and brings 30 packages,
+The terms are those of the package ml-goodput-measurement 0.2.3. The package itself works on Google Cloud only: it
+writes to and reads from Cloud Logging (offline its recorder raises DefaultCredentialsError), and pulls in 30 packages,
 72 MB, besides NumPy and SciPy.
 """
 
@@ -24,22 +24,22 @@ from pathlib import Path
 from pathflip_jax.monitoring.metrics import read_metrics
 
 GOODPUT = "goodput.jsonl"
-# What the main thread spends its time on. STEP is what is left: dispatching steps and waiting for the devices.
+# Causes of the main thread's time. STEP is the remainder: dispatching steps and waiting for the devices.
 INITIALISATION, COMPILATION, RESTORE, STEP = "initialisation", "compilation", "checkpoint_restore", "step"
 DATA, SAVE, EVALUATION, PROFILE = "data_loading", "checkpoint_save", "evaluation", "profile"
 CAUSES = (INITIALISATION, COMPILATION, RESTORE, STEP, DATA, SAVE, EVALUATION, PROFILE)
 LOST, DOWN = "lost_work", "down"
 START, PROGRESS, SAVED, END = "start", "progress", "saved", "end"
-RECORD_SECONDS = 10.0  # at most this is not known of a process that was killed
+RECORD_SECONDS = 10.0  # the most that a killed process leaves unrecorded
 DAY = 86400.0
 
 
 class Ledger:
-    """The time of one process by cause, and the rows that say so; a context manager around the loop.
+    """Time of one process by cause, and the rows that record it; a context manager around the training loop.
 
-    `began` is the `time.time()` at which the process is held to have started. Rows are written once `open` has named
-    the file, by the first process alone. A file that cannot be written is reported once, and the run continues: the
-    next row, whose times are sums, makes up for those that are missing.
+    `began` is the `time.time()` taken as the start of the process. Rows are written once `open` has named the file, by
+    the first process only. A file that cannot be written is reported once, and the run continues: times are cumulative,
+    so the next row makes up for missing ones.
     """
 
     def __init__(self, began: float | None = None, record_seconds: float = RECORD_SECONDS):
@@ -47,18 +47,18 @@ class Ledger:
         self._began = time.time() if began is None else began
         self._spent = dict.fromkeys(CAUSES, 0.0)
         self._cause, self._since = INITIALISATION, now - (time.time() - self._began)
-        self._saving: tuple[int, float] | None = None  # the step, and what saves had taken before
-        self.resumed = now  # perf_counter() at which steps went on after something else
+        self._saving: tuple[int, float] | None = None  # the step, and the seconds of all saves before
+        self.resumed = now  # perf_counter() at which the loop returned to steps
         self._path: Path | None = None
         self._torn = self._told = False
         self._step = 0
         self._every, self._recorded = record_seconds, now
 
     def switch(self, cause: str, saving: int | None = None) -> str:
-        """Count time for `cause` from now on; returns what it counted for until now.
+        """Attribute time to `cause` from now on; returns the previous cause.
 
-        The time until the next switch is that of a checkpoint of the step `saving`, where this is given: for so long
-        it blocks the loop, which is kept.
+        With `saving`, the time until the next switch is recorded as the time that the checkpoint of that step blocks
+        the loop.
         """
         self._count()
         before, self._cause = self._cause, cause
@@ -76,7 +76,7 @@ class Ledger:
 
     @contextmanager
     def during(self, cause: str) -> Iterator[None]:
-        """Count the time of a block for `cause`, whatever it raises."""
+        """Attribute the time of a block to `cause`, even if it raises."""
         before = self.switch(cause)
         try:
             yield
@@ -84,17 +84,17 @@ class Ledger:
             self.switch(before)
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Count seconds of one cause for another: what is known only afterwards."""
+        """Reattribute seconds from one cause to another, when the cause is known only afterwards."""
         self._spent[source] -= seconds
         self._spent[target] += seconds
 
     def open(self, workdir: Path, step: int, **facts: float) -> None:
-        """Start writing to the file of this run, which resumes after `step`; `facts` go into the first row."""
+        """Start writing to the run's file, for a run that resumes after `step`; `facts` go into the first row."""
         self._path, self._torn = workdir / GOODPUT, True
         self._write(START, step, began=round(self._began, 3), **facts)
 
     def progress(self, step: int) -> None:
-        """Record that a step is done; a row every ten seconds."""
+        """Record a completed step, with a row every ten seconds."""
         self._step = step
         if time.perf_counter() - self._recorded >= self._every:
             self._write(PROGRESS, step)
@@ -117,7 +117,7 @@ class Ledger:
             self._told = True
 
     def _append(self, row: str) -> None:
-        if self._torn and self._path.exists():  # a row cut off, by a crash or a full disk, would stand before ours
+        if self._torn and self._path.exists():  # a row truncated by a crash or a full disk would precede ours
             os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
         self._torn = True
         with open(self._path, "a", encoding="utf-8") as file:
@@ -128,7 +128,7 @@ class Ledger:
         return self
 
     def __exit__(self, *_) -> None:
-        """Write the last row, whatever ended the run."""
+        """Write the last row, however the run ended."""
         self._write(END, self._step)
 
 
@@ -136,9 +136,9 @@ class Ledger:
 class Summary:
     """Breakdown of a run's time over all of its starts, in seconds except shares and counts.
 
-    `goodput` is the productive share of `total`, `goodput_while_running` that of the time in which a process lived.
-    `badput` adds up with `productive` to `total`. `save` is the median time that a checkpoint blocks the loop, nan
-    before the first.
+    `goodput` is the productive share of `total`, `goodput_while_running` that of the time in which a process was
+    running. `badput` and `productive` add up to `total`. `save` is the median time that a checkpoint blocks the loop,
+    nan before the first.
     """
 
     total: float
@@ -156,7 +156,7 @@ class Summary:
 
 
 def summarise(workdir: str | Path) -> Summary:
-    """Read goodput.jsonl of a run. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+    """Summarise goodput.jsonl of a run. Raises FileNotFoundError if it is missing, ValueError if it is damaged."""
     path = Path(workdir) / GOODPUT
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name the --workdir of a `pathflip train`")
@@ -178,7 +178,7 @@ def summarise(workdir: str | Path) -> Summary:
         later = processes[number + 1 :]
         if later:
             spent[DOWN] += max(later[0][0]["began"] - rows[-1]["time"], 0.0)
-            kept = min(after[0]["step"] for after in later)  # the steps beyond it were run again
+            kept = min(after[0]["step"] for after in later)  # later steps were repeated
             there = [row["seconds"].get(STEP, 0.0) for row in rows if row["step"] <= kept]
             lost = rows[-1]["seconds"].get(STEP, 0.0) - max(there, default=0.0)
             spent[STEP] -= lost
@@ -204,23 +204,23 @@ def summarise(workdir: str | Path) -> Summary:
 
 
 def save_interval(cost: float, preemptions_per_day: float) -> float:
-    """The seconds between saves that lose the least: sqrt(2 x cost of a save x mean time between stops).
+    """Optimal seconds between saves: sqrt(2 x cost of a save x mean time between failures).
 
-    Young's first-order formula (Communications of the ACM 17, 1974, p. 530): it holds while a save takes far less time
-    than passes between stops.
+    Young's first-order formula (Communications of the ACM 17, 1974, p. 530), valid if a save takes far less time than
+    passes between failures.
     """
     return math.sqrt(2 * cost * DAY / preemptions_per_day)
 
 
 def overhead(interval: float, cost: float, preemptions_per_day: float) -> float:
-    """The share of time that saves every `interval` seconds and the work lost at stops take together."""
+    """Share of time lost to saves every `interval` seconds and to work repeated after preemptions."""
     return cost / interval + interval / 2 * preemptions_per_day / DAY
 
 
 def recommend(found: Summary) -> dict | None:
-    """Steps and seconds between saves that would lose the least, and the loss as it is and as it could be.
+    """Optimal steps and seconds between saves, with the current and the optimal overhead.
 
-    None without a stated rate of preemptions, or before a save and a step were measured.
+    None without a configured preemption rate, or before a save and a step have been measured.
     """
     rate = found.preemptions_per_day
     if not (rate > 0 and found.save > 0 and found.step > 0):
@@ -231,13 +231,13 @@ def recommend(found: Summary) -> dict | None:
 
 
 def as_dict(found: Summary) -> dict:
-    """The summary and the recommendation as plain values for JSON; what is not known is null."""
+    """Summary and recommendation as plain values for JSON, with null for unknown ones."""
     values = dataclasses.asdict(found) | {"recommended": recommend(found)}
     return {name: None if isinstance(x, float) and math.isnan(x) else x for name, x in values.items()}
 
 
 def describe(found: Summary) -> str:
-    """The summary for people, and the recommendation where there is one."""
+    """Summary as text, with the recommendation if there is one."""
     lines = [
         f"goodput {found.goodput:.1%} of {_duration(found.total)} ({found.goodput_while_running:.1%} while running): "
         f"{found.steps} steps, {found.starts} start{'s' * (found.starts > 1)}"
@@ -265,7 +265,7 @@ def describe(found: Summary) -> str:
 
 
 def try_to_describe(workdir: Path) -> str:
-    """The text of `describe` for a run folder, or why there is none: a damaged account of times ends no run."""
+    """Text of `describe` for a run folder, or the reason why there is none: a damaged file must not end a run."""
     try:
         return describe(summarise(workdir))
     except (OSError, ValueError) as error:

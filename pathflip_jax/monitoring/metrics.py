@@ -1,8 +1,8 @@
-"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
+"""Metrics logging of a run: metrics.jsonl, TensorBoard events, a progress bar, and plots at the end.
 
-Where `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]). metrics.jsonl is
-the record, and a run ends where it cannot be written. All else shows what stands there: where a part of it fails, that
-is reported once, and the run continues without it.
+If `train.wandb_project` names a project, Weights & Biases gets the same numbers (extra [wandb]). metrics.jsonl is the
+record, and a run ends if it cannot be written. All other outputs are views of it: the failure of one is reported once,
+and the run continues without it.
 """
 
 import collections
@@ -25,13 +25,13 @@ METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"
 WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
-EVENTS_UNDER_WAY = 10_000  # that may wait to be written: far more than a row has
+EVENTS_UNDER_WAY = 10_000  # that may be queued for writing: far more than a row has
 CURE = "free disk space or fix permissions, and run the same command again to resume from the last checkpoint"
-SPEED_STEPS = 20  # rows that slides per second is measured over, validation included
+SPEED_STEPS = 20  # rows over which slides per second is measured, validation included
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """Rows of a metrics.jsonl; a last line truncated by a crash is ignored."""
     if not path.exists():
         return []
     rows = []
@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the rows up to `step`: a resumed run writes the later ones again, and no step stands twice."""
+    """Keep the rows up to `step`: a resumed run writes the later ones again, and no step may appear twice."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -61,8 +61,8 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard's events after `step`; those of later steps, of a run that was lost, are left out."""
-    # Wherever PyTorch is installed tensorboardX imports it, which takes seconds, and nothing here has a tensor of it.
+    """TensorBoard event writer that resumes after `step`; later events, from an interrupted run, are purged."""
+    # tensorboardX imports PyTorch if it is installed, which takes seconds, and no PyTorch tensors are logged here.
     absent = "torch" not in sys.modules
     if absent:
         sys.modules["torch"] = None
@@ -76,9 +76,9 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that resumes after `step`; a context manager. Only the first process writes.
+    """Writer for the metrics of a run that resumes after `step`; a context manager. Only the first process writes.
 
-    With `wandb_project` a run of Weights & Biases gets them too, and `config` with them.
+    With `wandb_project` they are also logged to a Weights & Biases run, together with `config`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class MetricsWriter:
             import_wandb(wandb_project)
         workdir.mkdir(parents=True, exist_ok=True)
         truncate_metrics(workdir / METRICS, step)
-        self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # whole rows: others follow it
+        self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # line-buffered: others tail it
         self._wandb = _Shown(
             "Weights & Biases", lambda: start_wandb(wandb_project, workdir, config), bool(wandb_project)
         )
@@ -111,7 +111,7 @@ class MetricsWriter:
         self._bar = _Shown("the progress bar", lambda: tqdm(total=steps, initial=step, **look))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One row: a step's losses, and the validation that follows it, if any."""
+        """Write one row: a step's losses, and the validation after it, if any."""
         if not self.primary:
             return
         now, (then, before) = time.monotonic(), self._recent[0]
@@ -133,7 +133,7 @@ class MetricsWriter:
         self._bar.attempt(lambda bar: _advance(bar, step, shown))
 
     def flush(self) -> None:
-        """Put every row on disk: done before a checkpoint, which must not be ahead of its metrics."""
+        """Flush all rows to disk, before a checkpoint, which must not be ahead of its metrics."""
         if self.primary:
             self._file.flush()
             sync(self._file.fileno())
@@ -143,7 +143,7 @@ class MetricsWriter:
 
     def __exit__(self, kind, *_) -> None:
         if self.primary:
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # the first error is the one told
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # only the first error is raised
                 self.flush()
                 self._file.close()
             self._events.attempt(_close_events)
@@ -159,14 +159,14 @@ class _Shown:
         self.part = self.attempt(lambda _: start())
 
     def attempt(self, work: Callable[[Any], Any]) -> Any:
-        """The result of `work` on the part; None if it fails or has failed before."""
+        """Result of `work` on the view; None if it fails or has failed before."""
         if not self._works:
             return None
         try:
             return work(self.part)
-        except Exception as error:  # wandb's have no base that others have too
+        except Exception as error:  # wandb's exceptions have no common base
             self._works = False
-            with contextlib.suppress(Exception):  # stderr may be what fails
+            with contextlib.suppress(Exception):  # stderr itself may fail
                 print(f"{self.name} failed: {error!r}; training continues, {METRICS} has every row", file=sys.stderr)
             return None
 
@@ -188,20 +188,20 @@ def _close_events(events: Any) -> None:
 
 
 def _require_writer(events: Any) -> None:
-    """Raise OSError where the thread that writes events is gone: a full disk ends it, and waiting would never end."""
+    """Raise OSError if the event writer thread has ended, as on a full disk: waiting for it would never return."""
     if not is_writing_events(events):
         raise OSError("its events cannot be written any more")
 
 
 def import_wandb(project: str):
-    """The package wandb; ImportError names the extra where it is not installed."""
+    """The wandb package; ImportError names the extra if it is not installed."""
     try:
         import wandb
     except ImportError:
         raise ImportError(
             f"train.wandb_project={project!r} needs wandb: `pip install pathflip-jax[wandb]`, or leave it empty"
         ) from None
-    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B leaves where it runs
+    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B creates where it runs
         raise ImportError(
             f"train.wandb_project={project!r} needs the package wandb, and {next(iter(wandb.__path__), 'a folder')} is "
             "imported in its place: rename it or start elsewhere, and `pip install pathflip-jax[wandb]`"
@@ -210,10 +210,10 @@ def import_wandb(project: str):
 
 
 def start_wandb(project: str, workdir: Path, config: dict | None):
-    """The Weights & Biases run of a run folder: a resumed run is the same one there.
+    """Weights & Biases run of a run folder; a resumed run continues the same one.
 
-    Rows that a restart writes again are taken from the first time. WANDB_MODE=offline needs no account; the mode, key
-    and server are wandb's own settings.
+    Of rows that a restart writes again, the first version is kept. WANDB_MODE=offline needs no account; mode, key and
+    server are wandb's own settings.
     """
     wandb = import_wandb(project)
     named = workdir / WANDB_ID
@@ -224,7 +224,7 @@ def start_wandb(project: str, workdir: Path, config: dict | None):
 
 
 def _shown_performance(row: dict[str, float]) -> dict[str, str]:
-    """Use of the machine as the progress bar shows it."""
+    """Hardware utilisation as shown by the progress bar."""
     shown = {}
     for name, label in (("utilisation", "use"), ("input_wait", "wait")):
         if PERFORMANCE + name in row:
@@ -236,7 +236,7 @@ def _shown_performance(row: dict[str, float]) -> dict[str, str]:
 
 
 def try_to_plot(workdir: Path) -> None:
-    """Draw what `plot` draws; where that fails, say so: the run is done, with or without pictures."""
+    """Draw the plots of `plot`, reporting a failure: the run is complete with or without them."""
     try:
         plot(workdir)
     except Exception as error:
@@ -244,7 +244,7 @@ def try_to_plot(workdir: Path) -> None:
 
 
 def plot(workdir: Path) -> list[Path]:
-    """Draw losses, learning rate, validation and use of the machine over steps into plots/; returns the pictures."""
+    """Plot losses, learning rate, validation and hardware utilisation over steps into plots/; returns the files."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(workdir / METRICS)

@@ -1,8 +1,8 @@
-"""A profile on demand: `--profile STEPS` at the start, or SIGUSR1 to a run under way.
+"""Profiling on demand: `--profile STEPS` at the start, or SIGUSR1 to a running process.
 
-JAX's own profiler writes what each device and thread did to <workdir>/profile, with several processes to a folder for
-each, and xprof (`pip install pathflip-jax[profile]`) or TensorBoard with its plugin shows it. A profile costs the steps
-that it covers some time and waits for their end; other steps nothing.
+JAX's profiler writes traces of all devices and threads to <workdir>/profile, with several processes to one folder each,
+for xprof (`pip install pathflip-jax[profile]`) or TensorBoard with its plugin. Profiling slows down the steps that it
+covers, and waits for their end; it costs other steps nothing.
 """
 
 import re
@@ -16,14 +16,14 @@ import jax
 from pathflip_jax.monitoring import goodput
 
 PROFILE = "profile"
-SETTLED = 2  # steps of a start that a count leaves out: first use of memory and of the network
+SETTLED = 2  # warm-up steps that a count skips: first use of memory and of the network
 STEPS_ON_SIGNAL = 3
 
 
 def profiled_steps(text: str, start: int) -> range:
-    """The steps that `--profile` names, of a run that resumes after step `start`; "" names none.
+    """Steps selected by `--profile`, for a run that resumes after step `start`; "" selects none.
 
-    "10:13" are steps 10 to 13, "3" the three steps after the first two of this start. Raises ValueError for others.
+    "10:13" is steps 10 to 13, "3" the three steps after the first two of this start. Raises ValueError for other forms.
     """
     if not text:
         return range(0)
@@ -38,18 +38,18 @@ def profiled_steps(text: str, start: int) -> range:
 
 
 class Profiler:
-    """Traces the steps asked for; a context manager around the loop, which says where each step begins and ends.
+    """Profiler of selected steps; a context manager around the loop, which marks the start and end of each step.
 
-    Every process traces itself; on SIGUSR1 it traces the next three steps, and a signal before the first is for that
-    one. `ledger` counts what starting and writing a trace take.
+    Every process traces itself; on SIGUSR1 it traces the next three steps, from the first step on if the signal comes
+    earlier. `ledger` accounts for the time of starting and writing a trace.
     """
 
     def __init__(self, workdir: Path, wanted: str, ledger: goodput.Ledger):
         self._wanted, self._ledger = wanted, ledger
         self.folder = workdir / PROFILE
-        # A trace is named by its host, and several processes may share one.
+        # A trace is named after its host, which several processes may share.
         self._own = self.folder / f"process{jax.process_index()}" if jax.process_count() > 1 else self.folder
-        self._steps: range | None = None  # known with the first step
+        self._steps: range | None = None  # known from the first step on
         self._tracing = self._asked = False
         self._before = None
 
@@ -57,7 +57,7 @@ class Profiler:
         self._asked = True
 
     def begin(self, step: int) -> None:
-        """Start tracing where this step is the first that was asked for; before it is given to the devices."""
+        """Start tracing if this is the first selected step; called before it is dispatched."""
         if self._steps is None:
             self._steps = profiled_steps(self._wanted, step - 1)
             if self._steps and self._steps[0] < step:
@@ -70,7 +70,7 @@ class Profiler:
             self._tracing = True
 
     def end(self, step: int, results: object) -> None:
-        """Stop tracing after the last step that was asked for, once its results are there."""
+        """Stop tracing after the last selected step, once its results are ready."""
         if self._tracing and step == self._steps[-1]:
             jax.block_until_ready(results)
             self._stop()
@@ -94,5 +94,5 @@ class Profiler:
     def __exit__(self, *_) -> None:
         if self._before is not None:
             signal.signal(signal.SIGUSR1, self._before)
-        if self._tracing:  # the run ended sooner
+        if self._tracing:  # the run ended earlier
             self._stop()

@@ -1,8 +1,9 @@
-"""Use of the machine, step by step: utilisation, waits for input, memory, compilations, slow hosts.
+"""Hardware telemetry per step: utilisation, input waits, memory, compilations, stragglers.
 
-Nothing here makes the loop wait for the devices. A thread of its own waits for each step and notes when it was done, so
-the times are the devices' own although the loop runs a step ahead; the operations of a step come with its metrics; what
-hosts tell each other travels as one small program behind a step. Names of metrics begin with `perf/`.
+Nothing here makes the loop wait for the devices. A separate thread waits for each step and records its completion, so
+times are those of the devices although the loop runs a step ahead; the operation count of a step comes with its
+metrics; values are exchanged between hosts by one small program dispatched after a step. Metric names begin with
+`perf/`.
 """
 
 import queue
@@ -28,7 +29,7 @@ from pathflip_jax.monitoring.metrics import PERFORMANCE
 from pathflip_jax.runtime.compilation import CompileCounter
 
 USEFUL = f"{PERFORMANCE}useful_flops"
-WINDOW = 20  # steps that shares are taken over
+WINDOW = 20  # steps over which shares are averaged
 # Dense bfloat16 operations per second of a whole device, by `device_kind`. TPUs: the system architecture pages of the
 # Cloud TPU documentation, per chip. GPUs: NVIDIA's data sheets, half of what they state "with sparsity"; RTX 4090: the
 # Ada architecture white paper, accumulation in float32. Other variants of a name (H100 NVL, MIG slices) differ.
@@ -52,13 +53,13 @@ PEAK_BFLOAT16 = {
 }
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips whose two cores are one device, or two devices of half the rate
 MEASURE_SECONDS, MEASURE_SIZE = 0.2, 1024
-EXIT_SECONDS = 60  # for the step under way; one that hangs is left to hang
+EXIT_SECONDS = 60  # for the step in progress; a hanging one is abandoned
 STRAGGLER_STEPS = 20
-STRAGGLER = 1.5  # times the median of the other hosts
+STRAGGLER = 1.5  # multiple of the median of the other hosts
 
 
 class Peak(NamedTuple):
-    """The operations per second that utilisation is counted against, over all devices, and where the figure is from."""
+    """Peak operations per second over all devices, the reference of utilisation, and the source of the figure."""
 
     rate: float
     source: str
@@ -67,8 +68,8 @@ class Peak(NamedTuple):
 def peak(mesh: Mesh, dtype: str) -> Peak | None:
     """Peak rate of the devices of a mesh; None if no peak is on record, in which case no utilisation is reported.
 
-    On a CPU it is the fastest of the matrix products that this takes 0.2 s to run; not with several processes, which
-    may share the cores.
+    On a CPU it is measured as the fastest of several matrix products, which takes 0.2 s; not with several processes,
+    which may share the cores.
     """
     device, count = jax.local_devices()[0], mesh.size
     if device.platform == "cpu":
@@ -86,7 +87,7 @@ def _alone() -> bool:
 
 
 def _measured_rate(dtype: str) -> float:
-    """Operations per second of the fastest of some products: what else runs here can only slow one down."""
+    """Operations per second of the fastest of several products, as other load can only slow them down."""
     n = MEASURE_SIZE
     x = jnp.ones((n, n), dtype)
     product = jax.jit(jnp.matmul)
@@ -100,7 +101,7 @@ def _measured_rate(dtype: str) -> float:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Bytes in use and at the peak of the fullest device here; on a CPU the resident memory of this process."""
+    """Current and peak bytes of the fullest local device; on a CPU the resident memory of this process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(found and "bytes_in_use" in found for found in stats):
         most = {"device_memory_bytes": max(found["bytes_in_use"] for found in stats)}
@@ -111,18 +112,18 @@ def memory_in_use() -> dict[str, int]:
         return {}
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: the peak alone is known
+    except OSError:  # not Linux: only the peak is known
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {"process_memory_peak_bytes": peak_bytes}
-    # Not what getrusage tells on Linux: that begins at the size of the process that started this one.
-    names = {"VmRSS": "process_memory_bytes", "VmHWM": "process_memory_peak_bytes"}  # sandboxes leave some out
+    # Not getrusage, whose peak on Linux starts at the size of the parent process.
+    names = {"VmRSS": "process_memory_bytes", "VmHWM": "process_memory_peak_bytes"}  # sandboxes omit some
     found = {ours: re.search(rf"{name}:\s+(\d+) kB", status) for name, ours in names.items()}
     return {name: int(kilobytes[1]) * 1024 for name, kilobytes in found.items() if kilobytes}
 
 
 class Started(NamedTuple):
-    """A step under way, in seconds of one clock: when it was given to the devices, from when to when its batch was
-    waited for, and when the loop last came back to steps from something else (a validation, a save)."""
+    """Timestamps of a dispatched step, in seconds of one clock: its dispatch, the begin and end of the wait for its
+    batch, and the loop's last return to steps from other work (a validation, a save)."""
 
     given: float
     waited: tuple[float, float]
@@ -130,7 +131,7 @@ class Started(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step, those of them in which the devices had nothing to do, and those because of its batch."""
+    """Seconds of a step, of which the devices were idle, and of which they were idle waiting for its batch."""
 
     seconds: float
     idle: float
@@ -138,9 +139,9 @@ class StepTime(NamedTuple):
 
 
 def step_time(started: Started, finished_before: float, finished: float) -> StepTime:
-    """The time of a step that ended at `finished`, after one that ended at `finished_before`.
+    """Time of a step that ended at `finished`, after one that ended at `finished_before`.
 
-    It begins where the devices were free for it. Waiting for a batch while they were not costs nothing.
+    It begins when the devices became free for it. Waiting for a batch while they were busy costs nothing.
     """
     ready = max(finished_before, started.resumed)
     seconds = max(finished - ready, 1e-9)
@@ -170,16 +171,16 @@ class Telemetry:
         self._watcher = threading.Thread(target=self._watch, name="step-timer", daemon=True)
 
     def _watch(self) -> None:
-        """Note when each step was done."""
+        """Record the completion time of each step."""
         while (metrics := self._under_way.get()) is not None:
             try:
                 jax.block_until_ready(metrics)
-            except Exception:  # the loop meets it too, when it reads these metrics
+            except Exception:  # the loop raises it too, when it reads these metrics
                 pass
             self._finished.put(time.perf_counter())
 
     def timed_batches(self, batches: Iterator) -> Iterator:
-        """The same batches; how long each was waited for is noted."""
+        """The same batches, with the wait for each recorded."""
         while True:
             start = time.perf_counter()
             batch = next(batches)
@@ -187,7 +188,7 @@ class Telemetry:
             yield batch
 
     def timed_step(self, step: Callable) -> Callable:
-        """The same step, whose last result are its metrics; when it starts and ends is noted."""
+        """The same step function, whose last result is its metrics, with start and end recorded."""
 
         def run(*arguments):
             self._started.append(Started(time.perf_counter(), self._waited, self._ledger.resumed))
@@ -198,13 +199,13 @@ class Telemetry:
         return run
 
     def row(self, step: int, useful_flops: float) -> dict[str, float]:
-        """Measurements of the oldest step not asked for yet, whose metrics have been read.
+        """Measurements of the oldest step not yet returned, whose metrics have been read.
 
-        `step_seconds`: from the end of the step before (or of a validation or save between them) to its own end.
-        `input_wait`: the share of the last steps in which the devices had nothing to do because the batch was not
-        there; waiting that a running step hides costs nothing and is not counted. `utilisation`: useful operations
-        (`model/flops.py`) of the last steps over the peak of all devices, where that is known. `compilations`: programs
-        compiled since the loop began; the step is compiled before it.
+        `step_seconds`: from the end of the previous step (or of a validation or save in between) to the end of this
+        one. `input_wait`: the share of the last steps' time in which the devices were idle because the batch was not
+        ready; waits hidden by a running step cost nothing and are not counted. `utilisation`: model FLOPs
+        (`model/flops.py`) of the last steps over the peak of all devices, if known. `compilations`: programs compiled
+        since the loop began; the step is compiled before it.
         """
         finished = self._finished.get()
         seconds, idle, waited = step_time(self._started.popleft(), self._finished_before, finished)
@@ -221,7 +222,7 @@ class Telemetry:
         return {PERFORMANCE + name: value for name, value in found.items()}
 
     def describe(self) -> str:
-        """The peak that utilisation is relative to, or why there is none."""
+        """The peak that utilisation is relative to, or the reason why there is none."""
         if self.peak:
             return f"utilisation is of {self.peak.rate / 1e12:.3g} TFLOP/s: {self.peak.source}"
         return f"utilisation not reported: no peak FLOP/s on record for {jax.local_devices()[0].device_kind}"
@@ -238,12 +239,12 @@ class Telemetry:
 
 
 class Hosts:
-    """Step times of all hosts side by side, exchanged every 20 steps: which one holds the others back?
+    """Straggler detection: step times of all hosts, exchanged every 20 steps.
 
-    In a synchronous run all hosts' steps take equally long, so each host measures for how long its own devices had
-    nothing to do because it gave them the step late (slow input, a busy processor). That, and the time that its devices
-    were busy, are exchanged; the least of the latter is what a step takes where nobody is late. A device that computes
-    slowly, in a host that is on time, makes all devices wait inside the step and is not seen here.
+    In a synchronous run all hosts' steps take equally long, so each host measures how long its own devices were idle
+    because it dispatched the step late (slow input, a busy processor). That, and the busy time of its devices, are
+    exchanged; the minimum of the latter is the time of a step without stragglers. A device that computes slowly, on a
+    host that dispatches in time, makes all devices wait inside the step and is not detected here.
     """
 
     def __init__(self, mesh: Mesh):
@@ -261,9 +262,9 @@ class Hosts:
         self._named: int | None = None
 
     def exchange(self, step: int, idle: float, busy: float) -> dict[str, float]:
-        """Add a step's seconds; what all hosts said of the last twenty steps, in the row in which it arrives."""
+        """Add a step's seconds; returns all hosts' figures of the last twenty steps once they have arrived."""
         found = {}
-        if self._pending is not None:  # it was given to the devices behind a step whose metrics have been read
+        if self._pending is not None:  # dispatched after a step whose metrics have been read
             seconds, self._pending = np.asarray(self._pending), None
             found = self._compare(step, np.array([seconds[self._process == p][0] for p in np.unique(self._process)]))
         self._sums += idle, busy
@@ -289,7 +290,7 @@ class Hosts:
 
 
 def find_straggler(seconds: np.ndarray) -> tuple[int, float, float]:
-    """(the slowest host, its seconds a step, the median of the others') of [hosts, 2] seconds idle and busy."""
+    """(slowest host, its seconds per step, the median of the others) from [hosts, 2] seconds idle and busy."""
     alone = seconds[:, 0] + seconds[:, 1].min()
     slowest = int(alone.argmax())
     return slowest, float(alone[slowest]), float(np.median(np.delete(alone, slowest)))

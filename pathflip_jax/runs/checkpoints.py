@@ -94,8 +94,8 @@ class Checkpoints:
         about["checksum"] = checksum_of_facts(about)
         items = {item: kind(tree) for item, tree in arrays.items()}
         with _clear_errors(manager, step):
-            # force in place of a save_decision_policy: when to save is the loop's to say. Orbax would ask JAX once more
-            # whether a host is to stop, and pass over a step before its newest without a word.
+            # force instead of a save_decision_policy, as the loop decides when to save. Orbax would query JAX again for
+            # preemption, and silently skip a step earlier than its newest.
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
 
     def restore(self, params: dict, opt_state: Any, before: int | None = None) -> tuple[int, dict, Any, dict] | None:

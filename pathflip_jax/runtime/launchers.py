@@ -1,7 +1,7 @@
-"""The ways in which a launcher tells a process that it is one of many: each is complete, or refused by name.
+"""Detection of launchers from their options and variables: each set must be complete, or is refused by name.
 
-Processes that each believe to be alone train as many runs in one folder; one that waits for others whom nobody started
-waits in vain. So a part of what a launcher sets is an error, which names what is missing.
+Processes that each take themselves for the only one train separate runs in one folder; one that waits for others that
+were never started waits in vain. So an incomplete set of a launcher's variables is an error that names the missing one.
 """
 
 import os
@@ -12,14 +12,14 @@ from pathflip_jax.runtime.private_interfaces import cluster_environments
 
 SWITCH = "PATHFLIP_DISTRIBUTED"
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-INDEX = "JOB_COMPLETION_INDEX"  # of a pod, in an indexed job of Kubernetes
+INDEX = "JOB_COMPLETION_INDEX"  # of a pod in an indexed Kubernetes job
 PORT, DEFAULT_PORT = "JAX_COORDINATOR_PORT", 8476
-# JAX's own ways to find the other processes, by its names for them; that of Kubernetes asks the cluster, which a lone
-# process in a pod may not, so it is tried on demand alone.
+# Cluster detection of JAX, by its names; the one for Kubernetes queries the cluster, for which a single process in a
+# pod may lack permission, so it is tried on demand only.
 _CLUSTERS = {"ompi": "Open MPI", "gcetpu": "TPU metadata", "gketpu": "TPU variables"}
 _ON_DEMAND = {"": "Kubernetes"}
-# Launchers that count their processes and do not say where the first one is: variables of their number, of the number
-# of a process, and of its number on its host.
+# Launchers that number their processes without giving the address of the first one: their variables for the number of
+# processes, the process index, and its index on its host.
 _COUNTING = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "MVAPICH": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
@@ -28,13 +28,13 @@ _COUNTING = {
     "torchrun": ("WORLD_SIZE", "RANK", "LOCAL_RANK"),
 }
 _TASKS = "SLURM_STEP_NUM_TASKS"
-_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # JAX wants all
+_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # JAX needs all
 
 
 class Launch(NamedTuple):
-    """The processes of a run and who says so; `coordinator` is the address of the first one, None where JAX finds it.
+    """Processes of a run and the launcher; `coordinator` is the address of the first one, None if JAX detects it.
 
-    `method` is what JAX calls the launcher, None where no detection is needed.
+    `method` is JAX's name of the launcher, None if no detection is needed.
     """
 
     found_by: str
@@ -45,7 +45,7 @@ class Launch(NamedTuple):
 
 
 def from_options(coordinator: str | None, processes: int | None, process: int | None) -> Launch | None:
-    """The launch of `--coordinator HOST:PORT --num_processes N --process_id I`; None where none of them is given."""
+    """Launch from `--coordinator HOST:PORT --num_processes N --process_id I`; None if none of them is given."""
     given = (coordinator, processes, process)
     if all(value is None for value in given):
         return None
@@ -59,7 +59,7 @@ def from_options(coordinator: str | None, processes: int | None, process: int | 
 
 
 def from_variables() -> Launch | None:
-    """The launch of JAX's variables; None without them, and where the address alone is set, as a help to a launcher."""
+    """Launch from JAX's variables; None without them, or if only the address is set, to complement a launcher."""
     count = _value(COUNT)
     number = NUMBER if _value(NUMBER) or not _value(INDEX) else INDEX
     if not count and not _value(NUMBER):
@@ -77,15 +77,15 @@ def from_variables() -> Launch | None:
 
 
 def from_counting() -> Launch | None:
-    """The launch of MPI, Flux and torchrun, which need an address besides."""
+    """Launch from MPI, Flux or torchrun, which need an address in addition."""
     for launcher, (size, rank, _) in _COUNTING.items():
         count = _number(size, _value(size) or "1", least=1)
-        if count == 1 or launcher == "Open MPI" and "OMPI_MCA_orte_hnp_uri" in os.environ:  # which JAX reads
+        if count == 1 or launcher == "Open MPI" and "OMPI_MCA_orte_hnp_uri" in os.environ:  # JAX reads it
             continue
         if not _value(rank):
             raise ValueError(f"{size}={count} without {rank}: {launcher} sets both; unset {size}, or set {SWITCH}=0")
         process = _number(rank, _value(rank), below=count)
-        if (str(count), str(process)) == (_value(_TASKS), _value("SLURM_PROCID")):  # srun sets PMI's too
+        if (str(count), str(process)) == (_value(_TASKS), _value("SLURM_PROCID")):  # srun sets PMI's variables too
             continue
         address = given_address()
         if not address:
@@ -99,13 +99,13 @@ def from_counting() -> Launch | None:
 
 
 def from_slurm() -> Launch | None:
-    """The step of srun that this process is a task of; None for a step of one task, and outside of steps.
+    """Launch from the srun step of this process; None for a step of one task, and outside of steps.
 
-    The shell of an interactive job is a step of one task too, although SLURM_NTASKS counts those of the job.
+    The shell of an interactive job is a step of one task too, although SLURM_NTASKS counts the tasks of the job.
     """
     tasks = _TASKS if _value(_TASKS) else "SLURM_NTASKS"
     count = _number(tasks, _value(tasks) or "1", least=1)
-    # A job's script, which is no step, has the number 0 and no nodes of a step.
+    # A batch script, which is not a step, has process id 0 and no step node list.
     of_many = _value(_TASKS) or _value("SLURM_STEP_NODELIST") or (_value("SLURM_PROCID") or "0") != "0"
     if count == 1 or not of_many:
         return None
@@ -122,14 +122,14 @@ def from_slurm() -> Launch | None:
 
 
 def from_jax(on_demand: bool) -> Launch | None:
-    """The launch that JAX finds: TPU pods, Open MPI before version 5, and on demand Kubernetes."""
+    """Launch detected by JAX: TPU pods, Open MPI before version 5, and on demand Kubernetes."""
     names = _CLUSTERS | (_ON_DEMAND if on_demand else {})
     for cluster in cluster_environments():
         try:
             if cluster.name in names and cluster.is_env_present():
                 processes, process = cluster.get_process_count(), cluster.get_process_id()
                 return Launch(names[cluster.name], processes, process, given_address(), cluster.name)
-        except OSError:  # no metadata server: not a TPU of Google's cloud
+        except OSError:  # no metadata server: not a Cloud TPU
             continue
         except (ValueError, KeyError) as error:
             told = " ".join(f"{x}={os.environ[x]}" for x in sorted(os.environ) if re.match("TPU_|OMPI_|MEGASCALE_", x))
@@ -147,7 +147,7 @@ def refuse_address_alone() -> None:
 
 
 def why_alone() -> str:
-    """A word on an allocation of several tasks of which this process is none, or nothing."""
+    """Note on an allocation of several tasks that does not include this process, else an empty text."""
     tasks = _value("SLURM_NTASKS") or ""
     if not tasks.isdecimal() or int(tasks) < 2 or _value(SWITCH) == "0":
         return ""
@@ -155,7 +155,7 @@ def why_alone() -> str:
 
 
 def own_address(launch: Launch) -> str | None:
-    """The address of the first process, as far as it is known without asking a network."""
+    """Address of the first process, as far as known without network access."""
     if launch.coordinator or launch.method not in ("slurm", "ompi"):
         return launch.coordinator
     port = _value(PORT)
@@ -166,27 +166,27 @@ def own_address(launch: Launch) -> str | None:
 
 
 def port_setting(launch: Launch) -> str:
-    """The setting that decides on the port of the first process."""
+    """Name of the setting that determines the port of the first process."""
     return "--coordinator" if launch.found_by == "--coordinator" else ADDRESS if launch.coordinator else PORT
 
 
 def given_address() -> str | None:
-    """The address in JAX_COORDINATOR_ADDRESS, with a port; None where it is not set."""
+    """Address in JAX_COORDINATOR_ADDRESS, with a port; None if it is not set."""
     return _address(ADDRESS, _value(ADDRESS), _value(PORT) or str(DEFAULT_PORT)) if _value(ADDRESS) else None
 
 
 def listening_port(address: str) -> int:
-    """The port that the first process opens."""
+    """Port on which the first process listens."""
     bound = _value("JAX_COORDINATOR_BIND_ADDRESS")
     return int((_address("JAX_COORDINATOR_BIND_ADDRESS", bound) if bound else address).rpartition(":")[2])
 
 
 def local_devices() -> list[int] | None:
-    """The device of this process on its host, where its launcher numbers the processes of a host."""
+    """Local device of this process, if its launcher numbers the processes of a host."""
     if ids := _value("JAX_LOCAL_DEVICE_IDS"):
         return [_number("JAX_LOCAL_DEVICE_IDS", text.strip()) for text in ids.split(",")]
     numbered = [(_TASKS, "SLURM_LOCALID"), *((size, local) for size, _, local in _COUNTING.values())]
-    for size, local in numbered:  # a step of one task is a shell in which several may have been started by hand
+    for size, local in numbered:  # a step of one task is a shell, where several processes may have been started by hand
         if _value(local) and _value(size) != "1":
             return [_number(local, _value(local))]
     return None
@@ -211,7 +211,7 @@ def _port(name: str, text: str) -> int:
 
 
 def _address(name: str, text: str, port: str | None = None) -> str:
-    """HOST:PORT, with this port where the text has none. IPv6 stands in brackets, or its end would pass for a port."""
+    """HOST:PORT, with a default port. IPv6 hosts must be in brackets, or the last group would be read as a port."""
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\]]+)(?::([0-9]+))?", text)
     if not found or not (found[2] or port) or found[2] and not 0 < int(found[2]) < 2**16:
         raise ValueError(f"{name}={text}: expected HOST:PORT, such as node1:{DEFAULT_PORT} or [fe80::1]:{DEFAULT_PORT}")

@@ -1,8 +1,8 @@
-"""Memory and processors that this process may use, by its control groups, its affinity and `ulimit -v`.
+"""Memory and CPU limits of this process, from its control groups, its affinity and `ulimit -v`.
 
-Slurm, systemd and containers give a job less than the machine has, and say so in a control group somewhere above the
-process, seldom at the root: so every group from the process's own up to the root counts, in both versions of the
-kernel's interface. On other systems than Linux the machine itself is the limit.
+Slurm, systemd and containers limit a job in a control group somewhere above the process, rarely at the root: so every
+group from the process's own up to the root counts, in both cgroup versions. On systems other than Linux the machine
+itself is the limit.
 """
 
 import math
@@ -13,18 +13,18 @@ from pathlib import Path, PurePosixPath
 from pathflip_jax.runtime.ulimits import address_space
 
 _SYSTEM = Path("/")
-_HIERARCHY = "sys/fs/cgroup"  # its usual place, for containers whose mounts are not told
+_HIERARCHY = "sys/fs/cgroup"  # the usual mount point, for containers that hide their mounts
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process may use at most; None if unknown."""
+    """Memory limit of this process in bytes; None if unknown."""
     limits = [limit for limit, _ in _memory_groups()]
     limits += [limit for limit in (_meminfo("MemTotal"), address_space()) if limit is not None]
     return min(limits, default=None)
 
 
 def memory_left() -> int | None:
-    """Bytes that this process may still take; None if unknown."""
+    """Bytes that this process may still allocate; None if unknown."""
     left = [max(limit - used, 0) for limit, used in _memory_groups()]
     if (available := _meminfo("MemAvailable")) is not None:
         left.append(available)
@@ -35,13 +35,13 @@ def memory_left() -> int | None:
 
 
 def processors() -> int:
-    """The processors that this process may use, at least 1; a share of one that a quota leaves counts as one."""
+    """Number of processors that this process may use, at least 1; a fraction left by a quota counts as one."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([count, *(math.ceil(quota) for quota in _quotas())]))
 
 
 def _memory_groups() -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be given back) of every group above this process that has a limit."""
+    """(limit, non-reclaimable bytes in use) of every control group above this process that has a limit."""
     for folder in _groups("memory"):
         limits = [_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = [_number(folder / name) for name in ("memory.current", "memory.usage_in_bytes")]
@@ -51,13 +51,13 @@ def _memory_groups() -> Iterator[tuple[int, int]]:
 
 
 def _files_in_memory(folder: Path) -> int:
-    """Bytes of a group's file pages that the kernel gives back as soon as somebody wants them."""
+    """Bytes of a group's page cache that the kernel can reclaim immediately."""
     stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat") if " " in line)
     return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
 
 
 def _quotas() -> Iterator[float]:
-    """Processors' worth of time that each group above this process is given."""
+    """CPU quota, in processors, of each control group above this process."""
     for folder in _groups("cpu"):
         if lines := _lines(folder / "cpu.max"):  # "200000 100000": microseconds of each period, or "max 100000"
             quota, period = lines[0].split()
@@ -69,15 +69,15 @@ def _quotas() -> Iterator[float]:
 
 
 def _groups(controller: str) -> list[Path]:
-    """The folders of this process's group and of all above it, in every hierarchy that may limit `controller`."""
+    """Folders of this process's group and its ancestors, in every hierarchy that may limit `controller`."""
     folders: dict[Path, None] = {}
-    for line in _lines(_SYSTEM / "proc/self/cgroup"):  # "4:memory:/path", in version 2 "0::/path"
+    for line in _lines(_SYSTEM / "proc/self/cgroup"):  # "4:memory:/path", or "0::/path" in version 2
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         for root, place in _mounts(controller, controllers):
             inside = PurePosixPath(path)
-            # A container often sees only a part of the hierarchy, under a path that is told from the whole one's root.
+            # A container often sees only a part of the hierarchy, under a path given relative to the root of the whole.
             inside = inside.relative_to(root if inside.is_relative_to(root) else "/")
             own = place if ".." in inside.parts else place / inside
             above = [folder for folder in (own, *own.parents) if folder.is_relative_to(place)]
@@ -86,7 +86,7 @@ def _groups(controller: str) -> list[Path]:
 
 
 def _mounts(controller: str, controllers: str) -> Iterator[tuple[str, Path]]:
-    """(root within the hierarchy, folder) of each mount: of version 1 with `controllers`, of version 2 without."""
+    """(root within the hierarchy, folder) of each mount, with `controllers` in version 1 and without in version 2."""
     for line in _lines(_SYSTEM / "proc/self/mountinfo"):
         mount, _, system = line.partition(" - ")
         root, place = mount.split()[3:5]
@@ -103,7 +103,7 @@ def _meminfo(name: str) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file of the kernel; None for "max", for a file that is not there or holds something else."""
+    """Number in a kernel file; None for "max", and for a file that is missing or holds anything else."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Will it fit? Asked of the compiled program, before it runs.
+"""Memory checks of compiled programs, before they run.
 
-XLA plans all memory of a program when it compiles it, so what a step will take is known, not guessed. A run that
-cannot fit says so in a second and names settings that would; an allocator says so after an hour, or on a CPU the
-kernel ends the process without a word.
+XLA plans all memory of a program at compilation, so the memory of a step is known, not estimated. A run that cannot fit
+fails in a second and names settings that would; an allocator fails after an hour, and on a CPU the kernel kills the
+process without a message.
 """
 
 import jax
@@ -13,13 +13,13 @@ GIB = 2**30
 
 
 def needed_bytes(compiled) -> int:
-    """Bytes that one device needs for a compiled program besides its arguments: temporaries, and outputs of its own."""
+    """Bytes per device that a compiled program needs besides its arguments: temporaries and non-aliased outputs."""
     plan = compiled.memory_analysis()
     return plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """Free memory of a device; on a CPU its share of what this process may still take. None if unknown."""
+    """Free memory of a device in bytes; on a CPU its share of what this process may allocate. None if unknown."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -32,12 +32,12 @@ def free_bytes(device: jax.Device) -> int | None:
 def check_step(
     compiled, batch_size: int, accumulate: int, remat: bool, pieces: int, pairs: int, section: str = "model"
 ) -> None:
-    """Raise MemoryError where a compiled training step does not fit, with the settings that would.
+    """Raise MemoryError if a compiled training step does not fit, with settings that would.
 
     `pieces` = devices that share the batch, `pairs` = bytes of the region loss's largest array
-    (`losses.pathflip.pair_bytes`), several of which stand in memory at once, `section` of the config has the setting
-    `remat`. Accumulation divides what a microbatch takes and leaves gradients and embeddings; the advice counts all of
-    it as dividing, but demands a tenth to spare.
+    (`losses.pathflip.pair_bytes`), several of which are in memory simultaneously, `section` = the config section of the
+    setting `remat`. Accumulation divides the memory of a microbatch, but not that of gradients and embeddings; the
+    advice treats all of it as divided, with a margin of a tenth.
     """
     device = jax.local_devices()[0]
     needed, free = needed_bytes(compiled), free_bytes(device)
@@ -63,7 +63,7 @@ def check_step(
 
 
 def check_features(needed: int) -> None:
-    """Raise MemoryError where a device's share of a cohort's features does not fit."""
+    """Raise MemoryError if a device's share of a cohort's features does not fit."""
     device = jax.local_devices()[0]
     free = free_bytes(device)
     if free is not None and needed > free:
@@ -74,7 +74,7 @@ def check_features(needed: int) -> None:
 
 
 def check_slide(compiled, what: str) -> None:
-    """Raise MemoryError where encoding does not fit."""
+    """Raise MemoryError if encoding does not fit."""
     device = jax.local_devices()[0]
     needed, free = needed_bytes(compiled), free_bytes(device)
     if free is not None and needed > free:

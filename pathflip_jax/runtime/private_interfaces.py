@@ -1,16 +1,16 @@
-"""Private interfaces of JAX and tensorboardX, each with the reason: no public one tells or does the same.
+"""Private interfaces of JAX and tensorboardX, each with the reason why no public one suffices.
 
-No other file may reach into a library. tests/runtime/test_private_interfaces.py holds each against the installed
-version, and `make test-peers` against the others that are supported: the oldest JAX, the newest, and one between.
+No other file may use private interfaces of a library. tests/runtime/test_private_interfaces.py checks each against the
+installed version, and `make test-peers` against the other supported ones: the oldest JAX, the newest, and one between.
 """
 
 from typing import Any
 
 
 def running_on_cloud_tpu() -> bool:
-    """Whether JAX takes this machine for a TPU host of Google's cloud.
+    """Whether JAX detects this machine as a Cloud TPU host.
 
-    There JAX shares out the chips itself, and a launcher's number of a process on its host is not passed on to it.
+    There JAX assigns the chips itself, and a launcher's local process index is not passed on to it.
     """
     from jax._src import cloud_tpu_init
 
@@ -18,10 +18,10 @@ def running_on_cloud_tpu() -> bool:
 
 
 def cluster_environments() -> list[type]:
-    """The kinds of cluster that `jax.distributed.initialize` knows, in the order that it asks them.
+    """Cluster types that `jax.distributed.initialize` detects, in its order.
 
-    It does not tell what it would find, and starts to connect at once; whoever wants to name the processes that are
-    missing, or the variable that is wrong, has to ask first.
+    It does not report the detected values, and connects immediately; to name missing processes or wrong variables in an
+    error, they have to be queried first.
     """
     from jax._src.clusters import ClusterEnv
 
@@ -29,10 +29,10 @@ def cluster_environments() -> list[type]:
 
 
 def key_value_client() -> Any | None:
-    """The client of the key-value store that the processes share; None in a lone one.
+    """Client of the key-value store shared by the processes; None for a single process.
 
-    The public ways to exchange values, `jax.experimental.multihost_utils`, are collectives: they wait for ever for a
-    process that hangs, and cannot be used where one is to be found out.
+    The public way to exchange values, `jax.experimental.multihost_utils`, uses collectives: they wait forever for a
+    process that hangs, and so cannot serve to identify it.
     """
     from jax._src import distributed
 
@@ -40,8 +40,8 @@ def key_value_client() -> Any | None:
 
 
 def is_writing_events(writer: Any) -> bool:
-    """Whether the thread of a tensorboardX SummaryWriter still writes.
+    """Whether the writer thread of a tensorboardX SummaryWriter is alive.
 
-    A full disk ends the thread in silence; `add_scalar` then fills a queue, and hangs when that is full.
+    A full disk ends the thread silently; `add_scalar` then fills a queue, and hangs when it is full.
     """
     return writer.file_writer.event_writer._worker.is_alive()

@@ -1,8 +1,8 @@
-"""Sharding of arrays: the mesh, the rules that place parameters, and the batch over all devices.
+"""Sharding of arrays: the mesh, the rules for parameters, and the batch over all devices.
 
-Rules are data: a regular expression over parameter names (`flatten` in `model/pathflip.py`) and a
-PartitionSpec, the first match wins. A larger model or another mesh changes the table, not the code. Optimizer
-state carries the names of the parameters it belongs to, so one table places both (DESIGN section 6).
+Rules are data: a regular expression over parameter names (`flatten` in `model/parameters.py`) and a PartitionSpec, the
+first match wins. A larger model or another mesh changes the table, not the code. Optimizer state carries the names of
+its parameters, so one table shards both (DESIGN section 6).
 """
 
 import math
@@ -20,12 +20,12 @@ BATCH = P(AXES[:2])
 
 Rules = Iterable[tuple[str, P]]
 
-# A kernel [in, out] is cut along its inputs, an embedding table along its rows; the rest is small.
+# A kernel [in, out] is sharded along its inputs, an embedding table along its rows; the rest is small.
 RULES: Rules = (
     (r"(^|/)(kernel|embedding)$", P("fsdp", None)),
     (r"", P()),
 )
-# Slides are spread over two axes; the regions of each, over the third. Texts are the same along it.
+# Slides are sharded over two axes, and the regions of each over the third, along which texts are replicated.
 BATCH_RULES: Rules = (
     (r"^patch", P(AXES[:2], "region")),
     (r"", BATCH),
@@ -33,7 +33,7 @@ BATCH_RULES: Rules = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, region: int = 1) -> Mesh:
-    """The mesh ("data", "fsdp", "region") over all devices; -1 (for one of the three) takes what the others leave.
+    """Mesh ("data", "fsdp", "region") over all devices; -1 for one of the three infers it from the others.
 
     `fsdp` devices share one copy of the parameters, `region` devices the regions of each slide: for slides so large,
     or batches so small, that there are fewer slides than devices. Raises ValueError when the product is not the device
@@ -53,9 +53,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, region: int = 1) -> Mesh:
 
 
 def infer_shardings(mesh: Mesh, tree, rules: Rules = RULES):
-    """The NamedSharding of every array of `tree`, by its name.
+    """NamedSharding of every array of `tree`, by its name.
 
-    A dimension that its mesh axis does not divide stays whole: better a copy than a crash over an odd size.
+    A dimension that its mesh axis does not divide is replicated rather than refused.
     """
     rules = [(re.compile(pattern), spec) for pattern, spec in rules]
 
@@ -76,9 +76,9 @@ def _size(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
 
 
 def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """Put rows [N, F] on the devices, a share on each; rows of zeros fill up the last share.
+    """Shard rows [N, F] over all devices, padding the last shard with rows of zeros.
 
-    Raises ValueError with several processes: none of them has all rows.
+    Raises ValueError with several processes, none of which has all rows.
     """
     if jax.process_count() > 1:
         raise ValueError(
@@ -90,38 +90,38 @@ def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
 
 
 class Shards(NamedTuple):
-    """Into how many even parts of whole slides a batch is cut, and which of them this process makes; None: all."""
+    """Number of equal parts of whole slides in a batch, and the parts that this process makes; None: all."""
 
     count: int = 1
     own: tuple[int, ...] | None = None
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """The places in a batch that this process makes, end to end."""
+        """Indices of the batch rows that this process makes, concatenated."""
         places = np.arange(batch_size).reshape(self.count, -1)
         return places[list(range(self.count) if self.own is None else self.own)].ravel()
 
 
-ONE_PROCESS = Shards()  # that makes whole batches
+ONE_PROCESS = Shards()  # which makes complete batches
 
 
 def shards_of(mesh: Mesh) -> Shards:
-    """The parts of a batch, as the mesh cuts it."""
+    """Shards of a batch on the mesh, and those of this process."""
     return Shards(batch_shards(mesh), own_shards(mesh))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts of whole slides the mesh cuts a batch."""
+    """Number of parts of whole slides into which the mesh divides a batch."""
     return _size(mesh, BATCH[0])
 
 
 def own_shards(mesh: Mesh) -> tuple[int, ...]:
-    """The parts of a batch that this process's devices need, in order; devices along `region` need the same one."""
+    """Parts of a batch needed by this process's devices, in order; devices along `region` need the same part."""
     places = np.argwhere(np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices))
     return tuple(sorted({int(data) * mesh.shape["fsdp"] + int(fsdp) for data, fsdp, _ in places}))
 
 
 def place_batch(mesh: Mesh, batch):
-    """Put a batch on the devices of the mesh: with several processes, of each its `own_shards`, end to end."""
+    """Put a batch on the devices of the mesh; with several processes, each passes its `own_shards`, concatenated."""
     own, shards = own_shards(mesh), batch_shards(mesh)
 
     def whole(x) -> jax.ShapeDtypeStruct:
@@ -144,10 +144,10 @@ def place_batch(mesh: Mesh, batch):
 
 
 def by_slide(mesh: Mesh) -> Callable:
-    """A `Spread` for the losses: each device works on its own slides, with what it needs of all gathered once.
+    """A `Spread` for the losses: each device computes its own slides, with the inputs of all slides gathered once.
 
-    Left to itself, the compiler gathers them again for every chunk, and sums their gradients over devices as often;
-    slides that do not divide are left to it.
+    Otherwise the compiler would gather them for every chunk, and reduce their gradients over devices as often. Batches
+    that do not divide evenly are left to the compiler.
     """
 
     def spread(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
@@ -156,7 +156,7 @@ def by_slide(mesh: Mesh) -> Callable:
 
         def here(slides, everyone, whole):
             everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH[0], tiled=True), everyone)
-            whole = jax.tree.map(lambda x: jax.lax.pcast(x, BATCH[0], to="varying"), whole)  # one sum of its gradient
+            whole = jax.tree.map(lambda x: jax.lax.pcast(x, BATCH[0], to="varying"), whole)  # one gradient sum
             return function(slides, everyone, whole)
 
         return jax.shard_map(here, mesh=mesh, in_specs=(BATCH, BATCH, P()), out_specs=BATCH)(slides, everyone, whole)

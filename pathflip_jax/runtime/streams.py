@@ -1,7 +1,7 @@
-"""Standard input, output and error that outlive whoever reads them.
+"""Standard streams that survive the loss of their reader.
 
-A run of days is often watched through a terminal that is closed, or by `| head`. Nobody reading any more is no reason
-to stop, nor to exit with another code; output that a full disk loses is an error.
+A run of days is often watched through a terminal that is later closed, or by `| head`. Losing the reader is no reason
+to stop, nor to exit with another code; output lost to a full disk is an error.
 """
 
 import errno
@@ -10,18 +10,18 @@ import os
 import sys
 
 STDOUT, STDERR = 1, 2
-_GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO}  # the reader, or the whole terminal
+_GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO}  # the reader or the terminal is gone
 
 
 class _Lasting(io.FileIO):
-    """A descriptor that leads nowhere once its reader has gone."""
+    """A file descriptor that discards output once its reader is gone."""
 
     def write(self, data) -> int:
-        """Write, or drop what nobody reads. Raises OSError for standard output on a disk that is full."""
+        """Write, or discard output without a reader. Raises OSError for standard output on a full disk."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _GONE and self.fileno() == STDERR:  # a full disk: a log that is lost ends nothing
+            if error.errno not in _GONE and self.fileno() == STDERR:  # a full disk: a lost log must not end the run
                 return len(data)
             _lead_nowhere(self.fileno())
             if error.errno not in _GONE:
@@ -30,13 +30,13 @@ class _Lasting(io.FileIO):
 
 
 def keep_open() -> None:
-    """Make the three streams last, those of libraries and of processes that this one starts too.
+    """Keep the three streams usable after their reader is gone, for libraries and child processes too.
 
-    Streams that somebody else has put there (pytest, notebooks) stay. What the encoding of the terminal lacks is
-    written as an escape.
+    Streams replaced by others (pytest, notebooks) are left alone. Characters missing from the terminal's encoding are
+    escaped.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: the next file to be opened would take its place, and get its text
+        if getattr(sys, name) is None:  # closed: the next opened file would get its descriptor, and its output
             _lead_nowhere(descriptor)
             mode = "w" if descriptor else "r"
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", errors="backslashreplace", closefd=False))
@@ -47,7 +47,7 @@ def keep_open() -> None:
             continue
         stream.flush()
         raw = _Lasting(descriptor, "w", closefd=False)
-        buffer = raw if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(raw)  # the first: python -u
+        buffer = raw if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(raw)  # raw under python -u
         errors = "backslashreplace" if stream.errors == "strict" else stream.errors
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         lasting = io.TextIOWrapper(buffer, stream.encoding, errors, **how)
@@ -56,7 +56,7 @@ def keep_open() -> None:
 
 
 def flush() -> None:
-    """Write what is buffered. Raises OSError where standard output is lost."""
+    """Flush both output streams. Raises OSError if standard output is lost."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
 

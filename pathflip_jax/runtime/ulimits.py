@@ -1,7 +1,7 @@
-"""The limits that `ulimit` and containers set for a process, and the errors that come of them, with their cures.
+"""Process limits of `ulimit` and containers, and the errors that they cause, with their cures.
 
-A library that meets such a limit says that a file cannot be opened or that memory is out, seldom why: the disk and the
-machine are fine, and the cure is one command of the shell.
+A library that meets such a limit reports that a file cannot be opened or that memory is exhausted, rarely why: the disk
+and the machine are fine, and the cure is one shell command.
 """
 
 import contextlib
@@ -11,33 +11,33 @@ import resource
 from collections.abc import Callable
 from typing import NamedTuple
 
-OPEN_FILES = 1 << 16  # more than any command opens; programs that close every number up to the limit stay quick
+OPEN_FILES = 1 << 16  # more than any command opens; low enough for programs that close every descriptor up to the limit
 _UNLIMITED = resource.RLIM_INFINITY
 
 
 def raise_open_files() -> None:
-    """Let this process have as many files open as its user may: cohorts of many shards need more than is usual."""
+    """Raise the limit on open files to the hard limit: cohorts of many shards need more than the usual default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == _UNLIMITED else min(hard, OPEN_FILES)
     if soft != _UNLIMITED and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        with contextlib.suppress(ValueError, OSError):  # macOS allows less than it reports
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def open_files() -> int:
-    """The number of files that this process may have open at once."""
+    """Limit on the open files of this process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return OPEN_FILES if soft == _UNLIMITED else soft
 
 
 def address_space() -> int | None:
-    """Bytes of memory that this process may map (`ulimit -v`); None without a limit."""
+    """Limit on the address space of this process in bytes (`ulimit -v`); None without a limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if soft == _UNLIMITED else soft
 
 
 def explain(error: BaseException) -> str | None:
-    """An error that comes of a limit set for this process, with the limit and how to lift it; None for others."""
+    """Message for an error caused by a process limit, with the limit and its cure; None for other errors."""
     numbers, said, link = set(), [], error
     while link is not None and str(link) not in said:
         if isinstance(link, OSError | MemoryError):
@@ -52,7 +52,7 @@ def explain(error: BaseException) -> str | None:
 
 
 class _Limit(NamedTuple):
-    """The sign of a limit, an error number or a library's words, and its cure; None where there is none."""
+    """Signature of a limit, an error number or a library's message, and its cure; None where there is none."""
 
     numbers: set[int]
     words: str

@@ -1,7 +1,8 @@
-"""Worker processes that may die of a job: kept between jobs, limited in time, replaced when they end.
+"""Worker processes that may crash on a job: reused between jobs, limited in time, replaced when they end.
 
-C libraries parse what users bring, and broken files crash, stall and bloat them. pebble keeps the processes and says
-how they ended; one process to a pool, so that no death takes the job of another, or leaves a lock that it held.
+C libraries parse user-supplied files, and broken ones make them crash, hang or exhaust memory. pebble manages the
+processes and reports how they ended; each pool has one process, so that a crash neither takes another job with it nor
+leaves a lock behind.
 """
 
 import contextlib
@@ -21,22 +22,22 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-DEATHS = (ProcessExpired, BrokenProcessPool)  # what a future raises when its process ended before the job did
+DEATHS = (ProcessExpired, BrokenProcessPool)  # raised by a future whose process ended before the job
 
 _number: int | None = None
 _is_worker = False
 
 
 def worker_number() -> int:
-    """The number of this worker among those of a run, from 0: what they share one each (GPUs), they divide by it.
+    """Index of this worker among those of a run, from 0, for dividing resources such as GPUs.
 
-    A process without a number goes by its process id.
+    A process without an index uses its process id.
     """
     return os.getpid() if _number is None else _number
 
 
 def exit_name(death: BaseException) -> str:
-    """The signal or exit code that a process ended with; empty if it is unknown."""
+    """Signal or exit code with which a process ended; empty if unknown."""
     code = getattr(death, "exitcode", None)
     if code is None:
         return ""
@@ -44,10 +45,10 @@ def exit_name(death: BaseException) -> str:
 
 
 class Worker:
-    """One process that takes one job at a time; the first job starts it.
+    """A process that runs one job at a time, started by the first job.
 
-    It is forked from a server that has imported the module `preload`, where there are such servers, else started from
-    nothing, and calls `begin(*arguments)` first. It ends with this process, however that ends.
+    It is forked from a server that has imported the module `preload`, where the platform supports fork servers, else
+    spawned, and calls `begin(*arguments)` first. It ends with this process, however that ends.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Worker:
         return ProcessPool(1, initializer=_begin, initargs=self._begin, context=self._context)
 
     def submit(self, work: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Future:
-        """Begin a job of at most so many seconds.
+        """Submit a job, limited to `seconds`.
 
-        Its future raises what the job raises, TimeoutError, or one of DEATHS; then the next job has a new process.
+        Its future raises the job's exception, TimeoutError, or one of DEATHS; after these two, the next job has a new
+        process.
         """
         try:
             return self._pool.schedule(work, args=arguments, timeout=seconds)
@@ -79,7 +81,7 @@ class Worker:
             return self._pool.schedule(work, args=arguments, timeout=seconds)
 
     def stop(self) -> None:
-        """End the process, whatever it is at; another job starts a new one."""
+        """Terminate the process immediately; the next job starts a new one."""
         pool, self._pool = self._pool, self._new_pool()
         pool.stop()
         pool.join()
@@ -87,10 +89,10 @@ class Worker:
 
 @contextlib.contextmanager
 def limits(seconds: float, memory: int) -> Iterator[None]:
-    """End this process where the body takes longer, and fail its allocations beyond `memory` more bytes.
+    """End this process if the body exceeds `seconds`, and fail allocations beyond `memory` additional bytes.
 
-    For the processes of a `Worker`, which are there to die of a file; others run without limits. The system does it,
-    whatever a library is at; memory is limited where Linux counts it.
+    For the processes of a `Worker`, which may be sacrificed to a broken file; others run without limits. The operating
+    system enforces both, whatever a library is doing; memory is limited on Linux only.
     """
     if not _is_worker:
         yield
@@ -101,7 +103,7 @@ def limits(seconds: float, memory: int) -> Iterator[None]:
         data = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
         wanted = data + memory
         resource.setrlimit(resource.RLIMIT_DATA, (wanted if before[1] < 0 else min(wanted, before[1]), before[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, which nobody handles, ends the process
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, unhandled, ends the process
     try:
         yield
     finally:
@@ -110,10 +112,10 @@ def limits(seconds: float, memory: int) -> Iterator[None]:
 
 
 def _begin(number: int | None, begin: Callable[..., None] | None, arguments: tuple) -> None:
-    """Make this process a worker, which must not outlive a run that was killed: it would hold the machine."""
+    """Make this process a worker, which must not outlive a killed run, as it would occupy the machine."""
     global _number, _is_worker
     _number, _is_worker = number, True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once, even inside a library
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # terminates immediately, even inside a library
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     parent = multiprocessing.parent_process()
 
@@ -130,9 +132,9 @@ _starting = threading.Lock()
 
 
 def _start(start: Callable[[], None], process: multiprocessing.process.BaseProcess) -> None:
-    """Start a process that does not import the user's script, which need not be made for that.
+    """Start a process without importing the user's script, which may have no main guard.
 
-    It is a daemon, which multiprocessing ends with this process, and may be started by one (a loader's worker).
+    It is a daemon, which multiprocessing ends with this process, and may be started by a daemon (a loader's worker).
     """
     process.daemon = True
     multiprocessing.current_process().daemon = False

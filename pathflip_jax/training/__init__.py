@@ -1,1 +1,1 @@
-"""The training loop, its step, its stages and their settings."""
+"""Training loop, step, stages and their settings."""

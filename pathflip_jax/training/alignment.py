@@ -1,4 +1,4 @@
-"""The alignment stage as the training loop takes it: model, data, start, validation, from its settings."""
+"""Alignment stage for the training loop: model, data, initialisation and validation from its settings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -25,9 +25,9 @@ from pathflip_jax.training.validation import MEASURED, make_validation, require_
 
 
 def alignment_training(settings: AlignmentSettings, mesh: jax.sharding.Mesh, begun: Mapping[str, Any]) -> Training:
-    """Slides against captions, regions against subcaptions; `begun` as in `stages.open_training`.
+    """Training of slide-caption and region-subcaption alignment; `begun` as in `stages.open_training`.
 
-    Raises ValueError and OSError for settings and data that cannot be used, with the cure.
+    Raises ValueError and OSError for unusable settings and data, with the cure.
     """
     weights = {"loss_slide": settings.loss.slide_weight, "loss_region": settings.loss.region_weight}
     losses = [name for name, weight in weights.items() if weight]
@@ -65,9 +65,9 @@ def alignment_training(settings: AlignmentSettings, mesh: jax.sharding.Mesh, beg
 
 
 class Family(NamedTuple):
-    """What the families of models do not share in training: their stages, and what their losses compare.
+    """Training-specific parts of a model family: its stage, and the memory of the pairs that its losses compare.
 
-    `negatives_within`: whether a slide by itself has all negatives that the losses need.
+    `negatives_within`: whether a single slide provides all negatives that the losses need.
     """
 
     stage: Callable[[AlignmentSettings, ModelConfig, Spread], Stage]
@@ -103,7 +103,7 @@ def _pathflip2_pairs(settings: AlignmentSettings, model: PathFLIP2Config, slides
 
 
 def _pathflip2_within(settings: AlignmentSettings) -> bool:
-    """The loss over pairs takes the other subcaptions of a slide for negatives; the slide loss has none but slides."""
+    """Whether a slide provides its own negatives: other subcaptions in the pair loss; the slide loss needs slides."""
     return not settings.loss.slide_weight and settings.loss.region == "pairs" and settings.data.subcaptions > 1
 
 
@@ -114,32 +114,32 @@ FAMILIES = {
 
 
 def family_of(settings: AlignmentSettings) -> Family:
-    """The family of a run's model."""
+    """Model family of a run."""
     return FAMILIES[settings.model.family]
 
 
 def model_config(settings: AlignmentSettings, feature_dim: int = 512, vocab_size: int = 30523) -> ModelConfig:
-    """The model's frozen config, its data-dependent sizes filled in. Raises ValueError where a given size disagrees.
+    """Frozen model config with its data-dependent sizes filled in. Raises ValueError if a given size disagrees.
 
-    `vocab_size` counts `[DEC]`, which a PathFLIP2 does not have.
+    `vocab_size` counts `[DEC]`, which PathFLIP2 does not have.
     """
     values = asdict(settings.model)
     for name in ("bert", "freeze_text_encoder"):
         values.pop(name, None)
     family = families.FAMILIES.get(values.get("family", PathFLIPConfig.family))
-    words = vocab_size if family is None else vocab_size - 1 + family.added_words  # `from_dict` refuses another name
+    words = vocab_size if family is None else vocab_size - 1 + family.added_words  # `from_dict` refuses others
     for name, found in (("feature_dim", feature_dim), ("vocab_size", words)):
         values[name] = values[name] or found
     return ModelConfig.from_dict(values)
 
 
 def count_parameters(settings: AlignmentSettings) -> int:
-    """The number of parameters of a run's model; ValueError for sizes that contradict each other. Computes nothing."""
+    """Parameter count of a run's model, without computation; ValueError for sizes that contradict each other."""
     return sum(math.prod(x.shape) for x in abstract_params(model_config(settings)).values())
 
 
 def initial_params(model: ModelConfig, bert: str, seed: int, shardings: dict) -> Params:
-    """Random parameters made where they live; with `bert`, what reads text starts from that Hugging Face folder."""
+    """Random parameters, created sharded; with `bert`, the text encoder is initialised from a Hugging Face folder."""
     make = jax.jit(lambda key: flatten(make_model(model, nnx.Rngs(key))), out_shardings=shardings)
     params = make(jax.random.key(seed))
     if bert:
@@ -150,7 +150,7 @@ def initial_params(model: ModelConfig, bert: str, seed: int, shardings: dict) ->
 
 
 def _check_memory(step, settings: AlignmentSettings, model: ModelConfig, shards: int) -> None:
-    """Raise MemoryError where a compiled step does not fit on a device, with the settings that would."""
+    """Raise MemoryError if a compiled step does not fit on a device, with settings that would."""
     setup = settings.train
     pairs = family_of(settings).pair_bytes(settings, model, setup.batch_size // shards)
     memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, shards, pairs)

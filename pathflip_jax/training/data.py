@@ -1,6 +1,6 @@
-"""The data of a run, as its settings say: batches of both splits, and facts that tell whether data are the same.
+"""Data of a run from its settings: batches of both splits, and facts that identify the data on resume.
 
-Training and validation draw from the same records and texts; the slide table says which slide is for which.
+Training and validation draw from the same records and texts; the slide table assigns slides to splits.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunData(NamedTuple):
-    """The batches of a run, the tokenizer of its texts, and what its config.json records of them."""
+    """Batches of a run, its tokenizer, and the facts that config.json records about the data."""
 
     train: Batches
     validation: Batches | None
@@ -44,8 +44,8 @@ class RunData(NamedTuple):
 def open_data(settings: AlignmentSettings, shards: Shards = ONE_PROCESS, begun_groups: int = 0) -> RunData:
     """Open records, texts and tokenizer, split the slides, and make the batches of training and validation.
 
-    A run that began with `begun_groups` text groups keeps them where the devices can share them out: dropout in texts
-    is drawn for packed rows, so it stays the same. Validation is the same on any number of devices.
+    A run that began with `begun_groups` text groups keeps them if they divide over the devices: dropout in texts is
+    drawn for packed rows, so it stays the same. Validation is the same on any number of devices.
     """
     data, setup = settings.data, settings.train
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
@@ -74,8 +74,8 @@ def open_data(settings: AlignmentSettings, shards: Shards = ONE_PROCESS, begun_g
 
 
 def _validation_batches(cohort: Cohort, data: AlignmentDataSettings, most: int, shards: Shards) -> Batches:
-    """All slides of a cohort in as few even batches as hold up to `most`, filled up for the devices."""
-    # Not every slide has a text: how many can be drawn from is known only once there are batches.
+    """All slides of a cohort in the fewest equal batches of up to `most`, padded for the devices."""
+    # Not every slide has a text: the number of usable slides is known only once batches exist.
     batches = make_batches(cohort, data, BatchSize(1, shards.count, shards.count - 1), shards=shards)
     size = even_size(len(batches.slides), most)
     padding = -size % shards.count
@@ -90,7 +90,7 @@ def _validation_batches(cohort: Cohort, data: AlignmentDataSettings, most: int, 
 
 
 class SplitSlides(NamedTuple):
-    """The slide table, if there is one, and the slides that train (None: all) and those that validate."""
+    """Slide table, if there is one, with the training slides (None: all) and the validation slides."""
 
     table: SlideTable | None
     training: list[str] | None
@@ -98,10 +98,10 @@ class SplitSlides(NamedTuple):
 
 
 def split_slides(data: DataSettings, records: Records, begun: bool = False) -> SplitSlides:
-    """The slides of the records as the slide table splits them; without one every slide trains.
+    """Split of the records' slides by the slide table; without one every slide is for training.
 
-    What matches otherwise is logged. Raises ValueError for a split of which
-    there is no slide; a run that `begun` without validation, when that was no error, continues without.
+    Inexact matches are logged. Raises ValueError for a split without slides; a run that `begun` without validation,
+    when that was not an error, continues without.
     """
     validates = (data.val_split or "").lower() not in NO_VALIDATION
     if not data.slides:
@@ -126,13 +126,13 @@ def count_slides(data: DataSettings, records: Records, split: SplitSlides, texts
 
 
 def say_counts(facts: Mapping[str, Any], validates: bool) -> None:
-    """Say on stderr, once for all processes, what is trained and validated on."""
+    """Report the sizes of the training and validation splits on stderr, once for all processes."""
     if jax.process_index() == 0:
         print(describe(facts[COUNTS], validates), file=sys.stderr)
 
 
 def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
-    """Weights for a larger vocabulary would fit when their table is cut, and every word would mean another."""
+    """Raise ValueError for a different vocabulary: a truncated word table would load, with every word mismatched."""
     named = any((bert / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
     if named and bert.resolve() != tokenizer.folder.resolve():
         words = TextTokenizer(bert).vocab_size
@@ -144,7 +144,7 @@ def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
 
 
 def _facts(data: AlignmentDataSettings, records: Records, patch_slots: int) -> dict:
-    """What a later reader of the run must know of its data, and hashes that tell whether it is still the same."""
+    """Facts about the data for later readers of the run, with hashes that detect changes."""
     files = {name: [as_path(path)] for name in ("texts", "slides") if (path := getattr(data, name))}
     files["tokenizer"] = [
         path for name in ("vocab.txt", "tokenizer.json") for path in as_path(data.tokenizer).glob(name)
@@ -155,7 +155,7 @@ def _facts(data: AlignmentDataSettings, records: Records, patch_slots: int) -> d
 
 
 def cut_facts(records: Records) -> dict:
-    """The way the regions of records were cut, for the facts of a run. FileNotFoundError for unfinished records."""
+    """Region-cutting facts of records, for the facts of a run. FileNotFoundError for unfinished records."""
     if records.manifest is None:
         raise FileNotFoundError(
             f"{records.where}/manifest.json: no such file, so the records are not finished; run the command that "
@@ -165,10 +165,10 @@ def cut_facts(records: Records) -> dict:
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:
-    """The number of text groups to cut a batch into, so that every device has whole groups of every microbatch.
+    """Number of text groups per batch, such that every device has whole groups of every microbatch.
 
-    Sixteen slides to a group where possible: larger groups pack tighter, smaller ones spread over more devices. Raises
-    ValueError where the batch does not divide.
+    Sixteen slides per group if possible: larger groups pack more tightly, smaller ones shard over more devices. Raises
+    ValueError if the batch does not divide.
     """
     for slides in SLIDES_PER_TEXT_GROUP:
         if batch_size % slides == 0 and batch_size // slides % pieces == 0:
@@ -180,7 +180,7 @@ def choose_groups(batch_size: int, pieces: int) -> int:
 
 
 def _groups_to_resume_with(begun: int, batch_size: int, pieces: int) -> int:
-    """The text groups that a run began with, where they divide; else those of a run that begins here."""
+    """Number of text groups that a run began with, if they divide; else that of a new run on these devices."""
     if begun and batch_size % begun == 0 and begun % pieces == 0:
         return begun
     groups = choose_groups(batch_size, pieces)
@@ -194,9 +194,9 @@ def _groups_to_resume_with(begun: int, batch_size: int, pieces: int) -> int:
 
 
 def even_size(slides: int, most: int) -> int:
-    """The batch size, `most` or below, that cuts all slides into as few even batches.
+    """Batch size up to `most` that divides all slides into the fewest equal batches.
 
-    Batches of `most` leave out up to a whole batch less one: much of a small validation split.
+    Batches of exactly `most` can omit up to one slide less than a batch: much of a small validation split.
     """
     return slides // -(-slides // most)
 

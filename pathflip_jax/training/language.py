@@ -1,7 +1,7 @@
-"""The language stage as the training loop takes it: slides of an aligner's run in front of a decoder's folder.
+"""Language stage for the training loop: an aligner run projected into a decoder.
 
-A run folder of this stage holds what was trained (projector, LoRA, ...), the tokenizer and the names of the two
-sources with hashes of them: what is frozen is read from there again.
+A run folder of this stage holds the trained parameters (projector, LoRA, ...), the tokenizer, and the names and hashes
+of its two sources, from which frozen parameters are read again.
 """
 
 import hashlib
@@ -57,10 +57,10 @@ log = logging.getLogger(__name__)
 
 
 def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun: Mapping[str, Any]) -> Training:
-    """Answers about slides: what `lm.trains` names learns, the rest is read from aligner, decoder and `lm.start`.
+    """Language-stage training: parts in `lm.trains` learn; the rest comes from aligner, decoder and `lm.start`.
 
-    `begun` as in `stages.open_training`. Raises ValueError and OSError for settings, folders and tables that cannot be
-    used, with the cure.
+    `begun` as in `stages.open_training`. Raises ValueError and OSError for unusable settings, folders and tables, with
+    the cure.
     """
     lm, data = settings.lm, settings.data
     trains = split_names(lm.trains)
@@ -116,7 +116,7 @@ def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun
 
 
 def check_language_settings(settings: LanguageSettings) -> None:
-    """Raise ValueError for what is wrong in the settings, whatever is in their folders. Computes nothing."""
+    """Raise ValueError for invalid settings, independent of the content of their folders and without computation."""
     trains = split_names(settings.lm.trains)
     language_stage(trains)
     _lora(settings.lm, trains, None)
@@ -127,7 +127,7 @@ def check_language_settings(settings: LanguageSettings) -> None:
 
 
 def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
-    """The adapters of this run: those that it starts from, or as its settings say; None without any."""
+    """LoRA configuration of this run: that of the run it starts from, or from its settings; None without LoRA."""
     if "lora" not in trains:
         return None if started is None else started.lora
     lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, split_names(lm.lora_targets))
@@ -140,7 +140,7 @@ def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "Started 
 def initial_parameters(
     settings: LanguageSettings, shape: Shape, aligner: Aligner, started: Started | None, shardings: dict, mesh
 ) -> Params:
-    """All parameters where they live: aligner and decoder as read, the projector random, then those of `lm.start`."""
+    """All parameters, sharded: aligner and decoder as read, a random projector, overridden by those of `lm.start`."""
     lm, seed = settings.lm, settings.train.seed
     if lm.random_decoder:
         decoder = init_decoder(shape.decoder, seed, mesh=mesh, lora=shape.lora)
@@ -160,7 +160,7 @@ def initial_parameters(
 
 
 class _Examples(NamedTuple):
-    """The examples of training, and those that are held out."""
+    """Examples for training, and held-out examples."""
 
     training: list[Example]
     held_out: list[Example]
@@ -169,7 +169,7 @@ class _Examples(NamedTuple):
 def _read_conversations(
     data: LanguageDataSettings, split: SplitSlides, tokenizer: DecoderTokenizer
 ) -> tuple[list[tuple[list[Conversation], int]], dict]:
-    """The conversations of each table, with the slides of their cases, how often each is seen, and hashes of them."""
+    """Conversations of each table, matched to slides, with their weights in the mixture and their hashes."""
     mixture = [(read_conversations(path), times) for path, times in read_mixture(data.texts)]
     means = {"texts": fingerprints.conversations(mixture), "times": [times for _, times in mixture]}
     means["tokenizer"] = fingerprints.tokenizer(tokenizer.described)
@@ -185,7 +185,7 @@ def _collect_examples(
     records: Records, mixture: list, tokenizer: DecoderTokenizer, template: str, split: SplitSlides,
     data: LanguageDataSettings,
 ) -> _Examples:  # fmt: skip
-    """The examples of both splits; those that are held out once each, in the order that was written."""
+    """Examples of both splits; held-out ones once each, with their sentences in the original order."""
     training = collect_examples(records, mixture, tokenizer, template, split.training, data.sentence_orders)
     if not split.validation:
         return _Examples(training, [])
@@ -194,7 +194,7 @@ def _collect_examples(
 
 
 def _read_embeddings(settings: LanguageSettings, records: Records, examples: _Examples, aligner_hash: str):
-    """The rows of all slides that were embedded before, as `data.embeddings` says; None where it is not set."""
+    """Precomputed embeddings of all slides, from `data.embeddings`; None if it is not set."""
     if not settings.data.embeddings:
         return None
     every = [*examples.training, *examples.held_out]
@@ -204,7 +204,7 @@ def _read_embeddings(settings: LanguageSettings, records: Records, examples: _Ex
 def _make_batches(
     settings: LanguageSettings, records: Records, examples: _Examples, found, positions: int, shards: sharding.Shards
 ) -> tuple[LanguageBatches, LanguageBatches | None]:
-    """The batches of training and of validation, of slides' patches or of their rows in `found`."""
+    """Batches of training and validation, from slides' patches or from their precomputed rows in `found`."""
     data, size = settings.data, settings.train.batch_size
     if found is not None:
         slides = [EmbeddedSlides(found, data.regions)] * 2
@@ -224,7 +224,7 @@ def _make_batches(
 
 
 def _facts(data: LanguageDataSettings, records: Records, training: LanguageBatches, template: str, means: dict) -> dict:
-    """What a later reader must know of the data, and hashes that tell whether it is still the same."""
+    """Facts about the data for later readers of the run, with hashes that detect changes."""
     paths = [path for path, _ in read_mixture(data.texts)] + ([as_path(data.slides)] if data.slides else [])
     hashes = {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in paths}
     facts = {"encoder": records.encoder, "patch_slots": training.patch_slots, "length": training.length}
@@ -233,7 +233,7 @@ def _facts(data: LanguageDataSettings, records: Records, training: LanguageBatch
 
 
 def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh) -> Callable:
-    """validate(learned, frozen, mark) -> the mean loss of all response tokens of the split, without dropout."""
+    """validate(learned, frozen, mark) -> mean loss over all response tokens of the split, without dropout."""
 
     def measure(learned: Params, frozen: Params, batch, features):
         found = stage.encode(build(learned, frozen), look_up(batch, features), None)

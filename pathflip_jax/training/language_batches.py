@@ -1,7 +1,7 @@
-"""Batches of the language stage: a pure function of (seed, step), as those of alignment (DESIGN section 5).
+"""Batches of the language stage: a pure function of (seed, step), as in alignment (DESIGN section 5).
 
-An epoch is a permutation of all conversations of the mixture, each as often as its table says. The slide of a
-conversation is drawn as for alignment, its regions in the order in which they are stored.
+An epoch is a permutation of all conversations of the mixture, each repeated by its table's weight. The slide of a
+conversation is sampled as in alignment, with its regions in stored order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,11 +26,11 @@ from pathflip_jax.settings.networks import LanguageDataSettings
 from pathflip_jax.training.language_objective import LanguageBatch
 
 LENGTH_STEP = 32
-_EPOCHS, _STEPS, _ORDERS = 0, 1, 2  # what a random stream is for; the first word after the seed
+_EPOCHS, _STEPS, _ORDERS = 0, 1, 2  # purpose of a random stream: the first word after the seed
 
 
 class Example(NamedTuple):
-    """A conversation ready to draw: its tokens, of each order of its sentences that is learnt, and its regions."""
+    """A tokenised conversation: its tokens, for each sentence order used in training, and its regions."""
 
     orders: tuple[Prompted, ...]
     regions: StoredRegions
@@ -44,13 +44,13 @@ def collect_examples(
     slide_ids: Sequence[str] | None,
     sentence_orders: int = 1,
 ) -> list[Example]:
-    """The examples of the slides in `slide_ids` (None = all): those of each table as often as it is to be seen.
+    """Examples of the slides in `slide_ids` (None = all), those of each table repeated by its weight.
 
-    Of a report (an answer of several sentences, in a conversation of one turn) so many orders of its sentences are
-    learnt, the one that was written among them: reports of a small cohort are else learned by heart.
+    A report (an answer of several sentences, in a conversation of one turn) is learnt in so many sentence orders,
+    the original among them: otherwise the model memorises the reports of a small cohort.
 
-    Conversations about other slides are left out, those about a slide of which there is no record with a warning that
-    counts them. Raises ValueError when none is left.
+    Conversations about other slides are omitted, those about slides without a record with a warning that counts them.
+    Raises ValueError when none is left.
     """
     infos = records.slides
     position = {info.slide_id: i for i, info in enumerate(infos)}
@@ -74,7 +74,7 @@ def collect_examples(
 
 
 def _other_orders(conversation: Conversation, number: int) -> list[Conversation]:
-    """The conversation with the sentences of its answer in other orders, drawn; none where there is but one."""
+    """The conversation with randomly reordered sentences of its answer; empty for a single sentence."""
     (asked, answer), *more = conversation.turns
     sentences = split_sentences(answer)
     if more or len(sentences) < 2:
@@ -85,9 +85,9 @@ def _other_orders(conversation: Conversation, number: int) -> list[Conversation]
 
 
 class EmbeddedSlides:
-    """Slides that were embedded before (`pathflip embed --regions`): draws rows [slide; regions] in place of patches.
+    """Precomputed slide embeddings (`pathflip embed --regions`): draws rows [slide; regions] instead of patches.
 
-    `found` are the rows of each slide by its place in the records, of all its regions.
+    `found` holds the rows of each slide and of all its regions, by the slide's index in the records.
     """
 
     def __init__(self, found: Mapping[int, Float[np.ndarray, "n D"]], regions: int) -> None:
@@ -95,15 +95,15 @@ class EmbeddedSlides:
         self._found = found
 
     def load(self, bags: Iterable[StoredRegions], on_device: bool = False) -> None:
-        """Nothing more to read."""
+        """No-op: the embeddings are already in memory."""
 
     def take_features(self) -> None:
-        """No features are needed."""
+        """No-op: features are not needed."""
 
     def draw(
         self, bags: Sequence[StoredRegions], rngs: Sequence[np.random.Generator], *, in_order: bool = True
     ) -> tuple[Float[np.ndarray, "B 1+R D"], Bool[np.ndarray, "B 1+R"]]:
-        """The slide's row and up to R of its regions', in the order in which they are stored; which rows are real."""
+        """Rows of the slide and of up to R of its regions, in stored order, and the mask of real rows."""
         width = next(iter(self._found.values())).shape[1]
         rows = np.zeros((len(bags), 1 + self.regions, width), np.float32)
         mask = np.zeros(rows.shape[:2], bool)
@@ -116,10 +116,10 @@ class EmbeddedSlides:
 
 
 def read_embeddings(path: str | Path, records: Records, examples: Sequence[Example], run: str, run_hash: str):
-    """The rows of the slides that examples are about, by place in the records, of a file of `pathflip embed --regions`.
+    """Rows of the examples' slides, by index in the records, from a file of `pathflip embed --regions`.
 
-    Raises ValueError for a file of another run than the aligner, one without regions or without some slide, and for
-    examples about several slides, which the file embeds one by one.
+    Raises ValueError for a file of a run other than the aligner, a file without regions or lacking a slide, and for
+    examples about several slides, which the file embeds individually.
     """
     table, about = open_embeddings(path)
     if about.get("checkpoint_hash") != run_hash:
@@ -148,10 +148,10 @@ def read_embeddings(path: str | Path, records: Records, examples: Sequence[Examp
 
 
 def _sequence_length(examples: Sequence[Example], regions: int, given: int, most_positions: int | None) -> int:
-    """The tokens of a sequence: as given, or what the longest example needs with its slide of so many regions."""
+    """Sequence length in tokens: as given, or that of the longest example including its slide's region tokens."""
     tokens = [max(len(order.tokens) for order in example.orders) for example in examples]
     shown = [min(regions, len(example.regions.count)) for example in examples]
-    needed = [sum(pair) for pair in zip(tokens, shown, strict=True)]  # IMAGE_ID is one of the 1 + R already
+    needed = [sum(pair) for pair in zip(tokens, shown, strict=True)]  # IMAGE_ID is already one of the 1 + R
     longest = -(-max(needed) // LENGTH_STEP) * LENGTH_STEP
     length = given or (min(longest, most_positions) if most_positions else longest)
     if max(needed) > length:
@@ -165,13 +165,13 @@ def _sequence_length(examples: Sequence[Example], regions: int, given: int, most
 
 
 class LanguageBatches:
-    """The batches of a run; `batch(step)` can be asked in any order, from any thread.
+    """Batches of a run; `batch(step)` may be called in any order, from any thread.
 
-    `slides` draws what is shown of a slide. Where `data.length` is 0, sequences are as long as the longest example
-    needs, `most_positions` at most. A `no_slide_share` of the examples is shown without its slide, so that the same
-    model learns what can be said without one: the baseline of its scores. Without a `seed`, for validation, examples
-    come in their order, and the last batch of an epoch is filled up with some that teach nothing. Raises ValueError for
-    an example longer than `length`, and for sizes that do not divide.
+    `slides` samples the input of a slide. If `data.length` is 0, sequences are as long as the longest example, at most
+    `most_positions`. A fraction `no_slide_share` of the examples omits the slide, so that the same model learns a
+    text-only baseline for its scores. Without a `seed`, for validation, examples come in order, and the last batch of
+    an epoch is padded with examples without response tokens. Raises ValueError for an example longer than `length`, and
+    for sizes that do not divide.
     """
 
     def __init__(
@@ -200,11 +200,11 @@ class LanguageBatches:
 
     @property
     def patch_slots(self) -> int:
-        """The patches of a region that a batch has room for; 0 where slides were embedded before."""
+        """Patch slots per region of a batch; 0 with precomputed embeddings."""
         return self._slides.patch_slots
 
     def slides_of_examples(self, records: Records) -> list[tuple[str, ...]]:
-        """The slides that each example is about."""
+        """Slides of each example."""
         places = [dict.fromkeys(example.regions.record.tolist()) for example in self._examples]
         return [tuple(records.slides[place].slide_id for place in own) for own in places]
 
@@ -213,11 +213,11 @@ class LanguageBatches:
         self._slides.load((example.regions for example in self._examples), on_device)
 
     def take_features(self) -> np.ndarray | None:
-        """As `data.batches.pipeline.Batches.take_features`."""
+        """See `data.batches.pipeline.Batches.take_features`."""
         return self._slides.take_features()
 
     def batch(self, step: int) -> LanguageBatch:
-        """The batch of a global step: a function of (seed, step), cut to this process's sequences."""
+        """Batch of a global step, a function of (seed, step), restricted to this process's sequences."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = np.arange(len(self._examples))
         if not self._fill:
@@ -239,7 +239,7 @@ class LanguageBatches:
         return LanguageBatch(patches, patch_mask, tokens, mask, response)
 
     def __iter__(self, start_step: int = 0) -> Iterator[LanguageBatch]:
-        """Batches from `start_step` on without end, made ahead in threads."""
+        """Endless batches from `start_step` on, prefetched in threads."""
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
         options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=max(self._data.threads, 1))
         return iter(steps.to_iter_dataset(options))

@@ -1,4 +1,4 @@
-"""The language stage: sequences about slides, and the cross-entropy of their responses.
+"""Objective of the language stage: cross-entropy of the responses in sequences about slides.
 
 Letters as in `llm/adapter.py`: B sequences, each about one slide of R regions; T tokens; D the aligner's width, W the
 decoder's.
@@ -19,15 +19,15 @@ from pathflip_jax.model.parameters import Key
 from pathflip_jax.ops.dropout import split_key
 from pathflip_jax.training.stage import Stage
 
-LOSS_CHUNK = 128  # tokens whose logits stand in memory at once
+LOSS_CHUNK = 128  # tokens whose logits are in memory simultaneously
 
 
 class LanguageBatch(NamedTuple):
     """Input of a step of the language stage: sequences about slides, padded on the right.
 
-    `mask` is True at real tokens, `response` at those that are learnt, each from what stands before it. Where the
-    features are on the devices, `patches` are their rows (`data.batches.pipeline.look_up`); where slides were embedded
-    before, they are the embeddings [slide; regions].
+    `mask` is True at real tokens, `response` at target tokens, each predicted from the preceding ones. If the features
+    are on the devices, `patches` are their row numbers (`data.batches.pipeline.look_up`); with precomputed embeddings,
+    they are the embeddings [slide; regions].
     """
 
     patches: Float16[Array, "B R S F"] | Int32[Array, "B R S"] | Float[Array, "B 1+R D"]
@@ -40,10 +40,10 @@ class LanguageBatch(NamedTuple):
 def response_losses(
     decoder: Decoder, states: Float[Array, "B T W"], tokens: Int[Array, "B T"], response: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """Sum of the cross-entropies of each sequence's response tokens, each predicted from the state before it.
+    """Sum of the cross-entropies of each sequence's response tokens, each predicted from the preceding state.
 
-    Computed `LOSS_CHUNK` tokens at a time and again for the gradient: the logits of all tokens, [B, T, V], never stand
-    in memory.
+    Computed `LOSS_CHUNK` tokens at a time and rematerialised in the backward pass: the logits of all tokens, [B, T, V],
+    are never in memory.
     """
     B, T, W = states.shape
     states, targets, learnt = states[:, :-1], tokens[:, 1:], response[:, 1:]
@@ -68,9 +68,9 @@ def response_losses(
 
 
 def language_stage(trains: tuple[str, ...]) -> Stage:
-    """Answers about slides: the mean cross-entropy of all response tokens of the batch (DESIGN section 7).
+    """Language stage: mean cross-entropy over all response tokens of the batch (DESIGN section 7).
 
-    `trains` names the `PARTS` that learn. What is frozen has no dropout. Raises ValueError for a part that is none.
+    `trains` names the trained `PARTS`. Frozen parts have no dropout. Raises ValueError for an unknown part.
     """
     trainable = is_trained(trains)
 
@@ -102,13 +102,13 @@ def language_stage(trains: tuple[str, ...]) -> Stage:
 def language_flops(
     aligner: PathFLIPConfig, decoder: DecoderConfig, trains: tuple[str, ...]
 ) -> Callable[[Any], jax.Array]:
-    """`model_flops(batch)` of the stage: real tokens, valid patches; what is frozen has no weight gradients."""
+    """`model_flops(batch)` of the stage, on real tokens and valid patches; frozen parts have no weight gradients."""
     from pathflip_jax.model.flops import Work, parts
 
     inner, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
     layer = decoder.width * (2 * inner + 2 * kv + 3 * decoder.intermediate)
     matrices = decoder.layers * layer
-    passes = 3 if "decoder" in trains else 2  # forward, towards the inputs, and towards the weights
+    passes = 3 if "decoder" in trains else 2  # forward, input gradients, and weight gradients
 
     def count(batch: LanguageBatch) -> jax.Array:
         tokens = batch.mask.sum(1).astype(jnp.float32)

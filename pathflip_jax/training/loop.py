@@ -1,7 +1,7 @@
-"""Training: from settings and a working folder to a trained, resumable, measured run.
+"""Training loop: from settings and a working folder to a trained, resumable, measured run.
 
-One loop for every stage (`training/stage.py` says what a stage is). All that happens is a function of settings, data
-and seed: a run that is stopped, killed or moved resumes as if nothing had happened (DESIGN section 6).
+One loop serves every stage (`training/stage.py` defines stages). A run is a function of settings, data and seed: one
+that is stopped, killed or moved resumes as if it had never been interrupted (DESIGN section 6).
 """
 
 import contextlib
@@ -48,19 +48,19 @@ from pathflip_jax.training.validation import choose_best, place_features
 
 
 class Stopped(Exception):
-    """The run was told to stop (SIGTERM, SIGHUP), has saved its state, and resumes when it is started again."""
+    """The run was told to stop (SIGTERM, SIGHUP), has saved its state, and resumes when it is restarted."""
 
 
 def train(
     settings: RunSettings, workdir: str | Path, *, profile: str = "", began: float | None = None
 ) -> dict[str, float]:
-    """Train, or resume training, the run of these settings in `workdir`; returns the last metrics.
+    """Train or resume the run of these settings in `workdir`; returns the last metrics.
 
-    `profile` names steps to profile (`monitoring.profiling.profiled_steps`); the process counts as started at `began`,
-    seconds of `time.time()`, or now. Raises Stopped after SIGTERM, once the state is saved, and StillEndingError where
-    another start was told to stop and is not done with it; InUseError where another run is at work in `workdir`;
-    ValueError and OSError for input that cannot be used, with the cure; MemoryError where a step would not fit;
-    FloatingPointError when the loss is no longer a number.
+    `profile` selects steps to profile (`monitoring.profiling.profiled_steps`); `began` is the start time of the process
+    as of `time.time()`, by default now. Raises Stopped after SIGTERM, once the state is saved, and StillEndingError if
+    another start was told to stop and has not finished; InUseError if another run is active in `workdir`; ValueError
+    and OSError for unusable input, with the cure; MemoryError if a step would not fit; FloatingPointError when the loss
+    is not finite.
     """
     ledger, setup = goodput.Ledger(began), settings.train
     edge.require(settings)
@@ -94,14 +94,14 @@ def train(
         steps = settings.train.steps or settings.train.epochs * training.batches.steps_per_epoch
         settings = settings.with_changes({"train.steps": steps})
         training.resolved["train"]["steps"] = steps
-        if setup.checkpoints:  # for readers that stand in another folder
+        if setup.checkpoints:  # for readers with another working directory
             training.resolved["train"]["checkpoints"] = str(home)
         lock_to_run(workdir, training.resolved, training.describe)
         return fit(training, settings, mesh, monitors)
 
 
 def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitors) -> dict[str, float]:
-    """The loop: step, validate, save; from the newest sound checkpoint, if there is one."""
+    """Training loop of steps, validations and saves, from the newest intact checkpoint if there is one."""
     setup, steps, phase, traces = settings.train, settings.train.steps, monitors.phase, Counter()
     schedule, optimizer = scheduled_optimizer(settings.optim, steps, training.batches.steps_per_epoch)
     plain_step = make_step(training.stage, training.build, optimizer, schedule, setup.accumulate, setup.seed)
@@ -136,7 +136,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                 last, stopping, improved = done == steps, monitors.stopping(done), False
                 if training.validate and (last or done % setup.eval_every == 0):
                     phase("waiting for the devices", done)
-                    jax.block_until_ready(metrics)  # time from here on is the validation's
+                    jax.block_until_ready(metrics)  # later time is attributed to the validation
                     scores = training.validate(learned, frozen, functools.partial(phase, step=done))
                     phase("writing the metrics", done)
                     best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
@@ -163,7 +163,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
 
 
 def _open_checkpoints(training: Training, setup: TrainSettings, workdir: Path) -> Checkpoints:
-    """The checkpoints of a run; each says its settings and the commit of this code."""
+    """Checkpoints of a run; each records its settings and the commit of this code."""
     facts = {"config": training.resolved, "git": git_revision()}
     return Checkpoints(setup.checkpoints or workdir, setup.keep, facts, setup.keep_every, setup.local_checkpoints)
 
@@ -171,9 +171,9 @@ def _open_checkpoints(training: Training, setup: TrainSettings, workdir: Path) -
 def _jit_step(
     training: Training, plain_step: Callable, state: tuple, mesh: Mesh, deterministic: bool, traces: Counter
 ) -> Callable:
-    """The step, not compiled yet: what it takes of (learned parameters, optimizer state) lies where it comes out again.
+    """Jitted step, not yet compiled; learned parameters and optimizer state have the same shardings in and out.
 
-    `traces` counts how often it is compiled: Python runs through it only for that.
+    `traces` counts compilations, as its Python code runs only when it is traced.
     """
 
     def step(learned, frozen, opt_state, batch, number, features):
@@ -189,7 +189,7 @@ def _jit_step(
 
 
 def _open_accounts(monitors: Monitors, setup: TrainSettings, telemetry: Telemetry, start: int) -> Telemetry:
-    """Begin the account of time of a run with something left to do, and say what its utilisation is of."""
+    """Start the time ledger of a run with steps left, and report the peak that utilisation is relative to."""
     if jax.process_index() == 0:
         if start < setup.steps:
             rates = {"save_every": setup.save_every, "preemptions_per_day": setup.preemptions_per_day}
@@ -202,7 +202,7 @@ def _open_accounts(monitors: Monitors, setup: TrainSettings, telemetry: Telemetr
 def _open_log(
     monitors: Monitors, settings: RunSettings, training: Training, telemetry: Telemetry, start: int
 ) -> Iterator[StepLog]:
-    """The metrics of a run that resumes after step `start`."""
+    """Metrics writer of a run that resumes after step `start`."""
     setup, primary = settings.train, jax.process_index() == 0
     names = {"slides_per_step": setup.batch_size, "wandb_project": setup.wandb_project, "config": training.resolved}
     with MetricsWriter(monitors.workdir, start, setup.steps, primary=primary, **names) as writer:
@@ -210,7 +210,7 @@ def _open_log(
 
 
 def _finish(monitors: Monitors, start: int, steps: int, traces: Counter) -> dict[str, float]:
-    """Draw and say what became of a run that is done; its last metrics."""
+    """Plot and summarise a completed run; returns its last metrics."""
     workdir = monitors.workdir
     monitors.phase("drawing the plots", steps)
     if jax.process_index() == 0:
@@ -218,13 +218,13 @@ def _finish(monitors: Monitors, start: int, steps: int, traces: Counter) -> dict
         print(f"{workdir}: {steps} steps done; the step was compiled {traces['step']} times", file=sys.stderr)
         if start < steps:
             print(goodput.try_to_describe(workdir), file=sys.stderr)
-    distributed.agree("done")  # else the others would wait for process 0 in JAX's farewell, which gives up sooner
+    distributed.agree("done")  # else the others would wait for process 0 in JAX's shutdown barrier, a shorter wait
     rows = read_metrics(workdir / METRICS)
-    return rows[-1] if rows else {}  # none where the logs of a run that was done before are gone
+    return rows[-1] if rows else {}  # none if the logs of an already completed run are gone
 
 
 def main(argv: list[str]) -> int:
-    """`pathflip train`: 0 done, 75 stopped by a signal, a hang or a lost host, and to be started again."""
+    """`pathflip train`: exit code 0 when done, 75 when stopped by a signal, a hang or a lost host, to be restarted."""
     if not argv or {"-h", "--help"}.intersection(argv):
         print(HELP)
         for name in edge.configs_named(argv):

@@ -1,6 +1,6 @@
-"""Monitors of a run: where the loop is, for whoever looks for hangs, accounts for its time or profiles a step.
+"""Monitors of a run: the phase of the loop, for hang detection, time accounting and profiling.
 
-The phases of the loop are data, `PHASES`: entering one tells all monitors at once.
+The phases of the loop are data, `PHASES`: entering one notifies all monitors.
 """
 
 import os
@@ -27,10 +27,10 @@ from pathflip_jax.runtime.distributed import Watchdog
 
 
 class Phase(NamedTuple):
-    """The cause that the time of a phase counts for, and how long the watchdog lets it stand still.
+    """Cause to which a phase's time is attributed, and its limit for the watchdog.
 
-    What is not `timed`, such as compilation, takes as long as it takes; what is `slow`, such as a save, is given six
-    times as long as the rest.
+    Phases that are not `timed`, such as compilation, have no limit; `slow` ones, such as a save, have six times the
+    usual limit.
     """
 
     cause: str
@@ -50,14 +50,14 @@ PHASES = {
     COMPUTING: Phase(STEP),
     "reading the next batch": Phase(STEP),
     "waiting for the devices": Phase(STEP),
-    ENDING: Phase(STEP, slow=True),  # with a profile that is written, at times
+    ENDING: Phase(STEP, slow=True),  # sometimes including writing a profile
     "reading a batch of the validation": Phase(EVALUATION),
     "compiling the validation": Phase(EVALUATION, timed=False),
     "validating": Phase(EVALUATION),
     "ranking the slides of the validation": Phase(EVALUATION, timed=False),
     "writing the metrics": Phase(STEP),
     "checking the lock": Phase(STEP, slow=True),
-    SAVING: Phase(SAVE, slow=True),  # and waiting for the save before, in the background
+    SAVING: Phase(SAVE, slow=True),  # including the wait for the previous background save
     "saving locally": Phase(SAVE, slow=True),
     "saving the best": Phase(SAVE, slow=True),
     "waiting for the save": Phase(SAVE, slow=True),
@@ -67,9 +67,9 @@ PHASES = {
 
 
 class Monitors:
-    """The monitors of a run; a context manager around its loop, for the account of time and profiles.
+    """Monitors of a run; a context manager around its loop, for time accounting and profiles.
 
-    Hangs, requests to stop and the lock on the run's folders are watched from before to after it.
+    Hangs, stop requests and the lock on the run's folders are monitored from before the loop until after it.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Monitors:
             self._profiler.end(step, results)
 
     def stopping(self, step: int) -> bool:
-        """Whether to save and stop after this step; starts that come now wait for that.
+        """Whether to save and stop after this step, in which case new starts wait for it.
 
-        Raises InUseError where another run has taken over the folder.
+        Raises InUseError if another run has taken over the folder.
         """
         self.lock.require()
         stopping = self.stop.requested(step)
@@ -100,7 +100,7 @@ class Monitors:
         return stopping
 
     def check_lock(self, step: int) -> None:
-        """Look whether the folder is still this run's, before a checkpoint is written into it."""
+        """Raise InUseError if another run has taken over the folder; called before a checkpoint is written."""
         self.phase("checking the lock", step)
         self.lock.require(look=True)
 
@@ -114,10 +114,10 @@ class Monitors:
 
 
 class StopSignal:
-    """Turns SIGTERM into a question that the loop asks after each step; several processes agree on the step.
+    """Stop request by SIGTERM, polled by the loop after each step; several processes agree on the step.
 
-    In those, JAX itself takes the signal from the moment they join, whichever of them it comes to. SIGHUP, of a
-    terminal that is closed, is passed on as SIGTERM, but for a process that was started to outlive it (nohup).
+    With several, JAX handles the signal from the moment they join, whichever of them receives it. SIGHUP, sent when the
+    terminal is closed, is forwarded as SIGTERM, except in a process started to survive it (nohup).
     """
 
     def __enter__(self):
@@ -137,7 +137,7 @@ class StopSignal:
         self._asked = True
 
     def asked(self) -> bool:
-        """Whether a lone process has been told to stop."""
+        """Whether a single process has been told to stop."""
         return self._asked
 
     def requested(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""The stages of alignment: embeddings of a batch, and the losses between them (DESIGN section 4)."""
+"""Alignment stages: embeddings of a batch, and the losses between them (DESIGN section 4)."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ from pathflip_jax.training.stage import Stage
 
 
 def _encode(model: AlignmentModel, batch, key: Key | None) -> tuple[SlideEncoding, jax.Array, jax.Array]:
-    """The slides of a batch, their captions [B, D] and their subcaptions [B, K, D]."""
+    """Encoded slides of a batch, their captions [B, D] and their subcaptions [B, K, D]."""
     slide_key, text_key = (None, None) if key is None else jax.random.split(key)
     slides = model.encode_slides(batch.patches, batch.patch_mask, key=slide_key)
     B, C = batch.text_index.shape  # C = 1 + K: the caption, then its subcaptions
@@ -35,9 +35,9 @@ def _encode(model: AlignmentModel, batch, key: Key | None) -> tuple[SlideEncodin
 
 
 def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
-    """Slides against captions, regions against subcaptions (DESIGN section 4); every parameter learns.
+    """PathFLIP stage: slide-caption and region-subcaption losses (DESIGN section 4), with all parameters trained.
 
-    `spread` says how the slides of a batch lie on devices: `runtime.sharding.by_slide` on a mesh.
+    `spread` distributes the slides of a batch over devices: `runtime.sharding.by_slide` on a mesh.
     """
 
     def encode(model: PathFLIP, batch, key: Key | None) -> dict[str, jax.Array]:
@@ -64,9 +64,9 @@ def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
 def sigmoid_alignment(
     config: SigmoidLossConfig, spread: Spread = at_once, frozen: Callable[[str], bool] = lambda name: False
 ) -> Stage:
-    """A PathFLIP2: slides against captions, patches against subcaptions; all but the `frozen` parameters learn.
+    """PathFLIP2 stage: slide-caption and patch-subcaption losses, with all but the `frozen` parameters trained.
 
-    With the loss over pairs a text pools its own slide only, so patches need not leave their microbatch.
+    With the pair loss a text pools its own slide only, so patches need not leave their microbatch.
     """
     flair = LossConfig(normaliser="per_positive", negatives_at_once=config.slides_at_once or None)
 

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, and the released code's variant of it (DESIGN section 6)."""
+"""AdamW with warm-up and cosine decay, and the released code's variant (DESIGN section 6)."""
 
 import re
 
@@ -8,12 +8,12 @@ import optax
 
 from pathflip_jax.settings.sections import OptimConfig
 
-# Biases, LayerNorm scales and the scalars of the region loss are not shrunk towards zero.
+# Biases, LayerNorm scales and the scalars of the region loss have no weight decay.
 NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
 
 
 def learning_rate(config: OptimConfig, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up, then a half cosine down to the final rate: per step, or per epoch as released."""
+    """Linear warm-up, then half-cosine decay to the final rate, per step, or per epoch as released."""
     warmup = config.warmup_steps
     if config.preset == "released":
         warmup = min(warmup, steps_per_epoch)
@@ -34,12 +34,12 @@ def learning_rate(config: OptimConfig, steps: int, steps_per_epoch: int) -> opta
 
 
 def decays(config: OptimConfig, params: dict[str, jax.Array]) -> dict[str, bool]:
-    """The parameters that weight decay shrinks, by name."""
+    """Weight decay mask over parameters, by name."""
     return {name: config.preset == "released" or NO_DECAY.search(name) is None for name in params}
 
 
 def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, over a flat dict of parameters."""
+    """Global-norm clipping followed by AdamW, over a flat dict of parameters."""
     adamw = optax.adamw(
         schedule,
         b1=config.b1,
@@ -54,6 +54,6 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
 def scheduled_optimizer(
     config: OptimConfig, steps: int, steps_per_epoch: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate of a run of so many steps, and the optimizer that follows it."""
+    """Learning rate schedule of a run of so many steps, and the optimizer that uses it."""
     schedule = learning_rate(config, steps, steps_per_epoch)
     return schedule, make_optimizer(config, schedule)

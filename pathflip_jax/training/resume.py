@@ -1,4 +1,4 @@
-"""The run that a folder holds, and the settings that must not change when it resumes elsewhere or on other devices."""
+"""Resuming the run of a folder: settings that must not change, on other hosts and devices too."""
 
 import sys
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from pathflip_jax.settings.fields import AS_NOW
 from pathflip_jax.settings.kinds import BEFORE, MAY_CHANGE, RunSettings, defaults, flat, kind_of
 from pathflip_jax.training.fingerprints import same_data
 
-# What the paths hold is compared by hash. Of the facts beside the settings, the counts of the splits alone may change.
+# The content of paths is compared by hash. Of the facts besides the settings, only the split counts may change.
 _MAY_CHANGE = MAY_CHANGE | {"data.splits"}
 
 
 def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
-    """The settings with which a run that began with `begun` in `home` resumes.
+    """Settings with which a run that began with `begun` in `home` resumes.
 
-    A run of an earlier version keeps doing what that version did: a setting that it lacks has the value that means so
-    (`settings.fields.Setting.before`), which is said once. Raises ValueError for a run of a later version, whose
-    settings are not all known here.
+    A run of an earlier version keeps that version's behaviour: a setting that it lacks takes the value that reproduces
+    it (`settings.fields.Setting.before`), which is reported once. Raises ValueError for a run of a later version with
+    unknown settings.
     """
     if unknown := unknown_settings(begun):
         raise ValueError(refusal(home / files.CONFIG, unknown, version_of(begun)))
@@ -51,12 +51,12 @@ def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
 
 
 def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
-    """Make `workdir` the folder of this run; ValueError lists what differs when it is the folder of another.
+    """Bind `workdir` to this run; ValueError lists the differences if it is bound to another.
 
-    A run may be given more steps, or fewer than it was to have, but not fewer than it has done: its learning rate then
-    continues along the schedule of the new length. `describe` writes into a folder what its run is. The folder of
-    `train.checkpoints`, which alone outlives a lost machine, is made so too. A run that ended before its first
-    checkpoint, on a wrong setting or for want of memory, has neither.
+    The number of steps may be raised, or lowered to no fewer than the run has done: its learning rate then continues
+    along the schedule of the new length. `describe` writes a run's description into a folder. The folder of
+    `train.checkpoints`, the only one to survive a lost machine, is bound too. A run that ended before its first
+    checkpoint, on a wrong setting or for lack of memory, binds neither.
     """
     home = files.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / files.CONFIG).exists():
@@ -82,14 +82,14 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
 
 
 def begun_config(home: Path) -> dict | None:
-    """The config of the run whose checkpoints are in `home`; None before the first whole one, whatever a kill left."""
+    """Config of the run whose checkpoints are in `home`; None before the first complete one, whatever a kill left."""
     if (home / files.CONFIG).exists() and checkpoints.saved_steps(home / files.CHECKPOINTS):
         return json_files.read_json(home / files.CONFIG)
     return None
 
 
 def _change_length(home: Path, before: dict, now: dict) -> None:
-    """Note in the config of the run that it ends elsewhere than it was to. ValueError where it is past that step."""
+    """Record a changed number of steps in the config of the run. ValueError if it is already past that step."""
     steps, old = now["steps"], before["train"]["steps"]
     if steps == old:
         return
@@ -110,7 +110,7 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
 
 
 def _differing(before: dict, now: dict) -> list[str]:
-    """What differs between the settings of a run and those of today, but for settings that the run began without."""
+    """Differences between a run's settings and the current ones, except for settings that the run began without."""
     before, now = dict(before), dict(now)
     before["data"], now["data"] = same_data(before.get("data", {}), now.get("data", {}))
     for found in (before, now):
@@ -120,7 +120,7 @@ def _differing(before: dict, now: dict) -> list[str]:
 
 
 def _fixed(resolved: dict) -> dict:
-    """The settings that make a run this run."""
+    """Settings that identify a run."""
     return {
         section: {name: x for name, x in values.items() if f"{section}.{name}" not in _MAY_CHANGE}
         for section, values in resolved.items()
@@ -128,7 +128,7 @@ def _fixed(resolved: dict) -> dict:
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Settings that differ between two nested configs, as "train.steps: 100 in the run, 200 now"."""
+    """Differences between two nested configs, as "train.steps: 100 in the run, 200 now"."""
     found = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)

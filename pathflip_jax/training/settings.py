@@ -1,8 +1,7 @@
-"""Settings of a run, from a config file and the command line, checked before anything costs time.
+"""Settings of a run, from a config file and the command line, validated before any expensive work.
 
-This is the edge: files and overrides are ConfigDicts, what leaves it is frozen (`settings.kinds.RunSettings`). A config
-may set other values than the defaults, never other names. What is wrong is said with the file, the name, and the name
-that was probably meant.
+This is the edge: files and overrides are ConfigDicts, and the result is frozen (`settings.kinds.RunSettings`). A config
+may override the defaults, but not add names. Errors give the file, the name, and the closest known name.
 """
 
 import difflib
@@ -48,9 +47,9 @@ def find_config(name: str) -> tuple[Path, str]:
 
 
 def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
-    """The settings of a config file, before any override. Raises ValueError for a name or type that is none of ours.
+    """Settings of a config file, before overrides. Raises ValueError for an unknown name or a wrong type.
 
-    `~` and environment variables in its texts are expanded, but of those that are `given` elsewhere.
+    `~` and environment variables in its strings are expanded, except in settings that are `given` elsewhere.
     """
     path, argument = find_config(name)
     config = run_config_file(path, argument)
@@ -78,12 +77,12 @@ def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
 
 
 def freeze(config: ConfigDict) -> RunSettings:
-    """The settings of a config as all else takes them. ValueError for those that are absurd or contradict others."""
+    """Frozen settings of a config. ValueError for values that are out of bounds or contradict others."""
     return kind_of(config).from_dict(config.to_dict())
 
 
 def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
-    """Give a config file of an earlier version the settings that it lacks, with what that version did, and say so."""
+    """Add missing settings to a config file of an earlier version, with that version's behaviour, and report them."""
     taken = []
     for key in (key for key in BEFORE if key in reference):
         section, name = key.split(".")
@@ -98,7 +97,7 @@ def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> N
 
 
 def parse(argv: list[str]) -> tuple[RunSettings, dict]:
-    """Settings and other options of `pathflip train`. Raises ValueError, naming what is wrong and what was meant."""
+    """Settings and other options of `pathflip train`. Raises ValueError, naming the error and the closest match."""
     argv = [_expand_argument(argument) for argument in _joined(argv)]
     for argument in argv:
         name = argument.partition("=")[0]
@@ -141,12 +140,12 @@ def parse(argv: list[str]) -> tuple[RunSettings, dict]:
 
 
 def configs_named(argv: list[str]) -> list[str]:
-    """What options name as --config."""
+    """Values of --config among the options."""
     return [argument.partition("=")[2] for argument in _joined(argv) if argument.startswith("--config=")]
 
 
 def require(settings: RunSettings) -> None:
-    """Raise ValueError for a required setting that is empty, FileNotFoundError for a path that is not there."""
+    """Raise ValueError for an empty required setting, FileNotFoundError for a missing path."""
     known, values = fields(type(settings)), flat(settings)
     for key, found in known.items():
         if found.required and not values[key]:
@@ -160,7 +159,7 @@ def require(settings: RunSettings) -> None:
 
 
 def describe(name: str) -> str:
-    """Every setting of a config with its value, what it is for and what it may be, for the command line's help."""
+    """All settings of a config with value, purpose and accepted values, for the command line's help."""
     config = load_config(name)
     lines = [f"settings of {name}:"]
     for key, found in fields(kind_of(config)).items():
@@ -174,7 +173,7 @@ _INDENT = {"initial_indent": " " * 10, "subsequent_indent": " " * 10}
 
 
 def _expand_argument(argument: str) -> str:
-    """`--name=value` with the value expanded; of --config, whose bundled names need none, `find_config` does it."""
+    """`--name=value` with the value expanded, except for --config, which `find_config` expands."""
     name, equals, value = argument.partition("=")
     if not equals or name == "--config":
         return argument
@@ -185,12 +184,12 @@ def _expand_argument(argument: str) -> str:
 
 
 def _expand_setting(key: str, value: str) -> str:
-    """A setting expanded; of a list of tables each."""
+    """Expanded value of a setting; in a list of tables, each is expanded."""
     return ",".join(map(expand, value.split(","))) if key == "data.texts" else expand(value)
 
 
 def _settings_of_none(argv: list[str], kind: Kind) -> tuple[list[str], list[str]]:
-    """The settings that are None at last, and the other arguments: absl reads None as a text, where it reads it at all.
+    """Settings whose final value is None, and the other arguments, as absl reads None as a string, or not at all.
 
     Raises ValueError for a setting that cannot be None.
     """
@@ -204,7 +203,7 @@ def _settings_of_none(argv: list[str], kind: Kind) -> tuple[list[str], list[str]
             others.append(argument)
         elif fault := known[key].objection(key, None, usual[key]):
             raise ValueError(fault)
-        elif isinstance(usual[key], str):  # nothing by another name
+        elif isinstance(usual[key], str):  # another spelling of an empty string
             others.append(argument)
         else:
             none[key] = None
@@ -217,7 +216,7 @@ def _set(config: ConfigDict, key: str, value: object) -> None:
 
 
 def _meant(key: str, known: dict) -> str:
-    """A guess at the setting that was meant: its whole name, or its last part in another section."""
+    """Closest known setting, by its full name or by its last part in another section."""
     last = {name.rpartition(".")[2]: name for name in known}
     part = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7) or [
@@ -227,7 +226,7 @@ def _meant(key: str, known: dict) -> str:
 
 
 def _joined(argv: list[str]) -> list[str]:
-    """`--name value` as `--name=value`, so that every option is one string."""
+    """Arguments with `--name value` joined to `--name=value`, so that every option is one string."""
     joined, i = [], 0
     while i < len(argv):
         argument = re.sub(r"^-(?=\w)", "--", argv[i])

@@ -1,5 +1,5 @@
-"""Stages of training as the loop takes them: how a batch becomes embeddings, what is asked of them, which parameters
-learn."""
+"""Training stages as seen by the loop: the embeddings of a batch, the objective on them, and the trainable
+parameters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathflip_jax.model.parameters import Key, Params
 
 
 class Stage(NamedTuple):
-    """The parts of training that differ between stages; the loop is the same for all.
+    """Stage-specific parts of training; the loop is the same for all.
 
     encode(model, batch, key) -> embeddings: float arrays whose leading axis is the batch; key None: no dropout.
     objective(model, embeddings, batch, key) -> (loss, metrics by name).
@@ -24,15 +24,14 @@ class Stage(NamedTuple):
 
 
 class Training(NamedTuple):
-    """All that a run of a stage brings to the loop (`training.loop.fit`).
+    """Complete input of the loop for a run of a stage (`training.loop.fit`).
 
-    `shapes` are all parameters by name; `initial(shardings)` makes them where they live. Checkpoints hold those that
-    `is_checkpointed(name)`: what is frozen and was read from elsewhere is read from there again. `batches` are a
-    function of the step (as `data.batches.pipeline.Batches`); one of the scores that `validate(learned, frozen, mark)`
-    returns chooses the best checkpoint, and `mark(doing)` says where it is, in words of `monitors.PHASES`.
-    `model_flops(batch)` counts inside of a compiled step; `check_memory(step)` raises MemoryError for one that does not
-    fit. `resolved` are all settings and facts of the data, `describe(folder)` writes what a run folder holds beside its
-    checkpoints.
+    `shapes` are all parameters by name; `initial(shardings)` creates them sharded. Checkpoints hold those for which
+    `is_checkpointed(name)`: frozen parameters from another source are read from there again. `batches` are a function
+    of the step (as `data.batches.pipeline.Batches`); one of the scores returned by `validate(learned, frozen, mark)`
+    selects the best checkpoint, and `mark(doing)` enters one of `monitors.PHASES`. `model_flops(batch)` counts inside a
+    compiled step; `check_memory(step)` raises MemoryError for one that does not fit. `resolved` holds all settings and
+    facts of the data, `describe(folder)` writes the files of a run folder other than its checkpoints.
     """
 
     stage: Stage
@@ -49,5 +48,5 @@ class Training(NamedTuple):
     describe: Callable[[Path], None]
 
     def checkpointed(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Those of these parameters that a checkpoint holds."""
+        """Subset of the parameters that a checkpoint holds."""
         return {name: x for name, x in params.items() if self.is_checkpointed(name)}

@@ -1,4 +1,4 @@
-"""The stages of training, by the kind of settings that ask for them."""
+"""Training stages, by kind of settings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from pathflip_jax.training.stage import Training
 
 
 def _language(settings: LanguageSettings, mesh: Mesh, begun: Mapping[str, Any]) -> Training:
-    from pathflip_jax.training.language import language_training  # late: alignment does without what it needs
+    from pathflip_jax.training.language import language_training  # deferred: alignment does not need its dependencies
 
     return language_training(settings, mesh, begun)
 
@@ -24,5 +24,5 @@ STAGES: dict[Kind, Callable[[Any, Mesh, Mapping], Training]] = {
 
 
 def open_training(settings: RunSettings, mesh: Mesh, begun: Mapping[str, Any]) -> Training:
-    """The training that settings ask for; `begun`: config.json of the run that resumes, at least its section `data`."""
+    """Training for these settings; `begun` is config.json of the run that resumes, at least its section `data`."""
     return STAGES[type(settings)](settings, mesh, begun)

@@ -1,4 +1,4 @@
-"""State of a run when its loop begins: at its newest sound checkpoint, or at step 0."""
+"""Initial state of a run's loop: its newest intact checkpoint, or step 0."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pathflip_jax.training.stage import Training
 
 
 class State(NamedTuple):
-    """Steps done, parameters that learn, those that do not, the optimizer's state, and the best checkpoint so far."""
+    """Completed steps, trained and frozen parameters, optimizer state, and the best checkpoint so far."""
 
     step: int
     learned: Params
@@ -32,9 +32,10 @@ def begin(
     steps: int,
     phase: Callable[[str, int], None],
 ) -> State:
-    """The state of the newest sound checkpoint, else that of a run of so many steps that begins.
+    """State of the newest intact checkpoint, else the initial state of a run of so many steps.
 
-    Shapes and shardings come first, so that nothing is computed that a checkpoint holds. `phase` is told what is done.
+    Shapes and shardings are derived first, so that nothing in a checkpoint is computed. `phase` is called on entering
+    each phase.
     """
     shapes = training.shapes
     shardings = sharding.infer_shardings(mesh, shapes)
@@ -56,7 +57,7 @@ def begin(
     if not found:
         return State(0, learned, frozen, jax.jit(optimizer.init, out_shardings=opt_shardings)(learned), None)
     step, _, opt_state, facts = found
-    if facts["best"] and facts["best"]["step"] == step:  # perhaps it ended between the two saves of a best step
+    if facts["best"] and facts["best"]["step"] == step:  # it may have ended between the two saves of a best step
         checkpoints.save_best(step, saved, {"best": facts["best"]})
     if jax.process_index() == 0:
         print(f"{checkpoints.workdir}: resuming from step {step}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""A training step for any stage, exact under gradient accumulation.
+"""Training step for any stage, exact under gradient accumulation.
 
-Contrastive losses couple all slides of a batch, so gradients of microbatches cannot simply be summed: here embeddings
-are computed first, the loss and its gradient with respect to them over the whole batch, then each microbatch again with
-that gradient pulled back through it (as in GradCache, arXiv 2101.06983). The result is exact.
+Contrastive losses couple all slides of a batch, so gradients of microbatches cannot simply be summed: embeddings are
+computed first, then the loss and its gradient with respect to them over the whole batch, then each microbatch again
+with that gradient backpropagated through it (as in GradCache, arXiv 2101.06983). The result is exact.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from pathflip_jax.training.stage import Stage
 
 
 def text_groups(batch: Any) -> int:
-    """The number of slide groups in a batch: the shortest leading axis, that of packed texts."""
+    """Number of text groups in a batch: the shortest leading axis, that of packed texts."""
     return min(len(x) for x in jax.tree.leaves(batch))
 
 
 def split(tree: Any, accumulate: int, groups: int) -> Any:
     """Cut arrays [n, ...] into microbatches [accumulate, n / accumulate, ...].
 
-    Texts are packed by group of slides, so whole groups go together: microbatch a takes groups a, a + accumulate, ...
-    Which slides share a microbatch then depends neither on the devices nor on how the batch lies on them, and no
+    Texts are packed by group of slides, so groups stay intact: microbatch a takes groups a, a + accumulate, ... The
+    assignment of slides to microbatches then depends neither on the devices nor on the sharding of the batch, and no
     slide moves between devices.
     """
 
@@ -37,7 +37,7 @@ def split(tree: Any, accumulate: int, groups: int) -> Any:
 
 
 def join(tree: Any, groups: int) -> Any:
-    """The inverse of `split`."""
+    """Inverse of `split`."""
 
     def glue(x):
         accumulate, size, *rest = x.shape
@@ -52,8 +52,8 @@ def loss_and_gradients(
 ):
     """((loss, metrics), gradients) over the whole batch, computed in `accumulate` microbatches.
 
-    `build` makes the model of the trainable parameters. Memory is that of one microbatch and of all embeddings; time
-    is one forward pass more than without accumulation.
+    `build` makes the model from the trainable parameters. Memory is that of one microbatch plus all embeddings; the
+    extra cost is one forward pass.
     """
     encode_key, objective_key = jax.random.split(key)
 
@@ -91,7 +91,7 @@ def make_step(
 ) -> Callable:
     """step(params, frozen, opt_state, batch, number) -> (params, opt_state, metrics).
 
-    Dropout and the negatives drawn are a function of (seed, number), whatever the devices.
+    Dropout and sampled negatives are a function of (seed, number), independent of the devices.
     """
 
     def step(params: Params, frozen: Params, opt_state: Any, batch: Any, number: jax.Array):

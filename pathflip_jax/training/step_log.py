@@ -1,4 +1,4 @@
-"""The metrics of steps, each written while the next is under way, so that the devices never wait for them."""
+"""Metrics of steps, each written while the next step is running, so that the devices never wait."""
 
 import math
 from pathlib import Path
@@ -12,21 +12,21 @@ from pathflip_jax.runs import files
 
 
 class StepLog:
-    """Rows of metrics: of each step its own, what was measured of the machine, and the validation that follows it."""
+    """Rows of metrics: those of each step, hardware telemetry, and the validation after it."""
 
     def __init__(self, writer: MetricsWriter, telemetry: Telemetry, ledger: Ledger, workdir: Path):
         self._writer, self._telemetry, self._ledger, self._workdir = writer, telemetry, ledger, workdir
-        self._pending: tuple[int, dict] | None = None  # a step under way, whose metrics nobody has waited for
+        self._pending: tuple[int, dict] | None = None  # a running step, whose metrics have not been waited for
 
     def follow(self, step: int, metrics: dict) -> None:
-        """Take the metrics of a step that the devices have just been given, and write those of the step before."""
+        """Take the metrics of the step just dispatched, and write those of the previous step."""
         self.write()
         self._pending = step, metrics
 
     def write(self, scores: dict[str, float] | None = None) -> None:
-        """Write the row of the step that was followed last, if it is not written yet; waits for its end.
+        """Write the row of the latest followed step, unless already written; waits for its end.
 
-        Raises FloatingPointError where its loss is no number.
+        Raises FloatingPointError if its loss is not finite.
         """
         if self._pending is None:
             return
@@ -41,6 +41,6 @@ class StepLog:
         self._ledger.progress(step)
 
     def flush(self) -> None:
-        """Write the row of the last step, and all rows to disk: a checkpoint is never ahead of its metrics."""
+        """Write the last step's row and flush all rows to disk, as a checkpoint must not be ahead of its metrics."""
         self.write()
         self._writer.flush()

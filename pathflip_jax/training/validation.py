@@ -1,4 +1,4 @@
-"""Validation during a run: losses and retrieval on held-out slides, and which checkpoint they make the best."""
+"""Validation during a run: losses and retrieval on held-out slides, and the choice of the best checkpoint."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ MEASURED = (*(f"recall_at_{k}" for k in RECALLS), "mean_reciprocal_rank", "loss"
 
 
 def require_score(select: str, measured: Sequence[str]) -> None:
-    """Raise ValueError where `train.select` is none of the scores that a validation measures."""
+    """Raise ValueError if `train.select` is not among the scores that a validation measures."""
     names = [VALIDATION + name for name in measured]
     if select not in names:
         raise ValueError(f"train.select={select!r}: choose one of {', '.join(names)}")
@@ -29,7 +29,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     """validate(learned, frozen, mark) -> losses and retrieval on held-out slides, named val/...
 
     Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
-    split; slides of one case, or with the same caption, are no rivals.
+    split; slides of one case, or with the same caption, are not distractors.
     """
     from pathflip_jax.scores.retrieval import expected_rank, rank, recall
 
@@ -60,10 +60,10 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
 
 
 def over_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, Mark], list]:
-    """measured(learned, frozen, mark) -> what `measure` finds in each batch of a split, on the host.
+    """measured(learned, frozen, mark) -> results of `measure` for each batch of a split, on the host.
 
-    Each batch is marked, for a validation of hours is no hang. One batch is computed while the next is read, and no
-    more: results do not pile up on the devices.
+    Each batch is marked, as a validation of hours is not a hang. One batch is computed while the next is read, and no
+    more, so that results do not accumulate on the devices.
     """
     features = place_features(mesh, batches)
     measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
@@ -88,7 +88,7 @@ def over_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, 
 
 
 def place_features(mesh, batches: Batches) -> jax.Array | None:
-    """The features of a cohort on the devices, where batches look them up there; MemoryError if they do not fit."""
+    """Features of a cohort on the devices, if batches refer to them by row; MemoryError if they do not fit."""
     features = batches.take_features()
     if features is None:
         return None
@@ -97,16 +97,16 @@ def place_features(mesh, batches: Batches) -> jax.Array | None:
 
 
 def choose_best(best: dict | None, step: int, score: float, select: str, margin: float) -> tuple[dict, bool]:
-    """The best checkpoint after a validation, and whether it is the new one: the latest within `margin` of the top.
+    """Best checkpoint after a validation, and whether it is the new one: the latest within `margin` of the top score.
 
-    Few validation slides make a score that jumps from step to step; among scores that their number cannot tell apart,
-    the one at the lowest learning rate is the better bet.
+    With few validation slides the score is noisy from step to step; among scores that so few slides cannot distinguish,
+    the one at the lowest learning rate is the better choice.
     """
     smaller = "loss" in select
     if best is None:
         return {"step": step, "value": score, "top": score}, True
     top = best["top"]
     if (score <= top + margin) if smaller else (score >= top - margin):
-        if margin or score != top:  # with no margin the first of equals stays
+        if margin or score != top:  # without a margin the first of equal scores is kept
             return {"step": step, "value": score, "top": min(top, score) if smaller else max(top, score)}, True
     return best, False

@@ -1,1 +1,1 @@
-"""Batches as a function of seed and step."""
+"""Training batches as a function of seed and step."""

@@ -1,8 +1,8 @@
-"""The slides of a cohort with their texts, tokenised once, for training to draw from (DESIGN section 5).
+"""Bags: slides of a cohort with their texts, tokenised once, for sampling in training (DESIGN section 5).
 
-A bag is a slide, or the slides of a case that one text is about: their regions count as one slide's. Bags of one case
-carry one case number, and those with the same caption one number for it, so that the losses take none of them for
-another's negative.
+A bag is a slide, or the slides of a case that share one text: their regions count as one slide's. Bags of one case
+share a case id, and those with the same caption an id for it, so that the losses do not treat them as each other's
+negatives.
 """
 
 import logging
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Pieces(Sequence[np.ndarray]):
-    """The ids of a text's sentences, end to end in one array: of millions of arrays most would be headers."""
+    """Token ids of a text's sentences, concatenated in one array: separate small arrays would be mostly headers."""
 
     __slots__ = ("_ids", "_ends")
 
@@ -38,20 +38,20 @@ class Pieces(Sequence[np.ndarray]):
         return len(self._ends) - 1
 
     def __getitem__(self, number: int) -> np.ndarray:
-        number = range(len(self))[number]  # IndexError for one that is not there
+        number = range(len(self))[number]  # IndexError out of range
         return self._ids[self._ends[number] : self._ends[number + 1]]
 
     @property
     def shortest(self) -> int:
-        """The length of the shortest sentence."""
+        """Length of the shortest sentence."""
         return int(np.diff(self._ends).min())
 
 
 class TokenisedText(NamedTuple):
-    """A text ready to draw from: the caption's ids, and those of its sentences or of the subcaptions given with it.
+    """A tokenised text for sampling: the ids of the caption, and of its sentences or its given subcaptions.
 
-    `caption` has its [CLS] and [SEP], `pieces` have none, so that a merge of them is one after the other. `written` is
-    the text itself.
+    `caption` includes [CLS] and [SEP], `pieces` do not, so that merging them is concatenation. `written` is the text
+    itself.
     """
 
     caption: np.ndarray
@@ -60,7 +60,7 @@ class TokenisedText(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """The sentences, or the subcaptions given with the caption, whose ids are `pieces`; split anew each time."""
+        """Sentences, or subcaptions given with the caption, whose ids are `pieces`; split again on each access."""
         return _sentences(self.written)
 
     @property
@@ -74,18 +74,18 @@ def _sentences(text: SlideText) -> list[str]:
 
 
 class StoredRegions(NamedTuple):
-    """The regions of slides that are sampled as one: where each is stored and how many patches it has."""
+    """Regions of the slides of a bag: their location in the records and their patch counts."""
 
-    record: np.ndarray  # [regions] place of the region's slide in the records
-    region: np.ndarray  # [regions] the region's number in that slide
-    start: np.ndarray  # [regions] its first patch in that slide
-    count: np.ndarray  # [regions] its patches
+    record: np.ndarray  # [regions] index of the region's slide in the records
+    region: np.ndarray  # [regions] index of the region in that slide
+    start: np.ndarray  # [regions] index of its first patch in that slide
+    count: np.ndarray  # [regions] number of its patches
 
 
 class Bag(NamedTuple):
-    """Slides that are sampled as one, with their texts; `places` are those of the slides in the records.
+    """Slides that are sampled as one, with their texts; `places` are the slides' indices in the records.
 
-    `related` numbers the case and those captions that bags of other cases have too: bags that share a number are no
+    `related` holds ids of the case and of captions that bags of other cases share: bags with an id in common are not
     negatives of each other.
     """
 
@@ -96,7 +96,7 @@ class Bag(NamedTuple):
 
 
 def regions_of(records: Records, places: Sequence[int]) -> StoredRegions:
-    """The regions of the slides at these places in the records, one slide after the other."""
+    """Regions of the slides at these indices of the records, slide by slide."""
     rows = [np.asarray(records.slides[i].region_rows) for i in places]
     return StoredRegions(
         np.repeat(places, [len(row) - 1 for row in rows]),
@@ -107,7 +107,7 @@ def regions_of(records: Records, places: Sequence[int]) -> StoredRegions:
 
 
 def wanted_slides(records: Records, slide_ids: Sequence[str] | None) -> set[str]:
-    """The slides to draw from: these, or all of the records. ValueError for one with no record or no patch."""
+    """Slides to sample from: these, or all of the records. ValueError for one without a record or without patches."""
     patches = dict(zip(records.slides.column("slide_id"), records.slides.column("num_patches"), strict=True))
     wanted = set(patches) if slide_ids is None else set(slide_ids)
     missing = sorted(wanted - set(patches))
@@ -131,11 +131,11 @@ def collect_bags(
     subcaption_length: int,
     sources: Sources = NO_TABLE,
 ) -> list[Bag]:
-    """The bags of the slides in `slide_ids` (None = all), in the order of the records.
+    """Bags of the slides in `slide_ids` (None = all), in the order of the records.
 
-    Whose slides are, records and texts say, and `sources` with the slide table. Slides without a text are left out,
-    with a warning that counts them. Raises ValueError for slides without a record or without patches, when no slide
-    has a text, and where two of the sources say that a slide is of different patients.
+    Records and texts assign slides to cases and patients, as does the slide table of `sources`. Slides without a text
+    are omitted, with a warning that counts them. Raises ValueError for slides without a record or without patches, when
+    no slide has a text, and if two of the sources assign a slide to different patients.
     """
     infos = records.slides
     position = {info.slide_id: i for i, info in enumerate(infos)}
@@ -150,7 +150,7 @@ def collect_bags(
     if not grouped:
         raise ValueError(f"none of the {len(wanted)} slides ({preview(sorted(wanted))}) has a text")
     silent = sorted(wanted.difference(*grouped))
-    if silent and slide_ids is not None:  # otherwise matching has said so
+    if silent and slide_ids is not None:  # otherwise matching has reported it
         _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), preview(silent))
     members = sorted(grouped, key=lambda slides: [position[slide] for slide in slides])
     cases = _cases(members, grouped, {info.slide_id: info.case_id for info in infos}, sources)
@@ -165,16 +165,16 @@ def collect_bags(
 
 
 def _cases(members, grouped, case_of: Mapping[str, str], sources: Sources = NO_TABLE) -> list[int]:
-    """A number for each bag, equal where bags share a slide, a case or a patient, whoever says so.
+    """Case id of each bag, equal for bags that share a slide, a case or a patient by any source.
 
-    Two bags may be of one patient by way of a slide of the table that is in neither.
+    Two bags may be linked to one patient through a slide of the table that is in neither.
     """
     table = [person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in sources.rows.values()]
     return connected([*bag_keys(members, grouped, case_of, sources), *table])[: len(members)]
 
 
 def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:
-    """For each bag the numbers, above those of cases, of its captions that a bag of another case has too."""
+    """Ids, for each bag and above those of cases, of its captions that a bag of another case shares."""
     holders: defaultdict[str, list[int]] = defaultdict(list)
     for number, slides in enumerate(members):
         for caption in dict.fromkeys(plain(text.caption) for text in grouped[slides]):
@@ -197,10 +197,10 @@ def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:
 def _tokenise(
     texts: Sequence[SlideText], tokenizer: TextTokenizer, caption_length: int, subcaption_length: int
 ) -> list[TokenisedText]:
-    """Tokenise every text once, and say once how many captions and sentences are too long."""
+    """Tokenise every text once, and report once how many captions and sentences are too long."""
     found: list[TokenisedText] = []
     long = {"captions": _TooLong(caption_length), "sentences": _TooLong(subcaption_length)}
-    for start in range(0, len(texts), _AT_ONCE):  # what is in memory besides is of so many texts
+    for start in range(0, len(texts), _AT_ONCE):  # bounds the temporary memory
         part = texts[start : start + _AT_ONCE]
         captions, words = tokenizer.ids([text.caption for text in part]), [_sentences(text) for text in part]
         pieces = tokenizer.ids([sentence for sentences in words for sentence in sentences])
@@ -221,7 +221,7 @@ def _tokenise(
 
 @dataclass
 class _TooLong:
-    """How many of some texts have more than `most` tokens with [CLS] and [SEP]."""
+    """Counter of texts with more than `most` tokens, including [CLS] and [SEP]."""
 
     most: int
     over: int = 0

@@ -1,4 +1,4 @@
-"""Memory of batches, used again: what a batch takes is mapped and cleared once, not for every step."""
+"""Reusable memory for batches, mapped and cleared once instead of at every step."""
 
 import math
 from collections import deque
@@ -7,29 +7,29 @@ import numpy as np
 
 
 class BatchMemory:
-    """Memory of batches, lent again once the last array over it is gone.
+    """Pool of batch memory, reused once the last array on a block is gone.
 
-    A batch has tens of megabytes: the system would map new pages for each and clear them, which took as long as
-    reading the features. What is lent holds what an earlier batch left in it.
+    A batch has tens of megabytes: the system would map and clear new pages for each, which took as long as reading the
+    features. Blocks are not cleared: they hold the data of an earlier batch.
     """
 
     def __init__(self, keep: int) -> None:
         self._free: deque[np.ndarray] = deque(maxlen=keep)
 
     def lend(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array whose memory comes back here by itself."""
+        """Uninitialised array whose memory returns to the pool automatically."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
             block = self._free.pop()
-        except IndexError:  # all are in use
+        except IndexError:  # all blocks are in use
             block = None
-        if block is None or block.nbytes != size:  # batches were resized
+        if block is None or block.nbytes != size:  # the batch size changed
             block = np.empty(size, np.uint8)
         return np.asarray(_Loan(block, self._free)).view(dtype).reshape(shape)
 
 
 class _Loan:
-    """What NumPy takes for the owner of a lent block, and keeps until no array, view or device needs it."""
+    """NumPy base object of a lent block, alive until no array, view or device uses the block."""
 
     def __init__(self, block: np.ndarray, free: deque[np.ndarray]) -> None:
         self.__array_interface__ = block.__array_interface__

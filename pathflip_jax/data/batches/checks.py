@@ -1,4 +1,4 @@
-"""Checks before training for data that teach nothing: texts of unknown words, batches without negatives."""
+"""Checks before training for unusable data: texts of unknown words, batches without negatives."""
 
 import logging
 from collections import Counter
@@ -12,14 +12,14 @@ from pathflip_jax.data.batches.pipeline import Batches
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
-WORTH_SAYING = 0.01  # a share of unknown pieces below this is said to nobody
-MOST_STEPS = 1000  # so many batches are looked at for negatives
-_SENTENCES = 500  # so many are read for examples of unknown words
+WORTH_SAYING = 0.01  # smaller fractions of unknown pieces are not reported
+MOST_STEPS = 1000  # batches inspected for negatives
+_SENTENCES = 500  # sentences searched for examples of unknown words
 _log = logging.getLogger(__name__)
 
 
 def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: float, table: object) -> None:
-    """Raise ValueError where more than a share of `most` of the pieces of the texts are unknown to the vocabulary."""
+    """Raise ValueError if more than a fraction `most` of the texts' word pieces is unknown to the vocabulary."""
     texts = [text for bag in bags for text in bag.texts]
     share = tokenizer.unknown_share(part for text in texts for part in (text.caption[1:-1], *text.pieces))
     if share < WORTH_SAYING:
@@ -38,7 +38,7 @@ def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: fl
 
 
 def _unknown_words(texts: Iterable[TokenisedText], tokenizer: TextTokenizer) -> list[str]:
-    """Words with an unknown piece, the commonest first."""
+    """Words with an unknown piece, most frequent first."""
     pairs = (pair for text in texts for pair in zip(text.words, text.pieces, strict=True))
     sentences = (sentence for sentence, ids in pairs if tokenizer.unk_id in ids)
     counts = Counter(
@@ -49,7 +49,7 @@ def _unknown_words(texts: Iterable[TokenisedText], tokenizer: TextTokenizer) -> 
 
 
 def require_negatives(batches: Batches) -> None:
-    """Raise ValueError where no batch can hold two slides that are negatives of each other; count those that do not."""
+    """Raise ValueError if no batch can hold two slides that are mutual negatives; report how many do not."""
     useless = "without one the losses ask nothing of the model"
     if batches.batch_size == 1:
         raise ValueError(
@@ -73,8 +73,8 @@ def require_negatives(batches: Batches) -> None:
 
 
 def any_unrelated(related: Int[np.ndarray, "n S"]) -> bool:
-    """Whether two of these slides share no number (`Batch.related`), so that they are negatives of each other."""
+    """Whether any two of these slides have no id in common (`Batch.related`) and so are mutual negatives."""
     kinds = np.unique(np.sort(related, axis=1), axis=0)
-    if not len(kinds) or any((kinds == number).any(axis=1).all() for number in kinds[0]):  # one that all have
+    if not len(kinds) or any((kinds == number).any(axis=1).all() for number in kinds[0]):  # an id common to all
         return False
     return any(not np.isin(kinds, own).any(axis=1).all() for own in kinds)

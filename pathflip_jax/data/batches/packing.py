@@ -1,4 +1,4 @@
-"""Texts packed end to end into rows of a few lengths (DESIGN section 5)."""
+"""Packing of texts into rows of a few lengths (DESIGN section 5)."""
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from jaxtyping import Int
 
 
 class TextRows(NamedTuple):
-    """Rows of one length, each with texts laid end to end.
+    """Rows of one length, each of concatenated texts.
 
-    Segments count the texts of a row from 1, positions the tokens of a text from 0; segment 0 is padding.
+    Segments number the texts of a row from 1, positions the tokens of a text from 0; segment 0 is padding.
     """
 
     tokens: Int[np.ndarray, "P L"]
@@ -20,9 +20,9 @@ class TextRows(NamedTuple):
 
 
 class PackedText(NamedTuple):
-    """Texts in rows of several lengths, the shortest first.
+    """Packed texts in rows of several lengths, shortest first.
 
-    `cls_index[i]` is the place of the [CLS] of text i when all rows are laid end to end.
+    `cls_index[i]` is the index of the [CLS] of text i in the concatenation of all rows.
     """
 
     rows: tuple[TextRows, ...]
@@ -30,7 +30,7 @@ class PackedText(NamedTuple):
 
 
 class PackingOverflowError(ValueError):
-    """The texts do not fit into the rows that there are."""
+    """The texts do not fit into the available rows."""
 
     def __init__(self, length: int, rows: Mapping[int, int]) -> None:
         found = ", ".join(f"{count} of {width}" for width, count in rows.items() if count)
@@ -41,22 +41,22 @@ class PackingOverflowError(ValueError):
 
 
 def row_lengths(step: int, longest: int) -> tuple[int, ...]:
-    """The lengths of rows that texts of up to `longest` tokens are packed into: multiples of `step`."""
+    """Row lengths, multiples of `step`, for packing texts of up to `longest` tokens."""
     return tuple(range(step, longest + step, step))
 
 
 def place(
     lengths: Sequence[int], widths: Sequence[int], rows: Sequence[int] | None = None
 ) -> tuple[list[int], list[int], list[int]]:
-    """Best-fit decreasing: the row and the column of each text, and the width of each row.
+    """Best-fit decreasing bin packing: the row and column of each text, and the width of each row.
 
-    Longest first, each into the row with the least room that holds it, or a new row of the shortest width that does;
-    `rows` limits their number for each width. Attention costs the square of a row's length, so short texts are not
-    put into long rows without need. Raises ValueError for a text longer than every width, PackingOverflowError when
-    the rows do not suffice: nothing is left out.
+    Longest first, each into the row with the least remaining room that holds it, or a new row of the shortest
+    sufficient width; `rows` limits their number for each width. The cost of attention is quadratic in the row length,
+    so short texts are not put into long rows unnecessarily. Raises ValueError for a text longer than every width,
+    PackingOverflowError when the rows do not suffice: no text is dropped.
     """
     row_of, column_of = [0] * len(lengths), [0] * len(lengths)
-    # Of rows that do not exist yet there is no limit, or as many as given: these are there from the start.
+    # The number of new rows is unlimited, or as given, in which case all rows exist from the start.
     found = [] if rows is None else [w for w, count in zip(widths, rows, strict=True) for _ in range(count)]
     rooms = sorted((width, row) for row, width in enumerate(found))
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -78,14 +78,14 @@ def place(
 
 
 def enough_rows(groups: Sequence[Sequence[int]], widths: Sequence[int]) -> tuple[int, ...]:
-    """How many rows of each width serve every one of some groups of texts, given by their lengths."""
-    # A row also holds what a shorter one does: as many rows of at least each width as any group takes are enough.
+    """Numbers of rows of each width that suffice for every group of texts, given by the texts' lengths."""
+    # A longer row can replace a shorter one: the largest count of rows of at least each width over all groups suffices.
     least = np.zeros(len(widths) + 1, int)
     for lengths in groups:
         counts = np.bincount(np.searchsorted(widths, place(lengths, widths)[2]), minlength=len(widths))
         least[:-1] = np.maximum(least[:-1], counts[::-1].cumsum()[::-1])
     rows = (least[:-1] - least[1:]).tolist()
-    # They are too many: no group takes the most of every width, and the long rows that it leaves hold short texts.
+    # This overestimates: no group needs the maximum of every width, and its unused long rows hold short texts.
     for i in range(len(widths)):
         rows[i] = bisect_left(
             range(rows[i]), True, key=lambda n: _all_fit(groups, widths, [*rows[:i], n, *rows[i + 1 :]])
@@ -103,14 +103,14 @@ def _all_fit(groups: Sequence[Sequence[int]], widths: Sequence[int], rows: Seque
 
 
 def pack(texts: Sequence[Int[np.ndarray, "t"]], widths: Sequence[int], rows: Sequence[int] | None = None) -> PackedText:
-    """Pack texts into rows of the given widths, ascending: `rows` of each, or as many as it takes.
+    """Pack texts into rows of the given ascending widths: `rows` of each, or as many as needed.
 
     Raises as `place`.
     """
     lengths = np.array([len(text) for text in texts], np.int64)
     row_of, column_of, found = place(lengths.tolist(), widths, rows)
     found = np.array(found or widths[:1], np.int64)
-    order = np.argsort(found, kind="stable")  # the rows as they lie, by width
+    order = np.argsort(found, kind="stable")  # rows ordered by width
     first = np.empty(len(found), np.int64)
     first[order] = np.cumsum(found[order]) - found[order]
     starts = first[np.array(row_of, np.int64)] + np.array(column_of, np.int64)
@@ -118,7 +118,7 @@ def pack(texts: Sequence[Int[np.ndarray, "t"]], widths: Sequence[int], rows: Seq
     if len(lengths):
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         places = np.repeat(starts, lengths) + within
-        number = np.empty(len(lengths), np.int64)  # of a text among those of its row
+        number = np.empty(len(lengths), np.int64)  # number of a text within its row
         by_start = np.argsort(starts, kind="stable")
         rank = np.argsort(order, kind="stable")[np.array(row_of)[by_start]]
         number[by_start] = np.arange(len(lengths)) - np.searchsorted(rank, rank)

@@ -1,4 +1,4 @@
-"""The patches of a batch: regions drawn of every bag, and patches of a region that has too many (DESIGN section 5)."""
+"""Sampling of a batch's patches: regions of every bag, and patches of oversized regions (DESIGN section 5)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,22 +11,22 @@ from pathflip_jax.data.records.records import Records
 
 
 class PatchSampler:
-    """Draws up to R regions of a bag and up to S patches of each, both without replacement.
+    """Sampler of up to R regions of a bag and up to S patches of each, both without replacement.
 
-    Features come from the records at each draw, or were read once (`load`): then from memory, or as the numbers of
-    rows that the devices hold.
+    Features are read from the records at each draw, or once (`load`): then draws return them from memory, or as row
+    numbers of the features on the devices.
     """
 
     def __init__(self, records: Records, regions: int, patch_slots: int, ahead: int) -> None:
         self.regions, self.patch_slots = regions, patch_slots
         self._records = records
-        self._memory = BatchMemory(keep=ahead + 2)  # those made ahead, the one in use and the one before
+        self._memory = BatchMemory(keep=ahead + 2)  # prefetched batches, the one in use and the previous one
         self._features: np.ndarray | None = None
         self._on_device = False
         self._first_row: np.ndarray | None = None
 
     def load(self, bags: Iterable[StoredRegions], on_device: bool = False) -> None:
-        """Read the features of these bags into memory, behind one row of zeros that stands for padding."""
+        """Read the features of these bags into memory, after one row of zeros for padding."""
         self._on_device = on_device
         used = sorted({int(i) for bag in bags for i in bag.record})
         sizes = [self._records.slides[i].num_patches for i in used]
@@ -35,11 +35,11 @@ class PatchSampler:
         self._first_row[used] = ends[:-1]
         self._features = np.empty((ends[-1], self._records.feature_dim), self._records.dtype)
         self._features[0] = 0
-        for i, start, stop in zip(used, ends, ends[1:], strict=False):  # one slide is there twice, never all of them
+        for i, start, stop in zip(used, ends, ends[1:], strict=False):  # bounds the temporary copy to one slide
             self._features[start:stop] = self._records.read(i).features
 
     def take_features(self) -> np.ndarray | None:
-        """Hand over the features [N, F] that draws name rows of, once; None where draws bring features."""
+        """Hand over, once, the features [N, F] that draws refer to by row; None if draws return features."""
         if not self._on_device:
             return None
         features, self._features = self._features, None
@@ -48,16 +48,16 @@ class PatchSampler:
     def draw(
         self, bags: Sequence[StoredRegions], rngs: Sequence[np.random.Generator], *, in_order: bool = False
     ) -> tuple[Float16[np.ndarray, "B R S F"] | Int32[np.ndarray, "B R S"], Bool[np.ndarray, "B R S"]]:
-        """The patches of each bag, or their rows on the devices, and which slots hold one.
+        """Patches of each bag, or their row numbers on the devices, and the mask of filled slots.
 
-        Regions come in the order in which they were drawn, or as they are stored (`in_order`).
+        Regions are in the order of the draw, or in stored order (`in_order`).
         """
         R, S = self.regions, self.patch_slots
         chosen = [rng.permutation(len(bag.count))[:R] for bag, rng in zip(bags, rngs, strict=True)]
         if in_order:
             chosen = [np.sort(regions) for regions in chosen]
         mask = np.zeros((len(bags), R, S), bool)
-        index = np.zeros((len(bags), R, S), np.int64)  # the patch's number in its region
+        index = np.zeros((len(bags), R, S), np.int64)  # index of the patch in its region
         for b, (bag, regions, rng) in enumerate(zip(bags, chosen, rngs, strict=True)):
             counts = bag.count[regions]
             mask[b, : len(regions)] = np.arange(S) < counts[:, None]
@@ -65,7 +65,7 @@ class PatchSampler:
             large = np.flatnonzero(counts > S)
             if len(large):
                 keys = rng.random((len(large), counts.max()))
-                keys[np.arange(counts.max()) >= counts[large, None]] = 2.0  # no such patch
+                keys[np.arange(counts.max()) >= counts[large, None]] = 2.0  # beyond the region's patches
                 index[b, large] = np.sort(np.argpartition(keys, S - 1, axis=1)[:, :S], axis=1)
         if self._first_row is not None:
             return self._held(bags, chosen, index, mask), mask
@@ -84,7 +84,7 @@ class PatchSampler:
         return patches, mask
 
     def _held(self, bags: Sequence[StoredRegions], chosen: list[np.ndarray], index: np.ndarray, mask: np.ndarray):
-        """The same patches out of memory, or their rows on the devices."""
+        """Sampled patches from memory, or their row numbers on the devices."""
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             first = self._first_row[bag.record[regions]] + bag.start[regions]
             index[b, : len(regions)] += first[:, None]

@@ -1,9 +1,9 @@
-"""Training batches: a pure function of (seed, step), whatever the number of processes (DESIGN section 5).
+"""Training batches: a pure function of (seed, step), independent of the number of processes (DESIGN section 5).
 
-An epoch is a permutation of all bags (a slide, or the slides of a case that share a text), drawn from the seed and
-the number of the epoch, and cut into whole batches; what is left over, less than a batch, waits for another epoch,
-where another permutation leaves out others. Regions, patches and subcaptions come from (seed, step, place in the
-batch). So a run resumes on another number of processes with the same batches. grain reads ahead, in threads.
+An epoch is a permutation of all bags (a slide, or the slides of a case that share a text), drawn from the seed and the
+epoch number, and divided into whole batches; the remainder, less than a batch, is dropped, and differs from epoch to
+epoch. Regions, patches and subcaptions are drawn from (seed, step, index in the batch). So a run resumes on another
+number of processes with the same batches. grain prefetches in threads.
 """
 
 import logging
@@ -39,19 +39,19 @@ from pathflip_jax.runtime.sharding import ONE_PROCESS, Shards
 from pathflip_jax.settings.sections import AlignmentDataSettings
 
 _SIMULATED_GROUPS, _SIMULATED_SLIDES = 256, 8192
-_EPOCHS, _STEPS, _ROWS = 0, 1, 2  # what a random stream is for; the first word after the seed
+_EPOCHS, _STEPS, _ROWS = 0, 1, 2  # purpose of a random stream: the first word after the seed
 _log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """What a step sees. With several processes each holds its own slides and groups, in their order.
+    """Input of a training step. With several processes each holds its own slides and groups, in order.
 
-    Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1 into rows of a few lengths, each [G, P, L]. With all
-    rows of a group laid end to end, `text_index` is the place of each text's [CLS]: column 0 the caption, then the K
-    subcaptions. Slides that share a number in `related` (a case, a caption) are no negatives of each other;
-    subcaptions of equal `wording` read the same.
-    `slide` is a number in `Batches.slides`. Where the features are on the device, `patches` are rows of
-    `Batches.take_features`, and `look_up` puts the features in their place.
+    Text group g packs the texts of slides g*B/G to (g+1)*B/G - 1 into rows of a few lengths, each [G, P, L].
+    `text_index` is the index of each text's [CLS] in the concatenated rows of its group: column 0 the caption, then the
+    K subcaptions. Slides with an id in common in `related` (a case, a caption) are not negatives of each other;
+    subcaptions of equal `wording` have the same text.
+    `slide` is an index into `Batches.slides`. If the features are on the device, `patches` are row numbers of
+    `Batches.take_features`, and `look_up` replaces them by the features.
     """
 
     patches: Float16[np.ndarray, "B R S F"] | Int32[np.ndarray, "B R S"]
@@ -64,9 +64,9 @@ class Batch(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """What batches are drawn from: records, texts and their tokenizer; of the slides in `slide_ids` (None: of all).
+    """Source of batches: records, texts and their tokenizer, for the slides in `slide_ids` (None: all).
 
-    `sources` brings the slide table, which says whose slides are, beside records and texts.
+    `sources` adds the slide table, which assigns slides to patients, as records and texts do.
     """
 
     records: Records
@@ -77,10 +77,10 @@ class Cohort(NamedTuple):
 
 
 class BatchSize(NamedTuple):
-    """Slides of a batch over all processes, and the groups that their texts are packed in.
+    """Number of slides of a global batch, and of the groups in which their texts are packed.
 
-    `padding` more slides, repeated ones, end each batch: for few slides that must divide over many devices; what comes
-    of them is to be cut off.
+    Each batch ends with `padding` additional repeated slides, so that few slides divide over many devices; their
+    results are to be discarded.
     """
 
     slides: int
@@ -89,11 +89,11 @@ class BatchSize(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """The slides of a batch, its padding among them."""
+        """Number of slides of a batch, including padding."""
         return self.slides + self.padding
 
     def require_whole_groups(self, shards: int) -> None:
-        """Raise ValueError where a device would not hold whole groups of slides."""
+        """Raise ValueError if a device would not hold whole groups of slides."""
         if self.padded % self.text_groups or self.text_groups % shards:
             raise ValueError(
                 f"batch_size {self.padded}, text_groups {self.text_groups}, {shards} shards: each must be a multiple "
@@ -104,15 +104,15 @@ class BatchSize(NamedTuple):
 def make_batches(
     cohort: Cohort, data: AlignmentDataSettings, size: BatchSize, *, seed: int = 0, shards: Shards = ONE_PROCESS
 ) -> "Batches":
-    """Batches of bags of a cohort, drawn as `data` says; `size` takes the place of its text groups.
+    """Batches of bags of a cohort, sampled according to `data`; `size` overrides its text groups.
 
-    Where `data.patch_slots` is 0, a region has as many as the largest; where `data.text_rows` is empty, the texts of a
-    group are measured, by drawing them as training will. A `caption_share` below 1 shows that share of a report's
-    sentences in place of the caption, drawn anew each time and in any order: a small cohort's reports are else learned
-    by heart. `resident` reads all features once: "host" keeps them in this process's memory, "device" leaves them to be
-    put on the devices (`Batches.take_features`), so that a batch brings row numbers alone. Raises ValueError for slides
-    of which there are no records, for texts that match none, where two sources name different patients of a slide, and
-    for sizes that do not divide.
+    If `data.patch_slots` is 0, every region has as many slots as the largest one; if `data.text_rows` is empty, the
+    number of rows is measured on groups drawn as in training. A `caption_share` below 1 replaces the caption by that
+    fraction of its sentences, redrawn each time and in any order: otherwise the model memorises the reports of a small
+    cohort. `resident` reads all features once: "host" keeps them in this process's memory, "device" leaves them to be
+    put on the devices (`Batches.take_features`), so that a batch holds row numbers only. Raises ValueError for slides
+    without records, for texts that match none, if two sources name different patients of a slide, and for sizes that do
+    not divide.
     """
     size.require_whole_groups(shards.count)
     records, texts, tokenizer, slide_ids, sources = cohort
@@ -130,15 +130,15 @@ def make_batches(
 
 
 def look_up(batch: Batch, features: jax.Array | None) -> Batch:
-    """The batch with its features in place of their rows in `features` [N, F]; as it is without."""
+    """Batch with row numbers replaced by their `features` [N, F]; unchanged if `features` is None."""
     return batch if features is None else batch._replace(patches=features[batch.patches])
 
 
 class Batches:
-    """The batches of a run; `batch(step)` can be asked in any order, from any thread.
+    """Batches of a run; `batch(step)` may be called in any order, from any thread.
 
-    `slides[i]` are the slides of bag i, `related[i]` its numbers (`Batch.related`). `counts` says how often texts did
-    not fit: "shortened" merges lost sentences to stay below `subcaption_length`, "cut" single sentences lost their end,
+    `slides[i]` are the slides of bag i, `related[i]` its ids (`Batch.related`). `counts` records how often texts did
+    not fit: "shortened" merges lost sentences to stay below `subcaption_length`, "cut" single sentences were truncated,
     "overflows" groups did not fit in `text_rows`, so that "redrawn" of their subcaptions became single sentences. A
     batch that is made twice is counted twice.
     """
@@ -154,7 +154,7 @@ class Batches:
     ) -> None:
         self.bags = bags
         self.slides = [bag.slides for bag in bags]
-        widest = max(len(bag.related) for bag in bags)  # a shorter one is filled up with its case
+        widest = max(len(bag.related) for bag in bags)  # shorter ones are padded with the case id
         filled = [[*bag.related, *bag.related[:1] * (widest - len(bag.related))] for bag in bags]
         self.related = np.array(filled, np.int32)  # [bags, S]
         self.steps_per_epoch = len(bags) // size.slides
@@ -165,26 +165,26 @@ class Batches:
         self._records, self._tokenizer = cohort.records, cohort.tokenizer
         self._data, self._size, self._seed, self._shards = data, size, seed, shards
         self._lock = threading.Lock()
-        self._order: tuple[int, np.ndarray] = -1, np.zeros(0, np.int64)  # of the epoch that was asked for last
+        self._order: tuple[int, np.ndarray] = -1, np.zeros(0, np.int64)  # of the most recent epoch
         self._patches = PatchSampler(cohort.records, data.regions, data.patch_slots, data.threads)
 
     @property
     def batch_size(self) -> int:
-        """The slides of a batch of all processes, without padding."""
+        """Number of slides of a global batch, without padding."""
         return self._size.slides
 
     def take_features(self) -> np.ndarray | None:
-        """Hand over the features [N, F] that batches name rows of, once; None where batches bring features."""
+        """Hand over, once, the features [N, F] that batches refer to by row; None if batches hold features."""
         return self._patches.take_features()
 
     def load(self, on_device: bool = False) -> None:
-        """Read the features of all bags into memory, behind one row of zeros that stands for padding."""
+        """Read the features of all bags into memory, after one row of zeros for padding."""
         self._patches.load((regions_of(self._records, bag.places) for bag in self.bags), on_device)
 
     def resize(self, size: BatchSize) -> None:
-        """Make batches of another size from the same bags: for a size that their number decides.
+        """Change the batch size for the same bags, for a size that depends on their number.
 
-        Texts are not tokenised again and features not loaded again; `text_rows` is measured anew. Raises ValueError
+        Texts are not tokenised again and features not loaded again; `text_rows` is measured again. Raises ValueError
         for sizes that do not divide.
         """
         size.require_whole_groups(self._shards.count)
@@ -192,7 +192,7 @@ class Batches:
         self.set_text_rows()
 
     def set_text_rows(self, text_rows: Sequence[int] = ()) -> None:
-        """Fix how many rows of each of `row_lengths` a text group has: as given, or enough for simulated groups.
+        """Set the number of rows of each of `row_lengths` in a text group: as given, or enough for simulated groups.
 
         Raises ValueError when the longest captions would not fit with the shortest subcaptions: a batch of these
         could not be packed at all.
@@ -220,7 +220,7 @@ class Batches:
         self.text_rows = tuple(text_rows)
 
     def _least(self, bag: Bag) -> list[int]:
-        """The lengths of a bag's texts at their shortest, for the longest of its captions."""
+        """Shortest possible lengths of a bag's texts, for the longest of its captions."""
         options = []
         for text in bag.texts:
             shortest = min(text.pieces.shortest + 2, self._data.subcaption_length)
@@ -236,16 +236,16 @@ class Batches:
         return lengths
 
     def chosen(self, step: int) -> np.ndarray:
-        """The numbers of the bags in the batch of a global step, of all processes, without padding."""
+        """Bag indices of the global batch of a step, without padding."""
         epoch, within = divmod(step, self.steps_per_epoch)
         held, order = self._order
         if held != epoch:
             order = np.random.default_rng([self._seed, _EPOCHS, epoch]).permutation(len(self.bags))
-            self._order = epoch, order  # in one assignment: other threads are at it, too
+            self._order = epoch, order  # a single assignment, as other threads do the same
         return order[within * self.batch_size :][: self.batch_size]
 
     def batch(self, step: int) -> Batch:
-        """The batch of a global step: a function of (seed, step), cut to this process's slides, in their order."""
+        """Batch of a global step, a function of (seed, step), restricted to this process's slides, in order."""
         places = self._shards.rows(self._size.padded)
         chosen = np.resize(self.chosen(step), self._size.padded)[places]
         bags = [self.bags[i] for i in chosen]
@@ -261,7 +261,7 @@ class Batches:
         return Batch(patches, mask, rows, index, self.related[chosen], chosen.astype(np.int32), wording)
 
     def __iter__(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from `start_step` on without end, made ahead in threads."""
+        """Endless batches from `start_step` on, prefetched in threads."""
         steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
         options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=max(self._data.threads, 1))
         return iter(steps.to_iter_dataset(options))
@@ -271,14 +271,14 @@ class Batches:
         return draw_given(n, k, rng) if text.given else draw_merges(n, k, rng, self._data.merge_sentences)
 
     def _caption(self, text: TokenisedText, rng: np.random.Generator) -> np.ndarray:
-        """The ids of the whole caption, or of a share of its sentences; one with given subcaptions stays whole."""
+        """Ids of the caption, or of a fraction of its sentences; captions with given subcaptions stay complete."""
         if self._data.caption_share == 1 or text.given or not self._tokenizer.concatenates:
             return text.caption
         kept = rng.permutation(len(text.pieces))[: round(self._data.caption_share * len(text.pieces)) or 1]
         return self._tokenizer.wrap(np.concatenate([text.pieces[i] for i in kept]), self._data.caption_length)
 
     def _subcaption(self, text: TokenisedText, merge: tuple[int, ...], counts: Counter | None = None) -> np.ndarray:
-        """The ids of a merge with [CLS] and [SEP]: without its last sentences where it is too long."""
+        """Ids of a merge with [CLS] and [SEP], without its last sentences if it is too long."""
         room = self._data.subcaption_length - 2
         kept = len(merge)
         while kept > 1 and sum(len(text.pieces[i]) for i in merge[:kept]) > room:
@@ -294,14 +294,14 @@ class Batches:
         return self._tokenizer.wrap(ids, self._data.subcaption_length)
 
     def _pack(self, bags: list[Bag], rngs: list[np.random.Generator]) -> tuple[PackedText, Int32[np.ndarray, "n K"]]:
-        """The texts of a group, packed, and a number for the wording of each subcaption.
+        """Packed texts of a group, and a wording id of each subcaption.
 
-        Where texts need too many rows, the longest become single sentences. The number is a hash: other words have
-        another one, but for one pair in 2**32.
+        If texts need too many rows, the longest become single sentences. The id is a hash: different wordings collide
+        with a probability of 2**-32 per pair.
         """
         counts: Counter[str] = Counter()
         found: list[np.ndarray] = []
-        drawn: list[tuple[TokenisedText, tuple[int, ...]] | None] = []  # None: a caption, which stays whole
+        drawn: list[tuple[TokenisedText, tuple[int, ...]] | None] = []  # None: a caption, never shortened
         for bag, rng in zip(bags, rngs, strict=True):
             text = bag.texts[rng.integers(len(bag.texts)) if len(bag.texts) > 1 else 0]
             merges = self._merges(text, rng)
@@ -321,7 +321,7 @@ class Batches:
         return packed, wording.reshape(len(bags), -1)[:, 1:]
 
     def _shorten(self, found: list[np.ndarray], drawn: list) -> bool:
-        """Replace the longest subcaption of a group by its shortest sentence, or that by the shortest of the text."""
+        """Replace the longest subcaption of a group by its shortest sentence, or that by the text's shortest one."""
         for i in sorted((i for i, source in enumerate(drawn) if source), key=lambda i: -len(found[i])):
             text, merge = drawn[i]
             sentence = min(merge if len(merge) > 1 else range(len(text.pieces)), key=lambda j: len(text.pieces[j]))

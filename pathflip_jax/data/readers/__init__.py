@@ -1,1 +1,1 @@
-"""Feature files and slide files of other tools."""
+"""Readers of other tools' feature and slide files."""

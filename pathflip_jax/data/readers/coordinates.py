@@ -1,7 +1,7 @@
-"""Checks of where patches lie: coordinates and patch sizes that cannot be, said with what would fit.
+"""Plausibility checks of patch coordinates and sizes, with messages that suggest the likely cause.
 
-Coordinates are x, y of a patch's top-left corner in pixels at level 0. Files of other tools hold them as y, x, of
-another level, counted in patches, or of a file that was appended to; none of it shows in a loss curve.
+Coordinates are x, y of a patch's top-left corner in pixels at level 0. Files of other tools may hold them as y, x, at
+another level, in units of patches, or twice in a file that was appended to; none of this shows in a loss curve.
 """
 
 from typing import NamedTuple
@@ -10,25 +10,25 @@ import numpy as np
 from jaxtyping import Float, Int
 
 SMALLEST_PATCH, LARGEST_PATCH = 16, 2**16  # pixels at level 0
-SMALLEST_UM, LARGEST_UM = 4.0, 10_000.0  # a patch's edge
-# Level sizes times a downsample of up to 64 miss the slide's size by up to as many pixels.
+SMALLEST_UM, LARGEST_UM = 4.0, 10_000.0  # edge of a patch
+# Level sizes times a downsample of up to 64 differ from the slide's size by up to as many pixels.
 EDGE_SLACK = 64
-FEWEST_GAPS = 4  # as a square of four patches has
-ROUNDING = 0.05  # of a pixel: a float32 beyond 100,000 px is that coarse
-CLOSEST = 0.75  # of the expected step: levels are a factor of two apart, nominal and measured mpp a tenth
-DENSEST = 32  # patches that overlap stand at least their 32nd part apart
+FEWEST_GAPS = 4  # as in a square of four patches
+ROUNDING = 0.05  # pixels: the resolution of float32 beyond 100,000 px
+CLOSEST = 0.75  # fraction of the expected step: levels differ by a factor of two, nominal and measured mpp by a tenth
+DENSEST = 32  # the step of overlapping patches is at least 1/32 of their edge
 EXTRACT = "extract the slide's features again"
 
 
 class Gap(NamedTuple):
-    """The commonest gap between neighbours of a row or column, in pixels, and how many there are of it."""
+    """Most frequent gap between neighbours of a row or column, in pixels, and its number of occurrences."""
 
     size: int
     support: int
 
 
 def whole_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray, "N 2"]:
-    """Coordinates as whole numbers; ValueError for another shape, NaN, fractions and numbers beyond 2^31."""
+    """Coordinates as integers; ValueError for another shape, NaN, fractions and numbers beyond 2^31."""
     coords = np.asarray(coords)
     if coords.shape != (patches, 2):
         found = f"{patches} features and coords of shape {coords.shape}"
@@ -52,9 +52,9 @@ def whole_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray
 
 
 def commonest_gap(coords: Int[np.ndarray, "N 2"]) -> Gap:
-    """The commonest gap between neighbours: the patches' edge, when they do not overlap; 0 of 0 where there is none.
+    """Most frequent gap between neighbours, the edge of non-overlapping patches; (0, 0) if there is none.
 
-    The commonest, not the smallest: the rows of two tissue pieces are seldom in step.
+    The most frequent, not the smallest: the rows of two tissue pieces are rarely aligned.
     """
     gaps = []
     for axis in (0, 1):
@@ -67,14 +67,14 @@ def commonest_gap(coords: Int[np.ndarray, "N 2"]) -> Gap:
 
 
 def smallest_step(coords: np.ndarray) -> float:
-    """The smallest difference between two x or two y that differ; 0 where all are one place."""
+    """Smallest nonzero difference between two x or two y; 0 if all coordinates are equal."""
     steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
     steps = np.concatenate(steps)
     return float(steps.min()) if len(steps) else 0.0
 
 
 def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> str:
-    """Objection to a patch's edge at level 0, else ""; 0 stands for unknown everywhere."""
+    """Objection to a patch's edge at level 0, else ""; 0 means unknown for every argument."""
     expected = f"expected {SMALLEST_PATCH} to {LARGEST_PATCH} px at level 0"
     if patch_size and not SMALLEST_PATCH <= patch_size <= LARGEST_PATCH:
         return f"an impossible patch size of {patch_size} px; {expected}; pass the patch size if it is known"
@@ -88,7 +88,7 @@ def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> st
 
 
 def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, height: int) -> str:
-    """Objection to the places of patches, else ""; `patch_size`, `width` and `height` are 0 where unknown."""
+    """Objection to the coordinates of patches, else ""; `patch_size`, `width` and `height` are 0 if unknown."""
     coords = coords.astype(np.int64)
     low, high = (np.array([end(axis) for axis in coords.T]) for end in (np.min, np.max))  # faster than along axis 0
     size = np.array([width, height])
@@ -109,7 +109,7 @@ def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, hei
 
 
 def _is_crowded(patches: int, span: np.ndarray, patch_size: int) -> bool:
-    """Whether a span holds more patches than it can at the densest overlap, or many in half of one."""
+    """Whether a span holds more patches than the densest overlap allows, or many within half a patch."""
     return patches > np.prod(DENSEST * span // patch_size + 1) or (
         patches >= FEWEST_GAPS and span.max() * 2 < patch_size
     )
@@ -134,10 +134,10 @@ def _what_fits(high: np.ndarray, size: np.ndarray) -> str:
 
 
 def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, width: int, height: int) -> str:
-    """Whether patches stand closer than their size and overlap allow: coordinates of another level; else "".
+    """Objection to patches closer than their size and overlap allow, as with another level's coordinates; else "".
 
-    `step` is how far apart the file says that they stand, 0 where it does not say whether they overlap: then only
-    coordinates that fill no more than the level's share of the slide are refused.
+    `step` is the patch distance stated by the file, 0 if the file does not state the overlap: then only coordinates
+    that cover no more than the level's fraction of the slide are refused.
     """
     gap = commonest_gap(coords)
     expected = step or float(patch_size)
@@ -159,7 +159,7 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
 
 
 def repeated_fault(coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "N F"] | None = None) -> str:
-    """Objection to several patches in one place, else ""; features tell how the file came to it."""
+    """Objection to several patches at the same coordinates, else ""; the features identify the cause."""
     keys = (coords[:, 0].astype(np.int64) << 32) | (coords[:, 1].astype(np.int64) & 0xFFFFFFFF)
     ordered = np.sort(keys)
     if (ordered[1:] != ordered[:-1]).all():
@@ -178,7 +178,7 @@ def repeated_fault(coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "
 
 
 def twice_fault(features: Float[np.ndarray, "N F"]) -> str:
-    """Whether features without coordinates are the same ones twice, one behind the other; else ""."""
+    """Objection to features without coordinates that repeat themselves in two halves; else ""."""
     half, odd = divmod(len(features), 2)
     if odd or half < FEWEST_GAPS or not np.array_equal(features[0], features[half]):
         return ""

@@ -1,4 +1,4 @@
-"""SlideChat's tables of patch features: a row a patch, numbers and the name of the patch, which says where it lies."""
+"""SlideChat's CSV tables of patch features: one row per patch, whose name holds its coordinates."""
 
 import csv
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LONGEST_LINE = 2**20  # characters of a line of a csv: 2,560 numbers of 17 digits are 50,000
+LONGEST_LINE = 2**20  # characters of a CSV line: 2,560 numbers of 17 digits are 50,000
 _NUMBER = r"-?\d{1,12}(?:\.\d{1,6})?"
 _PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|webp|npy|pt)$", re.IGNORECASE)
 _LEVEL = re.compile(r"[_ -]level[_-]?(\d+)$", re.IGNORECASE)
@@ -23,9 +23,9 @@ EXPECTED = (
 
 
 class _Place(NamedTuple):
-    """The numbers of a patch's name: x, y and whatever follows or leads them, and a size that is named as such.
+    """Numbers in a patch's name: x, y and any numbers before or after them, and a size labelled as such.
 
-    `led` says that the slide's id stood in front: none of the numbers is of it.
+    `led`: the name began with the slide id, so that none of the numbers belongs to it.
     """
 
     numbers: tuple[float, ...]
@@ -34,9 +34,9 @@ class _Place(NamedTuple):
 
 
 def read_csv(path: Path, slide_id: str) -> dict:
-    """A table with a header, one float column a feature, and a last column with the patch's name.
+    """Content of a table with a header, one float column per feature, and a last column with the patch's name.
 
-    `slide_id` may lead the names. Raises ValueError for a foreign or cut-off table, with its line.
+    Names may begin with `slide_id`. Raises ValueError for a foreign or truncated table, with its line.
     """
     features, places, names = [], [], []
     expected = "expected SlideChat's table: numbers and a last column x_y"
@@ -71,14 +71,14 @@ def read_csv(path: Path, slide_id: str) -> dict:
 
 
 def _row(line: str) -> list[str]:
-    """The fields of a line; no row goes on over several. Raises csv.Error for one beyond all measure."""
+    """Fields of a line; rows never span several lines. Raises csv.Error for an oversized line."""
     if len(line) > LONGEST_LINE:
         raise csv.Error(f"a line of more than {LONGEST_LINE / 1e6:.0f} million characters")
     return next(csv.reader([line]), [])
 
 
 def _parse(name: str, slide_id: str) -> _Place:
-    """The numbers of a patch's name, read whole. Raises ValueError for a name of another form."""
+    """Numbers of a patch's name, which must match completely. Raises ValueError for a name of another form."""
     text = _PICTURE.sub("", name.strip().replace("\\", "/").rpartition("/")[2]).strip()
     if (level := _LEVEL.search(text)) and int(level[1]):
         raise ValueError(f"coordinates of level {int(level[1])}, expected those of level 0")
@@ -105,7 +105,7 @@ def _numbers(text: str) -> _Place | None:
 
 
 def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
-    """Coordinates [N, 2], and the patch size where the names have it, else 0. Raises ValueError where it is unclear."""
+    """Coordinates [N, 2], and the patch size if the names hold it, else 0. Raises ValueError for ambiguous names."""
     if not places:
         return np.zeros((0, 2)), 0
     counts = {len(place.numbers) for place in places}
@@ -121,7 +121,7 @@ def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
 
 
 def _of_several(numbers: np.ndarray, led: bool) -> tuple[np.ndarray, set[float]]:
-    """Positions of x, y among three or four numbers, where others, alike in all rows, are the size or the slide."""
+    """Positions of x, y among three or four numbers; others, constant over rows, are the size or the slide."""
     count, several = numbers.shape[1], len(numbers) > 1
     alike = (numbers == numbers[0]).all(axis=0) & (led or several)
     if count == 4:

@@ -1,4 +1,4 @@
-"""Feature files below a folder: which of its files are features of slides, and what is said of the others."""
+"""Search for slide feature files below a folder, with notes on the other files."""
 
 import re
 from collections import defaultdict
@@ -11,8 +11,8 @@ from pathflip_jax.data.storage.folders import stand_in, walk_files
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
 # Folders that lie beside features and hold none: coordinates, masks, pictures.
 NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
-SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector a slide: slide_features_titan
-# Kinds of file that somebody may take for features, and what to do with them.
+SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector per slide: slide_features_titan
+# File types that may be mistaken for features, and the cure.
 UNREADABLE = {
     ".npy": "save features and coordinates together as HDF5 (datasets 'features' and 'coords')",
     ".npz": "save its arrays as HDF5 (datasets 'features' and 'coords')",
@@ -27,15 +27,15 @@ UNREADABLE = {
 
 
 def slide_id_of(path: Path | str) -> str:
-    """The slide id in a feature file's name: no extension, no trailing `_features`, `_feats` or `_patches`.
+    """Slide id from a feature file's name: no extension, no trailing `_features`, `_feats` or `_patches`.
 
-    What follows a dot stays: it is the UUID of a TCGA id.
+    Text after a dot is kept: it is the UUID of a TCGA id.
     """
     return re.sub(r"[_.-](features|feats|patches)$", "", Path(path).stem, flags=re.IGNORECASE)
 
 
 class FeatureFiles(NamedTuple):
-    """The feature files of a folder in order of slide id, those that cannot be reached, and notes on files left out."""
+    """Feature files of a folder in order of slide id, unreachable ones, and notes on files left out."""
 
     files: list[Path]
     unreachable: list[Failure]
@@ -43,11 +43,11 @@ class FeatureFiles(NamedTuple):
 
 
 def find_feature_files(folder: Path | str) -> FeatureFiles:
-    """The feature files below a folder of any of these tools, behind links too (`walk_files`), one for each slide.
+    """Feature files in a folder tree of any of these tools, following links (`walk_files`), one for each slide.
 
-    A CLAM folder holds every slide twice, as .h5 and .pt: the .h5 are taken, they have the coordinates. Tables that
-    are no features, the coordinate files in `patches/` and slide embeddings are passed over. Raises FileNotFoundError
-    where there is none, ValueError where a slide has several (the features of two encoders below one folder).
+    A CLAM folder holds every slide twice, as .h5 and .pt: the .h5 files are used, as they have the coordinates. Other
+    tables, the coordinate files in `patches/` and slide embeddings are skipped. Raises FileNotFoundError if there is
+    none, ValueError if a slide has several (features of two encoders in one folder tree).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -89,9 +89,9 @@ def _one_for_each_slide(found: list[Path], folder: Path) -> list[Path]:
 
 
 def is_feature_table(path: Path) -> bool:
-    """Whether a csv's header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
+    """Whether a CSV header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
 
-    A pointer to a file that was never fetched may be one: reading it says what it is.
+    A pointer to a file that was never fetched is accepted too: reading it reports what it is.
     """
     if stand_in(path):
         return True
@@ -105,7 +105,7 @@ def _is_embedding(path: Path, folder: Path) -> bool:
 
 
 def _may_be_features(path: Path, folder: Path) -> bool:
-    """Whether what cannot be reached may hold features: by its suffix, or as a folder, which has none."""
+    """Whether an unreachable path may hold features: by its suffix, or as a folder, which has none."""
     if NOT_FEATURES.intersection(path.relative_to(folder).parts):
         return False
     suffix = path.suffix.lower()

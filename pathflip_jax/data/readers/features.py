@@ -1,7 +1,7 @@
-"""Patch features of a slide, and the readers of the feature files that labs already have.
+"""Patch features of a slide, and readers of existing feature files.
 
-One `SlideFeatures` comes out of CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files alike. The first bytes
-of a file and what it holds decide who wrote it, never its extension alone.
+CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files are all read as `SlideFeatures`. The format is detected
+from a file's first bytes and content, never from its extension alone.
 """
 
 import math
@@ -33,29 +33,29 @@ from pathflip_jax.data.storage.folders import stand_in
 from pathflip_jax.data.texts.identity import barcode_patient
 
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-_PLAIN_ID = re.compile(r"(?=.*[^.])[ -.0-\[\]-~]{1,200}")  # ASCII; what it passes over is looked at closely
-LONGEST_ID = 200  # bytes; file systems take names of 255, and suffixes are added
+_PLAIN_ID = re.compile(r"(?=.*[^.])[ -.0-\[\]-~]{1,200}")  # ASCII; other ids are checked in detail
+LONGEST_ID = 200  # bytes; file systems allow names of 255, and suffixes are added
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PT_READER = (
     "pathflip_jax.data.readers.torch_file:read"  # runs in the worker of `guarded.py`: broken files crash PyTorch
 )
-LARGEST_LOSS = 0.01  # of a patch's features, by a narrower dtype
-SAME = 1e-3  # two statements of one size differ by less
+LARGEST_LOSS = 0.01  # relative error of a patch's features in a narrower dtype
+SAME = 1e-3  # relative difference within which two sizes are the same
 
 
 @dataclass(frozen=True, eq=False)
 class SlideFeatures:
-    """The patches of one slide, in any order: features [N, F] and where each lies.
+    """Patches of one slide, in any order: features [N, F] and coordinates.
 
-    `coords` [N, 2] are x, y of a patch's top-left corner in pixels at level 0, None where the file has none;
-    `patch_size` is a patch's edge in the same pixels, `mpp` micrometres per pixel at level 0, `width` and `height` the
-    slide's at level 0; 0 stands for unknown. An empty `case_id` becomes that of the slide id (`case_of`). Raises
-    ValueError, naming the slide, for arrays that do not belong together, no patches, features not finite, and patches
-    of a size or in a place that cannot be (`coordinates.py`).
+    `coords` [N, 2] are x, y of a patch's top-left corner in pixels at level 0, None if the file has none; `patch_size`
+    is a patch's edge in the same pixels, `mpp` micrometres per pixel at level 0, `width` and `height` the slide's at
+    level 0; 0 means unknown. An empty `case_id` is set from the slide id (`case_of`). Raises ValueError, naming the
+    slide, for inconsistent arrays, no patches, non-finite features, and implausible patch sizes or coordinates
+    (`coordinates.py`).
 
-    What a reader adds, and records do not keep: `patch_size_source` is "file", "option" or "gaps" (guessed from
-    gaps between neighbours that agree); `notes` are lines for the summary of a cohort, without the slide's name, alike
-    for slides that have the same thing to tell. `finite` says that whoever read the features has checked them for it.
+    Set by a reader and not kept in records: `patch_size_source` is "file", "option" or "gaps" (inferred from consistent
+    gaps between neighbours); `notes` are lines for the summary of a cohort, without the slide's name and identical for
+    slides with the same finding. `finite`: the reader has already checked that the features are finite.
     """
 
     slide_id: str
@@ -107,7 +107,7 @@ class SlideFeatures:
 def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
     """Whether no feature is NaN or infinite.
 
-    Of two bytes, by their bits, in blocks that stay in the cache: ten times as fast as NumPy, which converts each.
+    Two-byte dtypes are checked by their bits, in cache-sized blocks: ten times faster than NumPy, which converts each.
     """
     beyond = 0x7C00 if features.dtype == np.float16 else 0x7F80  # all exponent bits set: infinity, above it NaN
 
@@ -116,39 +116,39 @@ def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
             return bool(np.isfinite(block).all())
         step = max(1, 2**17 // block.shape[1])
         parts = (block[i : i + step] for i in range(0, len(block), step))
-        # As signed numbers those without the sign bit are the largest, as unsigned numbers those with it.
+        # Read as signed integers, positive floats are the largest; as unsigned integers, negative ones are.
         return all(p.view(np.int16).max() < beyond and p.view(np.uint16).max() < beyond | 0x8000 for p in parts)
 
     return all(sound(block) for _, block in row_blocks(features))
 
 
 def rounded_away(before: Float[np.ndarray, "N F"], after: Float[np.ndarray, "N F"]) -> np.ndarray:
-    """The rows whose features a narrower dtype changed by more than a hundredth of their length.
+    """Rows whose features a narrower dtype changed by more than a hundredth of their norm.
 
-    Rounding to float16 or bfloat16 changes them by less than that; numbers below what float16 tells apart become 0.
+    Rounding to float16 or bfloat16 changes them by less than that; numbers below the resolution of float16 become 0.
     """
-    # The step between the smallest numbers hides in a row whose largest number is so far above it.
+    # The spacing of subnormal numbers is negligible in a row whose largest number is far above it.
     enough = 100 * float(ml_dtypes.finfo(after.dtype).smallest_subnormal) * math.sqrt(before.shape[1])
     rows = np.flatnonzero((before.max(axis=1) < enough) & (before.min(axis=1) > -enough))
     whole = before[rows].astype(np.float64)
     scale = np.maximum(np.abs(whole).max(axis=1, keepdims=True, initial=0), np.finfo(np.float64).tiny)
-    error = (whole - after[rows].astype(np.float64)) / scale  # scaled: the squares of such numbers are 0
+    error = (whole - after[rows].astype(np.float64)) / scale  # scaled, as the squares of such numbers underflow
     whole /= scale
     return rows[np.square(error).sum(axis=1) > LARGEST_LOSS**2 * np.square(whole).sum(axis=1)]
 
 
 def check_slide_id(slide_id: str) -> None:
-    """Raise ValueError for a slide id that is no plain file name: what is made of a slide is named by it.
+    """Raise ValueError for a slide id that is not a plain file name, as outputs are named after it.
 
-    Ids come out of records and tables of other people, and "../../x" must not be a place to write to.
+    Ids come from third-party records and tables, and "../../x" must not become an output path.
     """
-    if _PLAIN_ID.fullmatch(slide_id):  # all but a few; a million ids are checked whenever a cohort is opened
+    if _PLAIN_ID.fullmatch(slide_id):  # fast path for nearly all ids: a million are checked whenever a cohort is opened
         return
     if not slide_id:
         raise ValueError("a slide without an id: texts are matched to slides by id, name it")
     try:
         size = len(slide_id.encode())
-    except UnicodeEncodeError:  # a file name in no UTF-8
+    except UnicodeEncodeError:  # a file name that is not UTF-8
         size = 0
     refused = any(letter in "/\\" or ord(letter) < 32 for letter in slide_id)
     if refused or not slide_id.strip(".") or not 0 < size <= LONGEST_ID:
@@ -159,12 +159,12 @@ def check_slide_id(slide_id: str) -> None:
 
 
 def case_of(slide_id: str) -> str:
-    """The patient that a slide's id names (TCGA, CPTAC), else the slide id itself."""
+    """Patient named by a slide id (TCGA, CPTAC), else the slide id itself."""
     return barcode_patient(slide_id) or slide_id
 
 
 class UnknownPatchSize(ValueError):
-    """A patch size that neither the file nor its coordinates tell: too few patches lie side by side."""
+    """Patch size given by neither the file nor its coordinates, as too few patches are adjacent."""
 
 
 def read_features(
@@ -179,11 +179,11 @@ def read_features(
 ) -> SlideFeatures:
     """Read a feature file of CLAM, TRIDENT, SlideChat, STAMP or AtlasPatch, or any HDF5 of `features` and `coords`.
 
-    `patch_size` (level-0 pixels), `mpp` and `encoder` fill what the file does not say; where it says something else it
-    is believed, and `notes` of the slide tell. `override_mpp` wins over the file. Without them, mpp is the nominal one
-    of the magnification where TRIDENT kept that, and the patch size the commonest gap between neighbours where nothing
-    else tells it. Raises UnknownPatchSize where too few gaps do, OSError or ValueError with the file, what was found
-    and the cure.
+    `patch_size` (level-0 pixels), `mpp` and `encoder` fill in values missing from the file; if it states others, the
+    file takes precedence, with a line in the slide's `notes`. `override_mpp` takes precedence over the file. Without
+    them, mpp is the nominal one of the magnification if TRIDENT recorded that, and the patch size the most frequent gap
+    between neighbours if nothing else gives it. Raises UnknownPatchSize if the gaps are too few, OSError or ValueError
+    with the file, what was found and the cure.
     """
     path = Path(path)
     if not path.is_file():
@@ -213,7 +213,7 @@ def read_features(
 
 
 def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
-    """float64 as float32, which `SlideFeatures` takes. Raises ValueError for numbers too small for it."""
+    """float64 features as float32 for `SlideFeatures`. Raises ValueError for numbers too small for it."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = features.astype(np.float32)
     if all_finite(narrow) and len(rows := rounded_away(features, narrow)):
@@ -222,7 +222,7 @@ def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
 
 
 def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    """Contents of a file, by the reader that its first bytes call for."""
+    """Contents of a file, by the reader that matches its first bytes."""
     if fault := stand_in(path):
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:
@@ -249,7 +249,7 @@ def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
 
 
 def _check_rows(features: np.ndarray, coords: np.ndarray | None) -> None:
-    """Raise ValueError for a slide's one vector, which comes with the coordinates of its patches."""
+    """Raise ValueError for a slide embedding, a single vector next to the coordinates of the slide's patches."""
     places = 0 if coords is None or coords.ndim != 2 else len(coords)
     if features.ndim == 1 and features.size or (features.ndim == 2 and len(features) == 1 < places):
         raise ValueError(
@@ -261,7 +261,7 @@ def _check_rows(features: np.ndarray, coords: np.ndarray | None) -> None:
 def _fill(
     fields: dict, patch_size: int | None, mpp: float | None, encoder: str | None, override_mpp: float | None
 ) -> None:
-    """Complete what a file tells with what the caller knows; notes where the two differ."""
+    """Complete a file's fields with the caller's values, noting where the two differ."""
     notes = list(fields.get("notes", ()))
     stated = fields.get("mpp", 0.0)
     if override_mpp:
@@ -288,9 +288,9 @@ def _fill(
 
 
 def _settle_places(fields: dict, given: int | None) -> None:
-    """Take the patch size from the gaps between patches where nothing tells it, and check the one against the other.
+    """Infer the patch size from the gaps between patches if nothing gives it, and check it against them otherwise.
 
-    `given` is the patch size that the caller knows. Raises ValueError for coordinates of another level.
+    `given` is the caller's patch size. Raises ValueError for coordinates of another level.
     """
     coords, gap, notes = fields["coords"], commonest_gap(fields["coords"]), list(fields["notes"])
     if gap.size == 1 and given and fields["patch_size_source"] == "option":
@@ -327,7 +327,7 @@ def _guessed_size(patches: int, gap: Gap) -> dict:
 
 
 def _is_hdf5(path: Path) -> bool:
-    """Whether HDF5's signature stands at byte 0, 512, 1024, 2048, ...; behind it, libhdf5 itself would have to look."""
+    """Whether the HDF5 signature is at byte 0, 512, 1024, 2048, ...; anything more is left to libhdf5."""
     offset = 0
     with path.open("rb") as file:
         while data := file.read(8):
@@ -339,7 +339,7 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def read_pt(path: Path) -> dict:
-    """CLAM's .pt, the tensor alone, or a dictionary of features and coordinates. Never unpickles code."""
+    """Contents of CLAM's .pt: a tensor, or a dictionary of features and coordinates. Never unpickles code."""
     try:
         facts, arrays = guarded.parse(PT_READER, path)
     except ImportError:

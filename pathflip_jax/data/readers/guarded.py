@@ -1,8 +1,8 @@
-"""Files parsed in a process of their own: what a broken one does to a C library is that file's error, nothing more.
+"""Parsing of files in a worker process, which confines a crash of a C library to an error of that file.
 
-HDF5, OpenSlide and PyTorch parse what users bring, and mutated files crash and stall them. So a worker process
-(`runtime/workers.py`) does it for this one, with limits on its memory and on its time. Arrays come back as shared
-memory, uncopied. It is no sandbox: it contains accidents and exhaustion, not an exploit of those libraries.
+HDF5, OpenSlide and PyTorch parse user-supplied files, and corrupted ones make them crash and hang. So a worker process
+(`runtime/workers.py`) parses them, with limits on memory and time. Arrays come back in shared memory, without a copy.
+It is not a sandbox: it contains accidents and exhaustion, not an exploit of those libraries.
 """
 
 import atexit
@@ -28,27 +28,27 @@ from pathflip_jax.data.storage import blocks
 from pathflip_jax.runtime import workers
 
 MEGABYTE = 2**20
-# What parsing itself may take beyond the arrays that it makes (those are checked against the size of their file).
+# Memory for parsing, beyond the resulting arrays (which are checked against the size of their file).
 MEMORY = 512 * MEGABYTE
-SLIDE_MEMORY = 1536 * MEGABYTE  # of an OpenSlide that reads a level in strips
-# Seconds of computing, and seconds until the answer; a slow disk spends the second, a stalled library the first.
+SLIDE_MEMORY = 1536 * MEGABYTE  # for OpenSlide reading a level in strips
+# CPU seconds, and seconds until the answer; a slow disk uses up the latter, a hanging library the former.
 COMPUTING, WAITING = 10, 60
-SLOWEST_PARSE, SLOWEST_DISK = 10 * MEGABYTE, 4 * MEGABYTE  # bytes of the file a second
-# An array of a sound file is at most this many times the file's size and this many bytes more: compressed features
-# shrink to a third, a bomb to a thousandth.
+SLOWEST_PARSE, SLOWEST_DISK = 10 * MEGABYTE, 4 * MEGABYTE  # bytes of the file per second
+# An array of an intact file is at most this many times the file's size plus this many bytes: compressed features shrink
+# to a third, a decompression bomb to a thousandth.
 LARGEST_EXPANSION, LARGEST_SMALL = 16, 64 * MEGABYTE
-NUMBER = struct.Struct("<Q")  # of a request
-MOST_ARRAYS = 64  # of one file
-STARTING = 60  # seconds that a process may take until it begins
-LONGEST_MESSAGE = 1000  # characters of an error
+NUMBER = struct.Struct("<Q")  # request number
+MOST_ARRAYS = 64  # per file
+STARTING = 60  # seconds that a process may take to start
+LONGEST_MESSAGE = 1000  # characters of an error message
 
 Parsed = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 class Reader:
-    """A worker process that parses files, one at a time: several of them read side by side.
+    """A worker process that parses one file at a time; several readers work in parallel.
 
-    It keeps what its functions keep, such as an open slide, until it ends; it starts with the first file.
+    State of its functions, such as an open slide, persists until it ends; it starts with the first file.
     """
 
     def __init__(self) -> None:
@@ -57,11 +57,11 @@ class Reader:
         _readers.add(self)
 
     def parse(self, function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
-        """Call `function`, given as "module:name", in the worker with a file's path and arguments that JSON can hold.
+        """Call `function`, given as "module:name", in the worker with a file's path and JSON-serialisable arguments.
 
-        It returns what it returns: facts that JSON can hold, and arrays. What it raises comes as ValueError, OSError
-        or ImportError with the file's name in front; so does the end of the worker by a crash, or because the file
-        took more than `memory` bytes or too long.
+        Returns the function's result: JSON-serialisable facts, and arrays. Its exceptions are raised as ValueError,
+        OSError or ImportError prefixed with the file's name; so is the end of the worker by a crash, or because the
+        file took more than `memory` bytes or too long.
         """
         size = os.path.getsize(path)
         request = {
@@ -78,39 +78,39 @@ class Reader:
             raise fault.kind(f"{path}: {fault}") from None
 
     def _ask(self, request: dict, seconds: float) -> Parsed:
-        """An answer from the worker, or from a fresh one: a crash may be owed to a file that it read before."""
+        """Answer of the worker, retried in a new one, as a crash may be due to a file that it read before."""
         used = self._process is not None
         process = self._process = self._process or _Process()
         try:
             return process.ask(request, seconds)
         except _Refusal:
             raise
-        except BaseException as error:  # a library that met a broken file is not asked again
+        except BaseException as error:  # a library is not reused after a broken file
             self.stop()
             if used and isinstance(error, _Died):
                 return self._ask(request, seconds)
             raise
 
     def stop(self) -> None:
-        """End the worker, whatever it is doing; the next file starts another."""
+        """Terminate the worker immediately; the next file starts another."""
         process, self._process = self._process, None
         if process is not None:
             process.stop()
 
     def forget(self) -> None:
-        """After a fork the worker is the parent's: the child starts its own."""
+        """Detach the worker after a fork: it belongs to the parent, and the child starts another."""
         self._lock = threading.Lock()
         _inherited.append(self._process)
         self._process = None
 
 
 def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
-    """Parse a file in the worker that all of this process share; `Reader.parse` says how."""
+    """Parse a file in the worker shared by this process, as `Reader.parse`."""
     return _shared_reader.parse(function, path, *arguments, memory=memory)
 
 
 def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: str) -> None:
-    """Raise Refused for an array that is larger than a file of `file_size` bytes can sensibly hold."""
+    """Raise Refused for an array larger than a file of `file_size` bytes can plausibly hold."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     most = LARGEST_SMALL + LARGEST_EXPANSION * file_size
     if size > most:
@@ -121,11 +121,11 @@ def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: st
 
 
 class Refused(ValueError):
-    """A reader's own objection to a file, not an error of its library: the worker stays in use."""
+    """A reader's objection to a file, as opposed to an error of its library: the worker stays in use."""
 
 
 class _Fault(Exception):
-    """An error of a file, without its name, and the type of exception that it becomes."""
+    """An error of a file, without its name, and the exception type to raise."""
 
     def __init__(self, message: str, kind: type[Exception] = ValueError) -> None:
         super().__init__(message)
@@ -133,18 +133,18 @@ class _Fault(Exception):
 
 
 class _Refusal(_Fault):
-    """The reader refused the file: `Refused`, as it arrives."""
+    """A `Refused` raised in the worker, as received."""
 
 
 class _Died(_Fault):
-    """The worker ended before its answer came."""
+    """The worker ended before it answered."""
 
 
-# ---- in the process that wants a file read ----
+# ---- in the calling process ----
 
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 _shared_reader = Reader()
-_inherited: list["_Process | None"] = []  # kept, as what their finalizers would end is the parent's
+_inherited: list["_Process | None"] = []  # kept alive, as their finalizers would end the parent's workers
 
 
 def _stop() -> None:
@@ -162,18 +162,18 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class _Process:
-    """A worker, and the socket through which its arrays come."""
+    """A worker, and the socket that its arrays are sent through."""
 
     def __init__(self) -> None:
         self._ours, self._theirs = socket.socketpair()
         self._worker = workers.Worker(begin=_begin, arguments=[self._theirs])
         self._numbers = itertools.count()
-        # For one that is dropped, not stopped; at exit `_stop` ends them all.
+        # For one that is dropped without `stop`; at exit `_stop` ends them all.
         self._let_go = weakref.finalize(self, _let_go, self._worker, self._ours, self._theirs)
         self._let_go.atexit = False
 
     def ask(self, request: dict, seconds: float) -> Parsed:
-        """Send a request and wait for its answer. Raises _Fault, _Died for a worker that ends without one."""
+        """Send a request and wait for its answer. Raises _Fault, or _Died for a worker that ends without one."""
         number = next(self._numbers)
         try:
             future = self._worker.submit(_answer, number, json.dumps(request), seconds=seconds)
@@ -189,7 +189,7 @@ class _Process:
         return answer["facts"], self._arrays(number, answer["arrays"])
 
     def _arrays(self, number: int, listed: list) -> dict[str, np.ndarray]:
-        """The arrays of an answer."""
+        """Arrays of an answer."""
         files = iter(self._files(number) if any(math.prod(shape) for _, shape, _ in listed) else ())
         arrays = {}
         for name, shape, dtype in listed:
@@ -198,7 +198,7 @@ class _Process:
         return arrays
 
     def _files(self, number: int) -> list[int]:
-        """The file descriptors that came with an answer; those of requests that were given up are closed."""
+        """File descriptors received with an answer; those of abandoned requests are closed."""
         while True:
             head, files, *_ = socket.recv_fds(self._ours, NUMBER.size, MOST_ARRAYS)
             if NUMBER.unpack(head)[0] == number:
@@ -207,7 +207,7 @@ class _Process:
                 os.close(file)
 
     def stop(self) -> None:
-        """End the worker, whatever it is doing."""
+        """Terminate the worker immediately."""
         self._let_go.detach()
         _end(self._worker, self._ours, self._theirs)
 
@@ -219,7 +219,7 @@ def _end(worker: workers.Worker, *sockets: socket.socket) -> None:
 
 
 def _let_go(*process: Any) -> None:
-    """End a worker that nobody waits for, in a thread of its own: this one may be in the midst of anything."""
+    """Terminate an unreferenced worker in a separate thread, as a finalizer may run at any point."""
     threading.Thread(target=_end, args=process, daemon=True).start()
 
 
@@ -233,7 +233,7 @@ _CURE = "the file is damaged: copy or extract it again"
 
 
 def _map(file: int, shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array in a file, which is closed: the mapping stays."""
+    """Array mapped from a file, which is then closed: the mapping persists."""
     size = math.prod(shape) * dtype.itemsize
     try:
         return np.frombuffer(mmap.mmap(file, size, flags=_flags(size)), dtype).reshape(shape)
@@ -242,18 +242,18 @@ def _map(file: int, shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _flags(size: int) -> int:
-    """Flags for mapping arrays: at once, but for large ones, which are worked through in blocks."""
+    """Flags for mapping arrays: prefaulted, except for large ones, which are processed in blocks."""
     return mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if size <= blocks.LARGE else 0)
 
 
 # ---- in the worker ----
 
 _connection: socket.socket | None = None
-_shared: list[tuple[np.ndarray, int]] = []  # arrays of this request and the files that they lie in
+_shared: list[tuple[np.ndarray, int]] = []  # arrays of this request and their files
 
 
 def _begin(connection: socket.socket) -> None:
-    """Begin a worker: silent, whatever a library has to say of a file, and with one thread, as pools reserve memory."""
+    """Initialise a worker: without output of its libraries, and single-threaded, as thread pools reserve memory."""
     global _connection
     _connection = connection
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -262,9 +262,9 @@ def _begin(connection: socket.socket) -> None:
 
 
 def shared_empty(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: str) -> np.ndarray:
-    """In the worker: an array to fill and return, which the other process takes over uncopied.
+    """Shared-memory array for a worker to fill and return, which the calling process maps without a copy.
 
-    Raises Refused for one that a file of `file_size` bytes cannot sensibly hold (`check_size`).
+    Raises Refused for one that a file of `file_size` bytes cannot plausibly hold (`check_size`).
     """
     check_size(shape, dtype, file_size, what)
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -277,18 +277,18 @@ def shared_empty(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: 
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
         blocks.reserve(file, size)
-    _limit_memory(3 * size)  # itself, and as much again twice for a chunk that is all of it
+    _limit_memory(3 * size)  # the array, and twice as much again if it is a single chunk
     array = np.frombuffer(mmap.mmap(file, size, flags=_flags(size)), dtype).reshape(shape)
     _shared.append((array, file))
     return array
 
 
 def _answer(number: int, request: str) -> str:
-    """Answer a request; the arrays go through the socket, under its number."""
+    """Answer a request; its arrays are sent through the socket under its number."""
     wanted = json.loads(request)
     try:
         module, _, name = wanted["function"].partition(":")
-        function = getattr(importlib.import_module(module), name)  # before the limits: libraries are large
+        function = getattr(importlib.import_module(module), name)  # before setting the limits, as libraries are large
         _limit_computing(wanted["computing"])
         _limit_memory(wanted["memory"], more=False)
         facts, arrays = function(wanted["path"], *wanted["arguments"])
@@ -302,7 +302,7 @@ def _answer(number: int, request: str) -> str:
     except (ValueError, OSError, ImportError) as error:
         kinds = (kind for kind in (Refused, OSError, ImportError) if isinstance(error, kind))
         return _error(str(error), next(kinds, ValueError))
-    except Exception as error:  # whatever a library raises on broken files
+    except Exception as error:  # any exception of a library on broken files
         return _error(f"its reader fails ({type(error).__name__}: {error}); {_CURE}", ValueError)
     finally:
         for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
@@ -317,7 +317,7 @@ def _error(message: str, kind: type[Exception]) -> str:
 
 
 def _file_of(array: np.ndarray) -> int:
-    """The file that an array lies in; one that lies elsewhere is copied into one."""
+    """File that backs an array; other arrays are copied into a new one."""
     for shared, file in _shared:
         if shared is array:
             return file
@@ -327,7 +327,7 @@ def _file_of(array: np.ndarray) -> int:
 
 
 def _limit_computing(seconds: int) -> None:
-    """Let the system end this process after so many more seconds of computing: no library can catch that."""
+    """Limit this process to so many more CPU seconds, after which the system ends it: no library can catch that."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     wanted = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
@@ -335,9 +335,9 @@ def _limit_computing(seconds: int) -> None:
 
 
 def _limit_memory(size: int, more: bool = True) -> None:
-    """Let allocations fail beyond `size` bytes from what is mapped now; with `more`, from the limit that there is.
+    """Make allocations fail beyond `size` bytes above the current mapping or, with `more`, above the current limit.
 
-    Where the system does not say what is mapped (macOS), there is no limit.
+    If the system does not report the mapped size (macOS), there is no limit.
     """
     with contextlib.suppress(FileNotFoundError):
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)

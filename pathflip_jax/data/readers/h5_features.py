@@ -1,4 +1,4 @@
-"""Patch features in HDF5 as TRIDENT, CLAM, STAMP and AtlasPatch lay them out; the worker of `hdf5.py` parses them."""
+"""HDF5 patch features in the layouts of TRIDENT, CLAM, STAMP and AtlasPatch, parsed by the worker of `hdf5.py`."""
 
 import math
 from pathlib import Path
@@ -10,20 +10,20 @@ from pathflip_jax.data.readers.coordinates import smallest_step
 from pathflip_jax.data.readers.feature_files import slide_id_of
 from pathflip_jax.data.storage import blocks
 
-# What runs in the worker of `guarded.py`: broken files crash and stall libhdf5.
+# Runs in the worker of `guarded.py`: broken files crash and hang libhdf5.
 READER = "pathflip_jax.data.readers.hdf5:read"
 # Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
-STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 counts in pixels of its tiles: 224 of them are 256 um
+STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 uses pixels of its tiles: 224 of them are 256 um
 OWN_LAYOUT = (
     "rename it to 'features' if its rows are patches whose top-left corners, in pixels at level 0, are 'coords'"
 )
 
 
 def read_h5(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    """The fields of `SlideFeatures` that a file tells, and `step`: how far apart patches stand, where it is known.
+    """Fields of `SlideFeatures` given by a file, and `step`, the distance between patches if known.
 
-    `mpp` turns STAMP's micrometres into pixels; `encoder` chooses where a file holds the features of several.
+    `mpp` converts STAMP's micrometres to pixels; `encoder` selects among the features of several encoders.
     """
     facts, arrays = guarded.parse(READER, path, True, encoder or "")
     arrays |= {name: _piece(path, *place) for name, place in facts["places"].items()}
@@ -48,7 +48,7 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> dict:
 
 
 def _other_layout(names: list[str]) -> str:
-    """The message for a file without patch features."""
+    """Message for a file without patch features."""
     if "embeddings" in names:
         kind = "of the spots of HEST-bench" if "barcodes" in names else "of a kind that is not stated"
         return f"'embeddings' {kind}, expected 'features' [patches, width] of a slide; {OWN_LAYOUT}"
@@ -59,7 +59,7 @@ def _other_layout(names: list[str]) -> str:
 
 
 def _piece(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
-    """An array that lies in a file in one piece; of a large one no more is read than is asked for."""
+    """Contiguous array in a file; large ones are mapped, so that only accessed parts are read."""
     if math.prod(shape) * np.dtype(dtype).itemsize > blocks.LARGE:
         array = np.memmap(path, dtype, "r", offset, tuple(shape))
     else:
@@ -68,7 +68,7 @@ def _piece(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
 
 
 def squeezed(array: np.ndarray) -> np.ndarray:
-    """Drop a leading axis of one; an empty slide may have been written flat."""
+    """Array without a leading axis of size one; an empty slide may have been written flat."""
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     return array.reshape(0, 2) if array.ndim == 1 and not array.size else array
@@ -79,7 +79,7 @@ def _text(value) -> str:
 
 
 def _number(attributes: dict, name: str) -> float:
-    """An attribute as a number, the first one of several; 0 where it is absent or says nothing."""
+    """Numeric attribute, the first of several values; 0 if it is absent or empty."""
     try:
         value = float(np.ravel(attributes[name])[0]) if name in attributes else 0.0
     except (TypeError, ValueError, IndexError):
@@ -88,15 +88,15 @@ def _number(attributes: dict, name: str) -> float:
 
 
 def _pixels(value: float) -> int:
-    """A size in whole pixels; 0, for unknown, where it is absurd."""
+    """Size in whole pixels; 0, for unknown, if it is absurd."""
     return round(value) if 0 <= value < 2**31 else 0
 
 
 def _grid_attributes(attributes: dict) -> dict:
-    """Patch size, mpp and slide size out of the attributes that TRIDENT, CLAM or AtlasPatch put beside `coords`.
+    """Patch size, mpp and slide size from the attributes that TRIDENT, CLAM or AtlasPatch store with `coords`.
 
-    Some versions store them as floats. CLAM's `patch_size` counts pixels of `patch_level`, TRIDENT's and its `overlap`
-    pixels at the target magnification; older TRIDENT has no `patch_size_level0`.
+    Some versions store them as floats. CLAM's `patch_size` is in pixels of `patch_level`, TRIDENT's and its `overlap`
+    in pixels at the target magnification; older TRIDENT has no `patch_size_level0`.
     """
     fields = {}
     downsample = _number(attributes, "downsample") or 1.0
@@ -117,9 +117,9 @@ def _grid_attributes(attributes: dict) -> dict:
 
 
 def _atlas_places(path: Path, fields: dict) -> dict:
-    """AtlasPatch's rows of x, y, width, height, level: the corner is in level-0 pixels, the size in those of the level.
+    """Coordinates from AtlasPatch's rows x, y, width, height, level: the corner in level-0 pixels, the size at level.
 
-    Raises ValueError for sizes that differ: one slide has one patch size.
+    Raises ValueError for differing sizes, as a slide has a single patch size.
     """
     coords = fields["coords"]
     sizes = np.unique(coords[:, 2:], axis=0)
@@ -134,9 +134,9 @@ def _atlas_places(path: Path, fields: dict) -> dict:
 
 
 def _sibling_attributes(path: Path) -> dict:
-    """Facts of a slide in the `patches/` folder beside a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
+    """Attributes of a slide from the `patches/` folder next to a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
 
-    Beside a link, or beside what it leads to.
+    It is searched for next to a link and next to the link's target.
     """
     slide_id = slide_id_of(path)
     for parent in dict.fromkeys([*path.absolute().parents[1:3], *path.resolve().parents[1:3]]):
@@ -151,7 +151,7 @@ def _sibling_attributes(path: Path) -> dict:
 
 
 def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: float | None) -> dict:
-    """STAMP's `feats`: its coordinates are micrometres, in STAMP 1 and marugoto pixels of tiles of 224 px, 256 um."""
+    """Fields of STAMP's `feats`: coordinates in um, in STAMP 1 and marugoto in tile pixels (224 px = 256 um)."""
     top = facts["/"]
     fields = {"features": squeezed(arrays["feats"]), "encoder": _text(top.get("extractor"))}
     if "coords" not in arrays:

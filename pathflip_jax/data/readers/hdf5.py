@@ -1,6 +1,6 @@
-"""The contents of an HDF5 file of features, as plain numbers and texts; runs in the worker of `guarded.py` only.
+"""Contents of an HDF5 feature file as plain numbers and texts; runs only in the worker of `guarded.py`.
 
-libhdf5 crashes and stalls on mutated files, so no other file reads by h5py, and no other process imports this one.
+libhdf5 crashes and hangs on corrupted files, so no other file reads with h5py, and no other process imports this one.
 """
 
 import os
@@ -13,18 +13,18 @@ import numpy as np
 from pathflip_jax.data.readers.guarded import Parsed, Refused, check_size, shared_empty
 from pathflip_jax.data.storage import blocks
 
-FEATURES = ("feats", "features")  # STAMP's name, everybody else's; AtlasPatch has a group, a dataset an encoder
-UNFINISHED = "__tmp_"  # AtlasPatch's, of a run that was stopped
+FEATURES = ("feats", "features")  # STAMP's name, and all others'; AtlasPatch has a group with one dataset per encoder
+UNFINISHED = "__tmp_"  # AtlasPatch's prefix of interrupted runs
 MOST_NAMES, MOST_NUMBERS, LONGEST_TEXT = 100, 16, 1000
 
 
 def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
-    """The arrays `features` or `feats`, and `coords`; the facts are the attributes of each, and the file's ("/").
+    """Arrays `features` or `feats`, and `coords`; the facts are their attributes, and the file's ("/").
 
-    `names` lists what there is at the top. Where `features` is a group, `encoder` chooses from it, and the fact
-    `encoder` is the name of what was read. An array that lies in the file in one piece is not read: `places` says its
-    offset, shape and dtype. Without `with_arrays` only the attributes are read. Raises OSError for what is no whole
-    HDF5 file, Refused for an array of no numbers, in another file, or too large for this one.
+    `names` lists the top-level objects. If `features` is a group, `encoder` selects from it, and the fact `encoder` is
+    the name of the selection. Contiguous arrays are not read: `places` gives their offset, shape and dtype. Without
+    `with_arrays` only the attributes are read. Raises OSError for anything but a complete HDF5 file, Refused for an
+    array that is non-numeric, in another file, or too large for this one.
     """
     facts, arrays = {"places": {}}, {}
     try:
@@ -48,13 +48,13 @@ def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
                         facts["places"][name] = piece
     except (Refused, MemoryError):
         raise
-    except Exception as error:  # h5py passes on what libhdf5 finds as any of eight types
+    except Exception as error:  # h5py raises errors of libhdf5 as any of eight types
         raise OSError(f"not a whole HDF5 file ({error}); copy or extract it again") from None
     return facts, arrays
 
 
 def _choose(group: h5py.Group, name: str, encoder: str) -> str:
-    """The path of one encoder's features in a group of several; "" where there is none at all."""
+    """Path of one encoder's features in a group of several; "" if there is none."""
     found = [own for own in islice(group, MOST_NAMES) if not own.startswith(UNFINISHED)]
     chosen = [own for own in found if not encoder or own.casefold() == encoder.casefold()]
     if len(found) > 1 and len(chosen) != 1:
@@ -66,7 +66,7 @@ def _choose(group: h5py.Group, name: str, encoder: str) -> str:
 
 
 def _here(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
-    """The object under a name in the file; links to other files are not followed."""
+    """Object under a name in the file, without following links to other files."""
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
         raise Refused(f"{name!r} is a link to another file; copy the array itself into this one")
     found = file[name]
@@ -76,11 +76,11 @@ def _here(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
 
 
 def _place(dataset: h5py.Dataset, name: str, file_size: int) -> tuple[int, tuple[int, ...], str] | None:
-    """Offset, shape and dtype of an array that lies in the file in one piece, as NumPy has it in memory."""
+    """Offset, shape and dtype of an array stored contiguously in NumPy's memory layout."""
     if dataset.shape is None or dataset.dtype.kind not in "fiu":
         raise Refused(f"{name!r} is of type {dataset.dtype}, expected numbers; extract it again")
     check_size(dataset.shape, dataset.dtype, file_size, repr(name))
-    offset = dataset.id.get_offset()  # none for chunks, and for what was never written
+    offset = dataset.id.get_offset()  # None for chunked and never written datasets
     if offset is None or dataset.file.userblock_size or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):
         return None
     return (offset, dataset.shape, dataset.dtype.str) if offset + dataset.nbytes <= file_size else None
@@ -97,12 +97,12 @@ def _array(dataset: h5py.Dataset, name: str, file_size: int) -> np.ndarray:
 
 
 def _attributes(place: h5py.Dataset | h5py.Group) -> dict[str, Any]:
-    """Attributes that are a text, a number or a few of them, as Python's own; of others there is no use here."""
+    """Attributes that are strings, numbers or short lists of them, as Python values; others are ignored."""
     found = {}
     for name in islice(place.attrs, MOST_NAMES):
         try:
             value = place.attrs[name]
-        except TypeError:  # a type that NumPy does not have
+        except TypeError:  # a type without a NumPy equivalent
             continue
         if isinstance(value, bytes | str):
             found[name] = (value.decode(errors="replace") if isinstance(value, bytes) else value)[:LONGEST_TEXT]

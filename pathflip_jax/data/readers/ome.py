@@ -3,7 +3,7 @@
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-_LARGEST = 1 << 22  # characters: longer descriptions are no header
+_LARGEST = 1 << 22  # characters: longer descriptions are not parsed
 _UM = {
     "m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6,
     "in": 25400.0,
@@ -11,9 +11,9 @@ _UM = {
 
 
 class Ome(NamedTuple):
-    """An image of an OME-TIFF: um per pixel across and down (0: not said), the objective's power (0), and its channels.
+    """Image of an OME-TIFF: um per pixel in x and y (0: not given), objective power (0: not given), and channels.
 
-    `samples` has the samples per pixel of each channel: 3 of one channel is RGB, 1 each of three are planes.
+    `samples` holds the samples per pixel of each channel: one channel of 3 is RGB, three of 1 are separate planes.
     """
 
     across: float
@@ -24,7 +24,7 @@ class Ome(NamedTuple):
 
 
 def read_ome(description: str, width: int, height: int) -> Ome | None:
-    """The image of `width` x `height` pixels in an OME-XML, None where the text is no OME-XML or has no such image."""
+    """Image of `width` x `height` pixels in an OME-XML; None if the text is not OME-XML or has no such image."""
     if "<OME" not in description[:2000] or len(description) > _LARGEST or "<!ENTITY" in description:
         return None
     try:

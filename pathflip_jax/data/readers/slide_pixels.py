@@ -1,8 +1,8 @@
-"""Thumbnails, tiles, patches and mean colours of slide files; runs in the worker of `guarded.py` only.
+"""Thumbnails, tiles, patches and mean colours of slide files; runs only in the worker of `guarded.py`.
 
-OpenSlide and what it stands on (libtiff, libjpeg, OpenJPEG) parse whatever claims to be a slide, and some of it ends or
-stalls the process. `data_prep` opens slides in worker processes of its own. Labels and macro images, which can name the
-patient, are read by nothing here.
+OpenSlide and its dependencies (libtiff, libjpeg, OpenJPEG) parse any file that claims to be a slide, and some files
+crash or hang the process. `data_prep` opens slides in separate worker processes. Labels and macro images, which can
+name the patient, are never read here.
 """
 
 import functools
@@ -17,19 +17,19 @@ from PIL import Image
 from pathflip_jax.data.readers.guarded import Parsed, Refused
 from pathflip_jax.data.readers.ome import read_ome
 
-WHOLE_LEVEL = 2**26  # pixels of a level that is read in one go for a thumbnail or a tile, or in one strip
-TILE, OVERLAP = 254, 1  # of Deep Zoom: with its overlap on both sides a tile has 256 pixels
-OPEN_SLIDES = 4  # that a worker keeps open for tiles; each may hold 32 MB of decoded pixels
+WHOLE_LEVEL = 2**26  # pixels of a level read in one call, or in one strip, for a thumbnail or a tile
+TILE, OVERLAP = 254, 1  # Deep Zoom: with overlap on both sides a tile has 256 pixels
+OPEN_SLIDES = 4  # kept open by a worker for tiles; each may hold 32 MB of decoded pixels
 
 
 def detect(path: str) -> Parsed:
-    """The format that OpenSlide takes a file for: the fact `format`, None for none."""
+    """Slide format detected by OpenSlide, as the fact `format`; None if unknown."""
     return {"format": openslide.OpenSlide.detect_format(path)}, {}
 
 
 def measures(path: str) -> Parsed:
-    """The facts `width`, `height` at level 0, `mpp` (0 where the file does not say) and `bounds` (x, y of what is not
-    empty; 0, 0 for most formats): viewers that crop a slide to its bounds count from there."""
+    """Facts `width`, `height` at level 0, `mpp` (0 if the file does not give it) and `bounds` (x, y of the non-empty
+    area; 0, 0 for most formats), the origin of viewers that crop a slide to its bounds."""
     with _opened(path) as slide:
 
         def number(name: str) -> float:
@@ -46,7 +46,7 @@ def measures(path: str) -> Parsed:
 
 
 def thumbnail(path: str, pixels: int) -> Parsed:
-    """`picture` [h, w, 3] of at most `pixels` on its longer side; the fact `width` is the slide's at level 0."""
+    """Thumbnail as `picture` [h, w, 3], at most `pixels` on its longer side; the fact `width` is that at level 0."""
     with _opened(path) as slide:
         level = slide.get_best_level_for_downsample(max(slide.dimensions) / pixels)
         if np.prod(slide.level_dimensions[level], dtype=float) <= WHOLE_LEVEL:
@@ -57,7 +57,7 @@ def thumbnail(path: str, pixels: int) -> Parsed:
 
 
 def _reduced(slide: openslide.OpenSlide, level: int, pixels: int) -> Image.Image:
-    """A level that is too large for one piece: averaged strip by strip, then made as small as wanted."""
+    """Downsampled image of a level too large for one read: averaged strip by strip, then resized."""
     width, height = slide.level_dimensions[level]
     step, scale = max(1, max(width, height) // pixels), slide.level_downsamples[level]
     tall = max(1, WHOLE_LEVEL // width // step) * step
@@ -73,9 +73,9 @@ def _reduced(slide: openslide.OpenSlide, level: int, pixels: int) -> Image.Image
 
 
 def colours(path: str, coords: list[list[int]], patch_size: int, whole: int) -> Parsed:
-    """The lowest level at which a patch still has 8 pixels, for the mean colours of patches; the fact `scale`.
+    """Lowest-resolution level with at least 8 pixels per patch, for patches' mean colours, and the fact `scale`.
 
-    `picture` [h, w, 4] is all of it; `colours` [N, 3] the means instead, where it has more than `whole` pixels.
+    `picture` [h, w, 4] is the whole level; instead, `colours` [N, 3] holds the means if it exceeds `whole` pixels.
     """
     with _opened(path) as slide:
         level = slide.get_best_level_for_downsample(max(patch_size / 8, 1))
@@ -89,10 +89,10 @@ def colours(path: str, coords: list[list[int]], patch_size: int, whole: int) -> 
 
 
 def patches(path: str, coords: list[list[int]], patch_size: int, pixels: int) -> Parsed:
-    """`patches` [n, pixels, pixels, 3]: squares of `patch_size` level-0 pixels at `coords`, on the slide's background.
+    """Patches [n, pixels, pixels, 3] of `patch_size` level-0 pixels at `coords`, on the slide's background colour.
 
-    Read at the lowest level that still has `pixels` pixels of a patch, then resized. What lies beyond the slide is
-    background.
+    Read at the lowest-resolution level with at least `pixels` pixels per patch, then resized. Areas beyond the slide
+    are background.
     """
     with _opened(path) as slide:
         level = slide.get_best_level_for_downsample(max(patch_size / pixels, 1))
@@ -108,8 +108,8 @@ def patches(path: str, coords: list[list[int]], patch_size: int, pixels: int) ->
 
 
 def mask(path: str, most: int) -> Parsed:
-    """`mask` [h, w], where a level of at most `most` pixels has more than half of its highest value: 1 of 0 and 1, 2 of
-    0, 1 (tissue) and 2, 255 of 0 and 255. The fact `downsample` is that level's."""
+    """Binary `mask` [h, w] of a level of at most `most` pixels, above half of its maximum: 1 of 0 and 1, 2 of 0, 1
+    (tissue) and 2, 255 of 0 and 255. The fact `downsample` is that level's."""
     with _opened(path) as slide:
         sizes = [width * height for width, height in slide.level_dimensions]
         level = next((number for number, size in enumerate(sizes) if size <= most), len(sizes) - 1)
@@ -126,10 +126,10 @@ def _mean_on_white(patch: Image.Image) -> np.ndarray:
 
 
 def pyramid(path: str) -> Parsed:
-    """The measures of a slide, and how Deep Zoom cuts it.
+    """Size of a slide, and its Deep Zoom pyramid.
 
-    Level k of its `levels` has half the pixels of level k + 1 a side; the last one is level 0 of the slide. Tiles have
-    `tile` pixels a side, and `overlap` more where they have a neighbour.
+    Level k of its `levels` has half the pixels of level k + 1 per side; the last one is level 0 of the slide. Tiles
+    have `tile` pixels per side, plus `overlap` at each neighbour.
     """
     facts, _ = measures(path)
     with _opened(path) as slide:
@@ -138,9 +138,9 @@ def pyramid(path: str) -> Parsed:
 
 
 def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
-    """One Deep Zoom tile as `jpeg` [bytes]. The slide stays open for the next one until its file changes.
+    """Deep Zoom tile as `jpeg` [bytes]. The slide stays open for the next tile until its file changes.
 
-    Raises Refused for a tile that the slide does not have.
+    Raises Refused for a tile outside of the slide.
     """
     state = os.stat(path)
     try:
@@ -158,7 +158,7 @@ def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
             )
         picture = tiles.get_tile(level, (column, row))
     except openslide.OpenSlideError as error:
-        _tiles.cache_clear()  # a slide that failed once answers nothing any more
+        _tiles.cache_clear()  # OpenSlide handles are unusable after an error
         raise ValueError(f"OpenSlide cannot read it ({error}); the file is damaged: copy it again") from None
     with io.BytesIO() as out:
         picture.save(out, "JPEG", quality=quality)
@@ -167,12 +167,12 @@ def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
 
 @functools.lru_cache(OPEN_SLIDES)
 def _tiles(path: str, changed: int, size: int) -> DeepZoomGenerator:
-    """The tiles of a slide as it was when its file had this time of change and size."""
+    """Deep Zoom tiles of a slide, cached by its file's modification time and size."""
     return DeepZoomGenerator(openslide.OpenSlide(path), TILE, OVERLAP)
 
 
 class _opened:
-    """An open slide; what OpenSlide raises becomes ValueError."""
+    """Context manager for an open slide, which converts OpenSlide's errors to ValueError."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Feature files of PyTorch: a tensor, or a dictionary of tensors; runs in the worker of `guarded.py` only.
+"""PyTorch feature files: a tensor, or a dictionary of tensors; runs only in the worker of `guarded.py`.
 
 No other file imports PyTorch to read features.
 """
@@ -20,14 +20,14 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def read(path: str) -> Parsed:
-    """The features of a .pt file, and the coordinates where it is a dictionary that has them.
+    """Features of a .pt file, and coordinates if it is a dictionary that has them.
 
-    bfloat16, which NumPy lacks, comes as int16, and `bfloat16` says so. Never unpickles code. Raises Refused for what
-    is no tensor of floating point numbers, or one larger than its file: strides of 0 make terabytes of nothing.
+    bfloat16, which NumPy lacks, is returned as int16 with the fact `bfloat16`. Never unpickles code. Raises Refused for
+    anything but floating point tensors, and for one larger than its file: strides of 0 can claim terabytes.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every way of being broken
+    except Exception as error:  # torch raises different types for different kinds of damage
         raise Refused(_reason(str(error) or type(error).__name__)) from None
     tensors = _tensors(found)
     bfloat16 = tensors["features"].dtype == torch.bfloat16
@@ -47,7 +47,7 @@ def _reason(message: str) -> str:
 
 
 def _tensors(found: Any) -> dict[str, torch.Tensor]:
-    """The tensor, or those of a dictionary, by the names that a feature file has them under."""
+    """Tensors by name: the single tensor, or those of a dictionary under known names."""
     if isinstance(found, dict):
         name = next((name for name in FEATURES if isinstance(found.get(name), torch.Tensor)), "")
         if not name:

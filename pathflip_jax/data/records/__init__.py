@@ -1,10 +1,10 @@
-"""Records: slides in TFRecord shards, their index and their manifest."""
+"""Records: slides in TFRecord shards, with index and manifest."""
 
 __all__ = ["Records"]
 
 
 def __getattr__(name: str):
-    """`pathflip_jax.data.records.records.Records` without importing what only its reader needs."""
+    """Lazy import of `pathflip_jax.data.records.records.Records`, whose dependencies only its users need."""
     if name in __all__:
         from pathflip_jax.data.records.records import Records
 

@@ -1,6 +1,6 @@
-"""The cohort: what all slides that one model learns from have in common (DESIGN section 5).
+"""Cohort properties that all slides of one training set must share (DESIGN section 5).
 
-The majority says what that is, never the slide that happens to come first; where there is no majority, nobody does.
+They are decided by majority, never by the slide that happens to come first; without a majority they are undecided.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ from jaxtyping import Float
 from pathflip_jax.data.records.columns import SlideInfo, column
 from pathflip_jax.data.storage.failures import preview
 
-# Two slides' patches are of one physical size within this: nominal and measured mpp differ by up to 10 percent, while
-# patches of 224 and 256 pixels differ by 14.
+# Tolerance for equal physical patch sizes: nominal and measured mpp differ by up to 10 percent, while patches of 224
+# and 256 pixels differ by 14.
 SIZE_TOLERANCE = 0.1
-PIECE = 4096  # slides of which Python objects are made at a time
+PIECE = 4096  # slides converted to Python objects at a time
 _APART = "one cohort has one: write the others to a folder of their own"
 _ANEW = (
     "one cohort has one physical size: extract the others anew, or write them to a folder of their own; an mpp that is "
@@ -26,9 +26,9 @@ _ANEW = (
 
 
 class Traits(NamedTuple):
-    """What a slide shares with its cohort, and how to name the slide: its id and its file.
+    """Properties that a slide must share with its cohort, and the slide's id and file for messages.
 
-    An empty `encoder`, a `patch_size` (level-0 pixels) or an `mpp` of 0 is unknown.
+    An empty `encoder`, and a `patch_size` (level-0 pixels) or `mpp` of 0, are unknown.
     """
 
     slide_id: str
@@ -42,7 +42,7 @@ class Traits(NamedTuple):
 
     @property
     def patch_um(self) -> float:
-        """The edge of a patch in micrometres; 0 where it is unknown."""
+        """Edge of a patch in micrometres; 0 if unknown."""
         return self.patch_size * self.mpp
 
 
@@ -50,7 +50,7 @@ _SHARED = Traits._fields[2:]
 
 
 class Vote(NamedTuple):
-    """The value that most slides have, and how many of how many."""
+    """Most frequent value, its count, and the number of votes."""
 
     value: Any
     count: int
@@ -62,15 +62,15 @@ class Undecided(ValueError):
 
 
 def traits_of(info: SlideInfo) -> Traits:
-    """The traits of a slide in records."""
+    """Traits of a slide in records."""
     return Traits(info.slide_id, str(info.shard), *(getattr(info, name) for name in _SHARED))
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What the majority of some slides has: by name, and `size`, the edge of a patch in `unit` (um or px).
+    """Majority properties of some slides: votes by name, and `size`, the edge of a patch in `unit` (um or px).
 
-    `size` is None where no slide knows its own; `pixels` are the level-0 sizes of the slides that have it.
+    `size` is None if it is unknown for all slides; `pixels` are the level-0 sizes of the slides that have it.
     """
 
     common: dict[str, Vote]
@@ -79,7 +79,7 @@ class Cohort:
     pixels: frozenset[int]
 
     def objection(self, slide: Traits) -> str:
-        """Why a slide does not belong to the cohort, "" where it does. An encoder without a name agrees with any."""
+        """Objection to a slide in the cohort, else "". An unnamed encoder agrees with any."""
         for name, vote in self.common.items():
             here = getattr(slide, name)
             if here != vote.value and not (name == "encoder" and "" in (here, vote.value)):
@@ -87,9 +87,9 @@ class Cohort:
         return self.size_objection(slide)
 
     def size_objection(self, slide: Traits) -> str:
-        """Why a slide's patches are not of the cohort's physical size; "" where they are, or where it is unknown.
+        """Objection to a slide whose patches differ from the cohort's physical size; "" if equal or unknown.
 
-        Micrometres are compared, and pixels where an mpp is unknown.
+        Sizes are compared in micrometres, or in pixels if an mpp is unknown.
         """
         if not slide.patch_size or self.size is None:
             return ""
@@ -102,7 +102,7 @@ class Cohort:
         return "" if same else f"{found}; {_ANEW}"
 
     def pixels_of(self, mpp: float) -> int:
-        """The patch size of the cohort in level-0 pixels of a slide of this mpp; 0 where that is unknown."""
+        """Patch size of the cohort in level-0 pixels of a slide of this mpp; 0 if unknown."""
         if self.size is None:
             return 0
         if self.unit == "um" and mpp:
@@ -111,10 +111,10 @@ class Cohort:
 
 
 def elect(slides: Sequence[Traits], times: Sequence[int] = ()) -> Cohort:
-    """What the majority of slides has. Raises Undecided, with counts and names, where more than half share no value.
+    """Majority properties of slides. Raises Undecided, with counts and names, if no value has more than half the votes.
 
-    An encoder without a name does not vote, nor does an unknown size, nor one in pixels where others are in um. With
-    `times`, a slide speaks for as many as that which are like it.
+    Unnamed encoders do not vote, nor do unknown sizes, nor sizes in pixels if others are in um. With `times`, each
+    slide represents that many identical ones.
     """
     times = times or [1] * len(slides)
     common = {}
@@ -142,10 +142,10 @@ def elect(slides: Sequence[Traits], times: Sequence[int] = ()) -> Cohort:
 
 
 def check_cohort(slides: Sequence[SlideInfo]) -> None:
-    """Refuse slides that no one model can train on together (DESIGN section 5).
+    """Refuse slides that cannot be used to train one model (DESIGN section 5).
 
     Raises ValueError naming the slides that differ from the majority in encoder, feature width or dtype, region cut or
-    physical patch size, or a slide that is there twice.
+    physical patch size, or a duplicate slide.
     """
     ids = column(slides, "slide_id")
     if len(set(ids)) < len(ids):
@@ -170,7 +170,7 @@ def _refuse_twins(slides: Sequence[SlideInfo]) -> None:
 
 
 def _is_one(slides: Sequence[SlideInfo]) -> bool:
-    """Whether slides are one cohort. Few of them differ in what they share, so one of each kind is looked at."""
+    """Whether slides form one cohort, checked on one slide of each distinct combination of properties."""
     kinds: Counter[tuple] = Counter()
     columns = [column(slides, name) for name in _SHARED]
     for first in range(0, len(slides), PIECE):
@@ -193,7 +193,7 @@ def _same(here: float, there: float) -> bool:
 
 
 def _commonest(sizes: Float[np.ndarray, "n"]) -> tuple[float, int]:
-    """The size that most of these are the same as, and how many; the one that occurs most often where several are."""
+    """Size within tolerance of the most others, and their count; ties go to the most frequent size."""
     ordered = np.sort(sizes)
     values, counts = np.unique(ordered, return_counts=True)
     low = np.searchsorted(ordered, values * (1 - SIZE_TOLERANCE) - 1e-9, "left")
@@ -203,7 +203,7 @@ def _commonest(sizes: Float[np.ndarray, "n"]) -> tuple[float, int]:
 
 
 def _check_majority(vote: Vote, name: str, voters: Sequence[tuple[Any, Traits]]) -> None:
-    """Raise Undecided, with who has what, for a vote that is no majority."""
+    """Raise Undecided, listing values and slides, for a vote without a majority."""
     if 2 * vote.count > vote.voters or not voters:
         return
     sides: dict[Any, list[Traits]] = {}

@@ -1,7 +1,7 @@
-"""The slides of a cohort as columns: of a million slides, objects are made only of those that are looked at.
+"""Columnar storage of a cohort's slides: among a million, objects are created only for those accessed.
 
-`Slides` is a sequence of slides that keeps one list or array for each thing known of them, and the regions of all
-slides of a shard in one piece.
+`Slides` is a sequence of slides that keeps one list or array per attribute, and the regions of all slides of a shard
+in one block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class _Derived:
-    """What follows from the rest that is known of a slide."""
+    """Derived attributes of a slide."""
 
     @property
     def num_regions(self) -> int:
-        """The number R of regions."""
+        """Number R of regions."""
         return len(self.region_crc32c)
 
     @property
@@ -35,7 +35,7 @@ class _Derived:
 
 @dataclass(frozen=True, eq=False)
 class SlideInfo(_Derived):
-    """What the index knows of a slide: all of its record but features and coordinates, and where those lie.
+    """Index entry of a slide: its record without features and coordinates, and the location of those.
 
     `region_rows` [R+1], `region_grid` [R, 2] (column, row; -1 in `scan`), `region_crc32c` [R] as in the record.
     """
@@ -61,7 +61,7 @@ class SlideInfo(_Derived):
 
     @property
     def cut(self) -> str:
-        """How the regions were cut: `grid` or `scan`."""
+        """Region cut, `grid` or `scan`."""
         return "scan" if (self.region_grid == -1).all() else "grid"
 
 
@@ -81,7 +81,7 @@ _COUNTED = (*NUMBERS, "cut", "first", "regions")
 
 
 class ShardRegions(NamedTuple):
-    """The regions of all slides of a shard, one slide behind the other, in the smallest type that holds them."""
+    """Regions of all slides of a shard, concatenated, in the smallest sufficient integer types."""
 
     count: Int[np.ndarray, "n"]  # patches of each region
     grid: Int[np.ndarray, "n 2"]
@@ -89,7 +89,7 @@ class ShardRegions(NamedTuple):
 
     @classmethod
     def of(cls, count: np.ndarray, grid: np.ndarray, crc32c: np.ndarray) -> "ShardRegions":
-        """The same in less memory: most cohorts have fewer than 2**15 regions in a row of a slide."""
+        """Compact copy of these arrays: most cohorts have fewer than 2**15 regions in a row of a slide."""
         short = np.dtype(np.int16)
         fits = not len(grid) or (grid.min() >= np.iinfo(short).min and grid.max() <= np.iinfo(short).max)
         count = count.astype(np.min_scalar_type(int(count.max(initial=0))))
@@ -97,7 +97,7 @@ class ShardRegions(NamedTuple):
 
 
 class SlideView(_Derived):
-    """A slide of `Slides`, with the attributes of `SlideInfo`, each looked up when it is asked for."""
+    """View of a slide in `Slides`, with the attributes of `SlideInfo`, each looked up on access."""
 
     __slots__ = ("_at", "_slides")
 
@@ -114,10 +114,10 @@ class SlideView(_Derived):
 
 
 class Slides(Sequence):
-    """The slides of one shard or of many: a sequence of `SlideView`, and a column for each thing known of them.
+    """Slides of one or more shards: a sequence of `SlideView`, with one column per attribute.
 
-    `texts` and `numbers` are columns by the name of the attribute. Among the numbers, `shard_number` counts `shards`,
-    and `first` and `regions` say which of that shard's regions, in `held`, are a slide's; `cut` is true for `scan`.
+    `texts` and `numbers` are columns by attribute name. Among the numbers, `shard_number` is an index into `shards`,
+    and `first` and `regions` select a slide's regions among those of its shard in `held`; `cut` is true for `scan`.
     """
 
     def __init__(
@@ -145,13 +145,13 @@ class Slides(Sequence):
         return (SlideView(self, at) for at in range(len(self)))
 
     def column(self, name: str) -> Sequence:
-        """One attribute of all slides, in order: a list of texts or an array of numbers."""
+        """Column of an attribute, in the order of the slides: a list of texts or an array of numbers."""
         if name == "cut":
             return [CUTS[cut] for cut in self._columns["cut"].tolist()]
         return self._columns[name]
 
     def value(self, name: str, at: int) -> Any:
-        """One attribute of one slide, as `SlideInfo` has it."""
+        """Attribute of one slide, in the form of `SlideInfo`."""
         found = self._columns.get(name)
         if name == "cut":
             return CUTS[found.item(at)]
@@ -172,18 +172,18 @@ class Slides(Sequence):
 
     @property
     def largest_region(self) -> int:
-        """The number of patches of the fullest region."""
+        """Number of patches of the fullest region."""
         return max((int(held.count.max(initial=0)) for held in self.held), default=0)
 
     def without_regions(self) -> "Slides":
-        """The same slides of whose regions nothing is held."""
+        """Copy without the regions."""
         texts = {name: self._columns[name] for name in TEXTS}
         numbers = {name: column for name, column in self._columns.items() if name not in TEXTS}
         return Slides(self.shards, texts, numbers, [])
 
     @classmethod
     def of(cls, shard: Place, infos: Sequence[SlideInfo]) -> "Slides":
-        """The slides of a shard, as its writer or a walk through it found them."""
+        """Slides of a shard from index entries, as made by its writer or by a scan of the shard."""
         columns = {name: column(infos, name) for name in SCALARS}
         columns |= {name: np.array(columns[name], dtype) for name, dtype in NUMBERS.items()}
         count = [np.zeros(0, np.int64), *(np.diff(info.region_rows) for info in infos)]
@@ -201,9 +201,9 @@ class Slides(Sequence):
         regions: ShardRegions,
         names: dict[str, str],
     ) -> "Slides":
-        """The slides of a shard from columns, the number of regions of each slide, and the regions, all of it sound.
+        """Slides of a shard from validated columns, region counts per slide, and regions.
 
-        `names` holds the texts met so far: what slides share is kept once.
+        `names` interns texts, so that those shared by slides are stored once.
         """
         share = names.setdefault
         texts = {name: [share(text, text) for text in columns[name]] for name in ("encoder", "feature_dtype")}
@@ -220,7 +220,7 @@ class Slides(Sequence):
 
     @classmethod
     def joined(cls, parts: Sequence["Slides"]) -> "Slides":
-        """The slides of several shards, each part of one, in order; the parts are used up, which saves memory."""
+        """Concatenated slides of several shards, one part per shard; consumes the parts to save memory."""
         if not parts:
             return cls(
                 [],
@@ -236,5 +236,5 @@ class Slides(Sequence):
 
 
 def column(slides: Sequence[SlideInfo] | Slides, name: str) -> Sequence:
-    """One attribute of all slides, whatever sequence holds them."""
+    """Column of an attribute, for any sequence of slides."""
     return slides.column(name) if isinstance(slides, Slides) else [getattr(info, name) for info in slides]

@@ -1,7 +1,7 @@
-"""The record of a slide, and the index of a shard: what each record holds and where (DESIGN section 5).
+"""Slide records, and the index of a shard: content and location of each record (DESIGN section 5).
 
-With the index, opening a cohort reads no shard. It can be made from the shard alone, by walking protobuf tags, so a
-shard of any writer can be indexed.
+With the index, opening a cohort reads no shard. It can be rebuilt from the shard alone, by walking protobuf tags, so
+shards of any writer can be indexed.
 """
 
 import errno
@@ -26,13 +26,13 @@ KEYS = {
     "slide_id", "case_id", "encoder", "feature_dtype", "feature_dim", "num_patches", "features", "coords", "patch_size",
     "mpp", "width", "height", "region_rows", "region_grid", "region_crc32c",
 }  # fmt: skip
-LARGEST_EXAMPLE = 2**31 - 2**20  # protobuf holds 2 GiB; the small fields need some of it
+LARGEST_EXAMPLE = 2**31 - 2**20  # the protobuf limit of 2 GiB, less room for the small fields
 REBUILD = "delete it and the next opening builds it anew from the shard"
 REWRITE = "copy the shard again, or delete it and its .idx and run `pathflip prepare` or `import` again"
 
 
 def index_path(shard: Place | str) -> Place:
-    """Where the index of a shard lies."""
+    """Path of a shard's index."""
     shard = as_path(shard)
     return shard.with_name(f"{shard.name}.idx")
 
@@ -40,12 +40,12 @@ def index_path(shard: Place | str) -> Place:
 def encode_slide(
     slide: SlideFeatures, *, cut: str, edge_um: float, edge_px: int | None, dtype: str
 ) -> tuple[list[Data], SlideInfo]:
-    """One slide as a serialized tf.train.Example in parts, patches in the order of their regions, and its index entry.
+    """Slide as a serialized tf.train.Example in parts, patches in region order, and its index entry.
 
-    The entry's offsets count from the start of the record. Raises ValueError for features that the dtype cannot hold,
-    and for more than an Example can.
+    The entry's offsets are relative to the start of the record. Raises ValueError for features out of the dtype's
+    range, and for more than an Example can hold.
     """
-    # Late: it takes 0.4 s, and reading records does not need it.
+    # Deferred import: it takes 0.4 s, and reading records does not need it.
     from tensorflow_datasets.proto import tf_example_pb2
 
     if dtype not in DTYPES:
@@ -100,22 +100,22 @@ def encode_slide(
 def stored_rows(
     features: Float[np.ndarray, "N F"], order: Int[np.ndarray, "N"], dtype: str, where: str
 ) -> Float[np.ndarray, "N F"]:
-    """Features in the order in which they are stored, as `narrowed` has them; of a large slide in a temporary file.
+    """Features in stored order and dtype (`narrowed`), for a large slide in a temporary file.
 
-    Raises as `narrowed`, and OSError where the folder for temporary files (TMPDIR) has no room.
+    Raises as `narrowed`, and OSError if the folder for temporary files (TMPDIR) is full.
     """
     if features.nbytes <= blocks.LARGE:
         return narrowed(np.take(features, order, axis=0), dtype, where)
     place, found = np.empty(len(order), np.int64), blocks.scratch(features.shape, DTYPES[dtype])
     place[order] = np.arange(len(order))
-    for rows, block in blocks.row_blocks(features):  # as the file has them: it may hold them compressed
+    for rows, block in blocks.row_blocks(features):  # in file order: the file may be compressed
         found[place[rows]] = narrowed(block, dtype, where)
         blocks.release(found)
     return found
 
 
 def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Float[np.ndarray, "N F"]:
-    """Features as records keep them. Raises ValueError for numbers too large or too small for that."""
+    """Features in the dtype of the records. Raises ValueError for numbers too large or too small for it."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = features.astype(DTYPES[dtype], copy=False)
     if narrow.dtype == features.dtype:
@@ -132,7 +132,7 @@ def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Floa
 
 
 def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
-    """What the index keeps of a serialized record that starts at `offset`. Raises ValueError for a foreign one."""
+    """Index entry of a serialized record that starts at `offset`. Raises ValueError for a foreign record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     where = f"{shard}: the record at byte {offset}"
@@ -174,7 +174,7 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
 
 
 def check_region(info: SlideInfo, region: int, crc: int) -> None:
-    """Raise ValueError, naming shard, slide and region, when a region's bytes are not those written."""
+    """Raise ValueError, naming shard, slide and region, for a checksum mismatch of a region."""
     if crc != info.region_crc32c[region]:
         found = f"CRC32C {crc:08x}, recorded {int(info.region_crc32c[region]):08x}"
         raise ValueError(f"{info.shard}: slide {info.slide_id}, region {region}: a byte flipped ({found}); {REWRITE}")
@@ -183,7 +183,8 @@ def check_region(info: SlideInfo, region: int, crc: int) -> None:
 def build_index(shard: Place | str) -> Index:
     """Build the index of a shard, written by this library or by TensorFlow, TFDS or Beam, from the shard alone.
 
-    Reads all of it and checks every CRC. Raises ValueError for a damaged or foreign shard, OSError for a truncated one.
+    Reads the whole shard and checks every CRC. Raises ValueError for a damaged or foreign shard, OSError for a
+    truncated one.
     """
     shard = as_path(shard)
     infos, end, crc = [], 0, 0
@@ -206,7 +207,7 @@ def build_index(shard: Place | str) -> Index:
 
 
 def save_index(shard: Place, index: Index) -> None:
-    """Write an index beside its shard, whole or not at all."""
+    """Write an index next to its shard, atomically."""
     with whole_file(index_path(shard)) as out:
         out.write(encode_index(index))
 
@@ -218,22 +219,22 @@ def read_index(shard: Place | str) -> Index:
 
 
 def index_bytes(shards: Sequence[Place], *before: Place) -> Iterator[bytes | None]:
-    """The bytes of the files `before` and of the indexes of shards, None for what is not there, few at a time."""
+    """Bytes of the files `before` and of the shards' indexes, None for missing ones, a few at a time."""
     return read_in_turn([*before, *map(index_path, shards)])
 
 
 def read_indexes(
     shards: Sequence[Place], sizes: Sequence[int | None], contents: Iterator[bytes | None]
 ) -> Iterator[Index]:
-    """The indexes of shards of these sizes from their bytes, one after the other; one is built where there is none.
+    """Indexes of shards of these sizes from their bytes, in order; missing ones are built.
 
     Raises ValueError for an index that is damaged, of another version, or older than its shard; FileNotFoundError for
-    a shard that is not there.
+    a missing shard.
     """
     for shard, size in zip(shards, sizes, strict=True):
         if size is None:
             raise FileNotFoundError(f"{shard}: no such shard; restore it, or write it again")
-    names: dict[str, str] = {}  # each text that slides share is held once
+    names: dict[str, str] = {}  # interns texts shared by slides
     for shard, size, data in zip(shards, sizes, contents, strict=True):
         if data is None:
             yield _built(shard)
@@ -245,14 +246,14 @@ def _built(shard: Place) -> Index:
     index = build_index(shard)
     try:
         save_index(shard, index)
-    except OSError as error:  # records are often where others may only read
+    except OSError as error:  # records are often on read-only storage
         if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
             raise
     return index
 
 
 def _parsed(shard: Place, size: int, data: bytes, names: dict[str, str]) -> Index:
-    """An index as it is stored, beside a shard of that size."""
+    """Index from its stored bytes, for a shard of that size."""
     try:
         return decode_index(data, shard, size, names)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:

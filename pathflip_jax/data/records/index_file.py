@@ -1,6 +1,6 @@
-"""The bytes of an index: a head, the slides as JSON, the arrays of their regions raw behind it, and a CRC32C.
+"""Binary format of an index: a header, the slides as JSON, their regions as raw arrays, and a CRC32C.
 
-It comes from anybody's disk: what is read is checked for all slides of a shard at once, before anything is read by it.
+It is untrusted input: the content is validated for all slides of a shard together, before anything is read by it.
 """
 
 import json
@@ -18,11 +18,11 @@ from pathflip_jax.data.storage.json_values import parse_json
 MAGIC, VERSION = b"PATHFLIP", 1
 HEAD = struct.Struct("<8sIQ")
 _NAMES = (*TEXTS, "mpp", *(name for name in SCALARS if name not in (*TEXTS, "mpp")), "regions")
-_BYTES = 20  # of a region, and 8 more of a slide
+_BYTES = 20  # per region, plus 8 per slide
 
 
 class Index(NamedTuple):
-    """The index of one shard: its slides, and the size and CRC32C of the whole file."""
+    """Index of one shard: its slides, and the size and CRC32C of the shard file."""
 
     shard_bytes: int
     shard_crc32c: int
@@ -30,7 +30,7 @@ class Index(NamedTuple):
 
 
 def encode_index(index: Index) -> bytes:
-    """An index as it is stored."""
+    """Serialized index."""
     slides = [{name: getattr(info, name) for name in SCALARS} | {"regions": info.num_regions} for info in index.slides]
     head = json.dumps({"bytes": index.shard_bytes, "crc32c": index.shard_crc32c, "slides": slides}).encode()
     parts = [HEAD.pack(MAGIC, VERSION, len(head)), head]
@@ -40,10 +40,11 @@ def encode_index(index: Index) -> bytes:
 
 
 def decode_index(data: bytes, shard: Place, size: int, names: dict[str, str]) -> Index:
-    """The index of a shard of that size from its bytes; `names` holds the texts met so far, each once.
+    """Index of a shard of that size, parsed from bytes; `names` interns texts.
 
     Raises ValueError for bytes that are damaged, of another version, or of another shard, and for an index that
-    contradicts itself or points out of its shard; TypeError, KeyError, AttributeError or OverflowError for no index.
+    contradicts itself or points outside of its shard; TypeError, KeyError, AttributeError or OverflowError for anything
+    that is not an index.
     """
     if len(data) < HEAD.size + 4 or crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise ValueError("damaged or cut short, its CRC32C does not hold")
@@ -67,7 +68,7 @@ def decode_index(data: bytes, shard: Place, size: int, names: dict[str, str]) ->
 
 
 def _columns(entries: list[dict]) -> dict[str, list[str] | np.ndarray]:
-    """The slides as columns. Raises TypeError for a value of another kind than `SlideInfo` has, or below 0."""
+    """Slides as columns. Raises TypeError for values of a type other than in `SlideInfo`, or negative ones."""
     columns = [[entry[name] for entry in entries] for name in _NAMES]
     for entry in entries:
         if len(entry) > len(_NAMES):
@@ -85,7 +86,7 @@ def _columns(entries: list[dict]) -> dict[str, list[str] | np.ndarray]:
 
 
 def _regions(data: bytes, start: int, sizes: np.ndarray) -> ShardRegions:
-    """The regions from the byte where they start; where a slide's rows do not rise from 0, they hold no patches."""
+    """Regions from byte `start` on; those whose rows do not increase, or do not start at 0, count no patches."""
     arrays = {name: [np.zeros(0, dtype)] for name, dtype in ARRAYS.items()}
     for size in sizes.tolist():
         for name, items in (("region_rows", size + 1), ("region_grid", 2 * size), ("region_crc32c", size)):
@@ -101,7 +102,7 @@ def _regions(data: bytes, start: int, sizes: np.ndarray) -> ShardRegions:
 
 
 def _check(columns: dict, sizes: np.ndarray, regions: ShardRegions, shard: Place, size: int) -> None:
-    """Raise ValueError for the first slide that `check_info` refuses or that lies outside of its shard."""
+    """Raise ValueError for the first slide that `check_info` refuses or that extends beyond its shard."""
     for slide_id in columns["slide_id"]:
         check_slide_id(slide_id)
     last = np.cumsum(sizes)
@@ -120,7 +121,7 @@ def _check(columns: dict, sizes: np.ndarray, regions: ShardRegions, shard: Place
 
 
 def _dubious(columns: dict, sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The slides [n] for which `check_info` has to say what is wrong, found for all slides of a shard at once."""
+    """Slides [n] that `check_info` must examine, found for all slides of a shard in one vectorised pass."""
     patches, mpp, coords = columns["num_patches"], columns["mpp"], columns["coords_bytes"]
     found = np.array([dtype not in DTYPES for dtype in columns["feature_dtype"]], bool)
     found |= (patches < 1) | (patches > 2**31) | (columns["feature_dim"] < 1) | (columns["feature_dim"] > 2**31)
@@ -134,9 +135,9 @@ def _dubious(columns: dict, sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def check_info(info: SlideInfo, features_bytes: int | None = None) -> None:
-    """Raise ValueError where what is known of a slide contradicts itself: it may come from anybody's file.
+    """Raise ValueError for an index entry that contradicts itself, as it is untrusted input.
 
-    `features_bytes` is the size of its features, where something but the index tells it.
+    `features_bytes` is the size of its features, if known from a source other than the index.
     """
     check_slide_id(info.slide_id)
     where, rows = f"slide {info.slide_id}", info.region_rows

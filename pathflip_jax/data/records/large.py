@@ -1,4 +1,4 @@
-"""Slides of millions of patches: features that are read a block of rows at a time, and never stand in memory whole."""
+"""Slides of millions of patches: features read in blocks of rows and never completely in memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +11,10 @@ from pathflip_jax.data.storage import blocks
 
 
 class StoredFeatures:
-    """The features [N, F] of a slide of records, read when rows of them are asked for, every region's CRC checked.
+    """Lazily read features [N, F] of a slide in records, with every region's CRC checked.
 
-    An array as far as readers of slides need one: shape, dtype, length and rows by number, slice or index array. NumPy
-    functions that want all of it get all of it.
+    Array-like as far as users of slides need it: shape, dtype, length and rows by number, slice or index array. NumPy
+    functions that convert it to an array read all of it.
     """
 
     ndim = 2
@@ -29,16 +29,16 @@ class StoredFeatures:
 
     @property
     def size(self) -> int:
-        """The number of features of all patches together."""
+        """Number of elements, N * F."""
         return self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """What all of it would take in memory."""
+        """Bytes of the whole array in memory."""
         return self.size * self.dtype.itemsize
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        rows = np.arange(len(self), dtype=np.int64)[rows]  # as NumPy understands it, with its errors
+        rows = np.arange(len(self), dtype=np.int64)[rows]  # NumPy's indexing rules and errors
         flat = rows.ravel()
         found = np.empty((len(flat), self.shape[1]), self.dtype)
         order = np.argsort(flat, kind="stable")
@@ -58,7 +58,7 @@ class StoredFeatures:
         return found if dtype is None else found.astype(dtype, copy=False)
 
     def _together(self, regions: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Runs of these regions that have about a block's bytes each."""
+        """Runs of these regions of about one block's bytes each."""
         sizes = (self._starts[regions + 1] - self._starts[regions]) * self.shape[1] * self.dtype.itemsize
         run = (np.cumsum(sizes) - sizes) // blocks.BLOCK
         cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), len(regions)]
@@ -66,7 +66,7 @@ class StoredFeatures:
 
 
 def open_slide(records: Records, position: int) -> SlideFeatures:
-    """A slide of records as `Records.read` gives it; of a large one the features stay on disk (`StoredFeatures`)."""
+    """Slide of records as from `Records.read`; features of a large one stay on disk (`StoredFeatures`)."""
     info = records.slides[position]
     if info.num_patches * info.row_bytes <= blocks.LARGE:
         return records.read(position)

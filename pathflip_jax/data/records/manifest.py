@@ -1,7 +1,7 @@
-"""The manifest.json of a folder of records, and the check of the folder against it.
+"""Manifest of a records folder (manifest.json), and the check of the folder against it.
 
-A copy that broke off, a shard of an older cohort left behind, a file that was renamed: each would train on other slides
-than the cohort has, without a word.
+An interrupted copy, a leftover shard of an older cohort or a renamed file would silently change the slides of a
+training run.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from pathflip_jax.data.storage.json_values import parse_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
-CUT = ("cut", "edge_um", "edge_px")  # what a run records of how regions were cut
+CUT = ("cut", "edge_um", "edge_px")  # facts about the region cut that a run records
 ANEW = "delete it and run the command that writes it again"
 _AGAIN = "copy it again, or run the command that writes the records (`pathflip prepare` or `import`) to its end"
 
 
 class Listed(NamedTuple):
-    """A shard as the manifest lists it; `crc32c` is of the whole file, in eight hexadecimal digits."""
+    """Manifest entry of a shard; `crc32c` is of the whole file, in eight hexadecimal digits."""
 
     bytes: int
     crc32c: str
@@ -29,7 +29,7 @@ class Listed(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What manifest.json says: `facts` of the cohort, such as how regions were cut, and its shards by file name."""
+    """Content of manifest.json: `facts` of the cohort, such as the region cut, and its shards by file name."""
 
     path: Place
     facts: dict[str, Any]
@@ -37,7 +37,7 @@ class Manifest(NamedTuple):
 
 
 def parse_manifest(path: Place, data: bytes) -> Manifest:
-    """The content of a manifest. Raises ValueError naming the file for anything else."""
+    """Parsed manifest. Raises ValueError naming the file for anything else."""
     try:
         facts = parse_json(data.decode())
         shards = {str(shard["name"]): _listed(shard) for shard in facts.pop("shards")}
@@ -57,7 +57,7 @@ def _listed(shard: dict[str, Any]) -> Listed:
 
 
 def folder_faults(manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
-    """What is wrong with the shards of a folder, of these bytes by name, as far as names and sizes tell."""
+    """Faults of a folder's shards, given their sizes by name, as far as names and sizes show."""
     folder, listed = manifest.path.parent, manifest.shards
     missing = [name for name in listed if name not in sizes]
     extra = [name for name in sizes if name not in listed]
@@ -80,7 +80,7 @@ def folder_faults(manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
 
 
 def shard_faults(manifest: Manifest, name: str, slides: int, crc: int) -> list[str]:
-    """What is wrong with a shard that is as large as listed, by the number of its slides and its CRC32C."""
+    """Faults of a shard of the listed size, by its number of slides and its CRC32C."""
     listed = manifest.shards[name]
     if slides == listed.slides and f"{crc:08x}" == listed.crc32c:
         return []
@@ -89,12 +89,12 @@ def shard_faults(manifest: Manifest, name: str, slides: int, crc: int) -> list[s
 
 
 def sums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
-    """A SHA-256 of the name, bytes and CRC32C of each shard: it changes with any byte of the data."""
+    """SHA-256 of the name, size and CRC32C of each shard: it changes with any byte of the data."""
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def refuse(faults: list[str]) -> None:
-    """Raise ValueError with the first of these faults and how many more there are, if there is one."""
+    """Raise ValueError with the first of these faults and the number of others, if there are any."""
     if faults:
         more = f" ({len(faults) - 1} more of its shards not as listed: `pathflip doctor --records` names them)"
         raise ValueError(faults[0] + (more if faults[1:] else ""))

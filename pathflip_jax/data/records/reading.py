@@ -1,4 +1,4 @@
-"""Regions of a slide read out of their shard, each checked while its bytes are still in the processor's cache."""
+"""Reading of regions from a shard, with each CRC checked while its bytes are still in the CPU cache."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,11 +14,11 @@ from pathflip_jax.data.storage.files import Extent, LocalFile, RemoteFile
 from pathflip_jax.data.storage.framing import crc32c
 
 COORDS_AT_ONCE = 1 << 20  # bytes
-PIECE = 1 << 19  # bytes of a whole slide that are read and checked at a time
+PIECE = 1 << 19  # bytes read and checked at a time for a whole slide
 
 
 def read_slide(file: LocalFile | RemoteFile, info: SlideInfo, dtype: np.dtype) -> SlideFeatures:
-    """A whole slide, patches in the order of their regions, every region's CRC checked.
+    """Whole slide with patches in region order and every region's CRC checked.
 
     Raises ValueError for a flipped byte, naming shard, slide and region, and for what `SlideFeatures` refuses; OSError
     for a shard cut short.
@@ -31,13 +31,13 @@ def read_slide(file: LocalFile | RemoteFile, info: SlideInfo, dtype: np.dtype) -
     extents = [(info.features_offset + int(rows[a]) * info.row_bytes, [features[rows[a] : rows[b]]]) for a, b in pieces]
     read = file.read([*places, *extents])
     for _ in places:
-        next(read)  # every region's CRC needs them
+        next(read)  # every region's CRC covers its coordinates
     slide, finite = None, True
     for number, ((a, b), (_, (own,)), _) in enumerate(zip(pieces, extents, read, strict=True)):
         _check(info, regions[a:b], parts[a:b], coords, at[a:b])
         finite = finite and all_finite(own)
-        if number == len(pieces) // 2 and info.coords_bytes:  # while the rest is on its way
-            with suppress(ValueError):  # which may depend on features that are not there yet
+        if number == len(pieces) // 2 and info.coords_bytes:  # while the rest is being read
+            with suppress(ValueError):  # it may depend on features not read yet
                 slide = _slide(info, features, corners, True)
     return slide if slide is not None and finite else _slide(info, features, corners, finite)
 
@@ -51,34 +51,34 @@ def _slide(info: SlideInfo, features: np.ndarray, coords: np.ndarray | None, fin
 
 
 def _pieces(rows: Int[np.ndarray, "R+1"], width: int) -> list[tuple[int, int]]:
-    """Regions of about PIECE bytes each, from the first to the one behind the last."""
+    """Half-open ranges of regions of about PIECE bytes each."""
     piece = rows[:-1] * width // PIECE
     return list(pairwise([0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(rows) - 1]))
 
 
 def read_parts(file: LocalFile | RemoteFile, info: SlideInfo, wanted: np.ndarray, parts: Sequence[np.ndarray]) -> None:
-    """Read the features of regions into contiguous arrays; `wanted` is sorted and names each region once.
+    """Read the features of regions into contiguous arrays; `wanted` is sorted, without duplicates.
 
     Raises ValueError for a flipped byte, naming shard, slide and region; OSError for a shard cut short.
     """
     rows, width = info.region_rows, info.row_bytes
-    runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # of neighbours
+    runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # runs of adjacent regions
     starts = (info.features_offset + rows[wanted[[run[0] for run in runs]]] * width).tolist()
     extents = [(start, [parts[i] for i in run]) for start, run in zip(starts, runs, strict=True)]
     coords, at, places = coords_of(info, wanted, runs)
     read = file.read([*places, *extents])
     for _ in places:
         next(read)
-    for run, _ in zip(runs, read, strict=True):  # a region is summed up while the next ones are on their way
+    for run, _ in zip(runs, read, strict=True):  # checksums overlap with the next reads
         _check(info, wanted[run], [parts[i] for i in run], coords, at[run])
 
 
 def coords_of(
     info: SlideInfo, wanted: np.ndarray, runs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, list[Extent]]:
-    """An array for the coordinates of regions, where in it those of each begin, and what to read into it.
+    """Array for the coordinates of regions, the start of each region in it, and the extents to read into it.
 
-    In one go with what lies between the regions, unless that is much: of a slide of millions of patches.
+    Read in one piece including the gaps between regions, unless these are large, as in slides of millions of patches.
     """
     if not info.coords_bytes:
         return np.zeros(0, np.uint8), np.zeros(len(wanted), np.int64), []
@@ -97,7 +97,7 @@ def coords_of(
 def _check(
     info: SlideInfo, regions: np.ndarray, parts: Sequence[np.ndarray], coords: np.ndarray, at: np.ndarray
 ) -> None:
-    """Check the CRCs of regions; the coordinates of each lie in `coords` from the patch `at` on."""
+    """Check the CRCs of regions; the coordinates of each start in `coords` at patch `at`."""
     expected = info.region_crc32c[regions].tolist()
     for number, (part, start, crc) in enumerate(zip(parts, (8 * at).tolist(), expected, strict=True)):
         found = crc32c(part.view(np.uint8), coords[start : start + 8 * len(part)])

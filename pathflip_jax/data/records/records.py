@@ -1,7 +1,7 @@
-"""Slides as TFRecords: the writer, random access by region, and the folder as a whole (DESIGN section 5).
+"""Slides as TFRecords: writer, random access by region, and completion of the folder (DESIGN section 5).
 
-One standard `tf.train.Example` per slide, patches stored region by region. `<shard>.idx` beside a shard says where its
-payloads lie, so a training step reads only the regions that it samples. The folder is a TFDS dataset too.
+One standard `tf.train.Example` per slide, with patches stored region by region. `<shard>.idx` next to a shard locates
+its payloads, so a training step reads only the regions that it samples. The folder is also a TFDS dataset.
 """
 
 import json
@@ -58,12 +58,12 @@ from pathflip_jax.data.storage.files import (
 from pathflip_jax.data.storage.framing import crc32c
 from pathflip_jax.data.storage.whole_files import whole_file
 
-SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # as this library and as TensorFlow name them
+SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # naming schemes of this library and of TensorFlow
 _log = logging.getLogger(__name__)
 
 
 def shard_name(number: int) -> str:
-    """The file name of a shard. No total in it: tasks of a job array name theirs alone, TFDS is told the pattern."""
+    """File name of a shard, without the total: job array tasks name theirs independently, and TFDS gets the pattern."""
     return f"pathflip-{number:05d}.tfrecord"
 
 
@@ -76,50 +76,50 @@ def write_shard(
     edge_px: int | None = None,
     dtype: str = "float16",
 ) -> list[SlideInfo]:
-    """Write slides as one shard and its index; both appear whole or not at all. Returns what the index knows of them.
+    """Write slides as one shard and its index, both atomically. Returns the index entries.
 
-    `slides` may be a generator: one slide at a time is in memory; what it raises leaves no file behind. No slides make
-    an empty shard, so that the numbers of a job array have no gap. Raises ValueError for slides that do not belong in
-    one cohort, OSError on a full disk.
+    `slides` may be a generator: one slide at a time is in memory; its exceptions leave no file behind. Without slides
+    the shard is empty, so that the numbers of a job array have no gap. Raises ValueError for slides that do not belong
+    to one cohort, OSError on a full disk.
     """
     path = as_path(path)
     infos: dict[str, SlideInfo] = {}
-    with whole_file(path, sync_folder=False) as out:  # the index does, behind it
+    with whole_file(path, sync_folder=False) as out:  # the index, written next, does
         for slide in slides:
             parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
             info = replace(info, shard=path)
-            if infos:  # the first misfit ends it
+            if infos:  # stop at the first misfit
                 check_cohort([infos.get(info.slide_id, next(iter(infos.values()))), info])
             start = out.write_record(*parts)
             offsets = {"features_offset": start + info.features_offset, "coords_offset": start + info.coords_offset}
             info = replace(info, **offsets)
             infos[info.slide_id] = info
         check_cohort(list(infos.values()))
-        remove(index_path(path))  # of an earlier shard of this name
+        remove(index_path(path))  # that of an earlier shard of this name
     save_index(path, Index(out.bytes, out.crc32c, Slides.of(path, list(infos.values()))))
     return list(infos.values())
 
 
 def write_index(shard: Place | str) -> Index:
-    """Write the index of a shard anew, from the shard alone; whoever wrote it (`build_index` says what it raises)."""
+    """Rebuild the index of a shard of any writer, from the shard alone; raises as `build_index`."""
     index = build_index(shard)
     save_index(as_path(shard), index)
     return index
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file name is that of a shard; a dot before it means another file, such as macOS' `._` beside a copy."""
+    """Whether a file name is that of a shard; hidden files, such as macOS' `._` copies, are not."""
     return not name.startswith(".") and any(fnmatchcase(name, pattern) for pattern in SHARDS)
 
 
 def find_shards(folder: Place | str) -> list[Place]:
-    """The shards in a folder, in order of their names. Raises FileNotFoundError where there is none."""
+    """Shards in a folder, sorted by name. Raises FileNotFoundError if there is none."""
     folder = as_path(folder)
     return [folder / name for name in shard_sizes(folder, list_folder(folder))]
 
 
 def list_folder(folder: Place) -> dict[str, int]:
-    """The bytes of the files of a folder of records, by name. Raises FileNotFoundError where there is none."""
+    """Sizes of the files of a records folder, by name. Raises FileNotFoundError if there is no such folder."""
     try:
         return list_files(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -128,7 +128,7 @@ def list_folder(folder: Place) -> dict[str, int]:
 
 
 def shard_sizes(folder: Place, files: Mapping[str, int]) -> dict[str, int]:
-    """The bytes of the shards among the files of a folder, by name and in order."""
+    """Sizes of the shards among the files of a folder, by name and in order."""
     sizes = {name: files[name] for name in sorted(files) if is_shard(name)}
     if not sizes:
         raise FileNotFoundError(f"{folder}: no *.tfrecord in it; `pathflip prepare` or `import` writes records")
@@ -138,10 +138,9 @@ def shard_sizes(folder: Place, files: Mapping[str, int]) -> dict[str, int]:
 class Records:
     """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
 
-    Takes a folder or a list of shards, local or behind URLs. A folder is held against its manifest.json, and a folder
-    that has none is warned of: it is not finished, or another program wrote it; a list is taken as it is. Raises
-    ValueError for a folder whose shards are not those that its manifest lists, for slides that are no one cohort or are
-    there twice.
+    Takes a folder or a list of shards, local or at URLs. A folder is checked against its manifest.json, with a warning
+    if it has none, as it is then unfinished or written by another program; a list is taken as it is. Raises ValueError
+    for a folder whose shards do not match its manifest, for slides that do not form one cohort, and for duplicates.
     """
 
     def __init__(self, folder: Place | str | Sequence[Place | str], *, open_files: int = 64) -> None:
@@ -174,52 +173,52 @@ class Records:
 
     @property
     def feature_dim(self) -> int:
-        """The width F of a patch feature."""
+        """Width F of a patch feature."""
         return self.slides[0].feature_dim
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the features."""
+        """Dtype of the features."""
         return DTYPES[self.slides[0].feature_dtype]
 
     @property
     def encoder(self) -> str:
-        """The patch encoder; empty when no feature file named it."""
+        """Name of the patch encoder; empty if no feature file named it."""
         return next(filter(None, self.slides.column("encoder")), "")
 
     @property
     def cut(self) -> str:
-        """How the regions were cut: `grid` or `scan`."""
+        """Region cut, `grid` or `scan`."""
         return self.slides[0].cut
 
     @property
     def patch_slots(self) -> int:
-        """The number S of patches in the fullest region of the cohort."""
+        """Number S of patches in the fullest region of the cohort."""
         return self.slides.largest_region
 
     def __len__(self) -> int:
         return len(self.slides)
 
     def position(self, slide_id: str) -> int:
-        """The number of a slide. Raises ValueError for one that is not there."""
+        """Index of a slide. Raises ValueError for a missing one."""
         if slide_id not in self._position:
             have = ", ".join(list(self._position)[:3])
             raise ValueError(f"{self.where}: no slide {slide_id!r} among the {len(self)} there, such as {have}")
         return self._position[slide_id]
 
     def read(self, position: int) -> SlideFeatures:
-        """A whole slide, patches in the order of their regions, every region's CRC checked."""
+        """Whole slide with patches in region order and every region's CRC checked."""
         info = self.slides[position]
         return read_slide(self._file(info.shard), info, self.dtype)
 
     def read_regions(
         self, position: int, regions: Sequence[int], out: Sequence[np.ndarray | None] | None = None
     ) -> list[Float[np.ndarray, "n F"]]:
-        """The features of some regions of a slide, one array each in the order asked for, their CRCs checked.
+        """Features of selected regions of a slide, one array each in the order given, with CRCs checked.
 
-        Reads these regions only: neighbours in one go, and straight into the arrays of `out` where it has one for a
-        region. Raises ValueError for a flipped byte, naming shard, slide and region, and for an array that does not
-        fit; OSError for a shard cut short; IndexError for a region that the slide does not have.
+        Reads these regions only: adjacent ones together, and directly into the arrays of `out` where provided. Raises
+        ValueError for a flipped byte, naming shard, slide and region, and for an array of the wrong size; OSError for a
+        truncated shard; IndexError for a region out of range.
         """
         info, regions = self.slides[position], np.asarray(regions, np.int64)
         if len(regions) == 0:
@@ -239,12 +238,12 @@ class Records:
                 raise ValueError(f"slide {info.slide_id}, region {regions[i]}: {found}")
         read_parts(self._file(info.shard), info, wanted, [parts[i] for i in first])
         for i, source in enumerate(first[which]):
-            if i != source:  # asked for twice
+            if i != source:  # requested twice
                 parts[i][...] = parts[source]
         return parts
 
     def coords(self, position: int) -> Int[np.ndarray, "N 2"] | None:
-        """The top-left corners of a slide's patches in stored order, their CRC checked; None where it has none."""
+        """Top-left corners of a slide's patches in stored order, with CRCs checked; None if it has none."""
         info = self.slides[position]
         if not info.coords_bytes:
             return None
@@ -263,7 +262,7 @@ class Records:
 
 
 def iter_examples(shard: Place | str) -> Iterator:
-    """The records of a shard as `tf.train.Example` messages, their CRCs checked, in order."""
+    """Records of a shard as `tf.train.Example` messages, in order and with CRCs checked."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     for _, data in read_frames(as_path(shard)):
@@ -271,7 +270,7 @@ def iter_examples(shard: Place | str) -> Iterator:
 
 
 def _check_folder(folder: Place, sizes: Mapping[str, int], data: bytes | None) -> Manifest | None:
-    """The manifest of a folder with shards of these sizes, from its bytes. ValueError where they disagree."""
+    """Manifest of a folder with shards of these sizes, from its bytes. ValueError if they disagree."""
     if data is None:
         _log.warning(
             "%s: no %s, so nothing tells whether shards are missing; if `pathflip prepare` or `import` writes these "
@@ -285,9 +284,9 @@ def _check_folder(folder: Place, sizes: Mapping[str, int], data: bytes | None) -
 
 
 def manifest_hash(records: Records | Place | str) -> str:
-    """A SHA-256 of what the shards of a folder hold, from their indexes; it changes with any byte of the data.
+    """SHA-256 of the content of a folder's shards, from their indexes; it changes with any byte of the data.
 
-    Of records that are open nothing is read again.
+    For open records nothing is read again.
     """
     if isinstance(records, Records):
         sums = records.sums
@@ -299,11 +298,11 @@ def manifest_hash(records: Records | Place | str) -> str:
 
 
 def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:
-    """Make a folder of whole shards a data set: features.json and dataset_info.json for TFDS, manifest.json for us.
+    """Complete a folder of shards as a dataset: features.json and dataset_info.json for TFDS, and manifest.json.
 
-    `edge_um` and `edge_px` are what the regions were cut with; a slide cut otherwise is refused. Safe to repeat; each
-    file is replaced whole, manifest.json last: it says that the folder is complete. Returns the manifest. Raises
-    ValueError for slides that are no one cohort and for a shard that is missing, FileNotFoundError for no shards.
+    `edge_um` and `edge_px` are the parameters of the region cut; slides cut otherwise are refused. Idempotent; each
+    file is replaced atomically, manifest.json last: it marks the folder as complete. Returns the manifest. Raises
+    ValueError for slides that do not form one cohort and for a missing shard, FileNotFoundError for no shards.
     """
     folder = as_path(folder)
     records = Records(find_shards(folder))

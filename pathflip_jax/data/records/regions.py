@@ -1,4 +1,4 @@
-"""Regions of a slide: which patches belong together, in which order they are stored (DESIGN section 5)."""
+"""Regions of a slide: assignment of patches to regions, and their stored order (DESIGN section 5)."""
 
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ CUTS = ("grid", "scan", "patch")
 
 
 class Regions(NamedTuple):
-    """A slide cut into regions: region r holds the patches `order[rows[r]:rows[r + 1]]`, at cell `grid[r]`.
+    """Regions of a slide: region r holds the patches `order[rows[r]:rows[r + 1]]`, at cell `grid[r]`.
 
-    `grid` is (column, row) counted from the level-0 origin, (-1, -1) throughout in `scan` and `patch`.
+    `grid` is (column, row) from the level-0 origin, and (-1, -1) for every region in `scan` and `patch`.
     """
 
     order: Int[np.ndarray, "N"]
@@ -25,10 +25,10 @@ class Regions(NamedTuple):
 
 
 def region_edge(patch_size: int, mpp: float, edge_um: float = EDGE_UM, edge_px: int | None = None) -> int:
-    """The edge of a region in pixels at level 0: the whole number of patches nearest to `edge_um`.
+    """Edge of a region in pixels at level 0: the whole number of patches nearest to `edge_um`.
 
-    Whole patches, so that every full region has the same number of them and no slide's mpp shifts that: 2,048 um is 16
-    patches of 256 at 0.5 um and at 0.499. Without mpp (0) it is 16 patches; `edge_px` is taken as it is.
+    Whole patches, so that every full region has the same number of them regardless of small differences in mpp: 2,048
+    um is 16 patches of 256 at 0.5 um and at 0.499. Without mpp (0) it is 16 patches; `edge_px` is used unchanged.
     """
     if edge_px is not None:
         if edge_px < 1:
@@ -38,7 +38,7 @@ def region_edge(patch_size: int, mpp: float, edge_um: float = EDGE_UM, edge_px: 
         raise ValueError(f"patch size is {patch_size}, expected pixels at level 0; pass patch_size or edge_px")
     if edge_um <= 0:
         raise ValueError(f"edge_um is {edge_um}, expected a length in micrometres above 0")
-    mpp = float(np.float32(mpp))  # as records keep it, so that a slide is cut alike before and after
+    mpp = float(np.float32(mpp))  # the precision of records, so that a slide is cut identically before and after
     patches = round(edge_um / (mpp * patch_size)) if mpp > 0 else PATCHES_PER_EDGE
     return patch_size * max(patches, 1)
 
@@ -51,7 +51,7 @@ def patch_slots(
     edge_px: int | None = None,
     patches_per_region: int = PATCHES_PER_SCAN,
 ) -> int:
-    """The number S of patches in a full region whose patches do not overlap; with overlap, measure the regions."""
+    """Number S of non-overlapping patches in a full region; with overlap, measure the regions instead."""
     if cut == "scan":
         return patches_per_region
     along = -(-region_edge(patch_size, mpp, edge_um, edge_px) // patch_size)
@@ -67,10 +67,10 @@ def cut_regions(
 ) -> Regions:
     """Cut a slide into regions.
 
-    `grid`: squares of `region_edge` pixels from the level-0 origin; a patch belongs to the square that holds its
-    top-left corner (a corner outside the slide, to the nearest), so `coords // edge` is the cell. Regions and the
-    patches inside them run row by row, whatever the order in the file. `scan` (the released code): consecutive patches
-    in the order of the file, the last region may be short. `patch` (PathFLIP2): every patch is one. Raises ValueError
+    `grid`: squares of `region_edge` pixels from the level-0 origin; a patch belongs to the square that contains its
+    top-left corner (the nearest one for a corner outside the slide), so `coords // edge` is the cell. Regions, and the
+    patches within them, are in row-major order, whatever the order in the file. `scan` (the released code): consecutive
+    patches in file order; the last region may be short. `patch` (PathFLIP2): every patch is a region. Raises ValueError
     for a grid without coordinates or edge.
     """
     if cut not in CUTS:
@@ -100,5 +100,5 @@ def cut_regions(
 
 
 def _row_by_row(places: Int[np.ndarray, "N 2"]) -> Int[np.ndarray, "N"]:
-    """Numbers that order places by y, then x; sorting one takes half of the time of two."""
+    """Sort keys for row-major order, by y then x: a single key sorts in half the time of two."""
     return (places[:, 1].astype(np.int64) << 32) + places[:, 0]

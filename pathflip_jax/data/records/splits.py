@@ -1,6 +1,6 @@
-"""The splits of a slide table held against records and texts: which slides they are, how many, and what is missing.
+"""Matching of a slide table's splits to records and texts, with counts of matched and missing slides.
 
-A split that is wholly missing is an error with the splits that there are; what is missing in part is counted.
+A split without any match is an error that lists the existing splits; partially missing slides are counted.
 """
 
 import difflib
@@ -18,10 +18,10 @@ NO_VALIDATION = ("", "none")
 
 
 class SlideTable(NamedTuple):
-    """A slide table and the records that it is about, called `name` and `records`.
+    """A slide table matched to records, with their names for messages, `name` and `records`.
 
-    `listed` are all rows, spelt as the records; `rows` those of slides that these hold, by slide. `case_of` names the
-    case of every slide of the records.
+    `listed` are all rows, with ids spelt as in the records; `rows` those of slides in the records, by slide. `case_of`
+    gives the case of every slide of the records.
     """
 
     name: str
@@ -31,11 +31,11 @@ class SlideTable(NamedTuple):
     case_of: dict[str, str]
 
     def slides(self, split: str) -> list[str]:
-        """The slides of a split that the records hold, in the order of the table."""
+        """Slides of a split that are in the records, in the order of the table."""
         return [slide for slide, row in self.rows.items() if row["split"] == split]
 
     def require(self, split: str, cure: str) -> list[str]:
-        """`slides`, of which there must be some. Raises ValueError for a split that no row, or no record, is of."""
+        """Non-empty `slides`. Raises ValueError for a split without rows or without records."""
         listed = [row["slide_id"] for row in self.listed if row["split"] == split]
         if not listed:
             raise ValueError(f"{no_such_split(self.name, split, self.listed)}; {cure}")
@@ -48,7 +48,7 @@ class SlideTable(NamedTuple):
 
 
 def hold_table(table: str, name: str, records: Records) -> tuple[SlideTable, list[str]]:
-    """Read a slide table and hold it against records (called `name`); what matched otherwise is told in notes."""
+    """Read a slide table and match it to records (called `name` in messages); inexact matches are noted."""
     case_of = _cases_of(records)
     listed, notes = rename_rows(read_slide_table(table), list(case_of), table)
     rows = {row["slide_id"]: row for row in listed if row["slide_id"] in case_of}
@@ -60,7 +60,7 @@ def _cases_of(records: Records) -> dict[str, str]:
 
 
 def no_such_split(table: object, split: str, rows: Iterable[Row]) -> str:
-    """That no row is of a split, for a message: with the splits that there are, and the one that was probably meant."""
+    """Message for a split without rows, with the existing splits and the closest match."""
     counts = Counter(row["split"] for row in rows)
     there = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(counts.items()))
     meant = SPLITS.get(split.lower(), "")
@@ -70,9 +70,9 @@ def no_such_split(table: object, split: str, rows: Iterable[Row]) -> str:
 
 
 def count_splits(held: SlideTable | None, records: Records, texts: Mapping[str, Iterable[Sequence[str]]]) -> dict:
-    """What each split has, for people and for the facts of a run; `texts` are the slides of each text of a split.
+    """Counts of each split, for messages and for the facts of a run; `texts` are the slides of each text of a split.
 
-    Without a table all slides are one split, "all".
+    Without a table all slides form one split, "all".
     """
     if held is None:
         case_of = _cases_of(records)
@@ -99,7 +99,7 @@ def _count(slides: Iterable[str], rows: Mapping[str, Row], case_of: Mapping[str,
 
 
 def describe(counts: Mapping[str, dict | int], validates: bool) -> str:
-    """The counts as a line."""
+    """Counts as a line of text."""
     parts = []
     for split, found in counts.items():
         if split == "not_in_table":

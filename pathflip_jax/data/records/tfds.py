@@ -1,11 +1,11 @@
-"""TFDS metadata of a folder of records: `tfds.builder_from_directory(folder)` loads it with TensorFlow.
+"""TFDS metadata of a records folder, which `tfds.builder_from_directory(folder)` loads with TensorFlow.
 
-Written here, not by TFDS: its TFRecord writer needs TensorFlow.
+It is written here and not by TFDS, whose TFRecord writer needs TensorFlow.
 """
 
 TENSOR = "tensorflow_datasets.core.features.tensor_feature.Tensor"
 TEXT = "tensorflow_datasets.core.features.text_feature.Text"
-# TFDS keeps no bfloat16 outside TensorFlow: those features come out as uint16, for tf.bitcast(x, tf.bfloat16).
+# TFDS has no bfloat16 outside TensorFlow: such features are loaded as uint16, for tf.bitcast(x, tf.bfloat16).
 STORED = {"float16": "float16", "bfloat16": "uint16"}
 
 
@@ -15,7 +15,7 @@ def _tensor(dtype: str, *shape: int, encoding: str = "none") -> dict:
 
 
 def feature_schema(feature_dim: int, feature_dtype: str) -> dict:
-    """The content of features.json; a size of -1 differs between slides."""
+    """Content of features.json; a size of -1 varies between slides."""
     features = {
         key: {"pythonClassName": TEXT, "text": {}} for key in ("slide_id", "case_id", "encoder", "feature_dtype")
     }
@@ -36,7 +36,7 @@ def feature_schema(feature_dim: int, feature_dtype: str) -> dict:
 
 
 def dataset_info(shard_lengths: list[int], num_bytes: int) -> dict:
-    """The content of dataset_info.json. All slides are one TFDS split, `train`: our splits are a column of a table."""
+    """Content of dataset_info.json, with one TFDS split `train`, as our splits are a column of a slide table."""
     return {
         "name": "pathflip",
         "version": "1.0.0",

@@ -1,4 +1,4 @@
-"""TFRecord files without TensorFlow: framing and checksums, files that appear whole or not at all, payload offsets.
+"""TFRecord files without TensorFlow: framing, checksums, and payload offsets.
 
 A record is a little-endian uint64 length, its masked CRC32C, the data, and the masked CRC32C of the data.
 """
@@ -11,16 +11,16 @@ from pathflip_jax.data.storage.framing import CRC_CODE, LENGTH_CODE, Data, crc32
 
 
 class Frame(NamedTuple):
-    """A record of a TFRecord file: its data and where the data starts in the file."""
+    """Record of a TFRecord file: its data, and the offset of the data in the file."""
 
     offset: int
     data: bytes
 
 
 def read_frames(path: Place) -> Iterator[Frame]:
-    """The records of a TFRecord file, in order, both CRCs of each checked.
+    """Records of a TFRecord file, in order and with both CRCs of each checked.
 
-    Raises ValueError where a byte was flipped, OSError where the file was cut short.
+    Raises ValueError for a flipped byte, OSError for a truncated file.
     """
     cure = "copy the file again, or delete it and its .idx and run the same command again"
     (size,) = file_sizes([path])
@@ -47,9 +47,9 @@ def read_frames(path: Place) -> Iterator[Frame]:
 
 
 def example_parts(features: bytes, payloads: dict[str, Data]) -> list[Data]:
-    """A serialized tf.train.Example, in parts: a serialized Features message with bytes values put behind it.
+    """Serialized tf.train.Example in parts: a serialized Features message followed by bytes values.
 
-    What protobuf would make, but the payloads, nearly all of it, are not copied three times on the way.
+    The result equals protobuf's, without copying the payloads, nearly all of it, three times.
     """
     parts: list[Data] = [features]
     for key, payload in payloads.items():
@@ -71,15 +71,15 @@ def _encode_varint(value: int) -> bytes:
 
 
 def bytes_offsets(example: bytes) -> dict[str, tuple[int, int]]:
-    """Where the single bytes values of a serialized tf.train.Example lie in it: key -> (offset, length).
+    """Locations of single bytes values in a serialized tf.train.Example: key -> (offset, length).
 
-    Walks the protobuf tags, so whoever wrote the Example, in whatever order, its payloads can be read in place. Of a
-    key given twice the last counts, as in every protobuf parser. Raises ValueError for what is no Example.
+    Walks the protobuf tags, so payloads can be read in place, whatever the writer and the field order. Of duplicate
+    keys the last counts, as in every protobuf parser. Raises ValueError for anything but an Example.
     """
     found: dict[str, tuple[int, int]] = {}
     try:
         for features in _fields(example, 0, len(example), 1):  # Example.features
-            for entry in _fields(example, *features, 1):  # Features.feature, a map entry each
+            for entry in _fields(example, *features, 1):  # Features.feature, one map entry each
                 keys = list(_fields(example, *entry, 1))
                 values = [v for feature in _fields(example, *entry, 2) for v in _fields(example, *feature, 1)]
                 payloads = [payload for value in values for payload in _fields(example, *value, 1)]  # BytesList.value
@@ -93,7 +93,7 @@ def bytes_offsets(example: bytes) -> dict[str, tuple[int, int]]:
 
 
 def _fields(data: bytes, start: int, end: int, wanted: int) -> Iterator[tuple[int, int]]:
-    """The extents of the length-delimited fields with a number, in a message that spans [start, end)."""
+    """Extents of the length-delimited fields of number `wanted`, in a message that spans [start, end)."""
     while start < end:
         tag, start = _varint(data, start, end)
         kind = tag & 7

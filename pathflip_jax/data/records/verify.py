@@ -1,4 +1,4 @@
-"""The check of a folder of records, byte for byte, a shard at a time."""
+"""Full verification of a records folder, byte for byte, one shard at a time."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ from pathflip_jax.data.storage.files import Place, as_path, open_file, read_at, 
 
 
 def verify(folder: Place | str) -> list[str]:
-    """Every fault of a folder of records, each naming its file; none for a sound one. Reads every byte.
+    """Faults of a records folder, each naming its file; empty for an intact one. Reads every byte.
 
-    Checks the CRCs of records and regions, each index against its shard, that the slides are one cohort, that patches
-    lie where they can, and that manifest.json describes what is there. Of one shard at a time more is held than ids and
-    a few numbers a slide.
+    Checks the CRCs of records and regions, each index against its shard, that the slides form one cohort, that patch
+    coordinates are plausible, and that manifest.json matches the content. Beyond ids and a few numbers per slide, only
+    one shard at a time is in memory.
     """
     return list(_faults(as_path(folder)))
 
@@ -61,13 +61,13 @@ def _faults(folder: Place) -> Iterator[str]:
 
 
 def _index_faults(shard: Place, built: Index, there: bool) -> Iterator[str]:
-    """What is wrong with the index beside a shard, which gave another one. ValueError where it cannot be read."""
+    """Faults of the stored index of a shard, compared with the rebuilt one. ValueError if it cannot be read."""
     if there and encode_index(read_index(shard)) != encode_index(built):
         yield f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}"
 
 
 def _place_fault(info: SlideInfo) -> str:
-    """What is wrong with where a slide's patches lie, else ""."""
+    """Objection to the coordinates of a slide's patches, else ""."""
     size = (info.width, info.height)
     fault = patch_size_fault(info.patch_size, info.mpp, *size)
     if info.coords_bytes and not fault:

@@ -1,1 +1,1 @@
-"""Files on disks and behind URLs, written whole."""
+"""Files on disks and at URLs, with atomic writes."""

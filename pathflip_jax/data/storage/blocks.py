@@ -1,4 +1,4 @@
-"""Arrays that are worked through a block of rows at a time, so that the whole of a large one never stands in memory."""
+"""Blockwise processing of arrays, so that a large one is never completely in memory."""
 
 import mmap
 import os
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-LARGE = 256 << 20  # bytes: smaller arrays stand in memory whole
+LARGE = 256 << 20  # bytes: smaller arrays are held in memory
 BLOCK = 16 << 20  # bytes of a block
 
 
 def row_blocks(array: np.ndarray, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-    """Blocks of rows of about `size` bytes, with where they stand; of a mapped file no page stays behind them."""
+    """Blocks of rows of about `size` bytes, with their slices; pages of a mapped file are released after use."""
     rows = max(1, (size or BLOCK) // max(1, array.nbytes // max(1, len(array))))
     for start in range(0, len(array), rows):
         where = slice(start, min(start + rows, len(array)))
@@ -21,7 +21,7 @@ def row_blocks(array: np.ndarray, size: int | None = None) -> Iterator[tuple[sli
 
 
 def release(array: np.ndarray) -> None:
-    """Let go of the pages of a file that an array maps; they are read again when they are needed."""
+    """Release the resident pages of a mapped array; they are read again on access."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -31,26 +31,26 @@ def release(array: np.ndarray) -> None:
 
 
 def row_mean(array: np.ndarray) -> np.ndarray:
-    """The mean of all rows, in float32."""
+    """Mean over all rows, in float32."""
     parts = [np.asarray(block, np.float32).mean(0) * (len(block) / len(array)) for _, block in row_blocks(array, LARGE)]
     return np.sum(parts, axis=0, dtype=np.float32)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array to fill: in memory, or of a large one in a temporary file (`scratch`)."""
+    """Uninitialised array in memory, or for a large one in a temporary file (`scratch`)."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     return np.empty(shape, dtype) if size <= LARGE else scratch(shape, dtype)
 
 
 def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array in a temporary file without a name, gone with the array. Raises OSError where the disk has no room."""
+    """Array in an anonymous temporary file, freed with the array. Raises OSError if the disk is full."""
     with tempfile.TemporaryFile() as file:
         reserve(file.fileno(), int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
         return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def reserve(file: int, size: int) -> None:
-    """Make an empty file that large; a disk without room says so here, and not when a page of a map is written."""
+    """Allocate an empty file's space, so that a full disk fails here and not on writing a mapped page."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)

@@ -13,9 +13,9 @@ _UNSUPPORTED = {
 
 
 def sync(file: int | Path) -> None:
-    """Have an open file, or a folder given by its path, reach the disk; nothing where the file system cannot.
+    """Flush an open file, or a folder given by its path, to the disk; a no-op if the file system lacks support.
 
-    Raises OSError where the disk is full or fails.
+    Raises OSError if the disk is full or fails.
     """
     try:
         if not isinstance(file, Path):

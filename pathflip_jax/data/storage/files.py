@@ -1,7 +1,7 @@
-"""Files on local disks and in buckets behind URLs (gs://, s3://, whatever fsspec knows).
+"""Files on local disks and in buckets at URLs (gs://, s3://, any protocol of fsspec).
 
-A local file is read straight into the arrays that want its bytes. A bucket answers late, but many questions at once:
-all ranges of a read go out together, near ones as one, and what fails in passing is asked for again.
+A local file is read directly into the target arrays. A bucket has high latency, but serves many requests concurrently:
+all ranges of a read are requested together, nearby ones merged, and transient failures are retried.
 """
 
 import io
@@ -17,34 +17,34 @@ import numpy as np
 
 from pathflip_jax.data.storage.retry import DAMAGED, MissedError, retry
 
-if TYPE_CHECKING:  # importing it takes 0.1 s, which only URLs cost
+if TYPE_CHECKING:  # importing it takes 0.1 s, spent only for URLs
     from upath import UPath
 
 Place = Union[Path, "UPath"]  # a local path or a URL, with the methods of pathlib
-Extent = tuple[int, Sequence[np.ndarray]]  # where to read, and the contiguous arrays to fill, one behind the other
-Range = tuple["UPath", int | None, int | None]  # a file, and the first byte of it and the one behind the last
+Extent = tuple[int, Sequence[np.ndarray]]  # offset, and the contiguous arrays to fill in turn
+Range = tuple["UPath", int | None, int | None]  # a file, its first byte and the end (exclusive)
 
-STREAM = 4 << 20  # bytes: runs of neighbours from this length on are left to the system's own read-ahead
-MOST_BUFFERS = 1024  # that one call of preadv fills (IOV_MAX on Linux and macOS)
-GAP = 1 << 16  # bytes: ranges this near are fetched as one, which costs less than another request
-PIECE = 8 << 20  # bytes: longer ranges are fetched in pieces at a time, as one stream is slower than the network
-AHEAD = 8 * PIECE  # bytes: what is in memory of a file that is read to its end
-AT_ONCE = 256  # small files that are asked for together
+STREAM = 4 << 20  # bytes: contiguous runs from this length on are left to the system's read-ahead
+MOST_BUFFERS = 1024  # per call of preadv (IOV_MAX on Linux and macOS)
+GAP = 1 << 16  # bytes: ranges this close are merged, which costs less than another request
+PIECE = 8 << 20  # bytes: longer ranges are fetched in concurrent pieces, as a single stream is slower than the network
+AHEAD = 8 * PIECE  # bytes in memory of a file that is streamed to its end
+AT_ONCE = 256  # small files requested together
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 
 
 def is_url(place: object) -> bool:
-    """Whether a text or path names something behind a URL; file:// is local."""
+    """Whether a text or path is a URL; file:// is local."""
     match = _URL.match(str(place))
     return bool(match) and match.group(2) == "//" and match.group(1) != "file"
 
 
 def as_path(place: "str | os.PathLike | UPath") -> Place:
-    """A local path or a URL as a path: `Path` for the first, `UPath` for the second.
+    """Path object of a local path (`Path`) or of a URL (`UPath`).
 
-    Listings are not cached: another process may have written since. Raises ValueError for a protocol that nobody
-    knows, ImportError naming the extra where its package is missing.
+    Listings are not cached, as another process may have written since. Raises ValueError for an unknown protocol,
+    ImportError naming the extra if its package is missing.
     """
     text = str(place)
     if not is_url(text):
@@ -70,30 +70,30 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
 
 
 class LocalFile:
-    """An open file on a local disk; closed when the last reader lets go of it."""
+    """An open file on a local disk, closed with its last reference."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.fd = path, -1
         self.fd = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # else read-ahead fetches most of a record for one region
+        if hasattr(os, "posix_fadvise"):  # otherwise read-ahead fetches most of a record for one region
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def __del__(self, close: Callable = os.close) -> None:  # when a program ends, `os` may be gone before the file
+    def __del__(self, close: Callable = os.close) -> None:  # at interpreter exit, `os` may be gone before the file
         if self.fd >= 0:
             close(self.fd)
 
     def read(self, extents: Sequence[Extent]) -> Iterator[None]:
-        """Fill the arrays of extents, none of them empty, yielding after each. Raises OSError where the file ends.
+        """Fill the arrays of extents, none of them empty, yielding after each. Raises OSError at the end of the file.
 
-        Scattered extents are asked for at once. Of long runs the system reads ahead while the caller is at work on the
-        last extent: in large pages, where asking for all of it in advance makes the cache of single ones.
+        Scattered extents are requested together. For long runs the system reads ahead while the caller processes the
+        last extent: in large pages, whereas requesting all of it in advance fills the cache with single ones.
         """
         for streamed, run in groupby(_neighbours(extents), lambda run: sum(_size(a) for _, a in run) >= STREAM):
             own = [extent for extents in run for extent in extents]
             yield from self._stream(own) if streamed else self._scattered(own)
 
     def _scattered(self, extents: Sequence[Extent]) -> Iterator[None]:
-        if hasattr(os, "posix_fadvise"):  # all requests go out before the first is waited for
+        if hasattr(os, "posix_fadvise"):  # all requests are issued before waiting for the first
             for offset, arrays in extents:
                 os.posix_fadvise(self.fd, offset, _size(arrays), os.POSIX_FADV_WILLNEED)
         for offset, arrays in extents:
@@ -103,7 +103,7 @@ class LocalFile:
     def _stream(self, extents: Sequence[Extent]) -> Iterator[None]:
         fd = self._reopened()
         try:
-            # A byte of each of two pages: from there on Linux goes ahead in ever larger ones.
+            # One byte of each of two pages: after that Linux reads ahead with growing window.
             for page in (0, mmap.PAGESIZE):
                 os.pread(fd, 1, extents[0][0] + page)
             for offset, arrays in extents:
@@ -114,7 +114,7 @@ class LocalFile:
                 os.close(fd)
 
     def _reopened(self) -> int:
-        """The file opened anew, as reading ahead is a matter of the descriptor; not what else has its name by now."""
+        """Reopened descriptor of the same file, as read-ahead is per descriptor; not a new file of that name."""
         try:
             fd = os.open(self.path, os.O_RDONLY)
         except OSError:
@@ -140,15 +140,15 @@ class LocalFile:
 
 
 class RemoteFile:
-    """A file behind a URL, read by ranges; nothing is held open."""
+    """A file at a URL, read by ranges without an open connection."""
 
     def __init__(self, path: "UPath") -> None:
         self.path = path
 
     def read(self, extents: Sequence[Extent]) -> Iterator[None]:
-        """As `LocalFile.read`; all extents are fetched before the first is yielded."""
+        """Fill extents as `LocalFile.read`; all are fetched before the first is yielded."""
         spans = sorted({(offset, offset + _size(arrays)) for offset, arrays in extents})
-        blocks: dict[int, bytearray] = {}  # by where they start in the file
+        blocks: dict[int, bytearray] = {}  # by offset in the file
         pieces = []
         for start, stop in _merged(spans):
             blocks[start] = bytearray()
@@ -173,12 +173,12 @@ class RemoteFile:
 
 
 def open_file(path: Place) -> LocalFile | RemoteFile:
-    """A file to read ranges of."""
+    """File for reading ranges."""
     return LocalFile(path) if isinstance(path, Path) else RemoteFile(path)
 
 
 def read_at(file: LocalFile | RemoteFile, size: int, offset: int) -> np.ndarray:
-    """`size` bytes from `offset` on. Raises OSError when the file ends before them."""
+    """`size` bytes from `offset` on. Raises OSError if the file is shorter."""
     data = np.empty(size, np.uint8)
     for _ in file.read([(offset, [data])]):
         pass
@@ -186,24 +186,24 @@ def read_at(file: LocalFile | RemoteFile, size: int, offset: int) -> np.ndarray:
 
 
 def open_stream(path: Place, size: int) -> io.BufferedIOBase:
-    """A file of that many bytes, to read from its beginning to its end."""
+    """Sequential binary stream of a file of that many bytes."""
     if isinstance(path, Path):
         return path.open("rb")
     return io.BufferedReader(_Stream(path, size), AHEAD)
 
 
 class _Stream(io.RawIOBase):
-    """A file behind a URL as Python knows files; what fails in mid-file is asked for again."""
+    """Python file object for a URL; failed reads are retried from their position."""
 
     def __init__(self, path: "UPath", size: int) -> None:
         self._file, self._size, self._at = RemoteFile(path), size, 0
 
     def readable(self) -> bool:
-        """It is."""
+        """True: the stream is readable."""
         return True
 
     def readinto(self, buffer) -> int:
-        """Fill a buffer as far as the file goes."""
+        """Fill a buffer up to the end of the file."""
         array = np.frombuffer(buffer, np.uint8)[: self._size - self._at]
         if len(array):
             for _ in self._file.read([(self._at, [array])]):
@@ -212,14 +212,14 @@ class _Stream(io.RawIOBase):
 
 
 def read_bytes(path: Place) -> bytes:
-    """All bytes of a small file. Raises FileNotFoundError where it is not there."""
+    """Content of a small file. Raises FileNotFoundError if it is missing."""
     if isinstance(path, Path):
         return path.read_bytes()
     return _fetch([(path, None, None)])[0]
 
 
 def read_many(paths: Sequence[Place]) -> list[bytes | None]:
-    """All bytes of many small files, None for those that are not there; those behind URLs are fetched at once."""
+    """Contents of many small files, None for missing ones; those at URLs are fetched concurrently."""
     found: list[bytes | None] = [_read_local(path) if isinstance(path, Path) else None for path in paths]
     remote = [i for i, path in enumerate(paths) if not isinstance(path, Path)]
     for i, data in zip(remote, _fetch([(paths[i], None, None) for i in remote], missing_ok=True), strict=True):
@@ -235,13 +235,13 @@ def _read_local(path: Path) -> bytes | None:
 
 
 def read_in_turn(paths: Sequence[Place]) -> Iterator[bytes | None]:
-    """What `read_many` returns, one file after the other, with few of them in memory at any time."""
+    """Contents as from `read_many`, one file after the other, with few in memory at a time."""
     for first in range(0, len(paths), AT_ONCE):
         yield from read_many(paths[first : first + AT_ONCE])
 
 
 def list_files(folder: Place) -> dict[str, int]:
-    """The bytes of each file of a folder, by name. Raises FileNotFoundError where there is no such folder."""
+    """Sizes of the files of a folder, by name. Raises FileNotFoundError if there is no such folder."""
     if isinstance(folder, Path):
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
@@ -250,7 +250,7 @@ def list_files(folder: Place) -> dict[str, int]:
 
 
 def file_sizes(paths: Sequence[Place]) -> list[int | None]:
-    """The bytes of each file, None where there is none. Behind a URL a folder is listed once for all of its files."""
+    """Size of each file, None for missing ones. At URLs each folder is listed once for all of its files."""
     listed: dict[UPath, dict[str, int]] = {}
     sizes: list[int | None] = []
     for path in paths:
@@ -268,18 +268,18 @@ def file_sizes(paths: Sequence[Place]) -> list[int | None]:
 
 
 def exists(path: Place) -> bool:
-    """Whether there is a file or folder."""
+    """Whether a file or folder exists."""
     return path.exists() if isinstance(path, Path) else retry(path, path.exists)
 
 
 def make_folder(path: Place) -> None:
-    """Make a local folder and those above it; buckets have none, only objects with slashes in their names."""
+    """Create a local folder and its parents; buckets have none, only objects with slashes in their names."""
     if isinstance(path, Path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove(path: Place) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file if it exists."""
     if isinstance(path, Path):
         path.unlink(missing_ok=True)
     else:
@@ -287,7 +287,7 @@ def remove(path: Place) -> None:
 
 
 def upload(source: Path, path: "UPath") -> None:
-    """Put a local file behind a URL, whole or not at all. Raises OSError naming the URL."""
+    """Upload a local file to a URL atomically. Raises OSError naming the URL."""
 
     def attempt() -> None:
         path.fs.put_file(str(source), path.path)
@@ -299,7 +299,7 @@ def upload(source: Path, path: "UPath") -> None:
 
 
 def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | None]:
-    """The bytes of (path, start, stop), all at once; None is an end. Only what failed is asked for again."""
+    """Bytes of ranges (path, start, stop), fetched concurrently; None is an open end. Only failures are retried."""
     found: dict[int, bytes | None] = {}
 
     def attempt() -> None:
@@ -328,7 +328,7 @@ def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | No
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted spans, those that touch or nearly touch made one."""
+    """Sorted spans, with adjacent and nearly adjacent ones merged."""
     merged: list[tuple[int, int]] = []
     for start, stop in spans:
         if merged and start <= merged[-1][1] + GAP:
@@ -339,7 +339,7 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _neighbours(extents: Sequence[Extent]) -> Iterator[list[Extent]]:
-    """Runs of extents that follow each other in a file, but for small gaps."""
+    """Runs of extents that are contiguous in a file, except for small gaps."""
     ends = [offset + _size(arrays) for offset, arrays in extents]
     cuts = [i for i in range(1, len(ends)) if not ends[i - 1] <= extents[i][0] <= ends[i - 1] + GAP]
     return (extents[a:b] for a, b in pairwise([0, *cuts, len(ends)]))

@@ -1,7 +1,7 @@
-"""Files below a folder of slides or features, as a lab's disks hold them: links, hidden twins, files not fetched.
+"""Traversal of slide and feature folders, with symbolic links, hidden copies and unfetched files.
 
-Folders and files behind links count as if they lay there. What a link leads to that is not there is told, not passed
-over: a share that is not mounted must not shrink a cohort without a word.
+Linked folders and files count as if they were in place. Broken links are reported, not skipped: an unmounted share must
+not silently shrink a cohort.
 """
 
 import os
@@ -16,18 +16,18 @@ _ANNEX = re.compile(rb"^(\.\./|/)*(\.git/)?annex/objects/")
 
 
 class Walked(NamedTuple):
-    """The files below a folder in order of their paths, and what cannot be reached, by path: what is wrong with it."""
+    """Files below a folder, sorted by path, and the faults of unreachable paths."""
 
     files: list[Path]
     broken: dict[Path, str]
 
 
 def walk_files(folder: Path | str) -> Walked:
-    """All files below a folder, those of linked folders too, each folder once: a link back up ends there.
+    """Files below a folder, including linked folders, each visited once, so that link cycles end.
 
-    Hidden files and folders are passed over: macOS keeps `._S1.h5` beside `S1.h5`, notebooks keep copies in
-    `.ipynb_checkpoints`. A `.zarr` folder counts as a file. `broken` has the links that lead nowhere and the folders
-    that may not be read. Raises FileNotFoundError for no folder.
+    Hidden files and folders are skipped: macOS keeps `._S1.h5` next to `S1.h5`, notebooks keep copies in
+    `.ipynb_checkpoints`. A `.zarr` folder counts as a file. `broken` holds dangling links and unreadable folders.
+    Raises FileNotFoundError for no folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -65,7 +65,7 @@ def walk_files(folder: Path | str) -> Walked:
 
 
 def _fault(path: Path, error: OSError) -> str:
-    """What is wrong with a file or link that cannot be reached, with the cure."""
+    """Fault of an unreachable file or link, with the cure."""
     if not path.is_symlink():
         return f"cannot be read ({error.strerror}); ask for its permissions"
     target = os.readlink(path)
@@ -77,7 +77,7 @@ def _fault(path: Path, error: OSError) -> str:
 
 
 def stand_in(path: Path | str) -> str:
-    """What lies in place of a file that was never fetched (a Git LFS or git-annex pointer, a web page), with the cure.
+    """Description of a placeholder for an unfetched file (Git LFS or git-annex pointer, web page), with the cure.
 
     Empty for any other file.
     """

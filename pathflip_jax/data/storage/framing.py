@@ -1,4 +1,4 @@
-"""Framing of TFRecord files: the length of a record and the masked CRC32Cs around it."""
+"""TFRecord framing: a record's length and the masked CRC32Cs around its data."""
 
 import struct
 from collections.abc import Iterator
@@ -12,37 +12,37 @@ from pathflip_jax.data.storage.blocks import row_blocks
 
 LENGTH_CODE = struct.Struct("<QI")
 CRC_CODE = struct.Struct("<I")
-CASTAGNOLI = 0x82F63B78  # the polynomial of CRC32C, the bit of x^31 last
-JOINED = 1 << 17  # bytes: joining two CRCs takes as long as summing up that much again
+CASTAGNOLI = 0x82F63B78  # the CRC32C polynomial, bit-reflected
+JOINED = 1 << 17  # bytes whose CRC takes as long as combining two CRCs
 Data = Union[bytes, np.ndarray, "Summed"]
 
 
 class Summed(NamedTuple):
-    """Bytes or a contiguous array with its CRC32C, so that nothing is summed up twice."""
+    """Bytes or a contiguous array with its CRC32C, so that it is computed only once."""
 
     data: bytes | np.ndarray
     crc: int
 
     @property
     def nbytes(self) -> int:
-        """The size of the data."""
+        """Size of the data in bytes."""
         return memoryview(self.data).nbytes
 
 
 def nbytes(data: Data) -> int:
-    """The size of data."""
+    """Size of data in bytes."""
     return data.nbytes if isinstance(data, Summed) else memoryview(data).nbytes
 
 
 def crc32c(*parts, start: int = 0) -> int:
-    """CRC32C of bytes or contiguous arrays, one after the other; `start` is that of what came before them."""
+    """CRC32C of concatenated bytes or contiguous arrays; `start` is the CRC of preceding data."""
     for part in parts:
         start = google_crc32c.extend(start, part)
     return start
 
 
 def extended(crc: int, data: Data) -> int:
-    """The CRC32C of what had `crc` so far with data behind it."""
+    """CRC32C of preceding data with CRC `crc`, extended by `data`."""
     if isinstance(data, Summed):
         if data.nbytes >= JOINED:
             return joined_crc(crc, data.crc, data.nbytes)
@@ -53,13 +53,13 @@ def extended(crc: int, data: Data) -> int:
 
 
 def joined_crc(first: int, second: int, size: int) -> int:
-    """The CRC32C of data and `size` bytes behind it, from the CRCs of both."""
+    """CRC32C of the concatenation of two parts from their CRCs; the second has `size` bytes."""
     return _times(_shift(size), first) ^ second
 
 
-@lru_cache(maxsize=4096)  # regions of a cohort have few sizes
+@lru_cache(maxsize=4096)  # regions of a cohort have few distinct sizes
 def _shift(size: int) -> int:
-    """What a CRC is multiplied by when `size` bytes follow: x^(8 size)."""
+    """Factor of a CRC when `size` bytes follow: x^(8 size)."""
     power, square = 1 << 31, 1 << 23  # x^0 and x^8
     while size:
         if size & 1:
@@ -70,7 +70,7 @@ def _shift(size: int) -> int:
 
 
 def _times(a: int, b: int) -> int:
-    """The product of two polynomials over bits, modulo that of CRC32C; bit 31 is x^0."""
+    """Product of two polynomials over GF(2), modulo that of CRC32C; bit 31 is x^0."""
     product = 0
     while a:
         if a & 0x80000000:
@@ -81,12 +81,12 @@ def _times(a: int, b: int) -> int:
 
 
 def mask(crc: int) -> int:
-    """A CRC as TFRecord stores it: rotated and shifted, so that a CRC of data that holds CRCs stays strong."""
+    """Masked CRC of TFRecord: rotated and offset, so that CRCs of data that contains CRCs stay strong."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def frame(*parts: Data) -> tuple[bytes, bytes]:
-    """What stands before and after a record's data, given in parts."""
+    """Header and footer of a record, whose data are given in parts."""
     crc = 0
     for part in parts:
         crc = extended(crc, part)
@@ -95,7 +95,7 @@ def frame(*parts: Data) -> tuple[bytes, bytes]:
 
 
 def in_pieces(data: bytes | np.ndarray) -> Iterator[bytes | np.ndarray]:
-    """Data as it is; what maps a file, a block at a time."""
+    """Data in one piece or, for a mapped file, in blocks."""
     if isinstance(data, np.memmap):
         yield from (block for _, block in row_blocks(data))
     else:

@@ -1,4 +1,4 @@
-"""JSON files of a run, read whole and written whole."""
+"""JSON files of a run, with atomic writes."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ from pathflip_jax.data.storage.whole_files import whole_file
 
 
 def write_json(path: Path, content: dict, *, indent: int = 2, **options: bool) -> None:
-    """Write a JSON file whole or not at all; further options are those of `json.dumps`."""
+    """Write a JSON file atomically; further options are those of `json.dumps`."""
     with whole_file(as_path(path)) as file:
         file.write((json.dumps(content, indent=indent, **options) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file; ValueError names one that is not JSON."""
+    """Read a JSON file; ValueError names an invalid one."""
     try:
         found = parse_json(read_bytes(as_path(path)).decode())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""JSON parsed with one kind of error, which names the file."""
+"""JSON parsing with a single error type that names the file."""
 
 import json
 import re
@@ -10,9 +10,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str, **options: Any) -> Any:
-    """JSON as Python's own, with one kind of error: ValueError, for what nests too deeply and is no Unicode, too.
+    """Parsed JSON, with ValueError as the only error, including for too deep nesting and invalid Unicode.
 
-    `options` are those of `json.loads`. Half a surrogate pair (`"\\ud800"`) is a text that nothing can write again.
+    `options` are those of `json.loads`. A lone surrogate (`"\\ud800"`) is refused, as it cannot be encoded again.
     """
     try:
         found = json.loads(text, **options)
@@ -26,7 +26,7 @@ def parse_json(text: str, **options: Any) -> Any:
 
 
 def json_object(path: Place, data: bytes) -> dict[str, Any]:
-    """The object that a small JSON file holds. Raises ValueError, naming the file, where it is anything else."""
+    """Object in a small JSON file. Raises ValueError, naming the file, for anything else."""
     try:
         found = parse_json(data.decode("utf-8-sig"))
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""Paths as people write them: `~` and environment variables, which no shell expands behind `=` or in a file.
+"""Expansion of `~` and environment variables in paths, which no shell expands after `=` or in a file.
 
-URLs stay as they are. What cannot be expanded, and what is no text, is an error: a folder called `~` is nobody's wish.
+URLs are unchanged. Anything that cannot be expanded or decoded is an error: a folder called `~` is never intended.
 """
 
 import os
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from pathflip_jax.data.storage.files import is_url
 
-# $$ is a dollar sign itself; $5 is no variable, and stays.
+# $$ is a literal dollar sign; $5 is not a variable, and is kept.
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{(\w+)\})")
 
 
 def expand(text: str) -> str:
-    """The text with `~` at its start, `$NAME` and `${NAME}` expanded; a URL as it is.
+    """Text with a leading `~`, `$NAME` and `${NAME}` expanded; URLs are unchanged.
 
-    Raises ValueError for a variable that is not set, naming it, and for a `~` of nobody known.
+    Raises ValueError for an unset variable, naming it, and for a `~` of an unknown user.
     """
     if is_url(text):
         return text
@@ -32,7 +32,7 @@ def expand(text: str) -> str:
 
 
 def _value_in(text: str):
-    """A function from a match of `_VARIABLE` to what stands for it."""
+    """Function from a match of `_VARIABLE` to its replacement."""
 
     def value(match: re.Match) -> str:
         if match.group(1):
@@ -49,7 +49,7 @@ def _value_in(text: str):
 
 
 def require_text(*texts: str) -> None:
-    """Raise ValueError for a text with bytes that are no UTF-8, which Python carries along until it writes them."""
+    """Raise ValueError for a text with non-UTF-8 bytes, which Python would only refuse on writing."""
     for text in texts:
         try:
             text.encode()
@@ -63,12 +63,12 @@ def require_text(*texts: str) -> None:
 
 
 def refuse_undecodable(argv: Sequence[str]) -> None:
-    """Raise ValueError for bytes that are no UTF-8 in an argument or in the name of the current folder."""
+    """Raise ValueError for non-UTF-8 bytes in an argument or in the name of the current folder."""
     require_text(*argv, _current_folder())
 
 
 def _current_folder() -> str:
     try:
         return os.fsdecode(os.getcwdb())
-    except FileNotFoundError:  # it was deleted: relative paths fail where they are used
+    except FileNotFoundError:  # the folder was deleted: relative paths fail on use
         return ""

@@ -13,18 +13,18 @@ DAMAGED = "copy it again, or delete it and its .idx and write it again"
 
 
 class MissedError(Exception):
-    """One of many objects that were asked for together could not be had; why is its cause."""
+    """One of several objects requested together is unavailable; the reason is its cause."""
 
     def __init__(self, path: "UPath") -> None:
         self.path = path
 
 
 def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
-    """The value of `attempt`, tried again after a pause when a bucket or the network fails.
+    """Value of `attempt`, retried after a pause when a bucket or the network fails.
 
-    Raises FileNotFoundError and PermissionError at once, OSError after the last attempt, each naming the place.
+    Raises FileNotFoundError and PermissionError immediately, OSError after the last attempt, each naming the location.
     """
-    import tenacity  # 0.1 s, which only URLs cost
+    import tenacity  # takes 0.1 s, spent only for URLs
 
     pauses = [tenacity.wait_random(0.5 * wait, 1.5 * wait) for wait in WAITS]
     tries = tenacity.Retrying(
@@ -44,11 +44,11 @@ def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
 
 
 _LASTING = re.compile(r"^Forbidden|not satisfiable")
-_MISTAKES = (AttributeError, NotImplementedError, TypeError)  # in a program, which no patience mends
+_MISTAKES = (AttributeError, NotImplementedError, TypeError)  # programming errors, which retries do not cure
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another attempt could succeed; every client library has exceptions of its own, not all OSErrors."""
+    """Whether a retry could succeed; client libraries have their own exceptions, not all of them OSErrors."""
     if not isinstance(error, Exception) or isinstance(error, _MISTAKES):
         return False
     error = error.__cause__ if isinstance(error, MissedError) else error
@@ -56,13 +56,13 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _explained(place: object, error: Exception) -> OSError:
-    """The error to raise for a place: what was found, and the cure."""
+    """Error to raise for a location, with what was found and the cure."""
     reason = _reason(error)
-    if "not satisfiable" in reason:  # a range behind the end, as HTTP says it
+    if "not satisfiable" in reason:  # HTTP's message for a range beyond the end
         return OSError(f"{place}: the object ends before the bytes that its index names; {DAMAGED}")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{place}: no such object; restore it, or write it again")
-    if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs says it in words
+    if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs reports it in words
         return PermissionError(f"{place}: permission denied ({reason}); check the credentials and what they may do")
     cure = "check network, bucket and credentials, and run the same command again"
     return OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on disks and behind URLs."""
+"""Atomic file writes, on disks and to URLs."""
 
 import errno
 import glob
@@ -17,12 +17,12 @@ from pathflip_jax.data.storage.durable import sync
 from pathflip_jax.data.storage.files import Place, upload
 from pathflip_jax.data.storage.framing import Data, Summed, extended, frame, in_pieces
 
-BEHIND = 8 << 20  # bytes that are written before the disk is told to begin with them
-ABANDONED_AFTER = 3600.0  # seconds; a living writer touches its file all the time
+BEHIND = 8 << 20  # bytes written before write-back is started
+ABANDONED_AFTER = 3600.0  # seconds; an active writer modifies its file continually
 
 
 class WholeFile:
-    """The file that `whole_file` yields: counts what is written and sums it up."""
+    """File yielded by `whole_file`, which tracks the size and checksum of the data written."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -31,7 +31,7 @@ class WholeFile:
         self.crc32c = 0
 
     def write(self, data: Data) -> None:
-        """Write all of `data`. Raises OSError naming the file and the cure, such as on a full disk."""
+        """Write all of `data`. Raises OSError naming the file and the cure, as on a full disk."""
         for piece in in_pieces(data.data if isinstance(data, Summed) else data):
             self._write(piece)
         self.crc32c = extended(self.crc32c, data)
@@ -49,18 +49,18 @@ class WholeFile:
             raise self.failure(error) from None
 
     def _begin_writing_back(self) -> None:
-        """Have the disk begin with what was written since the last time, so that less is left to wait for at the end.
+        """Start write-back of the data written since the last call, to shorten the final fsync.
 
-        Linux does so for pages that it is told are not needed soon; dirty ones stay in the cache.
+        Linux does so for pages advised as not needed soon; dirty ones stay in the cache.
         """
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # advice; what fails at the disk is said by fsync
+            with suppress(OSError):  # only advice; disk errors are reported by fsync
                 size = self.bytes - self._advised
                 os.posix_fadvise(self._file.fileno(), self._advised, size, os.POSIX_FADV_DONTNEED)
         self._advised = self.bytes
 
     def write_record(self, *parts: Data) -> int:
-        """Write one TFRecord of parts that stay uncopied; returns where its data starts."""
+        """Write one TFRecord from parts, without copying them; returns the offset of its data."""
         head, tail = frame(*parts)
         self.write(head)
         offset = self.bytes
@@ -70,7 +70,7 @@ class WholeFile:
         return offset
 
     def failure(self, error: OSError) -> OSError:
-        """The error of the operating system, with what to do about it; it keeps its errno."""
+        """Error of the operating system with the cure added and its errno kept."""
         cure = "free space there or write elsewhere"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             cure = "check that the disk is there and may be written"
@@ -81,13 +81,12 @@ class WholeFile:
 
 @contextmanager
 def whole_file(path: Place, *, sync_folder: bool = True) -> Iterator[WholeFile]:
-    """Write a file that appears whole or not at all: a temporary beside it, fsync, rename.
+    """Write a file atomically: a temporary file next to it, fsync, rename.
 
-    The temporary's name is unique, so two writers of one file never mix; what killed writers of it left more than an
-    hour ago is removed once the file stands. What goes to a URL is made in the system's temporary folder and
-    uploaded in one: buckets show an object once it is whole. Without `sync_folder` a loss of power may take the file's
-    name back until the next whole file of its folder stands. Raises OSError when the disk is full or the folder cannot
-    be written.
+    The temporary name is unique, so two writers of one file never mix; leftovers of killed writers older than an hour
+    are removed once the file is in place. For a URL the file is made in the system's temporary folder and uploaded in
+    one request: buckets show an object only once it is complete. Without `sync_folder` a power loss may undo the rename
+    until the next atomic write to the folder. Raises OSError when the disk is full or the folder cannot be written.
     """
     if not isinstance(path, Path):
         with tempfile.NamedTemporaryFile(prefix="pathflip-", buffering=0) as raw:

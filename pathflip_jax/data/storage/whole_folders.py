@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Atomic creation of folders."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from pathflip_jax.data.storage.files import is_url
 
 @contextmanager
 def whole_folder(place: Path | str) -> Iterator[Path]:
-    """A folder to fill that appears under its name once all is written, or not at all.
+    """Temporary folder to fill, renamed to its final name only once complete.
 
-    Raises FileExistsError where there is one with content, ValueError for a URL.
+    Raises FileExistsError if a non-empty folder exists, ValueError for a URL.
     """
     if is_url(place):
         raise ValueError(f"{place}: folders are written to local disks; write to one and copy the folder there")

@@ -1,1 +1,1 @@
-"""Reports, tables, questions and tokens."""
+"""Reports, tables, questions and tokenisation."""

@@ -1,9 +1,9 @@
-"""Captions cut into sentences, and subcaptions drawn from them (DESIGN section 5).
+"""Sentence splitting of captions, and sampling of subcaptions (DESIGN section 5).
 
-A subcaption is what the region loss aligns with regions, so a sentence cut in the middle ("0.8" and "cm from the
-margin") would teach nonsense. Pathology prose is full of points that end nothing: decimals, "vs.", "No. 3", "Fig. 2",
-"N.S.A.B.P.", initials, list numbers. A point is taken for an end only where all of these are ruled out; in doubt
-two sentences stay together, which costs one longer subcaption.
+The region loss aligns subcaptions with regions, so a sentence split in the middle ("0.8" and "cm from the margin")
+would be a wrong target. Pathology reports are full of periods that do not end a sentence: decimals, "vs.", "No. 3",
+"Fig. 2", "N.S.A.B.P.", initials, list numbers. A period ends a sentence only where all of these are ruled out; in doubt
+two sentences stay together, at the cost of one longer subcaption.
 """
 
 import itertools
@@ -18,39 +18,39 @@ import numpy as np
 _ABBREVIATIONS = set(
     "vs e.g i.e eg ie cf ca approx resp incl dr mr mrs ms prof st fig figs tab eq ref refs sect vol viz".split()
 )
-# The end of a sentence unless a number (of a node, a block, a page) follows.
+# End of a sentence unless a number (of a node, a block, a page) follows.
 _BEFORE_NUMBERS = set("no nos nr pp p ed pt".split())
-# Words that begin sentences and are nobody's surname: "hepatitis B. The", but "J. Smith".
+# Words that begin sentences and are not surnames: "hepatitis B. The", but "J. Smith".
 _STARTERS = set(
     "the a an this that these those there it its in on of at no not all both each one two three four five six other "
     "additional additionally further furthermore however overall importantly notably also while although as with and "
     "neither residual margins margin surgical lymph tumor tumour examination immunohistochemical".split()
 )
-# An end mark with the quotes and brackets that close with it; then white space, or a capital where the space is
+# An end mark with closing quotes and brackets; then white space, or a capital where the space is
 # missing ("are free.The tumor"), or a line break with no end mark at all.
 _CANDIDATE = re.compile(
     r"[.!?…]+[\"'”’)\]]*(?=\s)"  # the usual end
-    r"|(?<=[a-z)\]][a-z)\]])\.(?=[A-Z][a-z])"  # the space after it was forgotten
+    r"|(?<=[a-z)\]][a-z)\]])\.(?=[A-Z][a-z])"  # missing space after the period
     r"|(?=\n)"
 )
 _LAST_WORD = re.compile(r"[^\s(\[\"'“‘/]*$")
 _LIST_NUMBER = re.compile(r"(?:^|[:;])\s*[(\[]?(?:\d{1,2}|[A-Za-z]|[ivxIVX]{1,4})$")
 _LIST_ITEM = re.compile(r"\s*(?:[-*•‣▪–—]|[(\[]?(?:\d{1,2}|[A-Za-z])[.)\]])\s")
-_MIXED_CASE = re.compile(r"[a-z]{1,3}[A-Z0-9]")  # pT2, ypN0, p53 begin sentences although they begin small
+_MIXED_CASE = re.compile(r"[a-z]{1,3}[A-Z0-9]")  # pT2, ypN0, p53 begin sentences although in lower case
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]$")  # N.S.A.B.P
 
 
 def plain(text: str) -> str:
-    """A text as it is compared with others: without differences of case, Unicode form and white space."""
+    """Text normalised for comparison: case, Unicode form and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a caption, in their order, with white space collapsed.
+    """Sentences of a caption, in order, with white space collapsed.
 
-    Nothing but white space is lost: joined, the sentences hold every other character of the text. A paragraph, a
-    list item and a line that begins with a capital start a sentence too; a heading ("Diagnosis:") stays with what
-    follows it. An empty text has no sentences.
+    Only white space is lost: joined, the sentences contain every other character of the text. A paragraph, a list item
+    and a line that begins with a capital start a sentence too; a heading ("Diagnosis:") stays with the following
+    text. An empty text has no sentences.
     """
     uncased = text == text.lower()
     pieces, start = [], 0
@@ -68,7 +68,7 @@ def _ends_sentence(text: str, start: int, match: re.Match, uncased: bool) -> boo
     if not rest or not before.strip():
         return False
     gap = after[: len(after) - len(rest)]
-    if not mark:  # a line break; text that was wrapped at a width goes on with a small letter or a number
+    if not mark:  # a line break; wrapped text continues with a lower-case letter or a number
         if gap.count("\n") > 1 or _LIST_ITEM.match(rest):
             return True
         return rest[0].isupper() and before.rstrip()[-1] not in ",-–(/" and not _is_abbreviation(before, rest)
@@ -83,7 +83,7 @@ def _ends_sentence(text: str, start: int, match: re.Match, uncased: bool) -> boo
 
 
 def _is_abbreviation(before: str, rest: str) -> bool:
-    """Whether `before` ends with a point that belongs to its last word, given the text after it."""
+    """Whether `before` ends with a period that belongs to its last word, given the text after it."""
     if not before.rstrip().endswith("."):
         return False
     before = before.rstrip()[:-1]
@@ -103,7 +103,7 @@ def _is_abbreviation(before: str, rest: str) -> bool:
 
 
 def _join_fragments(pieces: list[str]) -> list[str]:
-    """Give pieces with no word in them, and headings, to the sentence that they belong to."""
+    """Merge pieces without words, and headings, into the sentence that they belong to."""
     sentences: list[str] = []
     carried = ""
     for piece in pieces:
@@ -124,17 +124,17 @@ def _join_fragments(pieces: list[str]) -> list[str]:
 
 
 def sample_subcaptions(sentences: Sequence[str], k: int, rng: np.random.Generator) -> list[str]:
-    """K subcaptions of a caption with these sentences; `draw_merges` says how they are drawn."""
+    """K subcaptions of a caption with these sentences, sampled by `draw_merges`."""
     return [" ".join(sentences[i] for i in merge) for merge in draw_merges(len(sentences), k, rng)]
 
 
 def draw_merges(n: int, k: int, rng: np.random.Generator, most: int = 3) -> list[tuple[int, ...]]:
-    """For each of K subcaptions, which of the n sentences it merges, in reading order.
+    """Indices of the sentences, out of n, that each of K subcaptions merges, in reading order.
 
-    Each draw merges 1 to `most` sentences; every second draw takes neighbours, the others take them from random
-    places (the scheme of the paper's released code, which merges up to 3). Most captions have fewer sentences than
-    K, so draws go round without repeating: each sentence leads one draw before any leads a second, and no merge
-    comes twice before all of them have come. Raises ValueError when there are no sentences.
+    Each draw merges 1 to `most` sentences; every second draw takes adjacent ones, the others random ones (the scheme of
+    the paper's released code, which merges up to 3). Most captions have fewer sentences than K, so draws cycle without
+    repetition: each sentence leads one draw before any leads a second, and no merge repeats before all have occurred.
+    Raises ValueError when there are no sentences.
     """
     if n < 1:
         raise ValueError("no sentences to draw subcaptions from: the caption is empty; leave the slide out")
@@ -152,7 +152,7 @@ def draw_merges(n: int, k: int, rng: np.random.Generator, most: int = 3) -> list
             merge = _merge(n, leader, draw % 2 == 0, most, rng.random(1 + max(most, 3)).tolist())
             if merge not in seen:
                 break
-        else:  # nearly all have come: list what is left, those with this leader first
+        else:  # nearly all have occurred: list the remaining ones, those with this leader first
             left = [c for m in range(1, most + 1) for c in itertools.combinations(range(n), m) if c not in seen]
             left = [c for c in left if leader in c] or left
             merge = left[rng.integers(len(left))]
@@ -175,7 +175,7 @@ def _merge(n: int, leader: int, neighbours: bool, most: int, chance: list[float]
 
 
 def draw_given(n: int, k: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Indices of the subcaptions used, of n given with the caption: K in random order, all of them before any again."""
+    """Indices of K subcaptions out of n given ones, in random order and each used once before any repeats."""
     if n < 1:
         raise ValueError("no subcaptions to draw from; leave the key out, and they come from the sentences")
     rounds = [rng.permutation(n) for _ in range(-(-k // n))]

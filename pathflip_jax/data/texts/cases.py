@@ -1,6 +1,6 @@
-"""Whose slides are, as the slide table, the records and the text table say, held against each other.
+"""Assignment of slides to cases and patients, reconciled across slide table, records and text table.
 
-Slides of one case or one patient are never negatives of each other, whichever of these says so (DESIGN section 4).
+Slides of one case or one patient by any of these sources are never negatives of each other (DESIGN section 4).
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ from pathflip_jax.data.texts.text import SlideText
 
 
 class Sources(NamedTuple):
-    """The slide table, and how messages call what says whose slides are.
+    """Slide table, and the names of all sources for messages.
 
     `rows` are those of `read_slide_table` by slide id, in the spelling of the records.
     """
@@ -27,7 +27,7 @@ NO_TABLE = Sources()
 
 
 class _Said(NamedTuple):
-    """Ownership of a slide in one source: its case, its patient, or both."""
+    """Case, patient, or both, of a slide in one source."""
 
     source: str
     names: Sequence[str]
@@ -45,11 +45,11 @@ def bag_keys(
     case_of: Mapping[str, str],
     sources: Sources,
 ) -> list[set[Key]]:
-    """The keys of each bag of slides: bags that share a key, also by way of others, are of one patient.
+    """Keys of each bag of slides: bags that share a key, directly or through others, are of one patient.
 
-    The records (`case_of`) and the texts name a case or a patient without saying which: a name of the slide table is
-    what it is there. A slide's own id and its barcode say nothing that the slide does not. Raises ValueError where two
-    sources name different ones.
+    The records (`case_of`) and the texts name a case or a patient without distinction: a name in the slide table has
+    its meaning there. A slide's own id and its barcode add no information. Raises ValueError if two sources name
+    different ones.
     """
     tell = _key_of(sources.rows.values())
     keys: list[set[Key]] = []
@@ -64,7 +64,7 @@ def bag_keys(
             said = [_Said(sources.slides, [name for name in table if _tells(name, [slide])])]
             said += [_Said(sources.records, [case_of[slide]])] if _tells(case_of[slide], [slide]) else []
             said = [one for one in (*said, *captions) if one.names]
-            if not said or said[0].source != sources.slides:  # else the others repeat the table, or are faults
+            if not said or said[0].source != sources.slides:  # otherwise the others repeat the table, or are faults
                 own |= {key for one in said for name in one.names for key in tell(name)}
             for other in said[1:]:
                 if not said[0].folded() & other.folded():
@@ -76,7 +76,7 @@ def bag_keys(
 
 
 def slides_of_case(rows: Iterable[Mapping[str, str]]) -> Callable[[str], tuple[str, ...]]:
-    """A function from the name of a case, or of a patient where no case is called so, to its slides in a table."""
+    """Function from the name of a case, or of a patient if no case has that name, to its slides in a table."""
     cases: defaultdict[str, list[str]] = defaultdict(list)
     patients: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -91,7 +91,7 @@ def slides_of_case(rows: Iterable[Mapping[str, str]]) -> Callable[[str], tuple[s
 
 
 def _tells(name: str, slides: Sequence[str]) -> bool:
-    """Whether a name says more of whose slides are than their own ids do."""
+    """Whether a name adds information on the patient beyond the slides' own ids."""
     if is_missing(name):
         return False
     barcodes = {barcode_patient(clean_id(slide)) for slide in slides} - {""}
@@ -99,7 +99,7 @@ def _tells(name: str, slides: Sequence[str]) -> bool:
 
 
 def _key_of(rows: Iterable[Mapping[str, str]]) -> Callable[[str], set[Key]]:
-    """A function from a name to its keys: of a case, or of a patient that the table knows and no case of that name."""
+    """Function from a name to its keys: of a case, or of a patient in the table if no case has that name."""
     rows = list(rows)
     cases, patients = ({fold(row[name]) for row in rows} for name in ("case_id", "patient_id"))
 

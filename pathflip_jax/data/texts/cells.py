@@ -1,7 +1,7 @@
-"""Cells of a table as texts and as lists, whichever program wrote them: ids that became floats, lists that became text.
+"""Table cells as texts and lists, undoing conversions by other programs, such as ids to floats and lists to text.
 
-A data frame writes a list into CSV as Python shows it (`['Yes', 'No']`, or `['Yes' 'No']` where it was an array), other
-programs as JSON.
+A data frame writes a list to CSV in Python's notation (`['Yes', 'No']`, or `['Yes' 'No']` for an array), other programs
+as JSON.
 """
 
 import ast
@@ -19,14 +19,14 @@ _SPACE = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, token
 
 
 def as_text(value: Any) -> str:
-    """A cell as text, "" where it is empty; a whole number that became a float (123.0) is whole again."""
+    """Cell as text, "" if it is empty; an integer that became a float (123.0) is restored."""
     if is_empty(value):
         return ""
     return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def as_list(value: Any) -> Any:
-    """The list or object that a text writes, else the value as it is. Nothing is ever evaluated but plain values."""
+    """List or object represented by a text, else the unchanged value. Only plain literals are ever evaluated."""
     if not isinstance(value, str) or (value.strip()[:1], value.strip()[-1:]) not in {("[", "]"), ("{", "}")}:
         return value
     text = value.strip()
@@ -34,7 +34,7 @@ def as_list(value: Any) -> Any:
         raise ValueError(f"a list of {len(text)} characters as text, expected at most {LONGEST_LIST}; use JSON Lines")
     try:
         found = _parsed(text)
-        json.dumps(found, ensure_ascii=False, default=str).encode()  # half a surrogate pair cannot be written again
+        json.dumps(found, ensure_ascii=False, default=str).encode()  # a lone surrogate cannot be encoded again
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
         return value
     return found
@@ -49,7 +49,7 @@ def _parsed(text: str) -> Any:
 
 
 def _python(text: str) -> str:
-    """The text with commas where NumPy leaves them out, and constants as Python spells them.
+    """Text with the commas that NumPy omits added, and constants in Python's spelling.
 
     Raises ValueError for values with neither comma nor white space between them, such as 0045 or 'it''s'.
     """

@@ -1,4 +1,4 @@
-"""Options of a question, from every shape that tables have them in, and the letter that an answer means."""
+"""Answer options of a question, in all formats of supported tables, and the letter of an answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,17 @@ from pathflip_jax.data.texts.cells import as_text
 from pathflip_jax.data.texts.identity import fold
 from pathflip_jax.data.texts.tables import Row
 
-OPTION = re.compile(r"(?:^|\s)\(?([A-H])[).:]\s+")  # the head of an option within a text
+OPTION = re.compile(r"(?:^|\s)\(?([A-H])[).:]\s+")  # the label of an option within a text
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _COLUMNS = "abcdefgh"
 _HEADED = re.compile(r"\(?([A-Z])[).:]\s+(.*)", re.DOTALL)
 
 
 def row_options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
-    """The question without its options, and the options by letter: from a list, from columns, or from the question.
+    """Question without its options, and the options by letter: from a list, from columns, or from the question.
 
-    Raises ValueError for options of another shape, for a gap that leaves open which letter is whose, and for a single
-    one.
+    Raises ValueError for options of another format, for a gap that makes the letters ambiguous, and for a single
+    option.
     """
     given = row.listed("choice", "choices", "options")
     try:
@@ -67,7 +67,7 @@ def _option_text(value: Any) -> str:
 
 
 def _split_options(text: str) -> dict[str, str] | list[str]:
-    """The options that one text holds: by their letters, else one a line, or between ; or |."""
+    """Options in a text: labelled by letters, else one per line, or separated by ; or |."""
     asked, options = _asked_options(text)
     if options and not asked:
         return {letter: option.rstrip(" ;|,") for letter, option in options.items()}
@@ -78,7 +78,7 @@ def _split_options(text: str) -> dict[str, str] | list[str]:
 
 
 def _asked_options(asked: str) -> tuple[str, dict[str, str]]:
-    """A question without the options that stand in it ("A) Yes B) No"), and these."""
+    """Question without its inline options ("A) Yes B) No"), and these options."""
     found = list(OPTION.finditer(asked))
     if len(found) < 2 or [match.group(1) for match in found] != [*LETTERS[: len(found)]]:
         return asked, {}
@@ -88,7 +88,7 @@ def _asked_options(asked: str) -> tuple[str, dict[str, str]]:
 
 
 def same_text(answer: str, options: Mapping[str, str]) -> list[str]:
-    """The letters of the options that an answer repeats, but for case, and for ".0" where nothing else is the same."""
+    """Letters of the options equal to an answer up to case, or up to ".0" if there is no other match."""
     if not answer.strip(" ."):
         return []
     plain = {letter: text.strip(" .").casefold() for letter, text in options.items()}
@@ -97,7 +97,7 @@ def same_text(answer: str, options: Mapping[str, str]) -> list[str]:
 
 
 def answer_letter(row: Row, answer: str, options: Mapping[str, str]) -> str:
-    """The letter of an answer given as "B", "B) text" or the text of an option."""
+    """Letter of an answer given as "B", "B) text" or the text of an option."""
     same: Sequence[str] = same_text(answer, options)
     letter = answer.strip().upper()
     if letter in options and same and letter not in same:
