@@ -1,11 +1,11 @@
-"""Files and folders brought to the disk itself, so that a loss of power takes nothing back, where that is possible."""
+"""Durable writes: fsync of files and folders where supported, so that a power loss undoes nothing."""
 
 import errno
 import os
 from pathlib import Path
 
-# What file systems answer that have no such thing (FUSE, network shares, and folders on many more), or do not let this
-# user open a folder. What was written stands all the same.
+# Errors of file systems without fsync (FUSE, network shares, and for folders many more), or where this user may not
+# open a folder. The data are written all the same.
 _UNSUPPORTED = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR,
     errno.ENOTTY,

@@ -59,7 +59,7 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
     protocol = text.partition("://")[0]
     try:
         path = UPath(text, use_listings_cache=False)
-        path.fs  # noqa: B018 - made here, so that what is missing is said here
+        path.fs  # noqa: B018 - created here, so that a missing package is reported here
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         cure = f"`pip install pathflip-jax[{extra}]`" if extra else "install the package that it names"
@@ -103,7 +103,7 @@ class LocalFile:
     def _stream(self, extents: Sequence[Extent]) -> Iterator[None]:
         fd = self._reopened()
         try:
-            # One byte of each of two pages: after that Linux reads ahead with growing window.
+            # One byte of each of two pages: after that Linux reads ahead with a growing window.
             for page in (0, mmap.PAGESIZE):
                 os.pread(fd, 1, extents[0][0] + page)
             for offset, arrays in extents:

@@ -1,4 +1,4 @@
-"""Requests to buckets and networks, repeated when they fail in passing; errors name the place and the cure."""
+"""Retries of requests to buckets and networks after transient failures; errors name the location and the cure."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Answer = TypeVar("Answer")
-WAITS = (0.5, 1.0, 2.0)  # seconds before asking again, give or take a half, so that a thousand readers spread out
+WAITS = (0.5, 1.0, 2.0)  # seconds before each retry, with a jitter of a half, so that a thousand readers spread out
 DAMAGED = "copy it again, or delete it and its .idx and write it again"
 
 

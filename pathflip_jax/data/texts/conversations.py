@@ -1,7 +1,7 @@
-"""Questions to a language model about slides, and their answers, from any table of texts (DESIGN, sections 5 and 7).
+"""Conversations about slides for the language model, from any table of texts (DESIGN, sections 5 and 7).
 
-Conversations of SlideInstruct are taken as they are; a caption answers an instruction, and the options of a question
-are asked a line each (`ask`, which evaluation uses too, so that a model is tested as it was taught).
+Conversations of SlideInstruct are used unchanged; a caption answers an instruction, and the options of a question are
+listed one per line (`ask`, also used in evaluation, so that training and test prompts match).
 """
 
 import re
@@ -26,18 +26,18 @@ from pathflip_jax.data.texts.text import (
     row_turns,
 )
 
-DESCRIBE = "Describe the input pathology whole slide image."  # what a caption answers that comes without a question
+DESCRIBE = "Describe the input pathology whole slide image."  # the instruction for a caption without a question
 
 
 class Turn(NamedTuple):
-    """A question and its answer; `asked` may hold IMAGE, where the slide stands."""
+    """A question and its answer; `asked` may contain IMAGE, the position of the slide."""
 
     asked: str
     answer: str
 
 
 class Conversation(NamedTuple):
-    """Turns about a slide, or about the slides of a case as one bag; the first of them holds IMAGE, once.
+    """Turns about a slide, or about the slides of a case as one bag; the first contains IMAGE once.
 
     `slide_ids` and `case_id` as in `SlideText`.
     """
@@ -49,25 +49,25 @@ class Conversation(NamedTuple):
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a table, a row each: of SlideInstruct or WSI-Bench, of captions, or of questions.
+    """Conversations of a table, one per row: of SlideInstruct or WSI-Bench, of captions, or of questions.
 
-    A caption answers the question of its row, else DESCRIBE. Questions with options are asked as `ask` does and
-    answered by the letter; turns of a conversation too, where the answer is an option and nothing more. Where no IMAGE
-    is written, it comes first. Raises ValueError with file and line for a row without a slide, question or answer, and
-    for an IMAGE that is written twice, in an answer or later than the first turn.
+    A caption answers the question of its row, else DESCRIBE. Questions with options are formatted by `ask` and answered
+    by the letter, as are turns of a conversation whose answer is exactly one of the options. If IMAGE is missing, it is
+    put first. Raises ValueError with file and line for a row without a slide, question or answer, and for an IMAGE that
+    occurs twice, in an answer or after the first turn.
     """
     return [_conversation(row, number) for number, row in enumerate(read_rows(path), 1)]
 
 
 def ask(question: Question) -> str:
-    """The prompt of a question: its text, then its options, "A. text", a line each."""
+    """Prompt of a question: its text, then its options, "A. text", one per line."""
     return "\n".join([question.question, *(f"{letter}. {text}" for letter, text in question.options.items())])
 
 
 def read_mixture(tables: str) -> list[tuple[Place, int]]:
-    """Tables that are learnt together, and how often each is seen in an epoch: "reports.jsonl*2, vqa.csv".
+    """Tables of a training mixture, with their repetitions per epoch: "reports.jsonl*2, vqa.csv".
 
-    Raises ValueError that names the part that is wrong.
+    Raises ValueError naming the invalid part.
     """
     mixture: list[tuple[Place, int]] = []
     for number, part in enumerate(tables.split(","), 1):
@@ -91,7 +91,7 @@ def read_mixture(tables: str) -> list[tuple[Place, int]]:
 def match_conversations(
     conversations: Sequence[Conversation], slide_ids: Sequence[str], case_ids: Cases | None = None
 ) -> list[Conversation]:
-    """The conversations about these slides, with their `slide_ids` spelt as the slides'; matched as `match_texts`."""
+    """Conversations about these slides, with `slide_ids` in the slides' spelling; matched as in `match_texts`."""
     found = match_slides([(talk.slide_ids, talk.case_id) for talk in conversations], slide_ids, case_ids)
     return [talk._replace(slide_ids=slides) for talk, slides in zip(conversations, found, strict=True) if slides]
 
@@ -138,9 +138,9 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
 
 
 def _turn(row: Row, asked: str, answer: str) -> Turn:
-    """A turn as it is; one that is answered by an option and no more is asked as all such questions are."""
+    """A turn, with the standard multiple-choice prompt if its answer is exactly one of the options."""
     question, options = row_options(row, asked)
-    behind = any(IMAGE in text for text in options.values())  # the slide stands behind the last option
+    behind = any(IMAGE in text for text in options.values())  # IMAGE follows the last option
     options = {letter: text.replace(IMAGE, "").strip() for letter, text in options.items()}
     letter = _letter(answer, options)
     if not letter or asked.count(IMAGE) > 1:
@@ -150,7 +150,7 @@ def _turn(row: Row, asked: str, answer: str) -> Turn:
 
 
 def _letter(answer: str, options: dict[str, str]) -> str:
-    """The letter of an answer given as "B", "B) text" or the text of an option; "" for one that says anything else."""
+    """Letter of an answer given as "B", "B) text" or the text of an option; "" for any other answer."""
     match = re.fullmatch(r"\(?([A-Ha-h])(?:[).:]+\s*(.*))?", answer, re.DOTALL)
     named = same_text(answer, options)
     if match and (letter := match.group(1).upper()) in options:

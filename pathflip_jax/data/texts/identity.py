@@ -1,8 +1,8 @@
-"""Identity of slides, cases and patients: when two spellings name one thing, and when a cell names nothing.
+"""Identity of slides, cases and patients: equivalent spellings of ids, and missing values.
 
-Tables go through spreadsheets, data frames and file systems: 123 comes back as 123.0, "0045" as 45, an umlaut in two
-characters, a missing value as the text "nan". Every comparison of ids in this project is made on `fold`ed ids, and
-every question whether two slides are of one patient is answered by `connected` over `person_keys`.
+Tables pass through spreadsheets, data frames and file systems: 123 becomes 123.0, "0045" becomes 45, an umlaut two
+characters, a missing value the text "nan". All comparisons of ids in this project use `fold`ed ids, and `connected`
+over `person_keys` decides whether two slides are of one patient.
 """
 
 import re
@@ -16,17 +16,17 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-EMPTY = frozenset({"", "nan", "<na>", "nat", "null"})  # as `fold` spells them, as are MISSING
+EMPTY = frozenset({"", "nan", "<na>", "nat", "null"})  # folded by `fold`, as are MISSING
 MISSING = EMPTY | {
     "na", "n/a", "#n/a", "none", "unknown", "'--", "not available", "not reported", "[not available]", "[unknown]",
 }  # fmt: skip
 _BEGINNINGS = frozenset(word[:1] for word in MISSING)
-_LONGEST_WORD = 64  # characters, with white space between them
+_LONGEST_WORD = 64  # characters, including white space
 SUFFIXES = re.compile(
     r"(\.(ome|h5|hdf5|pt|pth|npy|npz|csv|svs|tiff?|ndpi|mrxs|scn|vms|vmu|bif|czi|dcm|svslide|png|jpe?g))+$",
     re.IGNORECASE,
 )
-UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # behind the id of a TCGA slide
+UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.IGNORECASE)  # suffix of a TCGA slide id
 _NUMBER = re.compile(r"(0*([0-9]+?))(?:\.0+)?")
 _BARCODE = re.compile(r"TCGA-\w{2}-\w{4}(?!\w)|C3[LN]-\d{5}(?!\d)", re.IGNORECASE)
 
@@ -35,28 +35,28 @@ Cases = Sequence[str | tuple[str, ...]]
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds nothing: None, NaN, an empty text, or a word that tables write for "not available"."""
+    """Whether a cell is missing: None, NaN, an empty text, or a word that tables use for "not available"."""
     return _short(value) in MISSING if isinstance(value, str) else is_empty(value)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell of free text holds nothing: "None" and "unknown" are answers there, and options of a question."""
+    """Whether a free-text cell is empty; "None" and "unknown" are valid answers and options there."""
     if value is None or (isinstance(value, Number) and value != value):
         return True
     return isinstance(value, str) and _short(value) in EMPTY
 
 
 def clean_id(name: str) -> str:
-    """A slide id as a table gives it, without folder and without the suffix of a slide or feature file."""
+    """Slide id from a table, without folder and without the suffix of a slide or feature file."""
     last = name.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
     return _without_suffix(last.strip()).strip()
 
 
 def fold(name: str, zeros: bool = False) -> str:
-    """An id as it is compared: equal for spellings that differ in case, Unicode form, spaces, suffix or ".0".
+    """Id normalised for comparison: equal for spellings that differ in case, Unicode form, spaces, suffix or ".0".
 
-    Zeros in front of a number are dropped too unless `zeros` keeps them: spreadsheets lose them, "0045" and "45" are
-    one id.
+    Leading zeros of a number are dropped too unless `zeros` keeps them: spreadsheets lose them, so "0045" and "45" are
+    the same id.
     """
     text = _plain(_without_suffix(name.strip()))
     number = _NUMBER.fullmatch(text) if text[:1].isdigit() else None
@@ -64,24 +64,24 @@ def fold(name: str, zeros: bool = False) -> str:
 
 
 def fold_slide(name: str, zeros: bool = False) -> str:
-    """A slide id as it is compared: `fold`, of the file's name alone where it comes with its folder."""
+    """Slide id normalised for comparison: `fold`, applied to the file name without its folder."""
     return fold(clean_id(name), zeros)
 
 
 def natural(spellings: Iterable[str]) -> str:
-    """The most natural of several spellings of one id: 123 before 123.0, 0045 before 45, then the most frequent."""
+    """Preferred spelling of an id: 123 before 123.0, 0045 before 45, then the most frequent."""
     counts = Counter(spellings)
     return min(counts, key=lambda name: (name.endswith(".0"), -len(name) if name.isdigit() else 0, -counts[name]))
 
 
 def barcode_patient(name: str) -> str:
-    """The patient that a TCGA or CPTAC barcode names ("TCGA-A7-A0CJ-01Z-00-DX2" -> "TCGA-A7-A0CJ"), else ""."""
+    """Patient of a TCGA or CPTAC barcode ("TCGA-A7-A0CJ-01Z-00-DX2" -> "TCGA-A7-A0CJ"), else ""."""
     match = _BARCODE.match(name.strip())
     return match.group(0).upper() if match else ""
 
 
 def person_keys(slide_id: str = "", case_id: str = "", patient_id: str = "") -> set[Key]:
-    """All that a row says of who a slide is of: two slides that share a key are of one patient (`connected`)."""
+    """Identity keys of a slide's row: two slides that share a key are of one patient (`connected`)."""
     keys = {("slide", fold_slide(slide_id))} if slide_id else set()
     keys |= {(kind, fold(name)) for kind, name in (("case", case_id), ("patient", patient_id)) if not is_missing(name)}
     patients = {barcode_patient(name) for name in (clean_id(slide_id), case_id, patient_id)} - {""}
@@ -89,7 +89,7 @@ def person_keys(slide_id: str = "", case_id: str = "", patient_id: str = "") -> 
 
 
 def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
-    """The group of each item, numbered by first appearance: items that share a key, also by way of others, are one."""
+    """Connected components of items that share keys, as group numbers in order of first appearance."""
     ids: dict[Hashable, int] = {}
     pairs = [(item, ids.setdefault(key, len(ids))) for item, own in enumerate(keys) for key in own]
     items, places = np.array(pairs, int).reshape(-1, 2).T
@@ -101,9 +101,9 @@ def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
 
 
 class SlideNames:
-    """Slides by every name that a table may give them: the one way to find the slides that a table means.
+    """Lookup of slides by every name that a table may use, the only matching of names to slides.
 
-    `case_ids` names the case of each slide, by one id or several; TCGA and CPTAC barcodes name it too.
+    `case_ids` gives the case of each slide, by one id or several; TCGA and CPTAC barcodes name it too.
     """
 
     def __init__(self, slide_ids: Sequence[str], case_ids: Cases | None = None) -> None:
@@ -120,10 +120,10 @@ class SlideNames:
                 self._cases[case].append(slide)
 
     def find(self, name: str) -> list[str]:
-        """The slide of this name, [] where none is or where several could be meant.
+        """Slide of this name; [] if there is none or the name is ambiguous.
 
-        The same spelling comes first, then a name without folder and suffix, then one that folds alike, then TCGA ids
-        of which one lacks the `.UUID`: DX1 is not DX10, and another UUID is another slide.
+        An identical spelling takes precedence, then a name without folder and suffix, then an equal folded name, then
+        TCGA ids of which one lacks the `.UUID`: DX1 is not DX10, and another UUID is another slide.
         """
         found: set[str] = set()
         for names, spell in zip(self._levels, _SPELLINGS, strict=True):
@@ -134,7 +134,7 @@ class SlideNames:
         return list(found) if len(found) == 1 else []
 
     def of_case(self, case: str) -> list[str]:
-        """The slides of a case or patient, in their order."""
+        """Slides of a case or patient, in order."""
         return [] if is_missing(case) else list(self._cases.get(fold(case), []))
 
 
@@ -148,21 +148,21 @@ def _without_uuid(name: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A text as `_plain` has it where it may be one of the words that say "missing", else as it is."""
+    """Text normalised by `_plain` if it may be a word for "missing", else unchanged."""
     text = text.strip()
-    if text.isascii() and text[:1].lower() not in _BEGINNINGS:  # most cells: the rest takes ten times as long
+    if text.isascii() and text[:1].lower() not in _BEGINNINGS:  # most cells: the rest takes ten times longer
         return text
     return _plain(text) if len(text) < _LONGEST_WORD else text
 
 
 def _plain(text: str) -> str:
-    """A text without differences of case, Unicode form and white space."""
+    """Text normalised in case, Unicode form and white space."""
     if text.isascii():
         return " ".join(text.casefold().split())
-    for _ in range(2):  # a folded character may decompose anew
+    for _ in range(2):  # a folded character may decompose again
         text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-# How a slide's name is read, from its own spelling to the widest: where two slides share one, an earlier one tells.
+# Normalisations of a slide's name, from exact to widest: if two slides share one, an earlier one distinguishes them.
 _SPELLINGS = (str, clean_id, lambda name: fold_slide(name, zeros=True), fold_slide)

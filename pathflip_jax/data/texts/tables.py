@@ -1,6 +1,6 @@
-"""Tables of any kind as rows: CSV, JSON, JSON Lines and Parquet, told apart by what they hold, not by their names.
+"""Tables as rows: CSV, JSON, JSON Lines and Parquet, detected by content, not by file name.
 
-Every row knows its place ("reports.csv, line 17"), so that what is wrong with it can be found.
+Every row carries its location ("reports.csv, line 17") for error messages.
 """
 
 import codecs
@@ -18,36 +18,36 @@ from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.data.texts.cells import as_list, as_text
 from pathflip_jax.data.texts.identity import is_empty, is_missing
 
-LARGEST_JSON = 512 * 2**20  # bytes of a file that has to be parsed in one go, and of a Parquet file's values
-LONGEST_RECORD = 16 * 2**20  # characters of a line of JSON, or of a row of a csv over all its lines
-_SNIFFED = 2**20  # characters among which a table must begin
-_SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)  # the line by which Excel knows its own files
+LARGEST_JSON = 512 * 2**20  # bytes of a file that must be parsed as a whole, and of a Parquet file's values
+LONGEST_RECORD = 16 * 2**20  # characters of a line of JSON, or of a CSV row over all its lines
+_SNIFFED = 2**20  # characters within which a table must begin
+_SEPARATOR = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)  # Excel's separator declaration
 _PARQUET, _ZIP = b"PAR1", b"PK\x03\x04"
 
 
 class Row(NamedTuple):
-    """One row: its place for messages, and its values under lower-case names."""
+    """Table row: its location for messages, and its values under lower-case names."""
 
     place: str
     values: dict[str, Any]
 
     def first(self, *names: str) -> Any:
-        """The first of these columns that is not missing (`is_missing`); "" when all are."""
+        """First of these columns that is not missing (`is_missing`); "" if all are."""
         return self._first(names, is_missing)
 
     def said(self, *names: str) -> Any:
-        """The first of these columns of free text that holds something, be it "None" or "unknown"; "" when none does.
+        """First non-empty of these free-text columns, "None" and "unknown" included; "" if all are empty.
 
-        For answers, questions and options alone: elsewhere these words say that a value is missing.
+        For answers, questions and options only: elsewhere these words mean a missing value.
         """
         return self._first(names, is_empty)
 
     def text(self, *names: str) -> str:
-        """`first` as text: ids that became floats (123.0) are whole again."""
+        """`first` as text, with ids that became floats (123.0) restored."""
         return as_text(self.first(*names))
 
     def listed(self, *names: str) -> Any:
-        """`first` as the list or object that it is, also where CSV has it as text; as it is where it is neither."""
+        """`first` as a list or object, parsed from text if necessary; other values are unchanged."""
         try:
             return as_list(self.first(*names))
         except ValueError as error:
@@ -64,11 +64,11 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Place) -> list[Row]:
-    """The rows of a table: CSV (comma, semicolon or tab), JSON (a list of objects), JSON Lines or Parquet.
+    """Rows of a table: CSV (comma, semicolon or tab), JSON (a list of objects), JSON Lines or Parquet.
 
-    Texts are UTF-8, with a BOM or not, or UTF-16 with one, as Excel writes it. CSV and JSON Lines are read row by row,
-    so memory holds the rows and never the file. Raises ValueError with file and line for a file that is none of these,
-    and for a row or a JSON file beyond all measure; FileNotFoundError for a missing one.
+    Texts are UTF-8 with or without a BOM, or UTF-16 with one, as written by Excel. CSV and JSON Lines are read row by
+    row, so memory holds the rows and never the file. Raises ValueError with file and line for a file in another format,
+    and for an oversized row or JSON file; FileNotFoundError for a missing one.
     """
     path = as_path(path)
     with _opened(path) as binary:
@@ -83,7 +83,7 @@ def read_rows(path: str | Place) -> list[Row]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of the same columns as CSV; the file appears whole or not at all."""
+    """Write rows of the same columns as CSV, atomically."""
     partial = path.with_name(path.name + ".part")
     with open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -111,7 +111,7 @@ def _text_rows(path: Place, binary: BinaryIO, encoding: str) -> list[Row]:
 
 
 def _told_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
-    """The rows of a text whose beginning tells its kind."""
+    """Rows of a text table whose format is detected from its beginning."""
     head = file.read(_SNIFFED).lstrip()
     file.seek(0)
     if not head:
@@ -124,7 +124,7 @@ def _told_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
 
 
 def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
-    """The rows of a Parquet file; lists and structures become Python's."""
+    """Rows of a Parquet file, with lists and structs as Python objects."""
     import pyarrow as pa
 
     rows: list[Row] = []
@@ -137,7 +137,7 @@ def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
             OSError,
             ValueError,
             OverflowError,
-        ) as error:  # also text that is no UTF-8, and dates
+        ) as error:  # also non-UTF-8 text, and dates
             raise ValueError(f"{path}: broken Parquet ({error!s:.200}); was the file cut short?") from error
         if found is None:
             return rows
@@ -149,7 +149,7 @@ def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
 
 
 def _parquet_batches(binary: BinaryIO) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The bytes that all values so far take, and the next rows: few at a time, for one value may stand for many."""
+    """Cumulative bytes of all values, and the next rows, a few at a time, as one stored value may expand to many."""
     from pyarrow import parquet
 
     table, held = parquet.ParquetFile(binary), 0
@@ -163,7 +163,7 @@ def _parquet_batches(binary: BinaryIO) -> Iterator[tuple[int, list[dict[str, Any
 
 
 def _row(place: str, cells: Iterable[tuple[str, Any]]) -> Row:
-    """A row by its cells, under lower-case names. Raises ValueError for a name that is there twice."""
+    """Row from its cells, under lower-case names. Raises ValueError for a duplicate name."""
     cells = [(name.strip().lower(), value) for name, value in cells]
     if twice := sorted(name for name, count in Counter(name for name, _ in cells).items() if name and count > 1):
         raise ValueError(f"{place}: the column {twice[0]!r:.60} occurs twice; rename one")
@@ -171,7 +171,7 @@ def _row(place: str, cells: Iterable[tuple[str, Any]]) -> Row:
 
 
 class _Lines:
-    """The lines of a table; `record` counts the characters since the row began, and is to be set to 0 after each."""
+    """Lines of a table; `record` counts the characters of the current row, and must be reset to 0 after each."""
 
     def __init__(self, path: Place, file: TextIO) -> None:
         self.path, self.file, self.number, self.record = path, file, 1, 0
@@ -223,7 +223,7 @@ def _json_line_rows(path: Place, file: TextIO, lines: _Lines) -> list[Row]:
 
 
 def _whole_object(path: Place, file: TextIO, place: str, error: ValueError) -> Row:
-    """One object written over several lines, or broken JSON Lines."""
+    """Row of a single object that spans several lines; raises for broken JSON Lines."""
     try:
         return _json_row(str(path), parse_json(_whole(path, file)))
     except ValueError:

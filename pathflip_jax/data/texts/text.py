@@ -1,9 +1,9 @@
-"""Texts of slides: captions, questions and slide tables, in every shape that they come in (DESIGN section 5).
+"""Texts of slides: captions, questions and slide tables, in all supported formats (DESIGN section 5).
 
-Features are written once; texts are tables beside them, keyed by slide id. The canonical table is JSON Lines, one
-text a line: {"slide_id": "a" or ["a", "b"], "case_id": "p", "caption": "...", "subcaptions": [...]}, of which only a
-caption and a slide_id or case_id are needed. SlideInstruct (also with the fine-grained concepts of
-PathFLIP2), WSI-Bench, WSI-VQA and SlideBench files are read as they are published.
+Features are written once; texts are separate tables, keyed by slide id. The canonical table is JSON Lines, one text
+per line: {"slide_id": "a" or ["a", "b"], "case_id": "p", "caption": "...", "subcaptions": [...]}, of which only a
+caption and a slide_id or case_id are required. SlideInstruct (also with the fine-grained concepts of PathFLIP2),
+WSI-Bench, WSI-VQA and SlideBench files are read as published.
 """
 
 import logging
@@ -25,7 +25,7 @@ from pathflip_jax.data.texts.identity import (
 )
 from pathflip_jax.data.texts.tables import Row, read_rows
 
-IMAGE = "<image>"  # where the slide stands in what is asked
+IMAGE = "<image>"  # position of the slide in a prompt
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 SPLITS |= {"test": "test", "testing": "test", "": ""}
 SLIDE_COLUMNS = ("slide_id", "slide_ids", "slide", "slides", "image", "images", "filename", "file")
@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SlideText:
-    """The text of a slide, or of the slides of a case as one bag.
+    """Text of a slide, or of the slides of a case as one bag.
 
-    `slide_ids` may be empty when the table names a case alone; `case_id` is empty where the table does not say (TCGA
-    barcodes do). `subcaptions` are those given with the caption; None = take them from its sentences.
+    `slide_ids` may be empty if the table names only a case; `case_id` is empty if the table does not give it (TCGA
+    barcodes do). `subcaptions` are those given with the caption; None = sample them from its sentences.
     """
 
     slide_ids: tuple[str, ...]
@@ -51,9 +51,9 @@ class SlideText:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a slide. With `options` (letter -> text) the answer is a letter, without it is free text.
+    """A question about a slide. With `options` (letter -> text) the answer is a letter, otherwise free text.
 
-    `category` is the narrowest that the table names, `broad_category` the broad one of SlideBench-VQA.
+    `category` is the narrowest one in the table, `broad_category` the broad one of SlideBench-VQA.
     """
 
     question_id: str
@@ -67,9 +67,9 @@ class Question:
 
 
 def read_texts(path: str | Path) -> list[SlideText]:
-    """The texts of a table of any supported shape, in its order; rows that repeat an earlier one are left out.
+    """Texts of a table in any supported format, in its order and without duplicate rows.
 
-    Raises ValueError with file and line for a row with no slide or with an empty caption, and for a table of
+    Raises ValueError with file and line for a row without a slide or with an empty caption, and for a table of
     questions, which `read_questions` reads.
     """
     rows = read_rows(path)
@@ -82,18 +82,18 @@ def read_texts(path: str | Path) -> list[SlideText]:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """The questions of a VQA table: SlideBench-VQA, WSI-VQA, WSI-Bench or SlideInstruct, or columns named alike.
+    """Questions of a VQA table: SlideBench-VQA, WSI-VQA, WSI-Bench or SlideInstruct, or with columns of these names.
 
-    Options that are null, NaN or empty are left out; "None" and "unknown" are options and answers like any other.
-    Raises ValueError with file and line for a row without question or answer, for options that cannot be told apart,
-    and for an answer that is none of its options or that may be two of them.
+    Options that are null, NaN or empty are dropped; "None" and "unknown" are options and answers like any other. Raises
+    ValueError with file and line for a row without question or answer, for indistinguishable options, and for an answer
+    that matches none of its options or is ambiguous between two.
     """
     rows = enumerate(read_rows(path), 1)
     return [question for number, row in rows for question in row_questions(row, number)]
 
 
 def row_questions(row: Row, number: int) -> list[Question]:
-    """The questions of a row of `read_questions`: one, or one for each turn of a conversation."""
+    """Questions of a row of `read_questions`: one, or one for each turn of a conversation."""
     slide_ids, case_id = row_slides(row)
     name = row_name(row, number)
     category = row.text("narrow category", "category", "broad category", "task", "type")
@@ -124,7 +124,7 @@ def _answer(row: Row) -> str:
 
 
 def read_slide_table(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a slides table with at least a column slide_id, as `slide_row` reads them.
+    """Rows of a slide table with at least a column slide_id, as read by `slide_row`.
 
     Raises ValueError with file and line as `slide_row` does, and for a slide listed twice, also in two spellings.
     """
@@ -144,11 +144,10 @@ def read_slide_table(path: str | Path) -> list[dict[str, str]]:
 
 
 def slide_row(row: Row) -> dict[str, str]:
-    """A row of a slides table: slide_id, case_id, patient_id, label, split, and the table's other columns as they are.
+    """Row of a slide table: slide_id, case_id, patient_id, label, split, and the table's other columns unchanged.
 
-    Case and patient stand in for each other, TCGA and CPTAC barcodes for both; what is missing is "". The split is
-    train, val, test or "". Raises ValueError with file and line for a row without a slide id and a split of another
-    name.
+    Case and patient substitute for each other, TCGA and CPTAC barcodes for both; missing values are "". The split is
+    train, val, test or "". Raises ValueError with file and line for a row without a slide id and for an unknown split.
     """
     raw = row.first(*SLIDE_COLUMNS)
     slide = clean_id(as_text(raw)) if isinstance(raw, str | int | float) else ""
@@ -164,13 +163,12 @@ def slide_row(row: Row) -> dict[str, str]:
 
 
 def match_texts(texts: Sequence[SlideText], slide_ids: Sequence[str], case_ids: Cases | None = None) -> list[SlideText]:
-    """The texts of these slides, with their `slide_ids` spelt as the slides'.
+    """Texts of these slides, with `slide_ids` in the slides' spelling.
 
-    An id matches the same id, then the same file name without folder, extension and case of its letters, then TCGA
-    ids of which one lacks the `.UUID`, where only one slide comes into question: DX1 is not DX10 (`SlideNames`). A text
-    of a case (its id, or no slide at all) gets all slides of that case; `case_ids` names the case of each slide, TCGA
-    and CPTAC barcodes do too. What matches nothing is left out and logged with its count. Raises ValueError when
-    nothing matches.
+    An id matches an identical id, then the same file name ignoring folder, extension and case, then TCGA ids of which
+    one lacks the `.UUID`, if the match is unique: DX1 is not DX10 (`SlideNames`). A text of a case (its id, or no slide
+    at all) gets all slides of that case; `case_ids` gives the case of each slide, as do TCGA and CPTAC barcodes. Texts
+    without a match are dropped and logged with their count. Raises ValueError when nothing matches.
     """
     found = match_slides([(text.slide_ids, text.case_id) for text in texts], slide_ids, case_ids)
     return [replace(text, slide_ids=slides) for text, slides in zip(texts, found, strict=True) if slides]
@@ -179,7 +177,7 @@ def match_texts(texts: Sequence[SlideText], slide_ids: Sequence[str], case_ids: 
 def match_slides(
     named: Sequence[tuple[Sequence[str], str]], slide_ids: Sequence[str], case_ids: Cases | None = None
 ) -> list[tuple[str, ...]]:
-    """The slides that each text means by its (slide ids, case id), as `match_texts` finds them; () where none does."""
+    """Slides of each text by its (slide ids, case id), matched as in `match_texts`; () without a match."""
     known = SlideNames(slide_ids, case_ids)
     matched, lost, samples = [], 0, []
     for names, case in named:
@@ -214,7 +212,7 @@ def match_slides(
 def match_rows(
     rows: Sequence[Mapping[str, str]], slide_ids: Sequence[str], table: object
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The row of a slide table for each slide that has one, and notes, as `rename_rows` finds them."""
+    """Slide table row of each slide that has one, and notes, matched by `rename_rows`."""
     renamed, notes = rename_rows(rows, slide_ids, table)
     known = set(slide_ids)
     return {row["slide_id"]: row for row in renamed if row["slide_id"] in known}, notes
@@ -223,10 +221,10 @@ def match_rows(
 def rename_rows(
     rows: Sequence[Mapping[str, str]], slide_ids: Sequence[str], table: object
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a slide table with their `slide_id` spelt as the slide's that they mean, and notes.
+    """Rows of a slide table with `slide_id` in the spelling of the matching slide, and notes.
 
-    The notes say which ids matched in another spelling only, and which rows belong to no slide. Raises ValueError for
-    two rows of one slide; `table` is the table's name for messages.
+    The notes list ids that matched only in another spelling, and rows without a slide. Raises ValueError for two rows
+    of one slide; `table` is the table's name for messages.
     """
     known, exact = SlideNames(slide_ids), {row["slide_id"] for row in rows}
     renamed: list[dict[str, str]] = []
@@ -235,7 +233,7 @@ def rename_rows(
     for row in rows:
         name = row["slide_id"]
         slide = next(iter(known.find(name)), None)
-        if slide is None or (name != slide and slide in exact):  # the slide has a row of its very name
+        if slide is None or (name != slide and slide in exact):  # the slide has a row with its exact name
             absent.append(name)
             renamed.append(dict(row))
             continue
@@ -268,17 +266,17 @@ def _text(row: Row) -> SlideText:
 
 
 def has_caption(row: Row) -> bool:
-    """Whether a row has a column for a caption, be it empty."""
+    """Whether a row has a column for a caption, even if empty."""
     return any(name in row.values for name in _CAPTION)
 
 
 def row_caption(row: Row) -> str:
-    """The caption of a row that has a column for it. Raises ValueError where it is empty."""
+    """Caption of a row that has a column for it. Raises ValueError if it is empty."""
     return _written(row, _caption(row), *row_slides(row))
 
 
 def _caption(row: Row) -> object:
-    """The first caption that is not missing, else what stands there in its place."""
+    """First caption that is not missing, else the content of its column."""
     return row.first(*_CAPTION) or next(row.values[name] for name in _CAPTION if name in row.values)
 
 
@@ -304,7 +302,7 @@ def _subcaptions(row: Row) -> tuple[str, ...] | None:
 
 
 def _descriptions(row: Row) -> list[str]:
-    """The subcaptions of a row as PathFLIP2's code reads them: objects with a visual description."""
+    """Subcaptions of a row in the format of PathFLIP2's code: objects with a visual description."""
     found = row.listed(_CONCEPTS) or []
     found = [one for one in found if not is_empty(one)] if isinstance(found, list) else found
     if not isinstance(found, list) or not all(isinstance(one, dict) and one.get(_DESCRIPTION) for one in found):
@@ -313,12 +311,12 @@ def _descriptions(row: Row) -> list[str]:
 
 
 def row_name(row: Row, number: int) -> str:
-    """The name of a row: its id, unless that is the slide's or patient's, else its number."""
+    """Name of a row: its id, unless that is the slide's or patient's, else its number."""
     return row.text("question_id") or (row.text(*SLIDE_COLUMNS, *_CASE) and row.text("id")) or str(number)
 
 
 def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
-    """The slide ids and the case of a row; WSI-VQA names neither, only an `Id`, which is the patient."""
+    """Slide ids and case of a row; WSI-VQA has neither, only an `Id`, which is the patient."""
     given = row.listed(*SLIDE_COLUMNS)
     case = row.text(*_CASE)
     if given == "" and not case:
@@ -335,7 +333,7 @@ def row_slides(row: Row) -> tuple[tuple[str, ...], str]:
 
 
 def row_turns(row: Row) -> list[tuple[str, str]]:
-    """Questions and answers in the conversation of a row, in turn. Raises ValueError where it is none."""
+    """Question-answer pairs of the conversation in a row, in order. Raises ValueError for anything else."""
     turns = row.listed("conversations")
     try:
         spoken = [(turn["from"], str.strip(turn["value"])) for turn in turns]
@@ -358,5 +356,5 @@ def bare_turns(row: Row) -> list[tuple[str, str]]:
 
 
 def row_columns(row: Row) -> str:
-    """The columns that a row has, for a message."""
+    """Columns of a row, for a message."""
     return f"found {preview((name[:40] or '(no name)' for name in row.values), 12)}"

@@ -1,7 +1,7 @@
-"""Texts as token ids: any Hugging Face BERT vocabulary, and packing into rows of fixed shape (DESIGN section 5).
+"""Tokenisation of texts with any Hugging Face BERT vocabulary (DESIGN section 5).
 
-Only the `tokenizers` package is used: importing the tokenizer classes of transformers imports torch where there is
-one, and `BertTokenizerFast(vocab_file=...)` turns every word into [UNK] without a word of warning.
+Only the `tokenizers` package is used: importing the tokenizer classes of transformers imports torch if it is installed,
+and `BertTokenizerFast(vocab_file=...)` silently turns every word into [UNK].
 """
 
 import json
@@ -19,30 +19,30 @@ from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_by
 from pathflip_jax.data.storage.json_values import json_object
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# How a setting is called in tokenizer.json, and in tokenizer_config.json.
+# Names of a setting in tokenizer.json, and in tokenizer_config.json.
 _NORMALIZER = (
     ("lowercase", "do_lower_case"),
     ("strip_accents", "strip_accents"),
     ("handle_chinese_chars", "tokenize_chinese_chars"),
 )
 _FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
-_AT_ONCE = 4096  # texts that are encoded together
-_WORD = re.compile(r"[^ \n\r\t]+")  # between white space at which every BERT cuts; of rarer kinds it drops some
+_AT_ONCE = 4096  # texts encoded together
+_WORD = re.compile(r"[^ \n\r\t]+")  # split at the white space common to every BERT; some rarer kinds are dropped by it
 _log = logging.getLogger(__name__)
 
 
 class TextTokenizer:
-    """The WordPiece tokenizer of a Hugging Face BERT folder, with one id more for [DEC].
+    """WordPiece tokenizer of a Hugging Face BERT folder, with an additional id for [DEC].
 
     Reads `tokenizer.json`, or `vocab.txt` with the `do_lower_case` of tokenizer_config.json or config.json.
-    `vocab_size` counts [DEC], as the word table of the released model does. `truncated` counts the texts that
-    `encode` had to cut since the tokenizer was made.
+    `vocab_size` includes [DEC], as does the word table of the released model. `truncated` counts the texts truncated by
+    `encode` since the tokenizer was created.
     """
 
     def __init__(self, folder: str | Place) -> None:
         self.folder = as_path(folder)
         self._tokenizer = _load(self.folder)
-        self._tokenizer.no_truncation()  # tokenizer.json may carry both; a cut must be counted here
+        self._tokenizer.no_truncation()  # tokenizer.json may set both; truncations must be counted here
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         missing = [token for token in SPECIAL[:4] if token not in vocabulary]
@@ -58,22 +58,22 @@ class TextTokenizer:
         self.vocab_size = last + 1 if "[DEC]" in vocabulary else last + 2
         parts = json.loads(self._tokenizer.to_str())
         kinds = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
-        #: Whether the ids of two texts joined by a space are the ids of the one and then of the other. BERT cuts at
-        #: white space before all else, so there texts can be tokenised once, sentence by sentence.
+        #: Whether the ids of two texts joined by a space are the concatenation of their ids. BERT splits at white
+        #: space first, so its texts can be tokenised once, sentence by sentence.
         self.concatenates = kinds == ["BertNormalizer", "BertPreTokenizer"]
         added = (str(token.content) for token in self._tokenizer.get_added_tokens_decoder().values())
         self._word_by_word = self.concatenates and not any(re.search(r"\s", token) for token in added)
 
     @property
     def described(self) -> dict:
-        """The tokenizer as a tokenizer.json describes it, whichever file it was read from."""
+        """Description of the tokenizer as a tokenizer.json, whichever file it was read from."""
         return json.loads(self._tokenizer.to_str())
 
     def ids(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
-        """The ids of texts without [CLS] and [SEP], at any length.
+        """Ids of texts without [CLS] and [SEP], of any length.
 
-        Reports repeat their words: where a text is its words, each is tokenised once, in a fraction of the time
-        and the memory that encodings of whole texts take.
+        Reports repeat their words: if texts can be tokenised word by word, each distinct word is tokenised once, in a
+        fraction of the time and memory of encoding whole texts.
         """
         if not self._word_by_word:
             return self._encoded(texts)
@@ -83,7 +83,7 @@ class TextTokenizer:
         return [np.array(ids, np.int32) for ids in found]
 
     def unknown_share(self, pieces: Iterable[Int[np.ndarray, "T"]]) -> float:
-        """The share of [UNK] among the pieces of texts, as `ids` gives them; 0 where there are none."""
+        """Fraction of [UNK] among the word pieces of texts, as from `ids`; 0 without pieces."""
         unknown = total = 0
         for ids in pieces:
             unknown += int(np.count_nonzero(ids == self.unk_id))
@@ -92,23 +92,23 @@ class TextTokenizer:
 
     def _encoded(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
         found = []
-        for start in range(0, len(texts), _AT_ONCE):  # an encoding is many times as large as its ids
+        for start in range(0, len(texts), _AT_ONCE):  # an encoding is many times larger than its ids
             part = list(texts[start : start + _AT_ONCE])
             encodings = self._tokenizer.encode_batch_fast(part, add_special_tokens=False)
             found += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return found
 
     def wrap(self, ids: Int[np.ndarray, "T"], max_length: int) -> Int[np.ndarray, "t"]:
-        """[CLS] ids [SEP], at most `max_length` in all: the end of a longer text is cut, not its [SEP]."""
+        """[CLS] ids [SEP], at most `max_length` in total: a longer text is truncated, but keeps its [SEP]."""
         kept = ids[: max_length - 2]
         wrapped = np.empty(len(kept) + 2, np.int32)
         wrapped[0], wrapped[1:-1], wrapped[-1] = self.cls_id, kept, self.sep_id
         return wrapped
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[Int[np.ndarray, "t"]]:
-        """The ids of each text with [CLS] and [SEP], at most `max_length` (3 or more) of them.
+        """Ids of each text with [CLS] and [SEP], at most `max_length` (3 or more).
 
-        Texts that had to be cut are counted in a warning: nothing is cut silently.
+        Truncated texts are counted in a warning: nothing is truncated silently.
         """
         if max_length < 3:
             raise ValueError(f"max_length {max_length} leaves no room between [CLS] and [SEP]; use at least 3")
@@ -122,7 +122,7 @@ class TextTokenizer:
         return [self.wrap(ids, max_length) for ids in found]
 
     def save(self, folder: str | Place) -> None:
-        """Write a BERT folder (without weights) from which the same tokenizer can be read again."""
+        """Write a BERT folder (without weights) from which the same tokenizer can be loaded."""
         folder = as_path(folder)
         make_folder(folder)
         for name in _FILES:
@@ -165,7 +165,7 @@ def _load(folder: Place) -> Tokenizer:
 
 
 def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
-    """Normalisation of texts as the settings of a folder give it."""
+    """Text normalisation settings of a folder."""
     found = {ours: settings[theirs] for ours, theirs in _NORMALIZER if theirs in settings}
     wrong = [f"{name} {value!r:.40}" for name, value in found.items() if not isinstance(value, bool | None)]
     if wrong:
@@ -176,7 +176,7 @@ def _normalizing(settings: dict, folder: Path) -> dict[str, bool | None]:
 
 
 def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
-    """A tokenizer.json; where tokenizer_config.json normalises texts otherwise, it wins, as in transformers."""
+    """Tokenizer from tokenizer.json; tokenizer_config.json takes precedence on normalisation, as in transformers."""
     try:
         tokenizer = Tokenizer.from_buffer(read_bytes(path))
     except Exception as error:  # tokenizers raises bare Exception
@@ -189,7 +189,7 @@ def _read_tokenizer(path: Place, settings: dict) -> Tokenizer:
 
 
 def bert_tokenizer(vocabulary: dict[str, int], **normalizer) -> Tokenizer:
-    """A WordPiece tokenizer as BERT has it, of a vocabulary; `normalizer` are options of its BertNormalizer."""
+    """BERT's WordPiece tokenizer with a vocabulary; `normalizer` are options of its BertNormalizer."""
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)  # lower-cases unless told otherwise
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""WordPiece vocabularies learnt from texts."""
+"""Training of WordPiece vocabularies."""
 
 import json
 from collections import Counter, defaultdict
@@ -9,7 +9,7 @@ from pathflip_jax.data.texts.tokenizer import SPECIAL, bert_tokenizer
 
 
 def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 2000) -> None:
-    """Learn a lower-cased WordPiece vocabulary from texts and write it as a BERT folder without weights.
+    """Train a lower-cased WordPiece vocabulary on texts and write it as a BERT folder without weights.
 
     vocab.txt, tokenizer.json, tokenizer_config.json and config.json are what transformers expects. The same texts
     give the same files byte for byte: the trainer of `tokenizers` numbers tokens in hash order, so it is not used.
@@ -34,7 +34,7 @@ def train_wordpiece(texts: Iterable[str], folder: str | Path, vocab_size: int = 
 
 
 def _learn_pieces(words: Counter[str], size: int) -> list[str]:
-    """At most `size` word pieces: the letters, then the pairs that occur most, merged one after the other.
+    """At most `size` word pieces: the letters, then the most frequent pairs, merged one after the other.
 
     Byte-pair counts decide, as in the trainer of `tokenizers`; ties go to the first in alphabetical order.
     """
@@ -73,5 +73,5 @@ def _learn_pieces(words: Counter[str], size: int) -> list[str]:
             for pair in zip(new, new[1:], strict=False):
                 counts[pair] += words[word]
                 holders[pair].add(word)
-        counts = +counts  # pairs that are gone
+        counts = +counts  # drops pairs that no longer occur
     return list(tokens)
