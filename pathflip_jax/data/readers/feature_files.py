@@ -9,7 +9,7 @@ from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.folders import stand_in, walk_files
 
 FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
-# Folders that lie beside features and hold none: coordinates, masks, pictures.
+# Folders next to features that hold none: coordinates, masks, images.
 NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
 SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector per slide: slide_features_titan
 # File types that may be mistaken for features, and the cure.

@@ -139,7 +139,7 @@ class Records:
     """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
 
     Takes a folder or a list of shards, local or at URLs. A folder is checked against its manifest.json, with a warning
-    if it has none, as it is then unfinished or written by another program; a list is taken as it is. Raises ValueError
+    if it has none, as it is then unfinished or written by another program; a list is not checked. Raises ValueError
     for a folder whose shards do not match its manifest, for slides that do not form one cohort, and for duplicates.
     """
 
