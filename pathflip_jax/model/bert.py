@@ -20,7 +20,7 @@ from pathflip_jax.ops.attention import attend
 from pathflip_jax.ops.dropout import dropout, split_key
 from pathflip_jax.ops.recompute import recompute
 
-# Tokens, segments (0 is padding) and positions of the rows of one length.
+# Tokens, segments (0 is padding) and positions of all rows of one length.
 Rows = tuple[Int[Array, "G _ _"], Int[Array, "G _ _"], Int[Array, "G _ _"]]
 TOKEN_TYPES = 2  # BERT has two sentence types; all texts here are of type 0
 

@@ -97,7 +97,7 @@ class ModelConfig:
         return kind(**before("model", known - set(values)) | values)
 
 
-_LARGEST = {  # a model is built layer by layer before a file is compared with it
+_LARGEST = {  # upper bounds, as a model is built before a file is compared with it
     "layers": 1024, "region_layers": 1024, "token_layers": 1024
 }  # fmt: skip
 

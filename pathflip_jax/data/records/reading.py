@@ -21,7 +21,7 @@ def read_slide(file: LocalFile | RemoteFile, info: SlideInfo, dtype: np.dtype) -
     """Whole slide with patches in region order and every region's CRC checked.
 
     Raises ValueError for a flipped byte, naming shard, slide and region, and for what `SlideFeatures` refuses; OSError
-    for a shard cut short.
+    for a truncated shard.
     """
     features, rows = np.empty((info.num_patches, info.feature_dim), dtype), info.region_rows
     regions = np.arange(info.num_regions)
@@ -59,7 +59,7 @@ def _pieces(rows: Int[np.ndarray, "R+1"], width: int) -> list[tuple[int, int]]:
 def read_parts(file: LocalFile | RemoteFile, info: SlideInfo, wanted: np.ndarray, parts: Sequence[np.ndarray]) -> None:
     """Read the features of regions into contiguous arrays; `wanted` is sorted, without duplicates.
 
-    Raises ValueError for a flipped byte, naming shard, slide and region; OSError for a shard cut short.
+    Raises ValueError for a flipped byte, naming shard, slide and region; OSError for a truncated shard.
     """
     rows, width = info.region_rows, info.row_bytes
     runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)  # runs of adjacent regions
