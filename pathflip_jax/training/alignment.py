@@ -126,8 +126,7 @@ def model_config(settings: AlignmentSettings, feature_dim: int = 512, vocab_size
     values = asdict(settings.model)
     for name in ("bert", "freeze_text_encoder"):
         values.pop(name, None)
-    family = families.FAMILIES.get(values.get("family", PathFLIPConfig.family))
-    words = vocab_size if family is None else vocab_size - 1 + family.added_words  # `from_dict` refuses others
+    words = vocab_size - 1 + families.FAMILIES[settings.model.family].added_words
     for name, found in (("feature_dim", feature_dim), ("vocab_size", words)):
         values[name] = values[name] or found
     return ModelConfig.from_dict(values)

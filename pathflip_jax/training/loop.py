@@ -141,7 +141,6 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     phase("writing the metrics", done)
                     best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
                     log.write(scores)
-                kept = training.checkpointed(learned | frozen)
                 shared = last or stopping or improved or done % setup.save_every == 0
                 if shared or (setup.local_every and done % setup.local_every == 0):
                     phase("writing the metrics", done)
@@ -149,6 +148,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     monitors.check_lock(done)
                     phase("saving" if shared else "saving locally", done)
                     save = checkpoints.save if shared else checkpoints.save_locally
+                    kept = training.checkpointed(learned | frozen)
                     save(done, kept, opt_state, {"best": best})
                 if improved:
                     phase("saving the best", done)
