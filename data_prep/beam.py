@@ -16,11 +16,11 @@ from pathlib import Path
 from data_prep.jobs import Effort, Job, Outcome, ended
 from data_prep.majority import is_alike, vote
 from data_prep.plan import Plan
-from data_prep.plan_file import write_json
 from data_prep.pool import PRELOADED, run_one
 from data_prep.shards import Progress, assemble, part_traits
 from pathflip_jax.data.records.cohort import Cohort, Traits
 from pathflip_jax.data.storage.failures import Failure
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.runtime.workers import Worker
 
 try:
@@ -173,4 +173,4 @@ def _save(shards: list[Progress], path: Path) -> None:
         total.add(progress)
     failed = [failure._asdict() for failure in total.failed]
     said = {"done": total.done, "failed": failed, "effort": asdict(total.effort), "notes": total.notes}
-    write_json(path, said)
+    write_json(path, said, indent=1)

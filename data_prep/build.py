@@ -17,7 +17,6 @@ from tqdm import tqdm
 from data_prep.jobs import Job, Outcome, ended, import_slide, layout, prepare_slide, try_encoder
 from data_prep.majority import Election
 from data_prep.plan import Plan, make_plan
-from data_prep.plan_file import write_json
 from data_prep.pool import run_each
 from data_prep.report import Report, grouped
 from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings
@@ -28,6 +27,7 @@ from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
 from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.files import Place, as_path, make_folder
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.runtime.limits import processors
 
 _PREPARE, _IMPORT = PrepareSettings(), ImportSettings()
@@ -89,7 +89,7 @@ def _plan(
 def _run(plan: Plan, work: Callable[[Job], Outcome], settings: RecordsSettings) -> Report:
     if settings.strict and (plan.failed or plan.absent):
         plan.notes.append("stopped before the first slide, because of the bad ones (--strict)")
-        write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]])
+        write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]], indent=1)
         return Report(plan.out, [], plan.skipped, [*plan.failed, *plan.absent], False, plan.notes)
     make_folder(plan.parts)
     _amend(plan)
@@ -164,10 +164,10 @@ def _finish(plan: Plan, progress: Progress) -> Report:
         if job.slide_id in unfit:
             remove(job.part)
     whole = all(path.exists() for path in plan.shards)
-    write_json(_failures(plan), [failure._asdict() for failure in [*failed, *plan.absent]])
+    write_json(_failures(plan), [failure._asdict() for failure in [*failed, *plan.absent]], indent=1)
     if whole and tasks > 1:
         lists = sorted(out.glob(f"failures-*-of-{tasks:05d}.json"))
-        write_json(out / "failures.json", [row for path in lists for row in json.loads(path.read_bytes())])
+        write_json(out / "failures.json", [row for path in lists for row in json.loads(path.read_bytes())], indent=1)
     infos = [info for path in plan.shards if path.exists() for info in read_index(path).slides]
     unknown = [info.slide_id for info in infos if info.cut == "grid" and not info.mpp]
     if unknown:

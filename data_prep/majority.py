@@ -7,11 +7,11 @@ from pathlib import Path
 
 from data_prep.jobs import Job
 from data_prep.plan import Plan
-from data_prep.plan_file import write_json
 from data_prep.shards import part_traits
 from pathflip_jax.data.records.cohort import Cohort, Traits, elect, traits_of
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.storage.files import Place
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import json_object
 
 
@@ -54,9 +54,9 @@ class Election:
         path, own = _votes(self._plan), _votes(self._plan, self._plan.task[0])
         if not path.exists():
             vote(self._voters, False)  # a task without a majority decides nothing
-            write_json(own, {"slides": self._voters})
+            write_json(own, {"slides": self._voters}, indent=1)
             with contextlib.suppress(FileExistsError):
-                os.link(own, path) if isinstance(own, Path) else write_json(path, {"slides": self._voters})
+                os.link(own, path) if isinstance(own, Path) else write_json(path, {"slides": self._voters}, indent=1)
             own.unlink()
         return vote([Traits(*row) for row in json_object(path, path.read_bytes())["slides"]], False)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.json_files import write_json
 
 PARTS = ".parts"  # hidden: shards are found by their suffix
 # Settings for values missing from slide files, by command, and the record field that they fill. A folder is
@@ -76,10 +76,4 @@ def _first_format(cases: dict[str, str], settings: dict[str, Any]) -> dict[str, 
 def write_plan(out: Place, settings: dict[str, Any], entries: Mapping[str, Entry], slides: Collection[str]) -> None:
     """Write the settings, and the entries of these slides."""
     kept = {slide: asdict(entry) for slide, entry in sorted(entries.items()) if slide in slides}
-    write_json(out / "plan.json", {"settings": settings, "slides": kept})
-
-
-def write_json(path: Place, content: Any) -> None:
-    """Write a JSON file atomically."""
-    with whole_file(path) as out:
-        out.write((json.dumps(content, indent=1) + "\n").encode())
+    write_json(out / "plan.json", {"settings": settings, "slides": kept}, indent=1)

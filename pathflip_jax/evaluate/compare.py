@@ -3,13 +3,13 @@
 The inputs are folders of `pathflip evaluate`: scores.json and the tables with a row for every slide or text.
 """
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pathflip_jax.data.storage.failures import preview
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import json_object
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.evaluate import report
 from pathflip_jax.evaluate.published import published
 from pathflip_jax.evaluate.task import Task
@@ -145,9 +145,7 @@ def _write(out: Path, result: dict) -> dict:
         .get_template("compare.html")
         .render(found=result, groups=groups, command=report.command_line(result["command"]))
     )
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    for name, content in (("compare.json", text), ("compare.html", page)):
-        partial = out / f"{name}.part"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, out / name)
+    write_json(out / "compare.json", result, indent=1, ensure_ascii=False, allow_nan=False)
+    with whole_file(out / "compare.html") as file:
+        file.write(page.encode())
     return result

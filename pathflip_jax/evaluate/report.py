@@ -7,7 +7,6 @@ import base64
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shlex
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ import jax
 import jinja2
 from matplotlib.figure import Figure
 
+from pathflip_jax.data.storage.json_files import write_json
+from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.evaluate.task import GAIN, SCORE, SHARE, Headline, Task
 from pathflip_jax.evaluate.tasks import TASKS
@@ -46,13 +47,11 @@ def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str
     for name, rows in tables.items():
         write_csv(out / f"{name}.csv", rows)
     scores = without_nan(scores)
-    text = json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False)
-    (out / "scores.json").write_text(text + "\n", encoding="utf-8")
+    write_json(out / "scores.json", scores, indent=1, ensure_ascii=False, allow_nan=False)
     images = {name: (out / "figures" / f"{name}.png").read_bytes() for name in pictures}
     page = render(scores, images, config, [f"{name}.csv" for name in tables])
-    partial = out / "report.html.part"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, out / "report.html")
+    with whole_file(out / "report.html") as file:
+        file.write(page.encode())
     return scores
 
 

@@ -26,7 +26,7 @@ from pathflip_jax.data.records.records import Records, manifest_hash
 from pathflip_jax.data.records.splits import no_such_split
 from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.inference.embedding_files import FORMAT, find_rows, in_order, make_table, write_table
 from pathflip_jax.inference.load import load
@@ -257,8 +257,7 @@ def _write_failures(out: Path, failed: Sequence[Failure]) -> None:
     if not failed:
         failures_path(out).unlink(missing_ok=True)
         return
-    with whole_file(failures_path(out)) as file:
-        file.write((json.dumps([failure._asdict() for failure in failed], indent=1) + "\n").encode())
+    write_json(failures_path(out), [failure._asdict() for failure in failed], indent=1)
 
 
 def _sha256(content: object) -> str:

@@ -4,7 +4,6 @@ One standard `tf.train.Example` per slide, with patches stored region by region.
 its payloads, so a training step reads only the regions that it samples. The folder is also a TFDS dataset.
 """
 
-import json
 import logging
 import threading
 from collections import OrderedDict
@@ -56,6 +55,7 @@ from pathflip_jax.data.storage.files import (
     remove,
 )
 from pathflip_jax.data.storage.framing import crc32c
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.whole_files import whole_file
 
 SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # naming schemes of this library and of TensorFlow
@@ -341,8 +341,7 @@ def write_manifest(folder: Place, records: Records, edge_um: float, edge_px: int
     info = dataset_info(sizes, sum(size for _, size, _ in records.sums))
     schema = feature_schema(records.feature_dim, dtype)
     for name, content in (("features.json", schema), ("dataset_info.json", info), (MANIFEST, manifest)):
-        with whole_file(folder / name) as out:
-            out.write((json.dumps(content, indent=1) + "\n").encode())
+        write_json(folder / name, content, indent=1)
     return manifest
 
 
