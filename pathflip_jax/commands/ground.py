@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import add_grounding_options, add_smooth_option, command, local_path, number, place
+from pathflip_jax.commands.options import add_grounding_options, add_shared_options, command, local_path, number, place
 
 
 def add(commands) -> None:
@@ -36,7 +36,7 @@ def add(commands) -> None:
         "a patch looks more like the text",
     )
     add_grounding_options(parser)
-    add_smooth_option(parser)
+    add_shared_options(parser, "smooth")
     parser.add_argument(
         "--threshold",
         type=number("threshold"),

@@ -7,8 +7,18 @@ from pathlib import Path
 
 from pathflip_jax.data.storage.files import Place, as_path
 from pathflip_jax.data.storage.paths import expand
-from pathflip_jax.evaluate.spec import FILE, FLAG, NUMBER, PLACE, PROMPTS, TEXT, Option, option_name
-from pathflip_jax.grounding import maps
+from pathflip_jax.evaluate.spec import (
+    FILE,
+    FLAG,
+    NUMBER,
+    PLACE,
+    PROMPTS,
+    SPEC_OPTIONS,
+    TEXT,
+    EvaluationSpec,
+    Option,
+    option_name,
+)
 from pathflip_jax.grounding.methods import METHODS
 from pathflip_jax.inference.families import method_help
 from pathflip_jax.runs.bounds import OPTIONS
@@ -142,31 +152,16 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shared_options(parser: argparse.ArgumentParser, *fields: str) -> None:
+    """Add options of `evaluate` that another command shares, given as fields of its specification, with defaults."""
+    add_spec_options(parser, {field: SPEC_OPTIONS[field]._replace(group="") for field in fields})
+    parser.set_defaults(**{field: getattr(EvaluationSpec, field) for field in fields})
+
+
 def add_grounding_options(parser: argparse.ArgumentParser) -> None:
-    """Add the grounding options shared by `evaluate` and `ground`."""
-    parser.add_argument(
-        "--method",
-        choices=list(METHODS),
-        help=method_help(),
-    )
-    parser.add_argument(
-        "--window",
-        type=number("window"),
-        default=maps.WINDOW,
-        metavar="N",
-        help=f"patches across a window (default {maps.WINDOW})",
-    )
-
-
-def add_smooth_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for smoothing maps, shared by `evaluate` and `ground`."""
-    parser.add_argument(
-        "--smooth",
-        type=number("smooth"),
-        default=0.5,
-        metavar="EDGES",
-        help="width of the Gaussian that smooths maps, in patch edges (default 0.5; 0: none)",
-    )
+    """Add the options of how a text is mapped on patches, shared by `ground`, `report` and `serve`."""
+    parser.add_argument("--method", choices=list(METHODS), help=method_help())
+    add_shared_options(parser, "window")
 
 
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +184,7 @@ def add_slide_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Add the options of deterministic generation, which evaluation uses."""
+    """Add the options of deterministic generation."""
     parser.add_argument(
         "--max-tokens",
         type=number("max-tokens"),
@@ -197,22 +192,7 @@ def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> Non
         metavar="N",
         help=f"most tokens to generate (default {max_tokens})",
     )
-    parser.add_argument(
-        "--min-tokens", type=number("min-tokens"), default=0, metavar="N", help="fewest tokens to generate (default 0)"
-    )
-    parser.add_argument(
-        "--beams", type=number("beams"), default=1, metavar="N", help="beam search with N beams (default 1: none)"
-    )
-    parser.add_argument(
-        "--length-penalty", type=number("length-penalty"), default=1.0, metavar="X", help="of beams (default 1)"
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=number("repetition-penalty"),
-        default=1.0,
-        metavar="X",
-        help="above 1: repeat less (1)",
-    )
+    add_shared_options(parser, "min_tokens", "beams", "length_penalty", "repetition_penalty")
 
 
 def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:

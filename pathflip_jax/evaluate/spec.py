@@ -96,7 +96,8 @@ class EvaluationSpec:
     method: str | None = _option(None, TEXT, method_help(), choices=tuple(METHODS), group=GROUNDING)
     window: int = _option(maps.WINDOW, NUMBER, f"patches across a window (default {maps.WINDOW})", "N", group=GROUNDING)
     smooth: float = _option(
-        0.5, NUMBER, "standard deviation of the Gaussian that smooths maps, in patch edges (default 0.5; 0: none)",
+        maps.SMOOTH, NUMBER,
+        f"standard deviation of the Gaussian that smooths maps, in patch edges (default {maps.SMOOTH}; 0: none)",
         "EDGES", group=GROUNDING,
     )  # fmt: skip
     clear: float | None = _option(
@@ -114,8 +115,8 @@ class EvaluationSpec:
     concepts: Place | None = _option(
         None, FILE, "phrasings of each concept: scores the concepts that captions assert", "JSON", group=LANGUAGE
     )
-    max_tokens: int = _option(384, NUMBER, "most tokens to write (default 384)", "N", group=LANGUAGE)
-    min_tokens: int = _option(0, NUMBER, "least tokens to write (default 0)", "N", group=LANGUAGE)
+    max_tokens: int = _option(384, NUMBER, "most tokens to generate (default 384)", "N", group=LANGUAGE)
+    min_tokens: int = _option(0, NUMBER, "fewest tokens to generate (default 0)", "N", group=LANGUAGE)
     beams: int = _option(1, NUMBER, "beam search with N beams (default 1: greedy)", "N", group=LANGUAGE)
     length_penalty: float = _option(1.0, NUMBER, "length penalty of beam search (default 1)", "X", group=LANGUAGE)
     repetition_penalty: float = _option(1.0, NUMBER, "above 1: repeat less (default 1)", "X", group=LANGUAGE)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 WINDOW = 1
+SMOOTH = 0.5  # standard deviation of the Gaussian that smooths maps, in patch edges
 CONTEXT = 256  # windows per pass of the region transformer
 
 

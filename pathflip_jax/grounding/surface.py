@@ -13,9 +13,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
 from scipy.spatial import cKDTree
 
+from pathflip_jax.grounding.maps import SMOOTH
+
 PIXELS_PER_PATCH = 4  # pixels per patch edge: boxes and contours are accurate to a quarter of a patch
 LONGEST = 2048  # pixels of a surface's longer side; larger slides get fewer pixels per patch
-SMOOTH = 0.5  # default standard deviation of the Gaussian, in patch edges
 TRUNCATE = 3.0  # standard deviations at which the Gaussian is truncated
 
 

@@ -17,9 +17,9 @@ from pathflip_jax.grounding.files import (
     write_whole,
 )
 from pathflip_jax.grounding.heatmap import draw_grounding
-from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.maps import SMOOTH, Grounding
 from pathflip_jax.grounding.placement import Measures
-from pathflip_jax.grounding.surface import SMOOTH, make_surface
+from pathflip_jax.grounding.surface import make_surface
 from pathflip_jax.grounding.top_patches import write_top_patches
 
 TOP = 8

@@ -8,7 +8,7 @@ import pytest
 from pathflip_jax import cli
 from pathflip_jax.commands.evaluate import _specs
 from pathflip_jax.evaluate.spec import FLAG, NUMBER, SPEC_OPTIONS, EvaluationSpec, option_name
-from pathflip_jax.grounding.surface import SMOOTH
+from pathflip_jax.grounding.maps import SMOOTH
 from pathflip_jax.runs.bounds import OPTIONS
 
 NEEDED = {"run": "run", "records": "records", "slides": "slides.csv", "out": "scores"}
