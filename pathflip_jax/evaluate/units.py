@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.scores import statistics
@@ -51,6 +52,13 @@ def group_rows(rows: list[dict], columns: Sequence[str]) -> dict[tuple, list[dic
     for row in rows:
         found.setdefault(tuple(row.get(column, "") for column in columns), []).append(row)
     return found
+
+
+def classified_columns(classes: Sequence[str], probabilities: Float[np.ndarray, "C"]) -> dict[str, str | float]:
+    """Columns of a classified slide, as `classified_units` reads them: predicted class and all probabilities."""
+    shares = zip(classes, probabilities, strict=True)
+    predicted = {"predicted": classes[int(probabilities.argmax())]}
+    return predicted | {f"p_{label}": round(float(p), 6) for label, p in shares}
 
 
 def classified_units(evaluation: Evaluation, table: str, chosen: dict[str, str]) -> Units:

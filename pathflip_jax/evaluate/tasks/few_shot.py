@@ -20,7 +20,7 @@ from pathflip_jax.evaluate.protocols import Protocol
 from pathflip_jax.evaluate.task import Headline, Part, Predictions, RunAtWork, Setting, Task, make_headline
 from pathflip_jax.evaluate.tasks import probes
 from pathflip_jax.evaluate.tasks.label_columns import LabelColumn, read_column
-from pathflip_jax.evaluate.units import Evaluation, classified_units
+from pathflip_jax.evaluate.units import Evaluation, classified_columns, classified_units
 from pathflip_jax.scores import statistics
 
 KEY = "few_shot"
@@ -153,9 +153,7 @@ def probe_rows(column: LabelColumn, names: Sequence, runs: Sequence[Probabilitie
                 for i, slide_id in enumerate(column.test.ids):
                     row = {"run": name, "probe": probe, "shots": k, "seed": seed, "slide_id": slide_id}
                     row |= {"patient_id": column.test.patients[i], "label": column.classes[column.test.classes[i]]}
-                    row["predicted"] = column.classes[int(probabilities[i].argmax())]
-                    shares = zip(column.classes, probabilities[i], strict=True)
-                    rows.append(row | {f"p_{label}": round(float(p), 6) for label, p in shares})
+                    rows.append(row | classified_columns(column.classes, probabilities[i]))
     return rows
 
 

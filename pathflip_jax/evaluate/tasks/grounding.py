@@ -124,15 +124,19 @@ def _weights(setting: Setting, outlined: Outlined) -> Float[np.ndarray, "W n"]:
     return statistics.patient_weights([patient_of[slide] for slide in outlined.truth], seed=setting.spec.seed)
 
 
+def _blind_maps(predictions: Predictions, by_colour: MapScores | None) -> dict[str, list[MapScores]]:
+    """Baseline maps that no text guides, by name, each over runs."""
+    colour = {} if by_colour is None else {"mean_colour": [by_colour]}
+    return {"no_text": [one.no_text for one in predictions.ours]} | colour
+
+
 def score_grounding(
     setting: Setting, outlined: Outlined, predictions: Predictions, by_colour: MapScores | None
 ) -> dict:
     """AUC, pointing game and Dice over slides and by concept, with chance, text-free attention and mean colour."""
     weights = _weights(setting, outlined)
     ours, theirs = ([one.maps for one in side] for side in (predictions.ours, predictions.theirs))
-    blind = {"no_text": [one.no_text for one in predictions.ours]}
-    if by_colour is not None:
-        blind["mean_colour"] = [by_colour]
+    blind = _blind_maps(predictions, by_colour)
     chance = map_scores.chance(outlined.truth)
     metrics = [name for name in map_scores.METRICS if np.isfinite(getattr(ours[0], name)).any()]
 
@@ -173,8 +177,7 @@ def score_lesions(setting: Setting, outlined: Outlined, predictions: Predictions
     """The FROC score of CAMELYON16 and the sensitivity at each rate of false positives."""
     weights = _weights(setting, outlined)
     ours, theirs = ([one.maps for one in side] for side in (predictions.ours, predictions.theirs))
-    blind = {"no_text": [one.no_text for one in predictions.ours]}
-    blind |= {"mean_colour": [by_colour]} if by_colour is not None else {}
+    blind = _blind_maps(predictions, by_colour)
 
     def scored(rates) -> dict:
         def over_runs(side):

@@ -16,7 +16,7 @@ from pathflip_jax.evaluate.cohort import Cohort, name_labels
 from pathflip_jax.evaluate.embeddings import slide_embeddings
 from pathflip_jax.evaluate.prompt_files import Prompts, find_prompts, read_prompts
 from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task, baseline_values, make_headline
-from pathflip_jax.evaluate.units import Evaluation, classified_units
+from pathflip_jax.evaluate.units import Evaluation, classified_columns, classified_units
 from pathflip_jax.scores import statistics
 from pathflip_jax.scores.retrieval import normalise
 
@@ -153,9 +153,7 @@ def prediction_rows(names, found: list[Float[np.ndarray, "n C"]], classes: Class
     for name, probabilities in zip(names, found, strict=True):
         for i, slide_id in enumerate(cohort.slide_ids):
             row = {"run": name, "slide_id": slide_id, "patient_id": cohort.patients[i], "label": cohort.labels[i]}
-            row["predicted"] = classes.names[int(probabilities[i].argmax())]
-            shares = zip(classes.names, probabilities[i], strict=True)
-            rows.append(row | {f"p_{label}": round(float(p), 6) for label, p in shares})
+            rows.append(row | classified_columns(classes.names, probabilities[i]))
     return rows
 
 
