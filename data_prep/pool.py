@@ -11,6 +11,7 @@ from typing import Any
 from pathflip_jax.runtime.workers import DEATHS, Worker
 
 PRELOADED = "data_prep.jobs"  # imported once by the fork server of the workers
+_LOST = (*DEATHS, TimeoutError)  # the worker ended before its job
 LONGEST = 24 * 3600.0  # seconds per job: a slide that takes a day is stuck
 
 
@@ -32,7 +33,7 @@ def run_each(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, worker = running.pop(future)
                 idle.append(worker)
-                if isinstance(future.exception(), (*DEATHS, TimeoutError)):
+                if isinstance(future.exception(), _LOST):
                     again.append(job)
                 else:
                     yield job, future.result()
@@ -53,6 +54,6 @@ def run_one(worker: Worker, work: Callable[[Any], Any], job: Any, tries: int = 2
     for _ in range(tries):
         try:
             return worker.submit(work, job, seconds=LONGEST).result()
-        except (*DEATHS, TimeoutError):
+        except _LOST:
             continue
     return None

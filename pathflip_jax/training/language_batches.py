@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Float
 
 from pathflip_jax.data.batches.bags import StoredRegions, regions_of, wanted_slides
 from pathflip_jax.data.batches.patches import PatchSampler
+from pathflip_jax.data.batches.pipeline import prefetch
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.captions import split_sentences
@@ -240,6 +240,4 @@ class LanguageBatches:
 
     def __iter__(self, start_step: int = 0) -> Iterator[LanguageBatch]:
         """Endless batches from `start_step` on, prefetched in threads."""
-        steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
-        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=max(self._data.threads, 1))
-        return iter(steps.to_iter_dataset(options))
+        return prefetch(self.batch, start_step, self._data.threads)

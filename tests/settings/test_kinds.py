@@ -145,7 +145,8 @@ def test_settings_that_contradict_each_other_are_named(given, message):
 
 def test_zero_where_it_means_something_is_taken():
     given = ("train.steps=0", "data.patch_slots=0", "optim.clip=0", "train.keep_every=0", "train.hang_seconds=0")
-    settings.parse(["--config=demo", *REQUIRED, *(f"--config.{one}" for one in given)])
+    found, _ = settings.parse(["--config=demo", *REQUIRED, *(f"--config.{one}" for one in given)])
+    assert [kinds.flat(found)[one.partition("=")[0]] for one in given] == [0] * len(given)
 
 
 def test_a_run_from_python_and_doctor_check_as_well(tmp_path):

@@ -10,9 +10,9 @@ import logging
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import grain
 import jax
@@ -41,6 +41,7 @@ from pathflip_jax.settings.sections import AlignmentDataSettings
 _SIMULATED_GROUPS, _SIMULATED_SLIDES = 256, 8192
 _EPOCHS, _STEPS, _ROWS = 0, 1, 2  # purpose of a random stream: the first word after the seed
 _log = logging.getLogger(__name__)
+BatchT = TypeVar("BatchT")
 
 
 class Batch(NamedTuple):
@@ -127,6 +128,12 @@ def make_batches(
     if data.resident:
         batches.load(on_device=data.resident == "device")
     return batches
+
+
+def prefetch(batch: Callable[[int], BatchT], start_step: int, threads: int) -> Iterator[BatchT]:
+    """`batch(step)` of every step from `start_step` on, computed ahead of time in so many threads."""
+    steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(batch)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 
 def look_up(batch: Batch, features: jax.Array | None) -> Batch:
@@ -262,9 +269,7 @@ class Batches:
 
     def __iter__(self, start_step: int = 0) -> Iterator[Batch]:
         """Endless batches from `start_step` on, prefetched in threads."""
-        steps = grain.MapDataset.range(start_step, np.iinfo(np.int32).max).map(self.batch)
-        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=max(self._data.threads, 1))
-        return iter(steps.to_iter_dataset(options))
+        return prefetch(self.batch, start_step, self._data.threads)
 
     def _merges(self, text: TokenisedText, rng: np.random.Generator) -> list[tuple[int, ...]]:
         n, k = len(text.pieces), self._data.subcaptions
