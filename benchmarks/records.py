@@ -164,6 +164,7 @@ class Formats:
 
     def open(self) -> None:
         """Open the records as training does: once, before the first step."""
+        finish_folder(self.folder)
         self.records = Records(self.folder)
 
     def read_slide(self, name: str, i: int) -> np.ndarray:
