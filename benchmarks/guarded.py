@@ -20,8 +20,9 @@ import numpy as np
 from machine import describe
 
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.data.readers.features import read_features, read_pt
-from pathflip_jax.data.readers.h5_features import READER, read_h5
+from pathflip_jax.data.readers.features import read_features
+from pathflip_jax.data.readers.formats import read_fields
+from pathflip_jax.data.readers.h5_features import READER
 
 
 def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:
@@ -112,7 +113,7 @@ def main() -> None:
 
 def _parse(path: Path) -> np.ndarray:
     """Features as the worker returns them, without the checks of `read_features`."""
-    return (read_pt(path) if path.suffix == ".pt" else read_h5(path, None, None))["features"]
+    return read_fields(path, None, None)["features"]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from data_prep.report import Report, grouped
 from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings
 from data_prep.shards import Progress, amend, assemble, remove
 from data_prep.slide_files import find_slides
-from pathflip_jax.data.readers.feature_files import find_feature_files, slide_id_of
+from pathflip_jax.data.readers.feature_files import find_feature_files
+from pathflip_jax.data.readers.feature_format import slide_id_of
+from pathflip_jax.data.readers.formats import format_by_extension
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
 from pathflip_jax.data.storage.failures import Failure, preview
@@ -59,20 +61,21 @@ def prepare(
 
 
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:
-    """Turn the feature files of CLAM, TRIDENT, SlideChat or STAMP below a folder into records.
+    """Turn the feature files below a folder into records; their formats are `data/readers/formats.py:FORMATS`.
 
     A folder of bare .pt files has no coordinates and is cut by `scan`. The majority of slides determines the cohort's
     encoder, feature width and physical patch size. Everything else as in `prepare`.
     """
     found = find_feature_files(folder)
     files = {slide_id_of(path): path for path in found.files}
-    bare = settings.cut == "grid" and all(path.suffix.lower() == ".pt" for path in files.values())
+    bare = settings.cut == "grid" and not any(format_by_extension(path).has_coords for path in files.values())
     kept = settings.of_records() | ({"cut": "scan"} if bare else {})
     plan = _plan((files, found.unreachable), out, settings, kept)
     plan.notes.extend(found.notes)
     if bare:
+        kinds = ", ".join(sorted({path.suffix.lower() for path in files.values()}))
         plan.notes.append(
-            ".pt files have no coordinates: their regions are runs of stored patches (scan), and grounding refuses"
+            f"{kinds} files have no coordinates: their regions are runs of stored patches (scan), and grounding refuses"
         )
     return _run(plan, import_slide, settings)
 

@@ -11,6 +11,7 @@ from pathflip_jax.commands.options import (
     print_records_report,
     records_settings,
 )
+from pathflip_jax.data.readers.formats import extensions, tools
 
 
 def add(commands) -> None:
@@ -19,11 +20,13 @@ def add(commands) -> None:
         commands,
         "import",
         _run,
-        "turn feature files of CLAM, TRIDENT, SlideChat or STAMP into records",
+        f"turn feature files of {tools()} into records",
         "pathflip import features/ --out records --mpp 0.5",
         *beam_examples("import /mnt/features"),
     )
-    parser.add_argument("features_folder", type=local_path, metavar="DIR", help="folder of feature files")
+    parser.add_argument(
+        "features_folder", type=local_path, metavar="DIR", help=f"folder of feature files ({', '.join(extensions())})"
+    )
     parser.add_argument("--encoder", help="patch encoder that made them, where the files do not say")
     parser.add_argument(
         "--patch-size",

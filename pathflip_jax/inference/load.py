@@ -47,7 +47,7 @@ def _is_export(path) -> bool:
 
 
 def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
-    """Read one slide's features: a feature file (CLAM, TRIDENT, SlideChat, STAMP, .pt), or a slide of records.
+    """Read one slide's features: a feature file of any format (`data/readers/formats.py`), or a slide of records.
 
     Records may be at a URL, feature files only on a local disk. `slide_id` chooses from a folder or shard of records
     that holds several slides. `known` gives what a feature file may not state: patch_size (level-0 pixels), mpp,

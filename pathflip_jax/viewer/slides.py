@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pathflip_jax.data.readers.feature_files import find_feature_files
-from pathflip_jax.data.readers.features import SlideFeatures, read_features, slide_id_of
+from pathflip_jax.data.readers.feature_format import slide_id_of
+from pathflip_jax.data.readers.features import SlideFeatures, read_features
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text, slide_id_of
+from pathflip_jax.data.storage.folders import stand_in
+
 LONGEST_LINE = 2**20  # characters of a CSV line: 2,560 numbers of 17 digits are 50,000
 _NUMBER = r"-?\d{1,12}(?:\.\d{1,6})?"
 _PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|webp|npy|pt)$", re.IGNORECASE)
@@ -33,12 +36,12 @@ class _Place(NamedTuple):
     led: bool = False
 
 
-def read_csv(path: Path, slide_id: str) -> dict:
+def read_csv(path: Path, mpp: float | None = None, encoder: str | None = None) -> FeatureFields:
     """Content of a table with a header, one float column per feature, and a last column with the patch's name.
 
-    Names may begin with `slide_id`. Raises ValueError for a foreign or truncated table, with its line.
+    Names may begin with the slide id. Raises ValueError for a foreign or truncated table, with its line.
     """
-    features, places, names = [], [], []
+    features, places, names, slide_id = [], [], [], slide_id_of(path)
     expected = "expected SlideChat's table: numbers and a last column x_y"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -136,3 +139,25 @@ def _of_several(numbers: np.ndarray, led: bool) -> tuple[np.ndarray, set[float]]
     if not led and several and alike[:-2].all() and not alike[-1]:
         return numbers[:, -2:], {0.0}
     raise ValueError(f"{count} numbers, and which of them are x and y is not clear")
+
+
+def is_feature_table(path: Path) -> bool:
+    """Whether a CSV header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
+
+    A pointer to a file that was never fetched is accepted too: reading it reports what it is.
+    """
+    if stand_in(path):
+        return True
+    with path.open("rb") as file:
+        header = file.readline(1 << 20).decode("utf-8-sig", errors="replace").strip().split(",")
+    return len(header) > 1 and all(re.search(r"\d$", cell) for cell in header[:-1])
+
+
+FORMAT = FeatureFormat(
+    name="CSV",
+    extensions=(".csv",),
+    tools=("SlideChat",),
+    recognises=lambda start, path: is_text(start),
+    read=read_csv,
+    is_features=is_feature_table,
+)

@@ -5,10 +5,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from pathflip_jax.data.readers.feature_format import slide_id_of
+from pathflip_jax.data.readers.formats import extensions, format_by_extension
 from pathflip_jax.data.storage.failures import Failure, preview
-from pathflip_jax.data.storage.folders import stand_in, walk_files
+from pathflip_jax.data.storage.folders import walk_files
 
-FEATURE_SUFFIXES = (".h5", ".hdf5", ".pt", ".csv")
 # Folders next to features that hold none: coordinates, masks, images.
 NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
 SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector per slide: slide_features_titan
@@ -26,14 +27,6 @@ UNREADABLE = {
 }
 
 
-def slide_id_of(path: Path | str) -> str:
-    """Slide id from a feature file's name: no extension, no trailing `_features`, `_feats` or `_patches`.
-
-    Text after a dot is kept: it is the UUID of a TCGA id.
-    """
-    return re.sub(r"[_.-](features|feats|patches)$", "", Path(path).stem, flags=re.IGNORECASE)
-
-
 class FeatureFiles(NamedTuple):
     """Feature files of a folder in order of slide id, unreachable ones, and notes on files left out."""
 
@@ -43,7 +36,7 @@ class FeatureFiles(NamedTuple):
 
 
 def find_feature_files(folder: Path | str) -> FeatureFiles:
-    """Feature files in a folder tree of any of these tools, following links (`walk_files`), one for each slide.
+    """Feature files of any format in a folder tree, following links (`walk_files`), one for each slide.
 
     A CLAM folder holds every slide twice, as .h5 and .pt: the .h5 files are used, as they have the coordinates. Other
     tables, the coordinate files in `patches/` and slide embeddings are skipped. Raises FileNotFoundError if there is
@@ -56,23 +49,18 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
     inside = [path for path in walked.files if not NOT_FEATURES.intersection(path.relative_to(folder).parts[:-1])]
     embeddings = [path for path in inside if _is_embedding(path, folder)]
     inside = [path for path in inside if path not in set(embeddings)]
-    found = [path for path in inside if path.suffix.lower() in FEATURE_SUFFIXES]
-    tables = {path: is_feature_table(path) for path in found if path.suffix.lower() == ".csv"}
-    found = [path for path in found if tables.get(path, True)]
-    with_coords = {slide_id_of(path) for path in found if path.suffix.lower() != ".pt"}
-    found = [path for path in found if path.suffix.lower() != ".pt" or slide_id_of(path) not in with_coords]
+    formats = {path: known for path in inside if (known := format_by_extension(path))}
+    tables = {path: known.is_features(path) for path, known in formats.items() if known.is_features}
+    found = [path for path in formats if tables.get(path, True)]
+    with_coords = {slide_id_of(path) for path in found if formats[path].has_coords}
+    found = [path for path in found if formats[path].has_coords or slide_id_of(path) not in with_coords]
     broken = {path: fault for path, fault in walked.broken.items() if _may_be_features(path, folder)}
     unreachable = [Failure(slide_id_of(path), str(path), f"{path}: {fault}") for path, fault in broken.items()]
-    notes = _notes(folder, inside, embeddings)
-    if any(tables.values()) and not all(tables.values()):
-        others = [path.relative_to(folder) for path, taken in tables.items() if not taken]
-        notes.append(f"csv files that are no tables of features are not read: {len(others)} ({preview(others)})")
+    notes = [*_notes(folder, inside, embeddings), *_other_tables(tables, folder)]
     if not found:
         reasons = [*(failure.error for failure in unreachable[:3]), *notes]
         seen = f"; {'; '.join(reasons)}" if reasons else ""
-        raise FileNotFoundError(
-            f"{folder}: no feature files ({', '.join(FEATURE_SUFFIXES)}) found in it or below{seen}"
-        )
+        raise FileNotFoundError(f"{folder}: no feature files ({', '.join(extensions())}) found in it or below{seen}")
     return FeatureFiles(_one_for_each_slide(found, folder), unreachable, notes)
 
 
@@ -88,18 +76,6 @@ def _one_for_each_slide(found: list[Path], folder: Path) -> list[Path]:
     return [slides[slide_id] for slide_id in sorted(slides)]
 
 
-def is_feature_table(path: Path) -> bool:
-    """Whether a CSV header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
-
-    A pointer to a file that was never fetched is accepted too: reading it reports what it is.
-    """
-    if stand_in(path):
-        return True
-    with path.open("rb") as file:
-        header = file.readline(1 << 20).decode("utf-8-sig", errors="replace").strip().split(",")
-    return len(header) > 1 and all(re.search(r"\d$", cell) for cell in header[:-1])
-
-
 def _is_embedding(path: Path, folder: Path) -> bool:
     return any(part.startswith(SLIDE_EMBEDDINGS) for part in path.relative_to(folder).parts[:-1])
 
@@ -109,13 +85,13 @@ def _may_be_features(path: Path, folder: Path) -> bool:
     if NOT_FEATURES.intersection(path.relative_to(folder).parts):
         return False
     suffix = path.suffix.lower()
-    return suffix in FEATURE_SUFFIXES or not re.fullmatch(r"\.[a-z]\w*", suffix)
+    return suffix in extensions() or not re.fullmatch(r"\.[a-z]\w*", suffix)
 
 
 def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in files:
-        if path.suffix.lower() in UNREADABLE:
+        if path.suffix.lower() in UNREADABLE and not format_by_extension(path):
             kinds[path.suffix.lower()].append(str(path.relative_to(folder)))
     notes = [
         f"{suffix} files are not read: {len(names)} ({preview(names)}); {UNREADABLE[suffix]}"
@@ -127,3 +103,17 @@ def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]
             f"slide embeddings are not read: {len(embeddings)} ({names}); patch features lie in features_<encoder>"
         )
     return notes
+
+
+def _other_tables(tables: dict[Path, bool], folder: Path) -> list[str]:
+    """Notes on files without features among those with, by extension; `tables` says which have features."""
+    kinds: dict[str, list[Path]] = defaultdict(list)
+    for path, taken in tables.items():
+        if not taken:
+            kinds[path.suffix.lower()].append(path.relative_to(folder))
+    with_features = {path.suffix.lower() for path, taken in tables.items() if taken}
+    return [
+        f"{suffix[1:]} files that are no tables of features are not read: {len(others)} ({preview(others)})"
+        for suffix, others in kinds.items()
+        if suffix in with_features
+    ]

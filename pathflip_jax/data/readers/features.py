@@ -1,7 +1,7 @@
 """Patch features of a slide, and readers of existing feature files.
 
-CLAM, TRIDENT, SlideChat, STAMP, AtlasPatch and plain HDF5 files are all read as `SlideFeatures`. The format is detected
-from a file's first bytes and content, never from its extension alone.
+Files of all formats (`formats.py`) are read as `SlideFeatures`. The format is detected from a file's first bytes and
+content, never from its extension alone.
 """
 
 import math
@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.data.readers import guarded
 from pathflip_jax.data.readers.coordinates import (
     FEWEST_GAPS,
     Gap,
@@ -25,20 +24,14 @@ from pathflip_jax.data.readers.coordinates import (
     twice_fault,
     whole_coords,
 )
-from pathflip_jax.data.readers.csv_features import read_csv
-from pathflip_jax.data.readers.feature_files import slide_id_of
-from pathflip_jax.data.readers.h5_features import read_h5, squeezed
+from pathflip_jax.data.readers.feature_format import FeatureFields, slide_id_of
+from pathflip_jax.data.readers.formats import read_fields
 from pathflip_jax.data.storage.blocks import row_blocks
-from pathflip_jax.data.storage.folders import stand_in
 from pathflip_jax.data.texts.identity import barcode_patient
 
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _PLAIN_ID = re.compile(r"(?=.*[^.])[ -.0-\[\]-~]{1,200}")  # ASCII; other ids are checked in detail
 LONGEST_ID = 200  # bytes; file systems allow names of 255, and suffixes are added
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-PT_READER = (
-    "pathflip_jax.data.readers.torch_file:read"  # runs in the worker of `guarded.py`: broken files crash PyTorch
-)
 LARGEST_LOSS = 0.01  # relative error of a patch's features in a narrower dtype
 SAME = 1e-3  # relative difference within which two sizes are the same
 
@@ -177,7 +170,7 @@ def read_features(
     encoder: str | None = None,
     override_mpp: float | None = None,
 ) -> SlideFeatures:
-    """Read a feature file of CLAM, TRIDENT, SlideChat, STAMP or AtlasPatch, or any HDF5 of `features` and `coords`.
+    """Read a feature file of any format in `formats.py:FORMATS`.
 
     `patch_size` (level-0 pixels), `mpp` and `encoder` fill in values missing from the file; if it states others, the
     file takes precedence, with a line in the slide's `notes`. `override_mpp` takes precedence over the file. Without
@@ -194,7 +187,7 @@ def read_features(
         if (patch_size is not None and patch_size <= 0) or (value is not None and not 0 < value < 1e4):
             found = f"patch_size={patch_size}, mpp={value}"
             raise ValueError(f"{path}: {found}: expected numbers above 0; leave out what is not known")
-    fields = _read_fields(path, override_mpp or mpp, encoder)
+    fields = read_fields(path, override_mpp or mpp, encoder)
     slide_id = slide_id or slide_id_of(path)
     try:
         _check_rows(fields["features"], fields.get("coords"))
@@ -221,33 +214,6 @@ def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
     return narrow
 
 
-def _read_fields(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    """Contents of a file, by the reader that matches its first bytes."""
-    if fault := stand_in(path):
-        raise ValueError(f"{path}: {fault}")
-    with path.open("rb") as file:
-        start = file.read(40)
-    suffix, expected = path.suffix.lower(), "save a slide's features as HDF5, datasets 'features' and 'coords'"
-    if not start:
-        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
-    if _is_hdf5(path):
-        return read_h5(path, mpp, encoder)
-    if suffix in (".h5", ".hdf5", ".pt") and start[:8].isascii() and start[:8].decode().isprintable():
-        found = start.decode(errors="replace").splitlines()[0]
-        raise OSError(f"{path}: not a whole HDF5 file or tensor but text, {found!r}; download or copy it again")
-    if suffix in (".h5", ".hdf5"):
-        return read_h5(path, mpp, encoder)
-    kinds = ("a NumPy array", start[:6] == b"\x93NUMPY" or suffix == ".npz"), ("a Parquet table", start[:4] == b"PAR1")
-    for kind, found in kinds:
-        if found:
-            raise ValueError(f"{path}: {kind}, not features of a slide and where they lie; {expected}")
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return read_pt(path)
-    if b"\x00" in start[:8]:
-        raise ValueError(f"{path}: neither HDF5, nor a .pt tensor, nor a csv table; {expected}")
-    return read_csv(path, slide_id_of(path))
-
-
 def _check_rows(features: np.ndarray, coords: np.ndarray | None) -> None:
     """Raise ValueError for a slide embedding, a single vector next to the coordinates of the slide's patches."""
     places = 0 if coords is None or coords.ndim != 2 else len(coords)
@@ -259,7 +225,7 @@ def _check_rows(features: np.ndarray, coords: np.ndarray | None) -> None:
 
 
 def _fill(
-    fields: dict, patch_size: int | None, mpp: float | None, encoder: str | None, override_mpp: float | None
+    fields: FeatureFields, patch_size: int | None, mpp: float | None, encoder: str | None, override_mpp: float | None
 ) -> None:
     """Complete a file's fields with the caller's values, noting where the two differ."""
     notes = list(fields.get("notes", ()))
@@ -287,7 +253,7 @@ def _fill(
     fields |= {"encoder": named or encoder or "", "notes": tuple(notes)}
 
 
-def _settle_places(fields: dict, given: int | None) -> None:
+def _settle_places(fields: FeatureFields, given: int | None) -> None:
     """Infer the patch size from the gaps between patches if nothing gives it, and check it against them otherwise.
 
     `given` is the caller's patch size. Raises ValueError for coordinates of another level.
@@ -324,27 +290,3 @@ def _guessed_size(patches: int, gap: Gap) -> dict:
             "(--patch-size): the edge of a patch in pixels at level 0"
         )
     return {"patch_size": gap.size, "patch_size_source": "gaps"}
-
-
-def _is_hdf5(path: Path) -> bool:
-    """Whether the HDF5 signature is at byte 0, 512, 1024, 2048, ...; anything more is left to libhdf5."""
-    offset = 0
-    with path.open("rb") as file:
-        while data := file.read(8):
-            if data == HDF5_SIGNATURE:
-                return True
-            offset = max(512, 2 * offset)
-            file.seek(offset)
-    return False
-
-
-def read_pt(path: Path) -> dict:
-    """Contents of CLAM's .pt: a tensor, or a dictionary of features and coordinates. Never unpickles code."""
-    try:
-        facts, arrays = guarded.parse(PT_READER, path)
-    except ImportError:
-        cure = "install the extra `torch`, or use the .h5 beside it"
-        raise ImportError(f"{path}: reading a .pt file needs PyTorch; {cure}") from None
-    if facts["bfloat16"]:
-        arrays["features"] = arrays["features"].view(ml_dtypes.bfloat16)
-    return {name: squeezed(array) for name, array in arrays.items()}

@@ -7,11 +7,13 @@ import numpy as np
 
 from pathflip_jax.data.readers import guarded
 from pathflip_jax.data.readers.coordinates import smallest_step
-from pathflip_jax.data.readers.feature_files import slide_id_of
+from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text, slide_id_of
 from pathflip_jax.data.storage import blocks
 
 # Runs in the worker of `guarded.py`: broken files crash and hang libhdf5.
 READER = "pathflip_jax.data.readers.hdf5:read"
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+EXTENSIONS = (".h5", ".hdf5")
 # Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
 STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 uses pixels of its tiles: 224 of them are 256 um
@@ -20,8 +22,8 @@ OWN_LAYOUT = (
 )
 
 
-def read_h5(path: Path, mpp: float | None, encoder: str | None) -> dict:
-    """Fields of `SlideFeatures` given by a file, and `step`, the distance between patches if known.
+def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields:
+    """Contents of a file of any of these layouts.
 
     `mpp` converts STAMP's micrometres to pixels; `encoder` selects among the features of several encoders.
     """
@@ -182,3 +184,27 @@ def _is_stamp1(attributes: dict, coords: np.ndarray) -> bool:
     if not size and coords.ndim == 2 and len(coords):
         size = smallest_step(coords)
     return round(size) == STAMP1_PIXELS
+
+
+def _recognises(start: bytes, path: Path) -> bool:
+    """Whether a file has the HDF5 signature at byte 0, 512, 1024, 2048, ..., or only an extension of HDF5.
+
+    What is wrong with the latter is left to libhdf5, unless it is text.
+    """
+    offset = 0
+    with path.open("rb") as file:
+        while data := file.read(len(SIGNATURE)):
+            if data == SIGNATURE:
+                return True
+            offset = max(512, 2 * offset)
+            file.seek(offset)
+    return path.suffix.lower() in EXTENSIONS and not is_text(start)
+
+
+FORMAT = FeatureFormat(
+    name="HDF5",
+    extensions=EXTENSIONS,
+    tools=("CLAM", "TRIDENT", "STAMP", "AtlasPatch"),
+    recognises=_recognises,
+    read=read_h5,
+)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pathflip_jax.data.readers.feature_files import find_feature_files, slide_id_of
+from pathflip_jax.data.readers.feature_files import find_feature_files
+from pathflip_jax.data.readers.feature_format import slide_id_of
 
 TABLE = "0,1,patch_name\n0.5,1.5,0_0.png\n"
 

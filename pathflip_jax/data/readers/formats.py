@@ -1,0 +1,63 @@
+"""Table of the formats of feature files: one file and one entry each."""
+
+from pathlib import Path
+
+from pathflip_jax.data.readers import csv_features, h5_features, torch_features
+from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text
+from pathflip_jax.data.storage.folders import stand_in
+
+# In the order in which help and errors list them, and in which files with a wrong extension are tried.
+FORMATS = (
+    h5_features.FORMAT,
+    torch_features.FORMAT,
+    csv_features.FORMAT,
+)
+FIRST_BYTES = 40
+
+
+def extensions() -> tuple[str, ...]:
+    """Extensions of all formats."""
+    return tuple(extension for known in FORMATS for extension in known.extensions)
+
+
+def tools() -> str:
+    """Programs whose files are read, for a sentence: "CLAM, TRIDENT or STAMP"."""
+    *names, last = dict.fromkeys(tool for known in FORMATS for tool in known.tools)
+    return f"{', '.join(names)} or {last}"
+
+
+def format_by_extension(path: Path) -> FeatureFormat | None:
+    """Format that a file has by its extension, which its content may contradict; None for a foreign extension."""
+    return next((known for known in FORMATS if path.suffix.lower() in known.extensions), None)
+
+
+def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields:
+    """Contents of a feature file, by the reader of the format recognised from its first bytes."""
+    if fault := stand_in(path):
+        raise ValueError(f"{path}: {fault}")
+    with path.open("rb") as file:
+        start = file.read(FIRST_BYTES)
+    if not start:
+        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
+    return _recognise(start, path).read(path, mpp, encoder)
+
+
+def _recognise(start: bytes, path: Path) -> FeatureFormat:
+    """Format of a file; that of its extension is tried first, so that the order of the table hardly matters."""
+    named, expected = format_by_extension(path), "save a slide's features as HDF5, datasets 'features' and 'coords'"
+    for known in sorted(FORMATS, key=lambda known: known is not named):
+        if not known.recognises(start, path):
+            continue
+        if named not in (known, None) and is_text(start):
+            found = start.decode(errors="replace").splitlines()[0]
+            raise OSError(f"{path}: not a whole {named.name} file but text, {found!r}; download or copy it again")
+        return known
+    kinds = (
+        ("a NumPy array", start[:6] == b"\x93NUMPY" or path.suffix.lower() == ".npz"),
+        ("a Parquet table", start[:4] == b"PAR1"),
+    )
+    for kind, found in kinds:
+        if found:
+            raise ValueError(f"{path}: {kind}, not features of a slide and where they lie; {expected}")
+    names = ", nor ".join(f"{known.name} ({', '.join(known.extensions)})" for known in FORMATS)
+    raise ValueError(f"{path}: neither {names}; {expected}")
