@@ -171,9 +171,9 @@ class Session:
         order += [name for name in self.found["parts"] if name not in PARTS]
         self.found["machine"] = described
         self.found["parts"] = {name: self.found["parts"][name] for name in order}
-        write_whole(self.out / RESULT, json.dumps(self.found, indent=1) + "\n")
+        write_atomically(self.out / RESULT, json.dumps(self.found, indent=1) + "\n")
         if page:
-            write_whole(self.out / PAGE, render(self.found))
+            write_atomically(self.out / PAGE, render(self.found))
 
 
 def read(path: Path):
@@ -184,7 +184,7 @@ def read(path: Path):
         raise ValueError(f"{path}: not JSON ({error}); delete it, or give another --out") from None
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a file atomically."""
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text, encoding="utf-8")
@@ -222,7 +222,7 @@ def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:
     for row in getattr(importlib.import_module(module), function)(context, **arguments):
         rows.append(row)
         print(f"{row.table}: {row.values}", flush=True)
-        write_whole(rows_file, json.dumps(rows))
+        write_atomically(rows_file, json.dumps(rows))
     return 0
 
 

@@ -32,7 +32,7 @@ from pathflip_jax.data.records.index_file import HEAD
 from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
 from pathflip_jax.data.records.verify import verify
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.data.storage.framing import Summed, crc32c, frame
+from pathflip_jax.data.storage.framing import Checksummed, crc32c, frame
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.text import read_questions, read_slide_table, read_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -205,7 +205,7 @@ def _record(rng: random.Random, seeds: list[bytes]) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2
 
     parts, _ = encode_slide(_slide(), cut="grid", edge_um=2048.0, edge_px=None, dtype="float16")
-    data = b"".join(bytes(part.data if isinstance(part, Summed) else part) for part in parts)
+    data = b"".join(bytes(part.data if isinstance(part, Checksummed) else part) for part in parts)
     if rng.random() < 0.3:
         data = mutations.blind(rng, [data])
     else:

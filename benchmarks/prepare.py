@@ -174,13 +174,13 @@ def time_pipeline(slides: Path, out: Path, encoder: str, mpp: float, workers: in
     if report.failed:
         raise RuntimeError(report.summary())
     stages = ("tissue", "wait", "encode", "write")
-    whole = sum(report.effort.seconds[stage] for stage in stages)
+    whole = sum(report.timings.seconds[stage] for stage in stages)
     return {
-        "patches": report.effort.patches,
-        "patches_per_s": report.effort.patches / seconds,
-        "shares": {stage: report.effort.seconds[stage] / whole for stage in stages},
-        "reading_ahead": report.effort.seconds["read"] / whole,
-        "peak_gb": report.effort.peak_bytes / 1e9,
+        "patches": report.timings.patches,
+        "patches_per_s": report.timings.patches / seconds,
+        "shares": {stage: report.timings.seconds[stage] / whole for stage in stages},
+        "reading_ahead": report.timings.seconds["read"] / whole,
+        "peak_gb": report.timings.peak_bytes / 1e9,
     }
 
 

@@ -122,7 +122,7 @@ def lower(config, layers: int, slides: int, mesh):
     model = with_layers(config, layers)
     schedule = learning_rate(config.optim, 1000, 1000)
     optimizer = make_optimizer(config.optim, schedule)
-    stage = family_of(config).stage(config, model, sharding.by_slide(mesh))
+    stage = family_of(config).stage(config, model, sharding.shard_by_slide(mesh))
     step = make_step(
         stage, lambda p, _: unflatten(model, p), optimizer, schedule, config.train.accumulate, config.train.seed
     )

@@ -75,17 +75,17 @@ def traced_in(form: str):
 
     from pathflip_jax.ops import packed_matmul, platform
 
-    modules, held = (platform, packed_matmul), platform.traced_for
+    modules, held = (platform, packed_matmul), platform.target_platform
     try:
         if form == CPU:
             for module in modules:
-                module.traced_for = lambda: "cpu"
+                module.target_platform = lambda: "cpu"
         with replace(forms()[form]):
             jax.clear_caches()
             yield
     finally:
         for module in modules:
-            module.traced_for = held
+            module.target_platform = held
 
 
 def lower_step(family: str, devices: list, options: argparse.Namespace):

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from data_prep.jobs import Effort, Job, Outcome, ended
-from data_prep.majority import is_alike, vote
+from data_prep.jobs import Job, Outcome, StageTimings, worker_died
+from data_prep.majority import has_uniform_traits, vote
 from data_prep.plan import Plan
 from data_prep.pool import PRELOADED, run_one
 from data_prep.shards import Progress, assemble, part_traits
@@ -44,7 +44,7 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
     pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
     through = (
         pipeline
-        | "slides" >> beam.Create([_seen_from_everywhere(job) for job in plan.jobs])
+        | "slides" >> beam.Create([_with_absolute_paths(job) for job in plan.jobs])
         | "spread" >> beam.Reshuffle()
         | "slide to part" >> beam.ParDo(_SlideToPart(work))
     )
@@ -52,7 +52,7 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
         through
         | "votes" >> beam.Map(lambda element: element[1][2])
         | "all votes" >> beam.combiners.ToList()
-        | "what most have" >> beam.Map(_cohort, plan.cohort, is_alike(plan))
+        | "what most have" >> beam.Map(_cohort, plan.cohort, has_uniform_traits(plan))
     )
     said = plan.parts.absolute() / "beam.json"
     _ = (
@@ -74,7 +74,7 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
     said.unlink()
     failed = [Failure(**row) for row in found["failed"]]
     notes = [(note, slide) for note, slide in found["notes"]]
-    return Progress(found["done"], failed, Effort(**found["effort"]), notes)
+    return Progress(found["done"], failed, StageTimings(**found["effort"]), notes)
 
 
 _CURE = "what is whole stays: mend it and run the same command again"
@@ -99,12 +99,12 @@ class _SlideToPart(beam.DoFn):
         """Process one slide and its vote, keyed by its shard. Raises OSError for errors that every slide would meet."""
         outcome = Outcome()
         if not job.part.exists():  # else an earlier attempt or run got this far
-            outcome = run_one(self._worker, self._work, job) or ended(job)
+            outcome = run_one(self._worker, self._work, job) or worker_died(job)
         if outcome.fatal:
             raise OSError(outcome.error)
         self._counters["slides"].inc()
         self._counters["failed slides"].inc(bool(outcome.error))
-        self._counters["patches"].inc(outcome.effort.patches)
+        self._counters["patches"].inc(outcome.timings.patches)
         yield str(job.shard), (job, outcome, None if outcome.error else part_traits(job))
 
     def teardown(self) -> None:
@@ -146,7 +146,7 @@ class _LocalWorker(worker_handlers.SubprocessSdkWorkerHandler):
 _ANSWER_SECONDS = 1.0  # seconds from a worker's death to notifying waiters: a response may still arrive
 
 
-def _seen_from_everywhere(job: Job) -> Job:
+def _with_absolute_paths(job: Job) -> Job:
     """Job with absolute paths: a worker starts in another folder."""
     return replace(job, file=job.file.absolute(), shard=job.shard.absolute(), part=job.part.absolute())
 
@@ -172,5 +172,5 @@ def _save(shards: list[Progress], path: Path) -> None:
     for progress in shards:
         total.add(progress)
     failed = [failure._asdict() for failure in total.failed]
-    said = {"done": total.done, "failed": failed, "effort": asdict(total.effort), "notes": total.notes}
+    said = {"done": total.done, "failed": failed, "effort": asdict(total.timings), "notes": total.notes}
     write_json(path, said, indent=1)

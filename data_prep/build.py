@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.jobs import Job, Outcome, ended, import_slide, layout, prepare_slide, try_encoder
-from data_prep.majority import Election
+from data_prep.jobs import Job, Outcome, import_slide, layout, prepare_slide, try_encoder, worker_died
+from data_prep.majority import MajorityVote
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_each
 from data_prep.report import Report, grouped
@@ -122,29 +122,29 @@ def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: 
     progress = Progress()
     left = {path: {job.slide_id for job in own if not job.part.exists()} for path, own in plan.missing.items()}
     jobs = [job for job in plan.jobs if job.slide_id in left[job.shard]]
-    election = Election(plan)
-    election.add(job for job in plan.jobs if job.slide_id not in left[job.shard])
+    majority = MajorityVote(plan)
+    majority.add(job for job in plan.jobs if job.slide_id not in left[job.shard])
     shards = deque(left)
     total = len(plan.skipped) + len(plan.jobs)
     bar = tqdm(total=total, initial=total - len(jobs), unit="slide", desc="slides to records")
 
     def assemble_whole() -> None:
-        if not election.is_over(outstanding=sum(map(len, left.values()))):
+        if not majority.is_over(outstanding=sum(map(len, left.values()))):
             return
         while shards and not left[shards[0]]:
-            progress.add(assemble(plan.missing[shards.popleft()], election.cohort))
+            progress.add(assemble(plan.missing[shards.popleft()], majority.cohort))
 
     assemble_whole()
     with bar, closing(run_each(work, jobs, workers)) as results:
         for job, outcome in results:
-            outcome = outcome or ended(job)
+            outcome = outcome or worker_died(job)
             if outcome.fatal:
                 raise OSError(outcome.error)
             progress.count(job, outcome)
             bar.update()
             left[job.shard].remove(job.slide_id)
             if not (outcome.error and strict):
-                election.add([job])
+                majority.add([job])
                 assemble_whole()
             if progress.failed and strict:
                 plan.notes.append("stopped at the first bad slide (--strict)")
@@ -181,11 +181,11 @@ def _finish(plan: Plan, progress: Progress) -> Report:
     if whole and infos and _unlisted(out):
         finish_folder(out, edge_um=plan.settings["edge_um"])
     if whole:
-        Election.forget(plan)
+        MajorityVote.forget(plan)
     if plan.parts.is_dir() and not any(plan.parts.iterdir()):
         plan.parts.rmdir()
     finished = whole and bool(infos)
-    return Report(out, sorted(progress.done), plan.skipped, failed, finished, notes, progress.effort, plan.absent)
+    return Report(out, sorted(progress.done), plan.skipped, failed, finished, notes, progress.timings, plan.absent)
 
 
 def _unlisted(out: Place) -> bool:

@@ -25,9 +25,9 @@ from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.index import narrowed
 from pathflip_jax.data.records.records import write_shard
 from pathflip_jax.data.storage import blocks
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import Place, remove
 from pathflip_jax.data.storage.json_values import json_object
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import ulimits
 from pathflip_jax.runtime.limits import processors
 
@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Effort:
+class StageTimings:
     """Cost of slides: patches, seconds of each stage, and the largest resident size of a worker in bytes.
 
     The stages are consecutive: `tissue`, then `wait` (for pixels) and `encode` alternately, then `write`. `read` is the
@@ -73,10 +73,10 @@ class Effort:
         shares = ", ".join(f"{stage} {self.seconds[stage] / whole:.0%}" for stage in stages)
         return f"{self.patches} patches; workers' time: {shares}; a worker took up to {self.peak_bytes / 1e9:.2f} GB"
 
-    def __add__(self, other: "Effort") -> "Effort":
+    def __add__(self, other: "StageTimings") -> "StageTimings":
         stages = {**self.seconds, **other.seconds}
         seconds = {stage: self.seconds.get(stage, 0.0) + other.seconds.get(stage, 0.0) for stage in stages}
-        return Effort(self.patches + other.patches, seconds, max(self.peak_bytes, other.peak_bytes))
+        return StageTimings(self.patches + other.patches, seconds, max(self.peak_bytes, other.peak_bytes))
 
 
 class Remarks(NamedTuple):
@@ -95,7 +95,7 @@ class Outcome(NamedTuple):
 
     error: str = ""
     fatal: bool = False
-    effort: Effort = Effort()
+    timings: StageTimings = StageTimings()
 
 
 def prepare_slide(job: Job) -> Outcome:
@@ -118,7 +118,7 @@ def try_encoder(job: Job) -> Outcome:
     return Outcome()
 
 
-def ended(job: Job) -> Outcome:
+def worker_died(job: Job) -> Outcome:
     """Outcome of a slide whose worker process died."""
     cure = "the file crashes or stalls its reader, or memory ran out: look at it, or use fewer workers"
     return Outcome(f"{job.file}: the worker process died; {cure}")
@@ -133,7 +133,7 @@ def save_remarks(part: Place, remarks: Remarks) -> None:
     """Save the remarks on a slide until its shard is assembled, perhaps by another run."""
     remove(remarks_path(part))
     if remarks != Remarks():
-        with whole_file(remarks_path(part)) as out:
+        with atomic_file(remarks_path(part)) as out:
             out.write(json.dumps(remarks._asdict()).encode())
 
 
@@ -165,7 +165,7 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatur
     except ValueError as error:
         return Outcome(f"{job.file}: {error}")
     seconds["write"] = time.perf_counter() - start
-    return Outcome(effort=Effort(len(slide.features), seconds, _peak_bytes()))
+    return Outcome(timings=StageTimings(len(slide.features), seconds, _peak_bytes()))
 
 
 def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from data_prep.jobs import Job
 from data_prep.plan import Plan
 from data_prep.shards import part_traits
-from pathflip_jax.data.records.cohort import Cohort, Traits, elect, traits_of
+from pathflip_jax.data.records.cohort import Cohort, Traits, majority_cohort, traits_of
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import json_object
 
 
-class Election:
+class MajorityVote:
     """Vote of the slides of one run, or of one task of it.
 
     Slides from `prepare` share their traits by the settings: the first represents all, and shards can be written
@@ -36,11 +36,11 @@ class Election:
     def is_over(self, outstanding: int) -> bool:
         """Whether the majority is certain with this many slides unfinished; `cohort` then holds it.
 
-        Raises Undecided when all are finished without a majority.
+        Raises NoMajorityError when all are finished without a majority.
         """
         if self.cohort is not None or (not outstanding and not self._voters):
             return True
-        alike = is_alike(self._plan)
+        alike = has_uniform_traits(self._plan)
         if outstanding and not (alike and self._voters):
             return False
         self.cohort = vote(self._voters, alike) if alike or self._plan.task[1] == 1 else self._shared()
@@ -50,7 +50,7 @@ class Election:
         """Cohort that the tasks of a job array agree on: of existing shards, else of the first task to decide."""
         standing = [info for path in self._plan.shards if path.exists() for info in read_index(path).slides]
         if standing:
-            return elect([traits_of(info) for info in standing])
+            return majority_cohort([traits_of(info) for info in standing])
         path, own = _votes(self._plan), _votes(self._plan, self._plan.task[0])
         if not path.exists():
             vote(self._voters, False)  # a task without a majority decides nothing
@@ -66,14 +66,14 @@ class Election:
         _votes(plan).unlink(missing_ok=True)
 
 
-def is_alike(plan: Plan) -> bool:
+def has_uniform_traits(plan: Plan) -> bool:
     """Whether the settings give all slides of a plan the same traits."""
     return plan.settings.get("command") == "prepare"
 
 
 def vote(voters: list[Traits], alike: bool) -> Cohort:
     """Common traits of the slides of a run: the first by name represents all where they are `alike`."""
-    return elect(sorted(voters)[: 1 if alike else None])
+    return majority_cohort(sorted(voters)[: 1 if alike else None])
 
 
 def _votes(plan: Plan, task: int | None = None) -> Place:

@@ -18,7 +18,7 @@ from data_prep.plan_file import FILLS, OVERRIDE, PARTS, Entry, fills, read_plan,
 from data_prep.shards import outdated, remove
 from data_prep.slide_table import SlideTable, read_table
 from pathflip_jax.data.readers.features import case_of
-from pathflip_jax.data.records.cohort import Cohort, elect, traits_of
+from pathflip_jax.data.records.cohort import Cohort, majority_cohort, traits_of
 from pathflip_jax.data.records.columns import SlideInfo
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import is_shard, shard_name
@@ -112,7 +112,7 @@ def make_plan(
     files, failed = slides
     make_folder(out)
     every = settings | {"slides_per_shard": slides_per_shard}
-    before, standing = read_plan(out, every), _standing(out)
+    before, standing = read_plan(out, every), _written_slides(out)
     others = {*standing, *(failure.slide for failure in failed)} - files.keys()
     table = None if slides_table is None else read_table(slides_table, sorted(files), sorted(others))
     known = _Slides(files, standing, before, table, settings, prune)
@@ -138,7 +138,7 @@ def make_plan(
         shards,
         {path: todo for path, of in own.items() if (todo := [job for job in of if job.slide_id in due])},
         sorted(job.slide_id for of in own.values() for job in of if job.slide_id not in due),
-        elect([traits_of(info) for info in like]) if like else None,
+        majority_cohort([traits_of(info) for info in like]) if like else None,
         {path: change for path in own if (change := _amendment(path, known, entries)) != Amendment()},
         failed[task::tasks],
         table.absent[task::tasks] if table else [],
@@ -155,7 +155,7 @@ def _is_due(job: Job, standing: dict[str, SlideInfo]) -> bool:
     return info is None or outdated(info, job.mpp, job.settings)
 
 
-def _standing(out: Place) -> dict[str, SlideInfo]:
+def _written_slides(out: Place) -> dict[str, SlideInfo]:
     """Slides in the shards of a folder."""
     paths = sorted(path for path in out.glob("*.tfrecord") if is_shard(path.name) and _NUMBER.search(path.name))
     return {info.slide_id: info for path in paths for info in read_index(path).slides}

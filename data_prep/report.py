@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from data_prep.jobs import Effort
+from data_prep.jobs import StageTimings
 from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
 
@@ -11,7 +11,7 @@ from pathflip_jax.data.storage.files import Place
 @dataclass(frozen=True)
 class Report:
     """Outcome of a run: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
-    folder is complete (of a job array, when the last task is through); `effort`, the cost of the slides. `absent` are
+    folder is complete (of a job array, when the last task is through); `timings`, the cost of the slides. `absent` are
     rows of the slide table without a file."""
 
     folder: Place
@@ -20,7 +20,7 @@ class Report:
     failed: list[Failure]
     finished: bool
     notes: list[str] = field(default_factory=list)
-    effort: Effort = Effort()
+    timings: StageTimings = StageTimings()
     absent: list[Failure] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -29,8 +29,8 @@ class Report:
         lines = [f"{self.folder}: {counts}", *self.notes]
         if not self.finished and not self.failed:
             lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
-        if self.effort.patches:
-            lines.append(self.effort.summary())
+        if self.timings.patches:
+            lines.append(self.timings.summary())
         if self.failed:
             lines.append("not in the records (all are listed in failures.json there):")
             lines += list_failures(self.failed)

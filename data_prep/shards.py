@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_prep.jobs import Effort, Job, Outcome, layout, read_remarks, remarks_path
+from data_prep.jobs import Job, Outcome, StageTimings, layout, read_remarks, remarks_path
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.cohort import Cohort, Traits, traits_of
 from pathflip_jax.data.records.columns import SlideInfo
@@ -29,20 +29,20 @@ class Progress:
 
     done: list[str] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
-    effort: Effort = Effort()
+    timings: StageTimings = StageTimings()
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def count(self, job: Job, outcome: Outcome) -> None:
         """Add a worker's outcome for a slide."""
         if outcome.error:
             self.failed.append(Failure(job.slide_id, str(job.file), outcome.error))
-        self.effort += outcome.effort
+        self.timings += outcome.timings
 
     def add(self, other: "Progress") -> None:
         """Add the progress of other slides."""
         self.done += other.done
         self.failed += other.failed
-        self.effort += other.effort
+        self.timings += other.timings
         self.notes += other.notes
 
 
@@ -83,7 +83,7 @@ def assemble(jobs: list[Job], cohort: Cohort | None) -> Progress:
     for job, _ in added.values():
         remove(job.part)
     progress.done = [job.slide_id for job in jobs if job.slide_id in kept | added.keys()]
-    progress.effort = Effort(seconds={"write": time.perf_counter() - start})
+    progress.timings = StageTimings(seconds={"write": time.perf_counter() - start})
     return progress
 
 

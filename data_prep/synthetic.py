@@ -79,9 +79,9 @@ def generate(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out must name a folder")
     (out / "outlines").mkdir(parents=True, exist_ok=True)
-    _claim(out, {"edition": EDITION, "slides": slides, "seed": seed, "size": size})
+    _check_same_settings(out, {"edition": EDITION, "slides": slides, "seed": seed, "size": size})
 
-    cohort = _roster(slides, seed)
+    cohort = _patients(slides, seed)
     tables = all((out / name).exists() for name in ("slides.csv", "concepts.json", "questions.json"))
     if tables and all(_finished(out, slide) for slide in cohort):
         return out
@@ -102,7 +102,7 @@ def generate(
     return out
 
 
-def _claim(out: Path, settings: dict[str, int]) -> None:
+def _check_same_settings(out: Path, settings: dict[str, int]) -> None:
     """Tie the folder to its settings, so that two cohorts never mix."""
     path = out / "cohort.json"
     if path.exists():
@@ -115,7 +115,7 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
         _write(path, json.dumps(settings))
 
 
-def _roster(slides: int, seed: int) -> list[_Slide]:
+def _patients(slides: int, seed: int) -> list[_Slide]:
     """Patients, classes and splits: a quarter of the patients have two slides, with balanced classes and splits."""
     rng = np.random.default_rng([seed, 0])
     tumors = list(TUMORS)

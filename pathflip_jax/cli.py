@@ -18,7 +18,7 @@ from pathflip_jax.commands.options import WRONG_INPUT
 from pathflip_jax.data.storage.files import is_url
 from pathflip_jax.data.storage.paths import refuse_undecodable
 from pathflip_jax.runtime import streams, ulimits
-from pathflip_jax.runtime.compilation import keep_compiled
+from pathflip_jax.runtime.compilation import enable_compilation_cache
 
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
 
@@ -93,14 +93,14 @@ def _run(argv: list[str]) -> int:
     try:
         refuse_undecodable(argv)
         if argv[:1] == ["train"]:
-            keep_compiled()  # before JAX is imported
+            enable_compilation_cache()  # before JAX is imported
             from pathflip_jax.training.loop import main as train_main
 
             return train_main(argv[1:])
         options = build_parser().parse_args(argv)
         _refuse_urls(options, argv)
         options.command_line = argv
-        keep_compiled()
+        enable_compilation_cache()
         return options.run(options)
     except Exception as error:
         told = ulimits.explain(error)

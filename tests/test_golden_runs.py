@@ -88,7 +88,7 @@ def test_what_a_setting_added_since_meant_before_is_stated(golden):
         assert not versions.unknown_settings(config), "a setting was taken away or renamed: old runs still have it"
         known = kinds.fields(kinds.kind_of(config))
         lacking = [key for key in known if key.partition(".")[2] not in config[key.partition(".")[0]]]
-        assert not set(lacking) - model_versions.BEFORE.keys(), "state as `before` what runs without it did"
+        assert not set(lacking) - model_versions.LEGACY_VALUES.keys(), "state as `before` what runs without it did"
 
 
 @pytest.mark.parametrize("run", ALIGNMENT)

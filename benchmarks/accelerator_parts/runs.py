@@ -122,9 +122,9 @@ def _old_checkpoints() -> Rows:
 
 def of_newer_orbax(step: Path) -> dict[str, str] | None:
     """Fault of a checkpoint written by handlers that this Orbax lacks; None for any other."""
-    from pathflip_jax.runs.checkpoints import lacking_handlers
+    from pathflip_jax.runs.checkpoints import missing_handlers
 
-    if not (lacking := lacking_handlers(step)):
+    if not (lacking := missing_handlers(step)):
         return None
     here = importlib.metadata.version("orbax-checkpoint")
     what = f"{step}: a checkpoint of a newer Orbax; orbax-checkpoint {here} has no {', '.join(lacking)}"

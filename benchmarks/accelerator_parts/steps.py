@@ -113,7 +113,7 @@ def run(context: Context, family: str) -> Rows:
                 "growing batches", {"slides": slides, FAULT: fault, CURE: "the check of a step's memory is wrong"}
             )
             break
-        useful = float(jax.jit(lambda b: flops.useful_operations(training.config, b.patch_mask, b.text_rows))(batch))
+        useful = float(jax.jit(lambda b: flops.model_flops(training.config, b.patch_mask, b.text_rows))(batch))
         found = {
             "slides": slides,
             "slides_per_second": slides / seconds,

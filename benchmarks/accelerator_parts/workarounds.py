@@ -55,7 +55,7 @@ def switches() -> dict[tuple[str, str], list[Callable]]:
         ("statistics of norms deferred", "statistics of norms not deferred"): [recompute.defer_statistics],
         ("gradients of attention by sums over keys", "gradients of attention by what was pooled"): [
             attention.score_gradient,
-            attention.kept_outcome,
+            attention.saved_output,
         ],
     }
 

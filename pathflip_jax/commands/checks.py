@@ -153,7 +153,7 @@ def _utilisation(kind: str) -> Finding:
 def _launcher() -> Iterator[Finding]:
     """Distributed launch that `pathflip train` would join, started as this command was."""
     from pathflip_jax.runtime.distributed import find_launch
-    from pathflip_jax.runtime.launchers import SWITCH, why_alone
+    from pathflip_jax.runtime.launchers import SWITCH, explain_single_process
 
     try:
         launch = find_launch()
@@ -161,7 +161,7 @@ def _launcher() -> Iterator[Finding]:
         yield Finding("launcher", str(error), "fault", f"correct that, or set {SWITCH}=0 to train in one process")
         return
     if launch is None:
-        yield Finding("launcher", f"none: {why_alone() or 'one process trains alone'}", "ok")
+        yield Finding("launcher", f"none: {explain_single_process() or 'one process trains alone'}", "ok")
         return
     yield Finding("launcher", f"process {launch.process} of {launch.processes}, found by {launch.found_by}", "ok")
 

@@ -11,7 +11,7 @@ from pathflip_jax.data.records.verify import verify
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.texts.cases import Sources, bag_keys, slides_of_case
-from pathflip_jax.data.texts.identity import SlideNames, connected, is_missing, person_keys
+from pathflip_jax.data.texts.identity import SlideNames, connected, is_missing, patient_keys
 from pathflip_jax.data.texts.tables import read_rows
 from pathflip_jax.data.texts.text import SlideText, match_rows, match_texts, read_texts, slide_row
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -114,7 +114,7 @@ def _records(folder: Place, told: Collection[str]) -> Iterator[Finding]:
 
 def _slides(rows: Sequence[dict], table: Place) -> Iterator[Finding]:
     """Check the slide table: its splits and patients, as in `pathflip split --check`."""
-    people = connected([person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in rows])
+    people = connected([patient_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in rows])
     sides = Counter(row["split"] or "none" for row in rows)
     listed = ", ".join(f"{side} {count}" for side, count in sides.items())
     yield Finding("slides", f"{len(rows)} slides of {len(set(people))} patients; split: {listed}", "ok")

@@ -30,7 +30,7 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathflip_jax.data.records.splits import no_such_split
+    from pathflip_jax.data.records.splits import unknown_split_message
     from pathflip_jax.data.storage.failures import preview
     from pathflip_jax.data.texts.text import match_texts, read_slide_table, read_texts
     from pathflip_jax.data.texts.wordpiece import train_wordpiece
@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
         rows = read_slide_table(options.slides)
         wanted = {row["slide_id"] for row in rows if row["split"] == options.split}
         if not wanted:
-            raise ValueError(f"{no_such_split(options.slides, options.split, rows)}; name another with --split")
+            raise ValueError(f"{unknown_split_message(options.slides, options.split, rows)}; name another with --split")
         cases = [(row["case_id"], row["patient_id"]) for row in rows]
         matched = match_texts(texts, [row["slide_id"] for row in rows], cases)
         texts = [text for text in matched if wanted.intersection(text.slide_ids)]

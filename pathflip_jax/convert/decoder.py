@@ -30,8 +30,8 @@ from pathflip_jax.convert.decoder_folders import (
 from pathflip_jax.convert.decoder_names import CLASSES, HEAD, TABLE, Name, is_buffer, names
 from pathflip_jax.convert.lora import adapters, is_adapter, merged
 from pathflip_jax.convert.weight_sets import plain_names
+from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.llm.config import DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.llm.tokenizer import DecoderTokenizer, train_bpe
@@ -42,7 +42,7 @@ STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
 PROMPTS = 32  # added to the texts that a small vocabulary is learnt from, so that it covers these words too
 # Files besides config and weights that belong to the model: tokenizer, generation settings, licence.
-BESIDE = re.compile(
+COMPANION_FILES = re.compile(
     r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_templates?|generation_config)\.(json|txt|model|jinja)"
     r"|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?"
 )
@@ -196,11 +196,11 @@ def save_decoder(
         path = table[torch].path
         return table[torch].to_torch(np.asarray(merged(flat, path, decoder.lora) if decoder.lora else flat[path]))
 
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         write_model(part, shapes, value, shard_bytes)
         write_json(part / CONFIG, values)
         for path in sorted(Path(source).iterdir()) if source is not None else ():
-            if path.is_file() and BESIDE.fullmatch(path.name):
+            if path.is_file() and COMPANION_FILES.fullmatch(path.name):
                 shutil.copyfile(path, part / path.name)
 
 

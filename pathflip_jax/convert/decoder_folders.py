@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import is_url
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.llm.config import DecoderConfig
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -145,7 +145,7 @@ def write_tensors(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct], value:
         header[name] = {"dtype": code, "shape": list(shapes[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             array = np.ascontiguousarray(value(name), shapes[name].dtype)

@@ -44,10 +44,10 @@ class Exported(NamedTuple):
 def describe_export(config: ModelConfig, settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Section of config.json about a model and the settings of its run."""
     about = {"version": this_version(), "family": config.family}
-    return {SECTION: about | {"model": config.to_dict(), "settings": without_places(settings)} | more}
+    return {SECTION: about | {"model": config.to_dict(), "settings": without_paths(settings)} | more}
 
 
-def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Run settings for publication: file names without their paths."""
     found = {name: dict(part) if isinstance(part, Mapping) else part for name, part in settings.items()}
     for section, names in NAMED.items():

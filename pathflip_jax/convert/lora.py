@@ -24,8 +24,8 @@ from pathflip_jax.convert.decoder_folders import (
 )
 from pathflip_jax.convert.decoder_names import CLASSES, adapter_names
 from pathflip_jax.convert.weight_sets import plain_names
+from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.llm.config import TARGETS, DecoderConfig, LoRAConfig
 from pathflip_jax.llm.decoder import Decoder
 from pathflip_jax.model.parameters import flatten
@@ -143,7 +143,7 @@ def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> No
         "use_dora": False,
         "use_rslora": False,
     }
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         write_tensors(part / WEIGHTS, shapes, lambda torch: table[torch].to_torch(np.asarray(found[table[torch].path])))
         write_json(part / SETTINGS, settings)
 

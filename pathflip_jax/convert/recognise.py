@@ -89,11 +89,11 @@ def summary(rows: list[Tensor]) -> str:
 def write_rows(path: Path, rows: list[Tensor]) -> None:
     """Write the rows as CSV."""
     # Imported here: benchmarks/step.py makes checkpoints without the data packages installed.
-    from pathflip_jax.data.storage.whole_files import whole_file
+    from pathflip_jax.data.storage.atomic_files import atomic_file
 
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(Tensor._fields)
     writer.writerows(rows)
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text.getvalue().encode())

@@ -112,7 +112,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def as_before(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def drop_legacy_values(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values without those equal to the behaviour before their setting existed, so that hashes survive new settings."""
     stated = before(section, values)
     return {name: value for name, value in values.items() if name not in stated or stated[name] != value}

@@ -28,8 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.failures import preview
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.grounding.boxes import trace
 from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
 
@@ -185,7 +185,7 @@ def _write_outlines(found: Found, labels: dict[str, str], folder: Path) -> list[
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path) as out:
+    with atomic_file(path) as out:
         out.write(text.encode())
 
 

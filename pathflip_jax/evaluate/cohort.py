@@ -8,7 +8,7 @@ import numpy as np
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.records.splits import no_such_split
+from pathflip_jax.data.records.splits import unknown_split_message
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.evaluate.patients import name_patients
@@ -68,7 +68,7 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     """
     table = read_slide_table(slides)
     if not any(row["split"] == split for row in table):
-        raise ValueError(f"{no_such_split(slides, split, table)}; name another with --split")
+        raise ValueError(f"{unknown_split_message(slides, split, table)}; name another with --split")
     check = check_split(table)
     records = Records(records)
     known = set(records.slides.column("slide_id"))

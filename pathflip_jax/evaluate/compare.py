@@ -6,10 +6,10 @@ The inputs are folders of `pathflip evaluate`: scores.json and the tables with a
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import json_object
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.evaluate import report
 from pathflip_jax.evaluate.published import published
 from pathflip_jax.evaluate.task import Task
@@ -146,6 +146,6 @@ def _write(out: Path, result: dict) -> dict:
         .render(found=result, groups=groups, command=report.command_line(result["command"]))
     )
     write_json(out / "compare.json", result, indent=1, ensure_ascii=False, allow_nan=False)
-    with whole_file(out / "compare.html") as file:
+    with atomic_file(out / "compare.html") as file:
         file.write(page.encode())
     return result

@@ -14,8 +14,8 @@ from pathflip_jax.data.texts.identity import (
     fold,
     fold_slide,
     is_missing,
-    natural,
-    person_keys,
+    patient_keys,
+    preferred_spelling,
 )
 
 Rows = Sequence[Mapping[str, str]]
@@ -65,12 +65,12 @@ def name_sites(sites: Sequence[str]) -> list[str]:
     spellings: dict[str, list[str]] = {}
     for site in sites:
         spellings.setdefault(fold(site), []).append(site)
-    names = {site: natural(found) for site, found in spellings.items()}
+    names = {site: preferred_spelling(found) for site, found in spellings.items()}
     return [names[fold(site)] if site else "" for site in sites]
 
 
 def _keys(row: Mapping[str, str]) -> set:
-    keys = person_keys(row["slide_id"], row.get("case_id", ""), row["patient_id"])
+    keys = patient_keys(row["slide_id"], row.get("case_id", ""), row["patient_id"])
     if is_missing(
         row["patient_id"]
     ):  # such slides are called by their id, and may have been where the table was written
@@ -91,5 +91,5 @@ def _patient(rows: Rows) -> Patient:
     ]
     barcodes = list(filter(None, map(barcode_patient, texts)))
     several = len({fold(name) for name in spellings}) > 1
-    name = barcodes[0] if several and barcodes else natural(named or [row["slide_id"] for row in rows])
+    name = barcodes[0] if several and barcodes else preferred_spelling(named or [row["slide_id"] for row in rows])
     return Patient(name, spellings)

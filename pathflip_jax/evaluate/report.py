@@ -17,8 +17,8 @@ import jax
 import jinja2
 from matplotlib.figure import Figure
 
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.evaluate.task import GAIN, SCORE, SHARE, Headline, Task
 from pathflip_jax.evaluate.tasks import TASKS
@@ -50,7 +50,7 @@ def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str
     write_json(out / "scores.json", scores, indent=1, ensure_ascii=False, allow_nan=False)
     images = {name: (out / "figures" / f"{name}.png").read_bytes() for name in pictures}
     page = render(scores, images, config, [f"{name}.csv" for name in tables])
-    with whole_file(out / "report.html") as file:
+    with atomic_file(out / "report.html") as file:
         file.write(page.encode())
     return scores
 

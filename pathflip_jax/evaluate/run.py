@@ -15,7 +15,7 @@ from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.embeddings import embed_bags
 from pathflip_jax.evaluate.protocols import read_protocol
 from pathflip_jax.evaluate.spec import EvaluationSpec
-from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task
+from pathflip_jax.evaluate.task import LoadedRun, Part, Predictions, Setting, Task
 from pathflip_jax.evaluate.tasks import TASKS
 from pathflip_jax.inference.assistant import is_language_run
 from pathflip_jax.inference.load import load
@@ -85,7 +85,7 @@ def _predict(predictor: Predictor, setting: Setting, tasks: Sequence[Task], data
     asked = [task for task in tasks if task.predict is not None]
     slides = [slide for task in asked for slide in task.embed(setting, data[task.key])]
     bags = embed_bags(predictor, setting.cohort, slides, name) if slides else {}
-    run = RunAtWork(predictor, name, bags)
+    run = LoadedRun(predictor, name, bags)
     return {task.key: task.predict(setting, data[task.key], run) for task in asked}
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.storage.failures import preview
-from pathflip_jax.data.texts.identity import connected, fold, fold_slide, is_missing, natural
+from pathflip_jax.data.texts.identity import connected, fold, fold_slide, is_missing, preferred_spelling
 from pathflip_jax.data.texts.tables import read_rows, write_csv
 from pathflip_jax.data.texts.text import row_columns, slide_row
 from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, patients
@@ -207,7 +207,7 @@ def _listed_twice(rows) -> list[Finding]:
     spelt: dict[str, list[str]] = {}
     for row in rows:
         spelt.setdefault(fold_slide(row["slide_id"], zeros=True), []).append(row["slide_id"])
-    twice = {natural(found): " = ".join(dict.fromkeys(found)) for found in spelt.values() if len(found) > 1}
+    twice = {preferred_spelling(found): " = ".join(dict.fromkeys(found)) for found in spelt.values() if len(found) > 1}
     if not twice:
         return []
     text = f"{len(twice)} slides are listed twice ({preview(twice[name] for name in sorted(twice))})"

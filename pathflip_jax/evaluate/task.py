@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     slide_files: dict[str, Path]
 
 
-class RunAtWork(NamedTuple):
+class LoadedRun(NamedTuple):
     """One loaded run, with the embeddings of the slides that the tasks requested."""
 
     predictor: Predictor
@@ -82,7 +82,7 @@ class Task:
 
     `key` is the task's entry in scores.json, `title` its name in text. `wanted` says whether a specification asks for
     it, by giving `needs`. `check` raises ValueError for options that contradict each other; `read` returns the task's
-    data, raising for faulty input; `embed` names the slides whose embeddings `predict` takes from `RunAtWork.bags`. A
+    data, raising for faulty input; `embed` names the slides whose embeddings `predict` takes from `LoadedRun.bags`. A
     task without `predict` loads what it scores itself. `headlines` yields the main scores of scores.json; `section` is
     the task's part of the report, a Jinja template that sees `scores` and `images`, and sections of higher `prominence`
     come first. `published` yields the identifiers of a score, with its metrics, for `published.json`; `paired` reads
@@ -95,7 +95,7 @@ class Task:
     wanted: Callable[[EvaluationSpec], bool]
     read: Callable[[Setting], Any]
     score: Callable[[Setting, Any, Predictions], Part]
-    predict: Callable[[Setting, Any, RunAtWork], Any] | None = None
+    predict: Callable[[Setting, Any, LoadedRun], Any] | None = None
     check: Callable[[EvaluationSpec], None] = lambda spec: None
     embed: Callable[[Setting, Any], Sequence[str]] = lambda setting, data: ()
     headlines: Callable[[dict], Iterable[Headline]] = lambda found: ()

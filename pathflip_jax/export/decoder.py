@@ -13,11 +13,11 @@ import numpy as np
 
 from pathflip_jax.convert.decoder import save_decoder
 from pathflip_jax.convert.decoder_folders import PROJECTOR, read_object, write_tensors
-from pathflip_jax.convert.exported import without_places
+from pathflip_jax.convert.exported import without_paths
 from pathflip_jax.convert.lora import save_peft
 from pathflip_jax.convert.versions import this_version
 from pathflip_jax.data.storage import json_files
-from pathflip_jax.data.storage.whole_folders import whole_folder
+from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.export.pytorch import write_export
 from pathflip_jax.inference.language_run import assemble, split_names
 from pathflip_jax.inference.load import load
@@ -44,7 +44,7 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
         raise ValueError(
             f"{run}: trained {config['lm']['trains']}, {found}; write its whole decoder with --to huggingface"
         )
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         save_peft(flatten(model.decoder), model.decoder.lora, part, decoder or str(config["lm"]["decoder"]))
         _complete(part, run, model, config, tokenizer, aligner)
 
@@ -54,7 +54,7 @@ def export_decoder(
 ) -> None:
     """Write the decoder of a run, its adapter merged in, as a folder that transformers loads; else as `export_peft`."""
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         save_decoder(model.decoder, part, source=decoder or config["lm"]["decoder"])
         _complete(part, run, model, config, tokenizer, aligner)
 
@@ -68,7 +68,7 @@ def _complete(
     (part / ALIGNER).mkdir()
     write_export(part / ALIGNER, model.aligner, source.config, source.tokenizer)
     write_generation(part, tokenizer, config["data"]["template"])
-    about = {"version": this_version(), "settings": without_places(config)}
+    about = {"version": this_version(), "settings": without_paths(config)}
     shape = json_files.read_json(files.run_folder(run) / files.MODEL)
     json_files.write_json(part / ABOUT, about | {"shape": shape})
 

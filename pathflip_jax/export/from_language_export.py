@@ -13,7 +13,7 @@ from pathflip_jax.convert.lora import SETTINGS, load_peft
 from pathflip_jax.convert.recognise import Tensor, write_rows
 from pathflip_jax.convert.released import load_released
 from pathflip_jax.convert.versions import READ, refusal, unknown_settings
-from pathflip_jax.data.storage.whole_folders import whole_folder
+from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.export.decoder import ABOUT, ALIGNER
 from pathflip_jax.inference.language_run import describe_language_run, read_aligner, split_names, weights_hash
 from pathflip_jax.llm.adapter import is_trained
@@ -94,7 +94,7 @@ def write_language_run(
     rows: list[Tensor],
 ) -> None:
     """Write a run of the language stage, aligner in `out`/aligner, from trained parameters and a decoder's folder."""
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         runs_folder.save_run(part / ALIGNER, *aligner)
         lm = {"aligner": str(Path(out).resolve() / ALIGNER), "decoder": str(Path(decoder).resolve()), "start": ""}
         lm |= {"aligner_hash": read_aligner(str(part / ALIGNER)).hash, "decoder_hash": weights_hash(decoder)}

@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
+from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.families import export_of
 from pathflip_jax.export.pytorch import copy_code, merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
@@ -61,7 +61,7 @@ def export_huggingface(
     run.
     """
     found = None if scores is None else read_scores(scores, run)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
         write_huggingface(part, model, settings, tokenizer)
         (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")

@@ -13,8 +13,8 @@ from pathflip_jax.convert.checkpoint_files import StateDict, import_torch
 from pathflip_jax.convert.exported import describe_export
 from pathflip_jax.convert.families import conversion_of
 from pathflip_jax.convert.pytorch import to_torch
+from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.data.storage.durable import sync
-from pathflip_jax.data.storage.whole_folders import whole_folder
 from pathflip_jax.export.families import export_of
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import family_of
@@ -53,7 +53,7 @@ def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: b
     """
     from pathflip_jax.runs.folder import load_run  # late import: writing weights alone needs no Orbax
 
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         write_export(part, *load_run(run, which), pt=pt)
 
 

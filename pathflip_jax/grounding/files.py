@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from matplotlib.figure import Figure
 
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.grounding.boxes import Box
 from pathflip_jax.grounding.outlines import Polygon
 
@@ -23,9 +23,9 @@ COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 
 FOR_READERS = {"indent": 1, "ensure_ascii": False, "allow_nan": False}  # JSON (GeoJSON is JSON) that people also open
 
 
-def write_whole(path: Path, data: bytes) -> Path:
+def write_atomically(path: Path, data: bytes) -> Path:
     """Write a file atomically."""
-    with whole_file(path) as out:
+    with atomic_file(path) as out:
         out.write(data)
     return path
 
@@ -116,11 +116,11 @@ def write_attention(path: Path, grounding, number: int) -> Path:
         coords.attrs["patch_size_level0"] = grounding.patch_size
         file.attrs["text"] = grounding.texts[number]
         file.attrs["method"] = grounding.method
-    return write_whole(path, stream.getvalue())
+    return write_atomically(path, stream.getvalue())
 
 
 def write_picture(path: Path, figure: Figure, dpi: int) -> Path:
     """Write a figure as PNG."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi, facecolor="white")
-    return write_whole(path, stream.getvalue())
+    return write_atomically(path, stream.getvalue())

@@ -106,7 +106,7 @@ def window_means(regions: Float[np.ndarray, "N D"], slots: Int[np.ndarray, "N S"
     return (regions[slots] * there).sum(1) / there.sum(1)
 
 
-def spread(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):
+def copy_to_patches(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):
     """Copy the value of each region to its patches: [C, N]."""
     region, column = np.nonzero(slots >= 0)
     values = np.empty((len(region_values), patches), np.float32)

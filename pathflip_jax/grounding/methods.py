@@ -21,8 +21,8 @@ class Encoder(Protocol):
     """Interface of a `Predictor` that methods use: encoding only, independent of maps.
 
     `encode_slots` returns a `SlideEncoding` of bags of patch indices [R, S], each with its own features;
-    `attend_regions` the attention of texts over regions; `alone` the text-conditioned embedding of each region as the
-    only one of its slide.
+    `attend_regions` the attention of texts over regions; `attend_single_regions` the text-conditioned embedding of
+    each region as the only one of its slide.
     """
 
     patchwise: bool
@@ -42,7 +42,7 @@ class Encoder(Protocol):
     ) -> Float[np.ndarray, "C R"]:
         """Attention, averaged over heads."""
 
-    def alone(self, regions: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "R D"]:
+    def attend_single_regions(self, regions: Float[np.ndarray, "R D"]) -> Float[np.ndarray, "R D"]:
         """Text-conditioned embeddings, the same for every text."""
 
 
@@ -97,7 +97,7 @@ class Region(Method):
 
     def score(self, encoder, prepared, text, region_scores):
         """Region scores copied to their patches."""
-        return maps.spread(region_scores, prepared.slots, len(prepared.coords))
+        return maps.copy_to_patches(region_scores, prepared.slots, len(prepared.coords))
 
 
 class RefinedRegion(Region):
@@ -154,7 +154,7 @@ class Similarity(Cosine):
 
     def prepare(self, encoder, view):
         """Text-conditioned embedding of each window alone [N, D]."""
-        return encoder.alone(super().prepare(encoder, view))
+        return encoder.attend_single_regions(super().prepare(encoder, view))
 
 
 class Slide(Method):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.grounding.files import short_name, write_picture, write_whole
+from pathflip_jax.grounding.files import short_name, write_atomically, write_picture
 
 PIXELS = 256  # pixels of an image's edge
 ACROSS = 8  # images per row of the sheet
@@ -64,7 +64,7 @@ def write_top_patches(folder: Path, grounding, image, count: int, pixels: int = 
             path = place / f"{rank:02d}_{x}_{y}.png"
             stream = io.BytesIO()
             Image.fromarray(picture).save(stream, "PNG")
-            write_whole(path, stream.getvalue())
+            write_atomically(path, stream.getvalue())
             found.append({"text": text, "file": str(path), "x": x, "y": y, "score": float(scores[i])})
         rows.append((text, pictures, scores[chosen]))
     write_picture(folder / "sheet.png", draw_sheet(rows, grounding.slide_id), dpi=130)

@@ -12,9 +12,9 @@ from pathflip_jax.grounding.files import (
     as_facts,
     as_geojson,
     short_name,
+    write_atomically,
     write_attention,
     write_picture,
-    write_whole,
 )
 from pathflip_jax.grounding.heatmap import draw_grounding
 from pathflip_jax.grounding.maps import SMOOTH, Grounding
@@ -60,7 +60,7 @@ def write_grounding(
         stream, texts=grounding.texts, patch_scores=grounding.patch_scores, coords=grounding.coords,
         patch_size=grounding.patch_size, region_scores=grounding.region_scores,
     )  # fmt: skip
-    written["scores"] = str(write_whole(out / f"{name}.npz", stream.getvalue()))
+    written["scores"] = str(write_atomically(out / f"{name}.npz", stream.getvalue()))
     facts = as_facts(grounding, limits, smooth, boxes)
     bounds = (0, 0) if measures is None else measures.bounds
     areas = as_geojson(name, grounding.texts, boxes, bounds)

@@ -32,7 +32,7 @@ from pathflip_jax.runtime.buckets import bucket
 Rows = Float[np.ndarray, "n D"]
 
 
-class Asked(NamedTuple):
+class EncodedPrompt(NamedTuple):
     """Prompt up to the start of the answer, and its slide: [slide; regions], None for no slide."""
 
     tokens: Int[np.ndarray, "T"]
@@ -62,7 +62,7 @@ class SlideAssistant:
         found = self.predictor.encode_slides(slides)
         return [np.concatenate([slide.slide[None], slide.regions]) for slide in found]
 
-    def prompt(self, asked: str, slide: Rows | None, before: Sequence[Turn] = ()) -> Asked:
+    def prompt(self, asked: str, slide: Rows | None, before: Sequence[Turn] = ()) -> EncodedPrompt:
         """Prompt about a slide; `<image>` is put before the first text where none of them has it.
 
         Raises ValueError for a text without words, and where `<image>` occurs twice.
@@ -73,13 +73,13 @@ class SlideAssistant:
         if IMAGE not in "".join([*(turn.asked for turn in before), asked]):
             first = f"{IMAGE}\n{first}"
             before, asked = ([Turn(first, before[0].answer), *before[1:]], asked) if before else ([], first)
-        return Asked(encode_prompt(self.tokenizer, before, asked, self.template), slide)
+        return EncodedPrompt(encode_prompt(self.tokenizer, before, asked, self.template), slide)
 
     def caption(self, slides: Sequence[Rows | None], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
         """Generate a report of each slide, with the prompt used for caption tables in training."""
         return self.answer([self.prompt(DESCRIBE, slide) for slide in slides], sampling, batch_size=batch_size)
 
-    def answer(self, prompts: Sequence[Asked], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
+    def answer(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, batch_size: int = 8) -> list[str]:
         """Answer each prompt. Prompts of similar length share a call; raises as `generate`."""
         sampling = replace(sampling, stop_ids=self.stop_ids)
         found: list[str] = [""] * len(prompts)
@@ -91,7 +91,7 @@ class SlideAssistant:
         return found
 
     def choose(
-        self, prompts: Sequence[Asked], answers: Sequence[Sequence[str]], *, batch_size: int = 8
+        self, prompts: Sequence[EncodedPrompt], answers: Sequence[Sequence[str]], *, batch_size: int = 8
     ) -> list[Float[np.ndarray, "C"]]:
         """Log likelihood of each candidate answer to each prompt, summed over its tokens and its end token."""
         found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
@@ -110,10 +110,10 @@ class SlideAssistant:
                 found[i] = scores[row, : len(answers[i])]
         return found
 
-    def _length(self, prompt: Asked) -> int:
+    def _length(self, prompt: EncodedPrompt) -> int:
         return len(prompt.tokens) + (0 if prompt.slide is None else len(prompt.slide)) - 1
 
-    def _inputs(self, prompts: Sequence[Asked]):
+    def _inputs(self, prompts: Sequence[EncodedPrompt]):
         """Tokens, embeddings and mask of prompts, left-padded to one of a few sizes."""
         size, width = bucket(len(prompts)), bucket(max(map(self._length, prompts)))
         most = bucket(max([1, *(len(p.slide) for p in prompts if p.slide is not None)]))

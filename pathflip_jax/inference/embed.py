@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from pathflip_jax.convert.versions import as_before
+from pathflip_jax.convert.versions import drop_legacy_values
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records, manifest_hash
-from pathflip_jax.data.records.splits import no_such_split
+from pathflip_jax.data.records.splits import unknown_split_message
 from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.data.storage.json_files import write_json
@@ -81,7 +81,7 @@ def checkpoint_hash(predictor: Predictor) -> str:
     """SHA-256 of everything that determines an embedding: weights, model shape and the cutting into regions."""
     sums = {name: int(value) for name, value in jax.device_get(checksums(flatten(predictor.model))).items()}
     cut = [predictor.cut, predictor.edge_um, predictor.edge_px]
-    return _sha256([sums, as_before("model", predictor.model.config.to_dict()), cut])
+    return _sha256([sums, drop_legacy_values("model", predictor.model.config.to_dict()), cut])
 
 
 def embed(
@@ -158,7 +158,7 @@ def _select(
     rows, notes = rename_rows(read_slide_table(table), ids, table)
     wanted = {row["slide_id"] for row in rows if split in (None, row["split"])}
     if not wanted:
-        raise ValueError(no_such_split(table, split or "", rows))
+        raise ValueError(unknown_split_message(table, split or "", rows))
     absent = sorted(wanted - set(ids))
     if len(absent) == len(wanted):
         raise ValueError(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.inference.predictor import Embedding
 
 FORMAT = 1
@@ -57,7 +57,7 @@ def write_table(path: Path, tables: Iterator[pa.Table] | list[pa.Table]) -> None
     tables = iter(tables)
     first = next(tables)
     options = {"use_dictionary": False, "write_page_checksum": True}
-    with whole_file(path) as out, pq.ParquetWriter(_Sink(out), first.schema, **options) as writer:
+    with atomic_file(path) as out, pq.ParquetWriter(_Sink(out), first.schema, **options) as writer:
         writer.write_table(first)
         for table in tables:
             writer.write_table(table)
@@ -80,10 +80,10 @@ def open_embeddings(path: str | Path) -> tuple[pa.Table, dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `pathflip embed` writes it")
-    return pq.read_table(path), read_claim(path)
+    return pq.read_table(path), read_provenance(path)
 
 
-def read_claim(path: Path) -> dict:
+def read_provenance(path: Path) -> dict:
     """Read the JSON provenance of a file. ValueError for a file that `embed` did not write."""
     try:
         metadata = pq.read_schema(path).metadata or {}
@@ -108,7 +108,7 @@ def find_rows(paths: Sequence[Path], claim: dict) -> dict[str, tuple[Path, int, 
     """Map from slide id to file, row group and row, for files of this provenance. Raises ValueError for others."""
     places = {}
     for path in paths:
-        found = read_claim(path)
+        found = read_provenance(path)
         changed = [
             f"{what} {_show(found, name)}, now {_show(claim, name)}"
             for name, what in IDENTITY.items()

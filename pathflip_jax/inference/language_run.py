@@ -64,7 +64,7 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
     return Aligner(predictor.model.config, params, checkpoint_hash(predictor))
 
 
-class Started(NamedTuple):
+class InitialParameters(NamedTuple):
     """Initial parameters of a run: those that another run trained, or a PEFT adapter; and its LoRA, if any."""
 
     lora: LoRAConfig | None
@@ -72,7 +72,7 @@ class Started(NamedTuple):
     hash: str
 
 
-def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) -> Started:
+def read_initial_parameters(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) -> InitialParameters:
     """Read the parameters trained by a run of the language stage, or a PEFT adapter, for the decoder in that folder.
 
     Raises ValueError where it was trained on another aligner or decoder.
@@ -86,7 +86,7 @@ def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) 
                 folder,
             )
         params = {f"decoder/{name}": x for name, x in flat.items()}
-        return Started(lora, params, content_hash(params))
+        return InitialParameters(lora, params, content_hash(params))
     shape, config, params = read_trained(folder)
     wrong = [
         f"another {name}, {config['lm'].get(name)}"
@@ -95,7 +95,7 @@ def read_start(folder: str, decoder: str, aligner_hash: str, decoder_hash: str) 
     ]
     if wrong:
         raise ValueError(f"lm.start={folder}: stands on {' and on '.join(wrong)}; name the same ones, or no lm.start")
-    return Started(shape.lora, params, content_hash(params))
+    return InitialParameters(shape.lora, params, content_hash(params))
 
 
 def read_trained(folder: str | Path, which: str | int = "best") -> tuple[Shape, dict, dict[str, np.ndarray]]:

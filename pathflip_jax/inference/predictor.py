@@ -102,14 +102,14 @@ class Predictor:
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
         #: Settings that the run does not state and that were assumed: older runs, and third-party weights.
-        self.assumed = tuple(map(str, config.get("assumed") or ())) or self._unsaid(data)
+        self.assumed = tuple(map(str, config.get("assumed") or ())) or self._assumed_settings(data)
         #: Each patch takes the role of a region in other families.
         self.patchwise = family_of(model.config).patchwise
         self._serving = SERVING[model.config.family]
         self.default_method = self._serving.default_method
         self._encoders: dict[tuple, Callable] = {}  # by input size
 
-    def _unsaid(self, data: dict) -> tuple[str, ...]:
+    def _assumed_settings(self, data: dict) -> tuple[str, ...]:
         """Settings that a run does not state, with the values assumed for them."""
         lines = [] if "encoder" in data else ["the patch encoder is not known: features of any encoder are taken"]
         lines += [] if data.get("cut") else [f"regions are cut by {self.cut}"]
@@ -214,7 +214,7 @@ class Predictor:
         """
         slides, again = itertools.tee(slides)
         for slide, embedding in zip(again, self.encode_slides(slides, batch_size), strict=True):
-            regions = self.alone(embedding.regions)
+            regions = self.attend_single_regions(embedding.regions)
             if self.patchwise:
                 cut = self._regions(slide)
                 regions = np.add.reduceat(regions[cut.order], cut.rows[:-1]) / np.diff(cut.rows)[:, None]
@@ -296,7 +296,7 @@ class Predictor:
         _, weights = _text_region_attention(self.model, queries, keys, np.arange(size)[None] < count)
         return np.asarray(weights, np.float32)[0, : len(texts), :count]
 
-    def alone(self, regions: np.ndarray) -> np.ndarray:
+    def attend_single_regions(self, regions: np.ndarray) -> np.ndarray:
         """Text-conditioned embedding of each region taken as the only one of its slide [R, D].
 
         A single region receives all the attention whatever the text, so the embedding is the same for every text.

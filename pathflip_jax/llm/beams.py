@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.llm.sampling import Sampling
 
-NEVER = -1e9  # score of disallowed choices
+MASKED_SCORE = -1e9  # score of disallowed choices
 
 
 class Beams(NamedTuple):
@@ -37,7 +37,7 @@ class Beams(NamedTuple):
 
 def start(B: int, K: int, N: int, seen: Bool[Array, "B V"] | None) -> Beams:
     """Initial state without text. All but the first beam are disabled, since all are identical at first."""
-    tokens, never = jnp.full((B, K, N), -1, jnp.int32), jnp.full((B, K), NEVER)
+    tokens, never = jnp.full((B, K, N), -1, jnp.int32), jnp.full((B, K), MASKED_SCORE)
     no = jnp.zeros((B, K), bool)
     return Beams(
         jnp.int32(0), tokens, never.at[:, 0].set(0), tokens, jnp.zeros((B, K), jnp.int32), never, no,
@@ -63,17 +63,17 @@ def advance(
     tokens = _pick(beams.tokens, parents).at[:, :, step].set(token)
     ends = jnp.isin(token, jnp.array(sampling.stop_ids, jnp.int32)) | (step + 1 >= limit)
 
-    running, chosen = lax.top_k(sums + ends * NEVER, K)
+    running, chosen = lax.top_k(sums + ends * MASKED_SCORE, K)
     length = (step + 1).astype(jnp.float32)
     candidates = sums / length**sampling.length_penalty
     counts = ends & (jnp.arange(kept) < K)  # the others only ensure that enough beams continue
-    candidates = candidates + ~beams.open[:, None] * NEVER + ~counts * NEVER
+    candidates = candidates + ~beams.open[:, None] * MASKED_SCORE + ~counts * MASKED_SCORE
     scores, best = lax.top_k(jnp.concatenate([beams.scores, candidates], axis=1), K)
     ended_tokens = _pick(jnp.concatenate([beams.ended_tokens, tokens], axis=1), best)
     lengths = jnp.concatenate([beams.ended_lengths, jnp.full((B, kept), step + 1)], axis=1)
     has_ended = _pick(jnp.concatenate([beams.has_ended, counts], axis=1), best)
 
-    worst = jnp.where(has_ended, scores.min(1, keepdims=True), NEVER)
+    worst = jnp.where(has_ended, scores.min(1, keepdims=True), MASKED_SCORE)
     possible = running[:, :1] / length**sampling.length_penalty
     may_improve = beams.open & (possible > worst).any(1)
     parents = _pick(parents, chosen)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pathflip_jax.llm.decoder import Attention, CausalDecoder, Decoder, DecoderLayer, FeedForward, Projection
 from pathflip_jax.ops.packed_matmul import Layout, best_layout, packed_matmul, store
-from pathflip_jax.ops.platform import traced_for
+from pathflip_jax.ops.platform import target_platform
 
 
 class PackedLinear(nnx.Module):
@@ -89,7 +89,7 @@ def fuse_for_decoding(decoder: Decoder | ServingDecoder) -> ServingDecoder:
 
     It holds a copy of the kernels: on a CPU in float32 whatever their dtype, elsewhere in the dtype of computation.
     """
-    return decoder if isinstance(decoder, ServingDecoder) else _fuse(traced_for(), decoder)
+    return decoder if isinstance(decoder, ServingDecoder) else _fuse(target_platform(), decoder)
 
 
 @partial(jax.jit, static_argnums=0)

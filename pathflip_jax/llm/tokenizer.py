@@ -17,9 +17,9 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_many
 from pathflip_jax.data.storage.json_values import json_object
-from pathflip_jax.data.storage.whole_files import whole_file
 
 END = "<|endoftext|>"  # end and padding token of tokenizers trained here
 #: Date that Llama 3's templates write: their default, so that prompts do not change from day to day.
@@ -159,7 +159,7 @@ class DecoderTokenizer:
         held = read_many([folder / name for name in self._files])
         for (name, data), before in zip(self._files.items(), held, strict=True):
             if before != data and (name != "config.json" or before is None):
-                with whole_file(folder / name) as out:
+                with atomic_file(folder / name) as out:
                     out.write(data)
 
     def _read_tokenizer(self) -> Tokenizer:
@@ -364,5 +364,5 @@ def train_bpe(texts: Iterable[str], folder: str | Place, vocab_size: int = 2000)
     folder = as_path(folder)
     make_folder(folder)
     for name, text in files.items():
-        with whole_file(folder / name) as out:
+        with atomic_file(folder / name) as out:
             out.write(f"{text}\n".encode())

@@ -18,8 +18,8 @@ from pathflip_jax.settings.networks import LossConfig
 # texts [B, C, D], regions [B, R, D], region_mask [B, R] -> text-conditioned region embeddings [B, C, D], weights
 TextRegionAttention = Callable[[Array, Array, Array], tuple[Array, Array]]
 Scalar = Float[Array, ""] | float
-# (function, per-slide inputs, inputs of all slides, shared inputs) -> the function's result per slide; see `at_once`
-Spread = Callable[..., Any]
+# (function, per-slide inputs, inputs of all slides, shared inputs) -> the function's result per slide; see `unsharded`
+ShardMap = Callable[..., Any]
 
 
 class Embeddings(NamedTuple):
@@ -84,16 +84,16 @@ def draw_negatives(key: Array, B: int, K: int) -> Int[Array, "B B"]:
     return jnp.where(jnp.eye(B, dtype=bool), -1, jax.random.randint(key, (B, B), 0, K))
 
 
-def at_once(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
-    """Unsharded evaluation of function(slides, everyone, whole): all slides on one device.
+def unsharded(function: Callable, local: Any, gathered: Any, replicated: Any) -> Any:
+    """Unsharded evaluation of function(local, gathered, replicated): all slides on one device.
 
-    `slides` and `everyone` are arrays [B, ...]; on a mesh each device receives its own slides' rows of the former and
-    all rows of the latter (`by_slide` in `runtime/sharding.py`). The result has one row per row of `slides`.
+    `local` and `gathered` are arrays [B, ...]; on a mesh each device receives its own slides' rows of the former and
+    all rows of the latter (`shard_by_slide` in `runtime/sharding.py`). The result has one row per row of `local`.
     """
-    return function(slides, everyone, whole)
+    return function(local, gathered, replicated)
 
 
-class _Slides(NamedTuple):
+class _Local(NamedTuple):
     """Per-slide inputs for scoring the negatives of n slides: the whole batch, or one device's share."""
 
     number: Int[Array, "n"]
@@ -104,7 +104,7 @@ class _Slides(NamedTuple):
     drawn: Int[Array, "n B"]
 
 
-class _Everyone(NamedTuple):
+class _Gathered(NamedTuple):
     """Inputs of all slides of the batch: their relations, and the texts that serve as negatives."""
 
     subcaptions: Float[Array, "B K D"]
@@ -120,7 +120,7 @@ def region_loss(
     scale: Scalar,
     bias: Scalar | None,
     config: LossConfig,
-    spread: Spread = at_once,
+    shard_map: ShardMap = unsharded,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Sigmoid loss between subcaptions and text-conditioned region embeddings, with mean cosines as metrics.
 
@@ -138,13 +138,13 @@ def region_loss(
     positive = _cosines(text_region_attention, embeddings.subcaptions, embeddings.regions, embeddings.region_mask)
     positive_terms = -log_sigmoid(positive, 1.0, scale, bias)  # [B, K]
 
-    def score(slides: _Slides, everyone: _Everyone, whole: tuple) -> tuple[Array, Array, Array]:
-        return _negatives(slides, everyone, *whole, shown, config.negatives_at_once or max(shown, 1))
+    def score(local: _Local, gathered: _Gathered, replicated: tuple) -> tuple[Array, Array, Array]:
+        return _negatives(local, gathered, *replicated, shown, config.negatives_at_once or max(shown, 1))
 
     wording = None if embeddings.wording is None else jnp.asarray(embeddings.wording)
-    everyone = _Everyone(embeddings.subcaptions, jnp.asarray(related).reshape(B, -1), wording)
-    slides = _Slides(jnp.arange(B), *everyone[1:], embeddings.regions, embeddings.region_mask, negatives)
-    negative_sum, cosine_sum, count = spread(score, slides, everyone, (text_region_attention, scale, bias))
+    gathered = _Gathered(embeddings.subcaptions, jnp.asarray(related).reshape(B, -1), wording)
+    local = _Local(jnp.arange(B), *gathered[1:], embeddings.regions, embeddings.region_mask, negatives)
+    negative_sum, cosine_sum, count = shard_map(score, local, gathered, (text_region_attention, scale, bias))
     count = jnp.maximum(count, 1.0)
     if config.normaliser == "released":
         loss = (jnp.sum(positive_terms) + jnp.sum(negative_sum)) / (K + shown)
@@ -166,8 +166,8 @@ def pair_bytes(config: LossConfig, slides: int, batch_size: int, heads: int, reg
 
 
 def _negatives(
-    slides: _Slides,
-    everyone: _Everyone,
+    local: _Local,
+    gathered: _Gathered,
     attention: TextRegionAttention,
     scale: Scalar,
     bias: Scalar | None,
@@ -180,13 +180,13 @@ def _negatives(
     """
 
     def score(offsets: Int[Array, "C"]):
-        others = (slides.number[:, None] + offsets[None]) % len(everyone.related)  # [n, C]
-        drawn = jnp.take_along_axis(slides.drawn, others, axis=1)
-        counted = unrelated(slides.related[:, None], everyone.related[others]) & (offsets <= shown)[None]
-        if everyone.wording is not None:
-            counted &= unrelated(slides.wording[:, None], everyone.wording[others, drawn][..., None])
-        texts = everyone.subcaptions[others, drawn]
-        cosine = _cosines(attention, texts, slides.regions, slides.region_mask)
+        others = (local.number[:, None] + offsets[None]) % len(gathered.related)  # [n, C]
+        drawn = jnp.take_along_axis(local.drawn, others, axis=1)
+        counted = unrelated(local.related[:, None], gathered.related[others]) & (offsets <= shown)[None]
+        if gathered.wording is not None:
+            counted &= unrelated(local.wording[:, None], gathered.wording[others, drawn][..., None])
+        texts = gathered.subcaptions[others, drawn]
+        cosine = _cosines(attention, texts, local.regions, local.region_mask)
         counted = counted.astype(cosine.dtype)
         terms = -log_sigmoid(cosine, -1.0, scale, bias)
         return tuple(jnp.sum(x * counted, axis=1) for x in (terms, cosine, jnp.ones_like(cosine)))
@@ -217,9 +217,9 @@ def alignment_loss(
     scale: Scalar,
     bias: Scalar | None,
     config: LossConfig,
-    spread: Spread = at_once,
+    shard_map: ShardMap = unsharded,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Total loss and its components by name; a loss of weight 0 is not computed. `spread` as in `region_loss`."""
+    """Total loss and its components by name; a loss of weight 0 is not computed. `shard_map` as in `region_loss`."""
     metrics = {}
     loss = jnp.zeros(())
     if config.slide_weight:
@@ -230,7 +230,7 @@ def alignment_loss(
     if config.region_weight:
         with jax.named_scope("region_loss"):
             metrics["loss_region"], similarity = region_loss(
-                embeddings, text_region_attention, negatives, related, scale, bias, config, spread
+                embeddings, text_region_attention, negatives, related, scale, bias, config, shard_map
             )
         loss += config.region_weight * metrics["loss_region"]
         metrics |= similarity

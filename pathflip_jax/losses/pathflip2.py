@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pathflip_jax.losses.pathflip import Scalar, Spread, at_once, log_sigmoid, negative_pairs, normalise, unrelated
+from pathflip_jax.losses.pathflip import Scalar, ShardMap, log_sigmoid, negative_pairs, normalise, unrelated, unsharded
 from pathflip_jax.settings.networks import SigmoidLossConfig
 
 
@@ -28,7 +28,7 @@ def sigmoid_slide_loss(
     return jnp.sum(jnp.where(negative_pairs(related) | same, terms, 0)) / len(slides)
 
 
-class _Slides(NamedTuple):
+class _Local(NamedTuple):
     """Slides of the whole batch or of one device: their indices and their text-conditioned embeddings."""
 
     number: Int[Array, "n"]
@@ -37,7 +37,7 @@ class _Slides(NamedTuple):
     pooled: Float[Array, "n K D"]
 
 
-class _Everyone(NamedTuple):
+class _Gathered(NamedTuple):
     """Texts of all slides of the batch, and the relations between the slides."""
 
     texts: Float[Array, "B K D"]
@@ -52,7 +52,7 @@ def pair_loss(
     scale: Scalar,
     bias: Scalar,
     config: SigmoidLossConfig,
-    spread: Spread = at_once,
+    shard_map: ShardMap = unsharded,
     wording: Int[Array, "B K"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean sigmoid loss over all pairs of text-conditioned embedding and subcaption, with mean cosines as metrics.
@@ -65,37 +65,35 @@ def pair_loss(
     """
     B, K, _ = texts.shape
 
-    def score(slides: _Slides, everyone: _Everyone, whole: tuple) -> tuple[Array, ...]:
-        return _sums(slides, everyone, *whole, config.slides_at_once or B)
+    def score(local: _Local, gathered: _Gathered, replicated: tuple) -> tuple[Array, ...]:
+        return _sums(local, gathered, *replicated, config.slides_at_once or B)
 
     wording = None if wording is None else jnp.asarray(wording)
-    everyone = _Everyone(normalise(texts), jnp.asarray(related).reshape(B, -1), wording)
-    found = spread(score, _Slides(jnp.arange(B), *everyone[1:], normalise(pooled)), everyone, (scale, bias))
+    gathered = _Gathered(normalise(texts), jnp.asarray(related).reshape(B, -1), wording)
+    found = shard_map(score, _Local(jnp.arange(B), *gathered[1:], normalise(pooled)), gathered, (scale, bias))
     total, count, positive, negative = (jnp.sum(x) for x in found)
     cosines = {"cosine_positive": positive / (B * K), "cosine_negative": negative / jnp.maximum(count - B * K, 1)}
     return total / count, cosines
 
 
-def _sums(
-    slides: _Slides, everyone: _Everyone, scale: Scalar, bias: Scalar, chunk: int
-) -> tuple[Float[Array, "n"], ...]:
+def _sums(local: _Local, gathered: _Gathered, scale: Scalar, bias: Scalar, chunk: int) -> tuple[Float[Array, "n"], ...]:
     """Per-slide sums over its pairs with all texts: loss terms, pair counts, cosines of matches and of non-matches.
 
     Chunks are rematerialised in the backward pass, so that only one is in memory at a time.
     """
-    B, K, _ = everyone.texts.shape
+    B, K, _ = gathered.texts.shape
 
     def one(numbers: Int[Array, "C"]):
         there = numbers < B
         numbers = jnp.minimum(numbers, B - 1)
-        own = slides.number[:, None] == numbers[None]  # [n, C]
-        counted = (unrelated(slides.related[:, None], everyone.related[numbers][None]) | own) & there[None]
+        own = local.number[:, None] == numbers[None]  # [n, C]
+        counted = (unrelated(local.related[:, None], gathered.related[numbers][None]) | own) & there[None]
         counted = jnp.broadcast_to(counted[..., None], (*counted.shape, K))  # [n, C, K]
-        if everyone.wording is not None:
-            other = unrelated(slides.wording[:, None, None], everyone.wording[numbers][None, ..., None])
+        if gathered.wording is not None:
+            other = unrelated(local.wording[:, None, None], gathered.wording[numbers][None, ..., None])
             counted &= other | own[..., None]
         match = own[:, None, :, None] & jnp.eye(K, dtype=bool)[None, :, None]  # [n, K, C, K]
-        cosine = jnp.einsum("nkd,cjd->nkcj", slides.pooled, everyone.texts[numbers], precision="highest")
+        cosine = jnp.einsum("nkd,cjd->nkcj", local.pooled, gathered.texts[numbers], precision="highest")
         terms = -log_sigmoid(cosine, jnp.where(match, 1.0, -1.0), scale, bias)
         weight = jnp.broadcast_to(counted[:, None], cosine.shape).astype(cosine.dtype)
         matched = match & there[None, None, :, None]

@@ -25,7 +25,7 @@ Rows = tuple[Int[Array, "G _ _"], Int[Array, "G _ _"], Int[Array, "G _ _"]]
 TOKEN_TYPES = 2  # BERT has two sentence types; all texts here are of type 0
 
 
-def pick(states: Float[Array, "G T H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
+def gather_states(states: Float[Array, "G T H"], index: Int[Array, "G n"]) -> Float[Array, "G n H"]:
     """States gathered by their index among the tokens of their group."""
     return jnp.take_along_axis(states, index[..., None], axis=1)
 
@@ -57,7 +57,7 @@ class SelfAttention(nnx.Module):
         """Masked self-attention within each row; the T tokens are all rows of a group, concatenated.
 
         Token t of a row attends to token u of the row where the row's mask is True. With `kept`, only those states are
-        returned, [G, n, H] (see `pick`).
+        returned, [G, n, H] (see `gather_states`).
         """
         keys = split_key(key, 1 + len(masks))
         projected = [_rows(project(x), masks) for project in (self.query, self.key, self.value)]
@@ -67,7 +67,7 @@ class SelfAttention(nnx.Module):
         ]
         pooled = jnp.concatenate([part.reshape(len(x), -1, x.shape[-1]) for part in pooled], axis=1)
         if kept is not None:
-            x, pooled = pick(x, kept), pick(pooled, kept)
+            x, pooled = gather_states(x, kept), gather_states(pooled, kept)
         return self._finish(x, pooled, keys[0])
 
     def _finish(self, x: Array, pooled: Array, key: Array | None) -> Array:

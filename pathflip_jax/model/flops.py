@@ -52,7 +52,7 @@ def parameters(config: ModelConfig) -> int:
     return sum(math.prod(x.shape) for x in abstract_params(config).values())
 
 
-def useful_operations(
+def model_flops(
     config: ModelConfig,
     patch_mask: Bool[jax.Array, "B R S"],
     text_rows: Sequence[tuple[Int[jax.Array, "G _ _"], ...]],

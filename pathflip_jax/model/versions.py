@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pathflip_jax.settings.fields import AS_NOW
-from pathflip_jax.settings.kinds import BEFORE
+from pathflip_jax.settings.kinds import LEGACY_VALUES
 
 
 class UnknownSettings(ValueError):
@@ -17,5 +17,5 @@ class UnknownSettings(ValueError):
 
 def before(section: str, names: Iterable[str]) -> dict[str, Any]:
     """Values that reproduce versions without these settings, where stated and where they make a difference."""
-    stated = ((name, BEFORE.get(f"{section}.{name}", AS_NOW)) for name in names)
+    stated = ((name, LEGACY_VALUES.get(f"{section}.{name}", AS_NOW)) for name in names)
     return {name: value for name, value in stated if value is not AS_NOW}

@@ -121,7 +121,7 @@ def memory_in_use() -> dict[str, int]:
     return {name: int(kilobytes[1]) * 1024 for name, kilobytes in found.items() if kilobytes}
 
 
-class Started(NamedTuple):
+class StepTimestamps(NamedTuple):
     """Timestamps of a dispatched step, in seconds of one clock: its dispatch, the begin and end of the wait for its
     batch, and the loop's last return to steps from other work (a validation, a save)."""
 
@@ -138,7 +138,7 @@ class StepTime(NamedTuple):
     waited: float
 
 
-def step_time(started: Started, finished_before: float, finished: float) -> StepTime:
+def step_time(started: StepTimestamps, finished_before: float, finished: float) -> StepTime:
     """Time of a step that ended at `finished`, after one that ended at `finished_before`.
 
     It begins when the devices became free for it. Waiting for a batch while they were busy costs nothing.
@@ -163,7 +163,7 @@ class Telemetry:
         self.hosts = None if _alone() else Hosts(mesh)
         self._compilations = CompileCounter()
         self._waited = (0.0, 0.0)
-        self._started: deque[Started] = deque()
+        self._started: deque[StepTimestamps] = deque()
         self._finished_before = 0.0
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)  # operations, seconds, waits
         self._under_way: queue.SimpleQueue = queue.SimpleQueue()
@@ -191,7 +191,7 @@ class Telemetry:
         """The same step function, whose last result is its metrics, with start and end recorded."""
 
         def run(*arguments):
-            self._started.append(Started(time.perf_counter(), self._waited, self._ledger.resumed))
+            self._started.append(StepTimestamps(time.perf_counter(), self._waited, self._ledger.resumed))
             results = step(*arguments)
             self._under_way.put(results[-1])
             return results

@@ -69,7 +69,7 @@ def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, se
     kept = weights if seed is None else drop(weights, rate, seed)
     pooled = (matmul(kept.astype(value.dtype), value) * share).astype(value.dtype)
     sums = (share * (total if seed is None else row_sums(kept))).astype(value.dtype)
-    return (pooled, sums), (query, key, value, mask, seed, largest, share, kept_outcome(pooled, sums))
+    return (pooled, sums), (query, key, value, mask, seed, largest, share, saved_output(pooled, sums))
 
 
 def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
@@ -92,16 +92,16 @@ def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]
 _pool.defvjp(_pool_forward, _pool_backward)
 
 
-def score_gradient_by_sums(weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: None) -> Array:
+def score_gradient_from_sums(weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: None) -> Array:
     """Softmax gradient with respect to the scores, its weighted mean computed as a sum over all keys."""
     inner = weights * inner
     return inner - weights * row_sums(inner)
 
 
-def score_gradient_by_outcome(
+def score_gradient_from_output(
     weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: tuple[Array, Array]
 ) -> Array:
-    """`score_gradient_by_sums` with the mean taken from the pooled values and their gradient, as in FlashAttention.
+    """`score_gradient_from_sums` with the mean taken from the pooled values and their gradient, as in FlashAttention.
 
     It avoids the sum over keys, which XLA:TPU would compute inside each of the two products that read this result.
     """
@@ -110,8 +110,8 @@ def score_gradient_by_outcome(
 
 
 # Pooled values and sums of weights, kept where the backward pass uses them; XLA:CPU gains nothing by it.
-kept_outcome = by_platform(cpu=lambda pooled, sums: None, default=lambda pooled, sums: (pooled, sums))
-score_gradient = by_platform(cpu=score_gradient_by_sums, default=score_gradient_by_outcome)
+saved_output = by_platform(cpu=lambda pooled, sums: None, default=lambda pooled, sums: (pooled, sums))
+score_gradient = by_platform(cpu=score_gradient_from_sums, default=score_gradient_from_output)
 
 
 def _scores(query: Array, key: Array, mask: Array | None) -> Float[Array, "... C T"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pathflip_jax.ops.platform import traced_for
+from pathflip_jax.ops.platform import target_platform
 
 Layout = Literal["plain", "rows"]
 FEW = 16  # input rows up to which the kernel on the left is faster; prompts use plain products
@@ -19,7 +19,7 @@ FEW = 16  # input rows up to which the kernel on the left is faster; prompts use
 
 def best_layout() -> Layout:
     """The fastest layout on the platform being traced for."""
-    return "rows" if traced_for() == "cpu" else "plain"
+    return "rows" if target_platform() == "cpu" else "plain"
 
 
 def store(kernel: Float[Array, "I O"], layout: Layout) -> Array:

@@ -14,7 +14,7 @@ from jax import lax
 T = TypeVar("T")
 
 
-def traced_for() -> str:
+def target_platform() -> str:
     """The target platform of the trace: that of the current mesh, whose devices may be abstract, else the backend's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -28,7 +28,7 @@ def by_platform(*, cpu: Callable, default: Callable) -> Callable:
 
     @wraps(default)
     def chosen(*arguments):
-        return (cpu if traced_for() == "cpu" else default)(*arguments)
+        return (cpu if target_platform() == "cpu" else default)(*arguments)
 
     chosen.cpu, chosen.default = cpu, default
     return chosen

@@ -282,7 +282,7 @@ class NewerOrbaxError(ValueError):
     """A checkpoint written by a newer Orbax than that of some process."""
 
 
-def lacking_handlers(folder: Path) -> list[str]:
+def missing_handlers(folder: Path) -> list[str]:
     """Sorted Orbax classes that wrote a checkpoint and are missing from the installed Orbax."""
     try:
         handlers = set(json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"].values())
@@ -348,7 +348,7 @@ def _read(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
     try:
         return _read_items(folder, wanted)
     except Exception as error:  # checked only on failure: a class may have moved between versions with identical files
-        if lacking := lacking_handlers(folder):
+        if lacking := missing_handlers(folder):
             said = str(error).splitlines()[0] if str(error) else repr(error)
             raise NewerOrbaxError(
                 f"{folder}: a checkpoint of a newer Orbax; orbax-checkpoint "

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import jax
 
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import Place, as_path, is_url, make_folder, read_bytes, remove
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.runtime import distributed
 
 LOCK = "run.lock"
-BEAT_SECONDS = 10  # between two heartbeats
+HEARTBEAT_SECONDS = 10  # between two heartbeats
 STALE_SECONDS = 120  # without a heartbeat: the holder, on another host, is gone
 ENDING_SECONDS = 600  # for which a start waits for a run that is saving and stopping
 SETTLE_SECONDS = 1  # after which the last of two concurrent writers holds the lock
@@ -136,7 +136,7 @@ class _Lock:
         beaten = time.monotonic()
         while not self._end.wait(POLL_SECONDS) and not self.lost:
             ending = self._stopped() and not self._facts["ending"]
-            if ending or time.monotonic() - beaten >= BEAT_SECONDS:
+            if ending or time.monotonic() - beaten >= HEARTBEAT_SECONDS:
                 self.tell(**({"ending": True} if ending else {}))
                 beaten = time.monotonic()
 
@@ -226,7 +226,7 @@ def _read(path: Place) -> dict | None:
 
 
 def _write(path: Place, facts: dict) -> None:
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(json.dumps(facts).encode())
 
 

@@ -70,7 +70,7 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
-def keep_compiled() -> None:
+def enable_compilation_cache() -> None:
     """Enable the persistent compilation cache in `$XDG_CACHE_HOME/pathflip_jax`; call before JAX is imported.
 
     `JAX_COMPILATION_CACHE_DIR` selects another folder. Without a writable folder, programs are compiled at each start,

@@ -3,7 +3,7 @@
 The launcher tells each process the number of processes, its own index and the address of the first one: by options,
 variables or JAX's detection of TPU pods, Slurm and Open MPI. From then on, whatever ends one process ends all of them
 soon, with one exit code: 75 if the same command may be restarted (a host was lost, or hangs), else that of the process
-that failed. `Watchdog` handles hangs, `end_together` failures, `_exit_where_jax_aborts` lost hosts.
+that failed. `Watchdog` handles hangs, `end_all_processes` failures, `_exit_where_jax_aborts` lost hosts.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
     reports their number and the launcher, and from then on it alone writes to stdout and warns.
     """
     if launch is None:
-        if alone := launchers.why_alone():
+        if alone := launchers.explain_single_process():
             print(f"pathflip: {alone}", file=sys.stderr)
         return
     _join(launch, heartbeat_seconds)
@@ -178,7 +178,7 @@ def gather(value: Any) -> list:
     return values
 
 
-class Unanswered(TimeoutError):
+class UnresponsiveProcessError(TimeoutError):
     """A process that the others waited for did not respond: mostly a faulty host, so a restart may help."""
 
 
@@ -188,13 +188,13 @@ def _answer(client, key: str, process: int) -> str:
         return client.blocking_key_value_get(key, NOTICE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
-            raise Unanswered(f"process {process} did not answer {this_process()}: {error}") from None
+            raise UnresponsiveProcessError(f"process {process} did not answer {this_process()}: {error}") from None
     if jax.process_index() == (process == 0):  # one of the waiting processes reports it
         print(f"pathflip: waiting for process {process}, {AGREE_SECONDS} s at most", file=sys.stderr, flush=True)
     try:
         return client.blocking_key_value_get(key, (AGREE_SECONDS - NOTICE_SECONDS) * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise Unanswered(f"process {process} did not answer {this_process()}: {error}") from None
+        raise UnresponsiveProcessError(f"process {process} did not answer {this_process()}: {error}") from None
 
 
 def agree(value: Any) -> Any:
@@ -284,7 +284,7 @@ class Watchdog:
         self._thread.join()
 
 
-def end_together(error: Exception, heartbeat_seconds: int) -> None:
+def end_all_processes(error: Exception, heartbeat_seconds: int) -> None:
     """End all processes after a failure of this one, with one exit code; returns in a single process.
 
     Without this, the others would wait for it in a collective, and it for them at exit. If a lost peer may have caused
@@ -302,7 +302,7 @@ def end_together(error: Exception, heartbeat_seconds: int) -> None:
         traceback.print_exception(error)
     print(f"pathflip: {this_process()}: {limit or error}", file=sys.stderr)
     unreached = _may_be_a_lost_peer(error) and re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error))  # all are alive
-    unreached = unreached or isinstance(error, Unanswered)
+    unreached = unreached or isinstance(error, UnresponsiveProcessError)
     _leave(str(error), TRY_AGAIN if unreached else WRONG_INPUT if ours else FAILED)
 
 

@@ -146,7 +146,7 @@ def refuse_address_alone() -> None:
         )
 
 
-def why_alone() -> str:
+def explain_single_process() -> str:
     """Note on an allocation of several tasks that does not include this process, else an empty text."""
     tasks = _value("SLURM_NTASKS") or ""
     if not tasks.isdecimal() or int(tasks) < 2 or _value(SWITCH) == "0":

@@ -23,7 +23,7 @@ def memory_limit() -> int | None:
     return min(limits, default=None)
 
 
-def memory_left() -> int | None:
+def available_memory() -> int | None:
     """Bytes that this process may still allocate; None if unknown."""
     left = [max(limit - used, 0) for limit, used in _memory_groups()]
     if (available := _meminfo("MemAvailable")) is not None:

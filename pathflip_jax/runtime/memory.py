@@ -25,7 +25,7 @@ def free_bytes(device: jax.Device) -> int | None:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     if device.platform != "cpu":
         return None
-    left = limits.memory_left()
+    left = limits.available_memory()
     return None if left is None else left // jax.local_device_count()
 
 

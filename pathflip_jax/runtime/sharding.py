@@ -143,22 +143,24 @@ def place_batch(mesh: Mesh, batch):
     return jax.tree.map(place, batch, shardings)
 
 
-def by_slide(mesh: Mesh) -> Callable:
+def shard_by_slide(mesh: Mesh) -> Callable:
     """A `Spread` for the losses: each device computes its own slides, with the inputs of all slides gathered once.
 
     Otherwise the compiler would gather them for every chunk, and reduce their gradients over devices as often. Batches
     that do not divide evenly are left to the compiler.
     """
 
-    def spread(function: Callable, slides: Any, everyone: Any, whole: Any) -> Any:
-        if len(jax.tree.leaves(slides)[0]) % batch_shards(mesh):
-            return function(slides, everyone, whole)
+    def shard_map(function: Callable, local: Any, gathered: Any, replicated: Any) -> Any:
+        if len(jax.tree.leaves(local)[0]) % batch_shards(mesh):
+            return function(local, gathered, replicated)
 
-        def here(slides, everyone, whole):
-            everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH[0], tiled=True), everyone)
-            whole = jax.tree.map(lambda x: jax.lax.pcast(x, BATCH[0], to="varying"), whole)  # one gradient sum
-            return function(slides, everyone, whole)
+        def here(local, gathered, replicated):
+            gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, BATCH[0], tiled=True), gathered)
+            # Marked as varying once, so that their gradients are summed once.
+            replicated = jax.tree.map(lambda x: jax.lax.pcast(x, BATCH[0], to="varying"), replicated)
+            return function(local, gathered, replicated)
 
-        return jax.shard_map(here, mesh=mesh, in_specs=(BATCH, BATCH, P()), out_specs=BATCH)(slides, everyone, whole)
+        sharded = jax.shard_map(here, mesh=mesh, in_specs=(BATCH, BATCH, P()), out_specs=BATCH)
+        return sharded(local, gathered, replicated)
 
-    return spread
+    return shard_map

@@ -67,7 +67,7 @@ class Words(NamedTuple):
         return "one of " + ", ".join(str(choice) or '""' for choice in self.choices)
 
 
-class Free(NamedTuple):
+class Unrestricted(NamedTuple):
     """Any value of the type, with the reason why it is unrestricted."""
 
     reason: str
@@ -82,7 +82,7 @@ class Free(NamedTuple):
         return f"{self.reason}; leave it empty for none"
 
 
-Bounds = Range | Words | Free
+Bounds = Range | Words | Unrestricted
 
 
 def whole(least: int, most: int = COUNT, *, zero: str = "", minus: str = "", none: str = "") -> Range:
@@ -101,8 +101,8 @@ def above_zero(most: float = math.inf) -> Range:
     return Range(0, most, open_least=True)
 
 
-PATH = Free("a file, a folder or a URL")
-NAME = Free("checked where its names are known")
+PATH = Unrestricted("a file, a folder or a URL")
+NAME = Unrestricted("checked where its names are known")
 FLAG = Words((False, True))
 FLOATS = Words(("float32", "bfloat16"))
 LAYERS, WIDTH, LENGTH = whole(1, 1024), whole(1, LARGEST_SIZE), whole(1, 2**20)

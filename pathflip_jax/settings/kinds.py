@@ -144,7 +144,7 @@ def _every() -> Iterator[tuple[str, Setting]]:
 
 
 # Setting -> the value that reproduces versions before it, for runs and config files that lack it.
-BEFORE: dict[str, Any] = {key: found.before for key, found in _every() if found.is_new}
+LEGACY_VALUES: dict[str, Any] = {key: found.before for key, found in _every() if found.is_new}
 MAY_CHANGE: frozenset[str] = frozenset(key for key, found in _every() if found.may_change)
 
 

@@ -12,9 +12,9 @@ from pathflip_jax.settings.fields import (
     PATH,
     RATE,
     SEED,
-    Free,
     Range,
     Section,
+    Unrestricted,
     Words,
     above_zero,
     setting,
@@ -44,7 +44,9 @@ class DataSettings(Section):
         may_change=True, exists=True,
     )  # fmt: skip
     split: str = setting("train", NAME, "split of the slide table that is trained on")
-    val_split: str = setting("val", Free("a split of the slide table", optional=True), 'the same; "": no validation')
+    val_split: str = setting(
+        "val", Unrestricted("a split of the slide table", optional=True), 'the same; "": no validation'
+    )
     regions: int = setting(24, DRAWN, "drawn per slide and step")
     patch_slots: int = setting(
         0, DRAWN._replace(besides=(0,), meaning="for as many as a full region holds"), "patches of a region"
@@ -162,7 +164,7 @@ class TrainSettings(Section):
         False, FLAG, "the same bits from run to run on GPUs too, slower there", may_change=True, before=AS_NOW
     )
     wandb_project: str = setting(
-        "", Free("a name of its user's choice"),
+        "", Unrestricted("a name of its user's choice"),
         'Weights & Biases project that gets the metrics too (extra [wandb]); "": none', may_change=True,
         before="",
     )  # fmt: skip

@@ -9,16 +9,16 @@ import jax
 from flax import nnx
 
 from pathflip_jax.data.batches.checks import require_negatives
-from pathflip_jax.losses.pathflip import Spread, pair_bytes
+from pathflip_jax.losses.pathflip import ShardMap, pair_bytes
 from pathflip_jax.losses.pathflip2 import pairs_bytes
 from pathflip_jax.model import families
 from pathflip_jax.model.config import ModelConfig, PathFLIP2Config, PathFLIPConfig
-from pathflip_jax.model.flops import useful_operations
+from pathflip_jax.model.flops import model_flops
 from pathflip_jax.model.parameters import AlignmentModel, Params, abstract_params, flatten, make_model, unflatten
 from pathflip_jax.runs import files
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.settings.kinds import AlignmentSettings
-from pathflip_jax.training.data import open_data, say_counts
+from pathflip_jax.training.data import open_data, report_counts
 from pathflip_jax.training.objectives import alignment, sigmoid_alignment
 from pathflip_jax.training.stage import Stage, Training
 from pathflip_jax.training.validation import MEASURED, make_validation, require_score
@@ -36,14 +36,14 @@ def alignment_training(settings: AlignmentSettings, mesh: jax.sharding.Mesh, beg
     require_score(settings.train.select, (*MEASURED, *losses))
     family = family_of(settings)
     data = open_data(settings, sharding.shards_of(mesh), begun["data"].get("text_groups", 0))
-    say_counts(data.facts, data.validation is not None)
+    report_counts(data.facts, data.validation is not None)
     if not family.negatives_within(settings):
         require_negatives(data.train)
     model = model_config(settings, data.facts["feature_dim"], data.tokenizer.vocab_size)
     resolved = settings.to_dict()
     resolved["data"] |= data.facts
     resolved["model"] |= model.to_dict()
-    stage = family.stage(settings, model, sharding.by_slide(mesh))
+    stage = family.stage(settings, model, sharding.shard_by_slide(mesh))
 
     def build(learned: Params, frozen: Params) -> AlignmentModel:
         return unflatten(model, learned | frozen)
@@ -57,7 +57,7 @@ def alignment_training(settings: AlignmentSettings, mesh: jax.sharding.Mesh, beg
         batches=data.train,
         validate=make_validation(stage, build, data.validation, mesh) if data.validation else None,
         compute_dtype=settings.model.compute_dtype,
-        model_flops=lambda batch: useful_operations(model, batch.patch_mask, batch.text_rows),
+        model_flops=lambda batch: model_flops(model, batch.patch_mask, batch.text_rows),
         check_memory=lambda step: _check_memory(step, settings, model, sharding.batch_shards(mesh)),
         resolved=resolved,
         describe=lambda folder: files.describe_run(folder, model, resolved, data.tokenizer),
@@ -70,13 +70,13 @@ class Family(NamedTuple):
     `negatives_within`: whether a single slide provides all negatives that the losses need.
     """
 
-    stage: Callable[[AlignmentSettings, ModelConfig, Spread], Stage]
+    stage: Callable[[AlignmentSettings, ModelConfig, ShardMap], Stage]
     pair_bytes: Callable[[AlignmentSettings, ModelConfig, int], int]
     negatives_within: Callable[[AlignmentSettings], bool]
 
 
-def _pathflip_stage(settings: AlignmentSettings, model: PathFLIPConfig, spread: Spread) -> Stage:
-    return alignment(settings.loss, spread)
+def _pathflip_stage(settings: AlignmentSettings, model: PathFLIPConfig, shard_map: ShardMap) -> Stage:
+    return alignment(settings.loss, shard_map)
 
 
 def _pathflip_pairs(settings: AlignmentSettings, model: PathFLIPConfig, slides: int) -> int:
@@ -84,7 +84,7 @@ def _pathflip_pairs(settings: AlignmentSettings, model: PathFLIPConfig, slides: 
     return pair_bytes(settings.loss, slides, *sizes, model.embed_dim)
 
 
-def _pathflip2_stage(settings: AlignmentSettings, model: PathFLIP2Config, spread: Spread) -> Stage:
+def _pathflip2_stage(settings: AlignmentSettings, model: PathFLIP2Config, shard_map: ShardMap) -> Stage:
     if model.text_pooling == "mean_padded":
         raise ValueError(
             "model.text_pooling=mean_padded repeats what a published checkpoint computes, where padding counts; texts "
@@ -95,7 +95,7 @@ def _pathflip2_stage(settings: AlignmentSettings, model: PathFLIP2Config, spread
     def frozen(name: str) -> bool:
         return name.startswith("text_encoder/") and (freeze or model.text_lora_rank > 0) and "/lora/" not in name
 
-    return sigmoid_alignment(settings.loss, spread, frozen)
+    return sigmoid_alignment(settings.loss, shard_map, frozen)
 
 
 def _pathflip2_pairs(settings: AlignmentSettings, model: PathFLIP2Config, slides: int) -> int:

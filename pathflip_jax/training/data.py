@@ -17,7 +17,7 @@ from pathflip_jax.data.batches.checks import any_unrelated, refuse_unknown_words
 from pathflip_jax.data.batches.pipeline import Batches, BatchSize, Cohort, make_batches
 from pathflip_jax.data.records.manifest import CUT
 from pathflip_jax.data.records.records import Records, manifest_hash
-from pathflip_jax.data.records.splits import NO_VALIDATION, SlideTable, count_splits, describe, hold_table
+from pathflip_jax.data.records.splits import NO_VALIDATION, SlideTable, count_splits, describe, read_matched_table
 from pathflip_jax.data.storage.files import Place, as_path, read_bytes
 from pathflip_jax.data.texts.cases import Sources
 from pathflip_jax.data.texts.text import read_texts
@@ -106,7 +106,7 @@ def split_slides(data: DataSettings, records: Records, begun: bool = False) -> S
     validates = (data.val_split or "").lower() not in NO_VALIDATION
     if not data.slides:
         return SplitSlides(None, None, [])
-    table, notes = hold_table(data.slides, data.records, records)
+    table, notes = read_matched_table(data.slides, data.records, records)
     for note in notes:
         _log.warning("%s", note)
     training = table.require(data.split, "name another with --config.data.split")
@@ -125,7 +125,7 @@ def count_slides(data: DataSettings, records: Records, split: SplitSlides, texts
     return count_splits(split.table, records, told)
 
 
-def say_counts(facts: Mapping[str, Any], validates: bool) -> None:
+def report_counts(facts: Mapping[str, Any], validates: bool) -> None:
     """Report the sizes of the training and validation splits on stderr, once for all processes."""
     if jax.process_index() == 0:
         print(describe(facts[COUNTS], validates), file=sys.stderr)

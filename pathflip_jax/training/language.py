@@ -23,10 +23,10 @@ from pathflip_jax.data.texts.cases import slides_of_case
 from pathflip_jax.data.texts.conversations import Conversation, read_conversations, read_mixture
 from pathflip_jax.inference.language_run import (
     Aligner,
-    Started,
+    InitialParameters,
     describe_language_run,
     read_aligner,
-    read_start,
+    read_initial_parameters,
     split_names,
     weights_hash,
 )
@@ -41,7 +41,7 @@ from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.settings.kinds import LanguageSettings
 from pathflip_jax.settings.networks import LanguageDataSettings, LanguageModelSettings
 from pathflip_jax.training import fingerprints
-from pathflip_jax.training.data import COUNTS, SplitSlides, count_slides, cut_facts, say_counts, split_slides
+from pathflip_jax.training.data import COUNTS, SplitSlides, count_slides, cut_facts, report_counts, split_slides
 from pathflip_jax.training.language_batches import (
     EmbeddedSlides,
     Example,
@@ -51,7 +51,7 @@ from pathflip_jax.training.language_batches import (
 )
 from pathflip_jax.training.language_objective import language_flops, language_stage
 from pathflip_jax.training.stage import Stage, Training
-from pathflip_jax.training.validation import Mark, over_batches, require_score
+from pathflip_jax.training.validation import Mark, measure_batches, require_score
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun
     check_tokenizer(lm.decoder, decoder)
     tokenizer = DecoderTokenizer(lm.decoder)
     template = choose_template(tokenizer, data.template)
-    started = read_start(lm.start, lm.decoder, aligner.hash, decoder_hash) if lm.start else None
+    started = read_initial_parameters(lm.start, lm.decoder, aligner.hash, decoder_hash) if lm.start else None
     lora = _lora(lm, trains, started)
     shape = Shape(aligner.model, decoder, lora, lm.dtype)
 
@@ -88,7 +88,7 @@ def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun
     resolved["data"] |= _facts(data, records, training, template, means)
     told = [batches and batches.slides_of_examples(records) for batches in (training, validation)]
     resolved["data"][COUNTS] = count_slides(data, records, split, told)
-    say_counts(resolved["data"], validation is not None)
+    report_counts(resolved["data"], validation is not None)
     resolved["lm"] |= {"aligner_hash": aligner.hash, "decoder_hash": decoder_hash}
     resolved["lm"] |= {"start_hash": started.hash if started else ""}
 
@@ -126,7 +126,7 @@ def check_language_settings(settings: LanguageSettings) -> None:
         raise ValueError("lm.random_decoder: a decoder that starts from scratch must learn; add decoder to lm.trains")
 
 
-def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "Started | None") -> LoRAConfig | None:
+def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "InitialParameters | None") -> LoRAConfig | None:
     """LoRA configuration of this run: that of the run it starts from, or from its settings; None without LoRA."""
     if "lora" not in trains:
         return None if started is None else started.lora
@@ -138,7 +138,7 @@ def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "Started 
 
 
 def initial_parameters(
-    settings: LanguageSettings, shape: Shape, aligner: Aligner, started: Started | None, shardings: dict, mesh
+    settings: LanguageSettings, shape: Shape, aligner: Aligner, started: InitialParameters | None, shardings: dict, mesh
 ) -> Params:
     """All parameters, sharded: aligner and decoder as read, a random projector, overridden by those of `lm.start`."""
     lm, seed = settings.lm, settings.train.seed
@@ -239,7 +239,7 @@ def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, me
         found = stage.encode(build(learned, frozen), look_up(batch, features), None)
         return found["loss"].sum(), found["tokens"].sum()
 
-    measured = over_batches(measure, batches, mesh)
+    measured = measure_batches(measure, batches, mesh)
 
     def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
         losses, tokens = (np.sum(x) for x in zip(*measured(learned, frozen, mark), strict=True))

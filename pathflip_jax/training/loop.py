@@ -38,7 +38,7 @@ from pathflip_jax.settings.sections import TrainSettings
 from pathflip_jax.training import settings as edge
 from pathflip_jax.training.monitors import Monitors, StopSignal
 from pathflip_jax.training.optim import scheduled_optimizer
-from pathflip_jax.training.resume import begun_config, lock_to_run, resume_as
+from pathflip_jax.training.resume import lock_to_run, resume_as, saved_config
 from pathflip_jax.training.stage import Training
 from pathflip_jax.training.stages import open_training
 from pathflip_jax.training.state import begin
@@ -88,7 +88,7 @@ def train(
     ):
         monitors = Monitors(workdir, ledger, stop, watchdog, lock, profile)
         monitors.phase("opening the data", 0)
-        begun = distributed.agree(begun_config(home)) or {"data": {}}
+        begun = distributed.agree(saved_config(home)) or {"data": {}}
         settings = resume_as(settings, begun, home)
         training = open_training(settings, mesh, begun)
         steps = settings.train.steps or settings.train.epochs * training.batches.steps_per_epoch
@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
             print(stopped, file=sys.stderr)
         return TRY_AGAIN
     except Exception as error:
-        distributed.end_together(error, settings.train.heartbeat_seconds)
+        distributed.end_all_processes(error, settings.train.heartbeat_seconds)
         raise
     return 0
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from pathflip_jax.losses.pathflip import (
     Embeddings,
     LossConfig,
-    Spread,
+    ShardMap,
     alignment_loss,
-    at_once,
     draw_negatives,
     region_loss,
     slide_loss,
+    unsharded,
 )
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pair_loss, sigmoid_slide_loss
 from pathflip_jax.model.parameters import AlignmentModel, Key
@@ -34,10 +34,10 @@ def _encode(model: AlignmentModel, batch, key: Key | None) -> tuple[SlideEncodin
     return slides, captions, model.project_texts(states[:, 1:], "region", key=keys[1])
 
 
-def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
+def alignment(config: LossConfig, shard_map: ShardMap = unsharded) -> Stage:
     """PathFLIP stage: slide-caption and region-subcaption losses (DESIGN section 4), with all parameters trained.
 
-    `spread` distributes the slides of a batch over devices: `runtime.sharding.by_slide` on a mesh.
+    `shard_map` distributes the slides of a batch over devices: `runtime.sharding.shard_by_slide` on a mesh.
     """
 
     def encode(model: PathFLIP, batch, key: Key | None) -> dict[str, jax.Array]:
@@ -55,14 +55,14 @@ def alignment(config: LossConfig, spread: Spread = at_once) -> Stage:
             model.logit_scale[...],
             None if model.logit_bias is None else model.logit_bias[...],
             config,
-            spread,
+            shard_map,
         )
 
     return Stage(encode, objective, lambda name: True)
 
 
 def sigmoid_alignment(
-    config: SigmoidLossConfig, spread: Spread = at_once, frozen: Callable[[str], bool] = lambda name: False
+    config: SigmoidLossConfig, shard_map: ShardMap = unsharded, frozen: Callable[[str], bool] = lambda name: False
 ) -> Stage:
     """PathFLIP2 stage: slide-caption and patch-subcaption losses, with all but the `frozen` parameters trained.
 
@@ -98,10 +98,12 @@ def sigmoid_alignment(
                 mask = batch.patch_mask.reshape(B, -1)
                 given = Embeddings(slides, embeddings["regions"], mask, captions, subcaptions, batch.wording)
                 negatives = draw_negatives(key, B, K)
-                found, cosines = region_loss(given, model.text_region, negatives, batch.related, *known, flair, spread)
+                found, cosines = region_loss(
+                    given, model.text_region, negatives, batch.related, *known, flair, shard_map
+                )
             else:
                 found, cosines = pair_loss(
-                    embeddings["pooled"], subcaptions, batch.related, *known, config, spread, batch.wording
+                    embeddings["pooled"], subcaptions, batch.related, *known, config, shard_map, batch.wording
                 )
             metrics |= {"loss_region": found} | cosines
             loss += config.region_weight * found

@@ -11,7 +11,7 @@ from pathflip_jax.data.storage import json_files
 from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runs import checkpoints, files
 from pathflip_jax.settings.fields import AS_NOW
-from pathflip_jax.settings.kinds import BEFORE, MAY_CHANGE, RunSettings, defaults, flat, kind_of
+from pathflip_jax.settings.kinds import LEGACY_VALUES, MAY_CHANGE, RunSettings, defaults, flat, kind_of
 from pathflip_jax.training.fingerprints import same_data
 
 # The content of paths is compared by hash. Of the facts besides the settings, only the split counts may change.
@@ -35,7 +35,7 @@ def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
         section, _, name = key.partition(".")
         if name in begun.get(section, {}):
             continue
-        now, value = values[key], BEFORE.get(key, default)
+        now, value = values[key], LEGACY_VALUES.get(key, default)
         chosen = key in MAY_CHANGE and now != default
         if value is not AS_NOW and value != now and not chosen:
             changes[key] = value
@@ -61,12 +61,12 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
     home = files.run_folder(resolved["train"]["checkpoints"] or workdir)
     if (workdir / METRICS).exists() and (workdir / files.CONFIG).exists():
         before = json_files.read_json(workdir / files.CONFIG).get("train", {}).get("checkpoints") or workdir
-        if files.run_folder(before) != home and begun_config(files.run_folder(before)) is not None:
+        if files.run_folder(before) != home and saved_config(files.run_folder(before)) is not None:
             raise ValueError(
                 f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
                 "--config.train.checkpoints, or another --workdir"
             )
-    before = begun_config(home)
+    before = saved_config(home)
     if before is not None:
         differing = _differing(before, resolved)
         if differing:
@@ -81,7 +81,7 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
         describe(workdir)
 
 
-def begun_config(home: Path) -> dict | None:
+def saved_config(home: Path) -> dict | None:
     """Config of the run whose checkpoints are in `home`; None before the first complete one, whatever a kill left."""
     if (home / files.CONFIG).exists() and checkpoints.saved_steps(home / files.CHECKPOINTS):
         return json_files.read_json(home / files.CONFIG)

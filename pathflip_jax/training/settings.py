@@ -18,8 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.runtime.config_files import bundled_configs, flat_settings, run_config_file
-from pathflip_jax.settings.fields import AS_NOW, Free
-from pathflip_jax.settings.kinds import BEFORE, Kind, RunSettings, defaults, fields, flat, kind_of
+from pathflip_jax.settings.fields import AS_NOW, Unrestricted
+from pathflip_jax.settings.kinds import LEGACY_VALUES, Kind, RunSettings, defaults, fields, flat, kind_of
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
        [--profile STEPS] [--coordinator HOST:PORT --num_processes N --process_id I]"""
@@ -84,10 +84,10 @@ def freeze(config: ConfigDict) -> RunSettings:
 def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
     """Add missing settings to a config file of an earlier version, with that version's behaviour, and report them."""
     taken = []
-    for key in (key for key in BEFORE if key in reference):
+    for key in (key for key in LEGACY_VALUES if key in reference):
         section, name = key.split(".")
         if isinstance(config.get(section), ConfigDict) and name not in config[section]:
-            config[section][name] = reference[key] if BEFORE[key] is AS_NOW else BEFORE[key]
+            config[section][name] = reference[key] if LEGACY_VALUES[key] is AS_NOW else LEGACY_VALUES[key]
             taken.append(f"{key}={config[section][name]!r}")
     if taken:
         _log.warning(
@@ -164,7 +164,7 @@ def describe(name: str) -> str:
     lines = [f"settings of {name}:"]
     for key, found in fields(kind_of(config)).items():
         section, _, own = key.partition(".")
-        words = [found.help] + ([] if isinstance(found.bounds, Free) else [found.bounds.words()])
+        words = [found.help] + ([] if isinstance(found.bounds, Unrestricted) else [found.bounds.words()])
         lines += [f"  --config.{key}={config[section][own]}", *textwrap.wrap("; ".join(words), 108, **_INDENT)]
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         _, metrics = stage.objective(model, embeddings, batch, key)
         return metrics, embeddings["slide"], embeddings["captions"], batch.related
 
-    measured = over_batches(measure, batches, mesh)
+    measured = measure_batches(measure, batches, mesh)
 
     def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
         metrics, slides, captions, related = zip(*measured(learned, frozen, mark), strict=True)
@@ -59,7 +59,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     return validate
 
 
-def over_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, Mark], list]:
+def measure_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, Mark], list]:
     """measured(learned, frozen, mark) -> results of `measure` for each batch of a split, on the host.
 
     Each batch is marked, as a validation of hours is not a hang. One batch is computed while the next is read, and no

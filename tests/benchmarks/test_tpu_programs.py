@@ -130,9 +130,9 @@ def test_a_form_is_traced_and_then_forgotten(bench):
 
     from pathflip_jax.ops import matmul, platform
 
-    held = platform.traced_for, matmul.row_sums
+    held = platform.target_platform, matmul.row_sums
     with bench.traced_in(bench.CPU):
-        assert platform.traced_for() == "cpu"
+        assert platform.target_platform() == "cpu"
     with bench.traced_in("sums as products"):
         assert matmul.row_sums is matmul.row_products
     with bench.traced_in("gradients by JAX"):
@@ -140,7 +140,7 @@ def test_a_form_is_traced_and_then_forgotten(bench):
 
         assert layers.layer_norm(jnp.ones(3), jnp.ones(3), jnp.ones(3), 1e-5).shape == (3,)
         assert layers.layer_norm.__name__ == "layer_norm_reference"
-    assert (platform.traced_for, matmul.row_sums) == held
+    assert (platform.target_platform, matmul.row_sums) == held
 
 
 def test_what_is_no_form_or_topology_is_said(bench, monkeypatch, capsys):

@@ -41,13 +41,13 @@ def test_the_commit_is_that_of_this_code_and_not_of_the_clone_it_is_installed_in
 @pytest.fixture
 def added(monkeypatch):
     """A setting of the model that versions before did without, doing what 0.1 does."""
-    monkeypatch.setitem(model_versions.BEFORE, "model.dropout", 0.1)
+    monkeypatch.setitem(model_versions.LEGACY_VALUES, "model.dropout", 0.1)
 
 
 def test_the_table_names_settings_that_there_are():
     known = {key for kind in kinds.KINDS for key in kinds.fields(kind)}
     fields = {f"model.{field.name}" for kind in CONFIGS.values() for field in dataclasses.fields(kind)}
-    assert not model_versions.BEFORE.keys() - known - fields
+    assert not model_versions.LEGACY_VALUES.keys() - known - fields
 
 
 def test_what_a_later_version_wrote_is_named():
@@ -63,12 +63,14 @@ def test_a_model_of_an_earlier_version_does_what_it_did(added):
     values = PathFLIPConfig(dropout=0.3).to_dict()
     del values["dropout"]
     assert PathFLIPConfig.from_dict(values).dropout == 0.1
-    assert versions.as_before("model", PathFLIPConfig().to_dict()) == versions.as_before("model", values)
-    assert "dropout" in versions.as_before("model", PathFLIPConfig(dropout=0.3).to_dict())
+    assert versions.drop_legacy_values("model", PathFLIPConfig().to_dict()) == versions.drop_legacy_values(
+        "model", values
+    )
+    assert "dropout" in versions.drop_legacy_values("model", PathFLIPConfig(dropout=0.3).to_dict())
 
 
 def test_a_run_of_an_earlier_version_has_what_it_did(monkeypatch):
-    monkeypatch.setitem(model_versions.BEFORE, "data.regions", 7)
+    monkeypatch.setitem(model_versions.LEGACY_VALUES, "data.regions", 7)
     assert versions.completed({"data": {}, "train": {}})["data"]["regions"] == 7
     assert versions.completed({"data": {"regions": 3}, "train": {}})["data"]["regions"] == 3
     assert versions.completed({"data": {}}) == {"data": {}}  # not trained here
@@ -80,7 +82,7 @@ def test_the_shape_of_a_language_model_of_another_version(monkeypatch):
         max_positions=64, rope_theta=1e4, norm_eps=1e-6, tied=True,
     )  # fmt: skip
     values = Shape(PathFLIPConfig(), decoder, LoRAConfig(rank=2), "float32").to_dict()
-    monkeypatch.setitem(model_versions.BEFORE, "lm.query_norm", True)
+    monkeypatch.setitem(model_versions.LEGACY_VALUES, "lm.query_norm", True)
     earlier = {name: value for name, value in values["decoder"].items() if name != "query_norm"}
     assert Shape.from_dict(values | {"decoder": earlier}).decoder.query_norm
     later = values | {"decoder": values["decoder"] | {"gate": 1}, "lora": values["lora"] | {"dora": True}, "voice": 1}

@@ -84,8 +84,10 @@ def test_one_process_writes_what_one_machine_writes(slides, whole, tmp_path):
     assert _files(out) == _files(alone)
     assert (found.done, found.failed, found.finished) == (report.done, report.failed, True)
     assert [failure.slide for failure in found.failed] == ["S1"] and found.failed
-    assert found.effort.patches == report.effort.patches == 4 * 36
-    assert set(found.effort.seconds) == {"tissue", "read", "wait", "encode", "write"} and found.effort.peak_bytes > 5e7
+    assert found.timings.patches == report.timings.patches == 4 * 36
+    assert (
+        set(found.timings.seconds) == {"tissue", "read", "wait", "encode", "write"} and found.timings.peak_bytes > 5e7
+    )
 
 
 def test_two_processes_write_what_one_machine_writes(slides, whole, tmp_path):
@@ -211,7 +213,7 @@ def test_a_killed_run_is_continued(slides, whole, tmp_path, whom):
     begun = {path.stem for path in out.glob(".parts/*.tfrecord")}
     assert begun and not (out / "manifest.json").exists()
     found = prepare(slides, out, beam=[], **SMALL)
-    assert found.effort.patches == 36 * (4 - len(begun)) and len(Records(out)) == 4 and verify(out) == []
+    assert found.timings.patches == 36 * (4 - len(begun)) and len(Records(out)) == 4 and verify(out) == []
     assert _files(out) == _files(whole[0])
 
 

@@ -78,7 +78,7 @@ def test_records_hold_the_features_of_the_patches(slides, whole):
     assert report.done == [f"S{number}" for number in range(5)] and not report.failed and not report.skipped
     assert report.finished and not report.failed and json.loads((out / "failures.json").read_text()) == []
     assert "slides written 5" in report.summary()
-    assert "180 patches; workers' time: tissue " in report.summary() and report.effort.peak_bytes > 5e7
+    assert "180 patches; workers' time: tissue " in report.summary() and report.timings.peak_bytes > 5e7
     records, encode = Records(out), load_encoder("stain_texture")
     assert (records.encoder, records.feature_dim, records.cut, records.patch_slots) == ("stain_texture", 175, "grid", 4)
     assert verify(out) == [] and not (out / ".parts").exists()

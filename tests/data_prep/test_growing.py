@@ -183,7 +183,7 @@ def test_what_an_interrupted_run_was_told_does_not_hold(tmp_path, monkeypatch):
         import_features(tmp_path / "in", tmp_path / "out", mpp=0.25)
     assert len(list((tmp_path / "out/.parts").glob("*.tfrecord"))) == 2
     report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.5)
-    assert [info.mpp for info in Records(tmp_path / "out").slides] == [0.5, 0.5] and report.effort.patches == 24
+    assert [info.mpp for info in Records(tmp_path / "out").slides] == [0.5, 0.5] and report.timings.patches == 24
 
 
 def test_an_option_does_not_replace_what_files_say(tmp_path):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data_prep import shards
-from data_prep.jobs import Effort, Job, Outcome
+from data_prep.jobs import Job, Outcome, StageTimings
 from data_prep.shards import Progress, assemble, part_traits
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.data.records.cohort import elect
+from pathflip_jax.data.records.cohort import majority_cohort
 from pathflip_jax.data.records.records import Records, write_shard
 
 SETTINGS = {"cut": "scan", "edge_um": 2048.0}
@@ -33,7 +33,7 @@ def jobs(tmp_path):
 
 
 def _cohort(jobs):
-    return elect([part_traits(job) for job in jobs if job.part.exists()])
+    return majority_cohort([part_traits(job) for job in jobs if job.part.exists()])
 
 
 def _answer(progress: Progress) -> tuple:
@@ -84,8 +84,12 @@ def test_a_slide_that_comes_later_joins_in_order(jobs):
 
 
 def test_progress_adds_up(jobs):
-    total = Progress(done=["S0"], effort=Effort(3, {"encode": 1.0, "read": 2.0}, 10))
-    total.count(jobs[2], Outcome("broken", effort=Effort(4, {"encode": 0.5}, 30)))
-    total.add(Progress(done=["S1"], effort=Effort(peak_bytes=20)))
+    total = Progress(done=["S0"], timings=StageTimings(3, {"encode": 1.0, "read": 2.0}, 10))
+    total.count(jobs[2], Outcome("broken", timings=StageTimings(4, {"encode": 0.5}, 30)))
+    total.add(Progress(done=["S1"], timings=StageTimings(peak_bytes=20)))
     assert total.done == ["S0", "S1"] and [failure.error for failure in total.failed] == ["broken"]
-    assert dataclasses.asdict(total.effort) == {"patches": 7, "seconds": {"encode": 1.5, "read": 2.0}, "peak_bytes": 30}
+    assert dataclasses.asdict(total.timings) == {
+        "patches": 7,
+        "seconds": {"encode": 1.5, "read": 2.0},
+        "peak_bytes": 30,
+    }

@@ -9,7 +9,7 @@ import pytest
 
 from pathflip_jax import cli
 from pathflip_jax.convert.decoder import init_decoder, save_decoder
-from pathflip_jax.convert.exported import without_places
+from pathflip_jax.convert.exported import without_paths
 from pathflip_jax.convert.lora import merge
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.export.from_language_export import AlignerParts, write_language_run
@@ -90,7 +90,7 @@ def same(one, other) -> None:
 
 
 def settings_of(run: Path) -> dict:
-    found = without_places(json.loads((run / "config.json").read_text()))
+    found = without_paths(json.loads((run / "config.json").read_text()))
     hashes = ("aligner_hash", "decoder_hash", "start_hash")  # of where it stands, which is elsewhere
     return found | {"lm": {name: x for name, x in found["lm"].items() if name not in hashes}}
 

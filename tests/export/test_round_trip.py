@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pathflip_jax import cli
-from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_places
+from pathflip_jax.convert.exported import SECTION, describe_export, read_exported, without_paths
 from pathflip_jax.convert.released import load_released
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.export import pytorch
 from pathflip_jax.export.huggingface import huggingface_config, write_huggingface
@@ -102,7 +102,7 @@ def test_what_an_export_says_of_itself_comes_back(tmp_path_factory, config, data
     whole = config.to_dict() | describe_export(config, given)
     path.write_text(json.dumps(huggingface_config(config, given) if way else whole))
     found = read_exported(path.with_name("model.safetensors"))
-    assert found.config == config and found.settings == without_places(given) and not found.assumed
+    assert found.config == config and found.settings == without_paths(given) and not found.assumed
     assert "/lab" not in path.read_text() and "bucket" not in path.read_text()
 
 
@@ -128,7 +128,7 @@ def test_parameters_model_settings_and_ids_come_back(words, tmp_path, case):
     model = make(config)
     WAYS[way](tmp_path, model, given, words)
     found = load_released(tmp_path)
-    assert found.model.config == config and found.settings == without_places(given)
+    assert found.model.config == config and found.settings == without_paths(given)
     assert not found.assumed and not found.notes
     before, after = flatten(model), flatten(found.model)
     assert before.keys() == after.keys() and all(np.array_equal(after[name], before[name]) for name in before)
@@ -150,7 +150,7 @@ def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, 
     said = capsys.readouterr().out
     assert "assumed" not in said and ("note: the text encoder's LoRA (rank 2, alpha 5)" in said) == (config is ODD2)
     a, b, c = load(tmp_path / "run"), load(tmp_path / "back"), load(tmp_path / "out")
-    assert b.config["data"] == c.config["data"] == without_places({"data": DATA})["data"]
+    assert b.config["data"] == c.config["data"] == without_paths({"data": DATA})["data"]
     random = np.random.default_rng(1)
     patches, mask = random.normal(size=(2, 3, 4, 7)).astype(np.float32), np.ones((2, 3, 4), bool)
     one, two = (x.model.encode_slides(patches, mask) for x in (a, b))
@@ -172,7 +172,7 @@ def test_what_transformers_saves_again_comes_back_too(words, tmp_path, config):
     transformers.AutoModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     found = load_released(tmp_path / "again")
-    assert found.model.config == config and found.settings["data"] == without_places({"data": DATA})["data"]
+    assert found.model.config == config and found.settings["data"] == without_paths({"data": DATA})["data"]
     after = flatten(found.model)
     assert all(np.array_equal(x, after[name]) for name, x in flatten(model).items())
 
@@ -258,7 +258,7 @@ def test_weights_get_the_permissions_of_any_new_file(tmp_path, mask):
     try:
         for name in ("model.safetensors", "model.pt"):
             pytorch.write_checkpoint(tmp_path / name, {"x": np.ones(2, np.float32)})
-        with whole_file(tmp_path / "whole") as file:
+        with atomic_file(tmp_path / "whole") as file:
             file.write(b"x")
         (tmp_path / "other").touch()
     finally:

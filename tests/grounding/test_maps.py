@@ -61,7 +61,7 @@ def test_window_slides_come_back_in_the_order_of_patches(context):
 
 def test_spread_and_shares():
     slots = np.array([[3, 0, -1], [1, 2, 4]])
-    assert maps.spread(np.array([[10.0, 20.0]]), slots, 5).tolist() == [[10, 20, 20, 10, 20]]
+    assert maps.copy_to_patches(np.array([[10.0, 20.0]]), slots, 5).tolist() == [[10, 20, 20, 10, 20]]
     attention = np.zeros((2, 2, 3, 4))  # heads, queries, regions and slots with padding
     attention[:, :, 0] = [0.6, 0.2, 0.1, 0.1]  # what the padding got does not count
     attention[:, :, 1] = [0.1, 0.2, 0.7, 0.0]

@@ -34,7 +34,7 @@ class Encoder:
     def attend_regions(self, texts, regions):
         return np.full((len(texts), len(regions)), 1 / len(regions))
 
-    def alone(self, regions):
+    def attend_single_regions(self, regions):
         return regions
 
 

@@ -98,9 +98,9 @@ def test_batches_come_back_in_order(predictor):
     together = list(predictor.encode_slides(iter(slides), batch_size=3))
     assert [e.slide_id for e in together] == ["S0", "S1", "S2", "S3"]
     for slide, embedding in zip(slides, together, strict=True):
-        alone = predictor.encode_slide(slide)
-        assert embedding.slide == pytest.approx(alone.slide, abs=1e-5)
-        assert embedding.regions == pytest.approx(alone.regions, abs=1e-5)
+        attend_single_regions = predictor.encode_slide(slide)
+        assert embedding.slide == pytest.approx(attend_single_regions.slide, abs=1e-5)
+        assert embedding.regions == pytest.approx(attend_single_regions.regions, abs=1e-5)
 
 
 def test_slides_of_a_case_are_one_bag(predictor):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
-from pathflip_jax.model.flops import Work, parameters, parts, useful_operations
+from pathflip_jax.model.flops import Work, model_flops, parameters, parts
 from pathflip_jax.model.parameters import make_model
 
 CONFIG = PathFLIPConfig(
@@ -27,7 +27,7 @@ def batch():
 
 
 def counted(config, mask, rows):
-    return float(jax.jit(useful_operations, static_argnums=0)(config, mask, rows))
+    return float(jax.jit(model_flops, static_argnums=0)(config, mask, rows))
 
 
 def test_a_batch_is_counted_inside_a_compiled_step():

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pallas_tpu
 
 from pathflip_jax.monitoring import telemetry
 from pathflip_jax.monitoring.goodput import DATA, STEP, Ledger
-from pathflip_jax.monitoring.telemetry import Started, StepTime, Telemetry, find_straggler, step_time
+from pathflip_jax.monitoring.telemetry import StepTime, StepTimestamps, Telemetry, find_straggler, step_time
 from pathflip_jax.runtime import sharding
 
 
@@ -63,13 +63,13 @@ def test_a_cpu_is_measured():
     ("started", "before", "finished", "expected"),
     [
         # The batch came while the step before still ran: waiting for it cost nothing.
-        (Started(given=5, waited=(1, 5), resumed=0), 7, 10, StepTime(3, 0, 0)),
+        (StepTimestamps(given=5, waited=(1, 5), resumed=0), 7, 10, StepTime(3, 0, 0)),
         # The devices had nothing to do from 3 to 5, when the batch came, and until 6 for another reason.
-        (Started(given=6, waited=(1, 5), resumed=0), 3, 10, StepTime(7, 3, 2)),
+        (StepTimestamps(given=6, waited=(1, 5), resumed=0), 3, 10, StepTime(7, 3, 2)),
         # A validation from 3 to 8 is no part of the step.
-        (Started(given=9, waited=(1, 2), resumed=8), 3, 10, StepTime(2, 1, 0)),
+        (StepTimestamps(given=9, waited=(1, 2), resumed=8), 3, 10, StepTime(2, 1, 0)),
         # The first step: its batch was read before the loop began.
-        (Started(given=6, waited=(1, 5), resumed=6), 0, 10, StepTime(4, 0, 0)),
+        (StepTimestamps(given=6, waited=(1, 5), resumed=6), 0, 10, StepTime(4, 0, 0)),
     ],
 )
 def test_the_time_of_a_step_is_that_of_the_devices(started, before, finished, expected):
@@ -81,7 +81,7 @@ def test_a_row_says_how_the_last_steps_used_the_machine(monkeypatch):
     watch = Telemetry(ledger, sharding.make_mesh(), "float32")
     watch.peak = telemetry.Peak(100.0, "a test")
     # Two steps of 4 s, the second of which waited 1 s for its batch.
-    for started, finished in ((Started(10, (0, 1), 10), 14), (Started(15, (13, 15), 10), 18)):
+    for started, finished in ((StepTimestamps(10, (0, 1), 10), 14), (StepTimestamps(15, (13, 15), 10), 18)):
         watch._started.append(started)
         watch._finished.put(finished)
     first, second = watch.row(1, 200.0), watch.row(2, 300.0)
@@ -90,7 +90,7 @@ def test_a_row_says_how_the_last_steps_used_the_machine(monkeypatch):
     assert ledger._spent[DATA] == 1.0
     assert second["perf/process_memory_peak_bytes"] >= second["perf/process_memory_bytes"] > 1e7
     watch.peak = None
-    watch._started.append(Started(18, (0, 1), 10))
+    watch._started.append(StepTimestamps(18, (0, 1), 10))
     watch._finished.put(20)
     assert "perf/utilisation" not in watch.row(3, 1.0)
 

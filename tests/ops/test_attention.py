@@ -32,9 +32,9 @@ def test_attend_in_bfloat16_keeps_its_softmax_in_float32():
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("traced_for", ["cpu", "tpu"])
-def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked, traced_for, monkeypatch):
-    monkeypatch.setattr(platform, "traced_for", lambda: traced_for)
+@pytest.mark.parametrize("target_platform", ["cpu", "tpu"])
+def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, masked, target_platform, monkeypatch):
+    monkeypatch.setattr(platform, "target_platform", lambda: target_platform)
     rng = np.random.default_rng(6)
     query, key, value = (jnp.asarray(rng.normal(size=(2, 3, n, 8)), jnp.float32) for n in (5, 7, 7))
     mask = None

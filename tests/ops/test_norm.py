@@ -11,9 +11,9 @@ from pathflip_jax.ops.norm import layer_norm, layer_norm_reference, rms_norm, rm
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("ours", "plain"), [(layer_norm, layer_norm_reference), (rms_norm, rms_norm_reference)])
-@pytest.mark.parametrize("traced_for", ["cpu", "tpu"])
-def test_values_and_gradients_are_those_of_the_reference(ours, plain, dtype, traced_for, monkeypatch):
-    monkeypatch.setattr(platform, "traced_for", lambda: traced_for)
+@pytest.mark.parametrize("target_platform", ["cpu", "tpu"])
+def test_values_and_gradients_are_those_of_the_reference(ours, plain, dtype, target_platform, monkeypatch):
+    monkeypatch.setattr(platform, "target_platform", lambda: target_platform)
     rng = np.random.default_rng(0)
     x = jnp.asarray(3 + 2 * rng.normal(size=(2, 5, 24)), dtype)
     learnt = [jnp.asarray(rng.normal(size=24), jnp.float32) for _ in range(2 if ours is layer_norm else 1)]

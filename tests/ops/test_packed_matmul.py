@@ -21,7 +21,7 @@ def test_products_are_those_of_the_plain_kernel(form, rows):
 
 
 def test_only_a_cpu_stores_kernels_in_another_form(monkeypatch):
-    monkeypatch.setattr(ops, "traced_for", lambda: "cpu")
+    monkeypatch.setattr(ops, "target_platform", lambda: "cpu")
     assert best_layout() == "rows"
-    monkeypatch.setattr(ops, "traced_for", lambda: "tpu")
+    monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
     assert best_layout() == "plain"

@@ -12,9 +12,9 @@ D, HEADS = 24, 4
 
 
 @pytest.mark.parametrize(("rate", "shared"), [(0.0, False), (0.3, False), (0.0, True)])
-@pytest.mark.parametrize("traced_for", ["cpu", "tpu"])
-def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, shared, traced_for, monkeypatch):
-    monkeypatch.setattr(platform, "traced_for", lambda: traced_for)
+@pytest.mark.parametrize("target_platform", ["cpu", "tpu"])
+def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, shared, target_platform, monkeypatch):
+    monkeypatch.setattr(platform, "target_platform", lambda: target_platform)
     rng = np.random.default_rng(3)
     B, R, S, Q, d = 2, 3, 5, 2, 6
     sets = (1, 1) if shared else (B, 1 + R)  # before the first patches are read all queries are one set

@@ -9,7 +9,7 @@ from jax import lax
 from pathflip_jax.model.layers import LayerNorm
 from pathflip_jax.ops import matmul, patch_pooling
 from pathflip_jax.ops.attention import pool
-from pathflip_jax.ops.platform import by_platform, fusion_barrier, traced_for, unchanged
+from pathflip_jax.ops.platform import by_platform, fusion_barrier, target_platform, unchanged
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def elsewhere(monkeypatch):
     from pathflip_jax.ops import platform
 
     jax.clear_caches()
-    monkeypatch.setattr(platform, "traced_for", lambda: "tpu")
+    monkeypatch.setattr(platform, "target_platform", lambda: "tpu")
     yield
     jax.clear_caches()
 
@@ -35,12 +35,12 @@ def gradient_of_a_layer():
 
 
 def test_the_platform_is_that_of_the_mesh_or_else_of_the_backend(monkeypatch):
-    assert traced_for() == jax.default_backend()
+    assert target_platform() == jax.default_backend()
     monkeypatch.setattr(jax, "default_backend", lambda: "abacus")
-    assert traced_for() == "abacus"
+    assert target_platform() == "abacus"
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        assert traced_for() == jax.devices()[0].platform
+        assert target_platform() == jax.devices()[0].platform
 
 
 def test_only_a_cpu_has_fusion_barriers_and_sums_as_products():

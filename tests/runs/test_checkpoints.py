@@ -22,7 +22,7 @@ from pathflip_jax.runs import checkpoints, files
 from pathflip_jax.runs.checkpoints import (
     Checkpoints,
     NewerOrbaxError,
-    lacking_handlers,
+    missing_handlers,
     saved_steps,
     stored_arrays,
 )
@@ -344,7 +344,7 @@ def test_only_classes_of_orbax_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     content = {"item_handlers": {"params": "told.Handler", "about": "orbax.checkpoint.args.JsonSave"}}
     (tmp_path / "_CHECKPOINT_METADATA").write_text(json.dumps(content))
-    assert lacking_handlers(tmp_path) == ["told.Handler"]
+    assert missing_handlers(tmp_path) == ["told.Handler"]
 
 
 def test_stored_arrays_are_those_that_were_saved(tmp_path):

@@ -58,15 +58,15 @@ CONFIG2 = PathFLIP2Config(
 
 
 def family(loss):
-    """The config of a loss, and a function (texts at a time, spread) -> its stage."""
+    """The config of a loss, and a function (texts at a time, shard_map) -> its stage."""
     if loss in ("pairs", "flair"):
         config = SigmoidLossConfig(region=loss)
-        return CONFIG2, lambda at_once, *spread: sigmoid_alignment(
-            dataclasses.replace(config, slides_at_once=at_once), *spread
+        return CONFIG2, lambda at_once, *shard_map: sigmoid_alignment(
+            dataclasses.replace(config, slides_at_once=at_once), *shard_map
         )
     config = LossConfig(normaliser=loss)
-    return CONFIG, lambda at_once, *spread: alignment(
-        dataclasses.replace(config, negatives_at_once=at_once or None), *spread
+    return CONFIG, lambda at_once, *shard_map: alignment(
+        dataclasses.replace(config, negatives_at_once=at_once or None), *shard_map
     )
 
 
@@ -85,7 +85,7 @@ def same_on_every_mesh(meshes, params, accumulate, loss):
     for number, mesh in enumerate(meshes):
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, sharding.infer_shardings(mesh, params))
-            stage = make(0 if number else 4, sharding.by_slide(mesh))
+            stage = make(0 if number else 4, sharding.shard_by_slide(mesh))
             found = run(placed, sharding.place_batch(mesh, batch), stage, accumulate, config)
         compare(one, found, dict(mesh.shape))
 

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pathflip_jax.model.layers import LayerNorm
 from pathflip_jax.ops.attention import pool
 from pathflip_jax.runtime import compilation
-from pathflip_jax.runtime.compilation import DETERMINISTIC, CompileCounter, compiler_options, keep_compiled
+from pathflip_jax.runtime.compilation import DETERMINISTIC, CompileCounter, compiler_options, enable_compilation_cache
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends keep barriers by themselves")
 
@@ -47,10 +47,10 @@ def test_attention_weights_of_all_layers_are_not_kept():
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
-    keep_compiled()
+    enable_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/somewhere"
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    keep_compiled()
+    enable_compilation_cache()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "pathflip_jax")
 
 
@@ -59,7 +59,7 @@ def test_without_a_home_programs_are_compiled_at_each_start(monkeypatch, capsys)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.getpwnam(f"nobody knows {uid}"))
     monkeypatch.setattr(compilation, "_told", [])
-    keep_compiled()
+    enable_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
     assert "not kept for the next start (HOME is not set" in capsys.readouterr().err
 
@@ -69,8 +69,8 @@ def test_a_folder_of_programs_that_cannot_be_written_is_said_once(monkeypatch, c
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
     monkeypatch.setattr(compilation, "_told", [])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/full")
-    keep_compiled()
-    keep_compiled()
+    enable_compilation_cache()
+    enable_compilation_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         for name in ("jit_step", "jit_validate"):

@@ -216,7 +216,7 @@ def test_a_port_that_another_program_has_is_refused(environment):
 def test_a_lone_process_agrees_with_itself():
     assert distributed.gather([1, "a"]) == [[1, "a"]] and distributed.agree({"x": 1}) == {"x": 1}
     distributed.require_same(workdir="here")
-    distributed.end_together(ValueError("alone"), 60)  # returns: the caller raises
+    distributed.end_all_processes(ValueError("alone"), 60)  # returns: the caller raises
 
 
 HANG = """
@@ -319,8 +319,8 @@ def test_a_process_that_does_not_come_in_time_is_a_reason_to_start_again(monkeyp
     codes = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "_leave", lambda message, code: codes.append(code))
-    for error in (distributed.Unanswered("process 1 did not answer"), TimeoutError("S1.h5")):
-        distributed.end_together(error, 1)
+    for error in (distributed.UnresponsiveProcessError("process 1 did not answer"), TimeoutError("S1.h5")):
+        distributed.end_all_processes(error, 1)
     assert codes == [distributed.TRY_AGAIN, distributed.WRONG_INPUT]
 
 
@@ -332,7 +332,7 @@ distributed.initialize(launchers.Launch("the test", 3, int(process), "localhost:
 with distributed.Watchdog(0) as watchdog:
     distributed.gather("here")
     if process == "1":
-        distributed.end_together(ValueError("S1.h5: no features"), 10)
+        distributed.end_all_processes(ValueError("S1.h5: no features"), 10)
     time.sleep(60)
 """
 

@@ -31,7 +31,7 @@ def groups(machine, hierarchy, path, files):
 
 
 def test_a_machine_without_groups_is_its_own_limit(machine):
-    assert (limits.memory_limit(), limits.memory_left(), limits.processors()) == (64 * GB, 60 * GB, 16)
+    assert (limits.memory_limit(), limits.available_memory(), limits.processors()) == (64 * GB, 60 * GB, 16)
 
 
 def test_the_limit_of_a_job_lies_between_its_own_group_and_the_root(machine):
@@ -41,11 +41,11 @@ def test_the_limit_of_a_job_lies_between_its_own_group_and_the_root(machine):
     groups(machine, "", "system.slice", unlimited)
     job = {"memory.max": 8 * GB, "memory.current": 3 * GB, "memory.stat": f"anon {2 * GB}\ninactive_file {GB}"}
     groups(machine, "", "system.slice/slurmstepd.scope/job_77", job | {"cpu.max": "350000 100000"})
-    assert (limits.memory_limit(), limits.memory_left(), limits.processors()) == (8 * GB, 6 * GB, 4)
+    assert (limits.memory_limit(), limits.available_memory(), limits.processors()) == (8 * GB, 6 * GB, 4)
     # The group that throttles earlier than it kills counts too, and so does one further up that is fuller.
     groups(machine, "", "system.slice/slurmstepd.scope", {"memory.max": 9 * GB, "memory.current": 8 * GB})
     groups(machine, "", SLURM_JOB, {"memory.high": 4 * GB, "memory.current": GB, "cpu.max": "50000 100000"})
-    assert (limits.memory_limit(), limits.memory_left(), limits.processors()) == (4 * GB, GB, 1)
+    assert (limits.memory_limit(), limits.available_memory(), limits.processors()) == (4 * GB, GB, 1)
 
 
 @pytest.mark.parametrize("mounted", [True, False])
@@ -71,7 +71,7 @@ def test_the_older_interface_has_a_hierarchy_for_each_controller(machine, tmp_pa
     groups(machine, f"{place}memory", "slurm/job_3/step_0", whole)
     groups(machine, f"{place}cpu,cpuacct", "", {"cpu.cfs_quota_us": -1, "cpu.cfs_period_us": 100000})
     groups(machine, f"{place}cpu,cpuacct", "slurm/job_3", {"cpu.cfs_quota_us": 200000, "cpu.cfs_period_us": 100000})
-    assert (limits.memory_limit(), limits.memory_left(), limits.processors()) == (2 * GB, 3 * GB // 2, 2)
+    assert (limits.memory_limit(), limits.available_memory(), limits.processors()) == (2 * GB, 3 * GB // 2, 2)
 
 
 @pytest.mark.parametrize("own", ["/docker/f00", "/docker/f00/inner", "/../../elsewhere", "/not/seen/here"])
@@ -93,4 +93,4 @@ def test_other_systems_than_linux_are_asked_for_their_processors(monkeypatch, tm
     monkeypatch.setattr(limits, "_SYSTEM", tmp_path)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert (limits.memory_limit(), limits.memory_left(), limits.processors()) == (None, None, 6)
+    assert (limits.memory_limit(), limits.available_memory(), limits.processors()) == (None, None, 6)

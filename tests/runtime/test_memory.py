@@ -23,10 +23,10 @@ def test_the_need_is_what_a_program_keeps_beside_its_arguments():
 
 
 def test_free_memory_of_a_cpu_is_shared_by_its_devices(monkeypatch):
-    monkeypatch.setattr(limits, "memory_left", lambda: 400)
+    monkeypatch.setattr(limits, "available_memory", lambda: 400)
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     assert memory.free_bytes(jax.local_devices()[0]) == 100
-    monkeypatch.setattr(limits, "memory_left", lambda: None)
+    monkeypatch.setattr(limits, "available_memory", lambda: None)
     assert memory.free_bytes(jax.local_devices()[0]) is None
 
 

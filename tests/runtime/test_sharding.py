@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from pathflip_jax.losses.pathflip import Embeddings, LossConfig, at_once, draw_negatives, region_loss
+from pathflip_jax.losses.pathflip import Embeddings, LossConfig, draw_negatives, region_loss, unsharded
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import TextRegionAttention
 from pathflip_jax.runtime import sharding
@@ -50,13 +50,15 @@ def test_a_loss_in_bfloat16_is_the_same_spread_over_slides(negatives_at_once):
     rest = draw_negatives(next(keys), B, K), jnp.arange(B), jnp.float32(2.0), None
     mesh = sharding.make_mesh()
 
-    def gradient(spread):
+    def gradient(shard_map):
         def loss(attention, embeddings):
-            return region_loss(embeddings, attention, *rest, LossConfig(negatives_at_once=negatives_at_once), spread)[0]
+            return region_loss(
+                embeddings, attention, *rest, LossConfig(negatives_at_once=negatives_at_once), shard_map
+            )[0]
 
         return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(attention, embeddings)
 
-    expected, found = gradient(at_once), gradient(sharding.by_slide(mesh))
+    expected, found = gradient(unsharded), gradient(sharding.shard_by_slide(mesh))
     for a, b in zip(jax.tree.leaves(expected[0]), jax.tree.leaves(found[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(expected[1].subcaptions, found[1].subcaptions, rtol=1e-5, atol=1e-7)

@@ -9,7 +9,7 @@ import pytest
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import CONFIGS
 from pathflip_jax.settings import kinds
-from pathflip_jax.settings.fields import AS_NOW, Free, Range, Words, setting
+from pathflip_jax.settings.fields import AS_NOW, Range, Unrestricted, Words, setting
 from pathflip_jax.settings.kinds import KINDS, AlignmentSettings, LanguageSettings, PathFLIP2Settings
 from pathflip_jax.settings.networks import LossConfig
 from pathflip_jax.settings.sections import TrainSettings
@@ -26,10 +26,10 @@ def test_every_setting_has_a_help_and_bounds_that_hold_its_default(kind, key):
     found, value = kinds.fields(kind)[key], kinds.defaults(kind)[key]
     assert found.help and found.objection(key, value) == ""
     if isinstance(value, bool | str):
-        assert isinstance(found.bounds, Words | Free)
+        assert isinstance(found.bounds, Words | Unrestricted)
     elif value is not None and value != ():
         assert isinstance(found.bounds, Range) and found.bounds.whole == isinstance(value, int)
-    if isinstance(found.bounds, Free):
+    if isinstance(found.bounds, Unrestricted):
         assert found.bounds.reason
 
 
@@ -97,11 +97,11 @@ def test_a_new_setting_is_one_line(monkeypatch, tmp_path):
     assert Made().with_changes({"train.pace": 1}).train.pace == 1.0
     with pytest.raises(ValueError, match="train.pace=2.0: expected a finite number .* at most 1, such as"):
         Made().with_changes({"train.pace": 2})
-    monkeypatch.setitem(kinds.BEFORE, "train.pace", dict(kinds.fields(Made))["train.pace"].before)
+    monkeypatch.setitem(kinds.LEGACY_VALUES, "train.pace", dict(kinds.fields(Made))["train.pace"].before)
     monkeypatch.setattr(resume, "kind_of", lambda begun: Made)
     begun = LanguageSettings().to_dict()
     assert resume.resume_as(Made(), begun, tmp_path).train.pace == 0.25
-    assert kinds.BEFORE["data.row_step"] is AS_NOW and "train.seed" not in kinds.BEFORE
+    assert kinds.LEGACY_VALUES["data.row_step"] is AS_NOW and "train.seed" not in kinds.LEGACY_VALUES
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from pathflip_jax.convert.versions import unknown_settings
 from pathflip_jax.runtime.sharding import Shards
 from pathflip_jax.training import fingerprints, settings
-from pathflip_jax.training.data import choose_groups, even_size, open_data, say_counts
+from pathflip_jax.training.data import choose_groups, even_size, open_data, report_counts
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, caps
     assert counts["train"] == {"slides": 10, "patients": 8, "texts": 9, "no_text": 1, "no_record": 3}
     assert counts["val"]["slides"] == counts["val"]["texts"] == 6 and counts["test"]["slides"] == 5
     assert counts["not_in_table"] == 3
-    say_counts(facts, validates=True)
+    report_counts(facts, validates=True)
     assert capsys.readouterr().err == (
         "data: train 10 slides of 8 patients, 9 texts (3 more have no record, 1 have no text); val 6 slides of 5 "
         "patients, 6 texts; test 5 slides of 4 patients; 3 slides of the records are in no row of the table\n"
@@ -232,7 +232,7 @@ def test_validation_is_left_out_where_that_is_asked_for_and_said(config, capsys)
     for nothing in ("", "none", "None"):
         data = open_data(config(**{"data.val_split": nothing}))
         assert data.validation is None
-    say_counts(data.facts, validates=False)
+    report_counts(data.facts, validates=False)
     assert "; no validation" in capsys.readouterr().err
 
 

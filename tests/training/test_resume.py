@@ -8,7 +8,7 @@ import pytest
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.runs import files
 from pathflip_jax.training import settings
-from pathflip_jax.training.resume import begun_config, differences, lock_to_run, resume_as
+from pathflip_jax.training.resume import differences, lock_to_run, resume_as, saved_config
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_what_a_kill_before_the_first_checkpoint_left_binds_nobody(run):
     (folder / "checkpoints" / "60").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp-1")
     (folder / "metrics.jsonl").touch()
     json_files.write_json(folder / files.CONFIG, changed(resolved, checkpoints=str(folder / "elsewhere")))
-    assert begun_config(folder) is None
+    assert saved_config(folder) is None
     described = []
     lock_to_run(folder, changed(resolved, seed=1), described.append)
     assert described == [folder]

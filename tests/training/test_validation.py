@@ -43,7 +43,7 @@ def test_each_batch_of_a_validation_is_a_sign_of_life_and_one_is_compiled(monkey
         return learned * batch + frozen
 
     mesh = jax.sharding.Mesh(jax.devices()[:1], "data")
-    measured = validation.over_batches(measure, batches, mesh)
+    measured = validation.measure_batches(measure, batches, mesh)
     for _ in range(2):
         found = measured(np.float32(2), np.float32(1), marks.append)
         assert found == [1, 3, 5] and all(isinstance(x, np.ndarray | np.generic) for x in found)

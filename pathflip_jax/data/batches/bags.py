@@ -17,7 +17,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.captions import plain, split_sentences
 from pathflip_jax.data.texts.cases import NO_TABLE, Sources, bag_keys, slides_of_case
-from pathflip_jax.data.texts.identity import connected, person_keys
+from pathflip_jax.data.texts.identity import connected, patient_keys
 from pathflip_jax.data.texts.text import SlideText, match_texts
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
@@ -25,7 +25,7 @@ _AT_ONCE = 4096  # texts
 _log = logging.getLogger(__name__)
 
 
-class Pieces(Sequence[np.ndarray]):
+class SentenceTokens(Sequence[np.ndarray]):
     """Token ids of a text's sentences, concatenated in one array: separate small arrays would be mostly headers."""
 
     __slots__ = ("_ids", "_ends")
@@ -55,7 +55,7 @@ class TokenisedText(NamedTuple):
     """
 
     caption: np.ndarray
-    pieces: Pieces
+    pieces: SentenceTokens
     written: SlideText
 
     @property
@@ -169,7 +169,7 @@ def _cases(members, grouped, case_of: Mapping[str, str], sources: Sources = NO_T
 
     Two bags may be linked to one patient through a slide of the table that is in neither.
     """
-    table = [person_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in sources.rows.values()]
+    table = [patient_keys(row["slide_id"], row["case_id"], row["patient_id"]) for row in sources.rows.values()]
     return connected([*bag_keys(members, grouped, case_of, sources), *table])[: len(members)]
 
 
@@ -208,7 +208,7 @@ def _tokenise(
         long["sentences"].count(pieces)
         upcoming = iter(pieces)
         for text, caption, sentences in zip(part, captions, words, strict=True):
-            own = Pieces([next(upcoming) for _ in sentences])
+            own = SentenceTokens([next(upcoming) for _ in sentences])
             found.append(TokenisedText(tokenizer.wrap(caption, caption_length), own, text))
     for what, seen in long.items():
         if seen.over:

@@ -16,7 +16,7 @@ class BatchMemory:
     def __init__(self, keep: int) -> None:
         self._free: deque[np.ndarray] = deque(maxlen=keep)
 
-    def lend(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Uninitialised array whose memory returns to the pool automatically."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         try:
@@ -25,10 +25,10 @@ class BatchMemory:
             block = None
         if block is None or block.nbytes != size:  # the batch size changed
             block = np.empty(size, np.uint8)
-        return np.asarray(_Loan(block, self._free)).view(dtype).reshape(shape)
+        return np.asarray(_Allocation(block, self._free)).view(dtype).reshape(shape)
 
 
-class _Loan:
+class _Allocation:
     """NumPy base object of a lent block, alive until no array, view or device uses the block."""
 
     def __init__(self, block: np.ndarray, free: deque[np.ndarray]) -> None:

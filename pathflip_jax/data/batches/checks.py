@@ -12,7 +12,7 @@ from pathflip_jax.data.batches.pipeline import Batches
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 
-WORTH_SAYING = 0.01  # smaller fractions of unknown pieces are not reported
+REPORTED_SHARE = 0.01  # smaller fractions of unknown pieces are not reported
 MOST_STEPS = 1000  # batches inspected for negatives
 _SENTENCES = 500  # sentences searched for examples of unknown words
 _log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: fl
     """Raise ValueError if more than a fraction `most` of the texts' word pieces is unknown to the vocabulary."""
     texts = [text for bag in bags for text in bag.texts]
     share = tokenizer.unknown_share(part for text in texts for part in (text.caption[1:-1], *text.pieces))
-    if share < WORTH_SAYING:
+    if share < REPORTED_SHARE:
         return
     found = (
         f"{table}: {share:.1%} of the word pieces of the texts are unknown to the vocabulary {tokenizer.folder} "

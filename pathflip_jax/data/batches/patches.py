@@ -69,7 +69,7 @@ class PatchSampler:
                 index[b, large] = np.sort(np.argpartition(keys, S - 1, axis=1)[:, :S], axis=1)
         if self._first_row is not None:
             return self._held(bags, chosen, index, mask), mask
-        patches = self._memory.lend((*mask.shape, self._records.feature_dim), self._records.dtype)
+        patches = self._memory.allocate((*mask.shape, self._records.feature_dim), self._records.dtype)
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             for record in np.unique(bag.record[regions]):
                 rows = np.flatnonzero(bag.record[regions] == record)
@@ -91,5 +91,5 @@ class PatchSampler:
         index[~mask] = 0
         if self._on_device:
             return index.astype(np.int32)
-        patches = self._memory.lend((*index.shape, self._features.shape[1]), self._features.dtype)
+        patches = self._memory.allocate((*index.shape, self._features.shape[1]), self._features.dtype)
         return np.take(self._features, index, axis=0, out=patches, mode="clip")  # "clip": no copy of `out`

@@ -27,7 +27,7 @@ class Gap(NamedTuple):
     support: int
 
 
-def whole_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray, "N 2"]:
+def integer_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray, "N 2"]:
     """Coordinates as integers; ValueError for another shape, NaN, fractions and numbers beyond 2^31."""
     coords = np.asarray(coords)
     if coords.shape != (patches, 2):
@@ -51,7 +51,7 @@ def whole_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarray
     return np.ascontiguousarray(whole, np.int32)
 
 
-def commonest_gap(coords: Int[np.ndarray, "N 2"]) -> Gap:
+def most_frequent_gap(coords: Int[np.ndarray, "N 2"]) -> Gap:
     """Most frequent gap between neighbours, the edge of non-overlapping patches; (0, 0) if there is none.
 
     The most frequent, not the smallest: the rows of two tissue pieces are rarely aligned.
@@ -87,7 +87,7 @@ def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> st
     return ""
 
 
-def place_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, height: int) -> str:
+def coordinate_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, width: int, height: int) -> str:
     """Objection to the coordinates of patches, else ""; `patch_size`, `width` and `height` are 0 if unknown."""
     coords = coords.astype(np.int64)
     low, high = (np.array([end(axis) for axis in coords.T]) for end in (np.min, np.max))  # faster than along axis 0
@@ -116,7 +116,7 @@ def _is_crowded(patches: int, span: np.ndarray, patch_size: int) -> bool:
 
 
 def _crowded(coords: np.ndarray, patch_size: int) -> str:
-    step = commonest_gap(coords).size
+    step = most_frequent_gap(coords).size
     kind = "they are counted in patches, not pixels" if step == 1 else "they are not in pixels at level 0"
     return (
         f"coordinates in steps of {step} between patches of {patch_size} px: {kind}; expected the corners of the "
@@ -139,7 +139,7 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
     `step` is the patch distance stated by the file, 0 if the file does not state the overlap: then only coordinates
     that cover no more than the level's fraction of the slide are refused.
     """
-    gap = commonest_gap(coords)
+    gap = most_frequent_gap(coords)
     expected = step or float(patch_size)
     if gap.support < FEWEST_GAPS or expected <= 0 or gap.size > CLOSEST * expected:
         return ""
@@ -158,7 +158,9 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
     )
 
 
-def repeated_fault(coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "N F"] | None = None) -> str:
+def duplicate_coordinates_fault(
+    coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "N F"] | None = None
+) -> str:
     """Objection to several patches at the same coordinates, else ""; the features identify the cause."""
     keys = (coords[:, 0].astype(np.int64) << 32) | (coords[:, 1].astype(np.int64) & 0xFFFFFFFF)
     ordered = np.sort(keys)
@@ -177,7 +179,7 @@ def repeated_fault(coords: Int[np.ndarray, "N 2"], features: Float[np.ndarray, "
     return f"{found} with different features: two extractions in one file; delete it and {EXTRACT}"
 
 
-def twice_fault(features: Float[np.ndarray, "N F"]) -> str:
+def repetition_fault(features: Float[np.ndarray, "N F"]) -> str:
     """Objection to features without coordinates that repeat themselves in two halves; else ""."""
     half, odd = divmod(len(features), 2)
     if odd or half < FEWEST_GAPS or not np.array_equal(features[0], features[half]):

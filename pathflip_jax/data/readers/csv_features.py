@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text, slide_id_of
-from pathflip_jax.data.storage.folders import stand_in
+from pathflip_jax.data.storage.folders import describe_placeholder
 
 LONGEST_LINE = 2**20  # characters of a CSV line: 2,560 numbers of 17 digits are 50,000
 _NUMBER = r"-?\d{1,12}(?:\.\d{1,6})?"
@@ -146,7 +146,7 @@ def is_feature_table(path: Path) -> bool:
 
     A pointer to a file that was never fetched is accepted too: reading it reports what it is.
     """
-    if stand_in(path):
+    if describe_placeholder(path):
         return True
     with path.open("rb") as file:
         header = file.readline(1 << 20).decode("utf-8-sig", errors="replace").strip().split(",")

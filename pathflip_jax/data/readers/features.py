@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from pathflip_jax.data.readers.coordinates import (
     FEWEST_GAPS,
     Gap,
-    commonest_gap,
+    coordinate_fault,
+    duplicate_coordinates_fault,
+    integer_coords,
+    most_frequent_gap,
     patch_size_fault,
-    place_fault,
-    repeated_fault,
+    repetition_fault,
     step_fault,
-    twice_fault,
-    whole_coords,
 )
 from pathflip_jax.data.readers.feature_format import FeatureFields, slide_id_of
 from pathflip_jax.data.readers.formats import read_fields
@@ -81,7 +81,7 @@ class SlideFeatures:
             found = f"{len(rows)} of {len(features)} patches hold NaN or infinity (the first is patch {rows[0]})"
             raise ValueError(f"{where}: {found}; extract the features again, in float32 where they overflow float16")
         if self.coords is not None:
-            object.__setattr__(self, "coords", whole_coords(self.coords, len(features), where))
+            object.__setattr__(self, "coords", integer_coords(self.coords, len(features), where))
         if min(self.patch_size, self.width, self.height) < 0 or not 0 <= self.mpp < 1e4:
             found = f"patch size {self.patch_size}, mpp {self.mpp}, slide {self.width} x {self.height}"
             raise ValueError(f"{where}: {found}; expected numbers above 0, or 0 for unknown")
@@ -93,8 +93,10 @@ class SlideFeatures:
         size = (self.width, self.height)
         fault = patch_size_fault(self.patch_size, self.mpp, *size)
         if fault or self.coords is None:
-            return fault or twice_fault(self.features)
-        return repeated_fault(self.coords, self.features) or place_fault(self.coords, self.patch_size, *size)
+            return fault or repetition_fault(self.features)
+        return duplicate_coordinates_fault(self.coords, self.features) or coordinate_fault(
+            self.coords, self.patch_size, *size
+        )
 
 
 def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
@@ -115,7 +117,7 @@ def all_finite(features: Float[np.ndarray, "N F"]) -> bool:
     return all(sound(block) for _, block in row_blocks(features))
 
 
-def rounded_away(before: Float[np.ndarray, "N F"], after: Float[np.ndarray, "N F"]) -> np.ndarray:
+def rows_lost_to_rounding(before: Float[np.ndarray, "N F"], after: Float[np.ndarray, "N F"]) -> np.ndarray:
     """Rows whose features a narrower dtype changed by more than a hundredth of their norm.
 
     Rounding to float16 or bfloat16 changes them by less than that; numbers below the resolution of float16 become 0.
@@ -193,7 +195,7 @@ def read_features(
         _check_rows(fields["features"], fields.get("coords"))
         _fill(fields, patch_size, mpp, encoder, override_mpp)
         if fields.get("coords") is not None and len(fields["features"]):
-            fields["coords"] = whole_coords(fields["coords"], len(fields["features"]), f"slide {slide_id}")
+            fields["coords"] = integer_coords(fields["coords"], len(fields["features"]), f"slide {slide_id}")
             _settle_places(fields, patch_size)
         fields.pop("step", None)
         if fields["features"].dtype == np.float64:
@@ -209,7 +211,7 @@ def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
     """float64 features as float32 for `SlideFeatures`. Raises ValueError for numbers too small for it."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = features.astype(np.float32)
-    if all_finite(narrow) and len(rows := rounded_away(features, narrow)):
+    if all_finite(narrow) and len(rows := rows_lost_to_rounding(features, narrow)):
         raise ValueError(f"features of {len(rows)} patches are too small for float32; scale them before they are saved")
     return narrow
 
@@ -258,7 +260,7 @@ def _settle_places(fields: FeatureFields, given: int | None) -> None:
 
     `given` is the caller's patch size. Raises ValueError for coordinates of another level.
     """
-    coords, gap, notes = fields["coords"], commonest_gap(fields["coords"]), list(fields["notes"])
+    coords, gap, notes = fields["coords"], most_frequent_gap(fields["coords"]), list(fields["notes"])
     if gap.size == 1 and given and fields["patch_size_source"] == "option":
         if (np.abs(coords.astype(np.int64)) * given >= 2**31).any():
             raise ValueError(f"coordinates counted in patches reach beyond 2^31 px at {given} px a patch")

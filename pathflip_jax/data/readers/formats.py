@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pathflip_jax.data.readers import csv_features, h5_features, torch_features
 from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text
-from pathflip_jax.data.storage.folders import stand_in
+from pathflip_jax.data.storage.folders import describe_placeholder
 
 # In the order in which help and errors list them, and in which files with a wrong extension are tried.
 FORMATS = (
@@ -33,7 +33,7 @@ def format_by_extension(path: Path) -> FeatureFormat | None:
 
 def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields:
     """Contents of a feature file, by the reader of the format recognised from its first bytes."""
-    if fault := stand_in(path):
+    if fault := describe_placeholder(path):
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:
         start = file.read(FIRST_BYTES)

@@ -57,7 +57,7 @@ class Vote(NamedTuple):
     voters: int
 
 
-class Undecided(ValueError):
+class NoMajorityError(ValueError):
     """No value is held by more than half of the slides."""
 
 
@@ -110,8 +110,8 @@ class Cohort:
         return min(self.pixels) if len(self.pixels) == 1 else 0
 
 
-def elect(slides: Sequence[Traits], times: Sequence[int] = ()) -> Cohort:
-    """Majority properties of slides. Raises Undecided, with counts and names, if no value has more than half the votes.
+def majority_cohort(slides: Sequence[Traits], times: Sequence[int] = ()) -> Cohort:
+    """Majority properties of slides. Raises NoMajorityError, with counts and names, if no value is that of over half.
 
     Unnamed encoders do not vote, nor do unknown sizes, nor sizes in pixels if others are in um. With `times`, each
     slide represents that many identical ones.
@@ -149,17 +149,17 @@ def check_cohort(slides: Sequence[SlideInfo]) -> None:
     """
     ids = column(slides, "slide_id")
     if len(set(ids)) < len(ids):
-        _refuse_twins(slides)
+        _refuse_duplicates(slides)
     if not len(slides) or _is_one(slides):
         return
     found = [traits_of(info) for info in slides]
-    cohort = elect(found)
+    cohort = majority_cohort(found)
     odd = [(slide, text) for slide in found if (text := cohort.objection(slide))]
     others = f" (and {preview(slide.slide_id for slide, _ in odd[1:])})" if odd[1:] else ""
     raise ValueError(f"{odd[0][0].where}: {odd[0][1]}{others}")
 
 
-def _refuse_twins(slides: Sequence[SlideInfo]) -> None:
+def _refuse_duplicates(slides: Sequence[SlideInfo]) -> None:
     seen: dict[str, Any] = {}
     for info in slides:
         if info.slide_id in seen:
@@ -178,8 +178,8 @@ def _is_one(slides: Sequence[SlideInfo]) -> bool:
         kinds.update(zip(*(part.tolist() if isinstance(part, np.ndarray) else part for part in parts), strict=True))
     found = [Traits("", "", *kind) for kind in kinds]
     try:
-        cohort = elect(found, list(kinds.values()))
-    except Undecided:
+        cohort = majority_cohort(found, list(kinds.values()))
+    except NoMajorityError:
         return False
     return not any(map(cohort.objection, found))
 
@@ -203,7 +203,7 @@ def _commonest(sizes: Float[np.ndarray, "n"]) -> tuple[float, int]:
 
 
 def _check_majority(vote: Vote, name: str, voters: Sequence[tuple[Any, Traits]]) -> None:
-    """Raise Undecided, listing values and slides, for a vote without a majority."""
+    """Raise NoMajorityError, listing values and slides, for a vote without a majority."""
     if 2 * vote.count > vote.voters or not voters:
         return
     sides: dict[Any, list[Traits]] = {}
@@ -214,4 +214,4 @@ def _check_majority(vote: Vote, name: str, voters: Sequence[tuple[Any, Traits]])
         for value, own in sorted(sides.items(), key=lambda side: -len(side[1]))
     )
     cure = _ANEW if name.startswith("patches") else _APART
-    raise Undecided(f"{voters[0][1].where}: no majority among {vote.voters} slides: {listed}; {cure}")
+    raise NoMajorityError(f"{voters[0][1].where}: no majority among {vote.voters} slides: {listed}; {cure}")

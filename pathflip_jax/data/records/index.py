@@ -11,15 +11,15 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float, Int
 
-from pathflip_jax.data.readers.features import SlideFeatures, all_finite, rounded_away
+from pathflip_jax.data.readers.features import SlideFeatures, all_finite, rows_lost_to_rounding
 from pathflip_jax.data.records.columns import ARRAYS, DTYPES, SlideInfo, Slides
 from pathflip_jax.data.records.index_file import Index, check_info, decode_index, encode_index
 from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.data.records.tfrecord import bytes_offsets, example_parts, read_frames
 from pathflip_jax.data.storage import blocks
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import Place, as_path, file_sizes, read_in_turn
-from pathflip_jax.data.storage.framing import Data, Summed, crc32c, extended, frame, nbytes
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.framing import Checksummed, Data, crc32c, extended, frame, nbytes
 
 COORDS = np.dtype("<i4")
 KEYS = {
@@ -65,7 +65,7 @@ def encode_slide(
     for a, b in pairwise(rows.tolist()):
         own = crc32c(payload[a:b])
         crcs.append(crc32c(coords[a:b], start=own))
-        crc = extended(crc, Summed(payload[a:b], own))
+        crc = extended(crc, Checksummed(payload[a:b], own))
         blocks.release(features)
     texts = {"slide_id": slide.slide_id, "case_id": slide.case_id, "encoder": slide.encoder, "feature_dtype": dtype}
     numbers = {
@@ -81,7 +81,7 @@ def encode_slide(
     for key, array in arrays.items():
         message.feature[key].int64_list.value.extend(array.ravel().tolist())
     message.feature["mpp"].float_list.value.append(slide.mpp)
-    payloads = {"coords": coords.reshape(-1), "features": Summed(payload.reshape(-1), crc)}
+    payloads = {"coords": coords.reshape(-1), "features": Checksummed(payload.reshape(-1), crc)}
     parts = example_parts(message.SerializeToString(deterministic=True), payloads)
     starts = np.cumsum([0, *map(nbytes, parts)]).tolist()
     info = SlideInfo(
@@ -124,7 +124,7 @@ def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Floa
     if not all_finite(narrow):
         largest = np.abs(features.astype(np.float32)).max()
         raise ValueError(f"{where}: features of up to {largest:.3g} overflow {dtype}; {cure}")
-    if len(rows := rounded_away(features, narrow)):
+    if len(rows := rows_lost_to_rounding(features, narrow)):
         largest = np.abs(features[rows].astype(np.float32)).max()
         found = f"features of {len(rows)} of {len(features)} patches are at most {largest:.3g}, too small for {dtype}"
         raise ValueError(f"{where}: {found}, which keeps nothing or little of them; {cure}")
@@ -208,7 +208,7 @@ def build_index(shard: Place | str) -> Index:
 
 def save_index(shard: Place, index: Index) -> None:
     """Write an index next to its shard, atomically."""
-    with whole_file(index_path(shard)) as out:
+    with atomic_file(index_path(shard)) as out:
         out.write(encode_index(index))
 
 

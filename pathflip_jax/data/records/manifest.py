@@ -88,7 +88,7 @@ def shard_faults(manifest: Manifest, name: str, slides: int, crc: int) -> list[s
     return [f"{manifest.path.parent / name}: {found}, expected {listed.slides} slides and {listed.crc32c}; {_AGAIN}"]
 
 
-def sums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
+def checksums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
     """SHA-256 of the name, size and CRC32C of each shard: it changes with any byte of the data."""
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 

@@ -33,16 +33,17 @@ from pathflip_jax.data.records.manifest import (
     MANIFEST,
     VERSION,
     Manifest,
+    checksums_hash,
     folder_faults,
     parse_manifest,
     refuse,
     shard_faults,
-    sums_hash,
 )
 from pathflip_jax.data.records.reading import read_parts, read_slide
 from pathflip_jax.data.records.regions import EDGE_UM, region_edge
 from pathflip_jax.data.records.tfds import dataset_info, feature_schema
 from pathflip_jax.data.records.tfrecord import read_frames
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import (
     LocalFile,
     Place,
@@ -56,7 +57,6 @@ from pathflip_jax.data.storage.files import (
 )
 from pathflip_jax.data.storage.framing import crc32c
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_file
 
 SHARDS = ("*.tfrecord", "*.tfrecord-*-of-*[0-9]")  # naming schemes of this library and of TensorFlow
 _log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def write_shard(
     """
     path = as_path(path)
     infos: dict[str, SlideInfo] = {}
-    with whole_file(path, sync_folder=False) as out:  # the index, written next, does
+    with atomic_file(path, sync_folder=False) as out:  # the index, written next, does
         for slide in slides:
             parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
             info = replace(info, shard=path)
@@ -294,7 +294,7 @@ def manifest_hash(records: Records | Place | str) -> str:
         shards = find_shards(records)
         indexes = zip(shards, read_indexes(shards, file_sizes(shards), index_bytes(shards)), strict=True)
         sums = [(shard.name, index.shard_bytes, index.shard_crc32c) for shard, index in indexes]
-    return sums_hash(sums)
+    return checksums_hash(sums)
 
 
 def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int | None = None) -> dict:

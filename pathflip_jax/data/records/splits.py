@@ -38,7 +38,7 @@ class SlideTable(NamedTuple):
         """Non-empty `slides`. Raises ValueError for a split without rows or without records."""
         listed = [row["slide_id"] for row in self.listed if row["split"] == split]
         if not listed:
-            raise ValueError(f"{no_such_split(self.name, split, self.listed)}; {cure}")
+            raise ValueError(f"{unknown_split_message(self.name, split, self.listed)}; {cure}")
         if not (found := self.slides(split)):
             raise ValueError(
                 f"{self.name}: none of the {len(listed)} slides of split {split!r} ({preview(listed)}) is among the "
@@ -47,7 +47,7 @@ class SlideTable(NamedTuple):
         return found
 
 
-def hold_table(table: str, name: str, records: Records) -> tuple[SlideTable, list[str]]:
+def read_matched_table(table: str, name: str, records: Records) -> tuple[SlideTable, list[str]]:
     """Read a slide table and match it to records (called `name` in messages); inexact matches are noted."""
     case_of = _cases_of(records)
     listed, notes = rename_rows(read_slide_table(table), list(case_of), table)
@@ -59,7 +59,7 @@ def _cases_of(records: Records) -> dict[str, str]:
     return dict(zip(records.slides.column("slide_id"), records.slides.column("case_id"), strict=True))
 
 
-def no_such_split(table: object, split: str, rows: Iterable[Row]) -> str:
+def unknown_split_message(table: object, split: str, rows: Iterable[Row]) -> str:
     """Message for a split without rows, with the existing splits and the closest match."""
     counts = Counter(row["split"] for row in rows)
     there = ", ".join(f"{name or '(empty)'} ({count})" for name, count in sorted(counts.items()))

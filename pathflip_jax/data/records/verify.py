@@ -2,12 +2,19 @@
 
 from collections.abc import Iterator
 
-from pathflip_jax.data.readers.coordinates import patch_size_fault, place_fault, repeated_fault
+from pathflip_jax.data.readers.coordinates import coordinate_fault, duplicate_coordinates_fault, patch_size_fault
 from pathflip_jax.data.records.cohort import check_cohort
 from pathflip_jax.data.records.columns import SlideInfo, Slides
 from pathflip_jax.data.records.index import COORDS, REBUILD, build_index, index_path, read_index
 from pathflip_jax.data.records.index_file import Index, encode_index
-from pathflip_jax.data.records.manifest import ANEW, MANIFEST, folder_faults, parse_manifest, shard_faults, sums_hash
+from pathflip_jax.data.records.manifest import (
+    ANEW,
+    MANIFEST,
+    checksums_hash,
+    folder_faults,
+    parse_manifest,
+    shard_faults,
+)
 from pathflip_jax.data.records.records import list_folder, shard_sizes
 from pathflip_jax.data.storage.files import Place, as_path, open_file, read_at, read_bytes
 
@@ -53,7 +60,7 @@ def _faults(folder: Place) -> Iterator[str]:
             yield f"{folder / name}: left by a writer that was killed; delete it"
     if manifest:
         faults = folder_faults(manifest, sizes)
-        if not faults and len(sums) == len(sizes) and manifest.facts.get("sha256") != sums_hash(sums):
+        if not faults and len(sums) == len(sizes) and manifest.facts.get("sha256") != checksums_hash(sums):
             faults.append(f"{manifest.path}: its sha256 is not that of its shards; {ANEW}")
         yield from faults
     elif MANIFEST not in files:
@@ -73,5 +80,5 @@ def _place_fault(info: SlideInfo) -> str:
     if info.coords_bytes and not fault:
         data = read_at(open_file(info.shard), info.coords_bytes, info.coords_offset)
         coords = data.view(COORDS).reshape(-1, 2)
-        fault = repeated_fault(coords) or place_fault(coords, info.patch_size, *size)
+        fault = duplicate_coordinates_fault(coords) or coordinate_fault(coords, info.patch_size, *size)
     return f"slide {info.slide_id}: {fault}" if fault else ""

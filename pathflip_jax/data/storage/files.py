@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
-from pathflip_jax.data.storage.retry import DAMAGED, MissedError, retry
+from pathflip_jax.data.storage.retry import DAMAGED, UnavailableError, retry
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, spent only for URLs
     from upath import UPath
@@ -320,7 +320,7 @@ def _fetch(ranges: Sequence[Range], missing_ok: bool = False) -> list[bytes | No
                     found[i] = answer
         if missed:
             path, error = missed[0]
-            raise MissedError(path) from error
+            raise UnavailableError(path) from error
 
     if ranges:
         retry(ranges[0][0], attempt)

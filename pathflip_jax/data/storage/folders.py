@@ -76,7 +76,7 @@ def _fault(path: Path, error: OSError) -> str:
     return f"a link to {target}, which is not there; mount its disk or correct the link"
 
 
-def stand_in(path: Path | str) -> str:
+def describe_placeholder(path: Path | str) -> str:
     """Description of a placeholder for an unfetched file (Git LFS or git-annex pointer, web page), with the cure.
 
     Empty for any other file.

@@ -14,10 +14,10 @@ LENGTH_CODE = struct.Struct("<QI")
 CRC_CODE = struct.Struct("<I")
 CASTAGNOLI = 0x82F63B78  # the CRC32C polynomial, bit-reflected
 JOINED = 1 << 17  # bytes whose CRC takes as long as combining two CRCs
-Data = Union[bytes, np.ndarray, "Summed"]
+Data = Union[bytes, np.ndarray, "Checksummed"]
 
 
-class Summed(NamedTuple):
+class Checksummed(NamedTuple):
     """Bytes or a contiguous array with its CRC32C, so that it is computed only once."""
 
     data: bytes | np.ndarray
@@ -31,7 +31,7 @@ class Summed(NamedTuple):
 
 def nbytes(data: Data) -> int:
     """Size of data in bytes."""
-    return data.nbytes if isinstance(data, Summed) else memoryview(data).nbytes
+    return data.nbytes if isinstance(data, Checksummed) else memoryview(data).nbytes
 
 
 def crc32c(*parts, start: int = 0) -> int:
@@ -43,11 +43,11 @@ def crc32c(*parts, start: int = 0) -> int:
 
 def extended(crc: int, data: Data) -> int:
     """CRC32C of preceding data with CRC `crc`, extended by `data`."""
-    if isinstance(data, Summed):
+    if isinstance(data, Checksummed):
         if data.nbytes >= JOINED:
             return joined_crc(crc, data.crc, data.nbytes)
         data = data.data
-    for piece in in_pieces(data):
+    for piece in in_blocks(data):
         crc = crc32c(piece, start=crc)
     return crc
 
@@ -94,7 +94,7 @@ def frame(*parts: Data) -> tuple[bytes, bytes]:
     return length + CRC_CODE.pack(mask(crc32c(length))), CRC_CODE.pack(mask(crc))
 
 
-def in_pieces(data: bytes | np.ndarray) -> Iterator[bytes | np.ndarray]:
+def in_blocks(data: bytes | np.ndarray) -> Iterator[bytes | np.ndarray]:
     """Data in one piece or, for a mapped file, in blocks."""
     if isinstance(data, np.memmap):
         yield from (block for _, block in row_blocks(data))

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.files import Place, as_path, read_bytes
 from pathflip_jax.data.storage.json_values import parse_json
-from pathflip_jax.data.storage.whole_files import whole_file
 
 
 def write_json(path: Place, content: dict | list, *, indent: int = 2, **options: bool) -> None:
     """Write a JSON file atomically; further options are those of `json.dumps`."""
-    with whole_file(as_path(path)) as file:
+    with atomic_file(as_path(path)) as file:
         file.write((json.dumps(content, indent=indent, **options) + "\n").encode())
 
 

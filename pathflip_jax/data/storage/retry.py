@@ -8,11 +8,15 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Answer = TypeVar("Answer")
-WAITS = (0.5, 1.0, 2.0)  # seconds before each retry, with a jitter of a half, so that a thousand readers spread out
+RETRY_DELAYS = (
+    0.5,
+    1.0,
+    2.0,
+)  # seconds before each retry, with a jitter of a half, so that a thousand readers spread out
 DAMAGED = "copy it again, or delete it and its .idx and write it again"
 
 
-class MissedError(Exception):
+class UnavailableError(Exception):
     """One of several objects requested together is unavailable; the reason is its cause."""
 
     def __init__(self, path: "UPath") -> None:
@@ -26,9 +30,9 @@ def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
     """
     import tenacity  # takes 0.1 s, spent only for URLs
 
-    pauses = [tenacity.wait_random(0.5 * wait, 1.5 * wait) for wait in WAITS]
+    pauses = [tenacity.wait_random(0.5 * wait, 1.5 * wait) for wait in RETRY_DELAYS]
     tries = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(len(WAITS) + 1),
+        stop=tenacity.stop_after_attempt(len(RETRY_DELAYS) + 1),
         wait=tenacity.wait_chain(*pauses),
         retry=tenacity.retry_if_exception(_may_pass),
         reraise=True,
@@ -38,7 +42,7 @@ def retry(place: object, attempt: Callable[[], Answer]) -> Answer:
     except _MISTAKES:
         raise
     except Exception as error:
-        if isinstance(error, MissedError):
+        if isinstance(error, UnavailableError):
             place, error = error.path, error.__cause__
         raise _explained(place, error) from error
 
@@ -51,7 +55,7 @@ def _may_pass(error: BaseException) -> bool:
     """Whether a retry could succeed; client libraries have their own exceptions, not all of them OSErrors."""
     if not isinstance(error, Exception) or isinstance(error, _MISTAKES):
         return False
-    error = error.__cause__ if isinstance(error, MissedError) else error
+    error = error.__cause__ if isinstance(error, UnavailableError) else error
     return not isinstance(error, (FileNotFoundError, PermissionError)) and not _LASTING.search(_reason(error))
 
 
@@ -65,7 +69,7 @@ def _explained(place: object, error: Exception) -> OSError:
     if isinstance(error, PermissionError) or reason.startswith("Forbidden"):  # gcsfs reports it in words
         return PermissionError(f"{place}: permission denied ({reason}); check the credentials and what they may do")
     cure = "check network, bucket and credentials, and run the same command again"
-    return OSError(f"{place}: failed {len(WAITS) + 1} times, at last with: {reason}; {cure}")
+    return OSError(f"{place}: failed {len(RETRY_DELAYS) + 1} times, at last with: {reason}; {cure}")
 
 
 def _reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from pathflip_jax.data.texts.identity import Key, barcode_patient, clean_id, fold, fold_slide, is_missing, person_keys
+from pathflip_jax.data.texts.identity import Key, barcode_patient, clean_id, fold, fold_slide, is_missing, patient_keys
 from pathflip_jax.data.texts.text import SlideText
 
 
@@ -60,7 +60,7 @@ def bag_keys(
         for slide in slides:
             row = sources.rows.get(slide, {})
             table = [row.get("case_id", ""), row.get("patient_id", "")]
-            own |= person_keys(slide, *table)
+            own |= patient_keys(slide, *table)
             said = [_Said(sources.slides, [name for name in table if _tells(name, [slide])])]
             said += [_Said(sources.records, [case_of[slide]])] if _tells(case_of[slide], [slide]) else []
             said = [one for one in (*said, *captions) if one.names]
@@ -105,7 +105,7 @@ def _key_of(rows: Iterable[Mapping[str, str]]) -> Callable[[str], set[Key]]:
 
     def keys(name: str) -> set[Key]:
         patient = fold(name) in patients and fold(name) not in cases
-        return person_keys(patient_id=name) if patient else person_keys(case_id=name)
+        return patient_keys(patient_id=name) if patient else patient_keys(case_id=name)
 
     return keys
 

@@ -2,7 +2,7 @@
 
 Tables pass through spreadsheets, data frames and file systems: 123 becomes 123.0, "0045" becomes 45, an umlaut two
 characters, a missing value the text "nan". All comparisons of ids in this project use `fold`ed ids, and `connected`
-over `person_keys` decides whether two slides are of one patient.
+over `patient_keys` decides whether two slides are of one patient.
 """
 
 import re
@@ -68,7 +68,7 @@ def fold_slide(name: str, zeros: bool = False) -> str:
     return fold(clean_id(name), zeros)
 
 
-def natural(spellings: Iterable[str]) -> str:
+def preferred_spelling(spellings: Iterable[str]) -> str:
     """Preferred spelling of an id: 123 before 123.0, 0045 before 45, then the most frequent."""
     counts = Counter(spellings)
     return min(counts, key=lambda name: (name.endswith(".0"), -len(name) if name.isdigit() else 0, -counts[name]))
@@ -80,7 +80,7 @@ def barcode_patient(name: str) -> str:
     return match.group(0).upper() if match else ""
 
 
-def person_keys(slide_id: str = "", case_id: str = "", patient_id: str = "") -> set[Key]:
+def patient_keys(slide_id: str = "", case_id: str = "", patient_id: str = "") -> set[Key]:
     """Identity keys of a slide's row: two slides that share a key are of one patient (`connected`)."""
     keys = {("slide", fold_slide(slide_id))} if slide_id else set()
     keys |= {(kind, fold(name)) for kind, name in (("case", case_id), ("patient", patient_id)) if not is_missing(name)}

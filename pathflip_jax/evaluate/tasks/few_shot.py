@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pathflip_jax.evaluate.embeddings import Bag
 from pathflip_jax.evaluate.figures import BASE, GRID, INK, MAIN, SECOND, confusion, make_axes, set_title
 from pathflip_jax.evaluate.protocols import Protocol
-from pathflip_jax.evaluate.task import Headline, Part, Predictions, RunAtWork, Setting, Task, make_headline
+from pathflip_jax.evaluate.task import Headline, LoadedRun, Part, Predictions, Setting, Task, make_headline
 from pathflip_jax.evaluate.tasks import probes
 from pathflip_jax.evaluate.tasks.label_columns import LabelColumn, read_column
 from pathflip_jax.evaluate.units import Evaluation, classified_columns, classified_units
@@ -194,7 +194,7 @@ def _embed(setting: Setting, columns: list[LabelColumn]) -> list[str]:
     return [*setting.cohort.slide_ids, *needed_slides(columns)]
 
 
-def _predict(setting: Setting, columns: list[LabelColumn], run: RunAtWork) -> list[Probabilities]:
+def _predict(setting: Setting, columns: list[LabelColumn], run: LoadedRun) -> list[Probabilities]:
     return [run_probes(column, run.bags, setting.protocol, run.name) for column in columns]
 
 

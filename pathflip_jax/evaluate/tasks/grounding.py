@@ -14,9 +14,9 @@ from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.evaluate.task import (
     GAIN,
     Headline,
+    LoadedRun,
     Part,
     Predictions,
-    RunAtWork,
     Setting,
     Task,
     baseline_values,
@@ -64,7 +64,7 @@ def _how(setting: Setting) -> dict:
     return {"method": setting.spec.method, "window": setting.spec.window, "context": maps.CONTEXT}
 
 
-def _predict(setting: Setting, outlined: Outlined, run: RunAtWork) -> Maps:
+def _predict(setting: Setting, outlined: Outlined, run: LoadedRun) -> Maps:
     concepts, predictor = outlined.concepts, run.predictor
 
     def score(map_of: Callable, name: str) -> MapScores:
@@ -124,7 +124,7 @@ def _weights(setting: Setting, outlined: Outlined) -> Float[np.ndarray, "W n"]:
     return statistics.patient_weights([patient_of[slide] for slide in outlined.truth], seed=setting.spec.seed)
 
 
-def _blind_maps(predictions: Predictions, by_colour: MapScores | None) -> dict[str, list[MapScores]]:
+def _baseline_maps(predictions: Predictions, by_colour: MapScores | None) -> dict[str, list[MapScores]]:
     """Baseline maps that no text guides, by name, each over runs."""
     colour = {} if by_colour is None else {"mean_colour": [by_colour]}
     return {"no_text": [one.no_text for one in predictions.ours]} | colour
@@ -136,7 +136,7 @@ def score_grounding(
     """AUC, pointing game and Dice over slides and by concept, with chance, text-free attention and mean colour."""
     weights = _weights(setting, outlined)
     ours, theirs = ([one.maps for one in side] for side in (predictions.ours, predictions.theirs))
-    blind = _blind_maps(predictions, by_colour)
+    blind = _baseline_maps(predictions, by_colour)
     chance = map_scores.chance(outlined.truth)
     metrics = [name for name in map_scores.METRICS if np.isfinite(getattr(ours[0], name)).any()]
 
@@ -177,7 +177,7 @@ def score_lesions(setting: Setting, outlined: Outlined, predictions: Predictions
     """The FROC score of CAMELYON16 and the sensitivity at each rate of false positives."""
     weights = _weights(setting, outlined)
     ours, theirs = ([one.maps for one in side] for side in (predictions.ours, predictions.theirs))
-    blind = _blind_maps(predictions, by_colour)
+    blind = _baseline_maps(predictions, by_colour)
 
     def scored(rates) -> dict:
         def over_runs(side):

@@ -22,7 +22,7 @@ from pathflip_jax.evaluate.prompt_files import read_prompts
 from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.evaluate.task import SHARE, Headline, Part, Predictions, Setting, Task, headline_with_baselines
 from pathflip_jax.evaluate.tasks import vqa
-from pathflip_jax.inference.assistant import Asked, Rows, SlideAssistant, load_assistant
+from pathflip_jax.inference.assistant import EncodedPrompt, Rows, SlideAssistant, load_assistant
 from pathflip_jax.llm.sampling import Sampling
 from pathflip_jax.scores import concepts, statistics
 
@@ -146,14 +146,14 @@ def answer_questions(
         given = {GENERATION: assistant.answer(prompts, sampling)}
         text_only = {GENERATION: _answer_distinct(assistant, blind, asked, sampling)}
         if with_options:
-            given[LIKELIHOOD] = likeliest(assistant, prompts, questions)
-            text_only[LIKELIHOOD] = likeliest(assistant, blind, questions)
+            given[LIKELIHOOD] = most_likely_letters(assistant, prompts, questions)
+            text_only[LIKELIHOOD] = most_likely_letters(assistant, blind, questions)
         outcomes.append(Answers(questions, [patient_of[bag[0]] for bag in bags], given, text_only))
     return outcomes[0], outcomes[1]
 
 
 def choice_shares(
-    assistant: SlideAssistant, prompts: Sequence[Asked], options: Sequence[Mapping[str, str]]
+    assistant: SlideAssistant, prompts: Sequence[EncodedPrompt], options: Sequence[Mapping[str, str]]
 ) -> list[dict]:
     """The probability of each letter, by its likelihood as the answer."""
     found = assistant.choose(prompts, [list(letters) for letters in options])
@@ -164,7 +164,9 @@ def choice_shares(
     return shares
 
 
-def likeliest(assistant: SlideAssistant, prompts: Sequence[Asked], questions: Sequence[Question]) -> list[str]:
+def most_likely_letters(
+    assistant: SlideAssistant, prompts: Sequence[EncodedPrompt], questions: Sequence[Question]
+) -> list[str]:
     """The most likely letter of each question."""
     shares = choice_shares(assistant, prompts, [question.options for question in questions])
     return [max(own, key=own.get) for own in shares]
@@ -243,7 +245,7 @@ def _warnings(found: dict) -> list[str]:
 
 
 def _answer_distinct(
-    assistant: SlideAssistant, prompts: Sequence[Asked], asked: Sequence[str], sampling: Sampling
+    assistant: SlideAssistant, prompts: Sequence[EncodedPrompt], asked: Sequence[str], sampling: Sampling
 ) -> list[str]:
     """Answers without a slide, generated once per distinct question."""
     first = {text: i for i, text in reversed(list(enumerate(asked)))}

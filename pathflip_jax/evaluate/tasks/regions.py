@@ -20,7 +20,7 @@ from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.tables import Row, read_rows
 from pathflip_jax.data.texts.text import has_caption, match_slides, row_caption, row_columns, row_slides
 from pathflip_jax.evaluate.cohort import Cohort
-from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task
+from pathflip_jax.evaluate.task import LoadedRun, Part, Predictions, Setting, Task
 from pathflip_jax.evaluate.tasks import ranking
 from pathflip_jax.scores import retrieval
 
@@ -115,7 +115,7 @@ def _read(setting: Setting) -> list[RegionText]:
     return read_region_texts(setting.spec.region_texts, setting.cohort)
 
 
-def _predict(setting: Setting, texts: list[RegionText], run: RunAtWork) -> ranking.Ranked:
+def _predict(setting: Setting, texts: list[RegionText], run: LoadedRun) -> ranking.Ranked:
     images = embed_regions(run.predictor, setting.cohort, texts, run.name)
     captions = [text.caption for text in texts]
     patients = [text.patient for text in texts]

@@ -9,7 +9,7 @@ import numpy as np
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.text import SlideText, match_texts, read_texts
 from pathflip_jax.evaluate.cohort import Cohort
-from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task
+from pathflip_jax.evaluate.task import LoadedRun, Part, Predictions, Setting, Task
 from pathflip_jax.evaluate.tasks import ranking
 from pathflip_jax.scores import retrieval
 
@@ -41,7 +41,7 @@ def _read(setting: Setting) -> list[SlideText]:
     return read_pairs(setting.spec.texts, setting.cohort)
 
 
-def _predict(setting: Setting, pairs: list[SlideText], run: RunAtWork) -> ranking.Ranked:
+def _predict(setting: Setting, pairs: list[SlideText], run: LoadedRun) -> ranking.Ranked:
     cohort = setting.cohort
     images = [
         run.bags[text.slide_ids[0]].slide

@@ -15,7 +15,7 @@ from pathflip_jax.evaluate import colour, figures
 from pathflip_jax.evaluate.cohort import Cohort, name_labels
 from pathflip_jax.evaluate.embeddings import slide_embeddings
 from pathflip_jax.evaluate.prompt_files import Prompts, find_prompts, read_prompts
-from pathflip_jax.evaluate.task import Part, Predictions, RunAtWork, Setting, Task, baseline_values, make_headline
+from pathflip_jax.evaluate.task import LoadedRun, Part, Predictions, Setting, Task, baseline_values, make_headline
 from pathflip_jax.evaluate.units import Evaluation, classified_columns, classified_units
 from pathflip_jax.scores import statistics
 from pathflip_jax.scores.retrieval import normalise
@@ -76,7 +76,7 @@ def _read(setting: Setting) -> Classes:
     return Classes(prompts, cohort, label_index(cohort, list(prompts.classes), given))
 
 
-def _predict(setting: Setting, classes: Classes, run: RunAtWork) -> Float[np.ndarray, "n C"]:
+def _predict(setting: Setting, classes: Classes, run: LoadedRun) -> Float[np.ndarray, "n C"]:
     slides = slide_embeddings(run.bags, classes.cohort.slide_ids)
     return class_probabilities(slides, class_embeddings(run.predictor.encode_text, classes.prompts.classes))
 

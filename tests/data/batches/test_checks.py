@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pathflip_jax.data.batches.bags import Pieces, TokenisedText
+from pathflip_jax.data.batches.bags import SentenceTokens, TokenisedText
 from pathflip_jax.data.batches.checks import any_unrelated, refuse_unknown_words, require_negatives
 from pathflip_jax.data.texts.text import SlideText
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
@@ -23,7 +23,7 @@ def bags(tokenizer, *sentences: str):
     """A bag of a text for each sentence."""
     ids = tokenizer.ids(sentences)
     written = [SlideText((), "", sentence) for sentence in sentences]
-    texts = [TokenisedText(tokenizer.wrap(x, 64), Pieces([x]), s) for x, s in zip(ids, written, strict=True)]
+    texts = [TokenisedText(tokenizer.wrap(x, 64), SentenceTokens([x]), s) for x, s in zip(ids, written, strict=True)]
     return [SimpleNamespace(texts=[text]) for text in texts]
 
 

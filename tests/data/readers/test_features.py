@@ -20,7 +20,7 @@ from pathflip_jax.data.readers.features import (
     all_finite,
     case_of,
     read_features,
-    rounded_away,
+    rows_lost_to_rounding,
 )
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "formats"
@@ -260,7 +260,7 @@ def test_rows_that_a_narrow_dtype_rounds_away(dtype):
         after = before.astype(dtype)
     error = np.linalg.norm(before.astype(np.float64) - after.astype(np.float64), axis=1)
     lost = error > 0.01 * np.linalg.norm(before.astype(np.float64), axis=1)
-    assert rounded_away(before, after).tolist() == np.flatnonzero(lost).tolist() and 0 < lost.sum() < 390
+    assert rows_lost_to_rounding(before, after).tolist() == np.flatnonzero(lost).tolist() and 0 < lost.sum() < 390
 
 
 def test_stamp_needs_mpp(tmp_path):

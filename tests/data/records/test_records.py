@@ -30,7 +30,7 @@ from pathflip_jax.data.records.records import (  # fmt: skip
 )
 from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.data.records.verify import verify
-from pathflip_jax.data.storage.whole_files import WholeFile
+from pathflip_jax.data.storage.atomic_files import AtomicFile
 
 REAL = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "formats"
 
@@ -469,7 +469,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
 def test_no_space_left_keeps_its_errno():
     with open("/dev/full", "wb", buffering=0) as full:
         with pytest.raises(OSError, match=r"No space left.*x\.tfrecord") as error:
-            WholeFile(full, Path("x.tfrecord")).write(b"data")
+            AtomicFile(full, Path("x.tfrecord")).write(b"data")
     assert error.value.errno == errno.ENOSPC
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.records.splits import count_splits, describe, hold_table, no_such_split
+from pathflip_jax.data.records.splits import count_splits, describe, read_matched_table, unknown_split_message
 
 ROWS = [{"split": split} for split in ("train", "train", "val", "")]
 
@@ -19,7 +19,7 @@ ROWS = [{"split": split} for split in ("train", "train", "val", "")]
     ],
 )
 def test_a_split_that_no_row_names(split, hint):
-    assert no_such_split("t.csv", split, ROWS) == (
+    assert unknown_split_message("t.csv", split, ROWS) == (
         f"t.csv: no slide is in split {split!r}; the splits are (empty) (1), train (2), val (1){hint}"
     )
 
@@ -27,7 +27,7 @@ def test_a_split_that_no_row_names(split, hint):
 def test_a_split_is_required_of_table_and_records(tiny_cohort, tmp_path):
     table = tmp_path / "slides.csv"
     table.write_text("slide_id,patient_id,split\ns00.svs,P00,train\nS01,P00,train\nX1,P9,train\nX2,P9,val\nS05,P5,\n")
-    held, notes = hold_table(str(table), "records", Records(tiny_cohort.records))
+    held, notes = read_matched_table(str(table), "records", Records(tiny_cohort.records))
     assert held.require("train", "") == ["S00", "S01"] and len(notes) == 2
     with pytest.raises(
         ValueError, match=r"none of the 1 slides of split 'val' \(X2\) is among the 24 slides of records"

@@ -6,11 +6,11 @@ import stat
 
 import pytest
 
-from pathflip_jax.data.storage.whole_files import whole_file
+from pathflip_jax.data.storage.atomic_files import atomic_file
 
 
 def write(path):
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(b"whole")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pathflip_jax.data.storage.folders import stand_in, walk_files
+from pathflip_jax.data.storage.folders import describe_placeholder, walk_files
 
 
 def touch(folder, *names):
@@ -55,5 +55,5 @@ def test_hidden_files_are_passed_over_and_a_zarr_is_one_file(tmp_path):
 )
 def test_what_stands_in_for_a_file(tmp_path, content, said):
     (tmp_path / "x.h5").write_bytes(content)
-    found = stand_in(tmp_path / "x.h5")
+    found = describe_placeholder(tmp_path / "x.h5")
     assert (said in found) if said else not found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.data.storage import framing
-from pathflip_jax.data.storage.framing import Summed, crc32c, extended, frame, joined_crc, nbytes
+from pathflip_jax.data.storage.framing import Checksummed, crc32c, extended, frame, joined_crc, nbytes
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 9), (9, 0), (1, 1), (7, 256), (300, 1023), (5, 70_001)])
@@ -22,11 +22,11 @@ def test_what_was_summed_up_before_frames_alike(monkeypatch, joined):
     monkeypatch.setattr(framing, "JOINED", joined)
     rng = np.random.default_rng(0)
     head, rows, tail = rng.bytes(11), rng.normal(size=(50, 6)).astype(np.float16), rng.bytes(3)
-    known = Summed(rows, crc32c(rows))
+    known = Checksummed(rows, crc32c(rows))
     assert nbytes(known) == rows.nbytes and extended(7, known) == crc32c(rows, start=7)
     assert frame(head, known, tail) == frame(head, rows, tail) == frame(head + rows.tobytes() + tail)
 
 
 def test_a_sum_that_is_believed_is_not_taken_again(monkeypatch):
     monkeypatch.setattr(framing, "JOINED", 0)
-    assert extended(0, Summed(b"abc", 5)) == 5
+    assert extended(0, Checksummed(b"abc", 5)) == 5

@@ -17,8 +17,8 @@ from pathflip_jax.data.texts.identity import (
     fold_slide,
     is_empty,
     is_missing,
-    natural,
-    person_keys,
+    patient_keys,
+    preferred_spelling,
 )
 
 IDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -66,7 +66,7 @@ def test_zeros_in_front_are_kept_where_asked():
     [(["123.0", "123"], "123"), (["45", "45", "0045"], "0045"), (["p-1", "P-1", "P-1"], "P-1"), (["b", "a"], "b")],
 )
 def test_the_most_natural_spelling(spellings, name):
-    assert natural(spellings) == name
+    assert preferred_spelling(spellings) == name
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_barcodes_name_their_patient():
 
 
 def test_a_barcode_names_the_patient_whatever_the_columns_say():
-    one = person_keys("TCGA-A7-A0CJ-01Z-00-DX1", "TCGA-A7-A0CJ-01Z-00-DX1", "nan")
-    other = person_keys("TCGA-A7-A0CJ-01Z-00-DX2.svs", "x", "y")
+    one = patient_keys("TCGA-A7-A0CJ-01Z-00-DX1", "TCGA-A7-A0CJ-01Z-00-DX1", "nan")
+    other = patient_keys("TCGA-A7-A0CJ-01Z-00-DX2.svs", "x", "y")
     assert one & other == {("patient", fold("TCGA-A7-A0CJ"))}
-    assert not person_keys("S1", "NA", "") & person_keys("S2", "NA", "")
+    assert not patient_keys("S1", "NA", "") & patient_keys("S2", "NA", "")
 
 
 @given(st.lists(st.lists(st.integers(0, 12), max_size=4), max_size=14))

@@ -15,7 +15,7 @@ from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.evaluate.tasks import language
 from pathflip_jax.evaluate.tasks.language import ANOTHER, GENERATION, LIKELIHOOD, Inputs, pieces, score_language
-from pathflip_jax.inference.assistant import Asked
+from pathflip_jax.inference.assistant import EncodedPrompt
 from pathflip_jax.llm.sampling import Sampling
 
 DATA = Path(os.environ.get("PATHFLIP_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data")) / "text"
@@ -36,7 +36,7 @@ class Knowing:
             yield [slide.slide_id for slide in bag]
 
     def prompt(self, asked, slide):
-        return Asked(asked, slide)
+        return EncodedPrompt(asked, slide)
 
     def answer(self, prompts, sampling):
         self.asked += [prompt.tokens for prompt in prompts]

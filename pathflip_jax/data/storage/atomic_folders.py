@@ -10,7 +10,7 @@ from pathflip_jax.data.storage.files import is_url
 
 
 @contextmanager
-def whole_folder(place: Path | str) -> Iterator[Path]:
+def atomic_folder(place: Path | str) -> Iterator[Path]:
     """Temporary folder to fill, renamed to its final name only once complete.
 
     Raises FileExistsError if a non-empty folder exists, ValueError for a URL.

@@ -15,14 +15,14 @@ import numpy as np
 
 from pathflip_jax.data.storage.durable import sync
 from pathflip_jax.data.storage.files import Place, upload
-from pathflip_jax.data.storage.framing import Data, Summed, extended, frame, in_pieces
+from pathflip_jax.data.storage.framing import Checksummed, Data, extended, frame, in_blocks
 
 BEHIND = 8 << 20  # bytes written before write-back is started
 ABANDONED_AFTER = 3600.0  # seconds; an active writer modifies its file continually
 
 
-class WholeFile:
-    """File yielded by `whole_file`, which tracks the size and checksum of the data written."""
+class AtomicFile:
+    """File yielded by `atomic_file`, which tracks the size and checksum of the data written."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -32,7 +32,7 @@ class WholeFile:
 
     def write(self, data: Data) -> None:
         """Write all of `data`. Raises OSError naming the file and the cure, as on a full disk."""
-        for piece in in_pieces(data.data if isinstance(data, Summed) else data):
+        for piece in in_blocks(data.data if isinstance(data, Checksummed) else data):
             self._write(piece)
         self.crc32c = extended(self.crc32c, data)
 
@@ -80,7 +80,7 @@ class WholeFile:
 
 
 @contextmanager
-def whole_file(path: Place, *, sync_folder: bool = True) -> Iterator[WholeFile]:
+def atomic_file(path: Place, *, sync_folder: bool = True) -> Iterator[AtomicFile]:
     """Write a file atomically: a temporary file next to it, fsync, rename.
 
     The temporary name is unique, so two writers of one file never mix; leftovers of killed writers older than an hour
@@ -90,11 +90,11 @@ def whole_file(path: Place, *, sync_folder: bool = True) -> Iterator[WholeFile]:
     """
     if not isinstance(path, Path):
         with tempfile.NamedTemporaryFile(prefix="pathflip-", buffering=0) as raw:
-            yield WholeFile(raw, Path(raw.name))
+            yield AtomicFile(raw, Path(raw.name))
             upload(Path(raw.name), path)
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    out = WholeFile(None, path)
+    out = AtomicFile(None, path)
     try:
         try:
             raw = temporary.open("xb", buffering=0)

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from pathflip_jax.data.storage import whole_files
+from pathflip_jax.data.storage import atomic_files
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.framing import crc32c
-from pathflip_jax.data.storage.whole_files import whole_file
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on files")
@@ -19,9 +19,9 @@ def test_the_disk_begins_while_the_file_is_written(tmp_path, monkeypatch):
         advise(fd, offset, size, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", noted)
-    monkeypatch.setattr(whole_files, "BEHIND", 100)
+    monkeypatch.setattr(atomic_files, "BEHIND", 100)
     parts = [np.random.default_rng(size).bytes(size) for size in (30, 250, 0, 90, 7)]
-    with whole_file(tmp_path / "x") as out:
+    with atomic_file(tmp_path / "x") as out:
         for part in parts:
             out.write(part)
     whole = b"".join(parts)
@@ -34,21 +34,21 @@ def test_advice_that_a_file_system_does_not_take(tmp_path, monkeypatch):
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
-    monkeypatch.setattr(whole_files, "BEHIND", 4)
-    with whole_file(tmp_path / "x") as out:
+    monkeypatch.setattr(atomic_files, "BEHIND", 4)
+    with atomic_file(tmp_path / "x") as out:
         out.write(b"0123456789")
     assert (tmp_path / "x").read_bytes() == b"0123456789"
 
 
 @pytest.mark.parametrize("sync_folder", [True, False])
 def test_a_folder_is_synced_unless_the_next_file_does_it(tmp_path, monkeypatch, sync_folder):
-    synced, sync = [], whole_files.sync
+    synced, sync = [], atomic_files.sync
 
     def noted(file):
         synced.append(file)
         sync(file)
 
-    monkeypatch.setattr(whole_files, "sync", noted)
-    with whole_file(tmp_path / "x", sync_folder=sync_folder) as out:
+    monkeypatch.setattr(atomic_files, "sync", noted)
+    with atomic_file(tmp_path / "x", sync_folder=sync_folder) as out:
         out.write(b"x")
     assert (tmp_path in synced) == sync_folder and len(synced) == 1 + sync_folder
