@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import add_language_options, add_slide_options, command, sampling, slide_rows
+from pathflip_jax.commands.options import add_language_options, add_slide_options, command, slide_rows
+from pathflip_jax.llm.sampling import Sampling
 
 
 def add(commands) -> None:
@@ -34,7 +35,7 @@ def _option(text: str) -> tuple[str, str]:
 def _run(options: argparse.Namespace) -> int:
     if not options.options:
         assistant, slide, rows = slide_rows(options)
-        (answer,) = assistant.answer([assistant.prompt(options.question, rows)], sampling(options))
+        (answer,) = assistant.answer([assistant.prompt(options.question, rows)], Sampling.from_options(vars(options)))
         print(json.dumps({"slide_id": slide.slide_id, "answer": answer}) if options.json else answer)
         return 0
 

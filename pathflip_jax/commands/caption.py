@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import add_language_options, add_slide_options, command, sampling, slide_rows
+from pathflip_jax.commands.options import add_language_options, add_slide_options, command, slide_rows
+from pathflip_jax.llm.sampling import Sampling
 
 
 def add(commands) -> None:
@@ -22,6 +23,6 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     assistant, slide, rows = slide_rows(options)
-    (caption,) = assistant.caption([rows], sampling(options))
+    (caption,) = assistant.caption([rows], Sampling.from_options(vars(options)))
     print(json.dumps({"slide_id": slide.slide_id, "caption": caption}) if options.json else caption)
     return 0

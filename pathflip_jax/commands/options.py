@@ -214,16 +214,6 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     parser.add_argument("--seed", type=number("seed"), default=0, help="seed of sampling (default 0)")
 
 
-def sampling(options: argparse.Namespace):
-    """Sampling settings from the options of `add_writing_options` or `add_language_options`."""
-    from pathflip_jax.llm.sampling import Sampling
-
-    names = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    ends = (0,)  # the assistant substitutes the end tokens of its tokenizer
-    return Sampling(max_new_tokens=options.max_tokens, min_new_tokens=options.min_tokens, stop_ids=ends, **given)
-
-
 def slide_rows(options: argparse.Namespace):
     """Load the assistant, the slide and its rows [slide; regions] from the options of `add_slide_options`."""
     from pathflip_jax.inference.assistant import load_assistant

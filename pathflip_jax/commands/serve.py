@@ -10,8 +10,8 @@ from pathflip_jax.commands.options import (
     number,
     path_text,
     place,
-    sampling,
 )
+from pathflip_jax.llm.sampling import Sampling
 
 
 def add(commands) -> None:
@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
             from pathflip_jax.viewer.speaker import Speaker
 
             assistant = load_assistant(options.language, decoder=options.decoder, aligner=options.aligner)
-            speaker = Speaker(assistant, sampling(options))
+            speaker = Speaker(assistant, Sampling.from_options(vars(options)))
         grounder = Grounder(predictor, options.method, options.window)
         run(Session(slides, Pictures(), grounder, Search(slides, found), speaker), listener, token, proxy)
     return 0

@@ -143,15 +143,7 @@ class EvaluationSpec:
     @property
     def sampling(self) -> Sampling:
         """The generation settings of the language stage: greedy or beam search."""
-        return Sampling(
-            max_new_tokens=self.max_tokens,
-            min_new_tokens=self.min_tokens,
-            stop_ids=(0,),  # the assistant substitutes the end tokens of its tokenizer
-            beams=self.beams,
-            length_penalty=self.length_penalty,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-        )
+        return Sampling.from_options(vars(self))
 
 
 def _as_list(value: Any) -> list:

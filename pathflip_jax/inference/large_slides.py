@@ -74,7 +74,7 @@ def encode_in_blocks(
     regions, masks = [], []
     for index, layer in enumerate(qformer.layers):
         x, part = _before_patches(layer, x), None
-        if hasattr(layer, "cross_attention"):
+        if layer.cross_attention is not None:
             part = layer.cross_attention.no_part(1, x.shape[-2], model.config.embed_dim)
             for patches, mask in blocks():
                 projected = _project(model, patches[None], mask[None])

@@ -1,7 +1,9 @@
 """Generation settings: greedy decoding, sampling and beam search."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]) -> "Sampling":
+        """Settings from values by option; other values are ignored, and missing ones keep their defaults.
+
+        The end token is 0, which `SlideAssistant` replaces by those of its tokenizer.
+        """
+        options = ("temperature", "top_k", "top_p", "beams", "length_penalty", "repetition_penalty", "seed")
+        fields = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"} | {name: name for name in options}
+        return cls(stop_ids=(0,), **{field: values[name] for name, field in fields.items() if name in values})
 
     def __post_init__(self) -> None:
         faults = []

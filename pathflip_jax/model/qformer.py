@@ -19,12 +19,16 @@ from pathflip_jax.ops.dropout import dropout, split_key
 
 
 class Layer(BertLayer):
-    """Q-Former layer: shared self-attention, cross-attention for the queries, separate feed-forwards for both."""
+    """Q-Former layer: shared self-attention, cross-attention for the queries, separate feed-forwards for both.
+
+    `cross_attention` is None in layers outside of `PathFLIPConfig.cross_layers`.
+    """
+
+    cross_attention: CrossAttention | None
 
     def __init__(self, config: PathFLIPConfig, index: int, rngs: nnx.Rngs) -> None:
         self.self_attention = SelfAttention(config, rngs)
-        if index in config.cross_layers:
-            self.cross_attention = CrossAttention(config, rngs)
+        self.cross_attention = CrossAttention(config, rngs) if index in config.cross_layers else None
         self.ffn = FeedForward(config, rngs)
         # A copy, as in the released code: the queries' feed-forward is initialised from the one for text.
         self.query_ffn = jax.tree.map(jnp.copy, self.ffn)
@@ -37,7 +41,7 @@ class Layer(BertLayer):
         maps = None
         with jax.named_scope("query_self_attention"):
             x = self.self_attention.among_queries(x, keys[0])
-        if hasattr(self, "cross_attention"):
+        if self.cross_attention is not None:
             with jax.named_scope("cross_attention"):
                 x, *looked = self.cross_attention(x, patches, mask, keys[1])
                 maps = tuple(looked)

@@ -1,5 +1,6 @@
 """Kinds of runs, each with its sections of settings, and lookups over the fields of all sections."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from pathflip_jax.settings.sections import (
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(abc.ABC):
     """Complete settings of a run. Raises ValueError, naming each setting that contradicts another."""
 
     data: DataSettings = DataSettings()
@@ -41,6 +42,11 @@ class RunSettings:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section and name."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    @abc.abstractmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a run with these settings, as nested mappings, is of this kind."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> "RunSettings":
@@ -76,6 +82,12 @@ class AlignmentSettings(RunSettings):
     loss: LossConfig | SigmoidLossConfig = LossConfig()
     optim: OptimConfig = OptimConfig(preset="released", clip=0.0)
 
+    @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether the config's model is of this family of networks."""
+        model = config.get("model")
+        return hasattr(model, "get") and model.get("family") == cls.model.family
+
 
 @dataclass(frozen=True)
 class PathFLIP2Settings(AlignmentSettings):
@@ -100,18 +112,23 @@ class LanguageSettings(RunSettings):
     optim: OptimConfig = OptimConfig(learning_rate=1e-3, warmup_steps=100, final_learning_rate=0.0, weight_decay=0.0)
     train: TrainSettings = TrainSettings(batch_size=32, epochs=1, select="val/loss")
 
+    @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether the config has the section of the language model."""
+        return "lm" in config
+
 
 Kind = type[RunSettings]
 KINDS: tuple[Kind, ...] = (AlignmentSettings, PathFLIP2Settings, LanguageSettings)
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
-    """Kind of a run, from its settings as nested mappings."""
-    if "lm" in config:
-        return LanguageSettings
-    model = config.get("model")
-    family = model.get("family") if hasattr(model, "get") else None  # else a later error names the file
-    return PathFLIP2Settings if family == PathFLIP2ModelSettings.family else AlignmentSettings
+    """Kind of a run, from its settings as nested mappings.
+
+    The first kind is that of settings that name none: of runs before there were others, and of faulty files, which a
+    later error names.
+    """
+    return next((kind for kind in KINDS if kind.describes(config)), KINDS[0])
 
 
 @functools.cache
