@@ -1,6 +1,6 @@
 """The interface between an evaluation and its tasks.
 
-A task is a file in `evaluate/tasks/` that ends with its `Task`, and an entry in `evaluate/tasks/__init__.py:TASKS`.
+A task is a file in `evaluate/tasks/` that ends with its `Task`, and is named in `evaluate/tasks/__init__.py:FILES`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -9,7 +9,8 @@ import pytest
 from pathflip_jax import cli
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.grounding import maps, methods
-from pathflip_jax.grounding.methods import METHODS, Cosine
+from pathflip_jax.grounding.methods import METHODS
+from pathflip_jax.grounding.window_methods import Cosine
 
 PAGE = (Path(__file__).parents[2] / "docs" / "grounding_methods.md").read_text()
 

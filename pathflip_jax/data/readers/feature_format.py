@@ -26,7 +26,7 @@ class FeatureFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """One format of feature files: declared by the file of its reader, and entered in `formats.py:FORMATS`.
+    """One format of feature files: declared by the file of its reader, and named in `formats.py:FILES`.
 
     `name`, `extensions` (lower case, with the dot) and `tools`, the programs that write it, appear in help and errors.
     `recognises` takes a file's first 40 bytes and its path: the content decides, as extensions are often wrong.

@@ -1,17 +1,18 @@
 """Table of the formats of feature files: one file and one entry each."""
 
+from importlib import import_module
 from pathlib import Path
 
-from pathflip_jax.data.readers import csv_features, h5_features, torch_features
 from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text
 from pathflip_jax.data.storage.folders import describe_placeholder
 
 # In the order in which help and errors list them, and in which files with a wrong extension are tried.
-FORMATS = (
-    h5_features.FORMAT,
-    torch_features.FORMAT,
-    csv_features.FORMAT,
+FILES = (
+    "h5_features",
+    "torch_features",
+    "csv_features",
 )
+FORMATS: tuple[FeatureFormat, ...] = tuple(import_module(f"pathflip_jax.data.readers.{file}").FORMAT for file in FILES)
 FIRST_BYTES = 40
 
 

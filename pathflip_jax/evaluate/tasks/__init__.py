@@ -1,5 +1,15 @@
 """Table of tasks, in the order in which they are read, scored and summarised: one file and one entry each."""
 
-from pathflip_jax.evaluate.tasks import few_shot, grounding, language, regions, retrieval, zero_shot
+from importlib import import_module
 
-TASKS = (retrieval.TASK, regions.TASK, zero_shot.TASK, grounding.TASK, few_shot.TASK, language.TASK)
+from pathflip_jax.evaluate.task import Task
+
+FILES = (
+    "retrieval",
+    "regions",
+    "zero_shot",
+    "grounding",
+    "few_shot",
+    "language",
+)
+TASKS: tuple[Task, ...] = tuple(import_module(f"{__name__}.{file}").TASK for file in FILES)

@@ -1,0 +1,37 @@
+"""Grounding methods that score regions, and take the scores of patches from them."""
+
+import numpy as np
+
+from pathflip_jax.grounding import maps
+from pathflip_jax.grounding.method import Method
+
+
+class Region(Method):
+    """Attention of the text over regions: the logarithm of its ratio to uniform attention, 0 where it is uniform."""
+
+    name = "region"
+    description = "the attention of the text to a region, on all of its patches"
+
+    def score(self, encoder, prepared, text, region_scores):
+        """Region scores copied to their patches."""
+        return maps.copy_to_patches(region_scores, prepared.slots, len(prepared.coords))
+
+
+class RefinedRegion(Region):
+    """`Region`, refined by the patch cross-attention of the Region Q-Former."""
+
+    name = "attention"
+    description = "the same, refined inside the region by the cross-attention of its queries to patches"
+    attention = True
+    splits_regions = True
+
+    def prepare(self, encoder, view):
+        """Share of each patch in the attention to its region [N]."""
+        return maps.patch_shares(view.encoding.region_attention[0], view.slots, len(view.slide.features))
+
+    def score(self, encoder, prepared, text, region_scores):
+        """Sum of the region's score and the logarithm of the share."""
+        return super().score(encoder, prepared, text, region_scores) + np.log(np.maximum(prepared.kept, 1e-9))
+
+
+METHODS = (Region(), RefinedRegion())
