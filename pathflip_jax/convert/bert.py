@@ -51,7 +51,7 @@ def bert_settings(folder: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the JSON of a model config ({error}); copy the folder again") from error
     except KeyError as error:
-        raise ValueError(f"{path}: says nothing of {error}; it is not the config.json of a BERT") from error
+        raise ValueError(f"{path}: missing key {error}; expected the config.json of a BERT") from error
     if faults:
         raise ValueError(f"{path}: not a BERT that the Q-Former can start from: {'; '.join(faults)}")
     return settings

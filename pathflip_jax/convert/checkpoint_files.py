@@ -86,7 +86,7 @@ def _read_shards(index: Path) -> StateDict:
     names = sorted(set(places.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are not there ({', '.join(missing[:5])}); copy them"
+            f"{index.parent}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:5])}); copy them"
         )
     tensors: StateDict = {}
     for name in names:

@@ -154,7 +154,7 @@ def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtyp
                 twin.get_shape() != tensor.get_shape() or not np.array_equal(part, read_slice(twin, cut))
             ):
                 raise ValueError(
-                    f"{folder / CONFIG}: tie_word_embeddings is true, yet {HEAD} differs from {TABLE}; set it to false"
+                    f"{folder / CONFIG}: tie_word_embeddings is true, but {HEAD} differs from {TABLE}; set it to false"
                 )
             read[key] = np.ascontiguousarray(name.to_jax(part), shape.dtype)
         return read[key]

@@ -113,7 +113,7 @@ def _assumed_settings(config: ModelConfig, tokenizer: Path | None) -> tuple[dict
     length, _ = conversion_of(config).text_lengths
     data = {"cut": "grid", "edge_um": 2048.0, "caption_length": length}
     assumed = (
-        "an export of an older version, whose config.json says nothing of the run's data; export the run again where "
+        "an export of an older version, whose config.json does not describe the run's data; export the run again where "
         "you have it",
         "regions are cut by grid, 2048 um wide",
         f"captions of at most {length} tokens",

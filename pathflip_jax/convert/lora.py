@@ -193,7 +193,7 @@ def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tupl
             faults.append(f"{name.torch}: has shape {name.torch_shape(array.shape)}, expected rank {lora.rank}")
         else:
             flat[name.path] = np.ascontiguousarray(array)
-    faults += [f"{name}: the base has no such layer" for name in sorted(tensors)]
+    faults += [f"{name}: not found in the base model" for name in sorted(tensors)]
     if faults:
         raise ValueError(f"{folder / WEIGHTS}: does not fit{about or ' its config'}\n  " + "\n  ".join(faults))
     return flat, lora
@@ -216,7 +216,7 @@ def _lora(path: Path, settings: Mapping[str, Any]) -> LoRAConfig:
             raise ValueError(f"r is {rank!r}, expected a whole number")
         lora = LoRAConfig(rank, alpha, float(settings.get("lora_dropout") or 0))
     except KeyError as error:
-        raise ValueError(f"{path}: says nothing of {error}; copy it again") from error
+        raise ValueError(f"{path}: missing key {error}; copy it again") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}; copy it again") from error
     if settings.get("use_rslora"):

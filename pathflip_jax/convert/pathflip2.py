@@ -158,7 +158,7 @@ def _clashes(arguments: Mapping[str, Any], sizes: Mapping[str, int], rank: int, 
         if name in arguments and arguments[name] != sizes[setting]
     ]
     if attention and arguments.get("use_soft_topk"):
-        clashes.append(f"use_soft_topk=True, yet there is a {HEAD.rstrip('.')}")
+        clashes.append(f"use_soft_topk=True, but the checkpoint contains {HEAD.rstrip('.')}")
     if "text_encoder_use_lora" in arguments and bool(arguments["text_encoder_use_lora"]) != bool(rank):
         clashes.append(f"text_encoder_use_lora={arguments['text_encoder_use_lora']}, the tensors hold rank {rank}")
     if rank and arguments.get("lora_rank", rank) != rank:

@@ -39,9 +39,9 @@ def prepare(
     """
     name = method or encoder.default_method
     if name not in METHODS:
-        raise ValueError(f"method {name!r} is none of {', '.join(METHODS)}")
+        raise ValueError(f"method {name!r} is not supported; expected one of {', '.join(METHODS)}")
     if window < 1 or window % 2 == 0:
-        raise ValueError(f"window {window}: a patch stands in the middle of its window; give an odd number")
+        raise ValueError(f"window {window}: a patch is the center of its window; give an odd number")
     found = METHODS[name]
     if found.splits_regions and encoder.patchwise:
         raise ValueError(
@@ -49,7 +49,7 @@ def prepare(
         )
     if slide.coords is None:
         raise ValueError(
-            f"slide {slide.slide_id}: its feature file holds no coordinates, so a text has no place on it; "
+            f"slide {slide.slide_id}: its feature file contains no coordinates, so a text cannot be localized on it; "
             "extract features in a format that stores them (CLAM or TRIDENT h5)"
         )
     bag = encoder.bag(slide)

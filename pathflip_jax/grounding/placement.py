@@ -36,7 +36,7 @@ def check_on_slide(slide, width: int, height: int, source: str) -> None:
     if beyond.any():
         x, y = coords[beyond][0]
         raise ValueError(
-            f"slide {slide.slide_id}: {beyond.sum()} of {len(coords)} patches lie beyond the slide, such as one at "
+            f"slide {slide.slide_id}: {beyond.sum()} of {len(coords)} patches lie beyond the slide, for example at "
             f"({x}, {y}), while {source} is {width} x {height} pixels; coordinates count level-0 pixels of the same "
             "slide: were the features made of another file, or at another level? Extract them again"
         )

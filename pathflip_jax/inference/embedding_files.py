@@ -100,7 +100,7 @@ def _read_group(path: Path, group: int, columns: list[str] | None = None) -> pa.
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read_row_group(group, columns=columns)
     except (ValueError, OSError) as error:
-        cure = "delete it and run the same command again: its slides are embedded anew"
+        cure = "delete it and run the same command again: its slides are embedded again"
         raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}); {cure}") from None
 
 
@@ -117,7 +117,7 @@ def find_rows(paths: Sequence[Path], claim: dict) -> dict[str, tuple[Path, int, 
         if changed:
             raise ValueError(
                 f"{path} was written with another {'; '.join(changed)}. Give what it was begun with, choose another "
-                "--out, or delete it to start anew"
+                "--out, or delete it to start over"
             )
         for group in range(pq.read_metadata(path).num_row_groups):
             names = _read_group(path, group, ["slide_id"])["slide_id"].to_pylist()

@@ -123,7 +123,7 @@ class Checkpoints:
             return step, found["params"], state, facts
         if faults:
             raise ValueError(
-                "no checkpoint of this run can be read; start anew in another --workdir:\n  " + "\n  ".join(faults)
+                "no checkpoint of this run can be read; start over in another --workdir:\n  " + "\n  ".join(faults)
             )
         if self._local:
             self._local.forget(after=-1)

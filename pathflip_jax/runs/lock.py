@@ -177,7 +177,7 @@ class _Lock:
 def _in_use(path: Place, found: dict, does: str) -> str:
     return (
         f"{path.parent}: {_holder(found)} {does}; two runs cannot write to one folder. Wait for it or stop it, or name "
-        f"another folder; if it is no run of pathflip, delete {path}"
+        f"another folder; if it is not a pathflip run, delete {path}"
     )
 
 

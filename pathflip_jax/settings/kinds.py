@@ -179,7 +179,7 @@ def _contradictions(kind: Kind, values: Mapping[str, Any]) -> Iterator[str]:
     for key, found in fields(kind).items():
         for whole in found.divides:
             if values[key] and values[whole] % values[key]:
-                yield f"{whole}={values[whole]} is no multiple of {key}={values[key]}; change one of them"
+                yield f"{whole}={values[whole]} is not a multiple of {key}={values[key]}; change one of them"
     for key, found in fields(kind).items():
         if found.at_most and values[key] > values[found.at_most]:
             other = f"{found.at_most}={values[found.at_most]}"

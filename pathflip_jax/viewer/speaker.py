@@ -34,7 +34,7 @@ class Speaker:
             raise ValueError(f"a question of {len(question)} characters: write 1 to {LONGEST_TEXT}")
         if len(before) > MOST_TURNS:
             raise ValueError(
-                f"a conversation of {len(before)} questions, at most {MOST_TURNS}: open the slide again to begin anew"
+                f"a conversation of {len(before)} questions, at most {MOST_TURNS}: open the slide again to start over"
             )
         rows = self._embedded(slide)
         asked = self.assistant.prompt(question, rows, [Turn(*turn) for turn in before])

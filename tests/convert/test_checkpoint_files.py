@@ -34,7 +34,7 @@ def test_a_folder_of_shards_is_one_checkpoint(tmp_path):
 def test_half_a_set_is_named(tmp_path):
     folder = shards(tmp_path / "sharded")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards are not there \(model-00002-of-00002"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 shards are missing \(model-00002-of-00002"):
         read_tensors(folder)
     save_file({"other": np.ones(1, np.float32)}, folder / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match=r"lack 1 of its tensors \(model\.b\)"):

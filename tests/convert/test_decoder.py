@@ -294,7 +294,7 @@ def test_a_tied_file_may_repeat_the_embedding(copied):
     np.testing.assert_array_equal(logits(load_decoder(folder)), expected)
     for head in (table + 1, table[:300].copy()):
         save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
-        with pytest.raises(ValueError, match="tie_word_embeddings is true, yet lm_head.weight differs"):
+        with pytest.raises(ValueError, match="tie_word_embeddings is true, but lm_head.weight differs"):
             load_decoder(folder)
 
 

@@ -100,7 +100,7 @@ def test_one_more_method_is_a_class_and_an_entry(monkeypatch, capsys):
 
 def test_what_a_method_cannot_do_is_refused():
     encoder = Encoder()
-    with pytest.raises(ValueError, match="'magic' is none of region, attention"):
+    with pytest.raises(ValueError, match="'magic' is not supported; expected one of region, attention"):
         methods.prepare(encoder, make_slide(), method="magic")
     with pytest.raises(ValueError, match=r"size of its patches is unknown.*--patch-size"):
         methods.prepare(encoder, make_slide(patch_size=0), window=3)

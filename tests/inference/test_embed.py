@@ -269,7 +269,7 @@ def test_a_damaged_file_is_named(tiny_cohort, run, tmp_path):
     ids, data = pq.read_metadata(out).row_group(0).column(0), bytearray(out.read_bytes())
     data[ids.data_page_offset + ids.total_compressed_size - 1] ^= 1
     out.write_bytes(data)
-    with pytest.raises(ValueError, match=r"embeddings\.parquet: damaged .*embedded anew"):
+    with pytest.raises(ValueError, match=r"embeddings\.parquet: damaged .*embedded again"):
         embed.embed(run, tiny_cohort.records, out, slides_table=tiny_cohort.slides, split="test")
 
 

@@ -243,7 +243,7 @@ def test_a_slide_of_the_wrong_encoder_is_refused(predictor):
 def test_what_cannot_be_grounded_is_refused(predictor):
     with pytest.raises(ValueError, match=r"S0.*coordinates"):
         predictor.ground(make_slide(coords=None), "tumor")
-    with pytest.raises(ValueError, match=r"'magic' is none of region"):
+    with pytest.raises(ValueError, match=r"'magic' is not supported; expected one of region"):
         predictor.ground(make_slide(), "tumor", method="magic")
     with pytest.raises(ValueError, match=r"window 4.*odd"):
         predictor.ground(make_slide(), "tumor", window=4)

@@ -136,7 +136,7 @@ def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, steps=[1, 2])
     for step in "12":
         damage(tmp_path / "checkpoints" / step, "cut")
-    with pytest.raises(ValueError, match="(?s)no checkpoint of this run can be read; start anew.*/2: .*/1: "):
+    with pytest.raises(ValueError, match="(?s)no checkpoint of this run can be read; start over.*/2: .*/1: "):
         restore(tmp_path)
 
 

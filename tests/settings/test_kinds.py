@@ -126,10 +126,10 @@ def test_a_setting_out_of_bounds_is_refused_by_name_value_and_cure(setting):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["model.heads=3"], "model.hidden=128 is no multiple of model.heads=3"),
-        (["model.region_heads=5"], "model.embed_dim=64 is no multiple of model.region_heads=5"),
-        (["train.accumulate=5"], "train.batch_size=48 is no multiple of train.accumulate=5"),
-        (["data.text_groups=5"], "train.batch_size=48 is no multiple of data.text_groups=5"),
+        (["model.heads=3"], "model.hidden=128 is not a multiple of model.heads=3"),
+        (["model.region_heads=5"], "model.embed_dim=64 is not a multiple of model.region_heads=5"),
+        (["train.accumulate=5"], "train.batch_size=48 is not a multiple of train.accumulate=5"),
+        (["data.text_groups=5"], "train.batch_size=48 is not a multiple of data.text_groups=5"),
         (["data.caption_length=600"], "data.caption_length=600 is more than model.max_positions=512"),
         (["train.local_every=5"], "train.local_checkpoints and train.local_every: .*set both or neither"),
         (["train.local_checkpoints=ram"], "train.local_checkpoints and train.local_every: .*set both or neither"),
