@@ -24,6 +24,7 @@ from pathflip_jax.grounding.surface import average_patches, smooth_covered
 COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour blindness
 OPACITY = 0.62
 PANEL = 2.7  # inches
+TITLE_CHARACTERS, TITLE_LINE = 30, 0.17  # characters of a line of a panel's title, and its height in inches
 INK, MUTED = "#1d2530", "#5b6673"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
@@ -108,7 +109,8 @@ def draw_panels(
     across = min(count, 4)
     down = -(-count // across)
     height = PANEL * min(max(rows / columns, 0.4), 2.2)
-    figure = Figure(figsize=(PANEL * across, (height + 0.8) * down), layout="constrained")
+    room = 0.8 + TITLE_LINE * (max((len(_title_lines(panel)) for panel in panels), default=1) - 1)
+    figure = Figure(figsize=(PANEL * across, (height + room) * down), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).ravel())
     for axis in axes:
         axis.set_axis_off()
@@ -125,12 +127,17 @@ def draw_panels(
     return figure
 
 
+def _title_lines(panel: Panel) -> list[str]:
+    """All of a panel's title, in lines that fit its width."""
+    return textwrap.wrap(panel.title, TITLE_CHARACTERS) or [""]
+
+
 def _draw_panel(figure: Figure, axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w"]) -> None:
     low, high = np.quantile(panel.scores, [0.01, 0.99])
     norm = Normalize(low, high if high > low else low + 1e-6, clip=True)
     axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
     _draw_outline(axis, panel.outline, canvas)
-    lines = textwrap.wrap(panel.title, 30)[:3] or [""]
+    lines = _title_lines(panel)
     axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
     if panel.note:
         note = axis.text(0, -0.015, panel.note, transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
