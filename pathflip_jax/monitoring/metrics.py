@@ -23,6 +23,7 @@ from pathflip_jax.runtime.private_interfaces import is_writing_events
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"
+CHANCE, STDERR = "_chance", "_stderr"  # end the names of a score's chance level and standard error
 WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
 EVENTS_UNDER_WAY = 10_000  # that may be queued for writing: far more than a row has
@@ -128,7 +129,8 @@ class MetricsWriter:
         self._wandb.attempt(lambda wandb: wandb.log(scalars, step=step))
         self._validation |= {name: value for name, value in row.items() if name.startswith(VALIDATION)}
         shown = {name: f"{row[name]:.3f}" for name in ("loss", "loss_slide", "loss_region") if name in row}
-        shown |= {name: f"{value:.3f}" for name, value in self._validation.items() if "recall_at_1" in name}
+        scores = [name for name in (VALIDATION + "recall_at_1", VALIDATION + "loss") if name in self._validation]
+        shown |= {name: with_chance(self._validation, name) for name in scores}
         shown |= {"slides/s": f"{speed:.3g}"} | _shown_performance(row)
         self._bar.attempt(lambda bar: _advance(bar, step, shown))
 
@@ -149,6 +151,12 @@ class MetricsWriter:
             self._events.attempt(_close_events)
             self._bar.attempt(tqdm.close)
             self._wandb.attempt(lambda wandb: wandb.finish())
+
+
+def with_chance(row: dict[str, float], name: str) -> str:
+    """A score of a row, with its chance level if the row has one: `0.412 (chance 0.026)`."""
+    chance = f" (chance {row[name + CHANCE]:.3f})" if name + CHANCE in row else ""
+    return f"{row[name]:.3f}{chance}"
 
 
 class _Shown:
@@ -243,6 +251,11 @@ def try_to_plot(workdir: Path) -> None:
         print(f"{workdir / PLOTS}: not drawn ({error!r}); the run itself is complete", file=sys.stderr)
 
 
+def _chance_last(name: str) -> tuple[str, bool]:
+    """Sort key that puts a chance level directly after its score."""
+    return name.removesuffix(CHANCE), name.endswith(CHANCE)
+
+
 def plot(workdir: Path) -> list[Path]:
     """Plot losses, learning rate, validation and hardware utilisation over steps into plots/; returns the files."""
     from matplotlib.figure import Figure
@@ -250,8 +263,9 @@ def plot(workdir: Path) -> list[Path]:
     rows = read_metrics(workdir / METRICS)
     names = {name for row in rows for name in row}
     retrieval = sorted(name for name in names if name.startswith(VALIDATION) and "loss" not in name)
+    retrieval = sorted((name for name in retrieval if not name.endswith(STDERR)), key=_chance_last)
     groups = {
-        "loss": (sorted(name for name in names if "loss" in name), "loss"),
+        "loss": (sorted((name for name in names if "loss" in name), key=_chance_last), "loss"),
         "learning_rate": (["learning_rate"], "learning rate"),
         "validation": (retrieval, "validation"),
         "gradient_norm": (["gradient_norm"], "global gradient norm"),
@@ -268,10 +282,14 @@ def plot(workdir: Path) -> list[Path]:
             continue
         figure = Figure(figsize=(6, 3.5), layout="constrained")
         axes = figure.add_subplot()
+        line = None
         for column in columns:
             points = [(row["step"], row[column]) for row in rows if column in row]
             marker = "o" if column.startswith(VALIDATION) else None
-            axes.plot(*zip(*points, strict=True), label=column, marker=marker, markersize=3, linewidth=1)
+            if column.endswith(CHANCE) and line:  # dashed, in the colour of its score, which sorts just before it
+                axes.plot(*zip(*points, strict=True), label=column, color=line.get_color(), linestyle="--", linewidth=1)
+                continue
+            (line,) = axes.plot(*zip(*points, strict=True), label=column, marker=marker, markersize=3, linewidth=1)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

@@ -47,9 +47,15 @@ class DataSettings(Section):
     val_split: str = setting(
         "val", Unrestricted("a split of the slide table", optional=True), 'the same; "": no validation'
     )
-    regions: int = setting(24, DRAWN, "drawn per slide and step")
+    regions: int = setting(
+        24,
+        DRAWN,
+        "drawn per slide and step; a new draw each step is augmentation: fewer help a run that memorises its slides",
+    )
     patch_slots: int = setting(
-        0, DRAWN._replace(besides=(0,), meaning="for as many as a full region holds"), "patches of a region"
+        0,
+        DRAWN._replace(besides=(0,), meaning="for as many as a full region holds"),
+        "patches drawn of a region, anew each step: augmentation, as data.regions; try 4 for hundreds of slides",
     )
     threads: int = setting(16, whole(1, 1024), "threads that read ahead", may_change=True)
     resident: Literal["", "host", "device"] = setting(

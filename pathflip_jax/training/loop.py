@@ -36,6 +36,7 @@ from pathflip_jax.runtime.distributed import TRY_AGAIN, Watchdog
 from pathflip_jax.settings.kinds import RunSettings
 from pathflip_jax.settings.sections import TrainSettings
 from pathflip_jax.training import settings as edge
+from pathflip_jax.training.findings import Findings
 from pathflip_jax.training.monitors import Monitors, StopSignal
 from pathflip_jax.training.optim import scheduled_optimizer
 from pathflip_jax.training.resume import lock_to_run, resume_as, saved_config
@@ -159,7 +160,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     phase("closing the logs", done)
                 if stopping and not last:
                     raise Stopped(f"stopped at step {done} of {steps}, saved; the same command resumes from there")
-    return _finish(monitors, start, steps, traces)
+    return _finish(monitors, setup, start, best, traces)
 
 
 def _open_checkpoints(training: Training, setup: TrainSettings, workdir: Path) -> Checkpoints:
@@ -206,18 +207,24 @@ def _open_log(
     setup, primary = settings.train, jax.process_index() == 0
     names = {"slides_per_step": setup.batch_size, "wandb_project": setup.wandb_project, "config": training.resolved}
     with MetricsWriter(monitors.workdir, start, setup.steps, primary=primary, **names) as writer:
-        yield StepLog(writer, telemetry, monitors.ledger, monitors.workdir)
+        findings = Findings(setup.select, read_metrics(monitors.workdir / METRICS) if primary else ())
+        yield StepLog(writer, telemetry, monitors.ledger, monitors.workdir, findings)
 
 
-def _finish(monitors: Monitors, start: int, steps: int, traces: Counter) -> dict[str, float]:
+def _finish(
+    monitors: Monitors, setup: TrainSettings, start: int, best: dict | None, traces: Counter
+) -> dict[str, float]:
     """Plot and summarise a completed run; returns its last metrics."""
-    workdir = monitors.workdir
+    workdir, steps = monitors.workdir, setup.steps
     monitors.phase("drawing the plots", steps)
     if jax.process_index() == 0:
         try_to_plot(workdir)
         print(f"{workdir}: {steps} steps done; the step was compiled {traces['step']} times", file=sys.stderr)
         if start < steps:
             print(goodput.try_to_describe(workdir), file=sys.stderr)
+        findings = Findings(setup.select, read_metrics(workdir / METRICS))
+        folder = files.run_folder(setup.checkpoints or workdir) / files.BEST
+        print(*findings.summary(best, folder), sep="\n", file=sys.stderr)
     distributed.agree("done")  # else the others would wait for process 0 in JAX's shutdown barrier, a shorter wait
     rows = read_metrics(workdir / METRICS)
     return rows[-1] if rows else {}  # none if the logs of an already completed run are gone

@@ -1,20 +1,24 @@
 """Metrics of steps, each written while the next step is running, so that the devices never wait."""
 
 import math
+import sys
 from pathlib import Path
 
 import jax
+from tqdm import tqdm
 
 from pathflip_jax.monitoring.goodput import Ledger
 from pathflip_jax.monitoring.metrics import MetricsWriter
 from pathflip_jax.monitoring.telemetry import USEFUL, Telemetry
 from pathflip_jax.runs import files
+from pathflip_jax.training.findings import Findings
 
 
 class StepLog:
     """Rows of metrics: those of each step, hardware telemetry, and the validation after it."""
 
-    def __init__(self, writer: MetricsWriter, telemetry: Telemetry, ledger: Ledger, workdir: Path):
+    def __init__(self, writer: MetricsWriter, telemetry: Telemetry, ledger: Ledger, workdir: Path, findings: Findings):
+        self._findings = findings
         self._writer, self._telemetry, self._ledger, self._workdir = writer, telemetry, ledger, workdir
         self._pending: tuple[int, dict] | None = None  # a running step, whose metrics have not been waited for
 
@@ -39,6 +43,9 @@ class StepLog:
             )
         self._writer.write(step, row | self._telemetry.row(step, row[USEFUL]))
         self._ledger.progress(step)
+        for finding in self._findings.add(row):
+            if jax.process_index() == 0:
+                tqdm.write(f"step {step}: {finding}", file=sys.stderr)
 
     def flush(self) -> None:
         """Write the last step's row and flush all rows to disk, as a checkpoint must not be ahead of its metrics."""

@@ -1,17 +1,23 @@
 """Validation during a run: losses and retrieval on held-out slides, and the choice of the best checkpoint."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pathflip_jax.data.batches.pipeline import Batches, look_up
 from pathflip_jax.model.parameters import Params
-from pathflip_jax.monitoring.metrics import VALIDATION
+from pathflip_jax.monitoring.metrics import CHANCE, STDERR, VALIDATION
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.training.stage import Stage
+
+if TYPE_CHECKING:
+    from pathflip_jax.scores.retrieval import Ranks
 
 Mark = Callable[[str], None]  # enters a phase of the validation (`training.monitors.PHASES`)
 RECALLS = (1, 5)
@@ -29,9 +35,11 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     """validate(learned, frozen, mark) -> losses and retrieval on held-out slides, named val/...
 
     Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
-    split; slides of one case, or with the same caption, are not distractors.
+    split; slides of one case, or with the same caption, are not distractors. Beside each stands its chance level
+    (`CHANCE`): losses with every similarity 0, retrieval with all candidates tied. Retrieval also has a standard error
+    over slides (`STDERR`).
     """
-    from pathflip_jax.scores.retrieval import expected_rank, rank, recall
+    from pathflip_jax.scores.retrieval import rank
 
     key = jax.random.key(0)
 
@@ -41,6 +49,8 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         cut = {name: getattr(batch, name)[: batches.batch_size] for name in ("patch_mask", "related", "wording")}
         batch = batch._replace(**cut)
         _, metrics = stage.objective(model, embeddings, batch, key)
+        _, chance = stage.objective(model, jax.tree.map(jnp.zeros_like, embeddings), batch, key)
+        metrics |= {name + CHANCE: value for name, value in chance.items() if "loss" in name}
         return metrics, embeddings["slide"], embeddings["captions"], batch.related
 
     measured = measure_batches(measure, batches, mesh)
@@ -51,12 +61,29 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         slides, captions, related = (np.concatenate(x) for x in (slides, captions, related))
         both = [rank(slides, captions, related), rank(captions, slides, related)]
-        for k in RECALLS:
-            scores[f"recall_at_{k}"] = float(np.mean([recall(ranks, k).mean() for ranks in both]))
-        scores["mean_reciprocal_rank"] = float(np.mean([(1 / expected_rank(ranks)).mean() for ranks in both]))
+        scores |= score_retrieval(both)
         return {VALIDATION + name: value for name, value in scores.items()}
 
     return validate
+
+
+def score_retrieval(both: Sequence["Ranks"]) -> dict[str, float]:
+    """Recall and mean reciprocal rank over both directions, each with its standard error over slides and its chance.
+
+    Chance is the same score with every candidate tied, so that masked slides, of one case or caption, do not count.
+    """
+    from pathflip_jax.scores.retrieval import Ranks, expected_rank, recall
+
+    measures = {f"recall_at_{k}": functools.partial(recall, k=k) for k in RECALLS}
+    measures["mean_reciprocal_rank"] = lambda ranks: 1 / expected_rank(ranks)
+    tied = [Ranks(np.zeros_like(ranks.others), ranks.others, ranks.others) for ranks in both]
+    scores = {}
+    for name, measure in measures.items():
+        slides = np.mean([measure(ranks) for ranks in both], axis=0)
+        scores[name] = float(np.mean([measure(ranks).mean() for ranks in both]))
+        scores[name + CHANCE] = float(np.mean([measure(ranks).mean() for ranks in tied]))
+        scores[name + STDERR] = float(slides.std(ddof=1) / np.sqrt(len(slides))) if len(slides) > 1 else 0.0
+    return scores
 
 
 def measure_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, Mark], list]:

@@ -89,6 +89,9 @@ def test_a_run_leaves_all_that_later_steps_need(straight, tiny_cohort):
     assert all(np.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in rows)
     assert [row["step"] for row in rows if "val/mean_reciprocal_rank" in row] == [2, 4]
     assert all(0 <= rows[3][f"val/{name}"] <= 1 for name in ("recall_at_1", "recall_at_5", "mean_reciprocal_rank"))
+    candidates = rows[3]["val/recall_at_1_chance"]
+    assert 0 < candidates < rows[3]["val/recall_at_5_chance"] <= 1
+    assert rows[3]["val/loss_chance"] > rows[3]["val/loss_slide_chance"] > 0
     model, config, tokenizer = load_run(straight)
     assert config["data"]["encoder"] == "tiny" and config["data"]["edge_um"] == 64.0 and config["train"]["steps"] == 4
     assert model.config.feature_dim == 16 and model.config.vocab_size == tokenizer.vocab_size

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from pathflip_jax.scores.retrieval import Ranks
 from pathflip_jax.training import validation
 from pathflip_jax.training.monitors import PHASES
 from pathflip_jax.training.validation import choose_best
@@ -60,3 +61,11 @@ def test_each_batch_of_a_validation_is_a_sign_of_life_and_one_is_compiled(monkey
         computing,
     ]
     assert read == [0, 1, 2] * 2
+
+
+def test_chance_of_retrieval_leaves_out_masked_slides():
+    ranks = Ranks(np.array([0, 1, 3]), np.zeros(3, int), np.array([9, 9, 4]))
+    scores = validation.score_retrieval([ranks, ranks])
+    assert scores["recall_at_1"] == pytest.approx(1 / 3)
+    assert scores["recall_at_1_chance"] == pytest.approx((1 / 10 + 1 / 10 + 1 / 5) / 3)
+    assert scores["recall_at_1_stderr"] == pytest.approx(1 / 3)

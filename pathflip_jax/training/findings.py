@@ -1,0 +1,76 @@
+"""Findings about a run's fit: validation at chance, slides memorised, a best checkpoint that is the first."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from pathflip_jax.monitoring.metrics import CHANCE, STDERR, VALIDATION, with_chance
+
+IN_A_ROW = 3  # validations that have to agree before a finding is reported
+LOSS = VALIDATION + "loss"
+AT_CHANCE = (
+    f"validation is at chance: {{name}} has been within a standard error of chance for {IN_A_ROW} validations. Check "
+    "that reports belong to their slides (pathflip doctor), then train longer or raise optim.learning_rate"
+)
+MEMORISING = (
+    f"validation loss has risen for {IN_A_ROW} validations while the training loss fell: the run memorises its slides. "
+    "Sample fewer patches anew each step (lower data.regions and data.patch_slots), raise optim.weight_decay, lower "
+    "train.steps or add slides"
+)
+BEST_IS_FIRST = (
+    "the best checkpoint is the first: nothing learned after it helped on validation slides. Lower "
+    "optim.learning_rate or validate earlier (train.eval_every)"
+)
+
+
+class Findings:
+    """Findings about the rows of a metrics.jsonl, in order; the same for a resumed run as for an uninterrupted one."""
+
+    def __init__(self, select: str, rows: Iterable[dict] = ()):
+        self.select, self.told = select, []
+        self._losses: list[float] = []  # of the steps since the last validation
+        self._training: list[float] = []  # mean training loss before each validation
+        self._validations: list[dict] = []
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict) -> list[str]:
+        """Findings that a row adds to those already told."""
+        self._losses.append(row.get("loss", np.nan))
+        if LOSS not in row:
+            return []
+        self._training.append(float(np.mean(self._losses)))
+        self._validations.append(row)
+        self._losses = []
+        found = []
+        if name := self._at_chance():
+            found.append(AT_CHANCE.format(name=name))
+        if self._memorises():
+            found.append(MEMORISING)
+        new = [finding for finding in found if finding not in self.told]
+        self.told += new
+        return new
+
+    def _at_chance(self) -> str:
+        last = self._validations[-IN_A_ROW:]
+        name = self.select if self.select + STDERR in last[-1] else VALIDATION + "mean_reciprocal_rank"
+        if len(last) < IN_A_ROW or not all({name, name + CHANCE, name + STDERR} <= row.keys() for row in last):
+            return ""
+        return name if all(abs(row[name] - row[name + CHANCE]) <= row[name + STDERR] for row in last) else ""
+
+    def _memorises(self) -> bool:
+        losses = [row[LOSS] for row in self._validations[-IN_A_ROW - 1 :]]
+        if len(losses) <= IN_A_ROW:
+            return False
+        return bool(np.all(np.diff(losses) > 0) and np.all(np.diff(self._training[-IN_A_ROW - 1 :]) < 0))
+
+    def summary(self, best: dict | None, folder) -> list[str]:
+        """Findings told, then the best validation score against chance, its step and its folder, as lines."""
+        told = list(self.told)
+        if best is None or not self._validations:
+            return [*told, "no validation: nothing says what this run learned; set data.val_split to measure it"]
+        if len(self._validations) >= IN_A_ROW and best["step"] == self._validations[0]["step"]:
+            told.append(BEST_IS_FIRST)
+        row = next((row for row in self._validations if row["step"] == best["step"]), {})
+        score = with_chance(row | {self.select: best["value"]}, self.select)
+        return [*told, f"best validation: {self.select} {score} at step {best['step']}, saved in {folder}"]
