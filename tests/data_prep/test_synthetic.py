@@ -81,7 +81,7 @@ def cohort(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Tables of a cohort of the default length, its slides planned and described but not drawn."""
-    roster = synthetic._roster(320, seed=0)
+    roster = synthetic._patients(320, seed=0)
     folder = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "_finished", lambda *_: True)

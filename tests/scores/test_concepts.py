@@ -109,7 +109,7 @@ def cohort_reports(seed, folder):
     """The reports of a whole cohort, its slides planned and described but not drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "_finished", lambda *_: True)
-        rows = [synthetic._make_slide(str(folder), slide, seed, 768) for slide in synthetic._roster(100, seed)]
+        rows = [synthetic._make_slide(str(folder), slide, seed, 768) for slide in synthetic._patients(100, seed)]
     synthetic._write_tables(folder, rows)
     return rows
 

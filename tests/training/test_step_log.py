@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.monitoring.telemetry import USEFUL
+from pathflip_jax.training.findings import Findings
 from pathflip_jax.training.step_log import StepLog
 
 
@@ -16,7 +17,7 @@ def log(tmp_path):
     writer = SimpleNamespace(write=lambda step, row: did.append((step, row)), flush=lambda: did.append("flush"))
     telemetry = SimpleNamespace(row=lambda step, useful: {"perf/x": useful / 2})
     ledger = SimpleNamespace(progress=lambda step: did.append(step))
-    return StepLog(writer, telemetry, ledger, tmp_path), did
+    return StepLog(writer, telemetry, ledger, tmp_path, Findings("val/loss")), did
 
 
 def metrics(loss: float) -> dict:
