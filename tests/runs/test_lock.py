@@ -16,7 +16,7 @@ from pathflip_jax.runs.lock import InUseError, StillEndingError, hold
 @pytest.fixture(autouse=True)
 def seconds(monkeypatch):
     """Hundredths of them."""
-    for name, value in {"BEAT": 0.02, "STALE": 0.2, "ENDING": 0.5, "SETTLE": 0, "POLL": 0.01}.items():
+    for name, value in {"HEARTBEAT": 0.02, "STALE": 0.2, "ENDING": 0.5, "SETTLE": 0, "POLL": 0.01}.items():
         monkeypatch.setattr(run_lock, f"{name}_SECONDS", value)
 
 
