@@ -72,7 +72,7 @@ def plan(rng: np.random.Generator, tumor: str, size: int) -> Layout:
             areas.append(Area(concept, np.where(own, soft, 0).astype(np.float32)))
         inside = np.isin(parts, kept)
         extent[concept] = float(inside.sum()) / total
-        place[concept] = _place(inside)
+        place[concept] = place_word(inside)
     return Layout(cols * STEP, rows * STEP, tissue, tuple(areas), extent, place, pieces)
 
 
@@ -155,7 +155,7 @@ def _assign(rng: np.random.Generator, middles: np.ndarray, tumor: str) -> list[s
     return owner
 
 
-def _place(inside: np.ndarray) -> str:
+def place_word(inside: np.ndarray) -> str:
     """The half of the slide that holds nearly all of the area: "left", "right", "upper", "lower", or ""."""
     rows, cols = inside.shape
     y, x = np.nonzero(inside)

@@ -346,4 +346,4 @@ CASE = {
         "Correlation with clinical history is recommended.",
     ],
 }
-PIECES = {1: "one fragment", 2: "two fragments", 3: "three fragments"}
+PIECES = {1: "one fragment", 2: "two fragments", 3: "three fragments", 4: "four fragments"}

@@ -5,12 +5,14 @@ and sentence templates, so that a score on them measures meaning rather than rec
 trained on the training reports covers their words.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from data_prep.layout import CONCEPTS, OTHERS, TUMORS, Layout
 from data_prep.phrasings import ABSENT, CASE, DIAGNOSIS, NAMES, PIECES, PRESENT, SPECIMEN, STAGE, WHERE
+
+Names = Mapping[str, Mapping[str, Sequence[str]]]  # of each concept, by use: "train", "test", "prompt"
 
 
 def extent_word(share: float) -> str:
@@ -37,34 +39,56 @@ def case_facts(rng: np.random.Generator) -> dict[str, object]:
     }
 
 
+class Sentences:
+    """Sentences about concepts, drawn from the phrasings of one split: "test" for held-out ones, else training ones.
+
+    `names` holds the names of every concept as `phrasings.NAMES` does.
+    """
+
+    def __init__(self, rng: np.random.Generator, names: Names, split: str) -> None:
+        """Take the generator that every draw comes from."""
+        self._rng, self._names = rng, names
+        self._voice = "test" if split == "test" else "train"
+
+    def say(self, frames: Mapping[str, Sequence[str]], **words: object) -> str:
+        """One of the split's frames, with the words filled in."""
+        listed = frames[self._voice]
+        return listed[int(self._rng.integers(len(listed)))].format(**words)
+
+    def findings(self, extent: Mapping[str, float], place: Mapping[str, str]) -> tuple[list[str], list[str]]:
+        """A sentence on each concept present, by its share of the tissue, and some on where it lies."""
+        found, places = [], []
+        for concept, share in extent.items():
+            found.append(self.say(PRESENT[extent_word(share)], **self._name(concept)))
+            if place[concept] and self._rng.random() < 0.3:
+                places.append(self.say(WHERE, side=place[concept], **self._name(concept)))
+        return found, places
+
+    def denials(self, missing: Iterable[str]) -> list[str]:
+        """A sentence denying each concept, by the first two of its training names."""
+        return [self.say(ABSENT, **self._name(concept, choices=2)) for concept in missing]
+
+    def _name(self, concept: str, choices: int | None = None) -> dict[str, str]:
+        names = self._names[concept]["train" if choices else self._voice][:choices]
+        return _inflect(names[int(self._rng.integers(len(names)))])
+
+
 def write_report(rng: np.random.Generator, layout: Layout, label: str, case: dict[str, object], split: str) -> str:
     """Write a report of 5 to 10 sentences about a slide, true in every statement about tissue.
 
     `split` is "test" for held-out phrasings; anything else draws from the training phrasings.
     """
-    voice = "test" if split == "test" else "train"
-
-    def say(frames: list[str], **words: object) -> str:
-        return frames[int(rng.integers(len(frames)))].format(**words)
-
-    def name(concept: str, choices: int | None = None) -> dict[str, str]:
-        names = NAMES[concept]["train" if choices else voice][:choices]
-        return _inflect(names[int(rng.integers(len(names)))])
-
-    findings, places = [], []
-    for concept, share in layout.extent.items():
-        findings.append(say(PRESENT[extent_word(share)][voice], **name(concept)))
-        if layout.place[concept] and rng.random() < 0.3:
-            places.append(say(WHERE[voice], side=layout.place[concept], **name(concept)))
+    sentences = Sentences(rng, NAMES, split)
+    findings, places = sentences.findings(layout.extent, layout.place)
     absent = [concept for concept in OTHERS if concept not in layout.extent]
     missing = [str(concept) for concept in rng.permutation(absent)[: int(rng.integers(1, 3))]]
     if rng.random() < 0.25:
         missing.append(str(rng.choice([concept for concept in TUMORS if concept not in layout.extent])))
-    denials = [say(ABSENT[voice], **name(concept, choices=2)) for concept in missing]
+    denials = sentences.denials(missing)
     kinds = [SPECIMEN, STAGE, *[DIAGNOSIS] * int(rng.random() < 0.8), *[CASE] * int(rng.integers(0, 3))]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     words = {**case, "pieces": PIECES[layout.pieces], "label": label}
-    remarks = [say(kind[voice], **words) for kind in kinds]
+    remarks = [sentences.say(kind, **words) for kind in kinds]
     # Findings, one negation and one remark are always included; the rest fills up to 5 to 10 sentences.
     length = max(len(findings) + 2, int(rng.integers(6, 11)))
     wanted = [*findings, *denials[:1], *remarks[:1], *places[:1], *remarks[1:], *denials[1:]]
@@ -83,9 +107,9 @@ def _inflect(name: str) -> dict[str, str]:
     }
 
 
-def grounding_texts() -> dict[str, list[str]]:
+def grounding_texts(names: Names = NAMES) -> dict[str, list[str]]:
     """Concept -> texts for grounding it; no training report contains any of them."""
-    return {concept: [name.removeprefix("+") for name in NAMES[concept]["prompt"]] for concept in CONCEPTS}
+    return {concept: [name.removeprefix("+") for name in listed["prompt"]] for concept, listed in names.items()}
 
 
 def questions(slide_id: str, present: Collection[str], turns: int = 5) -> list[dict]:
@@ -102,19 +126,19 @@ def questions(slide_id: str, present: Collection[str], turns: int = 5) -> list[d
     return rows
 
 
-def concept_phrasings() -> dict[str, list[str]]:
+def concept_phrasings(names: Names = NAMES) -> dict[str, list[str]]:
     """Concept -> all its phrasings in any report or prompt, for detecting the concepts that a text asserts.
 
     Each name is accompanied by its head, the words before "with" ("fronds" of "fronds with papillary architecture"),
     unless another concept's name contains it too: a text may recombine heads and attributes.
     """
-    names = {
+    plain = {
         concept: [name.removeprefix("+") for texts in lists.values() for name in texts]
-        for concept, lists in NAMES.items()
+        for concept, lists in names.items()
     }
     phrasings = {}
-    for concept, own in names.items():
-        others = " ".join(name for other, texts in names.items() if other != concept for name in texts)
+    for concept, own in plain.items():
+        others = " ".join(name for other, texts in plain.items() if other != concept for name in texts)
         heads = [name.partition(" with ")[0] for name in own]
         heads = [head for head in heads if head.removeprefix("an ").removeprefix("a ") not in others]
         phrasings[concept] = list(dict.fromkeys([*own, *heads]))

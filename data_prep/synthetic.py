@@ -79,7 +79,7 @@ def generate(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out must name a folder")
     (out / "outlines").mkdir(parents=True, exist_ok=True)
-    _check_same_settings(out, {"edition": EDITION, "slides": slides, "seed": seed, "size": size})
+    claim_folder(out, {"edition": EDITION, "slides": slides, "seed": seed, "size": size})
 
     cohort = _patients(slides, seed)
     tables = all((out / name).exists() for name in ("slides.csv", "concepts.json", "questions.json"))
@@ -102,7 +102,7 @@ def generate(
     return out
 
 
-def _check_same_settings(out: Path, settings: dict[str, int]) -> None:
+def claim_folder(out: Path, settings: dict[str, int | str]) -> None:
     """Tie the folder to its settings, so that two cohorts never mix."""
     path = out / "cohort.json"
     if path.exists():

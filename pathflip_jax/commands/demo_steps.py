@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -85,7 +85,17 @@ def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2
     Ends with the path of the report as the last line of output.
     """
     start = time.monotonic()
-    plan = steps(out, slides, seed, workers)
+    if code := run_steps(steps(out, slides, seed, workers), "the demo"):
+        return code
+    print(f"\nThe demo took {(time.monotonic() - start) / 60:.1f} minutes. The report:\n{out / 'report.html'}")
+    return 0
+
+
+def run_steps(plan: Sequence[Step], whole: str) -> int:
+    """Run the steps of `whole` in separate processes, those `with_previous` beside the one before; print durations.
+
+    Returns 0, or the exit code of the first step that failed.
+    """
     groups: list[list[tuple[int, Step]]] = []
     for number, step in enumerate(plan, 1):
         if not step.with_previous:
@@ -96,13 +106,12 @@ def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2
         for number, step in group:
             beside = f" (beside step {number - 1})" if step.with_previous else ""
             print(f"[{number}/{len(plan)}] {step.title}{beside}\n  $ {shlex.join(step.command)}", flush=True)
-        if code := _run_group(group):
+        if code := _run_group(group, whole):
             return code
-    print(f"\nThe demo took {(time.monotonic() - start) / 60:.1f} minutes. The report:\n{out / 'report.html'}")
     return 0
 
 
-def _run_group(group: list[tuple[int, Step]]) -> int:
+def _run_group(group: list[tuple[int, Step]], whole: str) -> int:
     """Run steps in parallel; the first one's output is shown live, the others' after it.
 
     Returns 0, or the exit code of the step that failed first; the others are then terminated.
@@ -133,7 +142,7 @@ def _run_group(group: list[tuple[int, Step]]) -> int:
                 log.close()
     for number, (code, seconds) in sorted(ended.items()):
         if code:
-            print(f"Step {number} of the demo ended with exit code {code}; mend its cause and run the demo again.")
+            print(f"Step {number} of {whole} ended with exit code {code}; mend its cause and run {whole} again.")
             return code
         title = f"step {number} took" if len(group) > 1 else "took"
         print(f"  {title} {seconds:.0f} s", flush=True)
