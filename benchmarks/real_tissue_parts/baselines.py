@@ -1,0 +1,191 @@
+"""Baselines and upper bounds of a cohort, from its records and outlines, scored as `pathflip evaluate` scores runs.
+
+- Class probes: one logistic regression per class on the mean feature of a slide, told which training slides show the
+  class. Its probabilities rank classes (zero-shot), patches (grounding) and sets of classes (retrieval).
+- Outline probes: the same on single patches, told the outlines of the training slides. Upper bound of grounding.
+- Exact class sets: slides and captions compared by the classes that they truly show. Upper bound of retrieval.
+- Mean colour: as `pathflip evaluate` has it.
+
+Settings of a probe are chosen on validation slides; scored slides are only predicted.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.texts.text import read_texts
+from pathflip_jax.evaluate import colour
+from pathflip_jax.evaluate.cohort import Cohort, read_cohort
+from pathflip_jax.evaluate.tasks import map_scores, probes, zero_shot
+from pathflip_jax.evaluate.tasks.grounding import slide_means
+from pathflip_jax.evaluate.tasks.truth import true_patches
+from pathflip_jax.grounding import maps
+from pathflip_jax.scores import retrieval, statistics
+from pathflip_jax.scores.statistics import Statistic
+
+PATCHES = 40  # of a slide, for outline probes
+GROUNDING, ZERO_SHOT, RETRIEVAL = "grounding", "zero_shot", "retrieval"
+CLASS_PROBES, OUTLINE_PROBES, EXACT_SETS = "class probes (told the classes)", "outline probes", "exact class sets"
+MEAN_COLOUR = "mean colour"
+K = 5
+
+
+class Side(NamedTuple):
+    """The slides of one split: their mean features and the classes that each shows."""
+
+    ids: list[str]
+    means: Float[np.ndarray, "n F"]
+    shows: Bool[np.ndarray, "n C"]
+
+
+class Slides(NamedTuple):
+    """A cohort with its folder, classes, and the features of its slides."""
+
+    cohort: Cohort
+    folder: Path
+    classes: list[str]
+    features: Mapping[str, SlideFeatures]
+
+    @property
+    def scored(self) -> "Side":
+        """The slides to score."""
+        return self.side(self.cohort.split)
+
+    def validation(self) -> "Side | None":
+        """The validation slides; None where they are the ones to score."""
+        return None if self.cohort.split == "val" else self.side("val")
+
+    def side(self, split: str) -> Side:
+        """The slides of a split."""
+        rows = self.cohort.rows(split)
+        ids = [row["slide_id"] for row in rows]
+        means = np.stack([np.asarray(self.features[slide].features, np.float32).mean(0) for slide in ids])
+        shows = np.array([[name in row["classes"].split(";") for name in self.classes] for row in rows])
+        return Side(ids, means, shows)
+
+
+def read_slides(folder: Path, records: Path, classes: Sequence[str], split: str) -> Slides:
+    """The cohort in `folder`, whose features are in `records`, with the split to score."""
+    cohort = read_cohort(records, folder / "slides.csv", split)
+    ids = [row["slide_id"] for row in cohort.table]
+    return Slides(cohort, folder, list(classes), {slide: cohort.features(slide) for slide in ids})
+
+
+def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
+    """Name -> task -> statistic over the scored slides in the table's order."""
+    test = slides.scored
+    captions = _captions(slides)
+    means, patches = class_probes(slides)
+    found = {
+        CLASS_PROBES: {
+            GROUNDING: _grounding(slides, patches),
+            ZERO_SHOT: _zero_shot(slides, means),
+            RETRIEVAL: _retrieval(test, _log_odds(means), _signs(test.shows), captions),
+        },
+        EXACT_SETS: {RETRIEVAL: _retrieval(test, _signs(test.shows), _signs(test.shows), captions)},
+    }
+    outlined = outline_probes(slides)
+    whole = np.stack([outlined[slide].mean(1) for slide in test.ids])
+    found[OUTLINE_PROBES] = {GROUNDING: _grounding(slides, outlined), ZERO_SHOT: _zero_shot(slides, whole)}
+    files = colour.slide_files(slides.folder)
+    labelled = zero_shot.colour_probabilities(slides.cohort, slides.classes, files) if files else None
+    if labelled is not None:
+        found[MEAN_COLOUR] = {ZERO_SHOT: _zero_shot(slides, labelled)}
+    return found
+
+
+def class_probes(slides: Slides) -> tuple[Float[np.ndarray, "n C"], dict[str, Float[np.ndarray, "C N"]]]:
+    """The probability of each class in each scored slide, and in each of their patches."""
+    train, val, test = slides.side("train"), slides.validation(), slides.scored
+    ends = np.cumsum([len(slides.features[slide].features) for slide in test.ids])
+    asked = np.concatenate([test.means, *(slides.features[slide].features for slide in test.ids)]).astype(np.float32)
+    found = np.stack(
+        [
+            probes.linear(
+                probes.Labelled(train.means, train.shows[:, c].astype(int)),
+                _usable(val.means, val.shows[:, c]) if val else None,
+                asked,
+                2,
+            )[:, 1]
+            for c in range(len(slides.classes))
+        ]
+    )
+    patches = np.split(found[:, len(test.ids) :], ends[:-1], axis=1)
+    return found[:, : len(test.ids)].T, dict(zip(test.ids, patches, strict=True))
+
+
+def outline_probes(slides: Slides) -> dict[str, Float[np.ndarray, "C N"]]:
+    """The probability of each class in the patches of scored slides, learnt from outlined patches."""
+    train = _outlined_patches(slides, "train")
+    val = None if slides.cohort.split == "val" else _outlined_patches(slides, "val")
+    ids = slides.cohort.slide_ids
+    ends = np.cumsum([len(slides.features[slide].features) for slide in ids])
+    asked = np.concatenate([slides.features[slide].features for slide in ids]).astype(np.float32)
+    found = np.stack(
+        [
+            probes.linear(
+                probes.Labelled(train[0], train[1][:, c].astype(int)),
+                _usable(val[0], val[1][:, c]) if val else None,
+                asked,
+                2,
+            )[:, 1]
+            for c in range(len(slides.classes))
+        ]
+    )
+    return dict(zip(ids, np.split(found, ends[:-1], axis=1), strict=True))
+
+
+def _usable(x: np.ndarray, y: np.ndarray) -> probes.Labelled | None:
+    """Validation rows, if both classes are among them."""
+    return probes.Labelled(x, y.astype(int)) if 0 < y.sum() < len(y) else None
+
+
+def _outlined_patches(slides: Slides, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features of patches drawn from every slide of a split, and the outlines that each lies in."""
+    features, inside = [], []
+    for number, row in enumerate(slides.cohort.rows(split)):
+        slide = slides.features[row["slide_id"]]
+        kept = np.random.default_rng(number).permutation(len(slide.coords))[:PATCHES]
+        features.append(np.asarray(slide.features, np.float32)[kept])
+        inside.append(true_patches(slides.folder / "outlines", slide, slides.classes)[0].T[kept])
+    return np.concatenate(features), np.concatenate(inside)
+
+
+def _grounding(slides: Slides, found: Mapping[str, Float[np.ndarray, "C N"]]) -> Statistic:
+    """ROC AUC of patches, smoothed as the maps of a run are."""
+    truth = {slide: true_patches(slides.folder / "outlines", slides.features[slide], slides.classes) for slide in found}
+    scores = map_scores.score_maps(
+        lambda slide: found[slide.slide_id], slides.features.__getitem__, truth, {}, smooth=maps.SMOOTH, name="probes"
+    )
+    return statistics.mean(slide_means(scores.auc))
+
+
+def _zero_shot(slides: Slides, probabilities: Float[np.ndarray, "n C"]) -> Statistic:
+    labels = np.array([slides.classes.index(label) for label in slides.cohort.labels])
+    return statistics.classification(labels, probabilities.argmax(1), probabilities)["balanced_accuracy"]
+
+
+def _captions(slides: Slides) -> list[str]:
+    caption_of = {text.slide_ids[0]: text.caption for text in read_texts(slides.folder / "reports.jsonl")}
+    return [caption_of[slide] for slide in slides.cohort.slide_ids]
+
+
+def _retrieval(test: Side, images: np.ndarray, texts: np.ndarray, captions: Sequence[str]) -> Statistic:
+    """R@5, mean of both ways; equal vectors are ties, which count as ordered at random."""
+    related = retrieval.relate(test.ids, captions)
+    both = [retrieval.recall(retrieval.rank(*pair, related), K) for pair in ((images, texts), (texts, images))]
+    return statistics.mean(np.mean(both, axis=0))
+
+
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    """Vectors whose product with signs of classes ranks sets of classes by their likelihood."""
+    kept = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    return np.log(kept / (1 - kept))
+
+
+def _signs(shows: np.ndarray) -> np.ndarray:
+    return np.where(shows, 1.0, -1.0)

@@ -1,0 +1,117 @@
+"""Commands of the benchmark: the product's own, one after the other, each skipped once it is finished."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pathflip_jax.commands.demo_steps import Step
+from pathflip_jax.data.storage.json_files import read_json
+
+REGION, NO_REGION, LANGUAGE = "region", "no_region", "language"
+DECODER = ["--decoder", "64", "2", "--size", "800"]
+
+
+class Places(NamedTuple):
+    """The folders of a benchmark: features are shared by all `name`s of runs, and runs by both splits to score."""
+
+    out: Path
+    name: str
+    split: str
+
+    @property
+    def slides(self) -> Path:
+        """The cohort: slides or imported features, tables, outlines, prompts."""
+        return self.out / "slides"
+
+    @property
+    def records(self) -> Path:
+        """The patch features."""
+        return self.out / "records"
+
+    @property
+    def vocabulary(self) -> Path:
+        """The WordPiece vocabulary of the training captions."""
+        return self.out / "vocabulary"
+
+    @property
+    def decoder(self) -> Path:
+        """The untrained decoder of the language stage."""
+        return self.out / "decoder"
+
+    def run(self, seed: int, kind: str) -> Path:
+        """The folder of one training."""
+        return self.out / self.name / f"seed{seed}_{kind}"
+
+    def scores(self, seed: int, kind: str) -> Path:
+        """The folder of one evaluation."""
+        return self.out / self.name / f"seed{seed}_{kind}_{self.split}"
+
+
+def prepare_steps(places: Places, patch: int, edge_um: float, workers: int) -> list[Step]:
+    """Slides to features."""
+    command = ["pathflip", "prepare", str(places.slides), "--out", str(places.records), "--patch-size", str(patch)]
+    command += ["--edge-um", f"{edge_um:g}", "--slides", f"{places.slides}/slides.csv", "--workers", str(workers)]
+    return [Step("Slides to patch features in TFRecords", command)]
+
+
+def vocabulary_steps(places: Places, language: bool) -> list[Step]:
+    """A vocabulary of the training captions, and with `language` an untrained decoder."""
+    words = ["pathflip", "vocabulary", f"{places.slides}/reports.jsonl", "--slides", f"{places.slides}/slides.csv"]
+    words += ["--split", "train", "--out"]
+    found = []
+    if not places.vocabulary.exists():
+        found.append(Step("A WordPiece vocabulary from the training captions", [*words, str(places.vocabulary)]))
+    if language and not places.decoder.exists():
+        found.append(Step("The folder of a small decoder", [*words, str(places.decoder), *DECODER]))
+    return found
+
+
+def train_steps(places: Places, seed: int, options: argparse.Namespace) -> list[Step]:
+    """Training with and without the region loss, side by side, and with `--language` of a decoder."""
+    texts = [f"--config.data.records={places.records}", f"--config.data.texts={places.slides}/reports.jsonl"]
+    texts += [f"--config.data.slides={places.slides}/slides.csv", f"--config.train.seed={seed}"]
+    train = ["pathflip", "train", "--config", options.config, *texts]
+    train += [f"--config.data.tokenizer={places.vocabulary}"]
+    train += [f"--config.{setting}" for setting in options.set]
+    ours, without = places.run(seed, REGION), places.run(seed, NO_REGION)
+    slide_loss = [*train, "--config.loss.region_weight=0.0", "--workdir", str(without)]
+    found = [
+        Step(f"Seed {seed}: training with slide and region loss", [*train, "--workdir", str(ours)]),
+        Step(f"Seed {seed}: training with the slide loss alone", slide_loss, with_previous=True),
+    ]
+    if options.language:
+        speak = ["pathflip", "train", "--config", options.language_config, *texts]
+        speak += [f"--config.lm.aligner={ours}", f"--config.lm.decoder={places.decoder}"]
+        speak += [f"--config.{setting}" for setting in options.language_set]
+        speak += ["--workdir", str(places.run(seed, LANGUAGE))]
+        found.append(Step(f"Seed {seed}: training a decoder to caption slides", speak))
+    return found
+
+
+def evaluate_steps(places: Places, seed: int, options: argparse.Namespace) -> list[Step]:
+    """Evaluation of both runs side by side, but for those whose scores are of this very command."""
+    found = []
+    for kind in (REGION, NO_REGION):
+        run, out, slides = places.run(seed, kind), places.scores(seed, kind), places.slides
+        command = ["pathflip", "evaluate", str(run), "--records", str(places.records)]
+        command += ["--slides", f"{slides}/slides.csv", "--split", places.split, "--out", str(out)]
+        command += ["--texts", f"{slides}/reports.jsonl", "--prompts", f"{slides}/prompts.json"]
+        command += ["--grounding", f"{slides}/grounding.json", "--outlines", f"{slides}/outlines"]
+        command += ["--few-shot", "all", "--draws", "1"]
+        if any(slides.glob("*.tiff")):
+            command += ["--images", str(slides)]
+        if options.language and kind == REGION:
+            command += ["--language", str(places.run(seed, LANGUAGE)), "--concepts", f"{slides}/concepts.json"]
+            command += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
+        command += options.more
+        if not is_scored(out, command):
+            found.append(Step(f"Seed {seed}: scores {kind.replace('_', ' ')}", command, with_previous=bool(found)))
+    return found
+
+
+def is_scored(out: Path, command: Sequence[str]) -> bool:
+    """Whether a folder holds the scores of this command."""
+    if not (out / "scores.json").exists():
+        return False
+    return list(read_json(out / "scores.json")["command"] or ())[1:] == list(command)[1:]
