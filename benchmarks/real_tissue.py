@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from machine import describe
-from real_tissue_parts import baselines, mosaics, pictures, scores, steps
+from real_tissue_parts import baselines, mosaics, pictures, scores, steps, textures
 from real_tissue_parts.images import read_collection
-from real_tissue_parts.words import COLON
+from real_tissue_parts.words import COLON, TEXTURES
 
 from data_prep.slide_image import MPP
 from pathflip_jax.commands.demo_steps import Step, run_steps
@@ -69,6 +69,13 @@ def run(plan: Sequence[Step]) -> None:
 def make_cohort(options: argparse.Namespace, places: steps.Places, clock: Clock) -> None:
     """Make the slides and their features, unless they are there."""
     sizes = dict(zip(mosaics.SPLITS, options.slides, strict=True))
+    if options.textures:
+        with clock.part("cohort"):
+            tiles = textures.read_textures(options.textures)
+            textures.write_texture_cohort(places.slides, tiles, TEXTURES, sizes, options.cohort_seed)
+        with clock.part("import"):
+            run(steps.import_steps(places, textures.REGION_UM, textures.MPP, textures.ENCODER))
+        return
     with clock.part("cohort"):
         collection = read_collection(options.data, list(COLON))
         mosaics.write_cohort(places.slides, collection, COLON, sizes, options.cohort_seed, options.workers)

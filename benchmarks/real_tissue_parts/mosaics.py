@@ -40,10 +40,28 @@ from real_tissue_parts.words import class_prompts, write_caption
 EDITION = 1  # increment when the same seed gives other slides
 SPLITS = ("train", "val", "test")
 PATCHES = 4  # along an image's edge
-CELLS = 6  # images along the edge of the area in which blobs are laid out
-LARGEST, OTHERS = (6, 9), (2, 5)  # images of the largest blob and of each other one: from, below
 CASES = (2, 5)  # cases of a blob: from, below
 GLASS = 243
+
+
+class Grid(NamedTuple):
+    """How mosaics are laid out: images of `edge` px on a square of `cells`, with a patch of glass around them.
+
+    Blobs, a cell apart, are shifted by `shift` patches at most. `largest` and `others` are the images of the largest
+    blob and of each other one: from, below.
+    """
+
+    edge: int
+    patch: int
+    shift: int
+    cells: int
+    largest: tuple[int, int]
+    others: tuple[int, int]
+
+
+def image_grid(edge: int) -> Grid:
+    """The grid of images that hold several patches."""
+    return Grid(edge, edge // PATCHES, 1, 6, (6, 9), (2, 5))
 
 
 class Tile(NamedTuple):
@@ -69,26 +87,30 @@ class Mosaic(NamedTuple):
         """The name of the slide's files."""
         return f"MOSAIC-{self.number:04d}"
 
+    @property
+    def images(self) -> list[int]:
+        """The numbers of its images."""
+        return [tile.number for tiles in self.blobs.values() for tile in tiles]
+
 
 def plan_mosaic(
-    rng: np.random.Generator, number: int, split: str, pool: Mapping[str, Mapping[str, Sequence[int]]], edge: int
+    rng: np.random.Generator, number: int, split: str, pool: Mapping[str, Mapping[str, Sequence[int]]], grid: Grid
 ) -> Mosaic:
     """Plan one slide from a pool (class -> case -> images) of a split; labels take turns by the slide's number."""
     names = sorted(pool)
     first = names[number % len(names)]
     others = [names[i] for i in rng.permutation(len(names)) if names[i] != first]
     chosen = [first, *others[: int(rng.integers(1, 4))]]
-    sizes = [int(rng.integers(*(OTHERS if place else LARGEST))) for place in range(len(chosen))]
-    patch = edge // PATCHES
+    sizes = [int(rng.integers(*(grid.others if place else grid.largest))) for place in range(len(chosen))]
     blobs = {}
-    for name, cells in zip(chosen, grow_blobs(rng, sizes), strict=True):
-        shift = rng.integers(-1, 2, 2) * patch
+    for name, cells in zip(chosen, grow_blobs(rng, sizes, grid.cells), strict=True):
+        shift = rng.integers(-grid.shift, grid.shift + 1, 2) * grid.patch
         images = draw_images(rng, pool[name], len(cells))
-        corners = (np.array(cells) * edge + shift).tolist()
+        corners = (np.array(cells) * grid.edge + shift).tolist()
         blobs[name] = [Tile(image, x, y, int(rng.integers(8))) for image, (x, y) in zip(images, corners, strict=True)]
     corners = np.array([(tile.x, tile.y) for tiles in blobs.values() for tile in tiles])
-    low = corners.min(0) - patch
-    width, height = (corners.max(0) - low + edge + patch).tolist()
+    low = corners.min(0) - grid.patch
+    width, height = (corners.max(0) - low + grid.edge + grid.patch).tolist()
     moved = {
         name: [tile._replace(x=int(tile.x - low[0]), y=int(tile.y - low[1])) for tile in tiles]
         for name, tiles in blobs.items()
@@ -96,10 +118,10 @@ def plan_mosaic(
     return Mosaic(number, split, width, height, moved)
 
 
-def grow_blobs(rng: np.random.Generator, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Contiguous cells of a square grid for each blob; a free cell or more lies between two blobs."""
+def grow_blobs(rng: np.random.Generator, sizes: Sequence[int], width: int) -> list[list[tuple[int, int]]]:
+    """Contiguous cells of a grid `width` cells wide for each blob; a free cell or more lies between two blobs."""
     while True:
-        free = {(x, y) for x in range(CELLS) for y in range(CELLS)}
+        free = {(x, y) for x in range(width) for y in range(width)}
         blobs = []
         for size in sizes:
             blob = _grow(rng, free, size)
@@ -139,7 +161,7 @@ def draw_images(rng: np.random.Generator, cases: Mapping[str, Sequence[int]], co
     return found
 
 
-def plan_cohort(collection: Collection, slides: Mapping[str, int], seed: int) -> list[Mosaic]:
+def plan_cohort(collection: Collection, grid: Grid, slides: Mapping[str, int], seed: int) -> list[Mosaic]:
     """The mosaics of all splits in order; `slides` are their numbers by split."""
     splits = assign_splits(collection.images, seed)
     plans = []
@@ -147,7 +169,7 @@ def plan_cohort(collection: Collection, slides: Mapping[str, int], seed: int) ->
         pool = cases_by_class(collection.images, [case for case, side in splits.items() if side == split])
         for _ in range(slides[split]):
             rng = np.random.default_rng([seed, 2, len(plans)])
-            plans.append(plan_mosaic(rng, len(plans), split, pool, collection.edge))
+            plans.append(plan_mosaic(rng, len(plans), split, pool, grid))
     return plans
 
 
@@ -186,24 +208,34 @@ def coverage(mosaic: Mosaic, images: Sequence[TissueImage], masked: bool = True)
     return fields
 
 
-def outlines(fields: Mapping[str, np.ndarray]) -> dict[str, list[Polygon]]:
-    """The outlines of each class in level-0 pixels."""
-    return {name: [Polygon(outer, tuple(holes)) for outer, *holes in rings(field)] for name, field in fields.items()}
+def outlines(fields: Mapping[str, np.ndarray], cell: float = STEP) -> dict[str, list[Polygon]]:
+    """The outlines of each class in level-0 pixels, from fields whose cells are `cell` px."""
+    scale = cell / STEP
+    return {
+        name: [Polygon(outer * scale, tuple(hole * scale for hole in holes)) for outer, *holes in rings(field)]
+        for name, field in fields.items()
+    }
 
 
 def make_slide(out: str, mosaic: Mosaic, collection: Collection, names: Names, seed: int) -> dict:
     """Write the files of one slide unless they are there; return its row of the tables."""
     folder, images = Path(out), collection.images
-    blobs = coverage(mosaic, images, masked=False)
-    total = sum(float(field.sum()) for field in blobs.values())
-    extent = {name: float(field.sum()) / total for name, field in blobs.items()}
-    place = {name: place_word(field > 0) for name, field in blobs.items()}
     outlined, slide = folder / "outlines" / f"{mosaic.slide_id}.geojson", folder / f"{mosaic.slide_id}.tiff"
     if not (outlined.exists() and slide.exists()):
         write_slide(slide, render(mosaic, images, np.random.default_rng([seed, 3, mosaic.number])))
         write_outlines(outlined, outlines(coverage(mosaic, images)))
+    row = describe_mosaic(mosaic, coverage(mosaic, images, masked=False), names, MPP, seed)
+    return row | {"cases": " ".join(sorted({images[number].case for number in mosaic.images}))}
+
+
+def describe_mosaic(
+    mosaic: Mosaic, blobs: Mapping[str, np.ndarray], names: Names, mpp: float, seed: int
+) -> dict[str, object]:
+    """The row of a mosaic in the tables, but for its cases; `blobs` are the areas of its classes."""
+    total = sum(float(field.sum()) for field in blobs.values())
+    extent = {name: float(field.sum()) / total for name, field in blobs.items()}
+    place = {name: place_word(field > 0) for name, field in blobs.items()}
     caption_rng = np.random.default_rng([seed, 4, mosaic.number])
-    cases = sorted({images[tile.number].case for tiles in mosaic.blobs.values() for tile in tiles})
     return {
         "slide_id": mosaic.slide_id,
         "patient_id": mosaic.slide_id,
@@ -211,9 +243,8 @@ def make_slide(out: str, mosaic: Mosaic, collection: Collection, names: Names, s
         "split": mosaic.split,
         "width": mosaic.width,
         "height": mosaic.height,
-        "mpp": MPP,
+        "mpp": mpp,
         "classes": ";".join(mosaic.blobs),
-        "cases": " ".join(cases),
         "caption": write_caption(caption_rng, names, extent, place, mosaic.split),
     }
 
@@ -225,7 +256,7 @@ def write_cohort(
 
     Raises ValueError for a folder that holds the cohort of other images or settings.
     """
-    plans = plan_cohort(collection, slides, seed)
+    plans = plan_cohort(collection, image_grid(collection.edge), slides, seed)
     (out / "outlines").mkdir(parents=True, exist_ok=True)
     settings = {"edition": EDITION, "seed": seed, "images": fingerprint(collection), **slides}
     claim_folder(out, settings)

@@ -55,6 +55,13 @@ def prepare_steps(places: Places, patch: int, edge_um: float, workers: int) -> l
     return [Step("Slides to patch features in TFRecords", command)]
 
 
+def import_steps(places: Places, edge_um: float, mpp: float, encoder: str) -> list[Step]:
+    """Feature files to records."""
+    command = ["pathflip", "import", f"{places.slides}/features", "--out", str(places.records), "--mpp", f"{mpp:g}"]
+    command += ["--edge-um", f"{edge_um:g}", "--encoder", encoder, "--slides", f"{places.slides}/slides.csv"]
+    return [Step("Texture features to TFRecords", command)]
+
+
 def vocabulary_steps(places: Places, language: bool) -> list[Step]:
     """A vocabulary of the training captions, and with `language` an untrained decoder."""
     words = ["pathflip", "vocabulary", f"{places.slides}/reports.jsonl", "--slides", f"{places.slides}/slides.csv"]

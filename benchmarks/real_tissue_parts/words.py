@@ -139,6 +139,46 @@ COLON: Names = {
         ],
     },
 }
+TEXTURES: Names = {
+    "tumor epithelium": {
+        "train": ["tumor epithelium", "+carcinoma glands", "+atypical epithelial cells", "+nests of carcinoma cells"],
+        "test": ["+nests of atypical tumor cells", "+glands of carcinoma epithelium"],
+        "prompt": ["carcinoma epithelium", "+atypical tumor glands", "+carcinoma cells in nests"],
+    },
+    "simple stroma": {
+        "train": ["simple stroma", "homogeneous stroma", "+collagen bundles", "smooth muscle"],
+        "test": ["homogeneous stroma of collagen", "+bundles of smooth muscle"],
+        "prompt": ["simple homogeneous stroma", "+smooth muscle bundles", "stroma of collagen bundles"],
+    },
+    "complex stroma": {
+        "train": [
+            "complex stroma", "stroma with single tumor cells", "+scattered immune cells in stroma",
+            "+single tumor cells among immune cells",
+        ],
+        "test": ["complex stroma with scattered tumor cells", "+single immune cells in complex stroma"],
+        "prompt": ["complex stroma with immune cells", "+scattered tumor cells in stroma", "+single cells in stroma"],
+    },
+    "lymphoid tissue": {
+        "train": ["lymphoid tissue", "+lymphoid follicles", "dense lymphocytic infiltrate", "+sheets of lymphocytes"],
+        "test": ["+dense sheets of lymphocytes", "lymphoid infiltrate with follicles"],
+        "prompt": ["dense lymphoid tissue", "+follicles of lymphocytes", "lymphocytic sheets"],
+    },
+    "debris": {
+        "train": ["debris", "necrosis", "hemorrhage with mucus", "necrotic debris"],
+        "test": ["necrosis with mucus", "debris with hemorrhage"],
+        "prompt": ["necrotic debris with hemorrhage", "mucus with necrosis", "+areas of debris"],
+    },
+    "mucosal glands": {
+        "train": ["+mucosal glands", "normal mucosa", "+regular crypts", "+normal colonic glands"],
+        "test": ["+regular glands of normal mucosa", "colonic mucosa with crypts"],
+        "prompt": ["normal colonic mucosa", "+regular mucosal crypts", "+normal glands of the mucosa"],
+    },
+    "adipose tissue": {
+        "train": ["adipose tissue", "mature fat", "+adipocytes", "+lobules of fat"],
+        "test": ["mature adipose lobules", "fat with adipocytes"],
+        "prompt": ["mature adipose tissue", "+adipocytes of fat", "+lobules of adipocytes"],
+    },
+}  # fmt: skip
 DIAGNOSIS = {
     "train": ["The main finding is {label}.", "Final diagnosis: {label}.", "Most of the tissue shows {label}."],
     "test": ["The final diagnosis is {label}.", "The main finding of the tissue is {label}."],

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def benchmark_modules():
     """benchmark_modules(name) imports benchmarks/<name>.py; what a file of tests imports is forgotten after it."""
-    names = {path.stem for path in BENCHMARKS.glob("*.py")} | {"accelerator_parts"}
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} | {"accelerator_parts", "real_tissue_parts"}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         yield importlib.import_module
