@@ -87,23 +87,22 @@ def make_cohort(options: argparse.Namespace, places: steps.Places, clock: Clock)
 def score(options: argparse.Namespace, places: steps.Places, clock: Clock) -> scores.Scores:
     """The scores of all seeds and baselines."""
     names = list(read_json(places.slides / "prompts.json")["classes"])
+    first = read_json(places.scores(options.seeds[0], steps.REGION) / "scores.json")
     with clock.part("baselines"):
-        slides = baselines.read_slides(places.slides, places.records, names, places.split)
+        window = first["grounding"]["how"]["window"]
+        slides = baselines.read_slides(places.slides, places.records, names, places.split, window)
         ids = slides.cohort.slide_ids
         told = baselines.score_baselines(slides)
     rows = {row["slide_id"]: row for row in read_slide_table(places.slides / "slides.csv")}
     runs: dict[str, scores.Statistics] = {}
+    blind: dict[str, scores.Statistics] = {}
     for name, kind in ((scores.WITH, steps.REGION), (scores.WITHOUT, steps.NO_REGION)):
         for seed in options.seeds:
-            for column, one in scores.read_evaluation(places.scores(seed, kind), ids).items():
-                runs.setdefault(name, {}).setdefault(column, []).append(one)
-    blind: dict[str, scores.Statistics] = {}
-    for seed in options.seeds:
-        for name, found in scores.read_blind(places.scores(seed, steps.REGION), ids).items():
-            for column, one in found.items():
-                blind.setdefault(name, {}).setdefault(column, []).append(one)
-    for name, found in told.items():
-        blind[name] = blind.get(name, {}) | {column: [one] for column, one in found.items()}
+            found, others = scores.read_run(places, seed, kind, ids)
+            scores.add(runs, {name: found})
+            if kind == steps.REGION:
+                scores.add(blind, others)
+    scores.add(blind, told)
     chance = scores.read_chance(places.scores(options.seeds[0], steps.REGION))
     cases = [rows[slide]["cases"].split() for slide in ids]
     return scores.Scores(runs, blind, chance, cases, scores.class_sizes([rows[slide] for slide in ids], names))

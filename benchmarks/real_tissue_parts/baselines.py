@@ -26,9 +26,11 @@ from pathflip_jax.evaluate.tasks.truth import true_patches
 from pathflip_jax.grounding import maps
 from pathflip_jax.scores import retrieval, statistics
 from pathflip_jax.scores.statistics import Statistic
+from real_tissue_parts.mosaics import MASKS, OUTLINES
 
 PATCHES = 40  # of a slide, for outline probes
-GROUNDING, ZERO_SHOT, RETRIEVAL = "grounding", "zero_shot", "retrieval"
+ZERO_SHOT, RETRIEVAL = "zero_shot", "retrieval"
+GROUNDING = {"grounding": OUTLINES, "grounding_masks": MASKS}  # by the folder of true outlines
 CLASS_PROBES, OUTLINE_PROBES, EXACT_SETS = "class probes (told the classes)", "outline probes", "exact class sets"
 MEAN_COLOUR = "mean colour"
 K = 5
@@ -49,6 +51,7 @@ class Slides(NamedTuple):
     folder: Path
     classes: list[str]
     features: Mapping[str, SlideFeatures]
+    window: int
 
     @property
     def scored(self) -> "Side":
@@ -68,11 +71,14 @@ class Slides(NamedTuple):
         return Side(ids, means, shows)
 
 
-def read_slides(folder: Path, records: Path, classes: Sequence[str], split: str) -> Slides:
-    """The cohort in `folder`, whose features are in `records`, with the split to score."""
+def read_slides(folder: Path, records: Path, classes: Sequence[str], split: str, window: int) -> Slides:
+    """The cohort in `folder`, whose features are in `records`, with the split to score.
+
+    Patches are described by the mean feature of a window of `window` patches around them, as maps of a run are.
+    """
     cohort = read_cohort(records, folder / "slides.csv", split)
     ids = [row["slide_id"] for row in cohort.table]
-    return Slides(cohort, folder, list(classes), {slide: cohort.features(slide) for slide in ids})
+    return Slides(cohort, folder, list(classes), {slide: cohort.features(slide) for slide in ids}, window)
 
 
 def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
@@ -82,15 +88,21 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
     means, patches = class_probes(slides)
     found = {
         CLASS_PROBES: {
-            GROUNDING: _grounding(slides, patches),
             ZERO_SHOT: _zero_shot(slides, means),
             RETRIEVAL: _retrieval(test, _log_odds(means), _signs(test.shows), captions),
         },
         EXACT_SETS: {RETRIEVAL: _retrieval(test, _signs(test.shows), _signs(test.shows), captions)},
     }
-    outlined = outline_probes(slides)
-    whole = np.stack([outlined[slide].mean(1) for slide in test.ids])
-    found[OUTLINE_PROBES] = {GROUNDING: _grounding(slides, outlined), ZERO_SHOT: _zero_shot(slides, whole)}
+    found[OUTLINE_PROBES] = {}
+    for task, folder in GROUNDING.items():
+        if not (slides.folder / folder).is_dir():
+            continue
+        outlined = outline_probes(slides, folder)
+        found[CLASS_PROBES][task] = _grounding(slides, patches, folder)
+        found[OUTLINE_PROBES][task] = _grounding(slides, outlined, folder)
+        if folder == OUTLINES:
+            whole = np.stack([outlined[slide].mean(1) for slide in test.ids])
+            found[OUTLINE_PROBES][ZERO_SHOT] = _zero_shot(slides, whole)
     files = colour.slide_files(slides.folder)
     labelled = zero_shot.colour_probabilities(slides.cohort, slides.classes, files) if files else None
     if labelled is not None:
@@ -101,8 +113,9 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
 def class_probes(slides: Slides) -> tuple[Float[np.ndarray, "n C"], dict[str, Float[np.ndarray, "C N"]]]:
     """The probability of each class in each scored slide, and in each of their patches."""
     train, val, test = slides.side("train"), slides.validation(), slides.scored
-    ends = np.cumsum([len(slides.features[slide].features) for slide in test.ids])
-    asked = np.concatenate([test.means, *(slides.features[slide].features for slide in test.ids)]).astype(np.float32)
+    described = [windowed(slides.features[slide], slides.window) for slide in test.ids]
+    ends = np.cumsum([len(own) for own in described])
+    asked = np.concatenate([test.means, *described])
     found = np.stack(
         [
             probes.linear(
@@ -118,13 +131,14 @@ def class_probes(slides: Slides) -> tuple[Float[np.ndarray, "n C"], dict[str, Fl
     return found[:, : len(test.ids)].T, dict(zip(test.ids, patches, strict=True))
 
 
-def outline_probes(slides: Slides) -> dict[str, Float[np.ndarray, "C N"]]:
+def outline_probes(slides: Slides, folder: str) -> dict[str, Float[np.ndarray, "C N"]]:
     """The probability of each class in the patches of scored slides, learnt from outlined patches."""
-    train = _outlined_patches(slides, "train")
-    val = None if slides.cohort.split == "val" else _outlined_patches(slides, "val")
+    train = _outlined_patches(slides, folder, "train")
+    val = None if slides.cohort.split == "val" else _outlined_patches(slides, folder, "val")
     ids = slides.cohort.slide_ids
-    ends = np.cumsum([len(slides.features[slide].features) for slide in ids])
-    asked = np.concatenate([slides.features[slide].features for slide in ids]).astype(np.float32)
+    described = [windowed(slides.features[slide], slides.window) for slide in ids]
+    ends = np.cumsum([len(own) for own in described])
+    asked = np.concatenate(described)
     found = np.stack(
         [
             probes.linear(
@@ -139,25 +153,35 @@ def outline_probes(slides: Slides) -> dict[str, Float[np.ndarray, "C N"]]:
     return dict(zip(ids, np.split(found, ends[:-1], axis=1), strict=True))
 
 
+def windowed(slide: SlideFeatures, window: int) -> Float[np.ndarray, "N F"]:
+    """The mean feature of the window around each patch, of the patches that are there."""
+    features = np.asarray(slide.features, np.float32)
+    places = [tuple(place) for place in (np.asarray(slide.coords) // slide.patch_size).tolist()]
+    row_of = {place: row for row, place in enumerate(places)}
+    reach = range(-(window // 2), window // 2 + 1)
+    near = [[row_of[x + dx, y + dy] for dx in reach for dy in reach if (x + dx, y + dy) in row_of] for x, y in places]
+    return np.stack([features[rows].mean(0) for rows in near])
+
+
 def _usable(x: np.ndarray, y: np.ndarray) -> probes.Labelled | None:
     """Validation rows, if both classes are among them."""
     return probes.Labelled(x, y.astype(int)) if 0 < y.sum() < len(y) else None
 
 
-def _outlined_patches(slides: Slides, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _outlined_patches(slides: Slides, folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Features of patches drawn from every slide of a split, and the outlines that each lies in."""
     features, inside = [], []
     for number, row in enumerate(slides.cohort.rows(split)):
         slide = slides.features[row["slide_id"]]
         kept = np.random.default_rng(number).permutation(len(slide.coords))[:PATCHES]
-        features.append(np.asarray(slide.features, np.float32)[kept])
-        inside.append(true_patches(slides.folder / "outlines", slide, slides.classes)[0].T[kept])
+        features.append(windowed(slide, slides.window)[kept])
+        inside.append(true_patches(slides.folder / folder, slide, slides.classes)[0].T[kept])
     return np.concatenate(features), np.concatenate(inside)
 
 
-def _grounding(slides: Slides, found: Mapping[str, Float[np.ndarray, "C N"]]) -> Statistic:
+def _grounding(slides: Slides, found: Mapping[str, Float[np.ndarray, "C N"]], folder: str) -> Statistic:
     """ROC AUC of patches, smoothed as the maps of a run are."""
-    truth = {slide: true_patches(slides.folder / "outlines", slides.features[slide], slides.classes) for slide in found}
+    truth = {slide: true_patches(slides.folder / folder, slides.features[slide], slides.classes) for slide in found}
     scores = map_scores.score_maps(
         lambda slide: found[slide.slide_id], slides.features.__getitem__, truth, {}, smooth=maps.SMOOTH, name="probes"
     )

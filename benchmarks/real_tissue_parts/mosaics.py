@@ -4,7 +4,9 @@ Images stand on a grid of whole patches, so that no patch straddles two images, 
 so that regions do. A slide shows 2 to 4 classes; the class of its largest blob is its label. Cases of one split never
 meet those of another. Everything is a function of (seed, slide number).
 
-    OUT/<slide_id>.tiff                 OUT/outlines/<slide_id>.geojson   masks of each class, in level-0 pixels
+    OUT/<slide_id>.tiff
+    OUT/outlines/<slide_id>.geojson     blobs of each class, in level-0 pixels
+    OUT/masks/<slide_id>.geojson        the glands or lesions within them, by the masks of the images
     OUT/slides.csv                      slide_id, patient_id, label, split, width, height, mpp, classes, cases
     OUT/reports.jsonl                   slide_id, case_id, caption, concepts
     OUT/prompts.json, grounding.json    texts for zero-shot classification and for grounding
@@ -39,6 +41,7 @@ from real_tissue_parts.words import class_prompts, write_caption
 
 EDITION = 1  # increment when the same seed gives other slides
 SPLITS = ("train", "val", "test")
+OUTLINES, MASKS = "outlines", "masks"  # folders of GeoJSON files
 PATCHES = 4  # along an image's edge
 CASES = (2, 5)  # cases of a blob: from, below
 GLASS = 243
@@ -194,7 +197,7 @@ def render(mosaic: Mosaic, images: Sequence[TissueImage], rng: np.random.Generat
     return canvas
 
 
-def coverage(mosaic: Mosaic, images: Sequence[TissueImage], masked: bool = True) -> dict[str, np.ndarray]:
+def coverage(mosaic: Mosaic, images: Sequence[TissueImage], *, masked: bool = True) -> dict[str, np.ndarray]:
     """Each class's share of every cell of 8 px: of its masks, or of its blob where not `masked`."""
     fields = {}
     for name, tiles in mosaic.blobs.items():
@@ -220,11 +223,14 @@ def outlines(fields: Mapping[str, np.ndarray], cell: float = STEP) -> dict[str, 
 def make_slide(out: str, mosaic: Mosaic, collection: Collection, names: Names, seed: int) -> dict:
     """Write the files of one slide unless they are there; return its row of the tables."""
     folder, images = Path(out), collection.images
-    outlined, slide = folder / "outlines" / f"{mosaic.slide_id}.geojson", folder / f"{mosaic.slide_id}.tiff"
-    if not (outlined.exists() and slide.exists()):
-        write_slide(slide, render(mosaic, images, np.random.default_rng([seed, 3, mosaic.number])))
-        write_outlines(outlined, outlines(coverage(mosaic, images)))
-    row = describe_mosaic(mosaic, coverage(mosaic, images, masked=False), names, MPP, seed)
+    blobs = coverage(mosaic, images, masked=False)
+    last = folder / MASKS / f"{mosaic.slide_id}.geojson"
+    if not last.exists():
+        pixels = render(mosaic, images, np.random.default_rng([seed, 3, mosaic.number]))
+        write_slide(folder / f"{mosaic.slide_id}.tiff", pixels)
+        write_outlines(folder / OUTLINES / f"{mosaic.slide_id}.geojson", outlines(blobs))
+        write_outlines(last, outlines(coverage(mosaic, images)))
+    row = describe_mosaic(mosaic, blobs, names, MPP, seed)
     return row | {"cases": " ".join(sorted({images[number].case for number in mosaic.images}))}
 
 
@@ -257,7 +263,8 @@ def write_cohort(
     Raises ValueError for a folder that holds the cohort of other images or settings.
     """
     plans = plan_cohort(collection, image_grid(collection.edge), slides, seed)
-    (out / "outlines").mkdir(parents=True, exist_ok=True)
+    for folder in (OUTLINES, MASKS):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     settings = {"edition": EDITION, "seed": seed, "images": fingerprint(collection), **slides}
     claim_folder(out, settings)
     if (out / "slides.csv").exists():  # written last

@@ -15,9 +15,12 @@ from pathflip_jax.scores import concepts, statistics
 from pathflip_jax.scores.statistics import Statistic
 from real_tissue_parts import baselines
 from real_tissue_parts.intervals import Scored, by_case
+from real_tissue_parts.mosaics import MASKS
+from real_tissue_parts.steps import Places
 
 COLUMNS = {
     "grounding": "grounding AUC",
+    "grounding_masks": "grounding AUC, masks",
     "zero_shot": "zero-shot balanced accuracy",
     "retrieval": "R@5",
     "few_shot": "linear probe balanced accuracy",
@@ -42,11 +45,10 @@ def read_evaluation(folder: Path, slide_ids: Sequence[str]) -> dict[str, Statist
     """The statistic of each column that an evaluation scored, over the slides in order."""
     evaluation = Evaluation(folder, read_json(folder / "scores.json"))
     found = evaluation.scores
-    (spots,) = grounding.TASK.paired(evaluation).values()
     (labels,) = zero_shot.TASK.paired(evaluation).values()
     directions = [_ordered(units(), slide_ids) for units in retrieval.TASK.paired(evaluation).values()]
     statistic = {
-        "grounding": _ordered(spots(), slide_ids).metrics["auc"][0],
+        "grounding": read_grounding(folder, slide_ids),
         "zero_shot": _ordered(labels(), slide_ids).metrics["balanced_accuracy"][0],
         "retrieval": statistics.mean_over_runs([units.metrics["R@5"][0] for units in directions]),
         "few_shot": _probe(evaluation, few_shot.LINEAR, slide_ids),
@@ -56,18 +58,50 @@ def read_evaluation(folder: Path, slide_ids: Sequence[str]) -> dict[str, Statist
     return statistic
 
 
+def read_run(
+    places: Places, seed: int, kind: str, slide_ids: Sequence[str]
+) -> tuple[dict[str, Statistic], dict[str, dict[str, Statistic]]]:
+    """The statistics of one run by column, and of the baselines of its evaluations by name and column."""
+    folder, masked = places.scores(seed, kind), places.scores(seed, kind, MASKS)
+    found, blind = read_evaluation(folder, slide_ids), read_blind(folder, slide_ids)
+    if masked.is_dir():
+        found["grounding_masks"] = read_grounding(masked, slide_ids)
+        for name, one in blind_grounding(masked, slide_ids).items():
+            blind[name]["grounding_masks"] = one
+    return found, blind
+
+
+def add(rows: dict[str, Statistics], found: Mapping[str, Mapping[str, Statistic]]) -> None:
+    """Add the statistics of one more run to rows and columns."""
+    for name, columns in found.items():
+        for column, one in columns.items():
+            rows.setdefault(name, {}).setdefault(column, []).append(one)
+
+
+def read_grounding(folder: Path, slide_ids: Sequence[str]) -> Statistic:
+    """The ROC AUC of patches of an evaluation."""
+    (spots,) = grounding.TASK.paired(Evaluation(folder, {})).values()
+    return _ordered(spots(), slide_ids).metrics["auc"][0]
+
+
+def blind_grounding(folder: Path, slide_ids: Sequence[str]) -> dict[str, Statistic]:
+    """The ROC AUC of maps without text and of mean colour."""
+    rows = group_rows(Evaluation(folder, {}).rows("grounding"), ("slide_id",))
+    found = {}
+    for name, column in ((NO_TEXT, "no_text_auc"), (MEAN_COLOUR, "mean_colour_auc")):
+        if column in next(iter(rows.values()))[0]:
+            values = [np.array([float(row[column]) for row in rows[slide,]]) for slide in slide_ids]
+            found[name] = statistics.mean(np.array([own.mean() for own in values]))
+    return found
+
+
 def read_blind(folder: Path, slide_ids: Sequence[str]) -> dict[str, dict[str, Statistic]]:
     """The statistics of an evaluation's own baselines, by name and column."""
     evaluation = Evaluation(folder, read_json(folder / "scores.json"))
     found: dict[str, dict[str, Statistic]] = {FEATURES: {"few_shot": _probe(evaluation, few_shot.FLOOR, slide_ids)}}
-    rows = group_rows(evaluation.rows("grounding"), ("slide_id",))
-    for name, column in ((NO_TEXT, "no_text_auc"), (MEAN_COLOUR, "mean_colour_auc")):
-        if column in next(iter(rows.values()))[0]:
-            values = [np.array([float(row[column]) for row in rows.get((slide,), [])]) for slide in slide_ids]
-            means = np.array([own.mean() if len(own) else np.nan for own in values])
-            found[name] = {"grounding": statistics.mean(means)}
+    found |= {name: {"grounding": one} for name, one in blind_grounding(folder, slide_ids).items()}
     if "language" in evaluation.scores:
-        found[NO_TEXT if NO_TEXT in found else FEATURES]["concepts"] = concept_f1(folder, slide_ids, "text_only")
+        found[NO_TEXT]["concepts"] = concept_f1(folder, slide_ids, "text_only")
     return found
 
 
@@ -76,7 +110,13 @@ def read_chance(folder: Path) -> dict[str, float]:
     found = read_json(folder / "scores.json")
     both = [block["all"]["R@5"]["chance"] for block in found["retrieval"].values()]
     classes = len(found["zero_shot"]["classes"])
-    return {"grounding": 0.5, "zero_shot": 1 / classes, "retrieval": float(np.mean(both)), "few_shot": 1 / classes}
+    return {
+        "grounding": 0.5,
+        "grounding_masks": 0.5,
+        "zero_shot": 1 / classes,
+        "retrieval": float(np.mean(both)),
+        "few_shot": 1 / classes,
+    }
 
 
 def _probe(evaluation: Evaluation, probe: str, slide_ids: Sequence[str]) -> Statistic:
@@ -116,7 +156,8 @@ def make_table(scores: Scores) -> dict[str, dict[str, dict]]:
         }
     for name, found in scores.baselines.items():
         table[name] = {column: by_case(runs, scores.cases)._asdict() for column, runs in found.items()}
-    table[CHANCE] = {column: Scored(value, value, value, [value])._asdict() for column, value in scores.chance.items()}
+    known = {column: value for column, value in scores.chance.items() if column in scores.runs[WITH]}
+    table[CHANCE] = {column: Scored(value, value, value, [value])._asdict() for column, value in known.items()}
     return table
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pathflip_jax.commands.demo_steps import Step
 from pathflip_jax.data.storage.json_files import read_json
+from real_tissue_parts.mosaics import MASKS, OUTLINES
 
 REGION, NO_REGION, LANGUAGE = "region", "no_region", "language"
 DECODER = ["--decoder", "64", "2", "--size", "800"]
@@ -43,9 +44,9 @@ class Places(NamedTuple):
         """The folder of one training."""
         return self.out / self.name / f"seed{seed}_{kind}"
 
-    def scores(self, seed: int, kind: str) -> Path:
+    def scores(self, seed: int, kind: str, outlines: str = OUTLINES) -> Path:
         """The folder of one evaluation."""
-        return self.out / self.name / f"seed{seed}_{kind}_{self.split}"
+        return self.out / self.name / f"seed{seed}_{kind}_{self.split}{'_masks' * (outlines == MASKS)}"
 
 
 def prepare_steps(places: Places, patch: int, edge_um: float, workers: int) -> list[Step]:
@@ -99,22 +100,33 @@ def train_steps(places: Places, seed: int, options: argparse.Namespace) -> list[
 def evaluate_steps(places: Places, seed: int, options: argparse.Namespace) -> list[Step]:
     """Evaluation of both runs side by side, but for those whose scores are of this very command."""
     found = []
-    for kind in (REGION, NO_REGION):
-        run, out, slides = places.run(seed, kind), places.scores(seed, kind), places.slides
-        command = ["pathflip", "evaluate", str(run), "--records", str(places.records)]
-        command += ["--slides", f"{slides}/slides.csv", "--split", places.split, "--out", str(out)]
-        command += ["--texts", f"{slides}/reports.jsonl", "--prompts", f"{slides}/prompts.json"]
-        command += ["--grounding", f"{slides}/grounding.json", "--outlines", f"{slides}/outlines"]
-        command += ["--few-shot", "all", "--draws", "1"]
-        if any(slides.glob("*.tiff")):
-            command += ["--images", str(slides)]
-        if options.language and kind == REGION:
-            command += ["--language", str(places.run(seed, LANGUAGE)), "--concepts", f"{slides}/concepts.json"]
-            command += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
-        command += options.more
-        if not is_scored(out, command):
-            found.append(Step(f"Seed {seed}: scores {kind.replace('_', ' ')}", command, with_previous=bool(found)))
+    for outlines in (OUTLINES, MASKS):
+        beside = False
+        for kind in (REGION, NO_REGION) if (places.slides / outlines).is_dir() else ():
+            out = places.scores(seed, kind, outlines)
+            command = _evaluate(places, seed, kind, outlines, options) + ["--out", str(out), *options.more]
+            if not is_scored(out, command):
+                title = f"Seed {seed}: scores {kind.replace('_', ' ')}, {outlines}"
+                found.append(Step(title, command, with_previous=beside))
+                beside = True
     return found
+
+
+def _evaluate(places: Places, seed: int, kind: str, outlines: str, options: argparse.Namespace) -> list[str]:
+    slides = places.slides
+    command = ["pathflip", "evaluate", str(places.run(seed, kind)), "--records", str(places.records)]
+    command += ["--slides", f"{slides}/slides.csv", "--split", places.split]
+    command += ["--grounding", f"{slides}/grounding.json", "--outlines", f"{slides}/{outlines}"]
+    if any(slides.glob("*.tiff")):
+        command += ["--images", str(slides)]
+    if outlines != OUTLINES:  # all but grounding is the same
+        return command
+    command += ["--texts", f"{slides}/reports.jsonl", "--prompts", f"{slides}/prompts.json"]
+    command += ["--few-shot", "all", "--draws", "1"]
+    if options.language and kind == REGION:
+        command += ["--language", str(places.run(seed, LANGUAGE)), "--concepts", f"{slides}/concepts.json"]
+        command += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
+    return command
 
 
 def is_scored(out: Path, command: Sequence[str]) -> bool:

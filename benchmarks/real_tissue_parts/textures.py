@@ -24,6 +24,7 @@ from pathflip_jax.grounding.outlines import write_outlines
 from real_tissue_parts.images import Collection, TissueImage
 from real_tissue_parts.mosaics import (
     EDITION,
+    OUTLINES,
     Grid,
     Mosaic,
     describe_mosaic,
@@ -106,7 +107,7 @@ def read_textures(path: Path) -> Textures:
 
 def write_texture_cohort(out: Path, textures: Textures, names: Names, slides: Mapping[str, int], seed: int) -> Path:
     """Write the features, outlines and tables of the mosaics under `out`, and return the folder."""
-    for folder in (out / "features", out / "outlines"):
+    for folder in (out / "features", out / OUTLINES):
         folder.mkdir(parents=True, exist_ok=True)
     claim_folder(out, {"edition": EDITION, "seed": seed, "images": fingerprint(textures.collection), **slides})
     if (out / "slides.csv").exists():
@@ -115,7 +116,7 @@ def write_texture_cohort(out: Path, textures: Textures, names: Names, slides: Ma
     for mosaic in plan_cohort(textures.collection, GRID, slides, seed):
         blobs = _areas(mosaic)
         write_features(out / "features" / f"{mosaic.slide_id}.h5", mosaic, textures)
-        write_outlines(out / "outlines" / f"{mosaic.slide_id}.geojson", outlines(blobs, EDGE))
+        write_outlines(out / OUTLINES / f"{mosaic.slide_id}.geojson", outlines(blobs, EDGE))
         crops = {textures.regions[number] for number in mosaic.images}
         rows.append(describe_mosaic(mosaic, blobs, names, MPP, seed) | {"cases": " ".join(sorted(crops))})
     write_texts(out, rows, names)
