@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pathflip_jax.data.storage.whole_files import whole_file
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,7 +34,6 @@ from data_prep.reports import Names, concept_phrasings, grounding_texts
 from data_prep.slide_image import MPP, write_slide
 from data_prep.synthetic import claim_folder
 from pathflip_jax.data.storage.json_files import write_json
-from pathflip_jax.data.storage.whole_files import whole_file
 from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from real_tissue_parts.images import Collection, TissueImage, assign_splits, cases_by_class
