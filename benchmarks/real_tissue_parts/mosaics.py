@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pathflip_jax.data.storage.whole_files import whole_file
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from data_prep.layout import STEP, place_word, rings
 from data_prep.reports import Names, concept_phrasings, grounding_texts
 from data_prep.slide_image import MPP, write_slide
 from data_prep.synthetic import claim_folder
+from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.texts.tables import write_csv
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
@@ -279,7 +279,7 @@ def write_cohort(
 def write_texts(out: Path, rows: Sequence[dict], names: Names) -> None:
     """Write captions, prompts and tables of slides; `rows` are those of `make_slide`."""
     shown = sorted({name for row in rows for name in row["classes"].split(";")})
-    with whole_file(out / "reports.jsonl") as file:
+    with atomic_file(out / "reports.jsonl") as file:
         for row in rows:
             report = {"slide_id": row["slide_id"], "case_id": row["patient_id"], "caption": row["caption"]}
             file.write((json.dumps(report | {"concepts": row["classes"].split(";")}) + "\n").encode())
