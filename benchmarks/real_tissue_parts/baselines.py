@@ -51,7 +51,7 @@ class Slides(NamedTuple):
     folder: Path
     classes: list[str]
     features: Mapping[str, SlideFeatures]
-    window: int
+    windows: Mapping[str, Float[np.ndarray, "N F"]]  # mean feature of the window around each patch, by slide
 
     @property
     def scored(self) -> "Side":
@@ -78,7 +78,9 @@ def read_slides(folder: Path, records: Path, classes: Sequence[str], split: str,
     """
     cohort = read_cohort(records, folder / "slides.csv", split)
     ids = [row["slide_id"] for row in cohort.table]
-    return Slides(cohort, folder, list(classes), {slide: cohort.features(slide) for slide in ids}, window)
+    features = {slide: cohort.features(slide) for slide in ids}
+    windows = {slide: windowed(found, window) for slide, found in features.items()}
+    return Slides(cohort, folder, list(classes), features, windows)
 
 
 def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
@@ -113,22 +115,11 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
 def class_probes(slides: Slides) -> tuple[Float[np.ndarray, "n C"], dict[str, Float[np.ndarray, "C N"]]]:
     """The probability of each class in each scored slide, and in each of their patches."""
     train, val, test = slides.side("train"), slides.validation(), slides.scored
-    described = [windowed(slides.features[slide], slides.window) for slide in test.ids]
-    ends = np.cumsum([len(own) for own in described])
-    asked = np.concatenate([test.means, *described])
-    found = np.stack(
-        [
-            probes.linear(
-                probes.Labelled(train.means, train.shows[:, c].astype(int)),
-                _usable(val.means, val.shows[:, c]) if val else None,
-                asked,
-                2,
-            )[:, 1]
-            for c in range(len(slides.classes))
-        ]
+    described = [slides.windows[slide] for slide in test.ids]
+    means, *patches = _probabilities(
+        (train.means, train.shows), (val.means, val.shows) if val else None, [test.means, *described]
     )
-    patches = np.split(found[:, len(test.ids) :], ends[:-1], axis=1)
-    return found[:, : len(test.ids)].T, dict(zip(test.ids, patches, strict=True))
+    return means.T, dict(zip(test.ids, patches, strict=True))
 
 
 def outline_probes(slides: Slides, folder: str) -> dict[str, Float[np.ndarray, "C N"]]:
@@ -136,31 +127,30 @@ def outline_probes(slides: Slides, folder: str) -> dict[str, Float[np.ndarray, "
     train = _outlined_patches(slides, folder, "train")
     val = None if slides.cohort.split == "val" else _outlined_patches(slides, folder, "val")
     ids = slides.cohort.slide_ids
-    described = [windowed(slides.features[slide], slides.window) for slide in ids]
-    ends = np.cumsum([len(own) for own in described])
-    asked = np.concatenate(described)
-    found = np.stack(
-        [
-            probes.linear(
-                probes.Labelled(train[0], train[1][:, c].astype(int)),
-                _usable(val[0], val[1][:, c]) if val else None,
-                asked,
-                2,
-            )[:, 1]
-            for c in range(len(slides.classes))
-        ]
-    )
-    return dict(zip(ids, np.split(found, ends[:-1], axis=1), strict=True))
+    return dict(zip(ids, _probabilities(train, val, [slides.windows[slide] for slide in ids]), strict=True))
 
 
 def windowed(slide: SlideFeatures, window: int) -> Float[np.ndarray, "N F"]:
     """The mean feature of the window around each patch, of the patches that are there."""
-    features = np.asarray(slide.features, np.float32)
-    places = [tuple(place) for place in (np.asarray(slide.coords) // slide.patch_size).tolist()]
-    row_of = {place: row for row, place in enumerate(places)}
-    reach = range(-(window // 2), window // 2 + 1)
-    near = [[row_of[x + dx, y + dy] for dx in reach for dy in reach if (x + dx, y + dy) in row_of] for x, y in places]
-    return np.stack([features[rows].mean(0) for rows in near])
+    slots = maps.window_slots(slide.coords, slide.patch_size, window)
+    return maps.window_means(np.asarray(slide.features, np.float32), slots)
+
+
+def _probabilities(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray] | None, asked: Sequence[np.ndarray]
+) -> list[Float[np.ndarray, "C n"]]:
+    """Probability of each class in each part [n, F] of `asked`, by a probe per class; pairs are [n, F] and [n, C]."""
+    rows = np.concatenate(asked)
+    found = [
+        probes.linear(
+            probes.Labelled(train[0], train[1][:, c].astype(int)),
+            _usable(val[0], val[1][:, c]) if val else None,
+            rows,
+            2,
+        )[:, 1]
+        for c in range(train[1].shape[1])
+    ]
+    return np.split(np.stack(found), np.cumsum([len(part) for part in asked])[:-1], axis=1)
 
 
 def _usable(x: np.ndarray, y: np.ndarray) -> probes.Labelled | None:
@@ -174,7 +164,7 @@ def _outlined_patches(slides: Slides, folder: str, split: str) -> tuple[np.ndarr
     for number, row in enumerate(slides.cohort.rows(split)):
         slide = slides.features[row["slide_id"]]
         kept = np.random.default_rng(number).permutation(len(slide.coords))[:PATCHES]
-        features.append(windowed(slide, slides.window)[kept])
+        features.append(slides.windows[slide.slide_id][kept])
         inside.append(true_patches(slides.folder / folder, slide, slides.classes)[0].T[kept])
     return np.concatenate(features), np.concatenate(inside)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pathflip_jax.scores.statistics import Interval, Statistic, difference, mean_over_runs
+from pathflip_jax.scores.statistics import Statistic, difference, mean_over_runs
 
 NORMAL = 1.959964  # 97.5% quantile
 _STEP = 1e-3  # of a weight, for derivatives of a statistic
@@ -59,8 +59,3 @@ def by_case(
         variance += np.var(by_run, ddof=1) / len(pairs)
     value, half = float(np.mean(by_run)), NORMAL * float(np.sqrt(variance))
     return Scored(value, value - half, value + half, by_run)
-
-
-def as_interval(scored: Scored) -> Interval:
-    """The value and its interval."""
-    return Interval(*scored[:3])

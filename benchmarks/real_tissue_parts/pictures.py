@@ -9,6 +9,7 @@ from pathflip_jax.evaluate.tasks import map_scores
 from pathflip_jax.grounding import heatmap
 from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.inference.load import load
+from real_tissue_parts.mosaics import OUTLINES
 from real_tissue_parts.scores import median_slides
 from real_tissue_parts.steps import Places
 
@@ -22,12 +23,9 @@ def draw_classes(places: Places, run: Path, scores: Path) -> list[Path]:
         slide = open_slide(records, records.position(slide_id))
         options = {key: how[key] for key in ("method", "window", "context")}
         found = map_scores.concept_scores(predictor, slide, {concept: texts[concept]}, **options)
-        outline = of_concept(read_outlines(places.slides / "outlines" / f"{slide_id}.geojson"), concept)
+        outline = of_concept(read_outlines(places.slides / OUTLINES / f"{slide_id}.geojson"), concept)
         file = places.slides / f"{slide_id}.tiff"
-        if file.exists():
-            canvas = heatmap.read_thumbnail(file)
-        else:
-            canvas = heatmap.blank_canvas(slide.coords, slide.patch_size, slide.width, slide.height)
+        canvas = heatmap.canvas_of(slide, file if file.exists() else None)
         panel = heatmap.Panel(f"“{texts[concept][0]}”", found[0], outline, f"{concept}: ROC AUC {auc:.2f}")
         figure = heatmap.draw_panels(
             canvas, [panel], slide.coords, slide.patch_size, mpp=slide.mpp, heading=slide_id, reference=outline,

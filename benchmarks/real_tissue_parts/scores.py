@@ -1,6 +1,5 @@
 """Scores of the benchmark's runs, read back from what `pathflip evaluate` wrote, and the table of them."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -199,8 +198,7 @@ def class_sizes(rows: Sequence[Mapping[str, str]], classes: Sequence[str]) -> di
 
 def median_slides(folder: Path) -> dict[str, tuple[str, float]]:
     """Class -> the slide whose grounding AUC is the median of the class's, with that AUC."""
-    with open(folder / "grounding.csv", encoding="utf-8", newline="") as file:
-        rows = group_rows(list(csv.DictReader(file)), ("concept",))
+    rows = group_rows(Evaluation(folder, {}).rows("grounding"), ("concept",))
     chosen = {}
     for (concept,), own in rows.items():
         own = sorted(own, key=lambda row: (float(row["auc"]), row["slide_id"]))

@@ -60,6 +60,13 @@ def blank_canvas(coords: Int[np.ndarray, "N 2"], patch_size: float, width=0, hei
     return Canvas(np.full((rows, columns, 3), 255, np.uint8), (float(low[0]), float(low[1])), float(downsample))
 
 
+def canvas_of(slide, image=None) -> Canvas:
+    """Thumbnail of the slide file `image`, or without one a white canvas for `slide`, features or a `Grounding`."""
+    if image is None:
+        return blank_canvas(slide.coords, slide.patch_size, slide.width, slide.height)
+    return read_thumbnail(image)
+
+
 def paint(
     scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, canvas: Canvas
 ) -> Float[np.ndarray, "h w"]:
@@ -157,10 +164,7 @@ def draw_grounding(
     `outlines` holds the areas of each text, drawn on its map; `notes` (a line under each map) and `smooth` are as
     `draw_panels` takes them.
     """
-    if image is not None:
-        canvas = read_thumbnail(image)
-    else:
-        canvas = blank_canvas(grounding.coords, grounding.patch_size, grounding.width, grounding.height)
+    canvas = canvas_of(grounding, image)
     lines, notes = outlines or {}, notes or [""] * len(grounding.texts)
     panels = [
         Panel(text, scores, lines.get(text, ()), note)

@@ -262,12 +262,11 @@ def plot(workdir: Path) -> list[Path]:
 
     rows = read_metrics(workdir / METRICS)
     names = {name for row in rows for name in row}
-    retrieval = sorted(name for name in names if name.startswith(VALIDATION) and "loss" not in name)
-    retrieval = sorted((name for name in retrieval if not name.endswith(STDERR)), key=_chance_last)
+    shown = sorted((name for name in names if not name.endswith(STDERR)), key=_chance_last)
     groups = {
-        "loss": (sorted((name for name in names if "loss" in name), key=_chance_last), "loss"),
+        "loss": ([name for name in shown if "loss" in name], "loss"),
         "learning_rate": (["learning_rate"], "learning rate"),
-        "validation": (retrieval, "validation"),
+        "validation": ([name for name in shown if name.startswith(VALIDATION) and "loss" not in name], "validation"),
         "gradient_norm": (["gradient_norm"], "global gradient norm"),
         "speed": (["slides_per_second"], "slides a second"),
         "utilisation": ([PERFORMANCE + name for name in ("utilisation", "input_wait")], "share"),

@@ -68,7 +68,7 @@ class Findings:
         """Findings told, then the best validation score against chance, its step and its folder, as lines."""
         told = list(self.told)
         if best is None or not self._validations:
-            return [*told, "no validation: nothing says what this run learned; set data.val_split to measure it"]
+            return [*told, "no validation, so what this run learned was not measured; set data.val_split to measure it"]
         if len(self._validations) >= IN_A_ROW and best["step"] == self._validations[0]["step"]:
             told.append(BEST_IS_FIRST)
         row = next((row for row in self._validations if row["step"] == best["step"]), {})

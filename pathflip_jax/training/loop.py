@@ -160,7 +160,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     phase("closing the logs", done)
                 if stopping and not last:
                     raise Stopped(f"stopped at step {done} of {steps}, saved; the same command resumes from there")
-    return _finish(monitors, setup, start, best, traces)
+    return _finish(monitors, setup, start, log.findings, best, traces)
 
 
 def _open_checkpoints(training: Training, setup: TrainSettings, workdir: Path) -> Checkpoints:
@@ -212,7 +212,7 @@ def _open_log(
 
 
 def _finish(
-    monitors: Monitors, setup: TrainSettings, start: int, best: dict | None, traces: Counter
+    monitors: Monitors, setup: TrainSettings, start: int, findings: Findings, best: dict | None, traces: Counter
 ) -> dict[str, float]:
     """Plot and summarise a completed run; returns its last metrics."""
     workdir, steps = monitors.workdir, setup.steps
@@ -222,7 +222,6 @@ def _finish(
         print(f"{workdir}: {steps} steps done; the step was compiled {traces['step']} times", file=sys.stderr)
         if start < steps:
             print(goodput.try_to_describe(workdir), file=sys.stderr)
-        findings = Findings(setup.select, read_metrics(workdir / METRICS))
         folder = files.run_folder(setup.checkpoints or workdir) / files.BEST
         print(*findings.summary(best, folder), sep="\n", file=sys.stderr)
     distributed.agree("done")  # else the others would wait for process 0 in JAX's shutdown barrier, a shorter wait

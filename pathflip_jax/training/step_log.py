@@ -18,7 +18,7 @@ class StepLog:
     """Rows of metrics: those of each step, hardware telemetry, and the validation after it."""
 
     def __init__(self, writer: MetricsWriter, telemetry: Telemetry, ledger: Ledger, workdir: Path, findings: Findings):
-        self._findings = findings
+        self.findings = findings
         self._writer, self._telemetry, self._ledger, self._workdir = writer, telemetry, ledger, workdir
         self._pending: tuple[int, dict] | None = None  # a running step, whose metrics have not been waited for
 
@@ -43,7 +43,7 @@ class StepLog:
             )
         self._writer.write(step, row | self._telemetry.row(step, row[USEFUL]))
         self._ledger.progress(step)
-        for finding in self._findings.add(row):
+        for finding in self.findings.add({"step": step} | row):
             if jax.process_index() == 0:
                 tqdm.write(f"step {step}: {finding}", file=sys.stderr)
 

@@ -221,10 +221,7 @@ def _panels(setting: Setting, outlined: Outlined, predictor, slide_id: str) -> F
     present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
     names = list(outlined.concepts)
     true = read_outlines(Path(spec.outlines) / f"{slide_id}.geojson")
-    if slide_id in setting.slide_files:
-        canvas = heatmap.read_thumbnail(setting.slide_files[slide_id])
-    else:
-        canvas = heatmap.blank_canvas(slide.coords, slide.patch_size, slide.width, slide.height)
+    canvas = heatmap.canvas_of(slide, setting.slide_files.get(slide_id))
     panels = [
         heatmap.Panel(
             f"“{outlined.concepts[names[c]][0]}”",
