@@ -133,4 +133,4 @@ def is_scored(out: Path, command: Sequence[str]) -> bool:
     """Whether a folder holds the scores of this command."""
     if not (out / "scores.json").exists():
         return False
-    return list(read_json(out / "scores.json")["command"] or ())[1:] == list(command)[1:]
+    return read_json(out / "scores.json")["command"] == list(command)[1:]  # recorded without the program's name
