@@ -48,9 +48,15 @@ def case_variance(influence: Float[np.ndarray, "n"], cases: Sequence[Sequence[st
 
 
 def by_case(
-    runs: Sequence[Statistic], cases: Sequence[Sequence[str]], others: Sequence[Statistic] | None = None
+    runs: Sequence[Statistic],
+    cases: Sequence[Sequence[str]],
+    others: Sequence[Statistic] | None = None,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Scored:
-    """The mean of a statistic over runs with its 95% interval, or of its paired difference to other runs."""
+    """The mean of a statistic over runs with its 95% interval, or of its paired difference to other runs.
+
+    `bounds` are those of the statistic itself: an interval does not exceed them.
+    """
     pairs = runs if others is None else [difference(*pair) for pair in zip(runs, others, strict=True)]
     ones = np.ones((1, len(cases)))
     by_run = [float(one(ones)[0]) for one in pairs]
@@ -58,4 +64,5 @@ def by_case(
     if len(pairs) > 1:
         variance += np.var(by_run, ddof=1) / len(pairs)
     value, half = float(np.mean(by_run)), NORMAL * float(np.sqrt(variance))
-    return Scored(value, value - half, value + half, by_run)
+    low, high = np.clip([value - half, value + half], *bounds)
+    return Scored(value, float(low), float(high), by_run)

@@ -25,6 +25,7 @@ COLUMNS = {
     "few_shot": "linear probe balanced accuracy",
     "concepts": "captions' concept F1",
 }
+UNIT = (0.0, 1.0)  # bounds of every column's scores
 WITH, WITHOUT, GAIN = "with region loss", "without region loss", "gain of the region loss"
 NO_TEXT, MEAN_COLOUR, CHANCE, FEATURES = "no text", baselines.MEAN_COLOUR, "chance", "mean patch feature"
 Statistics = dict[str, list[Statistic]]  # of each column, over runs
@@ -147,17 +148,21 @@ def make_table(scores: Scores) -> dict[str, dict[str, dict]]:
     """Row -> column -> {value, low, high, by_run}: runs, the paired gain, and baselines."""
     table: dict[str, dict[str, dict]] = {}
     for name, found in scores.runs.items():
-        table[name] = {column: by_case(runs, scores.cases)._asdict() for column, runs in found.items()}
+        table[name] = _intervals(found, scores.cases)
     if WITHOUT in scores.runs:
         ours, others = scores.runs[WITH], scores.runs[WITHOUT]
         table[GAIN] = {
             column: by_case(ours[column], scores.cases, others[column])._asdict() for column in ours if column in others
         }
     for name, found in scores.baselines.items():
-        table[name] = {column: by_case(runs, scores.cases)._asdict() for column, runs in found.items()}
+        table[name] = _intervals(found, scores.cases)
     known = {column: value for column, value in scores.chance.items() if column in scores.runs[WITH]}
     table[CHANCE] = {column: Scored(value, value, value, [value])._asdict() for column, value in known.items()}
     return table
+
+
+def _intervals(found: Statistics, cases: Sequence[Sequence[str]]) -> dict[str, dict]:
+    return {column: by_case(runs, cases, bounds=UNIT)._asdict() for column, runs in found.items()}
 
 
 def markdown(table: Mapping[str, Mapping[str, dict]], gallery: int, split: str) -> str:

@@ -51,3 +51,10 @@ def test_seeds_add_their_spread(intervals):
     found = intervals.by_case([statistics.mean(values), statistics.mean(values + 1.0)], cases)
     assert found.by_run == pytest.approx([0, 1]) and found.value == pytest.approx(0.5)
     assert found.high - found.value == pytest.approx(1.96 * 0.5, rel=1e-2)
+
+
+def test_an_interval_stays_within_the_bounds_of_its_score(intervals):
+    values = np.array([1.0] * 29 + [0.0])
+    cases = [[str(i)] for i in range(30)]
+    found = intervals.by_case([statistics.mean(values)], cases, bounds=(0, 1))
+    assert found.low < found.value < found.high == 1.0
