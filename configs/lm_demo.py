@@ -23,5 +23,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.update(batch_size=16, steps=1500, eval_every=250, save_every=500)
     # The latest checkpoint: much of a report (sizes, margins, nodes) is chance, and learning that by heart raises the
     # loss on other reports while findings are still being learnt.
-    config.train.select_margin = 1.0
+    config.train.update(select_margin=1.0, select_tie="latest")
     return lm_stage1.adapt(config, argument)

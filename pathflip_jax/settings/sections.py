@@ -195,7 +195,12 @@ class TrainSettings(Section):
     select: str = setting(
         "val/mean_reciprocal_rank", NAME, "decides the best checkpoint; smaller is better where the name says loss"
     )
-    select_margin: float = setting(
-        0.0, Range(0, 1e6), "the best is the latest within this of the top: what few slides cannot tell apart",
-        before=0.0,
+    select_margin: float | None = setting(
+        None, Range(0, 1e6, besides=(None,), meaning="for the standard error of the score, where it has one"),
+        "validation scores that differ by no more count as equal: few slides cannot tell them apart", before=0.0,
+    )  # fmt: skip
+    select_tie: Literal["earliest", "latest"] = setting(
+        "earliest", Words(("earliest", "latest")),
+        'the best checkpoint among equal scores: "earliest" has memorised least, "latest" has the lowest learning rate',
+        before="latest",
     )  # fmt: skip

@@ -36,7 +36,7 @@ from pathflip_jax.llm.prompts import choose_template
 from pathflip_jax.llm.shape import Shape
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 from pathflip_jax.model.parameters import Params, flatten
-from pathflip_jax.monitoring.metrics import VALIDATION
+from pathflip_jax.monitoring.metrics import CHANCE, VALIDATION
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.settings.kinds import LanguageSettings
 from pathflip_jax.settings.networks import LanguageDataSettings, LanguageModelSettings
@@ -48,6 +48,7 @@ from pathflip_jax.training.language_batches import (
     LanguageBatches,
     collect_examples,
     read_embeddings,
+    unigram_loss,
 )
 from pathflip_jax.training.language_objective import language_flops, language_stage
 from pathflip_jax.training.stage import Stage, Training
@@ -106,7 +107,7 @@ def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun
         initial=lambda shardings: initial_parameters(settings, shape, aligner, started, shardings, mesh),
         is_checkpointed=stage.trainable,
         batches=training,
-        validate=_make_validation(stage, build, validation, mesh) if validation else None,
+        validate=_make_validation(stage, build, validation, mesh, examples) if validation else None,
         compute_dtype=lm.compute_dtype,
         model_flops=language_flops(aligner.model, decoder, trains),
         check_memory=check_memory,
@@ -232,8 +233,12 @@ def _facts(data: LanguageDataSettings, records: Records, training: LanguageBatch
     return facts | cut_facts(records) | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
 
 
-def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh) -> Callable:
-    """validate(learned, frozen, mark) -> mean loss over all response tokens of the split, without dropout."""
+def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh, examples: _Examples) -> Callable:
+    """validate(learned, frozen, mark) -> mean loss over all response tokens of the split, without dropout.
+
+    Its chance level is the loss of guessing tokens by their frequency in the training responses.
+    """
+    chance = unigram_loss(examples.training, examples.held_out)
 
     def measure(learned: Params, frozen: Params, batch, features):
         found = stage.encode(build(learned, frozen), look_up(batch, features), None)
@@ -243,6 +248,7 @@ def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, me
 
     def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
         losses, tokens = (np.sum(x) for x in zip(*measured(learned, frozen, mark), strict=True))
-        return {f"{VALIDATION}loss": float(losses / tokens), f"{VALIDATION}response_tokens": float(tokens)}
+        loss = f"{VALIDATION}loss"
+        return {loss: float(losses / tokens), loss + CHANCE: chance, f"{VALIDATION}response_tokens": float(tokens)}
 
     return validate

@@ -4,12 +4,13 @@ An epoch is a permutation of all conversations of the mixture, each repeated by 
 conversation is sampled as in alignment, with its regions in stored order.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from pathflip_jax.data.batches.bags import StoredRegions, regions_of, wanted_slides
 from pathflip_jax.data.batches.patches import PatchSampler
@@ -71,6 +72,23 @@ def collect_examples(
             f"none of the conversations is about one of the {len(wanted)} slides ({preview(sorted(wanted))})"
         )
     return examples
+
+
+def unigram_loss(training: Sequence[Example], held_out: Sequence[Example]) -> float:
+    """Cross-entropy of held-out response tokens under the token frequencies of training responses, in nats a token.
+
+    It is the loss of a decoder that ignores slide, question and preceding words. Each token counts once more than it
+    was seen, so that one that only held-out responses have is not impossible.
+    """
+    counts = Counter(np.concatenate([_responses(example) for example in training]).tolist())
+    tokens = np.concatenate([_responses(example) for example in held_out])
+    total = counts.total() + len(counts.keys() | set(tokens.tolist()))
+    return float(np.mean([np.log(total / (counts[token] + 1)) for token in tokens.tolist()]))
+
+
+def _responses(example: Example) -> Int[np.ndarray, "t"]:
+    """Response tokens of an example, in its original order of sentences."""
+    return example.orders[0].tokens[example.orders[0].response]
 
 
 def _other_orders(conversation: Conversation, number: int) -> list[Conversation]:

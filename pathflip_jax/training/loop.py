@@ -140,7 +140,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     jax.block_until_ready(metrics)  # later time is attributed to the validation
                     scores = training.validate(learned, frozen, functools.partial(phase, step=done))
                     phase("writing the metrics", done)
-                    best, improved = choose_best(best, done, scores[setup.select], setup.select, setup.select_margin)
+                    best, improved = choose_best(best, done, scores, setup)
                     log.write(scores)
                 shared = last or stopping or improved or done % setup.save_every == 0
                 if shared or (setup.local_every and done % setup.local_every == 0):

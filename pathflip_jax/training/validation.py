@@ -1,7 +1,7 @@
 """Validation during a run: losses and retrieval on held-out slides, and the choice of the best checkpoint."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,6 +14,7 @@ from pathflip_jax.data.batches.pipeline import Batches, look_up
 from pathflip_jax.model.parameters import Params
 from pathflip_jax.monitoring.metrics import CHANCE, STDERR, VALIDATION
 from pathflip_jax.runtime import memory, sharding
+from pathflip_jax.settings.sections import TrainSettings
 from pathflip_jax.training.stage import Stage
 
 if TYPE_CHECKING:
@@ -123,17 +124,20 @@ def place_features(mesh, batches: Batches) -> jax.Array | None:
     return sharding.place_rows(mesh, features)
 
 
-def choose_best(best: dict | None, step: int, score: float, select: str, margin: float) -> tuple[dict, bool]:
-    """Best checkpoint after a validation, and whether it is the new one: the latest within `margin` of the top score.
+def choose_best(best: dict | None, step: int, scores: Mapping[str, float], setup: TrainSettings) -> tuple[dict, bool]:
+    """Best checkpoint after a validation, and whether it is the new one.
 
-    With few validation slides the score is noisy from step to step; among scores that so few slides cannot distinguish,
-    the one at the lowest learning rate is the better choice.
+    With few validation slides the score is noisy from step to step. Scores within `train.select_margin` of each other
+    count as equal: of these `train.select_tie` takes the earliest, so that a new checkpoint has to exceed the best by
+    more than the margin, or the latest, which only has to come within the margin of the top score so far.
     """
-    smaller = "loss" in select
+    score, sign = scores[setup.select], -1 if "loss" in setup.select else 1
+    margin = scores.get(setup.select + STDERR, 0.0) if setup.select_margin is None else setup.select_margin
     if best is None:
         return {"step": step, "value": score, "top": score}, True
-    top = best["top"]
-    if (score <= top + margin) if smaller else (score >= top - margin):
-        if margin or score != top:  # without a margin the first of equal scores is kept
-            return {"step": step, "value": score, "top": min(top, score) if smaller else max(top, score)}, True
-    return best, False
+    top = max(best["top"], score, key=lambda value: sign * value)
+    if setup.select_tie == "earliest":
+        improved = sign * (score - best["value"]) > margin
+    else:  # without a margin the first of equal scores is kept
+        improved = sign * (score - best["top"]) >= -margin and (margin > 0 or score != best["top"])
+    return ({"step": step, "value": score, "top": top}, True) if improved else (best | {"top": top}, False)

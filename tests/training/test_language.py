@@ -94,6 +94,7 @@ def test_the_first_stage_trains_the_projector_alone(options, aligner, stage1):
     rows = read_metrics(stage1 / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(np.isfinite(row["loss"]) for row in rows)
     assert all(row["perf/useful_flops"] > 1e5 and row["response_tokens"] > 10 for row in rows)
+    assert 0 < rows[3]["val/loss_chance"] == rows[1]["val/loss_chance"] < 10
     assert rows[3]["val/loss"] < rows[1]["val/loss"] or rows[3]["loss"] < rows[0]["loss"]
     model, config, tokenizer = assemble(stage1)
     params = flatten(model)

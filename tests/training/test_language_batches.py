@@ -21,7 +21,13 @@ from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs import folder as runs_folder
 from pathflip_jax.runtime.sharding import Shards
 from pathflip_jax.settings.networks import LanguageDataSettings
-from pathflip_jax.training.language_batches import EmbeddedSlides, LanguageBatches, collect_examples, read_embeddings
+from pathflip_jax.training.language_batches import (
+    EmbeddedSlides,
+    LanguageBatches,
+    collect_examples,
+    read_embeddings,
+    unigram_loss,
+)
 from pathflip_jax.training.language_objective import language_stage
 
 REGIONS = 4
@@ -96,6 +102,15 @@ def test_validation_sees_every_example_once(setting):
     assert made.steps_per_epoch == 4
     taught = [made.batch(step).response.any(1) for step in range(4)]
     assert np.concatenate(taught).sum() == 24 and taught[3].sum() == 3
+
+
+def test_chance_of_a_response_is_that_of_its_tokens_frequencies(setting):
+    *_, examples = setting
+    order = examples[0].orders[0]._replace(tokens=np.array([9, 1, 1, 1, 2]), response=np.array([0, 1, 1, 1, 1], bool))
+    seen = examples[0]._replace(orders=(order,))
+    unseen = examples[0]._replace(orders=(order._replace(tokens=np.array([1, 1, 3, 9, 9]), response=order.tokens < 9),))
+    # Counts of 1, 2 and the unseen 3 and 9, each and one more: 4, 2, 1 and 1 of 8.
+    assert unigram_loss([seen], [unseen]) == pytest.approx(np.log([2, 8, 8, 8]).mean())
 
 
 def test_what_cannot_be_batched_is_named(setting):

@@ -65,8 +65,8 @@ def begun(tmp_path):
 @pytest.mark.parametrize(
     ("key", "kept"),
     [("loss.region_weight", 1.0), ("optim.clip", 0.0), ("model.remat", False), ("loss.negatives_per_slide", None),
-     ("train.select_margin", 0.0), ("data.row_step", 64), ("data.caption_share", 1.0), ("train.hang_seconds", 1800),
-     ("data.max_unknown_share", 1.0)],
+     ("train.select_margin", 0.0), ("train.select_tie", "latest"), ("data.row_step", 64), ("data.caption_share", 1.0),
+     ("train.hang_seconds", 1800), ("data.max_unknown_share", 1.0)],
 )  # fmt: skip
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(begun, tmp_path, capsys, key, kept):
     config, before = begun

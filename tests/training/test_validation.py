@@ -7,26 +7,34 @@ import numpy as np
 import pytest
 
 from pathflip_jax.scores.retrieval import Ranks
+from pathflip_jax.settings.sections import TrainSettings
 from pathflip_jax.training import validation
 from pathflip_jax.training.monitors import PHASES
 from pathflip_jax.training.validation import choose_best
 
 
 @pytest.mark.parametrize(
-    ("select", "margin", "scores", "chosen"),
+    ("select", "margin", "tie", "scores", "chosen"),
     [
-        ("val/recall_at_1", 0.0, [0.2, 0.5, 0.5, 0.4], [0, 1]),
-        ("val/recall_at_1", 0.15, [0.2, 0.5, 0.4, 0.34, 0.36], [0, 1, 2, 4]),  # never below the top by more
-        ("val/loss", 0.0, [3.0, 2.0, 2.5, 1.0], [0, 1, 3]),
-        ("val/loss", 0.6, [3.0, 2.0, 2.5, 2.7], [0, 1, 2]),
+        ("val/recall_at_1", 0.0, "latest", [0.2, 0.5, 0.5, 0.4], [0, 1]),
+        ("val/recall_at_1", 0.15, "latest", [0.2, 0.5, 0.4, 0.34, 0.36], [0, 1, 2, 4]),  # never below the top by more
+        ("val/loss", 0.0, "latest", [3.0, 2.0, 2.5, 1.0], [0, 1, 3]),
+        ("val/loss", 0.6, "latest", [3.0, 2.0, 2.5, 2.7], [0, 1, 2]),
+        ("val/recall_at_1", 0.0, "earliest", [0.2, 0.5, 0.5, 0.6], [0, 1, 3]),
+        ("val/recall_at_1", 0.15, "earliest", [0.2, 0.3, 0.36, 0.5, 0.49, 0.4], [0, 2]),  # 0.5 is within 0.15 of 0.36
+        ("val/recall_at_1", None, "earliest", [0.2, 0.25, 0.31, 0.4, 0.4], [0, 2]),
+        ("val/loss", 0.6, "earliest", [3.0, 2.5, 2.3, 2.0, 2.4], [0, 2]),
+        ("val/loss", None, "earliest", [3.0, 2.0, 2.0, 1.9], [0, 1, 3]),  # a loss has no standard error
     ],
 )
-def test_the_best_is_the_latest_within_the_margin_of_the_top(select, margin, scores, chosen):
-    best, taken = None, []
+def test_the_best_among_scores_within_the_margin_is_the_earliest_or_the_latest(select, margin, tie, scores, chosen):
+    setup, best, taken = TrainSettings(select=select, select_margin=margin, select_tie=tie), None, []
     for step, score in enumerate(scores):
-        best, improved = choose_best(best, step, score, select, margin)
+        found = {select: score} | ({} if "loss" in select else {f"{select}_stderr": 0.1})
+        best, improved = choose_best(best, step, found, setup)
         taken += [step] * improved
     assert taken == chosen and best["step"] == chosen[-1] and best["value"] == scores[chosen[-1]]
+    assert best["top"] == (min if "loss" in select else max)(scores)
 
 
 def test_each_batch_of_a_validation_is_a_sign_of_life_and_one_is_compiled(monkeypatch):
