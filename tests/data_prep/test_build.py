@@ -424,7 +424,7 @@ def test_bad_feature_files_are_listed_and_the_rest_goes_on(tmp_path):
     assert report.done == ["a_good", "k_good"] and report.failed and verify(out) == []
     errors = {failure.slide: failure.error for failure in report.failed}
     said = {
-        "b_cut": "not a whole HDF5", "c_foreign": "HDF5", "d_short": "12 features and coords of shape",
+        "b_cut": "not a valid HDF5", "c_foreign": "HDF5", "d_short": "12 features and coords of shape",
         "e_nan": "NaN", "f_wide": "feature_dim 9", "g_other": "encoder 'conch'", "h_large": "patches of 256",
         "i_empty": "no tissue", "j_huge": "overflow float16",
     }  # fmt: skip

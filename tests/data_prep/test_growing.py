@@ -302,7 +302,7 @@ def test_a_guessed_patch_size_gives_way_to_the_cohorts(tmp_path):
         ["A_biopsy", "A_single", "B0", "B1", "B2", "B3"], 256
     )
     assert "2 slides (A_biopsy, A_single)" in note(report, "patch size of the other slides taken")
-    assert "4 slides (B0, B1, B2 and 1 more)" in note(report, "guessed from the gaps")
+    assert "4 slides (B0, B1, B2 and 1 more)" in note(report, "inferred from the gaps")
     assert verify(tmp_path / "out") == [] and not (tmp_path / "out/.parts").exists()
 
 

@@ -46,7 +46,7 @@ def integer_coords(coords: np.ndarray, patches: int, where: str) -> Int[np.ndarr
         x, y = coords[off[0]].tolist()
         raise ValueError(
             f"{where}: coords of {len(off)} of {patches} patches are fractions, such as {x:g}, {y:g}; expected whole "
-            "pixels at level 0: are they micrometres, or shares of the slide's size? Write them in pixels"
+            "pixels at level 0: are they micrometres, or fractions of the slide's size? Write them in pixels"
         )
     return np.ascontiguousarray(whole, np.int32)
 
@@ -79,7 +79,7 @@ def patch_size_fault(patch_size: int, mpp: float, width: int, height: int) -> st
     if patch_size and not SMALLEST_PATCH <= patch_size <= LARGEST_PATCH:
         return f"an impossible patch size of {patch_size} px; {expected}; pass the patch size if it is known"
     if patch_size and mpp and not SMALLEST_UM <= patch_size * mpp <= LARGEST_UM:
-        edge = f"{patch_size} px at {mpp:g} um a pixel, {patch_size * mpp:g} um"
+        edge = f"{patch_size} px at {mpp:g} um per pixel, {patch_size * mpp:g} um"
         limits = f"{SMALLEST_UM:g} to {LARGEST_UM:g} um"
         return f"an impossible patch size of {edge}; expected {limits}: check mpp and patch size"
     if width and height and patch_size > 2 * max(width, height):
@@ -129,8 +129,8 @@ def _what_fits(high: np.ndarray, size: np.ndarray) -> str:
         return "with x and y exchanged they would fit; write them as x, y"
     for factor in (2, 4, 8, 16, 32, 64):
         if (high / factor < size + EDGE_SLACK).all():
-            return f"divided by {factor} they would fit: of another level, or of another slide; {EXTRACT}"
-    return f"they are of another slide, or in another unit; {EXTRACT}"
+            return f"divided by {factor} they would fit, so they belong to another level or another slide; {EXTRACT}"
+    return f"they belong to another slide, or are in another unit; {EXTRACT}"
 
 
 def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, width: int, height: int) -> str:
@@ -151,10 +151,10 @@ def step_fault(coords: Int[np.ndarray, "N 2"], patch_size: int, step: float, wid
         high = coords.max(axis=0).astype(np.int64) + gap.size
         if abs(factor - level) > 0.01 * level or not (width and height) or (high * level > (width, height)).any():
             return ""
-    cure = "" if step else f"; if they do overlap, pass patch_size={patch_size} (--patch-size) to say so"
+    cure = "" if step else f"; if they do overlap, pass patch_size={patch_size} (--patch-size) to confirm it"
     return (
-        f"patches of {patch_size} px at level 0 stand {gap.size} px apart, expected {expected:g}: multiplied by "
-        f"{factor:.4g} the coordinates would fit, they are of another level; {EXTRACT}{cure}"
+        f"patches of {patch_size} px at level 0 are {gap.size} px apart, expected {expected:g}: multiplied by "
+        f"{factor:.4g} the coordinates would fit, so they belong to another level; {EXTRACT}{cure}"
     )
 
 
@@ -170,13 +170,13 @@ def duplicate_coordinates_fault(
     same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
     first, second = order[same], order[same + 1]
     places = len(np.unique(keys[first]))
-    found = f"{places} of {len(coords) - len(same)} places are there twice or more ({_pair(coords[first[0]])} is one)"
+    found = f"{places} of {len(coords) - len(same)} coordinates occur more than once, such as {_pair(coords[first[0]])}"
     if features is None:
         return f"{found}; {EXTRACT}"
     blocks = [slice(start, start + 1024) for start in range(0, len(first), 1024)]
     if all(np.array_equal(features[first[rows]], features[second[rows]]) for rows in blocks):
-        return f"{found} with equal features: the file was appended to, not written anew; delete it and {EXTRACT}"
-    return f"{found} with different features: two extractions in one file; delete it and {EXTRACT}"
+        return f"{found}, with equal features: the file was appended to instead of overwritten; delete it and {EXTRACT}"
+    return f"{found}, with different features: two extractions in one file; delete it and {EXTRACT}"
 
 
 def repetition_fault(features: Float[np.ndarray, "N F"]) -> str:
@@ -189,7 +189,7 @@ def repetition_fault(features: Float[np.ndarray, "N F"]) -> str:
         return ""
     if not all(np.array_equal(features[rows], features[half + rows.start : half + rows.stop]) for rows in parts):
         return ""
-    return f"its {half} patches are there twice, one set behind the other: the file was appended to; {EXTRACT}"
+    return f"its {half} patches occur twice, one set after the other: the file was appended to; {EXTRACT}"
 
 
 def _pair(place: np.ndarray) -> str:

@@ -16,9 +16,9 @@ _NUMBER = r"-?\d{1,12}(?:\.\d{1,6})?"
 _PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|webp|npy|pt)$", re.IGNORECASE)
 _LEVEL = re.compile(r"[_ -]level[_-]?(\d+)$", re.IGNORECASE)
 # "x=1000", "x1000" or "x_1000", not the x of a word.
-_NAMED = re.compile(rf"(?<![A-Za-z0-9])(x|y|w|h|d)[=:_ ]?({_NUMBER})(?![A-Za-z0-9.])", re.IGNORECASE)
-_AFTER = re.compile(rf"(?:^|_)({_NUMBER})x_({_NUMBER})y$")  # GigaPath: 01000x_02000y
-_RUN = re.compile(rf"(?:^|_){_NUMBER}(?:_{_NUMBER})+$")
+_LABELLED = re.compile(rf"(?<![A-Za-z0-9])(x|y|w|h|d)[=:_ ]?({_NUMBER})(?![A-Za-z0-9.])", re.IGNORECASE)
+_LABELLED_AFTER = re.compile(rf"(?:^|_)({_NUMBER})x_({_NUMBER})y$")  # GigaPath: 01000x_02000y
+_UNLABELLED = re.compile(rf"(?:^|_){_NUMBER}(?:_{_NUMBER})+$")
 EXPECTED = (
     "expected the patch's x and y in pixels at level 0 at the end of its name: x_y, slide_x_y, slide_x_y_size, or "
     "[x=..,y=..,w=..,h=..]"
@@ -28,12 +28,12 @@ EXPECTED = (
 class _Place(NamedTuple):
     """Numbers in a patch's name: x, y and any numbers before or after them, and a size labelled as such.
 
-    `led`: the name began with the slide id, so that none of the numbers belongs to it.
+    `has_slide_id`: the name began with the slide id, so that none of the numbers belongs to it.
     """
 
     numbers: tuple[float, ...]
     size: float = 0.0
-    led: bool = False
+    has_slide_id: bool = False
 
 
 def read_csv(path: Path, mpp: float | None = None, encoder: str | None = None) -> FeatureFields:
@@ -42,22 +42,22 @@ def read_csv(path: Path, mpp: float | None = None, encoder: str | None = None) -
     Names may begin with the slide id. Raises ValueError for a foreign or truncated table, with its line.
     """
     features, places, names, slide_id = [], [], [], slide_id_of(path)
-    expected = "expected SlideChat's table: numbers and a last column x_y"
+    expected = "expected SlideChat's table: columns of numbers and a last column x_y"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = iter(lambda: file.readline(LONGEST_LINE + 1), "")
             columns = len(_row(next(lines, "")))
             if columns < 2:
-                raise ValueError(f"{path}: a header of {columns} columns; {expected}")
+                raise ValueError(f"{path}: the header has {columns} columns; {expected}")
             for number, line in enumerate(lines, 2):
                 row, place = _row(line), f"{path}: line {number}"
                 if len(row) != columns:
                     found = f"{len(row)} columns, the header has {columns}"
-                    raise ValueError(f"{place}: {found}; a cut-off or foreign file, write it again")
+                    raise ValueError(f"{place}: {found}; the file is truncated or not SlideChat's, write it again")
                 try:
                     features.append(np.array(row[:-1], np.float32))
                 except (ValueError, OverflowError):
-                    raise ValueError(f"{place}: ends in {row[-1]!r:.60}, and is not of numbers; {expected}") from None
+                    raise ValueError(f"{place}: not all numbers (it ends in {row[-1]!r:.60}); {expected}") from None
                 try:
                     places.append(_parse(row[-1], slide_id))
                 except ValueError as error:
@@ -86,24 +86,24 @@ def _parse(name: str, slide_id: str) -> _Place:
     if (level := _LEVEL.search(text)) and int(level[1]):
         raise ValueError(f"coordinates of level {int(level[1])}, expected those of level 0")
     text = _LEVEL.sub("", text)
-    led = bool(slide_id) and re.match(re.escape(slide_id) + "[_ ]+", text)
-    if led and (place := _numbers(text[led.end() :])):
-        return place._replace(led=True)
+    prefix = bool(slide_id) and re.match(re.escape(slide_id) + "[_ ]+", text)
+    if prefix and (place := _numbers(text[prefix.end() :])):
+        return place._replace(has_slide_id=True)
     if place := _numbers(text):
         return place
     raise ValueError(EXPECTED)
 
 
 def _numbers(text: str) -> _Place | None:
-    named = {key.lower(): float(number) for key, number in _NAMED.findall(text)}
+    named = {key.lower(): float(number) for key, number in _LABELLED.findall(text)}
     if "x" in named and "y" in named:
         width, height = named.get("w", 0.0), named.get("h", 0.0)
         if width != height:
             raise ValueError(f"a patch of {width:g} x {height:g}, expected a square")
         return _Place((named["x"], named["y"]), width)
-    if after := _AFTER.search(text):
+    if after := _LABELLED_AFTER.search(text):
         return _Place((float(after[1]), float(after[2])))
-    run = _RUN.search(text)
+    run = _UNLABELLED.search(text)
     return _Place(tuple(float(number) for number in run[0].strip("_").split("_"))) if run else None
 
 
@@ -113,38 +113,38 @@ def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
         return np.zeros((0, 2)), 0
     counts = {len(place.numbers) for place in places}
     if len(counts) > 1:
-        raise ValueError(f"names of {sorted(counts)} numbers in one table")
+        raise ValueError(f"names with {sorted(counts)} numbers in one table")
     numbers = np.array([place.numbers for place in places], np.float64).reshape(len(places), -1)
     sizes = {place.size for place in places}
     if numbers.shape[1] > 2:
-        numbers, sizes = _of_several(numbers, all(place.led for place in places))
+        numbers, sizes = _from_several(numbers, all(place.has_slide_id for place in places))
     if len(sizes) > 1:
         raise ValueError(f"patches of {len(sizes)} sizes, expected one")
     return numbers[:, :2].reshape(-1, 2), round(next(iter(sizes), 0.0))
 
 
-def _of_several(numbers: np.ndarray, led: bool) -> tuple[np.ndarray, set[float]]:
+def _from_several(numbers: np.ndarray, has_slide_id: bool) -> tuple[np.ndarray, set[float]]:
     """Positions of x, y among three or four numbers; others, constant over rows, are the size or the slide."""
     count, several = numbers.shape[1], len(numbers) > 1
-    alike = (numbers == numbers[0]).all(axis=0) & (led or several)
+    alike = (numbers == numbers[0]).all(axis=0) & (has_slide_id or several)
     if count == 4:
         x, y, third, fourth = numbers.T
-        if alike[2:].all() and (third == fourth).all() and (led or not alike[:2].any()):
+        if alike[2:].all() and (third == fourth).all() and (has_slide_id or not alike[:2].any()):
             return numbers[:, :2], {float(third[0])}
         edges = np.unique(np.stack([third - x, fourth - y]))
         if len(edges) == 1 and edges[0] > 0:
             return numbers[:, :2], {float(edges[0])}
-    if count == 3 and alike[2] and (led or not alike[0]):
+    if count == 3 and alike[2] and (has_slide_id or not alike[0]):
         return numbers[:, :2], {float(numbers[0, 2])}
-    if not led and several and alike[:-2].all() and not alike[-1]:
+    if not has_slide_id and several and alike[:-2].all() and not alike[-1]:
         return numbers[:, -2:], {0.0}
-    raise ValueError(f"{count} numbers, and which of them are x and y is not clear")
+    raise ValueError(f"it is not clear which of the {count} numbers are x and y")
 
 
 def is_feature_table(path: Path) -> bool:
     """Whether a CSV header is SlideChat's: numbered columns and a patch name. Slide lists and logs have words.
 
-    A pointer to a file that was never fetched is accepted too: reading it reports what it is.
+    The placeholder of a file that was never fetched is accepted too: reading it reports the cause.
     """
     if describe_placeholder(path):
         return True

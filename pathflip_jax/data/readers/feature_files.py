@@ -21,7 +21,7 @@ UNREADABLE = {
     ".feather": "save features and coordinates as HDF5 (datasets 'features' and 'coords')",
     ".pkl": "a pickle can run code; save features and coordinates as HDF5 (datasets 'features' and 'coords')",
     ".pickle": "a pickle can run code; save features and coordinates as HDF5 (datasets 'features' and 'coords')",
-    ".pth": "weights of a model have this ending; rename it to .pt if it is a slide's feature tensor",
+    ".pth": "this extension is used for model weights; rename the file to .pt if it is a slide's feature tensor",
     ".zarr": "save its arrays as HDF5 (datasets 'features' and 'coords')",
     ".safetensors": "save features and coordinates as HDF5 (datasets 'features' and 'coords')",
 }
@@ -44,7 +44,7 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; name the folder that holds the feature files")
+        raise FileNotFoundError(f"{folder}: no such folder; pass the folder that contains the feature files")
     walked = walk_files(folder)
     inside = [path for path in walked.files if not NOT_FEATURES.intersection(path.relative_to(folder).parts[:-1])]
     embeddings = [path for path in inside if _is_embedding(path, folder)]
@@ -71,7 +71,7 @@ def _one_for_each_slide(found: list[Path], folder: Path) -> list[Path]:
         if other != path and not other.samefile(path):
             raise ValueError(
                 f"{folder}: slide {slide_id_of(path)} has two feature files, {other.relative_to(folder)} and "
-                f"{path.relative_to(folder)}; name the folder of one encoder, or take one file away"
+                f"{path.relative_to(folder)}; pass the folder of one encoder, or remove one of the files"
             )
     return [slides[slide_id] for slide_id in sorted(slides)]
 
@@ -81,7 +81,7 @@ def _is_embedding(path: Path, folder: Path) -> bool:
 
 
 def _may_be_features(path: Path, folder: Path) -> bool:
-    """Whether an unreachable path may hold features: by its suffix, or as a folder, which has none."""
+    """Whether an unreachable path may be a feature file, by its suffix, or a folder, which has none."""
     if NOT_FEATURES.intersection(path.relative_to(folder).parts):
         return False
     suffix = path.suffix.lower()
@@ -100,20 +100,23 @@ def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]
     if embeddings:
         names = preview(path.relative_to(folder) for path in embeddings)
         notes.append(
-            f"slide embeddings are not read: {len(embeddings)} ({names}); patch features lie in features_<encoder>"
+            f"slide embeddings are not read: {len(embeddings)} ({names}); patch features are in features_<encoder>"
         )
     return notes
 
 
 def _other_tables(tables: dict[Path, bool], folder: Path) -> list[str]:
-    """Notes on files without features among those with, by extension; `tables` says which have features."""
+    """Notes on tables without features, for extensions that other files with features have.
+
+    `tables` says which files have features.
+    """
     kinds: dict[str, list[Path]] = defaultdict(list)
-    for path, taken in tables.items():
-        if not taken:
+    for path, has_features in tables.items():
+        if not has_features:
             kinds[path.suffix.lower()].append(path.relative_to(folder))
-    with_features = {path.suffix.lower() for path, taken in tables.items() if taken}
+    with_features = {path.suffix.lower() for path, has_features in tables.items() if has_features}
     return [
-        f"{suffix[1:]} files that are no tables of features are not read: {len(others)} ({preview(others)})"
+        f"{suffix[1:]} files that are not feature tables are not read: {len(others)} ({preview(others)})"
         for suffix, others in kinds.items()
         if suffix in with_features
     ]

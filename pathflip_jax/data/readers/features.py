@@ -71,7 +71,9 @@ class SlideFeatures:
             found = "one vector: a slide embedding, not patches" if features.ndim == 1 else f"of shape {features.shape}"
             raise ValueError(f"{where}: the features are {found}; expected [patches, feature width]")
         if not len(features):
-            raise ValueError(f"{where}: no tissue: features of 0 patches; leave the slide out, or find its tissue anew")
+            raise ValueError(
+                f"{where}: no tissue: features of 0 patches; leave the slide out, or segment its tissue again"
+            )
         if features.dtype not in FEATURE_DTYPES:
             raise ValueError(f"{where}: features are {features.dtype}, expected float16, bfloat16 or float32")
         if not (finite or all_finite(features)):
@@ -140,7 +142,7 @@ def check_slide_id(slide_id: str) -> None:
     if _PLAIN_ID.fullmatch(slide_id):  # fast path for nearly all ids: a million are checked whenever a cohort is opened
         return
     if not slide_id:
-        raise ValueError("a slide without an id: texts are matched to slides by id, name it")
+        raise ValueError("a slide has no id, but texts are matched to slides by id; give it one")
     try:
         size = len(slide_id.encode())
     except UnicodeEncodeError:  # a file name that is not UTF-8
@@ -149,7 +151,7 @@ def check_slide_id(slide_id: str) -> None:
     if refused or not slide_id.strip(".") or not 0 < size <= LONGEST_ID:
         raise ValueError(
             f"slide id {slide_id!r:.80}: expected a plain file name of up to {LONGEST_ID} bytes, with no slash and no "
-            "control character: what is made of a slide is named by it; give the slide another id"
+            "control character, as output files are named after it; give the slide another id"
         )
 
 
@@ -183,12 +185,12 @@ def read_features(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; name a slide's feature file"
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'}; pass a slide's feature file"
         )
     for value in (mpp, override_mpp):
         if (patch_size is not None and patch_size <= 0) or (value is not None and not 0 < value < 1e4):
             found = f"patch_size={patch_size}, mpp={value}"
-            raise ValueError(f"{path}: {found}: expected numbers above 0; leave out what is not known")
+            raise ValueError(f"{path}: {found}: expected numbers above 0; omit values that are unknown")
     fields = read_fields(path, override_mpp or mpp, encoder)
     slide_id = slide_id or slide_id_of(path)
     try:
@@ -196,10 +198,10 @@ def read_features(
         _fill(fields, patch_size, mpp, encoder, override_mpp)
         if fields.get("coords") is not None and len(fields["features"]):
             fields["coords"] = integer_coords(fields["coords"], len(fields["features"]), f"slide {slide_id}")
-            _settle_places(fields, patch_size)
+            _settle_patch_size(fields, patch_size)
         fields.pop("step", None)
         if fields["features"].dtype == np.float64:
-            fields["features"] = _single(fields["features"])
+            fields["features"] = _as_float32(fields["features"])
         return SlideFeatures(slide_id, case_id, **fields)
     except UnknownPatchSize as error:
         raise UnknownPatchSize(f"{path}: {error}") from None
@@ -207,12 +209,12 @@ def read_features(
         raise ValueError(f"{path}: {error}") from None
 
 
-def _single(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
+def _as_float32(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
     """float64 features as float32 for `SlideFeatures`. Raises ValueError for numbers too small for it."""
     with np.errstate(over="ignore", under="ignore"):
         narrow = features.astype(np.float32)
     if all_finite(narrow) and len(rows := rows_lost_to_rounding(features, narrow)):
-        raise ValueError(f"features of {len(rows)} patches are too small for float32; scale them before they are saved")
+        raise ValueError(f"features of {len(rows)} patches are too small for float32; scale them before saving")
     return narrow
 
 
@@ -221,15 +223,15 @@ def _check_rows(features: np.ndarray, coords: np.ndarray | None) -> None:
     places = 0 if coords is None or coords.ndim != 2 else len(coords)
     if features.ndim == 1 and features.size or (features.ndim == 2 and len(features) == 1 < places):
         raise ValueError(
-            f"a slide embedding, one vector of {features.size} numbers for the whole slide, not patch features; give "
-            "the file of the patches (TRIDENT: features_<encoder>, not slide_features_<encoder>)"
+            f"a slide embedding, one vector of {features.size} numbers for the whole slide, not patch features; pass "
+            "the file of the patch features (TRIDENT: features_<encoder>, not slide_features_<encoder>)"
         )
 
 
 def _fill(
     fields: FeatureFields, patch_size: int | None, mpp: float | None, encoder: str | None, override_mpp: float | None
 ) -> None:
-    """Complete a file's fields with the caller's values, noting where the two differ."""
+    """Complete a file's fields with the caller's values, with notes where the two differ."""
     notes = list(fields.get("notes", ()))
     stated = fields.get("mpp", 0.0)
     if override_mpp:
@@ -243,7 +245,7 @@ def _fill(
     size = fields.get("patch_size", 0)
     fields["patch_size_source"] = "file" if size else ""
     if patch_size and size and patch_size_fault(size, 0, 0, 0):
-        notes.append(f"the file says an impossible patch size of {size} px: {patch_size} was used")
+        notes.append(f"the file says an impossible patch size of {size} px: {patch_size} was used instead")
         size = 0
     if patch_size and not size:
         fields |= {"patch_size": patch_size, "patch_size_source": "option"}
@@ -255,7 +257,7 @@ def _fill(
     fields |= {"encoder": named or encoder or "", "notes": tuple(notes)}
 
 
-def _settle_places(fields: FeatureFields, given: int | None) -> None:
+def _settle_patch_size(fields: FeatureFields, given: int | None) -> None:
     """Infer the patch size from the gaps between patches if nothing gives it, and check it against them otherwise.
 
     `given` is the caller's patch size. Raises ValueError for coordinates of another level.
@@ -263,32 +265,32 @@ def _settle_places(fields: FeatureFields, given: int | None) -> None:
     coords, gap, notes = fields["coords"], most_frequent_gap(fields["coords"]), list(fields["notes"])
     if gap.size == 1 and given and fields["patch_size_source"] == "option":
         if (np.abs(coords.astype(np.int64)) * given >= 2**31).any():
-            raise ValueError(f"coordinates counted in patches reach beyond 2^31 px at {given} px a patch")
+            raise ValueError(f"coordinates counted in patches exceed 2^31 px at {given} px per patch")
         fields["coords"] = coords = coords * np.int32(given)
         notes.append(f"coordinates were counted in patches: multiplied by the patch size, {given} px")
         gap = gap._replace(size=given)
     if not fields.get("patch_size"):
-        fields |= _guessed_size(len(coords), gap)
-        notes.append(f"patch size {gap.size} px guessed from the gaps between patches, which the file does not tell")
+        fields |= _inferred_size(len(coords), gap)
+        notes.append(f"patch size of {gap.size} px inferred from the gaps between patches, as the file does not say it")
     size, step = fields["patch_size"], fields.get("step", 0.0)
     places = (fields.get("width", 0), fields.get("height", 0))
     if (step or not given) and (fault := step_fault(coords, size, step, *places)):
         raise ValueError(fault)
     if not step and gap.support >= FEWEST_GAPS and gap.size != size:
-        notes.append(f"patches of {size} px stand {gap.size} px apart at level 0: check the patch size")
+        notes.append(f"patches of {size} px are {gap.size} px apart at level 0: check the patch size")
     fields["notes"] = tuple(notes)
 
 
-def _guessed_size(patches: int, gap: Gap) -> dict:
+def _inferred_size(patches: int, gap: Gap) -> dict:
     if gap.size == 1:
         raise ValueError(
             "coordinates in steps of 1: they are counted in patches, not pixels; pass patch_size (--patch-size), the "
-            "edge of a patch in pixels at level 0, and they are multiplied by it"
+            "edge of a patch in pixels at level 0, by which they are then multiplied"
         )
     if gap.support < FEWEST_GAPS:
-        seen = f"{gap.support} gaps of {gap.size} px" if gap.support else "no two of them side by side"
+        seen = f"{gap.support} gaps of {gap.size} px" if gap.support else "no two of them in one row or column"
         raise UnknownPatchSize(
-            f"the patch size is not in the file, nor to be told from {patches} patches ({seen}); pass patch_size "
+            f"the patch size is not in the file and cannot be inferred from {patches} patches ({seen}); pass patch_size "
             "(--patch-size): the edge of a patch in pixels at level 0"
         )
     return {"patch_size": gap.size, "patch_size_source": "gaps"}

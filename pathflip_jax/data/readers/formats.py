@@ -39,19 +39,21 @@ def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFi
     with path.open("rb") as file:
         start = file.read(FIRST_BYTES)
     if not start:
-        raise ValueError(f"{path}: an empty file of 0 bytes; copy or extract it again")
+        raise ValueError(f"{path}: the file is empty (0 bytes); copy it or extract the features again")
     return _recognise(start, path).read(path, mpp, encoder)
 
 
 def _recognise(start: bytes, path: Path) -> FeatureFormat:
     """Format of a file; that of its extension is tried first, so that the order of the table hardly matters."""
-    named, expected = format_by_extension(path), "save a slide's features as HDF5, datasets 'features' and 'coords'"
+    named, cure = format_by_extension(path), "save a slide's features as HDF5, datasets 'features' and 'coords'"
     for known in sorted(FORMATS, key=lambda known: known is not named):
         if not known.recognises(start, path):
             continue
         if named not in (known, None) and is_text(start):
             found = start.decode(errors="replace").splitlines()[0]
-            raise OSError(f"{path}: not a whole {named.name} file but text, {found!r}; download or copy it again")
+            raise OSError(
+                f"{path}: text, not a valid {named.name} file: it begins with {found!r}; download or copy it again"
+            )
         return known
     kinds = (
         ("a NumPy array", start[:6] == b"\x93NUMPY" or path.suffix.lower() == ".npz"),
@@ -59,6 +61,6 @@ def _recognise(start: bytes, path: Path) -> FeatureFormat:
     )
     for kind, found in kinds:
         if found:
-            raise ValueError(f"{path}: {kind}, not features of a slide and where they lie; {expected}")
+            raise ValueError(f"{path}: {kind}, expected patch features of a slide with their coordinates; {cure}")
     names = ", nor ".join(f"{known.name} ({', '.join(known.extensions)})" for known in FORMATS)
-    raise ValueError(f"{path}: neither {names}; {expected}")
+    raise ValueError(f"{path}: neither {names}; {cure}")

@@ -168,9 +168,9 @@ class _Process:
         self._ours, self._theirs = socket.socketpair()
         self._worker = workers.Worker(begin=_begin, arguments=[self._theirs])
         self._numbers = itertools.count()
-        # For one that is dropped without `stop`; at exit `_stop` ends them all.
-        self._let_go = weakref.finalize(self, _let_go, self._worker, self._ours, self._theirs)
-        self._let_go.atexit = False
+        # For a worker that is dropped without `stop`; at exit `_stop` ends all of them.
+        self._finalizer = weakref.finalize(self, _end_in_thread, self._worker, self._ours, self._theirs)
+        self._finalizer.atexit = False
 
     def ask(self, request: dict, seconds: float) -> Parsed:
         """Send a request and wait for its answer. Raises _Fault, or _Died for a worker that ends without one."""
@@ -181,7 +181,7 @@ class _Process:
         except workers.DEATHS as death:
             raise _death(workers.exit_name(death), request) from None
         except TimeoutError:
-            raise _Fault(f"no answer within {seconds:.0f} s of its reader; {_CURE}") from None
+            raise _Fault(f"its reader did not answer within {seconds:.0f} s; {_CURE}") from None
         if "error" in answer:
             if answer["kind"] in ("Refused", "ImportError"):
                 raise _Refusal(answer["error"], ImportError if answer["kind"] == "ImportError" else ValueError)
@@ -208,7 +208,7 @@ class _Process:
 
     def stop(self) -> None:
         """Terminate the worker immediately."""
-        self._let_go.detach()
+        self._finalizer.detach()
         _end(self._worker, self._ours, self._theirs)
 
 
@@ -218,7 +218,7 @@ def _end(worker: workers.Worker, *sockets: socket.socket) -> None:
         ours.close()
 
 
-def _let_go(*process: Any) -> None:
+def _end_in_thread(*process: Any) -> None:
     """Terminate an unreferenced worker in a separate thread, as a finalizer may run at any point."""
     threading.Thread(target=_end, args=process, daemon=True).start()
 
@@ -226,7 +226,7 @@ def _let_go(*process: Any) -> None:
 def _death(how: str, request: dict) -> _Fault:
     if how == "SIGXCPU":
         return _Fault(f"its reader was still computing after {request['computing']} s; {_CURE}")
-    return _Died(f"its reader crashed ({how or 'unseen'}), or memory ran out; {_CURE}")
+    return _Died(f"its reader crashed ({how or 'cause unknown'}), or memory ran out; {_CURE}")
 
 
 _CURE = "the file is damaged: copy or extract it again"
@@ -298,12 +298,12 @@ def _answer(number: int, request: str) -> str:
             socket.send_fds(_connection, [NUMBER.pack(number)], files)
         return answer
     except MemoryError:
-        return _error(f"its reader wants more than {wanted['memory'] / 1e6:.0f} MB; {_CURE}", ValueError)
+        return _error(f"its reader needs more than {wanted['memory'] / 1e6:.0f} MB; {_CURE}", ValueError)
     except (ValueError, OSError, ImportError) as error:
         kinds = (kind for kind in (Refused, OSError, ImportError) if isinstance(error, kind))
         return _error(str(error), next(kinds, ValueError))
     except Exception as error:  # any exception of a library on broken files
-        return _error(f"its reader fails ({type(error).__name__}: {error}); {_CURE}", ValueError)
+        return _error(f"its reader failed ({type(error).__name__}: {error}); {_CURE}", ValueError)
     finally:
         for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
             resource.setrlimit(kind, (resource.getrlimit(kind)[1],) * 2)

@@ -28,7 +28,7 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields
     `mpp` converts STAMP's micrometres to pixels; `encoder` selects among the features of several encoders.
     """
     facts, arrays = guarded.parse(READER, path, True, encoder or "")
-    arrays |= {name: _piece(path, *place) for name, place in facts["places"].items()}
+    arrays |= {name: _array_at(path, *place) for name, place in facts["places"].items()}
     if "feats" in arrays:
         return _stamp_fields(path, facts, arrays, mpp)
     if "features" not in arrays:
@@ -38,12 +38,12 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields
     fields = {"features": squeezed(arrays["features"]), "encoder": named}
     if "coords" not in arrays:
         if others := [name for name in facts["names"] if name not in ("features", "passports", "slide_features")]:
-            fields["notes"] = (f"no 'coords' in the file, and {', '.join(map(repr, others[:5]))} not read",)
+            fields["notes"] = (f"no 'coords' in the file; not read: {', '.join(map(repr, others[:5]))}",)
         return fields
     fields["coords"] = squeezed(arrays["coords"])
     fields |= _grid_attributes(facts["/"] | facts["coords"])
     if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5 and "encoder" in facts:
-        fields |= _atlas_places(path, fields)
+        fields |= _atlas_coords(path, fields)
     if "patch_size" not in fields:
         fields |= _sibling_attributes(path)
     return fields
@@ -54,13 +54,13 @@ def _other_layout(names: list[str]) -> str:
     if "embeddings" in names:
         kind = "of the spots of HEST-bench" if "barcodes" in names else "of a kind that is not stated"
         return f"'embeddings' {kind}, expected 'features' [patches, width] of a slide; {OWN_LAYOUT}"
-    cure = "it is foreign; save a slide's patch features under that name, their corners at level 0 under 'coords'"
+    cure = "the layout is unknown; save a slide's patch features as 'features', their corners at level 0 as 'coords'"
     if "coords" in names:
-        cure = "it holds coordinates; name the features made from them"
+        cure = "it holds coordinates; pass the file of the features extracted there"
     return f"datasets {names}, expected 'features' [patches, width]; {cure}"
 
 
-def _piece(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
+def _array_at(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
     """Contiguous array in a file; large ones are mapped, so that only accessed parts are read."""
     if math.prod(shape) * np.dtype(dtype).itemsize > blocks.LARGE:
         array = np.memmap(path, dtype, "r", offset, tuple(shape))
@@ -118,7 +118,7 @@ def _grid_attributes(attributes: dict) -> dict:
     return fields | {"width": _pixels(width), "height": _pixels(height)}
 
 
-def _atlas_places(path: Path, fields: dict) -> dict:
+def _atlas_coords(path: Path, fields: dict) -> dict:
     """Coordinates from AtlasPatch's rows x, y, width, height, level: the corner in level-0 pixels, the size at level.
 
     Raises ValueError for differing sizes, as a slide has a single patch size.
@@ -127,7 +127,7 @@ def _atlas_places(path: Path, fields: dict) -> dict:
     sizes = np.unique(coords[:, 2:], axis=0)
     if len(sizes) > 1:
         raise ValueError(
-            f"{path}: patches of {len(sizes)} sizes and levels in 'coords'; expected one, extract it again"
+            f"{path}: 'coords' has patches of {len(sizes)} sizes and levels, expected one; extract the slide again"
         )
     found = {"coords": coords[:, :2]}
     if "patch_size" not in fields and len(sizes) and sizes[0, 2] == 0 and sizes[0, 0] == sizes[0, 1]:
@@ -147,7 +147,9 @@ def _sibling_attributes(path: Path) -> dict:
             if sibling.is_file():
                 facts, _ = guarded.parse(READER, sibling, False, "")
                 if "coords" not in facts:
-                    raise OSError(f"{sibling}: no patch coordinates in it; write it again, or pass the patch size")
+                    raise OSError(
+                        f"{sibling}: no patch coordinates in the file; write it again, or pass the patch size"
+                    )
                 return _grid_attributes(facts["coords"])
     return {}
 
@@ -164,7 +166,7 @@ def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: f
         said = f"STAMP coordinates are in micrometres (tiles of {tile_um:g} um)"
     elif not unit and fields["encoder"] and _is_stamp1(top, coords):
         coords, tile_um = coords / STAMP1_PIXELS * STAMP1_UM, STAMP1_UM
-        said = "STAMP 1 coordinates count pixels of its tiles (224 px are 256 um)"
+        said = "STAMP 1 coordinates are in pixels of its tiles (224 px are 256 um)"
     else:
         found = f"in {unit!r}" if unit else "in a unit that is not stated"
         raise ValueError(
@@ -189,7 +191,7 @@ def _is_stamp1(attributes: dict, coords: np.ndarray) -> bool:
 def _recognises(start: bytes, path: Path) -> bool:
     """Whether a file has the HDF5 signature at byte 0, 512, 1024, 2048, ..., or only an extension of HDF5.
 
-    What is wrong with the latter is left to libhdf5, unless it is text.
+    Faults of the latter are reported by libhdf5, unless the file is text.
     """
     offset = 0
     with path.open("rb") as file:

@@ -33,15 +33,15 @@ def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
             facts["/"] = _attributes(file)
             features = next((name for name in FEATURES if name in file), "")
             places = {features: features, "coords": "coords"}
-            if features and isinstance(group := _here(file, features), h5py.Group):
+            if features and isinstance(group := _own_object(file, features), h5py.Group):
                 places[features] = _choose(group, features, encoder)
                 facts["encoder"] = places[features].rpartition("/")[2]
             for name, place in places.items():
-                if not place or place not in file or not isinstance(dataset := _here(file, place), h5py.Dataset):
+                if not place or place not in file or not isinstance(dataset := _own_object(file, place), h5py.Dataset):
                     continue
                 facts[name] = _attributes(dataset)
                 if with_arrays:
-                    piece = _place(dataset, name, os.path.getsize(path))
+                    piece = _contiguous_extent(dataset, name, os.path.getsize(path))
                     if piece is None:
                         arrays[name] = _array(dataset, name, os.path.getsize(path))
                     else:
@@ -49,7 +49,7 @@ def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
     except (Refused, MemoryError):
         raise
     except Exception as error:  # h5py raises errors of libhdf5 as any of eight types
-        raise OSError(f"not a whole HDF5 file ({error}); copy or extract it again") from None
+        raise OSError(f"not a valid HDF5 file ({error}); copy or extract it again") from None
     return facts, arrays
 
 
@@ -65,20 +65,20 @@ def _choose(group: h5py.Group, name: str, encoder: str) -> str:
     return f"{name}/{(chosen or found)[0]}" if found else ""
 
 
-def _here(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
+def _own_object(file: h5py.File, name: str) -> h5py.Dataset | h5py.Group:
     """Object under a name in the file, without following links to other files."""
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
         raise Refused(f"{name!r} is a link to another file; copy the array itself into this one")
     found = file[name]
     if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
-        raise Refused(f"{name!r} lies in another file; copy the array itself into this one")
+        raise Refused(f"{name!r} is stored in another file; copy the array itself into this one")
     return found
 
 
-def _place(dataset: h5py.Dataset, name: str, file_size: int) -> tuple[int, tuple[int, ...], str] | None:
+def _contiguous_extent(dataset: h5py.Dataset, name: str, file_size: int) -> tuple[int, tuple[int, ...], str] | None:
     """Offset, shape and dtype of an array stored contiguously in NumPy's memory layout."""
     if dataset.shape is None or dataset.dtype.kind not in "fiu":
-        raise Refused(f"{name!r} is of type {dataset.dtype}, expected numbers; extract it again")
+        raise Refused(f"{name!r} has type {dataset.dtype}, expected numbers; extract it again")
     check_size(dataset.shape, dataset.dtype, file_size, repr(name))
     offset = dataset.id.get_offset()  # None for chunked and never written datasets
     if offset is None or dataset.file.userblock_size or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype):

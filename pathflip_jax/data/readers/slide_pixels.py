@@ -28,8 +28,11 @@ def detect(path: str) -> Parsed:
 
 
 def measures(path: str) -> Parsed:
-    """Facts `width`, `height` at level 0, `mpp` (0 if the file does not give it) and `bounds` (x, y of the non-empty
-    area; 0, 0 for most formats), the origin of viewers that crop a slide to its bounds."""
+    """Size, resolution and bounds of a slide: the facts `width` and `height` at level 0, `mpp` and `bounds`.
+
+    `mpp` is 0 if the file does not give it. `bounds` is the top-left corner (x, y) of the non-empty area, 0, 0 for most
+    formats; viewers that crop a slide to its bounds use it as the origin.
+    """
     with _opened(path) as slide:
 
         def number(name: str) -> float:
@@ -108,13 +111,18 @@ def patches(path: str, coords: list[list[int]], patch_size: int, pixels: int) ->
 
 
 def mask(path: str, most: int) -> Parsed:
-    """Binary `mask` [h, w] of a level of at most `most` pixels, above half of its maximum: 1 of 0 and 1, 2 of 0, 1
-    (tissue) and 2, 255 of 0 and 255. The fact `downsample` is that level's."""
+    """Binary `mask` [h, w] of the pixels above half of the maximum, at a level of at most `most` pixels.
+
+    These are the 1 of a mask with values 0 and 1, the 2 of one with 0, 1 (tissue) and 2, the 255 of one with 0 and 255.
+    The fact `downsample` is that of the level.
+    """
     with _opened(path) as slide:
         sizes = [width * height for width, height in slide.level_dimensions]
         level = next((number for number, size in enumerate(sizes) if size <= most), len(sizes) - 1)
         if sizes[level] > WHOLE_LEVEL:
-            raise ValueError(f"its smallest level has {sizes[level]:,} pixels; expected a pyramid, as masks come")
+            raise ValueError(
+                f"its smallest level has {sizes[level]:,} pixels; expected an image pyramid, the usual format of masks"
+            )
         picture = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))
         values = np.where(picture[..., 3] > 0, picture[..., 0], 0)
         return {"downsample": slide.level_downsamples[level]}, {"mask": values > values.max() / 2}
@@ -146,14 +154,14 @@ def tile(path: str, level: int, column: int, row: int, quality: int) -> Parsed:
     try:
         tiles = _tiles(path, state.st_mtime_ns, state.st_size)
         if not 0 <= level < tiles.level_count:
-            raise Refused(f"no level {level} among its {tiles.level_count}")
+            raise Refused(f"no level {level}: the slide has {tiles.level_count} levels")
         across, down = tiles.level_tiles[level]
         if not (0 <= column < across and 0 <= row < down):
-            raise Refused(f"no tile {column}, {row} among the {across} x {down} of level {level}")
+            raise Refused(f"no tile {column}, {row}: level {level} has {across} x {down} tiles")
         _, _, (width, height) = tiles.get_tile_coordinates(level, (column, row))
         if width * height > WHOLE_LEVEL:
             raise Refused(
-                "it has no low level to show its whole from; convert it, for example "
+                "it has no low-resolution level from which to show the whole slide; convert it, for example "
                 f"`vips tiffsave {os.path.basename(path)} OUT.tiff --tile --pyramid --compression jpeg`"
             )
         picture = tiles.get_tile(level, (column, row))
@@ -181,10 +189,10 @@ class _opened:
         try:
             self.slide = openslide.OpenSlide(self.path)
         except openslide.OpenSlideError as error:
-            raise ValueError(f"OpenSlide cannot open it ({error}); leave the picture out, or repair it") from None
+            raise ValueError(f"OpenSlide cannot open it ({error}); leave the picture out, or repair the file") from None
         return self.slide
 
     def __exit__(self, kind, error, trace) -> None:
         self.slide.close()
         if isinstance(error, openslide.OpenSlideError):
-            raise ValueError(f"OpenSlide cannot read it ({error}); leave the picture out, or repair it") from None
+            raise ValueError(f"OpenSlide cannot read it ({error}); leave the picture out, or repair the file") from None

@@ -17,7 +17,7 @@ def read_pt(path: Path, mpp: float | None = None, encoder: str | None = None) ->
     try:
         facts, arrays = guarded.parse(READER, path)
     except ImportError:
-        cure = "install the extra `torch`, or use the .h5 beside it"
+        cure = "install the extra `torch`, or use the .h5 file next to it"
         raise ImportError(f"{path}: reading a .pt file needs PyTorch; {cure}") from None
     if facts["bfloat16"]:
         arrays["features"] = arrays["features"].view(ml_dtypes.bfloat16)

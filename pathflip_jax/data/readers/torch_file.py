@@ -13,7 +13,7 @@ import torch
 from pathflip_jax.data.readers.guarded import Parsed, Refused, shared_empty
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WHOLE = (torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.int16, torch.int32, torch.int64)
 FEATURES = ("features", "feats", "tile_embeds", "embeddings")  # tile_embeds: Prov-GigaPath's
 MOST_NAMES = 8
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -40,8 +40,8 @@ def _reason(message: str) -> str:
     message = _COLOURS.sub("", message)
     if "numpy" in message and ("_reconstruct" in message or "multiarray" in message):
         return (
-            "a pickled NumPy array (as TRIDENT writes with saveas pt), which cannot be read without running code; give "
-            "the .h5 of the slide, or save the tensor: torch.save(torch.from_numpy(features), path)"
+            "a pickled NumPy array (as TRIDENT writes with saveas pt), which cannot be read without running code; pass "
+            "the slide's .h5 file, or save the tensor: torch.save(torch.from_numpy(features), path)"
         )
     return f"not a tensor that can be read without running code ({message.splitlines()[0]}); save it again"
 
@@ -68,10 +68,10 @@ def _tensors(found: Any) -> dict[str, torch.Tensor]:
         kind = type(found).__name__
         raise Refused(f"holds a {kind}, expected one tensor [patches, width]; save the features alone")
     for name, tensor in tensors.items():
-        right = DTYPES if name == "features" else DTYPES[2:] + WHOLE
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in right:
+        allowed = DTYPES if name == "features" else DTYPES[2:] + INTEGERS
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in allowed:
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in right[:3])
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[:3])
             raise Refused(f"its {name} are {kind}; expected {expected}; extract them again")
         tensors[name] = tensor.detach()
     return tensors

@@ -17,7 +17,7 @@ from pathflip_jax.data.storage.durable import sync
 from pathflip_jax.data.storage.files import Place, upload
 from pathflip_jax.data.storage.framing import Checksummed, Data, extended, frame, in_blocks
 
-BEHIND = 8 << 20  # bytes written before write-back is started
+WRITE_BACK = 8 << 20  # bytes written before their write-back is started
 ABANDONED_AFTER = 3600.0  # seconds; an active writer modifies its file continually
 
 
@@ -40,10 +40,10 @@ class AtomicFile:
         left = memoryview(data).cast("B")
         try:
             while left:
-                count = self._file.write(left[: self._advised + BEHIND - self.bytes])
+                count = self._file.write(left[: self._advised + WRITE_BACK - self.bytes])
                 left = left[count:]
                 self.bytes += count
-                if self.bytes >= self._advised + BEHIND:
+                if self.bytes >= self._advised + WRITE_BACK:
                     self._begin_writing_back()
         except OSError as error:
             raise self.failure(error) from None
@@ -71,11 +71,11 @@ class AtomicFile:
 
     def failure(self, error: OSError) -> OSError:
         """Error of the operating system with the cure added and its errno kept."""
-        cure = "free space there or write elsewhere"
+        cure = "free space there, or write elsewhere"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            cure = "check that the disk is there and may be written"
+            cure = "check that the disk is mounted and writable"
         reason = os.strerror(error.errno) if error.errno else str(error)
-        message = f"{reason} after {self.bytes / 1e6:.1f} MB; nothing of it is left behind, {cure}"
+        message = f"{reason} after {self.bytes / 1e6:.1f} MB; no partial file is left; {cure}"
         return OSError(error.errno, message, str(self.path))
 
 
@@ -111,9 +111,9 @@ def atomic_file(path: Place, *, sync_folder: bool = True) -> Iterator[AtomicFile
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):
-            if left.stat().st_mtime < time.time() - ABANDONED_AFTER:
-                left.unlink()
+            if leftover.stat().st_mtime < time.time() - ABANDONED_AFTER:
+                leftover.unlink()
     if sync_folder:
         sync(path.parent)

@@ -57,6 +57,6 @@ def reserve(file: int, size: int) -> None:
         else:
             os.ftruncate(file, size)
     except OSError as error:
-        cure = "free space there, or name another folder in the environment variable TMPDIR"
-        message = f"{os.strerror(error.errno)}: a large slide takes {size / 1e9:.1f} GB there for a while; {cure}"
+        cure = "free space there, or set the environment variable TMPDIR to another folder"
+        message = f"{os.strerror(error.errno)}: a large slide takes {size / 1e9:.1f} GB there temporarily; {cure}"
         raise OSError(error.errno, message, tempfile.gettempdir()) from None

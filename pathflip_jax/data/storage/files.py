@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Union
 
 import numpy as np
 
-from pathflip_jax.data.storage.retry import DAMAGED, UnavailableError, retry
+from pathflip_jax.data.storage.retry import REPLACE, UnavailableError, retry
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, spent only for URLs
     from upath import UPath
@@ -28,7 +28,7 @@ STREAM = 4 << 20  # bytes: contiguous runs from this length on are left to the s
 MOST_BUFFERS = 1024  # per call of preadv (IOV_MAX on Linux and macOS)
 GAP = 1 << 16  # bytes: ranges this close are merged, which costs less than another request
 PIECE = 8 << 20  # bytes: longer ranges are fetched in concurrent pieces, as a single stream is slower than the network
-AHEAD = 8 * PIECE  # bytes in memory of a file that is streamed to its end
+STREAM_BUFFER = 8 * PIECE  # bytes in memory of a file that is streamed to its end
 AT_ONCE = 256  # small files requested together
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
@@ -50,7 +50,7 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
     if not is_url(text):
         mangled = _URL.match(text)
         if isinstance(place, Path) and mangled and mangled.group(1) in EXTRAS:
-            raise ValueError(f"{text}: a URL that lost a slash in pathlib.Path; give it as a text")
+            raise ValueError(f"{text}: a URL that lost a slash in pathlib.Path; pass it as a string")
         return place if isinstance(place, Path) else Path(text.removeprefix("file://"))
     from upath import UPath
 
@@ -62,8 +62,8 @@ def as_path(place: "str | os.PathLike | UPath") -> Place:
         path.fs  # noqa: B018 - created here, so that a missing package is reported here
     except ImportError as error:
         extra = EXTRAS.get(protocol)
-        cure = f"`pip install pathflip-jax[{extra}]`" if extra else "install the package that it names"
-        raise ImportError(f"{text}: {protocol}:// cannot be read here ({error}); {cure}") from None
+        cure = f"run `pip install pathflip-jax[{extra}]`" if extra else "install the missing package"
+        raise ImportError(f"{text}: {protocol}:// is not supported by this installation ({error}); {cure}") from None
     except ValueError as error:
         raise ValueError(f"{text}: {error}; expected a local path, gs://, s3:// or another URL of fsspec") from None
     return path
@@ -159,7 +159,7 @@ class RemoteFile:
                 raise _too_short(self.path, at + len(data), end - at - len(data))
             if len(data) > end - at:
                 raise OSError(
-                    f"{self.path}: {len(data)} bytes for {end - at}: that storage reads no ranges; use another"
+                    f"{self.path}: the storage sent {len(data)} bytes for a range of {end - at}: it does not support ranges; use another"
                 )
             blocks[start] += data
         starts = np.array(list(blocks))
@@ -189,7 +189,7 @@ def open_stream(path: Place, size: int) -> io.BufferedIOBase:
     """Sequential binary stream of a file of that many bytes."""
     if isinstance(path, Path):
         return path.open("rb")
-    return io.BufferedReader(_Stream(path, size), AHEAD)
+    return io.BufferedReader(_Stream(path, size), STREAM_BUFFER)
 
 
 class _Stream(io.RawIOBase):
@@ -235,7 +235,7 @@ def _read_local(path: Path) -> bytes | None:
 
 
 def read_in_turn(paths: Sequence[Place]) -> Iterator[bytes | None]:
-    """Contents as from `read_many`, one file after the other, with few in memory at a time."""
+    """Contents of files as from `read_many`, one after the other, with few in memory at a time."""
     for first in range(0, len(paths), AT_ONCE):
         yield from read_many(paths[first : first + AT_ONCE])
 
@@ -350,4 +350,4 @@ def _size(arrays: Sequence[np.ndarray]) -> int:
 
 
 def _too_short(path: Place, end: int, missing: int) -> OSError:
-    return OSError(f"{path}: the file ends at byte {end}, {missing} bytes too early; {DAMAGED}")
+    return OSError(f"{path}: the file ends at byte {end}, {missing} bytes too early; {REPLACE}")

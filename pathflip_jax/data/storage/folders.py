@@ -41,7 +41,7 @@ def walk_files(folder: Path | str) -> Walked:
             state = place.stat()
             entries = sorted(os.scandir(place), key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError as error:
-            broken[place] = f"a folder that cannot be read ({error.strerror}); ask for its permissions"
+            broken[place] = f"a folder that cannot be read ({error.strerror}); ask for permission to read it"
             return
         if (state.st_dev, state.st_ino) in seen:
             return
@@ -67,12 +67,12 @@ def walk_files(folder: Path | str) -> Walked:
 def _fault(path: Path, error: OSError) -> str:
     """Fault of an unreachable file or link, with the cure."""
     if not path.is_symlink():
-        return f"cannot be read ({error.strerror}); ask for its permissions"
+        return f"cannot be read ({error.strerror}); ask for permission to read it"
     target = os.readlink(path)
     if _ANNEX.match(target.encode(errors="replace")):
-        return "a file of git-annex that is not on this machine; run `git annex get` on it"
+        return "a git-annex file whose content is not on this machine; run `git annex get` on it"
     if isinstance(error, PermissionError):
-        return f"a link to {target}, which may not be read; ask for its permissions"
+        return f"a link to {target}, which you may not read; ask for permission to read it"
     return f"a link to {target}, which is not there; mount its disk or correct the link"
 
 
@@ -90,6 +90,6 @@ def describe_placeholder(path: Path | str) -> str:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html", b"<?xml version", b"<error>")) and b"ome-xml" not in text:
         return (
-            "a web page or an error message of a server, not the file itself; download it again, logged in if need be"
+            "a web page or an error message of a server, not the file itself; download it again, logged in if necessary"
         )
     return ""

@@ -21,7 +21,7 @@ def parse_json(text: str, **options: Any) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeEncodeError as error:
-        raise ValueError(f"holds {error.object[error.start]!r}, which is no character") from None
+        raise ValueError(f"holds {error.object[error.start]!r}, which is not a character") from None
     return found
 
 

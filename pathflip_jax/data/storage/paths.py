@@ -26,7 +26,9 @@ def expand(text: str) -> str:
     if expanded.startswith("~"):
         owner = expanded.partition("/")[0]
         why = "HOME is not set, and this user has no home folder" if owner == "~" else f"no user is called {owner[1:]}"
-        raise ValueError(f"{text}: {owner} cannot be expanded, {why}; write the path out (./{text} if it is a name)")
+        raise ValueError(
+            f"{text}: {owner} cannot be expanded, {why}; write the full path (./{text} if that is the name of a file or folder)"
+        )
     require_text(expanded)
     return expanded
 
@@ -40,8 +42,8 @@ def _value_in(text: str):
         name = match.group(2) or match.group(3)
         if name not in os.environ:
             raise ValueError(
-                f"{text}: the environment variable {name} is not set; set it (export {name}=...), or write the path "
-                "out ($$ stands for a dollar sign)"
+                f"{text}: the environment variable {name} is not set; set it (export {name}=...), or write the full "
+                "path ($$ stands for a dollar sign)"
             )
         return os.environ[name]
 
@@ -56,9 +58,9 @@ def require_text(*texts: str) -> None:
         except UnicodeEncodeError:
             shown = "".join(f"\\x{ord(x) - 0xDC00:02x}" if "\udc80" <= x <= "\udcff" else x for x in text)
             raise ValueError(
-                f"{shown.encode(errors='backslashreplace').decode()}: bytes that are no UTF-8; such a name cannot be "
-                "written into records, tables and configs: rename the file or folder (convmv does a whole tree), or "
-                "set LC_ALL=C.UTF-8 if it is UTF-8"
+                f"{shown.encode(errors='backslashreplace').decode()}: not valid UTF-8; such a name cannot be "
+                "written into records, tables and configs: rename the file or folder (convmv renames a whole tree), "
+                "or set LC_ALL=C.UTF-8 if the name is UTF-8"
             ) from None
 
 

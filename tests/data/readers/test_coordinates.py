@@ -58,9 +58,9 @@ def test_places_of_another_slide_axis_or_level_are_named_with_what_fits(coords, 
     assert "with x and y exchanged they would fit" in coordinate_fault(far[:, ::-1], step, width, height)
     level = coords // factor
     said = step_fault(level, step, step, width, height)
-    assert f"multiplied by {factor} the coordinates would fit, they are of another level" in said
+    assert f"multiplied by {factor} the coordinates would fit, so they belong to another level" in said
     said = step_fault(level - level % (step // factor), step, 0.0, factor * width, factor * height)
-    assert "of another level" in said and "--patch-size" in said
+    assert "belong to another level" in said and "--patch-size" in said
     assert not step_fault(level, step, step / factor, width, height), "the file says that they overlap"
     assert not step_fault(level, step, 0.0, 0, 0), "nothing tells overlap from another level"
 
@@ -98,15 +98,15 @@ def test_repeated_places(patches, data):
     again = data.draw(st.lists(st.integers(0, patches - 1), min_size=1, unique=True))
     rows = np.array(data.draw(st.permutations([*range(patches), *again])))
     said = duplicate_coordinates_fault(coords[rows], features[rows])
-    assert said.startswith(f"{len(again)} of {patches} places are there twice") and "appended to" in said
+    assert said.startswith(f"{len(again)} of {patches} coordinates occur more than once") and "appended to" in said
     other = features[rows] + np.arange(len(rows))[:, None]
     assert "two extractions in one file" in duplicate_coordinates_fault(coords[rows], other)
-    assert duplicate_coordinates_fault(coords[rows]).startswith(f"{len(again)} of {patches} places")
+    assert duplicate_coordinates_fault(coords[rows]).startswith(f"{len(again)} of {patches} coordinates")
 
 
 def test_features_alone_that_are_there_twice():
     features = np.random.default_rng(0).random((20, 3))
-    assert "its 20 patches are there twice" in repetition_fault(np.concatenate([features, features]))
+    assert "its 20 patches occur twice" in repetition_fault(np.concatenate([features, features]))
     for sound in (features, np.ones((40, 3)), np.concatenate([features, features[:19]]), features[:2]):
         assert not repetition_fault(sound)
 

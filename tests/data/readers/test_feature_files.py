@@ -85,7 +85,7 @@ def test_tables_that_are_not_read_are_told_where_others_are(tmp_path):
     (tmp_path / "S2.csv").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
     (tmp_path / "S3.csv").write_bytes(b"")
     assert names(tmp_path) == ["S1.csv", "S2.csv"], "reading the pointer says what it is"
-    assert find_feature_files(tmp_path).notes == ["csv files that are no tables of features are not read: 1 (S3.csv)"]
+    assert find_feature_files(tmp_path).notes == ["csv files that are not feature tables are not read: 1 (S3.csv)"]
 
 
 def test_a_folder_without_features(tmp_path):

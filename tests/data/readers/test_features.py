@@ -157,10 +157,10 @@ def test_a_guessed_patch_size_says_so(tmp_path):
     path = write_h5(tmp_path / "x.h5", features=FEATURES, coords=COORDS)
     slide = read_features(path)
     assert (slide.patch_size, slide.patch_size_source) == (256, "gaps")
-    assert slide.notes == ("patch size 256 px guessed from the gaps between patches, which the file does not tell",)
+    assert slide.notes == ("patch size of 256 px inferred from the gaps between patches, as the file does not say it",)
     slide = read_features(path, patch_size=512)
     assert (slide.patch_size, slide.patch_size_source) == (512, "option")
-    assert slide.notes == ("patches of 512 px stand 256 px apart at level 0: check the patch size",)
+    assert slide.notes == ("patches of 512 px are 256 px apart at level 0: check the patch size",)
 
 
 def test_too_few_patches_tell_no_size(tmp_path):
@@ -193,7 +193,10 @@ def test_an_impossible_patch_size_in_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"x\.h5: .*impossible patch size of 3 px"):
         read_features(path)
     slide = read_features(path, patch_size=256)
-    assert slide.patch_size == 256 and "the file says an impossible patch size of 3 px: 256 was used" in slide.notes
+    assert (
+        slide.patch_size == 256
+        and "the file says an impossible patch size of 3 px: 256 was used instead" in slide.notes
+    )
 
 
 def test_patches_that_may_overlap_are_confirmed_by_their_size(tmp_path):
@@ -209,7 +212,10 @@ def test_pointers_pages_and_arrays_say_what_they_are(tmp_path):
     path = tmp_path / "x.h5"
     for content, said in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
-        (b"Access to model x is restricted\nlog in", "but text, 'Access to model x is restricted'"),
+        (
+            b"Access to model x is restricted\nlog in",
+            "text, not a valid HDF5 file: it begins with 'Access to model x is restricted'",
+        ),
         (b"<html><body>404</body></html>", "a web page"),
     ):
         path.write_bytes(content)
@@ -218,7 +224,7 @@ def test_pointers_pages_and_arrays_say_what_they_are(tmp_path):
         assert str(path) in str(error.value)
     np.save(tmp_path / "x.npy", FEATURES)
     with pytest.raises(
-        ValueError, match=r"x\.npy: a NumPy array, not features of a slide and where they lie; save .* as HDF5"
+        ValueError, match=r"x\.npy: a NumPy array, expected patch features of a slide .*; save .* as HDF5"
     ):
         read_features(tmp_path / "x.npy")
 
@@ -236,7 +242,7 @@ def test_dictionaries_of_tensors(tmp_path):
         ({"layer_11_embed": tiles, "last_layer_embed": tiles}, "layer_11_embed, last_layer_embed"),
         ({"tile_embeds": tiles, "coords": COORDS.tolist()}, "'coords' of type list"),
         ({"tile_embeds": tiles, "coords": torch.ones(6, 2, dtype=torch.bool)}, "its coords are torch.bool"),
-        (FEATURES, r"x\.pt: a pickled NumPy array.*give the \.h5 of the slide"),
+        (FEATURES, r"x\.pt: a pickled NumPy array.*pass the slide's \.h5 file"),
     ):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match=said) as error:
@@ -314,11 +320,11 @@ BROKEN = {
     "slide level": (lambda p: write_h5(p, features=np.ones(768, "f4")), "a slide embedding, one vector of 768"),
     "integers": (lambda p: write_h5(p, features=np.ones((3, 3), "i8")), "features are int64"),
     "far": (lambda p: write_h5(p, TRIDENT, features=FEATURES, coords=COORDS * 2.0**31), "beyond 2"),
-    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "holds coordinates; name the features"),
+    "coordinates": (lambda p: write_h5(p, CLAM, coords=COORDS), "holds coordinates; pass the file of the features"),
     "foreign": (lambda p: write_h5(p, x=np.ones(3)), r"datasets \['x'\], expected 'features'"),
     "group": (lambda p: write_h5(p, **{"features/a/b": np.ones(3)}), "expected 'features'"),
     "lone": (lambda p: write_h5(p, features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),
-    "not hdf5": (lambda p: p.write_bytes(b"no such file"), "not a whole HDF5 file"),
+    "not hdf5": (lambda p: p.write_bytes(b"no such file"), "not a valid HDF5 file"),
     "nothing": (lambda p: p.write_bytes(b""), "0 bytes"),
     "short row": (lambda p: write_csv(p.with_suffix(".csv"), slidechat_rows() + [[1, 2]]), "line 8: 2 columns"),
     "word": (lambda p: write_csv(p.with_suffix(".csv"), [["a", 1, 1, 1, "1_1"]]), "line 2"),
@@ -351,7 +357,7 @@ HOSTILE = {
     "external": (lambda p: bomb(p, shape=(10, 4), dtype="u1", external=[("/etc/passwd", 0, 40)]), "in another file"),
     "objects": (lambda p: bomb(p, data=[["a", "b"]], dtype=h5py.string_dtype()), "type object, expected numbers"),
     "flat coordinates": (lambda p: write_h5(p, features=FEATURES, coords=COORDS.ravel()), r"coords of shape \(12,\)"),
-    "loop": (lambda p: bomb(p, data=FEATURES) and link(p, h5py.SoftLink("/features")), "not a whole HDF5 file"),
+    "loop": (lambda p: bomb(p, data=FEATURES) and link(p, h5py.SoftLink("/features")), "not a valid HDF5 file"),
     "link": (lambda p: bomb(p, data=FEATURES) and link(p, h5py.ExternalLink("/etc/passwd", "x")), "link to another"),
     "scale": (lambda p: write_h5(p, TRIDENT | {"target_magnification": 1e-300, "patch_size_level0": 0},
                                  features=FEATURES[:1], coords=COORDS[:1]), "pass patch_size"),

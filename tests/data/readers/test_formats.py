@@ -66,7 +66,7 @@ def test_help_and_errors_are_read_off_the_table(made_up, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"no feature files \(.*\.npz"):
         find_feature_files(tmp_path)
     (tmp_path / "x.npz").write_text("no such file")
-    with pytest.raises(OSError, match=r"x\.npz: not a whole Made-up file but text, 'no such file'"):
+    with pytest.raises(OSError, match=r"x\.npz: text, not a valid Made-up file: it begins with 'no such file'"):
         read_features(tmp_path / "x.npz")
     (tmp_path / "x.bin").write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match=r"x\.bin: neither .*Made-up \(\.npz\)"):
@@ -75,7 +75,7 @@ def test_help_and_errors_are_read_off_the_table(made_up, tmp_path, capsys):
 
 def test_without_the_entry_the_same_file_is_refused(tmp_path):
     np.savez(tmp_path / "S1.npz", vectors=FEATURES, corners=COORDS)
-    with pytest.raises(ValueError, match=r"S1\.npz: a NumPy array, not features"):
+    with pytest.raises(ValueError, match=r"S1\.npz: a NumPy array, expected patch features"):
         read_features(tmp_path / "S1.npz")
     with pytest.raises(FileNotFoundError, match=r"\.npz files are not read: 1"):
         find_feature_files(tmp_path)

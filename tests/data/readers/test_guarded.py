@@ -93,7 +93,7 @@ def test_one_worker_serves_until_a_library_fails(file):
     with pytest.raises(ValueError, match=r"x\.h5: no patches in it"):
         parse("refuse", file)
     assert parse("echo", file)[0]["process"] == first
-    with pytest.raises(ValueError, match=r"x\.h5: its reader fails \(RuntimeError: library\)"):
+    with pytest.raises(ValueError, match=r"x\.h5: its reader failed \(RuntimeError: library\)"):
         parse("fail", file)
     assert parse("echo", file)[0]["process"] != first, "a library that failed may have broken more than its file"
 
@@ -117,13 +117,13 @@ def test_a_reader_that_never_stops_computing(file, monkeypatch):
 
 def test_a_reader_that_never_answers(file, monkeypatch):
     monkeypatch.setattr(guarded, "WAITING", 1)
-    with pytest.raises(ValueError, match=r"x\.h5: no answer within 1 s"):
+    with pytest.raises(ValueError, match=r"x\.h5: its reader did not answer within 1 s"):
         parse("wait", file)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory is mapped")
 def test_a_reader_that_takes_too_much_memory(file):
-    with pytest.raises(ValueError, match=r"x\.h5: its reader wants more than 100 MB"):
+    with pytest.raises(ValueError, match=r"x\.h5: its reader needs more than 100 MB"):
         parse("grab", file, memory=100_000_000)
 
 

@@ -93,7 +93,7 @@ def test_other_layouts_say_what_they_are(write):
         ({"features": FEATURES[:1], **places}, "a slide embedding"),
         ({"embeddings": FEATURES, "barcodes": np.arange(12), **places}, "'embeddings' of the spots of HEST-bench"),
         ({"embeddings": FEATURES, **places}, "rename it to 'features'"),
-        (places, "it holds coordinates; name the features made from them"),
+        (places, "it holds coordinates; pass the file of the features extracted there"),
         ({"features": FEATURES, "coords": np.tile(CELLS, 2)}, "expected two numbers, x and y"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -102,4 +102,4 @@ def test_other_layouts_say_what_they_are(write):
 
 def test_coordinates_under_another_name_are_told(write):
     slide = read_features(write({}, features=FEATURES, locations=CELLS * 512))
-    assert slide.coords is None and slide.notes == ("no 'coords' in the file, and 'locations' not read",)
+    assert slide.coords is None and slide.notes == ("no 'coords' in the file; not read: 'locations'",)

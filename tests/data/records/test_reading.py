@@ -98,7 +98,7 @@ def test_places_that_are_there_twice_are_told_with_what_the_features_say(tmp_pat
             features[89] = features[88]
 
     found = "with equal features" if equal else "with different features"
-    with pytest.raises(ValueError, match=rf"a\.tfrecord: slide S: 1 of 89 places are there twice.*{found}"):
+    with pytest.raises(ValueError, match=rf"a\.tfrecord: slide S: 1 of 89 coordinates occur more than once.*{found}"):
         rewritten(write(tmp_path), change).read(0)
 
 

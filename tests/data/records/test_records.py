@@ -424,7 +424,7 @@ def test_verify_finds_patches_where_none_can_be(tmp_path, monkeypatch):
     shard = str(tmp_path / shard_name(0))
     assert all(fault.startswith(shard) for fault in faults[:3])
     assert "beyond the slide, which is 576 x 24000" in faults[0] and "x and y exchanged" in faults[0]
-    assert "1 of 39 places are there twice" in faults[1] and "an impossible patch size of 3 px" in faults[2]
+    assert "1 of 39 coordinates occur more than once" in faults[1] and "an impossible patch size of 3 px" in faults[2]
 
 
 def test_a_slide_beyond_protobuf_is_refused(tmp_path):
@@ -438,7 +438,7 @@ def test_a_slide_beyond_protobuf_is_refused(tmp_path):
 def test_a_bad_slide_in_the_middle_leaves_nothing(tmp_path):
     def slides():
         yield make_slide()
-        raise OSError("x.h5: not a whole HDF5 file")
+        raise OSError("x.h5: not a valid HDF5 file")
 
     with pytest.raises(OSError, match="x.h5"):
         write(tmp_path, slides())
@@ -457,7 +457,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(OSError, match=r"File too large after .*nothing of it is left.*free space") as error:
+        with pytest.raises(OSError, match=r"File too large after .*no partial file is left.*free space") as error:
             write(tmp_path, (make_slide(f"S{i}", 2000, 64) for i in range(3)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

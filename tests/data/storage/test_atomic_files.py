@@ -19,7 +19,7 @@ def test_the_disk_begins_while_the_file_is_written(tmp_path, monkeypatch):
         advise(fd, offset, size, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", noted)
-    monkeypatch.setattr(atomic_files, "BEHIND", 100)
+    monkeypatch.setattr(atomic_files, "WRITE_BACK", 100)
     parts = [np.random.default_rng(size).bytes(size) for size in (30, 250, 0, 90, 7)]
     with atomic_file(tmp_path / "x") as out:
         for part in parts:
@@ -34,7 +34,7 @@ def test_advice_that_a_file_system_does_not_take(tmp_path, monkeypatch):
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
-    monkeypatch.setattr(atomic_files, "BEHIND", 4)
+    monkeypatch.setattr(atomic_files, "WRITE_BACK", 4)
     with atomic_file(tmp_path / "x") as out:
         out.write(b"0123456789")
     assert (tmp_path / "x").read_bytes() == b"0123456789"

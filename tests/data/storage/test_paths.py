@@ -127,13 +127,13 @@ def test_bytes_that_are_no_text_are_refused_at_the_start(argv, capsys):
     bad = os.fsdecode(b"runs/\xfc\xff")
     assert cli.main([argument.format(bad) for argument in argv]) == cli.WRONG_INPUT
     said = capsys.readouterr().err
-    assert r"runs/\xfc\xff: bytes that are no UTF-8" in said and "rename" in said
+    assert r"runs/\xfc\xff: not valid UTF-8" in said and "rename" in said
 
 
 def test_a_current_folder_that_is_no_text_is_refused(tmp_path, monkeypatch, capsys):
     os.mkdir(bad := os.fsencode(tmp_path) + b"/\xff")
     monkeypatch.chdir(bad)
-    assert cli.main(["doctor"]) == cli.WRONG_INPUT and r"/\xff: bytes that are no UTF-8" in capsys.readouterr().err
+    assert cli.main(["doctor"]) == cli.WRONG_INPUT and r"/\xff: not valid UTF-8" in capsys.readouterr().err
 
 
 def test_text_of_other_letters_is_text():

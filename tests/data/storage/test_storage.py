@@ -260,7 +260,7 @@ def test_a_bucket_that_stays_away(bucket, what):
     records = Records(URL)
     before = set(bucket.store)
     bucket.troubles[:] = [ConnectionError("no route to host")] * 99
-    with pytest.raises(OSError, match=f"{URL}.*: failed 4 times, at last with: no route to host; check network"):
+    with pytest.raises(OSError, match=f"{URL}.*: failed 4 times, the last time with: no route to host; check network"):
         if what == "open":
             Records(URL)
         elif what == "read":
@@ -284,7 +284,7 @@ def test_a_shard_appears_whole_or_not_at_all(bucket, monkeypatch):
 
     def slides():
         yield SLIDES[0]
-        raise OSError("x.h5: not a whole HDF5 file")
+        raise OSError("x.h5: not a valid HDF5 file")
 
     with pytest.raises(OSError, match="x.h5"):
         write_shard(f"{URL}/{shard_name(0)}", slides(), edge_um=64.0)

@@ -156,7 +156,7 @@ def test_bad_tables_name_file_and_line(table, content, message):
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"slide_id": ' * 100_000, "line 1: broken JSON .nested too deeply"),
-        ('{"slide_id": "S1", "caption": "\\ud800 A."}', "line 1: broken JSON .*no character"),
+        ('{"slide_id": "S1", "caption": "\\ud800 A."}', "line 1: broken JSON .*not a character"),
         ("slide_id,caption\nS1," + "A" * 140_000, "line 2: broken CSV .field larger than"),
         (",".join(map(str, range(200_000))) + ",7\n", "line 1: the column '7' occurs twice"),
         ("slide_id,caption\n" + '"\n",' * 500_000, "line .* a row of more than 2 million characters"),
