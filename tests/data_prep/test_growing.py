@@ -319,7 +319,7 @@ def test_what_vanishes_is_named_and_strict_stops(tmp_path):
     os.symlink(tmp_path / "store", tmp_path / "in/linked")
     (tmp_path / "slides.csv").write_text("slide_id,patient_id\nA,P1\nB,P2\nC,P3\n")
     report = import_features(tmp_path / "in", tmp_path / "out", slides_table=tmp_path / "slides.csv")
-    assert report.done == ["A", "B"] and not report.failed and "(C)" in note(report, "belong to no slide")
+    assert report.done == ["A", "B"] and not report.failed and "(C)" in note(report, "match no slide")
     assert [row["slide"] for row in json.loads((tmp_path / "out/failures.json").read_text())] == ["C"]
     os.symlink("/nowhere/D.h5", tmp_path / "in/D.h5")
     how = {"slides_table": tmp_path / "slides.csv"}

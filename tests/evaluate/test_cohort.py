@@ -30,8 +30,8 @@ def test_a_spreadsheets_table_finds_slides_and_patients(tiny_cohort, respelt):
     assert len(set(cohort.patients)) < len(cohort.patients)
     assert len(cohort.rows("train")) == sum(row["split"] == "train" for row in cohort.table) - 1
     text = "\n".join(cohort.warnings)
-    assert "are spelt otherwise than the slides (s01.svs is slide S01" in text.replace("s01 is", "s01.svs is")
-    assert f"1 of {len(known) + 1} rows of {respelt} belong to no slide (elsewhere)" in text
+    assert "are spelt differently from the slides (s01.svs is slide S01" in text.replace("s01 is", "s01.svs is")
+    assert f"1 of {len(known) + 1} rows of {respelt} match no slide (elsewhere)" in text
     assert "patients are written in more than one way" in text
 
 

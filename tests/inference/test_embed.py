@@ -224,7 +224,7 @@ def test_slides_of_the_table_without_a_record_are_failures(tiny_cohort, run, tmp
         run, tiny_cohort.records, tmp_path / "e.parquet", slides_table=table, split="test", strict=False
     )
     assert report.done == ["S01", "S03"]
-    assert any("spelt otherwise than the slides (s01 is slide S01)" in note for note in report.notes)
+    assert any("spelt differently from the slides (s01 is slide S01)" in note for note in report.notes)
     assert [(f.slide, "not among" in f.error) for f in report.failed] == [("S99", True)]
 
 

@@ -157,7 +157,8 @@ def test_a_slide_table_of_other_patients_is_refused_by_name(config, tiny_cohort,
     with pytest.raises(ValueError) as error:
         open_data(config(**{"data.slides": table}))
     said = str(error.value)
-    assert f"slide S03 is of P99 in {table}, but of P03 in" in said and "must agree: correct case_id or patient" in said
+    assert f"slide S03 belongs to P99 in {table}, but to P03 in" in said
+    assert "must agree: correct case_id or patient" in said
 
 
 def test_texts_may_name_a_patient_that_only_the_slide_table_knows(config, tiny_cohort, tmp_path):

@@ -71,9 +71,7 @@ class SlideFeatures:
             found = "one vector: a slide embedding, not patches" if features.ndim == 1 else f"of shape {features.shape}"
             raise ValueError(f"{where}: the features are {found}; expected [patches, feature width]")
         if not len(features):
-            raise ValueError(
-                f"{where}: no tissue: features of 0 patches; leave the slide out, or segment its tissue again"
-            )
+            raise ValueError(f"{where}: no tissue: features of 0 patches; leave the slide out, or segment it again")
         if features.dtype not in FEATURE_DTYPES:
             raise ValueError(f"{where}: features are {features.dtype}, expected float16, bfloat16 or float32")
         if not (finite or all_finite(features)):
@@ -245,7 +243,7 @@ def _fill(
     size = fields.get("patch_size", 0)
     fields["patch_size_source"] = "file" if size else ""
     if patch_size and size and patch_size_fault(size, 0, 0, 0):
-        notes.append(f"the file says an impossible patch size of {size} px: {patch_size} was used instead")
+        notes.append(f"the file says an impossible patch size of {size} px: {patch_size} was used")
         size = 0
     if patch_size and not size:
         fields |= {"patch_size": patch_size, "patch_size_source": "option"}
@@ -290,7 +288,7 @@ def _inferred_size(patches: int, gap: Gap) -> dict:
     if gap.support < FEWEST_GAPS:
         seen = f"{gap.support} gaps of {gap.size} px" if gap.support else "no two of them in one row or column"
         raise UnknownPatchSize(
-            f"the patch size is not in the file and cannot be inferred from {patches} patches ({seen}); pass patch_size "
-            "(--patch-size): the edge of a patch in pixels at level 0"
+            f"the patch size is not in the file and cannot be inferred from {patches} patches ({seen}); pass "
+            "patch_size (--patch-size): the edge of a patch in pixels at level 0"
         )
     return {"patch_size": gap.size, "patch_size_source": "gaps"}

@@ -51,9 +51,7 @@ def _recognise(start: bytes, path: Path) -> FeatureFormat:
             continue
         if named not in (known, None) and is_text(start):
             found = start.decode(errors="replace").splitlines()[0]
-            raise OSError(
-                f"{path}: text, not a valid {named.name} file: it begins with {found!r}; download or copy it again"
-            )
+            raise OSError(f"{path}: text ({found!r}), not a valid {named.name} file; download or copy it again")
         return known
     kinds = (
         ("a NumPy array", start[:6] == b"\x93NUMPY" or path.suffix.lower() == ".npz"),

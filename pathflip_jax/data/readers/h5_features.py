@@ -147,9 +147,7 @@ def _sibling_attributes(path: Path) -> dict:
             if sibling.is_file():
                 facts, _ = guarded.parse(READER, sibling, False, "")
                 if "coords" not in facts:
-                    raise OSError(
-                        f"{sibling}: no patch coordinates in the file; write it again, or pass the patch size"
-                    )
+                    raise OSError(f"{sibling}: the file has no patch coordinates; write it again, or pass patch_size")
                 return _grid_attributes(facts["coords"])
     return {}
 

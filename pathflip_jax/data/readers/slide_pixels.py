@@ -120,9 +120,7 @@ def mask(path: str, most: int) -> Parsed:
         sizes = [width * height for width, height in slide.level_dimensions]
         level = next((number for number, size in enumerate(sizes) if size <= most), len(sizes) - 1)
         if sizes[level] > WHOLE_LEVEL:
-            raise ValueError(
-                f"its smallest level has {sizes[level]:,} pixels; expected an image pyramid, the usual format of masks"
-            )
+            raise ValueError(f"its smallest level has {sizes[level]:,} pixels; expected a pyramid, as usual for masks")
         picture = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))
         values = np.where(picture[..., 3] > 0, picture[..., 0], 0)
         return {"downsample": slide.level_downsamples[level]}, {"mask": values > values.max() / 2}

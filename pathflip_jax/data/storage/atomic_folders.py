@@ -16,9 +16,7 @@ def atomic_folder(place: Path | str) -> Iterator[Path]:
     Raises FileExistsError if a non-empty folder exists, ValueError for a URL.
     """
     if is_url(place):
-        raise ValueError(
-            f"{place}: folders can only be written to a local disk; write it there, then copy it to the URL"
-        )
+        raise ValueError(f"{place}: folders are only written to local disks; write to one, then copy the folder")
     folder = Path(place)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty; write to another folder, or remove it")

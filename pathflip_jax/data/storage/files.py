@@ -159,7 +159,8 @@ class RemoteFile:
                 raise _too_short(self.path, at + len(data), end - at - len(data))
             if len(data) > end - at:
                 raise OSError(
-                    f"{self.path}: the storage sent {len(data)} bytes for a range of {end - at}: it does not support ranges; use another"
+                    f"{self.path}: {len(data)} bytes received for a range of {end - at}: the storage does not support "
+                    "ranges; use another"
                 )
             blocks[start] += data
         starts = np.array(list(blocks))

@@ -27,7 +27,7 @@ def expand(text: str) -> str:
         owner = expanded.partition("/")[0]
         why = "HOME is not set, and this user has no home folder" if owner == "~" else f"no user is called {owner[1:]}"
         raise ValueError(
-            f"{text}: {owner} cannot be expanded, {why}; write the full path (./{text} if that is the name of a file or folder)"
+            f"{text}: {owner} cannot be expanded, {why}; write the full path (./{text} if that is its name)"
         )
     require_text(expanded)
     return expanded

@@ -177,6 +177,6 @@ def _merge(n: int, leader: int, neighbours: bool, most: int, chance: list[float]
 def draw_given(n: int, k: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
     """Indices of K subcaptions out of n given ones, in random order and each used once before any repeats."""
     if n < 1:
-        raise ValueError("no subcaptions to draw from; leave the key out, and they come from the sentences")
+        raise ValueError("no subcaptions to draw from; leave out the key `subcaptions` to draw them from the sentences")
     rounds = [rng.permutation(n) for _ in range(-(-k // n))]
     return [(int(i),) for i in np.concatenate(rounds)[:k]]

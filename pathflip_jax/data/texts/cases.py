@@ -26,7 +26,7 @@ class Sources(NamedTuple):
 NO_TABLE = Sources()
 
 
-class _Said(NamedTuple):
+class _Statement(NamedTuple):
     """Case, patient, or both, of a slide in one source."""
 
     source: str
@@ -35,7 +35,7 @@ class _Said(NamedTuple):
     def folded(self) -> set[str]:
         return {fold(name) for name in (*self.names, *map(barcode_patient, self.names)) if name}
 
-    def words(self) -> str:
+    def described(self) -> str:
         return f"{' / '.join(dict.fromkeys(self.names))} in {self.source}"
 
 
@@ -51,24 +51,26 @@ def bag_keys(
     its meaning there. A slide's own id and its barcode add no information. Raises ValueError if two sources name
     different ones.
     """
-    tell = _key_of(sources.rows.values())
+    keys_of = _keys_of(sources.rows.values())
     keys: list[set[Key]] = []
-    faults: dict[str, tuple[_Said, _Said]] = {}
+    faults: dict[str, tuple[_Statement, _Statement]] = {}
     for slides in members:
         own: set[Key] = set()
-        captions = [_Said(sources.texts, [text.case_id]) for text in grouped[slides] if _tells(text.case_id, slides)]
+        cases = [text.case_id for text in grouped[slides] if _is_informative(text.case_id, slides)]
         for slide in slides:
             row = sources.rows.get(slide, {})
             table = [row.get("case_id", ""), row.get("patient_id", "")]
             own |= patient_keys(slide, *table)
-            said = [_Said(sources.slides, [name for name in table if _tells(name, [slide])])]
-            said += [_Said(sources.records, [case_of[slide]])] if _tells(case_of[slide], [slide]) else []
-            said = [one for one in (*said, *captions) if one.names]
-            if not said or said[0].source != sources.slides:  # otherwise the others repeat the table, or are faults
-                own |= {key for one in said for name in one.names for key in tell(name)}
-            for other in said[1:]:
-                if not said[0].folded() & other.folded():
-                    faults[slide] = said[0], other
+            statements = [_Statement(sources.slides, [name for name in table if _is_informative(name, [slide])])]
+            if _is_informative(case_of[slide], [slide]):
+                statements.append(_Statement(sources.records, [case_of[slide]]))
+            statements += [_Statement(sources.texts, [case]) for case in cases]
+            statements = [one for one in statements if one.names]
+            if not statements or statements[0].source != sources.slides:  # else they repeat the table, or are faults
+                own |= {key for one in statements for name in one.names for key in keys_of(name)}
+            for other in statements[1:]:
+                if not statements[0].folded() & other.folded():
+                    faults[slide] = statements[0], other
         keys.append(own)
     if faults:
         raise ValueError(_disagreement(faults, sources))
@@ -90,7 +92,7 @@ def slides_of_case(rows: Iterable[Mapping[str, str]]) -> Callable[[str], tuple[s
     return find
 
 
-def _tells(name: str, slides: Sequence[str]) -> bool:
+def _is_informative(name: str, slides: Sequence[str]) -> bool:
     """Whether a name adds information on the patient beyond the slides' own ids."""
     if is_missing(name):
         return False
@@ -98,7 +100,7 @@ def _tells(name: str, slides: Sequence[str]) -> bool:
     return fold(name) not in map(fold_slide, slides) and barcode_patient(name) not in barcodes
 
 
-def _key_of(rows: Iterable[Mapping[str, str]]) -> Callable[[str], set[Key]]:
+def _keys_of(rows: Iterable[Mapping[str, str]]) -> Callable[[str], set[Key]]:
     """Function from a name to its keys: of a case, or of a patient in the table if no case has that name."""
     rows = list(rows)
     cases, patients = ({fold(row[name]) for row in rows} for name in ("case_id", "patient_id"))
@@ -110,7 +112,7 @@ def _key_of(rows: Iterable[Mapping[str, str]]) -> Callable[[str], set[Key]]:
     return keys
 
 
-def _disagreement(faults: Mapping[str, tuple[_Said, _Said]], sources: Sources) -> str:
+def _disagreement(faults: Mapping[str, tuple[_Statement, _Statement]], sources: Sources) -> str:
     (slide, (one, other)), more = next(iter(faults.items())), len(faults) - 1
     involved = {one.source, other.source}
     cures = []
@@ -119,11 +121,11 @@ def _disagreement(faults: Mapping[str, tuple[_Said, _Said]], sources: Sources) -
     if sources.texts in involved:
         cures.append(f"correct the case of its text in {sources.texts}")
     if sources.records in involved:
-        cures.append(f"write {sources.records} again with --slides of a table that is right")
+        cures.append(f"write {sources.records} again, with --slides and a correct table")
     if not sources.rows:
-        cures.append("name a slide table that has both as case_id and patient_id (--config.data.slides)")
+        cures.append("give a slide table with both, as case_id and patient_id (--config.data.slides)")
     return (
-        f"slide {slide} is of {one.words()}, but of {other.words()}"
-        + (f", and {more} more slides differ alike" if more else "")
+        f"slide {slide} belongs to {one.described()}, but to {other.described()}"
+        + (f", and the sources disagree on {more} more slides" if more else "")
         + f". Slides of one patient are never negatives of each other, so these must agree: {', or '.join(cures)}"
     )

@@ -61,7 +61,7 @@ def _python(text: str) -> str:
             continue
         if before and token.type in values and before.type in values:
             if token.start == before.end:
-                raise ValueError(f"{before.string} and {token.string} are not parted")
+                raise ValueError(f"{before.string} and {token.string} are not separated")
             found.append(",")
         found.append(_CONSTANTS.get(token.string, token.string))
         before = token

@@ -11,7 +11,7 @@ from pathflip_jax.data.texts.tables import Row
 OPTION = re.compile(r"(?:^|\s)\(?([A-H])[).:]\s+")  # the label of an option within a text
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _COLUMNS = "abcdefgh"
-_HEADED = re.compile(r"\(?([A-Z])[).:]\s+(.*)", re.DOTALL)
+_LETTERED = re.compile(r"\(?([A-Z])[).:]\s+(.*)", re.DOTALL)
 
 
 def row_options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
@@ -24,7 +24,7 @@ def row_options(row: Row, asked: str) -> tuple[str, dict[str, str]]:
     try:
         if given != "":
             found = _given_options(given)
-        elif columns := {name.upper(): as_text(row.said(name)) for name in _COLUMNS if name in row.values}:
+        elif columns := {name.upper(): as_text(row.first_nonempty(name)) for name in _COLUMNS if name in row.values}:
             found = {letter: text for letter, text in columns.items() if text}
         else:
             return _asked_options(asked)
@@ -53,10 +53,10 @@ def _given_options(given: Any) -> dict[str, str]:
         texts.pop()
     if "" in texts or len(texts) > len(LETTERS):
         what = f"option {texts.index('') + 1} of {len(texts)} is empty" if "" in texts else f"{len(texts)} options"
-        raise ValueError(f"{what}, which leaves open what letters the others have; give the options by letter")
-    headed = [_HEADED.fullmatch(text) for text in texts]
-    if all(headed) and [match[1] for match in headed] == [*LETTERS[: len(texts)]]:
-        texts = [match[2].strip() for match in headed]
+        raise ValueError(f"{what}, so their letters are ambiguous; give the options by letter")
+    lettered = [_LETTERED.fullmatch(text) for text in texts]
+    if all(lettered) and [match[1] for match in lettered] == [*LETTERS[: len(texts)]]:
+        texts = [match[2].strip() for match in lettered]
     return dict(zip(LETTERS, texts, strict=False))
 
 
@@ -74,7 +74,7 @@ def _split_options(text: str) -> dict[str, str] | list[str]:
     for mark in ("\n", "|", ";"):
         if len(parts := [part.strip() for part in text.split(mark) if part.strip()]) > 1:
             return parts
-    raise ValueError(f"the options {text!r:.60} cannot be told apart; write a list, or one a line")
+    raise ValueError(f"the options {text!r:.60} cannot be separated; write a list, or one per line")
 
 
 def _asked_options(asked: str) -> tuple[str, dict[str, str]]:
@@ -103,18 +103,18 @@ def answer_letter(row: Row, answer: str, options: Mapping[str, str]) -> str:
     if letter in options and same and letter not in same:
         raise ValueError(
             f"{row.place}: the answer {answer!r} is the letter of {options[letter]!r} and the text of option "
-            f"{same[0]}; write the letter and the text of the one that is right ({letter}. {options[letter]})"
+            f"{same[0]}; write the letter and the text of the correct one ({letter}. {options[letter]})"
         )
     if letter in options:
         return letter
     if len({options[one] for one in same}) > 1:
-        raise ValueError(f"{row.place}: the answer {answer!r:.60} may be each of {', '.join(same)}; write the letter")
+        raise ValueError(f"{row.place}: the answer {answer!r:.60} matches each of {', '.join(same)}; write the letter")
     if same:
         return same[0]
     match = re.fullmatch(r"\(?([A-Z])(?:[).:]+\s*(.*))?", answer.strip(), re.IGNORECASE | re.DOTALL)
     if match and (letter := match.group(1).upper()) in options:
-        said = same_text(match.group(2) or "", options)
-        if said and letter not in said:
-            raise ValueError(f"{row.place}: the answer {answer!r:.60} has letter {letter} and the text of {said[0]}")
+        named = same_text(match.group(2) or "", options)
+        if named and letter not in named:
+            raise ValueError(f"{row.place}: the answer {answer!r:.60} has letter {letter} and the text of {named[0]}")
         return letter
     raise ValueError(f"{row.place}: the answer {answer!r:.60} is none of the options {options}")

@@ -78,12 +78,12 @@ def read_mixture(tables: str) -> list[tuple[Place, int]]:
             )
         if not re.fullmatch(r"0*[1-9][0-9]{0,5}", times, re.ASCII):
             raise ValueError(
-                f"part {number} of {tables!r:.200}: {name} is to be seen {times!r:.20} times in an epoch; expected a "
-                "whole number of at least 1 behind the *, and no other * in the name"
+                f"part {number} of {tables!r:.200}: {name} has the repetition count {times!r:.20}; expected a whole "
+                "number of at least 1 after the *, and no other * in the name"
             )
         place = as_path(name)
         if place in [known for known, _ in mixture]:
-            raise ValueError(f"part {number} of {tables!r:.200} names {name} again; name it once, with *2 behind it")
+            raise ValueError(f"part {number} of {tables!r:.200} names {name} again; name it once, followed by *2")
         mixture.append((place, int(times)))
     return mixture
 
@@ -100,16 +100,16 @@ def _conversation(row: Row, number: int) -> Conversation:
     slide_ids, case_id = row_slides(row)
     if row.first("conversations") or ("conversations" in row.values and not has_caption(row)):
         turns = [_turn(row, asked, answer) for asked, answer in row_turns(row)]
-    elif "answer" in row.values and not (row.said("answer") == "" and has_caption(row)):
+    elif "answer" in row.values and not (row.first_nonempty("answer") == "" and has_caption(row)):
         turns = [Turn(ask(question), question.answer) for question in row_questions(row, number)]
     elif has_caption(row):
-        instruction = row.said("question") or DESCRIBE
+        instruction = row.first_nonempty("question") or DESCRIBE
         if not isinstance(instruction, str):
             raise ValueError(f"{row.place}: a question must be a text, not {instruction!r:.60}")
         turns = [Turn(instruction, row_caption(row).strip())]
     else:
         raise ValueError(
-            f"{row.place}: nothing is answered; columns question and answer are needed, or caption, or conversations, "
+            f"{row.place}: no answer; columns question and answer are needed, or caption, or conversations, "
             f"{row_columns(row)}"
         )
     _check_turns(row, turns)
@@ -122,31 +122,31 @@ def _check_turns(row: Row, turns: Sequence[Turn]) -> None:
     for number, (asked, answer) in enumerate(turns, 1):
         where = row.place if len(turns) == 1 else f"{row.place}, turn {number}"
         if not asked.replace(IMAGE, "").strip():
-            found = f"nothing but {IMAGE}" if asked else "nothing"
-            raise ValueError(f"{where}: {found} is asked; write the question, or remove the row")
+            found = f"holds only {IMAGE}" if asked else "is empty"
+            raise ValueError(f"{where}: the question {found}; write it, or remove the row")
         if is_empty(answer):
             raise ValueError(f"{where}: the answer to {asked!r:.60} is empty; write it or remove the row")
         if IMAGE in answer:
-            raise ValueError(f"{where}: {IMAGE} in the answer {answer!r:.60}; it belongs into the first question")
+            raise ValueError(f"{where}: {IMAGE} in the answer {answer!r:.60}; it belongs in the first question")
         if asked.count(IMAGE) > 1:
             raise ValueError(
-                f"{where}: {asked.count(IMAGE)} times {IMAGE} in {asked!r:.60}; all slides of a conversation stand in "
-                "one place, write it once"
+                f"{where}: {asked.count(IMAGE)} times {IMAGE} in {asked!r:.60}; all slides of a conversation are "
+                "inserted in one place, so write it once"
             )
         if IMAGE in asked and number > 1:
-            raise ValueError(f"{where}: {IMAGE} in {asked!r:.60}; it belongs into the first turn, move it there")
+            raise ValueError(f"{where}: {IMAGE} in {asked!r:.60}; it belongs in the first turn; move it there")
 
 
 def _turn(row: Row, asked: str, answer: str) -> Turn:
     """A turn, with the standard multiple-choice prompt if its answer is exactly one of the options."""
     question, options = row_options(row, asked)
-    behind = any(IMAGE in text for text in options.values())  # IMAGE follows the last option
+    image_last = any(IMAGE in text for text in options.values())  # IMAGE then follows the last one
     options = {letter: text.replace(IMAGE, "").strip() for letter, text in options.items()}
     letter = _letter(answer, options)
     if not letter or asked.count(IMAGE) > 1:
         return Turn(asked, answer)
     text = ask(Question("", (), "", question, answer, options))
-    return Turn(f"{text}\n{IMAGE}" if behind else text, letter)
+    return Turn(f"{text}\n{IMAGE}" if image_last else text, letter)
 
 
 def _letter(answer: str, options: dict[str, str]) -> str:
@@ -154,8 +154,8 @@ def _letter(answer: str, options: dict[str, str]) -> str:
     match = re.fullmatch(r"\(?([A-Ha-h])(?:[).:]+\s*(.*))?", answer, re.DOTALL)
     named = same_text(answer, options)
     if match and (letter := match.group(1).upper()) in options:
-        said = match.group(2) or ""
-        if letter in same_text(said, options) if said else letter in (named or [letter]):
+        text = match.group(2) or ""
+        if letter in same_text(text, options) if text else letter in (named or [letter]):
             return letter
         return ""
     return named[0] if named else ""

@@ -35,7 +35,7 @@ class Row(NamedTuple):
         """First of these columns that is not missing (`is_missing`); "" if all are."""
         return self._first(names, is_missing)
 
-    def said(self, *names: str) -> Any:
+    def first_nonempty(self, *names: str) -> Any:
         """First non-empty of these free-text columns, "None" and "unknown" included; "" if all are empty.
 
         For answers, questions and options only: elsewhere these words mean a missing value.
@@ -104,20 +104,20 @@ def _text_rows(path: Place, binary: BinaryIO, encoding: str) -> list[Row]:
     with io.TextIOWrapper(binary, encoding=encoding, newline="") as file:
         lines = _Lines(path, file)
         try:
-            return _told_rows(path, file, lines)
+            return _sniffed_rows(path, file, lines)
         except UnicodeError:
             kind = "UTF-16" if encoding == "utf-16" else "UTF-8"
             raise ValueError(f"{path}: not {kind} near line {lines.number}; save the table as UTF-8") from None
 
 
-def _told_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
+def _sniffed_rows(path: Place, file: TextIO, lines: "_Lines") -> list[Row]:
     """Rows of a text table whose format is detected from its beginning."""
     head = file.read(_SNIFFED).lstrip()
     file.seek(0)
     if not head:
         raise ValueError(f"{path}: the file is empty; a table of CSV, JSON, JSON Lines or Parquet is needed")
     if "\0" in head:
-        raise ValueError(f"{path}: zero bytes in it: UTF-16 without a mark, or no table; save the table as UTF-8")
+        raise ValueError(f"{path}: zero bytes in it: UTF-16 without a BOM, or not a table; save the table as UTF-8")
     if head[0] == "[":
         return _json_rows(path, file)
     return _json_line_rows(path, file, lines) if head[0] == "{" else _csv_rows(path, lines, head)
@@ -144,7 +144,7 @@ def _parquet_rows(path: Place, binary: BinaryIO) -> list[Row]:
         size, values = found
         if size > LARGEST_JSON:
             most = f"{LARGEST_JSON / 1e6:.0f}"
-            raise ValueError(f"{path}: its values take more than {most} MB; write the columns that are needed")
+            raise ValueError(f"{path}: its values take more than {most} MB; write only the columns that are needed")
         rows += [_row(f"{path}, row {len(rows) + n}", one.items()) for n, one in enumerate(values, 1)]
 
 
@@ -152,14 +152,14 @@ def _parquet_batches(binary: BinaryIO) -> Iterator[tuple[int, list[dict[str, Any
     """Cumulative bytes of all values, and the next rows, a few at a time, as one stored value may expand to many."""
     from pyarrow import parquet
 
-    table, held = parquet.ParquetFile(binary), 0
+    table, total = parquet.ParquetFile(binary), 0
     for group in range(table.num_row_groups):
         size = max(1, table.metadata.row_group(group).total_byte_size)
         if size > LARGEST_JSON:
             yield size, []
         for batch in table.iter_batches(max(1, min(1024, LARGEST_JSON // size)), row_groups=[group]):
-            held += batch.nbytes
-            yield held, [] if held > LARGEST_JSON else batch.to_pylist()
+            total += batch.nbytes
+            yield total, [] if total > LARGEST_JSON else batch.to_pylist()
 
 
 def _row(place: str, cells: Iterable[tuple[str, Any]]) -> Row:
@@ -232,16 +232,16 @@ def _whole_object(path: Place, file: TextIO, place: str, error: ValueError) -> R
 
 def _json_row(place: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: a {type(value).__name__}, where an object with named values was expected")
+        raise ValueError(f"{place}: found a {type(value).__name__}, expected an object with named values")
     return _row(place, value.items())
 
 
 def _csv_rows(path: Path, lines: _Lines, head: str) -> list[Row]:
-    said = _SEPARATOR.match(head)
-    if said:
+    declared = _SEPARATOR.match(head)
+    if declared:
         next(lines)
-        head = head[said.end() :].lstrip()
-    delimiter = said.group(1) if said else max(",;\t", key=head.split("\n", 1)[0].count)
+        head = head[declared.end() :].lstrip()
+    delimiter = declared.group(1) if declared else max(",;\t", key=head.split("\n", 1)[0].count)
     skipped = lines.number - 1
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -258,8 +258,8 @@ def _csv_rows(path: Path, lines: _Lines, head: str) -> list[Row]:
                 continue
             if len(fields) != len(names):
                 raise ValueError(
-                    f"{place}: {len(fields)} fields where the header names {len(names)}; "
-                    'a field that holds the separator needs quotes ("a, b")'
+                    f"{place}: {len(fields)} fields, the header has {len(names)}; "
+                    'a field that contains the separator needs quotes ("a, b")'
                 )
             rows.append(Row(place, dict(zip(names, fields, strict=True))))
     except csv.Error as error:

@@ -99,9 +99,9 @@ def row_questions(row: Row, number: int) -> list[Question]:
     category = row.text("narrow category", "category", "broad category", "task", "type")
     broad = row.text("broad category")
     if row.first("conversations"):
-        turns = bare_turns(row)
+        turns = turns_without_image(row)
     else:
-        turns = [(as_text(row.said("question")), _answer(row))]
+        turns = [(as_text(row.first_nonempty("question")), _answer(row))]
     questions = []
     for turn, (asked, answer) in enumerate(turns):
         if not asked or not answer:
@@ -115,7 +115,7 @@ def row_questions(row: Row, number: int) -> list[Question]:
 
 
 def _answer(row: Row) -> str:
-    given = row.said("answer")
+    given = row.first_nonempty("answer")
     if isinstance(given, list) and len(given) == 1:
         given = given[0]
     if isinstance(given, list | dict):
@@ -138,7 +138,7 @@ def read_slide_table(path: str | Path) -> list[dict[str, str]]:
             spelt = "" if other == slide else f" as {other}"
             raise ValueError(
                 f"{row.place}: slide {slide} is listed more than once (first in {place}{spelt}); "
-                "a slide counts once, remove the others"
+                "a slide may be listed only once, remove the others"
             )
     return found
 
@@ -190,8 +190,8 @@ def match_slides(
     if not any(matched):
         raise ValueError(
             f"none of the {len(named)} texts belongs to any of the {len(slide_ids)} slides: the texts name "
-            f"{preview(samples)}, the slides are {preview(slide_ids)}; give the table that belongs to these slides, or "
-            "make its ids those of the slides (file names without extension)"
+            f"{preview(samples)}, the slides are {preview(slide_ids)}; give the table of these slides, or change its "
+            "ids to those of the slides (file names without extension)"
         )
     silent = sorted(set(slide_ids) - {slide for found in matched for slide in found})
     if other := {
@@ -201,7 +201,7 @@ def match_slides(
         if len(names) == len(found) == 1 and clean_id(name) != clean_id(found[0]) and known.find(name)
     }:
         pairs = [f"{name} is slide {slide}" for name, slide in other.items()]
-        _log.warning("%d ids of the text table are spelt otherwise than the slides (%s)", len(other), preview(pairs))
+        _log.warning("%d ids of the text table are spelt differently from the slides (%s)", len(other), preview(pairs))
     if lost:
         _log.warning("%d ids of the text table match no slide (%s) and are left out", lost, preview(samples))
     if silent:
@@ -239,21 +239,21 @@ def rename_rows(
             continue
         if slide in spelt:
             both = f"{spelt[slide]} and {name} are both slide {slide}"
-            raise ValueError(f"{table}: {both}; a slide counts once, remove one of the rows")
+            raise ValueError(f"{table}: {both}; a slide may be listed only once, remove one of the rows")
         spelt[slide] = name
         renamed.append(dict(row) | {"slide_id": slide})
     notes = []
     if other := [f"{name} is slide {slide}" for slide, name in spelt.items() if name != slide]:
-        notes.append(f"{len(other)} ids of {table} are spelt otherwise than the slides ({preview(other)})")
+        notes.append(f"{len(other)} ids of {table} are spelt differently from the slides ({preview(other)})")
     if absent:
-        notes.append(f"{len(absent)} of {len(rows)} rows of {table} belong to no slide ({preview(absent)})")
+        notes.append(f"{len(absent)} of {len(rows)} rows of {table} match no slide ({preview(absent)})")
     return renamed, notes
 
 
 def _text(row: Row) -> SlideText:
     slide_ids, case_id = row_slides(row)
     if row.first("conversations"):
-        turns = bare_turns(row)
+        turns = turns_without_image(row)
         if any(OPTION.search(asked) and len(answer) <= 2 for asked, answer in turns):
             raise ValueError(f"{row.place}: a multiple-choice question; read_questions reads tables of questions")
         caption = "\n".join(answer for _, answer in turns)
@@ -262,7 +262,7 @@ def _text(row: Row) -> SlideText:
     else:
         hint = "; read_questions reads tables of questions" if "answer" in row.values else ""
         raise ValueError(f"{row.place}: no column caption, {row_columns(row)}{hint}")
-    return SlideText(slide_ids, case_id, _written(row, caption, slide_ids, case_id), _subcaptions(row))
+    return SlideText(slide_ids, case_id, _checked_caption(row, caption, slide_ids, case_id), _subcaptions(row))
 
 
 def has_caption(row: Row) -> bool:
@@ -272,7 +272,7 @@ def has_caption(row: Row) -> bool:
 
 def row_caption(row: Row) -> str:
     """Caption of a row that has a column for it. Raises ValueError if it is empty."""
-    return _written(row, _caption(row), *row_slides(row))
+    return _checked_caption(row, _caption(row), *row_slides(row))
 
 
 def _caption(row: Row) -> object:
@@ -280,7 +280,7 @@ def _caption(row: Row) -> object:
     return row.first(*_CAPTION) or next(row.values[name] for name in _CAPTION if name in row.values)
 
 
-def _written(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str) -> str:
+def _checked_caption(row: Row, caption: object, slide_ids: tuple[str, ...], case_id: str) -> str:
     if is_missing(caption) or not isinstance(caption, str) or not any(letter.isalnum() for letter in caption):
         raise ValueError(
             f"{row.place}: the caption of {preview(slide_ids) or case_id} is empty ({str(caption)[:20]!r}); "
@@ -294,7 +294,7 @@ def _subcaptions(row: Row) -> tuple[str, ...] | None:
     if isinstance(given, str):
         given = given.splitlines()
     if not isinstance(given, list) or not all(isinstance(item, str) or is_empty(item) for item in given):
-        raise ValueError(f"{row.place}: subcaptions must be a list of texts (in CSV, one a line), not {given!r:.60}")
+        raise ValueError(f"{row.place}: subcaptions must be a list of texts (in CSV, one per line), not {given!r:.60}")
     given = [item for item in given if isinstance(item, str)]  # lists are padded with null
     if any(is_missing(item) or not any(letter.isalnum() for letter in item) for item in given):
         raise ValueError(f"{row.place}: an empty subcaption; write it or remove it")
@@ -343,13 +343,13 @@ def row_turns(row: Row) -> list[tuple[str, str]]:
         ) from error
     if [who for who, _ in spoken] != ["human", "gpt"] * (len(spoken) // 2) or not spoken:
         raise ValueError(
-            f"{row.place}: human and gpt must take turns, found {[who for who, _ in spoken]!s:.80}; merge the turns "
-            "of one speaker, and write what is missing or remove the row"
+            f"{row.place}: human and gpt must alternate, found {[who for who, _ in spoken]!s:.80}; merge the turns "
+            "of one speaker, and add what is missing or remove the row"
         )
     return [(spoken[i][1], spoken[i + 1][1]) for i in range(0, len(spoken), 2)]
 
 
-def bare_turns(row: Row) -> list[tuple[str, str]]:
+def turns_without_image(row: Row) -> list[tuple[str, str]]:
     """`row_turns` without the image token; an answer that is empty or "nan" is ""."""
     turns = [(asked.replace(IMAGE, "").strip(), answer.replace(IMAGE, "").strip()) for asked, answer in row_turns(row)]
     return [(asked, "" if is_empty(answer) else answer) for asked, answer in turns]

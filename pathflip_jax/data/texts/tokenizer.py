@@ -27,7 +27,7 @@ _NORMALIZER = (
 )
 _FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 _AT_ONCE = 4096  # texts encoded together
-_WORD = re.compile(r"[^ \n\r\t]+")  # split at the white space common to every BERT; some rarer kinds are dropped by it
+_WORD = re.compile(r"[^ \n\r\t]+")  # split at the white space common to every BERT; BERT drops some rarer kinds
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +54,9 @@ class TextTokenizer:
         self.unk_id, self.cls_id, self.sep_id = (vocabulary[token] for token in SPECIAL[1:4])
         last = max(vocabulary.values())
         if last >= 2**31 - 1:
-            raise ValueError(f"{self.folder}: the vocabulary numbers a token {last}; copy the tokenizer's files again")
+            raise ValueError(
+                f"{self.folder}: the vocabulary has a token of id {last}; copy the tokenizer's files again"
+            )
         self.vocab_size = last + 1 if "[DEC]" in vocabulary else last + 2
         parts = json.loads(self._tokenizer.to_str())
         kinds = [(parts[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer")]
@@ -116,7 +118,7 @@ class TextTokenizer:
         long = [len(ids) + 2 for ids in found if len(ids) + 2 > max_length]
         if long:
             _log.warning(
-                "%d of %d texts are longer than %d tokens (the longest has %d); their ends are cut",
+                "%d of %d texts are longer than %d tokens (the longest has %d) and are truncated",
                 len(long), len(found), max_length, max(long),
             )  # fmt: skip
         return [self.wrap(ids, max_length) for ids in found]
@@ -158,7 +160,7 @@ def _load(folder: Place) -> Tokenizer:
     if "do_lower_case" not in settings and sum(re.match(r"[A-Z][a-z]", word) is not None for word in vocabulary) > 100:
         _log.warning(
             '%s: the vocabulary has capitals, but no file says "do_lower_case": false; texts are lower-cased, as '
-            "transformers does. Add a tokenizer_config.json that says it if the weights were trained on cased text",
+            "transformers does. Add a tokenizer_config.json that sets it if the weights were trained on cased text",
             folder,
         )
     return bert_tokenizer(vocabulary, **_normalizing(settings, folder))

@@ -42,8 +42,8 @@ def _learn_pieces(words: Counter[str], size: int) -> list[str]:
     letters = sorted({piece for pieces in split.values() for piece in pieces})
     if len(letters) > size:
         raise ValueError(
-            f"vocab_size {size + len(SPECIAL)} is below the {len(letters)} letters of the texts and the "
-            f"{len(SPECIAL)} special tokens; ask for more"
+            f"vocab_size {size + len(SPECIAL)} is too small for the {len(letters)} letters of the texts and the "
+            f"{len(SPECIAL)} special tokens; increase it"
         )
     counts: Counter[tuple[str, str]] = Counter()
     holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)

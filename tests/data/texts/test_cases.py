@@ -62,10 +62,15 @@ def test_barcodes_of_slide_ids_join_slides_and_disagree_with_no_other_numbering(
 @pytest.mark.parametrize(
     ("sources", "records", "texts", "said"),
     [
-        (table(a=("C1", "P1")), {"a": "P2"}, {}, "slide a is of C1 / P1 in slides.csv, but of P2 in records/"),
-        (table(a=("C1", "P1")), {"a": "a"}, {"a": "C2"}, "of C1 / P1 in slides.csv, but of C2 in reports.jsonl"),
-        (table(a=("P1", "P1")), {"a": "P1"}, {"a": "P3"}, "slide a is of P1 in slides.csv, but of P3 in reports.jsonl"),
-        (Sources(**FILES), {"a": "P1"}, {"a": "P3"}, "slide a is of P1 in records/, but of P3 in reports.jsonl"),
+        (table(a=("C1", "P1")), {"a": "P2"}, {}, "slide a belongs to C1 / P1 in slides.csv, but to P2 in records/"),
+        (table(a=("C1", "P1")), {"a": "a"}, {"a": "C2"}, "to C1 / P1 in slides.csv, but to C2 in reports.jsonl"),
+        (
+            table(a=("P1", "P1")),
+            {"a": "P1"},
+            {"a": "P3"},
+            "slide a belongs to P1 in slides.csv, but to P3 in reports.jsonl",
+        ),
+        (Sources(**FILES), {"a": "P1"}, {"a": "P3"}, "slide a belongs to P1 in records/, but to P3 in reports.jsonl"),
     ],
 )
 def test_tables_that_disagree_are_named_with_both_values(sources, records, texts, said):

@@ -47,8 +47,8 @@ def test_every_shape_of_options(values, expected):
     [
         (["Yes", None, "No"], "x: option 2 of 3 is empty, .*give the options by letter"),
         (["Yes", None], "x: .*the only option"),
-        ("Yes, No", "x: the options 'Yes, No' cannot be told apart; write a list, or one a line"),
-        ("[A Yes, B", "cannot be told apart"),
+        ("Yes, No", "x: the options 'Yes, No' cannot be separated; write a list, or one per line"),
+        ("[A Yes, B", "cannot be separated"),
         (["Yes", ["No"]], "an option must be a text"),
         (3, "options must be a list of texts"),
         ([str(i) for i in range(27)], "27 options"),
@@ -82,7 +82,7 @@ def test_answers_are_letters_or_texts(answer, options, letter):
     [
         ("A", {"A": "B", "B": "A"}, "x: the answer 'A' is the letter of 'B' and the text of option B"),
         ("B. Yes", YES_NO, "has letter B and the text of A"),
-        ("same", {"A": "same", "B": "Same."}, "may be each of A, B; write the letter"),
+        ("same", {"A": "same", "B": "Same."}, "matches each of A, B; write the letter"),
         ("C", YES_NO, "is none of the options"),
         ("1", YES_NO, "is none of the options"),
     ],

@@ -83,5 +83,5 @@ def test_a_column_that_occurs_twice(tmp_path, content):
 def test_a_row_tells_what_is_missing_from_what_is_said():
     row = Row("x", {"a": float("nan"), "b": " None ", "c": "x", "d": 0, "e": [], "f": "['Yes', None]"})
     assert row.first("a", "b", "c") == "x" and row.first("a", "b", "e") == ""
-    assert row.said("a", "b", "c") == "None" and row.said("a", "e", "d") == 0
+    assert row.first_nonempty("a", "b", "c") == "None" and row.first_nonempty("a", "e", "d") == 0
     assert row.text("d") == "0" and row.listed("f") == ["Yes", None]

@@ -132,15 +132,15 @@ def test_rows_that_repeat_are_left_out_and_counted(table, caplog):
         ('{"slide_id": "S1", "caption": 3}', "the caption of S1 is empty"),
         ('{"slide_id": "S1", "caption": "A."}\n{"slide_id": "S2", "cap', "line 2: broken JSON"),
         ('[{"slide_id": "S1", "capt', "broken JSON"),
-        ('["S1"]', "entry 1: a str, where an object"),
-        ("slide_id,caption\nS1,A tumor, large.\n", "line 2: 3 fields where the header names 2"),
+        ('["S1"]', "entry 1: found a str, expected an object"),
+        ("slide_id,caption\nS1,A tumor, large.\n", "line 2: 3 fields, the header has 2"),
         ('slide_id,caption\nS1,"A tumor\n', "line 2: broken CSV"),
         ("slide_id,caption,caption\nS1,A,B\n", "line 1: the column 'caption' occurs twice"),
         ("slide_id,diagnosis\nS1,A.\n", "line 2: no column caption, found slide_id, diagnosis"),
         ("name,caption\nS1,A.\n", "line 2: no slide; a column slide_id or case_id is needed, found name, caption"),
         ('[{"slide_id": {"a": 1}, "caption": "A."}]', "entry 1: slide ids must be texts"),
         ([conversation("S1", "<image>", "")], "entry 1: the caption of S1 is empty"),
-        ([conversation("S1", "<image>")], "entry 1: human and gpt must take turns"),
+        ([conversation("S1", "<image>")], "entry 1: human and gpt must alternate"),
         ([{"image": "S1", "conversations": [{"from": "human"}]}], "entry 1: conversations must be a list"),
         ([conversation("S1", "Grade? A) 1 B) 2", "A")], "read_questions reads"),
         ("Slide,Question,A,B,Answer\nS1,Grade?,1,2,A\n", "no column caption.*read_questions reads"),
@@ -392,12 +392,12 @@ def test_rows_of_a_slide_table_are_those_of_the_slides_they_mean():
     found, notes = match_rows(rows, ["0045", "123", "S3"], "slides.csv")
     assert found == {"123": {"slide_id": "123", "case_id": "10"}, "0045": {"slide_id": "0045", "case_id": "11"}}
     assert notes == [
-        "2 ids of slides.csv are spelt otherwise than the slides (123.0 is slide 123, 45 is slide 0045)",
-        "1 of 3 rows of slides.csv belong to no slide (S9)",
+        "2 ids of slides.csv are spelt differently from the slides (123.0 is slide 123, 45 is slide 0045)",
+        "1 of 3 rows of slides.csv match no slide (S9)",
     ]
     assert match_rows([{"slide_id": "S1"}], ["S1", "S2"], "slides.csv") == ({"S1": {"slide_id": "S1"}}, [])
     found, notes = match_rows([{"slide_id": "01"}, {"slide_id": "1"}], ["1", "2"], "slides.csv")
-    assert list(found) == ["1"] and notes == ["1 of 2 rows of slides.csv belong to no slide (01)"]
+    assert list(found) == ["1"] and notes == ["1 of 2 rows of slides.csv match no slide (01)"]
     with pytest.raises(ValueError, match="slides.csv: 01 and 1.0 are both slide 1"):
         match_rows([{"slide_id": "01"}, {"slide_id": "1.0"}], ["1", "2"], "slides.csv")
 

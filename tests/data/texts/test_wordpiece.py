@@ -24,7 +24,7 @@ def test_a_vocabulary_learnt_from_texts(tmp_path):
     (tmp_path / "a" / "tokenizer.json").unlink()  # vocab.txt alone says the same
     for x, y in zip(TextTokenizer(tmp_path / "a").ids(texts), tokenizer.ids(texts), strict=True):
         assert x.tolist() == y.tolist()
-    with pytest.raises(ValueError, match="ask for more"):
+    with pytest.raises(ValueError, match="special tokens; increase it"):
         train_wordpiece(texts, tmp_path / "c", 20)
     with pytest.raises(ValueError, match="no words"):
         train_wordpiece([" "], tmp_path / "c", 20)
