@@ -244,7 +244,7 @@ def test_the_majority_says_what_the_cohort_is(tmp_path):
     report = import_features(folder, out, slides_per_shard=3)
     errors = {failure.slide: failure.error for failure in report.failed}
     assert report.done == ["B0", "B1", "B2", "B3", "C_unnamed"] and verify(out) == []
-    assert "A_odd.h5: slide A_odd has patches of 256, 7 of 8 slides of 128 um" in errors["A_odd"]
+    assert "A_odd.h5: slide A_odd has patches of 256 um, 7 of 8 slides have 128 um" in errors["A_odd"]
     assert "feature_dim 9, 7 of 8 slides have 8" in errors["A_wide"]
     assert "encoder 'conch', 6 of 7 slides have 'uni'" in errors["A_other"] and len(errors) == 3
     assert {info.encoder for info in Records(out).slides} == {"uni"}
@@ -257,7 +257,7 @@ def test_the_majority_says_what_the_cohort_is(tmp_path):
 def test_nobody_decides_without_a_majority(tmp_path):
     for number in range(4):
         write(tmp_path / f"in/S{number}.h5", size=256 if number < 2 else 512)
-    with pytest.raises(ValueError, match=r"no majority .*2 with patches in um of 128 \(S0, S1\); 2 .* 256 \(S2, S3\)"):
+    with pytest.raises(ValueError, match=r"no majority .*2 with patch size in um 128 \(S0, S1\); 2 .* 256 \(S2, S3\)"):
         import_features(tmp_path / "in", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tfrecord"))
     (tmp_path / "in/S3.h5").unlink()
@@ -287,7 +287,7 @@ def test_votes_hold_until_shards_stand(tmp_path):
     votes = [["S0", "S0.h5", "uni", 8, "float16", "grid", 256, 0.5]]
     (out / ".parts/votes.json").write_text(json.dumps({"slides": votes}))
     report = import_features(tmp_path / "in", out, shard=(1, 2), slides_per_shard=1)
-    assert [failure.slide for failure in report.failed] == ["S1"] and "1 of 1 slides of 128 um" in report.failed[
+    assert [failure.slide for failure in report.failed] == ["S1"] and "1 of 1 slides have 128 um" in report.failed[
         0
     ].error
 

@@ -225,7 +225,7 @@ def test_what_is_missing_is_counted_by_split(config, tiny_cohort, tmp_path, caps
     report_counts(facts, validates=True)
     assert capsys.readouterr().err == (
         "data: train 10 slides of 8 patients, 9 texts (3 more have no record, 1 have no text); val 6 slides of 5 "
-        "patients, 6 texts; test 5 slides of 4 patients; 3 slides of the records are in no row of the table\n"
+        "patients, 6 texts; test 5 slides of 4 patients; 3 slides of the records are not in the table\n"
     )
 
 

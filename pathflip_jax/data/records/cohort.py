@@ -18,10 +18,10 @@ from pathflip_jax.data.storage.failures import preview
 # and 256 pixels differ by 14.
 SIZE_TOLERANCE = 0.1
 PIECE = 4096  # slides converted to Python objects at a time
-_APART = "one cohort has one: write the others to a folder of their own"
-_ANEW = (
-    "one cohort has one physical size: extract the others anew, or write them to a folder of their own; an mpp that is "
-    "wrong in a file is given by the column mpp of the slide table"
+_SEPARATE = "all slides of a cohort must share it: write the others to a separate folder"
+_SAME_SIZE = (
+    "all slides of a cohort must share it: extract the others again, or write them to a separate folder; if an "
+    "mpp is wrong in a file, give the right one in the column mpp of the slide table"
 )
 
 
@@ -83,7 +83,7 @@ class Cohort:
         for name, vote in self.common.items():
             here = getattr(slide, name)
             if here != vote.value and not (name == "encoder" and "" in (here, vote.value)):
-                return f"slide {slide.slide_id} has {name} {here!r}, {_share(vote)} have {vote.value!r}; {_APART}"
+                return f"slide {slide.slide_id} has {name} {here!r}, {_share(vote)} have {vote.value!r}; {_SEPARATE}"
         return self.size_objection(slide)
 
     def size_objection(self, slide: Traits) -> str:
@@ -94,12 +94,13 @@ class Cohort:
         if not slide.patch_size or self.size is None:
             return ""
         if self.unit == "um" and slide.mpp:
-            same, here, there = _same(slide.patch_um, self.size.value), slide.patch_um, f"{self.size.value:g} um"
+            same = _same(slide.patch_um, self.size.value)
+            here, there = f"{slide.patch_um:g} um", f"{self.size.value:g} um"
         else:
             same = any(_same(slide.patch_size, size) for size in self.pixels)
-            here, there = slide.patch_size, f"{preview(sorted(self.pixels))} px (an mpp is not known)"
-        found = f"slide {slide.slide_id} has patches of {here:g}, {_share(self.size)} of {there}"
-        return "" if same else f"{found}; {_ANEW}"
+            here, there = f"{slide.patch_size} px", f"{preview(sorted(self.pixels))} px (an mpp is not known)"
+        found = f"slide {slide.slide_id} has patches of {here}, {_share(self.size)} have {there}"
+        return "" if same else f"{found}; {_SAME_SIZE}"
 
     def pixels_of(self, mpp: float) -> int:
         """Patch size of the cohort in level-0 pixels of a slide of this mpp; 0 if unknown."""
@@ -134,9 +135,9 @@ def majority_cohort(slides: Sequence[Traits], times: Sequence[int] = ()) -> Coho
     unit = "um" if measured else "px"
     voters = [(slide.patch_um if measured else float(slide.patch_size), slide) for slide, _ in measured or sized]
     sizes = np.repeat([size for size, _ in voters], [count for _, count in measured or sized])
-    value, count = _commonest(sizes)
+    value, count = _most_frequent(sizes)
     vote = Vote(value, count, len(sizes))
-    _check_majority(vote, f"patches in {unit} of", voters)
+    _check_majority(vote, f"patch size in {unit}", voters)
     pixels = frozenset(slide.patch_size for size, slide in voters if _same(size, value))
     return Cohort(common, vote, unit, pixels)
 
@@ -150,7 +151,7 @@ def check_cohort(slides: Sequence[SlideInfo]) -> None:
     ids = column(slides, "slide_id")
     if len(set(ids)) < len(ids):
         _refuse_duplicates(slides)
-    if not len(slides) or _is_one(slides):
+    if not len(slides) or _is_uniform(slides):
         return
     found = [traits_of(info) for info in slides]
     cohort = majority_cohort(found)
@@ -164,12 +165,12 @@ def _refuse_duplicates(slides: Sequence[SlideInfo]) -> None:
     for info in slides:
         if info.slide_id in seen:
             other = f" and {seen[info.slide_id]}" if seen[info.slide_id] != info.shard else ""
-            cure = "take one away; two files of one slide need two ids"
-            raise ValueError(f"{info.shard}{other}: slide {info.slide_id} is there twice; {cure}")
+            cure = "remove one of them; two files of one slide need two ids"
+            raise ValueError(f"{info.shard}{other}: slide {info.slide_id} occurs twice; {cure}")
         seen[info.slide_id] = info.shard
 
 
-def _is_one(slides: Sequence[SlideInfo]) -> bool:
+def _is_uniform(slides: Sequence[SlideInfo]) -> bool:
     """Whether slides form one cohort, checked on one slide of each distinct combination of properties."""
     kinds: Counter[tuple] = Counter()
     columns = [column(slides, name) for name in _SHARED]
@@ -192,7 +193,7 @@ def _same(here: float, there: float) -> bool:
     return abs(here - there) <= SIZE_TOLERANCE * there
 
 
-def _commonest(sizes: Float[np.ndarray, "n"]) -> tuple[float, int]:
+def _most_frequent(sizes: Float[np.ndarray, "n"]) -> tuple[float, int]:
     """Size within tolerance of the most others, and their count; ties go to the most frequent size."""
     ordered = np.sort(sizes)
     values, counts = np.unique(ordered, return_counts=True)
@@ -213,5 +214,5 @@ def _check_majority(vote: Vote, name: str, voters: Sequence[tuple[Any, Traits]])
         f"{len(own)} with {name} {value} ({preview(slide.slide_id for slide in own)})"
         for value, own in sorted(sides.items(), key=lambda side: -len(side[1]))
     )
-    cure = _ANEW if name.startswith("patches") else _APART
+    cure = _SAME_SIZE if name.startswith("patch size") else _SEPARATE
     raise NoMajorityError(f"{voters[0][1].where}: no majority among {vote.voters} slides: {listed}; {cure}")

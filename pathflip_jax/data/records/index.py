@@ -27,7 +27,7 @@ KEYS = {
     "mpp", "width", "height", "region_rows", "region_grid", "region_crc32c",
 }  # fmt: skip
 LARGEST_EXAMPLE = 2**31 - 2**20  # the protobuf limit of 2 GiB, less room for the small fields
-REBUILD = "delete it and the next opening builds it anew from the shard"
+REBUILD = "delete it, and the next opening rebuilds it from the shard"
 REWRITE = "copy the shard again, or delete it and its .idx and run `pathflip prepare` or `import` again"
 
 
@@ -49,12 +49,12 @@ def encode_slide(
     from tensorflow_datasets.proto import tf_example_pb2
 
     if dtype not in DTYPES:
-        raise ValueError(f"records of {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r} of records: expected one of {', '.join(DTYPES)}")
     where = f"slide {slide.slide_id}"
     size = slide.features.size * 2
     if size > LARGEST_EXAMPLE:
         found = f"{len(slide.features)} patches x {slide.features.shape[1]} make {size / 1e9:.1f} GB"
-        raise ValueError(f"{where}: {found}, a tf.train.Example holds 2; thin its patches out or leave it out")
+        raise ValueError(f"{where}: {found}, a tf.train.Example holds at most 2; subsample its patches or leave it out")
     regions = cut_regions(slide, cut, edge_um, edge_px)
     features = stored_rows(slide.features, regions.order, dtype, where)
     coords = np.zeros((0, 2), COORDS)
@@ -127,7 +127,7 @@ def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Floa
     if len(rows := rows_lost_to_rounding(features, narrow)):
         largest = np.abs(features[rows].astype(np.float32)).max()
         found = f"features of {len(rows)} of {len(features)} patches are at most {largest:.3g}, too small for {dtype}"
-        raise ValueError(f"{where}: {found}, which keeps nothing or little of them; {cure}")
+        raise ValueError(f"{where}: {found}, which rounds them to zero or almost; {cure}")
     return narrow
 
 
@@ -140,7 +140,7 @@ def slide_info(data: bytes, offset: int, shard: Place) -> SlideInfo:
         payloads = bytes_offsets(data)
         feature = tf_example_pb2.Example.FromString(data).features.feature
     except Exception as error:  # protobuf's DecodeError comes from a private module in some of its builds
-        raise ValueError(f"{where} is no tf.train.Example ({error}); expected PathFLIP records") from None
+        raise ValueError(f"{where} is not a tf.train.Example ({error}); expected PathFLIP records") from None
     missing = sorted(KEYS - set(feature)) + sorted({"features", "coords"} & set(feature) - set(payloads))
     if missing:
         raise ValueError(f"{where} has no {', '.join(missing)}, which every PathFLIP record has")

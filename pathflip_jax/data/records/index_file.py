@@ -47,14 +47,14 @@ def decode_index(data: bytes, shard: Place, size: int, names: dict[str, str]) ->
     that is not an index.
     """
     if len(data) < HEAD.size + 4 or crc32c(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise ValueError("damaged or cut short, its CRC32C does not hold")
+        raise ValueError("damaged or cut short: its CRC32C does not match")
     magic, version, length = HEAD.unpack_from(data)
     if magic != MAGIC or version != VERSION:
         raise ValueError(f"index version {version} of {magic!r}, expected {VERSION}")
     start = HEAD.size + length
     head = parse_json(data[HEAD.size : start].decode())
     if head["bytes"] != size:
-        raise ValueError(f"of a shard of {head['bytes']} bytes, {shard.name} has {size}")
+        raise ValueError(f"belongs to a shard of {head['bytes']} bytes, {shard.name} has {size}")
     if type(head["crc32c"]) is not int:
         raise TypeError(f"crc32c is {head['crc32c']!r:.40}")
     columns = _columns(head["slides"])
@@ -117,7 +117,7 @@ def _check(columns: dict, sizes: np.ndarray, regions: ShardRegions, shard: Place
     huge = columns["num_patches"] * (width * 1.0) + columns["features_offset"] + columns["coords_offset"] > 2**62
     for at in np.flatnonzero((end > size) | huge).tolist():
         found = f"up to byte {end[at]}" if not huge[at] else "beyond any file"
-        raise ValueError(f"slide {columns['slide_id'][at]} lies outside of {shard.name}, {found} of {size}")
+        raise ValueError(f"slide {columns['slide_id'][at]} extends beyond {shard.name}, {found} of {size}")
 
 
 def _dubious(columns: dict, sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def check_info(info: SlideInfo, features_bytes: int | None = None) -> None:
         raise ValueError(f"{where} has features of {info.feature_dtype!r:.40}, expected one of {', '.join(DTYPES)}")
     if not all(0 <= size < 2**31 for size in sizes) or not 0 <= info.mpp < 1e4:
         found = f"{info.num_patches} patches of {info.patch_size} px, {info.feature_dim} wide, mpp {info.mpp}"
-        raise ValueError(f"{where} has {found}, in {info.width} x {info.height}, expected sizes")
+        raise ValueError(f"{where} has {found}, in {info.width} x {info.height}, which are not plausible sizes")
     expected = info.num_patches * info.row_bytes
     stored = expected if features_bytes is None else features_bytes
     if stored != expected or info.coords_bytes not in (0, 8 * info.num_patches):

@@ -16,8 +16,8 @@ from pathflip_jax.data.storage.json_values import parse_json
 MANIFEST = "manifest.json"
 VERSION = 1
 CUT = ("cut", "edge_um", "edge_px")  # facts about the region cut that a run records
-ANEW = "delete it and run the command that writes it again"
-_AGAIN = "copy it again, or run the command that writes the records (`pathflip prepare` or `import`) to its end"
+REBUILD_MANIFEST = "delete it and run the command that writes it again"
+_RESTORE = "copy it again, or run the command that writes the records (`pathflip prepare` or `import`) to completion"
 
 
 class Listed(NamedTuple):
@@ -43,10 +43,10 @@ def parse_manifest(path: Place, data: bytes) -> Manifest:
         shards = {str(shard["name"]): _listed(shard) for shard in facts.pop("shards")}
         version, *_ = (facts[name] for name in ("version", *CUT))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a manifest ({error!s:.200}); {ANEW}") from None
+        raise ValueError(f"{path}: not a manifest ({error!s:.200}); {REBUILD_MANIFEST}") from None
     if version != VERSION:
         cure = "read it with the version of pathflip that wrote it, or run the command that writes the records again"
-        raise ValueError(f"{path}: of version {version!r:.40}, expected {VERSION}; {cure}")
+        raise ValueError(f"{path}: version {version!r:.40}, expected {VERSION}; {cure}")
     return Manifest(path, facts, shards)
 
 
@@ -64,18 +64,18 @@ def folder_faults(manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
     faults = []
     for name in missing:
         twins = [other for other in extra if sizes[other] == listed[name].bytes]
-        renamed = f"if {preview(twins)}, which is as large, is this shard, rename it; else " if twins else ""
-        found = f"listed in {MANIFEST} and not there: {len(sizes)} shards found, {len(listed)} listed"
-        faults.append(f"{folder / name}: {found}; {renamed}{_AGAIN}")
+        renamed = f"if {preview(twins)}, of the same size, is this shard, rename it; else " if twins else ""
+        found = f"listed in {MANIFEST} but missing: {len(sizes)} shards found, {len(listed)} listed"
+        faults.append(f"{folder / name}: {found}; {renamed}{_RESTORE}")
     for name in extra:
         found = f"not in {MANIFEST}, which lists {len(listed)} shards ({preview(listed)})"
-        cure = "if it is of another cohort, take it away with its .idx; if it belongs to this one"
-        faults.append(f"{folder / name}: {found}; {cure}, run the command that writes the records to its end")
+        cure = "if it belongs to another cohort, remove it and its .idx; if it belongs to this one"
+        faults.append(f"{folder / name}: {found}; {cure}, run the command that writes the records to completion")
     for name, (size, _, _) in listed.items():
         if name in sizes and sizes[name] != size:
             short = ", or cut short" if sizes[name] < size else ""
-            found = f"another shard than {MANIFEST} describes{short}: of {sizes[name]} bytes, expected {size}"
-            faults.append(f"{folder / name}: {found}; {_AGAIN}")
+            found = f"not the shard that {MANIFEST} describes{short}: {sizes[name]} bytes, expected {size}"
+            faults.append(f"{folder / name}: {found}; {_RESTORE}")
     return faults
 
 
@@ -84,8 +84,8 @@ def shard_faults(manifest: Manifest, name: str, slides: int, crc: int) -> list[s
     listed = manifest.shards[name]
     if slides == listed.slides and f"{crc:08x}" == listed.crc32c:
         return []
-    found = f"another shard than {MANIFEST} describes: of {slides} slides and CRC32C {crc:08x}"
-    return [f"{manifest.path.parent / name}: {found}, expected {listed.slides} slides and {listed.crc32c}; {_AGAIN}"]
+    found = f"not the shard that {MANIFEST} describes: {slides} slides and CRC32C {crc:08x}"
+    return [f"{manifest.path.parent / name}: {found}, expected {listed.slides} slides and {listed.crc32c}; {_RESTORE}"]
 
 
 def checksums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
@@ -96,5 +96,5 @@ def checksums_hash(sums: Sequence[tuple[str, int, int]]) -> str:
 def refuse(faults: list[str]) -> None:
     """Raise ValueError with the first of these faults and the number of others, if there are any."""
     if faults:
-        more = f" ({len(faults) - 1} more of its shards not as listed: `pathflip doctor --records` names them)"
+        more = f" ({len(faults) - 1} more of its shards differ from the list: `pathflip doctor --records` names them)"
         raise ValueError(faults[0] + (more if faults[1:] else ""))

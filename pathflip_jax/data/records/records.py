@@ -123,7 +123,7 @@ def list_folder(folder: Place) -> dict[str, int]:
     try:
         return list_files(folder)
     except (FileNotFoundError, NotADirectoryError):
-        found = f"{folder}: no such folder; `pathflip prepare` or `import` writes records"
+        found = f"{folder}: no such folder; write records with `pathflip prepare` or `import`"
         raise FileNotFoundError(found) from None
 
 
@@ -131,7 +131,7 @@ def shard_sizes(folder: Place, files: Mapping[str, int]) -> dict[str, int]:
     """Sizes of the shards among the files of a folder, by name and in order."""
     sizes = {name: files[name] for name in sorted(files) if is_shard(name)}
     if not sizes:
-        raise FileNotFoundError(f"{folder}: no *.tfrecord in it; `pathflip prepare` or `import` writes records")
+        raise FileNotFoundError(f"{folder}: no *.tfrecord in it; write records with `pathflip prepare` or `import`")
     return sizes
 
 
@@ -165,7 +165,7 @@ class Records:
             parts.append(index.slides)
         self.slides = Slides.joined(parts)
         if not self.slides:
-            raise ValueError(f"{self.where}: records of no slides; see failures.json there for why")
+            raise ValueError(f"{self.where}: no slides in the records; see failures.json there for the reasons")
         check_cohort(self.slides)
         self._position = {slide_id: i for i, slide_id in enumerate(self.slides.column("slide_id"))}
         self._open: OrderedDict[Place, LocalFile | RemoteFile] = OrderedDict()
@@ -203,7 +203,7 @@ class Records:
         """Index of a slide. Raises ValueError for a missing one."""
         if slide_id not in self._position:
             have = ", ".join(list(self._position)[:3])
-            raise ValueError(f"{self.where}: no slide {slide_id!r} among the {len(self)} there, such as {have}")
+            raise ValueError(f"{self.where}: no slide {slide_id!r} among its {len(self)} slides, such as {have}")
         return self._position[slide_id]
 
     def read(self, position: int) -> SlideFeatures:
@@ -225,7 +225,7 @@ class Records:
             return []
         wanted, first, which = np.unique(regions, return_index=True, return_inverse=True)
         if wanted[0] < 0 or wanted[-1] >= info.num_regions:
-            found = f"regions {wanted[0]} to {wanted[-1]} were asked for, it has {info.num_regions}"
+            found = f"regions {wanted[0]} to {wanted[-1]} requested, the slide has {info.num_regions}"
             raise IndexError(f"{info.shard}: slide {info.slide_id}: {found}")
         width, dtype = info.feature_dim, self.dtype
         shapes = [(n, width) for n in np.diff(info.region_rows)[regions].tolist()]
@@ -273,8 +273,8 @@ def _check_folder(folder: Place, sizes: Mapping[str, int], data: bytes | None) -
     """Manifest of a folder with shards of these sizes, from its bytes. ValueError if they disagree."""
     if data is None:
         _log.warning(
-            "%s: no %s, so nothing tells whether shards are missing; if `pathflip prepare` or `import` writes these "
-            "records, run it to its end",
+            "%s: no %s, so missing shards cannot be detected; if `pathflip prepare` or `import` writes these records, "
+            "run it to completion",
             folder, MANIFEST,
         )  # fmt: skip
         return None
@@ -310,7 +310,7 @@ def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int
     names = [shard.name for shard in records.shards]
     if names != expected:
         missing = [name for name in expected if name not in names]
-        raise ValueError(f"{folder}: {missing[0]} is missing beside {names[-1]}; run the task that writes it first")
+        raise ValueError(f"{folder}: {missing[0]} is missing, {names[-1]} is there; run the task that writes it first")
     for position, info in enumerate(records.slides):
         _check_edge(info, records.coords(position), edge_um, edge_px)
     return write_manifest(folder, records, edge_um, edge_px)
@@ -353,6 +353,6 @@ def _check_edge(info: SlideInfo, coords: np.ndarray | None, edge_um: float, edge
     if coords is None or (np.maximum(coords, 0) // edge != cells).any():
         expected = f"squares of {edge} px at level 0 (edge_um {edge_um:g}, edge_px {edge_px})"
         raise ValueError(
-            f"{info.shard}: slide {info.slide_id} was not cut into {expected}; one cohort has one region cut: "
-            "pass the edge that it was written with, or write the slide again"
+            f"{info.shard}: slide {info.slide_id} was not cut into {expected}; all slides of a cohort share one region "
+            "cut: pass the edge that it was written with, or write the slide again"
         )

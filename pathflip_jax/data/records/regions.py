@@ -85,8 +85,8 @@ def cut_regions(
         return Regions(np.arange(len(slide.features)), rows, np.full((len(rows) - 1, 2), -1, np.int32))
     if slide.coords is None:
         raise ValueError(
-            f"slide {slide.slide_id}: its features have no coordinates, so a grid cannot be laid; "
-            "use cut 'scan', or the feature file that has coordinates"
+            f"slide {slide.slide_id}: its features have no coordinates, which cut 'grid' needs; "
+            "use cut 'scan', or a feature file with coordinates"
         )
     try:
         edge = region_edge(slide.patch_size, slide.mpp, edge_um, edge_px)

@@ -34,7 +34,7 @@ def read_frames(path: Place) -> Iterator[Frame]:
                 raise OSError(f"{path}: ends within the header of record {number}; {cure}")
             length, crc = LENGTH_CODE.unpack(header)
             if mask(crc32c(header[:8])) != crc:
-                raise ValueError(f"{path}: record {number} at byte {offset} is no TFRecord or a byte flipped; {cure}")
+                raise ValueError(f"{path}: record {number} at byte {offset} is not a TFRecord or damaged; {cure}")
             if offset + LENGTH_CODE.size + length + CRC_CODE.size > size:
                 missing = offset + LENGTH_CODE.size + length + CRC_CODE.size - size
                 raise OSError(f"{path}: cut short in record {number}, {missing} bytes are missing; {cure}")

@@ -8,8 +8,8 @@ from pathflip_jax.data.records.columns import SlideInfo, Slides
 from pathflip_jax.data.records.index import COORDS, REBUILD, build_index, index_path, read_index
 from pathflip_jax.data.records.index_file import Index, encode_index
 from pathflip_jax.data.records.manifest import (
-    ANEW,
     MANIFEST,
+    REBUILD_MANIFEST,
     checksums_hash,
     folder_faults,
     parse_manifest,
@@ -61,16 +61,16 @@ def _faults(folder: Place) -> Iterator[str]:
     if manifest:
         faults = folder_faults(manifest, sizes)
         if not faults and len(sums) == len(sizes) and manifest.facts.get("sha256") != checksums_hash(sums):
-            faults.append(f"{manifest.path}: its sha256 is not that of its shards; {ANEW}")
+            faults.append(f"{manifest.path}: its sha256 does not match its shards; {REBUILD_MANIFEST}")
         yield from faults
     elif MANIFEST not in files:
-        yield f"{folder / MANIFEST}: missing: the folder was not finished; run the command that writes it to its end"
+        yield f"{folder / MANIFEST}: missing: the folder is incomplete; run the command that writes it to completion"
 
 
 def _index_faults(shard: Place, built: Index, there: bool) -> Iterator[str]:
     """Faults of the stored index of a shard, compared with the rebuilt one. ValueError if it cannot be read."""
     if there and encode_index(read_index(shard)) != encode_index(built):
-        yield f"{index_path(shard)}: is of another shard than {shard.name}; {REBUILD}"
+        yield f"{index_path(shard)}: belongs to another shard than {shard.name}; {REBUILD}"
 
 
 def _place_fault(info: SlideInfo) -> str:

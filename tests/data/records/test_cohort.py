@@ -22,7 +22,7 @@ def test_the_first_slide_decides_nothing():
     for wrong, message in (
         (odd, "slide A has encoder 'conch', 3 of 4 slides have 'uni'"),
         (odd._replace(encoder="uni"), "slide A has feature_dim 9, 3 of 4 slides have 8"),
-        (slide("A", patch_size=512), "slide A has patches of 256, 3 of 4 slides of 128 um"),
+        (slide("A", patch_size=512), "slide A has patches of 256 um, 3 of 4 slides have 128 um"),
     ):
         assert cohort.objection(wrong).startswith(message), cohort.objection(wrong)
 
@@ -40,7 +40,7 @@ def test_no_majority_names_all_sides_with_counts():
     ):
         majority_cohort([slide("A"), slide("B"), slide("C", width=9), slide("D", width=9)])
     sizes = [slide(f"S{i}", patch_size=size) for i, size in enumerate((224, 224, 256, 512, 1024))]
-    with pytest.raises(NoMajorityError, match=r"no majority among 5 slides: 2 with patches in um of 112 \(S0, S1\)"):
+    with pytest.raises(NoMajorityError, match=r"no majority among 5 slides: 2 with patch size in um 112 \(S0, S1\)"):
         majority_cohort(sizes)
 
 

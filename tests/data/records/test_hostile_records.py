@@ -94,8 +94,8 @@ def slide(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (slide(features_offset=2**40), "lies outside of pathflip-00000.tfrecord"),
-        (slide(coords_offset=10**6), "lies outside of pathflip-00000.tfrecord"),
+        (slide(features_offset=2**40), "extends beyond pathflip-00000.tfrecord"),
+        (slide(coords_offset=10**6), "extends beyond pathflip-00000.tfrecord"),
         (slide(num_patches=2**30), "6442450944 bytes of features and 32 of coords"),
         (slide(regions=2**40), "not an index|buffer"),
         (slide(regions=-1), "regions is -1"),

@@ -56,7 +56,7 @@ def test_a_shard_that_is_missing(folder, number):
     shard = folder / shard_name(number)
     shard.unlink()
     index_path(shard).unlink()
-    refused(folder, f"{shard}: listed in manifest.json and not there: 2 shards found, 3 listed", "pathflip prepare")
+    refused(folder, f"{shard}: listed in manifest.json but missing: 2 shards found, 3 listed", "pathflip prepare")
 
 
 def test_shards_that_are_missing_are_counted(folder):
@@ -69,20 +69,20 @@ def test_shards_that_are_missing_are_counted(folder):
 def test_a_shard_under_another_name(folder):
     for suffix in ("", ".idx"):
         (folder / f"{shard_name(1)}{suffix}").rename(folder / f"pathflip-1.tfrecord{suffix}")
-    refused(folder, f"{shard_name(1)}: listed", "if pathflip-1.tfrecord, which is as large, is this shard, rename it")
+    refused(folder, f"{shard_name(1)}: listed", "if pathflip-1.tfrecord, of the same size, is this shard, rename it")
 
 
 def test_a_shard_that_is_left_of_another_cohort(folder, tmp_path):
     shard = write(tmp_path / "other", "C0", number=3)
     for path in (shard, index_path(shard)):
         shutil.copy(path, folder)
-    refused(folder, f"{folder / shard.name}: not in manifest.json, which lists 3 shards", "take it away with its .idx")
+    refused(folder, f"{folder / shard.name}: not in manifest.json, which lists 3 shards", "remove it and its .idx")
 
 
 def test_a_shard_of_another_size(folder, tmp_path):
     size = (folder / shard_name(1)).stat().st_size
     shard = write(folder, "A1", number=1)
-    refused(folder, f"{shard}: another shard", f"of {shard.stat().st_size} bytes, expected {size}")
+    refused(folder, f"{shard}: not the shard", f": {shard.stat().st_size} bytes, expected {size}")
 
 
 def test_a_shard_of_the_same_size_with_its_own_index(folder):
@@ -92,7 +92,7 @@ def test_a_shard_of_the_same_size_with_its_own_index(folder):
         shard = write(folder, "A1", "B1", number=1, scale=scale)
         if shard.stat().st_size == size:
             break
-    refused(folder, f"{shard}: another shard than manifest.json describes: of 2 slides and CRC32C", "copy it again")
+    refused(folder, f"{shard}: not the shard that manifest.json describes: 2 slides and CRC32C", "copy it again")
 
 
 def test_files_with_a_dot_before_their_name_are_no_shards(folder):
@@ -106,7 +106,7 @@ def test_a_folder_that_is_not_finished_is_warned_of(folder, caplog):
     (folder / shard_name(2)).unlink()
     records = Records(folder)
     assert len(records) == 4 and records.manifest is None
-    assert f"{folder}: no manifest.json, so nothing tells whether shards are missing" in caplog.text
+    assert f"{folder}: no manifest.json, so missing shards cannot be detected" in caplog.text
     finish_folder(folder, edge_um=64.0)
     assert len(Records(folder)) == 4
 
@@ -124,7 +124,7 @@ def test_a_finished_folder_is_finished_again_after_a_change(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "of version 2, expected 1"),
+        ({"version": 2}, "version 2, expected 1"),
         ({"shards": 3}, "not a manifest"),
         ({"shards": [{"name": shard_name(0), "bytes": "1", "crc32c": "0", "slides": []}]}, "not a manifest"),
     ],
@@ -146,4 +146,4 @@ def test_doctor_holds_the_hash_against_the_shards(folder):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": "0" * 64}))
     (fault,) = verify(folder)
-    assert fault.startswith(f"{path}: its sha256 is not that of its shards; delete it")
+    assert fault.startswith(f"{path}: its sha256 does not match its shards; delete it")

@@ -217,7 +217,7 @@ def test_a_region_that_is_not_there(folder):
 def test_positions(folder):
     records = Records(folder)
     assert [records.position(f"S{i}") for i in range(3)] == [0, 1, 2] and len(records) == 3
-    with pytest.raises(ValueError, match="no slide 'S9' among the 3 there, such as S0"):
+    with pytest.raises(ValueError, match="no slide 'S9' among its 3 slides, such as S0"):
         records.position("S9")
 
 
@@ -283,9 +283,9 @@ def test_a_shard_cut_short(folder):
     whole = shard.read_bytes()
     for size in range(1, len(whole), 41):
         shard.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"cut short: of {size} bytes, expected {len(whole)}"):
+        with pytest.raises(ValueError, match=f"cut short: {size} bytes, expected {len(whole)}"):
             Records(folder)
-        with pytest.raises(ValueError, match=f"idx: of a shard of {len(whole)} bytes, .* has {size}"):
+        with pytest.raises(ValueError, match=f"idx: belongs to a shard of {len(whole)} bytes, .* has {size}"):
             Records([shard])
         with pytest.raises(OSError, match=r"00001\.tfrecord"):
             write_index(shard)
@@ -332,24 +332,24 @@ def test_shards_of_other_writers(folder, tmp_path_factory):
 def test_foreign_records_are_refused(tmp_path):
     example = tf_example_pb2.Example()
     example.features.feature["image"].bytes_list.value.append(b"png")
-    for data, message in ((example.SerializeToString(), "has no case_id, coords"), (b"\xff" * 20, "no tf.train.Ex")):
+    for data, message in ((example.SerializeToString(), "has no case_id, coords"), (b"\xff" * 20, "not a tf.train.Ex")):
         length = struct.pack("<Q", len(data))
         path = tmp_path / "x.tfrecord"
         path.write_bytes(length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data)))
         with pytest.raises(ValueError, match=rf"x\.tfrecord.*{message}"):
             Records(tmp_path)
     (tmp_path / "x.tfrecord").write_bytes(b"hello, not a TFRecord at all")
-    with pytest.raises(ValueError, match="is no TFRecord"):
+    with pytest.raises(ValueError, match="is not a TFRecord"):
         Records(tmp_path)
 
 
 MIXTURES = {
     "encoder": ({"encoder": "uni"}, r"1 with encoder 'enc' \(S0\); 1 with encoder 'uni' \(S1\)"),
     "feature_dim": ({"features": np.ones((40, 7), "f2")}, r"1 with feature_dim 6 \(S0\); 1 with feature_dim 7 \(S1\)"),
-    "patch size": ({"patch_size": 128}, r"1 with patches in um of 32 \(S0\); 1 with patches in um of 64 \(S1\)"),
-    "mpp": ({"mpp": 0.25}, r"1 with patches in um of 32 \(S0\); 1 with patches in um of 16 \(S1\)"),
-    "unknown mpp": ({"mpp": 0.0, "patch_size": 128}, "S1 has patches of 128, .* of 64 px .*mpp is not known"),
-    "twice": ({"slide_id": "S0"}, "slide S0 is there twice"),
+    "patch size": ({"patch_size": 128}, r"1 with patch size in um 32 \(S0\); 1 with patch size in um 64 \(S1\)"),
+    "mpp": ({"mpp": 0.25}, r"1 with patch size in um 32 \(S0\); 1 with patch size in um 16 \(S1\)"),
+    "unknown mpp": ({"mpp": 0.0, "patch_size": 128}, "S1 has patches of 128 px, .* have 64 px .*mpp is not known"),
+    "twice": ({"slide_id": "S0"}, "slide S0 occurs twice"),
 }
 
 
@@ -531,15 +531,15 @@ def test_the_hash_follows_the_data(folder):
     before = manifest_hash(folder)
     write(folder, [make_slide("S2", 25, seed=3)], 1)
     assert manifest_hash(folder) != before
-    assert any("another shard than manifest.json" in fault for fault in verify(folder))
+    assert any("not the shard that manifest.json describes" in fault for fault in verify(folder))
 
 
 def test_verify_names_what_is_missing_or_extra(folder):
     write(folder, [make_slide("S3")], 2)
     assert [fault for fault in verify(folder) if "00002.tfrecord: not in manifest.json" in fault]
     (folder / shard_name(0)).unlink()
-    assert [fault for fault in verify(folder) if "00000.tfrecord: listed in manifest.json and not there" in fault]
-    with pytest.raises(ValueError, match=r"00000\.tfrecord is missing beside"):
+    assert [fault for fault in verify(folder) if "00000.tfrecord: listed in manifest.json but missing" in fault]
+    with pytest.raises(ValueError, match=r"00000\.tfrecord is missing, .*\.tfrecord is there"):
         finish_folder(folder, edge_um=64.0)
     (folder / "manifest.json").write_text("{}")
     assert [fault for fault in verify(folder) if "not a manifest" in fault]
@@ -553,7 +553,7 @@ def test_verify_finds_an_index_of_another_shard(folder):
         if shard.stat().st_size == size:
             break
     index_path(folder / shard_name(1)).write_bytes(stale)
-    assert [fault for fault in verify(folder) if "is of another shard" in fault]
+    assert [fault for fault in verify(folder) if "belongs to another shard" in fault]
     with pytest.raises(ValueError, match="slide S2, region 0"):
         Records(folder).read(2)
 
@@ -572,7 +572,7 @@ def test_folders_without_records(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such shard"):
         Records([tmp_path / "x.tfrecord"])
     write(tmp_path, [])
-    with pytest.raises(ValueError, match="records of no slides"):
+    with pytest.raises(ValueError, match="no slides in the records"):
         Records(tmp_path)
 
 

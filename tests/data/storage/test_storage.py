@@ -221,9 +221,9 @@ def test_an_object_cut_short_and_one_that_vanished(bucket):
     damage(bucket, shard_name(1), size=300)
     with pytest.raises(OSError, match=f"{URL}/{shard_name(1)}: the file ends at byte .* too early"):
         records.read(2)
-    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}: another shard .* cut short: of 300 bytes"):
+    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}: not the shard .* cut short: 300 bytes"):
         Records(URL)
-    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}\.idx: of a shard of .* has 300"):
+    with pytest.raises(ValueError, match=rf"{URL}/{shard_name(1)}\.idx: belongs to a shard of .* has 300"):
         Records([f"{URL}/{shard_name(1)}"])
     del bucket.store[f"/bucket/records/{shard_name(1)}"]
     with pytest.raises(FileNotFoundError, match=f"{URL}/{shard_name(1)}: no such object"):
