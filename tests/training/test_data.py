@@ -65,7 +65,7 @@ def test_what_is_wrong_with_the_texts_is_said_once_a_split(config, tiny_cohort, 
             "nightly",
             r"no slide is in split 'nightly'; the splits are test \(6\), train \(12\), val \(6\)",
         ),
-        ("train.batch_size", 400, "make no batch of 400"),
+        ("train.batch_size", 400, "too few for a batch of 400"),
         ("data.split", "training", "did you mean train"),
         ("data.val_split", "vla", "did you mean val.*val_split= trains without validation"),
     ],
@@ -191,7 +191,7 @@ def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, capl
     texts = tmp_path / "reports.jsonl"
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     open_data(config(**{"data.texts": texts}))
-    assert "1 captions are those of slides of several cases, word for word (6 of 6 slides" in caplog.text
+    assert "1 captions occur verbatim in several cases (6 of 6 slides" in caplog.text
     assert "validation: its 6 slides all share one case or one caption" in caplog.text
 
 

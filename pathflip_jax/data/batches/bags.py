@@ -114,11 +114,11 @@ def wanted_slides(records: Records, slide_ids: Sequence[str] | None) -> set[str]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(wanted)} slides have no record ({preview(missing)}); the records hold "
-            f"{preview(patches)}; prepare or import them, or take them out of the slide table"
+            f"{preview(patches)}; prepare or import them, or remove them from the slide table"
         )
     empty = sorted(slide for slide in wanted if patches[slide] == 0)
     if empty:
-        raise ValueError(f"{len(empty)} slides have no patches ({preview(empty)}); take them out of the slide table")
+        raise ValueError(f"{len(empty)} slides have no patches ({preview(empty)}); remove them from the slide table")
     return wanted
 
 
@@ -185,11 +185,11 @@ def _shared_captions(members, grouped, cases: Sequence[int]) -> list[list[int]]:
         for bag in bags:
             found[bag].append(number)
     if shared:
-        commonest = max(shared, key=lambda caption: len(shared[caption]))
+        most_frequent = max(shared, key=lambda caption: len(shared[caption]))
         _log.warning(
-            "%d captions are those of slides of several cases, word for word (%d of %d slides; %d have %r): these "
-            "slides are no negatives of each other",
-            len(shared), sum(map(bool, found)), len(members), len(shared[commonest]), commonest[:60],
+            "%d captions occur verbatim in several cases (%d of %d slides; %d have %r): these slides are not negatives "
+            "of each other",
+            len(shared), sum(map(bool, found)), len(members), len(shared[most_frequent]), most_frequent[:60],
         )  # fmt: skip
     return found
 
@@ -213,7 +213,7 @@ def _tokenise(
     for what, seen in long.items():
         if seen.over:
             _log.warning(
-                "%d of %d %s are longer than %d tokens (the longest has %d); their ends are cut",
+                "%d of %d %s are longer than %d tokens (the longest has %d) and are truncated",
                 seen.over, seen.total, what, seen.most, seen.longest,
             )  # fmt: skip
     return found

@@ -31,8 +31,8 @@ def refuse_unknown_words(bags: Sequence[Bag], tokenizer: TextTokenizer, most: fl
     if share > most:
         raise ValueError(
             f"{found}, more than data.max_unknown_share={most:g}: the model would read [UNK] in their place. Name the "
-            "BERT folder of the texts' language as --config.data.tokenizer, or make one of these texts with `pathflip "
-            f"vocabulary`; --config.data.max_unknown_share={min(share + 0.01, 1):.2f} trains all the same"
+            "BERT folder of the texts' language as --config.data.tokenizer, or train one on these texts with `pathflip "
+            f"vocabulary`; --config.data.max_unknown_share={min(share + 0.01, 1):.2f} trains anyway"
         )
     _log.warning("%s", found)
 
@@ -50,11 +50,11 @@ def _unknown_words(texts: Iterable[TokenisedText], tokenizer: TextTokenizer) -> 
 
 def require_negatives(batches: Batches) -> None:
     """Raise ValueError if no batch can hold two slides that are mutual negatives; report how many do not."""
-    useless = "without one the losses ask nothing of the model"
+    useless = "without negatives the model learns nothing"
     if batches.batch_size == 1:
         raise ValueError(
             f"train.batch_size=1: a batch of one slide has no negative, and {useless}; set "
-            "--config.train.batch_size to 2 or more (train.accumulate spreads a batch over less memory)"
+            "--config.train.batch_size to 2 or more (train.accumulate splits a batch to save memory)"
         )
     if not any_unrelated(batches.related):
         raise ValueError(
@@ -66,8 +66,8 @@ def require_negatives(batches: Batches) -> None:
     lone = sum(not any_unrelated(batches.related[batches.chosen(step)]) for step in range(steps))
     if lone:
         _log.warning(
-            "%d of the first %d batches hold slides of one case alone, or of one caption: they have no negative and "
-            "teach next to nothing; a larger train.batch_size has fewer of them",
+            "%d of the first %d batches hold slides of one case alone, or of one caption: without negatives they "
+            "contribute almost nothing to training; a larger train.batch_size makes them rarer",
             lone, steps,
         )  # fmt: skip
 

@@ -35,8 +35,8 @@ class PackingOverflowError(ValueError):
     def __init__(self, length: int, rows: Mapping[int, int]) -> None:
         found = ", ".join(f"{count} of {width}" for width, count in rows.items() if count)
         super().__init__(
-            f"no row is left for a text of {length} tokens; there are {found} tokens; raise text_rows, or leave it out "
-            "to have it measured"
+            f"no row has room for a text of {length} tokens; rows are {found} tokens; increase text_rows, or leave "
+            "it empty to have the number of rows measured"
         )
 
 

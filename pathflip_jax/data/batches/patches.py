@@ -68,7 +68,7 @@ class PatchSampler:
                 keys[np.arange(counts.max()) >= counts[large, None]] = 2.0  # beyond the region's patches
                 index[b, large] = np.sort(np.argpartition(keys, S - 1, axis=1)[:, :S], axis=1)
         if self._first_row is not None:
-            return self._held(bags, chosen, index, mask), mask
+            return self._loaded(bags, chosen, index, mask), mask
         patches = self._memory.allocate((*mask.shape, self._records.feature_dim), self._records.dtype)
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             for record in np.unique(bag.record[regions]):
@@ -83,7 +83,7 @@ class PatchSampler:
             patches[b, len(regions) :] = 0
         return patches, mask
 
-    def _held(self, bags: Sequence[StoredRegions], chosen: list[np.ndarray], index: np.ndarray, mask: np.ndarray):
+    def _loaded(self, bags: Sequence[StoredRegions], chosen: list[np.ndarray], index: np.ndarray, mask: np.ndarray):
         """Sampled patches from memory, or their row numbers on the devices."""
         for b, (bag, regions) in enumerate(zip(bags, chosen, strict=True)):
             first = self._first_row[bag.record[regions]] + bag.start[regions]

@@ -119,7 +119,9 @@ def make_batches(
     records, texts, tokenizer, slide_ids, sources = cohort
     bags = collect_bags(records, texts, tokenizer, slide_ids, data.caption_length, data.subcaption_length, sources)
     if len(bags) < size.slides:
-        raise ValueError(f"{len(bags)} slides (or cases) with a text make no batch of {size.slides}; lower batch_size")
+        raise ValueError(
+            f"{len(bags)} slides (or cases) have a text, too few for a batch of {size.slides}; lower batch_size"
+        )
     if not data.patch_slots:
         widest = max(int(np.diff(records.slides[place].region_rows).max()) for bag in bags for place in bag.places)
         data = replace(data, patch_slots=widest)
@@ -245,8 +247,8 @@ class Batches:
     def chosen(self, step: int) -> np.ndarray:
         """Bag indices of the global batch of a step, without padding."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        held, order = self._order
-        if held != epoch:
+        known_epoch, order = self._order
+        if known_epoch != epoch:
             order = np.random.default_rng([self._seed, _EPOCHS, epoch]).permutation(len(self.bags))
             self._order = epoch, order  # a single assignment, as other threads do the same
         return order[within * self.batch_size :][: self.batch_size]
@@ -342,5 +344,5 @@ class Batches:
                 ("overflows", "texts of a group that do not fit in text_rows are redrawn as single sentences"),
             ):
                 if counts[name] and not self.counts[name]:
-                    _log.warning("%s; counted, and not said again", explanation)
+                    _log.warning("%s; further cases are counted, but not logged", explanation)
             self.counts.update(counts)

@@ -49,7 +49,7 @@ def encode_slide(
     from tensorflow_datasets.proto import tf_example_pb2
 
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} of records: expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"records of dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     where = f"slide {slide.slide_id}"
     size = slide.features.size * 2
     if size > LARGEST_EXAMPLE:
@@ -127,7 +127,7 @@ def narrowed(features: Float[np.ndarray, "N F"], dtype: str, where: str) -> Floa
     if len(rows := rows_lost_to_rounding(features, narrow)):
         largest = np.abs(features[rows].astype(np.float32)).max()
         found = f"features of {len(rows)} of {len(features)} patches are at most {largest:.3g}, too small for {dtype}"
-        raise ValueError(f"{where}: {found}, which rounds them to zero or almost; {cure}")
+        raise ValueError(f"{where}: {found}, which loses most or all of their precision; {cure}")
     return narrow
 
 

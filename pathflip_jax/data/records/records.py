@@ -310,7 +310,7 @@ def finish_folder(folder: Place | str, *, edge_um: float = EDGE_UM, edge_px: int
     names = [shard.name for shard in records.shards]
     if names != expected:
         missing = [name for name in expected if name not in names]
-        raise ValueError(f"{folder}: {missing[0]} is missing, {names[-1]} is there; run the task that writes it first")
+        raise ValueError(f"{folder}: {missing[0]} is missing, {names[-1]} exists; run the task that writes it first")
     for position, info in enumerate(records.slides):
         _check_edge(info, records.coords(position), edge_um, edge_px)
     return write_manifest(folder, records, edge_um, edge_px)

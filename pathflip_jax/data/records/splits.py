@@ -69,22 +69,22 @@ def unknown_split_message(table: object, split: str, rows: Iterable[Row]) -> str
     return f"{table}: no slide is in split {split!r}; the splits are {there or '(none: no rows)'}{hint}"
 
 
-def count_splits(table: SlideTable | None, records: Records, texts: Mapping[str, Iterable[Sequence[str]]]) -> dict:
+def count_splits(held: SlideTable | None, records: Records, texts: Mapping[str, Iterable[Sequence[str]]]) -> dict:
     """Counts of each split, for messages and for the facts of a run; `texts` are the slides of each text of a split.
 
     Without a table all slides form one split, "all".
     """
-    if table is None:
+    if held is None:
         case_of = _cases_of(records)
         return {"all": _count(case_of, {}, case_of, texts.get("all"))}
     found = {}
-    for split in dict.fromkeys(row["split"] for row in table.listed):
-        slides = table.slides(split)
-        lacking = sum(row["split"] == split for row in table.listed) - len(slides)
-        found[split or "without a split"] = _count(slides, table.rows, table.case_of, texts.get(split)) | {
+    for split in dict.fromkeys(row["split"] for row in held.listed):
+        slides = held.slides(split)
+        lacking = sum(row["split"] == split for row in held.listed) - len(slides)
+        found[split or "without a split"] = _count(slides, held.rows, held.case_of, texts.get(split)) | {
             "no_record": lacking
         }
-    return found | {"not_in_table": len(table.case_of) - len(table.rows)}
+    return found | {"not_in_table": len(held.case_of) - len(held.rows)}
 
 
 def _count(slides: Iterable[str], rows: Mapping[str, Row], case_of: Mapping[str, str], texts) -> dict[str, int]:

@@ -79,9 +79,7 @@ def test_captions_of_several_cases_are_numbered_and_counted(caplog):
     grouped = {bag: [SlideText(bag, "", caption)] for bag, caption in zip(members, captions, strict=True)}
     cases = [0, 1, 2, 3, 3, 4]  # both slides with "Fat." are of one case
     assert _shared_captions(members, grouped, cases) == [[5], [5], [5], [], [], []]
-    assert "1 captions are those of slides of several cases, word for word (3 of 6 slides; 3 have 'a gland.')" in (
-        caplog.text
-    )
+    assert "1 captions occur verbatim in several cases (3 of 6 slides; 3 have 'a gland.')" in (caplog.text)
     caplog.clear()
     assert _shared_captions(members[2:], grouped, cases[2:]) == [[], [], [], []] and caplog.text == ""
 

@@ -71,7 +71,7 @@ def test_rows_that_are_enough_hold_each_group_and_are_not_too_many(groups):
 
 def test_what_does_not_fit_is_an_error():
     texts = [np.ones(n, np.int32) for n in (6, 5, 5)]
-    with pytest.raises(PackingOverflowError, match="no row is left for a text of 5 tokens; there are 1 of 10 tokens"):
+    with pytest.raises(PackingOverflowError, match="no row has room for a text of 5 tokens; rows are 1 of 10 tokens"):
         pack(texts, (10,), rows=(1,))
     with pytest.raises(ValueError, match="a text of 6 tokens is longer than a row of 5"):
         pack(texts, (5,))

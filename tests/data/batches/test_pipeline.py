@@ -345,7 +345,7 @@ def test_too_few_rows_shorten_merges_not_captions(cohort, caplog):
         try:
             tight = batches(cohort, row_step=128, text_groups=1, text_rows=[rows])
         except ValueError as error:
-            assert f"text_rows ({rows},) is too few" in str(error) and f"there are {rows} of 128 tokens" in str(error)
+            assert f"text_rows ({rows},) is too few" in str(error) and f"rows are {rows} of 128 tokens" in str(error)
             break
         overflowed = [tight.batch(step) for step in range(8)]  # every batch can be made
         said = caplog.text.count("redrawn as single sentences")
@@ -449,7 +449,7 @@ def test_what_cannot_be_drawn_from_is_an_error(cohort):
         batches(cohort, cohort.texts[:9], slide_ids=["S19", "S20"])
     with pytest.raises(ValueError, match="none of the 1 texts belongs to any of the 21 slides"):
         batches(cohort, [SlideText(("X",), "", "A.")])
-    with pytest.raises(ValueError, match="21 slides .* make no batch of 24; lower batch_size"):
+    with pytest.raises(ValueError, match="21 slides .* too few for a batch of 24; lower batch_size"):
         batches(cohort, batch_size=24)
     for sizes in ({"text_groups": 3}, {"shards": 3}):
         with pytest.raises(ValueError, match="each must be a multiple of the next"):

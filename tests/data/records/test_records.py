@@ -539,7 +539,7 @@ def test_verify_names_what_is_missing_or_extra(folder):
     assert [fault for fault in verify(folder) if "00002.tfrecord: not in manifest.json" in fault]
     (folder / shard_name(0)).unlink()
     assert [fault for fault in verify(folder) if "00000.tfrecord: listed in manifest.json but missing" in fault]
-    with pytest.raises(ValueError, match=r"00000\.tfrecord is missing, .*\.tfrecord is there"):
+    with pytest.raises(ValueError, match=r"00000\.tfrecord is missing, .*\.tfrecord exists"):
         finish_folder(folder, edge_um=64.0)
     (folder / "manifest.json").write_text("{}")
     assert [fault for fault in verify(folder) if "not a manifest" in fault]
