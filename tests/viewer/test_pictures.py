@@ -126,5 +126,5 @@ def test_a_reader_that_dies_is_followed_by_another(pictures, slide):
 def test_a_slide_without_low_levels_says_how_to_get_them(slide, monkeypatch):
     monkeypatch.setattr(slide_pixels, "WHOLE_LEVEL", 100_000)
     assert slide_pixels.tile(str(slide), 10, 1, 1, 80)
-    with pytest.raises(guarded.Refused, match=r"it has no low level .*vips tiffsave S1\.tiff"):
+    with pytest.raises(guarded.Refused, match=r"it has no low-resolution level .*vips tiffsave S1\.tiff"):
         slide_pixels.tile(str(slide), 8, 0, 0, 80)

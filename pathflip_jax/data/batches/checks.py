@@ -1,4 +1,4 @@
-"""Checks before training for unusable data: texts of unknown words, batches without negatives."""
+"""Checks before training for unusable data: texts with unknown words, batches without negatives."""
 
 import logging
 from collections import Counter

@@ -66,7 +66,7 @@ def read_csv(path: Path, mpp: float | None = None, encoder: str | None = None) -
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a csv table ({error}); {expected}") from None
     try:
-        coords, size = _settle(places)
+        coords, size = _coords_and_size(places)
     except ValueError as error:
         raise ValueError(f"{path}: patch names such as {names[0]!r:.60}: {error}; {EXPECTED}") from None
     fields = {"features": np.array(features, np.float32).reshape(-1, columns - 1), "coords": coords}
@@ -107,7 +107,7 @@ def _numbers(text: str) -> _Place | None:
     return _Place(tuple(float(number) for number in run[0].strip("_").split("_"))) if run else None
 
 
-def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
+def _coords_and_size(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
     """Coordinates [N, 2], and the patch size if the names hold it, else 0. Raises ValueError for ambiguous names."""
     if not places:
         return np.zeros((0, 2)), 0
@@ -124,7 +124,10 @@ def _settle(places: Sequence[_Place]) -> tuple[np.ndarray, int]:
 
 
 def _from_several(numbers: np.ndarray, has_slide_id: bool) -> tuple[np.ndarray, set[float]]:
-    """Positions of x, y among three or four numbers; others, constant over rows, are the size or the slide."""
+    """Coordinates [N, 2] and patch sizes from names with three or four numbers.
+
+    Numbers that are constant over all rows are the patch size or part of the slide id.
+    """
     count, several = numbers.shape[1], len(numbers) > 1
     alike = (numbers == numbers[0]).all(axis=0) & (has_slide_id or several)
     if count == 4:

@@ -10,7 +10,7 @@ from pathflip_jax.data.readers.formats import extensions, format_by_extension
 from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.folders import walk_files
 
-# Folders next to features that hold none: coordinates, masks, images.
+# Folders next to feature folders that hold no features: coordinates, masks, images.
 NOT_FEATURES = {"patches", "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
 SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector per slide: slide_features_titan
 # File types that may be mistaken for features, and the cure.
@@ -28,7 +28,7 @@ UNREADABLE = {
 
 
 class FeatureFiles(NamedTuple):
-    """Feature files of a folder in order of slide id, unreachable ones, and notes on files left out."""
+    """Feature files of a folder in order of slide id, unreachable ones, and notes on skipped files."""
 
     files: list[Path]
     unreachable: list[Failure]

@@ -11,7 +11,7 @@ import numpy as np
 
 
 class FeatureFields(TypedDict, total=False):
-    """Fields of `SlideFeatures` given by a file, and `step`, the distance between patches; unknown ones are absent."""
+    """Fields of `SlideFeatures` read from a file, and `step`, the distance between patches; unknown ones are absent."""
 
     features: Required[np.ndarray]
     coords: np.ndarray
@@ -26,7 +26,7 @@ class FeatureFields(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """One format of feature files: declared by the file of its reader, and named in `formats.py:FILES`.
+    """Feature file format: declared by its reader module, which `formats.py:FILES` lists.
 
     `name`, `extensions` (lower case, with the dot) and `tools`, the programs that write it, appear in help and errors.
     `recognises` takes a file's first 40 bytes and its path: the content decides, as extensions are often wrong.

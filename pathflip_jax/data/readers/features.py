@@ -159,7 +159,7 @@ def case_of(slide_id: str) -> str:
 
 
 class UnknownPatchSize(ValueError):
-    """Patch size given by neither the file nor its coordinates, as too few patches are adjacent."""
+    """The patch size is not in the file, and too few patches are adjacent to infer it from the coordinates."""
 
 
 def read_features(

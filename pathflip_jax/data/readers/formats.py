@@ -1,4 +1,4 @@
-"""Table of the formats of feature files: one file and one entry each."""
+"""Registry of feature file formats: one reader module and one entry each."""
 
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ def tools() -> str:
 
 
 def format_by_extension(path: Path) -> FeatureFormat | None:
-    """Format that a file has by its extension, which its content may contradict; None for a foreign extension."""
+    """Format suggested by a file's extension, which its content may contradict; None for an unknown extension."""
     return next((known for known in FORMATS if path.suffix.lower() in known.extensions), None)
 
 
@@ -44,7 +44,7 @@ def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFi
 
 
 def _recognise(start: bytes, path: Path) -> FeatureFormat:
-    """Format of a file; that of its extension is tried first, so that the order of the table hardly matters."""
+    """Format of a file by its content; the format of its extension is tried first, then all others in order."""
     named, cure = format_by_extension(path), "save a slide's features as HDF5, datasets 'features' and 'coords'"
     for known in sorted(FORMATS, key=lambda known: known is not named):
         if not known.recognises(start, path):

@@ -23,7 +23,7 @@ OWN_LAYOUT = (
 
 
 def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields:
-    """Contents of a file of any of these layouts.
+    """Contents of an HDF5 file in any of these layouts.
 
     `mpp` converts STAMP's micrometres to pixels; `encoder` selects among the features of several encoders.
     """
@@ -161,10 +161,10 @@ def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: f
     coords, unit = squeezed(arrays["coords"]).astype(np.float64), _text(top.get("unit"))
     tile_um = _number(top, "tile_size_um") or (_number(top, "tile_size") if unit == "um" else 0.0)
     if unit in ("", "um") and tile_um:
-        said = f"STAMP coordinates are in micrometres (tiles of {tile_um:g} um)"
+        found = f"STAMP coordinates are in micrometres (tiles of {tile_um:g} um)"
     elif not unit and fields["encoder"] and _is_stamp1(top, coords):
         coords, tile_um = coords / STAMP1_PIXELS * STAMP1_UM, STAMP1_UM
-        said = "STAMP 1 coordinates are in pixels of its tiles (224 px are 256 um)"
+        found = "STAMP 1 coordinates are in pixels of its tiles (224 px are 256 um)"
     else:
         found = f"in {unit!r}" if unit else "in a unit that is not stated"
         raise ValueError(
@@ -173,7 +173,7 @@ def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: f
         )
     if not mpp:
         raise ValueError(
-            f"{path}: {said}, and the file does not say the slide's mpp; pass mpp, such as --mpp 0.25 for a 40x scan"
+            f"{path}: {found}, and the file does not say the slide's mpp; pass mpp, such as --mpp 0.25 for a 40x scan"
         )
     fields["coords"] = np.round(coords / mpp)
     return fields | {"patch_size": _pixels(tile_um / mpp), "mpp": mpp}

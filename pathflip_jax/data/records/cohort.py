@@ -1,6 +1,6 @@
 """Cohort properties that all slides of one training set must share (DESIGN section 5).
 
-They are decided by majority, never by the slide that happens to come first; without a majority they are undecided.
+The majority decides them, never the slide that happens to come first; without a majority they are undecided.
 """
 
 from collections import Counter

@@ -106,7 +106,7 @@ def _check(columns: dict, sizes: np.ndarray, regions: ShardRegions, shard: Place
     for slide_id in columns["slide_id"]:
         check_slide_id(slide_id)
     last = np.cumsum(sizes)
-    for at in np.flatnonzero(_dubious(columns, sizes, regions.count)).tolist():
+    for at in np.flatnonzero(_suspect_slides(columns, sizes, regions.count)).tolist():
         scalars = {name: own[at] if name in TEXTS else own.item(at) for name, own in columns.items()}
         own = ShardRegions(*(array[last[at] - sizes[at] : last[at]] for array in regions))
         rows = np.concatenate([[0], np.cumsum(own.count, dtype=np.int64)])
@@ -116,11 +116,13 @@ def _check(columns: dict, sizes: np.ndarray, regions: ShardRegions, shard: Place
     end = np.maximum(end, columns["coords_offset"] + columns["coords_bytes"])
     huge = columns["num_patches"] * (width * 1.0) + columns["features_offset"] + columns["coords_offset"] > 2**62
     for at in np.flatnonzero((end > size) | huge).tolist():
-        found = f"up to byte {end[at]}" if not huge[at] else "beyond any file"
-        raise ValueError(f"slide {columns['slide_id'][at]} extends beyond {shard.name}, {found} of {size}")
+        found = f"byte {end[at]}" if not huge[at] else "an impossible size"
+        raise ValueError(
+            f"slide {columns['slide_id'][at]} extends beyond {shard.name}: to {found}, the file has {size}"
+        )
 
 
-def _dubious(columns: dict, sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
+def _suspect_slides(columns: dict, sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Slides [n] that `check_info` must examine, found for all slides of a shard in one vectorised pass."""
     patches, mpp, coords = columns["num_patches"], columns["mpp"], columns["coords_bytes"]
     found = np.array([dtype not in DTYPES for dtype in columns["feature_dtype"]], bool)

@@ -88,7 +88,7 @@ def write_shard(
         for slide in slides:
             parts, info = encode_slide(slide, cut=cut, edge_um=edge_um, edge_px=edge_px, dtype=dtype)
             info = replace(info, shard=path)
-            if infos:  # stop at the first misfit
+            if infos:  # stop at the first mismatch
                 check_cohort([infos.get(info.slide_id, next(iter(infos.values()))), info])
             start = out.write_record(*parts)
             offsets = {"features_offset": start + info.features_offset, "coords_offset": start + info.coords_offset}

@@ -35,7 +35,7 @@ class SlideTable(NamedTuple):
         return [slide for slide, row in self.rows.items() if row["split"] == split]
 
     def require(self, split: str, cure: str) -> list[str]:
-        """Non-empty `slides`. Raises ValueError for a split without rows or without records."""
+        """Slides of a split as from `slides`, at least one. Raises ValueError for a split without rows or records."""
         listed = [row["slide_id"] for row in self.listed if row["split"] == split]
         if not listed:
             raise ValueError(f"{unknown_split_message(self.name, split, self.listed)}; {cure}")
@@ -106,8 +106,8 @@ def describe(counts: Mapping[str, dict | int], validates: bool) -> str:
             parts += [f"{found} slides of the records are not in the table"] if found else []
             continue
         texts = f", {found['texts']} texts" if "texts" in found else ""
-        said = {"no_record": "more have no record", "no_text": "have no text"}
-        lacking = [f"{found[name]} {words}" for name, words in said.items() if found.get(name)]
+        labels = {"no_record": "more have no record", "no_text": "have no text"}
+        lacking = [f"{found[name]} {words}" for name, words in labels.items() if found.get(name)]
         missing = f" ({', '.join(lacking)})" if lacking else ""
         parts.append(f"{split} {found['slides']} slides of {found['patients']} patients{texts}{missing}")
     return "data: " + "; ".join(parts) + ("" if validates else "; no validation, so the latest checkpoint is the best")

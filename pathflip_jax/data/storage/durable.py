@@ -1,11 +1,11 @@
-"""Durable writes: fsync of files and folders where supported, so that a power loss undoes nothing."""
+"""Durable writes: fsync of files and folders where supported, so that writes survive a power loss."""
 
 import errno
 import os
 from pathlib import Path
 
 # Errors of file systems without fsync (FUSE, network shares, and for folders many more), or where this user may not
-# open a folder. The data are written all the same.
+# open a folder. The data are written nevertheless.
 _UNSUPPORTED = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR,
     errno.ENOTTY,

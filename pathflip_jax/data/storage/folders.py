@@ -1,7 +1,7 @@
 """Traversal of slide and feature folders, with symbolic links, hidden copies and unfetched files.
 
-Linked folders and files count as if they were in place. Broken links are reported, not skipped: an unmounted share must
-not silently shrink a cohort.
+Linked folders and files are treated as if they were in place. Broken links are reported, not skipped: an unmounted
+share must not silently shrink a cohort.
 """
 
 import os
@@ -27,7 +27,7 @@ def walk_files(folder: Path | str) -> Walked:
 
     Hidden files and folders are skipped: macOS keeps `._S1.h5` next to `S1.h5`, notebooks keep copies in
     `.ipynb_checkpoints`. A `.zarr` folder counts as a file. `broken` holds dangling links and unreadable folders.
-    Raises FileNotFoundError for no folder.
+    Raises FileNotFoundError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Answer options of a question, in all formats of supported tables, and the letter of an answer."""
+"""Answer options of a question, in every format of the supported tables, and the letter of an answer."""
 
 import re
 from collections.abc import Mapping, Sequence

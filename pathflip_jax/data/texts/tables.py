@@ -36,7 +36,7 @@ class Row(NamedTuple):
         return self._first(names, is_missing)
 
     def first_nonempty(self, *names: str) -> Any:
-        """First non-empty of these free-text columns, "None" and "unknown" included; "" if all are empty.
+        """First non-empty of these free-text columns; "" if all are empty. "None" and "unknown" are not empty.
 
         For answers, questions and options only: elsewhere these words mean a missing value.
         """
