@@ -1,7 +1,7 @@
 """Q-Former initialisation from a BERT: any Hugging Face folder with weights (BioBERT, ClinicalBERT, MiniLM).
 
-Word and position embeddings, self-attention and feed-forward networks come from the folder; queries get a copy of the
-latter, and cross-attention keeps its own initialisation (DESIGN section 3.2).
+Word and position embeddings, self-attention and feed-forward networks come from the folder; the queries' feed-forward
+networks start as copies of BERT's, and cross-attention keeps its own initialisation (DESIGN section 3.2).
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ ASSUMED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type"
 def bert_settings(folder: str | Path) -> dict[str, Any]:
     """Fields of PathFLIPConfig that a BERT folder's config.json determines.
 
-    Raises ValueError when it is not a BERT that the Q-Former can start from.
+    Raises ValueError when the Q-Former cannot be initialised from this BERT.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -49,11 +49,11 @@ def bert_settings(folder: str | Path) -> dict[str, Any]:
             "max_positions": config["max_position_embeddings"],
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the JSON of a model config ({error}); copy the folder again") from error
+        raise ValueError(f"{path}: not a valid model config ({error}); copy the folder again") from error
     except KeyError as error:
         raise ValueError(f"{path}: missing key {error}; expected the config.json of a BERT") from error
     if faults:
-        raise ValueError(f"{path}: not a BERT that the Q-Former can start from: {'; '.join(faults)}")
+        raise ValueError(f"{path}: cannot initialise the Q-Former from this model: {'; '.join(faults)}")
     return settings
 
 
@@ -76,7 +76,7 @@ def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types
         raise ValueError(f"{folder}: this BERT and the model config differ: {'; '.join(faults)}")
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        raise FileNotFoundError(f"{folder}: neither {' nor '.join(WEIGHTS)} in it; download the weights too")
+        raise FileNotFoundError(f"{folder}: found neither {' nor '.join(WEIGHTS)}; download the weights too")
     tensors = {_current_name(name): tensor for name, tensor in plain_names(read_tensors(weights), weights).items()}
 
     shapes = abstract_params(config)
@@ -100,7 +100,7 @@ def bert_parameters(folder: str | Path, config: ModelConfig, *, fold_token_types
             flat[name.path] = np.array(name.to_jax(tensor), order="C")
     types = tensors.get(TYPES)
     if fold_token_types and not whole and (types is None or types.shape[1:] != (config.hidden,)):
-        faults.append(f"{TYPES}: missing, or of another width")
+        faults.append(f"{TYPES}: missing, or not {config.hidden} wide")
     if faults:
         raise ValueError(f"{weights}: {len(faults)} tensors do not fit the model config\n  " + "\n  ".join(faults))
 

@@ -1,7 +1,7 @@
 """Checkpoint files of either code base: tensors by name, and the arguments of the run that wrote them.
 
-The files are untrusted: nothing in a file is ever executed. Safetensors files need no torch; for the
-others it is imported late.
+The files are untrusted: nothing in a file is ever executed. Safetensors files need no torch; it is imported
+only to read the other formats.
 """
 
 import pickle
@@ -66,24 +66,24 @@ def _read_folder(folder: Path) -> _Read:
         return _Read({RAW: _read_shards(index)}, {})
     if (folder / "zero_to_fp32.py").exists() or list(folder.glob("**/*_model_states.pt")):
         raise ValueError(
-            f"{folder}: a DeepSpeed checkpoint whose parts are not merged; merge them by the script that DeepSpeed put "
-            f"there, `python zero_to_fp32.py . pytorch_model.bin`, and give that file"
+            f"{folder}: the parts of this DeepSpeed checkpoint are not merged; merge them with the script that "
+            "DeepSpeed put there, `python zero_to_fp32.py . pytorch_model.bin`, and pass pytorch_model.bin"
         )
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(files) != 1:
         found = ", ".join(path.name for path in files[:5]) or "none"
-        raise ValueError(f"{folder}: holds {len(files)} files of weights ({found}); name the one that is meant")
+        raise ValueError(f"{folder}: found {len(files)} weight files ({found}), expected one; pass the file to read")
     return _read(files[0])
 
 
 def _read_shards(index: Path) -> StateDict:
     """Tensors of a sharded checkpoint, as transformers and DeepSpeed write it."""
     try:
-        places = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
-        places = {str(name): Path(str(file)).name for name, file in places.items()}
+        shard_of = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = {str(name): Path(str(file)).name for name, file in shard_of.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not the index of a set of shards ({error!r:.100}); copy it again") from None
-    names = sorted(set(places.values()))
+        raise ValueError(f"{index}: not a valid index of shards ({error!r:.100}); copy it again") from None
+    names = sorted(set(shard_of.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
             f"{index.parent}: {len(missing)} of {len(names)} shards are missing ({', '.join(missing[:5])}); copy them"
@@ -91,9 +91,9 @@ def _read_shards(index: Path) -> StateDict:
     tensors: StateDict = {}
     for name in names:
         tensors |= read_tensors(index.parent / name)
-    if absent := sorted(set(places) - set(tensors)):
+    if absent := sorted(set(shard_of) - set(tensors)):
         raise ValueError(
-            f"{index}: the shards lack {len(absent)} of its tensors ({', '.join(absent[:3])}); copy them again"
+            f"{index}: the shards lack {len(absent)} tensors of the index ({', '.join(absent[:3])}); copy them again"
         )
     return tensors
 
@@ -102,7 +102,7 @@ def _read_safetensors(path: Path) -> StateDict:
     try:
         views = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+        raise ValueError(f"{path}: incomplete or damaged safetensors file ({error}); copy it again") from error
     tensors = {}
     for name, view in views:
         if view["dtype"] not in DTYPES:
@@ -137,23 +137,24 @@ def _read_torch(path: Path) -> _Read:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found.group(1) if found else _first_line(error)
         raise ValueError(
-            f"{path}: holds more than tensors ({what}), or is damaged; only tensors are read, since anything else in "
-            "such a file can run code. Where it was written, keep the weights alone: "
+            f"{path}: contains objects other than tensors ({what}), or is damaged; only tensors are read, since "
+            "loading anything else can run code. In the environment that wrote the file, save the weights alone: "
             'torch.save(checkpoint["state_dict"], "weights.pt")'
         ) from error
     except Exception as error:  # on damaged bytes torch's unpickler may raise anything
-        raise ValueError(f"{path}: not a whole PyTorch file ({_first_line(error)}); copy it again") from error
+        raise ValueError(f"{path}: incomplete or damaged PyTorch file ({_first_line(error)}); copy it again") from error
     arguments = _arguments_within(content)
-    held = dict(containers(content, torch.is_tensor))
-    place, own = _own_weights(content, held)
-    if not isinstance(own, Mapping) or not own:
-        raise ValueError(f"{path}: holds a {type(own).__name__}, expected a state_dict (tensors by name)")
-    other = [f"{name} ({type(value).__name__})" for name, value in own.items() if not torch.is_tensor(value)]
+    candidates = dict(containers(content, torch.is_tensor))
+    location, main = _main_state_dict(content, candidates)
+    if not isinstance(main, Mapping) or not main:
+        raise ValueError(f"{path}: holds a {type(main).__name__}, expected a state_dict (tensors by name)")
+    other = [f"{name} ({type(value).__name__})" for name, value in main.items() if not torch.is_tensor(value)]
     if other:
         raise ValueError(
-            f"{path}: not a state_dict, since these are no tensors: {', '.join(other)}; save model.state_dict() alone"
+            f"{path}: not a state_dict, since some entries are not tensors ({', '.join(other)}); save "
+            "model.state_dict() alone"
         )
-    sets = {place: own} | {label: found for label, found in held.items() if same_model(own, found)}
+    sets = {location: main} | {label: found for label, found in candidates.items() if same_model(main, found)}
     tensors = {
         label: {
             name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
@@ -164,14 +165,14 @@ def _read_torch(path: Path) -> _Read:
     return _Read(tensors, arguments)
 
 
-def _own_weights(content: Any, held: Mapping[str, Any]) -> tuple[str, Any]:
+def _main_state_dict(content: Any, candidates: Mapping[str, Any]) -> tuple[str, Any]:
     """Location and content of a file's main state dict: under a usual name, else the largest one present."""
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             return name, content[name]
-    if RAW not in held and held:
-        place = max(held, key=lambda place: len(held[place]))
-        return place, held[place]
+    if RAW not in candidates and candidates:
+        location = max(candidates, key=lambda location: len(candidates[location]))
+        return location, candidates[location]
     return RAW, content
 
 
@@ -238,7 +239,7 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
         found = yaml.load(path.read_text(encoding="utf-8"), _Arguments)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: not plain arguments ({' '.join(str(error).split())[:300]}); expected names and values, as "
+            f"{path}: not plain YAML ({' '.join(str(error).split())[:300]}); expected names and values, as "
             "Lightning writes them to hparams.yaml"
         ) from None
     found = found if found is not None else {}

@@ -40,7 +40,7 @@ from pathflip_jax.runtime.sharding import infer_shardings
 
 STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
-PROMPTS = 32  # added to the texts that a small vocabulary is learnt from, so that it covers these words too
+PROMPTS = 32  # copies of the prompt added to the texts that a small vocabulary is learnt from, so that it covers them
 # Files besides config and weights that belong to the model: tokenizer, generation settings, licence.
 COMPANION_FILES = re.compile(
     r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_templates?|generation_config)\.(json|txt|model|jinja)"
@@ -63,7 +63,7 @@ def init_decoder(
         flat = flatten(Decoder(config, nnx.Rngs(key), lora))
         return {name: array.astype(shapes[name].dtype) for name, array in flat.items()}
 
-    return unflatten(template, jax.jit(make, out_shardings=_places(mesh, shapes))(jax.random.key(seed)))
+    return unflatten(template, jax.jit(make, out_shardings=_shardings(mesh, shapes))(jax.random.key(seed)))
 
 
 def load_decoder(
@@ -86,20 +86,20 @@ def load_decoder(
     folder = local_folder(folder)
     config = read_decoder_config(folder, compute_dtype=compute_dtype or dtype, remat=remat)
     template, shapes = _abstract(config, lora, dtype)
-    places = _places(mesh, shapes)
+    shardings = _shardings(mesh, shapes)
     table, tensors = names(config), plain_names(open_tensors(folder), folder)
-    twin = tensors.pop(HEAD, None) if config.tied else None  # some files repeat the embedding as the head
+    repeated = tensors.pop(HEAD, None) if config.tied else None  # some files repeat the embedding as the head
     _check(folder, config, table, shapes, tensors)
     flat = {
         name.path: _load(
-            folder, name, tensors[name.torch], twin if name.torch == TABLE else None, shape, places[name.path]
+            folder, name, tensors[name.torch], repeated if name.torch == TABLE else None, shape, shardings[name.path]
         )
         for name in table
         for shape in [shapes[name.path]]
     }
     if lora is not None:
         drawn = jax.jit(
-            lambda key: adapters(flatten(Decoder(config, nnx.Rngs(key), lora))), out_shardings=adapters(places)
+            lambda key: adapters(flatten(Decoder(config, nnx.Rngs(key), lora))), out_shardings=adapters(shardings)
         )
         flat |= drawn(jax.random.key(seed))
     return unflatten(template, flat)
@@ -119,7 +119,7 @@ def _abstract(
     return template, shapes
 
 
-def _places(mesh: Mesh | None, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Sharding]:
+def _shardings(mesh: Mesh | None, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Sharding]:
     if mesh is not None:
         return infer_shardings(mesh, shapes)
     return dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
@@ -136,12 +136,14 @@ def _check(folder: Path, config: DecoderConfig, table: list[Name], shapes: dict,
             faults.append(f"{name}: is of type {tensors[name].get_dtype()}, expected {', '.join(FLOATS)}")
     if faults:
         raise ValueError(
-            f"{folder}: {len(faults)} tensors are not those of the {config.family} in its {CONFIG}; download config "
-            "and weights of one model\n  " + "\n  ".join(faults)
+            f"{folder}: {len(faults)} tensors do not match the {config.family} that its {CONFIG} describes; download "
+            "config and weights of the same model\n  " + "\n  ".join(faults)
         )
 
 
-def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtypeStruct, place: Sharding) -> jax.Array:
+def _load(
+    folder: Path, name: Name, tensor: Any, repeated: Any, shape: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
     """Load a parameter from its tensor; slices that several devices hold are read once."""
     read: dict[tuple, np.ndarray] = {}
 
@@ -150,8 +152,8 @@ def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtyp
         if key not in read:
             cut = index[::-1] if name.form == "transpose" else index
             part = read_slice(tensor, cut)
-            if twin is not None and (
-                twin.get_shape() != tensor.get_shape() or not np.array_equal(part, read_slice(twin, cut))
+            if repeated is not None and (
+                repeated.get_shape() != tensor.get_shape() or not np.array_equal(part, read_slice(repeated, cut))
             ):
                 raise ValueError(
                     f"{folder / CONFIG}: tie_word_embeddings is true, but {HEAD} differs from {TABLE}; set it to false"
@@ -159,7 +161,7 @@ def _load(folder: Path, name: Name, tensor: Any, twin: Any, shape: jax.ShapeDtyp
             read[key] = np.ascontiguousarray(name.to_jax(part), shape.dtype)
         return read[key]
 
-    return jax.make_array_from_callback(shape.shape, place, piece)
+    return jax.make_array_from_callback(shape.shape, sharding, piece)
 
 
 def save_decoder(
@@ -179,11 +181,11 @@ def save_decoder(
     """
     config, flat = decoder.config, flatten(decoder)
     values = _hf_config(config) if source is None else _source_config(config, source)
-    elsewhere = [name for name, x in flat.items() if isinstance(x, jax.Array) and not _is_here(x)]
-    if elsewhere:
+    remote = [name for name, x in flat.items() if isinstance(x, jax.Array) and not _is_local(x)]
+    if remote:
         raise ValueError(
-            f"{folder}: other processes hold parts of {elsewhere[0]} and {len(elsewhere) - 1} others; save a "
-            "checkpoint, and write the folder from that with one process"
+            f"{folder}: other processes hold parts of {remote[0]} and of {len(remote) - 1} other parameters; save a "
+            "checkpoint, then write the folder from it in a single process"
         )
     table = {name.torch: name for name in names(config)}
     shapes = {
@@ -207,11 +209,11 @@ def save_decoder(
 def make_decoder_folder(texts: list[str], folder: str | Path, *, vocab_size: int, width: int, layers: int) -> None:
     """Write the folder of a small Qwen3 to be trained from scratch: a vocabulary learnt from texts, and config.json.
 
-    Heads are 64 wide. Raises ValueError for a width that is no multiple of 64, and as `train_bpe`.
+    Heads are 64 wide. Raises ValueError for a width that is not a multiple of 64, and as `train_bpe`.
     """
     if width < 64 or width % 64 or layers < 1:
         raise ValueError(
-            f"a decoder {width} wide, of {layers} layers: expected a multiple of 64, and at least one layer"
+            f"decoder of width {width} with {layers} layers: expected a multiple of 64, and at least one layer"
         )
     prompt = "Instruction: Is there? Describe the input pathology whole slide image.\nA. Yes\nB. No\nResponse: "
     train_bpe([*texts, *[prompt] * PROMPTS], folder, vocab_size)
@@ -223,7 +225,7 @@ def make_decoder_folder(texts: list[str], folder: str | Path, *, vocab_size: int
     write_json(Path(folder) / CONFIG, _hf_config(config))
 
 
-def _is_here(x: jax.Array) -> bool:
+def _is_local(x: jax.Array) -> bool:
     return x.is_fully_addressable or x.is_fully_replicated
 
 
@@ -237,7 +239,8 @@ def _source_config(config: DecoderConfig, source: str | Path) -> dict[str, Any]:
     ]
     if differing:
         raise ValueError(
-            f"{Path(source) / CONFIG}: not of this decoder: {'; '.join(differing)}; give the folder that it came from"
+            f"{Path(source) / CONFIG}: does not describe this decoder: {'; '.join(differing)}; pass the folder that "
+            "the decoder came from"
         )
     values = read_object(Path(source) / CONFIG)
     values.pop("auto_map", None)
@@ -278,7 +281,7 @@ def _hf_config(config: DecoderConfig) -> dict[str, Any]:
     }
     if DecoderConfig.from_hf(values, compute_dtype=config.compute_dtype, remat=config.remat) != config:
         raise ValueError(
-            f"no {config.family} of Hugging Face has such biases and norms: {config}; write it as another family"
+            f"Hugging Face's {config.family} has no such biases and norms: {config}; write it as another family"
         )
     return values
 
@@ -286,7 +289,7 @@ def _hf_config(config: DecoderConfig) -> dict[str, Any]:
 def check_tokenizer(folder: str | Path, config: DecoderConfig) -> None:
     """Raise ValueError when the folder's tokenizer has tokens that the decoder's embedding has no row for.
 
-    More rows than tokens are the rule: tables are padded for speed, and cutting them to size would break the head.
+    Usually there are more rows than tokens: tables are padded for speed, and cutting them to size would break the head.
     """
     path = local_folder(folder) / "tokenizer.json"
     if not path.is_file():

@@ -25,7 +25,7 @@ from pathflip_jax.llm.config import DecoderConfig
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-AGAIN = "copy it again"
+COPY_AGAIN = "copy it again"
 PROJECTOR = "projector.safetensors"  # of a language run's export
 
 
@@ -36,8 +36,8 @@ def local_folder(place: str | Path) -> Path:
     folder = Path(place)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: no such folder; give one with config.json and weights, such as `hf download Qwen/Qwen3-0.6B "
-            "--local-dir FOLDER` makes"
+            f"{folder}: no such folder; pass one with config.json and weights, such as `hf download Qwen/Qwen3-0.6B "
+            "--local-dir FOLDER` writes"
         )
     return folder
 
@@ -49,9 +49,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {AGAIN}") from error
+        raise ValueError(f"{path}: not JSON ({error}); {COPY_AGAIN}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, expected an object with named values; {AGAIN}")
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected an object with named values; {COPY_AGAIN}")
     return found
 
 
@@ -80,19 +80,19 @@ def open_tensors(folder: Path) -> dict[str, Any]:
         raise _no_weights(folder)
     where = read_object(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where or not all(_is_file_name(name) for name in where.values()):
-        raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files beside it; {AGAIN}")
+        raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files beside it; {COPY_AGAIN}")
     files = sorted(set(where.values()))
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(
-            f"{folder}: {', '.join(absent)} of the {len(files)} files that {INDEX} names: not there; copy what "
-            "is missing"
+            f"{folder}: missing {', '.join(absent)} of the {len(files)} files that {INDEX} names; copy them too"
         )
     found = {name: _open(folder / name) for name in files}
     faults = [f"{name} is not in {file}" for name, file in where.items() if name not in found[file]]
     if faults:
         raise ValueError(
-            f"{folder / INDEX}: index and files are not of one model; copy all of them again\n  " + "\n  ".join(faults)
+            f"{folder / INDEX}: index and files are of different models; copy all of them again\n  "
+            + "\n  ".join(faults)
         )
     return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
 
@@ -106,22 +106,22 @@ def _open(path: Path) -> dict[str, Any]:
         file = safetensors.safe_open(path, framework="numpy")
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); {AGAIN}") from error
+        raise ValueError(f"{path}: incomplete or damaged safetensors file ({error}); {COPY_AGAIN}") from error
 
 
 def _no_weights(folder: Path) -> Exception:
     parts = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
     if parts:
-        return FileNotFoundError(f"{folder}: {parts[0]} is part of a set whose {INDEX} is not there; copy it too")
+        return FileNotFoundError(f"{folder}: {parts[0]} is one of several shards, but {INDEX} is missing; copy it too")
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickled:
         return ValueError(
-            f"{folder}: its weights are pickled ({pickled[0]}), and such a file can run code; only safetensors are "
-            'read. Convert them where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"{folder}: its weights are pickled ({pickled[0]}), and unpickling can run code; only safetensors are "
+            'read. If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
     return FileNotFoundError(
-        f"{folder}: neither {SINGLE} nor {INDEX} in it; download the weights too, or start from random ones with "
+        f"{folder}: found neither {SINGLE} nor {INDEX}; download the weights too, or start from random ones with "
         "init_decoder"
     )
 

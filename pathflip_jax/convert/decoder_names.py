@@ -56,5 +56,5 @@ def adapter_names(layers: int, targets: Sequence[str]) -> list[Name]:
 
 
 def is_buffer(torch: str) -> bool:
-    """Whether this is a buffer in older files that follows from the config and is not read."""
+    """Whether a tensor is a buffer of older files, which the config determines and which is not read."""
     return torch.endswith(".rotary_emb.inv_freq")

@@ -18,7 +18,7 @@ from pathflip_jax.model.versions import UnknownSettings, before
 
 SECTION = "pathflip_jax"
 CONFIG, BERT = "config.json", "bert"
-REGION_TOP_K = "region_top_k"  # `top_k` in transformers folders, where a generation setting has that name
+REGION_TOP_K = "region_top_k"  # name of our `top_k` in transformers folders, which have a generation setting `top_k`
 NAMED = {"data": ("records", "texts", "slides", "tokenizer", "embeddings")}
 PLACES = {"model": ("bert",), "train": ("checkpoints", "wandb_project"), "lm": ("aligner", "decoder", "start")}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -72,11 +72,11 @@ def read_exported(source: str | Path) -> Exported | None:
     )
     try:
         if (about := values.get(SECTION)) is not None:
-            config = _stated(values, about)
+            config = _config_in_section(values, about)
             if unknown := unknown_settings(about["settings"], READ):
                 raise UnknownSettings("settings of its run", unknown)
             return Exported(path, config, dict(about["settings"]), tokenizer, notes=tuple(about.get("notes", ())))
-        config = _older(values)
+        config = _config_without_section(values)
     except UnknownSettings as error:
         raise ValueError(refusal(path, error.names, values[SECTION].get("version"))) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -84,14 +84,14 @@ def read_exported(source: str | Path) -> Exported | None:
     return None if config is None else Exported(path, config, *_assumed_settings(config, tokenizer))
 
 
-def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
+def _config_in_section(values: Mapping[str, Any], about: Any) -> ModelConfig:
     """Model config in an export's section. Raises ValueError where the rest of config.json contradicts it."""
     if not isinstance(about, dict) or not all(isinstance(about.get(name), dict) for name in ("model", "settings")):
-        raise ValueError(f'its section "{SECTION}" has no settings of model and run')
+        raise ValueError(f'its section "{SECTION}" lacks the settings of the model or of the run')
     config = ModelConfig.from_dict(about["model"])
     values = {"top_k" if name == REGION_TOP_K else name: value for name, value in values.items()}
     clashes = [
-        f"{name} is {values[name]!r} at its top and {value!r} in that section"
+        f"{name} is {values[name]!r} at the top level and {value!r} in that section"
         for name, value in about["model"].items()
         if name in values and values[name] != value
     ]
@@ -100,7 +100,7 @@ def _stated(values: Mapping[str, Any], about: Any) -> ModelConfig:
     return config
 
 
-def _older(values: Mapping[str, Any]) -> ModelConfig | None:
+def _config_without_section(values: Mapping[str, Any]) -> ModelConfig | None:
     """Model config of an export that predates the section: every setting of a family, by name."""
     for name, kind in CONFIGS.items():
         fields = {field.name for field in dataclasses.fields(kind)}
@@ -113,10 +113,10 @@ def _assumed_settings(config: ModelConfig, tokenizer: Path | None) -> tuple[dict
     length, _ = conversion_of(config).text_lengths
     data = {"cut": "grid", "edge_um": 2048.0, "caption_length": length}
     assumed = (
-        "an export of an older version, whose config.json does not describe the run's data; export the run again where "
-        "you have it",
+        "an export of an older version, whose config.json does not describe the run's data; export the run again if "
+        "you still have it",
         "regions are cut by grid, 2048 um wide",
         f"captions of at most {length} tokens",
-        "the patch encoder is not known: features of any encoder as wide are taken",
+        "the patch encoder is not known: features of any encoder with this width are accepted",
     )
     return {"data": data}, tokenizer, assumed

@@ -1,4 +1,4 @@
-"""Conversion of each model family: tensor names in PyTorch, sizes, and settings that no tensor reveals."""
+"""Conversion of each model family: tensor names in PyTorch, sizes, and settings that no tensor determines."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Bert(NamedTuple):
     whole: bool
 
 
-def _as_it_is(state: State, config: ModelConfig) -> State:
+def _unchanged(state: State, config: ModelConfig) -> State:
     return state
 
 
@@ -60,7 +60,7 @@ class Conversion:
     unused: Callable[[ModelConfig, np.ndarray], dict[str, np.ndarray]]
     bert: Bert
     text_lengths: tuple[int, int]
-    complete: Callable[[State, ModelConfig], State] = _as_it_is
+    complete: Callable[[State, ModelConfig], State] = _unchanged
     merge: Callable[[State, ModelConfig], tuple[State, ModelConfig, list[str]]] = _without_lora
 
 

@@ -99,7 +99,7 @@ def attach(flat: Flat, adapter: Flat) -> dict[str, jax.Array]:
             continue
         axis = 0 if name.endswith("a") else 1
         if array.ndim != 2 or array.shape[axis] != kernel.shape[axis]:
-            faults.append(f"{name}: has shape {tuple(array.shape)} beside a kernel of {tuple(kernel.shape)}")
+            faults.append(f"{name}: has shape {tuple(array.shape)}, but the kernel has {tuple(kernel.shape)}")
         elif isinstance(place := getattr(kernel, "sharding", None), NamedSharding):
             placed[name] = jax.device_put(array, infer_shardings(place.mesh, {name: array})[name])
         else:
@@ -122,7 +122,7 @@ def save_peft(flat: Flat, lora: LoRAConfig, folder: str | Path, base: str) -> No
     faults = [f"missing {name}" for name in sorted(wanted - found.keys())]
     faults += [f"unknown {name}" for name in sorted(found.keys() - wanted)]
     if faults:
-        raise ValueError(f"these are not the adapters at {', '.join(lora.targets)}: {'; '.join(faults)}")
+        raise ValueError(f"the parameters are not those of adapters at {', '.join(lora.targets)}: {'; '.join(faults)}")
     shapes = {
         torch: jax.ShapeDtypeStruct(name.torch_shape(found[name.path].shape), jnp.float32)
         for torch, name in table.items()
@@ -152,7 +152,7 @@ def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tupl
     """Load the adapter in a PEFT folder, for `attach`, and its config; with `base_folder`, checked against it.
 
     The adapted projections follow from the names of its tensors, so target_modules may also be a pattern. An rsLoRA is
-    returned with the alpha that gives its scale. Raises FileNotFoundError where something is missing, ValueError
+    returned with the alpha that reproduces its scale. Raises FileNotFoundError where something is missing, ValueError
     listing everything unsupported and every mismatch.
     """
     folder = local_folder(folder)
@@ -169,15 +169,15 @@ def load_peft(folder: str | Path, base_folder: str | Path | None = None) -> tupl
     other = sorted(tensors.keys() - every.keys())
     if other or not targets:
         raise ValueError(
-            f"{folder / WEIGHTS}: adapts what is none of {', '.join(TARGETS)} of a decoder: "
-            f"{', '.join(other) or 'nothing'}; {MERGE}"
+            f"{folder / WEIGHTS}: expected adapters of a decoder's {', '.join(TARGETS)} only, found "
+            f"{', '.join(other) or 'none'}; {MERGE}"
         )
     lora = LoRAConfig(lora.rank, lora.alpha, lora.dropout, targets)
     base, about = None, ""
     if base_folder is not None:
         base = _base(path, settings, base_folder)
         trained_on = settings.get("base_model_name_or_path")
-        about = f" {base_folder}; it was trained on {trained_on!r}, give the folder of that"
+        about = f" {base_folder}; it was trained on {trained_on!r}, pass the folder of that model"
     faults, flat = [], {}
     expected = _shapes(base, lora) if base else {}
     for name in adapter_names(base.layers if base else _layers(tensors), targets):

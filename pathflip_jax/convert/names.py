@@ -120,13 +120,13 @@ def is_unused(torch: str) -> bool:
 def why_unused(torch: str) -> str | None:
     """Reason that an entry of a released model is not read; None for a parameter or an unknown entry."""
     if torch in COUNTERS:
-        return "a number that weight averaging keeps beside the weights"
+        return "a scalar that weight averaging stores with the weights"
     if torch == POSITION_IDS or (torch.startswith(TEXT_ENCODER) and torch.endswith("embeddings.position_ids")):
-        return "a buffer: 0, 1, 2, ..."
+        return "a buffer of position ids: 0, 1, 2, ..."
     if torch.startswith(LANGUAGE_HEAD):
         return "BERT's language-model head, which no loss or embedding of the alignment uses"
     if torch.startswith(TEXT_ENCODER) and ".pooler." in torch:
-        return "BERT's pooler, which nothing reads: texts are pooled from the last states"
+        return "BERT's pooler, which is unused: texts are pooled from the last hidden states"
     return None
 
 

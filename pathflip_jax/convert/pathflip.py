@@ -78,9 +78,9 @@ def infer_pathflip(
 ) -> PathFLIPConfig:
     """Infer the config of a PathFLIP `state_dict` from names and shapes; run arguments add nothing to them.
 
-    Heads leave no trace in either: BERT's are `heads`, or one per 64 of the hidden width, and those of the region
-    transformer and of the text-region attention the released 8. Raises ValueError listing the tensors without which
-    nothing can be inferred.
+    Neither determines the numbers of heads: BERT has `heads`, or one per 64 of the hidden width; the region transformer
+    and the text-region attention have 8, as released. Raises ValueError listing the tensors without which nothing can
+    be inferred.
     """
     bert = "Qformer.bert."
     layer = re.compile(re.escape(bert) + r"encoder\.layer\.(\d+)\.(crossattention\.)?")
@@ -107,7 +107,7 @@ def infer_pathflip(
     freq = cross[1] if len(cross) > 1 else max(layers) + 1
     if cross != list(range(0, max(layers) + 1, freq)):
         raise ValueError(
-            f"cross-attention stands in layers {cross} of {max(layers) + 1}; expected every n-th layer from 0 on"
+            f"cross-attention is in layers {cross} of {max(layers) + 1}; expected every n-th layer from layer 0 on"
         )
     return PathFLIPConfig(
         feature_dim=patch[1],

@@ -1,8 +1,8 @@
 """PathFLIP2 checkpoints: tensor names, LoRA, and the config inferred from names, shapes and the run's arguments.
 
 The published code trains with PEFT around BERT and stores its arguments (`hparams.yaml`, or in the checkpoint) under
-the names of `ARGUMENTS`. Heads, pooling and the scale of LoRA leave no trace in the tensors: where the arguments are
-missing too they must be given, or are the published defaults, as `infer_pathflip2` says.
+the names in `SIZES` and `OTHERS`. Tensors do not determine heads, pooling and the scale of LoRA: where the arguments
+are missing too, these must be given or are the published defaults, as `infer_pathflip2` documents.
 """
 
 import dataclasses
@@ -114,8 +114,8 @@ def infer_pathflip2(
         )
     if rank and "lora_alpha" not in arguments:
         raise ValueError(
-            f"its text encoder has LoRA of rank {rank}, whose scale no tensor says; put the run's hparams.yaml beside "
-            "the checkpoint, or give --lora-alpha (64 in the published code)"
+            f"its text encoder has LoRA of rank {rank}, whose scale no tensor holds; put the run's hparams.yaml next "
+            "to the checkpoint, or pass --lora-alpha (64 in the published code)"
         )
     others = {setting: arguments[name] for name, setting in OTHERS.items() if arguments.get(name) is not None}
     return PathFLIP2Config(
@@ -143,7 +143,7 @@ def _sizes(state: StateDict) -> tuple[dict[str, int], str]:
         f"{bert}encoder.layer.0.intermediate.dense{base}.weight": 2,
     }
     if faults := missing(state, wanted):
-        raise ValueError("not a whole PathFLIP2: " + "; ".join(faults))
+        raise ValueError("not a complete PathFLIP2: " + "; ".join(faults))
     patch, tokens, words, positions, intermediate = (state[name].shape for name in wanted)
     sizes = {"feature_dim": patch[1], "embed_dim": patch[0], "hidden": words[1], "tokens": tokens[1] - 1}
     sizes |= {"vocab_size": words[0], "max_positions": positions[0], "intermediate": intermediate[0]}
@@ -171,14 +171,14 @@ def _clashes(arguments: Mapping[str, Any], sizes: Mapping[str, int], rank: int, 
 
 def assumed_arguments(config: PathFLIP2Config, arguments: Mapping[str, Any]) -> list[str]:
     """Settings that neither tensors nor run arguments determine: the published defaults."""
-    silent = {name: setting for name, setting in OTHERS.items() if arguments.get(name) is None}
-    silent |= {} if POOLING in arguments else {POOLING: "text_pooling"}
+    unset = {name: setting for name, setting in OTHERS.items() if arguments.get(name) is None}
+    unset |= {} if POOLING in arguments else {POOLING: "text_pooling"}
     head = ("text_region_heads",) if config.region_head == "attention" else ("top_k", "topk_temperature")
-    told = [setting for setting in silent.values() if setting in ("token_heads", "text_pooling", *head)]
-    if not told:
+    assumed = [setting for setting in unset.values() if setting in ("token_heads", "text_pooling", *head)]
+    if not assumed:
         return []
-    said = ", ".join(f"{setting} {getattr(config, setting)}" for setting in told)
-    return [f"{said} (the published code's: no arguments of the run say it; --hparams names its hparams.yaml)"]
+    values = ", ".join(f"{setting} {getattr(config, setting)}" for setting in assumed)
+    return [f"{values} (the published code's, since no run arguments state them; pass its hparams.yaml with --hparams)"]
 
 
 def _count(state: StateDict, pattern: str) -> int:

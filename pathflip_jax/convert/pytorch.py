@@ -1,7 +1,7 @@
 """Conversion of weights between the released PyTorch models and ours (DESIGN section 9).
 
 Checkpoints are untrusted: nothing in a file is ever executed, and every mismatch is listed in a single error.
-Safetensors files need no torch; for the others it is imported late.
+Safetensors files need no torch; it is imported only to read the other formats.
 """
 
 import functools
@@ -24,9 +24,9 @@ def infer_config(
 ) -> ModelConfig:
     """Infer the config of a `state_dict` from names and shapes, and for a PathFLIP2 from its training `arguments`.
 
-    Heads leave no trace in either: those of BERT are `heads`, or one per 64 of the hidden width as in every published
-    BERT of 768 or 1,024 (a MiniLM has one per 32), those of the region transformer and of the text-region attention
-    are the released 8. Raises ValueError listing the tensors without which nothing can be inferred.
+    Tensors do not determine the numbers of heads: BERT has `heads`, or one per 64 of the hidden width as in every
+    published BERT of 768 or 1,024 (a MiniLM has one per 32); the region transformer and the text-region attention have
+    8, as released. Raises ValueError listing the tensors without which nothing can be inferred.
     """
     known = (name for name, family in reversed(CONVERSIONS.items()) if family.known_by[0] in state)
     return CONVERSIONS[next(known, PathFLIPConfig.family)].infer(state, heads, arguments)

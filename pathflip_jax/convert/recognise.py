@@ -16,7 +16,7 @@ FINETUNE = "finetune"  # the stage after alignment, whose checkpoints hold both 
 KNOWN_BY = {FINETUNE: ("path_proj_llm.weight", "path_proj.weight", "query_tokens")} | {
     name: family.known_by for name, family in reversed(CONVERSIONS.items())
 }
-WHAT = {name: family.title for name, family in CONVERSIONS.items()} | {FINETUNE: "PathFLIP's finetune stage"}
+TITLES = {name: family.title for name, family in CONVERSIONS.items()} | {FINETUNE: "PathFLIP's finetune stage"}
 # Identifying tensors of other models' weights that are common in pathology.
 OTHERS = {
     "a CLIP-like model (CONCH, PLIP, KEEP, QuiltNet)": (
@@ -25,7 +25,7 @@ OTHERS = {
         "vision_model.",
         "text.",
     ),
-    "a lone BERT": ("bert.embeddings.", "embeddings.word_embeddings."),
+    "a BERT on its own": ("bert.embeddings.", "embeddings.word_embeddings."),
     "a vision transformer (a patch encoder)": ("patch_embed.", "blocks.0.", "cls_token"),
     "a language model": ("model.layers.", "layers.0.self_attn", "lm_head.", "embed_tokens."),
     "an attention MIL": ("attention_a.", "attention_net.", "classifiers."),
@@ -46,18 +46,18 @@ def recognise(names: Iterable[str]) -> str:
     if part:
         family = min(part, key=lambda family: len(part[family]))
         raise ValueError(
-            f"half a checkpoint: {len(names)} tensors, some of {WHAT[family]}, yet without {', '.join(part[family])}; "
-            "give the whole checkpoint"
+            f"incomplete checkpoint: its {len(names)} tensors include some of {TITLES[family]}, but not "
+            f"{', '.join(part[family])}; pass the whole checkpoint"
         )
     like = next((what for what, starts in OTHERS.items() if any(n.startswith(starts) for n in names)), None)
     raise ValueError(
         f"the checkpoint of another project{f', it looks like {like}' if like else ''}: {len(names)} tensors such as "
-        f"{', '.join(sorted(names)[:3])}; expected the names of {', '.join(WHAT.values())}"
+        f"{', '.join(sorted(names)[:3])}; expected the tensor names of {', '.join(TITLES.values())}"
     )
 
 
 class Tensor(NamedTuple):
-    """Tensor of a checkpoint, or one that it lacks, and its fate in conversion."""
+    """Tensor of a checkpoint, or one that it lacks, and its use in the conversion."""
 
     name: str
     shape: str
@@ -74,7 +74,11 @@ def account(
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         rows.append(Tensor(name, shape, "used" if name in wanted else "unused", why_unused(name) or ""))
     for name in sorted(wanted - set(state)):
-        rows.append(Tensor(name, "", "filled", "not in the checkpoint: a neutral value, which no embedding needs"))
+        rows.append(
+            Tensor(
+                name, "", "filled", "not in the checkpoint: filled with a neutral value, on which no embedding depends"
+            )
+        )
     return rows
 
 

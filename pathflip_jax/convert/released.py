@@ -17,7 +17,7 @@ from pathflip_jax.convert.pytorch import bert_setting, infer_config, read_bert_h
 from pathflip_jax.convert.recognise import FINETUNE, Tensor, account, recognise
 from pathflip_jax.model.config import ModelConfig
 
-UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder are taken, if they are as wide"
+UNKNOWN_ENCODER = "the patch encoder is not known: features of any encoder with this width are accepted"
 
 
 class Released(NamedTuple):
@@ -57,14 +57,14 @@ def load_released(
     if exported is not None:
         if arguments or keep_lora:
             raise ValueError(
-                f"{source}: an export, of which {exported.path} says all; --hparams, --lora-alpha and --keep-lora are "
-                "for checkpoints of the published code, leave them out"
+                f"{source}: an export, described completely by {exported.path}; leave out --hparams, --lora-alpha and "
+                "--keep-lora, which are for checkpoints of the published code"
             )
         return _load_export(Path(source), exported, bert_folder, heads, weights)
     if bert_folder is None:
         raise ValueError(
-            f"{source}: PyTorch weights hold no tokenizer, and no config.json of an export lies beside them; give the "
-            "BERT folder of this model (--bert, in Python bert=)"
+            f"{source}: PyTorch weights contain no tokenizer, and no config.json of an export is next to them; pass "
+            "the BERT folder of this model (--bert, in Python bert=)"
         )
     return _load_foreign(source, bert_folder, heads, config, dict(arguments or {}), keep_lora, weights)
 
@@ -80,10 +80,10 @@ def _load_export(
     if folder is None:
         raise ValueError(f"{exported.path.parent}: no tokenizer in it; copy the whole export, or give its BERT folder")
     if exported.tokenizer is not None and folder.resolve() != exported.tokenizer.resolve():
-        notes.append(f"the tokenizer of {folder}, as asked for, not the export's own in {exported.tokenizer}")
+        notes.append(f"the tokenizer of {folder}, as requested, not the export's own in {exported.tokenizer}")
     try:
         if heads is not None and heads != config.heads:
-            notes.append(f"heads {heads}, as asked for; {exported.path} says {config.heads}")
+            notes.append(f"heads {heads}, as requested; {exported.path} says {config.heads}")
             config = dataclasses.replace(config, heads=heads)
         file = exported.weights if source.is_dir() else source
         state = open_checkpoint(file, weights).tensors
@@ -119,7 +119,9 @@ def _load_foreign(
     try:
         state, known = open_checkpoint(source, weights)
         if recognise(state) == FINETUNE:
-            raise ValueError("of the finetune stage; name its language model too (`pathflip convert --decoder FOLDER`)")
+            raise ValueError(
+                "a checkpoint of the finetune stage; pass its language model too (`pathflip convert --decoder FOLDER`)"
+            )
         if config is None:
             arguments = known | arguments
             config = infer_config(state, heads or read_bert_heads(Path(bert_folder)), arguments)
@@ -144,7 +146,7 @@ def _load_foreign(
 def assumed_sizes(config: ModelConfig, heads: int | None, folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """Settings of a released model that no tensor determines, each with its origin."""
     own = read_bert_heads(folder)
-    origin = "as asked for" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"
+    origin = "as requested" if heads else f"from the config.json of {folder}" if own else "one per 64 of the width"
     lines = [f"heads {config.heads} ({origin})"]
     return lines + conversion_of(config).assumed(config, arguments)
 
@@ -158,4 +160,4 @@ def require_own_bert(source: str | Path, config: ModelConfig, folder: str | Path
         raise ValueError(f"{source}: its word table has {config.vocab_size} rows, {ours}; {cure}")
     width = bert_setting(folder, "hidden_size")
     if whole and width not in (None, config.hidden):
-        raise ValueError(f"{source}: its text encoder is {config.hidden} wide, {folder} is a BERT of {width}; {cure}")
+        raise ValueError(f"{source}: its text encoder is {config.hidden} wide, the BERT in {folder} {width}; {cure}")

@@ -17,7 +17,7 @@ from pathflip_jax.model.versions import before
 from pathflip_jax.settings.kinds import KINDS, fields, kind_of
 
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
-# Entries of a run's config.json other than settings, by section; for data and language stage all that readers use.
+# Entries of a run's config.json other than settings, by section; of data and lm, all that readers use.
 FACTS = {
     "data": ("encoder", "feature_dim", "cut", "edge_um", "edge_px", "hashes", "meanings", "splits"),
     "lm": ("aligner_hash", "decoder_hash", "start_hash"),
@@ -94,11 +94,8 @@ def refusal(place: object, names: Iterable[str], version: str | None) -> str:
     if version not in (None, this_version()):
         cure = f"upgrade pathflip-jax to {version} or later"
     else:
-        cure = "upgrade pathflip-jax to the version that knows it, or restore the file as it was written"
-    return (
-        f"{place}: no setting of pathflip-jax {this_version()} is called {', '.join(names)}, so what is meant cannot "
-        f"be known ({wrote}); {cure}"
-    )
+        cure = "upgrade pathflip-jax to a version that has it, or restore the file as it was written"
+    return f"{place}: pathflip-jax {this_version()} has no setting called {', '.join(names)} ({wrote}); {cure}"
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:

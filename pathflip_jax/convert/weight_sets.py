@@ -38,8 +38,8 @@ def plain_names(tensors: Mapping[str, Any], path: object) -> dict[str, Any]:
         plain = plain_name(name)
         if plain in found:
             raise ValueError(
-                f"{path}: holds two tensors of one name, {origin[plain]} and {name} are both {plain}; save one model "
-                "alone"
+                f"{path}: holds two tensors of the same name: {origin[plain]} and {name} are both {plain}; save one "
+                "model alone"
             )
         found[plain], origin[plain] = tensor, name
     return found
@@ -72,9 +72,7 @@ def split_sets(tensors: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         label, short = split_name(name)
         names = sets.setdefault(label, {})
         if short in names and not is_unused(short):
-            raise ValueError(
-                f"holds two models, {names[short]} and {name} both stand for {short}; save one of them alone"
-            )
+            raise ValueError(f"holds two models: {names[short]} and {name} are both {short}; save one of them alone")
         names[short] = name
     alone = sets.get(RAW, {})
     if len(sets) > 1 and all(name in COUNTERS for name in alone):
@@ -103,7 +101,7 @@ def choose_set(sets: Mapping[str, Mapping[str, np.ndarray]], wanted: str) -> Map
     """The set of that name, or the only one; sets of equal values count as one. ValueError lists the sets present."""
     if wanted:
         if wanted not in sets:
-            raise ValueError(f"holds no weights {wanted!r}; there are {describe(sets)}")
+            raise ValueError(f"holds no weights named {wanted!r}, but {describe(sets)}; choose one of these")
         return sets[wanted]
     (_, first), *others = sets.items()
     if not all(_equal(first, other) for _, other in others):

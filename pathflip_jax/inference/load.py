@@ -36,7 +36,7 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
             raise ValueError(f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights")
     predictor = Predictor(model, config, tokenizer, name=str(path))
     if predictor.assumed:
-        log.warning("%s: assumed, for no file says it: %s", path, "; ".join(predictor.assumed))
+        log.warning("%s: assumed, because no file states it: %s", path, "; ".join(predictor.assumed))
     return predictor
 
 

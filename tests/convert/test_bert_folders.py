@@ -165,7 +165,7 @@ def test_errors_list_everything(tmp_path):
         ({"model_type": "roberta"}, "model_type is 'roberta', expected 'bert'"),
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),
-        ({"hidden_size": None}, "not the JSON of a model config|hidden_size"),
+        ({"hidden_size": None}, "not a valid model config|hidden_size"),
     ],
 )
 def test_other_architectures_are_refused(content, message, tmp_path):

@@ -218,7 +218,7 @@ def test_attach_puts_an_adapter_in_place_of_another(base):
     }
     with pytest.raises(ValueError, match="this adapter does not fit this decoder") as caught:
         attach(flat, wrong)
-    assert "layers/0/attention/query/lora/a: has shape (31, 2) beside a kernel of (32, 64)" in str(caught.value)
+    assert "layers/0/attention/query/lora/a: has shape (31, 2), but the kernel has (32, 64)" in str(caught.value)
     assert "layers/7/attention/query/lora/b: the decoder has nothing to adapt there" in str(caught.value)
     assert "norm/scale: the decoder has nothing" in str(caught.value)
 
@@ -291,7 +291,7 @@ def test_settings_that_do_not_fit(adapter, base, changes, message):
 
 def test_an_adapter_of_another_base_is_refused(adapter, decoder_folder, base):
     folder, settings, _ = adapter
-    cure = "trained on 'Qwen/Qwen3-8B', give the folder of that"
+    cure = "trained on 'Qwen/Qwen3-8B', pass the folder of that model"
     settings(base_model_name_or_path="Qwen/Qwen3-8B")
     with pytest.raises(ValueError, match=f"{cure}(.|\n)*layers.2.self_attn.q_proj.lora_A.weight: missing"):
         load_peft(folder, decoder_folder("qwen3", num_hidden_layers=3))
@@ -316,11 +316,11 @@ def test_files_that_are_not_there_or_not_whole(adapter, base):
     a = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     with pytest.raises(ValueError, match=f"{a}: missing"):
         load_peft(tensors(lambda found: found.pop(a)), base)
-    with pytest.raises(ValueError, match="adapts what is none of .*: some.other"):
+    with pytest.raises(ValueError, match="expected adapters of .* only, found some.other"):
         load_peft(tensors(lambda found: found.update({"some.other": np.zeros(2, np.float32)})), base)
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors: incomplete or damaged safetensors file"):
         load_peft(folder, base)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors in it; copy it too"):

@@ -25,13 +25,13 @@ def test_released_weights_are_known_by_their_names(case, family):
     ("names", "words"),
     [
         (["visual.trunk.blocks.0.attn.qkv.weight", "text.ln_final.weight"], "CLIP-like model"),
-        (["embeddings.word_embeddings.weight", "pooler.dense.weight"], "a lone BERT"),
+        (["embeddings.word_embeddings.weight", "pooler.dense.weight"], "a BERT on its own"),
         (["patch_embed.proj.weight", "cls_token"], "vision transformer"),
         (["layers.0.self_attn.q_proj.weight", "embed_tokens.weight"], "a language model"),
         (["attention_net.0.weight"], "attention MIL"),
         (["x", "y"], "another project: 2 tensors such as x, y"),
-        (["image_proj.0.weight"], r"half a checkpoint: .* PathFLIP2, yet without slide_encoder\.visual_tokens"),
-        (["query_tokens", "path_proj.weight"], "half a checkpoint"),
+        (["image_proj.0.weight"], r"incomplete checkpoint: .* PathFLIP2, but not slide_encoder\.visual_tokens"),
+        (["query_tokens", "path_proj.weight"], "incomplete checkpoint"),
     ],
 )
 def test_what_is_no_pathflip_is_told_what_it_looks_like(names, words):

@@ -36,7 +36,7 @@ def test_wrappers_anywhere_in_a_name_are_taken_out(name, inserted):
 
 
 def test_two_tensors_of_one_plain_name_are_named():
-    with pytest.raises(ValueError, match=r"here: holds two tensors of one name, a\._orig_mod\.b and a\.b are both"):
+    with pytest.raises(ValueError, match=r"two tensors of the same name: a\._orig_mod\.b and a\.b are both"):
         plain_names({"a._orig_mod.b": 1, "a.b": 2}, "here")
 
 
@@ -64,7 +64,7 @@ def test_sets_by_prefix_are_listed_and_chosen(tmp_path, average, label):
         read_checkpoint(path)
     assert read_checkpoint(path, "raw")["query_tokens"][0] == 1
     assert read_checkpoint(path, label)["query_tokens"][0] == 2
-    with pytest.raises(ValueError, match=rf"no weights 'swa'; there are .*{label} \(3 tensors\)"):
+    with pytest.raises(ValueError, match=rf"no weights named 'swa', but .*{label} \(3 tensors\)"):
         read_checkpoint(path, "swa")
 
 

@@ -137,7 +137,7 @@ def test_a_setting_under_the_name_that_transformers_keeps_is_compared_too(export
     values = json.loads((exported / "config.json").read_text())
     name = "region_top_k" if "region_top_k" in values else "heads"
     (tmp_path / "config.json").write_text(json.dumps(values | {name: 3}))
-    with pytest.raises(ValueError, match=rf"contradicts .*{name.removeprefix('region_')} is 3 at its top"):
+    with pytest.raises(ValueError, match=rf"contradicts .*{name.removeprefix('region_')} is 3 at the top level"):
         read_exported(tmp_path)
 
 

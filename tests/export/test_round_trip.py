@@ -204,17 +204,17 @@ def change(folder: Path, edit) -> None:
 def test_an_option_wins_over_the_config_with_a_word_and_shapes_over_both(exported, tmp_path):
     found = load_released(exported, heads=3)
     assert found.model.config.heads == 3
-    assert found.notes == (f"heads 3, as asked for; {exported / 'config.json'} says 5",)
+    assert found.notes == (f"heads 3, as requested; {exported / 'config.json'} says 5",)
     with pytest.raises(ValueError, match="hidden=15 and heads=4"):
         load_released(exported, heads=4)
-    assert "as asked for, not the export's own" in load_released(exported, BASE / "bert").notes[0]
-    with pytest.raises(ValueError, match=r"an export, of which .*config\.json says all; --hparams"):
+    assert "as requested, not the export's own" in load_released(exported, BASE / "bert").notes[0]
+    with pytest.raises(ValueError, match=r"an export, described completely by .*config\.json; leave out --hparams"):
         load_released(exported, arguments={"lora_alpha": 3})
 
 
 def test_an_edited_or_mixed_export_is_refused(exported):
     change(exported, lambda values: values.update(region_heads=4))
-    with pytest.raises(ValueError, match=r"config\.json: contradicts .*region_heads is 4 at its top and 3"):
+    with pytest.raises(ValueError, match=r"config\.json: contradicts .*region_heads is 4 at the top level and 3"):
         load_released(exported)
     change(exported, lambda values: [x.update(region_heads=3, layers=4) for x in (values, values[SECTION]["model"])])
     with pytest.raises(ValueError, match=r"(?s)as .*config\.json describes it: .*layer\.3\.\S+: missing"):
@@ -236,8 +236,9 @@ def test_a_foreign_checkpoint_says_what_was_assumed(tmp_path, caplog):
     said = "\n".join(found.assumed)
     assert "heads 4 (from the config.json of" in said and "region_heads 8 and text_region_heads 8" in said
     assert "regions cut by scan" in said and "encoder is not known" in said
-    assert "assumed, for no file says it: heads 4" in caplog.text and found.config["assumed"] == list(found.assumed)
-    with pytest.raises(ValueError, match="hold no tokenizer, and no config.json of an export .*--bert"):
+    assert "assumed, because no file states it: heads 4" in caplog.text
+    assert found.config["assumed"] == list(found.assumed)
+    with pytest.raises(ValueError, match="contain no tokenizer, and no config.json of an export .*--bert"):
         load(weights)
 
 
