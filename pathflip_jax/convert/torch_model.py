@@ -1,9 +1,9 @@
 """PathFLIP as a PyTorch module: for users who take weights from here into PyTorch.
 
-Its `state_dict` has the names of the paper's released model, the unused ones included, so that weights go
-either way with `strict=True`. Unlike that code it reads all regions of all slides in one call, with fused
-attention, and masks padding. The file stands alone (torch, and safetensors to load a folder): an export
-carries a copy of it, and its users need no JAX.
+Its `state_dict` has the names of the paper's released model, including the unused ones, so that weights load
+in both directions with `strict=True`. Unlike that code it encodes all regions of all slides in one call, with
+fused attention, and masks padding. The file is self-contained (it needs torch, and safetensors to load a
+folder): an export carries a copy of it, and its users need no JAX.
 
     model = load("exported")
     slide = model.encode_slides(patches[None])                  # patches [R, S, F]
@@ -31,8 +31,8 @@ BERT_EPS = 1e-12
 class SlideEncoding(NamedTuple):
     """A batch of slides in the joint space; padded regions are zero rows, False in `region_mask`.
 
-    The attention maps, of the last but one Q-Former layer or the last before it that reads patches, are None unless
-    asked for.
+    The attention maps are those of the second-to-last Q-Former layer, or of the last one before it with
+    cross-attention; they are None unless requested.
     """
 
     slide: Tensor  # [B, D]
@@ -64,7 +64,7 @@ class _Projections(nn.Module):
 
 
 class _Attention(nn.Module):
-    """BERT attention; `source` is the width of what is attended to."""
+    """BERT attention; `source` is the width of the inputs of keys and values."""
 
     def __init__(self, width: int, source: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class _Attention(nn.Module):
         self.output = _Output(width, width, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[n, T, H] to itself."""
+        """Self-attention of [n, T, H]."""
         pooled, _ = self.attend(*(self.split(project(x)) for project in self.self.children()), mask)
         return self.output(pooled, x)
 
@@ -85,15 +85,15 @@ class _Attention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """What [n, heads, T, d] queries pool, [n, T, H]: zero where `mask` [n, N] leaves nothing. And the weights.
+        """Pooled values [n, T, H] of queries [n, heads, T, d], and the attention weights; zero where `mask` hides all.
 
-        Fused kernels keep no probabilities: those are computed a second time where they are wanted.
+        `mask` is [n, N]. Fused kernels do not return probabilities, which are computed again where requested.
         """
-        some = None
+        has_keys = None
         if mask is not None:
             mask = mask[:, None, None]
-            some = mask.any(-1, keepdim=True)
-            mask = mask | ~some  # a softmax over nothing is not a number
+            has_keys = mask.any(-1, keepdim=True)
+            mask = mask | ~has_keys  # a softmax over no keys is NaN
         pooled = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.rate if self.training else 0.0
         )
@@ -102,14 +102,14 @@ class _Attention(nn.Module):
             scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
             scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
             probabilities = scores.softmax(-1)
-        if some is not None:
-            pooled = pooled * some
-            probabilities = probabilities * mask * some if weights else None
+        if has_keys is not None:
+            pooled = pooled * has_keys
+            probabilities = probabilities * mask * has_keys if weights else None
         return pooled.transpose(1, 2).flatten(2), probabilities
 
 
 class _CrossAttention(_Attention):
-    """Queries of each slide and of its regions over the patches, which are projected once for both."""
+    """Cross-attention of the queries of each slide and of its regions to the patches, projected once for both."""
 
     def forward(
         self, x: Tensor, patches: Tensor, mask: Tensor | None, weights: bool
@@ -142,7 +142,7 @@ class _Intermediate(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One BERT layer: self-attention for all, cross-attention for queries, a feed-forward for each kind."""
+    """BERT layer: shared self-attention, cross-attention for queries, separate feed-forward for texts and queries."""
 
     def __init__(self, config: Mapping[str, Any], reads_patches: bool) -> None:
         super().__init__()
@@ -205,12 +205,12 @@ class _Transform(nn.Module):
 
 
 class _Predictions(nn.Module):
-    """BERT's language-model head: no loss or embedding uses it, the released `state_dict` holds it."""
+    """BERT's language-model head, part of the released `state_dict` although no loss or embedding uses it."""
 
     def __init__(self, words: nn.Embedding) -> None:
         super().__init__()
         rows, width = words.weight.shape
-        # One short of the vocabulary: the released code adds [DEC] to the tables after this bias was made.
+        # One less than the vocabulary: the released code adds [DEC] to the tables after it has created this bias.
         self.bias = nn.Parameter(torch.zeros(rows - 1))
         self.transform = _Transform(width)
         self.decoder = nn.Linear(width, rows)
@@ -239,10 +239,10 @@ class _TextRegionAttention(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, texts: Tensor, regions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        some = mask.any(1)[:, None, None]
-        hidden = ~(mask[:, None] | ~some)[:, 0]
+        has_regions = mask.any(1)[:, None, None]
+        hidden = ~(mask[:, None] | ~has_regions)[:, 0]
         pooled, weights = self.attn(self.w_q(texts), self.w_k(regions), self.w_v(regions), key_padding_mask=hidden)
-        return torch.where(some, pooled, self.attn.out_proj.bias), weights * some
+        return torch.where(has_regions, pooled, self.attn.out_proj.bias), weights * has_regions
 
 
 class PathFLIP(nn.Module):
@@ -278,7 +278,7 @@ class PathFLIP(nn.Module):
     ) -> SlideEncoding:
         """Embed slides [B, R, S, F] and their regions; without `patch_mask` [B, R, S] every slot holds a patch.
 
-        Slots that the mask hides have no effect, whatever they hold. A region without a patch is padding.
+        Masked slots have no effect, whatever they hold. A region without a patch is padding.
         """
         dtype = self.query_tokens.dtype
         patches = patches.to(dtype)
@@ -307,7 +307,7 @@ class PathFLIP(nn.Module):
         return SlideEncoding(x[:, 0], x[:, 1:], region_mask, slide_map, region_map)
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embed texts [n, T], as a BERT tokenizer gives them ([CLS] first), to [n, D]. Token types do not enter."""
+        """Embed texts [n, T], as a BERT tokenizer gives them ([CLS] first), to [n, D]. Token types are not used."""
         embeddings = self.Qformer.bert.embeddings
         positions = embeddings.position_ids[:, : input_ids.shape[1]]
         x = embeddings(embeddings.word_embeddings(input_ids) + embeddings.position_embeddings(positions))
@@ -319,9 +319,9 @@ class PathFLIP(nn.Module):
     def text_region_attention(
         self, texts: Tensor, regions: Tensor, region_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The text-conditioned region embeddings [B, C, D] of texts [B, C, D] over regions [B, R, D].
+        """Text-conditioned region embeddings [B, C, D] of texts [B, C, D] over regions [B, R, D].
 
-        With them, the weights [B, C, R] of the regions, mean of the heads.
+        Also returns the weights [B, C, R] of the regions, averaged over heads.
         """
         if region_mask is None:
             region_mask = torch.ones(regions.shape[:2], dtype=torch.bool, device=regions.device)
@@ -329,7 +329,7 @@ class PathFLIP(nn.Module):
 
 
 def load(folder: str | Path) -> PathFLIP:
-    """Load what `pathflip export` wrote, in eval mode."""
+    """Load the model of a folder that `pathflip export` wrote, in eval mode."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -341,18 +341,18 @@ def load(folder: str | Path) -> PathFLIP:
 try:
     from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
     from transformers.utils import ModelOutput
-except ImportError:  # all above needs torch alone
+except ImportError:  # everything above needs torch only
     pass
 else:
 
     class PathFLIPConfig(PretrainedConfig):
-        """The sizes of a model, as transformers keeps them: the dict of `PathFLIP`, and what is its own."""
+        """Config of a model in transformers: the dict that `PathFLIP` takes, and the entries of transformers."""
 
         model_type = "pathflip"
 
     @dataclass
     class PathFLIPOutput(ModelOutput):
-        """Slides and texts in the joint space, None for what was not given."""
+        """Embeddings of slides and texts in the joint space, None for inputs that were not given."""
 
         slide_embeds: Tensor | None = None  # [B, D]
         region_embeds: Tensor | None = None  # [B, R, D], padded regions zero
@@ -360,7 +360,7 @@ else:
         text_embeds: Tensor | None = None  # [n, D]
 
     class PathFLIPModel(PreTrainedModel):
-        """`PathFLIP` as a model of transformers: the same weights under the same names, the same methods."""
+        """`PathFLIP` as a transformers model, with the same weights under the same names and the same methods."""
 
         config_class = PathFLIPConfig
         main_input_name = "patches"
@@ -380,10 +380,10 @@ else:
             self.post_init()
 
         def _init_weights(self, module: nn.Module) -> None:
-            """Torch's own initial values stand, as in `PathFLIP`."""
+            """Keep the initial values of torch, as in `PathFLIP`."""
 
         def get_input_embeddings(self) -> nn.Module:
-            """The word table, which transformers ties the unused language-model head to."""
+            """Word-embedding table, to which transformers ties the unused language-model head."""
             return self.Qformer.bert.embeddings.word_embeddings
 
         def forward(
@@ -394,7 +394,7 @@ else:
             attention_mask: Tensor | None = None,
             **_,
         ) -> PathFLIPOutput:
-            """Embed slides [B, R, S, F], texts [n, T], or both; a tokenizer's other outputs do not matter."""
+            """Embed slides [B, R, S, F], texts [n, T], or both; other outputs of a tokenizer are ignored."""
             found = PathFLIPOutput()
             if patches is not None:
                 found.slide_embeds, found.region_embeds, found.region_mask, _, _ = self.encode_slides(

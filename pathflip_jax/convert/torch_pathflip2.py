@@ -10,10 +10,10 @@
     texts = model.encode_texts(captions.input_ids, captions.attention_mask)
     cosine = torch.nn.functional.cosine_similarity(slide.slide, texts)
 
-Where on the slide: `model.text_region(model.encode_texts(ids, mask, level="region")[None], slide.patches)` pools the
-patches for each text and gives its weight on each of them.
+To locate texts on the slide, `model.text_region(model.encode_texts(ids, mask, level="region")[None], slide.patches)`
+pools the patches for each text and returns its weight on each of them.
 
-Parameters have the names of the published class (github.com/cyclexfy/PathFLIP2), whose `load_state_dict` takes them.
+Parameters have the names of the published class (github.com/cyclexfy/PathFLIP2), whose `load_state_dict` accepts them.
 Importing this file makes the model known to the AutoModel of transformers.
 
     B  slides    N  patches of a slide    F  width of a patch feature    D  joint width    C  texts    T  tokens
@@ -37,7 +37,7 @@ class Encoding(NamedTuple):
     slide: Tensor
     patches: Tensor
     tokens: Tensor
-    attention: Tensor  # of each token over the patches, mean of the heads: [B, 1+tokens, N]
+    attention: Tensor  # of each token over the patches, averaged over heads: [B, 1+tokens, N]
 
 
 def projection(inputs: int, outputs: int, rate: float) -> nn.Sequential:
@@ -59,16 +59,16 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(width)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None, weights: bool = False):
-        """x [B, C, D] after reading y [B, T, D], and its attention [B, C, T] if asked; `mask` False: no keys."""
-        read = (self.norm_q if self.norm_kv is None else self.norm_kv)(y)
+        """x [B, C, D] after attending to y [B, T, D], with the attention [B, C, T] on request; `mask` is False at padding."""
+        keys = (self.norm_q if self.norm_kv is None else self.norm_kv)(y)
         hidden = None if mask is None else ~mask
-        pooled, looked = self.mha(self.norm_q(x), read, read, key_padding_mask=hidden, need_weights=weights)
+        pooled, attention = self.mha(self.norm_q(x), keys, keys, key_padding_mask=hidden, need_weights=weights)
         x = x + pooled
-        return x + self.ffn(self.norm2(x)), looked
+        return x + self.ffn(self.norm2(x)), attention
 
 
 class SlideEncoder(nn.Module):
-    """Tokens read patches and each other, then patches read the tokens."""
+    """Encoder in which tokens attend to patches and to each other, then patches attend to the tokens."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
@@ -81,16 +81,16 @@ class SlideEncoder(nn.Module):
         self.patch_decoder = Block(*sizes)
 
     def forward(self, patches: Tensor, mask: Tensor | None, weights: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens [B, Q, D], patches [B, N, D], and the last layer's attention [B, Q, N] if asked."""
-        tokens, looked = self.visual_tokens.expand(len(patches), -1, -1), None
+        """Tokens [B, Q, D], patches [B, N, D], and the last layer's attention [B, Q, N] on request."""
+        tokens, attention = self.visual_tokens.expand(len(patches), -1, -1), None
         for layer in self.encoder_layers:
-            tokens, looked = layer["cross"](tokens, patches, mask, weights)
+            tokens, attention = layer["cross"](tokens, patches, mask, weights)
             tokens, _ = layer["self"](tokens, tokens)
-        return tokens, self.patch_decoder(patches, tokens)[0] + patches, looked
+        return tokens, self.patch_decoder(patches, tokens)[0] + patches, attention
 
 
 class AttentionPooling(nn.Module):
-    """Pools the patches of each slide for each text, by attention."""
+    """Attention pooling of the patches of each slide for each text."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -98,20 +98,20 @@ class AttentionPooling(nn.Module):
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, texts: Tensor, patches: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, C, D] over [B, N, D]: what each text pools [B, C, D], and its weights [B, C, N]."""
+        """Pool patches [B, N, D] for texts [B, C, D]: returns pooled patches [B, C, D] and weights [B, C, N]."""
         hidden = None if mask is None else ~mask
         return self.attn(self.ln_q(texts), self.ln_k(patches), self.ln_v(patches), key_padding_mask=hidden)
 
 
 class PathFLIP2(nn.Module):
-    """The model; `config` is what config.json holds."""
+    """PathFLIP2 model; `config` is the content of config.json."""
 
     def __init__(self, config: dict) -> None:
         super().__init__()
         self.config = config
         self.text_pooling, self.region_head = config["text_pooling"], config["region_head"]
         self.topk_temperature = config["topk_temperature"]
-        # transformers drops a `top_k` from every config, for it has an option of that name: its folders name it anew.
+        # transformers has an option `top_k` and drops it from every config: its folders hold ours as `region_top_k`.
         self.top_k = config["region_top_k"] if "region_top_k" in config else config["top_k"]
         D, H, rate = config["embed_dim"], config["hidden"], config["dropout"]
         self.image_proj = projection(config["feature_dim"], D, rate)
@@ -136,9 +136,9 @@ class PathFLIP2(nn.Module):
 
     def encode_slides(self, patches: Tensor, mask: Tensor | None = None, weights: bool = False) -> Encoding:
         """Embed slides [B, N, F]; `mask` [B, N] is False at padding."""
-        tokens, found, looked = self.slide_encoder(self.image_proj(patches), mask, weights)
+        tokens, found, attention = self.slide_encoder(self.image_proj(patches), mask, weights)
         slide = self.image_projection_global(tokens[:, 0])
-        return Encoding(slide, self.image_projection_local(found), tokens, looked)
+        return Encoding(slide, self.image_projection_local(found), tokens, attention)
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor, level: str = "slide") -> Tensor:
         """Embed texts [C, T], in the space of slides or of regions (patches)."""
@@ -152,7 +152,7 @@ class PathFLIP2(nn.Module):
         return (self.text_projection_global if level == "slide" else self.text_projection_local)(pooled)
 
     def text_region(self, texts: Tensor, patches: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What each text [B, C, D] pools of the patches [B, N, D], and its weights over them [B, C, N]."""
+        """Pool patches [B, N, D] for texts [B, C, D]: returns pooled patches [B, C, D] and weights [B, C, N]."""
         if self.region_head == "attention":
             return self.fine_gained_loss_head(texts, patches, mask)
         cosine = functional.normalize(texts, dim=-1) @ functional.normalize(patches, dim=-1).mT
@@ -165,7 +165,7 @@ class PathFLIP2(nn.Module):
 
 
 def load(folder: str | Path = ".") -> PathFLIP2:
-    """The model of an exported folder, in eval mode."""
+    """Load the model of an exported folder, in eval mode."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -175,14 +175,14 @@ def load(folder: str | Path = ".") -> PathFLIP2:
 
 
 class PathFLIP2Config(PretrainedConfig):
-    """The sizes of a model, as transformers keeps them: the dict of `PathFLIP2`, and what is its own."""
+    """Config of a model in transformers: the dict that `PathFLIP2` takes, and the entries of transformers."""
 
     model_type = "pathflip2"
 
 
 @dataclass
 class PathFLIP2Output(ModelOutput):
-    """Slides, their patches and texts in the joint spaces, None for what was not given."""
+    """Embeddings of slides, patches and texts in the joint spaces, None for inputs that were not given."""
 
     slide_embeds: Tensor | None = None  # [B, D]
     patch_embeds: Tensor | None = None  # [B, N, D], padding zero
@@ -190,7 +190,7 @@ class PathFLIP2Output(ModelOutput):
 
 
 class PathFLIP2Model(PreTrainedModel):
-    """`PathFLIP2` as a model of transformers: the same weights under the same names, the same methods."""
+    """`PathFLIP2` as a transformers model, with the same weights under the same names and the same methods."""
 
     config_class = PathFLIP2Config
     main_input_name = "patches"
@@ -208,10 +208,10 @@ class PathFLIP2Model(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Torch's own initial values stand, as in `PathFLIP2`."""
+        """Keep the initial values of torch, as in `PathFLIP2`."""
 
     def get_input_embeddings(self) -> nn.Module:
-        """The word table."""
+        """Word-embedding table."""
         return self.text_encoder.get_input_embeddings()
 
     def forward(
@@ -223,12 +223,12 @@ class PathFLIP2Model(PreTrainedModel):
         level: str = "slide",
         **_,
     ) -> PathFLIP2Output:
-        """Embed slides [B, N, F], texts [C, T] in the space of `level`, or both; other outputs of a tokenizer pass."""
+        """Embed slides [B, N, F], texts [C, T] in the space of `level`, or both; ignores other outputs of a tokenizer."""
         found = PathFLIP2Output()
         if patches is not None:
             encoded = self.encode_slides(patches.to(self.dtype), patch_mask)
-            there = torch.ones_like(patches[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
-            found.slide_embeds, found.patch_embeds = encoded.slide, encoded.patches.masked_fill(~there[..., None], 0)
+            valid = torch.ones_like(patches[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
+            found.slide_embeds, found.patch_embeds = encoded.slide, encoded.patches.masked_fill(~valid[..., None], 0)
         if input_ids is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             found.text_embeds = self.encode_texts(input_ids, mask, level)

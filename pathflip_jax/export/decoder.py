@@ -1,9 +1,9 @@
 """Export of language-stage runs: the adapter for PEFT, or the whole decoder for transformers.
 
-The folder also holds what turns slides into decoder inputs, so that `pathflip convert` restores the same run from it:
-the projector as `projector.safetensors`, with the names of a torch.nn.Linear, the aligner as a separate export in
-`aligner/`, and shape and settings of the run in `pathflip_language.json`. `generation_config.json` holds the tokens at
-which the run's answers end.
+The folder also holds the parts that turn slides into decoder inputs, so that `pathflip convert` restores the same run
+from it: the projector as `projector.safetensors`, with the names of a torch.nn.Linear, the aligner as a separate export
+in `aligner/`, and shape and settings of the run in `pathflip_language.json`. `generation_config.json` holds the tokens
+at which the run's answers end.
 """
 
 from pathlib import Path
@@ -40,9 +40,9 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
     trains = split_names(config["lm"]["trains"])
     if model.decoder.lora is None or "decoder" in trains:
-        found = "no adapter" if model.decoder.lora is None else "an adapter and the decoder under it"
+        why = "no adapter" if model.decoder.lora is None else "the decoder as well as the adapter"
         raise ValueError(
-            f"{run}: trained {config['lm']['trains']}, {found}; write its whole decoder with --to huggingface"
+            f"{run}: trained {config['lm']['trains']}, that is {why}; export its whole decoder with --to huggingface"
         )
     with atomic_folder(out) as part:
         save_peft(flatten(model.decoder), model.decoder.lora, part, decoder or str(config["lm"]["decoder"]))
@@ -52,7 +52,7 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
 def export_decoder(
     run: str | Path, out: str | Path, which: str = "best", *, decoder: str = "", aligner: str = ""
 ) -> None:
-    """Write the decoder of a run, its adapter merged in, as a folder that transformers loads; else as `export_peft`."""
+    """Write the decoder of a run, its adapter merged in, as a folder for transformers; otherwise as `export_peft`."""
     model, config, tokenizer = assemble(run, which, decoder=decoder, aligner=aligner)
     with atomic_folder(out) as part:
         save_decoder(model.decoder, part, source=decoder or config["lm"]["decoder"])

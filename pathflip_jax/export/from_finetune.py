@@ -1,8 +1,8 @@
 """Import of the released finetune stage (aligner, projector, PEFT LoRA) as a run of the language stage here.
 
-The released code saves trained parameters without the frozen language model, which is read from its folder, as always
-here. It fixes rank 16 and alpha 32. Its class has no text-region attention: the resulting aligner embeds slides and
-regions, and grounds by `slide` or `cosine`, not by text-region attention.
+The released code saves trained parameters without the frozen language model, which is read from its folder, as for
+every run of the language stage. It fixes rank 16 and alpha 32. Its class has no text-region attention: the resulting
+aligner embeds slides and regions, and grounds by `slide` or `cosine`, not by text-region attention.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def convert_finetune(
     decoder = read_decoder_config(decoder_folder)
     try:
         if recognise(state) != FINETUNE:
-            raise ValueError("not of the finetune stage; convert it without --decoder")
+            raise ValueError("not a checkpoint of the finetune stage; convert it without --decoder")
         aligner = {n: x for n, x in state.items() if not n.startswith((PROJECTOR, LANGUAGE_MODEL))}
         config = infer_config(aligner, heads or read_bert_heads(Path(bert_folder)))
         projector = _projector(state, config.embed_dim, decoder.width, decoder_folder)
@@ -94,8 +94,8 @@ def _projector(state: Mapping[str, np.ndarray], width: int, decoder_width: int, 
     weight, bias = state[f"{PROJECTOR}weight"], state.get(f"{PROJECTOR}bias")
     if bias is None or weight.shape != (decoder_width, width) or bias.shape != (decoder_width,):
         raise ValueError(
-            f"its projector is {weight.shape}, {folder} is a language model of width {decoder_width}, which needs "
-            f"{(decoder_width, width)} and a bias; give the language model that it was trained on"
+            f"its projector has shape {weight.shape}, but {folder} is a language model of width {decoder_width}, which "
+            f"needs {(decoder_width, width)} and a bias; pass the language model that it was trained on"
         )
     return {"kernel": np.ascontiguousarray(weight.T), "bias": bias}
 
@@ -109,16 +109,16 @@ def _adapter(state: Mapping[str, np.ndarray], layers: int) -> Adapter:
     }
     if not tensors:
         raise ValueError(
-            "its language model was trained whole, without LoRA; save it with save_pretrained, and train the projector "
-            "on it (lm_stage1)"
+            "its language model was trained in full, without LoRA; save it with save_pretrained, and train the "
+            "projector on it (lm_stage1)"
         )
     targets = tuple(target for target in TARGETS if any(f".{target}.lora_A" in name for name in tensors))
     table = {name.torch: name for name in adapter_names(layers, targets)}
     faults = [f"{name}: missing" for name in table if name not in tensors]
-    faults += [f"{name}: no place for it" for name in tensors if name not in table]
+    faults += [f"{name}: not in this language model" for name in tensors if name not in table]
     ranks = {x.shape[0] for name, x in tensors.items() if ".lora_A." in name}
     if len(ranks) > 1:
-        faults.append(f"ranks {sorted(ranks)}, expected one")
+        faults.append(f"found ranks {sorted(ranks)}, expected a single one")
     if faults:
         raise ValueError(f"its LoRA does not fit a language model of {layers} layers: {'; '.join(faults[:6])}")
     params = {table[name].path: np.ascontiguousarray(table[name].to_jax(x)) for name, x in tensors.items()}
@@ -126,7 +126,7 @@ def _adapter(state: Mapping[str, np.ndarray], layers: int) -> Adapter:
 
 
 def _with_text_region(state: Mapping[str, np.ndarray], config: PathFLIPConfig) -> dict[str, np.ndarray]:
-    """Aligner parameters with zeros for what the class of this stage lacks: the text-region attention and its scale."""
+    """Aligner parameters and what the class of this stage lacks: zero text-region attention, and the initial scale."""
     absent = {name: shape for name, shape in torch_shapes(config).items() if name.startswith("fg_head.")}
     filled = {name: np.zeros(shape, np.float32) for name, shape in absent.items()}
     return filled | {"logit_scale": np.float32(config.logit_scale_init).reshape(())} | dict(state)
@@ -143,7 +143,7 @@ def _check_shapes(params: Mapping[str, np.ndarray], shape: Shape, source: str | 
     faults = [f"{n} is {x.shape}, expected {wanted[n]}" for n, x in params.items() if x.shape != wanted[n]]
     if faults:
         raise ValueError(
-            f"{source}: does not fit the language model in {folder} ({'; '.join(faults[:4])}); give the one that it "
+            f"{source}: does not fit the language model in {folder} ({'; '.join(faults[:4])}); pass the one that it "
             "was trained on"
         )
 

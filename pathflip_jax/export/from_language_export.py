@@ -41,8 +41,8 @@ def is_language_export(source: str | Path) -> bool:
     folder = Path(source)
     if (folder / SETTINGS).is_file() and not (folder / ABOUT).is_file():
         raise ValueError(
-            f"{folder}: an adapter of PEFT alone, without projector and aligner ({ABOUT}); train on from it with "
-            f"--config.lm.start={folder}, or export the run it is from again"
+            f"{folder}: a PEFT adapter without projector and aligner (no {ABOUT}); start a training run from it with "
+            f"--config.lm.start={folder}, or export its original run again"
         )
     return (folder / ABOUT).is_file()
 
@@ -61,7 +61,7 @@ def convert_language(source: str | Path, out: str | Path, *, decoder_folder: str
     except UnknownSettings as error:
         raise ValueError(refusal(source / ABOUT, error.names, about.get("version"))) from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source / ABOUT}: not what an export says of itself ({error}); export it again") from None
+        raise ValueError(f"{source / ABOUT}: not a valid export description ({error}); export it again") from None
     aligner = load_released(source / ALIGNER)
     params = {f"projector/{name}": x for name, x in _projector(source).items()}
     if (source / SETTINGS).is_file():
@@ -126,12 +126,12 @@ def _base(source: Path, given: str | Path | None, known: str) -> Path:
     folder = Path(given) if given is not None else Path(named)
     if not (folder / files.CONFIG).is_file():
         raise FileNotFoundError(
-            f"{source}: an adapter of {named or 'an unnamed decoder'}, and {folder} is no folder of a decoder; give "
-            "that decoder's folder with --decoder"
+            f"{source}: an adapter of {named or 'an unnamed decoder'}, but {folder} is not the folder of a decoder; "
+            "pass that decoder's folder with --decoder"
         )
     if known and weights_hash(folder) != known:
         raise ValueError(
-            f"{source}: its adapter was trained on another decoder than {folder} holds; give the folder of the "
+            f"{source}: its adapter was trained on another decoder than the one in {folder}; pass the folder of the "
             "weights that it was trained on with --decoder"
         )
     return folder
@@ -145,13 +145,13 @@ def _whole_decoder(source: Path, shape: Shape, trains: tuple[str, ...]) -> tuple
     """Shape and trained parts of a run whose decoder, adapter included, is exported as a whole."""
     stated = read_decoder_config(source, compute_dtype=shape.decoder.compute_dtype, remat=shape.decoder.remat)
     if stated != shape.decoder:
-        raise ValueError(f"{source}: its config.json and its {ABOUT} are of two decoders; copy the export again")
+        raise ValueError(f"{source}: its config.json and {ABOUT} describe different decoders; copy the export again")
     notes = []
     if shape.lora is not None:
         rounded = ", rounded to bfloat16" if shape.dtype == "bfloat16" else ""
         notes.append(f"the adapter ({_scale(shape.lora)}) was merged into the decoder at export{rounded}")
     if kept := [part for part in trains if part in ("lora", "decoder")]:
-        notes.append(f"{' and '.join(kept)}: trained before, now part of the decoder in {source}, which stays there")
+        notes.append(f"{' and '.join(kept)}: trained before, now part of the decoder, read from {source}")
     values = read_object(source / files.CONFIG)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or shape.dtype)
     parts = tuple(dict.fromkeys([*(part for part in trains if part not in ("lora", "decoder")), "projector"]))

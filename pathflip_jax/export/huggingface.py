@@ -22,9 +22,9 @@ from pathflip_jax.model.families import family_of
 from pathflip_jax.runs.folder import load_run
 
 CARD = "model_card.md"
-# As stated on the encoders' model cards; the licence binds features, and may bind models trained on them.
+# As stated on the encoders' model cards; a licence applies to the features, and may apply to models trained on them.
 ENCODER_LICENCES = {
-    "stain_texture": "Apache-2.0 (embedded in pathflip_jax; a floor, not a foundation model)",
+    "stain_texture": "Apache-2.0 (part of pathflip_jax; a baseline, not a foundation model)",
     "conch": "CC-BY-NC-ND-4.0",
     "conch_v1": "CC-BY-NC-ND-4.0",
     "conch_v15": "CC-BY-NC-ND-4.0",
@@ -56,7 +56,7 @@ def export_huggingface(
     """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
-    baselines. `encoder_licence` is that of the patch encoder where it is not one of `ENCODER_LICENCES`. The folder is
+    baselines. `encoder_licence` is the licence of a patch encoder that is not in `ENCODER_LICENCES`. The folder is
     written atomically; FileExistsError for an existing folder that is not empty, ValueError for the scores of another
     run.
     """
@@ -145,7 +145,7 @@ def figures(scores: dict) -> Iterator[dict[str, Any]]:
 def card(config: ModelConfig, settings: dict, scores: dict | None, encoder_licence: str | None = None) -> str:
     """Model card (README.md) of the folder: the model, its data and encoder, its scores, and loading instructions.
 
-    The run's files are named without their folders.
+    Files of the run are named without their folders.
     """
     data, train = settings.get("data", {}), settings.get("train", {})
     encoder = str(data.get("encoder") or "")

@@ -39,7 +39,7 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         temporary.replace(path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(
-            f"{path}: not written ({error}); free disk space or mend permissions, and run it again"
+            f"{path}: not written ({error}); free disk space or fix permissions, and run the command again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

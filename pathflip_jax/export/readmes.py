@@ -13,18 +13,18 @@ def readme(config: PathFLIPConfig, settings: dict) -> str:
     encoder = settings.get("data", {}).get("encoder") or "not recorded"
     length = caption_length(config, settings)
     bias = (
-        "\nThis model has a learned bias in its region loss, the entry `logit_bias`. The released class has none and "
-        "refuses the entry; without it every embedding and attention map is the same, only the probabilities of that "
-        "loss are not.\n"
+        "\nThis model has a learned bias in its region loss, the entry `logit_bias`. The released class has no such "
+        "entry and rejects it; without it, embeddings and attention maps are unchanged, and only the probabilities of "
+        "that loss differ.\n"
         if config.logit_bias_init is not None
         else ""
     )
     return f"""# PathFLIP weights for PyTorch
 
-For research use only; not for diagnosis. Patch encoder: {encoder} ({config.feature_dim} numbers a patch). Its licence
-can bind what is trained on it.
+For research use only; not for diagnosis. Patch encoder: {encoder} ({config.feature_dim} features per patch). Its
+licence may apply to models that are trained on its features.
 
-`model.safetensors` has the names of the released PyTorch model and loads there with `strict=True`.
+`model.safetensors` has the tensor names of the released PyTorch model and loads there with `strict=True`.
 `torch_model.py` (needs torch and safetensors, no JAX) is a plain module for the same weights:
 
 ```python
@@ -39,8 +39,9 @@ texts = model.encode_texts(ids.input_ids, ids.attention_mask)
 pooled, weights = model.text_region_attention(texts[None].expand(len(slides.slide), -1, -1), *slides[1:3])
 ```
 
-Regions are R groups of up to S patches of a slide. Compare slides and texts by the cosine of `slides.slide` and
-`texts`, regions and texts by that of `pooled` and `texts`; `weights` say where in the slide a text was found.
+Regions are R groups of up to S patches of a slide. Compare slides with texts by the cosine of `slides.slide` and
+`texts`, and regions with texts by the cosine of `pooled` and `texts`; `weights` show where on the slide a text is
+found.
 {bias}"""
 
 
@@ -48,11 +49,10 @@ def readme2(config: PathFLIP2Config, settings: dict) -> str:
     """README of a PathFLIP2."""
     encoder = settings.get("data", {}).get("encoder") or "not recorded"
     length = caption_length(config, settings)
-    return f"""# A PathFLIP2, for PyTorch
+    return f"""# PathFLIP2 weights for PyTorch
 
-`model.safetensors` holds the parameters under the names of the published class, any LoRA of the text encoder merged
-into it; `torch_pathflip2.py` is the model's own code and needs torch, transformers and safetensors; `bert/` is its
-tokenizer.
+`model.safetensors` has the tensor names of the published class, with any LoRA of the text encoder merged into it;
+`torch_pathflip2.py` is the code of the model and needs torch, transformers and safetensors; `bert/` is its tokenizer.
 
 ```python
 from torch_pathflip2 import load
@@ -68,5 +68,6 @@ Embeddings are not normalised; compare them by cosine. Patch encoder: {encoder}.
 `{config.text_pooling}`, regions by `{config.region_head}`.
 
 In the published code: `pathflip_pl(args).model.load_state_dict(load_file("model.safetensors"), strict=False)`, with
-`contrast_loss="siglip"` in its arguments, or the entries `global_logit_scale` and `global_logit_bias` are left over.
+`contrast_loss="siglip"` in its arguments; otherwise the entries `global_logit_scale` and `global_logit_bias` are
+ignored.
 """

@@ -165,7 +165,7 @@ def test_an_adapter_alone_or_on_another_decoder_is_refused(adapter, tmp_path, ca
     assert "its adapter is rank 3, alpha 5 at" in capsys.readouterr().err
     about.unlink()
     go(["convert", out, "--out", tmp_path / "back"], 2)
-    assert "an adapter of PEFT alone, without projector and aligner" in capsys.readouterr().err
+    assert "a PEFT adapter without projector and aligner" in capsys.readouterr().err
     about.write_text(kept)
     assert not (tmp_path / "back").exists() and not (tmp_path / "out").exists()
 

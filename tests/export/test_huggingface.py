@@ -200,10 +200,10 @@ def test_the_card_names_encoder_and_licence():
     }
     settings = {"data": data, "train": {"steps": 100, "batch_size": 16, "seed": 3}}
     card = huggingface.card(PathFLIPConfig(), settings, None)
-    assert "conch_v15, 512 numbers a patch" in card and "CC-BY-NC-ND-4.0" in card
+    assert "conch_v15, 512 features per patch" in card and "CC-BY-NC-ND-4.0" in card
     assert "`records`, hash `abababababababab`" in card and "secret" not in card and "100 of 16 slides, seed 3" in card
     assert "not known here" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None)
-    assert "512 numbers a patch" in huggingface.card(PathFLIP2Config(), settings, None)
+    assert "512 features per patch" in huggingface.card(PathFLIP2Config(), settings, None)
     assert "MIT" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None, "MIT")
 
 
