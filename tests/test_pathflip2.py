@@ -140,7 +140,7 @@ def test_the_viewer_grounds_and_searches_with_it(tiny_cohort, predictor, slide):
 def test_the_language_stage_wants_a_model_with_regions(run):
     from pathflip_jax.inference.language_run import read_aligner
 
-    with pytest.raises(ValueError, match="knows no regions"):
+    with pytest.raises(ValueError, match="has no regions"):
         read_aligner(str(run))
 
 

@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(width)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None, weights: bool = False):
-        """x [B, C, D] after attending to y [B, T, D], with the attention [B, C, T] on request; `mask` is False at padding."""
+        """x [B, C, D] after attending to y [B, T, D], with the weights [B, C, T] on request; `mask` False: padding."""
         keys = (self.norm_q if self.norm_kv is None else self.norm_kv)(y)
         hidden = None if mask is None else ~mask
         pooled, attention = self.mha(self.norm_q(x), keys, keys, key_padding_mask=hidden, need_weights=weights)
@@ -223,7 +223,7 @@ class PathFLIP2Model(PreTrainedModel):
         level: str = "slide",
         **_,
     ) -> PathFLIP2Output:
-        """Embed slides [B, N, F], texts [C, T] in the space of `level`, or both; ignores other outputs of a tokenizer."""
+        """Embed slides [B, N, F], texts [C, T] in the space of `level`, or both; other tokenizer outputs are unused."""
         found = PathFLIP2Output()
         if patches is not None:
             encoded = self.encode_slides(patches.to(self.dtype), patch_mask)

@@ -1,7 +1,7 @@
 """Inference with the language stage: slide captioning, question answering and multiple choice.
 
 Slides are embedded by the run's aligner with all their regions, as `inference.predictor.Predictor` does, and enter the
-prompt as in training. Every prompt can also be given without the slide, which is the baseline of every score.
+prompt as in training. Every prompt can also be given without its slide: the text-only baseline of every score.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ class SlideAssistant:
         """Answer each prompt. Prompts of similar length share a call; raises as `generate`."""
         sampling = replace(sampling, stop_ids=self.stop_ids)
         found: list[str] = [""] * len(prompts)
-        for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
+        for members in _batches_of_similar_length([self._length(prompt) for prompt in prompts], batch_size):
             tokens, embeds, mask = self._inputs([prompts[i] for i in members])
             written = generate(self._writer, embeds, mask, sampling, prompt_tokens=np.maximum(tokens, -1))
             for row, i in enumerate(members):
@@ -95,7 +95,7 @@ class SlideAssistant:
     ) -> list[Float[np.ndarray, "C"]]:
         """Log likelihood of each candidate answer to each prompt, summed over its tokens and its end token."""
         found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
-        for members in _alike([self._length(prompt) for prompt in prompts], batch_size):
+        for members in _batches_of_similar_length([self._length(prompt) for prompt in prompts], batch_size):
             _, embeds, mask = self._inputs([prompts[i] for i in members])
             ids = [[np.append(self.tokenizer.text_ids(text), self.stop_ids[0]) for text in answers[i]] for i in members]
             most, longest = max(map(len, ids)), max(len(x) for own in ids for x in own)
@@ -128,7 +128,7 @@ class SlideAssistant:
         return tokens, _embed(self.model, tokens, rows), mask
 
 
-def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def _batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Batches of prompts of similar length, the longest first, so that running out of memory shows immediately."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
@@ -145,7 +145,7 @@ def load_assistant(
 ) -> SlideAssistant:
     """Load a run of the language stage; `decoder` and `aligner` give the current location of those folders, if moved.
 
-    Raises FileNotFoundError and ValueError for a folder that is no such run, is damaged, or was trained on other
+    Raises FileNotFoundError and ValueError for a folder that is not such a run, is damaged, or was trained on other
     weights.
     """
     model, config, tokenizer = assemble(folder, which, decoder=decoder, aligner=aligner, dtype=dtype)

@@ -30,12 +30,12 @@ from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
 from pathflip_jax.inference.embedding_files import FORMAT, find_rows, in_order, make_table, write_table
 from pathflip_jax.inference.load import load
-from pathflip_jax.inference.predictor import HELD, Embedding, Predictor
+from pathflip_jax.inference.predictor import QUEUE_BYTES, Embedding, Predictor
 from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs.checksums import checksums
 
 PARTS = "part-*.parquet"
-PART_SLIDES = 64  # the most work that a kill can lose
+PART_SLIDES = 64  # slides per part: the most that an interrupted run loses
 READERS = 2  # threads; CRCs are computed without the GIL
 
 
@@ -59,10 +59,10 @@ class Report:
 
     def summary(self) -> str:
         """Final message, with failures by name."""
-        counts = f"slides embedded {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
+        counts = f"slides embedded {len(self.done)}, embedded before {len(self.skipped)}, failed {len(self.failed)}"
         lines = [f"{self.out}: {counts}; {self.slides_per_second:.2f} slides/s", *self.notes]
         if self.failed:
-            lines.append(f"without an embedding (all are listed in {failures_path(self.out).name}):")
+            lines.append(f"slides without an embedding (full list in {failures_path(self.out).name}):")
             lines += list_failures(self.failed)
         return "\n".join(lines)
 
@@ -128,7 +128,7 @@ def embed(
     if missing:
         partial.mkdir(parents=True, exist_ok=True)
     started, done = time.monotonic(), []
-    with tqdm(total=len(ids), initial=len(skipped), unit="slide", desc="slides to embeddings") as bar:
+    with tqdm(total=len(ids), initial=len(skipped), unit="slide", desc="embedding slides") as bar:
         for rows in _embed_parts(predictor, archive, missing, batch_size, regions, strict, failed, bar):
             place = partial / f"part-{archive.position(rows[0].slide_id):08d}.parquet"
             write_table(place, [make_table(rows, archive, claim)])
@@ -136,7 +136,7 @@ def embed(
     seconds = time.monotonic() - started
     finished = not (strict and failed)
     if not finished:
-        notes.append(f"stopped at the first bad slide (--strict); what is done waits in {partial.name}")
+        notes.append(f"stopped at the first bad slide (--strict); finished slides are kept in {partial.name}")
     else:
         if list(partial.glob(PARTS)):
             places = find_rows(_files(out), claim)
@@ -165,7 +165,7 @@ def _select(
             f"{table}: none of its {len(wanted)} slides ({preview(absent)}) is among the {len(ids)} slides of "
             f"{archive.where} ({preview(ids)})"
         )
-    error = "not among the slides of the records; prepare it, or take it out of the slide table"
+    error = "not among the slides of the records; prepare the slide, or remove it from the slide table"
     return [name for name in ids if name in wanted], [Failure(name, archive.where, error) for name in absent], notes
 
 
@@ -185,7 +185,7 @@ def _embed_parts(
         failed.append(Failure(slide_id, str(archive.slides[archive.position(slide_id)].shard), error))
         bar.update()
 
-    def sound() -> Iterator[SlideFeatures]:
+    def readable() -> Iterator[SlideFeatures]:
         ahead = 4 * batch_size  # as many as `encode_slides` takes per call: the next ones are ready when it returns
         for slide_id, slide in _read_ahead(predictor, archive, ids, ahead):
             if not isinstance(slide, SlideFeatures):
@@ -198,7 +198,7 @@ def _embed_parts(
     rows: list[Embedding] = []
     if strict and failed:
         return
-    for embedding in predictor.encode_slides(sound(), batch_size):
+    for embedding in predictor.encode_slides(readable(), batch_size):
         if not (np.isfinite(embedding.slide).all() and np.isfinite(embedding.regions).all()):
             fail(embedding.slide_id, "its embedding is not finite: its features are too large for the model")
             if strict:
@@ -219,12 +219,12 @@ def _read_ahead(
     predictor: Predictor, archive: Records, ids: Sequence[str], ahead: int
 ) -> Iterator[tuple[str, SlideFeatures | str]]:
     """Slides in the order of `ids`, or the error of each; `ahead` of them are prefetched while others are encoded,
-    fewer where their features come to HELD bytes."""
+    fewer where their features reach QUEUE_BYTES."""
 
     def read(slide_id: str) -> SlideFeatures | str:
         try:
             slide = open_slide(archive, archive.position(slide_id))
-            predictor.bag(slide)  # a slide that cannot be cut is refused here, where only that slide is lost
+            predictor.bag(slide)  # raises here if the slide cannot be cut, so that only this slide fails
             return slide
         except (ValueError, OSError) as error:
             return str(error)
@@ -238,7 +238,7 @@ def _read_ahead(
         for slide_id in ids:
             waiting.append((slide_id, pool.submit(read, slide_id)))
             held += size(slide_id)
-            while len(waiting) > ahead or (held > HELD and len(waiting) > 1):
+            while len(waiting) > ahead or (held > QUEUE_BYTES and len(waiting) > 1):
                 first, slide = waiting.popleft()
                 held -= size(first)
                 yield first, slide.result()

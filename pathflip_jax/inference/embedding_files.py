@@ -15,7 +15,7 @@ from pathflip_jax.inference.predictor import Embedding
 
 FORMAT = 1
 METADATA = b"pathflip"  # Parquet metadata key of the JSON object that describes the file
-IDENTITY = {  # what two runs must share to write to one file
+IDENTITY = {  # entries in which two runs must agree to write to one file
     "format": "format", "checkpoint_hash": "checkpoint", "records_hash": "records",
     "slides_hash": "selection of slides", "regions": "choice of --regions",
 }  # fmt: skip
@@ -90,7 +90,7 @@ def read_provenance(path: Path) -> dict:
         return json.loads(metadata[METADATA])
     except (KeyError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise ValueError(
-            f"{path}: not a sound file of embeddings that this command wrote ({str(error).splitlines()[0]}); choose "
+            f"{path}: not a valid file of embeddings written by this command ({str(error).splitlines()[0]}); choose "
             "another --out, or delete it"
         ) from None
 
@@ -116,7 +116,7 @@ def find_rows(paths: Sequence[Path], claim: dict) -> dict[str, tuple[Path, int, 
         ]
         if changed:
             raise ValueError(
-                f"{path} was written with another {'; '.join(changed)}. Give what it was begun with, choose another "
+                f"{path} was written with another {'; '.join(changed)}. Pass what it was started with, choose another "
                 "--out, or delete it to start over"
             )
         for group in range(pq.read_metadata(path).num_row_groups):

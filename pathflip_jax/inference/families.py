@@ -30,4 +30,4 @@ SERVING: dict[str, Serving] = {
 def method_help() -> str:
     """Help text of --method: the families' defaults, and every method with its description."""
     defaults = ", ".join(f"{serving.default_method} for {family}" for family, serving in SERVING.items())
-    return f"how to map a text on patches (default: {defaults}). {describe_methods()}"
+    return f"how to map a text onto patches (default: {defaults}). {describe_methods()}"

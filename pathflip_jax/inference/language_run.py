@@ -51,12 +51,12 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
     was not trained on.
     """
     if "lm" in json_files.read_json(files.run_folder(folder) / files.CONFIG):
-        raise ValueError(f"lm.aligner={folder}: a run of the language stage; name the alignment run that it stands on")
+        raise ValueError(f"lm.aligner={folder}: a run of the language stage; pass the alignment run that it builds on")
     predictor = load(folder)
     if predictor.patchwise:
         raise ValueError(
-            f"lm.aligner={folder}: a PathFLIP2, which knows no regions; the language stage reads a slide and its "
-            "regions: name a run of a PathFLIP (align_base)"
+            f"lm.aligner={folder}: a PathFLIP2, which has no regions; the language stage needs embeddings of a slide "
+            "and of its regions: pass a run of a PathFLIP (align_base)"
         )
     if records is not None:
         predictor.check_features(where, records.feature_dim, records.encoder)
@@ -81,20 +81,20 @@ def read_initial_parameters(folder: str, decoder: str, aligner_hash: str, decode
         flat, lora = load_peft(folder, decoder)
         if (Path(folder) / PROJECTOR).is_file():
             log.warning(
-                "lm.start=%s: of this export the adapter alone is read, the projector starts at random; "
-                "`pathflip convert` makes a run of it, which starts both",
+                "lm.start=%s: only the adapter of this export is read, and the projector is initialised at random; "
+                "to start from both, convert the export to a run with `pathflip convert`",
                 folder,
             )
         params = {f"decoder/{name}": x for name, x in flat.items()}
         return InitialParameters(lora, params, content_hash(params))
     shape, config, params = read_trained(folder)
     wrong = [
-        f"another {name}, {config['lm'].get(name)}"
+        f"another {name} ({config['lm'].get(name)})"
         for name, found in (("aligner", aligner_hash), ("decoder", decoder_hash))
         if config["lm"].get(f"{name}_hash") != found
     ]
     if wrong:
-        raise ValueError(f"lm.start={folder}: stands on {' and on '.join(wrong)}; name the same ones, or no lm.start")
+        raise ValueError(f"lm.start={folder}: was trained with {' and '.join(wrong)}; pass the same, or no lm.start")
     return InitialParameters(shape.lora, params, content_hash(params))
 
 

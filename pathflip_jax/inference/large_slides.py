@@ -17,7 +17,7 @@ from pathflip_jax.model.cross_attention import Part
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
 from pathflip_jax.runtime.buckets import bucket
 
-MOST_PATCHES = 2**17  # slots of a slide, padding included, encoded per call
+MOST_PATCHES = 2**17  # most slots of a slide, padding included, that are encoded in one call
 BLOCK_PATCHES = 2**12
 ROWS_AT_ONCE = 128  # rows of the region transformer, each of which attends to all
 

@@ -21,7 +21,8 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
     `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, load as the original
     run. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that it was
     trained with; `arguments` are those of the published run, where the file does not hold them; `weights` names one of
-    several sets of weights in it. Whatever no file states is assumed to be the released code's default, and logged.
+    several sets of weights in it. Settings that no file states are assumed to be the released code's defaults, and
+    logged.
     """
     if as_path(path).suffix in WEIGHTS or _is_export(path):
         from pathflip_jax.convert.released import load_released
@@ -57,7 +58,9 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
     if not exists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix.lower() in SLIDE_FILES:
-        raise ValueError(f"{path}: a slide, not its features; run `pathflip prepare` on its folder, give its records")
+        raise ValueError(
+            f"{path}: a slide, not its features; run `pathflip prepare` on its folder and pass the records"
+        )
     if not path.is_dir() and path.suffix != ".tfrecord":
         if is_url(path):
             raise ValueError(
@@ -66,8 +69,8 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
         return read_features(path, slide_id=slide_id or "", **known)
     if known:
         raise ValueError(
-            f"{path}: records say {' and '.join(sorted(known))} themselves; leave it out here, and import the features "
-            "again if what they say is wrong"
+            f"{path}: records state {' and '.join(sorted(known))} themselves; leave it out here, and import the "
+            "features again if what they state is wrong"
         )
     records = Records(path if path.is_dir() else [path])
     if slide_id is None:

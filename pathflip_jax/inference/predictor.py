@@ -27,8 +27,8 @@ from pathflip_jax.runtime.buckets import bucket
 
 log = logging.getLogger(__name__)
 
-HELD = 4 << 30  # bytes of features queued for one encoding call
-LARGE = 16  # memory is checked for features above this fraction of the free memory
+QUEUE_BYTES = 4 << 30  # bytes of features at which no more slides are queued for encoding
+LARGE = 16  # memory is checked for features above 1 / LARGE of the free memory
 
 
 class TextEncoding(NamedTuple):
@@ -100,10 +100,10 @@ class Predictor:
             self.edge_px = None if data.get("edge_px") is None else int(data["edge_px"])
             self.caption_length = int(data.get("caption_length") or 384)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f'{name}: its config.json has no sound section "data" ({error}); restore a copy') from None
+            raise ValueError(f'{name}: its config.json has no valid section "data" ({error}); restore a copy') from None
         #: Settings that the run does not state and that were assumed: older runs, and third-party weights.
         self.assumed = tuple(map(str, config.get("assumed") or ())) or self._assumed_settings(data)
-        #: Each patch takes the role of a region in other families.
+        #: Whether patches take the role that regions have in other families.
         self.patchwise = family_of(model.config).patchwise
         self._serving = SERVING[model.config.family]
         self.default_method = self._serving.default_method
@@ -111,7 +111,7 @@ class Predictor:
 
     def _assumed_settings(self, data: dict) -> tuple[str, ...]:
         """Settings that a run does not state, with the values assumed for them."""
-        lines = [] if "encoder" in data else ["the patch encoder is not known: features of any encoder are taken"]
+        lines = [] if "encoder" in data else ["the patch encoder is not known: features of any encoder are accepted"]
         lines += [] if data.get("cut") else [f"regions are cut by {self.cut}"]
         if self.cut == "grid" and data.get("edge_um") is None and data.get("edge_px") is None:
             lines.append(f"regions are {self.edge_um:g} um wide")
@@ -124,13 +124,13 @@ class Predictor:
         name, trained = self.name or "the model", self.model.config.feature_dim
         if width != trained:
             raise ValueError(
-                f"{where}: features are {width} wide, {name} was trained on {trained}; extract them with its patch "
-                f"encoder {self.encoder or '(not recorded)'}"
+                f"{where}: features are {width} wide, {name} was trained on {trained}; extract them again with its "
+                f"patch encoder {self.encoder or '(not recorded)'}"
             )
         if self.encoder and encoder and encoder != self.encoder:
             raise ValueError(
                 f"{where}: features come from {encoder!r}, {name} was trained on {self.encoder!r}; features of two "
-                "encoders share no space, extract them again"
+                f"encoders do not share a space: extract them again with {self.encoder!r}"
             )
 
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> CutSlides:
@@ -309,12 +309,12 @@ class Predictor:
 
 
 def _windows(bags: Iterable[CutSlides], most: int) -> Iterator[list[CutSlides]]:
-    """Bags in order, in groups of at most `most`, or fewer where features in memory reach HELD bytes."""
+    """Bags in order, in groups of at most `most`, or fewer where features in memory reach QUEUE_BYTES."""
     window, held = [], 0
     for bag in bags:
         window.append(bag)
         held += bag.features.nbytes if isinstance(bag.features, np.ndarray) else 0
-        if len(window) == most or held >= HELD:
+        if len(window) == most or held >= QUEUE_BYTES:
             yield window
             window, held = [], 0
     if window:

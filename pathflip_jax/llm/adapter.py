@@ -1,4 +1,4 @@
-"""Slide-conditioned language model: [slide; regions] as soft tokens in a prompt, and the loss of its answers.
+"""Slide-conditioned language model: [slide; regions] as soft tokens in a prompt, and the parts that a stage trains.
 
 Letters as in `model/pathflip.py` and `llm/decoder.py`: B sequences, each about one slide of R regions; T tokens; D the
 aligner's width, W the decoder's. In `tokens` an id below zero is a soft token: -1 the slide, -2 its first region, ...
@@ -42,7 +42,7 @@ class SlideLanguageModel(nnx.Module):
     def soft_tokens(
         self, patches: Float[Array, "B R S F"], patch_mask: Bool[Array, "B R S"], *, key: Array | None = None
     ) -> Float[Array, "B 1+R W"]:
-        """Embed the slide and its regions as rows of the decoder's width; `key` draws the aligner's dropout."""
+        """Embed the slide and its regions as rows of the decoder's width; `key` seeds the aligner's dropout."""
         found = self.aligner.encode_slides(patches, patch_mask, key=key)
         return self.project(jnp.concatenate([found.slide[:, None], found.regions], axis=1))
 

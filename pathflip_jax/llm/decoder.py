@@ -47,7 +47,7 @@ class Projection(nnx.Module):
         self.lora = LowRank(inputs, outputs, lora.rank, lora.alpha, lora.dropout, rngs) if lora else None
 
     def __call__(self, x: Float[Array, "B T I"], key: Array | None = None) -> Float[Array, "B T O"]:
-        """[B, T, I] -> [B, T, O]; `key` draws LoRA's dropout."""
+        """[B, T, I] -> [B, T, O]; `key` seeds LoRA's dropout."""
         y = contract("bti,io->bto", x, self.kernel[...])
         if self.bias is not None:
             y = add_bias(y, self.bias[...])
@@ -169,7 +169,7 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = feed_forward
 
     def __call__(self, x, angles, mask, cached, key):
-        """As `Attention`."""
+        """Same arguments and results as `Attention`."""
         keys = split_key(key, 2)
         with jax.named_scope("decoder_attention"):
             pooled, held = self.attention(self.attention_norm(x), angles, mask, cached, keys[0])
@@ -197,7 +197,7 @@ class CausalDecoder(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], Cache | None]:
         """Logits after every token, in float32, and the cache with the tokens added (None without one).
 
-        Takes token ids or `inputs_embeds`. `mask` is False at padding. `key` draws LoRA's dropout; None: no dropout.
+        Takes token ids or `inputs_embeds`. `mask` is False at padding. `key` seeds LoRA's dropout; None: no dropout.
         """
         states, cache = self.states(tokens, inputs_embeds=inputs_embeds, mask=mask, cache=cache, key=key)
         return self.logits(states), cache
@@ -223,10 +223,10 @@ class CausalDecoder(nnx.Module):
         beams and alternatives that share a prompt are side by side in the cache.
         """
         if (tokens is None) == (inputs_embeds is None):
-            raise ValueError("give token ids or inputs_embeds, one of the two")
+            raise ValueError("expected either token ids or inputs_embeds; pass exactly one of the two")
         x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.config.compute_dtype)
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        # Attention weights padding with zero, and zero times NaN is NaN.
+        # Attention gives padding zero weight, but zero times NaN is NaN.
         x = jnp.where(mask[..., None], x, 0)
         if cache is None:
             held, filled, before = mask, 0, 0

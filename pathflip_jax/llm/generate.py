@@ -26,7 +26,7 @@ from pathflip_jax.llm.serving import ServingDecoder, fuse_for_decoding
 from pathflip_jax.runtime.buckets import bucket
 from pathflip_jax.runtime.compilation import compiler_options
 
-LOGITS = 2**26  # held in memory at most while continuations are scored: 256 MB
+LOGITS = 2**26  # most logits held in memory while continuations are scored: 256 MB
 
 
 class Generated(NamedTuple):
@@ -75,7 +75,7 @@ def generate(
     mask = _check_prompt(decoder, inputs_embeds, mask, sampling.max_new_tokens)
     V = decoder.config.vocab_size
     if unknown := [token for token in sampling.stop_ids if token >= V]:
-        raise ValueError(f"stop_ids {unknown} are not among the {V} words of the decoder; give ids of its tokenizer")
+        raise ValueError(f"stop_ids {unknown} are not among the {V} tokens of the decoder; pass ids of its tokenizer")
     model = fuse_for_decoding(decoder)
     room = bucket(sampling.max_new_tokens)
     logits, held = _prefill(model, inputs_embeds, mask, room * sampling.beams)
@@ -104,8 +104,8 @@ def score(
 ) -> Float[np.ndarray, "B C"]:
     """Log likelihood of each continuation of its prompt, summed over its tokens.
 
-    The prompt is read once for all its continuations. `mask` is as in `generate`, as are the errors; `target_mask` is
-    False at padding, which is on the right. Raises ValueError for a continuation without tokens too.
+    The prompt is read once for all its continuations. `mask` and errors are as in `generate`; `target_mask` is
+    False at padding, which is on the right. Also raises ValueError for a continuation without tokens.
     """
     target_mask, targets = np.asarray(target_mask, bool), np.asarray(targets)
     B, C, L = target_mask.shape
@@ -153,7 +153,7 @@ def restrict(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, 
     return logits
 
 
-_CURE = "weights or inputs hold inf or NaN, or compute_dtype float16 overflows (take bfloat16 or float32)"
+_CURE = "weights or inputs contain inf or NaN, or compute_dtype float16 overflows (use bfloat16 or float32)"
 
 
 def _check_finite(fault: Int[np.ndarray, "B"]) -> None:
@@ -166,15 +166,17 @@ def _check_prompt(decoder: CausalDecoder, inputs_embeds: Array, mask: Array, new
     mask = np.asarray(mask, bool)
     wanted = (*mask.shape, decoder.config.width)
     if tuple(inputs_embeds.shape) != wanted:
-        raise ValueError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected {wanted} by mask and decoder")
+        raise ValueError(
+            f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, expected {wanted} from mask and decoder"
+        )
     if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
         b = int(np.argmax(~mask[:, -1] | (mask[:, 1:] < mask[:, :-1]).any(1)))
-        raise ValueError(f"prompt {b} is empty, or padded on the right or within; pad prompts on the left")
+        raise ValueError(f"prompt {b} is empty, or padded on the right or in the middle; pad prompts on the left")
     longest, most = int(mask.sum(1).max()), decoder.config.max_positions
     if longest + new > most:
         raise ValueError(
-            f"{longest} tokens of prompt and {new} new ones are {longest + new - most} more than the decoder's {most} "
-            "positions; shorten the prompt or ask for fewer"
+            f"{longest} prompt tokens and {new} new ones are {longest + new - most} more than the decoder's {most} "
+            "positions; shorten the prompt or generate fewer tokens"
         )
     return mask
 
@@ -211,7 +213,7 @@ def _programs() -> _Programs:
 def read_prompt(model: ServingDecoder, embeds: Array, mask: Array, room: int) -> tuple[Float[Array, "B V"], Cache]:
     """Prefill program of `generate`: the logits after each prompt, and the cache with `room` additional slots."""
     held = model.empty_cache(len(mask), mask.shape[1] + room)
-    # Padding is weighted with zero, but zero times NaN is NaN.
+    # Attention gives padding zero weight, but zero times NaN is NaN.
     states, held = model.states(inputs_embeds=jnp.where(mask[..., None], embeds, 0), mask=mask, cache=held)
     return model.logits(states[:, -1:])[:, 0], held
 

@@ -18,7 +18,7 @@ from pathflip_jax.data.texts.text import IMAGE
 from pathflip_jax.llm.tokenizer import DecoderTokenizer
 
 IMAGE_ID = -1  # the slide, which is also its first soft token: soft token j is -1 - j
-TEMPLATES = ("plain", "chat")  # the paper's, and that of the decoder's folder
+TEMPLATES = ("plain", "chat")  # the paper's template, and that of the decoder's folder
 _MARK = "\ue000{}\ue001"  # placeholder of a message in a rendered conversation, of characters that no text contains
 _MARKS = re.compile(_MARK.format("([0-9]+)"))
 
@@ -48,7 +48,7 @@ class _Frame(NamedTuple):
 
 
 def choose_template(tokenizer: DecoderTokenizer, wanted: str) -> str:
-    """Requested template; "": that of the decoder's folder where there is one, else the paper's.
+    """Name of the requested template; for "", "chat" if the decoder's folder has a chat template, else "plain".
 
     Raises ValueError for a template of another name, and for "chat" where the folder has none.
     """
@@ -71,7 +71,7 @@ def encode_conversation(tokenizer: DecoderTokenizer, conversation: Conversation,
     try:
         parts = _prompt_parts(tokenizer, turns, asked, template)
         if IMAGE in answer:
-            raise ValueError(f"{IMAGE} in the answer {answer!r:.60}; it belongs into the first question")
+            raise ValueError(f"{IMAGE} in the answer {answer!r:.60}; write it in the first question only")
     except ValueError as error:
         raise ValueError(f"conversation {conversation.conversation_id}: {error}") from error
     parts.append(_Part(tokenizer.text_ids(answer.strip()), learnt=True))
@@ -106,8 +106,8 @@ def insert_slide(prompted: Prompted, rows: int) -> Prompted:
     (at,) = np.nonzero(tokens < 0)
     if len(at) != 1 or tokens[at[0]] != IMAGE_ID:
         raise ValueError(
-            f"the ids below 0 are {tokens[at][:8].tolist()}, expected one {IMAGE_ID} for the slide; give what "
-            "encode_conversation or encode_prompt returned, once"
+            f"the ids below 0 are {tokens[at][:8].tolist()}, expected one {IMAGE_ID} for the slide; pass a "
+            "result of encode_conversation or encode_prompt into which no slide was inserted yet"
         )
     if rows < 0:
         raise ValueError(f"{rows} soft tokens; expected 0 or more")
@@ -145,16 +145,16 @@ def _check(questions: Sequence[str], answers: Sequence[str]) -> None:
     count = questions[0].count(IMAGE)
     if count != 1:
         raise ValueError(
-            f"the first question, {questions[0]!r:.60}, holds {IMAGE} {count} times; write it once, where the slide is "
-            "to stand"
+            f"the first question, {questions[0]!r:.60}, holds {IMAGE} {count} times; write it once, where the slide "
+            "belongs"
         )
     for text in [*questions[1:], *answers]:
         if IMAGE in text:
-            raise ValueError(f"{IMAGE} in {text!r:.60}; only the first question holds it, take it out")
+            raise ValueError(f"{IMAGE} in {text!r:.60}; only the first question may contain it, remove it here")
 
 
 def _plain(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequence[str]) -> list[_Part]:
-    """The paper's template: an instruction, the slide, the response. Later turns have no slide."""
+    """Parts of the paper's template: an instruction, the slide, the response. Later turns have no slide."""
     first = " ".join(filter(None, (text.strip() for text in questions[0].split(IMAGE))))
     text = tokenizer.text_ids
     parts = [
@@ -179,10 +179,11 @@ def _chat(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequen
         _Part(tokenizer.text_ids(tail)),
     ]
     for turn, (answer, asked) in enumerate(zip(answers, questions[1:], strict=True)):
-        before_answer, behind = frame.before[2 * turn + 1 : 2 * turn + 3]
-        ends = _common(behind, frame.end)
+        before_answer, after_answer = frame.before[2 * turn + 1 : 2 * turn + 3]
+        ends = _common(after_answer, frame.end)
         parts += [_Part(before_answer), _Part(tokenizer.text_ids(answer.strip()), learnt=True)]
-        parts += [_Part(behind[:ends], learnt=True), _Part(behind[ends:]), _Part(tokenizer.text_ids(asked.strip()))]
+        parts += [_Part(after_answer[:ends], learnt=True), _Part(after_answer[ends:])]
+        parts.append(_Part(tokenizer.text_ids(asked.strip())))
     return [*parts, _Part(frame.before[-1])]
 
 
@@ -192,17 +193,17 @@ def _frame(tokenizer: DecoderTokenizer, turns: int) -> _Frame:
     roles = ("user", "assistant") * turns
     messages = [{"role": role, "content": _MARK.format(number)} for number, role in enumerate(roles)]
     before = _cut(tokenizer, tokenizer.render(messages[:-1], add_generation_prompt=True), 2 * turns - 1)
-    behind = tokenizer.ids(_cut(tokenizer, tokenizer.render(messages), 2 * turns)[-1])
+    after_last = tokenizer.ids(_cut(tokenizer, tokenizer.render(messages), 2 * turns)[-1])
     # Up to the special tokens after an answer: "<|im_end|>" but not the line end after it.
-    special = [int(number) in tokenizer.special_ids for number in behind]
+    special = [int(number) in tokenizer.special_ids for number in after_last]
     if True not in special:
         raise ValueError(
-            f"{tokenizer.folder}: its chat template puts no special token behind an answer, so a model cannot learn to "
+            f"{tokenizer.folder}: its chat template puts no special token after an answer, so a model cannot learn to "
             'stop; use the template "plain"'
         )
     first = special.index(True)
     end = (special[first:] + [False]).index(False) + first
-    return _Frame(tuple(tokenizer.ids(text) for text in before), behind[:end], behind[end:])
+    return _Frame(tuple(tokenizer.ids(text) for text in before), after_last[:end], after_last[end:])
 
 
 def _cut(tokenizer: DecoderTokenizer, rendered: str, messages: int) -> list[str]:
@@ -211,7 +212,7 @@ def _cut(tokenizer: DecoderTokenizer, rendered: str, messages: int) -> list[str]
     if pieces[1::2] != [str(number) for number in range(messages)]:
         raise ValueError(
             f"{tokenizer.folder}: of {messages} messages its chat template writes numbers "
-            f"{', '.join(pieces[1::2]) or 'none'}, expected each once and in turn; use the template "
+            f"{', '.join(pieces[1::2]) or 'none'}, expected each once and in order; use the template "
             '"plain"'
         )
     return pieces[::2]

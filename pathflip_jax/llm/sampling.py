@@ -44,25 +44,27 @@ class Sampling:
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             faults.append(f"min_new_tokens {self.min_new_tokens} (expected 0 to max_new_tokens, {self.max_new_tokens})")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            faults.append(f"temperature {self.temperature} (expected 0, which is greedy, or more)")
+            faults.append(f"temperature {self.temperature} (expected 0 for greedy decoding, or more)")
         if self.top_k is not None and self.top_k < 1:
             faults.append(f"top_k {self.top_k} (expected 1 or more, or None for all)")
         if not 0 < self.top_p <= 1:
             faults.append(f"top_p {self.top_p} (expected more than 0, at most 1)")
         if self.beams < 1:
-            faults.append(f"beams {self.beams} (expected 1, which is none, or more)")
+            faults.append(f"beams {self.beams} (expected 1 for no beam search, or more)")
         if not math.isfinite(self.length_penalty):
             faults.append(f"length_penalty {self.length_penalty} (expected a number)")
         if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            faults.append(f"repetition_penalty {self.repetition_penalty} (expected more than 0; 1 is none)")
+            faults.append(f"repetition_penalty {self.repetition_penalty} (expected more than 0; 1 means no penalty)")
         if any(token < 0 for token in self.stop_ids):
             faults.append(f"stop_ids {self.stop_ids} (expected ids of the tokenizer)")
         if self.temperature == 0 and (self.top_k is not None or self.top_p != 1):
-            faults.append("top_k or top_p with temperature 0 (greedy; give a temperature to draw tokens)")
+            faults.append("top_k or top_p with temperature 0 (greedy; set a temperature to sample tokens)")
         if self.beams > 1 and self.temperature > 0:
-            faults.append(f"temperature {self.temperature} with {self.beams} beams (beams are not drawn; give 0)")
+            faults.append(
+                f"temperature {self.temperature} with {self.beams} beams (beam search does not sample; set it to 0)"
+            )
         if self.beams == 1 and self.length_penalty != 1:
-            faults.append(f"length_penalty {self.length_penalty} without beams (it compares beams)")
+            faults.append(f"length_penalty {self.length_penalty} without beams (it only affects beam search)")
         if self.min_new_tokens and not self.stop_ids:
             faults.append(f"min_new_tokens {self.min_new_tokens} without stop_ids (nothing ends a text)")
         if faults:

@@ -60,15 +60,15 @@ class Shape(NamedTuple):
         _refuse_unknown(values)
         try:
             values = before("lm", set(cls._fields) - values.keys()) | values
-            lora = None if values["lora"] is None else _earlier(LoRAConfig, values["lora"])
+            lora = None if values["lora"] is None else _with_earlier_behaviour(LoRAConfig, values["lora"])
             return cls(
                 PathFLIPConfig.from_dict(values["aligner"]),
-                DecoderConfig.from_dict(_earlier(DecoderConfig, values["decoder"])),
+                DecoderConfig.from_dict(_with_earlier_behaviour(DecoderConfig, values["decoder"])),
                 None if lora is None else LoRAConfig(**lora | {"targets": tuple(lora["targets"])}),
                 values["dtype"],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not the shape of a language model about slides ({error}); restore a copy") from None
+            raise ValueError(f"not the shape of a slide-conditioned language model ({error}); restore a copy") from None
 
 
 def _refuse_unknown(values: dict[str, Any]) -> None:
@@ -79,9 +79,9 @@ def _refuse_unknown(values: dict[str, Any]) -> None:
         if isinstance(values.get(part), dict):
             unknown += [f"{part}.{name}" for name in values[part] if name not in {f.name for f in fields(kind)}]
     if unknown:
-        raise UnknownSettings(f"no part of the shape of a language model: {', '.join(unknown)}", unknown)
+        raise UnknownSettings(f"unknown entries in the shape of a language model: {', '.join(unknown)}", unknown)
 
 
-def _earlier(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+def _with_earlier_behaviour(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """Values of a dataclass; those missing from an earlier version get that version's behaviour."""
     return before("lm", {field.name for field in fields(kind)} - values.keys()) | values

@@ -56,9 +56,9 @@ class DecoderTokenizer:
         self._files = {name: data for name, data in found if data is not None}
         if "tokenizer.json" not in self._files:
             raise FileNotFoundError(
-                f"{self.folder}: no tokenizer.json in it; a Hugging Face folder of a decoder is needed. For one with "
-                "other tokenizer files, AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers "
-                "writes it"
+                f"{self.folder}: no tokenizer.json in it; pass the Hugging Face folder of a decoder. If it has other "
+                "tokenizer files, write it by AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of "
+                "transformers"
             )
         self._tokenizer = self._read_tokenizer()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -103,8 +103,8 @@ class DecoderTokenizer:
         ids = np.array(self._texts.encode(text, add_special_tokens=False).ids, np.int32)
         for number in self._added.keys() & {*ids.tolist()}:
             raise ValueError(
-                f"{self.folder}: the text {text!r:.60} cannot be told from the special token "
-                f"{self._added[number]!r}; take it out of the text"
+                f"{self.folder}: the text {text!r:.60} cannot be distinguished from the special token "
+                f"{self._added[number]!r}; remove it from the text"
             )
         return ids
 
@@ -141,15 +141,15 @@ class DecoderTokenizer:
         except Exception as error:  # untrusted code may raise anything
             raise ValueError(
                 f"{self.folder}: its chat template fails ({type(error).__name__}: {error!s:.200}); use the template "
-                '"plain", or mend it'
+                '"plain", or fix it'
             ) from error
 
     def require_chat_template(self) -> None:
         """Raise ValueError where the folder has no chat template."""
         if not self.has_chat_template:
             raise ValueError(
-                f'{self.folder}: no chat template in it; use the template "plain", or the folder of a model that was '
-                "taught to chat (with chat_template.jinja, or chat_template in tokenizer_config.json)"
+                f'{self.folder}: no chat template in it; use the template "plain", or the folder of a chat model '
+                "(with chat_template.jinja, or chat_template in tokenizer_config.json)"
             )
 
     def save(self, folder: str | Place) -> None:
@@ -197,7 +197,7 @@ class DecoderTokenizer:
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str) and str(self._tokenizer.token_to_id(text)) != number:
                 raise ValueError(
-                    f"{self.folder / 'tokenizer_config.json'}: the token {text!r:.60} has id {number:.20}, in "
+                    f"{self.folder / 'tokenizer_config.json'}: the token {text!r:.60} has id {number:.20}, but in "
                     f"tokenizer.json {self._tokenizer.token_to_id(text)}; copy the files again, all from one model"
                 )
 
@@ -341,7 +341,7 @@ def train_bpe(texts: Iterable[str], folder: str | Place, vocab_size: int = 2000)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(letters) + 1:
         raise ValueError(
-            f"vocab_size {vocab_size} is below the {len(letters)} bytes and {END}; ask for at least {len(letters) + 1}"
+            f"vocab_size {vocab_size} is below the {len(letters)} bytes and {END}; pass at least {len(letters) + 1}"
         )
     texts = [text for text in texts if text.strip()]
     if not texts:

@@ -258,7 +258,7 @@ def test_wrong_input_is_refused_at_the_start(tiny_cohort, run, tmp_path, reads):
     with pytest.raises(ValueError, match=r"no slide is in split 'val'; the splits are test"):
         embed.embed(run, tiny_cohort.records, out, slides_table=table, split="val")
     out.write_text("slide_id,embedding\n")
-    with pytest.raises(ValueError, match=r"e\.parquet: not a sound file of embeddings"):
+    with pytest.raises(ValueError, match=r"e\.parquet: not a valid file of embeddings"):
         embed.embed(run, tiny_cohort.records, out)
     assert out.read_text() == "slide_id,embedding\n" and reads == []
 

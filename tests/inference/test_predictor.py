@@ -228,7 +228,7 @@ def test_a_large_slide_is_asked_once_whether_it_fits(predictor, monkeypatch):
 
 @pytest.mark.parametrize("data", [["grid"], {"edge_um": "far"}, {"caption_length": [3]}, {"edge_px": float("inf")}])
 def test_a_config_of_something_else_names_its_run(data):
-    with pytest.raises(ValueError, match='runs/x: its config.json has no sound section "data"'):
+    with pytest.raises(ValueError, match='runs/x: its config.json has no valid section "data"'):
         Predictor(None, {"data": data}, None, "runs/x")
 
 

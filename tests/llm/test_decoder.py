@@ -231,5 +231,5 @@ def test_rotary_positions_of_old_and_new_folders_are_the_same():
 def test_tokens_or_embeddings_one_of_the_two(decoder_folder):
     decoder = jax.eval_shape(lambda: init_decoder(DecoderConfig.from_hf(QWEN3), 0))
     for given in ({}, {"tokens": jnp.zeros((1, 2), int), "inputs_embeds": jnp.zeros((1, 2, 32))}):
-        with pytest.raises(ValueError, match="give token ids or inputs_embeds, one of the two"):
+        with pytest.raises(ValueError, match="expected either token ids or inputs_embeds; pass exactly one of the two"):
             decoder(**given)

@@ -290,9 +290,9 @@ def test_prompts_that_do_not_fit_are_refused(qwen3):
         generate(ours, embeds, LEFT, Sampling(most - T + 4))
     with pytest.raises(ValueError, match="prompt 1 is empty, or padded on the right"):
         generate(ours, embeds, LEFT[:, ::-1], Sampling(NEW))
-    with pytest.raises(ValueError, match=r"inputs_embeds are \(3, 11, 16\), expected \(3, 11, 32\)"):
+    with pytest.raises(ValueError, match=r"inputs_embeds have shape \(3, 11, 16\), expected \(3, 11, 32\)"):
         generate(ours, embeds[..., :16], LEFT, Sampling(NEW))
-    with pytest.raises(ValueError, match=r"stop_ids \[320\] are not among the 320 words"):
+    with pytest.raises(ValueError, match=r"stop_ids \[320\] are not among the 320 tokens"):
         generate(ours, embeds, LEFT, Sampling(NEW, stop_ids=(3, 320)))
     with pytest.raises(ValueError, match="continuation 1 of sequence 2 is empty"):
         score(ours, embeds, LEFT, np.ones((B, 2, 3), int), np.arange(2 * B).reshape(B, 2, 1) < [[[5, 0, 0]]])
@@ -310,7 +310,7 @@ def test_prompts_that_do_not_fit_are_refused(qwen3):
         ({"temperature": 1.0, "top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 0.5}, "with temperature 0"),
         ({"beams": 0}, "beams 0"),
-        ({"beams": 2, "temperature": 1.0}, "beams are not drawn"),
+        ({"beams": 2, "temperature": 1.0}, "beam search does not sample"),
         ({"beams": 2, "length_penalty": float("inf")}, "length_penalty inf"),
         ({"length_penalty": 2.0}, "length_penalty 2.0 without beams"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),

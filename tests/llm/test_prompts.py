@@ -173,7 +173,7 @@ def test_soft_tokens_take_the_place_of_the_slide(tokenizers):
 
 @pytest.mark.parametrize("ids", [[1, 2], [1, -1, -1], [-1, -2], [-2, 3]])
 def test_a_slide_that_does_not_stand_once(ids):
-    with pytest.raises(ValueError, match="expected one -1 for the slide; give what"):
+    with pytest.raises(ValueError, match="expected one -1 for the slide; pass a result"):
         insert_slide(Prompted(np.array(ids), np.zeros(len(ids), bool)), 2)
     with pytest.raises(ValueError, match="-1 soft tokens; expected 0 or more"):
         insert_slide(Prompted(np.array([-1]), np.zeros(1, bool)), -1)
@@ -186,8 +186,11 @@ def test_a_slide_that_does_not_stand_once(ids):
         (("What?", "A."), "the first question, 'What\\?', holds <image> 0 times; write it once"),
         (("<image><image>What?", "A."), "holds <image> 2 times"),
         (("What?", "A.", "<image>Why?", "B."), "holds <image> 0 times"),
-        (("<image>What?", "A.", "<image>Why?", "B."), "<image> in '<image>Why\\?'; only the first question holds it"),
-        (("<image>What?", "<image>", "Why?", "B."), "<image> in '<image>'; only the first question holds it"),
+        (
+            ("<image>What?", "A.", "<image>Why?", "B."),
+            "<image> in '<image>Why\\?'; only the first question may",
+        ),
+        (("<image>What?", "<image>", "Why?", "B."), "<image> in '<image>'; only the first question may contain it"),
         (("<image>What?", "An <image>."), "<image> in the answer"),
     ],
 )
@@ -220,7 +223,7 @@ LOOP = "{%% for message in messages %%}%s{%% endfor %%}"
         (LOOP % "{{ message.role }}", "writes numbers none, expected each once"),
         (LOOP % "{{ message.content * 2 }}<|im_end|>", "writes numbers 0, 0, expected each once"),
         (LOOP % "{{ messages[-1].content }}<|im_end|>", "writes numbers 0, expected|writes numbers 1, 1, expected"),
-        (LOOP % "{{ message.content }}\n", "puts no special token behind an answer"),
+        (LOOP % "{{ message.content }}\n", "puts no special token after an answer"),
         (LOOP % "{{ raise_exception('no roles') }}", "its chat template fails .TemplateError: no roles."),
     ],
 )

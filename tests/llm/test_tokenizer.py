@@ -92,7 +92,7 @@ def test_a_text_that_cannot_be_told_from_a_special_token_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     ours = DecoderTokenizer(tmp_path)
     assert ours.text_ids("tumor").tolist() == [1]
-    with pytest.raises(ValueError, match="the text 'tumor <end>' cannot be told from the special token '<end>'"):
+    with pytest.raises(ValueError, match="'tumor <end>' cannot be distinguished from the special token '<end>'"):
         ours.text_ids("tumor <end>")
 
 

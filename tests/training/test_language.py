@@ -331,7 +331,7 @@ def test_wrong_input_is_named_with_its_cure(options, tmp_path, change, message):
 def test_a_start_on_other_weights_is_refused(options, stage1, decoder_folder, tmp_path):
     other = decoder_folder("qwen3", seed=1)
     argv = ["--config=lm_stage2:smoke", *options, f"--config.lm.decoder={other}", f"--config.lm.start={stage1}"]
-    with pytest.raises(ValueError, match="stands on another decoder"):
+    with pytest.raises(ValueError, match="was trained with another decoder"):
         loop.main([*argv, f"--workdir={tmp_path / 'run'}"])
     with pytest.raises(ValueError, match="was trained on another decoder than .* with --decoder"):
         assemble(stage1, decoder=str(other))
@@ -344,5 +344,5 @@ def test_a_damaged_shape_is_named(stage1, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_bytes((stage1 / "config.json").read_bytes())
     (folder / "model.json").write_text(json.dumps({"aligner": {}}))
-    with pytest.raises(ValueError, match="model.json: not the shape of a language model"):
+    with pytest.raises(ValueError, match="model.json: not the shape of a slide-conditioned language model"):
         read_trained(folder)
