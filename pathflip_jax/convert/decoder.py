@@ -40,7 +40,7 @@ from pathflip_jax.runtime.sharding import infer_shardings
 
 STORED = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
-PROMPTS = 32  # copies of the prompt added to the texts that a small vocabulary is learnt from, so that it covers them
+PROMPTS = 32  # copies of the prompt among the texts that a small vocabulary is learnt from, to cover its words
 # Files besides config and weights that belong to the model: tokenizer, generation settings, licence.
 COMPANION_FILES = re.compile(
     r"(tokenizer.*|vocab|merges|special_tokens_map|added_tokens|chat_templates?|generation_config)\.(json|txt|model|jinja)"

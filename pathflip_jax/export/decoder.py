@@ -42,7 +42,7 @@ def export_peft(run: str | Path, out: str | Path, which: str = "best", *, decode
     if model.decoder.lora is None or "decoder" in trains:
         why = "no adapter" if model.decoder.lora is None else "the decoder as well as the adapter"
         raise ValueError(
-            f"{run}: trained {config['lm']['trains']}, that is {why}; export its whole decoder with --to huggingface"
+            f"{run}: trained {config['lm']['trains']} ({why}); export its whole decoder with --to huggingface"
         )
     with atomic_folder(out) as part:
         save_peft(flatten(model.decoder), model.decoder.lora, part, decoder or str(config["lm"]["decoder"]))

@@ -32,7 +32,7 @@ class Prompted(NamedTuple):
 
 class _Part(NamedTuple):
     ids: Int[np.ndarray, "t"]
-    learnt: bool = False
+    trained: bool = False
 
 
 class _Frame(NamedTuple):
@@ -74,14 +74,14 @@ def encode_conversation(tokenizer: DecoderTokenizer, conversation: Conversation,
             raise ValueError(f"{IMAGE} in the answer {answer!r:.60}; write it in the first question only")
     except ValueError as error:
         raise ValueError(f"conversation {conversation.conversation_id}: {error}") from error
-    parts.append(_Part(tokenizer.text_ids(answer.strip()), learnt=True))
+    parts.append(_Part(tokenizer.text_ids(answer.strip()), trained=True))
     if template == "chat":
         frame = _frame(tokenizer, len(conversation.turns))
-        parts += [_Part(frame.end, learnt=True), _Part(frame.rest)]
+        parts += [_Part(frame.end, trained=True), _Part(frame.rest)]
     else:
-        parts.append(_Part(_end(tokenizer), learnt=True))
+        parts.append(_Part(_end(tokenizer), trained=True))
     tokens = np.concatenate([part.ids for part in parts])
-    return Prompted(tokens, np.repeat([part.learnt for part in parts], [len(part.ids) for part in parts]))
+    return Prompted(tokens, np.repeat([part.trained for part in parts], [len(part.ids) for part in parts]))
 
 
 def encode_prompt(
@@ -164,7 +164,7 @@ def _plain(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Seque
         _Part(text(".\nResponse: ")),
     ]
     for answer, asked in zip(answers, questions[1:], strict=True):
-        parts += [_Part(text(answer.strip()), learnt=True), _Part(_end(tokenizer), learnt=True)]
+        parts += [_Part(text(answer.strip()), trained=True), _Part(_end(tokenizer), trained=True)]
         parts.append(_Part(text(f"\nInstruction: {asked.strip()}\nResponse: ")))
     return parts
 
@@ -181,8 +181,8 @@ def _chat(tokenizer: DecoderTokenizer, questions: Sequence[str], answers: Sequen
     for turn, (answer, asked) in enumerate(zip(answers, questions[1:], strict=True)):
         before_answer, after_answer = frame.before[2 * turn + 1 : 2 * turn + 3]
         ends = _common(after_answer, frame.end)
-        parts += [_Part(before_answer), _Part(tokenizer.text_ids(answer.strip()), learnt=True)]
-        parts += [_Part(after_answer[:ends], learnt=True), _Part(after_answer[ends:])]
+        parts += [_Part(before_answer), _Part(tokenizer.text_ids(answer.strip()), trained=True)]
+        parts += [_Part(after_answer[:ends], trained=True), _Part(after_answer[ends:])]
         parts.append(_Part(tokenizer.text_ids(asked.strip())))
     return [*parts, _Part(frame.before[-1])]
 
