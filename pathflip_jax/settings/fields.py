@@ -1,7 +1,7 @@
-"""Settings as dataclass fields, whose metadata holds help, bounds and history.
+"""Settings as dataclass fields, whose metadata holds help text, bounds and compatibility with earlier versions.
 
-All code that handles settings by name (checks, the command line, resuming, runs of earlier versions) reads them from
-here, so that adding a setting takes one line.
+All code that handles settings by name (checks, the command line, resuming, runs of earlier versions) reads this
+metadata, so that adding a setting takes one line.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-AS_NOW = object()  # no effect on training: a run that began without the setting takes today's value
+AS_NOW = object()  # value of `before` for settings without effect on training: older runs take the current value
 COUNT = 2**31 - 1  # steps and other counts are 32-bit
 LARGEST_SIZE = 2**24  # of a model dimension
-_THERE = object()  # default of `before`: present in every version
+_IN_ALL_VERSIONS = object()  # default of `before`
 
 
 class Range(NamedTuple):
-    """Numbers from `least` to `most`; `open_least` and `open_most` exclude the end point.
+    """Numbers from `least` to `most`; `open_least` and `open_most` exclude the end points.
 
-    `besides` is a sentinel value below the range, with the meaning `meaning`; None is allowed as a sentinel too.
+    `besides` holds at most one further accepted value, below the range or None, and `meaning` states its effect.
     """
 
     least: float
@@ -54,7 +54,7 @@ class Range(NamedTuple):
 
 
 class Words(NamedTuple):
-    """A choice among fixed words."""
+    """One of a fixed set of values."""
 
     choices: tuple[str | bool, ...]
 
@@ -68,10 +68,10 @@ class Words(NamedTuple):
 
 
 class Unrestricted(NamedTuple):
-    """Any value of the type, with the reason why it is unrestricted."""
+    """Any value of the type; `reason` describes it in messages."""
 
     reason: str
-    optional: bool = False  # None means ""
+    optional: bool = False  # None is accepted, and means ""
 
     def holds(self, value: object) -> bool:
         """Whether a value is accepted."""
@@ -79,14 +79,14 @@ class Unrestricted(NamedTuple):
 
     def words(self, value: object = None) -> str:
         """Description of the accepted values, for a message about this value."""
-        return f"{self.reason}; leave it empty for none"
+        return f'{self.reason}, or "" for none'
 
 
 Bounds = Range | Words | Unrestricted
 
 
 def whole(least: int, most: int = COUNT, *, zero: str = "", minus: str = "", none: str = "") -> Range:
-    """Integers from `least` up; `zero`, `minus` (-1) and `none` give the meaning of these values where allowed."""
+    """Integers from `least` to `most`, and one special value: `zero`, `minus` (-1) or `none` states its effect."""
     value, meaning = next(((v, text) for v, text in ((0, zero), (-1, minus), (None, none)) if text), (0, ""))
     return Range(least, most, True, besides=(value,) if meaning else (), meaning=meaning)
 
@@ -102,11 +102,11 @@ def above_zero(most: float = math.inf) -> Range:
 
 
 PATH = Unrestricted("a file, a folder or a URL")
-NAME = Unrestricted("checked where its names are known")
+NAME = Unrestricted("a name, checked when the run starts")
 FLAG = Words((False, True))
 FLOATS = Words(("float32", "bfloat16"))
 LAYERS, WIDTH, LENGTH = whole(1, 1024), whole(1, LARGEST_SIZE), whole(1, 2**20)
-DRAWN = whole(1, 10**6)
+SAMPLE_SIZE = whole(1, 10**6)
 SEED = whole(0, 2**32 - 1)
 RATE, WEIGHT, SCALE = Range(0, 1), Range(0, 1e6), above_zero(1e6)
 
@@ -114,17 +114,18 @@ RATE, WEIGHT, SCALE = Range(0, 1), Range(0, 1e6), above_zero(1e6)
 class Setting(NamedTuple):
     """Metadata of a setting, beyond its name, type and default.
 
-    `help` is its help text. `required` describes the value that a run cannot do without. `may_change`: a run may resume
-    with another value. `before` is the value that reproduces versions without the setting, or `AS_NOW`; settings
-    present in all versions have none. `exists`: the path must exist; `local`: and on a local disk. `divides` and
-    `at_most` name settings that it must divide, or not exceed. `cure` ends the message about a value out of bounds.
+    `required` describes the expected value of a setting that must not be empty. `may_change`: a run may be resumed with
+    another value. `before` is the value that reproduces the behaviour of versions without the setting, or `AS_NOW`;
+    settings present in all versions have none. `exists`: the path must exist; `local`: on a local disk. `divides` and
+    `at_most` name settings that this one must divide or must not exceed. `cure` is appended to the message about a
+    value out of bounds.
     """
 
     bounds: Bounds
     help: str
     required: str = ""
     may_change: bool = False
-    before: Any = _THERE
+    before: Any = _IN_ALL_VERSIONS
     exists: bool = False
     local: bool = False
     divides: tuple[str, ...] = ()
@@ -134,10 +135,10 @@ class Setting(NamedTuple):
     @property
     def is_new(self) -> bool:
         """Whether earlier versions lacked the setting."""
-        return self.before is not _THERE
+        return self.before is not _IN_ALL_VERSIONS
 
     def objection(self, name: str, value: object, default: object = None) -> str:
-        """Objection to a value of the setting, with the cure; "" if the value is valid."""
+        """Error message for an invalid value of the setting, with the cure; "" if the value is valid."""
         parts = value if isinstance(value, tuple | list) else (value,)
         if all(self.bounds.holds(part) for part in parts):
             return ""
@@ -152,7 +153,7 @@ def setting(default: Any, bounds: Bounds, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of related settings. Raises ValueError, naming each one out of bounds."""
+    """A section of related settings. Raises ValueError that names every setting out of bounds."""
 
     section: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""Kinds of runs, each with its sections of settings, and lookups over the fields of all sections."""
+"""Kinds of runs with their sections of settings, and lookups over the fields of all sections."""
 
 import abc
 import dataclasses
@@ -28,7 +28,7 @@ from pathflip_jax.settings.sections import (
 
 @dataclass(frozen=True)
 class RunSettings(abc.ABC):
-    """Complete settings of a run. Raises ValueError, naming each setting that contradicts another."""
+    """Complete settings of a run. Raises ValueError that names every setting that contradicts another."""
 
     data: DataSettings = DataSettings()
     optim: OptimConfig = OptimConfig()
@@ -55,7 +55,7 @@ class RunSettings(abc.ABC):
         Raises ValueError for unknown settings, and for all values out of bounds.
         """
         if unknown := [key for key in flatten(values) if key not in fields(cls)]:
-            raise ValueError(f"{', '.join(unknown)}: no such setting; expected some of {', '.join(fields(cls))}")
+            raise ValueError(f"{', '.join(unknown)}: no such setting; known settings are {', '.join(fields(cls))}")
         sections, given = {field.name: type(field.default) for field in dataclasses.fields(cls)}, {}
         for name, section in sections.items():
             all_of_it = dataclasses.asdict(getattr(cls, name)) | dict(values.get(name, {}))
@@ -125,8 +125,8 @@ KINDS: tuple[Kind, ...] = (AlignmentSettings, PathFLIP2Settings, LanguageSetting
 def kind_of(config: Mapping[str, Any]) -> Kind:
     """Kind of a run, from its settings as nested mappings.
 
-    The first kind is that of settings that name none: of runs before there were others, and of faulty files, which a
-    later error names.
+    Settings that match no kind are of the first: those of runs from before there were other kinds, and of faulty files,
+    for which a later check raises an error.
     """
     return next((kind for kind in KINDS if kind.describes(config)), KINDS[0])
 
@@ -160,7 +160,7 @@ def _every() -> Iterator[tuple[str, Setting]]:
         yield from fields(kind).items()
 
 
-# Setting -> the value that reproduces versions before it, for runs and config files that lack it.
+# Setting -> value that reproduces the behaviour of versions without it, for runs and config files that lack it.
 LEGACY_VALUES: dict[str, Any] = {key: found.before for key, found in _every() if found.is_new}
 MAY_CHANGE: frozenset[str] = frozenset(key for key, found in _every() if found.may_change)
 
@@ -183,8 +183,8 @@ def _contradictions(kind: Kind, values: Mapping[str, Any]) -> Iterator[str]:
     for key, found in fields(kind).items():
         if found.at_most and values[key] > values[found.at_most]:
             other = f"{found.at_most}={values[found.at_most]}"
-            yield f"{key}={values[key]} is more than {other}; lower the one or raise the other"
+            yield f"{key}={values[key]} is more than {other}; lower the first or raise the second"
     if values["train.steps"] == values["train.epochs"] == 0:
-        yield "train.steps=0 and train.epochs=0: there is nothing to do; set one of them"
+        yield "train.steps=0 and train.epochs=0: there is nothing to do; set one of them above 0"
     if bool(values["train.local_checkpoints"]) != bool(values["train.local_every"]):
-        yield "train.local_checkpoints and train.local_every: one is of no use without the other; set both or neither"
+        yield "train.local_checkpoints and train.local_every: only one of them is set; set both or neither"

@@ -78,7 +78,7 @@ def test_a_kind_is_known_by_its_sections():
     assert kinds.kind_of({"data": {}, "model": 3}) is AlignmentSettings
     with pytest.raises(ValueError, match="model.family=pathflip3: expected one of pathflip2, such as --config.model"):
         settings.parse(["--config=pathflip2", *REQUIRED, "--config.model.family=pathflip3"])
-    with pytest.raises(ValueError, match="model.tokens, lm.trains: no such setting; expected some of data.records, "):
+    with pytest.raises(ValueError, match="model.tokens, lm.trains: no such setting; known settings are data.records, "):
         AlignmentSettings.from_dict({"model": {"layers": 2, "tokens": 1}, "lm": {"trains": "lora"}})
     assert isinstance(AlignmentSettings().loss, LossConfig) and isinstance(PathFLIP2Settings().loss, SigmoidLossConfig)
 
@@ -135,7 +135,7 @@ def test_a_setting_out_of_bounds_is_refused_by_name_value_and_cure(setting):
         (["train.local_checkpoints=ram"], "train.local_checkpoints and train.local_every: .*set both or neither"),
         (["train.epochs=0", "train.steps=0"], "train.steps=0 and train.epochs=0: there is nothing to do"),
         (["data.text_rows=(1,-1)"], "data.text_rows=.*: expected a whole number of at least 0"),
-        (["train.save_every=0", "data.regions=0"], "data.regions=0: .*; train.save_every=0: .*saves at the end alone"),
+        (["train.save_every=0", "data.regions=0"], "data.regions=0: .*; train.save_every=0: .*saves only at the end"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(given, message):
