@@ -4,9 +4,9 @@ __all__ = ["load", "read_slide"]
 
 
 def __getattr__(name: str):
-    """Load JAX only when a model is wanted: `import pathflip_jax` alone stays instant."""
+    """Public functions, imported on first use: `import pathflip_jax` alone does not load JAX."""
     if name in __all__:
-        from pathflip_jax.inference import load as loading
+        from pathflip_jax.inference import load as module
 
-        return getattr(loading, name)
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""The `pathflip` command: one subcommand per job (`commands/`).
+"""The `pathflip` command, with one subcommand per job (`commands/`).
 
-Exit codes: 0 done; 1 done, but some slides failed (the list says which); 2 wrong input, with the cure;
-75 stopped by a signal after saving, or ended by a hang or a lost host, to be started again (schedulers know this as
-"temporary failure").
+Exit codes: 0 success; 1 finished, but some slides failed (they are listed); 2 invalid input, with a message that names
+the cure; 75 training stopped by a signal after saving, or by a hang or a lost host: start it again (schedulers know
+this code as "temporary failure").
 """
 
 import argparse
@@ -24,15 +24,16 @@ RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis.
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers wrong options of a command with that command's usage, and with what was meant.
+    """Argument parser that reports an unknown option with the usage of its command and the closest valid option.
 
-    argparse itself hands what a command does not know up to `pathflip`, whose usage has none of the command's options.
+    argparse itself passes unknown options of a command up to `pathflip`, whose usage shows none of that command's
+    options.
     """
 
     _given: Sequence[str] = ()
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse does, but nothing is left over: what is not known is an error of this command."""
+        """Parsed options, as from argparse, except that unknown arguments are an error of this command."""
         self._given = sys.argv[1:] if args is None else list(args)
         found, left = super().parse_known_args(args, namespace)
         if left:
@@ -40,10 +41,10 @@ class Parser(argparse.ArgumentParser):
         return found, left
 
     def error(self, message: str) -> NoReturn:
-        """End with usage, message and a guess at what was meant, exit code 2."""
-        super().error("; ".join([message, *self._meant()]))
+        """Exit with code 2 after printing the usage, the message and the closest valid names."""
+        super().error("; ".join([message, *self._suggestions()]))
 
-    def _meant(self) -> Iterator[str]:
+    def _suggestions(self) -> Iterator[str]:
         commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         options = self._option_string_actions
         for given in self._given:
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
                 close = difflib.get_close_matches(name, commands[0], n=1)
                 if close and name not in commands[0]:
                     yield f"did you mean {self.prog} {close[0]}?"
-                return  # what follows is the command's
+                return  # the rest belongs to the subcommand
             if name in options and options[name].nargs == argparse.REMAINDER:
                 return
             if name.startswith("--") and not any(option.startswith(name) for option in options):
@@ -61,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All subcommands with their options; every one has an example in its --help."""
+    """Parser of all subcommands; the --help of each shows an example."""
     parser = Parser(prog="pathflip", description=f"Vision-language models for whole slide images. {RESEARCH_ONLY}")
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _refuse_urls(options: argparse.Namespace, argv: list[str]) -> None:
-    """Raise ValueError for a URL where a local path belongs: pathlib would make a folder called "gs:" of it."""
+    """Raise ValueError for a URL where a local path is expected: pathlib would create a folder called "gs:"."""
     given = [value for values in vars(options).values() for value in (values if isinstance(values, list) else [values])]
     for url in (text.partition("=")[2] if text.startswith("--") else text for text in argv):
         if is_url(url) and Path(url) in given:
@@ -78,15 +79,15 @@ def _refuse_urls(options: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; wrong input becomes one clear line on stderr (PATHFLIP_DEBUG=1 shows the traceback)."""
+    """Run one subcommand; invalid input is reported in one line on stderr (PATHFLIP_DEBUG=1 shows the traceback)."""
     streams.keep_open()
     ulimits.raise_open_files()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
-    except SystemExit as ended:  # of argparse
-        ended.code = _flushed(ended.code)
+    except SystemExit as ended:  # raised by argparse
+        ended.code = _flush_output(ended.code)
         raise
-    return _flushed(code)
+    return _flush_output(code)
 
 
 def _run(argv: list[str]) -> int:
@@ -103,19 +104,19 @@ def _run(argv: list[str]) -> int:
         enable_compilation_cache()
         return options.run(options)
     except Exception as error:
-        told = ulimits.explain(error)
+        limit = ulimits.explain(error)
         wrong_input = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, MemoryError))
-        if os.environ.get("PATHFLIP_DEBUG") or not (wrong_input or told):
+        if os.environ.get("PATHFLIP_DEBUG") or not (wrong_input or limit):
             raise
-        print(f"pathflip: {told or error}", file=sys.stderr)
+        print(f"pathflip: {limit or error}", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("pathflip: interrupted", file=sys.stderr)
         return 130
 
 
-def _flushed(code: int | str | None) -> int | str | None:
-    """The exit code, once all output is written: what a full disk loses is an error."""
+def _flush_output(code: int | str | None) -> int | str | None:
+    """Exit code after flushing all output; output lost to a full disk is an error."""
     try:
         streams.flush()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Subcommands of `pathflip`, one module each: `add` declares it, and its dependencies are imported when it runs."""
+"""Subcommands of `pathflip`, one module each; `add` declares the command, whose imports wait until it runs."""
 
 from pathflip_jax.commands import (
     ask,

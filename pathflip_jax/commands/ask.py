@@ -13,14 +13,20 @@ def add(commands) -> None:
         commands,
         "ask",
         _run,
-        "answer a question about a slide",
+        "answer a question about a slide with a trained language model",
         'pathflip ask features/S1.h5 "Is there necrosis?" --checkpoint runs/lm2',
         'pathflip ask features/S1.h5 "What is the subtype?" --checkpoint runs/lm2 --options A=Ductal B=Lobular',
     )
     add_slide_options(parser)
-    parser.add_argument("question", metavar="QUESTION", help="what to ask; <image> in it says where the slide stands")
     parser.add_argument(
-        "--options", nargs="+", type=_option, metavar="A=TEXT", help="choose among these, by their likelihood"
+        "question", metavar="QUESTION", help="question to ask; <image> in it marks the position of the slide"
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        type=_option,
+        metavar="A=TEXT",
+        help="answer options, of which the most likely is chosen",
     )
     add_language_options(parser, max_tokens=256)
 
@@ -45,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
 
     choices = dict(options.options)
     if len(choices) < max(len(options.options), 2):
-        raise ValueError("--options: give two or more, each with a letter of its own")
+        raise ValueError("--options: pass two or more, each with its own letter")
     assistant, slide, rows = slide_rows(options)
     asked = ask(Question("", (), "", options.question, "", choices))
     (shares,) = choice_shares(assistant, [assistant.prompt(asked, rows)], [choices])

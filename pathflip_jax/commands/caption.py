@@ -13,7 +13,7 @@ def add(commands) -> None:
         commands,
         "caption",
         _run,
-        "write a report of a slide",
+        "write a report of a slide with a trained language model",
         "pathflip caption features/S1.h5 --checkpoint runs/lm2",
         "pathflip caption records --slide-id S1 --checkpoint runs/lm2 --beams 3 --json",
     )

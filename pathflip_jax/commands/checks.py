@@ -1,4 +1,4 @@
-"""`pathflip doctor`: readiness checks of the machine, the data and the configs. Each fault comes with its cure.
+"""Checks of `pathflip doctor`: the machine, the data and the configs, each fault with its cure.
 
 An experiment that fails after a night in the queue usually fails on something that could have been checked beforehand:
 a package, a device, a folder of records with one bad byte, a table with other slide ids, a missing vocabulary.
@@ -41,15 +41,15 @@ EXTRAS = {
     "aot": ("libtpu", "libtpu", "compile for absent TPUs: memory, traffic and scaling of a pod (benchmarks/aot.py)"),
     "encoders": ("timm", "timm", "encode patches with timm and Hugging Face vision models"),
     "viewer": ("starlette", "starlette", "show slides in a browser: pathflip serve"),
-    "profile": ("xprof", "xprof", "view what `pathflip train --profile` traces"),
+    "profile": ("xprof", "xprof", "view the traces of `pathflip train --profile`"),
     "wandb": ("wandb", "wandb", "log to Weights & Biases (train.wandb_project)"),
     "beam": ("apache-beam", "apache_beam", "prepare slides on a cluster with Apache Beam"),
 }
-# Program that each script of launch/ calls.
+# Program needed by each script of launch/.
 LAUNCHERS = {"gcloud": "tpu.sh", "xpk": "xpk.sh", "nvidia-smi": "gpus.sh", "sbatch": "slurm.sh", "kubectl": "jobset.sh"}
-AWAY = "rename that, start in another folder, or remove the folder that holds it from PYTHONPATH"
-LITTLE_DISK_GB, LITTLE_MEMORY_GB = 10, 8
-FEW_FILES, LITTLE_SHARED = 1024, 1 << 29  # NCCL needs some tens of megabytes per process
+UNSHADOW = "rename it, start in another folder, or remove the folder that contains it from PYTHONPATH"
+MIN_DISK_GB, MIN_MEMORY_GB = 10, 8
+MIN_OPEN_FILES, MIN_SHARED_BYTES = 1024, 1 << 29  # NCCL needs some tens of megabytes of shared memory per process
 
 
 def examine(
@@ -94,14 +94,14 @@ def _versions() -> Iterator[Finding]:
         cure = "run `make setup`, or reinstall with `pip install pathflip-jax`"
         yield from guarded(package, _package, package, package, module, "fault", cure)
     for extra, (package, module, purpose) in EXTRAS.items():
-        cure = f"`pip install pathflip-jax[{extra}]` to {purpose}"
+        cure = f"run `pip install pathflip-jax[{extra}]` to {purpose}"
         yield from guarded(f"extra [{extra}]", _package, f"extra [{extra}]", package, module, "note", cure)
 
 
 def _package(name: str, package: str, module: str, state: str, cure: str) -> Iterator[Finding]:
-    """Version of a package, or the module that shadows it; `state` and `cure` where it is not installed.
+    """Version of a package, or the module that shadows it; `state` and `cure` apply if it is not installed.
 
-    A folder or file of that name earlier on Python's path is imported instead: W&B leaves a folder `wandb` behind.
+    A folder or file of the same name earlier on Python's path shadows it: W&B leaves a folder `wandb` behind.
     """
     spec = importlib.util.find_spec(module)
     places = []
@@ -111,18 +111,18 @@ def _package(name: str, package: str, module: str, state: str, cure: str) -> Ite
         installed = metadata.distribution(package)
     except metadata.PackageNotFoundError:
         if places:
-            yield Finding(name, f"not installed; {places[0]} is imported instead", state, f"{cure}; {AWAY}")
+            yield Finding(name, f"not installed; {places[0]} is imported instead", state, f"{cure}; {UNSHADOW}")
         else:
             yield Finding(name, "not installed", state, cure)
         return
     home = Path(str(installed.locate_file(""))).resolve()
-    editable = '"editable": true' in (installed.read_text("direct_url.json") or "")  # then its files are elsewhere
+    editable = '"editable": true' in (installed.read_text("direct_url.json") or "")  # its files are elsewhere
     if not places:
         yield Finding(name, f"{installed.version}, but {module} cannot be imported", "fault", f"reinstall {package}")
     elif editable or any(Path(place).resolve().is_relative_to(home) for place in places):
         yield Finding(name, installed.version, "ok")
     else:
-        yield Finding(name, f"{places[0]} is imported instead of {package} {installed.version}", "fault", AWAY)
+        yield Finding(name, f"{places[0]} is imported instead of {package} {installed.version}", "fault", UNSHADOW)
 
 
 def _devices() -> Iterator[Finding]:
@@ -131,27 +131,31 @@ def _devices() -> Iterator[Finding]:
     try:
         devices = jax.devices()
     except RuntimeError as error:
-        yield Finding("devices", str(error).splitlines()[0], "fault", "check JAX_PLATFORMS and the driver")
+        yield Finding("devices", str(error).splitlines()[0], "fault", "check JAX_PLATFORMS and the device driver")
         return
     kinds = sorted({device.device_kind for device in devices})
     yield Finding("devices", f"{len(devices)} x {', '.join(kinds)} ({devices[0].platform})", "ok")
     if devices[0].platform != "cpu":
         yield _utilisation(devices[0].device_kind)
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
-        yield Finding("gpu", "there is a GPU, but JAX does not use it", "fault", "`pip install pathflip-jax[gpu]`")
+        yield Finding(
+            "gpu", "this machine has a GPU, but JAX does not use it", "fault", "run `pip install pathflip-jax[gpu]`"
+        )
 
 
 def _utilisation(kind: str) -> Finding:
     from pathflip_jax.monitoring.telemetry import PEAK_BFLOAT16
 
     if kind in PEAK_BFLOAT16:
-        return Finding("utilisation", f"of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 on each {kind}", "ok")
+        return Finding(
+            "utilisation", f"relative to a peak of {PEAK_BFLOAT16[kind] / 1e12:g} TFLOP/s in bfloat16 per {kind}", "ok"
+        )
     cure = "add its peak bfloat16 FLOP/s to PEAK_BFLOAT16 in pathflip_jax/monitoring/telemetry.py"
     return Finding("utilisation", f"not reported in training: no peak FLOP/s on record for {kind}", "note", cure)
 
 
 def _launcher() -> Iterator[Finding]:
-    """Distributed launch that `pathflip train` would join, started as this command was."""
+    """Distributed launch that `pathflip train` would join if it were started in the same way as this command."""
     from pathflip_jax.runtime.distributed import find_launch
     from pathflip_jax.runtime.launchers import SWITCH, explain_single_process
 
@@ -168,39 +172,39 @@ def _launcher() -> Iterator[Finding]:
 
 def _room() -> Iterator[Finding]:
     memory, cores = limits.memory_limit(), limits.processors()
-    if memory is None:  # not Linux, so the machine's total
+    if memory is None:  # not Linux: total memory of the machine
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gb = memory / 2**30
-    cure = f"training needs about {LITTLE_MEMORY_GB} GB: use a smaller batch" if gb < LITTLE_MEMORY_GB else ""
+    cure = f"training needs about {MIN_MEMORY_GB} GB: use a smaller batch" if gb < MIN_MEMORY_GB else ""
     yield Finding("memory", f"{gb:.3g} GB, {cores} cores for this process", "note" if cure else "ok", cure)
     files = ulimits.open_files()
-    cure = f"cohorts of many shards need more: `ulimit -n {ulimits.OPEN_FILES}`" if files < FEW_FILES else ""
-    yield Finding("open files", f"{files} at once", "note" if cure else "ok", cure)
+    cure = f"cohorts of many shards need more: run `ulimit -n {ulimits.OPEN_FILES}`" if files < MIN_OPEN_FILES else ""
+    yield Finding("open files", f"at most {files} at a time", "note" if cure else "ok", cure)
     shared = Path("/dev/shm")
-    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < LITTLE_SHARED:
-        cure = "processes with a GPU each need more to exchange gradients: `docker run --shm-size=8g`"
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < MIN_SHARED_BYTES:
+        cure = "processes with one GPU each need more to exchange gradients: use `docker run --shm-size=8g`"
         yield Finding("shared memory", f"{size / 1e6:.3g} MB in {shared}", "note", cure)
     free = shutil.disk_usage(".").free / 2**30
-    cure = "records and checkpoints need room: free some, or work elsewhere" if free < LITTLE_DISK_GB else ""
+    cure = "records and checkpoints need more space: free some, or work on another disk" if free < MIN_DISK_GB else ""
     yield Finding("disk", f"{free:.0f} GB free here", "note" if cure else "ok", cure)
 
 
 def _reader() -> Iterator[Finding]:
-    """Check that the isolated process starts which parses HDF5, .pt and slide files."""
+    """Check that the isolated process for parsing HDF5, .pt and slide files can start."""
     from pathflip_jax.data.readers import guarded
 
     try:
         guarded.parse("pathflip_jax.data.readers.slide_pixels:detect", Path(__file__))
     except (ValueError, OSError, ImportError) as error:
-        cure = "feature files and slides are parsed in a process of their own: this user must be able to start Python"
+        cure = "feature files and slides are parsed in a separate process: allow this user to start Python"
         yield Finding("file reader", str(error), "fault", cure)
         return
     limits = "memory and time" if Path("/proc/self/statm").exists() else "time; this system does not limit memory"
-    yield Finding("file reader", f"runs in its own process, with limits on {limits}", "ok")
+    yield Finding("file reader", f"runs in a separate process, with limits on {limits}", "ok")
 
 
 def _offline() -> Iterator[Finding]:
-    """Model folders that would be missing without a network: nothing is downloaded."""
+    """Hugging Face models in the cache, which load without a network; the check downloads nothing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = sorted(path.name[8:].replace("--", "/") for path in Path(HF_HUB_CACHE).glob("models--*"))
@@ -211,16 +215,17 @@ def _offline() -> Iterator[Finding]:
             "offline",
             "no Hugging Face model is cached",
             "note",
-            "before going offline, download a BERT folder (config.json, vocab.txt, model.safetensors) and name it as "
-            "config.data.tokenizer and config.model.bert; without one, `pathflip vocabulary` trains a small vocabulary",
+            "before going offline, download a BERT folder (config.json, vocab.txt, model.safetensors) and set "
+            "config.data.tokenizer and config.model.bert to it; without one, train a small vocabulary with "
+            "`pathflip vocabulary`",
         )
 
 
 def _launchers() -> Iterator[Finding]:
     found = [f"launch/{script} ({program})" for program, script in LAUNCHERS.items() if shutil.which(program)]
-    cure = "" if found else f"to start runs elsewhere, install one of {', '.join(LAUNCHERS)}"
+    cure = "" if found else f"to start runs on other machines, install one of {', '.join(LAUNCHERS)}"
     yield Finding(
-        "launch scripts", ", ".join(found) or "their programs are not installed here", "ok" if found else "note", cure
+        "launch scripts", ", ".join(found) or "none of their programs is installed", "ok" if found else "note", cure
     )
 
 
@@ -234,11 +239,11 @@ def _config(name: str) -> Iterator[Finding]:
         settings = freeze(load_config(name))
         if isinstance(settings, LanguageSettings):
             check_language_settings(settings)
-            yield Finding(f"config {name}", f"a language stage that trains {settings.lm.trains}", "ok")
+            yield Finding(f"config {name}", f"language stage, training {settings.lm.trains}", "ok")
             return
         parameters = count_parameters(settings)
     except (ValueError, OSError, AttributeError, KeyError, TypeError) as error:
-        cure = "`pathflip train --config align_base --help` lists the settings of alignment"
+        cure = "run `pathflip train --config align_base --help` to list the settings of alignment"
         yield Finding(f"config {name}", str(error), "fault", cure)
         return
     yield Finding(f"config {name}", f"a model of {parameters / 1e6:.1f} M parameters", "ok")

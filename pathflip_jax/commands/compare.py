@@ -16,11 +16,11 @@ def add(commands) -> None:
         "pathflip compare scores/base scores/slide-loss --out compared",
     )
     parser.add_argument(
-        "scores", type=local_path, nargs="+", metavar="SCORES", help="folders that `pathflip evaluate` wrote"
+        "scores", type=local_path, nargs="+", metavar="SCORES", help="folders written by `pathflip evaluate`"
     )
     parser.add_argument("--seed", type=number("seed"), default=0, help="seed of the bootstrap (default 0)")
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="folder of compare.html and compare.json"
+        "--out", type=local_path, required=True, metavar="DIR", help="folder to write compare.html and compare.json to"
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")
 

@@ -1,4 +1,4 @@
-"""`pathflip convert`: PyTorch weights to a run folder."""
+"""`pathflip convert`: conversion of PyTorch weights into a run folder."""
 
 import argparse
 
@@ -11,7 +11,7 @@ def add(commands) -> None:
         commands,
         "convert",
         _run,
-        "turn PyTorch weights (a released model's, or an export of ours) into a run folder",
+        "turn PyTorch weights (of a released model, or written by `pathflip export`) into a run folder",
         "pathflip convert epoch9.ckpt --bert biobert --out runs/released",
         "pathflip convert outputs/pathflip/checkpoint/pytorch_model.bin --bert clinicalbert --out runs/two",
         "pathflip convert finetune.ckpt --bert biobert --decoder Qwen3-0.6B --out runs/language",
@@ -21,30 +21,36 @@ def add(commands) -> None:
         "source",
         type=local_path,
         metavar="CHECKPOINT",
-        help=".ckpt, .pt, .bin, .safetensors, a folder of shards, or a folder that `pathflip export` wrote",
+        help=".ckpt, .pt, .bin, .safetensors, a folder of shards, or a folder written by `pathflip export`",
     )
     parser.add_argument(
-        "--bert", type=local_path, metavar="FOLDER", help="its BERT folder (the tokenizer); an export has its own"
+        "--bert",
+        type=local_path,
+        metavar="FOLDER",
+        help="BERT folder with the model's tokenizer; an export contains its own",
     )
     parser.add_argument(
         "--weights",
         default="",
         metavar="NAME",
-        help="the set of weights, of a file that holds several (EMA, teacher)",
+        help="set of weights to read, if the file holds several (EMA, teacher)",
     )
     parser.add_argument(
-        "--heads", type=number("heads"), help="attention heads, where the BERT folder's config.json lacks them"
+        "--heads", type=number("heads"), help="attention heads, if the BERT folder's config.json does not state them"
     )
     parser.add_argument(
-        "--hparams", type=local_path, metavar="YAML", help="the run's arguments; those beside the checkpoint are found"
+        "--hparams",
+        type=local_path,
+        metavar="YAML",
+        help="training arguments; an hparams.yaml next to the checkpoint is found automatically",
     )
     parser.add_argument(
         "--lora-alpha",
         type=number("lora-alpha"),
         metavar="X",
-        help="scale of the text encoder's LoRA, where no arguments say it",
+        help="alpha of the text encoder's LoRA, if no training arguments state it",
     )
-    parser.add_argument("--keep-lora", action="store_true", help="do not merge that LoRA into BERT")
+    parser.add_argument("--keep-lora", action="store_true", help="do not merge the text encoder's LoRA into BERT")
     parser.add_argument(
         "--decoder",
         type=local_path,
@@ -69,10 +75,10 @@ def _convert_language(options: argparse.Namespace) -> int:
     given = (options.bert, options.heads, options.hparams, options.lora_alpha, options.keep_lora, options.weights)
     if any(given):
         raise ValueError(
-            f"{options.source}: an export of a language run says all of itself; give no more than --decoder"
+            f"{options.source}: an export of a language run has its settings; pass no option but --decoder and --out"
         )
-    _say("note", convert_language(options.source, options.out, decoder_folder=options.decoder))
-    print(f"{options.out}: a run that `pathflip caption` and `pathflip ask` read; its aligner is in aligner/")
+    _print_each("note", convert_language(options.source, options.out, decoder_folder=options.decoder))
+    print(f"{options.out}: a run folder for `pathflip caption` and `pathflip ask`; its aligner is in aligner/")
     return 0
 
 
@@ -81,9 +87,11 @@ def _convert_finetune(options: argparse.Namespace) -> int:
     from pathflip_jax.export.from_finetune import convert_finetune
 
     if options.hparams or options.lora_alpha or options.keep_lora:
-        raise ValueError("--hparams, --lora-alpha and --keep-lora are for a PathFLIP2, --decoder is for another")
+        raise ValueError(
+            "--hparams, --lora-alpha and --keep-lora are for PathFLIP2 checkpoints, --decoder for finetune checkpoints"
+        )
     if options.bert is None:
-        raise ValueError(f"{options.source}: give --bert too, the BERT folder that this checkpoint goes with")
+        raise ValueError(f"{options.source}: pass --bert too, the BERT folder that belongs to this checkpoint")
     rows, assumed = convert_finetune(
         options.source,
         options.out,
@@ -93,8 +101,8 @@ def _convert_finetune(options: argparse.Namespace) -> int:
         weights=options.weights,
     )
     print(summary(rows))
-    _say("assumed", assumed)
-    print(f"{options.out}: a run that `pathflip caption` and `pathflip ask` read; its aligner is in aligner/")
+    _print_each("assumed", assumed)
+    print(f"{options.out}: a run folder for `pathflip caption` and `pathflip ask`; its aligner is in aligner/")
     return 0
 
 
@@ -116,14 +124,12 @@ def _convert_alignment(options: argparse.Namespace) -> int:
         weights=options.weights,
     )
     print(summary(found.tensors))
-    _say("note", found.notes)
-    _say("assumed", found.assumed)
-    print(
-        f"{options.out}: a run folder that `pathflip evaluate` and pathflip_jax.load read; each tensor in tensors.csv"
-    )
+    _print_each("note", found.notes)
+    _print_each("assumed", found.assumed)
+    print(f"{options.out}: a run folder for `pathflip evaluate` and pathflip_jax.load; tensors.csv lists every tensor")
     return 0
 
 
-def _say(what: str, lines) -> None:
+def _print_each(label: str, lines) -> None:
     for line in lines:
-        print(f"{what}: {line}")
+        print(f"{label}: {line}")

@@ -1,4 +1,4 @@
-"""`pathflip demo`: the complete workflow on an embedded cohort."""
+"""`pathflip demo`: the complete workflow on a synthetic cohort."""
 
 import argparse
 from pathlib import Path
@@ -14,16 +14,16 @@ def add(commands) -> None:
         commands,
         "demo",
         _run,
-        "the main job on an embedded cohort: slides to report, in about ten minutes on two cores",
+        "run the complete workflow on a synthetic cohort, from slides to report, in about ten minutes on two cores",
         "pathflip demo --out demo",
     )
     parser.add_argument("--out", type=local_path, default=Path("demo"), help="output folder (default demo)")
     parser.add_argument(
-        "--slides", type=number("slides"), default=SLIDES, help=f"slides of the cohort (default {SLIDES})"
+        "--slides", type=number("slides"), default=SLIDES, help=f"number of slides in the cohort (default {SLIDES})"
     )
     parser.add_argument("--seed", type=number("seed"), default=0, help="seed of cohort and training (default 0)")
     parser.add_argument(
-        "--workers", type=number("workers"), default=processors(), help="worker processes (default: cores)"
+        "--workers", type=number("workers"), default=processors(), help="worker processes (default: number of cores)"
     )
 
 

@@ -1,9 +1,9 @@
-"""Complete workflow on the embedded cohort: slides -> records -> training -> scores -> report.
+"""Complete workflow on the synthetic cohort: slides -> records -> training -> scores -> report.
 
 The demo consists of ordinary `pathflip` commands, each printed before it runs: its output shows how to process other
-slides. Every step resumes, so a second run does only what is missing. Steps run one after the other, except the two
-independent trainings of aligners: a step of so small a model takes as long on one core as on two, so each gets half of
-the cores.
+slides. Every step resumes, so a second run does only what is missing. Steps run one after the other, except that the
+two aligners are trained in parallel, each on half of the cores: a training step of a model this small is no slower on
+one core than on two.
 """
 
 import os
@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-# The synthetic slides are small, and so are their patches and regions: 64 pixels at 0.5 um, in squares of 128 um.
+# The synthetic slides are small, so patches and regions are too: 64 pixels at 0.5 um per pixel, in squares of 128 um.
 PATCH_SIZE = 64
 REGION_EDGE_UM = 128.0
 SLIDES, SLIDE_PIXELS = 440, 1280
 
 
 class Step(NamedTuple):
-    """Command of the demo; one `with_previous` does not depend on the previous step and runs in parallel with it."""
+    """Command of the demo; a step `with_previous` is independent of the previous one and runs in parallel with it."""
 
     title: str
     command: list[str]
@@ -62,19 +62,19 @@ def steps(out: Path, slides: int, seed: int, workers: int) -> list[Step]:
     decoder_folder = [*words, str(decoder), "--decoder", "64", "2", "--size", "800"]
     return [
         Step(
-            "Slides, reports and outlines of the embedded cohort",
+            "Slides, reports and outlines of a synthetic cohort",
             [*synthesize, "--seed", str(seed), "--workers", str(workers)],
         ),
         Step(
-            "Slides to patch features in TFRecords",
+            "Patch features of the slides, in TFRecords",
             [*prepare, "--edge-um", str(REGION_EDGE_UM), *table, "--workers", str(workers)],
         ),
         Step("A WordPiece vocabulary from the training reports", [*words, str(vocabulary)]),
         Step("Training with slide and region loss", [*train, "--workdir", str(run)]),
         Step("Training with the slide loss alone, for comparison", slide_loss, with_previous=True),
         Step("Embeddings of all slides and their regions", embed),
-        Step("The folder of a small decoder", decoder_folder),
-        Step("Training the decoder to report what slides show", [*speak, "--workdir", str(language)]),
+        Step("Folder of a small decoder", decoder_folder),
+        Step("Training the decoder to write reports of slides", [*speak, "--workdir", str(language)]),
         Step("Scores on the held-out slides, and the report", evaluate),
     ]
 
@@ -92,7 +92,7 @@ def run_demo(out: Path, *, slides: int = SLIDES, seed: int = 0, workers: int = 2
 
 
 def run_steps(plan: Sequence[Step], whole: str) -> int:
-    """Run the steps of `whole` in separate processes, those `with_previous` beside the one before; print durations.
+    """Run the steps of `whole` in separate processes, and print their durations.
 
     Returns 0, or the exit code of the first step that failed.
     """
@@ -104,8 +104,8 @@ def run_steps(plan: Sequence[Step], whole: str) -> int:
     for group in groups:
         print()
         for number, step in group:
-            beside = f" (beside step {number - 1})" if step.with_previous else ""
-            print(f"[{number}/{len(plan)}] {step.title}{beside}\n  $ {shlex.join(step.command)}", flush=True)
+            parallel = f" (in parallel with step {number - 1})" if step.with_previous else ""
+            print(f"[{number}/{len(plan)}] {step.title}{parallel}\n  $ {shlex.join(step.command)}", flush=True)
         if code := _run_group(group, whole):
             return code
     return 0
@@ -138,11 +138,11 @@ def _run_group(group: list[tuple[int, Step]], whole: str) -> int:
                 print(f"Output of step {number}:", flush=True)
                 log.seek(0)
                 lines = log.read().decode(errors="replace").split("\n")
-                print("\n".join(line.rpartition("\r")[2] for line in lines), end="", flush=True)  # progress: its end
+                print("\n".join(line.rpartition("\r")[2] for line in lines), end="", flush=True)  # bars: final state
                 log.close()
     for number, (code, seconds) in sorted(ended.items()):
         if code:
-            print(f"Step {number} of {whole} ended with exit code {code}; mend its cause and run {whole} again.")
+            print(f"Step {number} of {whole} ended with exit code {code}; fix the cause and run {whole} again.")
             return code
         title = f"step {number} took" if len(group) > 1 else "took"
         print(f"  {title} {seconds:.0f} s", flush=True)
@@ -157,7 +157,7 @@ def _start(command: list[str], log: IO[bytes] | None) -> subprocess.Popen:
 
 @contextmanager
 def _share_of_cores(place: int, shares: int) -> Iterator[None]:
-    """Restrict processes started within to one share of the cores, where the system supports CPU affinity."""
+    """Restrict processes started in this context to one share of the cores, if the system supports CPU affinity."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if not 1 < shares <= len(cores):
         yield

@@ -1,4 +1,4 @@
-"""`pathflip doctor`: faults of the machine, the data and the configs."""
+"""`pathflip doctor`: checks of the installation, the machine, the data and the configs."""
 
 import argparse
 import json
@@ -12,23 +12,23 @@ def add(commands) -> None:
         commands,
         "doctor",
         _run,
-        "examine versions, devices, memory, data and configs, and say what to do about each fault",
+        "check versions, devices, memory, data and configs, and name the cure for each fault",
         "pathflip doctor --records records --slides slides.csv --texts reports.jsonl --tokenizer vocabulary "
         "--config align_base",
     )
-    parser.add_argument("--records", type=place, help="folder of records: every checksum is read")
+    parser.add_argument("--records", type=place, help="folder of records; every checksum is verified")
     parser.add_argument(
         "--slides",
         type=place,
         metavar="CSV",
-        help="slide table: its splits and patients; does it match the records?",
+        help="slide table: checks splits and patients, and whether it matches the records",
     )
-    parser.add_argument("--texts", type=place, help="text table: does it match the records?")
+    parser.add_argument("--texts", type=place, help="text table: checks whether it matches the records")
     parser.add_argument(
         "--tokenizer",
         type=place,
         metavar="FOLDER",
-        help="vocabulary or BERT folder: does it know the texts' words?",
+        help="vocabulary or BERT folder: checks whether it covers the words of the texts",
     )
     parser.add_argument("--config", action="append", default=[], help="training config to check (may be repeated)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")

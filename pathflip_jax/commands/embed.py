@@ -1,4 +1,4 @@
-"""`pathflip embed`: embeddings of all slides."""
+"""`pathflip embed`: embeddings of slides and their regions."""
 
 import argparse
 
@@ -17,11 +17,13 @@ def add(commands) -> None:
     parser.add_argument("records", type=place, metavar="RECORDS", help="folder of records")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="Parquet file to write")
-    parser.add_argument("--slides", type=place, metavar="CSV", help="slide table: embed only its slides")
+    parser.add_argument("--slides", type=place, metavar="CSV", help="slide table: embed only the slides in it")
     parser.add_argument("--split", help="with --slides: only the slides of this split")
-    parser.add_argument("--regions", action="store_true", help="also the embedding of each region, and its place")
     parser.add_argument(
-        "--batch-size", type=number("batch-size"), default=8, metavar="N", help="slides in one call (default 8)"
+        "--regions", action="store_true", help="also write the embedding and the location of each region"
+    )
+    parser.add_argument(
+        "--batch-size", type=number("batch-size"), default=8, metavar="N", help="slides per batch (default 8)"
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slide")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")

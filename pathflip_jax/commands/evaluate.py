@@ -22,17 +22,21 @@ def add(commands) -> None:
         "--out scores",
     )
     parser.add_argument(
-        "run_folders", type=place, nargs="+", metavar="RUN", help="run folder; several (seeds of one run): their mean"
+        "run_folders",
+        type=place,
+        nargs="+",
+        metavar="RUN",
+        help="run folder; several (seeds of one experiment) are scored as their mean",
     )
     parser.add_argument(
         "--tasks",
         type=local_path,
         metavar="YAML",
         help="benchmark file: the options below (without --) for one or several tasks, paths relative to the file; "
-        "options given here override it",
+        "options of the command line override it",
     )
     parser.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="folder of scores, figures, report"
+        "--out", type=local_path, required=True, metavar="DIR", help="folder to write scores, figures and report to"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     add_spec_options(parser, SPEC_OPTIONS)
@@ -52,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _specs(options: argparse.Namespace) -> dict[str, EvaluationSpec]:
-    """The specification of every task of the benchmark file, or of the options alone, named ""."""
+    """Specification of every task of the benchmark file, by name; without a file one, of the options, named ""."""
     tasks: dict[str, dict] = {"": {}}
     if options.tasks is not None:
         from pathflip_jax.evaluate.benchmark_file import read_benchmark

@@ -1,4 +1,4 @@
-"""`pathflip export`: a run folder to PyTorch weights, or to Hugging Face's and PEFT's folders."""
+"""`pathflip export`: a run folder as PyTorch weights, or as a Hugging Face or PEFT folder."""
 
 import argparse
 
@@ -11,7 +11,7 @@ def add(commands) -> None:
         commands,
         "export",
         _run,
-        "write a trained model for users of PyTorch, transformers or PEFT",
+        "export a trained model for PyTorch, transformers or PEFT",
         "pathflip export runs/base --to pytorch --out exported",
         "pathflip export runs/base --to huggingface --scores scores --out for_transformers",
         "pathflip export runs/lm2 --to peft --out adapter",
@@ -21,22 +21,26 @@ def add(commands) -> None:
         "--to",
         choices=["pytorch", "peft", "huggingface"],
         default="pytorch",
-        help="the model for PyTorch (default) or transformers; of a language stage its adapter for PEFT, or its whole "
-        "decoder for transformers",
+        help="pytorch (default): the model for PyTorch; huggingface: the model for transformers, of a language run its "
+        "whole decoder; peft: the adapter of a language run",
     )
-    parser.add_argument("--which", choices=["best", "latest"], default="best", help="checkpoint (default best)")
-    parser.add_argument("--pt", action="store_true", help="also write model.pt, for code that reads no safetensors")
+    parser.add_argument(
+        "--which", choices=["best", "latest"], default="best", help="checkpoint to export (default best)"
+    )
+    parser.add_argument("--pt", action="store_true", help="also write model.pt, for code that cannot read safetensors")
     parser.add_argument(
         "--scores",
         type=local_path,
         metavar="DIR",
-        help="with --to huggingface: the evaluation whose figures its card shows",
+        help="with --to huggingface: folder of the evaluation whose scores the model card shows",
     )
     parser.add_argument(
-        "--encoder-licence", metavar="TEXT", help="with --to huggingface: the licence of a patch encoder not known here"
+        "--encoder-licence",
+        metavar="TEXT",
+        help="with --to huggingface: licence of the patch encoder, if pathflip does not know it",
     )
     for part in ("decoder", "aligner"):
-        help = f"of a language run: where its {part} lies now, if elsewhere than in training"
+        help = f"for a language run: folder of its {part}, if it has moved since training"
         parser.add_argument(f"--{part}", type=path_text, default="", metavar="FOLDER", help=help)
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write")
 
@@ -45,19 +49,21 @@ def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.inference.assistant import is_language_run
 
     if options.pt and options.to != "pytorch":
-        raise ValueError("--pt goes with --to pytorch")
+        raise ValueError("--pt requires --to pytorch")
     speaks = is_language_run(options.run_folder)
     if (options.decoder or options.aligner) and not speaks:
-        raise ValueError(f"{options.run_folder}: no run of the language stage; leave out --decoder and --aligner")
+        raise ValueError(f"{options.run_folder}: not a run of the language stage; drop --decoder and --aligner")
     if (options.scores or options.encoder_licence) and (options.to != "huggingface" or speaks):
-        raise ValueError("--scores and --encoder-licence go into the card of an alignment run: --to huggingface")
+        raise ValueError(
+            "--scores and --encoder-licence are for the model card of an alignment run: they need --to huggingface"
+        )
     if options.to == "peft" or (options.to == "huggingface" and speaks):
         from pathflip_jax.convert.decoder_folders import PROJECTOR
         from pathflip_jax.export.decoder import export_decoder, export_peft
 
         write, what = (export_peft, "an adapter") if options.to == "peft" else (export_decoder, "a decoder")
         write(options.run_folder, options.out, options.which, decoder=options.decoder, aligner=options.aligner)
-        print(f"{options.out}: {what} in Hugging Face's form, {PROJECTOR} and its aligner")
+        print(f"{options.out}: {what} in Hugging Face's format, {PROJECTOR} and the aligner")
     elif options.to == "huggingface":
         from pathflip_jax.export.huggingface import export_huggingface
 
@@ -73,5 +79,5 @@ def _run(options: argparse.Namespace) -> int:
         from pathflip_jax.export.pytorch import export
 
         export(options.run_folder, options.out, which=options.which, pt=options.pt)
-        print(f"{options.out}: PyTorch weights under the released model's names, with how to load them")
+        print(f"{options.out}: PyTorch weights under the released model's names; README.md shows how to load them")
     return 0

@@ -1,4 +1,4 @@
-"""Findings of `pathflip doctor`: one per check; a check that crashes is a finding and stops no other."""
+"""Findings of `pathflip doctor`; a check that crashes yields a finding too, and does not stop the others."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """Result of one check: its name, what was found, `ok`, `note` or `fault`, and the cure."""
+    """Result of a check: its name, what was found, its state (`ok`, `note` or `fault`), and the cure."""
 
     name: str
     found: str
@@ -27,7 +27,7 @@ def guarded(name: str, check: Callable[..., Iterable[Finding]], *arguments) -> l
         if os.environ.get("PATHFLIP_DEBUG"):
             traceback.print_exc()
         lines = str(error).splitlines() or ["no message"]
-        cure = "set PATHFLIP_DEBUG=1 to see where; if a package is at fault, reinstall it"
+        cure = "set PATHFLIP_DEBUG=1 to see the traceback; if a package is at fault, reinstall it"
         found.append(Finding(name, f"{type(error).__name__}: {lines[0]}", "fault", cure))
     return found
 
@@ -48,7 +48,7 @@ def logged_warnings() -> Iterator[list[str]]:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """Print one line per finding, its cure below it, and a last line with the number of faults."""
+    """Print each finding with its cure below it, then the number of faults."""
     width = max(len(finding.name) for finding in findings)
     for name, found, state, cure in findings:
         print(f"{state:5}  {name:{width}}  {found}")

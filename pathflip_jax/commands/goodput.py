@@ -15,14 +15,14 @@ def add(commands) -> None:
         "report where the time of a run went, and how often to save",
         "pathflip goodput runs/base --preemptions-per-day 4",
     )
-    parser.add_argument("run_folder", type=local_path, metavar="RUN", help="run folder; the run may be under way")
+    parser.add_argument("run_folder", type=local_path, metavar="RUN", help="run folder; the run may still be training")
     parser.add_argument(
         "--preemptions-per-day",
         type=number("preemptions-per-day"),
         metavar="N",
         help="expected preemptions per day (default: the run's setting); only used to recommend save_every",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON, in seconds and shares")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, in seconds and fractions")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -12,59 +12,72 @@ def add(commands) -> None:
         commands,
         "ground",
         _run,
-        "show where on a slide a text is seen",
+        "map where on a slide a text matches",
         'pathflip ground features/S1.h5 "tumor necrosis" --checkpoint runs/base --image slides/S1.svs --out maps',
         'pathflip ground records --slide-id S1 "invasive carcinoma" "lymphocytes" --negative "normal stroma" '
         "--checkpoint runs/base --threshold 0.05 --out maps",
     )
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="one or several texts")
-    parser.add_argument("--slide-id", help="slide of a folder of records")
+    parser.add_argument("--slide-id", help="id of the slide to read from a folder of records")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
     parser.add_argument(
         "--image",
         type=local_path,
         metavar="FILE",
-        help="the slide file: drawn under the heatmap, top patches are cut of it",
+        help="slide file, drawn under the heatmap; pictures of the best patches are cut out of it",
     )
     parser.add_argument(
         "--negative",
         action="append",
         default=[],
         metavar="TEXT",
-        help="what it is not (may be given several times): the highest score of these is subtracted, so that above 0 "
-        "a patch looks more like the text",
+        help="text to contrast with (may be repeated): the highest score of these is subtracted, so that a patch "
+        "scores above 0 if it matches the text better than any of them",
     )
     add_grounding_options(parser)
     add_shared_options(parser, "smooth")
+    _add_output_options(parser)
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for areas, pictures and files, and for facts that the feature file lacks."""
     parser.add_argument(
         "--threshold",
         type=number("threshold"),
         metavar="SCORE",
-        help="areas are where the smoothed score is above (default: 0 with --negative, else half way from a map's "
-        "median to its highest, which finds areas on any slide)",
+        help="areas are where the smoothed score exceeds SCORE (default: 0 with --negative, else halfway from a map's "
+        "median to its maximum, which finds areas on any slide)",
     )
     parser.add_argument(
         "--min-patches",
         type=number("min-patches"),
         default=2.0,
         metavar="N",
-        help="smaller areas are dropped (default 2 patches)",
+        help="drop areas of fewer than N patches (default 2)",
     )
     parser.add_argument(
-        "--top", type=number("top"), metavar="N", help="best patches of each text as pictures (8 with --image)"
+        "--top",
+        type=number("top"),
+        metavar="N",
+        help="pictures of the N best patches of each text (default 8 with --image)",
     )
     parser.add_argument(
-        "--patch-size", type=number("patch-size"), metavar="PX", help="level-0 edge of a patch, if its file is silent"
+        "--patch-size",
+        type=number("patch-size"),
+        metavar="PX",
+        help="edge length of a patch in level-0 pixels, if its file does not state it",
     )
     parser.add_argument(
-        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, if its file is silent"
+        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, if its file does not state it"
     )
     parser.add_argument(
-        "--page", action="store_true", help="also write DIR/page, which shows slide and maps by deep zoom in a browser"
+        "--page",
+        action="store_true",
+        help="also write DIR/page, a deep-zoom view of the slide and its maps for the browser",
     )
-    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder of the files")
-    parser.add_argument("--json", action="store_true", help="print the files written as JSON")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--json", action="store_true", help="print the paths of the files as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -73,7 +86,9 @@ def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.inference.load import load, read_slide
 
     if options.top is not None and (options.top < 1 or options.image is None):
-        raise ValueError(f"--top {options.top}: a number above 0, of patches cut out of the slide file (--image)")
+        raise ValueError(
+            f"--top {options.top}: expected a number above 0, and --image, the slide file to cut patches from"
+        )
     known = {"patch_size": options.patch_size, "mpp": options.mpp}
     slide = read_slide(
         options.slide, slide_id=options.slide_id, **{name: value for name, value in known.items() if value is not None}

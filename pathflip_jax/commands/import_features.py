@@ -1,4 +1,4 @@
-"""`pathflip import`: feature files of other tools to records."""
+"""`pathflip import`: conversion of feature files of other tools to records."""
 
 import argparse
 
@@ -27,15 +27,15 @@ def add(commands) -> None:
     parser.add_argument(
         "features_folder", type=local_path, metavar="DIR", help=f"folder of feature files ({', '.join(extensions())})"
     )
-    parser.add_argument("--encoder", help="patch encoder that made them, where the files do not say")
+    parser.add_argument("--encoder", help="name of the patch encoder, if the files do not state it")
     parser.add_argument(
         "--patch-size",
         type=number("patch-size"),
         metavar="PX",
-        help="level-0 edge of a patch, where files do not say it",
+        help="edge length of a patch in level-0 pixels, if the files do not state it",
     )
     parser.add_argument(
-        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, where files do not say it"
+        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, if the files do not state it"
     )
     add_records_options(parser)
 

@@ -1,4 +1,4 @@
-"""Shared parts of commands: declaration, common options, and printing of results."""
+"""Code shared by the commands: their declaration, common options, and printing of results."""
 
 import argparse
 import json
@@ -43,9 +43,9 @@ def _shard(text: str) -> tuple[int, int]:
     try:
         number, count = (int(part) for part in text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, such as 0/8") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N, such as 0/8") from None
     if not 0 <= number < count:
-        raise argparse.ArgumentTypeError(f"{text!r}: i counts from 0 and is smaller than n")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I from 0 to N - 1")
     return number, count
 
 
@@ -58,7 +58,7 @@ def place(text: str) -> Place:
 
 
 def path_text(text: str) -> str:
-    """Path as text, expanded, for argparse."""
+    """Expanded path as text, for argparse."""
     try:
         return expand(text)
     except ValueError as error:
@@ -66,7 +66,7 @@ def path_text(text: str) -> str:
 
 
 def local_path(text: str) -> Path:
-    """Local path, expanded, for argparse."""
+    """Expanded local path, for argparse."""
     return Path(path_text(text))
 
 
@@ -87,7 +87,7 @@ def number(option: str) -> Callable[[str], float]:
 
 
 def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:
-    """Add options for the fields of a specification; options not given are absent from the parsed namespace."""
+    """Add options for the fields of a specification; omitted options are absent from the parsed namespace."""
     types = {PLACE: place, FILE: local_path, PROMPTS: local_path, TEXT: None}
     groups: dict[str, argparse._ArgumentGroup | argparse.ArgumentParser] = {"": parser}
     for field, option in options.items():
@@ -104,42 +104,69 @@ def add_spec_options(parser: argparse.ArgumentParser, options: Mapping[str, Opti
 
 
 def add_records_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options shared by `prepare` and `import`: output folder, region cut, handling of bad slides."""
-    parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder of the records to write")
-    parser.add_argument("--cut", choices=["grid", "scan"], default="grid", help="squares, or runs of stored patches")
+    """Add the options shared by `prepare` and `import`: output folder, regions, distribution of the work."""
+    parser.add_argument("--out", type=place, required=True, metavar="RECORDS", help="folder to write the records to")
     parser.add_argument(
-        "--edge-um", type=number("edge-um"), default=2048.0, metavar="UM", help="edge of a region (default 2048)"
+        "--cut",
+        choices=["grid", "scan"],
+        default="grid",
+        help="cut slides into regions as a grid of squares (default), or as runs of consecutive patches in file order",
     )
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of the stored features")
+    parser.add_argument(
+        "--edge-um",
+        type=number("edge-um"),
+        default=2048.0,
+        metavar="UM",
+        help="edge length of a square region in micrometres (default 2048)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16"],
+        default="float16",
+        help="dtype of the stored features (default float16)",
+    )
     parser.add_argument(
         "--slides",
         type=place,
         metavar="CSV",
-        help="slide table with slide_id and patient_id: names the cases; its columns mpp and magnification say the "
-        "resolution of single slides, whatever their files say",
+        help="slide table with columns slide_id and patient_id, which assigns the slides to cases; its columns mpp and "
+        "magnification, if any, override the resolution stated in the files of single slides",
     )
     parser.add_argument(
         "--override-mpp",
         type=number("override-mpp"),
         metavar="UM",
-        help="level-0 mpp of all slides, overriding their files",
+        help="level-0 micrometres per pixel of all slides; overrides what their files state",
     )
     parser.add_argument(
-        "--prune", action="store_true", help="remove slides from the records that are not among those given"
+        "--prune",
+        action="store_true",
+        help="remove from the records all slides whose files are not in the input folder",
     )
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="this job's share, for job arrays")
+    _add_distribution_options(parser)
+
+
+def _add_distribution_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the distribution of slides over jobs, files and processes, and for bad slides."""
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="process only share I of N, counted from 0, for job arrays (default 0/1)",
+    )
     parser.add_argument(
         "--slides-per-shard",
         type=number("slides-per-shard"),
         default=32,
         metavar="N",
-        help="slides in one file (default 32)",
+        help="slides per shard file (default 32)",
     )
     parser.add_argument(
         "--workers",
         type=number("workers"),
         metavar="N",
-        help="processes that share a machine and its GPUs (default: its cores)",
+        help="worker processes, which share the machine and its GPUs (default: number of cores)",
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad slide")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
@@ -147,50 +174,54 @@ def add_records_options(parser: argparse.ArgumentParser) -> None:
         "--beam",
         nargs=argparse.REMAINDER,
         metavar="OPTION",
-        help="let Apache Beam spread the slides (extra [beam]); all that follows are its own options, of its "
-        "DirectRunner if none names a runner. Every machine must see the slides and RECORDS under the same paths",
+        help="distribute the slides with Apache Beam (needs the extra [beam]); everything after --beam is passed to "
+        "Beam, which uses its DirectRunner unless a runner is named. Every machine must see the slides and RECORDS "
+        "under the same paths",
     )
 
 
 def add_shared_options(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Add options of `evaluate` that another command shares, given as fields of its specification, with defaults."""
+    """Add options of `evaluate` to another command, by their field in `EvaluationSpec`, with the same defaults."""
     add_spec_options(parser, {field: SPEC_OPTIONS[field]._replace(group="") for field in fields})
     parser.set_defaults(**{field: getattr(EvaluationSpec, field) for field in fields})
 
 
 def add_grounding_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of how a text is mapped on patches, shared by `ground`, `report` and `serve`."""
+    """Add the options for mapping a text on patches, shared by `ground`, `report` and `serve`."""
     parser.add_argument("--method", choices=list(METHODS), help=method_help())
     add_shared_options(parser, "window")
 
 
 def add_slide_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options shared by `caption` and `ask`: the slide and the run."""
+    """Add the options for the slide and the run, shared by `caption` and `ask`."""
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
-    parser.add_argument("--slide-id", help="slide of a folder of records")
+    parser.add_argument("--slide-id", help="id of the slide to read from a folder of records")
     parser.add_argument(
-        "--checkpoint", type=local_path, required=True, metavar="RUN", help="run folder of a language stage"
+        "--checkpoint", type=local_path, required=True, metavar="RUN", help="run folder of the language stage"
     )
     parser.add_argument(
-        "--decoder", type=path_text, default="", metavar="FOLDER", help="new place of the decoder's folder, if it moved"
+        "--decoder", type=path_text, default="", metavar="FOLDER", help="folder of the decoder, if it has moved"
     )
     parser.add_argument(
-        "--aligner", type=path_text, default="", metavar="RUN", help="new place of the aligner's run, if it moved"
+        "--aligner", type=path_text, default="", metavar="RUN", help="run folder of the aligner, if it has moved"
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="", help="of the weights (default: as it was trained)"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="",
+        help="dtype of the decoder's weights (default: as trained)",
     )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
 def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Add the options of deterministic generation."""
+    """Add the options of greedy decoding and beam search."""
     parser.add_argument(
         "--max-tokens",
         type=number("max-tokens"),
         default=max_tokens,
         metavar="N",
-        help=f"most tokens to generate (default {max_tokens})",
+        help=f"maximum number of tokens to generate (default {max_tokens})",
     )
     add_shared_options(parser, "min_tokens", "beams", "length_penalty", "repetition_penalty")
 
@@ -199,7 +230,11 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     """Add the options of generation, sampling included."""
     add_writing_options(parser, max_tokens)
     parser.add_argument(
-        "--temperature", type=number("temperature"), default=0.0, metavar="T", help="of sampling; 0 (default): greedy"
+        "--temperature",
+        type=number("temperature"),
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 (default): no sampling",
     )
     parser.add_argument(
         "--top-k", type=number("top-k"), metavar="K", help="sample from the K most likely tokens (default: all)"
@@ -209,7 +244,7 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         type=number("top-p"),
         default=1.0,
         metavar="P",
-        help="nucleus sampling: total probability (default 1)",
+        help="nucleus sampling: sample from the most likely tokens of total probability P (default 1: all)",
     )
     parser.add_argument("--seed", type=number("seed"), default=0, help="seed of sampling (default 0)")
 
@@ -256,7 +291,7 @@ def records_settings(options: argparse.Namespace) -> dict:
 
 
 def print_records_report(report, as_json: bool) -> int:
-    """Print the outcome of `prepare` or `import`, with notes on single slides."""
+    """Print the outcome of `prepare` or `import`, with notes on single slides; returns the exit code."""
     return print_report(report, as_json, absent=[row._asdict() for row in report.absent], notes=report.notes)
 
 

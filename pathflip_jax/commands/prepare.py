@@ -1,4 +1,4 @@
-"""`pathflip prepare`: slides to records."""
+"""`pathflip prepare`: encoding of slides into records."""
 
 import argparse
 
@@ -20,33 +20,53 @@ def add(commands) -> None:
         commands,
         "prepare",
         _run,
-        "turn slides into records of patch features",
+        "encode slides into records of patch features",
         "pathflip prepare slides/ --out records --slides slides.csv --shard 0/8",
         *beam_examples("prepare /mnt/slides --encoder hf:/mnt/phikon"),
     )
     parser.add_argument(
-        "slides_folder", type=local_path, metavar="SLIDES", help="folder of slides that OpenSlide opens"
+        "slides_folder", type=local_path, metavar="SLIDES", help="folder of slides that OpenSlide can read"
     )
     parser.add_argument(
         "--encoder",
         type=_encoder,
         default="stain_texture",
-        help="stain_texture (embedded), timm:NAME or hf:FOLDER (default stain_texture)",
+        help="patch encoder: stain_texture (built in, default), timm:NAME or hf:FOLDER",
     )
     parser.add_argument(
-        "--patch-size", type=number("patch-size"), default=256, metavar="PX", help="edge of a patch at --mpp (256)"
+        "--patch-size",
+        type=number("patch-size"),
+        default=256,
+        metavar="PX",
+        help="edge length of a patch in pixels at --mpp (default 256)",
     )
     parser.add_argument(
-        "--mpp", type=number("mpp"), default=0.5, metavar="UM", help="micrometres per pixel (default 0.5)"
+        "--mpp",
+        type=number("mpp"),
+        default=0.5,
+        metavar="UM",
+        help="micrometres per pixel of the patches (default 0.5)",
     )
     parser.add_argument(
-        "--assume-mpp", type=number("assume-mpp"), metavar="UM", help="level-0 mpp of slides that do not say it"
+        "--assume-mpp",
+        type=number("assume-mpp"),
+        metavar="UM",
+        help="level-0 micrometres per pixel of slides that do not state it",
     )
     parser.add_argument(
-        "--min-tissue", type=number("min-tissue"), default=0.25, help="tissue share of a patch (default 0.25)"
+        "--min-tissue",
+        type=number("min-tissue"),
+        default=0.25,
+        help="minimum tissue fraction of a patch (default 0.25)",
     )
-    parser.add_argument("--keep-ink", action="store_true", help="take pen for tissue: for stains as blue as trichrome")
-    parser.add_argument("--half", action="store_true", help="encode in half precision (encoders that are networks)")
+    parser.add_argument(
+        "--keep-ink",
+        action="store_true",
+        help="keep pen marks as tissue, for stains that resemble them, such as blue trichrome",
+    )
+    parser.add_argument(
+        "--half", action="store_true", help="encode in half precision, if the encoder is a neural network"
+    )
     add_records_options(parser)
 
 

@@ -1,4 +1,4 @@
-"""`pathflip report`: slides and the grounding of texts on them, as a page that opens by a double click."""
+"""`pathflip report`: slides and the grounding of texts on them, as a static web page."""
 
 import argparse
 
@@ -11,7 +11,7 @@ def add(commands) -> None:
         commands,
         "report",
         _run,
-        "write slides and where texts are seen on them as a folder that opens in any browser",
+        "write slides with maps of where texts match, as a folder that opens in any browser",
         'pathflip report runs/base --records records --slides-dir slides --texts "tumor necrosis" "fat" --out page',
         'pathflip report runs/base --features features --texts "necrosis" --negative "normal tissue" --slide-ids S1 S2 '
         "--out page",
@@ -23,11 +23,14 @@ def add(commands) -> None:
         "--features", type=local_path, metavar="DIR", help="folder of feature files, instead of records"
     )
     parser.add_argument(
-        "--slides-dir", type=local_path, metavar="DIR", help="slide files by id; without it, maps are drawn on white"
+        "--slides-dir",
+        type=local_path,
+        metavar="DIR",
+        help="folder of slide files, named by slide id; without it, maps are drawn on white",
     )
-    parser.add_argument("--texts", nargs="+", required=True, metavar="TEXT", help="what to look for")
+    parser.add_argument("--texts", nargs="+", required=True, metavar="TEXT", help="texts to look for")
     parser.add_argument("--negative", nargs="+", default=[], metavar="TEXT", help="texts whose scores are subtracted")
-    parser.add_argument("--slide-ids", nargs="+", metavar="ID", help="the slides to show (default: all)")
+    parser.add_argument("--slide-ids", nargs="+", metavar="ID", help="slides to show (default: all)")
     parser.add_argument(
         "--most-slides",
         type=number("most-slides"),
@@ -39,13 +42,17 @@ def add(commands) -> None:
         type=number("max-pixels"),
         default=8192,
         metavar="N",
-        help="longer side of the finest level that is written (default 8192, about 15 MB a slide; 0: all levels)",
+        help="longer side in pixels of the finest level written (default 8192, about 15 MB per slide; 0: all levels)",
     )
     parser.add_argument(
-        "--quality", type=number("quality"), default=82, metavar="Q", help="of the JPEG tiles, 1 to 95 (default 82)"
+        "--quality",
+        type=number("quality"),
+        default=82,
+        metavar="Q",
+        help="JPEG quality of the tiles, 1 to 95 (default 82)",
     )
     add_grounding_options(parser)
-    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder of the page")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write the page to")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 

@@ -20,7 +20,7 @@ def add(commands) -> None:
         commands,
         "serve",
         _run,
-        "show slides in a browser: search them by text, see where a text is seen, ask about them",
+        "show slides in a browser: search them by text, see where a text matches, ask questions about them",
         "pathflip serve --slides slides --records records --checkpoint runs/base",
         "pathflip serve --slides slides --features features --checkpoint runs/base --embeddings embeddings.parquet "
         "--language runs/lm2",
@@ -37,7 +37,7 @@ def add(commands) -> None:
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     """Add the options for the slides shown and the runs queried."""
     parser.add_argument(
-        "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, patches alone"
+        "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, only patches are shown"
     )
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
     source = parser.add_mutually_exclusive_group()
@@ -49,53 +49,56 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--embeddings",
         type=local_path,
         metavar="FILE",
-        help="file of `pathflip embed`: search finds all slides at once",
+        help="file written by `pathflip embed`, so that search covers all slides from the start",
     )
     parser.add_argument(
-        "--language", type=local_path, metavar="RUN", help="run of a language stage: reports and answers"
+        "--language", type=local_path, metavar="RUN", help="run folder of the language stage, for reports and answers"
     )
     parser.add_argument(
-        "--decoder", type=path_text, default="", metavar="FOLDER", help="where its decoder's folder lies, if it moved"
+        "--decoder", type=path_text, default="", metavar="FOLDER", help="folder of its decoder, if it has moved"
     )
     parser.add_argument(
-        "--aligner", type=path_text, default="", metavar="RUN", help="where its aligner's run lies, if it moved"
+        "--aligner", type=path_text, default="", metavar="RUN", help="run folder of its aligner, if it has moved"
     )
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
     """Add the options for the listening address, and the proxies and pages in front of it."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument(
-        "--port", type=number("port"), default=8000, help="port to listen at (default 8000; 0: any that is free)"
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: only this machine has access)"
     )
     parser.add_argument(
-        "--token", help="what a visitor must show; an address other than this machine's gets one in any case"
+        "--port", type=number("port"), default=8000, help="port to listen on (default 8000; 0: any free one)"
+    )
+    parser.add_argument(
+        "--token",
+        help="access token that visitors must present (default: none on this machine; generated for any other --host)",
     )
     parser.add_argument(
         "--public-name",
         action="append",
         default=[],
         metavar="NAME",
-        help="host name by which a proxy reaches the viewer (may be repeated)",
+        help="host name under which a proxy serves the viewer (may be repeated)",
     )
     parser.add_argument(
         "--root-path",
         default="",
         metavar="PATH",
-        help="path under which a proxy shows the viewer",
+        help="path under which a proxy serves the viewer",
     )
     parser.add_argument(
         "--proxy-headers",
         nargs="*",
         metavar="ADDRESS",
-        help="believe X-Forwarded-Host, -Proto and -Prefix of proxies at these addresses (default: on this machine)",
+        help="trust X-Forwarded-Host, -Proto and -Prefix from proxies at these addresses (if none: this machine)",
     )
     parser.add_argument(
         "--frame-ancestors",
         nargs="+",
         default=[],
         metavar="ORIGIN",
-        help="whose pages may show the viewer in a frame: self, https://hub.example.org (default: none)",
+        help="origins whose pages may embed the viewer in a frame: self, https://hub.example.org (default: none)",
     )
 
 
@@ -110,7 +113,9 @@ def _run(options: argparse.Namespace) -> int:
             raise
         raise ImportError(f"the viewer needs {name}: pip install pathflip-jax[viewer]") from None
     if options.slides is None and options.records is None and options.features is None:
-        raise ValueError("nothing to show: name --slides DIR and --records or --features, or one of them")
+        raise ValueError(
+            "nothing to show: pass --slides, or --records or --features, or --slides with one of these two"
+        )
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: expected 0 to 65535")
     proxy = read_proxy(options.public_name, options.root_path, options.proxy_headers, options.frame_ancestors)

@@ -1,4 +1,4 @@
-"""`pathflip split`: splits by patient, and the check of a given one."""
+"""`pathflip split`: splits by patient, and checks of existing splits."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ def add(commands) -> None:
         commands,
         "split",
         _run,
-        "split a slide table by patient, even in labels and sites; or check a given split",
+        "split a slide table by patient, balanced over labels and sites, or check an existing split",
         "pathflip split slides.csv --shares 0.7 0.1 0.2 --out split.csv",
         "pathflip split slides.csv --label subtype --folds 5 --out folds",
         "pathflip split --check train=TCGA_RCC_train.csv test=TCGA_RCC_test.csv",
@@ -24,29 +24,33 @@ def add(commands) -> None:
         type=_table,
         nargs="+",
         metavar="TABLE",
-        help="slide table: slide_id, patient_id, label, site (patient and site are read from TCGA barcodes where there "
-        "is no such column); several are read as one, SIDE=TABLE says on which side its slides are",
+        help="slide table with columns slide_id, patient_id, label, site (without them, patient and site are read from "
+        "TCGA barcodes); several tables are read as one; SIDE=TABLE puts all slides of a table in split SIDE",
     )
-    parser.add_argument("--check", action="store_true", help="examine the split that the tables have; exit code 1: bad")
+    parser.add_argument(
+        "--check", action="store_true", help="check the split that the tables already have; exit code 1 if it is faulty"
+    )
     parser.add_argument(
         "--shares",
         type=number("shares"),
         nargs="+",
         metavar="X",
-        help="shares of train, val and test (default 0.7 0.1 0.2); two: train and test",
+        help="proportions of train, val and test (default 0.7 0.1 0.2), or of train and test",
     )
     parser.add_argument(
         "--folds",
         type=number("folds"),
         metavar="K",
-        help="K tables: a different fold is test in each, the next one val, K > 2",
+        help="write K tables for cross-validation, K > 2: in each, a different fold is test and the next one val",
     )
     parser.add_argument(
-        "--label", default="", metavar="COLUMN", help="column of the labels; the new table has them as `label` too"
+        "--label", default="", metavar="COLUMN", help="column of the labels; the new table repeats it as `label`"
     )
-    parser.add_argument("--by-site", action="store_true", help="no site on two sides either (needs sites)")
+    parser.add_argument(
+        "--by-site", action="store_true", help="also keep all slides of a site in one split (needs sites)"
+    )
     parser.add_argument("--seed", type=number("seed"), default=0, help="seed of the order of patients (default 0)")
-    parser.add_argument("--out", type=local_path, metavar="CSV", help="table to write; with --folds a new folder")
+    parser.add_argument("--out", type=local_path, metavar="CSV", help="table to write; with --folds, a new folder")
     parser.add_argument("--json", action="store_true", help="print the check as JSON")
 
 
@@ -61,16 +65,16 @@ def _run(options: argparse.Namespace) -> int:
     rows = splits.read_split(options.tables, options.label)
     if options.check:
         if options.out or options.shares or options.folds:
-            raise ValueError("--check examines a split and makes none: leave --out, --shares and --folds out")
+            raise ValueError("--check only checks an existing split: drop --out, --shares and --folds")
         if not any(row["split"] for row in rows):
             raise ValueError(
-                f"{' '.join(options.tables)}: no split to check; a column split (train, val, test) is needed, or "
+                f"{' '.join(options.tables)}: no split to check; add a column split (train, val, test), or pass "
                 "train=TABLE test=TABLE"
             )
         checks = {"": splits.check_split(rows)}
     else:
         if options.out is None:
-            raise ValueError("where to write the split is not said: add --out split.csv (or --check, to examine one)")
+            raise ValueError("no output file: add --out split.csv, or --check to check an existing split")
         checks = splits.write_splits(
             rows, options.out, shares=options.shares, folds=options.folds, by_site=options.by_site, seed=options.seed
         )

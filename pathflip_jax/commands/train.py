@@ -1,5 +1,7 @@
-"""`pathflip train`: its options are settings of the config, so `cli.main` passes them to `training.loop.main` as they
-are."""
+"""`pathflip train`: declared here for `pathflip --help` only.
+
+Its options are settings of the config, so `cli.main` passes them unchanged to `training.loop.main`.
+"""
 
 import argparse
 
@@ -18,4 +20,4 @@ def add(commands) -> None:
 
 
 def _run(_: argparse.Namespace) -> int:
-    raise AssertionError("main() hands `train` over before this parser sees it")
+    raise AssertionError("main() dispatches `train` before this parser runs")

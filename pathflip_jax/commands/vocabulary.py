@@ -11,20 +11,20 @@ def add(commands) -> None:
         commands,
         "vocabulary",
         _run,
-        "train a small WordPiece vocabulary where no BERT folder is at hand",
+        "train a small WordPiece vocabulary on reports, for use without a BERT folder",
         "pathflip vocabulary reports.jsonl --slides slides.csv --split train --out vocabulary",
         "pathflip vocabulary reports.jsonl --slides slides.csv --split train --decoder 128 4 --out decoder",
     )
-    parser.add_argument("texts", type=place, metavar="TEXTS", help="text table")
-    parser.add_argument("--slides", type=place, metavar="CSV", help="slide table that names the splits")
-    parser.add_argument("--split", help="use only the texts of this split")
-    parser.add_argument("--size", type=number("size"), default=2000, help="most words (default 2000)")
+    parser.add_argument("texts", type=place, metavar="TEXTS", help="text table of the reports")
+    parser.add_argument("--slides", type=place, metavar="CSV", help="slide table with the splits, for --split")
+    parser.add_argument("--split", help="use only the texts of slides in this split")
+    parser.add_argument("--size", type=number("size"), default=2000, help="maximum number of tokens (default 2000)")
     parser.add_argument(
         "--decoder",
         nargs=2,
         type=number("decoder"),
         metavar=("WIDTH", "LAYERS"),
-        help="make the folder of a small decoder instead, to be trained from scratch: its words and its config.json",
+        help="write the folder of a small decoder instead, to be trained from scratch: vocabulary and config.json",
     )
     parser.add_argument("--out", type=local_path, required=True, metavar="FOLDER", help="Hugging Face folder to write")
 
@@ -38,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
     texts = read_texts(options.texts)
     if options.split:
         if not options.slides:
-            raise ValueError("--split needs the slide table that names the splits: add --slides slides.csv")
+            raise ValueError("--split needs the slide table with the splits: add --slides slides.csv")
         rows = read_slide_table(options.slides)
         wanted = {row["slide_id"] for row in rows if row["split"] == options.split}
         if not wanted:
@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
         texts = [text for text in matched if wanted.intersection(text.slide_ids)]
         if not texts:
             raise ValueError(
-                f"{options.texts}: no text is of a slide of split {options.split!r} ({preview(sorted(wanted))})"
+                f"{options.texts}: no text belongs to a slide of split {options.split!r} ({preview(sorted(wanted))})"
             )
     captions = [text.caption for text in texts]
     if options.decoder:
@@ -57,7 +57,8 @@ def _run(options: argparse.Namespace) -> int:
         width, layers = options.decoder
         make_decoder_folder(captions, options.out, vocab_size=options.size, width=width, layers=layers)
         print(
-            f"{options.out}: a decoder of {layers} layers, {width} wide, without weights; words from {len(texts)} texts"
+            f"{options.out}: a decoder without weights, {layers} layers of width {width}; "
+            f"vocabulary from {len(texts)} texts"
         )
         return 0
     train_wordpiece(captions, options.out, vocab_size=options.size)

@@ -44,7 +44,7 @@ def test_a_cohort_without_fault(look):
     assert [name for name, _ in found["ok"]] == ["records", "slides", "slides", "texts", "tokenizer"]
     said = "\n".join(text for _, text in found["ok"])
     assert "24 slides of 20 patients; split: train 12, val 6, test 6" in said and "24 of them with a slide in" in said
-    assert "0.0% of the pieces of the texts are unknown" in said
+    assert "0.0% of the word pieces of the texts are unknown" in said
 
 
 def test_texts_keyed_by_patient_match_as_in_training(look, tmp_path):
@@ -68,7 +68,7 @@ def test_what_the_slide_table_lacks_is_named(look, tiny_cohort, tmp_path):
 
     found = look(slides=_table(tiny_cohort, tmp_path, change))
     notes, faults = ("\n".join(text for _, text in found[state]) for state in ("note", "fault"))
-    assert "without a record: 1 of the 11 slides of split train (X00); training leaves them out" in notes
+    assert "without a record: 1 of the 11 slides of split train (X00); training skips them" in notes
     assert "without a record: 1 of the 6 slides of split test (X23)" in faults
     assert "without a row: 3 of the 24 slides" in notes and "(S00, S06, S23)" in notes
     assert "1 slides of" in notes and "(S05)" in notes

@@ -35,5 +35,5 @@ def test_a_split_without_texts_is_an_error(tables, capsys):
     texts = (tables / "texts.jsonl").read_text().splitlines()
     (tables / "texts.jsonl").write_text("\n".join(texts[:6]))
     assert run(tables, "--split", "test") == cli.WRONG_INPUT
-    assert "no text is of a slide of split 'test' (S6, S7, S8 and 1 more)" in capsys.readouterr().err
+    assert "no text belongs to a slide of split 'test' (S6, S7, S8 and 1 more)" in capsys.readouterr().err
     assert run(tables, "--split", "val") == cli.WRONG_INPUT and "no slide is in split 'val'" in capsys.readouterr().err

@@ -232,8 +232,8 @@ def test_every_fold_is_test_once_and_the_folder_is_whole(tmp_path, capsys):
         (["--folds", "2"], "at least 3"),
         (["--by-site"], "the site of S0"),
         (["--check"], "no split to check"),
-        (["--check", "--folds", "3"], "makes none"),
-        ([], "where to write"),
+        (["--check", "--folds", "3"], "only checks"),
+        ([], "no output file"),
     ],
 )
 def test_what_cannot_be_split_is_named(tmp_path, capsys, change, message):

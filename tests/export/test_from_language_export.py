@@ -155,7 +155,7 @@ def test_an_adapter_alone_or_on_another_decoder_is_refused(adapter, tmp_path, ca
     go(["convert", out, "--decoder", tmp_path / "other", "--out", tmp_path / "back"], 2)
     assert "was trained on another decoder than" in capsys.readouterr().err
     go(["convert", out, "--heads", 4, "--out", tmp_path / "back"], 2)
-    assert "give no more than --decoder" in capsys.readouterr().err
+    assert "pass no option but --decoder" in capsys.readouterr().err
     go(["export", run, "--to", "peft", "--decoder", tmp_path / "other", "--out", tmp_path / "out"], 2)
     assert "name the folder of the weights" in capsys.readouterr().err
     about = out / "pathflip_language.json"

@@ -113,7 +113,7 @@ def test_commands_caption_and_ask(loaded, rows, tiny_cohort, capsys):
     said = json.loads(capsys.readouterr().out)
     assert sum(said["probabilities"].values()) == pytest.approx(1) and said["answer"] in "ABC"
     assert cli.main([*question, "--options", "A=Ductal", "A=Lobular"]) == 2
-    assert "each with a letter of its own" in capsys.readouterr().err
+    assert "each with its own letter" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*question, "--options", "Ductal"])
     assert "expected a letter and a text" in capsys.readouterr().err
