@@ -48,7 +48,7 @@ def examine_data(
         if (cohort := _opened("records", lambda: Records(records), found)) is not None:
             found.append(Finding("records", _size(cohort), "ok"))
             data = data._replace(ids=cohort.slides.column("slide_id"), cases=cohort.slides.column("case_id"))
-            del cohort  # to free memory before its shards are read in full
+            del cohort  # frees memory, mostly of its regions, before its shards are read in full
         found += guarded("records", _records, records, [finding.found for finding in found])
     if slides is not None and (rows := _opened("slides", lambda: _rows(slides), found)) is not None:
         data = data._replace(rows=rows)
@@ -187,7 +187,9 @@ def _texts(data: DataRead) -> Iterator[Finding]:
         return
     yield Finding("texts", f"{len(texts)} texts, {len(matched)} of them with a slide in {data.places['records']}", "ok")
     for warning in warnings:
-        yield Finding("texts", warning, "note", "if this is unexpected, compare the ids in both tables")
+        yield Finding(
+            "texts", warning, "note", "if this is unexpected, compare the ids of the texts with those of the records"
+        )
     train = {slide for slide, row in data.row_of.items() if row["split"] == "train"}
     if train and train.isdisjoint(slide for text in matched for slide in text.slide_ids):
         found = f"none of the {len(train)} slides of split train has a text"

@@ -2,8 +2,8 @@
 
 Both run over the global batch: under jit on a mesh the same code gathers over devices. Pairs of related slides are
 neither positives nor negatives: slides of one case, whose reports describe the same tumor, and slides with the same
-caption. `related` holds integer ids of whatever a slide shares with others, its case and its captions: slides with
-any id in common are related.
+caption. `related` holds integer ids of what a slide may share with others, its case and its captions: slides with
+an id in common are related.
 """
 
 from collections.abc import Callable
@@ -67,13 +67,13 @@ def slide_loss(
     allowed = negative_pairs(related) | jnp.eye(len(slides), dtype=bool)
     logits = normalise(slides) @ normalise(captions).T / temperature  # [B, B]
 
-    def one_way(logits):
+    def one_direction(logits):
         log_p = jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
         log_p = jnp.where(allowed, log_p, 0.0)
         smoothed = jnp.sum(log_p, axis=-1) / jnp.sum(allowed, axis=-1)
         return -jnp.mean((1 - label_smoothing) * jnp.diagonal(log_p) + label_smoothing * smoothed)
 
-    return (one_way(logits) + one_way(logits.T)) / 2
+    return (one_direction(logits) + one_direction(logits.T)) / 2
 
 
 def draw_negatives(key: Array, B: int, K: int) -> Int[Array, "B B"]:
@@ -125,7 +125,7 @@ def region_loss(
     """Sigmoid loss between subcaptions and text-conditioned region embeddings, with mean cosines as metrics.
 
     The texts of slide i are its own K subcaptions (label +1) and one subcaption of each other slide (label -1).
-    `released` divides the sum by K + B - 1, the single-device arithmetic of the released code, and so grows with B;
+    `released` divides the sum by K + B - 1, as the released code does on a single device, and so grows with B;
     `per_positive` divides by B * K, as in the follow-up's code;
     `per_slide` is the mean over slides of (mean over positives + w * mean over negatives) / 2.
 

@@ -83,11 +83,11 @@ def _sums(local: _Local, gathered: _Gathered, scale: Scalar, bias: Scalar, chunk
     """
     B, K, _ = gathered.texts.shape
 
-    def one(numbers: Int[Array, "C"]):
-        there = numbers < B
+    def chunk_sums(numbers: Int[Array, "C"]):
+        real = numbers < B  # the last chunk may be padded
         numbers = jnp.minimum(numbers, B - 1)
         own = local.number[:, None] == numbers[None]  # [n, C]
-        counted = (unrelated(local.related[:, None], gathered.related[numbers][None]) | own) & there[None]
+        counted = (unrelated(local.related[:, None], gathered.related[numbers][None]) | own) & real[None]
         counted = jnp.broadcast_to(counted[..., None], (*counted.shape, K))  # [n, C, K]
         if gathered.wording is not None:
             other = unrelated(local.wording[:, None, None], gathered.wording[numbers][None, ..., None])
@@ -96,15 +96,15 @@ def _sums(local: _Local, gathered: _Gathered, scale: Scalar, bias: Scalar, chunk
         cosine = jnp.einsum("nkd,cjd->nkcj", local.pooled, gathered.texts[numbers], precision="highest")
         terms = -log_sigmoid(cosine, jnp.where(match, 1.0, -1.0), scale, bias)
         weight = jnp.broadcast_to(counted[:, None], cosine.shape).astype(cosine.dtype)
-        matched = match & there[None, None, :, None]
+        matched = match & real[None, None, :, None]
         sums = terms * weight, weight, jnp.where(matched, cosine, 0), jnp.where(matched, 0, cosine * weight)
         return tuple(x.sum((1, 2, 3)) for x in sums)
 
     chunks = -(-B // chunk)
     if chunks <= 1:
-        return one(jnp.arange(B))
+        return chunk_sums(jnp.arange(B))
     numbers = jnp.arange(chunks * chunk).reshape(chunks, chunk)
-    return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(one), numbers))
+    return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(chunk_sums), numbers))
 
 
 def pairs_bytes(config: SigmoidLossConfig, slides: int, batch_size: int, subcaptions: int) -> int:

@@ -108,7 +108,7 @@ class BertLayer(nnx.Module):
         self.ffn = FeedForward(config, rngs)
 
     def read_text(self, x: Array, masks: Sequence[Array], key: Array | None, kept: Array | None = None) -> Array:
-        """Tokens [G, T, H] through the layer; with `kept` only those states are returned, [G, n, H]."""
+        """Updated tokens [G, T, H], or with `kept` only those states, [G, n, H]."""
         keys = split_key(key, 2)
         with jax.named_scope("text_attention"):
             x = self.self_attention.within_texts(x, masks, keys[0], kept)
@@ -135,7 +135,7 @@ class Bert(nnx.Module):
     ) -> Float[Array, "G n H"]:
         """Final state of each text: that of its [CLS], or the mean of its tokens.
 
-        Rows as in `PathFLIP.encode_texts`. Attention is bidirectional, although a BERT folder may say `is_decoder`
+        Rows as in `PathFLIP.encode_texts`. Attention is bidirectional, even if the BERT folder sets `is_decoder`
         (DESIGN section 3.2). For "cls" all other tokens are dropped before the feed-forward of the last layer, as they
         are never used. For "mean_padded" a row holds one text, and its padding counts in the mean.
         """

@@ -1,4 +1,4 @@
-"""Model configurations: one frozen dataclass per family, identical in files, code and checkpoints."""
+"""Model configurations: one frozen dataclass per family, with the same fields in code, files and checkpoints."""
 
 import dataclasses
 import math
@@ -53,14 +53,16 @@ class ModelConfig:
             if field.name in self._optional and (value is None or isinstance(value, self._optional[field.name])):
                 continue
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-                raise ValueError(f"model config: {field.name}={value!r:.40}, expected such as {field.default!r}")
+                raise ValueError(
+                    f"model config: {field.name}={value!r:.40}, expected a value such as {field.default!r}"
+                )
             if expected is int and not 0 <= value <= _LARGEST.get(field.name, LARGEST_SIZE):
                 most = _LARGEST.get(field.name, LARGEST_SIZE)
                 raise ValueError(f"model config: {field.name}={value}, expected a size of at most {most}")
         for width, heads in self._divides:
             if not getattr(self, heads) or getattr(self, width) % getattr(self, heads):
                 found = f"{width}={getattr(self, width)} and {heads}={getattr(self, heads)}"
-                raise ValueError(f"model config: {found}; the width must be a multiple of the heads")
+                raise ValueError(f"model config: {found}; the width must be a multiple of the number of heads")
         for name, choices in self._choices.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"model config: {name}={getattr(self, name)!r}, expected one of {choices}")
@@ -78,7 +80,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Inverse of `to_dict`; an unknown name raises UnknownSettings, naming it.
+        """Inverse of `to_dict`; raises UnknownSettings for unknown names.
 
         Settings that an earlier version did not write take the value that reproduces its behaviour.
         """
@@ -91,13 +93,13 @@ class ModelConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UnknownSettings(
-                f"model config: no setting is called {', '.join(unknown)}; there are {', '.join(sorted(known))}",
+                f"model config: unknown settings {', '.join(unknown)}; known settings are {', '.join(sorted(known))}",
                 unknown,
             )
         return kind(**before("model", known - set(values)) | values)
 
 
-_LARGEST = {  # upper bounds, as a model is built before a file is compared with it
+_LARGEST = {  # bounds for configs read from files: a model is built before its weights are compared with the config
     "layers": 1024, "region_layers": 1024, "token_layers": 1024
 }  # fmt: skip
 
@@ -134,7 +136,7 @@ class PathFLIPConfig(ModelConfig):
 
     @property
     def map_layer(self) -> int:
-        """Index of the layer that gives the attention map: the last cross-attention layer up to `layers - 2`."""
+        """Index of the layer that provides the attention map: the last cross-attention layer up to `layers - 2`."""
         return max(layer for layer in self.cross_layers if layer <= max(self.layers - 2, 0))
 
 

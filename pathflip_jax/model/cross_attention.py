@@ -73,7 +73,7 @@ class CrossAttention(nnx.Module):
     def pool_part(
         self, x: Float[Array, "B 1 Q H"], patches: Float[Array, "B R S D"], mask: Bool[Array, "B R S"], so_far: "Part"
     ) -> "Part":
-        """Pooling of a slide's queries over this part of its patches, merged with the earlier parts in `so_far`."""
+        """Attention pooling over one part of a slide's patches, merged with the earlier parts in `so_far`."""
         B, R, S, D = patches.shape
         rows = absorb(*self._query(x, D), B, 0)[:, 0]  # [B, C, D]
         patches, mask = patches.reshape(B, R * S, D), mask.reshape(B, 1, R * S)
@@ -92,14 +92,16 @@ class CrossAttention(nnx.Module):
 
 
 class Part(NamedTuple):
-    """Running pooling of a slide's queries over part of its patches, in float32: the maximum score, and the sum of
-    weights and the pooled values relative to it."""
+    """Running attention pooling over the patches of a slide seen so far, in float32.
+
+    Holds each query row's maximum score, and its sum of weights and pooled values relative to that maximum.
+    """
 
     largest: Float[Array, "B C 1"]
     total: Float[Array, "B C 1"]
     pooled: Float[Array, "B C D"]
 
     def whole(self, dtype: jnp.dtype) -> tuple[Float[Array, "B 1 C D"], Float[Array, "B 1 C 1"]]:
-        """Result in the form of `pool_patches`, once all patches have been pooled."""
+        """Final result, in the form that `pool_patches` returns."""
         share = jnp.where(self.total > 0, 1 / jnp.where(self.total > 0, self.total, 1), 0)
         return (self.pooled * share).astype(dtype)[:, None], (self.total * share).astype(dtype)[:, None]

@@ -1,7 +1,7 @@
 """Model families: one record for each network that this library trains, converts and serves.
 
-`convert/families.py`, `inference/families.py` and `training/alignment.py` hold one table each, keyed by the same names:
-a family's weight names in other formats, its slide encoding, and its training objective.
+Three other tables have the same keys: weight names in other formats (`convert/families.py`), slide encoding
+(`inference/families.py`) and training objective (`training/alignment.py`).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ AlignmentModel = PathFLIP | PathFLIP2
 class Family:
     """A family of alignment models.
 
-    `patchwise`: every patch has an embedding and takes the role that a region has in other families. `added_words`
+    `patchwise`: every patch has an embedding, with the role of a region in other families. `added_words`
     counts the tokens added to BERT's vocabulary: `[DEC]` or none. `parts` gives operations and bytes of a forward pass.
     The settings of its losses are in `settings/kinds.py`.
     """

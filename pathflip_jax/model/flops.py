@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, by formula, counted on valid patches and real tokens.
+"""Model FLOPs of a training step, by formula, for valid patches and real tokens only.
 
 Padding, recomputation and operations added by XLA do not count, so the ratio to the device's peak is the "model FLOPs
 utilisation" of PaLM (arXiv 2204.02311). Two operations per multiply-add; bytes are the minimal memory traffic, each
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 def parts(config: ModelConfig, work: Work, width: int, training: bool) -> list[Part]:
-    """Parts of a step; `width` is the bytes of an activation. Training counts three times the forward pass."""
+    """Parts of a step; `width` is the size of an activation in bytes. Training counts as three forward passes."""
     passes = 3 if training else 1
     found = [
         Part(name, 2 * passes * multiply_adds, passes * moved)

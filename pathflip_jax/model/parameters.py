@@ -1,7 +1,7 @@
 """Conversion between models and flat dicts of parameters by name.
 
-Names such as "qformer/layers/0/self_attention/query/kernel" serve checkpoints, conversion, sharding rules and masks
-alike.
+Checkpoints, conversion, sharding rules and masks all use the same names, such as
+"qformer/layers/0/self_attention/query/kernel".
 """
 
 import functools
@@ -35,14 +35,14 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.cache
 def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph definition and abstract state of a config's model, cached, as every traced program needs them."""
+    """Graph definition and abstract state of a config's model; cached because every traced program needs them."""
     return nnx.split(jax.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
 
 
 def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
-    """Build the model of `template` (a config, a model, or its `jax.eval_shape`) from the parameters of `flatten`.
+    """Model of `template` (a config, a model, or its `jax.eval_shape`) with the flat parameters of `flatten`.
 
-    Raises ValueError with every name that is missing, unknown or of another shape.
+    Raises ValueError that lists every name that is missing, unknown or of another shape.
     """
     graph, state = _split_abstract(template) if isinstance(template, ModelConfig) else nnx.split(template)
     wanted = nnx.to_flat_state(state)
@@ -55,7 +55,7 @@ def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
         if name in flat and tuple(flat[name].shape) != tuple(variable.shape)
     ]
     if faults:
-        raise ValueError("parameters do not fit this model: " + "; ".join(faults))
+        raise ValueError("parameters do not match this model: " + "; ".join(faults))
     filled = [(path, variable.replace(flat[name])) for name, (path, variable) in names.items()]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

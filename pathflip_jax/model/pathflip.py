@@ -69,7 +69,7 @@ def _project(dtype: jnp.dtype, features: Array, projection: PatchProjection) -> 
 
 
 class RegionLayer(nnx.Module):
-    """Post-LayerNorm encoder layer over [slide; regions], as torch.nn.TransformerEncoderLayer."""
+    """Post-LayerNorm encoder layer over [slide; regions], equivalent to torch.nn.TransformerEncoderLayer."""
 
     def __init__(self, config: PathFLIPConfig, init: str, rngs: nnx.Rngs) -> None:
         D = config.embed_dim
@@ -87,7 +87,7 @@ class RegionLayer(nnx.Module):
         key: Array | None,
         among: Float[Array, "B P D"] | None = None,
     ) -> Float[Array, "B C D"]:
-        """Rows after attention over each other, or over `among`; masked ones are excluded as keys."""
+        """Rows x after attention to each other, or to the rows `among`; masked rows are excluded as keys."""
         keys = split_key(key, 4)
         among = x if among is None else among
         pooled, _ = self.attention(x, among, among, mask, self.rate, keys[0])
@@ -122,7 +122,7 @@ class TextRegionAttention(nnx.Module):
 class PathFLIP(nnx.Module):
     """PathFLIP alignment model: a pytree of float32 parameters, for use with plain JAX transforms.
 
-    There is one Q-Former. A second attribute referring to it would become untied under `jax.grad`.
+    The Q-Former is a single attribute: a second reference to it would be untied by `jax.grad`.
     """
 
     def __init__(self, config: PathFLIPConfig, rngs: nnx.Rngs) -> None:

@@ -1,8 +1,8 @@
 """PathFLIP2, the authors' follow-up network: tokens attend to all patches of a slide, then patches to the tokens.
 
-Letters as in `pathflip_jax.model.pathflip`. It has no regions: every patch takes the role that a region has in
-PathFLIP, so R is N here. Coordinates are not used. Source: github.com/cyclexfy/PathFLIP2, with numerical parity for its
-checkpoints (`tests/parity.py`).
+Letters as in `pathflip_jax.model.pathflip`. There are no regions: every patch has the role of a region in PathFLIP, so
+R is N here. Coordinates are not used. Source: github.com/cyclexfy/PathFLIP2, with numerical parity for its checkpoints
+(`tests/parity.py`).
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from pathflip_jax.ops.attention import softmax_where
 from pathflip_jax.ops.dropout import dropout, split_key
 
 RMS_EPS = float(np.finfo(np.float32).eps)  # the default of torch.nn.RMSNorm
-PATCHES_AT_ONCE = 8192  # of a slide, in the patchwise part: bounds memory without changing the result
-KEPT = "kept"  # checkpoint name of the residuals that a block keeps; the rest is rematerialised
+PATCHES_AT_ONCE = 8192  # patches of a slide per chunk in the patch decoder: limits memory, does not change the result
+RESIDUAL = "kept"  # checkpoint name of the residuals that a block saves; all else is rematerialised
 
 
 class Projection(nnx.Module):
@@ -65,8 +65,8 @@ class Block(nnx.Module):
         keys = split_key(key, 3)
         read = (self.query_norm if self.key_norm is None else self.key_norm)(y)
         pooled, weights = self.attention(self.query_norm(x), read, read, mask, self.rate, keys[0])
-        x = checkpoint_name(x + pooled, KEPT)
-        inner = checkpoint_name(self.intermediate(self.norm(x)), KEPT)
+        x = checkpoint_name(x + pooled, RESIDUAL)
+        inner = checkpoint_name(self.intermediate(self.norm(x)), RESIDUAL)
         outer = self.output(dropout(gelu(inner), self.rate, keys[1]))
         return x + dropout(outer, self.rate, keys[2]), weights
 
@@ -91,7 +91,7 @@ class TokenLayer(nnx.Module):
 class SoftTopK(nnx.Module):
     """Softmax pooling of each slide's k patches of highest cosine to a text, without parameters.
 
-    Patches tied with the k-th are included too, where torch.topk picks any of them.
+    All patches tied with the k-th are included, whereas torch.topk picks among them.
     """
 
     def __init__(self, config: PathFLIP2Config) -> None:
@@ -180,8 +180,8 @@ class PathFLIP2(nnx.Module):
         slide = self.slide_projection(states.tokens[:, 0], slide_key).astype(jnp.float32)
         regions = self.region_projection(states.patches, region_key).astype(jnp.float32)
         regions = jnp.where(mask[..., None], regions, 0)
-        looked = states.attention.reshape(*states.attention.shape[:-1], R, S) if attention else None
-        return SlideEncoding(slide, regions, mask, looked, None)
+        slide_map = states.attention.reshape(*states.attention.shape[:-1], R, S) if attention else None
+        return SlideEncoding(slide, regions, mask, slide_map, None)
 
     def read_patches(
         self, patches: Float[Array, "B N F"], mask: Bool[Array, "B N"], *, key: Array | None = None
@@ -202,11 +202,11 @@ class PathFLIP2(nnx.Module):
     def _read_tokens(
         self, x: Float[Array, "B N D"], tokens: Float[Array, "B Q D"], key: Array | None
     ) -> Float[Array, "B N D"]:
-        """Patches after attention to the tokens: independent per patch, so slides are processed in equal parts."""
-        there = jnp.ones(tokens.shape[:2], bool)
+        """Patches after attention to the tokens; each patch is independent, so large slides are processed in chunks."""
+        token_mask = jnp.ones(tokens.shape[:2], bool)
 
         def read(x: Array, key: Array | None) -> Array:
-            return self.patch_decoder(x, tokens, there, key)[0]
+            return self.patch_decoder(x, tokens, token_mask, key)[0]
 
         B, N, D = x.shape
         if N <= PATCHES_AT_ONCE:
@@ -215,8 +215,8 @@ class PathFLIP2(nnx.Module):
         size = -(-N // parts)
         cut = jnp.pad(x, ((0, 0), (0, parts * size - N), (0, 0))).reshape(B, parts, size, D).swapaxes(0, 1)
         keys = None if key is None else jax.random.split(key, parts)
-        kept = jax.checkpoint(read, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-        found = lax.map(lambda part: kept(*part), (cut, keys))
+        checkpointed = jax.checkpoint(read, policy=jax.checkpoint_policies.save_only_these_names(RESIDUAL))
+        found = lax.map(lambda part: checkpointed(*part), (cut, keys))
         return found.swapaxes(0, 1).reshape(B, parts * size, D)[:, :N]
 
     def read_texts(

@@ -36,15 +36,15 @@ class Layer(BertLayer):
     def read_patches(
         self, x: Array, patches: Array, mask: Array, key: Array | None
     ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Queries [B, 1+R, Q, H] through the layer, and the attention of slide and regions if it cross-attends."""
+        """Updated queries [B, 1+R, Q, H], and the attention of slide and regions if the layer has cross-attention."""
         keys = split_key(key, 3)
         maps = None
         with jax.named_scope("query_self_attention"):
             x = self.self_attention.among_queries(x, keys[0])
         if self.cross_attention is not None:
             with jax.named_scope("cross_attention"):
-                x, *looked = self.cross_attention(x, patches, mask, keys[1])
-                maps = tuple(looked)
+                x, *weights = self.cross_attention(x, patches, mask, keys[1])
+                maps = tuple(weights)
         with jax.named_scope("query_feed_forward"):
             return self.query_ffn(x, keys[2]), maps
 

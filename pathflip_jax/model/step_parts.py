@@ -23,12 +23,12 @@ Step = tuple[str, float, float]  # name, multiply-adds and bytes of a forward pa
 
 
 def pathflip_parts(config: PathFLIPConfig, work: Work, width: int) -> list[Step]:
-    """Parts of the PathFLIP forward pass; `width` is the bytes of an activation."""
+    """Parts of the PathFLIP forward pass; `width` is the size of an activation in bytes."""
     F, D, H, inner = config.feature_dim, config.embed_dim, config.hidden, config.intermediate
     Q, heads, layers, crossing = config.num_queries, config.heads, config.layers, len(config.cross_layers)
     N = work.patches
     rows = (work.slides + work.regions) * Q  # query tokens of a batch, of slides and regions
-    read = 2 * N  # every patch is scored and pooled by its slide's and its region's queries
+    read = 2 * N  # every patch is scored and pooled by the queries of its slide and of its region
     # Scores and their softmax are each written and read once in float32; patches are read for scores and for pooling.
     scores = read * heads * Q
     return [
@@ -42,7 +42,7 @@ def pathflip_parts(config: PathFLIPConfig, work: Work, width: int) -> list[Step]
 
 
 def pathflip2_parts(config: PathFLIP2Config, work: Work, width: int) -> list[Step]:
-    """Parts of the PathFLIP2 forward pass; `width` is the bytes of an activation."""
+    """Parts of the PathFLIP2 forward pass; `width` is the size of an activation in bytes."""
     F, D, layers = config.feature_dim, config.embed_dim, config.token_layers
     N, Q = work.patches, work.slides * (1 + config.tokens)
     read = N * (1 + config.tokens)  # pairs of a patch and a token of its slide

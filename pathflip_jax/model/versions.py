@@ -1,4 +1,4 @@
-"""Settings that earlier versions lacked, and the values that reproduce their behaviour, from the settings' fields."""
+"""Settings added since earlier versions, and the values that reproduce the behaviour of those versions."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from pathflip_jax.settings.kinds import LEGACY_VALUES
 
 
 class UnknownSettings(ValueError):
-    """Settings unknown to every version up to this one, listed in `names`."""
+    """Settings that no version up to this one knows, listed in `names`."""
 
     def __init__(self, message: str, names: Iterable[str]) -> None:
         super().__init__(message)
@@ -16,6 +16,6 @@ class UnknownSettings(ValueError):
 
 
 def before(section: str, names: Iterable[str]) -> dict[str, Any]:
-    """Values that reproduce versions without these settings, where stated and where they make a difference."""
+    """Values of these settings that reproduce versions without them; settings without effect are omitted."""
     stated = ((name, LEGACY_VALUES.get(f"{section}.{name}", AS_NOW)) for name in names)
     return {name: value for name, value in stated if value is not AS_NOW}

@@ -14,7 +14,7 @@ from pathflip_jax.ops.recompute import defer_until
 
 
 def softmax_where(scores: Float[Array, "... N"], mask: Bool[Array, "... N"] | None) -> Float[Array, "... N"]:
-    """Float32 softmax over the unmasked entries; all zeros where everything is masked, never a mean of padding."""
+    """Float32 softmax over the unmasked entries; all zeros, not a mean of padding, where everything is masked."""
     scores = scores.astype(jnp.float32)
     if mask is None:
         return jax.nn.softmax(scores)
@@ -59,7 +59,7 @@ def _pool(query: Array, key: Array, value: Array, mask: Array | None, seed: Arra
 
 def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, seed: Array | None, rate: float):
     scores = _scores(query, key, mask)
-    # The barrier keeps it small: XLA:CPU would otherwise broadcast it over all keys and keep the result.
+    # Without the barrier XLA:CPU would broadcast the maximum over all keys and keep the result.
     largest = fusion_barrier(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     if mask is not None:
@@ -73,7 +73,7 @@ def _pool_forward(query: Array, key: Array, value: Array, mask: Array | None, se
 
 
 def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]):
-    query, key, value, mask, seed, largest, share, outcome = residuals
+    query, key, value, mask, seed, largest, share, output = residuals
     gradient, sums_gradient = gradients
     query, gradient = defer_until(query, gradient)
     weights = jnp.exp(_scores(query, key, mask) - largest) * share
@@ -82,7 +82,7 @@ def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]
     kept = weights if seed is None else drop(weights, rate, seed)
     inner = matmul(gradient, value.mT) + sums_gradient.astype(jnp.float32)  # with respect to `kept`
     inner = inner if seed is None else drop(inner, rate, seed)
-    inner = score_gradient(weights, inner, gradients, outcome).astype(query.dtype)
+    inner = score_gradient(weights, inner, gradients, output).astype(query.dtype)
     gradients = matmul(inner, key), matmul(inner.mT, query), matmul(kept.astype(value.dtype).mT, gradient)
     shapes = query, key, value
     gradients = [g.astype(x.dtype) for g, x in zip(gradients, shapes, strict=True)]
@@ -92,24 +92,24 @@ def _pool_backward(rate: float, residuals: tuple, gradients: tuple[Array, Array]
 _pool.defvjp(_pool_forward, _pool_backward)
 
 
-def score_gradient_from_sums(weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: None) -> Array:
-    """Softmax gradient with respect to the scores, its weighted mean computed as a sum over all keys."""
+def score_gradient_from_sums(weights: Array, inner: Array, gradients: tuple[Array, Array], output: None) -> Array:
+    """Gradient of a softmax with respect to the scores; its weighted mean is computed as a sum over all keys."""
     inner = weights * inner
     return inner - weights * row_sums(inner)
 
 
 def score_gradient_from_output(
-    weights: Array, inner: Array, gradients: tuple[Array, Array], outcome: tuple[Array, Array]
+    weights: Array, inner: Array, gradients: tuple[Array, Array], output: tuple[Array, Array]
 ) -> Array:
-    """`score_gradient_from_sums` with the mean taken from the pooled values and their gradient, as in FlashAttention.
+    """`score_gradient_from_sums` with the mean computed from the pooled values and their gradient (FlashAttention).
 
-    It avoids the sum over keys, which XLA:TPU would compute inside each of the two products that read this result.
+    This avoids the sum over keys, which XLA:TPU would compute in both of the products that use this result.
     """
-    mean = [row_sums(x.astype(jnp.float32) * g.astype(jnp.float32)) for x, g in zip(outcome, gradients, strict=True)]
+    mean = [row_sums(x.astype(jnp.float32) * g.astype(jnp.float32)) for x, g in zip(output, gradients, strict=True)]
     return weights * (inner - sum(mean))
 
 
-# Pooled values and sums of weights, kept where the backward pass uses them; XLA:CPU gains nothing by it.
+# Pooled values and sums of weights, kept for `score_gradient_from_output`, which is no faster on XLA:CPU.
 saved_output = by_platform(cpu=lambda pooled, sums: None, default=lambda pooled, sums: (pooled, sums))
 score_gradient = by_platform(cpu=score_gradient_from_sums, default=score_gradient_from_output)
 
@@ -142,7 +142,7 @@ def attend(
 ) -> tuple[Float[Array, "... C H"], Float[Array, "... heads C T"]]:
     """Multi-head attention between projected rows: the pooled values and the probabilities before dropout.
 
-    The mask broadcasts against [..., heads, C, T]. C may be 0, as in a batch of one slide, which has no negatives.
+    The mask broadcasts against [..., heads, C, T]. C may be 0: a batch of one slide has no negatives.
     """
     query, key, value = (split_heads(x, heads) for x in (query, key, value))
     query /= math.sqrt(query.shape[-1])

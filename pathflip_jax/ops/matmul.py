@@ -19,8 +19,8 @@ def contract(spec: str, x: Array, kernel: Array) -> Array:
     return jnp.einsum(spec, x, kernel.astype(x.dtype))
 
 
-def _contract_backward(spec: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = kept
+def _contract_backward(spec: str, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
     left, right, output = spec.replace("->", ",").split(",")
     towards_x = jnp.einsum(f"{output},{right}->{left}", gradient, kernel.astype(x.dtype))
     return towards_x, kernel_gradient(left, output, right, x, gradient).astype(kernel.dtype)
@@ -35,7 +35,7 @@ def contract_joined_rows(left: str, output: str, right: str, x: Array, gradient:
     """`contract_rows` with its leading axes flattened into one.
 
     To sum over several axes, XLA:CPU first transposes x or the gradient, recomputing it one entry at a time; over a
-    single axis it does not. On other platforms the transpose is free, and a merged axis may be hard to shard.
+    single axis it does not. Other platforms transpose for free, and a flattened axis may be hard to shard.
     """
     rows = len(left) - len(set(left) & set(right))
     if rows > 1 and left[:rows] == output[:rows]:

@@ -31,9 +31,9 @@ def _unit_rms(x: Array, eps: float) -> tuple[Array, Array]:
     return x * factor, factor
 
 
-def _rms_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _rms_norm_backward(eps: float, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     # Hand-written for the same reason as that of `layer_norm` below.
-    x, scale = kept
+    x, scale = residuals
     W, dtype = x.shape[-1], x.dtype
     x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
     x, factor = _unit_rms(x, eps)
@@ -71,10 +71,10 @@ def _standardise(x: Array, eps: float) -> tuple[Array, Array]:
     return _unit_rms(x - x.mean(-1, keepdims=True), eps)
 
 
-def _layer_norm_backward(eps: float, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
-    # Hand-written: in the derivative that JAX finds, XLA:CPU runs the sums over rows and columns one entry at a time,
-    # ten times slower.
-    x, scale = kept
+def _layer_norm_backward(eps: float, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    # Hand-written: in the derivative that JAX generates, XLA:CPU computes the sums over rows and columns one entry at a
+    # time, ten times slower.
+    x, scale = residuals
     W, dtype = x.shape[-1], x.dtype
     x, gradient = defer_statistics(x, gradient.astype(jnp.float32))
     x, factor = _standardise(x, eps)

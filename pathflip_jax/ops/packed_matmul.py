@@ -1,6 +1,6 @@
 """Products of few rows with kernels stored in a layout other than [inputs, outputs], so that each weight is read once.
 
-Decoding a token of few sequences is bound by the bytes of the weights. XLA:CPU reads them at memory bandwidth in one
+Decoding a token for few sequences is limited by reading the weights. XLA:CPU reads them at memory bandwidth in one
 layout only (benchmarks/ROOFLINE.md, "Generation"): float32 kernels [outputs, inputs] on the left of a product. Other
 platforms read plain kernels well. There is no gradient: these layouts are for generation.
 """
@@ -18,12 +18,12 @@ FEW = 16  # input rows up to which the kernel on the left is faster; prompts use
 
 
 def best_layout() -> Layout:
-    """The fastest layout on the platform being traced for."""
+    """Fastest layout on the target platform of the trace."""
     return "rows" if target_platform() == "cpu" else "plain"
 
 
 def store(kernel: Float[Array, "I O"], layout: Layout) -> Array:
-    """A kernel in the given layout: plain is [I, O]; rows is [O, I] in float32, whatever the dtype of the kernel."""
+    """Kernel in the given layout: "plain" is [I, O]; "rows" is [O, I] in float32, whatever the dtype of the kernel."""
     return kernel.T.astype(jnp.float32) if layout == "rows" else kernel
 
 

@@ -52,10 +52,10 @@ def pool_patches(
 ) -> tuple[Float[Array, "B P C D"], Float[Array, "B P C 1"]]:
     """Softmax attention of a slide's queries, [:, 0], over all of its patches, and of each region's over its own.
 
-    Returns the values pooled by each head of each query and the sum of its weights. Each region's patches meet both
-    kinds of rows in one product; the slide's per-region partial results are combined by each region's share of the
-    softmax, as in FlashAttention (arXiv 2205.14135). Rows and weights are rematerialised in the backward pass, and
-    nothing of their size is kept. The softmax is in float32.
+    Returns the values pooled by each head of each query and the sum of its weights. One product multiplies each
+    region's patches by both kinds of rows; the slide's partial results per region are combined by each region's share
+    of the softmax, as in FlashAttention (arXiv 2205.14135). Rows and weights are rematerialised in the backward pass,
+    and nothing of their size is kept. The softmax is in float32.
     """
     seed = None if key is None or rate == 0 else jax.random.key_data(key)
     return _pool_patches(query, key_kernel, patches, mask, seed, rate)
@@ -70,13 +70,13 @@ def _forward(query: Array, key_kernel: Array, patches: Array, mask: Array, seed:
     rows = absorb(query, key_kernel, *patches.shape[:2])
     C = rows.shape[2]
     scores = _scores(_join(rows), patches, mask)
-    # The barrier keeps it small: XLA:CPU would otherwise broadcast it over all patches and keep that for the backward.
+    # Without the barrier XLA:CPU would broadcast the maximum over all patches and keep it for the backward pass.
     largest = fusion_barrier(scores.max(-1, keepdims=True))
     weights = jnp.where(mask[:, :, None], jnp.exp(scores - largest), 0)
     total = row_sums(weights)
     kept = weights if seed is None else drop(weights, rate, seed)
     pooled, sums = matmul(kept.astype(patches.dtype), patches), total if seed is None else row_sums(kept)
-    # A slide's weights in a region relate to those in its other regions as the exponentials of their maxima.
+    # A slide's weights in different regions are relative to different maxima: rescale them to the highest one.
     highest = largest[:, :, :C].max(1, keepdims=True)
     relative = jnp.exp(largest[:, :, :C] - highest)
     total, sums, pooled = (
@@ -117,7 +117,7 @@ _pool_patches.defvjp(_forward, _backward)
 
 
 def absorb(query: Array, key_kernel: Array, slides: int, regions: int) -> Float[Array, "B P C D"]:
-    """Query rows with the key projection absorbed, to score patches directly; a single query set is broadcast."""
+    """Query rows that include the key projection and score patches directly; a single query set is broadcast."""
     rows = contract("bgqhd,Dhd->bghqD", query, key_kernel)  # [B, 1+R, heads, Q, D]
     rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
     return jnp.broadcast_to(rows, (slides, 1 + regions, *rows.shape[2:]))

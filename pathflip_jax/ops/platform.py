@@ -1,7 +1,7 @@
-"""The single switch between implementations for XLA:CPU and those that every other platform compiles.
+"""The only switch between implementations for XLA:CPU and those for all other platforms.
 
-It is resolved at trace time, so that no other platform's program contains a CPU workaround. The implementation that a
-platform gets, and its cost there, is read from compiled programs by `benchmarks/tpu_programs.py`.
+It is resolved at trace time, so programs for other platforms contain no CPU workarounds. `benchmarks/tpu_programs.py`
+reads from compiled programs which implementation a platform gets, and its cost.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def target_platform() -> str:
-    """The target platform of the trace: that of the current mesh, whose devices may be abstract, else the backend's."""
+    """Target platform of the trace: that of the current mesh, whose devices may be abstract, else the backend's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

@@ -24,8 +24,8 @@ def undeferred(x: Array, gradient: Array) -> tuple[Array, Array]:
     return x, gradient
 
 
-# For per-row statistics, which other platforms recompute inside the fusion that consumes them: XLA:TPU would write both
-# operands of a barrier to memory.
+# For per-row statistics. Other platforms recompute them inside the fusion that uses them; a barrier would make XLA:TPU
+# write both operands to memory.
 defer_statistics = by_platform(cpu=defer_until, default=undeferred)
 
 

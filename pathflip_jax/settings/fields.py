@@ -102,7 +102,7 @@ def above_zero(most: float = math.inf) -> Range:
 
 
 PATH = Unrestricted("a file, a folder or a URL")
-NAME = Unrestricted("a name, checked when the run starts")
+NAME = Unrestricted("a name")  # checked when the run starts
 FLAG = Words((False, True))
 FLOATS = Words(("float32", "bfloat16"))
 LAYERS, WIDTH, LENGTH = whole(1, 1024), whole(1, LARGEST_SIZE), whole(1, 2**20)
