@@ -1,4 +1,4 @@
-"""The command line: every command explains itself, every example in a --help parses, wrong input is one line."""
+"""Command line: every option has help, every example in a --help parses, wrong input is reported in one line."""
 
 import contextlib
 import errno
@@ -101,7 +101,7 @@ def test_a_wrong_option_of_train_shows_its_usage(option, meant, capsys):
 
 
 def test_the_command_line_starts_without_heavy_imports():
-    """`pathflip --help` answers at once; what trains loads no PyTorch, which TensorBoard's writer would."""
+    """`pathflip --help` is fast; training does not load PyTorch, which TensorBoard's writer would."""
     code = (
         "import sys, pathflip_jax.cli as c; c.build_parser(); heavy = {'torch', 'tensorflow'}; "
         "assert not {'jax', 'scipy'} & set(sys.modules); "

@@ -1,4 +1,4 @@
-"""`pathflip doctor` names each fault with its cure, and its exit code tells whether there is one."""
+"""`pathflip doctor` names each fault with its cure, and its exit code shows whether there is one."""
 
 import json
 import sys
@@ -41,11 +41,11 @@ def test_a_device_without_a_known_peak_is_noted(monkeypatch):
 
 
 def test_a_folder_of_a_packages_name_is_found(tmp_path, monkeypatch):
-    """As W&B leaves one behind, with PYTHONPATH=. or without: it is imported, and has no metadata."""
+    """Folders such as W&B leaves behind shadow a package, with or without PYTHONPATH=., and have no metadata."""
     (tmp_path / "absentpackage").mkdir()
     (tmp_path / "h5py").mkdir()
     (tmp_path / "h5py" / "__init__.py").touch()
-    (tmp_path / "tokenizers").mkdir()  # without an __init__.py it gives way to the package
+    (tmp_path / "tokenizers").mkdir()  # without an __init__.py the package takes precedence
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("h5py", "tokenizers"):
         monkeypatch.delitem(sys.modules, module, raising=False)

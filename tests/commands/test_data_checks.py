@@ -10,7 +10,7 @@ from pathflip_jax.commands.findings import logged_warnings
 
 @pytest.fixture
 def look(tiny_cohort):
-    """The findings of the tiny cohort, with any part given otherwise, by state."""
+    """Findings by state for the tiny cohort, with any input replaced."""
 
     def examine(**other):
         parts = {"records": tiny_cohort.records, "slides": tiny_cohort.slides, "texts": tiny_cohort.texts}
@@ -23,7 +23,7 @@ def look(tiny_cohort):
 
 
 def _table(tiny_cohort, tmp_path, change):
-    """The slide table with its cells changed, by `change(slide, row)`, which returns None for a row to leave out."""
+    """Slide table with its rows changed by `change(slide, row)`, which returns None to drop a row."""
     head, *lines = tiny_cohort.slides.read_text().splitlines()
     rows = [dict(zip(head.split(","), line.split(","), strict=True)) for line in lines]
     kept = [row for row in (change(row["slide_id"], row) for row in rows) if row is not None]

@@ -1,4 +1,4 @@
-"""The demo: every step is a command that parses, the first failure ends it, and its setup has all that it needs."""
+"""Demo: every step is a command that parses, the first failure ends it, and its lock files are complete."""
 
 import configparser
 import os
@@ -27,7 +27,7 @@ def test_every_step_is_a_command_that_parses():
 
 
 def _plan(tmp_path, failing=0):
-    """Nine steps as those of the demo; each says its cores and leaves a file when it is told to stop or done."""
+    """Nine steps like those of the demo; each prints its cores, and leaves a file when done."""
     code = (
         "import os, pathlib, signal, sys, time;"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));"
@@ -60,7 +60,7 @@ def test_steps_run_in_order_and_the_two_trainings_side_by_side(monkeypatch, capf
     pair = [", ".join(map(str, share)) for share in (cores[::2], cores[1::2])] if len(cores) > 1 else whole * 2
     assert shown == 3 * whole + pair + 4 * whole
     lines = said.split("\n")
-    assert lines.count("at 1%\rat 99%") == 8 and lines.count("at 99%") == 1  # of one shown later the bar's end alone
+    assert lines.count("at 1%\rat 99%") == 8 and lines.count("at 99%") == 1  # delayed: final state
     assert said.index("[5/9]") < said.index("Output of step 5:") < said.index("[6/9]")
     assert sorted(os.sched_getaffinity(0)) == cores
 
@@ -69,7 +69,7 @@ def test_steps_run_in_order_and_the_two_trainings_side_by_side(monkeypatch, capf
 @pytest.mark.parametrize("failing", [3, 5])
 def test_the_first_failure_ends_the_demo(failing, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(demo_steps, "steps", lambda *_, **__: _plan(tmp_path, failing))
-    assert demo_steps.run_demo(tmp_path / "demo") == 7  # step 4, which would take a minute, is told to stop
+    assert demo_steps.run_demo(tmp_path / "demo") == 7  # step 4, which would take a minute, is terminated
     said = capfd.readouterr().out.strip().splitlines()
     assert f"Step {failing} of the demo ended with exit code 7" in said[-1]
     assert sorted(os.listdir(tmp_path)) == ["1", "2", "3"][: failing - 1]

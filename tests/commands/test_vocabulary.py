@@ -1,4 +1,4 @@
-"""`pathflip vocabulary`: words of one split, and no false statement about the others."""
+"""`pathflip vocabulary`: a vocabulary of one split, without false warnings about the others."""
 
 import json
 
@@ -9,7 +9,7 @@ from pathflip_jax import cli
 
 @pytest.fixture
 def tables(tmp_path):
-    """Ten slides of ten patients, of two splits, and reports that call them by patient."""
+    """Ten slides of ten patients in two splits, and reports keyed by patient."""
     rows = [f"S{i},{i}.0,{'train' if i < 6 else 'test'}" for i in range(10)]
     (tmp_path / "slides.csv").write_text("\n".join(["slide_id,patient_id,split", *rows]))
     texts = [

@@ -19,7 +19,7 @@ from pathflip_jax.losses.pathflip import (
 B, R, K, D = 5, 3, 2, 8
 CASE = jnp.array([4, 1, 4, 2, 3])  # slides 0 and 2 are of one patient
 APART = jnp.arange(B)
-SHARED = jnp.array([[4, 9], [1, 9], [4, 4], [2, 8], [8, 3]])  # a number in any column is what slides share
+SHARED = jnp.array([[4, 9], [1, 9], [4, 4], [2, 8], [8, 3]])  # slides are related by an equal number in any column
 
 
 def embeddings(size: int = B) -> Embeddings:
@@ -31,7 +31,7 @@ def embeddings(size: int = B) -> Embeddings:
 
 
 def pool(texts, regions, mask):
-    """A stand-in for the model's attention: softmax over regions of the plain dot product."""
+    """Substitute for the model's attention: softmax over regions of the plain dot product."""
     scores = jnp.where(mask[:, None], jnp.einsum("bcd,brd->bcr", texts, regions), -1e9)
     weights = jax.nn.softmax(scores)
     return jnp.einsum("bcr,brd->bcd", weights, regions), weights
@@ -82,7 +82,7 @@ def slow_region_loss(batch, negatives, related, scale, bias, config: LossConfig)
 
 
 def reads_alike(batch, i: int, j: int, drawn: int) -> bool:
-    """Whether the subcaption drawn of slide j is one that slide i has itself."""
+    """Whether the subcaption drawn from slide j is also a subcaption of slide i."""
     return batch.wording is not None and int(batch.wording[j, drawn]) in np.asarray(batch.wording[i]).tolist()
 
 
@@ -185,7 +185,7 @@ def test_the_released_normaliser_grows_with_the_batch_and_per_slide_does_not(siz
 
 @pytest.mark.parametrize("normaliser", ["released", "per_slide"])
 def test_slides_of_one_case_are_no_negatives(normaliser):
-    """Slides 0 and 2 are of one case: what slide 0 learns does not depend on the texts of slide 2."""
+    """Slides 0 and 2 are of one case: the gradient of slide 0 does not depend on the texts of slide 2."""
     batch = embeddings()
     negatives = draw_negatives(jax.random.key(2), B, K)
     config = LossConfig(normaliser=normaliser, slide_weight=0.0)
@@ -206,7 +206,7 @@ def test_slides_of_one_case_are_no_negatives(normaliser):
     np.testing.assert_array_equal(of_regions(batch, CASE), of_regions(moved, CASE))
     assert np.abs(of_regions(batch, APART) - of_regions(moved, APART)).max() > 1e-3
 
-    # Slide 0 meets captions in rows and columns: of a pair left out, neither similarity enters.
+    # Slide 0 is compared with captions in rows and columns: neither similarity of an excluded pair may count.
     of_slide = jax.jit(jax.grad(slide_loss))
     for case, same in ((CASE, True), (APART, False)):
         before, after = (of_slide(batch.slide, captions, case)[0] for captions in (batch.captions, moved.captions))

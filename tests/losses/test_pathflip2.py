@@ -1,4 +1,4 @@
-"""The losses of PathFLIP2 against sums written out pair by pair; chunks change nothing, cases are left out."""
+"""The losses of PathFLIP2 against sums pair by pair; chunks change nothing, slides of one case are excluded."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_pair_loss_is_the_mean_over_pairs_whatever_stands_in_memory(case, at_onc
 
 @pytest.mark.parametrize("at_once", [0, 2])
 def test_shared_captions_and_subcaptions_are_no_negatives(at_once):
-    """Slides share a number of any column; a subcaption that reads like one of the slide's own is left out alone."""
+    """Slides are related by an equal number in any column; only subcaptions equal to the slide's own are excluded."""
     pooled, texts = drawn(B, K, D), drawn(1, B, K, D)[0]
     related = np.array([[0, 7], [1, 7], [2, 2], [3, 3], [4, 4]])
     wording = np.array([[1, 2, 3], [4, 5, 6], [2, 8, 9], [10, 10, 12], [13, 9, 9]])

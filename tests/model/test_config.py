@@ -1,4 +1,4 @@
-"""The model's config: what it refuses, and which layers read patches."""
+"""Model configs: refused values, and the layers with cross-attention to patches."""
 
 import json
 

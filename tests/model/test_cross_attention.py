@@ -1,4 +1,4 @@
-"""Cross-attention with absorbed projections against the plain one, and its gradient by hand against JAX's own."""
+"""Cross-attention with absorbed projections, and its hand-written gradient, against the plain form and JAX's."""
 
 import math
 
@@ -14,7 +14,7 @@ D, HEADS = 24, 4
 
 
 def plain_cross_attention(module: CrossAttention, x, patches, mask):
-    """Keys and values of every patch projected, as BERT writes it; a bag without patches pools zero."""
+    """Plain BERT cross-attention with keys and values projected per patch; a bag without patches pools to zero."""
     heads = module.heads
 
     def split(y):

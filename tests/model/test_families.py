@@ -1,4 +1,4 @@
-"""Model families: one record each, and the tables of other rooms by the same names."""
+"""Model families: one record each, with the same keys in the tables of all packages."""
 
 import re
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_what_the_rooms_say_of_a_family_agrees(name):
     config = family.config(**SMALL)
     assert family_of(config) is family
     assert isinstance(make_model(config, nnx.Rngs(0)), family.network)
-    assert CONVERSIONS[name].bert.whole == (family.added_words == 0)  # [DEC] is what a BERT as it is does not have
+    assert CONVERSIONS[name].bert.whole == (family.added_words == 0)  # an unmodified BERT has no [DEC]
     shapes = abstract_params(config)
     assert f"{CONVERSIONS[name].bert.path}/word_embeddings/embedding" in shapes
     assert [entry.path for entry in CONVERSIONS[name].names(config)] and {
@@ -39,7 +39,7 @@ def test_what_the_rooms_say_of_a_family_agrees(name):
     } == shapes.keys()
     default = METHODS[SERVING[name].default_method]
     assert not (family.patchwise and default.splits_regions)
-    assert SERVING[name].in_blocks != family.patchwise  # regions are what a block is made of
+    assert SERVING[name].in_blocks != family.patchwise  # blocks consist of regions
 
 
 def test_no_room_asks_for_a_family_by_its_class():

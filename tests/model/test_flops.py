@@ -1,4 +1,4 @@
-"""The operations of a step: what a batch holds is counted, padding is not."""
+"""FLOPs of a training step: the content of a batch is counted, padding is not."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Layers against PyTorch's, and the effect of masks and dropout."""
+"""Layers against those of PyTorch, and the effect of masks and dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ D, HEADS = 24, 4
 
 
 def randomised(module: nnx.Module, seed: int = 0) -> nnx.Module:
-    """The module with every parameter drawn anew, so that none stays at zero or one."""
+    """The module with all parameters random, so that none is zero or one."""
     leaves, tree = jax.tree.flatten(module)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(

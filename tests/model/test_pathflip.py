@@ -1,4 +1,4 @@
-"""The whole model: padding, packing, tied weights, precision, recomputation, names of parameters."""
+"""PathFLIP: padding, packing, tied weights, precision, rematerialisation, parameter names."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ B, R, S, K = 3, 2, 4, 2
 
 @functools.cache
 def model(**changes) -> PathFLIP:
-    """The same weights for every precision; none is left at zero or one."""
+    """Model with the same weights for every precision, none of them zero or one."""
     config, rng = dataclasses.replace(CONFIG, **changes), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: flatten(PathFLIP(config, nnx.Rngs(0))))
     flat = {name: name.endswith("scale") + rng.normal(0, 0.2, x.shape) for name, x in shapes.items()}
@@ -46,13 +46,13 @@ def slides() -> tuple[np.ndarray, np.ndarray]:
 
 
 def texts() -> list[list[np.ndarray]]:
-    """A caption and K subcaptions for every slide, of 2 to 6 tokens."""
+    """A caption and K subcaptions of 2 to 6 tokens for every slide."""
     rng = np.random.default_rng(2)
     return [[rng.integers(1, 40, rng.integers(2, 7)) for _ in range(1 + K)] for _ in range(B)]
 
 
 def pack(groups: list[list[np.ndarray]], rows: int, length: int) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray]:
-    """Texts of each group, one after the other, in rows: the arrays of `encode_texts`."""
+    """Arrays of `encode_texts`: the texts of each group packed into rows, one after the other."""
     shape = (len(groups), rows, length)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     index = np.zeros((len(groups), max(map(len, groups))), np.int32)
@@ -70,7 +70,7 @@ def pack(groups: list[list[np.ndarray]], rows: int, length: int) -> tuple[list[t
 
 
 def loss(model, patches, mask, packed, key=None):
-    """The total loss and all outputs of a batch; gradients of the loss reach every parameter that is used."""
+    """Total loss and all outputs of a batch; the loss depends on every parameter that is used."""
     keys = (None, None) if key is None else jax.random.split(key)
     encoding = model.encode_slides(patches, mask, key=keys[0])
     embedded = model.encode_texts(*packed, key=keys[1]).reshape(B, 1 + K, -1)
@@ -88,7 +88,7 @@ step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
 
 @functools.cache
 def reference():
-    """Outputs and gradients without any padding but the mask of `slides`."""
+    """Reference outputs and gradients, without padding other than the mask of `slides`."""
     return step(model(), *slides(), pack(texts(), 3, 8))
 
 
@@ -124,16 +124,16 @@ def test_padding_of_patches_and_regions_changes_nothing(filler):
 
 
 def test_padding_and_packing_of_texts_changes_nothing():
-    """All texts in one group, in wider rows, with rows of nothing: the same as the reference's three groups."""
+    """All texts in one group, in wider rows and with empty rows, equal the reference with three groups."""
     together = [[text for group in texts() for text in group]]
     ((tokens, segments, positions),), index = pack(together, 6, 11)
     assert not segments[0, -1].any() and (segments == 0).any() and segments.max() > 1
-    tokens = np.where(segments == 0, 5, tokens)  # whatever stands there
+    tokens = np.where(segments == 0, 5, tokens)  # padding may hold any token
     check_same(step(model(), *slides(), ([(tokens, segments, positions)], index)))
 
 
 def test_texts_in_rows_of_different_lengths_are_the_same():
-    """The last slide's texts in short rows, the others' in long ones behind them: the places move, nothing else."""
+    """With the last slide's texts in short rows and the others in long rows after them, only positions change."""
     first, last = pack([texts()[-1]], 3, 8), pack([[text for group in texts()[:-1] for text in group]], 4, 11)
     index = np.concatenate([last[1] + 3 * 8, first[1]], axis=1)
     check_same(step(model(), *slides(), (first[0] + last[0], index)))
@@ -165,7 +165,7 @@ def test_a_slide_without_patches_harms_no_other():
 
 
 def test_a_fully_masked_region_pools_zero():
-    """Its queries see the residual alone: the value bias must not enter where there is no patch."""
+    """Its queries receive only the residual: the value bias must not be added where there is no patch."""
     patches, mask = slides()
     mask[0, 1] = False
     read = jax.jit(lambda m, x: m.qformer.read_patches(m.patch_projection(x), mask).regions)
@@ -260,7 +260,7 @@ def test_bfloat16_is_close_and_keeps_float32_outside():
         if a.dtype != bool:
             assert a.dtype == jnp.float32
             np.testing.assert_allclose(a, b, atol=0.15)
-            assert np.abs(a - b).max() > 1e-4  # it did compute in half precision
+            assert np.abs(a - b).max() > 1e-4  # it did compute in bfloat16
     read = jax.eval_shape(lambda m, *a: m.qformer.read_text(*a), model(compute_dtype="bfloat16"), *pack(texts(), 3, 8))
     assert read.dtype == jnp.bfloat16
 

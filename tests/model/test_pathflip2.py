@@ -1,4 +1,4 @@
-"""PathFLIP2 against PyTorch's own layers and transformers' BERT; padding and parts of a slide change nothing."""
+"""PathFLIP2 against PyTorch's own layers and transformers' BERT; padding and chunks change nothing."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ CONFIG = PathFLIP2Config(
 )  # fmt: skip
 B, N, K = 2, 7, 2
 
-# Compiled whole: one program in place of hundreds, one for each operation.
+# Compiled as one program instead of hundreds, one per operation.
 encode_slides = jax.jit(PathFLIP2.encode_slides, static_argnames="attention")
 encode_texts = jax.jit(PathFLIP2.encode_texts)
 
@@ -36,7 +36,7 @@ def model() -> PathFLIP2:
 
 
 def moved(config: PathFLIP2Config) -> PathFLIP2:
-    """A model whose norms and biases are off their initial values, so that each counts."""
+    """Model whose norms and biases differ from their initial values, so that each has an effect."""
     model = PathFLIP2(config, nnx.Rngs(0))
     rng = np.random.default_rng(1)
     flat = {name: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for name, x in flatten(model).items()}
@@ -74,7 +74,7 @@ def test_a_slide_in_parts_is_the_whole_slide(model, slides, monkeypatch):
         found = model.encode_slides(patches[:, None], mask[:, None])
         return jnp.sum(found.regions**2) + jnp.sum(found.slide**3), found
 
-    def compiled():  # each call traces anew, so that it sees the number of patches at once
+    def compiled():  # traced anew on each call, to pick up the changed PATCHES_AT_ONCE
         return jax.jit(jax.value_and_grad(run, has_aux=True)).lower(model).compile()
 
     one = compiled()
@@ -110,7 +110,7 @@ def test_soft_top_k_pools_the_k_most_similar(model, slides):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("head", ["soft_topk", "attention"])
 def test_losses_and_gradients_are_those_of_pytorch(slides, head, pooling):
-    """The exported module in PyTorch, of nn.MultiheadAttention, nn.RMSNorm and transformers' BERT, packing aside."""
+    """Against the exported PyTorch module: nn.MultiheadAttention, nn.RMSNorm, transformers' BERT, without packing."""
     torch = pytest.importorskip("torch")
     from torch.nn import functional
 
@@ -167,7 +167,7 @@ def test_losses_and_gradients_are_those_of_pytorch(slides, head, pooling):
 
 
 def test_a_padded_mean_counts_the_padding(slides):
-    """What the released code computes: a text alone is as with `mean`, beside a longer one it is another."""
+    """As in the released code: a text alone is embedded as with `mean`, next to a longer one it is not."""
     model = moved(dataclasses.replace(CONFIG, text_pooling="mean_padded"))
     plain = unflatten(CONFIG, flatten(model))
 

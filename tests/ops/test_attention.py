@@ -40,7 +40,7 @@ def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, mask
     mask = None
     if masked:
         mask = rng.random((2, 1, 5, 7)) < 0.6
-        mask[0, 0, 1] = False  # a row that sees nothing
+        mask[0, 0, 1] = False  # a fully masked row
         mask = jnp.asarray(mask)
     weights = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 5, 8), (2, 3, 5, 1))]
     dropout_key = jax.random.key(9)

@@ -17,7 +17,7 @@ def test_dropout_keeps_the_mean_and_the_rate(shape):
     assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - round(0.1 * 2**32) / 2**32))}
     assert abs((y == 0).mean() - 0.1) < 5 * math.sqrt(0.09 / y.size)
     assert abs(y.mean() - 1) < 0.005
-    # Neighbours in a row, in a column, and the same place under the next key fall independently.
+    # Neighbours in a row, in a column, and the same entry under the next key are dropped independently.
     zero, other = y == 0, np.asarray(dropout(x, 0.1, jax.random.key(1))) == 0
     pairs = [(zero[..., :-1], zero[..., 1:]), (zero[:-1], zero[1:]), (zero, other)]
     assert all(abs((one & two).mean() - 0.01) < 5 * math.sqrt(0.01 / one.size) for one, two in pairs)
@@ -46,7 +46,7 @@ def test_dropout_without_a_key_or_a_rate_is_the_identity():
 
 
 def test_what_is_kept_and_its_gradient_are_those_of_the_reference():
-    """Other entries fall; where neither falls, values and gradients are the same, and as many fall."""
+    """Different entries are dropped, but as many; where neither drops, values and gradients are equal."""
     x, key = jax.random.normal(jax.random.key(1), (300, 200)), jax.random.key(2)
     runs = [jax.vjp(lambda x, drop=drop: drop(x, 0.3, key), x) for drop in (dropout, dropout_reference)]
     (ours, plain), (towards, expected) = zip(*((found, back(x)[0]) for found, back in runs), strict=True)
@@ -54,4 +54,4 @@ def test_what_is_kept_and_its_gradient_are_those_of_the_reference():
     np.testing.assert_allclose(ours[both], plain[both], rtol=1e-6)
     np.testing.assert_allclose(towards[both], expected[both], rtol=1e-6)
     assert abs(float((ours == 0).mean() - (plain == 0).mean())) < 5 * math.sqrt(2 * 0.21 / x.size)
-    assert abs(float(both.mean()) - 0.49) < 5 * math.sqrt(0.25 / x.size)  # drawn independently of each other
+    assert abs(float(both.mean()) - 0.49) < 5 * math.sqrt(0.25 / x.size)  # the two masks are independent

@@ -1,4 +1,4 @@
-"""Products with kernels as they are stored, against the kernels as they were."""
+"""Products with packed kernels against products with the original kernels."""
 
 import jax
 import jax.numpy as jnp

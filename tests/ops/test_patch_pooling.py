@@ -17,7 +17,7 @@ def test_pooling_has_the_values_and_gradients_of_attention_as_written(rate, shar
     monkeypatch.setattr(platform, "target_platform", lambda: target_platform)
     rng = np.random.default_rng(3)
     B, R, S, Q, d = 2, 3, 5, 2, 6
-    sets = (1, 1) if shared else (B, 1 + R)  # before the first patches are read all queries are one set
+    sets = (1, 1) if shared else (B, 1 + R)  # until the first cross-attention all query sets are equal
     query = jnp.asarray(rng.normal(size=(*sets, Q, HEADS, d)), jnp.float32)
     key_kernel = jnp.asarray(rng.normal(size=(D, HEADS, d)), jnp.float32)
     patches = jnp.asarray(rng.normal(size=(B, R, S, D)), jnp.float32)

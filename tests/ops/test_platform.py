@@ -1,4 +1,4 @@
-"""The switch by platform: the forms of a CPU are in a CPU's programs and in no other's, and both compute the same."""
+"""Platform switch: CPU implementations are used in programs for a CPU only, and both compute the same."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from pathflip_jax.ops.platform import by_platform, fusion_barrier, target_platfo
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """What is traced is traced as for a TPU; what was traced before is forgotten, and so is this in the end."""
+    """Trace as for a TPU, with trace caches cleared before and after."""
     from pathflip_jax.ops import platform
 
     jax.clear_caches()
@@ -24,7 +24,7 @@ def elsewhere(monkeypatch):
 
 
 def gradient_of_a_layer():
-    """The program of a layer with every switched operation in it, lowered."""
+    """Lowered program of a layer that contains every switched operation."""
     norm = LayerNorm(8, 1e-5)
 
     def loss(x, kernel):
@@ -46,13 +46,13 @@ def test_the_platform_is_that_of_the_mesh_or_else_of_the_backend(monkeypatch):
 def test_only_a_cpu_has_fusion_barriers_and_sums_as_products():
     program = gradient_of_a_layer()
     assert program.count("optimization_barrier") > 2 and "contracting_dims = [0] x [0]" in program
-    assert "8x1xf32" in program  # the ones that rows are summed with
+    assert "8x1xf32" in program  # the vector of ones for row sums
 
 
 def test_elsewhere_weights_of_attention_are_deferred_and_nothing_else(elsewhere):
     program = gradient_of_a_layer()
     assert "contracting_dims = [0, 1] x [0, 1]" in program and "8x1xf32" not in program
-    assert program.count("optimization_barrier") == 1  # what the gradient computes again waits for what comes to it
+    assert program.count("optimization_barrier") == 1  # recomputation waits for the incoming gradient
 
 
 def test_a_switch_gives_each_platform_its_form(elsewhere):

@@ -1,4 +1,4 @@
-"""Recomputation for the gradient leaves the gradient unchanged."""
+"""Rematerialisation leaves the gradient unchanged."""
 
 import jax
 import jax.numpy as jnp

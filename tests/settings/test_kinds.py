@@ -1,4 +1,4 @@
-"""Settings: each field has a help and bounds, and what is outside is refused by name, with value and cure."""
+"""Settings: every field has help and bounds; values out of bounds are refused by name, with value and cure."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ def test_no_number_takes_what_is_no_number_or_absurd(kind, key):
 
 
 def test_the_kinds_agree_on_the_settings_that_they_share():
-    """Bounds, and what resuming and earlier versions make of them; what a setting is for may differ."""
+    """Bounds and compatibility (resuming, earlier versions) agree; help texts may differ."""
     seen = {}
     for kind, key in FIELDS:
         found = kinds.fields(kind)[key]
@@ -51,13 +51,13 @@ def test_the_kinds_agree_on_the_settings_that_they_share():
 
 
 def test_the_model_takes_each_setting_that_is_called_one():
-    """Of the settings of a model, its own config has all but two, which are about how training starts."""
+    """The model config has all settings of a model but two, which concern the start of training."""
     for kind, family in ((AlignmentSettings, "pathflip"), (PathFLIP2Settings, "pathflip2")):
         section = kinds.fields(kind)
         names = {key.removeprefix("model.") for key in section if key.startswith("model.")}
         taken = {field.name for field in dataclasses.fields(CONFIGS[family])}
         assert names - taken - {"family"} <= {"bert", "freeze_text_encoder"}
-        assert taken - names <= {"patch_hidden"}  # of weights of others alone
+        assert taken - names <= {"patch_hidden"}  # only in converted weights
 
 
 def test_settings_are_frozen_checked_and_go_to_plain_values_and_back():
@@ -84,7 +84,7 @@ def test_a_kind_is_known_by_its_sections():
 
 
 def test_a_new_setting_is_one_line(monkeypatch, tmp_path):
-    """A field alone: bounds, resuming and runs of earlier versions know it."""
+    """One field is enough for bounds, resuming and runs of earlier versions."""
 
     @dataclass(frozen=True)
     class Train(TrainSettings):
