@@ -317,7 +317,7 @@ def test_model_flops_are_what_the_compiler_counts(language):
             r"longer than 16 tokens with their slide, the longest by \d+; set --config",
         ),
         ({"data.no_slide_share": "1.5"}, "at least 0 and below 1"),
-        ({"lm.aligner": "nowhere"}, "no such file or folder; expected the run folder that slides are embedded by"),
+        ({"lm.aligner": "nowhere"}, "no such file or folder; expected the run folder of the aligner"),
         ({"data.texts": "nowhere.csv"}, "nowhere.csv"),
     ],
 )
