@@ -75,7 +75,8 @@ def _convert_language(options: argparse.Namespace) -> int:
     given = (options.bert, options.heads, options.hparams, options.lora_alpha, options.keep_lora, options.weights)
     if any(given):
         raise ValueError(
-            f"{options.source}: an export of a language run has its settings; pass no option but --decoder and --out"
+            f"{options.source}: an export of a language run contains its own settings; "
+            "pass no option but --decoder and --out"
         )
     _print_each("note", convert_language(options.source, options.out, decoder_folder=options.decoder))
     print(f"{options.out}: a run folder for `pathflip caption` and `pathflip ask`; its aligner is in aligner/")
