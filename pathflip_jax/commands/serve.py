@@ -91,7 +91,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
         "--proxy-headers",
         nargs="*",
         metavar="ADDRESS",
-        help="trust X-Forwarded-Host, -Proto and -Prefix from proxies at these addresses (with no ADDRESS: this machine)",
+        help="trust X-Forwarded-Host, -Proto, -Prefix from proxies at these addresses (with no ADDRESS: this machine)",
     )
     parser.add_argument(
         "--frame-ancestors",
