@@ -42,42 +42,42 @@ def run_on_beam(plan: Plan, work: Callable[[Job], Outcome], options: Sequence[st
     worker that died with more than a slide. Finished work is kept, and a second run does the rest.
     """
     pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
-    through = (
+    processed = (
         pipeline
         | "slides" >> beam.Create([_with_absolute_paths(job) for job in plan.jobs])
-        | "spread" >> beam.Reshuffle()
+        | "reshuffle" >> beam.Reshuffle()
         | "slide to part" >> beam.ParDo(_SlideToPart(work))
     )
     cohort = (
-        through
+        processed
         | "votes" >> beam.Map(lambda element: element[1][2])
         | "all votes" >> beam.combiners.ToList()
-        | "what most have" >> beam.Map(_cohort, plan.cohort, has_uniform_traits(plan))
+        | "majority vote" >> beam.Map(_cohort, plan.cohort, has_uniform_traits(plan))
     )
-    said = plan.parts.absolute() / "beam.json"
+    outcomes = plan.parts.absolute() / "beam.json"
     _ = (
-        through
+        processed
         | "slides of a shard" >> beam.GroupByKey()
         | "parts to shard" >> beam.Map(_assemble, beam.pvalue.AsSingleton(cohort))
         | "all shards" >> beam.combiners.ToList()
-        | "what became of them" >> beam.Map(_save, said)
+        | "save outcomes" >> beam.Map(_save, outcomes)
     )
-    said.unlink(missing_ok=True)
+    outcomes.unlink(missing_ok=True)
     try:
         state = pipeline.run().wait_until_finish()
     except Exception as error:  # every runner raises its own class, with a worker's traceback in the message
         lines = str(error).strip().splitlines() or [repr(error)]
         raise OSError(f"{plan.out}: the Beam pipeline failed: {lines[-1]}; {_CURE}") from error
-    if state != PipelineState.DONE or not said.exists():
-        raise OSError(f"{plan.out}: the Beam pipeline ended as {state}, expected {PipelineState.DONE}; {_CURE}")
-    found = json.loads(said.read_bytes())
-    said.unlink()
+    if state != PipelineState.DONE or not outcomes.exists():
+        raise OSError(f"{plan.out}: the Beam pipeline ended in state {state}, expected {PipelineState.DONE}; {_CURE}")
+    found = json.loads(outcomes.read_bytes())
+    outcomes.unlink()
     failed = [Failure(**row) for row in found["failed"]]
     notes = [(note, slide) for note, slide in found["notes"]]
     return Progress(found["done"], failed, StageTimings(**found["effort"]), notes)
 
 
-_CURE = "what is whole stays: mend it and run the same command again"
+_CURE = "finished work is kept: fix the cause and run the same command again"
 
 
 class _SlideToPart(beam.DoFn):
@@ -98,7 +98,7 @@ class _SlideToPart(beam.DoFn):
     def process(self, job: Job) -> Iterator[tuple[str, tuple[Job, Outcome, Traits | None]]]:
         """Process one slide and its vote, keyed by its shard. Raises OSError for errors that every slide would meet."""
         outcome = Outcome()
-        if not job.part.exists():  # else an earlier attempt or run got this far
+        if not job.part.exists():  # else an earlier attempt or run has processed it
             outcome = run_one(self._worker, self._work, job) or worker_died(job)
         if outcome.fatal:
             raise OSError(outcome.error)
@@ -136,7 +136,7 @@ class _LocalWorker(worker_handlers.SubprocessSdkWorkerHandler):
     def _watch(self) -> None:
         self.worker_thread.join()  # until the process has ended
         if not self._stopping.is_set():
-            with contextlib.suppress(Exception):  # it raises its read error, for which nothing waits
+            with contextlib.suppress(Exception):  # it raises its read error, which no caller awaits
                 self.data_conn.close()
         while not self._stopping.wait(_ANSWER_SECONDS):  # repeated for later requests
             with contextlib.suppress(RuntimeError):  # a request is in progress
@@ -159,9 +159,9 @@ def _cohort(votes: list[Traits | None], before: Cohort | None, alike: bool) -> C
 
 def _assemble(shard: tuple[str, Iterable[tuple[Job, Outcome, Traits | None]]], cohort: Cohort | None) -> Progress:
     """Assemble a shard once all of its slides are finished."""
-    through = sorted(shard[1], key=lambda slide: slide[0].slide_id)
-    progress = assemble([job for job, _, _ in through], cohort)
-    for job, outcome, _ in through:
+    processed = sorted(shard[1], key=lambda slide: slide[0].slide_id)
+    progress = assemble([job for job, _, _ in processed], cohort)
+    for job, outcome, _ in processed:
         progress.count(job, outcome)
     return progress
 
@@ -172,5 +172,5 @@ def _save(shards: list[Progress], path: Path) -> None:
     for progress in shards:
         total.add(progress)
     failed = [failure._asdict() for failure in total.failed]
-    said = {"done": total.done, "failed": failed, "effort": asdict(total.timings), "notes": total.notes}
-    write_json(path, said, indent=1)
+    outcomes = {"done": total.done, "failed": failed, "effort": asdict(total.timings), "notes": total.notes}
+    write_json(path, outcomes, indent=1)

@@ -11,7 +11,7 @@ from pathflip_jax.data.storage.failures import preview
 
 _TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold other formats; the others write only 8-bit RGB
 _COLOUR = ("RGB", "YCBCR")
-_NEEDED = "a brightfield slide in RGB of 8 bits is needed: give that file, or leave the slide out"
+_NEEDED = "expected an 8-bit RGB brightfield slide: pass that file, or leave the slide out"
 
 
 def check_brightfield(path: Path, properties: Mapping[str, str], size: tuple[int, int]) -> None:
@@ -19,9 +19,9 @@ def check_brightfield(path: Path, properties: Mapping[str, str], size: tuple[int
     found = ""
     if properties.get(openslide.PROPERTY_NAME_VENDOR) in _TIFF:
         found = _tiff(path, size, read_ome(properties.get("tiff.ImageDescription", ""), *size))
-    lamp = [properties.get(name, "") for name in ("mirax.GENERAL.SLIDE_TYPE", "leica.illumination-source")]
-    lamp.append(properties.get("dicom.OpticalPathSequence[0].IlluminationTypeCodeSequence[0].CodeMeaning", ""))
-    if any("fluor" in text.lower() for text in lamp):
+    illumination = [properties.get(name, "") for name in ("mirax.GENERAL.SLIDE_TYPE", "leica.illumination-source")]
+    illumination.append(properties.get("dicom.OpticalPathSequence[0].IlluminationTypeCodeSequence[0].CodeMeaning", ""))
+    if any("fluor" in text.lower() for text in illumination):
         found = "fluorescence"
     if properties.get("dicom.SamplesPerPixel", "3") == "1":
         found = "one grey channel: fluorescence, or a mask"
@@ -41,17 +41,17 @@ def _tiff(path: Path, size: tuple[int, int], ome: Ome | None) -> str:
         return ""
     names = [name for name in ome.names if name] if ome else []
     if kind == "PALETTE":
-        return "a picture of numbered colours, such as a mask"
+        return "a palette image of indexed colours, such as a mask"
     if samples >= 3 and kind in _COLOUR:
-        return f"RGB of {bits} bits; convert it to 8 bits" if bits != 8 else ""
+        return f"{bits}-bit RGB; convert it to 8 bits" if bits != 8 else ""
     channels = max(len(pages), len(ome.names) if ome else 0) * samples
     if channels == 3 and bits == 8 and (_is_rgb(names) or not names):
         what = "RGB in three planes" if names else "three planes without names"
         cure = f"interleave them{'' if names else ' if they are RGB'}: `{_interleave(path, ome)}`"
-        return f"{what}, of which OpenSlide reads the first alone; {cure}"
+        return f"{what}, of which OpenSlide reads only the first; {cure}"
     named = f" ({preview(names)})" if names else ""
     if channels > 1 and samples < 3:
-        return f"{channels} channels of {bits} bits{named}, as of fluorescence"
+        return f"{channels} channels of {bits} bits{named}, as in fluorescence"
     if samples == 1:
         return f"one grey channel of {bits} bits{named}: fluorescence, or a mask"
     return f"{samples} channels of {bits} bits in {kind}{named}"

@@ -49,11 +49,12 @@ def prepare(
     FileNotFoundError for no slides; OSError on a full disk.
     """
     plan = _plan(find_slides(slides), out, settings, settings.of_records())
-    if plan.jobs and settings.beam is None:  # cluster machines test it themselves: this one may lack the weights
+    if plan.jobs and settings.beam is None:  # cluster machines test the encoder: this one may lack its weights
         ((_, outcome),) = run_each(try_encoder, plan.jobs[:1], 1)
         if outcome is None:
             raise ValueError(
-                f"encoder {settings.encoder!r}: its process died while it was loaded; is there memory for it?"
+                f"encoder {settings.encoder!r}: the worker process died while loading it; check "
+                "that there is enough memory"
             )
         if outcome.error:
             raise ValueError(outcome.error)
@@ -75,7 +76,8 @@ def import_features(folder: Path | str, out: Place | str, settings: ImportSettin
     if bare:
         kinds = ", ".join(sorted({path.suffix.lower() for path in files.values()}))
         plan.notes.append(
-            f"{kinds} files have no coordinates: their regions are runs of stored patches (scan), and grounding refuses"
+            f"{kinds} files have no coordinates: their regions are runs of patches in stored order (scan), and "
+            "grounding refuses them"
         )
     return _run(plan, import_slide, settings)
 
@@ -91,7 +93,7 @@ def _plan(
 
 def _run(plan: Plan, work: Callable[[Job], Outcome], settings: RecordsSettings) -> Report:
     if settings.strict and (plan.failed or plan.absent):
-        plan.notes.append("stopped before the first slide, because of the bad ones (--strict)")
+        plan.notes.append("stopped before the first slide, because of the bad slides (--strict)")
         write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]], indent=1)
         return Report(plan.out, [], plan.skipped, [*plan.failed, *plan.absent], False, plan.notes)
     make_folder(plan.parts)
@@ -128,13 +130,13 @@ def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: 
     total = len(plan.skipped) + len(plan.jobs)
     bar = tqdm(total=total, initial=total - len(jobs), unit="slide", desc="slides to records")
 
-    def assemble_whole() -> None:
+    def assemble_finished() -> None:
         if not majority.is_over(outstanding=sum(map(len, left.values()))):
             return
         while shards and not left[shards[0]]:
             progress.add(assemble(plan.missing[shards.popleft()], majority.cohort))
 
-    assemble_whole()
+    assemble_finished()
     with bar, closing(run_each(work, jobs, workers)) as results:
         for job, outcome in results:
             outcome = outcome or worker_died(job)
@@ -145,7 +147,7 @@ def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: 
             left[job.shard].remove(job.slide_id)
             if not (outcome.error and strict):
                 majority.add([job])
-                assemble_whole()
+                assemble_finished()
             if progress.failed and strict:
                 plan.notes.append("stopped at the first bad slide (--strict)")
                 break
@@ -175,10 +177,10 @@ def _finish(plan: Plan, progress: Progress) -> Report:
     unknown = [info.slide_id for info in infos if info.cut == "grid" and not info.mpp]
     if unknown:
         notes.append(
-            f"slides that do not tell their mpp: {len(unknown)} ({preview(unknown)}); their regions are 16 patches "
-            "wide, whatever that is in micrometres; where it is known, give it by --mpp or the column mpp of --slides"
+            f"slides of unknown mpp: {len(unknown)} ({preview(unknown)}); their regions are 16 patches wide, whatever "
+            "that is in micrometres; where you know the mpp, give it with --mpp or in the column mpp of --slides"
         )
-    if whole and infos and _unlisted(out):
+    if whole and infos and _is_manifest_outdated(out):
         finish_folder(out, edge_um=plan.settings["edge_um"])
     if whole:
         MajorityVote.forget(plan)
@@ -188,8 +190,8 @@ def _finish(plan: Plan, progress: Progress) -> Report:
     return Report(out, sorted(progress.done), plan.skipped, failed, finished, notes, progress.timings, plan.absent)
 
 
-def _unlisted(out: Place) -> bool:
-    """Whether the manifest of a folder is not that of its shards."""
+def _is_manifest_outdated(out: Place) -> bool:
+    """Whether the manifest of a folder is missing or does not match its shards."""
     try:
         return json.loads((out / "manifest.json").read_bytes())["sha256"] != manifest_hash(out)
     except (OSError, ValueError, KeyError, TypeError):

@@ -85,14 +85,14 @@ def name_series(headers: Mapping[Path, Header]) -> dict[Path, str]:
     """Map from one file of each series to the slide id of the series; OpenSlide opens a series by any of its files.
 
     A file that is its whole series and has an informative name gives the id. Otherwise the folder names the slide where
-    it holds one series and its name is not a UID; else the container (the identifier on the glass), and the UID of the
-    series where two series share a container or it is empty.
+    it holds one series and its name is not a UID; else the container does (the identifier on the glass), and the UID of
+    the series where two series share a container or it is empty.
     """
     groups: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for path, header in sorted(headers.items()):
         groups[path.parent, header.series or path.name].append(path)
     in_folder = Counter(folder for folder, _ in groups)
-    glasses = Counter(
+    series_per_container = Counter(
         container for _, container in {(key[1], headers[own[0]].container) for key, own in groups.items()}
     )
     names = {}
@@ -101,9 +101,9 @@ def name_series(headers: Mapping[Path, Header]) -> dict[Path, str]:
         stem = _stem(first)
         own = "" if others or _INSTANCE.fullmatch(stem) or (named and _NUMBER.fullmatch(stem)) else stem
         container = re.sub(r"[/\\:\x00-\x1f]+", "_", headers[first].container).lstrip(".")
-        container = container if glasses[headers[first].container] == 1 else ""
-        telling = "" if _NO_NAME.fullmatch(named) else named
-        names[first] = own or telling or container or named or series
+        container = container if series_per_container[headers[first].container] == 1 else ""
+        informative = "" if _NO_NAME.fullmatch(named) else named
+        names[first] = own or informative or container or named or series
     return names
 
 

@@ -1,8 +1,8 @@
 """Frozen patch encoders: from pixels to one feature vector per patch.
 
-An encoder is a name, a width and a call, nothing more (`PatchEncoder`). The embedded one, `stain_texture`, needs no
+An encoder is a name, a feature width and a call (`PatchEncoder`). The embedded one, `stain_texture`, needs no
 download and no network: it lets the entire pipeline run anywhere, and is a baseline that a learned encoder must beat.
-Learned ones come by name through `load_encoder`, from timm or from a Hugging Face folder, and live in `torch_encoders`.
+`load_encoder` loads learned ones by name, from timm or from a Hugging Face folder; they live in `torch_encoders`.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def load_encoder(name: str, half: bool = False) -> PatchEncoder:
 
     `half` computes in half precision where the encoder is a network. Raises ValueError for a name that is
     none of these and for encoders that need their own package (CONCH, UNI2-h); ImportError when the packages
-    of the `encoders` extra are missing; FileNotFoundError when a folder is.
+    of the `encoders` extra are missing; FileNotFoundError when a model folder is.
     """
     if name == StainTexture.name:
         return StainTexture()
@@ -50,8 +50,8 @@ def load_encoder(name: str, half: bool = False) -> PatchEncoder:
         raise ValueError(f"unknown encoder {name!r}: expected stain_texture, timm:NAME_OR_FOLDER or hf:FOLDER")
     if source == "hf" and not Path(model).is_dir():
         raise FileNotFoundError(
-            f"encoder {name!r}: {model} is no folder; download the model first "
-            "(for example `hf download owkin/phikon --local-dir phikon`) and give its folder"
+            f"encoder {name!r}: {model} is not a folder; download the model first "
+            "(for example `hf download owkin/phikon --local-dir phikon`) and pass its folder"
         )
     try:
         from data_prep import torch_encoders

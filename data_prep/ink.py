@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
 PIXEL_UM = 8.0  # resolution of ink detection, at which nuclei and their surroundings mix
-_GLASS_BRIGHT, _GLASS_PALE, _GLASS_SHARE = 190, 0.1, 0.002  # glass is brighter, less saturated and a larger share
-_WHITE = 245.0  # of a slide that shows no glass
+_GLASS_BRIGHT, _GLASS_PALE, _GLASS_SHARE = 190, 0.1, 0.002  # glass: brighter, paler, a larger share of the image
+_WHITE = 245.0  # assumed for glass where a slide shows none
 _STROKE_PX = 3  # a stroke of at least 24 um; scattered bluish pixels of tissue are not a stroke
 _SMALLEST_PX = 80  # 0.005 mm2: a dot of a pen; smaller ones are dirt, or tissue
 _EVEN_PX = 3  # extent of even ink: 24 um
@@ -28,10 +28,10 @@ Look = Callable[[int, int], float]  # amount of structure at a row and column of
 Piece = tuple[np.ndarray, np.ndarray]  # rows and columns
 _STRUCTURE = 4.0  # grey levels, at the size of cells: grain and compression in ink stay below
 _LOOKS, _MOST_PIECES = 12, 64  # points of a component examined closely, and components examined
-# Fraction of points without structure: for pen with a colour outside the wedge, parts of which cover tissue; for pen
-# with a colour within.
-_BESIDE_SHARE, _WITHIN_SHARE = 0.25, 0.5
-_BLUE_PEN, _CLEAR_SHARE = 1.4, 0.3  # OD in red over green that no haematoxylin has, and the share of a piece
+# Fraction of points without structure that marks pen: with a colour outside the wedge, as parts of it cover tissue, and
+# with a colour within it.
+_OUTSIDE_SHARE, _WITHIN_SHARE = 0.25, 0.5
+_BLUE_PEN, _CLEAR_SHARE = 1.4, 0.3  # OD in red over green, above that of any haematoxylin, and the share of a component
 
 
 def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray, "h w"]:
@@ -43,7 +43,7 @@ def find_ink(picture: UInt8[np.ndarray, "h w 3"], look: Look) -> Bool[np.ndarray
             found[rows] = part[inner]
     ink = np.zeros_like(strong)
     for piece, inside, density in _pieces(_strokes(strong), picture, glass):
-        if _is_no_stain(density) or _is_smooth(inside, look, _BESIDE_SHARE):
+        if _has_ink_colour(density) or _is_smooth(inside, look, _OUTSIDE_SHARE):
             ink[piece] = True
     if ink.any():
         ink = ndimage.binary_propagation(ink, mask=weak | strong)
@@ -130,7 +130,7 @@ def _pieces(
         yield piece, (piece[0][inner], piece[1][inner]), density
 
 
-def _is_no_stain(density: Float[np.ndarray, "n 3"]) -> bool:
+def _has_ink_colour(density: Float[np.ndarray, "n 3"]) -> bool:
     """Whether much of a component has a colour that no tissue stain has: plain blue, green, yellow or orange."""
     red, green, blue = density.T
     return bool(((red > _BLUE_PEN * green) | (blue > 1.8 * green)).mean() > _CLEAR_SHARE)

@@ -1,6 +1,6 @@
 """Processing of one slide in a worker process: reading, and writing as a separate record.
 
-A worker never raises for a bad slide; it reports the fault in a line that names the file. Reading is one batch ahead of
+A worker never raises for a bad slide; it returns the error as a line that names the file. Reading is one batch ahead of
 encoding, in a thread: OpenSlide and the encoder's libraries both release the GIL.
 """
 
@@ -31,7 +31,7 @@ from pathflip_jax.data.storage.json_values import json_object
 from pathflip_jax.runtime import ulimits
 from pathflip_jax.runtime.limits import processors
 
-PLACEHOLDER = 256  # placeholder patch size, in pixels, of a slide that does not state it, until its cohort gives it
+PLACEHOLDER = 256  # pixels: patch size of a slide that does not state it, until its cohort determines it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class StageTimings:
             stages = ["read", *stages]
         whole = sum(self.seconds[stage] for stage in stages) or 1.0
         shares = ", ".join(f"{stage} {self.seconds[stage] / whole:.0%}" for stage in stages)
-        return f"{self.patches} patches; workers' time: {shares}; a worker took up to {self.peak_bytes / 1e9:.2f} GB"
+        peak = f"{self.peak_bytes / 1e9:.2f} GB"
+        return f"{self.patches} patches; workers' time: {shares}; peak memory of a worker {peak}"
 
     def __add__(self, other: "StageTimings") -> "StageTimings":
         stages = {**self.seconds, **other.seconds}
@@ -120,7 +121,7 @@ def try_encoder(job: Job) -> Outcome:
 
 def worker_died(job: Job) -> Outcome:
     """Outcome of a slide whose worker process died."""
-    cure = "the file crashes or stalls its reader, or memory ran out: look at it, or use fewer workers"
+    cure = "the file crashed or hung its reader, or memory ran out: check the file, or use fewer workers"
     return Outcome(f"{job.file}: the worker process died; {cure}")
 
 
@@ -219,7 +220,7 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatur
     names = {"slide_id": job.slide_id, "case_id": job.case_id}
     try:
         slide = read_features(job.file, **names, **given)
-    except UnknownPatchSize as error:  # the rest of the cohort may give it
+    except UnknownPatchSize as error:  # the rest of the cohort may determine it
         sizeless = str(error)
         slide = read_features(job.file, **names, **given | {"patch_size": PLACEHOLDER})
     seconds["read"] = time.perf_counter() - start

@@ -124,11 +124,11 @@ def _parcels(rng: np.random.Generator, mask: np.ndarray, edge: float) -> tuple[n
         here = np.stack([y + warp[0][y, x], x + warp[1][y, x]], 1)
         number = max(1, round(len(y) / edge**2))
         centre = here[rng.choice(len(here), number, replace=False)]
-        some = here[:: max(1, len(here) // 1500)]
+        sample = here[:: max(1, len(here) // 1500)]
         for _ in range(12):
-            nearest = ((some[:, None] - centre) ** 2).sum(-1).argmin(1)
-            heavy = [some[nearest == i].mean(0) if (nearest == i).any() else centre[i] for i in range(number)]
-            centre = np.array(heavy)
+            nearest = ((sample[:, None] - centre) ** 2).sum(-1).argmin(1)
+            means = [sample[nearest == i].mean(0) if (nearest == i).any() else centre[i] for i in range(number)]
+            centre = np.array(means)
         nearest = ((here[:, None] - centre) ** 2).sum(-1).argmin(1)
         label[y, x] = nearest + 1 + len(middles)
         middles.extend(centre)

@@ -48,12 +48,12 @@ class MajorityVote:
 
     def _shared(self) -> Cohort:
         """Cohort that the tasks of a job array agree on: of existing shards, else of the first task to decide."""
-        standing = [info for path in self._plan.shards if path.exists() for info in read_index(path).slides]
-        if standing:
-            return majority_cohort([traits_of(info) for info in standing])
+        written = [info for path in self._plan.shards if path.exists() for info in read_index(path).slides]
+        if written:
+            return majority_cohort([traits_of(info) for info in written])
         path, own = _votes(self._plan), _votes(self._plan, self._plan.task[0])
         if not path.exists():
-            vote(self._voters, False)  # a task without a majority decides nothing
+            vote(self._voters, False)  # raises NoMajorityError, so that such a task decides nothing
             write_json(own, {"slides": self._voters}, indent=1)
             with contextlib.suppress(FileExistsError):
                 os.link(own, path) if isinstance(own, Path) else write_json(path, {"slides": self._voters}, indent=1)

@@ -76,10 +76,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Slides:
-    """State of the slides: their current `files`, those `standing` in shards, and the previous plan (`before`)."""
+    """State of the slides: their current `files`, those `written` to shards, and the previous plan (`before`)."""
 
     files: dict[str, Path]
-    standing: dict[str, SlideInfo]
+    written: dict[str, SlideInfo]
     before: dict[str, Entry]
     table: SlideTable | None
     settings: dict[str, Any]
@@ -97,30 +97,30 @@ def make_plan(
     slides_table: Place | str | None = None,
     prune: bool = False,
 ) -> Plan:
-    """Plan what a folder of records lacks of `slides`: slide id to file, and those that cannot be read.
+    """Plan the work that a folder of records still needs for `slides`: slide id to file, and those that cannot be read.
 
     `sharing` worker processes share a machine (`Job`); `prune` removes the records of slides that are not among
     `slides`. Raises ValueError for impossible numbers, for a slide table of other slides and for a folder that was
-    begun with other settings.
+    started with other settings.
     """
     task, tasks = shard
     if not 0 <= task < tasks or slides_per_shard < 1 or (sharing is not None and sharing < 1):
         raise ValueError(
-            f"shard={shard}, slides_per_shard={slides_per_shard}, workers={sharing}: expected 0 <= i < n and numbers "
-            "of at least 1"
+            f"shard={shard}, slides_per_shard={slides_per_shard}, workers={sharing}: expected a shard i, n with 0 <= "
+            "i < n, and slides_per_shard and workers of at least 1"
         )
     files, failed = slides
     make_folder(out)
     every = settings | {"slides_per_shard": slides_per_shard}
-    before, standing = read_plan(out, every), _written_slides(out)
-    others = {*standing, *(failure.slide for failure in failed)} - files.keys()
+    before, written = read_plan(out, every), _written_slides(out)
+    others = {*written, *(failure.slide for failure in failed)} - files.keys()
     table = None if slides_table is None else read_table(slides_table, sorted(files), sorted(others))
-    known = _Slides(files, standing, before, table, settings, prune)
+    known = _Slides(files, written, before, table, settings, prune)
     entries = _entries(known, slides_per_shard)
     for slide in files.keys() & before.keys():
         if (before[slide].mpp, before[slide].given) != (entries[slide].mpp, entries[slide].given):
-            remove(_part(out, slide))  # an interrupted run had other options
-    write_plan(out, every, entries, files if prune else {*files, *standing})
+            remove(_part(out, slide))  # written by an interrupted run with other options
+    write_plan(out, every, entries, files if prune else {*files, *written})
     shards = [out / shard_name(number) for number in range(max((e.shard for e in entries.values()), default=0) + 1)]
     jobs = {path: [] for path in shards}
     for slide, entry in sorted(entries.items()):
@@ -128,9 +128,9 @@ def make_plan(
             place = (files[slide], shards[entry.shard], _part(out, slide))
             mpp = entry.mpp or settings.get(OVERRIDE)
             jobs[shards[entry.shard]].append(Job(slide, entry.case, *place, settings, sharing, mpp))
-    due = {job.slide_id for own in jobs.values() for job in own if _is_due(job, standing)}
+    due = {job.slide_id for own in jobs.values() for job in own if _is_due(job, written)}
     own = {path: jobs[path] for path in shards[task::tasks]}
-    like = [info for slide, info in standing.items() if slide not in due and (slide in files or not prune)]
+    like = [info for slide, info in written.items() if slide not in due and (slide in files or not prune)]
     return Plan(
         out,
         settings,
@@ -150,8 +150,8 @@ def _part(out: Place, slide: str) -> Place:
     return out / PARTS / f"{slide}.tfrecord"
 
 
-def _is_due(job: Job, standing: dict[str, SlideInfo]) -> bool:
-    info = standing.get(job.slide_id)
+def _is_due(job: Job, written: dict[str, SlideInfo]) -> bool:
+    info = written.get(job.slide_id)
     return info is None or outdated(info, job.mpp, job.settings)
 
 
@@ -167,7 +167,7 @@ def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
     A function of the folder and the slides alone, so that all tasks of a job array derive the same plan.
     """
     shards = {slide: known.before[slide].shard for slide in known.files if slide in known.before}
-    shards |= {slide: int(_NUMBER.search(info.shard.name)[1]) for slide, info in known.standing.items()}
+    shards |= {slide: int(_NUMBER.search(info.shard.name)[1]) for slide, info in known.written.items()}
     sizes = Counter(shards.values())
     last = max(shards.values(), default=0)
     for slide in sorted(known.files.keys() - shards.keys()):
@@ -179,9 +179,9 @@ def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
     for slide, number in shards.items():
         old = known.before.get(slide, Entry(number))
         case, mpp = old.case, old.mpp
-        if known.table is not None and slide in known.files:  # without a table, an earlier one still holds
+        if known.table is not None and slide in known.files:  # without a table, the earlier values still apply
             case, mpp = known.table.cases.get(slide) or case_of(slide), known.table.mpp.get(slide)
-        info = known.standing.get(slide)
+        info = known.written.get(slide)
         stays = info is not None and not outdated(info, mpp or known.settings.get(OVERRIDE), known.settings)
         entries[slide] = Entry(number, case, mpp, old.given if stays else given)
     return entries
@@ -189,38 +189,38 @@ def _entries(known: _Slides, slides_per_shard: int) -> dict[str, Entry]:
 
 def _amendment(path: Place, known: _Slides, entries: dict[str, Entry]) -> Amendment:
     """Changes of a finished shard."""
-    own = [slide for slide, info in known.standing.items() if info.shard == path]
+    own = [slide for slide, info in known.written.items() if info.shard == path]
     gone = {slide for slide in own if known.prune and slide not in known.files}
     return Amendment(gone, {slide: entries[slide].case for slide in own if _is_moved(slide, known, entries)})
 
 
 def _is_moved(slide: str, known: _Slides, entries: dict[str, Entry]) -> bool:
     """Whether the case in a slide's record differs from the slide table's."""
-    return slide in known.files and entries[slide].case not in ("", known.standing[slide].case_id)
+    return slide in known.files and entries[slide].case not in ("", known.written[slide].case_id)
 
 
 def _changes(known: _Slides, entries: dict[str, Entry], due: set[str]) -> list[str]:
-    """Notes on a folder whose slides, cases or resolutions have changed since it was begun."""
-    notes, standing = [], sorted(known.standing)
-    if gone := [slide for slide in standing if slide not in known.files]:
-        what = "taken out of the records" if known.prune else "they stay, `--prune` takes them out"
+    """Notes on a folder whose slides, cases or resolutions have changed since it was started."""
+    notes, written = [], sorted(known.written)
+    if gone := [slide for slide in written if slide not in known.files]:
+        what = "removed from the records" if known.prune else "kept; pass `--prune` to remove them"
         notes.append(f"slides in the records that are not among those given: {len(gone)} ({preview(gone)}); {what}")
-    if moved := [slide for slide in standing if _is_moved(slide, known, entries)]:
-        notes.append(f"slides that have another case now: {len(moved)} ({preview(moved)}); changed in the records")
-    if anew := [slide for slide in standing if slide in due]:
-        notes.append(f"slides whose resolution is given otherwise now: {len(anew)} ({preview(anew)}); done again")
-    present = [slide for slide in standing if slide in known.files and slide not in due]
-    if kept := [slide for slide in present if _made_otherwise(slide, known, entries[slide])]:
+    if moved := [slide for slide in written if _is_moved(slide, known, entries)]:
+        notes.append(f"slides whose case has changed: {len(moved)} ({preview(moved)}); updated in the records")
+    if anew := [slide for slide in written if slide in due]:
+        notes.append(f"slides whose given resolution has changed: {len(anew)} ({preview(anew)}); processed again")
+    present = [slide for slide in written if slide in known.files and slide not in due]
+    if kept := [slide for slide in present if _has_earlier_value(slide, known, entries[slide])]:
         notes.append(
-            f"slides done with another resolution, patch size or encoder of the options: {len(kept)} ({preview(kept)})"
-            "; they stay as they are; a new mpp in the slide table does a slide again"
+            f"slides processed with another resolution, patch size or encoder in the options: {len(kept)} "
+            f"({preview(kept)}); kept as they are; to process a slide again, give a new mpp in the slide table"
         )
     return notes
 
 
-def _made_otherwise(slide: str, known: _Slides, entry: Entry) -> bool:
+def _has_earlier_value(slide: str, known: _Slides, entry: Entry) -> bool:
     """Whether a record holds a value from an option or the slide table that this run would not give."""
-    info, now = known.standing[slide], fills(known.settings)
+    info, now = known.written[slide], fills(known.settings)
     for name, field_name in FILLS.get(known.settings.get("command", ""), {}).items():
         old = entry.given.get(name)
         if old is not None and old != now.get(name) and getattr(info, field_name) in (old, _float32(old)):

@@ -1,4 +1,4 @@
-"""`plan.json`: the settings that a folder of records was begun with, and the shard of each of its slides."""
+"""`plan.json`: the settings that a folder of records was started with, and the shard of each of its slides."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -10,7 +10,7 @@ from pathflip_jax.data.storage.json_files import write_json
 
 PARTS = ".parts"  # hidden: shards are found by their suffix
 # Settings for values missing from slide files, by command, and the record field that they fill. A folder is
-# not tied to them: slides of two scanners need two.
+# not tied to their values: slides of two scanners need two.
 FILLS = {
     "prepare": {"assume_mpp": "mpp"},
     "import": {"mpp": "mpp", "patch_size": "patch_size", "encoder": "encoder"},
@@ -36,15 +36,17 @@ def fills(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_plan(out: Place, settings: dict[str, Any]) -> dict[str, Entry]:
-    """Read the slides of a folder that was begun; none for a new folder.
+    """Read the plan entries of the slides of a folder; none for a new folder.
 
-    Raises ValueError for a folder that was begun with other settings, or not by these commands.
+    Raises ValueError for a folder that was started with other settings, or not by these commands.
     """
     path = out / "plan.json"
     if not any(out.glob("*.tfrecord*")) and not any(out.glob(f"{PARTS}/*.tfrecord")):
         return {}
     if not path.exists():
-        raise ValueError(f"{out} holds records that were not begun by this command; choose another --out")
+        raise ValueError(
+            f"{out} holds records without a plan.json, so they were not written by this command; choose another --out"
+        )
     try:
         found = json.loads(path.read_bytes())
         before = found["settings"]
@@ -62,7 +64,8 @@ def read_plan(out: Place, settings: dict[str, Any]) -> dict[str, Entry]:
     ]
     if changed:
         raise ValueError(
-            f"{out} was begun with other settings: {'; '.join(changed)}. Give what it was begun with, or another --out"
+            f"{out} was started with other settings: {'; '.join(changed)}. Pass the same settings, or choose "
+            "another --out"
         )
     return entries
 

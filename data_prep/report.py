@@ -11,7 +11,7 @@ from pathflip_jax.data.storage.files import Place
 @dataclass(frozen=True)
 class Report:
     """Outcome of a run: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
-    folder is complete (of a job array, when the last task is through); `timings`, the cost of the slides. `absent` are
+    folder is complete (of a job array, when its last task has ended); `timings`, the cost of the slides. `absent` are
     rows of the slide table without a file."""
 
     folder: Place
@@ -25,14 +25,14 @@ class Report:
 
     def summary(self) -> str:
         """Final summary for the user, failures by name."""
-        counts = f"slides written {len(self.done)}, there before {len(self.skipped)}, failed {len(self.failed)}"
+        counts = f"slides written {len(self.done)}, already there {len(self.skipped)}, failed {len(self.failed)}"
         lines = [f"{self.folder}: {counts}", *self.notes]
         if not self.finished and not self.failed:
-            lines.append("other tasks of the job array have shards to write; the last one finishes the folder")
+            lines.append("other tasks of the job array still have shards to write; the last one completes the folder")
         if self.timings.patches:
             lines.append(self.timings.summary())
         if self.failed:
-            lines.append("not in the records (all are listed in failures.json there):")
+            lines.append("not in the records (failures.json in that folder lists all):")
             lines += list_failures(self.failed)
         return "\n".join(lines)
 
@@ -44,7 +44,7 @@ def grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
         slides.setdefault(note, set()).add(slide)
     lines = [f"{note}: {_count(own)} ({preview(sorted(own))})" for note, own in sorted(slides.items())]
     if any("mpp" in note and "not used" in note for note in slides):
-        lines.append("what files say of mpp is replaced by --override-mpp, or by the column mpp of --slides")
+        lines.append("to replace the mpp that files state, pass --override-mpp, or fill in the column mpp of --slides")
     return lines
 
 

@@ -48,15 +48,15 @@ class Sentences:
     def __init__(self, rng: np.random.Generator, names: Names, split: str) -> None:
         """Take the generator that every draw comes from."""
         self._rng, self._names = rng, names
-        self._voice = "test" if split == "test" else "train"
+        self._use = "test" if split == "test" else "train"
 
     def say(self, frames: Mapping[str, Sequence[str]], **words: object) -> str:
         """One of the split's frames, with the words filled in."""
-        listed = frames[self._voice]
+        listed = frames[self._use]
         return listed[int(self._rng.integers(len(listed)))].format(**words)
 
     def findings(self, extent: Mapping[str, float], place: Mapping[str, str]) -> tuple[list[str], list[str]]:
-        """A sentence on each concept present, by its share of the tissue, and some on where it lies."""
+        """A sentence on each concept present, by its share of the tissue, and for some of them one on its location."""
         found, places = [], []
         for concept, share in extent.items():
             found.append(self.say(PRESENT[extent_word(share)], **self._name(concept)))
@@ -69,7 +69,7 @@ class Sentences:
         return [self.say(ABSENT, **self._name(concept, choices=2)) for concept in missing]
 
     def _name(self, concept: str, choices: int | None = None) -> dict[str, str]:
-        names = self._names[concept]["train" if choices else self._voice][:choices]
+        names = self._names[concept]["train" if choices else self._use][:choices]
         return _inflect(names[int(self._rng.integers(len(names)))])
 
 

@@ -16,14 +16,15 @@ from pathflip_jax.data.readers.ome import read_ome
 # From beyond a 100x objective to below a 1x one; a TIFF written at 72 dpi claims 352.8.
 _SANE_MPP = (0.05, 10.0)
 _UM_TIMES_MAGNIFICATION = 10.0
-# um per pixel times objective power. Some vendors state a nominal power, which is 10 within a tenth or, with a doubler,
-# two. Others state the power engraved on the objective: then it is the camera's pixel in um, and 3.5 to 10 is common.
+# um per pixel times objective power. Where vendors state a nominal power, the product is 10 within a tenth, or within a
+# factor of two with a doubler. Where they state the power engraved on the objective, it is the camera's pixel size in
+# um, commonly 3.5 to 10.
 _NOMINAL_VENDORS = ("aperio", "hamamatsu", "leica", "ventana")
 _AGREES, _NOMINAL, _ENGRAVED = (7.0, 14.0), (4.5, 22.0), (2.0, 25.0)
 _SCANNED = ((0.22, 0.275), (0.45, 0.55), (0.99, 1.01))  # um per pixel of scanners at 40x, 20x and 10x
-_SLIPS = (2.54, 1 / 2.54, 10.0, 0.1)  # common unit errors: inch for centimetre, millimetre for centimetre
+_UNIT_ERRORS = (2.54, 1 / 2.54, 10.0, 0.1)  # common unit errors: inch for centimetre, millimetre for centimetre
 _CURE = (
-    "Say which is right: in the column mpp of the slide table or, for every slide of the run, with --override-mpp "
+    "Give the right one in the column mpp of the slide table or, for every slide of the run, with --override-mpp "
     "(--assume-mpp only fills in what a file lacks)"
 )
 _UNUSED = 0.02  # an assumption that differs by less from the file's value needs no note
@@ -67,22 +68,22 @@ def find_resolution(
     for value, option in ((assume_mpp, "--assume-mpp"), (override_mpp, "--override-mpp")):
         if value is not None and not _SANE_MPP[0] <= value <= _SANE_MPP[1]:
             raise ValueError(f"{option} {value:g}: expected {_SANE_MPP[0]} to {_SANE_MPP[1]:g} um per pixel")
-    said = _read(properties, size)
-    credible = _SANE_MPP[0] <= said.mpp <= _SANE_MPP[1]
+    stated = _read(properties, size)
+    credible = _SANE_MPP[0] <= stated.mpp <= _SANE_MPP[1]
     if override_mpp is not None:
-        other = _differs(override_mpp, said.mpp)
-        note = f"{override_mpp:g} um per pixel as told, where {said.source} says {said.mpp:.4g}"
-        return Resolution(override_mpp, "as told", (note,) if other else ())
+        other = _differs(override_mpp, stated.mpp)
+        note = f"{override_mpp:g} um per pixel as given, although {stated.source} says {stated.mpp:.4g}"
+        return Resolution(override_mpp, "as given", (note,) if other else ())
     if credible:
-        notes = said.notes + _check(path, said)
-        if assume_mpp is not None and _differs(assume_mpp, said.mpp):
-            notes += (f"--assume-mpp {assume_mpp:g} not used: {said.source} says {said.mpp:.4g} um per pixel",)
-        return Resolution(said.mpp, said.source, notes)
+        notes = stated.notes + _check(path, stated)
+        if assume_mpp is not None and _differs(assume_mpp, stated.mpp):
+            notes += (f"--assume-mpp {assume_mpp:g} not used: {stated.source} says {stated.mpp:.4g} um per pixel",)
+        return Resolution(stated.mpp, stated.source, notes)
     if assume_mpp is not None:
         return Resolution(assume_mpp, "--assume-mpp")
-    if said.power > 0 and not said.mpp:
-        return Resolution(_UM_TIMES_MAGNIFICATION / said.power, f"the nominal size at {said.power:g}x")
-    found = f"claims {said.mpp:.4g} um per pixel" if said.mpp else "says neither um per pixel nor objective power"
+    if stated.power > 0 and not stated.mpp:
+        return Resolution(_UM_TIMES_MAGNIFICATION / stated.power, f"the nominal size at {stated.power:g}x")
+    found = f"claims {stated.mpp:.4g} um per pixel" if stated.mpp else "says neither um per pixel nor objective power"
     raise ValueError(
         f"{path}: {found}, expected {_SANE_MPP[0]} to {_SANE_MPP[1]:g}; give its resolution, for example "
         "`--assume-mpp 0.25` for a 40x scan"
@@ -100,47 +101,49 @@ def _read(properties: Mapping[str, str], size: tuple[int, int]) -> _Stated:
     vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "")
     across, down = number(openslide.PROPERTY_NAME_MPP_X), number(openslide.PROPERTY_NAME_MPP_Y)
     source = "its resolution tag" if vendor == "generic-tiff" else "its header"
-    said = _Stated(across, down, source, number(openslide.PROPERTY_NAME_OBJECTIVE_POWER), vendor)
+    stated = _Stated(across, down, source, number(openslide.PROPERTY_NAME_OBJECTIVE_POWER), vendor)
     ome = read_ome(properties.get("tiff.ImageDescription", ""), *size)
     if ome is None:
-        return said
+        return stated
     if not max(ome.across, ome.down):
-        return said._replace(power=said.power or ome.power)
-    found = _Stated(ome.across, ome.down, "its OME-XML", said.power or ome.power, "OME")
-    if _SANE_MPP[0] <= said.mpp <= _SANE_MPP[1] and _differs(said.mpp, found.mpp):
-        note = f"{found.mpp:.4g} um per pixel as its OME-XML says; its resolution tag says {said.mpp:.4g}"
+        return stated._replace(power=stated.power or ome.power)
+    found = _Stated(ome.across, ome.down, "its OME-XML", stated.power or ome.power, "OME")
+    if _SANE_MPP[0] <= stated.mpp <= _SANE_MPP[1] and _differs(stated.mpp, found.mpp):
+        note = f"{found.mpp:.4g} um per pixel as its OME-XML says; its resolution tag says {stated.mpp:.4g}"
         found = found._replace(notes=(note,))
     return found
 
 
-def _check(path: Path, said: _Stated) -> tuple[str, ...]:
+def _check(path: Path, stated: _Stated) -> tuple[str, ...]:
     """Note on the physical size stated in the file. Raises ValueError where the file contradicts itself."""
-    if min(said.across, said.down) > 0 and max(said.across, said.down) > 1.1 * min(said.across, said.down):
+    if min(stated.across, stated.down) > 0 and max(stated.across, stated.down) > 1.1 * min(stated.across, stated.down):
         raise ValueError(
-            f"{path}: pixels of {said.across:g} x {said.down:g} um, expected squares; scan or convert it anew"
+            f"{path}: pixels of {stated.across:g} x {stated.down:g} um, expected square pixels; scan or convert it "
+            "again"
         )
-    mpp = said.mpp
-    if said.power:
-        nominal, product = _UM_TIMES_MAGNIFICATION / said.power, mpp * said.power
-        both = f"{mpp:.4g} um per pixel by {said.source}, about {nominal:.4g} by its objective power of {said.power:g}x"
-        low, high = _NOMINAL if said.vendor in _NOMINAL_VENDORS else _ENGRAVED
+    mpp = stated.mpp
+    if stated.power:
+        nominal, product = _UM_TIMES_MAGNIFICATION / stated.power, mpp * stated.power
+        power = f"about {nominal:.4g} by its objective power of {stated.power:g}x"
+        both = f"{mpp:.4g} um per pixel by {stated.source}, {power}"
+        low, high = _NOMINAL if stated.vendor in _NOMINAL_VENDORS else _ENGRAVED
         if not low <= product <= high:
-            raise ValueError(f"{path}: says two things of its resolution: {both}. {_CURE}")
-        if said.vendor in _NOMINAL_VENDORS and not _AGREES[0] <= product <= _AGREES[1]:
-            return (f"{both}; the first is taken (--override-mpp says otherwise)",)
+            raise ValueError(f"{path}: its metadata give two contradictory resolutions: {both}. {_CURE}")
+        if stated.vendor in _NOMINAL_VENDORS and not _AGREES[0] <= product <= _AGREES[1]:
+            return (f"{both}; the first is used (pass --override-mpp to change it)",)
         return ()
-    if said.source != "its resolution tag" or _scanned(mpp):
+    if stated.source != "its resolution tag" or _is_of_scanner(mpp):
         return ()
-    meant = [f"{mpp / slip:.4g}" for slip in _SLIPS if _scanned(mpp / slip)]
+    meant = [f"{mpp / factor:.4g}" for factor in _UNIT_ERRORS if _is_of_scanner(mpp / factor)]
     if meant:
         raise ValueError(
-            f"{path}: its resolution tag says {mpp:.4g} um per pixel, which is no scanner's; it would be "
-            f"{' or '.join(meant)} if whatever wrote the tag mistook the unit (by 2.54 or 10). {_CURE}"
+            f"{path}: its resolution tag says {mpp:.4g} um per pixel, which no scanner has; it would be "
+            f"{' or '.join(meant)} if the program that wrote the tag confused units (a factor of 2.54 or 10). {_CURE}"
         )
     return ()
 
 
-def _scanned(mpp: float) -> bool:
+def _is_of_scanner(mpp: float) -> bool:
     return any(low <= mpp <= high for low, high in _SCANNED)
 
 

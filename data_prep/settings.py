@@ -40,8 +40,8 @@ class RecordsSettings:
             raise ValueError(f"--dtype {self.dtype}: expected {' or '.join(DTYPES)}")
         if self.beam is not None and (self.strict or self.shard != (0, 1)):
             raise ValueError(
-                "--beam goes with neither --shard nor --strict: the runner shares the slides out, and no task knows "
-                "how the others fare; leave these out (bad slides are listed, and the exit code is 1)"
+                "--beam works with neither --shard nor --strict: the runner distributes the slides, and no task knows "
+                "the outcome of the others; leave these out (bad slides are listed, and the exit code is 1)"
             )
 
 
@@ -64,8 +64,8 @@ class PrepareSettings(RecordsSettings):
     def __post_init__(self) -> None:
         if self.patch_size < 1 or not 0 < self.mpp < 1e3 or not 0 <= self.min_tissue <= 1:
             raise ValueError(
-                f"patch_size={self.patch_size}, mpp={self.mpp}, min_tissue={self.min_tissue}: expected a size and a "
-                "resolution above 0 and a share from 0 to 1"
+                f"patch_size={self.patch_size}, mpp={self.mpp}, min_tissue={self.min_tissue}: expected a "
+                "patch_size of at least 1, an mpp above 0 and below 1000, and a min_tissue from 0 to 1"
             )
         _check_mpp("assume-mpp", self.assume_mpp)
         super().__post_init__()

@@ -57,7 +57,7 @@ def part_traits(job: Job) -> Traits | None:
 def assemble(jobs: list[Job], cohort: Cohort | None) -> Progress:
     """Write a shard from its present content and the parts of its missing slides, unless nothing is new.
 
-    `jobs` are these slides, at least one; without a part where they failed. A slide that does not belong to the
+    `jobs` are these slides, at least one; those that failed have no part. A slide that does not belong to the
     `cohort` is left out, and its part is kept. The shard and its index are written atomically, and only then are the
     parts deleted. Returns the slides of `jobs` that are in it, and those of another cohort. Raises OSError on a full
     disk.
@@ -135,7 +135,7 @@ def _fitted(job: Job, cohort: Cohort | None) -> tuple[dict[str, Any], tuple[str,
         if size and loose:
             changes["patch_size"], found = size, found._replace(patch_size=size)
             notes = [note for note in notes if "gaps" not in note]
-            notes.append("patch size of the other slides taken, as these have too few patches side by side to tell it")
+            notes.append("patch size of the other slides used: these have too few adjacent patches to determine it")
     if remarks.sizeless and not found.patch_size:
         raise ValueError(remarks.sizeless)
     if cohort is None:
@@ -155,11 +155,11 @@ def _slides(
     path: Place, kept: Collection[str], added: Mapping[str, tuple[Job, dict[str, Any]]]
 ) -> Iterator[SlideFeatures]:
     """Slides of a shard in order, from the existing shard and from parts."""
-    standing = Records([path]) if kept else None
+    existing = Records([path]) if kept else None
     for slide_id in sorted({*kept, *added}):
         if slide_id in added:
             job, changes = added[slide_id]
             slide = open_slide(Records([job.part]), 0)
             yield replace(slide, **changes) if changes else slide
         else:
-            yield open_slide(standing, standing.position(slide_id))
+            yield open_slide(existing, existing.position(slide_id))

@@ -19,7 +19,7 @@ SLIDE_SUFFIXES = (
 )  # fmt: skip
 _CONVERT = "convert it, for example with `QuPath convert-ome {name} {stem}.ome.tif`"
 _EXPORT = "export it with the vendor's own converter, to SVS, DICOM or tiled TIFF"
-_FLUORESCENCE = "fluorescence, and H&E is needed: give the brightfield slide, or take the file away"
+_FLUORESCENCE = "it is fluorescence, and H&E is needed: pass the brightfield slide, or remove the file"
 _FOREIGN = {
     ".vsi": ("an Olympus slide", _CONVERT),
     ".oir": ("an Olympus image", _CONVERT),
@@ -35,14 +35,14 @@ _FOREIGN = {
     ".afi": ("an Aperio set of fluorescence slides", _FLUORESCENCE),
     ".isyntax": ("a Philips iSyntax slide", "export it as TIFF or DICOM from the Philips system"),
     ".i2syntax": ("a Philips iSyntax slide", "export it as TIFF or DICOM from the Philips system"),
-    ".sdpc": ("a slide of Sqray", _EXPORT),
-    ".dyqx": ("a slide of Sqray", _EXPORT),
-    ".kfb": ("a slide of KFBIO", _EXPORT),
-    ".kfbf": ("a slide of KFBIO", _EXPORT),
-    ".tmap": ("a slide of UNIC", _EXPORT),
-    ".tron": ("a slide of InteliMedical", _EXPORT),
-    ".mdsx": ("a slide of Motic", _EXPORT),
-    ".mds": ("a slide of Motic", _EXPORT),
+    ".sdpc": ("a Sqray slide", _EXPORT),
+    ".dyqx": ("a Sqray slide", _EXPORT),
+    ".kfb": ("a KFBIO slide", _EXPORT),
+    ".kfbf": ("a KFBIO slide", _EXPORT),
+    ".tmap": ("a UNIC slide", _EXPORT),
+    ".tron": ("an InteliMedical slide", _EXPORT),
+    ".mdsx": ("a Motic slide", _EXPORT),
+    ".mds": ("a Motic slide", _EXPORT),
     ".jp2": ("a JPEG 2000 image", "convert it: `vips tiffsave {name} {stem}.tiff --tile --pyramid --compression jpeg`"),
     ".jpx": ("a JPEG 2000 image", "convert it: `vips tiffsave {name} {stem}.tiff --tile --pyramid --compression jpeg`"),
 }
@@ -70,16 +70,16 @@ def find_slides(slides: Path | str | Sequence[Path | str]) -> tuple[dict[str, Pa
     dicom: dict[Path, Header] = {}
     for path in given:
         for file in _walk(path, failed) if path.is_dir() else [path]:
-            kind = _look_at(file, failed, asked=file is path)
+            kind = _classify(file, failed, asked=file is path)
             if isinstance(kind, Header):
                 dicom[file] = kind
             elif kind:
                 _add(files, slide_id_of_file(file), _with_pixels(file))
     for path, name in name_series(dicom).items():
         _add(files, name, path)
-    files = _once(files, failed)
+    files = _without_duplicates(files, failed)
     if not files and not failed:
-        raise FileNotFoundError(f"{preview(given)}: no slides in it or below ({' '.join(SLIDE_SUFFIXES)})")
+        raise FileNotFoundError(f"{preview(given)}: no slides in it or its subfolders ({' '.join(SLIDE_SUFFIXES)})")
     return files, sorted(failed)
 
 
@@ -103,18 +103,18 @@ def _add(files: dict[str, Path], name: str, path: Path) -> None:
     other = files.setdefault(name, path)
     if not os.path.samefile(other, path):
         raise ValueError(
-            f"{other} and {path} have one slide id, {name}: texts are matched to slides by id; rename one, or prepare "
-            "them in two folders"
+            f"{other} and {path} have the same slide id, {name}, by which texts are matched to slides; rename one, "
+            "or prepare them in two folders"
         )
 
 
-def _once(files: dict[str, Path], failed: list[Failure]) -> dict[str, Path]:
+def _without_duplicates(files: dict[str, Path], failed: list[Failure]) -> dict[str, Path]:
     """Slides whose file has no other id: one slide under two names would be its own negative."""
     names: dict[str, str] = {}
     for name, path in sorted(files.items()):
         first = names.setdefault(os.path.realpath(path), name)
         if first != name:
-            error = f"{path}: the same file as {files[first]}, by a link; take one of the two away"
+            error = f"{path}: the same file as {files[first]}, through a link; remove one of the two"
             failed.append(Failure(name, str(path), error))
     return {name: files[name] for name in sorted(names.values())}
 
@@ -164,7 +164,7 @@ def _is_image_folder(path: Path) -> bool:
     return False
 
 
-def _look_at(path: Path, failed: list[Failure], asked: bool) -> Header | bool:
+def _classify(path: Path, failed: list[Failure], asked: bool) -> Header | bool:
     """DICOM header of a file, or whether it is a slide; a file `asked` for by name is, whatever its suffix."""
     suffix = path.suffix.lower()
     error = _unreadable(path, suffix)
@@ -194,10 +194,10 @@ def _unreadable(path: Path, suffix: str) -> str:
         if Path(path.stem).suffix.lower() not in SLIDE_SUFFIXES:
             return ""
         if suffix == ".dvc":
-            return "" if path.with_suffix("").exists() else "a DVC pointer to a slide that is not here; `dvc pull` it"
+            return "" if path.with_suffix("").exists() else "a DVC pointer to a slide that is not here; run `dvc pull`"
         if suffix in _PACKED:
-            return "a packed slide; unpack it"
-        return f"an unfinished download; finish it, and call it {path.stem}"
+            return "a compressed slide; unpack it"
+        return f"an unfinished download; finish it, and rename it to {path.stem}"
     if suffix == ".zarr":
         return f"an OME-Zarr image, which OpenSlide does not open; {_cure(_CONVERT, path)}"
     like_slide = suffix in SLIDE_SUFFIXES or suffix in _FOREIGN
@@ -206,15 +206,15 @@ def _unreadable(path: Path, suffix: str) -> str:
     if path.is_symlink() and not os.path.exists(path):  # a path without a suffix may have been a folder of slides
         target = os.readlink(path)
         if "annex/objects" in target:
-            return f"git-annex keeps it elsewhere; `git annex get {path.name}`"
-        return f"a link to {target}, which is not there; restore that or take the link away"
+            return f"its content is in git-annex and not here; run `git annex get {path.name}`"
+        return f"a link to {target}, which does not exist; restore that file or remove the link"
     if not like_slide:
         return ""
     if suffix in _FOREIGN:
         what, cure = _FOREIGN[suffix]
         return f"{what} ({suffix}), which OpenSlide does not open; {_cure(cure, path)}"
     if suffix == ".mrxs" and not _with_pixels(path).with_suffix("").is_dir():
-        return f"a MIRAX slide without its folder {path.stem}, which holds its pixels; copy that beside it"
+        return f"a MIRAX slide without its folder {path.stem}, which holds its pixels; copy that folder next to it"
     return _pointer(path)
 
 
@@ -232,7 +232,7 @@ def _pointer(path: Path) -> str:
     if not size:
         return "an empty file; copy it again"
     if head.startswith(b"version https://git-lfs"):
-        return f"a Git LFS pointer and not the slide; `git lfs pull --include {path.name}`"
+        return f"a Git LFS pointer and not the slide; run `git lfs pull --include {path.name}`"
     if head.startswith(b"/annex/objects/"):
-        return f"a git-annex pointer and not the slide; `git annex get {path.name}`"
+        return f"a git-annex pointer and not the slide; run `git annex get {path.name}`"
     return ""

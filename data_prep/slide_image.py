@@ -2,7 +2,7 @@
 
 Colour is made uninformative here. Every area is stained toward a target drawn from one distribution shared by all
 concepts and the background, so that the mean colour of a patch carries almost no information about the concept; only
-texture does (`synthetic` states the measured figures).
+texture does.
 """
 
 import os
@@ -25,7 +25,7 @@ TILE = 256
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.09, 0.95, 0.16]], np.float32)
 # Target amounts of stain of areas, whatever they contain.
 _TARGET_H, _TARGET_E = (0.12, 0.34), (0.18, 0.46)
-_OWN = 0.12  # the share of an area's own colour that is kept, so that fat stays paler than a lymph follicle
+_OWN_COLOUR = 0.12  # the share of an area's own colour that is kept, so that fat stays paler than a lymph follicle
 
 
 def render(layout: Layout, rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +88,7 @@ def _stain(h: np.ndarray, e: np.ndarray, inside: np.ndarray, stains: np.ndarray,
         return np.log(np.array(light)) - wanted
 
     strength = np.zeros(2)
-    wanted = wanted + _OWN * miss(strength)
+    wanted = wanted + _OWN_COLOUR * miss(strength)
     for _ in range(8):
         error = miss(strength)
         a, c = (miss(strength + [0.02, 0]) - error) / 0.02

@@ -12,7 +12,7 @@ from pathflip_jax.data.texts.text import match_rows, read_slide_table
 
 SANE_MPP = (0.05, 10.0)  # from beyond a 100x objective to a 1x one
 _SANE_MAGNIFICATION = (1.0, 200.0)
-_ALIKE = 1.25  # nominal and measured resolution of one objective are within this
+_ALIKE = 1.25  # nominal and measured resolution of one objective are within this factor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def read_table(table: Place | str, slide_ids: Sequence[str], known: Sequence[str
             "names without the extension"
         )
     matched = {row["listed"] for row in found.values()}
-    error = f"{table}: a row without a file; get the file, or take the row out of the table"
+    error = f"{table}: a row without a file; add the file, or remove the row from the table"
     absent = [Failure(row["slide_id"], "", error) for row in rows if row["listed"] not in matched]
     mpp = {slide: value for slide, row in own.items() if (value := _mpp(row, f"{table}: slide {row['listed']}"))}
     if mpp:
@@ -53,7 +53,7 @@ def read_table(table: Place | str, slide_ids: Sequence[str], known: Sequence[str
     unlisted = [slide for slide in slide_ids if slide not in own]
     if unlisted:
         found = f"slides that are not in {table}: {len(unlisted)} ({preview(unlisted)})"
-        notes.append(f"{found}; their ids name their cases")
+        notes.append(f"{found}; their cases are derived from their ids")
     return SlideTable({slide: row["case_id"] for slide, row in own.items()}, mpp, absent, unlisted, notes)
 
 
@@ -82,8 +82,10 @@ def _number(text: str | None, name: str, sane: tuple[float, float], where: str) 
     except ValueError:
         value = float("nan")
     if not sane[0] <= value <= sane[1]:
-        hint = "; is it the magnification? then name the column so" if name == "mpp" and value > sane[1] else ""
+        looks_like_power = name == "mpp" and value > sane[1]
+        hint = "; is it the magnification? Then rename the column to magnification" if looks_like_power else ""
         raise ValueError(
-            f"{where}: {name} {str(text)!r:.40}, expected a number from {sane[0]:g} to {sane[1]:g}, or nothing{hint}"
+            f"{where}: {name} {str(text)!r:.40}, expected a number from {sane[0]:g} to {sane[1]:g}, or an empty "
+            f"cell{hint}"
         )
     return value

@@ -13,7 +13,7 @@ from data_prep.brightfield import check_brightfield
 from data_prep.resolution import find_resolution
 from pathflip_jax.runtime import workers
 
-# Time limit for opening a slide or reading one block, in a worker process: a broken slide stalls OpenSlide.
+# Time limit for opening a slide or reading one block, in a worker process: OpenSlide may hang on a broken slide.
 _READ_SECONDS, _READ_BYTES = 300.0, 2 * 2**30
 BLOCK = 2048  # pixels of the read level on a side: 16 MB, and its tiles fit in OpenSlide's cache of 32
 
@@ -51,7 +51,7 @@ class Slide:
         except openslide.OpenSlideError as error:
             raise OSError(
                 f"{self.path}: its pixels cannot be read ({error}, at {x}, {y}, level {level}); the file is damaged or "
-                "was cut short: copy it again"
+                "truncated: copy it again"
             ) from None
         colour, pixels = np.asarray(image.convert("RGB")), np.asarray(image)
         if pixels.view("<u4").min() < 255 << 24:  # four bytes as one number, alpha highest: ten times as fast
@@ -78,7 +78,7 @@ def open_slide(path: Path | str, assume_mpp: float | None = None, override_mpp: 
             image = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         raise OSError(
-            f"{path}: OpenSlide cannot open it ({error}); expected a whole slide image that is not cut short. Convert "
+            f"{path}: OpenSlide cannot open it ({error}); expected a complete whole slide image. Convert "
             "other formats to a tiled TIFF, for example `vips tiffsave IN OUT.tiff --tile --pyramid --compression jpeg`"
         ) from None
     try:

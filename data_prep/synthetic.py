@@ -216,7 +216,7 @@ def _write_tables(out: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(out / "slides.csv", table.getvalue())  # last: its presence says that the cohort is complete
+    _write(out / "slides.csv", table.getvalue())  # last: its presence marks the cohort as complete
 
 
 def _write(path: Path, text: str) -> None:
@@ -257,13 +257,15 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: python -m data_prep.synthetic --out cohort --slides 320 --seed 0 --workers 2",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder to write; continued if it holds part of this cohort"
+        "--out", required=True, type=Path, help="output folder; a partial cohort of the same settings is completed"
     )
     parser.add_argument("--slides", type=int, default=320, help="number of slides (default 320)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default 0)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2); files do not depend on it")
     parser.add_argument(
-        "--size", type=int, default=1536, help="width of a slide in px at level 0, about (default 1536)"
+        "--workers", type=int, default=2, help="number of processes (default 2); the files do not depend on it"
+    )
+    parser.add_argument(
+        "--size", type=int, default=1536, help="approximate width of a slide in px at level 0 (default 1536)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)

@@ -16,9 +16,9 @@ from data_prep.slides import Slide, averaged
 from data_prep.tissue_mask import tissue_mask
 
 _LARGEST_ENLARGEMENT = 1.25
-_NEAR = 0.02  # a level this close to the target resolution is used without resampling: 0.499 is 0.5
+_NEAR = 0.02  # a level this close to the target resolution is used without resampling: 0.499 counts as 0.5
 _BATCH_PIXELS = 1 << 22  # pixels per batch: 64 patches of 256 px, a network's batch
-_MUCH = 0.1  # fraction of the stained area that is pen: blue tissue stains would exceed it
+_NOTED_PEN = 0.1  # a larger pen fraction of the stained area is noted: it may be a blue tissue stain
 _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
 
 
@@ -49,8 +49,8 @@ def tile_slide(
     """
     if slide.mpp > _LARGEST_ENLARGEMENT * mpp:
         raise ValueError(
-            f"{slide.path}: scanned at {slide.mpp:g} um per pixel ({slide.source}), patches were asked for at {mpp:g}; "
-            f"enlarging adds nothing: leave the slide out, or prepare the cohort at `--mpp {slide.mpp:g}`"
+            f"{slide.path}: scanned at {slide.mpp:g} um per pixel ({slide.source}), but patches were requested at "
+            f"{mpp:g}; enlarging adds no detail: leave the slide out, or prepare the cohort at `--mpp {slide.mpp:g}`"
         )
     fits = [i for i, scale in enumerate(slide.image.level_downsamples) if slide.mpp * scale <= mpp * (1 + _NEAR)]
     level = max(fits, default=0, key=lambda i: slide.image.level_downsamples[i])
@@ -68,19 +68,19 @@ def tile_slide(
     row, column = np.nonzero((tissue >= min_tissue) & (tissue > 0))
     if not len(row):
         raise ValueError(
-            f"{slide.path}: no tissue: none of {rows * columns} patches of {edge} px (level 0) is tissue by "
-            f"{min_tissue:.0%} or more, the fullest by {tissue.max():.0%}; leave the slide out, or lower "
+            f"{slide.path}: no tissue: none of {rows * columns} patches of {edge} px (level 0) has "
+            f"{min_tissue:.0%} tissue or more, the highest share is {tissue.max():.0%}; leave the slide out, or lower "
             "`--min-tissue` or `--patch-size`"
-            + (f"; its picture has {doubt}: is it the H&E slide?" if doubt else "")
-            + (f"; {pen:.0%} of what is stained is taken for pen, which --keep-ink keeps" if pen else "")
+            + (f"; its image has {doubt}: is it the H&E slide?" if doubt else "")
+            + (f"; {pen:.0%} of the stained area is taken for pen ink; pass --keep-ink to keep it" if pen else "")
         )
     if doubt:
-        raise ValueError(f"{slide.path}: its picture has {doubt}; give the brightfield slide, or leave this one out")
+        raise ValueError(f"{slide.path}: its image has {doubt}; pass the brightfield slide, or leave this one out")
     block = _block(edge / slide.image.level_downsamples[level])
     order = np.lexsort((column, row, column // block, row // block))
     coords = np.stack([column[order], row[order]], 1).astype(np.int32) * np.int32(edge)
-    notes = (f"{pen:.0%} of what is stained is taken for pen and left out; --keep-ink keeps it",) if pen > _MUCH else ()
-    return Tiles(coords, edge, patch_size, level, notes)
+    note = f"{pen:.0%} of the stained area is taken for pen ink and left out; pass --keep-ink to keep it"
+    return Tiles(coords, edge, patch_size, level, (note,) if pen > _NOTED_PEN else ())
 
 
 def _between(sums: np.ndarray, at: np.ndarray) -> np.ndarray:

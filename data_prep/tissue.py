@@ -2,8 +2,8 @@
 
 Each function of `TEXTURES` fills a rectangle with one concept: what a pathologist would distinguish by the size, shape,
 density and arrangement of nuclei and by the matrix between them. Colour carries as little information as possible:
-`synthetic` later sets the mean colour of every area to a draw from one shared distribution. Units are pixels at level 0
-and optical densities; everything is a function of the generator passed in, so a slide depends only on its seed.
+`slide_image` later sets the mean colour of every area to a draw from one shared distribution. Units are pixels at level
+0 and optical densities; everything is a function of the generator passed in, so a slide depends only on its seed.
 """
 
 from collections.abc import Callable

@@ -64,17 +64,17 @@ def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) 
     apart = ~ndimage.binary_dilation(ink, iterations=4) if ink.any() else ~ink  # strokes have pale rims
     mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
     area = (downsample * slide.mpp) ** 2
-    mask, _ = _parted(mask, _SMALLEST_PIECE_UM2 / area)
-    _, small = _parted(~(mask | ink), _LARGEST_HOLE_UM2 / area)  # a stroke over fat must not open fat cells
+    mask, _ = _split_by_size(mask, _SMALLEST_PIECE_UM2 / area)
+    _, small = _split_by_size(~(mask | ink), _LARGEST_HOLE_UM2 / area)  # a stroke over fat must not open fat cells
     return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
 
 
 def _doubt(picture: UInt8[np.ndarray, "h w 3"]) -> str:
-    some = picture[:: max(1, len(picture) // 512), :: max(1, picture.shape[1] // 512)]
-    largest, smallest = some.max(-1), some.min(-1)
+    sample = picture[:: max(1, len(picture) // 512), :: max(1, picture.shape[1] // 512)]
+    largest, smallest = sample.max(-1), sample.min(-1)
     if (largest < _BLACK).mean() > 0.5 and (smallest > _BRIGHT).mean() < 0.001:
-        return "a dark ground and no bright glass, as in fluorescence"
-    return "no colour, as in a mask or one channel of fluorescence" if np.ptp(some, axis=-1).max() < _GREY else ""
+        return "a dark background and no bright glass, as in fluorescence"
+    return "no colour, as in a mask or one channel of fluorescence" if np.ptp(sample, axis=-1).max() < _GREY else ""
 
 
 def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -> Bool[np.ndarray, "h w"]:
@@ -82,7 +82,7 @@ def _ink(slide: Slide, picture: UInt8[np.ndarray, "h w 3"], downsample: float) -
     step = max(1, int(PIXEL_UM / (downsample * slide.mpp) + 0.5))
     small = np.asarray(Image.fromarray(picture).reduce(step))
     wide = step * downsample
-    ink = find_ink(small, lambda row, colwiden: _structure(slide, (row + 0.5) * wide, (colwiden + 0.5) * wide))
+    ink = find_ink(small, lambda row, column: _structure(slide, (row + 0.5) * wide, (column + 0.5) * wide))
     if step == 1:
         return ink
     return ink.repeat(step, 0)[: len(picture)].repeat(step, 1)[:, : picture.shape[1]]
@@ -125,7 +125,7 @@ def _stain_threshold(saturation: np.ndarray) -> float:
     return float(np.clip(threshold, _GLASS, _STAINED))
 
 
-def _parted(mask: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
+def _split_by_size(mask: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
     """Components of a mask with at least `size` pixels, and those with fewer."""
     pieces, _ = ndimage.label(mask)
     large = np.bincount(pieces.ravel()) >= size

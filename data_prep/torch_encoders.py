@@ -30,7 +30,8 @@ class HuggingFace:
             from transformers.utils import logging
         except ImportError as error:
             raise ImportError(
-                f"encoder hf:{folder} needs transformers ({error}); `pip install pathflip-jax[encoders]` brings it"
+                f"encoder hf:{folder} needs transformers ({error}); install it with "
+                "`pip install pathflip-jax[encoders]`"
             ) from error
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -48,7 +49,7 @@ class HuggingFace:
         if missing:
             raise ValueError(
                 f"{folder}: the weights lack {len(missing)} tensors ({', '.join(missing[:3])}, ...) and random ones "
-                "would stand in their place; download the folder again"
+                "would replace them; download the folder again"
             )
         self.name = f"hf:{Path(folder).resolve().name}"
         self._run = _Runner(model, half)

@@ -31,18 +31,18 @@ def _write(path, image, **options):
     [
         (GREY, {}, "one grey channel of 8 bits: fluorescence, or a mask"),
         (GREY.astype(np.uint16), {}, "one grey channel of 16 bits"),
-        (RGB.astype(np.uint16) * 200, {"photometric": "rgb"}, "RGB of 16 bits; convert it to 8 bits"),
+        (RGB.astype(np.uint16) * 200, {"photometric": "rgb"}, "16-bit RGB; convert it to 8 bits"),
         (
             GREY,
             {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
-            "a picture of numbered colours, such as a mask",
+            "a palette image of indexed colours, such as a mask",
         ),
-        (np.stack([GREY] * 4), {"photometric": "minisblack"}, "4 channels of 8 bits, as of fluorescence"),
+        (np.stack([GREY] * 4), {"photometric": "minisblack"}, "4 channels of 8 bits, as in fluorescence"),
         (np.stack([GREY] * 3), {"photometric": "minisblack"}, "three planes without names.*if they are RGB: `python"),
         (
             np.stack([GREY] * 3),
             {"photometric": "minisblack", "ome": True, "metadata": _channels("DAPI", "CD3", "CD8")},
-            r"3 channels of 8 bits \(DAPI, CD3, CD8\), as of fluorescence",
+            r"3 channels of 8 bits \(DAPI, CD3, CD8\), as in fluorescence",
         ),
         (
             RGB.transpose(2, 0, 1),
@@ -54,7 +54,9 @@ def _write(path, image, **options):
 )
 def test_what_is_no_brightfield_slide_says_what_it_is(tmp_path, image, options, said):
     path = _write(tmp_path / "S1.ome.tif", image, **options)
-    with pytest.raises(ValueError, match=rf"S1.ome.tif: {said}.*RGB of 8 bits is needed: give that file"):
+    with pytest.raises(
+        ValueError, match=rf"S1.ome.tif: {said}.*expected an 8-bit RGB brightfield slide: pass that file"
+    ):
         open_slide(path, assume_mpp=0.5)
 
 
@@ -81,7 +83,7 @@ def test_rgb_in_its_forms_is_read(tmp_path):
     ],
 )
 def test_vendors_that_state_the_lamp(said, what):
-    with pytest.raises(ValueError, match=f"s: {what}.*give that file, or leave the slide out"):
+    with pytest.raises(ValueError, match=f"s: {what}.*pass that file, or leave the slide out"):
         check_brightfield(Path("s"), said, (1, 1))
     check_brightfield(Path("s"), {"leica.illumination-source": "brightfield", "dicom.SamplesPerPixel": "3"}, (1, 1))
 

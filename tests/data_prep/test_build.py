@@ -217,7 +217,7 @@ def test_changed_settings_are_refused(slides, whole, tmp_path):
         prepare(slides, out, dtype="bfloat16", **SMALL)
     assert _bytes(out) == before
     (out / "plan.json").unlink()
-    with pytest.raises(ValueError, match="not begun by this command"):
+    with pytest.raises(ValueError, match="not written by this command"):
         prepare(slides, out, **SMALL)
 
 
@@ -265,7 +265,7 @@ def test_folders_and_ids_that_cannot_be(slides, tmp_path):
     (tmp_path / "more").mkdir()
     for name in ("S0.tiff", "more/S0.tif"):
         shutil.copy(slides / "S0.tiff", tmp_path / name)
-    with pytest.raises(ValueError, match=r"S0.tiff and .*more/S0.tif have one slide id, S0"):
+    with pytest.raises(ValueError, match=r"S0.tiff and .*more/S0.tif have the same slide id, S0"):
         prepare(tmp_path, tmp_path / "records")
 
 
@@ -468,4 +468,4 @@ def test_real_feature_files(tmp_path, tool):
     (info,) = Records(tmp_path / "records").slides
     assert (info.slide_id, info.num_patches, info.feature_dim) == ("cmu-1-small-region", 50, 512)
     assert [failure.slide for failure in report.failed] == (["empty"] if tool == "trident" else [])
-    assert bool(info.mpp) != any("do not tell their mpp" in note for note in report.notes)
+    assert bool(info.mpp) != any("slides of unknown mpp" in note for note in report.notes)

@@ -96,9 +96,9 @@ def test_slides_that_are_gone_stay_until_they_are_pruned(cohort):
     write(folder / "B.h5")
     report = run()
     assert not report.failed and report.done == ["B"] and ids(out) == ["A", "C", "B", "D"]
-    assert ": 2 (C, D); they stay, `--prune` takes them out" in note(report, "not among those given")
+    assert ": 2 (C, D); kept; pass `--prune` to remove them" in note(report, "not among those given")
     report = run(prune=True)
-    assert not report.done and "2 (C, D); taken out" in note(report, "not among those given")
+    assert not report.done and "2 (C, D); removed from the records" in note(report, "not among those given")
     assert ids(out) == ["A", "B"] and verify(out) == [] and not run().notes
     for name in ("A", "B"):
         (folder / f"{name}.h5").unlink()
@@ -131,18 +131,22 @@ def test_a_corrected_table_changes_cases_and_redoes_resolutions(cohort):
     table = folder.parent / "slides.csv"
     table.write_text("slide_id,patient_id,mpp\nA,P1,\nC,P2,\nD,P2,\n")
     report = run(slides_table=table)
-    assert not report.done and ": 3 (A, C, D); changed in the records" in note(report, "another case")
+    assert not report.done and ": 3 (A, C, D); updated in the records" in note(report, "case has changed")
     assert [info.case_id for info in Records(out).slides] == ["P1", "P2", "P2"] and verify(out) == []
     assert not run().notes  # without the table, its cases stay
     table.write_text("slide_id,patient_id,mpp\nA,P1,\nC,P2,0.48\nD,P3,\n")
     report = run(slides_table=table)
-    assert report.done == ["C"] and report.skipped == ["A", "D"] and "1 (C)" in note(report, "given otherwise now")
+    assert (
+        report.done == ["C"]
+        and report.skipped == ["A", "D"]
+        and "1 (C)" in note(report, "given resolution has changed")
+    )
     assert "replaced by 0.48: 1 slide (C)" in note(report, "the file says mpp 0.5")
     found = {info.slide_id: (info.case_id, round(info.mpp, 4)) for info in Records(out).slides}
     assert found == {"A": ("P1", 0.5), "C": ("P2", 0.48), "D": ("P3", 0.5)} and verify(out) == []
     assert not run(slides_table=table).done and not run().done
     table.write_text("slide_id,patient_id,mpp\nA,P1,\nC,P2,\nD,P3,\n")
-    assert "1 (C)" in note(run(slides_table=table), "stay as they are")
+    assert "1 (C)" in note(run(slides_table=table), "kept as they are")
 
 
 def test_a_slide_that_cannot_be_redone_is_not_left_with_its_wrong_resolution(cohort):
@@ -158,13 +162,13 @@ def test_what_files_lack_can_be_said_later(tmp_path):
     for name in ("A", "B"):
         write(tmp_path / f"in/{name}.h5", mpp=0.25 if name == "A" else 0)
     report = import_features(tmp_path / "in", tmp_path / "out")
-    assert "1 (B)" in note(report, "do not tell their mpp")
+    assert "1 (B)" in note(report, "slides of unknown mpp")
     report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.25)
     assert report.done == ["B"] and report.skipped == ["A"]
     assert [info.mpp for info in Records(tmp_path / "out").slides] == [0.25, 0.25]
     write(tmp_path / "in/C.h5", mpp=0)
     report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.24)
-    assert report.done == ["C"] and "1 (B)" in note(report, "stay as they are")
+    assert report.done == ["C"] and "1 (B)" in note(report, "kept as they are")
     assert [round(info.mpp, 4) for info in Records(tmp_path / "out").slides] == [0.25, 0.25, 0.24]
     report = import_features(tmp_path / "in", tmp_path / "out", override_mpp=0.26)
     assert report.done == ["A", "B", "C"] and verify(tmp_path / "out") == []
@@ -192,7 +196,7 @@ def test_an_option_does_not_replace_what_files_say(tmp_path):
     report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.25)
     assert [info.mpp for info in Records(tmp_path / "out").slides] == [0.25, 0.5]
     assert "0.25 was not used: 1 slide (B)" in note(report, "the file says mpp 0.5")
-    assert note(report, "is replaced by --override-mpp")
+    assert note(report, "pass --override-mpp")
 
 
 def test_folders_of_the_first_format_of_plans_go_on(cohort):
@@ -301,7 +305,7 @@ def test_a_guessed_patch_size_gives_way_to_the_cohorts(tmp_path):
     assert {info.slide_id: info.patch_size for info in Records(tmp_path / "out").slides} == dict.fromkeys(
         ["A_biopsy", "A_single", "B0", "B1", "B2", "B3"], 256
     )
-    assert "2 slides (A_biopsy, A_single)" in note(report, "patch size of the other slides taken")
+    assert "2 slides (A_biopsy, A_single)" in note(report, "patch size of the other slides used")
     assert "4 slides (B0, B1, B2 and 1 more)" in note(report, "inferred from the gaps")
     assert verify(tmp_path / "out") == [] and not (tmp_path / "out/.parts").exists()
 

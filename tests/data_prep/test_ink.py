@@ -99,7 +99,7 @@ def test_stains_that_look_like_pen_can_be_kept_and_the_rest_is_said(write_tiff, 
     with open_slide(write_tiff(tmp_path / "s.tif", image)) as slide:
         tiles = tile_slide(slide, 64)
         assert tiles.coords[:, 0].min() == 512
-        assert tiles.notes == ("53% of what is stained is taken for pen and left out; --keep-ink keeps it",)
+        assert tiles.notes == ("53% of the stained area is taken for pen ink and left out; pass --keep-ink to keep it",)
         tiles = tile_slide(slide, 64, keep_ink=True)
         assert len(tiles.coords) == 64 and tiles.notes == ()
 
@@ -116,7 +116,7 @@ def test_the_option_reaches_the_mask(write_tiff, tmp_path):
     command = ["prepare", str(tmp_path / "s.tif"), "--patch-size", "64", "--workers", "1", "--out"]
     assert main([*command, str(tmp_path / "pen")]) == 1
     (failure,) = json.loads((tmp_path / "pen/failures.json").read_bytes())
-    assert "100% of what is stained is taken for pen, which --keep-ink keeps" in failure["error"]
+    assert "100% of the stained area is taken for pen ink; pass --keep-ink to keep it" in failure["error"]
     assert main([*command, str(tmp_path / "stain"), "--keep-ink"]) == 0
 
 

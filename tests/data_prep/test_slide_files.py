@@ -58,7 +58,7 @@ def test_a_file_that_two_ids_name_is_said_and_one_id_of_two_files_is_refused(tmp
     assert found == {"S1": tmp_path / "a/S1.svs"}
     assert [failure.slide for failure in failed] == ["T1"] and "the same file as" in failed[0].error
     _touch(tmp_path / "b/S1.tif")
-    with pytest.raises(ValueError, match=r"S1.svs and .*S1.tif have one slide id, S1"):
+    with pytest.raises(ValueError, match=r"S1.svs and .*S1.tif have the same slide id, S1"):
         find_slides(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_a_file_that_two_ids_name_is_said_and_one_id_of_two_files_is_refused(tmp
         ),
         ("S1.ndpi", b"/annex/objects/SHA256E-s1--0.ndpi\n", "S1", "git annex get S1.ndpi"),
         ("S1.svs.dvc", b"outs:", "S1", "dvc pull"),
-        ("S1.svs.gz", b"x", "S1", "a packed slide; unpack it"),
+        ("S1.svs.gz", b"x", "S1", "a compressed slide; unpack it"),
         ("S1.svs.partial", b"x", "S1", "unfinished download"),
         (".S1.svs.icloud", b"x", "S1", "in iCloud"),
         ("S1.ome.zarr/.zattrs", b"{}", "S1", "OME-Zarr"),
@@ -137,7 +137,7 @@ def test_dicom_is_found_by_what_is_in_it(write_dicom, tmp_path):
 
 
 def test_nothing_like_a_slide(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no slides in it or below \(\.svs"):
+    with pytest.raises(FileNotFoundError, match=r"no slides in it or its subfolders \(\.svs"):
         find_slides(tmp_path)
     with pytest.raises(FileNotFoundError, match="gone: no such slide"):
         find_slides(tmp_path / "gone")

@@ -78,7 +78,7 @@ def test_fluorescence_and_grey_pictures_say_what_they_are(draw, write_tiff, tmp_
     dark[100:300, 100:300, 2] = 220  # DAPI, shown blue
     with open_slide(write_tiff(tmp_path / "dark.tiff", dark)) as slide:
         with pytest.raises(
-            ValueError, match="dark.tiff: its picture has a dark ground and no bright glass, as in fluor"
+            ValueError, match="dark.tiff: its image has a dark background and no bright glass, as in fluor"
         ):
             tile_slide(slide, patch_size=64)
     grey = draw(512, 512)[..., :1].repeat(3, -1)
