@@ -30,15 +30,15 @@ read_options() {
     OPTIONS=("$@")
 }
 
-# need NAME...: stop where a setting is empty, with what its comment says.
+# need NAME...: stop where a setting is empty, and print its comment.
 need() {
     local name
     for name; do
-        [[ -n ${!name-} ]] || fail "$name is empty: $(sed -n "s/^$name=[^#]*# //p" "$0"); set it at the top of $0, or in the environment"
+        [[ -n ${!name-} ]] || fail "$name is empty ($(sed -n "s/^$name=[^#]*# //p" "$0")); set it at the top of $0, or in the environment"
     done
 }
 
-# counts, numbers, seconds NAME...: stop where a setting is no whole number of 1 or more, of 0 or more, no length of time.
+# counts, numbers, seconds NAME...: stop unless each setting is a whole number of at least 1, of at least 0, or seconds.
 counts() { matching '^[1-9][0-9]*$' 'a whole number, 1 or more' "$@"; }
 numbers() { matching '^(0|[1-9][0-9]*)$' 'a whole number, 0 or more' "$@"; }
 seconds() { matching '^[0-9]+([.][0-9]+)?$' 'seconds' "$@"; }
@@ -61,35 +61,35 @@ words() {
     mapfile -t WORDS <<< "$lines"
 }
 
-# show_settings: what is taken from the environment, on purpose or not, and what stands in the script.
+# show_settings: print which settings come from the environment, on purpose or not, and which from the script.
 show_settings() {
     local name given=() written=()
     while read -r name; do
         [[ -n ${!name} ]] || continue
         if [[ $(declare -p "$name") =~ ^declare\ -[a-z]*x ]]; then given+=("$name=${!name}"); else written+=("$name=${!name}"); fi
     done < <(sed -n '/^source /q;s/^\([A-Z_]*\)="\${\1.*/\1/p' "$0")
-    [[ ${#given[@]} == 0 ]] || say "from the environment: $(quoted "${given[@]}")"
-    [[ ${#written[@]} == 0 ]] || say "from the top of the script: $(quoted "${written[@]}")"
+    [[ ${#given[@]} == 0 ]] || say "settings from the environment: $(quoted "${given[@]}")"
+    [[ ${#written[@]} == 0 ]] || say "settings from the top of the script: $(quoted "${written[@]}")"
 }
 
-# forget_places: unset what another launcher told its own processes, which would mislead these.
+# forget_places: unset the variables by which another launcher placed its own processes, which would mislead these.
 forget_places() {
     local name
     for name in COORDINATOR PROCESSES PROCESS WAIT_FOR JAX_COORDINATOR_ADDRESS JAX_COORDINATOR_BIND_ADDRESS \
         JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_LOCAL_DEVICE_IDS; do
         [[ -v $name ]] || continue
-        say "$name=${!name} of the environment is left out: this script places its processes itself"
+        say "ignoring $name=${!name} from the environment: this script places its processes itself"
         unset "$name"
     done
 }
 
-# need_training: the options of `pathflip train` must be there; only the launcher names folder and processes.
+# need_training: stop without options for `pathflip train`; the run folder and the processes are the launcher's to set.
 need_training() {
     local option
     [[ ${#OPTIONS[@]} -gt 0 ]] ||
         fail "no options for pathflip train, such as --config align_base --config.data.records=records (see --help)"
     for option in "${OPTIONS[@]}"; do
-        [[ $option != --workdir* ]] || fail "$option: the run folder is the setting WORKDIR"
+        [[ $option != --workdir* ]] || fail "$option: the run folder is the setting WORKDIR; set that instead"
     done
 }
 
@@ -134,7 +134,7 @@ show_worker() {
 # launch_id: a name for this launch, which stays the same when it starts its processes again.
 launch_id() { if [[ -n $DRY_RUN ]]; then echo dry-run; else echo "$(uname -n)-$$-$(date +%s)"; fi; }
 
-# step_of FOLDER: how far a run has come: its newest checkpoint, or where these lie elsewhere, its last row of metrics.
+# step_of FOLDER: the step of a run: of its newest checkpoint or, where checkpoints are elsewhere, of its last metrics row.
 step_of() {
     local path step=0
     if [[ -d $1/checkpoints ]]; then
@@ -148,8 +148,8 @@ step_of() {
     echo "${step:-0}"
 }
 
-# count_start FOLDER PROCESS: note that a process of this LAUNCH_ID starts on the run; stop for good where MAX_STARTS
-# starts have brought no progress: a fault that ends a run at the same step each time is not cured by another start.
+# count_start FOLDER PROCESS: record that a process of this LAUNCH_ID starts the run, and give up after MAX_STARTS starts
+# without progress: another start does not cure a fault that ends a run at the same step each time.
 count_start() {
     local file=$1/starts/$2 step count=0 id most
     [[ -n $LAUNCH_ID && $MAX_STARTS != 0 && -z $DRY_RUN ]] || return 0
@@ -162,12 +162,12 @@ count_start() {
     ((count < MAX_STARTS)) ||
         fail "$count starts, and $1 is still at step $step: giving up. Find out why they ended, then launch again; MAX_STARTS limits starts without progress"
     { mkdir -p "$1/starts" && echo "$LAUNCH_ID $step $((count + 1))" > "$file"; } 2> /dev/null ||
-        say "$file cannot be written: starts in vain are not counted"
+        say "cannot write $file: starts without progress are not counted"
 }
 
-# keep_running COMMAND...: run it until it is done, and return its last exit code. What stopped after saving starts
-# again as long as it makes progress (count_start); anything else that went wrong (a killed process, a lost host)
-# MAX_RESTARTS times, with PAUSE seconds before; wrong input never, and nothing once STOPPING is set.
+# keep_running COMMAND...: run it until it succeeds, and return its last exit code. After a stop with a saved checkpoint
+# it starts again as long as it makes progress (count_start); after any other failure (a killed process, a lost host)
+# up to MAX_RESTARTS times, PAUSE seconds later; never after wrong input, nor once STOPPING is set.
 keep_running() {
     local failures=0 code=$TRY_AGAIN
     while [[ -z ${STOPPING-} ]]; do

@@ -1,34 +1,35 @@
 #!/usr/bin/env bash
 set -euo pipefail
-# Train on one node with several GPUs: one process a GPU, started again together when one stops or is lost.
+# Train on one node with several GPUs: one process per GPU, all started again when one stops or is lost.
 #
 # usage: launch/gpus.sh [--dry-run | --help] OPTIONS OF pathflip train
 #
 #   DATA=gs://lab/cohort WORKDIR=runs/base launch/gpus.sh --config align_base --config.data.records=records ...
 #
-# Of the GPUs, those that CUDA_VISIBLE_DEVICES leaves: numbers, or UUIDs of GPUs and of MIG devices (HIP_VISIBLE_DEVICES
-# and ROCR_VISIBLE_DEVICES where it is not set); without it, those that nvidia-smi lists.
+# The GPUs are those in CUDA_VISIBLE_DEVICES: numbers, or UUIDs of GPUs and of MIG devices (in HIP_VISIBLE_DEVICES or
+# ROCR_VISIBLE_DEVICES where it is not set); without these variables, those that nvidia-smi lists.
 #
-# SIGTERM, SIGHUP and ctrl-C reach the processes, which save; then this script ends with their exit code, 75.
+# SIGTERM, SIGHUP and ctrl-C are passed to the processes, which save a checkpoint; then this script ends with their exit
+# code, 75.
 #
 # Settings, here or in the environment:
-GPUS="${GPUS:-all}"    # how many of them, or all
-DATA="${DATA:-}"       # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder: read in place
+GPUS="${GPUS:-all}"    # how many of these GPUs to use, or all
+DATA="${DATA:-}"       # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder, read in place
 WORKDIR="${WORKDIR:-}" # run folder
-LOCAL="${LOCAL:-/tmp/pathflip}" # local disk, for what comes from a bucket
+LOCAL="${LOCAL:-/tmp/pathflip}" # folder on local disk for data from a bucket
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
-PORT="${PORT:-8476}"   # where the processes meet
-MAX_RESTARTS="${MAX_RESTARTS:-20}" # after failures; a stop after saving is none
+PORT="${PORT:-8476}"   # at which the processes connect to each other
+MAX_RESTARTS="${MAX_RESTARTS:-20}" # restarts after failures; a stop after saving does not count
 PAUSE="${PAUSE:-10}"   # seconds before starting again after a failure
-MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
-WAIT="${WAIT:-120}"    # seconds that the other processes have to end, after the first
+MAX_STARTS="${MAX_STARTS:-5}" # starts in a row without progress of the run before giving up; 0: no limit
+WAIT="${WAIT:-120}"    # seconds for the other processes to end after the first has ended
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_options "$@"
 need DATA WORKDIR
 need_training
-! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together, so give a folder"
+! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together: set it to a folder, not a bucket"
 WORKDIR=$(realpath -m "$WORKDIR")
 is_bucket "$DATA" || DATA=$(realpath -m "$DATA")
 [[ $GPUS == all ]] || counts GPUS
@@ -37,7 +38,7 @@ numbers MAX_RESTARTS MAX_STARTS
 seconds PAUSE WAIT
 forget_places
 
-# list_visible: VISIBLE, the variable that says which GPUs may be used, and these as the array FOUND.
+# list_visible: set VISIBLE to the variable that restricts the GPUs, and the array FOUND to the GPUs that it allows.
 list_visible() {
     local entry entries seen=,
     for VISIBLE in CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES ''; do
@@ -53,15 +54,15 @@ list_visible() {
     for entry in ${entries[@]+"${entries[@]}"}; do
         [[ $entry != -* && $entry != NoDevFiles ]] || break # CUDA reads no further
         [[ $entry =~ ^([0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+)$ ]] ||
-            fail "$VISIBLE=${!VISIBLE}: expected numbers or UUIDs of GPUs, with commas between them"
-        [[ $seen != *",$entry,"* ]] || fail "$VISIBLE=${!VISIBLE}: $entry is there twice"
+            fail "$VISIBLE=${!VISIBLE}: expected GPU numbers or UUIDs, separated by commas"
+        [[ $seen != *",$entry,"* ]] || fail "$VISIBLE=${!VISIBLE}: $entry is listed twice"
         seen+=$entry,
         FOUND+=("$entry")
     done
-    [[ ${#FOUND[@]} -gt 0 ]] || fail "$VISIBLE=${!VISIBLE} leaves no GPU: unset it, or name those that this run may use"
+    [[ ${#FOUND[@]} -gt 0 ]] || fail "$VISIBLE=${!VISIBLE} leaves no GPU: unset it, or list the GPUs that this run may use"
 }
 
-# list_all: of nvidia-smi, the numbers of GPUs; of those that are cut into MIG devices, the UUIDs of these.
+# list_all: add the numbers of the GPUs that nvidia-smi lists; for GPUs with MIG devices, the UUIDs of the devices.
 list_all() {
     local line
     while read -r line; do
@@ -77,12 +78,12 @@ list_all() {
 list_visible
 if [[ $GPUS == all ]]; then
     GPUS=${#FOUND[@]}
-    [[ $GPUS -gt 0 ]] || fail "nvidia-smi shows no GPU: set GPUS, how many processes to start"
+    [[ $GPUS -gt 0 ]] || fail "nvidia-smi lists no GPU: set GPUS to the number of processes to start"
 elif [[ ${#FOUND[@]} == 0 ]]; then
     mapfile -t FOUND < <(seq 0 $((GPUS - 1)))
-    say "nvidia-smi shows no GPU, so their numbers are a guess"
+    say "nvidia-smi lists no GPU, so the GPU numbers are a guess"
 elif [[ $GPUS -gt ${#FOUND[@]} ]]; then
-    fail "GPUS=$GPUS: there are ${#FOUND[@]}, ${FOUND[*]}"
+    fail "GPUS=$GPUS: found only ${#FOUND[@]} (${FOUND[*]}); set GPUS to that or less, or to all"
 fi
 FOUND=("${FOUND[@]:0:GPUS}")
 show_settings
@@ -109,14 +110,14 @@ start() {
     fi
 }
 
-# attempt: all processes from start to end; the largest of their exit codes.
+# attempt: run all processes to their end, and return the largest of their exit codes.
 attempt() {
     local number pid reaper code=0 status
     PIDS=()
     for ((number = 0; number < GPUS; number++)); do start "$number"; done
     [[ -z $DRY_RUN ]] || return 0
     while all_run; do sleep 1; done
-    # The others are on their last step too, or wait for the lost one without end.
+    # The others are on their last step too, or wait forever for the lost process.
     (sleep "$WAIT" && kill -KILL "${PIDS[@]}") > /dev/null 2>&1 &
     reaper=$!
     for pid in "${PIDS[@]}"; do
@@ -134,4 +135,4 @@ attempt() {
 
 trap 'STOPPING=1; kill -TERM "${PIDS[@]}" 2> /dev/null || true' TERM INT HUP
 keep_running run "$LAUNCH/worker.sh" stage
-keep_running attempt; show_worker; exit # one line, read whole: this file may change while it runs for days
+keep_running attempt; show_worker; exit # on one line, which bash has read: this file may be edited during a run of days

@@ -1,34 +1,35 @@
 #!/usr/bin/env bash
 set -euo pipefail
-# Train on the nodes of a Kubernetes cluster, as a JobSet (0.10 or newer, https://jobset.sigs.k8s.io): one pod a node.
+# Train on the nodes of a Kubernetes cluster, as a JobSet (0.10 or newer, https://jobset.sigs.k8s.io): one pod per node.
 #
 # usage: launch/jobset.sh [--dry-run | --help] OPTIONS OF pathflip train
 #
 #   IMAGE=registry/pathflip:1 NODES=4 DATA=s3://lab/cohort WORKDIR=/share/runs/base SHARED_CLAIM=share \
 #       launch/jobset.sh --config align_base --config.data.records=records ...
 #
-# All pods start again after exit code 75 or a lost node, as long as the run makes progress (MAX_STARTS); after another
-# failure MAX_RESTARTS times; wrong input (exit code 2) ends the JobSet. --dry-run prints the manifest: pipe it into a file to adapt it.
+# All pods start again after exit code 75 or a lost node, as long as the run makes progress (MAX_STARTS); after any
+# other failure MAX_RESTARTS times; wrong input (exit code 2) ends the JobSet. --dry-run prints the manifest: redirect it
+# to a file to adapt it.
 #
 # Settings, here or in the environment:
-NAME="${NAME:-pathflip}"   # of the JobSet
+NAME="${NAME:-pathflip}"   # name of the JobSet
 NAMESPACE="${NAMESPACE:-default}"
-CONTEXT="${CONTEXT:-}"     # cluster and user of kubectl; empty: its current one
-IMAGE="${IMAGE:-}"         # built from launch/Dockerfile, pushed where the cluster can pull it
-NODES="${NODES:-2}"        # one pod each
-RESOURCE="${RESOURCE:-nvidia.com/gpu}" # or google.com/tpu
-PER_NODE="${PER_NODE:-8}"  # of that resource
+CONTEXT="${CONTEXT:-}"     # kubectl context; empty: the current one
+IMAGE="${IMAGE:-}"         # image built from launch/Dockerfile, pushed where the cluster can pull it
+NODES="${NODES:-2}"        # number of nodes, with one pod each
+RESOURCE="${RESOURCE:-nvidia.com/gpu}" # accelerator resource; google.com/tpu for TPUs
+PER_NODE="${PER_NODE:-8}"  # amount of that resource per node
 NODE_SELECTOR="${NODE_SELECTOR:-}" # label=value ..., such as: cloud.google.com/gke-tpu-topology=4x4
-SERVICE_ACCOUNT="${SERVICE_ACCOUNT:-default}" # may read DATA
+SERVICE_ACCOUNT="${SERVICE_ACCOUNT:-default}" # Kubernetes service account that may read DATA
 DATA="${DATA:-}"           # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder under /share
 WORKDIR="${WORKDIR:-}"     # run folder under /share; with NODES=1 also gs://... or s3://...
-SHARED_CLAIM="${SHARED_CLAIM:-}" # ReadWriteMany volume claim that becomes /share; empty: none
+SHARED_CLAIM="${SHARED_CLAIM:-}" # ReadWriteMany volume claim that is mounted at /share; empty: none
 LOCAL="${LOCAL:-/var/tmp/pathflip}" # local disk of a node, kept between restarts
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
-PORT="${PORT:-8476}"       # where the processes meet
-GRACE="${GRACE:-300}"      # seconds to save in, between SIGTERM and the end of a pod
-MAX_RESTARTS="${MAX_RESTARTS:-20}" # after failures; stops and lost nodes are none
-MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
+PORT="${PORT:-8476}"       # at which the processes connect to each other
+GRACE="${GRACE:-300}"      # seconds between SIGTERM and the end of a pod, in which it saves
+MAX_RESTARTS="${MAX_RESTARTS:-20}" # restarts after failures; stops and lost nodes do not count
+MAX_STARTS="${MAX_STARTS:-5}" # starts in a row without progress of the run before giving up; 0: no limit
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -36,14 +37,14 @@ read_options "$@"
 need IMAGE DATA WORKDIR
 need_training
 [[ $NODES == 1 ]] || ! is_bucket "$WORKDIR" ||
-    fail "WORKDIR=$WORKDIR: the pods write one checkpoint together: give a folder under /share and SHARED_CLAIM, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
-[[ $WORKDIR != /share* || -n $SHARED_CLAIM ]] || fail "WORKDIR=$WORKDIR: set SHARED_CLAIM, the volume claim that is /share"
+    fail "WORKDIR=$WORKDIR: the pods write one checkpoint together: give a folder under /share and SHARED_CLAIM, or give --config.train.checkpoints=$WORKDIR and a folder for the logs as WORKDIR"
+[[ $WORKDIR != /share* || -n $SHARED_CLAIM ]] || fail "WORKDIR=$WORKDIR: set SHARED_CLAIM to the volume claim that is mounted at /share"
 counts NODES PER_NODE PORT
 numbers GRACE MAX_RESTARTS MAX_STARTS
 words NODE_SELECTOR
 show_settings
 
-# text WORD: as a YAML string.
+# text WORD: the word as a YAML string.
 text() { printf "'%s'" "${1//\'/\'\'}"; }
 
 # arguments WORD...: entries of a container's args.
@@ -91,11 +92,11 @@ metadata:
 spec:
   network:
     enableDNSHostnames: true
-    publishNotReadyAddresses: false # a pod that still stages has no name yet, and the others wait for it
+    publishNotReadyAddresses: false # a pod that is still staging has no name yet, and the others wait for it
   failurePolicy:
     maxRestarts: $MAX_RESTARTS
-    restartStrategy: BlockingRecreate # no pod of the last attempt meets one of the next
-    rules: # what the Job says of the rule that ended it; other failures restart and count
+    restartStrategy: BlockingRecreate # so that no pod of one attempt meets one of the next
+    rules: # matched against the Job's reason and message, which name its rule; other failures restart and count
       - name: wrongInput
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
@@ -138,7 +139,7 @@ $(environment "DATA=$DATA" "WORKDIR=$WORKDIR" "LOCAL=$LOCAL" "COMPILATION_CACHE=
     "MAX_STARTS=$MAX_STARTS" "COORDINATOR=$NAME-worker-0-0.$NAME:$PORT" "PROCESSES=$NODES" "WAIT_FOR=$(hosts | paste -sd' ')")
                     - name: PROCESS
                       valueFrom: {fieldRef: {fieldPath: "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
-                    - name: LAUNCH_ID # of a JobSet, whose pods have others after each start
+                    - name: LAUNCH_ID # the same for all starts of a JobSet, unlike the UIDs of its pods
                       valueFrom: {fieldRef: {fieldPath: "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
                   volumeMounts: &mounts
 $(volumes mount)

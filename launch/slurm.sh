@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
 set -euo pipefail
-# Train on several nodes of a Slurm cluster: one process a GPU, requeued when told to stop and when a node is lost.
+# Train on several nodes of a Slurm cluster: one process per GPU, requeued when told to stop and when a node is lost.
 #
 # usage: launch/slurm.sh [--dry-run | --help] OPTIONS OF pathflip train
 #
 #   NODES=4 GPUS=8 DATA=/share/cohort WORKDIR=/share/runs/base launch/slurm.sh --config align_base \
 #       --config.data.records=records ...
 #
-# Run on a login node, or in a shell of another job, which stays as it is, it submits itself. The clone with its .venv,
-# and WORKDIR, lie on a disk that all nodes share.
+# Run it on a login node, or in a shell of another job, which it leaves alone: it submits itself as a job. The clone with
+# its .venv, and WORKDIR, must be on a disk that all nodes share.
 #
 # Settings, here or in the environment:
-NODES="${NODES:-2}"       # of the job
-GPUS="${GPUS:-8}"         # of a node; one process each
-CPUS="${CPUS:-8}"         # of a process
-TIME="${TIME:-24:00:00}"  # then the run saves and the job is requeued
-NOTICE="${NOTICE:-300}"   # seconds before that, for SIGTERM: time for a step and a save
-NAME="${NAME:-pathflip}"  # of the job
-SBATCH="${SBATCH:-}"      # more options of sbatch, such as: --partition=gpu --comment='PathFLIP of the lab'
-DATA="${DATA:-}"          # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder: read in place
+NODES="${NODES:-2}"       # nodes of the job
+GPUS="${GPUS:-8}"         # GPUs per node, with one process each
+CPUS="${CPUS:-8}"         # CPUs per process
+TIME="${TIME:-24:00:00}"  # time limit, at which the run saves and the job is requeued
+NOTICE="${NOTICE:-300}"   # seconds before TIME at which SIGTERM is sent: time for a step and a save
+NAME="${NAME:-pathflip}"  # name of the job
+SBATCH="${SBATCH:-}"      # more options for sbatch, such as: --partition=gpu --comment='PathFLIP of the lab'
+DATA="${DATA:-}"          # gs://... or s3://... with records/, texts, slide table, tokenizer; or a folder, read in place
 WORKDIR="${WORKDIR:-}"    # run folder on a shared disk
-LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of a node, for what comes from a bucket
+LOCAL="${LOCAL:-/tmp/pathflip}" # folder on the local disk of a node for data from a bucket
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
-MAX_RESTARTS="${MAX_RESTARTS:-20}" # a failing job is requeued while it was requeued fewer times than this
-MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
-WAIT="${WAIT:-120}"       # seconds that the other processes have to end, after the first
+MAX_RESTARTS="${MAX_RESTARTS:-20}" # a failed job is requeued if it has been requeued fewer times than this
+MAX_STARTS="${MAX_STARTS:-5}" # starts in a row without progress of the run before giving up; 0: no limit
+WAIT="${WAIT:-120}"       # seconds for the other processes to end after the first has ended
 
 # shellcheck source=launch/common.sh
 source "$(if [[ ${1-} == job ]]; then echo "$2"; else dirname "${BASH_SOURCE[0]}"; fi)/common.sh"
 
-# `job FOLDER` before the options is what sbatch is told: variables of Slurm do not say whose job this is, and there a
-# copy of this file runs from elsewhere.
+# sbatch is given `job FOLDER` before the options: Slurm's variables do not say whose job this is, and Slurm runs a copy
+# of this file from another folder.
 JOB=
 if [[ ${1-} == job ]]; then
     JOB=${SLURM_JOB_ID-}
-    [[ -n $JOB ]] || fail "job: is for sbatch alone, and this is no job"
+    [[ -n $JOB ]] || fail "job: only sbatch passes this argument, and SLURM_JOB_ID is not set; leave it out"
     shift 2
 fi
 read_options "$@"
@@ -42,7 +42,7 @@ need NODES GPUS DATA WORKDIR
 need_training
 counts NODES GPUS CPUS
 numbers NOTICE WAIT MAX_RESTARTS MAX_STARTS
-! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together, so give a folder on a shared disk"
+! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the processes write one checkpoint together: set it to a folder on a shared disk"
 WORKDIR=$(realpath -m "$WORKDIR")
 is_bucket "$DATA" || DATA=$(realpath -m "$DATA")
 words SBATCH
@@ -50,7 +50,7 @@ words SBATCH
 forget_places
 export DATA WORKDIR LOCAL COMPILATION_CACHE MAX_STARTS
 
-# submit: make a job of this script, with none of the variables of a job that this shell is in, nor its GPUs.
+# submit: submit this script as a job, without the variables and the GPUs of a job that this shell may be in.
 submit() {
     local name outside=()
     for name in "${!SLURM_@}" "${!PMI_@}" "${!PMIX_@}"; do
@@ -59,7 +59,7 @@ submit() {
     for name in CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES ZE_AFFINITY_MASK GPU_DEVICE_ORDINAL; do
         [[ ! -v $name ]] || outside+=(-u "$name")
     done
-    [[ -z ${SLURM_JOB_ID-} ]] || say "this shell is in job $SLURM_JOB_ID: that stays as it is, and a job of its own is submitted"
+    [[ -z ${SLURM_JOB_ID-} ]] || say "this shell is in job $SLURM_JOB_ID, which is left alone; submitting a separate job"
     for name in "${!SBATCH_@}"; do
         say "sbatch takes $name=${!name} from the environment"
     done
@@ -76,7 +76,7 @@ fi
 
 # From here on: the job, on its first node.
 export LAUNCH_ID="slurm-$JOB" # a requeued job keeps its number
-trap : TERM HUP # are for the processes; this shell stays, to requeue
+trap : TERM HUP # these are for the processes; this shell stays, to requeue the job
 code=0
 run srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 "$LAUNCH/worker.sh" stage || code=$?
 if [[ $code == 0 ]]; then

@@ -8,38 +8,38 @@ set -euo pipefail
 #       --config.data.records=records --config.data.texts=reports.jsonl --config.data.slides=slides.csv \
 #       --config.data.tokenizer=bert --config.model.bert=bert
 #
-# The request is made, waited for, given this clone (its commit, not what is uncommitted), the locked packages and the
-# data, and trains. If preempted, it is deleted and requested again, and the run resumes; at the end, or on ctrl-C, it is
-# deleted.
-# A request of this name that is there already is another run's, and is left alone.
+# The script requests the TPU, waits for it, gives it this clone (its last commit, without uncommitted changes), the locked
+# packages and the data, and trains. If the TPU is preempted, the request is deleted and made again, and the run resumes;
+# at the end, or on ctrl-C, the request is deleted. An existing request of this name is taken to be another run's and is
+# left alone.
 # Keep this script running (tmux) on a machine that stays up, with gcloud logged in.
 #
 # Settings, here or in the environment:
 PROJECT="${PROJECT:-}"   # Google Cloud project
 ZONE="${ZONE:-}"         # zone with this accelerator
-NAME="${NAME:-pathflip}" # of the queued resource and its node
+NAME="${NAME:-pathflip}" # name of the queued resource and its node
 ACCELERATOR_TYPE="${ACCELERATOR_TYPE:-v5litepod-8}"       # v5litepod-1, -4, -8: one host; v5litepod-16 to -256: a pod slice
-RUNTIME_VERSION="${RUNTIME_VERSION:-}" # empty: the one that Google names for the accelerator
-CREATE_OPTIONS="${CREATE_OPTIONS---spot}" # of gcloud ... queued-resources create; empty: on demand, which costs more
-SCOPES="${SCOPES:-cloud-platform}" # of the hosts' service account: they read DATA and write WORKDIR
+RUNTIME_VERSION="${RUNTIME_VERSION:-}" # TPU software; empty: the one that Google names for the accelerator
+CREATE_OPTIONS="${CREATE_OPTIONS---spot}" # options for gcloud ... queued-resources create; empty: on demand, which costs more
+SCOPES="${SCOPES:-cloud-platform}" # access scopes of the hosts' service account, which reads DATA and writes WORKDIR
 DATA="${DATA:-}"       # gs://... with records/, texts, slide table, tokenizer
-WORKDIR="${WORKDIR:-}" # run folder: of one host gs://..., of a pod slice a folder that PREPARE mounts on all hosts, or
+WORKDIR="${WORKDIR:-}" # run folder: for one host gs://...; for a pod slice a folder that PREPARE mounts on all hosts, or
 #                       one on their own disks, with --config.train.checkpoints=gs://...
-LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of the hosts
+LOCAL="${LOCAL:-/tmp/pathflip}" # folder on the local disk of the hosts
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
 BACKUP_SECONDS="${BACKUP_SECONDS:-300}" # seconds between two copies of the run to WORKDIR=gs://...
-PREPARE="${PREPARE:-}"  # command for every host, before all else, such as: sudo mount -t nfs 10.0.0.2:/share /share
-MAX_RESTARTS="${MAX_RESTARTS:-20}" # after failures; a preemption is none
-MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
+PREPARE="${PREPARE:-}"  # command to run first on every host, such as: sudo mount -t nfs 10.0.0.2:/share /share
+MAX_RESTARTS="${MAX_RESTARTS:-20}" # restarts after failures; a preemption does not count
+MAX_STARTS="${MAX_STARTS:-5}" # starts in a row without progress of the run before giving up; 0: no limit
 PAUSE="${PAUSE:-60}"   # seconds before starting again after a failure
-POLL="${POLL:-30}"     # seconds between two looks at the request
+POLL="${POLL:-30}"     # seconds between two checks of the request
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_options "$@"
 need PROJECT ZONE DATA WORKDIR
 need_training
-[[ $DATA == gs://* ]] || fail "DATA=$DATA: the hosts read from a bucket, gs://..."
+[[ $DATA == gs://* ]] || fail "DATA=$DATA: expected a bucket, gs://..., from which the hosts can read"
 
 numbers MAX_RESTARTS MAX_STARTS
 seconds PAUSE POLL BACKUP_SECONDS
@@ -49,7 +49,7 @@ case $ACCELERATOR_TYPE in
     v5litepod-[148] | v6e-[148] | v[234]-8 | v5p-8) DISTRIBUTED='' HOSTS="one host" ;;
     *)
         DISTRIBUTED=1 HOSTS="a pod slice of several hosts" # JAX finds them by the metadata of the TPU
-        ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts of $ACCELERATOR_TYPE write one checkpoint together: give a folder that PREPARE mounts on all of them, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
+        ! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts of $ACCELERATOR_TYPE write one checkpoint together: give a folder that PREPARE mounts on all of them, or --config.train.checkpoints=$WORKDIR and a folder for the logs as WORKDIR"
         ;;
 esac
 if [[ -z $RUNTIME_VERSION ]]; then
@@ -62,7 +62,7 @@ if [[ -z $RUNTIME_VERSION ]]; then
     esac
 fi
 show_settings
-say "$ACCELERATOR_TYPE is taken for $HOSTS, with the software $RUNTIME_VERSION"
+say "$ACCELERATOR_TYPE is treated as $HOSTS, with the software $RUNTIME_VERSION"
 LAUNCH_ID=$(launch_id)
 export DATA WORKDIR LOCAL COMPILATION_CACHE BACKUP_SECONDS
 PLACE=(--project="$PROJECT" --zone="$ZONE")
@@ -84,9 +84,9 @@ state() {
 require_free() {
     local told
     if told=$(gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" '--format=value(state.state)' 2>&1); then
-        fail "NAME=$NAME: there is a request of this name ($told), perhaps of another run: set another NAME, or delete it: $(quoted gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force)"
+        fail "NAME=$NAME: a request of this name exists ($told), perhaps of another run: set another NAME, or delete it: $(quoted gcloud compute tpus queued-resources delete "$NAME" "${PLACE[@]}" --force)"
     fi
-    [[ $told == *NOT_FOUND* || $told == *"not found"* ]] || fail "gcloud cannot tell whether there is a request $NAME: $told"
+    [[ $told == *NOT_FOUND* || $told == *"not found"* ]] || fail "gcloud cannot tell whether a request $NAME exists: $told"
 }
 
 create() {
@@ -101,10 +101,10 @@ on_all_hosts() { run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --work
 
 # prepare: code, packages and data on every host of the request.
 prepare() {
-    local archive=/tmp/pathflip.tar.gz # of this launch alone: another's commit must not come to these hosts
+    local archive=/tmp/pathflip.tar.gz # only of this launch: these hosts must not get the commit of another
     [[ -n $DRY_RUN ]] || { FOLDER=${FOLDER:-$(mktemp -d)} && archive=$FOLDER/pathflip.tar.gz; } || return
     [[ -n $DRY_RUN || -z $(git -C "$LAUNCH/.." status --porcelain --untracked-files=no) ]] ||
-        say "the hosts are given the last commit, without the changes since"
+        say "the hosts get the last commit, without the changes since"
     { [[ -z $PREPARE ]] || on_all_hosts "$PREPARE"; } &&
         run git -C "$LAUNCH/.." archive --format=tar.gz --output="$archive" HEAD &&
         run gcloud compute tpus tpu-vm scp "$archive" "$NAME:pathflip.tar.gz" "${PLACE[@]}" --worker=all &&
@@ -112,12 +112,12 @@ prepare() {
         PREPARED=1
 }
 
-# bring_up: until the request is granted and its hosts are prepared.
+# bring_up: wait until the request is granted and its hosts are prepared.
 bring_up() {
     local now told=
     while true; do
         now=$(state)
-        [[ -n $DRY_RUN || $now == "$told" ]] || say "the request $NAME is ${now:-not there}"
+        [[ -n $DRY_RUN || $now == "$told" ]] || say "request $NAME: ${now:-no such request}"
         told=$now
         case $now in
             ACTIVE) break ;;
@@ -133,7 +133,7 @@ bring_up() {
     [[ -n $PREPARED ]] || prepare
 }
 
-# attempt: train until the end, a failure, or the loss of the hosts, which is as good as a stop: the run was saved.
+# attempt: train until the end, a failure, or the loss of the hosts, which counts as a stop: the run was saved.
 attempt() {
     local training code=0
     bring_up || return
@@ -169,4 +169,4 @@ exec 3>&1
 trap finish EXIT
 trap 'exit 130' INT TERM HUP
 [[ -z $DRY_RUN ]] || create # which sees the request as granted
-keep_running attempt; show_worker; exit # one line, read whole: this file may change while it runs for days
+keep_running attempt; show_worker; exit # on one line, which bash has read: this file may be edited during a run of days

@@ -7,31 +7,31 @@ set -euo pipefail
 #   PROJECT=lab ZONE=us-west4-a CLUSTER=pods IMAGE=us-docker.pkg.dev/lab/images/pathflip:1 DATA=gs://lab/cohort \
 #       WORKDIR=/share/runs/base launch/xpk.sh --config align_large --config.data.records=records ...
 #
-# XPK makes a JobSet of it: all hosts start again when one is lost, or after exit code 75, MAX_RESTARTS times in all.
+# XPK runs it as a JobSet: all hosts start again when one is lost, or after exit code 75, MAX_RESTARTS times in total.
 #
 # Settings, here or in the environment:
 PROJECT="${PROJECT:-}"   # Google Cloud project
 ZONE="${ZONE:-}"         # zone of the cluster
-CLUSTER="${CLUSTER:-}"   # made by xpk cluster create
-NAME="${NAME:-pathflip}" # of the workload
-IMAGE="${IMAGE:-}"       # built from launch/Dockerfile with EXTRAS=tpu,gcs, pushed where the cluster can pull it
-TPU_TYPE="${TPU_TYPE:-v5litepod-256}" # one slice
-CAPACITY="${CAPACITY:---spot}" # --spot, --on-demand, --reservation=NAME
+CLUSTER="${CLUSTER:-}"   # cluster made by xpk cluster create
+NAME="${NAME:-pathflip}" # name of the workload
+IMAGE="${IMAGE:-}"       # image built from launch/Dockerfile with EXTRAS=tpu,gcs, pushed where the cluster can pull it
+TPU_TYPE="${TPU_TYPE:-v5litepod-256}" # type of the slice
+CAPACITY="${CAPACITY:---spot}" # --spot, --on-demand or --reservation=NAME
 DATA="${DATA:-}"         # gs://... with records/, texts, slide table, tokenizer
-WORKDIR="${WORKDIR:-}"   # run folder on a storage that all hosts mount (xpk storage attach --auto-mount=true), or one on
+WORKDIR="${WORKDIR:-}"   # run folder on storage that all hosts mount (xpk storage attach --auto-mount=true), or one on
 #                         their own disks, with --config.train.checkpoints=gs://...
-LOCAL="${LOCAL:-/tmp/pathflip}" # local disk of the hosts
+LOCAL="${LOCAL:-/tmp/pathflip}" # folder on the local disk of the hosts
 COMPILATION_CACHE="${COMPILATION_CACHE:-}" # folder of compiled programs; empty: compiled/ in the run folder
-MAX_RESTARTS="${MAX_RESTARTS:-100}" # preemptions and failures together: XPK counts them as one
-MAX_STARTS="${MAX_STARTS:-5}" # in vain: the run has come no further since the first of them; 0: without limit
-GRACE="${GRACE:-300}"    # seconds to save in, between SIGTERM and the end of a host
+MAX_RESTARTS="${MAX_RESTARTS:-100}" # restarts after preemptions and failures together: XPK does not tell them apart
+MAX_STARTS="${MAX_STARTS:-5}" # starts in a row without progress of the run before giving up; 0: no limit
+GRACE="${GRACE:-300}"    # seconds between SIGTERM and the end of a host, in which it saves
 
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 read_options "$@"
 need PROJECT ZONE CLUSTER IMAGE DATA WORKDIR
 need_training
-! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts write one checkpoint together: give a folder that all of them mount, or --config.train.checkpoints=$WORKDIR and a folder for the logs"
+! is_bucket "$WORKDIR" || fail "WORKDIR=$WORKDIR: the hosts write one checkpoint together: give a folder that all of them mount, or --config.train.checkpoints=$WORKDIR and a folder for the logs as WORKDIR"
 numbers MAX_RESTARTS MAX_STARTS GRACE
 show_settings
 

@@ -139,10 +139,10 @@ def test_a_process_is_given_one_of_the_gpus_that_may_be_used(trainer, settings, 
         ({"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES= leaves no GPU"),
         ({"CUDA_VISIBLE_DEVICES": "", "GPUS": "2"}, "CUDA_VISIBLE_DEVICES= leaves no GPU"),
         ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "CUDA_VISIBLE_DEVICES=NoDevFiles leaves no GPU"),
-        ({"CUDA_VISIBLE_DEVICES": "1,1"}, "CUDA_VISIBLE_DEVICES=1,1: 1 is there twice"),
-        ({"CUDA_VISIBLE_DEVICES": "all"}, "CUDA_VISIBLE_DEVICES=all: expected numbers or UUIDs"),
-        ({"CUDA_VISIBLE_DEVICES": "2,3", "GPUS": "4"}, "GPUS=4: there are 2, 2 3"),
-        ({"GPUS": "9"}, "GPUS=9: there are 8"),
+        ({"CUDA_VISIBLE_DEVICES": "1,1"}, "CUDA_VISIBLE_DEVICES=1,1: 1 is listed twice"),
+        ({"CUDA_VISIBLE_DEVICES": "all"}, "CUDA_VISIBLE_DEVICES=all: expected GPU numbers or UUIDs"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "GPUS": "4"}, "GPUS=4: found only 2 (2 3)"),
+        ({"GPUS": "9"}, "GPUS=9: found only 8"),
         *(({"GPUS": text}, f"GPUS={text}: expected a whole number, 1 or more") for text in ("-1", "08", "2 ", "some")),
     ],
 )
@@ -157,7 +157,7 @@ def test_places_of_another_launcher_are_left_out(trainer, settings):
     done = trainer.run("gpus.sh", *OPTIONS, **settings, GPUS=2, **elsewhere)
     assert done.returncode == 0 and attempts(trainer) == [["0", "1"]]
     for name, value in elsewhere.items():
-        assert f"{name}={value} of the environment is left out" in done.stderr
+        assert f"ignoring {name}={value} from the environment" in done.stderr
 
 
 def test_starts_that_bring_the_run_no_further_come_to_an_end(trainer, settings):
@@ -245,13 +245,13 @@ def test_a_job_that_the_shell_is_in_is_left_alone(slurm, settings):
     done = slurm.run("slurm.sh", *OPTIONS, **settings, **job, SBATCH_ACCOUNT="lab")
     assert done.returncode == 0 and [call[0] for call in slurm.calls()] == ["sbatch"]
     assert (
-        "this shell is in job 999: that stays as it is" in done.stderr and "SBATCH_ACCOUNT=lab from the" in done.stderr
+        "this shell is in job 999, which is left alone" in done.stderr and "SBATCH_ACCOUNT=lab from the" in done.stderr
     )
     names = (slurm.folder / "environment").read_text().split()
     assert [name for name in names if name.startswith("SLURM_")] == ["SLURM_CONF"] and "DATA" in names
     assert not {"CUDA_VISIBLE_DEVICES", "PMI_SIZE"} & set(names)
     done = slurm.run("slurm.sh", *JOB, *OPTIONS, **settings)
-    assert done.returncode == 2 and "this is no job" in done.stderr
+    assert done.returncode == 2 and "SLURM_JOB_ID is not set" in done.stderr
 
 
 @pytest.mark.parametrize(

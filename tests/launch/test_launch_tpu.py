@@ -116,7 +116,7 @@ def test_a_request_that_is_there_already_is_left_alone(cloud):
     """It may be another run's: not to be trained on, and not to be deleted at the end."""
     (cloud.folder / "state").write_text("ACTIVE")
     done = cloud.run("tpu.sh", *OPTIONS, **SETTINGS)
-    assert done.returncode == 2 and "NAME=pathflip: there is a request of this name (ACTIVE)" in done.stderr
+    assert done.returncode == 2 and "NAME=pathflip: a request of this name exists (ACTIVE)" in done.stderr
     assert (cloud.folder / "state").exists() and trainings(cloud) == preparations(cloud) == []
     cloud.add("gcloud", "sys.exit('ERROR: (gcloud.auth) You do not currently have an active account selected.')")
     done = cloud.run("tpu.sh", *OPTIONS, **SETTINGS)

@@ -117,7 +117,7 @@ def test_records_in_use_are_not_replaced_and_a_copy_that_fails_leaves_them(bucke
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     done = buckets.run("worker.sh", "stage", **settings)
-    assert done.returncode == 2 and "a run on this host reads the copy of before" in done.stderr
+    assert done.returncode == 2 and "a run on this host still reads the earlier copy" in done.stderr
     assert staged(copy_of(local) / "records") == before
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=30)
