@@ -1,14 +1,14 @@
 # Everything from a fresh clone: `make demo`, `make test`. Both build the environment in .venv first;
 # a second run does only what is missing.
 
-# The first Python of a supported version; name another with `make PYTHON=...`.
+# The first Python of a supported version; choose another with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null && echo $$p && break; done)
-# torch is for the tests that compare with PyTorch. TORCH_INDEX names an index of CPU builds where the
-# configured one has none; without a CPU build those tests are skipped, and say so.
+# The tests that compare with PyTorch need torch. TORCH_INDEX is an index of CPU builds, for where the configured
+# one has none; without a CPU build those tests are skipped, and say so.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# Test processes side by side; each takes file after file, in the order of tests/conftest.py: long ones first.
+# Parallel test processes; each takes file after file, in the order of tests/conftest.py: long ones first.
 JOBS ?= 2
 
 BIN := .venv/bin
@@ -27,9 +27,9 @@ setup-test: .venv/.test
 
 setup-slow: .venv/.slow
 
-# Debian's Python may lack ensurepip: its pip then fills the environment from outside.
+# Debian's Python may lack ensurepip: its pip then installs pip into the environment from outside.
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or name it with PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or pass its path with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python .venv/bin/python install --quiet pip; }
 
 .venv/.demo: .venv/bin/python $(PACKAGING) $(wildcard requirements/demo-*.txt)
@@ -43,12 +43,12 @@ setup-slow: .venv/.slow
 	$(BIN)/python requirements/torch_cpu.py $(TORCH) --index-url "$(TORCH_INDEX)"
 	@touch $@
 
-# What the slow tests need besides: Apache Beam, the compiler for TPUs, and a browser. The browser is Debian's Chromium:
-# root gets it where apt has it; without one the tests of the viewer's page are skipped, and say so.
+# The slow tests also need Apache Beam, the TPU compiler and a browser. The browser is Debian's Chromium, which is
+# installed for root where apt has it; without one the tests of the viewer's page are skipped, and say so.
 .venv/.slow: .venv/.test $(wildcard requirements/slow-*.txt)
 	$(PIP) --no-deps --requirement requirements/slow-$(LOCK)
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(CHROMIUM) >/dev/null 2>&1 \
-		|| echo "No Chromium here: the tests of the viewer's page will be skipped"
+		|| echo "Chromium not found and not installed: the tests of the viewer's page will be skipped"
 	@touch $@
 
 demo: setup
@@ -60,8 +60,8 @@ test: setup-test
 test-slow: setup-slow
 	$(PYTEST) -m slow --durations 30
 
-# Tests that need an environment of their own, such as other versions of JAX or TensorFlow, each built once in .peers/:
-# all of them, or one by `make test-peers PEER=tensorflow`; tests/peers/README.md tells what each proves.
+# Tests that need a separate environment, such as other versions of JAX or TensorFlow, each built once in .peers/:
+# all of them, or one by `make test-peers PEER=tensorflow`; tests/peers/README.md says what each proves.
 test-peers: setup-test
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python tests/peers/run.py --jobs $(JOBS) --torch "$(TORCH)" $(PEER)
 

@@ -7,8 +7,8 @@ Hardware   the paper names 8 RTX 4090; here: not run at scale yet
 Hours      not measured
 Result     not measured
 
-`align_base:smoke` shrinks everything to a few seconds on a laptop, to see that data and paths are right.
-`pathflip train --config align_base --help` lists every setting; a config that names another one is refused.
+`align_base:smoke` shrinks everything to a few seconds on a laptop, to check data and paths.
+`pathflip train --config align_base --help` lists every setting; a config with any other setting is refused.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from pathflip_jax.runtime.config_files import as_config
 from pathflip_jax.settings.kinds import AlignmentSettings
 
-SMOKE = {  # of a run that is over in seconds
+SMOKE = {  # a run that ends within seconds
     "data": {
         "regions": 4, "subcaptions": 2, "caption_length": 64, "subcaption_length": 32, "row_step": 32, "threads": 2,
         "patch_slots": 16,
@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def adapt(config: ConfigDict, argument: str, smoke: dict[str, dict] = SMOKE) -> ConfigDict:
-    """Apply what stands after the colon of --config: nothing, or `smoke`, which shrinks everything."""
+    """Apply the argument after the colon of --config: none, or `smoke`, which shrinks everything."""
     if argument == "smoke":
         config.update(smoke)
     elif argument:

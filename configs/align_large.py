@@ -1,4 +1,4 @@
-"""PathFLIP alignment with large batches: per-slide region loss with SigLIP's start, our optimizer.
+"""PathFLIP alignment with large batches: per-slide region loss with SigLIP's initial scale and bias, our optimizer.
 
 Command    pathflip train --config align_large --config.data.records=RECORDS --config.data.texts=REPORTS.jsonl \\
                --config.data.slides=SLIDES.csv --config.data.tokenizer=BERT --config.model.bert=BERT \\
@@ -19,7 +19,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.eval_every = 50
     config.train.save_every = 100
     config.model.remat = True
-    # The same size at any batch. Most pairs are negatives, so the bias starts where sigmoid(z) is near 0 (SigLIP).
+    # A loss of the same size at any batch size. Most pairs are negatives, so the bias starts where sigmoid(z) is near 0
+    # (SigLIP).
     config.loss.normaliser = "per_slide"
     config.loss.negatives_at_once = 512  # the largest arrays of the region loss: 0.5 MB for each slide of a device
     config.model.logit_scale_init = 10.0

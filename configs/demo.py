@@ -13,15 +13,15 @@ from pathflip_jax.configs import align_base
 
 def get_config(argument: str = "") -> ConfigDict:
     config = align_base.get_config()
-    # Nearly all regions of so small a slide: a sentence about a region that was not drawn teaches nothing. Half of a
-    # report's sentences at a time: 250 reports are else learned by heart. Subcaptions of one sentence: merged ones
-    # bind a finding to whatever stands beside it, and 250 slides are too few to take them apart again.
+    # Nearly all regions of such a small slide: a sentence about a region that was not sampled teaches nothing. Half of
+    # a report's sentences at a time: otherwise the model memorises the 250 reports. Subcaptions of one sentence: merged
+    # ones tie a finding to its neighbours, and 250 slides are too few to separate them again.
     config.data.update(regions=16, patch_slots=16, caption_length=192, subcaption_length=96)
     config.data.update(subcaptions=6, merge_sentences=1)
     config.data.update(row_step=64, caption_share=0.5, threads=2, resident="host")
     config.model.update(embed_dim=64, hidden=128, layers=2, heads=4, intermediate=256, num_queries=4)
     config.model.update(region_layers=1, region_heads=4, text_region_heads=4, compute_dtype="float32")
-    config.model.update(cross_attention_freq=1, init="fan_in", dropout=0.0)  # at 0.02 so small a model does not learn
+    config.model.update(cross_attention_freq=1, init="fan_in", dropout=0.0)  # at 0.02 a model this small does not learn
     config.model.logit_scale_init = 10.0
     config.loss.update(normaliser="per_slide", region_weight=1.0)
     config.optim.update(preset="ours", learning_rate=1e-3, warmup_steps=20, warmup_learning_rate=1e-5)

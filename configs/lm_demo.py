@@ -13,15 +13,15 @@ from pathflip_jax.configs import lm_stage1
 
 def get_config(argument: str = "") -> ConfigDict:
     config = lm_stage1.get_config()
-    # A tenth of the examples without their slide: the same model then knows what can be said without one.
+    # A tenth of the examples without their slide: the same model then learns what can be said without one.
     config.data.update(regions=25, patch_slots=16, template="plain", no_slide_share=0.1)
     config.data.update(sentence_orders=32, threads=2, resident="host")
     config.lm.update(trains="projector,decoder", random_decoder=True)
     config.lm.update(dtype="float32", compute_dtype="float32", remat=False)
     config.optim.update(learning_rate=4e-3, warmup_steps=20, weight_decay=0.1, b2=0.95)
-    # Many small steps: that a slide matters to what is said next is learnt late, after the language itself.
+    # Many small steps: the model learns late, after the language itself, that the slide predicts the next words.
     config.train.update(batch_size=16, steps=1500, eval_every=250, save_every=500)
-    # The latest checkpoint: much of a report (sizes, margins, nodes) is chance, and learning that by heart raises the
-    # loss on other reports while findings are still being learnt.
+    # The latest checkpoint: much of a report (sizes, margins, nodes) is random, and memorising it raises the loss on
+    # other reports while findings are still being learned.
     config.train.update(select_margin=1.0, select_tie="latest")
     return lm_stage1.adapt(config, argument)

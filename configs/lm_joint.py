@@ -1,11 +1,11 @@
-"""Aligner, projector and low-rank adapters learn at once, as the released code trains its language model.
+"""Aligner, projector and low-rank adapters trained together, as the released code trains its language model.
 
 Command    pathflip train --config lm_joint ... (as lm_stage1) --workdir runs/lm
 Hardware   not run at scale yet
 Hours      not measured
 Result     not measured
 
-Only the slide side of the aligner learns; its text side gets no gradient. LoRA rank 16, as released.
+Only the slide branch of the aligner is trained; its text branch gets no gradient. LoRA rank 16, as released.
 """
 
 from ml_collections import ConfigDict

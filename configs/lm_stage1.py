@@ -1,4 +1,4 @@
-"""The language stage, first part: a projector learns to put slides into the words of a frozen decoder.
+"""The language stage, first part: a projector learns to map slides into the token space of a frozen decoder.
 
 Command    pathflip train --config lm_stage1 --config.data.records=RECORDS --config.data.slides=SLIDES.csv \\
                --config.data.texts="reports.jsonl,vqa.csv*2" --config.lm.aligner=runs/base \\
@@ -8,7 +8,7 @@ Hours      not measured
 Result     not measured
 
 Learning rate of the follow-up's first stage (1e-3). `lm_stage1:smoke` shrinks the batch and runs four steps;
-`pathflip train --config lm_stage1 --help` lists every setting, and a config that names another one is refused.
+`pathflip train --config lm_stage1 --help` lists every setting, and a config with any other setting is refused.
 """
 
 from ml_collections import ConfigDict
@@ -30,5 +30,5 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def adapt(config: ConfigDict, argument: str) -> ConfigDict:
-    """As that of `align_base`."""
+    """Apply the argument of --config, as `align_base.adapt` does."""
     return align_base.adapt(config, argument, SMOKE)

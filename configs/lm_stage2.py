@@ -1,4 +1,4 @@
-"""The language stage, second part: low-rank adapters in the decoder learn with the projector of the first part.
+"""The language stage, second part: low-rank adapters in the decoder are trained with the projector of the first part.
 
 Command    pathflip train --config lm_stage2 --config.lm.start=runs/lm1 ... (as lm_stage1) --workdir runs/lm2
 Hardware   not run at scale yet

@@ -2,7 +2,7 @@
 
 Planning is separate from drawing: it takes milliseconds on a grid of 8 px, so a report can be written, and a second run
 can know a slide's content, without rendering a pixel. The same smooth fields give the outline on disk and the edge that
-is drawn, so the outlines are true by construction.
+is drawn, so the outlines are exact by construction.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from pathflip_jax.data.storage.files import Place
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of a run: slides `done` now, `skipped` because their record was there, `failed`; `finished` when the
+    """Outcome of a run: slides `done` now, `skipped` because they have a record, `failed`; `finished` when the
     folder is complete (of a job array, when its last task has ended); `timings`, the cost of the slides. `absent` are
     rows of the slide table without a file."""
 

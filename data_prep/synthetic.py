@@ -230,10 +230,10 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def _drawing_environment():
-    """One numeric thread per worker, whose layers stay in its memory.
+    """Environment of the drawing workers: one numeric thread each, and large arrays kept in the memory of the process.
 
     Several thread pools on the same cores only wait for each other. By default glibc returns the memory of a large
-    array to the system, which clears it page by page for the next: a tenth of the drawing time.
+    array to the system, which clears it page by page for the next one: a tenth of the drawing time.
     """
     settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     settings |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(512 << 20)}

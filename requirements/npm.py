@@ -1,7 +1,7 @@
-"""Fetch what the viewer's page takes from npm, by version and hash: `python requirements/npm.py` (needs npm).
+"""Download the viewer page's files from npm, by version and hash: `python requirements/npm.py` (needs npm).
 
-The files are committed, so that neither an installation nor a browser asks npm or a CDN. Run this after a change of
-version below, and commit what it writes.
+The files are committed, so that neither an installation nor a browser needs npm or a CDN. Run this after changing
+the version below, and commit the files that it writes.
 """
 
 import base64
@@ -15,7 +15,7 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parent.parent / "pathflip_jax/viewer/page"
 PACKAGE = "openseadragon@6.1.1"
 INTEGRITY = "sha512-g4iKe2q8B642SaBT3+x4ZF3/8b1TxPPydyjmtrOLgDrlYWMKd9ZXM+1Cb/xa9DVySkvs/7l6HR1nHKfD5F3Tsw=="
-# File of the package: its name in the page. The SHA-256 of each, as it lies there, is what the tests look for.
+# File of the package: its name in the page folder. The tests check the SHA-256 of each file there.
 FILES = {
     "package/build/openseadragon/openseadragon.min.js": "openseadragon.min.js",
     "package/LICENSE.txt": "LICENSE.openseadragon.txt",
@@ -33,11 +33,11 @@ def fetch(package: str, integrity: str, files: dict[str, str], folder: Path) -> 
         (archive,) = Path(work).glob("*.tgz")
         found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
         if found != integrity:
-            raise ValueError(f"{package}: its hash is {found}, expected {integrity}; do not use it before you know why")
+            raise ValueError(f"{package}: its hash is {found}, expected {integrity}; do not use it until you know why")
         with tarfile.open(archive) as content:
             for name, out in files.items():
                 data = content.extractfile(name).read()
-                # The map of sources is not there, and browsers would look for it.
+                # Without the line that names the source map: browsers would request it, and it is not there.
                 lines = [
                     line for line in data.splitlines(keepends=True) if not line.startswith(b"//# sourceMappingURL")
                 ]
