@@ -41,8 +41,9 @@ class Plan:
     """Work of a build, or of one task of it.
 
     `shards` are those of the folder. `missing` maps the shards of this task, `task` = (i, n), to the slides that they
-    lack, in order; `skipped` are the ids of the slides that they have. `cohort` holds the common traits of the slides in
-    shards, None where there are none. `failed` are slides that cannot be read at all, `absent` rows of the slide table without a file.
+    lack, in order; `skipped` are the ids of the slides that they have. `cohort` holds the common traits of the slides
+    in shards, None where there are none. `failed` are slides that cannot be read at all, `absent` rows of the slide
+    table without a file.
     """
 
     out: Place
