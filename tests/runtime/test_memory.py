@@ -1,6 +1,7 @@
 """Memory check before a program runs: XLA's plan against the device's free memory."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,29 @@ def test_a_step_that_does_not_fit_names_settings_that_do(tiny_cohort, tmp_path, 
     advised = re.search(r"--config.train.accumulate=\d+", str(fault.value)).group()
     assert loop.main([*options, advised]) == 0  # the same folder: nothing had begun there
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (9.0, "accumulate=2 "),  # 6 + 4 / 2 GiB, in 0.9 of what is free
+        (8.0, "accumulate=4 "),  # all divided by 2 would be 5 GiB: an advice that does not fit
+        (7.0, "accumulate=16 "),
+        (
+            6.5,
+            "No --config.train.accumulate is enough: even in 16 parts, the step would need about 6.2 GiB, .* 6.0 GiB",
+        ),
+    ],
+)
+def test_accumulation_divides_activations_but_no_gradients(monkeypatch, free, advice):
+    sizes = {"temp_size_in_bytes": 10, "output_size_in_bytes": 6, "alias_size_in_bytes": 6}
+    plan = SimpleNamespace(**{name: size * memory.GIB for name, size in sizes.items()})
+    compiled = SimpleNamespace(memory_analysis=lambda: plan)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * memory.GIB))
+    with pytest.raises(MemoryError, match=f"only {free} GiB are free; set .*{advice}"):
+        memory.check_step(compiled, 16, 1, True, 1, 0)
+    with pytest.raises(MemoryError, match="No --config.train.accumulate above 1 divides 16 slides over 16 devices"):
+        memory.check_step(compiled, 16, 1, True, 16, 0)
 
 
 def test_a_step_whose_pairs_take_the_memory_says_so(monkeypatch):
