@@ -32,7 +32,9 @@ def alignment_training(settings: AlignmentSettings, mesh: jax.sharding.Mesh, beg
     weights = {"loss_slide": settings.loss.slide_weight, "loss_region": settings.loss.region_weight}
     losses = [name for name, weight in weights.items() if weight]
     if not losses:
-        raise ValueError("loss.slide_weight and loss.region_weight are both 0, so there is nothing to learn: set one")
+        raise ValueError(
+            "loss.slide_weight and loss.region_weight are both 0, so there is no loss to train on: set one"
+        )
     require_score(settings.train.select, (*MEASURED, *losses))
     family = family_of(settings)
     data = open_data(settings, sharding.shards_of(mesh), begun["data"].get("text_groups", 0))
@@ -87,8 +89,8 @@ def _pathflip_pairs(settings: AlignmentSettings, model: PathFLIPConfig, slides: 
 def _pathflip2_stage(settings: AlignmentSettings, model: PathFLIP2Config, shard_map: ShardMap) -> Stage:
     if model.text_pooling == "mean_padded":
         raise ValueError(
-            "model.text_pooling=mean_padded repeats what a published checkpoint computes, where padding counts; texts "
-            "that are trained on are packed without: set mean or cls"
+            "model.text_pooling=mean_padded reproduces a published checkpoint, whose mean includes padding; in "
+            "training, texts are packed without padding: set model.text_pooling to mean or cls"
         )
     freeze = settings.model.freeze_text_encoder
 
@@ -149,7 +151,7 @@ def initial_params(model: ModelConfig, bert: str, seed: int, shardings: dict) ->
 
 
 def _check_memory(step, settings: AlignmentSettings, model: ModelConfig, shards: int) -> None:
-    """Raise MemoryError if a compiled step does not fit on a device, with settings that would."""
+    """Raise MemoryError if a compiled step does not fit on a device, with settings that would make it fit."""
     setup = settings.train
     pairs = family_of(settings).pair_bytes(settings, model, setup.batch_size // shards)
     memory.check_step(step, setup.batch_size, setup.accumulate, model.remat, shards, pairs)

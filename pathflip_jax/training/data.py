@@ -27,7 +27,7 @@ from pathflip_jax.settings.kinds import AlignmentSettings
 from pathflip_jax.settings.sections import AlignmentDataSettings, DataSettings
 from pathflip_jax.training import fingerprints
 
-COUNTS = "splits"  # among the facts
+COUNTS = "splits"  # key of the split counts among the facts
 SLIDES_PER_TEXT_GROUP = (16, 8, 4, 2, 1)
 _log = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ class RunData(NamedTuple):
 def open_data(settings: AlignmentSettings, shards: Shards = ONE_PROCESS, begun_groups: int = 0) -> RunData:
     """Open records, texts and tokenizer, split the slides, and make the batches of training and validation.
 
-    A run that began with `begun_groups` text groups keeps them if they divide over the devices: dropout in texts is
-    drawn for packed rows, so it stays the same. Validation is the same on any number of devices.
+    A run that began with `begun_groups` text groups keeps them if they divide over the devices, so that dropout in
+    texts, which is drawn for packed rows, stays the same. Validation is the same on any number of devices.
     """
     data, setup = settings.data, settings.train
     records, texts, tokenizer = Records(data.records), read_texts(data.texts), TextTokenizer(data.tokenizer)
     if settings.model.bert:
-        _refuse_other_words(Path(settings.model.bert), tokenizer)
+        _require_same_vocabulary(Path(settings.model.bert), tokenizer)
     split = split_slides(data, records, begun=begun_groups > 0)
     sources = Sources(split.table.rows if split.table else {}, str(data.slides), str(data.records), str(data.texts))
     cohort = Cohort(records, texts, tokenizer, split.training, sources)
@@ -82,8 +82,8 @@ def _validation_batches(cohort: Cohort, data: AlignmentDataSettings, most: int, 
     batches.resize(BatchSize(size, choose_groups(size + padding, shards.count), padding))
     if not any_unrelated(batches.related):
         _log.warning(
-            "validation: its %d slides all share one case or one caption, so that there are no negatives and retrieval "
-            "among them is always right; use slides of several patients",
+            "validation: all %d slides share one case or one caption, so there are no negatives, and retrieval among "
+            "them is always correct; use slides of several patients",
             len(batches.slides),
         )  # fmt: skip
     return batches
@@ -113,7 +113,9 @@ def split_slides(data: DataSettings, records: Records, begun: bool = False) -> S
     if not validates or (begun and not table.slides(data.val_split)):
         return SplitSlides(table, training, [])
     if data.val_split == data.split:
-        _log.warning("data.val_split=%s is the training split: its scores are no estimate for new slides", data.split)
+        _log.warning(
+            "data.val_split=%s is the training split: its scores do not estimate performance on new slides", data.split
+        )
     cure = "name another with --config.data.val_split; --config.data.val_split= trains without validation"
     return SplitSlides(table, training, table.require(data.val_split, cure))
 
@@ -131,15 +133,15 @@ def report_counts(facts: Mapping[str, Any], validates: bool) -> None:
         print(describe(facts[COUNTS], validates), file=sys.stderr)
 
 
-def _refuse_other_words(bert: Path, tokenizer: TextTokenizer) -> None:
-    """Raise ValueError for a different vocabulary: a truncated word table would load, with every word mismatched."""
+def _require_same_vocabulary(bert: Path, tokenizer: TextTokenizer) -> None:
+    """Raise ValueError for a different vocabulary: a truncated word table would load, with all words mismatched."""
     named = any((bert / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
     if named and bert.resolve() != tokenizer.folder.resolve():
         words = TextTokenizer(bert).vocab_size
         if words != tokenizer.vocab_size:
             raise ValueError(
-                f"{bert}: the weights of config.model.bert have a vocabulary of {words} words, config.data.tokenizer"
-                f"={tokenizer.folder} has {tokenizer.vocab_size}; name one folder for both"
+                f"{bert}: the weights of config.model.bert have a vocabulary of {words} words, but "
+                f"config.data.tokenizer={tokenizer.folder} has {tokenizer.vocab_size}; name the same folder for both"
             )
 
 
@@ -159,7 +161,7 @@ def cut_facts(records: Records) -> dict:
     if records.manifest is None:
         raise FileNotFoundError(
             f"{records.where}/manifest.json: no such file, so the records are not finished; run the command that "
-            "writes them once more"
+            "writes them again"
         )
     return {name: records.manifest.facts[name] for name in CUT}
 
@@ -174,8 +176,8 @@ def choose_groups(batch_size: int, pieces: int) -> int:
         if batch_size % slides == 0 and batch_size // slides % pieces == 0:
             return batch_size // slides
     raise ValueError(
-        f"a batch of {batch_size} slides cannot be cut evenly into {pieces} (devices x train.accumulate); set "
-        f"--config.train.batch_size to a multiple of {pieces}"
+        f"a batch of {batch_size} slides cannot be divided evenly into {pieces} parts (devices x train.accumulate); "
+        f"set --config.train.batch_size to a multiple of {pieces}"
     )
 
 
@@ -186,8 +188,8 @@ def _groups_to_resume_with(begun: int, batch_size: int, pieces: int) -> int:
     groups = choose_groups(batch_size, pieces)
     if begun and jax.process_index() == 0:
         print(
-            f"the run began with {begun} text groups, which {pieces} pieces (devices x train.accumulate) cannot share; "
-            f"it resumes with {groups}: the same batches, other dropout in texts",
+            f"the run began with {begun} text groups, which cannot be divided into {pieces} parts (devices x "
+            f"train.accumulate); it resumes with {groups}: the batches stay the same, dropout in texts changes",
             file=sys.stderr,
         )
     return groups
@@ -196,7 +198,7 @@ def _groups_to_resume_with(begun: int, batch_size: int, pieces: int) -> int:
 def even_size(slides: int, most: int) -> int:
     """Batch size up to `most` that divides all slides into the fewest equal batches.
 
-    Batches of exactly `most` can omit up to one slide less than a batch: much of a small validation split.
+    Batches of exactly `most` slides would omit up to `most` - 1 slides, a large part of a small validation split.
     """
     return slides // -(-slides // most)
 

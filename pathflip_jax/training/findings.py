@@ -1,4 +1,4 @@
-"""Findings about a run's fit: validation at chance, slides memorised, a best checkpoint that is the first."""
+"""Findings about a run's training: validation at chance, memorised slides, a best checkpoint that is the first."""
 
 from collections.abc import Iterable
 
@@ -6,20 +6,20 @@ import numpy as np
 
 from pathflip_jax.monitoring.metrics import CHANCE, STDERR, VALIDATION, with_chance
 
-IN_A_ROW = 3  # validations that have to agree before a finding is reported
+IN_A_ROW = 3  # consecutive validations that must agree before a finding is reported
 LOSS = VALIDATION + "loss"
 AT_CHANCE = (
-    f"validation is at chance: {{name}} has been within a standard error of chance for {IN_A_ROW} validations. Check "
-    "that reports belong to their slides (pathflip doctor), then train longer or raise optim.learning_rate"
+    f"validation is at chance: {{name}} was within one standard error of chance in {IN_A_ROW} validations in a row. "
+    "Check that each report belongs to its slide (pathflip doctor), then train longer or raise optim.learning_rate"
 )
 MEMORISING = (
-    f"validation loss has risen for {IN_A_ROW} validations while the training loss fell: the run memorises its slides. "
-    "Sample fewer patches anew each step (lower data.regions and data.patch_slots), raise optim.weight_decay, lower "
-    "train.steps or add slides"
+    f"the validation loss rose in {IN_A_ROW} validations in a row while the training loss fell: the model memorises "
+    "its training slides. Draw a smaller random part of each slide per step (lower data.regions and "
+    "data.patch_slots), raise optim.weight_decay, lower train.steps or add slides"
 )
 BEST_IS_FIRST = (
-    "the best checkpoint is the first: nothing learned after it helped on validation slides. Lower "
-    "optim.learning_rate or validate earlier (train.eval_every)"
+    "the best checkpoint is that of the first validation: further training did not improve the score on the validation "
+    "slides. Lower optim.learning_rate, or validate earlier (lower train.eval_every)"
 )
 
 
@@ -35,7 +35,7 @@ class Findings:
             self.add(row)
 
     def add(self, row: dict) -> list[str]:
-        """Findings that a row adds to those already told."""
+        """New findings after one more row, each reported once."""
         self._losses.append(row.get("loss", np.nan))
         if LOSS not in row:
             return []
@@ -65,10 +65,10 @@ class Findings:
         return bool(np.all(np.diff(losses) > 0) and np.all(np.diff(self._training[-IN_A_ROW - 1 :]) < 0))
 
     def summary(self, best: dict | None, folder) -> list[str]:
-        """Findings told, then the best validation score against chance, its step and its folder, as lines."""
+        """Lines for the end of a run: its findings, then the best validation score with its chance, step and folder."""
         told = list(self.told)
         if best is None or not self._validations:
-            return [*told, "no validation, so what this run learned was not measured; set data.val_split to measure it"]
+            return [*told, "no validation: the model was not evaluated on held-out slides; set data.val_split to do so"]
         if len(self._validations) >= IN_A_ROW and best["step"] == self._validations[0]["step"]:
             told.append(BEST_IS_FIRST)
         row = next((row for row in self._validations if row["step"] == best["step"]), {})

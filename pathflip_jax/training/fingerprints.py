@@ -1,7 +1,7 @@
 """Fingerprints of data: hashes of the content that training uses from tables and tokenizer, not of their bytes.
 
 A slide table that gained a column, or that was saved with other line endings, quotes or a byte order mark, is the same
-table. Runs of versions that hashed only bytes resume by those hashes (`same_data`).
+table. Runs of versions that hashed only bytes are compared by those hashes (`same_data`).
 """
 
 import hashlib

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun: Mapping[str, Any]) -> Training:
-    """Language-stage training: parts in `lm.trains` learn; the rest comes from aligner, decoder and `lm.start`.
+    """Language-stage training of the parts in `lm.trains`; the rest comes from aligner, decoder and `lm.start`.
 
     `begun` as in `stages.open_training`. Raises ValueError and OSError for unusable settings, folders and tables, with
     the cure.
@@ -122,9 +122,9 @@ def check_language_settings(settings: LanguageSettings) -> None:
     language_stage(trains)
     _lora(settings.lm, trains, None)
     if settings.data.embeddings and "aligner" in trains:
-        raise ValueError("data.embeddings: the aligner cannot learn from embedded slides; leave it unset")
+        raise ValueError("data.embeddings: the aligner cannot be trained on precomputed embeddings; leave it unset")
     if settings.lm.random_decoder and "decoder" not in trains:
-        raise ValueError("lm.random_decoder: a decoder that starts from scratch must learn; add decoder to lm.trains")
+        raise ValueError("lm.random_decoder: a randomly initialised decoder must be trained; add decoder to lm.trains")
 
 
 def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "InitialParameters | None") -> LoRAConfig | None:
@@ -134,7 +134,9 @@ def _lora(lm: LanguageModelSettings, trains: tuple[str, ...], started: "InitialP
     lora = LoRAConfig(lm.lora_rank, lm.lora_alpha, lm.lora_dropout, split_names(lm.lora_targets))
     if started is not None and started.lora is not None:
         if {**vars(started.lora), "dropout": 0.0} != {**vars(lora), "dropout": 0.0}:
-            raise ValueError(f"lm.start={lm.start}: has {started.lora}, this config {lora}; set the same lm.lora_...")
+            raise ValueError(
+                f"lm.start={lm.start}: its LoRA is {started.lora}, that of this config {lora}; set the same lm.lora_..."
+            )
     return lora
 
 

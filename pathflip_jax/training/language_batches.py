@@ -31,7 +31,7 @@ _EPOCHS, _STEPS, _ORDERS = 0, 1, 2  # purpose of a random stream: the first word
 
 
 class Example(NamedTuple):
-    """A tokenised conversation: its tokens, for each sentence order used in training, and its regions."""
+    """A tokenised conversation: its tokens in each sentence order used in training, and the regions of its slides."""
 
     orders: tuple[Prompted, ...]
     regions: StoredRegions
@@ -47,11 +47,11 @@ def collect_examples(
 ) -> list[Example]:
     """Examples of the slides in `slide_ids` (None = all), those of each table repeated by its weight.
 
-    A report (an answer of several sentences, in a conversation of one turn) is learnt in so many sentence orders,
-    the original among them: otherwise the model memorises the reports of a small cohort.
+    A report (an answer of several sentences, in a conversation of one turn) is trained on in `sentence_orders` orders
+    of its sentences, including the original: otherwise the model memorises the reports of a small cohort.
 
-    Conversations about other slides are omitted, those about slides without a record with a warning that counts them.
-    Raises ValueError when none is left.
+    Conversations about other slides are omitted; a warning counts those about slides without a record. Raises
+    ValueError when none is left.
     """
     infos = records.slides
     position = {info.slide_id: i for i, info in enumerate(infos)}
@@ -69,7 +69,8 @@ def collect_examples(
         examples += found * times
     if not examples:
         raise ValueError(
-            f"none of the conversations is about one of the {len(wanted)} slides ({preview(sorted(wanted))})"
+            f"none of the conversations is about any of the {len(wanted)} slides ({preview(sorted(wanted))}); check "
+            "their slide and case ids"
         )
     return examples
 
@@ -141,21 +142,24 @@ def read_embeddings(path: str | Path, records: Records, examples: Sequence[Examp
     """
     table, about = open_embeddings(path)
     if about.get("checkpoint_hash") != run_hash:
-        raise ValueError(f"{path}: embedded by {about.get('checkpoint')}, not by {run} as it is now; embed again")
+        raise ValueError(
+            f"{path}: its embeddings are from the run {about.get('checkpoint')}, expected the current weights of "
+            f"{run}; embed again"
+        )
     if not about.get("regions"):
-        raise ValueError(f"{path}: holds no regions; embed with --regions")
+        raise ValueError(f"{path}: contains no region embeddings; embed with --regions")
     several = sum(len(set(example.regions.record.tolist())) > 1 for example in examples)
     if several:
         raise ValueError(
-            f"{path}: {several} conversations are about several slides as one, which were embedded one by one; leave "
-            "data.embeddings unset, so that they are embedded together"
+            f"{path}: {several} conversations are about several slides together, but each slide was embedded on its "
+            "own; leave data.embeddings unset, so that the slides of a conversation are embedded together"
         )
     at = {slide: row for row, slide in enumerate(table["slide_id"].to_pylist())}
     places = sorted({int(example.regions.record[0]) for example in examples})
     names = [records.slides[place].slide_id for place in places]
     missing = [name for name in names if name not in at]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} slides are not in it ({preview(missing)}); embed them too")
+        raise ValueError(f"{path}: {len(missing)} slides are missing from it ({preview(missing)}); embed them too")
     found = {}
     for place, name in zip(places, names, strict=True):
         row = table.slice(at[name], 1)
@@ -175,9 +179,10 @@ def _sequence_length(examples: Sequence[Example], regions: int, given: int, most
     if max(needed) > length:
         over = sum(n > length for n in needed)
         raise ValueError(
-            f"{over} of {len(examples)} conversations are longer than {length} tokens with their slide, the "
-            f"longest by {max(needed) - length}; set --config.data.length={longest} (the decoder has "
-            f"{most_positions or 'any number of'} positions), fewer --config.data.regions, or take them out"
+            f"{over} of {len(examples)} conversations are longer than {length} tokens with the regions of their slide, "
+            f"the longest by {max(needed) - length} tokens; set --config.data.length={longest} (the decoder has "
+            f"{most_positions or 'any number of'} positions), set fewer --config.data.regions, or remove these "
+            "conversations"
         )
     return length
 
@@ -209,7 +214,9 @@ class LanguageBatches:
             )
         fill = seed is None
         if len(examples) < batch_size and not fill:
-            raise ValueError(f"{len(examples)} conversations make no batch of {batch_size}; lower train.batch_size")
+            raise ValueError(
+                f"{len(examples)} conversations are too few for a batch of {batch_size}; lower train.batch_size"
+            )
         self.length = _sequence_length(examples, slides.regions, data.length, most_positions)
         self.steps_per_epoch = -(-len(examples) // batch_size) if fill else len(examples) // batch_size
         self.batch_size = batch_size

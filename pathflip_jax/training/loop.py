@@ -70,15 +70,15 @@ def train(
         import_wandb(setup.wandb_project)
     if is_url(workdir):
         raise ValueError(
-            f"--workdir={workdir}: logs are written to a local disk; name a folder there, and "
-            f"--config.train.checkpoints={workdir} for the checkpoints"
+            f"--workdir={workdir}: logs can only be written to a local disk; name a local folder, and for checkpoints "
+            f"at this URL, set --config.train.checkpoints={workdir}"
         )
     workdir = Path(workdir).resolve()
     mesh = sharding.make_mesh(**vars(settings.mesh))
     if settings.data.regions % mesh.shape["region"]:
         raise ValueError(
-            f"data.regions={settings.data.regions} cannot be spread evenly over mesh.region={mesh.shape['region']} "
-            "devices; set one to a multiple of the other"
+            f"data.regions={settings.data.regions} cannot be divided evenly over mesh.region={mesh.shape['region']} "
+            "devices; set data.regions to a multiple of mesh.region"
         )
     home = files.run_folder(setup.checkpoints or workdir)
     with (
@@ -108,7 +108,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
     plain_step = make_step(training.stage, training.build, optimizer, schedule, setup.accumulate, setup.seed)
     with monitors, _open_checkpoints(training, setup, monitors.workdir) as checkpoints:
         start, learned, frozen, opt_state, best = begin(training, optimizer, mesh, checkpoints, steps, phase)
-        telemetry = _open_accounts(monitors, setup, Telemetry(monitors.ledger, mesh, training.compute_dtype), start)
+        telemetry = _open_ledger(monitors, setup, Telemetry(monitors.ledger, mesh, training.compute_dtype), start)
         batches = telemetry.timed_batches(training.batches.__iter__(start))
         phase("reading the first batch", start)
         batch = sharding.place_batch(mesh, next(batches)) if start < steps else None
@@ -121,7 +121,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
             checkpoints.compile(training.checkpointed(learned | frozen), opt_state)
             training.check_memory(step)
             if monitors.stop.requested(start):
-                raise Stopped(f"stopped before step {start + 1} of {steps}; the same command resumes from there")
+                raise Stopped(f"stopped before step {start + 1} of {steps}; run the same command again to resume")
         phase("opening the logs", start)
         step = telemetry.timed_step(step)
         with _open_log(monitors, settings, training, telemetry, start) as log, telemetry:
@@ -159,7 +159,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     checkpoints.wait()
                     phase("closing the logs", done)
                 if stopping and not last:
-                    raise Stopped(f"stopped at step {done} of {steps}, saved; the same command resumes from there")
+                    raise Stopped(f"stopped at step {done} of {steps} and saved; run the same command again to resume")
     return _finish(monitors, setup, start, log.findings, best, traces)
 
 
@@ -189,8 +189,8 @@ def _jit_step(
     return jax.jit(step, donate_argnums=(0, 2), out_shardings=(*shardings, metrics), compiler_options=options)
 
 
-def _open_accounts(monitors: Monitors, setup: TrainSettings, telemetry: Telemetry, start: int) -> Telemetry:
-    """Start the time ledger of a run with steps left, and report the peak that utilisation is relative to."""
+def _open_ledger(monitors: Monitors, setup: TrainSettings, telemetry: Telemetry, start: int) -> Telemetry:
+    """Open the time ledger of a run that has steps left, and report the peak that utilisation is relative to."""
     if jax.process_index() == 0:
         if start < setup.steps:
             rates = {"save_every": setup.save_every, "preemptions_per_day": setup.preemptions_per_day}
@@ -219,12 +219,14 @@ def _finish(
     monitors.phase("drawing the plots", steps)
     if jax.process_index() == 0:
         try_to_plot(workdir)
-        print(f"{workdir}: {steps} steps done; the step was compiled {traces['step']} times", file=sys.stderr)
+        print(
+            f"{workdir}: finished {steps} steps; the training step was compiled {traces['step']} times", file=sys.stderr
+        )
         if start < steps:
             print(goodput.try_to_describe(workdir), file=sys.stderr)
         folder = files.run_folder(setup.checkpoints or workdir) / files.BEST
         print(*findings.summary(best, folder), sep="\n", file=sys.stderr)
-    distributed.agree("done")  # else the others would wait for process 0 in JAX's shutdown barrier, a shorter wait
+    distributed.agree("done")  # JAX's shutdown barrier would not wait as long for process 0
     rows = read_metrics(workdir / METRICS)
     return rows[-1] if rows else {}  # none if the logs of an already completed run are gone
 
@@ -242,7 +244,7 @@ def main(argv: list[str]) -> int:
     distributed.initialize(launch, settings.train.heartbeat_seconds)
     try:
         hashed = hashlib.sha256(json.dumps(settings.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-        distributed.require_same(**{"--workdir": str(Path(options["workdir"]).resolve()), "settings of hash": hashed})
+        distributed.require_same(**{"--workdir": str(Path(options["workdir"]).resolve()), "settings with hash": hashed})
         train(settings, options["workdir"], profile=options["profile"], began=began)
     except (Stopped, StillEndingError) as stopped:
         if jax.process_index() == 0:
@@ -259,16 +261,18 @@ HELP = f"""Train a model, or resume a run.
 {edge.USAGE}
 
   --config    a config file or the name of a bundled one (align_base, lm_stage1, ...); `:smoke` shrinks it
-  --workdir   folder of the run; a run that is there resumes
+  --workdir   folder of the run; a run that is already there is resumed
   --profile STEPS
-              trace steps 10:13, or 3 steps after the first two, to <workdir>/profile; so does SIGUSR1 at any time
+              trace steps to <workdir>/profile: 10:13 for steps 10 to 13, 3 for three steps after the first two;
+              SIGUSR1 traces the next three steps at any time
   --coordinator HOST:PORT --num_processes N --process_id I
-              join N processes; TPU pods, Slurm, Open MPI and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-              JAX_PROCESS_ID need no option; PATHFLIP_DISTRIBUTED=0 ignores them, 1 insists on them
+              join a run of N processes; under a TPU pod, Slurm or Open MPI, or with JAX_COORDINATOR_ADDRESS,
+              JAX_NUM_PROCESSES and JAX_PROCESS_ID set, these options are not needed; PATHFLIP_DISTRIBUTED=0 ignores
+              the launcher and these variables, 1 requires them
 
-With --config FILE_OR_NAME --help lists and explains every setting of that config. Exit code 75: stopped by SIGTERM or
-SIGHUP and saved, or a host was lost, hung or did not come in 300 s, or the run before still saves; start it again. Of
-two starts of one run, the second is refused (2).
+`--config FILE_OR_NAME --help` lists and explains every setting of that config. Exit code 75: the run was stopped by
+SIGTERM or SIGHUP and has saved; a host was lost, hung or did not join within 300 s; or the previous run in the folder
+is still saving. Start it again. If a run is started twice, the second start is refused (exit code 2).
 
 example:
   pathflip train --config align_base --config.data.records=records --config.data.texts=reports.jsonl \\

@@ -42,7 +42,7 @@ COMPUTING, ENDING, SAVING = "computing the step", "ending the step", "saving"
 PHASES = {
     "opening the data": Phase(INITIALISATION, timed=False),
     "reading the checkpoint": Phase(RESTORE, slow=True),
-    "making the parameters": Phase(INITIALISATION, timed=False),
+    "initialising the parameters": Phase(INITIALISATION, timed=False),
     "reading the first batch": Phase(DATA),
     "placing the features on the devices": Phase(INITIALISATION, slow=True),
     "compiling": Phase(COMPILATION, timed=False),
@@ -51,10 +51,10 @@ PHASES = {
     "reading the next batch": Phase(STEP),
     "waiting for the devices": Phase(STEP),
     ENDING: Phase(STEP, slow=True),  # sometimes including writing a profile
-    "reading a batch of the validation": Phase(EVALUATION),
+    "reading a validation batch": Phase(EVALUATION),
     "compiling the validation": Phase(EVALUATION, timed=False),
     "validating": Phase(EVALUATION),
-    "ranking the slides of the validation": Phase(EVALUATION, timed=False),
+    "ranking the validation slides": Phase(EVALUATION, timed=False),
     "writing the metrics": Phase(STEP),
     "checking the lock": Phase(STEP, slow=True),
     SAVING: Phase(SAVE, slow=True),  # including the wait for the previous background save
@@ -89,7 +89,7 @@ class Monitors:
             self._profiler.end(step, results)
 
     def stopping(self, step: int) -> bool:
-        """Whether to save and stop after this step, in which case new starts wait for it.
+        """Whether to save and stop after this step; if so, the lock tells new starts to wait for it.
 
         Raises InUseError if another run has taken over the folder.
         """
@@ -116,7 +116,7 @@ class Monitors:
 class StopSignal:
     """Stop request by SIGTERM, polled by the loop after each step; several processes agree on the step.
 
-    With several, JAX handles the signal from the moment they join, whichever of them receives it. SIGHUP, sent when the
+    With several, JAX handles the signal once they have joined, whichever of them receives it. SIGHUP, sent when the
     terminal is closed, is forwarded as SIGTERM, except in a process started to survive it (nohup).
     """
 
@@ -125,15 +125,15 @@ class StopSignal:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             if jax.process_count() == 1:
-                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._pass_on)
+                self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._forward_as_sigterm)
         return self
 
-    def _pass_on(self, *_) -> None:
+    def _forward_as_sigterm(self, *_) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _ask(self, *_) -> None:
+    def _request(self, *_) -> None:
         self._asked = True
 
     def asked(self) -> bool:

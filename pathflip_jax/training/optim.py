@@ -13,7 +13,7 @@ NO_DECAY = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
 
 
 def learning_rate(config: OptimConfig, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up, then half-cosine decay to the final rate, per step, or per epoch as released."""
+    """Linear warm-up, then half-cosine decay to the final rate: per step, or per epoch as in the released code."""
     warmup = config.warmup_steps
     if config.preset == "released":
         warmup = min(warmup, steps_per_epoch)
@@ -54,6 +54,6 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
 def scheduled_optimizer(
     config: OptimConfig, steps: int, steps_per_epoch: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Learning rate schedule of a run of so many steps, and the optimizer that uses it."""
+    """Learning rate schedule of a run of `steps` steps, and the optimizer that uses it."""
     schedule = learning_rate(config, steps, steps_per_epoch)
     return schedule, make_optimizer(config, schedule)

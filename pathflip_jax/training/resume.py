@@ -43,8 +43,8 @@ def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
         taken.append(f"{key}={kept!r}" + (f" (not {now!r})" if kept != now else ""))
     if taken and jax.process_index() == 0:
         print(
-            f"{home}: a run of an earlier version, which resumes as it began; settings that it did not have get "
-            f"the value that keeps its behaviour: {', '.join(taken)}",
+            f"{home}: a run of an earlier version, which resumes with that version's behaviour; settings that it "
+            f"did not have take the values that reproduce it: {', '.join(taken)}",
             file=sys.stderr,
         )
     return settings.with_changes(changes)
@@ -53,8 +53,8 @@ def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
 def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None]) -> None:
     """Bind `workdir` to this run; ValueError lists the differences if it is bound to another.
 
-    The number of steps may be raised, or lowered to no fewer than the run has done: its learning rate then continues
-    along the schedule of the new length. `describe` writes a run's description into a folder. The folder of
+    The number of steps may be raised, or lowered down to those already done: the learning rate then continues along the
+    schedule of the new length. `describe` writes a run's description into a folder. The folder of
     `train.checkpoints`, the only one to survive a lost machine, is bound too. A run that ended before its first
     checkpoint, on a wrong setting or for lack of memory, binds neither.
     """
@@ -63,8 +63,8 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
         before = json_files.read_json(workdir / files.CONFIG).get("train", {}).get("checkpoints") or workdir
         if files.run_folder(before) != home and saved_config(files.run_folder(before)) is not None:
             raise ValueError(
-                f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; name that as "
-                "--config.train.checkpoints, or another --workdir"
+                f"{workdir} has the logs of a run with checkpoints in {before}, not in {home}; set "
+                f"--config.train.checkpoints={before}, or name another --workdir"
             )
     before = saved_config(home)
     if before is not None:
@@ -72,7 +72,7 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
         if differing:
             raise ValueError(
                 f"{home} holds a run with other settings:\n  " + "\n  ".join(differing) + "\n"
-                "give that run's settings to resume it, or another --workdir to start a new one"
+                "use the settings of that run to resume it, or name another --workdir to start a new one"
             )
         _change_length(home, before, resolved["train"])
     elif jax.process_index() == 0:
@@ -96,13 +96,13 @@ def _change_length(home: Path, before: dict, now: dict) -> None:
     reached = checkpoints.saved_steps(home / files.CHECKPOINTS)[-1]
     if steps < reached:
         raise ValueError(
-            f"{home}: the run has done {reached} steps, and {steps} are asked for; set --config.train.steps (or "
-            f"train.epochs) to {reached} steps or more, or name another --workdir"
+            f"{home}: the run has already done {reached} steps, more than the {steps} of these settings; set "
+            f"--config.train.steps (or train.epochs) to {reached} steps or more, or name another --workdir"
         )
     if jax.process_index() == 0:
         print(
-            f"{home}: the run was to end at step {old} and now ends at {steps}; from step {reached} on the learning "
-            f"rate follows the schedule of {steps} steps, on the batches that a run of {steps} steps has there",
+            f"{home}: the run was to end at step {old} and will now end at step {steps}; from step {reached} on, the "
+            f"learning rate and the batches are those of a run of {steps} steps",
             file=sys.stderr,
         )
         length = {"steps": steps, "epochs": now["epochs"]}

@@ -1,4 +1,4 @@
-"""Settings of a run, from a config file and the command line, validated before any expensive work.
+"""Settings of a run from a config file and the command line, validated before any expensive work.
 
 This is the edge: files and overrides are ConfigDicts, and the result is frozen (`settings.kinds.RunSettings`). A config
 may override the defaults, but not add names. Errors give the file, the name, and the closest known name.
@@ -43,7 +43,7 @@ def find_config(name: str) -> tuple[Path, str]:
         raise IsADirectoryError(f"--config={name}: is a folder; name a config file in it")
     close = difflib.get_close_matches(Path(name).stem, bundled, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise FileNotFoundError(f"--config={name}: no such file, and the bundled configs are {', '.join(bundled)}{hint}")
+    raise FileNotFoundError(f"--config={name}: no such file; the bundled configs are {', '.join(bundled)}{hint}")
 
 
 def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
@@ -54,9 +54,9 @@ def load_config(name: str, given: Collection[str] = ()) -> ConfigDict:
     path, argument = find_config(name)
     config = run_config_file(path, argument)
     reference = defaults(kind_of(config))
-    _complete(path, config, reference)
+    _add_legacy_settings(path, config, reference)
     found = flat_settings(config)
-    faults = [f"no setting is called {key}{_meant(key, reference)}" for key in found if key not in reference]
+    faults = [f"no setting is called {key}{_suggestion(key, reference)}" for key in found if key not in reference]
     faults += [f"{key} is missing" for key in reference if key not in found]
     for key, value in found.items():
         default = reference.get(key)
@@ -81,7 +81,7 @@ def freeze(config: ConfigDict) -> RunSettings:
     return kind_of(config).from_dict(config.to_dict())
 
 
-def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
+def _add_legacy_settings(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> None:
     """Add missing settings to a config file of an earlier version, with that version's behaviour, and report them."""
     taken = []
     for key in (key for key in LEGACY_VALUES if key in reference):
@@ -91,14 +91,15 @@ def _complete(path: Path, config: ConfigDict, reference: Mapping[str, Any]) -> N
             taken.append(f"{key}={config[section][name]!r}")
     if taken:
         _log.warning(
-            "%s: written for an earlier version, whose behaviour it keeps: %s; write these settings into it",
+            "%s: written for an earlier version; settings that it lacks take the values that reproduce that version: "
+            "%s; add them to the file",
             path, ", ".join(taken),
         )  # fmt: skip
 
 
 def parse(argv: list[str]) -> tuple[RunSettings, dict]:
     """Settings and other options of `pathflip train`. Raises ValueError, naming the error and the closest match."""
-    argv = [_expand_argument(argument) for argument in _joined(argv)]
+    argv = [_expand_argument(argument) for argument in _join_values(argv)]
     for argument in argv:
         name = argument.partition("=")[0]
         if name not in ("--config", *(f"--{option}" for option in OPTIONS)) and not name.startswith("--config."):
@@ -108,7 +109,8 @@ def parse(argv: list[str]) -> tuple[RunSettings, dict]:
     names = configs_named(argv)
     if len(names) != 1:
         raise ValueError(
-            f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)}\n{USAGE}"
+            f"give one --config, a file or one of {', '.join(bundled_configs())}; found {len(names)} such options\n"
+            f"{USAGE}"
         )
     given = [argument.partition("=")[0].removeprefix("--config.") for argument in argv]
     config = load_config(names[0], given)
@@ -116,10 +118,10 @@ def parse(argv: list[str]) -> tuple[RunSettings, dict]:
     for argument in argv:
         key = argument.partition("=")[0].removeprefix("--config.")
         if argument.startswith("--config.") and key not in known:
-            raise ValueError(f"{argument}: {find_config(names[0])[0]} has no setting {key}{_meant(key, known)}")
+            raise ValueError(f"{argument}: {find_config(names[0])[0]} has no setting {key}{_suggestion(key, known)}")
     values = flags.FlagValues()
     kind = kind_of(config)
-    none, argv = _settings_of_none(argv, kind)
+    none, argv = _split_none_settings(argv, kind)
     rest = [argument for argument in argv if not argument.startswith("--config=")]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["train", *rest])
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
@@ -141,7 +143,7 @@ def parse(argv: list[str]) -> tuple[RunSettings, dict]:
 
 def configs_named(argv: list[str]) -> list[str]:
     """Values of --config among the options."""
-    return [argument.partition("=")[2] for argument in _joined(argv) if argument.startswith("--config=")]
+    return [argument.partition("=")[2] for argument in _join_values(argv) if argument.startswith("--config=")]
 
 
 def require(settings: RunSettings) -> None:
@@ -152,7 +154,9 @@ def require(settings: RunSettings) -> None:
             raise ValueError(f"{key} is not set: add --config.{key}=..., {found.required}")
     for key, found in known.items():
         if found.local and is_url(values[key]):
-            raise ValueError(f"--config.{key}={values[key]}: weights are read from a local disk; copy the folder there")
+            raise ValueError(
+                f"--config.{key}={values[key]}: weights can only be read from a local disk; copy the folder to one"
+            )
         if found.exists and values[key] and not exists(as_path(values[key])):
             expected = found.required or found.help
             raise FileNotFoundError(f"--config.{key}={values[key]}: no such file or folder; expected {expected}")
@@ -188,8 +192,8 @@ def _expand_setting(key: str, value: str) -> str:
     return ",".join(map(expand, value.split(","))) if key == "data.texts" else expand(value)
 
 
-def _settings_of_none(argv: list[str], kind: Kind) -> tuple[list[str], list[str]]:
-    """Settings whose final value is None, and the other arguments, as absl reads None as a string, or not at all.
+def _split_none_settings(argv: list[str], kind: Kind) -> tuple[list[str], list[str]]:
+    """Settings whose final value is None, and the other arguments: absl reads None as a string, or not at all.
 
     Raises ValueError for a setting that cannot be None.
     """
@@ -215,7 +219,7 @@ def _set(config: ConfigDict, key: str, value: object) -> None:
     config[section][name] = value
 
 
-def _meant(key: str, known: dict) -> str:
+def _suggestion(key: str, known: dict) -> str:
     """Closest known setting, by its full name or by its last part in another section."""
     last = {name.rpartition(".")[2]: name for name in known}
     part = key.rpartition(".")[2]
@@ -225,7 +229,7 @@ def _meant(key: str, known: dict) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _joined(argv: list[str]) -> list[str]:
+def _join_values(argv: list[str]) -> list[str]:
     """Arguments with `--name value` joined to `--name=value`, so that every option is one string."""
     joined, i = [], 0
     while i < len(argv):

@@ -32,10 +32,10 @@ def begin(
     steps: int,
     phase: Callable[[str, int], None],
 ) -> State:
-    """State of the newest intact checkpoint, else the initial state of a run of so many steps.
+    """State of the newest intact checkpoint, else the initial state of a run of `steps` steps.
 
-    Shapes and shardings are derived first, so that nothing in a checkpoint is computed. `phase` is called on entering
-    each phase.
+    Shapes and shardings are derived first, so that nothing is computed that a checkpoint holds. `phase` is called on
+    entering each phase.
     """
     shapes = training.shapes
     shardings = sharding.infer_shardings(mesh, shapes)
@@ -49,7 +49,7 @@ def begin(
     phase("reading the checkpoint", 0)
     wanted = training.checkpointed(placed(shapes, shardings)), placed(opt_shapes, opt_shardings)
     found = checkpoints.restore(*wanted, before=steps)
-    phase("making the parameters", found[0] if found else 0)
+    phase("initialising the parameters", found[0] if found else 0)
     saved = found[1] if found else {}
     params = saved if len(saved) == len(shapes) else training.initial(shardings) | saved
     learned = {name: x for name, x in params.items() if name in learns}
@@ -57,7 +57,7 @@ def begin(
     if not found:
         return State(0, learned, frozen, jax.jit(optimizer.init, out_shardings=opt_shardings)(learned), None)
     step, _, opt_state, facts = found
-    if facts["best"] and facts["best"]["step"] == step:  # it may have ended between the two saves of a best step
+    if facts["best"] and facts["best"]["step"] == step:  # a process may end between the two saves
         checkpoints.save_best(step, saved, {"best": facts["best"]})
     if jax.process_index() == 0:
         print(f"{checkpoints.workdir}: resuming from step {step}", file=sys.stderr)

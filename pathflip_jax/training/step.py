@@ -70,14 +70,14 @@ def loss_and_gradients(
     micro, numbers = split(batch, accumulate, groups), jnp.arange(accumulate)
     parts = jax.lax.map(lambda x: encode(params, *x), (micro, numbers))
     value_and_grad = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    value, (gradients, pulls) = value_and_grad(params, join(parts, groups))
+    value, (gradients, cotangents) = value_and_grad(params, join(parts, groups))
 
     def pull_back(total: Params, x):
-        part, number, pull = x
-        _, vjp = jax.vjp(lambda p: encode(p, part, number), params)  # the same key: the same dropout
-        return jax.tree.map(jnp.add, total, vjp(pull)[0]), None
+        part, number, cotangent = x
+        _, vjp = jax.vjp(lambda p: encode(p, part, number), params)  # the same key, hence the same dropout
+        return jax.tree.map(jnp.add, total, vjp(cotangent)[0]), None
 
-    gradients, _ = jax.lax.scan(pull_back, gradients, (micro, numbers, split(pulls, accumulate, groups)))
+    gradients, _ = jax.lax.scan(pull_back, gradients, (micro, numbers, split(cotangents, accumulate, groups)))
     return value, gradients
 
 

@@ -1,4 +1,4 @@
-"""Metrics of steps, each written while the next step is running, so that the devices never wait."""
+"""Metrics of each step, written while the next step is running, so that the devices never wait."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from pathflip_jax.training.findings import Findings
 
 
 class StepLog:
-    """Rows of metrics: those of each step, hardware telemetry, and the validation after it."""
+    """Log of a run: one row per step, of its metrics, the hardware telemetry, and the validation after it, if any."""
 
     def __init__(self, writer: MetricsWriter, telemetry: Telemetry, ledger: Ledger, workdir: Path, findings: Findings):
         self.findings = findings
@@ -38,8 +38,9 @@ class StepLog:
         row = {name: float(x) for name, x in jax.device_get(metrics).items()} | (scores or {})
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(
-                f"step {step}: the loss is {row['loss']}; checkpoints in {self._workdir / files.CHECKPOINTS} are from "
-                "before it. Lower --config.optim.learning_rate or set --config.optim.clip=1.0, in another --workdir"
+                f"step {step}: the loss is {row['loss']}; checkpoints in {self._workdir / files.CHECKPOINTS} were "
+                "saved before this step. Start again in another --workdir with a lower --config.optim.learning_rate or "
+                "with --config.optim.clip=1.0"
             )
         self._writer.write(step, row | self._telemetry.row(step, row[USEFUL]))
         self._ledger.progress(step)

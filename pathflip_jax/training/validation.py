@@ -36,9 +36,9 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
     """validate(learned, frozen, mark) -> losses and retrieval on held-out slides, named val/...
 
     Slides, regions, patches and texts are the same each time, without dropout. Retrieval is over all slides of the
-    split; slides of one case, or with the same caption, are not distractors. Beside each stands its chance level
-    (`CHANCE`): losses with every similarity 0, retrieval with all candidates tied. Retrieval also has a standard error
-    over slides (`STDERR`).
+    split; slides of one case, or with the same caption, are not distractors. Each score comes with its chance level
+    (`CHANCE`): the losses with every similarity 0, retrieval with all candidates tied. Retrieval also has a standard
+    error over slides (`STDERR`).
     """
     from pathflip_jax.scores.retrieval import rank
 
@@ -58,7 +58,7 @@ def make_validation(stage: Stage, build: Callable, batches, mesh) -> Callable[[P
 
     def validate(learned: Params, frozen: Params, mark: Mark) -> dict[str, float]:
         metrics, slides, captions, related = zip(*measured(learned, frozen, mark), strict=True)
-        mark("ranking the slides of the validation")
+        mark("ranking the validation slides")
         scores = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         slides, captions, related = (np.concatenate(x) for x in (slides, captions, related))
         both = [rank(slides, captions, related), rank(captions, slides, related)]
@@ -90,8 +90,8 @@ def score_retrieval(both: Sequence["Ranks"]) -> dict[str, float]:
 def measure_batches(measure: Callable, batches, mesh) -> Callable[[Params, Params, Mark], list]:
     """measured(learned, frozen, mark) -> results of `measure` for each batch of a split, on the host.
 
-    Each batch is marked, as a validation of hours is not a hang. One batch is computed while the next is read, and no
-    more, so that results do not accumulate on the devices.
+    `mark` is called for each batch, so that a validation that takes hours does not count as a hang. At most one batch
+    is computed while the next is read, so that results do not accumulate on the devices.
     """
     features = place_features(mesh, batches)
     measure = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
@@ -101,7 +101,7 @@ def measure_batches(measure: Callable, batches, mesh) -> Callable[[Params, Param
         nonlocal program
         found, under_way = [], []
         for number in range(batches.steps_per_epoch):
-            mark("reading a batch of the validation")
+            mark("reading a validation batch")
             batch = sharding.place_batch(mesh, batches.batch(number))
             if program is None:
                 mark("compiling the validation")

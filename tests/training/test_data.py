@@ -78,8 +78,8 @@ def test_settings_that_do_not_fit_the_data_are_named(config, setting, value, mes
 def test_weights_for_other_words_are_refused(config, tiny_cohort, tmp_path):
     words = (tiny_cohort.vocabulary / "vocab.txt").read_text().splitlines()
     (tmp_path / "vocab.txt").write_text("\n".join([*words, "more"]) + "\n")
-    message = f"a vocabulary of {len(words) + 2} words, config.data.tokenizer={tiny_cohort.vocabulary} has"
-    with pytest.raises(ValueError, match=f"{message} {len(words) + 1}; name one folder"):
+    message = f"a vocabulary of {len(words) + 2} words, but config.data.tokenizer={tiny_cohort.vocabulary} has"
+    with pytest.raises(ValueError, match=f"{message} {len(words) + 1}; name the same folder"):
         open_data(config(**{"model.bert": tmp_path}))
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     assert open_data(config(**{"model.bert": tmp_path})).tokenizer.vocab_size == len(words) + 1
@@ -95,7 +95,7 @@ def test_records_that_are_not_finished_are_refused(config, tiny_cohort):
 def test_groups_divide_over_devices_and_microbatches():
     assert choose_groups(64, 1) == 4 and choose_groups(64, 32) == 32 and choose_groups(64, 64) == 64
     assert choose_groups(6, 1) == 3 and choose_groups(7, 7) == 7
-    with pytest.raises(ValueError, match="batch of 6 slides cannot be cut evenly into 4"):
+    with pytest.raises(ValueError, match="batch of 6 slides cannot be divided evenly into 4 parts"):
         choose_groups(6, 4)
 
 
@@ -133,7 +133,7 @@ def test_a_run_keeps_its_text_groups_where_devices_can_share_them(config, capsys
     assert open_data(config()).facts["text_groups"] == 1
     assert open_data(config(), begun_groups=4).facts["text_groups"] == 4 and capsys.readouterr().err == ""
     assert open_data(config(), Shards(4), begun_groups=2).facts["text_groups"] == 4
-    assert "began with 2 text groups, which 4 pieces" in capsys.readouterr().err
+    assert "began with 2 text groups, which cannot be divided into 4 parts" in capsys.readouterr().err
 
 
 def test_the_patients_of_the_slide_table_are_read(config, tiny_cohort, tmp_path):
@@ -192,7 +192,7 @@ def test_a_validation_without_rivals_is_said(config, tiny_cohort, tmp_path, capl
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     open_data(config(**{"data.texts": texts}))
     assert "1 captions occur verbatim in several cases (6 of 6 slides" in caplog.text
-    assert "validation: its 6 slides all share one case or one caption" in caplog.text
+    assert "validation: all 6 slides share one case or one caption" in caplog.text
 
 
 def test_tables_saved_anew_are_the_same_data(config, tiny_cohort, tmp_path):

@@ -314,7 +314,7 @@ def test_model_flops_are_what_the_compiler_counts(language):
         ({"data.template": "poem"}, 'data.template=poem: expected one of "", chat, plain'),
         (
             {"data.length": "16"},
-            r"longer than 16 tokens with their slide, the longest by \d+; set --config",
+            r"longer than 16 tokens with the regions of their slide, the longest by \d+ tokens; set --config",
         ),
         ({"data.no_slide_share": "1.5"}, "at least 0 and below 1"),
         ({"lm.aligner": "nowhere"}, "no such file or folder; expected the run folder of the aligner"),

@@ -116,7 +116,7 @@ def test_chance_of_a_response_is_that_of_its_tokens_frequencies(setting):
 def test_what_cannot_be_batched_is_named(setting):
     with pytest.raises(ValueError, match=r"24 of 24 conversations are longer than 8 tokens .* longest by \d+"):
         batches(setting, length=8)
-    with pytest.raises(ValueError, match="make no batch of 50"):
+    with pytest.raises(ValueError, match="too few for a batch of 50"):
         batches(setting, batch_size=50)
     with pytest.raises(ValueError, match="a multiple of the 4 devices"):
         batches(setting, shards=4)

@@ -192,7 +192,7 @@ def test_urls_that_a_run_cannot_write_to(options, tmp_path):
         loop.main([*options, "--workdir", "gs://b/run"])
     with pytest.raises(ValueError, match="s3://b/run: .*behind gs://, Orbax writes nowhere else"):
         loop.main([*options, "--config.train.checkpoints=s3://b/run", "--workdir", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="--config.model.bert=gs://b/bert: weights are read from a local disk"):
+    with pytest.raises(ValueError, match="--config.model.bert=gs://b/bert: weights can only be read from a local disk"):
         loop.main([*options, "--config.model.bert=gs://b/bert", "--workdir", str(tmp_path / "run")])
 
 
@@ -235,7 +235,7 @@ def test_where_features_lie_changes_nothing_and_the_step_is_compiled_once(
 ):
     """Four steps are several epochs of this cohort: other slides, other texts, the same program."""
     assert loop.main([*options, f"--config.data.resident={where}", "--workdir", str(tmp_path / "run")]) == 0
-    assert "the step was compiled 1 times" in capsys.readouterr().err
+    assert "the training step was compiled 1 times" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", straight)
 
 
@@ -413,7 +413,7 @@ def test_a_finished_run_that_is_given_more_steps_ends_as_one_that_had_them_from_
     assert loop.main([*options, *rate, "--workdir", str(run)]) == 0
     more = [*options, *rate, "--config.train.steps=6"]
     assert loop.main([*more, "--workdir", str(run)]) == 0
-    assert "was to end at step 4 and now ends at 6" in capsys.readouterr().err
+    assert "was to end at step 4 and will now end at step 6" in capsys.readouterr().err
     assert loop.main([*more, "--workdir", str(whole)]) == 0
     assert metrics(run) == metrics(whole) and arrays(run, 6) == arrays(whole, 6)
     assert json_files.read_json(run / "config.json") == json_files.read_json(whole / "config.json")

@@ -33,14 +33,14 @@ def test_a_run_may_be_given_another_length(run, steps, capsys):
     lock_to_run(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
     assert json_files.read_json(folder / files.CONFIG) == changed(resolved, steps=steps, epochs=20)
     said = capsys.readouterr().err
-    assert f"was to end at step 100 and now ends at {steps}; from step 60 on the learning rate follows" in said
+    assert f"was to end at step 100 and will now end at step {steps}; from step 60 on, the learning rate" in said
     lock_to_run(folder, changed(resolved, steps=steps, epochs=20), pytest.fail)
     assert capsys.readouterr().err == ""
 
 
 def test_a_run_cannot_end_before_where_it_is(run):
     folder, resolved = run
-    with pytest.raises(ValueError, match="has done 60 steps, and 59 are asked for.*60 steps or more"):
+    with pytest.raises(ValueError, match="has already done 60 steps, more than the 59 .*60 steps or more"):
         lock_to_run(folder, changed(resolved, steps=59), pytest.fail)
     assert json_files.read_json(folder / files.CONFIG) == resolved
 

@@ -56,7 +56,7 @@ def test_each_batch_of_a_validation_is_a_sign_of_life_and_one_is_compiled(monkey
     for _ in range(2):
         found = measured(np.float32(2), np.float32(1), marks.append)
         assert found == [1, 3, 5] and all(isinstance(x, np.ndarray | np.generic) for x in found)
-    reading, computing = "reading a batch of the validation", "validating"
+    reading, computing = "reading a validation batch", "validating"
     compiling = ["compiling the validation", "traced"]
     assert {reading, computing, compiling[0]} <= PHASES.keys() and not PHASES[compiling[0]].timed
     assert marks == [
