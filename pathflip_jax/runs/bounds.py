@@ -1,4 +1,4 @@
-"""Bounds of command-line options: zero, negative, absurd and non-numeric values are refused before anything is read.
+"""Bounds of command-line options: values that are out of bounds or not numbers are refused before anything is read.
 
 The bounds of a run's settings are defined with each setting, in `settings/`.
 """

@@ -4,7 +4,7 @@ A run folder holds config.json (all settings), model.json (the model's configura
 checkpoints/<step>/ (parameters, optimizer state, facts) and best/<step>/ (parameters and facts of the step with the
 best validation score). Arrays are flat dicts by parameter name: these names are the format (DESIGN section 6).
 
-This is the only file that imports Orbax: its v1 interface would change nothing elsewhere.
+This is the only file that imports Orbax, so that a move to its v1 interface changes no other file.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Checkpoints:
     """Checkpoints of a run: saves in the background, restores the newest intact one; a context manager.
 
     With `local`, a folder on a disk (or in memory) of each host, `save_locally` adds checkpoints between those of the
-    run, and the newer of the two is restored. A local one is valid only while a checkpoint of the same run exists.
+    run, and the newest of both is restored. A local one is valid only while a checkpoint of the same run exists.
     """
 
     def __init__(self, workdir: Path, keep: int, facts: dict, keep_every: int = 0, local: str = ""):
@@ -50,7 +50,7 @@ class Checkpoints:
         self.facts = facts
         self._local = _LocalTier(local, self.workdir) if local else None
         self._run: str | None = None  # ties local checkpoints to those of the run
-        self._keep = (max(keep, 2), keep_every)  # two: the fallback for a damaged one
+        self._keep = (max(keep, 2), keep_every)  # at least two, so that a damaged one has a fallback
         self._latest = _manager(self.workdir / CHECKPOINTS, *self._keep)
         self._best = _manager(self.workdir / BEST, 1)
 
@@ -78,9 +78,9 @@ class Checkpoints:
             self._save(self._local.manager, step, arrays, facts | {RUN: self._run}, ocp.args.PyTreeSave)
 
     def save_best(self, step: int, params: dict, facts: dict) -> None:
-        """Keep these parameters as the best; a best of this or a later step, from before a restart, is kept.
+        """Save these parameters as the best, unless a best of this or a later step is there from before a restart.
 
-        Waits for the checkpoint of the same step, so that a restarted run never resumes before its best.
+        Waits for the checkpoint of the same step, so that a restarted run never resumes before its best step.
         """
         self.wait()
         if max(self._best.all_steps(), default=-1) < step:
@@ -93,7 +93,7 @@ class Checkpoints:
         about = {"step": step, **self.facts, **facts, "checksums": sums}
         about["checksum"] = checksum_of_facts(about)
         items = {item: kind(tree) for item, tree in arrays.items()}
-        with _clear_errors(manager, step):
+        with _explained_save_errors(manager, step):
             # force instead of a save_decision_policy, as the loop decides when to save. Orbax would query JAX again for
             # preemption, and silently skip a step earlier than its newest.
             manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items), force=True)
@@ -123,7 +123,7 @@ class Checkpoints:
             return step, found["params"], state, facts
         if faults:
             raise ValueError(
-                "no checkpoint of this run can be read; start over in another --workdir:\n  " + "\n  ".join(faults)
+                "no checkpoint of this run can be read; start a new run in another --workdir:\n  " + "\n  ".join(faults)
             )
         if self._local:
             self._local.forget(after=-1)
@@ -159,7 +159,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until all saves are on disk."""
         for manager in self._managers():
-            with _clear_errors(manager, manager.latest_step()):
+            with _explained_save_errors(manager, manager.latest_step()):
                 manager.wait_until_finished()
 
     def __enter__(self):
@@ -198,8 +198,8 @@ class _LocalTier:
     def __init__(self, folder: str, home: Path):
         if is_url(folder):
             raise ValueError(
-                f"train.local_checkpoints={folder}: expected a folder on a disk or in the memory of each host; a "
-                "bucket is for train.checkpoints"
+                f"train.local_checkpoints={folder}: expected a folder on a disk or in the memory of each host; use "
+                "train.checkpoints for a bucket"
             )
         key = hashlib.sha256(str(home).encode()).hexdigest()[:12]
         share = f"{jax.process_index()}-of-{jax.process_count()}"
@@ -257,8 +257,8 @@ def _run_of(folder: Path) -> str | None:
         return None
 
 
-class _clear_errors:
-    """Context manager that turns any error of the storage library into one with the checkpoint and the cure."""
+class _explained_save_errors:
+    """Context manager that turns any error of the storage library into an OSError with the checkpoint and the cure."""
 
     def __init__(self, manager: ocp.CheckpointManager, step: int | None):
         self.place = f"{manager.directory}/{step}"
@@ -269,8 +269,8 @@ class _clear_errors:
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
             raise OSError(
-                f"{self.place}: the checkpoint was not written ({str(error).splitlines()[0]}); the ones before it are "
-                "whole: free disk space or mend permissions, and run the same command again to resume"
+                f"{self.place}: the checkpoint was not written ({str(error).splitlines()[0]}); earlier checkpoints are "
+                "intact: free disk space or fix permissions, and run the same command again to resume"
             ) from error
 
 
@@ -288,11 +288,11 @@ def missing_handlers(folder: Path) -> list[str]:
         handlers = set(json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: no classes recorded
         return []
-    return sorted(name for name in handlers if isinstance(name, str) and not _is_here(name))
+    return sorted(name for name in handlers if isinstance(name, str) and not _is_installed(name))
 
 
-def _is_here(handler: str) -> bool:
-    """Whether the installed Orbax has a class; other packages are never imported on behalf of a file."""
+def _is_installed(handler: str) -> bool:
+    """Whether the installed Orbax has a class; no other package is imported because a file names it."""
     module, _, name = handler.rpartition(".")
     try:
         return module.split(".")[0] == "orbax" and hasattr(importlib.import_module(module), name)
@@ -305,9 +305,10 @@ def restore_arrays(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
 
     Raises NewerOrbaxError if Orbax must be upgraded to read it, else _Damaged.
     """
-    arrays, about = _on_all(lambda: _read(folder, wanted))  # separate, as the next step computes over all processes
+    arrays, about = _on_all_processes(lambda: _read(folder, wanted))
     kept = about.pop("checksums")
-    return _on_all(lambda: (verified(arrays, kept), about))
+    # Separate from reading, as the checksums are computed over the devices of all processes.
+    return _on_all_processes(lambda: (verified(arrays, kept), about))
 
 
 def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
@@ -323,7 +324,7 @@ def stored_arrays(folder: Path) -> dict[str, dict[str, jax.Array]]:
     return found
 
 
-def _on_all(work: Callable) -> Any:
+def _on_all_processes(work: Callable) -> Any:
     """Result of `work` if it succeeds on all processes; else the first failure, raised on all of them.
 
     A newer Orbax takes precedence over damage, as damaged checkpoints are moved away.
@@ -368,7 +369,7 @@ def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
             expected = {name: tuple(leaf.shape) for name, leaf in tree.items()}
             if found != expected:
                 names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-                raise ValueError(f"its {item} are not of this model: {', '.join(names[:5])} ({len(names)} in all)")
+                raise ValueError(f"its {item} do not match this model: {', '.join(names[:5])} ({len(names)} in all)")
             restored = handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
         arrays[item] = {name: restored[name] for name in tree}
     return arrays, about
@@ -377,7 +378,7 @@ def _read_items(folder: Path, wanted: dict[str, dict]) -> tuple[dict, dict]:
 def _read_facts(folder: Path) -> dict:
     about = ocp.JsonCheckpointHandler().restore(folder / "about", ocp.args.JsonRestore())
     if about.pop("checksum", None) not in (None, checksum_of_facts(about)):  # None: written before checksums existed
-        raise ValueError("its facts are not those that were saved")
+        raise ValueError("its facts do not match their checksum")
     return about
 
 

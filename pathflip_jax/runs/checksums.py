@@ -44,5 +44,5 @@ def verified(arrays: dict[str, dict], kept: dict[str, dict]) -> dict[str, dict]:
     for item, tree in arrays.items():
         for name, value in jax.device_get(checksums(tree)).items():
             if int(value) != kept[item][name]:
-                raise ValueError(f"the numbers of {name} are not those that were saved")
+                raise ValueError(f"the numbers of {name} do not match their checksum")
     return arrays

@@ -31,7 +31,7 @@ def read_model_config(path: Path) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from None
     if lacking := config.to_dict().keys() - values.keys():
         taken = ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(lacking))
-        log.warning("%s: of a version without some settings of today; they are taken as %s", path, taken)
+        log.warning("%s: written by a version without some of today's settings; they are set to %s", path, taken)
     return config
 
 
@@ -40,7 +40,9 @@ def run_folder(place: str | Path) -> Path:
     if not is_url(place):
         return Path(place).resolve()
     if not str(place).startswith("gs://"):
-        raise ValueError(f"{place}: checkpoints lie on local disks or behind gs://, Orbax writes nowhere else")
+        raise ValueError(
+            f"{place}: expected a folder on a local disk or a gs:// URL; Orbax writes checkpoints nowhere else"
+        )
     as_path(place)  # raises if a package to read it is missing
     return epath.Path(str(place))
 
@@ -62,8 +64,8 @@ def read_run_config(workdir: Path) -> dict:
     for name in (MODEL, CONFIG):
         if not (workdir / name).exists():
             raise FileNotFoundError(
-                f"{workdir}: no {name} in it, so it is not a run; give the --workdir of `pathflip train` or the --out "
-                "of `pathflip convert`"
+                f"{workdir}: no {name} in it, so it is not a run folder; give the --workdir of `pathflip train` or the "
+                "--out of `pathflip convert`"
             )
     settings = read_json(workdir / CONFIG)
     if unknown := unknown_settings(settings, READ):

@@ -29,7 +29,7 @@ def save_run(workdir: str | Path, model, config: dict, tokenizer) -> None:
     """
     workdir = run_folder(workdir)
     if (workdir / MODEL).exists():
-        raise FileExistsError(f"{workdir}: holds a run already; write to another folder")
+        raise FileExistsError(f"{workdir}: already contains a run; write to another folder")
     describe_run(workdir, model.config, config, tokenizer)
     with Checkpoints(workdir, keep=2, facts={"git": git_revision(), "config": config}) as checkpoints:
         checkpoints.save_best(0, flatten(model), {})
@@ -49,8 +49,8 @@ def load_run(workdir: str | Path, which: str | int = "best"):
     settings = read_run_config(workdir)
     if "lm" in settings:
         raise ValueError(
-            f"{workdir}: a run of the language stage (`pathflip caption`, `pathflip ask`); its slides come from the "
-            f"alignment run {settings['lm'].get('aligner')}"
+            f"{workdir}: a run of the language stage, for `pathflip caption` and `pathflip ask`; expected an alignment "
+            f"run, such as the one that embeds its slides, {settings['lm'].get('aligner')}"
         )
     config, tokenizer = read_model_config(workdir / MODEL), TextTokenizer(workdir / TOKENIZER)
     return unflatten(config, read_params(workdir, settings, abstract_params(config), which)), settings, tokenizer
@@ -72,7 +72,7 @@ def read_params(
         raise
     except Exception as error:  # Orbax raises bare Exception for damaged files
         raise ValueError(
-            f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); ask for another step: there are "
+            f"{folder / str(step)}: damaged ({str(error).splitlines()[0]}); choose another step among "
             f"{sorted({*saved_steps(workdir / CHECKPOINTS), *saved_steps(workdir / BEST)})}"
         ) from error
 

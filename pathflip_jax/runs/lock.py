@@ -1,4 +1,4 @@
-"""Lock of a run folder, and of the folder of `train.checkpoints`, which hosts may share: one run at a time.
+"""Lock of a run folder and of the folder of `train.checkpoints`, which hosts may share, for one run at a time.
 
 The lock is a file, run.lock, that names its holder, who rewrites it every ten seconds. On the holder's host a new start
 checks whether that process is alive; on another host, whether the file still changes, independent of the clocks of the
@@ -26,7 +26,7 @@ from pathflip_jax.runtime import distributed
 
 LOCK = "run.lock"
 HEARTBEAT_SECONDS = 10  # between two heartbeats
-STALE_SECONDS = 120  # without a heartbeat: the holder, on another host, is gone
+STALE_SECONDS = 120  # without a heartbeat, after which a holder on another host counts as lost
 ENDING_SECONDS = 600  # for which a start waits for a run that is saving and stopping
 SETTLE_SECONDS = 1  # after which the last of two concurrent writers holds the lock
 POLL_SECONDS = 1.0
@@ -52,12 +52,14 @@ class RunLock:
             lock.tell(ending=True)
 
     def require(self, look: bool = False) -> None:
-        """Raise InUseError if another run has taken over, as after a suspended host; `look` rereads the file."""
+        """Raise InUseError if another run took over, as it may while a host is suspended; `look` rereads the file."""
         for lock in self._locks:
             if look:
                 lock.tell()
             if lock.lost:
-                raise InUseError(_in_use(lock.path, lock.lost, "took it over, as this run was not heard of for long"))
+                raise InUseError(
+                    _in_use(lock.path, lock.lost, "has taken it over, as this run sent no heartbeat for too long")
+                )
 
 
 @contextlib.contextmanager
@@ -96,7 +98,7 @@ class _Lock:
         self._facts |= {"started": _start_of(os.getpid()), "kernel": _kernel(), "token": secrets.token_hex(8)}
         self._mutex = threading.Lock()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._stay_alive, name="run-lock", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="run-lock", daemon=True)
 
     def __enter__(self):
         try:
@@ -109,7 +111,9 @@ class _Lock:
             raise
         except OSError as error:
             why = error.strerror or error
-            raise OSError(f"{self.path}: the run cannot be locked ({why}); free space or mend permissions") from error
+            raise OSError(
+                f"{self.path}: cannot lock the folder for this run ({why}); free disk space or fix permissions"
+            ) from error
         self._thread.start()
         return self
 
@@ -132,7 +136,7 @@ class _Lock:
                 self._facts |= facts | {"beat": self._facts["beat"] + 1}
                 _write(self.path, self._facts)
 
-    def _stay_alive(self) -> None:
+    def _send_heartbeats(self) -> None:
         beaten = time.monotonic()
         while not self._end.wait(POLL_SECONDS) and not self.lost:
             ending = self._stopped() and not self._facts["ending"]
@@ -148,25 +152,32 @@ class _Lock:
                 continue
             if found != seen:
                 seen, changes, changed = found, changes + 1, time.monotonic()
-            lives = self._lives(found)
-            if lives is False or lives is None and time.monotonic() - changed > STALE_SECONDS:
-                print(f"{self.path}: of {_holder(found)}, which is gone; this run goes on", file=sys.stderr)
+            alive = self._is_alive(found)
+            if alive is False or alive is None and time.monotonic() - changed > STALE_SECONDS:
+                print(
+                    f"{self.path}: the lock of {_holder(found)}, which is no longer running; this run takes it over",
+                    file=sys.stderr,
+                )
                 if _replace(self.path, found, self._facts):
                     return
                 continue
-            if (lives or changes > 0) and not found.get("ending"):
-                raise InUseError(_in_use(self.path, found, "is at work there"))
+            if (alive or changes > 0) and not found.get("ending"):
+                raise InUseError(_in_use(self.path, found, "is running there"))
             if self._stopped() or time.monotonic() - begin > ENDING_SECONDS:
-                raise StillEndingError(f"{self.path.parent}: {_holder(found)} still saves; start again when it has")
+                raise StillEndingError(
+                    f"{self.path.parent}: {_holder(found)} is still saving; start again when it has finished"
+                )
             if not told:
                 does = (
-                    "saves and stops" if found.get("ending") else f"counts as gone after {STALE_SECONDS} s of silence"
+                    "is saving before it stops"
+                    if found.get("ending")
+                    else f"counts as lost after {STALE_SECONDS} s without a heartbeat"
                 )
                 print(f"{self.path}: waiting for {_holder(found)}, which {does}", file=sys.stderr, flush=True)
                 told = True
             time.sleep(POLL_SECONDS)
 
-    def _lives(self, found: dict) -> bool | None:
+    def _is_alive(self, found: dict) -> bool | None:
         """Whether the holder of a lock is alive; None if it runs under another kernel, where this cannot be checked."""
         if not found or found.get("kernel") != self._facts["kernel"]:
             return None
@@ -183,7 +194,7 @@ def _in_use(path: Place, found: dict, does: str) -> str:
 
 def _holder(found: dict) -> str:
     if not found:
-        return "a run that did not write who it is"
+        return "a process that did not write its name"
     return f"process {found.get('process')} on {found.get('host')} (since {found.get('since')})"
 
 

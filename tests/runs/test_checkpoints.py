@@ -136,7 +136,7 @@ def test_no_sound_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     save(tmp_path, steps=[1, 2])
     for step in "12":
         damage(tmp_path / "checkpoints" / step, "cut")
-    with pytest.raises(ValueError, match="(?s)no checkpoint of this run can be read; start over.*/2: .*/1: "):
+    with pytest.raises(ValueError, match="(?s)no checkpoint of this run can be read; start a new run.*/2: .*/1: "):
         restore(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_local_checkpoints_of_another_run_or_past_the_end_are_not_taken(tmp_path
 
 
 def test_a_bucket_is_no_place_for_local_checkpoints(tmp_path):
-    with pytest.raises(ValueError, match="train.local_checkpoints=gs://b/x: expected a folder .*for train.checkpoints"):
+    with pytest.raises(ValueError, match="train.local_checkpoints=gs://b/x: expected a folder .*use train.checkpoints"):
         Checkpoints(tmp_path, 3, {}, local="gs://b/x")
 
 
@@ -269,15 +269,15 @@ def test_a_saved_run_loads(run, which):
 
 def test_wrong_runs_are_refused_with_the_reason(run, tmp_path):
     folder, model = run
-    with pytest.raises(FileNotFoundError, match=r"no model.json in it, so it is not a run"):
+    with pytest.raises(FileNotFoundError, match=r"no model.json in it, so it is not a run folder"):
         load_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 7; there are steps \[0\]"):
         load_run(folder, 7)
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="already contains a run"):
         save_run(folder, model, {}, None)
     text = (folder / "model.json").read_text()
     (folder / "model.json").write_text(text.replace('"hidden": 8', '"hidden": 12'))
-    with pytest.raises(ValueError, match=r"best/0: damaged \(its params are not of this model: .*in all\)"):
+    with pytest.raises(ValueError, match=r"best/0: damaged \(its params do not match this model: .*in all\)"):
         load_run(folder)
     (folder / "model.json").write_text(text)
 

@@ -79,7 +79,7 @@ def test_loss_gradients_and_sound_checkpoints_are_agreed_on(environment, togethe
     damaged = re.findall(r"going back to step 1: .*/(\d): (.*)", said[0][0])
     assert damaged == [
         ("3", "a file that this host cannot read (process 1)"),
-        ("2", "the numbers of logit_scale are not those that were saved (process 1)"),
+        ("2", "the numbers of logit_scale do not match their checksum (process 1)"),
     ]
 
 

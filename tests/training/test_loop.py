@@ -190,7 +190,7 @@ def test_a_run_that_ends_between_its_checkpoints_goes_on_from_a_local_one(
 def test_urls_that_a_run_cannot_write_to(options, tmp_path):
     with pytest.raises(ValueError, match="--workdir=gs://b/run: logs .*--config.train.checkpoints=gs://b/run"):
         loop.main([*options, "--workdir", "gs://b/run"])
-    with pytest.raises(ValueError, match="s3://b/run: .*behind gs://, Orbax writes nowhere else"):
+    with pytest.raises(ValueError, match="s3://b/run: .*a gs:// URL; Orbax writes checkpoints nowhere else"):
         loop.main([*options, "--config.train.checkpoints=s3://b/run", "--workdir", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="--config.model.bert=gs://b/bert: weights can only be read from a local disk"):
         loop.main([*options, "--config.model.bert=gs://b/bert", "--workdir", str(tmp_path / "run")])
@@ -270,14 +270,14 @@ def test_two_runs_in_one_folder_are_refused_and_one_that_still_saves_is_a_reason
         command = [*options, "--workdir", str(tmp_path / "other"), f"{more}={tmp_path / 'run'}"]
         with run_lock.hold([tmp_path / "run"], lambda: False):
             with pytest.raises(
-                run_lock.InUseError, match=f"{tmp_path / 'run'}: process {os.getpid()} .*is at work there"
+                run_lock.InUseError, match=f"{tmp_path / 'run'}: process {os.getpid()} .*is running there"
             ):
                 loop.main(command)
             lock = tmp_path / "run" / run_lock.LOCK
             lock.write_text(lock.read_text().replace('"ending": false', '"ending": true'))
             monkeypatch.setattr(run_lock, "ENDING_SECONDS", 0)
             assert loop.main(command) == loop.TRY_AGAIN
-    assert "still saves; start again" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "is still saving; start again" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_batch_of_one_is_refused_before_it_is_compiled(options, tmp_path):
