@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded by JAX for every program, cached or not
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for every program, cached or not
 # Options for bitwise reproducible programs, by backend. CPU and TPU: reproducible by default
 # (tests/training/test_loop.py shows it for a CPU), XLA has no flag for it. GPU: no atomics, and no kernels chosen by
 # autotuning at compilation.
@@ -29,11 +29,12 @@ TPU_OVERLAP = {
 def compiler_options(deterministic: bool = False, platform: str | None = None) -> dict[str, str | bool]:
     """Compiler options of `jax.jit` for programs that take gradients, on a platform; None: the backend in use.
 
-    With `deterministic`, programs are bitwise reproducible: ValueError for a backend without a known way.
+    With `deterministic`, programs are bitwise reproducible; raises ValueError for a backend that is not in
+    `DETERMINISTIC`.
 
-    XLA:CPU removes `optimization_barrier` before fusion and scheduling. Without it a layer's fusion reaches back
-    through the residuals of all earlier layers, which costs time, and values to be rematerialised in the backward pass
-    are computed ahead and kept, which costs memory. Only performance depends on this.
+    By default XLA:CPU removes `optimization_barrier` before fusion and scheduling. Without the barrier, a layer's
+    fusion reaches back through the residuals of all earlier layers, which costs time, and values to be rematerialised
+    in the backward pass are computed early and kept, which costs memory. Only performance depends on this.
     """
     import jax
 
@@ -43,8 +44,8 @@ def compiler_options(deterministic: bool = False, platform: str | None = None) -
         return options
     if backend not in DETERMINISTIC:
         raise ValueError(
-            f"train.deterministic=True is known for {', '.join(DETERMINISTIC)}, this backend is {backend!r}; set it to "
-            "False"
+            f"train.deterministic=True is supported on {', '.join(DETERMINISTIC)}, but this backend is {backend!r}; "
+            "set it to False"
         )
     return options | DETERMINISTIC[backend]
 
@@ -79,29 +80,29 @@ def enable_compilation_cache() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         if cache.startswith("~"):  # not expanded: neither HOME nor an entry in passwd
-            _say_not_kept("HOME is not set, and this user has no entry in passwd", "a folder")
+            _report_no_cache("HOME is not set, and this user has no entry in passwd", "a folder")
             return
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache) / "pathflip_jax")
     if warnings.showwarning is not _show_once:
-        _shown_by[:] = [warnings.showwarning]
+        _show_others[:] = [warnings.showwarning]
         warnings.showwarning = _show_once
 
 
 _CACHE_FAULT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for .*?: (.*)", re.DOTALL)
 _told: list[str] = []
-_shown_by: list[Callable] = []  # the previous `warnings.showwarning`
+_show_others: list[Callable] = []  # the previous `warnings.showwarning`
 
 
 def _show_once(message: Warning | str, *where, **how) -> None:
     """Show cache warnings only once, as JAX warns for every program, both on reading and on writing."""
     if not (fault := _CACHE_FAULT.match(str(message))):
-        _shown_by[0](message, *where, **how)
+        _show_others[0](message, *where, **how)
     elif not _told:
-        cure = "a folder that may be written and has room, or delete damaged files there"
-        _say_not_kept(f"{os.environ.get('JAX_COMPILATION_CACHE_DIR')}: {fault[1]}", cure)
+        cure = "a writable folder with free space, or delete damaged files there"
+        _report_no_cache(f"{os.environ.get('JAX_COMPILATION_CACHE_DIR')}: {fault[1]}", cure)
 
 
-def _say_not_kept(reason: str, cure: str) -> None:
+def _report_no_cache(reason: str, cure: str) -> None:
     _told.append(reason)
-    start = f"pathflip: compiled programs are not kept for the next start ({reason})"
+    start = f"pathflip: compiled programs cannot be cached for the next start ({reason})"
     print(f"{start}; set JAX_COMPILATION_CACHE_DIR to {cure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Python config files: an error in one becomes a single line with the file and line number."""
+"""Python config files, whose errors are reported in a single line with the file and line number."""
 
 import contextlib
 import importlib.util
@@ -35,19 +35,21 @@ def run_config_file(path: Path, argument: str) -> ConfigDict:
     """
     if path.suffix != SUFFIX:
         raise ValueError(
-            f"{path}: a config is a Python file, NAME.py, with a function get_config, not {path.suffix or 'this'}; "
-            "start from a copy of configs/align_base.py"
+            f"{path}: expected a Python file, NAME.py, with a function get_config, found "
+            f"{path.suffix or 'a name without an ending'}; start from a copy of configs/align_base.py"
         )
     spec = importlib.util.spec_from_file_location("pathflip_config", path)
     module = importlib.util.module_from_spec(spec)
     _run(path, lambda: spec.loader.exec_module(module))
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise ValueError(f"{path}: no function get_config(argument=''), which returns the settings as a ConfigDict")
+        raise ValueError(
+            f"{path}: no function get_config(argument='') in it; define one that returns the settings as a ConfigDict"
+        )
     takes = inspect.signature(get_config).parameters
     if argument and not takes:
         raise ValueError(
-            f"{path}: get_config() takes no argument, but :{argument} is given; write get_config(argument)"
+            f"{path}: get_config() takes no argument, but :{argument} is given; define get_config(argument)"
         )
     config = _run(path, lambda: get_config(argument) if argument else get_config())
     if not isinstance(config, ConfigDict):
@@ -62,7 +64,7 @@ def _run(path: Path, step: Callable[[], Any]) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return step()
     except SystemExit as error:
-        raise ValueError(f"{_place(path, error)}: the config ends the program (exit {error.code})") from error
+        raise ValueError(f"{_place(path, error)}: the config exits the program (exit {error.code})") from error
     except SyntaxError as error:
         text = f" in {error.text.strip()!r}" if error.text else ""
         other = f" of {error.filename}" if Path(error.filename or path).absolute() != path.absolute() else ""

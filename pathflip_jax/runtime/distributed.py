@@ -30,18 +30,18 @@ from pathflip_jax.runtime.private_interfaces import key_value_client, running_on
 
 TRY_AGAIN = 75  # EX_TEMPFAIL, as schedulers treat 0 as done
 FAILED, WRONG_INPUT = 1, 2  # exit codes of `pathflip` for internal errors and for invalid input
-JOIN_SECONDS = 300  # for all processes to join, from the start of each
-AGREE_SECONDS = 1800  # for the slowest process to reach a point of agreement, such as after reading a checkpoint
-NOTICE_SECONDS = 10  # of waiting without a message
+JOIN_SECONDS = 300  # time limit for all processes to join, from the start of each
+AGREE_SECONDS = 1800  # time limit for the slowest process to reach an agreement, as after reading a checkpoint
+NOTICE_SECONDS = 10  # of waiting before it is reported
 POLL_SECONDS = 1.0
-# Phases that wait for large files on slow storage may take so many times `hang_seconds`, and so many seconds at least.
+# Phases that wait for large files on slow storage may take SLOW times `hang_seconds`, and at least SLOW_LEAST seconds.
 SLOW, SLOW_LEAST = 6, 60
 _ENDED, _PLACE, _AGREED = "pathflip/ended/", "pathflip/place/", "pathflip/agreed/"
 # Messages of XLA and its network libraries that mean a lost peer and never a local error.
 _LOST_PEER = re.compile(r"\b(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
 _agreements = 0
-_leaving = None  # the exit code of this process, once decided
-_held = []  # references to callbacks that C code calls without keeping any
+_exit_code = None  # of this process, once decided
+_callbacks = []  # references to callbacks that C code calls without keeping any
 
 
 def find_launch(
@@ -91,8 +91,8 @@ def initialize(launch: Launch | None, heartbeat_seconds: int = 60) -> None:
     _join(launch, heartbeat_seconds)
     if jax.process_count() != launch.processes:
         raise RuntimeError(
-            f"{launch.found_by} names {launch.processes} processes, but the devices belong to one: the backend "
-            f"{jax.default_backend()!r} knows of no others"
+            f"{launch.found_by} gives {launch.processes} processes, but the backend {jax.default_backend()!r} sees "
+            "only this one"
         )
     _exit_where_jax_aborts()
     if jax.process_index() == 0:
@@ -136,8 +136,8 @@ def _require_free(port: int, setting: str) -> None:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):  # such as a system without IPv6
                 continue
             raise OSError(
-                f"port {port} of {socket.gethostname()}, where process 0 is to meet the others: {error.strerror}; "
-                f"name another by {setting} (PORT of a launch script)"
+                f"port {port} of {socket.gethostname()}, where process 0 listens for the others: {error.strerror}; "
+                f"choose another with {setting} (PORT of a launch script)"
             ) from None
 
 
@@ -148,11 +148,11 @@ def _wait_for_others(launch: Launch, address: str | None, joined: threading.Even
     awaited = others if launch.process == 0 else "process 0"
     here = f"pathflip: process {launch.process} of {launch.processes} ({socket.gethostname()}, by {launch.found_by})"
     place = f" at {address}" if address else ""
-    print(f"{here} waits for {awaited}{place}, {JOIN_SECONDS} s at most", file=sys.stderr, flush=True)
+    print(f"{here} is waiting for {awaited}{place}, {JOIN_SECONDS} s at most", file=sys.stderr, flush=True)
     if joined.wait(JOIN_SECONDS - NOTICE_SECONDS):
         return
     cure = f"start all of them, or set {SWITCH}=0 to train alone"
-    print(f"{here}: {awaited} did not come{place.replace(' at ', ' to ')} in {JOIN_SECONDS} s; {cure}", file=sys.stderr)
+    print(f"{here}: {awaited} did not join{place} within {JOIN_SECONDS} s; {cure}", file=sys.stderr)
     _exit(TRY_AGAIN)
 
 
@@ -164,7 +164,7 @@ def this_process() -> str:
 def gather(value: Any) -> list:
     """All-gather of JSON values, in order of the processes. All must call it at the same point.
 
-    Raises Unanswered naming the process that does not respond.
+    Raises UnresponsiveProcessError naming the process that does not respond.
     """
     global _agreements
     if jax.process_count() == 1:
@@ -179,11 +179,11 @@ def gather(value: Any) -> list:
 
 
 class UnresponsiveProcessError(TimeoutError):
-    """A process that the others waited for did not respond: mostly a faulty host, so a restart may help."""
+    """A process did not respond while others waited for it: usually a faulty host, so a restart may help."""
 
 
 def _answer(client, key: str, process: int) -> str:
-    """Answer of a process; one that keeps the others waiting is reported."""
+    """Value that a process has set; a process that keeps the others waiting is reported."""
     try:
         return client.blocking_key_value_get(key, NOTICE_SECONDS * 1000)
     except jax.errors.JaxRuntimeError as error:
@@ -203,13 +203,13 @@ def agree(value: Any) -> Any:
 
 
 def require_same(**values: str) -> None:
-    """Raise ValueError if processes were started as different runs: those of one run have the same command line."""
+    """Raise ValueError if the processes were started as different runs: those of one run share a command line."""
     for process, others in enumerate(gather(values)):
         for name, value in values.items():
             if others[name] != value:
                 raise ValueError(
-                    f"{this_process()} has {name} {value}, process {process} has {others[name]}: all processes of a "
-                    f"run must agree; to train a run in each process, set {SWITCH}=0"
+                    f"{this_process()} has {name} {value}, but process {process} has {others[name]}: start all "
+                    f"processes of a run with the same command; to train a separate run in each, set {SWITCH}=0"
                 )
 
 
@@ -268,7 +268,7 @@ class Watchdog:
         behind = min(place["count"] for place in places.values())
         late = [(process, place) for process, place in sorted(places.items()) if place["count"] == behind]
         names = [f"process {n} ({place['host']}) at step {place['step']}, {place['doing']}" for n, place in late]
-        others = f"; the other {len(places) - len(names)} wait for it" if len(names) < len(places) else ""
+        others = f"; the other {len(places) - len(names)} are waiting" if len(names) < len(places) else ""
         message = f"no progress for {late[0][1]['allowed']:g} s: {', '.join(names)}{others}"
         with contextlib.suppress(Exception):  # a closed terminal must not keep a hang alive
             print(f"\npathflip: {this_process()}: {message}. The stacks of this process:", file=sys.stderr, flush=True)
@@ -315,9 +315,9 @@ def _may_be_a_lost_peer(error: BaseException | None) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
-    """Publish the reason and the exit code to the other processes, give them time to read it, and exit."""
-    global _leaving
-    client, _leaving = key_value_client(), code
+    """Publish the reason and the exit code to the other processes, give them time to read both, and exit."""
+    global _exit_code
+    client, _exit_code = key_value_client(), code
     if client is not None:
         _put(client, f"{_ENDED}{jax.process_index()}", {"message": message, "code": code, "by": this_process()})
         time.sleep(4 * POLL_SECONDS)  # process 0 serves the published message
@@ -326,11 +326,11 @@ def _leave(message: str, code: int) -> None:
 
 def _follow(client) -> None:
     """Exit with the code that another process has published."""
-    global _leaving
+    global _exit_code
     for process, ended in _read(client, _ENDED).items():
         if process != jax.process_index():
-            print(f"pathflip: {this_process()} ends with {ended['by']}: {ended['message']}", file=sys.stderr)
-            _leaving = ended["code"]
+            print(f"pathflip: {this_process()} ends, as {ended['by']} has ended: {ended['message']}", file=sys.stderr)
+            _exit_code = ended["code"]
             if jax.process_index() == 0:
                 time.sleep(2 * POLL_SECONDS)  # process 0 serves it to the others meanwhile
             _exit(ended["code"])
@@ -352,16 +352,16 @@ def _exit_where_jax_aborts() -> None:
     a defect.
     """
 
-    message = f"pathflip: {this_process()}: another process of this run is lost; exit {TRY_AGAIN}, start again\n"
+    message = f"pathflip: {this_process()}: another process of this run is lost; exit {TRY_AGAIN}, start it again\n"
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def on_abort(_: int) -> None:
-        if _leaving is not None:  # the others exited first
-            os._exit(_leaving)
+        if _exit_code is not None:  # this process was ending already, and the others exited first
+            os._exit(_exit_code)
         os.write(2, message.encode())
         os._exit(TRY_AGAIN)
 
-    _held.append(on_abort)
+    _callbacks.append(on_abort)
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(int(signal.SIGABRT), on_abort)

@@ -1,7 +1,7 @@
-"""Detection of launchers from their options and variables: each set must be complete, or is refused by name.
+"""Detection of the launcher from options and environment variables, of which an incomplete set is an error.
 
-Processes that each take themselves for the only one train separate runs in one folder; one that waits for others that
-were never started waits in vain. So an incomplete set of a launcher's variables is an error that names the missing one.
+Processes that each believe to be the only one would train separate runs in one folder, and a process that waits for
+others that were never started would wait in vain. So the error names the variables that are missing.
 """
 
 import os
@@ -91,8 +91,8 @@ def from_counting() -> Launch | None:
         if not address:
             every = f"add `-x {ADDRESS}=HOST:PORT` to mpirun" if launcher == "Open MPI" else f"set {ADDRESS}=HOST:PORT"
             raise ValueError(
-                f"{launcher} started this process as one of {count} ({size}) and does not say where the first one is: "
-                f"{every}, the same for all, or {SWITCH}=0 for {count} separate runs"
+                f"{launcher} started this process as one of {count} ({size}) but does not give the address of process "
+                f"0: {every}, the same for all, or set {SWITCH}=0 for {count} separate runs"
             )
         return Launch(launcher, count, process, address)
     return None
@@ -112,8 +112,8 @@ def from_slurm() -> Launch | None:
     missing = [name for name in _STEP if not _value(name)]
     if missing:
         raise ValueError(
-            f"{tasks}={count} without {' and '.join(missing)}: srun sets them, and something took them away on the "
-            f"way to this process; hand them on, or set {SWITCH}=0 to train alone"
+            f"{tasks}={count} without {' and '.join(missing)}: srun sets them, but they did not reach this process; "
+            f"pass them on to it, or set {SWITCH}=0 to train alone"
         )
     for name in ("SLURM_JOB_ID", "SLURM_LOCALID"):
         _number(name, _value(name))
@@ -133,7 +133,7 @@ def from_jax(on_demand: bool) -> Launch | None:
             continue
         except (ValueError, KeyError) as error:
             told = " ".join(f"{x}={os.environ[x]}" for x in sorted(os.environ) if re.match("TPU_|OMPI_|MEGASCALE_", x))
-            raise ValueError(f"{names[cluster.name]}: {error!r} in {told or 'what it says'}") from None
+            raise ValueError(f"{names[cluster.name]}: {error!r} in {told or 'its answer'}") from None
     return None
 
 
@@ -141,8 +141,8 @@ def refuse_address_alone() -> None:
     """Raise ValueError if an address is given without a number of processes."""
     if _value(ADDRESS) and _value(COUNT) != "1":
         raise ValueError(
-            f"{ADDRESS}={_value(ADDRESS)} without {COUNT} and {NUMBER}, and no launcher says how many processes there "
-            f"are: set all three or none, or {SWITCH}=0 to train alone"
+            f"{ADDRESS}={_value(ADDRESS)} without {COUNT} and {NUMBER}, and no launcher gives the number of processes: "
+            f"set all three or none, or {SWITCH}=0 to train alone"
         )
 
 
@@ -151,7 +151,7 @@ def explain_single_process() -> str:
     tasks = _value("SLURM_NTASKS") or ""
     if not tasks.isdecimal() or int(tasks) < 2 or _value(SWITCH) == "0":
         return ""
-    return f"the Slurm job has {tasks} tasks; srun started none of them here, so this process is alone"
+    return f"the Slurm job has {tasks} tasks, but srun did not start this process, so it runs alone"
 
 
 def own_address(launch: Launch) -> str | None:

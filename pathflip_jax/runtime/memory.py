@@ -88,17 +88,17 @@ def check_features(needed: int) -> None:
     free = free_bytes(device)
     if free is not None and needed > free:
         raise MemoryError(
-            f"the features take {needed / GIB:.1f} GiB on each {device.device_kind}, {free / GIB:.1f} GiB are free; "
-            "set --config.data.resident=host, or '' to read them from disk for every batch"
+            f"the features take {needed / GIB:.1f} GiB on each {device.device_kind}, but only {free / GIB:.1f} GiB are "
+            "free; set --config.data.resident=host, or '' to read them from disk for every batch"
         )
 
 
 def check_slide(compiled, what: str) -> None:
-    """Raise MemoryError if encoding does not fit."""
+    """Raise MemoryError if encoding the slides that `what` describes does not fit."""
     device = jax.local_devices()[0]
     needed, free = needed_bytes(compiled), free_bytes(device)
     if free is not None and needed > free:
         raise MemoryError(
-            f"{what} needs {needed / GIB:.1f} GiB on {device.device_kind} to be encoded, {free / GIB:.1f} GiB are "
+            f"encoding {what} needs {needed / GIB:.1f} GiB on {device.device_kind}, but only {free / GIB:.1f} GiB are "
             "free; encode fewer slides at a time (batch_size=1), or cut a slide this large into its pieces of tissue"
         )

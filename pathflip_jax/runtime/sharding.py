@@ -46,8 +46,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, region: int = 1) -> Mesh:
         shape[shape.index(-1)] = count // others if others > 0 else 0
     if min(shape) < 1 or math.prod(shape) != count:
         raise ValueError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.region={region}: {count} devices are here, so the product must "
-            f"be {count}; leave mesh.data at -1 and choose others whose product divides the device count"
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.region={region}: their product must be the number of devices, "
+            f"{count}; leave mesh.data at -1 and choose the other two so that their product divides {count}"
         )
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -82,7 +82,8 @@ def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     """
     if jax.process_count() > 1:
         raise ValueError(
-            "data.resident='device' is for one process, whose devices share the features; set data.resident='host'"
+            "data.resident='device' shards the features over the devices of a single process, but this run has "
+            "several; set data.resident='host'"
         )
     short = -len(rows) % mesh.size
     rows = np.pad(rows, ((0, short), (0, 0))) if short else rows
@@ -101,7 +102,7 @@ class Shards(NamedTuple):
         return places[list(range(self.count) if self.own is None else self.own)].ravel()
 
 
-ONE_PROCESS = Shards()  # which makes complete batches
+ONE_PROCESS = Shards()  # a single process makes complete batches
 
 
 def shards_of(mesh: Mesh) -> Shards:
@@ -144,7 +145,7 @@ def place_batch(mesh: Mesh, batch):
 
 
 def shard_by_slide(mesh: Mesh) -> Callable:
-    """A `Spread` for the losses: each device computes its own slides, with the inputs of all slides gathered once.
+    """A `losses.pathflip.ShardMap`: each device computes its own slides, with the inputs of all slides gathered once.
 
     Otherwise the compiler would gather them for every chunk, and reduce their gradients over devices as often. Batches
     that do not divide evenly are left to the compiler.

@@ -1,7 +1,7 @@
 """Standard streams that survive the loss of their reader.
 
-A run of days is often watched through a terminal that is later closed, or by `| head`. Losing the reader is no reason
-to stop, nor to exit with another code; output lost to a full disk is an error.
+A run that takes days is often watched through a terminal that is later closed, or through `| head`. Losing the reader
+neither stops the run nor changes its exit code; output lost to a full disk is an error.
 """
 
 import errno
@@ -13,7 +13,7 @@ STDOUT, STDERR = 1, 2
 _GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET, errno.ENXIO}  # the reader or the terminal is gone
 
 
-class _Lasting(io.FileIO):
+class _Unbreakable(io.FileIO):
     """A file descriptor that discards output once its reader is gone."""
 
     def write(self, data) -> int:
@@ -23,7 +23,7 @@ class _Lasting(io.FileIO):
         except OSError as error:
             if error.errno not in _GONE and self.fileno() == STDERR:  # a full disk: a lost log must not end the run
                 return len(data)
-            _lead_nowhere(self.fileno())
+            _redirect_to_devnull(self.fileno())
             if error.errno not in _GONE:
                 raise OSError(error.errno, f"{error.strerror}; write it elsewhere", "standard output") from None
             return len(data)
@@ -37,22 +37,22 @@ def keep_open() -> None:
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed: the next opened file would get its descriptor, and its output
-            _lead_nowhere(descriptor)
+            _redirect_to_devnull(descriptor)
             mode = "w" if descriptor else "r"
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", errors="backslashreplace", closefd=False))
             setattr(sys, f"__{name}__", getattr(sys, name))
     for descriptor, name in ((STDOUT, "stdout"), (STDERR, "stderr")):
         stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__") or isinstance(getattr(stream.buffer, "raw", None), _Lasting):
+        if stream is not getattr(sys, f"__{name}__") or isinstance(getattr(stream.buffer, "raw", None), _Unbreakable):
             continue
         stream.flush()
-        raw = _Lasting(descriptor, "w", closefd=False)
+        raw = _Unbreakable(descriptor, "w", closefd=False)
         buffer = raw if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(raw)  # raw under python -u
         errors = "backslashreplace" if stream.errors == "strict" else stream.errors
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-        lasting = io.TextIOWrapper(buffer, stream.encoding, errors, **how)
-        setattr(sys, name, lasting)
-        setattr(sys, f"__{name}__", lasting)
+        unbreakable = io.TextIOWrapper(buffer, stream.encoding, errors, **how)
+        setattr(sys, name, unbreakable)
+        setattr(sys, f"__{name}__", unbreakable)
 
 
 def flush() -> None:
@@ -61,7 +61,7 @@ def flush() -> None:
         stream.flush()
 
 
-def _lead_nowhere(descriptor: int) -> None:
+def _redirect_to_devnull(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)

@@ -1,7 +1,7 @@
 """Process limits of `ulimit` and containers, and the errors that they cause, with their cures.
 
-A library that meets such a limit reports that a file cannot be opened or that memory is exhausted, rarely why: the disk
-and the machine are fine, and the cure is one shell command.
+A library that reaches such a limit reports that a file cannot be opened or that memory is exhausted, but rarely why:
+disk and machine are fine, and the cure is one shell command.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ def address_space() -> int | None:
 
 def explain(error: BaseException) -> str | None:
     """Message for an error caused by a process limit, with the limit and its cure; None for other errors."""
-    numbers, said, link = set(), [], error
-    while link is not None and str(link) not in said:
+    numbers, texts, link = set(), [], error
+    while link is not None and str(link) not in texts:
         if isinstance(link, OSError | MemoryError):
             numbers.add(getattr(link, "errno", errno.ENOMEM))
-        said.append(str(link))
+        texts.append(str(link))
         link = link.__cause__ or link.__context__
     for limit in _LIMITS:
-        if numbers & limit.numbers or any(re.search(limit.words, text, re.IGNORECASE) for text in said):
+        if numbers & limit.numbers or any(re.search(limit.words, text, re.IGNORECASE) for text in texts):
             if cure := limit.cure():
                 return f"{str(error) or type(error).__name__}; {cure}"
     return None
@@ -60,21 +60,21 @@ class _Limit(NamedTuple):
 
 
 def _open_files() -> str:
-    return f"at most {open_files()} files may be open at once here: raise that with `ulimit -n {OPEN_FILES}`"
+    return f"this process may open at most {open_files()} files: raise the limit with `ulimit -n {OPEN_FILES}`"
 
 
 def _file_size() -> str | None:
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft == _UNLIMITED:
         return None
-    return f"a file may have {soft / 1e6:.4g} MB at most here: lift that with `ulimit -f unlimited`"
+    return f"a file of this process may have at most {soft / 1e6:.4g} MB: remove the limit with `ulimit -f unlimited`"
 
 
 def _memory() -> str | None:
     space = address_space()
     if space is None:
         return None
-    return f"{space / 2**30:.3g} GB of memory may be mapped here: lift that with `ulimit -v unlimited`"
+    return f"this process may map at most {space / 2**30:.3g} GB of memory: remove the limit with `ulimit -v unlimited`"
 
 
 def _shared_memory() -> str:
@@ -82,7 +82,7 @@ def _shared_memory() -> str:
 
 
 def _threads() -> str:
-    return _memory() or "the user or the container may have no more processes: raise `ulimit -u`, or the limit of pids"
+    return _memory() or "the user or container has too many processes: raise `ulimit -u`, or the container's pids limit"
 
 
 _LIMITS = (

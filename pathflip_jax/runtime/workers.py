@@ -1,4 +1,4 @@
-"""Worker processes that may crash on a job: reused between jobs, limited in time, replaced when they end.
+"""Worker processes for jobs that may crash them: reused between jobs, limited in time, replaced when they end.
 
 C libraries parse user-supplied files, and broken ones make them crash, hang or exhaust memory. pebble manages the
 processes and reports how they ended; each pool has one process, so that a crash neither takes another job with it nor

@@ -61,7 +61,7 @@ def test_without_a_home_programs_are_compiled_at_each_start(monkeypatch, capsys)
     monkeypatch.setattr(compilation, "_told", [])
     enable_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
-    assert "not kept for the next start (HOME is not set" in capsys.readouterr().err
+    assert "cannot be cached for the next start (HOME is not set" in capsys.readouterr().err
 
 
 def test_a_folder_of_programs_that_cannot_be_written_is_said_once(monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_determinism_is_asked_of_the_backend_in_use(monkeypatch):
     assert compiler_options(deterministic=True) and DETERMINISTIC["gpu"]
     monkeypatch.setattr(jax, "default_backend", lambda: "abacus")
     with pytest.raises(
-        ValueError, match="train.deterministic=True is known for cpu, tpu, gpu, this backend is 'abacus'"
+        ValueError, match="train.deterministic=True is supported on cpu, tpu, gpu, but this backend is 'abacus'"
     ):
         compiler_options(deterministic=True)
 

@@ -35,8 +35,8 @@ def write(tmp_path):
         (BODY + "    return confg\n", "mine.py, line 6: NameError: name 'confg' is not defined"),
         (BODY + "    return 1 / 0\n", "mine.py, line 6: ZeroDivisionError"),
         (BODY + "    config.data.update(regions=[1])\n", "mine.py, line 6: TypeError"),
-        ("import sys\nsys.exit(3)\n", "mine.py, line 2: the config ends the program \\(exit 3\\)"),
-        (BODY + "    exit()\n", "mine.py, line 6: the config ends the program"),
+        ("import sys\nsys.exit(3)\n", "mine.py, line 2: the config exits the program \\(exit 3\\)"),
+        (BODY + "    exit()\n", "mine.py, line 6: the config exits the program"),
         ("x = 1\n", "mine.py: no function get_config"),
         ("get_config = 1\n", "mine.py: no function get_config"),
         (BODY, "mine.py: get_config returns NoneType, expected the settings; end it with `return config`"),
@@ -78,7 +78,7 @@ def test_an_argument_that_a_config_does_not_take_is_named(write):
 
 def test_what_is_no_python_file_is_named(write, tmp_path):
     for name in ("mine.yaml", "config.json", "mine"):
-        with pytest.raises(ValueError, match=f"{name}: a config is a Python file"):
+        with pytest.raises(ValueError, match=f"{name}: expected a Python file"):
             settings.load_config(write("train: 1\n", name))
     with pytest.raises(OSError, match="is a folder"):
         settings.load_config(str(tmp_path))

@@ -180,7 +180,7 @@ def test_a_process_outside_of_the_tasks_of_its_job_says_so(environment, capsys):
     assert capsys.readouterr().err == ""
     environment(SCRIPT)
     distributed.initialize(find_launch())
-    assert "the Slurm job has 8 tasks; srun started none of them here" in capsys.readouterr().err
+    assert "the Slurm job has 8 tasks, but srun did not start this process" in capsys.readouterr().err
 
 
 JOIN = """
@@ -196,8 +196,8 @@ def test_processes_that_do_not_come_are_named_and_not_waited_for_without_end(run
     codes, outputs = run_together(commands, [{"JAX_PLATFORMS": "cpu"}] * 2)
     assert codes == [distributed.TRY_AGAIN] * 2
     for (_, said), awaited in zip(outputs, ("2 other processes", "process 0"), strict=True):
-        assert f"by Slurm) waits for {awaited} at localhost:" in said
-        assert f"{awaited} did not come to localhost:" in said and "set PATHFLIP_DISTRIBUTED=0" in said
+        assert f"by Slurm) is waiting for {awaited} at localhost:" in said
+        assert f"{awaited} did not join at localhost:" in said and "set PATHFLIP_DISTRIBUTED=0" in said
 
 
 def test_a_port_that_another_program_has_is_refused(environment):
@@ -206,10 +206,12 @@ def test_a_port_that_another_program_has_is_refused(environment):
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(OSError, match=rf"port {port} of .*: Address already in use; name another by --coordinator"):
+        with pytest.raises(
+            OSError, match=rf"port {port} of .*: Address already in use; choose another with --coordinator"
+        ):
             distributed.initialize(find_launch(f"localhost:{port}", 2, 0))
         environment(SLURM | {"SLURM_PROCID": "0", "JAX_COORDINATOR_PORT": str(port)})
-        with pytest.raises(OSError, match=rf"port {port} of .*: .* by JAX_COORDINATOR_PORT"):
+        with pytest.raises(OSError, match=rf"port {port} of .*: .* with JAX_COORDINATOR_PORT"):
             distributed.initialize(find_launch())
 
 
@@ -251,7 +253,7 @@ def test_the_host_that_came_least_far_is_named(monkeypatch, capsys):
     distributed.Watchdog(60)._end(places)
     message = (
         "no progress for 60 s: process 1 (node1) at step 9, reading the next batch, "
-        "process 3 (node3) at step 9, reading the next batch; the other 2 wait for it"
+        "process 3 (node3) at step 9, reading the next batch; the other 2 are waiting"
     )
     assert ended == [(message, 75)] and message in capsys.readouterr().err
 
@@ -345,6 +347,6 @@ def test_all_processes_end_as_the_one_that_failed(run_together, free_port):
     assert codes == [distributed.WRONG_INPUT] * 3, said
     host = socket.gethostname()
     for number in (0, 2):
-        assert f"process {number} ({host}) ends with process 1 ({host}): S1.h5: no features" in said[number]
+        assert f"process {number} ({host}) ends, as process 1 ({host}) has ended: S1.h5: no features" in said[number]
     assert f"pathflip: process 1 ({host}): S1.h5: no features" in said[1]
     assert not any("another process of this run is lost" in text for text in said)

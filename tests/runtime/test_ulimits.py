@@ -43,11 +43,14 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shard"), "'shard'; at most 64 files .*`ulimit -n 65536`"),
+        (
+            OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shard"),
+            "'shard'; this process may open at most 64 files: .*`ulimit -n 65536`",
+        ),
         (RuntimeError("Open: Too many open files [path=x]"), "ulimit -n"),
         (caused(ValueError("no checkpoint"), OSError(errno.EMFILE, "")), "no checkpoint; .*ulimit -n"),
-        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "x"), "a file may have 1 MB at most.*`ulimit -f unlimited`"),
-        (MemoryError(), "MemoryError; 4 GB of memory may be mapped here.*`ulimit -v unlimited`"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "x"), "may have at most 1 MB: .*`ulimit -f unlimited`"),
+        (MemoryError(), "MemoryError; this process may map at most 4 GB of memory: .*`ulimit -v unlimited`"),
         (RuntimeError("std::bad_alloc"), "ulimit -v"),
         (RuntimeError("NCCL: error while creating shared memory segment /dev/shm/nccl-1"), "--shm-size"),
         (RuntimeError("can't start new thread"), "ulimit -v"),
