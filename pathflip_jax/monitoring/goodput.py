@@ -30,7 +30,7 @@ DATA, SAVE, EVALUATION, PROFILE = "data_loading", "checkpoint_save", "evaluation
 CAUSES = (INITIALISATION, COMPILATION, RESTORE, STEP, DATA, SAVE, EVALUATION, PROFILE)
 LOST, DOWN = "lost_work", "down"
 START, PROGRESS, SAVED, END = "start", "progress", "saved", "end"
-RECORD_SECONDS = 10.0  # the most that a killed process leaves unrecorded
+RECORD_SECONDS = 10.0  # time that a killed process leaves unrecorded at most
 DAY = 86400.0
 
 
@@ -50,7 +50,7 @@ class Ledger:
         self._saving: tuple[int, float] | None = None  # the step, and the seconds of all saves before
         self.resumed = now  # perf_counter() at which the loop returned to steps
         self._path: Path | None = None
-        self._torn = self._told = False
+        self._torn = self._reported = False
         self._step = 0
         self._every, self._recorded = record_seconds, now
 
@@ -109,12 +109,12 @@ class Ledger:
         try:
             self._append(json.dumps(row) + "\n")
         except OSError as error:
-            if not self._told:
+            if not self._reported:
                 print(
-                    f"{self._path}: not written ({error}); training continues, and this file may lack times",
+                    f"{self._path}: not written ({error}); training continues, but this file may be incomplete",
                     file=sys.stderr,
                 )
-            self._told = True
+            self._reported = True
 
     def _append(self, row: str) -> None:
         if self._torn and self._path.exists():  # a row truncated by a crash or a full disk would precede ours
@@ -156,10 +156,10 @@ class Summary:
 
 
 def summarise(workdir: str | Path) -> Summary:
-    """Summarise goodput.jsonl of a run. Raises FileNotFoundError if it is missing, ValueError if it is damaged."""
+    """Summary of goodput.jsonl of a run. Raises FileNotFoundError if it is missing, ValueError if it is damaged."""
     path = Path(workdir) / GOODPUT
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name the --workdir of a `pathflip train`")
+        raise FileNotFoundError(f"{path}: no such file; name the --workdir of a `pathflip train` run")
     processes: list[list[dict]] = []
     for number, row in enumerate(read_metrics(path), 1):
         if lacking := [name for name in ("event", "time", "seconds") if name not in row]:
@@ -170,7 +170,7 @@ def summarise(workdir: str | Path) -> Summary:
             raise ValueError(f"{path}: its first row is {row['event']!r}, expected {START!r}; restore the whole file")
         processes[-1].append(row)
     if not processes:
-        raise ValueError(f"{path}: no row in it; start the run again")
+        raise ValueError(f"{path}: the file has no rows; start the run again")
     spent = dict.fromkeys((*CAUSES, LOST, DOWN), 0.0)
     for number, rows in enumerate(processes):
         for cause, seconds in rows[-1]["seconds"].items():
@@ -186,7 +186,7 @@ def summarise(workdir: str | Path) -> Summary:
     total, productive = max(sum(spent.values()), 1e-9), spent.pop(STEP)
     saves = [row["took"] for rows in processes for row in rows if row["event"] == SAVED]
     first, last = processes[0][0]["step"], processes[-1][-1]["step"]
-    said = processes[-1][0]
+    newest = processes[-1][0]
     return Summary(
         total=total,
         productive=productive,
@@ -198,8 +198,8 @@ def summarise(workdir: str | Path) -> Summary:
         step=productive / (last - first) if last > first else math.nan,
         saves=len(saves),
         save=statistics.median(saves) if saves else math.nan,
-        save_every=said["save_every"],
-        preemptions_per_day=said["preemptions_per_day"],
+        save_every=newest["save_every"],
+        preemptions_per_day=newest["preemptions_per_day"],
     )
 
 
@@ -251,15 +251,15 @@ def describe(found: Summary) -> str:
     advice = recommend(found)
     if advice:
         lines.append(
-            f"a save blocks for {_duration(found.save)}; at {found.preemptions_per_day:g} preemptions a day "
-            f"--config.train.save_every={advice['save_every']} (every {_duration(advice['seconds'])}) costs "
-            f"{advice['overhead']:.2%} of the time in saves and lost work, {found.save_every} as now "
+            f"a save blocks training for {_duration(found.save)}; at {found.preemptions_per_day:g} preemptions per "
+            f"day, --config.train.save_every={advice['save_every']} (every {_duration(advice['seconds'])}) costs "
+            f"{advice['overhead']:.2%} of the time in saves and lost work, the present {found.save_every} costs "
             f"{advice['overhead_now']:.2%}"
         )
     elif found.saves and not found.preemptions_per_day:
         lines.append(
-            f"a save blocks for {_duration(found.save)}; set --config.train.preemptions_per_day and the best "
-            "train.save_every is worked out"
+            f"a save blocks training for {_duration(found.save)}; set --config.train.preemptions_per_day to get a "
+            "recommended train.save_every"
         )
     return "\n".join(lines)
 
@@ -269,7 +269,7 @@ def try_to_describe(workdir: Path) -> str:
     try:
         return describe(summarise(workdir))
     except (OSError, ValueError) as error:
-        return f"no goodput: {error}"
+        return f"goodput not reported: {error}"
 
 
 def _duration(seconds: float) -> str:

@@ -23,12 +23,12 @@ from pathflip_jax.runtime.private_interfaces import is_writing_events
 
 METRICS, TENSORBOARD, PLOTS = "metrics.jsonl", "tensorboard", "plots"
 VALIDATION, PERFORMANCE = "val/", "perf/"
-CHANCE, STDERR = "_chance", "_stderr"  # end the names of a score's chance level and standard error
+CHANCE, STDERR = "_chance", "_stderr"  # suffixes of the names of a score's chance level and standard error
 WANDB_ID = "wandb_id"
 BAR_REFRESH_SECONDS = 0.5
-EVENTS_UNDER_WAY = 10_000  # that may be queued for writing: far more than a row has
+EVENTS_UNDER_WAY = 10_000  # events that may be queued for writing: far more than a row has
 CURE = "free disk space or fix permissions, and run the same command again to resume from the last checkpoint"
-SPEED_STEPS = 20  # rows over which slides per second is measured, validation included
+SPEED_STEPS = 20  # rows over which slides per second are measured, including validations
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -49,12 +49,14 @@ def read_metrics(path: Path) -> list[dict]:
             rows.append(row)
         except ValueError:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: no row of metrics: {line[:60]!r}; delete that line") from None
+                raise ValueError(
+                    f"{path}, line {number}: not a row of metrics: {line[:60]!r}; delete that line"
+                ) from None
     return rows
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the rows up to `step`: a resumed run writes the later ones again, and no step may appear twice."""
+    """Drop the rows after `step`: a resumed run writes them again, and no step may appear twice."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -104,12 +106,12 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         truncate_metrics(workdir / METRICS, step)
         self._file = open(workdir / METRICS, "a", buffering=1, encoding="utf-8")  # line-buffered: others tail it
-        self._wandb = _Shown(
+        self._wandb = _View(
             "Weights & Biases", lambda: start_wandb(wandb_project, workdir, config), bool(wandb_project)
         )
-        self._events = _Shown("TensorBoard", lambda: _tensorboard(workdir / TENSORBOARD, step))
+        self._events = _View("TensorBoard", lambda: _tensorboard(workdir / TENSORBOARD, step))
         look = {"unit": "step", "desc": "train", "mininterval": BAR_REFRESH_SECONDS, "dynamic_ncols": True}
-        self._bar = _Shown("the progress bar", lambda: tqdm(total=steps, initial=step, **look))
+        self._bar = _View("the progress bar", lambda: tqdm(total=steps, initial=step, **look))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row: a step's losses, and the validation after it, if any."""
@@ -159,7 +161,7 @@ def with_chance(row: dict[str, float], name: str) -> str:
     return f"{row[name]:.3f}{chance}"
 
 
-class _Shown:
+class _View:
     """An optional view of metrics.jsonl: its first failure is reported and disables it."""
 
     def __init__(self, name: str, start: Callable[[], Any], wanted: bool = True):
@@ -198,7 +200,7 @@ def _close_events(events: Any) -> None:
 def _require_writer(events: Any) -> None:
     """Raise OSError if the event writer thread has ended, as on a full disk: waiting for it would never return."""
     if not is_writing_events(events):
-        raise OSError("its events cannot be written any more")
+        raise OSError("its events can no longer be written")
 
 
 def import_wandb(project: str):
@@ -209,10 +211,10 @@ def import_wandb(project: str):
         raise ImportError(
             f"train.wandb_project={project!r} needs wandb: `pip install pathflip-jax[wandb]`, or leave it empty"
         ) from None
-    if not hasattr(wandb, "init"):  # a folder called wandb, which W&B creates where it runs
+    if not hasattr(wandb, "init"):  # a folder called wandb, which Weights & Biases creates where it runs
         raise ImportError(
-            f"train.wandb_project={project!r} needs the package wandb, and {next(iter(wandb.__path__), 'a folder')} is "
-            "imported in its place: rename it or start elsewhere, and `pip install pathflip-jax[wandb]`"
+            f"train.wandb_project={project!r} needs the package wandb, but {next(iter(wandb.__path__), 'a folder')} is "
+            "imported instead: rename it or start in another folder, and run `pip install pathflip-jax[wandb]`"
         )
     return wandb
 
@@ -220,8 +222,8 @@ def import_wandb(project: str):
 def start_wandb(project: str, workdir: Path, config: dict | None):
     """Weights & Biases run of a run folder; a resumed run continues the same one.
 
-    Of rows that a restart writes again, the first version is kept. WANDB_MODE=offline needs no account; mode, key and
-    server are wandb's own settings.
+    Of rows that a restart writes again, Weights & Biases keeps the first version. WANDB_MODE=offline needs no account;
+    mode, key and server are set as for wandb itself.
     """
     wandb = import_wandb(project)
     named = workdir / WANDB_ID
@@ -252,7 +254,7 @@ def try_to_plot(workdir: Path) -> None:
 
 
 def _chance_last(name: str) -> tuple[str, bool]:
-    """Sort key that puts a chance level directly after its score."""
+    """Sort key that places a chance level directly after its score."""
     return name.removesuffix(CHANCE), name.endswith(CHANCE)
 
 
@@ -268,7 +270,7 @@ def plot(workdir: Path) -> list[Path]:
         "learning_rate": (["learning_rate"], "learning rate"),
         "validation": ([name for name in shown if name.startswith(VALIDATION) and "loss" not in name], "validation"),
         "gradient_norm": (["gradient_norm"], "global gradient norm"),
-        "speed": (["slides_per_second"], "slides a second"),
+        "speed": (["slides_per_second"], "slides per second"),
         "utilisation": ([PERFORMANCE + name for name in ("utilisation", "input_wait")], "share"),
         "memory": (sorted(name for name in names if "memory" in name), "bytes"),
     }

@@ -16,7 +16,7 @@ import jax
 from pathflip_jax.monitoring import goodput
 
 PROFILE = "profile"
-SETTLED = 2  # warm-up steps that a count skips: first use of memory and of the network
+SETTLED = 2  # warm-up steps that `--profile COUNT` skips, as they allocate memory and open connections
 STEPS_ON_SIGNAL = 3
 
 
@@ -33,7 +33,7 @@ def profiled_steps(text: str, start: int) -> range:
     first, last = found[1], int(found[2])
     steps = range(int(first), last + 1) if first else range(start + SETTLED + 1, start + SETTLED + 1 + last)
     if not steps or steps[0] < 1:
-        raise ValueError(f"--profile={text}: no step in it; steps count from 1, such as 10:13")
+        raise ValueError(f"--profile={text}: selects no step; steps are counted from 1, such as 10:13")
     return steps
 
 
@@ -61,7 +61,11 @@ class Profiler:
         if self._steps is None:
             self._steps = profiled_steps(self._wanted, step - 1)
             if self._steps and self._steps[0] < step:
-                print(f"--profile={self._wanted}: the run resumes with step {step}, these are over", file=sys.stderr)
+                print(
+                    f"--profile={self._wanted}: not profiled, as the run resumes with step {step}, "
+                    "after the first of these steps",
+                    file=sys.stderr,
+                )
         if self._asked and not self._tracing:
             self._asked, self._steps = False, range(step, step + STEPS_ON_SIGNAL)
         if self._steps and step == self._steps[0]:

@@ -53,7 +53,7 @@ PEAK_BFLOAT16 = {
 }
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # chips whose two cores are one device, or two devices of half the rate
 MEASURE_SECONDS, MEASURE_SIZE = 0.2, 1024
-EXIT_SECONDS = 60  # for the step in progress; a hanging one is abandoned
+EXIT_SECONDS = 60  # to wait for the step in progress at exit; a hanging one is abandoned
 STRAGGLER_STEPS = 20
 STRAGGLER = 1.5  # multiple of the median of the other hosts
 
@@ -87,7 +87,7 @@ def _alone() -> bool:
 
 
 def _measured_rate(dtype: str) -> float:
-    """Operations per second of the fastest of several products, as other load can only slow them down."""
+    """Operations per second of the fastest of several matrix products, as other load can only slow them down."""
     n = MEASURE_SIZE
     x = jnp.ones((n, n), dtype)
     product = jax.jit(jnp.matmul)
@@ -224,7 +224,7 @@ class Telemetry:
     def describe(self) -> str:
         """The peak that utilisation is relative to, or the reason why there is none."""
         if self.peak:
-            return f"utilisation is of {self.peak.rate / 1e12:.3g} TFLOP/s: {self.peak.source}"
+            return f"utilisation is relative to {self.peak.rate / 1e12:.3g} TFLOP/s: {self.peak.source}"
         return f"utilisation not reported: no peak FLOP/s on record for {jax.local_devices()[0].device_kind}"
 
     def __enter__(self):
@@ -281,8 +281,8 @@ class Hosts:
         straggles = alone > STRAGGLER * others
         if straggles and self._named != slowest and jax.process_index() == 0:
             print(
-                f"step {step}: host {slowest} ({self.names[slowest]}) takes {alone:.2f} s a step, the others "
-                f"{others:.2f} s: all wait for it; check its input, its processors and what else runs there",
+                f"step {step}: host {slowest} ({self.names[slowest]}) takes {alone:.2f} s per step, the others "
+                f"{others:.2f} s, and all wait for it; check its input, its processors and what else is running there",
                 file=sys.stderr,
             )
         self._named = slowest if straggles else None

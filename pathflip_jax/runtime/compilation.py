@@ -13,7 +13,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it for ev
 # autotuning at compilation.
 DETERMINISTIC = {"cpu": {}, "tpu": {}, "gpu": {"xla_gpu_deterministic_ops": True}}
 # A TPU overlaps computation with the all-reduce of gradients only if each large one is reduced separately: a combined
-# all-reduce is waited for at the end of the step. Small ones are combined up to so many bytes.
+# all-reduce is waited for at the end of the step. Smaller ones are combined, up to the threshold in bytes.
 TPU_OVERLAP = {
     "xla_jf_crs_combiner_threshold_in_bytes": "131072",
     "xla_enable_async_all_reduce": "true",
@@ -89,7 +89,7 @@ def enable_compilation_cache() -> None:
 
 
 _CACHE_FAULT = re.compile(r"Error (?:reading|writing) persistent compilation cache entry for .*?: (.*)", re.DOTALL)
-_told: list[str] = []
+_reported: list[str] = []
 _show_others: list[Callable] = []  # the previous `warnings.showwarning`
 
 
@@ -97,12 +97,12 @@ def _show_once(message: Warning | str, *where, **how) -> None:
     """Show cache warnings only once, as JAX warns for every program, both on reading and on writing."""
     if not (fault := _CACHE_FAULT.match(str(message))):
         _show_others[0](message, *where, **how)
-    elif not _told:
+    elif not _reported:
         cure = "a writable folder with free space, or delete damaged files there"
         _report_no_cache(f"{os.environ.get('JAX_COMPILATION_CACHE_DIR')}: {fault[1]}", cure)
 
 
 def _report_no_cache(reason: str, cure: str) -> None:
-    _told.append(reason)
+    _reported.append(reason)
     start = f"pathflip: compiled programs cannot be cached for the next start ({reason})"
     print(f"{start}; set JAX_COMPILATION_CACHE_DIR to {cure}", file=sys.stderr)

@@ -132,8 +132,10 @@ def from_jax(on_demand: bool) -> Launch | None:
         except OSError:  # no metadata server: not a Cloud TPU
             continue
         except (ValueError, KeyError) as error:
-            told = " ".join(f"{x}={os.environ[x]}" for x in sorted(os.environ) if re.match("TPU_|OMPI_|MEGASCALE_", x))
-            raise ValueError(f"{names[cluster.name]}: {error!r} in {told or 'its answer'}") from None
+            values = " ".join(
+                f"{x}={os.environ[x]}" for x in sorted(os.environ) if re.match("TPU_|OMPI_|MEGASCALE_", x)
+            )
+            raise ValueError(f"{names[cluster.name]}: {error!r} in {values or 'its answer'}") from None
     return None
 
 

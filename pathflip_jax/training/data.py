@@ -68,8 +68,8 @@ def open_data(settings: AlignmentSettings, shards: Shards = ONE_PROCESS, begun_g
     means = {"texts": fingerprints.slide_texts(texts), "tokenizer": fingerprints.tokenizer(tokenizer.described)}
     table = {"slides": fingerprints.slide_rows(split.table.rows.values())} if split.table else {}
     facts[fingerprints.MEANINGS] = means | table
-    told = [[bag.slides for bag in one.bags for _ in bag.texts] if one else None for one in (training, validation)]
-    facts[COUNTS] = count_slides(data, records, split, told)
+    slides = [[bag.slides for bag in one.bags for _ in bag.texts] if one else None for one in (training, validation)]
+    facts[COUNTS] = count_slides(data, records, split, slides)
     return RunData(training, validation, tokenizer, facts)
 
 
@@ -123,8 +123,8 @@ def split_slides(data: DataSettings, records: Records, begun: bool = False) -> S
 def count_slides(data: DataSettings, records: Records, split: SplitSlides, texts: Sequence[list | None]) -> dict:
     """Counts of each split; `texts` are the slides of each text of training and of validation."""
     names = (data.split if split.table else "all", data.val_split)
-    told = {name: own for name, own in zip(names, texts, strict=True) if own is not None}
-    return count_splits(split.table, records, told)
+    given = {name: own for name, own in zip(names, texts, strict=True) if own is not None}
+    return count_splits(split.table, records, given)
 
 
 def report_counts(facts: Mapping[str, Any], validates: bool) -> None:

@@ -27,7 +27,7 @@ class Findings:
     """Findings about the rows of a metrics.jsonl, in order; the same for a resumed run as for an uninterrupted one."""
 
     def __init__(self, select: str, rows: Iterable[dict] = ()):
-        self.select, self.told = select, []
+        self.select, self.reported = select, []
         self._losses: list[float] = []  # of the steps since the last validation
         self._training: list[float] = []  # mean training loss before each validation
         self._validations: list[dict] = []
@@ -47,8 +47,8 @@ class Findings:
             found.append(AT_CHANCE.format(name=name))
         if self._memorises():
             found.append(MEMORISING)
-        new = [finding for finding in found if finding not in self.told]
-        self.told += new
+        new = [finding for finding in found if finding not in self.reported]
+        self.reported += new
         return new
 
     def _at_chance(self) -> str:
@@ -66,11 +66,14 @@ class Findings:
 
     def summary(self, best: dict | None, folder) -> list[str]:
         """Lines for the end of a run: its findings, then the best validation score with its chance, step and folder."""
-        told = list(self.told)
+        lines = list(self.reported)
         if best is None or not self._validations:
-            return [*told, "no validation: the model was not evaluated on held-out slides; set data.val_split to do so"]
+            return [
+                *lines,
+                "no validation: the model was not evaluated on held-out slides; set data.val_split to do so",
+            ]
         if len(self._validations) >= IN_A_ROW and best["step"] == self._validations[0]["step"]:
-            told.append(BEST_IS_FIRST)
+            lines.append(BEST_IS_FIRST)
         row = next((row for row in self._validations if row["step"] == best["step"]), {})
         score = with_chance(row | {self.select: best["value"]}, self.select)
-        return [*told, f"best validation: {self.select} {score} at step {best['step']}, saved in {folder}"]
+        return [*lines, f"best validation: {self.select} {score} at step {best['step']}, saved in {folder}"]

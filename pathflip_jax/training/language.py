@@ -87,8 +87,8 @@ def language_training(settings: LanguageSettings, mesh: jax.sharding.Mesh, begun
     )
     resolved = settings.to_dict()
     resolved["data"] |= _facts(data, records, training, template, means)
-    told = [batches and batches.slides_of_examples(records) for batches in (training, validation)]
-    resolved["data"][COUNTS] = count_slides(data, records, split, told)
+    slides = [batches and batches.slides_of_examples(records) for batches in (training, validation)]
+    resolved["data"][COUNTS] = count_slides(data, records, split, slides)
     report_counts(resolved["data"], validation is not None)
     resolved["lm"] |= {"aligner_hash": aligner.hash, "decoder_hash": decoder_hash}
     resolved["lm"] |= {"start_hash": started.hash if started else ""}

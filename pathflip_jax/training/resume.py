@@ -82,7 +82,7 @@ def lock_to_run(workdir: Path, resolved: dict, describe: Callable[[Path], None])
 
 
 def saved_config(home: Path) -> dict | None:
-    """Config of the run whose checkpoints are in `home`; None before the first complete one, whatever a kill left."""
+    """Config of the run with checkpoints in `home`; None without a complete one, even if a killed run left files."""
     if (home / files.CONFIG).exists() and checkpoints.saved_steps(home / files.CHECKPOINTS):
         return json_files.read_json(home / files.CONFIG)
     return None

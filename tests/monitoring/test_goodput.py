@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_written_is_told_once_and_ends_no_run(clock, tmp_p
     (tmp_path / "goodput.jsonl").mkdir()
     run(clock, tmp_path, 0, 300, saves=[100, 200, 300])
     assert capsys.readouterr().err.count("goodput.jsonl: not written") == 1
-    assert goodput.try_to_describe(tmp_path).startswith("no goodput: ")
+    assert goodput.try_to_describe(tmp_path).startswith("goodput not reported: ")
 
 
 def test_a_disk_that_was_full_for_a_while_leaves_whole_rows_and_the_whole_time(clock, tmp_path, capsys):
@@ -200,4 +200,4 @@ def test_a_disk_that_was_full_for_a_while_leaves_whole_rows_and_the_whole_time(c
 @pytest.mark.parametrize("content", ["[]", '{"step": 1}\n{"step": 2}\n', '{"step": 1, "event": "start"}\n', "\xff\n"])
 def test_a_damaged_file_is_told_and_ends_no_run(tmp_path, content):
     (tmp_path / "goodput.jsonl").write_bytes(content.encode("latin-1"))
-    assert goodput.try_to_describe(tmp_path).startswith(f"no goodput: {tmp_path / 'goodput.jsonl'}")
+    assert goodput.try_to_describe(tmp_path).startswith(f"goodput not reported: {tmp_path / 'goodput.jsonl'}")

@@ -42,7 +42,7 @@ def test_a_line_cut_off_by_a_crash_is_dropped_and_a_foreign_one_named(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
     for foreign in ("hello", "[1]", '{"step": "2"}', "[" * 100_000):
         path.write_text(f'{{"step": 1}}\n{foreign}\n{{"step": 2}}\n')
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: no row of metrics: '"):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a row of metrics: '"):
             read_metrics(path)
     path.write_bytes(b'{"step": 1}\n\xff\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: not UTF-8"):
@@ -98,7 +98,7 @@ def wandb(monkeypatch):
 def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     monkeypatch.setattr(sys.modules["wandb"], "__path__", [str(tmp_path / "wandb")], raising=False)
-    with pytest.raises(ImportError, match="wandb is imported in its place: rename it"):
+    with pytest.raises(ImportError, match="wandb is imported instead: rename it"):
         import_wandb("slides")
 
 

@@ -70,4 +70,4 @@ def test_steps_that_are_over_are_said_to_be(tmp_path, capsys):
     profiler = Profiler(tmp_path, "2:3", Ledger())
     loop(profiler, 11, 12)
     assert not profiler.folder.exists()
-    assert "the run resumes with step 11, these are over" in capsys.readouterr().err
+    assert "not profiled, as the run resumes with step 11" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_without_a_home_programs_are_compiled_at_each_start(monkeypatch, capsys)
     for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.getpwnam(f"nobody knows {uid}"))
-    monkeypatch.setattr(compilation, "_told", [])
+    monkeypatch.setattr(compilation, "_reported", [])
     enable_compilation_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
     assert "cannot be cached for the next start (HOME is not set" in capsys.readouterr().err
@@ -67,7 +67,7 @@ def test_without_a_home_programs_are_compiled_at_each_start(monkeypatch, capsys)
 def test_a_folder_of_programs_that_cannot_be_written_is_said_once(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
-    monkeypatch.setattr(compilation, "_told", [])
+    monkeypatch.setattr(compilation, "_reported", [])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/full")
     enable_compilation_cache()
     enable_compilation_cache()

@@ -37,7 +37,7 @@ def test_validation_within_a_standard_error_of_chance_is_told_after_three():
 
 def test_a_resumed_run_does_not_repeat_findings():
     findings = Findings(MRR, MEMORISED[:4])
-    assert findings.add(MEMORISED[4]) == [] and findings.told == [MEMORISING]
+    assert findings.add(MEMORISED[4]) == [] and findings.reported == [MEMORISING]
 
 
 def test_a_run_without_validation_says_so():

@@ -128,7 +128,7 @@ def test_what_an_operator_asks_for_changes_no_number(options, straight, tmp_path
     assert_same_run(workdir, straight)
     assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
     printed = capsys.readouterr().err
-    assert "profile of steps 2 to 3" in printed and "at 9 preemptions a day --config.train.save_every=" in printed
+    assert "profile of steps 2 to 3" in printed and "at 9 preemptions per day, --config.train.save_every=" in printed
     (workdir / "metrics.jsonl").unlink()  # a run that is done stays done, whatever became of its logs
     (workdir / "goodput.jsonl").write_text("[]")
     assert loop.main([*options, "--workdir", str(workdir), "--config.train.save_every=1"]) == 0
