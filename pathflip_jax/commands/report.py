@@ -59,10 +59,6 @@ def add(commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.viewer.report import PageSpec, report
 
-    if not 1 <= options.quality <= 95:
-        raise ValueError(f"--quality {options.quality}: expected 1 to 95")
-    if options.max_pixels < 0 or (options.most_slides is not None and options.most_slides < 1):
-        raise ValueError("--max-pixels and --most-slides: expected a number above 0 (--max-pixels 0: all levels)")
     spec = PageSpec(
         options.checkpoint,
         options.texts,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from pathflip_jax.settings.fields import AS_NOW
+from pathflip_jax.settings.fields import CURRENT_VALUE
 from pathflip_jax.settings.kinds import LEGACY_VALUES
 
 
@@ -17,5 +17,5 @@ class UnknownSettings(ValueError):
 
 def before(section: str, names: Iterable[str]) -> dict[str, Any]:
     """Values of these settings that reproduce versions without them; settings without effect are omitted."""
-    stated = ((name, LEGACY_VALUES.get(f"{section}.{name}", AS_NOW)) for name in names)
-    return {name: value for name, value in stated if value is not AS_NOW}
+    stated = ((name, LEGACY_VALUES.get(f"{section}.{name}", CURRENT_VALUE)) for name in names)
+    return {name: value for name, value in stated if value is not CURRENT_VALUE}

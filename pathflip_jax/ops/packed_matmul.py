@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pathflip_jax.ops.platform import target_platform
 
 Layout = Literal["plain", "rows"]
-FEW = 16  # input rows up to which the kernel on the left is faster; prompts use plain products
+MAX_ROWS = 16  # input rows up to which the kernel on the left is faster; prompts use plain products
 
 
 def best_layout() -> Layout:
@@ -31,7 +31,7 @@ def packed_matmul(x: Float[Array, "n I"], stored: Array, layout: Layout) -> Floa
     """x @ kernel for a kernel stored by `store`, accumulated in float32."""
     if layout == "plain":
         return packed_matmul_reference(x, stored)
-    if len(x) > FEW:
+    if len(x) > MAX_ROWS:
         return jnp.einsum("ni,oi->no", x.astype(jnp.float32), stored)
     # Without the barrier XLA swaps the operands to avoid the transpose, at half the speed.
     return lax.optimization_barrier(jnp.einsum("oi,ni->on", stored, x.astype(jnp.float32))).T

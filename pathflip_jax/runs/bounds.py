@@ -36,7 +36,7 @@ OPTIONS = {
     "lora-alpha": above_zero(),
     "preemptions-per-day": Range(0, 86400),
     "most-slides": whole(1),
-    "max-pixels": whole(1),
+    "max-pixels": whole(0),
     "quality": whole(1, 95),
     "port": whole(0, 2**16 - 1),
     "shares": above_zero(),

@@ -74,7 +74,9 @@ def _memory() -> str | None:
     space = address_space()
     if space is None:
         return None
-    return f"this process may map at most {space / 2**30:.3g} GB of memory: remove the limit with `ulimit -v unlimited`"
+    return (
+        f"this process may map at most {space / 2**30:.3g} GiB of memory: remove the limit with `ulimit -v unlimited`"
+    )
 
 
 def _shared_memory() -> str:

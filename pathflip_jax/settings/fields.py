@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-AS_NOW = object()  # value of `before` for settings without effect on training: older runs take the current value
+CURRENT_VALUE = object()  # value of `before` for settings without effect on training: older runs take the current value
 COUNT = 2**31 - 1  # steps and other counts are 32-bit
 LARGEST_SIZE = 2**24  # of a model dimension
 _IN_ALL_VERSIONS = object()  # default of `before`
@@ -115,7 +115,7 @@ class Setting(NamedTuple):
     """Metadata of a setting, beyond its name, type and default.
 
     `required` describes the expected value of a setting that must not be empty. `may_change`: a run may be resumed with
-    another value. `before` is the value that reproduces the behaviour of versions without the setting, or `AS_NOW`;
+    another value. `before` is the value that reproduces the behaviour of versions without the setting, or `CURRENT_VALUE`;
     settings present in all versions have none. `exists`: the path must exist; `local`: on a local disk. `divides` and
     `at_most` name settings that this one must divide or must not exceed. `cure` is appended to the message about a
     value out of bounds.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pathflip_jax.settings.fields import (
-    AS_NOW,
+    CURRENT_VALUE,
     FLAG,
     FLOATS,
     LARGEST_SIZE,
@@ -163,7 +163,7 @@ class LossConfig(Section):
         "negatives of each slide scored at a time: limits memory without changing the loss; the largest arrays of the "
         "region loss then take at most 4 * slides per device * negatives_at_once * max(embed_dim, text_region_heads * "
         "regions) bytes each",
-        may_change=True, before=AS_NOW,
+        may_change=True, before=CURRENT_VALUE,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pathflip_jax.settings.fields import (
-    AS_NOW,
+    CURRENT_VALUE,
     FLAG,
     LENGTH,
     NAME,
@@ -97,7 +97,7 @@ class AlignmentDataSettings(DataSettings):
         may_change=True, before=1.0,  # earlier versions did not check
     )  # fmt: skip
     row_step: int = setting(
-        128, LENGTH, "texts are packed into rows of 1, 2, 3, ... times this many tokens", before=AS_NOW
+        128, LENGTH, "texts are packed into rows of 1, 2, 3, ... times this many tokens", before=CURRENT_VALUE
     )
     text_rows: tuple[int, ...] = setting(
         (),
@@ -148,7 +148,7 @@ class MeshSettings(Section):
     region: int = setting(
         1, _AXIS,
         "devices that the regions of each slide are divided among: for slides of very many regions, or small batches",
-        may_change=True, before=AS_NOW,
+        may_change=True, before=CURRENT_VALUE,
     )  # fmt: skip
 
 
@@ -190,7 +190,11 @@ class TrainSettings(Section):
         before=0.0,
     )  # fmt: skip
     deterministic: bool = setting(
-        False, FLAG, "make runs reproducible bit by bit on GPUs too; slower there", may_change=True, before=AS_NOW
+        False,
+        FLAG,
+        "make runs reproducible bit by bit on GPUs too; slower there",
+        may_change=True,
+        before=CURRENT_VALUE,
     )
     wandb_project: str = setting(
         "", Unrestricted("a project name of your choice"),

@@ -211,6 +211,10 @@ def _open_log(
         yield StepLog(writer, telemetry, monitors.ledger, monitors.workdir, findings)
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def _finish(
     monitors: Monitors, setup: TrainSettings, start: int, findings: Findings, best: dict | None, traces: Counter
 ) -> dict[str, float]:
@@ -220,7 +224,8 @@ def _finish(
     if jax.process_index() == 0:
         try_to_plot(workdir)
         print(
-            f"{workdir}: finished {steps} steps; the training step was compiled {traces['step']} times", file=sys.stderr
+            f"{workdir}: finished {steps} steps; the training step was compiled {_times(traces['step'])}",
+            file=sys.stderr,
         )
         if start < steps:
             print(goodput.try_to_describe(workdir), file=sys.stderr)

@@ -10,7 +10,7 @@ from pathflip_jax.convert.versions import WRITTEN_BY, refusal, unknown_settings,
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runs import checkpoints, files
-from pathflip_jax.settings.fields import AS_NOW
+from pathflip_jax.settings.fields import CURRENT_VALUE
 from pathflip_jax.settings.kinds import LEGACY_VALUES, MAY_CHANGE, RunSettings, defaults, flat, kind_of
 from pathflip_jax.training.fingerprints import same_data
 
@@ -37,7 +37,7 @@ def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
             continue
         now, value = values[key], LEGACY_VALUES.get(key, default)
         chosen = key in MAY_CHANGE and now != default
-        if value is not AS_NOW and value != now and not chosen:
+        if value is not CURRENT_VALUE and value != now and not chosen:
             changes[key] = value
         kept = changes.get(key, now)
         taken.append(f"{key}={kept!r}" + (f" (not {now!r})" if kept != now else ""))

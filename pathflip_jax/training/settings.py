@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.data.storage.paths import expand
 from pathflip_jax.runtime.config_files import bundled_configs, flat_settings, run_config_file
-from pathflip_jax.settings.fields import AS_NOW, Unrestricted
+from pathflip_jax.settings.fields import CURRENT_VALUE, Unrestricted
 from pathflip_jax.settings.kinds import LEGACY_VALUES, Kind, RunSettings, defaults, fields, flat, kind_of
 
 USAGE = """usage: pathflip train --config FILE_OR_NAME[:smoke] [--config.section.setting=value ...] --workdir FOLDER
@@ -87,7 +87,7 @@ def _add_legacy_settings(path: Path, config: ConfigDict, reference: Mapping[str,
     for key in (key for key in LEGACY_VALUES if key in reference):
         section, name = key.split(".")
         if isinstance(config.get(section), ConfigDict) and name not in config[section]:
-            config[section][name] = reference[key] if LEGACY_VALUES[key] is AS_NOW else LEGACY_VALUES[key]
+            config[section][name] = reference[key] if LEGACY_VALUES[key] is CURRENT_VALUE else LEGACY_VALUES[key]
             taken.append(f"{key}={config[section][name]!r}")
     if taken:
         _log.warning(

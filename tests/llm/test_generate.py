@@ -238,7 +238,7 @@ def test_the_loop_ends_with_its_last_text_and_writes_the_cache_in_place(qwen3):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 3, packed_matmul.FEW + 1])
+@pytest.mark.parametrize("rows", [1, 3, packed_matmul.MAX_ROWS + 1])
 def test_a_decoder_fused_for_decoding_computes_the_same(decoder_folder, dtype, rows):
     decoder = load_decoder(decoder_folder("qwen2", num_hidden_layers=1), dtype=dtype, compute_dtype="float32")
     model = fuse_for_decoding(decoder)

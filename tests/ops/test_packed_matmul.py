@@ -9,7 +9,7 @@ from pathflip_jax.ops import packed_matmul as ops
 from pathflip_jax.ops.packed_matmul import best_layout, packed_matmul, packed_matmul_reference, store
 
 
-@pytest.mark.parametrize("rows", [1, 3, ops.FEW + 1])
+@pytest.mark.parametrize("rows", [1, 3, ops.MAX_ROWS + 1])
 @pytest.mark.parametrize("form", ["plain", "rows"])
 def test_products_are_those_of_the_plain_kernel(form, rows):
     x, kernel = (

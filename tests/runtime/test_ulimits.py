@@ -50,7 +50,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (RuntimeError("Open: Too many open files [path=x]"), "ulimit -n"),
         (caused(ValueError("no checkpoint"), OSError(errno.EMFILE, "")), "no checkpoint; .*ulimit -n"),
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "x"), "may have at most 1 MB: .*`ulimit -f unlimited`"),
-        (MemoryError(), "MemoryError; this process may map at most 4 GB of memory: .*`ulimit -v unlimited`"),
+        (MemoryError(), "MemoryError; this process may map at most 4 GiB of memory: .*`ulimit -v unlimited`"),
         (RuntimeError("std::bad_alloc"), "ulimit -v"),
         (RuntimeError("NCCL: error while creating shared memory segment /dev/shm/nccl-1"), "--shm-size"),
         (RuntimeError("can't start new thread"), "ulimit -v"),

@@ -9,7 +9,7 @@ import pytest
 from pathflip_jax.losses.pathflip2 import SigmoidLossConfig
 from pathflip_jax.model.config import CONFIGS
 from pathflip_jax.settings import kinds
-from pathflip_jax.settings.fields import AS_NOW, Range, Unrestricted, Words, setting
+from pathflip_jax.settings.fields import CURRENT_VALUE, Range, Unrestricted, Words, setting
 from pathflip_jax.settings.kinds import KINDS, AlignmentSettings, LanguageSettings, PathFLIP2Settings
 from pathflip_jax.settings.networks import LossConfig
 from pathflip_jax.settings.sections import TrainSettings
@@ -101,7 +101,7 @@ def test_a_new_setting_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(resume, "kind_of", lambda begun: Made)
     begun = LanguageSettings().to_dict()
     assert resume.resume_as(Made(), begun, tmp_path).train.pace == 0.25
-    assert kinds.LEGACY_VALUES["data.row_step"] is AS_NOW and "train.seed" not in kinds.LEGACY_VALUES
+    assert kinds.LEGACY_VALUES["data.row_step"] is CURRENT_VALUE and "train.seed" not in kinds.LEGACY_VALUES
 
 
 @pytest.mark.parametrize(
