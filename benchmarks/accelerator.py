@@ -2,19 +2,19 @@
 
 Runs on the device that JAX finds. Each part is a separate process with a limit of 8 minutes, the most important first:
 parity, train steps at growing batches, comparison with PyTorch, encoding, generation, time to train, deterministic
-mode, save and kill, memory, input, meshes, workarounds. A part that fails, hangs or crashes is reported in one line
-with the cure, and the others run. After each part `DIR/accelerator.json` and the page `DIR/accelerator.html` are
-rewritten atomically; an interrupted session keeps its measurements. Run again, the command does the parts that are
-missing.
+mode, save and kill, memory, input, meshes, CPU workarounds. A part that fails, hangs or crashes is reported in one line
+with the cure, and the other parts still run. After each part, `DIR/accelerator.json` and the page
+`DIR/accelerator.html` are rewritten atomically, so that an interrupted session keeps its measurements. When run again,
+the command measures the missing parts.
 
     python benchmarks/accelerator.py --out runs/h100
     python benchmarks/accelerator.py --out runs/h100 --part parity --part step-pathflip --again
-    python benchmarks/accelerator.py --out runs/small --small                      # all of it on a CPU, in minutes
+    python benchmarks/accelerator.py --out runs/small --small                      # every part on a CPU, in minutes
     benchmarks/accelerator.sh --wheels wheels --out runs/h100                      # on a machine that cannot install
 
-With `--small` sizes are small, on a CPU unless JAX_PLATFORMS names another device: it shows that every part works, its
-figures are no measure of speed, and the page is drawn once, at the end. Where JAX finds only a CPU sizes are small too,
-and an unused accelerator is a fault of the first part.
+`--small` uses small sizes, on the CPU unless JAX_PLATFORMS names another device: it checks that every part works, its
+figures do not measure speed, and the page is drawn once, at the end. If JAX finds only a CPU, sizes are small too, and
+an accelerator that is present but unused is a fault of the first part.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LIMIT = 480.0  # seconds of a part
 RESULT, PAGE = "accelerator.json", "accelerator.html"
 DONE, FAILED = "done", "failed"
 PACKAGES = ("pathflip-jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "torch")
-# A small program on a CPU takes longer to compile than to run: optimise it less.
+# Small programs on a CPU take longer to compile than to run: compile them with fewer optimisations.
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
@@ -63,10 +63,10 @@ class Session:
         if (out / RESULT).exists():
             self.found = read(out / RESULT)
             if not isinstance(self.found, dict) or not self.found.keys() >= {"small", "device", "parts"}:
-                raise ValueError(f"{out / RESULT}: not a file of this command; delete it, or give another --out")
+                raise ValueError(f"{out / RESULT}: not a file of this command; delete it, or pass another --out")
 
     def done(self, name: str) -> bool:
-        """Whether a part was measured, without a fault."""
+        """Whether a part has been measured without a fault."""
         return self.found["parts"].get(name, {}).get("state") == DONE
 
     def environment(self) -> dict[str, str]:
@@ -78,9 +78,9 @@ class Session:
         if self.small and "JAX_PLATFORMS" not in os.environ:
             more["JAX_PLATFORMS"] = "cpu"
         if "JAX_PLATFORMS" not in os.environ and self.found["device"].get(FAULT):
-            more["JAX_PLATFORMS"] = "cpu"  # the device does not open: only parts without it are measured
+            more["JAX_PLATFORMS"] = "cpu"  # JAX cannot open the device: run the parts that do not need it
         if self.small:
-            more["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile takes longer than all else
+            more["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile takes longer than everything else
         if self.small and more.get("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS")) == "cpu":
             kept["XLA_FLAGS"] = QUICK_TO_COMPILE
         return kept | os.environ | more
@@ -114,12 +114,12 @@ class Session:
         found["revision"] = git_revision()
         if code is None:
             found |= {"state": FAILED, FAULT: f"not done after {limit:.0f} s; {len(rows)} rows were measured"}
-            found |= {CURE: f"--part {name} --limit {3 * limit:.0f}; {log} says how far it came"}
+            found |= {CURE: f"run again with --part {name} --limit {3 * limit:.0f}; {log} shows its progress"}
         elif code:
             fault = explain(code, log.read_text(errors="replace")[-TAIL:], self.found["device"], str(log))
             found |= {"state": FAILED, FAULT: fault.what, CURE: fault.cure}
         elif faulty := next((values for _, values in rows if FAULT in values), None):
-            found |= {"state": FAILED, FAULT: faulty[FAULT], CURE: faulty.get(CURE, f"{log} has the whole of it")}
+            found |= {"state": FAILED, FAULT: faulty[FAULT], CURE: faulty.get(CURE, f"{log} has the complete output")}
         shutil.rmtree(work, ignore_errors=True)
         rows_file.unlink(missing_ok=True)
         return found
@@ -132,7 +132,7 @@ class Session:
             self.running.discard(pid)
 
     def keep(self, name: str, found: dict) -> None:
-        """Save the outcome of a part, and print it in one line."""
+        """Record the outcome of a part, and print it in one line."""
         self.found["parts"][name] = found
         line = f"{name:21} {found['state']}, {found['seconds']:.0f} s, {len(found['rows'])} rows"
         if FAULT in found:
@@ -140,11 +140,11 @@ class Session:
         print(line, flush=True)
 
     def identity(self) -> dict:
-        """Identity that all results in a folder must share."""
+        """Device and sizes that all results in a folder must share."""
         return {name: self.found["device"].get(name) for name in ("kind", "count")} | {"small": self.found["small"]}
 
     def look(self, part: Part, again: bool) -> None:
-        """Run the device part, every time; sizes are small on a machine with only a CPU."""
+        """Run the device part, in every session; on a machine with only a CPU, switch to small sizes."""
         before, sound = self.identity(), self.done(DEVICE)
         self.found["device"] = {}
         found = self.run(DEVICE, part)
@@ -154,10 +154,10 @@ class Session:
         self.small |= self.found["device"].get("platform", "cpu") == "cpu"
         self.found["small"] = self.small
         if before != (here := self.identity()):
-            if sound and not again:  # results from while the device did not open are void
+            if sound and not again:  # results from a session that could not open the device are discarded
                 raise ValueError(
-                    f"{self.out / RESULT}: measured on {before}, this session is on {here}; give another --out, or "
-                    "--again to measure everything anew"
+                    f"{self.out / RESULT}: measured on {before}, but this session runs on {here}; pass another --out, "
+                    "or --again to measure everything again"
                 )
             self.found["parts"] = {DEVICE: self.found["parts"][DEVICE]}
         self.write(page=not self.small)
@@ -177,11 +177,11 @@ class Session:
 
 
 def read(path: Path):
-    """A JSON file; ValueError names one that is none."""
+    """Content of a JSON file. Raises ValueError for invalid JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete it, or give another --out") from None
+        raise ValueError(f"{path}: not JSON ({error}); delete it, or pass another --out") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -194,12 +194,12 @@ def write_atomically(path: Path, text: str) -> None:
 def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> bool:
     """Inspect the device, then run the missing parts independently of each other; returns whether all are done.
 
-    Raises ValueError where the folder holds the results of another device or of other sizes.
+    Raises ValueError if the folder holds results of another device or of other sizes.
     """
     session.look(parts.get(DEVICE, PARTS[DEVICE]), again)
     to_do = [name for name in parts if name != DEVICE and (again or not session.done(name))]
     if before := [name for name in parts if name != DEVICE and name not in to_do]:
-        print(f"{', '.join(before)}: done before; --again repeats it", flush=True)
+        print(f"{', '.join(before)}: done before; pass --again to repeat", flush=True)
     # Small sizes test function, not speed: two parts run concurrently.
     pool = ThreadPoolExecutor(2 if session.small else 1)
     try:
@@ -215,7 +215,7 @@ def run_parts(session: Session, parts: dict[str, Part], again: bool = False) -> 
 
 
 def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:
-    """Run a part in its process: yields row after row, each on disk before the next is measured."""
+    """Run a part in its own process; each row is written to disk before the next is measured."""
     module, function = target.split(":")
     context = Context(**context | {"work": Path(context["work"])})
     rows = []
@@ -229,26 +229,32 @@ def call(target: str, rows_file: Path, context: dict, arguments: dict) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; work and logs lie there too")
-    parser.add_argument("--part", action="append", choices=list(PARTS), metavar="NAME", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results, the logs and the working files")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=list(PARTS),
+        metavar="NAME",
+        help=f"part to run, may be repeated; all by default: {', '.join(PARTS)}",
+    )
     parser.add_argument("--small", action="store_true", help="small sizes, on the CPU unless JAX_PLATFORMS is set")
     parser.add_argument("--again", action="store_true", help="repeat parts that are done")
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="seconds of a part (default 480)")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="S", help="seconds per part (default 480)")
     for option in ("call", "rows", "context", "arguments"):  # of a part's process
         parser.add_argument(f"--{option}", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> int:
-    """Run the parts; the exit code is 1 where one failed, 2 where none could start."""
+    """Run the parts; the exit code is 1 if a part failed, 2 if none could start."""
     parser = make_parser()
     options = parser.parse_args()
     if options.call:
         return call(options.call, Path(options.rows), json.loads(options.context), json.loads(options.arguments))
     if options.out is None:
-        parser.error("--out DIR is needed: the folder of the results")
+        parser.error("--out is missing: pass --out DIR, the folder of the results")
     if options.limit <= 0:
-        parser.error(f"--limit {options.limit:g}: expected seconds, more than 0")
+        parser.error(f"--limit {options.limit:g}: expected a number of seconds above 0")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the running part ends too
     try:
         session = Session(options.out.resolve(), options.small, options.limit)

@@ -2,22 +2,23 @@
 
 libtpu compiles without the hardware (`pip install pathflip-jax[aot]`). The step is that of `pathflip train`
 with a config, on batches of the shapes that its pipeline makes (texts of real lengths, packed). Each chip has
-`--slides` slides, so that 256 chips see 4,096, or shares the regions of them with `--region` others. The last line
-printed is
+`--slides` slides, so that 256 chips have 4,096; with `--region N`, N chips share the regions of these slides. The last
+line printed is
 
     peak_bytes=… largest_batch=… efficiency_exposed=…% efficiency_overlapped=…%
 
-All layers are compiled, which takes minutes. For models that are too deep, `--fit` compiles steps of few layers instead
-and extrapolates bytes linearly, in pairs because every second layer attends to patches; with `--whole` it reports the
-error of the line. It saves no time at twelve layers: the compiler makes machine code once for all layers that are
-alike. Peak memory has a part that does not grow with the batch (parameters, moments and float32 gradients, all known)
-and one that does: `largest_batch` is the largest batch, in steps of `--step` slides per chip, whose sum fits what the
-compiler allows itself of the chip; `--confirm` compiles it, all layers.
+All layers are compiled, which takes minutes. For models that are too deep, `--fit` compiles steps with two small
+numbers of layers instead and extrapolates bytes linearly; give even numbers, because every second layer attends to
+patches. With `--whole` it also reports the error of the extrapolation. At twelve layers it saves no time: the compiler
+generates machine code once for all identical layers. Peak memory has a part that does not grow with the batch
+(parameters, moments and float32 gradients, all known) and a part that does: `largest_batch` is the largest batch, in
+steps of `--step` slides per chip, for which both together fit in the memory that the compiler may use on a chip;
+`--confirm` compiles it with all layers.
 
     compute     useful FLOPs of a chip's slides (roofline.py) over half of the chip's published bf16 rate
     exposed     compute / (compute + bytes on the wire over the published link rate)
-    overlapped  the same, without collectives that the schedule puts compute beside (traffic.py); the JSON also has
-                `bounded`, where compute hides no more than the compiler's estimate of its time
+    overlapped  the same, without collectives that the schedule overlaps with compute (traffic.py); the JSON also has
+                `bounded`, where compute hides communication for no longer than the compiler's estimate of its time
 
 `--no-overlap` compiles without the options that overlap a TPU's computation and communication
 (`runtime.compilation.TPU_OVERLAP`), which shows their effect. In the plot, a line is fitted to the compiled topologies
@@ -52,7 +53,7 @@ from traffic import Traffic, read_traffic
 # Rates of the chips, from cloud.google.com/tpu/docs/v5e and /v6e: bf16 FLOP/s; bytes/s to the other chips, one way of
 # "bidirectional inter-chip interconnect bandwidth" (400 and 800 GB/s).
 CHIPS = {"v5e": (197e12, 200e9), "v6e": (918e12, 400e9)}
-UTILISATION = 0.5  # of the peak, assumed
+UTILISATION = 0.5  # fraction of the peak rate that compute reaches, assumed
 
 
 class Compiled(NamedTuple):
@@ -71,7 +72,7 @@ class Compiled(NamedTuple):
 
     @property
     def fixed_bytes(self) -> float:
-        """Part of the peak independent of the batch: parameters, two moments, float32 gradients, and code."""
+        """Part of the peak that does not depend on the batch: parameters, two moments, float32 gradients, and code."""
         return 4 * self.parameter_bytes + self.code_bytes
 
     def line_to(self, more: "Compiled", layers: int) -> "Compiled":
@@ -103,12 +104,12 @@ def predict(compute_seconds: float, found: Compiled, link: float) -> Efficiency:
 
 
 def largest_batch(peak: float, fixed: float, slides: int, limit: float, step: int) -> int:
-    """Most slides per chip, a multiple of `step`: `fixed` bytes are constant, the rest of `peak` grows with slides."""
+    """Largest number of slides per chip, a multiple of `step`; the part of `peak` above `fixed` grows with slides."""
     return max(int((limit - fixed) * slides / (peak - fixed)) // step * step, 0)
 
 
 def step_flops(config, layers: int, slides: int) -> float:
-    """Useful FLOPs of one step over that many full slides with texts of real lengths; without the optimizer's."""
+    """Useful FLOPs of one step over that many full slides with texts of real lengths, without the optimizer."""
     data, model = config.data, with_layers(config, layers)
     lengths, patches = json.loads(LENGTHS.read_text())["slides"], data.regions * (data.patch_slots or S)
     forward = (parts(model, Shapes(slides, data.regions, patches, tuple(own)), 2, training=False) for own in lengths)
@@ -118,9 +119,9 @@ def step_flops(config, layers: int, slides: int) -> float:
 def compile_step(
     config, layers: int, slides: int, mesh, chip: str, overlap: bool, keep: Path | None
 ) -> tuple[Compiled, Traffic]:
-    """Compile a step: its memory and its traffic; its HLO is written to the folder `keep`.
+    """Compile a step and return its memory and traffic; its HLO is written to the folder `keep`.
 
-    Raises MemoryError where it does not fit the chip.
+    Raises MemoryError if the step does not fit on the chip.
     """
     import jax
 
@@ -132,7 +133,7 @@ def compile_step(
         compiled = lowered.compile(compiler_options=compiler_options(platform="tpu") if overlap else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise MemoryError(f"{slides} slides a chip do not fit: {str(error).splitlines()[0]}") from None
+            raise MemoryError(f"{slides} slides per chip do not fit: {str(error).splitlines()[0]}") from None
         raise
     seconds = time.perf_counter() - start
     plan, program = compiled.memory_analysis(), compiled.as_text()
@@ -163,22 +164,22 @@ def compile_step(
 
 
 def show(traffic: Traffic, most: int = 6) -> str:
-    """Print the largest collectives of a program, by kind, dtype and source."""
+    """The largest collectives of a program as text, with kind, dtype and source."""
     rows = sorted(traffic.collectives, key=lambda x: -x.wire_bytes)[:most]
     return "\n".join(
         f"  {x.kind} {'/'.join(x.dtypes)} of {x.bytes / 1e6:.1f} MB over {x.devices}, "
-        f"{'overlapped' if x.overlaps else 'waited for'}: {x.source or 'several'}"
+        f"{'overlapped' if x.overlaps else 'not overlapped'}: {x.source or 'several'}"
         for x in rows
     )
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Compile and predict according to the options; prints the results, the summary last."""
+    """Compile and predict according to the options; print the results, the summary last."""
     from pathflip_jax.training import settings
 
     chip = options.topology.partition(":")[0]
     if chip not in CHIPS:
-        raise ValueError(f"--topology {options.topology}: rates are known of {', '.join(CHIPS)}")
+        raise ValueError(f"--topology {options.topology}: expected a chip with known rates: {', '.join(CHIPS)}")
     config, _ = settings.parse([f"--config={options.config}", "--workdir=.", *options.more])
     devices = open_topology(options.topology)
     mesh, limit = make_mesh(devices, options.fsdp, options.region), hbm_limit(devices[0])
@@ -187,7 +188,7 @@ def run(options: argparse.Namespace) -> dict:
 
     def compiled(layers: int, slides: int = slides) -> Compiled:
         found, traffic = compile_step(config, layers, slides, mesh, chip, options.overlap, options.hlo)
-        print(f"{layers} layers, {slides} slides a chip, compiled in {found.seconds:.0f} s: {gigabytes(found)}")
+        print(f"{layers} layers, {slides} slides per chip, compiled in {found.seconds:.0f} s: {gigabytes(found)}")
         print(show(traffic), flush=True)
         return found
 
@@ -214,20 +215,20 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def take_bytes(options: argparse.Namespace, compiled: Callable[[int], Compiled], layers: int) -> tuple[Compiled, dict]:
-    """Figures of a step with all layers, compiled or extrapolated or both, and the intermediate results."""
+    """Figures of a step with all layers, compiled, extrapolated or both, and the intermediate results."""
     found, result = None, {}
     if options.fit:
         few, more = (compiled(n) for n in options.fit)
         found = few.line_to(more, layers)
         result |= {"compiled": [few._asdict(), more._asdict()], "line": found._asdict()}
-        print(f"{layers} layers by a straight line: {gigabytes(found)}")
+        print(f"{layers} layers, extrapolated: {gigabytes(found)}")
     if options.whole or not options.fit:
         whole = compiled(layers)
         result["whole"] = whole._asdict()
         if found is not None:
             names = [name for name in Compiled._fields[2:-1] if getattr(whole, name)]
             result["deviation"] = {name: getattr(found, name) / getattr(whole, name) - 1 for name in names}
-            print("the line was off by", ", ".join(f"{n} {x:+.1%}" for n, x in result["deviation"].items()))
+            print("errors of the extrapolation:", ", ".join(f"{n} {x:+.1%}" for n, x in result["deviation"].items()))
         found = whole
     return found, result
 
@@ -235,13 +236,13 @@ def take_bytes(options: argparse.Namespace, compiled: Callable[[int], Compiled],
 def gigabytes(found: Compiled) -> str:
     """Peak and traffic as readable text."""
     return (
-        f"peak {found.peak_bytes / 1e9:.2f} GB, {found.wire_bytes / 1e9:.3f} GB on the wire of a chip, "
-        f"{found.synchronous_bytes / 1e9:.3f} GB of them with no compute beside"
+        f"peak {found.peak_bytes / 1e9:.2f} GB; each chip sends {found.wire_bytes / 1e9:.3f} GB, "
+        f"{found.synchronous_bytes / 1e9:.3f} GB of it not overlapped with compute"
     )
 
 
 def between(devices: np.ndarray, efficiency: np.ndarray, chips: np.ndarray) -> np.ndarray:
-    """Efficiency at other numbers of chips; a single chip has no communication."""
+    """Efficiency interpolated to other numbers of chips; a single chip has no communication."""
 
     def shares(n: np.ndarray) -> np.ndarray:
         terms = np.stack([(n - 1) / n, n - 1], axis=-1)
@@ -252,7 +253,7 @@ def between(devices: np.ndarray, efficiency: np.ndarray, chips: np.ndarray) -> n
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Plot efficiency over the number of chips of each kind, from a single chip without communication."""
+    """Plot efficiency over the number of chips of each kind; a single chip has no communication."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -281,21 +282,33 @@ def plot(results: dict[str, dict], path: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", help="v5e:2x4, v5e:8x8, v5e:16x16, v6e:16x16 or another of these chips")
+    parser.add_argument("--topology", help="e.g. v5e:2x4, v5e:8x8, v5e:16x16, v6e:16x16; chips v5e and v6e")
     parser.add_argument("--config", default="align_large", help="config to train (default align_large)")
     parser.add_argument("--slides", type=int, default=16, help="slides per chip, or per --region chips (16)")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters (1)")
     parser.add_argument("--region", type=int, default=1, help="devices that share the regions of each slide (1)")
-    parser.add_argument("--fit", type=int, nargs="*", default=[], metavar="LAYERS", help="two numbers, such as 2 4")
-    parser.add_argument("--whole", action="store_true", help="compile all layers beside --fit too")
-    parser.add_argument("--confirm", action="store_true", help="compile the largest batch too: minutes")
-    parser.add_argument("--step", type=int, default=8, help="slides per chip that the largest batch is a multiple of")
     parser.add_argument(
-        "--overlap", action=argparse.BooleanOptionalAction, default=True, help="send while computing (default)"
+        "--fit",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="LAYERS",
+        help="two numbers of layers to extrapolate from, e.g. 2 4",
+    )
+    parser.add_argument("--whole", action="store_true", help="with --fit: compile all layers too")
+    parser.add_argument("--confirm", action="store_true", help="also compile the largest batch; takes minutes")
+    parser.add_argument(
+        "--step", type=int, default=8, help="the largest batch is a multiple of this many slides per chip (8)"
+    )
+    parser.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="overlap communication with computation (default)",
     )
     parser.add_argument("--hlo", type=Path, help="folder to keep the compiled programs in")
-    parser.add_argument("--plot", type=Path, help="PNG of all results in --json")
-    parser.add_argument("--json", type=Path, help="file to write; the results of other topologies stay in it")
+    parser.add_argument("--plot", type=Path, help="PNG to write, of all results in --json")
+    parser.add_argument("--json", type=Path, help="file to write; it keeps the results of other topologies")
     parser.add_argument("more", nargs="*", metavar="-- SETTING", help="settings as for pathflip train")
     return parser
 
@@ -304,10 +317,10 @@ def main() -> int:
     """Predict for a topology, plot the results, or both; the exit code is 1 for unusable input."""
     options = make_parser().parse_args()
     if len(options.fit) not in (0, 2):
-        print("--fit: give two numbers of layers", file=sys.stderr)
+        print("--fit: expected two numbers of layers, e.g. --fit 2 4", file=sys.stderr)
         return 2
     if options.plot and not (options.json and (options.topology or options.json.exists())):
-        print("--plot: name the file with the results by --json", file=sys.stderr)
+        print("--plot: pass the file with the results by --json", file=sys.stderr)
         return 2
     os.environ.update(ENVIRONMENT)  # before jax is imported
     if options.topology:
@@ -324,7 +337,7 @@ def main() -> int:
 
 
 def save(options: argparse.Namespace, found: dict) -> None:
-    """Add a result to those of other topologies."""
+    """Add a result to the file; results of other topologies stay in it."""
     content = json.loads(options.json.read_text()) if options.json.exists() else {"results": {}}
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "plot", "hlo", "topology")}
     machine = describe("jax", "jaxlib", "libtpu", "flax", "optax")

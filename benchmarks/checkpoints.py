@@ -1,15 +1,16 @@
 """Cost of a checkpoint: time that a save blocks the training loop, and time until it is complete on disk.
 
-The parameters and AdamW's moments of models of base size, random numbers, saved by the class that training saves with.
-The loop continues as soon as the arrays are copied (`held`); the rest is written in the background, and `on disk`
-counts from the same start until the checkpoint is whole, its files flushed and its folder renamed. `read` is the
-waiting time of a restart: reading and checking every value, from the page cache. `plain write` is the lower bound: one
-file of as many random bytes, written and flushed. Medians and quartiles of `--repeats`.
+Random parameters and AdamW moments of models of base size are saved with the same class as in training. The loop
+continues as soon as the arrays are copied (`held`); the rest is written in the background, and `on disk` is the time
+from the same start until the checkpoint is complete, its files flushed and its folder renamed. `read` is the time that
+a restart takes to read and check every value, from the page cache. `plain write` is a lower bound: one file of as many
+random bytes, written and flushed. The table gives medians and quartiles over `--repeats`.
 
     python benchmarks/checkpoints.py --json benchmarks/results/checkpoints.json
     python benchmarks/checkpoints.py --family pathflip2 --folder /mnt/disk --repeats 9
 
-On a CPU the background shares its cores with the steps; on an accelerator `held` has the copy from the device in it.
+On a CPU, the background write shares the cores with the steps; on an accelerator, `held` includes the copy from the
+device.
 """
 
 import argparse
@@ -89,8 +90,8 @@ def measure(folder: Path, state: tuple[dict, object], repeats: int) -> dict[str,
             read = time.perf_counter()
             same = jax.tree.map(np.array_equal, tuple(found), state)
             if found_step != step or not all(jax.tree.leaves(same)):
-                raise RuntimeError(f"step {found_step} was read after {step} was saved, or other numbers")
-            if step:  # the first starts threads and creates folders
+                raise RuntimeError(f"saved step {step}, but read step {found_step} or other numbers")
+            if step:  # the first save also starts threads and creates folders
                 row = (held - start, saved - start, read - saved, plain_write(folder / "plain", size_of(state)))
                 for name, value in zip(MEASURED, row, strict=True):
                     seconds[name].append(value)
@@ -110,9 +111,11 @@ def summarise(seconds: dict[str, list[float]], size: int) -> dict:
 def main() -> int:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=sorted(CONFIGS), help="one family; both by default")
+    parser.add_argument("--family", choices=sorted(CONFIGS), help="model family; both by default")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="models of a size that says nothing of speed")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models, to check that it works; their speed means nothing"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
@@ -128,8 +131,8 @@ def main() -> int:
             needed, free = (KEPT + 2) * ROOM * size_of(state), shutil.disk_usage(folder).free
             if needed > free:
                 print(
-                    f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free; give --folder on a larger "
-                    "disk",
+                    f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; pass --folder on a "
+                    "larger disk",
                     file=sys.stderr,
                 )
                 return 2
@@ -142,7 +145,9 @@ def main() -> int:
                     f"{family:<12}{name:<14}{row['seconds']:>9.3f}{row['mb_per_s']:>8.0f}  {low:.3f} to {high:.3f}",
                     flush=True,
                 )
-            print(f"{family}: {found['bytes'] / 1e9:.2f} GB; a save holds the loop for {found['held_share']:.0%} of it")
+            print(
+                f"{family}: {found['bytes'] / 1e9:.2f} GB; a save blocks the loop for {found['held_share']:.0%} of it"
+            )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "folder")}

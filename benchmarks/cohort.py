@@ -1,7 +1,7 @@
-"""Demo over several seeds: the source of the embedded cohort's figures in docs/benchmarks.md and the report.
+"""Demo over several seeds: the source of the demo's figures in docs/benchmarks.md and in its report.
 
-Each seed makes its own cohort, trains with and without the region loss, and scores the held-out slides. Prints one row
-per seed and their mean, and writes them with a description of the machine.
+For each seed, a cohort is made, a model is trained with and without the region loss, and the held-out slides are
+scored. Prints the scores of each seed and their mean, and writes them with a description of the machine.
 
     python benchmarks/cohort.py --seeds 0 1 2 --out runs/cohort --json benchmarks/results/cohort.json
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from pathflip_jax.commands.demo_steps import SLIDES, run_demo
 from pathflip_jax.runtime.limits import processors
 
-# Name in the table -> path in scores.json; each is one number.
+# Name in the table -> path of the number in scores.json.
 FIGURES = {
     "text_to_slide_r1": ("retrieval", "text_to_slide", "of_100", "R@1", "value"),
     "slide_to_text_r1": ("retrieval", "slide_to_text", "of_100", "R@1", "value"),
@@ -43,7 +43,7 @@ FIGURES = {
 
 
 def figures(scores: dict) -> dict[str, float]:
-    """Figures of one seed, by name."""
+    """Scores of one seed, by name."""
     found = {}
     for name, path in FIGURES.items():
         value = scores
@@ -54,7 +54,7 @@ def figures(scores: dict) -> dict[str, float]:
 
 
 def main() -> int:
-    """Run every seed, print the table, write the JSON; non-zero where a seed's demo failed."""
+    """Run every seed, print the table, write the JSON; the exit code is non-zero if a seed's demo failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--slides", type=int, default=SLIDES)

@@ -1,14 +1,14 @@
-"""Time and memory of opening a cohort over its number of slides; every size in a separate process.
+"""Time and memory to open a cohort, by its number of slides; every size in a separate process.
 
-The cohort is generated: the indexes and the manifest are those of slides with `--regions` regions on average, between
-half and one and a half of it, 32 slides to a shard as `pathflip prepare` writes them. The shards are sparse files of
-the right size, since opening reads no byte of them. Opening begins with the import of the library and ends when a slide
-can be read: the manifest is compared, every index read and checked, the slides checked against each other. Indexes are
-in the page cache. Memory is the process's highest resident size (VmHWM). `ids` is the time to ask every slide for its
-id.
+The cohort is generated: indexes and manifest describe slides with `--regions` regions on average, between 0.5 and 1.5
+times that number, 32 slides per shard as `pathflip prepare` writes them. The shards are sparse files of the right size,
+since opening a cohort does not read them. The time starts with the import of the library and ends when a slide can be
+read: the manifest is compared, every index is read and checked, and the slides are checked against each other. The
+indexes are in the page cache. Memory is the highest resident size of the process (VmHWM). `ids` is the time to get the
+id of every slide.
 
     python benchmarks/cohort_size.py --json cohort_size.json --plot cohort_size.png
-    python benchmarks/cohort_size.py --small            # up to 10,000 slides: seconds
+    python benchmarks/cohort_size.py --small            # up to 10,000 slides, in seconds
 """
 
 import argparse
@@ -27,12 +27,12 @@ from machine import describe, resident_peak
 SLIDES, SMALL = [1_000, 10_000, 100_000, 1_000_000], [1_000, 10_000]
 SLIDES_PER_SHARD = 32
 WIDTH, PATCHES_PER_REGION = 512, 150
-TOKEN = "######"  # in an index, for the number of its shard
-WANTED = {100_000: (4.0, 300e6), 1_000_000: (40.0, 2e9)}  # seconds, bytes
+TOKEN = "######"  # placeholder in an index for the number of its shard
+WANTED = {100_000: (4.0, 300e6), 1_000_000: (40.0, 2e9)}  # targets: seconds, bytes
 
 
 def make_infos(regions: int, seed: int) -> list:
-    """Index entries of a shard's slides, with about that many regions each."""
+    """Index entries of the slides of a shard, each with about `regions` regions."""
     from pathflip_jax.data.records.columns import SlideInfo
 
     rng, end, infos = np.random.default_rng(seed), 100, []
@@ -50,7 +50,7 @@ def make_infos(regions: int, seed: int) -> list:
 
 
 def make_cohort(folder: Path, slides: int, regions: int, seed: int) -> None:
-    """Write a finished folder of that many slides with sparse shards, whose indexes differ only in the ids."""
+    """Write a complete folder of records with sparse shards, whose indexes differ only in the slide ids."""
     from pathflip_jax.data.records.index import index_path
     from pathflip_jax.data.records.index_file import Index, encode_index
     from pathflip_jax.data.records.records import shard_name
@@ -93,7 +93,7 @@ def open_cohort(folder: Path) -> dict:
 
 
 def run_apart(*arguments: str) -> str:
-    """Output of this script in a separate process. Raises RuntimeError with its last output where it fails."""
+    """Output of this script in a separate process. Raises RuntimeError with its last output if it fails."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}")
@@ -115,7 +115,7 @@ def plot(rows: list[dict], path: Path) -> None:
     ):
         panel.plot(slides, [row[key] / scale for row in rows], "o-", color="#1f5a96", markersize=4, label="measured")
         panel.plot(
-            list(WANTED), [wanted[at] / scale for wanted in WANTED.values()], "x", color="#999999", label="wanted"
+            list(WANTED), [wanted[at] / scale for wanted in WANTED.values()], "x", color="#999999", label="target"
         )
         panel.set(xscale="log", yscale="log", xlabel="slides", ylabel=label)
         panel.grid(alpha=0.3)
@@ -126,7 +126,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """One row per size: the fastest of the repeats, and its memory."""
+    """One row per size: the fastest repeat and its memory."""
     rows = []
     print(f"{'slides':>9}{'seconds':>9}{'cpu s':>8}{'ids s':>8}{'peak MB':>9}", flush=True)
     for slides in options.slides:
@@ -142,25 +142,25 @@ def measure(options: argparse.Namespace) -> list[dict]:
             f"{row['seconds']:>9.2f}{row['cpu_seconds']:>8.2f}{row['ids_seconds']:>8.2f}{row['peak_bytes'] / 1e6:>9.0f}"
         )
         seconds, size = WANTED.get(slides, (0, 0))
-        print(f"{slides:>9}{figures}" + (f"  wanted: {seconds:g} s, {size / 1e6:g} MB" if seconds else ""), flush=True)
+        print(f"{slides:>9}{figures}" + (f"  target: {seconds:g} s, {size / 1e6:g} MB" if seconds else ""), flush=True)
     return rows
 
 
 def main() -> int:
-    """Measure every size, print the table, write plot and JSON; the exit code is 1 where a size could not be run."""
+    """Measure every size, print the table, write plot and JSON; the exit code is 1 if a size could not be run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, nargs="+", help="sizes; 1,000 to 1,000,000 by default")
+    parser.add_argument("--slides", type=int, nargs="+", help="numbers of slides; 1,000 to 1,000,000 by default")
     parser.add_argument("--small", action="store_true", help="up to 10,000 slides")
-    parser.add_argument("--regions", type=int, default=100, help="of a slide, on average")
+    parser.add_argument("--regions", type=int, default=100, help="regions per slide, on average (100)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--folder", type=Path, help="where to write, 2 GB for 1,000,000 slides; a temporary one by default"
+        "--folder", type=Path, help="folder to write to, 2 GB for 1,000,000 slides; a temporary folder by default"
     )
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--make", type=Path, help="make one cohort there, and no more")
-    parser.add_argument("--open", type=Path, help="open that cohort, print JSON, and no more")
+    parser.add_argument("--make", type=Path, help="only make one cohort there")
+    parser.add_argument("--open", type=Path, help="only open that cohort and print JSON")
     options = parser.parse_args()
     options.slides = options.slides or (SMALL if options.small else SLIDES)
     if options.make:

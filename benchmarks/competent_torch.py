@@ -1,8 +1,9 @@
-"""Competent PyTorch baseline: the best that a good engineer would write in a day.
+"""Competent PyTorch baseline: the best PyTorch that a good engineer would write in a day.
 
-All regions in one call, keys and values projected once for slide and regions, fused attention, texts padded only to the
-longest of their batch, one vectorised loss, `torch.compile`. It is the module of an export (`convert/torch_model.py`)
-with a loss on top; only the techniques specific to our JAX code are missing: absorbed projections and packed texts.
+It encodes all regions in one call, projects keys and values once for slide and regions, uses fused attention, pads
+texts only to the longest of their batch, and has one vectorised loss and `torch.compile`. It is the module of an export
+(`convert/torch_model.py`) with a loss on top; only the techniques specific to our JAX code are missing: absorbed
+projections and packed texts.
 """
 
 import torch
@@ -14,10 +15,10 @@ from pathflip_jax.convert import torch_model
 
 
 class CompetentTorch(torch_model.PathFLIP):
-    """Model of `torch_model` with the losses of DESIGN section 4, released normaliser."""
+    """Model of `torch_model` with the losses of DESIGN section 4 and the released normaliser."""
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(slide loss, region loss) of a batch, its texts cut to the longest."""
+        """(slide loss, region loss) of a batch whose texts are trimmed to the longest."""
         encoded = self.encode_slides(batch["patches"])
         B, K, T = batch["subcaption_ids"].shape
         captions = self.encode_texts(batch["caption_ids"], batch["caption_mask"])
@@ -33,7 +34,7 @@ class CompetentTorch(torch_model.PathFLIP):
 
 
 def trim(ids: Tensor, mask: Tensor, multiple: int = 8) -> tuple[Tensor, Tensor]:
-    """Texts [..., T] without the padding that all of them share, to a multiple of eight tokens."""
+    """Texts [..., T] without the padding that all of them share; the length stays a multiple of eight tokens."""
     longest = int(mask.sum(-1).max())
     length = min(-(-longest // multiple) * multiple, ids.shape[-1])
     return ids[..., :length].contiguous(), mask[..., :length].contiguous()

@@ -25,13 +25,13 @@ SETTINGS = [
     "--config.data.patch_slots=4", "--config.model.hidden=16", "--config.model.layers=1", "--config.model.embed_dim=16",
     "--config.data.threads=1",
 ]  # fmt: skip
-SLIDES = 160  # one shard each: more than are held open, so that files are opened throughout the run
+SLIDES = 160  # one shard each: more shards than stay open, so that files are opened throughout the run
 # Lazy imports of a run, besides those at the top of its modules.
 LATE = ["matplotlib.figure", "pathflip_jax.scores.retrieval", "tensorboardX"]
 
 
 class Rig:
-    """Cohort, and a fork server with all modules loaded to run it from, in one folder."""
+    """A cohort in a folder, and a fork server with all modules loaded that starts runs on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class Rig:
         self._straight: dict[int, Path] = {}
 
     def straight(self, hosts: int) -> Path:
-        """Undisturbed reference run."""
+        """Folder of the undisturbed reference run."""
         if hosts not in self._straight:
             workdir = self.folder / f"straight{hosts}"
             run = Run(self, workdir, hosts, [])
@@ -57,7 +57,7 @@ class Rig:
 class Run:
     """Processes of one `pathflip train`.
 
-    Each writes its output to a pipe, which a full disk cannot block; a thread copies it to a file.
+    Each process writes its output to a pipe, which a full disk cannot block; a thread copies it to a file.
     """
 
     def __init__(self, rig: Rig, workdir: Path, hosts: int, more: list[str]) -> None:
@@ -80,13 +80,13 @@ class Run:
             self.copying.append(copying)
 
     def step(self) -> int:
-        """Last step whose metrics are written."""
+        """Last step with metrics on disk."""
         path = self.workdir / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
         return json.loads(rows[-1])["step"] if rows and rows[-1].endswith("}") else 0
 
     def reach(self, reached: Callable[[], bool]) -> bool:
-        """Wait until a condition holds; False when the processes end first."""
+        """Wait until a condition holds; returns False if a process ends first."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while not reached():
             if any(process.exitcode is not None for process in self.processes) or time.monotonic() > deadline:
@@ -131,7 +131,7 @@ def arrays(workdir: Path, step: int) -> dict[str, bytes]:
 
 
 def metrics(workdir: Path) -> list[dict]:
-    """Metrics of a run without those that depend on time."""
+    """Metrics of a run, without those that depend on time."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: x for name, x in row.items() if "perf/" not in name and "per_second" not in name} for row in rows]
 
@@ -144,10 +144,10 @@ def differences(found: Path, expected: Path) -> list[str]:
     if metrics(found) != metrics(expected):
         wrong.append("metrics.jsonl differs")
     if os.listdir(found / "best") != os.listdir(expected / "best"):
-        wrong.append("another best step")
+        wrong.append("the best step differs")
     mine, theirs = arrays(found, STEPS), arrays(expected, STEPS)
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
-    return wrong + ([f"{len(differing)} arrays differ, such as {differing[0]}"] if differing else [])
+    return wrong + ([f"{len(differing)} arrays differ, e.g. {differing[0]}"] if differing else [])
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -1,26 +1,26 @@
-"""Fault injection into real runs, each then restarted and compared with the undisturbed run, with the steps lost.
+"""Fault injection into real runs: each run is restarted and compared with the undisturbed run; lost steps are counted.
 
-A tiny cohort is trained for 40 steps, by one process or by two with two virtual devices each; a checkpoint every 5
-steps. The fault is injected at a random moment (seeded); then the same command is restarted, as a launcher would, and
-its last parameters, optimizer state and metrics must be those of the undisturbed run, bit for bit.
+A tiny cohort is trained for 40 steps, by one process or by two with two virtual devices each, with a checkpoint every 5
+steps. The fault is injected at a random (seeded) moment; then the same command is restarted, as a launcher would, and
+its last parameters, optimizer state and metrics must equal those of the undisturbed run bit for bit.
 
-fault            hosts  what is done
-sigterm          2      SIGTERM to one of them or both
-kill-one         2      kill -9 of one of them
-kill-all         2      kill -9 of both
+fault            hosts  injection
+sigterm          2      SIGTERM to one process or both
+kill-one         2      kill -9 of one process
+kill-all         2      kill -9 of both processes
 kill-in-save     2      kill -9 of one or both while a checkpoint is being written
 kill-in-records  1      kill -9 of `pathflip import` and its workers while a file of records is being written
-full-disk        1      the disk fills up: a tmpfs of its own and a ballast file (ENOSPC), where user namespaces are
-                        allowed; else no file of the process may grow (RLIMIT_FSIZE, EFBIG)
+full-disk        1      the disk fills up: a separate tmpfs and a ballast file (ENOSPC) if user namespaces are allowed,
+                        otherwise a limit on the size of the process's files (RLIMIT_FSIZE, EFBIG)
 flipped-byte     1      kill -9, then one bit of one file of the newest checkpoint is flipped
-vanished-shard   2      the folder loses a file of records
+vanished-shard   2      a file of records disappears from the folder
 hang             2      the files of records stop responding (replaced by FIFOs)
 
-"lost" are the steps that the restarted run repeats: those since the last complete checkpoint, never more. A fault is
-reported when every surviving process describes it on stderr and exits with the right code: 75 where a restart suffices,
-2 where a repair is needed first.
+"Lost" steps are those that the restarted run repeats: the steps since the last complete checkpoint, never more. A fault
+counts as reported ("told") if every surviving process describes it on stderr and exits with the right code: 75 if a
+restart is enough, 2 if something must be repaired first.
 
-    python benchmarks/faults.py --times 20 --json benchmarks/results/faults.json     # ended, it goes on from there
+    python benchmarks/faults.py --times 20 --json benchmarks/results/faults.json     # resumes an interrupted campaign
     python benchmarks/faults.py --faults kill-in-save flipped-byte --times 3
 """
 
@@ -56,13 +56,13 @@ from fault_runs import (
 from machine import describe
 
 AGAIN, MEND, KILLED = 75, 2, -signal.SIGKILL
-HANG_SECONDS = 60  # a starved machine completes no step for many seconds
+HANG_SECONDS = 60  # on a busy machine, a step may take many seconds
 OWN_MOUNTS = "FAULTS_OWN_MOUNTS"
 RUNS = {"steps": STEPS, "save_every": SAVE_EVERY, "slides": SLIDES}  # settings shared by the outcomes of one table
 
 
 class Outcome(NamedTuple):
-    """Outcome of one fault: exit `codes`, repeated steps (`lost`), and what was `wrong`."""
+    """Outcome of one fault: exit `codes`, steps reached, resumed from and repeated (`lost`), and errors (`wrong`)."""
 
     fault: str
     seed: int
@@ -77,9 +77,9 @@ class Outcome(NamedTuple):
 
 
 class Struck(NamedTuple):
-    """Injected fault: the expected exits, the survivors' messages, and the repair needed before the restart.
+    """Injected fault: the expected exit codes, the survivors' messages, and the repair needed before the restart.
 
-    Each survivor reports why it ends, except with `one_speaks`: process 0 then reports for all.
+    Each survivor must report why it ends, except with `one_speaks`: then process 0 reports for all.
     """
 
     codes: list[set[int]]
@@ -93,7 +93,7 @@ class Bench(Rig):
     """Fault injector and comparison for runs of the rig."""
 
     def inject(self, fault: str, seed: int) -> Outcome:
-        """Inject a fault into a run, restart it, and compare. Raises RuntimeError where the fault never occurred."""
+        """Inject a fault into a run, restart it, and compare. Raises RuntimeError if it could not be injected."""
         if fault == "kill-in-records":
             return self._records(seed)
         begin = time.monotonic()
@@ -112,8 +112,10 @@ class Bench(Rig):
             if struck is not None:
                 struck.mend()
             elif any(codes):
-                raise RuntimeError(f"{fault}: the run failed before it struck, with {codes}:\n{run.said()[0][-3000:]}")
-            if struck is None or set(codes) == {0}:  # it finished before
+                raise RuntimeError(
+                    f"{fault}: the run failed with {codes} before the fault was injected:\n{run.said()[0][-3000:]}"
+                )
+            if struck is None or set(codes) == {0}:  # the run finished before the injection
                 continue
             wrong = [
                 f"process {host} exited with {code}, expected {sorted(expected)}"
@@ -130,17 +132,17 @@ class Bench(Rig):
             resumed = int(going_on[1]) if going_on else 0
             if resumed < newest:
                 if not struck.may_go_back or newest - resumed > SAVE_EVERY:
-                    wrong.append(f"went on from step {resumed}, {newest} was complete")
+                    wrong.append(f"resumed from step {resumed} although {newest} was complete")
                 told &= "Damaged checkpoint, going back to step" in again.said()[0]
             wrong += differences(workdir, straight)
             same = not wrong
-            wrong += [] if told else [f"not told: {[text[-300:] for text in survivors]}"]
+            wrong += [] if told else [f"fault not reported: {[text[-300:] for text in survivors]}"]
             lost = max(reached - resumed, 0)
             seconds = time.monotonic() - begin
             if not wrong:
                 shutil.rmtree(workdir)
             return Outcome(fault, seed, codes, reached, resumed, lost, same, told, wrong, round(seconds, 1))
-        raise RuntimeError(f"{fault}: five runs ended before it struck; is the machine that fast?")
+        raise RuntimeError(f"{fault}: five runs ended before the fault was injected; is the machine too fast?")
 
     def _disk(self) -> Path:
         disk = self.folder / "disk"
@@ -165,13 +167,13 @@ class Bench(Rig):
             os.killpg(process.pid, signal.SIGKILL)
         codes = [process.wait()]
         whole = {path.name for path in out.glob("*.tfrecord")}
-        wrong = [] if struck else ["it was through before"]
-        wrong += [f"{name} is there, and not whole" for name in whole if not same_file(out / name, straight / name)]
+        wrong = [] if struck else ["the import finished before it could be killed"]
+        wrong += [f"{name} is incomplete" for name in whole if not same_file(out / name, straight / name)]
         codes.append(self._import(features, out).wait())
         wrong += [f"the second run exited with {codes[1]}"] if codes[1] else []
         names = sorted(path.name for path in straight.iterdir())
         left = [path.name for path in out.iterdir() if path.name not in names and not path.name.endswith(".tmp")]
-        wrong += [f"{name} is left" for name in left if name != ".parts"]
+        wrong += [f"{name} is left over" for name in left if name != ".parts"]
         wrong += [f"{name} differs" for name in names if not same_file(out / name, straight / name)]
         if not wrong:
             shutil.rmtree(out)
@@ -274,7 +276,7 @@ def _hang(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
         return None
     aside, shards = bench.records.with_name("aside"), list(bench.records.glob("*.tfrecord"))
     aside.mkdir()
-    for shard in shards:  # none of them is ever missing, which would be another fault
+    for shard in shards:  # no shard is missing at any moment, which would be another fault
         os.link(shard, aside / shard.name)
         os.mkfifo(aside / "fifo")
         os.replace(aside / "fifo", shard)
@@ -311,7 +313,7 @@ FAULTS: dict[str, tuple[Callable, int]] = {
 
 
 def campaign(bench: Bench, names: list[str], seeds: range, done: list[Outcome]) -> Iterator[Outcome]:
-    """Every fault with every seed, all faults once before any repeats; finished ones are reused."""
+    """Outcomes of every fault with every seed, all faults once before any repeats; those in `done` are reused."""
     known = {(outcome.fault, outcome.seed): outcome for outcome in done}
     for seed in seeds:
         for name in names:
@@ -319,13 +321,20 @@ def campaign(bench: Bench, names: list[str], seeds: range, done: list[Outcome]) 
 
 
 def main() -> int:
-    """Inject, print the table, write JSON; returns 1 where a run ended unlike the undisturbed one, or silently."""
+    """Inject, print the table, write JSON; returns 1 if a run ended unlike the undisturbed one or without a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="NAME")
-    parser.add_argument("--times", type=int, default=20, help="of each fault (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--faults",
+        nargs="+",
+        choices=list(FAULTS),
+        default=list(FAULTS),
+        metavar="NAME",
+        help=f"faults to inject, of {', '.join(FAULTS)} (default: all)",
+    )
+    parser.add_argument("--times", type=int, default=20, help="number of injections of each fault (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of injection (default 0)")
     parser.add_argument("--folder", type=Path, help="folder to work in (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="file to write; what is in it already is not injected again")
+    parser.add_argument("--json", type=Path, help="file to write; faults that are in it already are not injected again")
     options = parser.parse_args()
     if "full-disk" in options.faults:
         own_mounts()
@@ -340,10 +349,11 @@ def main() -> int:
         seeds = range(options.seed, options.seed + options.times)
         for outcome in campaign(Bench(folder), options.faults, seeds, done):
             outcomes.append(outcome)
-            state = "same" if outcome.same else "NOT THE SAME"
+            state = "same state" if outcome.same else "DIFFERENT STATE"
             print(
-                f"{outcome.fault:16} seed {outcome.seed}: exit {outcome.codes}, reached {outcome.reached}, went on "
-                f"from {outcome.resumed}, {state}{'' if outcome.told else ', NOT TOLD'} ({outcome.seconds} s)",
+                f"{outcome.fault:16} seed {outcome.seed}: exit {outcome.codes}, reached step {outcome.reached}, "
+                f"resumed from {outcome.resumed}, {state}{'' if outcome.told else ', NOT REPORTED'} "
+                f"({outcome.seconds} s)",
                 flush=True,
             )
             for fault in outcome.wrong:
@@ -351,18 +361,18 @@ def main() -> int:
             if options.json and outcome not in done:
                 done.append(outcome)
                 write_outcomes(options.json, done)
-    print(f"\n{'fault':16}{'times':>7}{'same state':>12}{'told':>7}{'lost steps, most':>18}{'mean':>7}")
+    print(f"\n{'fault':16}{'times':>7}{'same state':>12}{'reported':>10}{'lost steps, maximum':>21}{'mean':>7}")
     for row in summaries(outcomes):
         same, told = f"{row['same_state']}/{row['times']}", f"{row['told']}/{row['times']}"
-        print(f"{row['fault']:16}{row['times']:>7}{same:>12}{told:>7}{row['lost_most']:>18}{row['lost_mean']:>7.1f}")
+        print(f"{row['fault']:16}{row['times']:>7}{same:>12}{told:>10}{row['lost_most']:>21}{row['lost_mean']:>7.1f}")
     return int(any(outcome.wrong for outcome in outcomes))
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """Read the outcomes of an earlier campaign. Raises ValueError where they belong to other runs."""
+    """Outcomes of an earlier campaign. Raises ValueError if its runs had other settings."""
     content = json.loads(path.read_text())
     if content["settings"] != RUNS:
-        raise ValueError(f"{path}: is of {content['settings']}, this is {RUNS}; name another file")
+        raise ValueError(f"{path}: found runs with {content['settings']}, expected {RUNS}; name another file")
     return [Outcome(**outcome) for outcome in content["outcomes"]]
 
 
@@ -377,12 +387,12 @@ def write_outcomes(path: Path, outcomes: list[Outcome]) -> None:
 
 
 def summaries(outcomes: list[Outcome]) -> list[dict]:
-    """Rows of the table."""
+    """Rows of the table, one per fault."""
     return [summary(name, found) for name in FAULTS if (found := [o for o in outcomes if o.fault == name])]
 
 
 def summary(fault: str, outcomes: list[Outcome]) -> dict:
-    """Row of the table."""
+    """Row of the table for one fault."""
     lost = [outcome.lost for outcome in outcomes]
     return {
         "fault": fault,

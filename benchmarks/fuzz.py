@@ -1,10 +1,10 @@
-"""Fuzzing campaign of broken and hostile files against every reader: none may crash, hang or escape its folder.
+"""Fuzzing campaign of broken and hostile files against every reader: none may crash, hang or write outside its folder.
 
 Valid files of every kind are mutated (`mutations.py`) and read as the commands read them (`fuzz_readers.py`). An input
-passes when it is read, or refused by a ValueError or OSError that names its file. Faults: another type of error, an
-error without the name, a crash of the process, more than 120 s, more than 2 GB, a file written outside the output
-folder, and executed code (payloads would create a file; an audit hook watches every file opened, command started and
-connection made).
+passes if it is read, or refused by a ValueError or OSError that names its file. Faults are: another type of error
+(`type`), an error without the name (`unnamed`), a crash of the process, more than 120 s (`hang`), more than 2 GB
+(`memory`), a file written outside the output folder (`outside`), and executed code (`code`: payloads would create a
+file; an audit hook watches every file opened, command started and connection made).
 
     python benchmarks/fuzz.py --inputs 100000 --h5 5000 --seed 0 --json benchmarks/results/fuzz.json
     python benchmarks/fuzz.py --only "h5 clam" --first 1234 --inputs 1     # one input again, with its traceback
@@ -47,7 +47,7 @@ CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.l
 
 
 class Attempt(NamedTuple):
-    """Result of an input: an outcome of PASSED or FAULTS, the reader's message, and seconds."""
+    """Result of an input: its outcome, one of PASSED or FAULTS, the reader's message, and seconds."""
 
     number: int
     outcome: str
@@ -70,7 +70,7 @@ class Watch:
             writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else (flags or 0) & WRITES
             if writes and not isinstance(path, int):
                 self._note("outside", event, path)
-        elif event in CHANGES and arguments[-1] in (-1, None):  # else relative to a folder that was opened
+        elif event in CHANGES and arguments[-1] in (-1, None):  # otherwise relative to an open folder
             for path in arguments[: 2 if event in ("os.rename", "os.symlink", "os.link") else 1]:
                 self._note("outside", event, path)
         elif event in WATCHED and not _is_ours(event, arguments):
@@ -90,12 +90,12 @@ def _is_ours(event: str, arguments: tuple) -> bool:
 
 
 class Sandbox:
-    """A folder of one process: `work` for the files of a reader, `out` for what it writes, and a canary."""
+    """Folder of one process: `work` for the files of a reader, `out` for its output, and a canary file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.work, self.out = folder, folder / "inner" / "work", folder / "inner" / "out"
         self.seeds = folder / "seeds"
-        self.canary = self.seeds / "canary"  # file that a payload would create; the seeds of a reader name it
+        self.canary = self.seeds / "canary"  # file that a payload would create; the payloads among the seeds name it
         temporary = folder / "inner" / "tmp"
         for path in (self.work, self.out, self.seeds, temporary):
             path.mkdir(parents=True)
@@ -138,11 +138,11 @@ class Sandbox:
             outcome, message = kind, what
         if self.canary.exists():
             self.canary.unlink()
-            outcome, message = "code", "a payload ran: it made its file"
+            outcome, message = "code", "a payload ran: it created its file"
         strays = [p.name for p in self.folder.iterdir() if p.name not in ("inner", "seeds")]
         strays += [p.name for p in (self.folder / "inner").iterdir() if p.name not in ("work", "out", "tmp")]
         if strays:
-            outcome, message = "outside", f"made {strays}"
+            outcome, message = "outside", f"created {strays}"
         for left in self.out.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return Attempt(number, outcome, message[:400], seconds)
@@ -155,11 +155,11 @@ def peak_bytes() -> int:
 
 def work(connection, current, folder: str, seed: int) -> None:
     """Worker loop of the campaign: takes (reader, numbers), sends attempts; `current` is the input in progress."""
-    # Before JAX is imported. Its compilation cache would count as written outside.
+    # Set before JAX is imported. Files of its compilation cache would count as written outside the folder.
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     from fuzz_readers import readers
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the master ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     sandbox, known, reported = Sandbox(Path(folder)), {reader.name: reader for reader in readers()}, False
@@ -204,7 +204,7 @@ class Worker:
         self.connection.send(self.task)
 
     def answer(self) -> Iterator[tuple[str, Attempt, int]]:
-        """Next message: an attempt, nothing at the end of its task, or its death, which is an attempt too."""
+        """Next message: an attempt, nothing at the end of the task, or a crash, reported as an attempt too."""
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionError):
@@ -244,7 +244,7 @@ class Worker:
 
 
 def share_out(inputs: int, h5: int, first: int, only: str | None) -> dict[str, list[int]]:
-    """Numbers of the inputs that each reader gets."""
+    """Numbers of the inputs assigned to each reader. Raises ValueError for an unknown reader."""
     from fuzz_readers import readers
 
     known = list(readers())
@@ -292,11 +292,11 @@ def campaign(counts: dict[str, list[int]], seed: int, jobs: int) -> Iterator[tup
 def main() -> int:
     """Run the campaign, print one row per reader and the faults, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000, help="broken files in all (default 100000)")
-    parser.add_argument("--h5", type=int, default=5_000, help="of them h5 files (default 5000)")
+    parser.add_argument("--inputs", type=int, default=100_000, help="total number of broken files (default 100000)")
+    parser.add_argument("--h5", type=int, default=5_000, help="how many of them are h5 files (default 5000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=processors(), help="processes (default: cores)")
-    parser.add_argument("--only", metavar="READER", help="one reader alone")
+    parser.add_argument("--only", metavar="READER", help="test only this reader")
     parser.add_argument("--first", type=int, default=0, help="number of a reader's first input (default 0)")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()

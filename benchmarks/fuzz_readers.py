@@ -52,10 +52,10 @@ CAPTION = "Glands infiltrate the stroma. Necrosis is extensive, about 1.8 cm. No
 
 @dataclass(frozen=True)
 class Reader:
-    """File type: its name, its share of the inputs, valid files, their mutations, and the reader.
+    """Kind of file: its name, its share of the inputs, valid files, their mutations, and the reader.
 
     `read(path, out)` may raise anything. `file` is the name of the broken file in the folder that `prepare` fills with
-    its companion files; an error must name the file, or with `beside` anything in that folder.
+    its companion files; an error must name the file, or with `beside` any file in that folder.
     """
 
     name: str
@@ -276,7 +276,7 @@ def _fill_run(folder: Path) -> None:
 
 
 def _run_files(folder: Path) -> list[bytes]:
-    """Small files of a checkpoint: its name within the run, a line feed, its content."""
+    """Small files of a checkpoint, each as its path within the run, a line feed, and its content."""
     made = folder / "made-run"
     made.mkdir()
     _fill_run(made)
@@ -356,7 +356,7 @@ def _read_prepared(path: Path, out: Path) -> None:
     if outcome is None:
         raise ValueError(f"{path}: the worker process died")  # as `pathflip prepare` reports it
     if outcome.fatal:
-        raise RuntimeError(f"one slide ends the run: {outcome.error}")
+        raise RuntimeError(f"one slide stopped the whole run: {outcome.error}")
     if outcome.error:
         raise ValueError(outcome.error)
 
@@ -395,7 +395,7 @@ METRICS = [{"step": step, "loss": 1.0 / step, "val/recall_at_1": 0.5} for step i
 
 
 def readers() -> Iterator[Reader]:
-    """All readers, those of h5 files first."""
+    """All readers, h5 files first."""
     for kind in ("clam", "trident", "stamp", "atlas"):
         yield Reader(f"h5 {kind}", 0, "x.h5", _h5(kind), _h5_mutation(kind), _read_features)
     yield Reader(

@@ -1,21 +1,22 @@
 """Text generation by the language stage's decoder, compared with transformers in one run.
 
 Every measurement is a separate process that exits before the next starts; the sides take turns, and a figure is the
-median over rounds of the ratio within a round. Both load the same folder of random weights, and in float32 must write
-the same tokens, greedily, from the same embeddings. A side that cannot run ends the benchmark. A ratio above 1 means
-that ours is faster.
+median over rounds of the ratio within a round. Both sides load the same folder of random weights, and in float32 greedy
+decoding from the same embeddings must give the same tokens. If a side cannot run, the benchmark stops. A ratio above 1
+means that ours is faster.
 
     python benchmarks/generation.py --rounds 3 --json benchmarks/results/generation.json
     python benchmarks/generation.py --one-core --new 33 --json benchmarks/results/generation_one_core.json
     python benchmarks/generation.py --batches 1 --dtypes bfloat16 --rounds 5
     python benchmarks/generation.py --device cuda --dtypes bfloat16 --width 2048 --layers 28
 
-Prefill is the time to the first token, the time per token the remaining time over the remaining tokens: each the
-minimum of `--repeats` in a process. The lower bound per token is the bytes of all weights that it multiplies over the
-bandwidth of matrix-vector products in float32 (on a GPU in the first of `--dtypes`), measured in each round.
+Prefill is the time to the first token; the time per token is the remaining time divided by the remaining tokens. Both
+are the minimum over `--repeats` in a process. The lower bound per token is the bytes of all weights that it multiplies,
+divided by the bandwidth of matrix-vector products in float32 (on a GPU in the first of `--dtypes`), measured in each
+round.
 
-On a shared machine, where wall time is unreliable, `--one-core` gives the cost of both sides: each runs on one core,
-and its processor time counts. Waiting of two cores for each other shows only in wall time.
+On a shared machine, where wall time is unreliable, `--one-core` measures the processor time of both sides, each on one
+core. The time that two cores wait for each other shows only in wall time.
 """
 
 import argparse
@@ -53,14 +54,14 @@ def settings(width: int, layers: int) -> dict:
 
 
 def multiplied(width: int, layers: int) -> int:
-    """Number of weights that a token multiplies: all kernels, and the embedding table as head."""
+    """Number of weights that a token is multiplied with: all kernels, and the embedding table as output head."""
     s = settings(width, layers)
     attention = HEAD * width * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
     return layers * (attention + 3 * width * s["intermediate_size"]) + width * VOCABULARY
 
 
 def write_folder(folder: Path, width: int, layers: int) -> None:
-    """Write a random model as transformers does."""
+    """Write a random model in the format of transformers."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -69,7 +70,7 @@ def write_folder(folder: Path, width: int, layers: int) -> None:
 
 
 def ours(folder: Path, dtype: str, embeds: np.ndarray) -> Callable[[int], np.ndarray]:
-    """run(new) -> tokens [B, new]."""
+    """Greedy generation by this library: run(new) -> tokens [B, new]."""
     import jax.numpy as jnp
 
     from pathflip_jax.convert.decoder import load_decoder
@@ -83,7 +84,7 @@ def ours(folder: Path, dtype: str, embeds: np.ndarray) -> Callable[[int], np.nda
 
 
 def in_transformers(folder: Path, dtype: str, embeds: np.ndarray, device: str) -> Callable[[int], np.ndarray]:
-    """run(new) -> tokens [B, new]."""
+    """Greedy generation by transformers: run(new) -> tokens [B, new]."""
     import torch
     from transformers import Qwen3ForCausalLM
 
@@ -159,10 +160,10 @@ def run_side(side: str, batch: int, dtype: str, folder: Path, options: argparse.
 
 
 def check_tokens(ours: list, theirs: list) -> None:
-    """Raise SideError where the sides generate different tokens."""
+    """Raise SideError if the sides generate different tokens."""
     if ours != theirs:
         where = np.argwhere(np.array(ours) != np.array(theirs))[0] if np.shape(ours) == np.shape(theirs) else "length"
-        raise SideError(f"the sides write different tokens (first at {where}): no comparison")
+        raise SideError(f"the sides generate different tokens (first at {where}), so there is no comparison")
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict:
@@ -211,19 +212,21 @@ def ratios(times: dict) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measure, print the table, write the JSON; the exit code is 1 where a side failed."""
+    """Measure, print the table, write the JSON; the exit code is 1 if a side failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", choices=list(SIZE), default=list(SIZE))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5, help="of a measurement in a process; the least counts")
-    parser.add_argument("--width", type=int, default=768, help=f"of the decoder; its heads are {HEAD} wide")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repeats of a measurement in a process; the minimum counts (5)"
+    )
+    parser.add_argument("--width", type=int, default=768, help=f"width of the decoder (768); its heads are {HEAD} wide")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--new", type=int, default=65, help="tokens written after it")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (128)")
+    parser.add_argument("--new", type=int, default=65, help="tokens generated after it (65)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--one-core", action="store_true", help="processor time on one core, on a busy machine")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--one-core", action="store_true", help="measure processor time on one core, for busy machines")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to check that everything works")
     parser.add_argument("--json", type=Path, help="file to write")
     for option, kind in {"side": str, "batch": int, "dtype": str, "folder": Path}.items():  # of a child
         parser.add_argument(f"--{option}", type=kind, help=argparse.SUPPRESS)
@@ -231,7 +234,7 @@ def main() -> int:
     if options.small:
         vars(options).update(SMALL)
     if options.one_core and options.device != "cpu":
-        parser.error("--one-core is about a CPU; a GPU's work is not in the processor's time")
+        parser.error("--one-core works only with --device cpu: processor time does not include the work of a GPU")
     if options.side:
         if options.device == "cpu":
             keep_freed()
@@ -246,12 +249,12 @@ def main() -> int:
     except SideError as failure:
         print(failure, file=sys.stderr)
         return 1
-    print(f"weights of a token: {multiplied(options.width, options.layers) / 1e6:.1f} million")
-    print(f"matrix-vector products read {max(found['bandwidths']) / 1e9:.1f} GB/s at best")
+    print(f"weights per token: {multiplied(options.width, options.layers) / 1e6:.1f} million")
+    print(f"matrix-vector products read at most {max(found['bandwidths']) / 1e9:.1f} GB/s")
     for case, sides in found["times"].items():
         floor = found["floor_seconds"][case.split("_")[0]]
         took = min(row["token"] for row in sides["ours"])
-        print(f"{case:20} floor {floor * 1e3:6.2f} ms a token, ours at best {took * 1e3:6.2f}: {took / floor:.2f}x")
+        print(f"{case:20} lower bound {floor * 1e3:6.2f} ms per token, our best {took * 1e3:6.2f}: {took / floor:.2f}x")
     for key, ratio in found["ratios"].items():
         print(f"{key:36} {ratio:6.2f}")
     if options.json:

@@ -1,8 +1,8 @@
-"""Slide of millions of patches: time and memory to write, open, sample and embed it, stage by stage.
+"""A slide of millions of patches: time and memory to write, open, sample and embed it, stage by stage.
 
-Each stage's peak is the highest resident size of the process while it ran (VmHWM, reset for each where the kernel
-allows it); `started` is the footprint of Python, JAX and the model before there is a slide. The slide is a square of
-tissue, its features random.
+A stage's peak is the highest resident size of the process during that stage (VmHWM, reset before each stage if the
+kernel allows it); `started` is the memory of Python, JAX and the model before the slide is made. The slide is a square
+of tissue with random features.
 
     python benchmarks/giant_slide.py --patches 2000000 --width 384 --json benchmarks/results/giant_slide.json
 """
@@ -33,7 +33,7 @@ BATCHES, REGIONS = 20, 24
 
 
 def make_slide(patches: int, width: int) -> SlideFeatures:
-    """Square of patches, row by row as tools write them; random float16 features in a memory-mapped file."""
+    """A square of patches, row by row as tools write them, with random float16 features in a memory-mapped file."""
     rng, features = np.random.default_rng(0), blocks.scratch((patches, width), np.float16)
     for rows, block in blocks.row_blocks(features):
         features[rows] = rng.standard_normal(block.shape, np.float32)
@@ -43,7 +43,7 @@ def make_slide(patches: int, width: int) -> SlideFeatures:
 
 
 def measure(folder: Path, patches: int, width: int, model: PathFLIP) -> dict[str, dict[str, float]]:
-    """Seconds and peak of each stage, by name."""
+    """Seconds and peak memory of each stage, by name."""
     found: dict[str, dict[str, float]] = {"started": {"seconds": 0.0, "peak_gb": resident_peak() / 1e9}}
     print(f"{'started':<28}{'':>9}   {found['started']['peak_gb']:>7.2f} GB")
 
@@ -70,7 +70,7 @@ def measure(folder: Path, patches: int, width: int, model: PathFLIP) -> dict[str
     predictor = Predictor(model, {"data": {"cut": "grid"}}, None)
     embedding = timed("embed", lambda: predictor.encode_slide(stored))
     if not np.isfinite(embedding.slide).all() or len(embedding.regions) != records.slides[0].num_regions:
-        raise RuntimeError("the embedding is not finite, or not of every region")
+        raise RuntimeError("the embedding is not finite, or lacks regions")
     return found
 
 
@@ -79,9 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patches", type=int, default=2_000_000)
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=12, help="of the Q-Former; half of them read patches")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="layers of the Q-Former (12); half of them attend to patches"
+    )
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="folder to write to; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     config = PathFLIPConfig(

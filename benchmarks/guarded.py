@@ -1,7 +1,8 @@
-"""Overhead of parsing feature files (HDF5, .pt) in a worker process, against h5py and torch in this process.
+"""Overhead of parsing feature files (HDF5, .pt) in a worker process, compared with h5py and torch in this process.
 
-Both sides read the same file to its end, one after the other, in an order redrawn for each repeat; the median and the
-quartiles of the ratio are printed, and the worker's start-up time.
+Both sides read the same file completely, one after the other, in an order redrawn for each repeat. The script prints
+the median and quartiles of the ratio, and the start-up time of the worker. In the table, `here` is this process,
+`parse` the worker without checks, and `read` the worker with the checks of `read_features`.
 
     python benchmarks/guarded.py --patches 30000 --width 512 --json benchmarks/results/guarded.json
 """
@@ -26,7 +27,7 @@ from pathflip_jax.data.readers.h5_features import READER
 
 
 def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:
-    """Write one slide as tools do: contiguous, in chunks of a few rows, compressed, and as a tensor."""
+    """Write one slide in the formats of tools: contiguous, in chunks of rows, compressed, and as a tensor."""
     features = np.random.default_rng(0).standard_normal((patches, width), np.float32)
     coords = np.stack(np.divmod(np.arange(patches), 200)[::-1], 1) * 256
     files = {}
@@ -86,15 +87,15 @@ def main() -> None:
         asked = statistics.median(
             seconds_of(guarded.parse, READER, files["h5, one piece"], False, "")[0] for _ in range(options.repeats)
         )
-        print(f"starting the worker {start * 1e3:.0f} ms, asking it for attributes {asked * 1e3:.2f} ms")
-        print(f"{'':<24}{'here':>10}{'parse':>10}{'read':>10}  parse is (quartiles)")
+        print(f"starting the worker takes {start * 1e3:.0f} ms, a request for attributes {asked * 1e3:.2f} ms")
+        print(f"{'':<24}{'here':>10}{'parse':>10}{'read':>10}  parse / here (quartiles)")
         for name, path in files.items():
             sides = {"here": read_here, "read": read_there, "parse": _parse}
             times: dict[str, list[float]] = {side: [] for side in sides}
             expected = read_here(path)
-            for side in sides.values():  # warm: the page cache, the worker's libraries
+            for side in sides.values():  # warm up the page cache and the worker's libraries
                 if not np.array_equal(side(path), expected):
-                    raise RuntimeError(f"{name}: other features from the worker")
+                    raise RuntimeError(f"{name}: the worker returned other features than a direct read")
             for _ in range(options.repeats):
                 for side in random.sample(list(sides), len(sides)):
                     times[side].append(seconds_of(sides[side], path)[0])

@@ -1,9 +1,10 @@
 """Cost of a compiled TPU program by part of the model, read from its scheduled HLO.
 
-An operation is an instruction of the schedule; a fusion is classified by its content: one with a product runs on the
-matrix unit, whatever else is in it. Cycles are the compiler's estimate. Bytes are those of all operands and results,
-once unpadded and once in tiles, where rows are padded to 128 lanes and columns to 8 sublanes or more. FLOPs are those
-of products alone, counted from their shapes. Loops count as often as they run, once where the count is unknown.
+An operation is an instruction of the schedule. A fusion is classified by its content: one that contains a matrix
+product counts as work of the matrix unit, whatever else it contains. Cycles are the compiler's estimate. Bytes are
+those of all operands and results, once unpadded and once in tiles, where rows are padded to 128 lanes and columns to 8
+sublanes or more. FLOPs are those of products alone, computed from their shapes. Loops count as often as they run, or
+once if the number of runs is unknown.
 """
 
 import math
@@ -22,7 +23,7 @@ PARTS = (
 )  # fmt: skip
 OTHER = "other"
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
-# Kind of an operation off the matrix unit: the first of these found in it, or in its fusion.
+# Kind of an operation outside the matrix unit: the first of these found in it or in its fusion.
 FORMS = (
     ("gather, scatter", {"gather", "scatter", "dynamic-slice", "dynamic-update-slice"}),
     ("sort", {"sort", "topk"}),
@@ -35,7 +36,7 @@ _LAID_OUT = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\)
 
 
 class Operation(NamedTuple):
-    """Instruction of the schedule, in all of its runs: the kind of work, the part of the model, its cost."""
+    """Instruction of the schedule: kind of work, part of the model, and its cost over all of its runs."""
 
     name: str
     kind: str
@@ -60,7 +61,7 @@ def _operations(computations: dict[str, list[Instruction]], name: str, runs: int
     for instruction in computations[name]:
         operation = instruction.operation
         if operation in FREE or operation.endswith(("-start", "-done", "-update")):
-            continue  # concurrent operations are included in the cycles of the others
+            continue  # asynchronous operations: their time is included in the cycles of the others
         if operation == "while":
             yield from _operations(
                 computations, instruction.named("body"), runs * (loop_runs(computations, instruction) or 1)
@@ -109,7 +110,7 @@ def _kind(operations: set[str]) -> str:
 
 
 def part_of(source: str) -> str:
-    """Model part of an operation by its name: the innermost matching scope."""
+    """Part of the model that an operation belongs to: the innermost matching scope in its name."""
     found = [word for word in re.findall(r"\w+", source) if word in PARTS]
     return found[-1] if found else OTHER
 
@@ -172,13 +173,13 @@ def _window(rest: str, axis: int) -> dict[str, int]:
 def _meetings(
     left: int, right: int, output: int, stride: int, before: int, left_dilation: int, right_dilation: int
 ) -> int:
-    """Number of pairs of window and input entries along a convolution's axis, padding and dilation excluded."""
+    """Number of pairs of window and input entries along an axis of a convolution, without padding and dilation."""
     place = np.arange(output)[:, None] * stride + np.arange(right) * right_dilation - before
     return int(((place >= 0) & (place <= (left - 1) * left_dilation) & (place % left_dilation == 0)).sum())
 
 
 def by_part(operations: list[Operation]) -> dict[str, dict[str, Any]]:
-    """Sums of each part of the model, the costliest first: cycles, those of each kind of work, bytes, FLOPs."""
+    """Totals of each part of the model, the costliest first: cycles, cycles by kind of work, bytes, FLOPs."""
     found: dict[str, dict[str, Any]] = {}
     for part in {x.part for x in operations}:
         own = [x for x in operations if x.part == part]
@@ -194,7 +195,7 @@ def by_part(operations: list[Operation]) -> dict[str, dict[str, Any]]:
 
 
 def off_matrix(operations: list[Operation], most: int = 12) -> list[dict[str, Any]]:
-    """Costliest kinds of work off the matrix unit: similar operations of a part together, the longest first."""
+    """Costliest work outside the matrix unit: similar operations of a part are summed, the longest first."""
     groups: dict[tuple, list[Operation]] = defaultdict(list)
     for x in operations:
         if x.kind not in (MATRIX, TRAFFIC):

@@ -1,4 +1,4 @@
-"""HDF5 feature files, as tools write them and hostile ones: unusual types, decompression bombs, external links."""
+"""HDF5 feature files in the formats of tools, and hostile ones: unusual types, decompression bombs, external links."""
 
 import io
 import random
@@ -27,7 +27,7 @@ STAMP = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": 
 
 
 def write_h5(kind: str, rng: random.Random | None = None, **how) -> bytes:
-    """Write an h5 file of features as a tool does, or with `rng` one of attributes, types and shapes of no tool."""
+    """An h5 feature file in the format of a tool; with `rng`, one whose attributes, types and shapes no tool writes."""
     out = io.BytesIO()
     with h5py.File(out, "w", libver=rng.choice((None, "latest")) if rng else None) as file:
         patches, coords = features(), COORDS.astype(np.float32 if kind == "stamp" else np.int64)
@@ -50,7 +50,7 @@ def write_h5(kind: str, rng: random.Random | None = None, **how) -> bytes:
                 value = rng.choice((*mutations.VALUES, np.zeros(1000), np.zeros(0), [b"x", b"y"], h5py.Empty("f4")))
             try:
                 place.attrs[name] = value
-            except (TypeError, ValueError, OverflowError):  # HDF5 has no such value
+            except (TypeError, ValueError, OverflowError):  # HDF5 cannot store this value
                 place.attrs[name] = str(value).encode("utf-8", "replace").replace(b"\x00", b"")
         if rng is not None and rng.random() < 0.2:
             _bomb(rng, file)
@@ -67,7 +67,7 @@ def _strange(rng: random.Random):
 
 
 def _bomb(rng: random.Random, file: h5py.File) -> None:
-    """Arrays with huge declared sizes, huge expansion, or external storage."""
+    """Replace an array by one with a huge declared size, huge expansion, or external storage."""
     name = rng.choice(list(file))
     attributes = dict(file[name].attrs)
     del file[name]

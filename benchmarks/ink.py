@@ -1,13 +1,13 @@
 """Pen strokes drawn over real slides: the fraction that the tissue mask excludes, and the tissue lost.
 
-The slide of `--data` and mosaics of the real H&E tiles there, each class a separate slide, are written as TIFF with
-strokes of each colour (random lines, 60 to 300 um wide, opacity 0.6 to 1, uneven and blurred, multiplied over what is
-below) and without. `before` is the mask without the search for ink (`--keep-ink`), `after` with it.
+The slide of `--data` and mosaics of the real H&E tiles there (each class a separate slide) are written as TIFF without
+strokes and with strokes of each colour (random lines, 60 to 300 um wide, opacity 0.6 to 1, uneven and blurred,
+multiplied over the image). `before` is the mask without ink detection (`--keep-ink`), `after` the mask with it.
 
-- recall: the share of a stroke's area that is left out, on glass and over tissue; a patch there is not prepared
-- precision: the share of what is left out, of tissue and strokes, that a stroke touches
-- kept: the share of the tissue that no stroke touches that stays
-- lost: the share of the tissue of a slide without strokes that the search leaves out
+- recall: share of the strokes' area that the mask excludes, on glass and over tissue; patches there are not prepared
+- precision: share of the excluded area, within tissue and strokes, that a stroke touches
+- kept: share of the tissue untouched by strokes that the mask keeps
+- lost: share of the tissue of a slide without strokes that ink detection excludes
 
     python benchmarks/ink.py --data ../shared/data --json ink.json
 """
@@ -38,7 +38,7 @@ KATHER = ("TUMOR", "STROMA", "COMPLEX", "LYMPHO", "DEBRIS", "MUCOSA", "ADIPOSE")
 
 
 def _mosaic(files: list[Path], columns: int, rng: np.random.Generator, edge: int = 0) -> np.ndarray:
-    """Tiles in random order and direction, with glass around them for strokes to lie on."""
+    """Tiles in random order and orientation, surrounded by glass so that strokes lie on both."""
     tiles = []
     for number in range(columns**2):
         tile = Image.open(files[number % len(files)]).convert("RGB")
@@ -54,7 +54,7 @@ def _mosaic(files: list[Path], columns: int, rng: np.random.Generator, edge: int
 
 
 def pictures(data: Path, mosaics: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
-    """A name and the pixels of each slide without strokes."""
+    """Name and pixels of each slide, without strokes."""
     with openslide.OpenSlide(data / "slides/cmu-1-small-region.svs") as slide:
         yield "cmu-1", np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
     for kind in KATHER:
@@ -85,7 +85,7 @@ def draw(image: np.ndarray, pen: tuple[int, int, int], rng: np.random.Generator)
 
 
 def mask_of(image: np.ndarray, folder: Path, keep_ink: bool) -> np.ndarray:
-    """Tissue mask of an image, by way of a file."""
+    """Tissue mask of an image, written to a slide file first."""
     path = folder / "slide.tif"
     tifffile.imwrite(
         path, image, photometric="rgb", tile=(256, 256), compression="jpeg", compressionargs={"level": 90},
@@ -100,7 +100,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> float | None:
 
 
 def measure(name: str, image: np.ndarray, pens: list[str], folder: Path, rng: np.random.Generator) -> list[dict]:
-    """One row for the slide without strokes and one per pen."""
+    """Rows of a slide: one without strokes and one per pen."""
     clean, after = mask_of(image, folder, True), mask_of(image, folder, False)
     rows = [{"slide": name, "pen": None, "tissue": int(clean.sum()), "lost": _share(~after, clean)}]
     for pen in pens:
@@ -118,7 +118,7 @@ def measure(name: str, image: np.ndarray, pens: list[str], folder: Path, rng: np
 
 
 def summary(rows: list[dict]) -> dict:
-    """Means over slides, for each pen, and the loss without strokes, for each slide."""
+    """Means over slides for each pen, and the tissue lost without strokes for each slide."""
     lost = {row["slide"]: row["lost"] for row in rows if row["pen"] is None}
     pens: dict[str, dict] = {}
     for pen in PENS:
@@ -138,17 +138,17 @@ def _print(found: dict) -> None:
         print(f"{pen:14}" + "".join(f"{cell:>18}" for cell in cells))
     lost = found["lost_without_strokes"]
     worst = max(lost, key=lost.get)
-    print(f"lost without strokes: at most {lost[worst]:.2%} ({worst}) of {len(lost)} slides")
+    print(f"tissue lost without strokes: at most {lost[worst]:.2%} ({worst}), over {len(lost)} slides")
 
 
 def main() -> None:
     """Measure, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with slides/ and real/")
-    parser.add_argument("--mosaics", type=int, default=2, help="of each class of EBHI-Seg (2)")
-    parser.add_argument("--pens", nargs="*", default=list(PENS), choices=list(PENS), help="colours (all)")
-    parser.add_argument("--seed", type=int, default=0, help="of strokes and mosaics (0)")
-    parser.add_argument("--json", type=Path, help="file to write every figure to")
+    parser.add_argument("--mosaics", type=int, default=2, help="mosaics of each class of EBHI-Seg (2)")
+    parser.add_argument("--pens", nargs="*", default=list(PENS), choices=list(PENS), help="colours of the pens (all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the strokes and mosaics (0)")
+    parser.add_argument("--json", type=Path, help="JSON file to write all figures to")
     options = parser.parse_args()
     rng, rows = np.random.default_rng(options.seed), []
     with tempfile.TemporaryDirectory() as folder:

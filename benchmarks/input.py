@@ -1,15 +1,16 @@
 """Throughput of the input pipeline compared with a torch DataLoader that reads whole files, in one run.
 
-Ours are records on disk and `make_batches` as training calls it: regions and patches drawn, subcaptions drawn, tokens
-packed, every region's CRC32C checked. Theirs work the way the released code does: a worker loads all features of a
-slide (float16, the array as contiguous in its file as h5 allows; the released code reads .pt), takes runs of 256
-patches, draws as many of them as we draw regions, and tokenises caption and subcaptions padded to their maxima.
+Our side reads records from disk with `make_batches` as training does: it draws regions, patches and subcaptions, packs
+tokens, and checks every region's CRC32C. The other side works like the released code: a DataLoader worker loads all
+features of a slide (float16; the h5 array is contiguous; the released code reads .pt), divides them into runs of 256
+patches, draws as many runs as we draw regions, and tokenises caption and subcaptions padded to their maximum lengths.
 
-A repeat is `--epochs` epochs, from asking for an iterator to its last batch; the DataLoader's workers are there before.
-"cold": every file fsynced and dropped from the page cache before each epoch; "warm": all in the page cache;
-"resident": our features in memory, against theirs warm. Ratios are of the features' bytes delivered per second, so that
-fuller regions count for what they hold, of the same repeat, in an order redrawn each time; their median and
-quartiles are printed. A stage's time is that of one thread alone, without read-ahead.
+A repeat is `--epochs` epochs, from the creation of the iterator to its last batch; the workers of the DataLoader are
+started before. "cold": every file is fsynced and dropped from the page cache before each epoch; "warm": all files are
+in the page cache; "resident": our features are in memory, compared with the DataLoader when warm. Ratios compare the
+bytes of features delivered per second, so that fuller regions count for more, within the same repeat, in an order
+redrawn each time; the script prints their median and quartiles. The time of a stage is that of one thread alone,
+without read-ahead.
 
     python benchmarks/input.py --json benchmarks/results/input.json
 """
@@ -38,7 +39,9 @@ try:
     from records import drop, make_slide, sync, write_records
     from transformers import AutoTokenizer
 except ImportError as error:
-    raise SystemExit(f"{error.name} is missing, and with it one side of the comparison: pip install it") from None
+    raise SystemExit(
+        f"{error.name} is missing, which one side of the comparison needs: pip install {error.name}"
+    ) from None
 
 from pathflip_jax.data.batches.pipeline import Batches, BatchSize, Cohort, make_batches
 from pathflip_jax.data.records.records import Records
@@ -52,7 +55,7 @@ RUN, SUBCAPTIONS, SUBCAPTION_LENGTH = 256, 8, 192
 
 
 class Source(torch.utils.data.Dataset):
-    """Data set read as in the released code: the whole file, then runs of 256 patches of which some are drawn."""
+    """Dataset read as in the released code: the whole file, in runs of 256 patches, some of which are drawn."""
 
     def __init__(self, paths: list[Path], captions: list[str], tokenizer, regions: int) -> None:
         self.paths, self.captions, self.tokenizer, self.regions = paths, captions, tokenizer, regions
@@ -69,7 +72,7 @@ class Source(torch.utils.data.Dataset):
             return torch.from_numpy(file["features"][()])
 
     def tokens(self, texts: list[str], length: int) -> torch.Tensor:
-        """Ids padded to `length`, with the mask."""
+        """Token ids padded to `length`, stacked with the mask."""
         padded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return torch.stack([padded["input_ids"], padded["attention_mask"]])
 
@@ -86,7 +89,7 @@ class Source(torch.utils.data.Dataset):
 
 
 def _start_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as tokenizers does after a fork, without the warning
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers does the same after a fork, but with a warning
 
 
 def make_loader(source: Source, batch_size: int, workers: int) -> torch.utils.data.DataLoader:
@@ -122,7 +125,7 @@ def deliver_theirs(loader: torch.utils.data.DataLoader, epochs: int) -> Iterable
 
 
 def rate(deliveries: Iterable[tuple[int, int]], slides: int) -> tuple[float, float]:
-    """Slides and bytes per second over all deliveries, which must be of `slides` slides."""
+    """Slides and bytes per second over all deliveries. Raises RuntimeError unless these are `slides` slides."""
     start = time.perf_counter()
     counts = list(deliveries)
     seconds = time.perf_counter() - start
@@ -202,7 +205,7 @@ class Bench:
         self.records = Records(folder / "records")
         self.files[OURS] = self.records.shards
         vocabulary = AutoTokenizer.from_pretrained(folder / "vocabulary")
-        self.loaders = {  # before any thread of ours: their workers are forked
+        self.loaders = {  # created before our threads start, because their workers are forked
             name: make_loader(
                 Source(self.files[name], captions, vocabulary, options.regions), options.batch_size, options.workers
             )
@@ -234,7 +237,7 @@ class Bench:
         return slide
 
     def rate(self, name: str, state: str) -> tuple[float, float]:
-        """Slides and bytes per second of a format in a state."""
+        """Slides and bytes per second of a format in a state of the cache."""
         options, rounds = self.options, []
         each = 1 if state == "cold" else options.epochs
         for _ in range(options.epochs // each):
@@ -263,7 +266,7 @@ class Bench:
         return {state: {name: by_name[name] for name in (OURS, H5, PT)} for state, by_name in rates.items()}
 
     def stages(self) -> dict[str, dict[str, float]]:
-        """Milliseconds a slide of each stage, by what is read."""
+        """Milliseconds per slide of each stage, by where features are read from."""
         slots = self.batches.patch_slots
         several = {
             "warm": self.batches,
@@ -281,31 +284,33 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--regions", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=4, help="of our pipeline")
-    parser.add_argument("--workers", type=int, default=2, help="of the DataLoader")
-    parser.add_argument("--epochs", type=int, default=2, help="in a repeat")
+    parser.add_argument("--threads", type=int, default=4, help="threads of our pipeline (4)")
+    parser.add_argument("--workers", type=int, default=2, help="workers of the DataLoader (2)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs per repeat (2)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="folder to write to; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="file to write")
     return parser
 
 
 def check(options: argparse.Namespace, folder: Path) -> None:
-    """Raise ValueError for options under which nothing sound is measured, before anything is written."""
+    """Raise ValueError for options that cannot give a valid measurement, before anything is written."""
     if options.slides < options.batch_size or options.patches < RUN or options.workers < 1:
         raise ValueError(
             f"--slides {options.slides}, --batch-size {options.batch_size}, --patches {options.patches}, --workers "
-            f"{options.workers}: an epoch needs a whole batch, a slide a run of {RUN} patches, the loader a worker"
+            f"{options.workers}: expected at least one whole batch per epoch, {RUN} patches per slide and one worker"
         )
     files = 3 * options.slides * options.patches * options.width * 2
     free, memory = shutil.disk_usage(folder).free, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if files * 1.1 > free:
-        raise ValueError(f"{folder}: {files / 1e9:.1f} GB are to be written, {free / 1e9:.1f} are free; lower --slides")
-    if files * 2 > memory:  # the page cache holds all three formats, memory one of them twice while it is loaded
+        raise ValueError(f"{folder}: {files / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; lower --slides")
+    if (
+        files * 2 > memory
+    ):  # the page cache holds all three formats, and memory holds one of them twice while loading it
         raise ValueError(
-            f"{files / 1e9:.1f} GB of files do not stay in the page cache beside the resident features on a machine "
-            f"of {memory / 1e9:.1f} GB; lower --slides"
+            f"{files / 1e9:.1f} GB of files and the resident features do not fit together in {memory / 1e9:.1f} GB of "
+            "memory; lower --slides"
         )
 
 
@@ -326,13 +331,13 @@ def main() -> int:
         f"{options.slides} slides of {options.patches} patches x {options.width} float16, {options.regions} regions "
         f"of {RUN}, captions of {bench.caption_tokens:.0f} tokens, {options.repeats} repeats"
     )
-    print(f"{'':<10}{'format':<10}{'slides/s':>10}{'GB/s used':>11}  records are (quartiles)")
+    print(f"{'':<10}{'format':<10}{'slides/s':>10}{'GB/s used':>11}  speed-up of records (quartiles)")
     for state, by_name in results.items():
         for name, found in by_name.items():
             low, high = found["quartiles"]
             faster = "" if name == OURS else f"  {found['ratio']:.2f}x as fast ({low:.2f} to {high:.2f})"
             print(f"{state:<10}{name:<10}{found['slides_per_s']:>10.1f}{found['gb_per_s']:>11.2f}{faster}")
-    print("\nms a slide, one thread")
+    print("\nms per slide, one thread")
     for state, found in by_stage.items():
         print(f"{state:<36}" + "  ".join(f"{stage} {ms:.2f}" for stage, ms in found.items()))
     if options.json:

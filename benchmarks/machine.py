@@ -1,4 +1,4 @@
-"""Description of the machine, and memory use of the benchmark's process."""
+"""Description of the machine, and memory use of the benchmark process."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt (ma
 
 
 def describe(*packages: str, folder: Path | None = None) -> dict:
-    """Processor, memory and cores that this process may use, load and versions; with `folder`, its file system."""
+    """Processor, memory and cores available to this process, load, versions; with `folder`, its file system."""
     cpu = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line]
     memory = limits.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {}
@@ -40,10 +40,10 @@ def describe(*packages: str, folder: Path | None = None) -> dict:
 
 
 def keep_freed() -> None:
-    """Let this process retain freed memory, where the C library allows it (glibc); call before any thread starts.
+    """Let this process retain freed memory, if the C library allows it (glibc); call before any thread starts.
 
-    Eager PyTorch takes and frees gigabytes a step, and the system would map new pages and clear them each time: a
-    quarter of the yardstick's step. Ours hardly gains by it.
+    Eager PyTorch allocates and frees gigabytes per step, and the system would map and clear new pages each time, which
+    takes a quarter of the step of the released side. Our side hardly gains from this.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -52,9 +52,10 @@ def keep_freed() -> None:
 
 
 def reset_peak() -> None:
-    """Reset VmHWM to the present resident size. Raises OSError where the kernel does not allow it.
+    """Reset VmHWM to the current resident size. Raises OSError if the kernel does not allow it.
 
-    What the compiler has freed goes back first: the step would fill it again, and less the larger the step.
+    Memory freed by the compiler is first returned to the system: otherwise the step would reuse it without raising the
+    peak, to an extent that depends on the size of the step.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -62,15 +63,15 @@ def reset_peak() -> None:
 
 
 def resident_peak() -> int:
-    """The highest resident size since `reset_peak`, in bytes; of the process's whole life where there is no /proc."""
+    """Peak resident size since `reset_peak`, in bytes; without /proc, since the start of the process."""
     if not Path("/proc/self/status").exists():
         return _getrusage_peak(resource.RUSAGE_SELF)
-    # Not what getrusage tells on Linux: that begins at the size of the process that started this one.
+    # Not getrusage on Linux: its peak starts at the size of the process that started this one.
     return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
 
 
 def largest_child() -> int:
-    """Peak memory of any ended child of this process, in bytes."""
+    """Largest peak memory of the ended child processes, in bytes."""
     return _getrusage_peak(resource.RUSAGE_CHILDREN)
 
 

@@ -8,12 +8,12 @@ from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.data.texts.wordpiece import train_wordpiece
 
 CAPTION_LENGTH = 384
-CAPTION_TOKENS = (222, 54)  # mean and deviation that give the 95th percentile of real captions, 311
-SENTENCE_TOKENS = 28  # merges of one to three sentences then come near the 58 tokens of a real subcaption
+CAPTION_TOKENS = (222, 54)  # mean and deviation; they give the 95th percentile of real captions, 311
+SENTENCE_TOKENS = 28  # merges of one to three such sentences are about as long as a real subcaption, 58 tokens
 
 
 def make_captions(count: int, folder: Path, rng: np.random.Generator) -> list[str]:
-    """Make synthetic captions of real captions' length in tokens of the vocabulary that is written to `folder`."""
+    """Synthetic captions as long as real ones, in tokens of a vocabulary that is written to `folder`."""
     syllables = [a + b for a in "bcdfglmnprst" for b in ("a", "e", "i", "o", "ar", "en", "is", "ut")]
     words = list(dict.fromkeys("".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(2000)))
     chances = 1 / np.arange(10, 10 + len(words))  # a few words make up most of any text

@@ -1,7 +1,7 @@
 """Broken and hostile mutations of valid files, drawn from a random state, for `fuzz.py` and its tests.
 
-Blind ones flip, cut, repeat and splice bytes; the others are format-aware, so that they pass checksums and grammars and
-reach the code behind.
+Blind mutations flip, cut, repeat and splice bytes; the others know the format, so that their results pass checksums and
+parsers and reach the code behind them.
 """
 
 import csv
@@ -32,7 +32,7 @@ Mutation = Callable[[random.Random, list[bytes]], bytes]
 
 
 def blind(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """One of the seeds, changed by one to three format-agnostic mutations."""
+    """One of the valid files `seeds`, changed by one to three mutations that ignore its format."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 2, 3))):
         data = rng.choice(_BLIND)(rng, data, seeds)
@@ -114,7 +114,7 @@ _BLIND = (_flip, _flip, _overwrite, _truncate, _repeat, _delete, _integer, _inte
 
 
 def some_blind(share: float, knowing: Mutation) -> Mutation:
-    """`knowing`, but for a share of blind ones; what cannot be parsed to be changed is changed blindly, too."""
+    """The mutation `knowing`, replaced by a blind one for a share of the inputs."""
 
     def mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
         return blind(rng, seeds) if rng.random() < share else knowing(rng, seeds)
@@ -123,7 +123,7 @@ def some_blind(share: float, knowing: Mutation) -> Mutation:
 
 
 def change(rng: random.Random, value: Any) -> Any:
-    """A value of JSON with one node of it changed: of another value or type, gone, doubled, renamed, or nested."""
+    """A JSON value with one node changed: another value or type, deleted, repeated, renamed, or nested."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         changed = dict(value)
@@ -150,7 +150,7 @@ def change(rng: random.Random, value: Any) -> Any:
 
 
 def json_text(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """JSON or JSON Lines that can be parsed, but for the few that nest too deeply or say a name twice."""
+    """JSON or JSON Lines that can be parsed, except for a few that nest too deeply or repeat a key."""
     seed = rng.choice(seeds).decode()
     if rng.random() < 0.02:
         depth = rng.choice((500, 5_000, 100_000))
@@ -171,12 +171,12 @@ def json_text(rng: random.Random, seeds: list[bytes]) -> bytes:
 def _dump(value: Any) -> str:
     try:
         return json.dumps(value)
-    except ValueError:  # an integer of 400 digits is written, of 5,000 is not
+    except ValueError:  # Python writes an integer of 400 digits, but not one of 5,000
         return repr(value)
 
 
 def table(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """A csv with cells, rows, quotes or separators changed."""
+    """A CSV file with cells, rows, quotes or separators changed."""
     rows = list(csv.reader(io.StringIO(rng.choice(seeds).decode("utf-8-sig"))))
     for _ in range(rng.choice((1, 1, 2, 4))):
         row = rng.choice(rows)
@@ -200,7 +200,7 @@ def table(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def zip_entries(rng: random.Random, seeds: list[bytes]) -> bytes:
-    """A zip archive (as PyTorch saves) with one entry changed, left out, renamed or blown up, and sound checksums."""
+    """A zip archive as PyTorch saves it, with one entry changed, left out, renamed or inflated, and valid checksums."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(rng.choice(seeds))) as archive, zipfile.ZipFile(out, "w") as changed:
         names = archive.namelist()
@@ -220,7 +220,7 @@ def zip_entries(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 def hostile_pickles(touched: str) -> list[bytes]:
-    """Pickles that would make a file if they were run, in PyTorch's container and bare."""
+    """Pickles that would create the file `touched` if they were executed, bare and in PyTorch's container."""
 
     class Call:
         def __init__(self, function: Any, *arguments: Any) -> None:

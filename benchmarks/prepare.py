@@ -1,28 +1,30 @@
 """Preparation benchmark: patches per second by stage, the pipeline on one and two cores, and memory on a huge slide.
 
-The slides are drawn (JPEG tiles of 256 px in a pyramid, as scanners write them). Each stage alone is timed in processor
-seconds of one core, which other programs on the machine disturb little; `OpenSlide loop` is the plain way, one
-`read_region` a patch. Then `pathflip prepare` on the same slides with so many cores and workers, by the clock, with the
-stages' shares of the workers' time: `wait` is what the encoder waited for pixels. Two encoders: `stain_texture`, and
-a Hugging Face ViT with newly generated random weights. `at 40x` requests half the resolution of level 0, so that four
-times the pixels are read and resampled.
+The slides are drawn (pyramids of 256 px JPEG tiles, as scanners write them). Each stage alone is timed in processor
+seconds of one core, which other programs on the machine disturb little; `OpenSlide loop` is the plain approach, one
+`read_region` per patch. Then `pathflip prepare` runs on the same slides with different numbers of cores and workers,
+measured in wall time, with each stage's share of the workers' time; `wait` is the time for which the encoder waits for
+pixels. There are two encoders: `stain_texture`, and a Hugging Face ViT with newly generated random weights. `at 40x`
+requests half the resolution of level 0, so that four times as many pixels are read and resampled.
 
-Predicted before the first run: reading in blocks is 1.3 times as fast as the plain loop where patches are taken as they
-are, for the tiles are decoded once either way and the calls are fewer; `stain_texture` costs five times as much as
-reading and a ViT twenty times, so that the encoder is the bottleneck of both with reading a batch ahead, `wait` is
-below 3% with a core to spare and two workers on two cores give 1.9 times one on one. At 40x reading costs half of
-`stain_texture`. A slide of 100,000 x 100,000 pixels takes over 1.5 GB, nearly all of it for the tissue mask.
+Predictions before the first run: reading in blocks is 1.3 times as fast as the plain loop if patches are not resampled,
+because tiles are decoded once either way and there are fewer calls. `stain_texture` costs five times as much as reading
+and a ViT twenty times as much, so that the encoder is the bottleneck of both when reading stays a batch ahead; `wait`
+is below 3% with a core to spare, and two workers on two cores are 1.9 times as fast as one worker on one core. At 40x,
+reading costs half as much as `stain_texture`. A slide of 100,000 x 100,000 pixels takes over 1.5 GB, nearly all of it
+for the tissue mask.
 
-Found, on two cores that others loaded, so by processor time: blocks of 2,048 px took twice the time of the plain loop
-(337 against 647 patches/s), for OpenSlide's cache spares the tiles either way and large pictures leave the processor's
-own. So a patch is now read alone, in the order of blocks, and converted by Pillow: 491 against 531. `stain_texture`
-(68) costs seven times as much as that and a ViT of six layers (53) nine; both take 85 to 91% of the workers' time,
-`wait` 2 to 6%. At 40x reading (82) costs as much as `stain_texture`, three fifths of it the decoding of four tiles a
-patch, and that encoder is the bottleneck only with a core to spare for reading. The huge slide took 1.52 GB before its
-mask was made block by block with at most 2**24 pixels, and was killed for memory at patches of 64 px; now 0.36 GB.
+Results, in processor time because the two cores were busy: blocks of 2,048 px took twice the time of the plain loop
+(337 against 647 patches/s), because OpenSlide's cache avoids repeated decoding either way and large images do not fit
+in the processor's cache. Patches are therefore now read one by one, in the order of blocks, and converted by Pillow:
+491 against 531 patches/s. `stain_texture` (68) costs seven times as much as that and a ViT of six layers (53) nine
+times; both take 85 to 91% of the workers' time, `wait` 2 to 6%. At 40x, reading (82) costs as much as `stain_texture`,
+three fifths of it for decoding four tiles per patch, and that encoder is the bottleneck only with a core to spare for
+reading. The huge slide took 1.52 GB before its mask was made block by block with at most 2**24 pixels, and was killed
+for lack of memory with patches of 64 px; now it takes 0.36 GB.
 
     python benchmarks/prepare.py --json benchmarks/results/prepare.json
-    python benchmarks/prepare.py --huge 100000 --slides 0     # memory alone
+    python benchmarks/prepare.py --huge 100000 --slides 0     # only the memory of the huge slide
 """
 
 import argparse
@@ -58,7 +60,7 @@ CASES = {"at 20x": 0.5, "at 40x": 1.0}  # requested micrometres per pixel; the s
 
 
 def make_slides(folder: Path, count: int, edge: int) -> None:
-    """Slides of tissue and glass: one drawn slide, repeated to `edge` pixels, under several names."""
+    """Write slides of tissue and glass: one drawn slide, tiled to `edge` pixels, under several names."""
     rng = np.random.default_rng(0)
     picture = render(plan(rng, "glands", 2048), rng)
     times = [-(-edge // size) for size in picture.shape[:2]]
@@ -85,10 +87,10 @@ def make_vit(folder: Path, layers: int) -> str:
 
 
 def write_huge_slide(path: Path, edge: int, tissue: int) -> None:
-    """A square slide of `edge` pixels, glass but for a square of tissue, as a pyramid in a BigTIFF; made in a second.
+    """Write a square slide of `edge` pixels, glass except for a square of tissue, as a BigTIFF pyramid; takes a second.
 
-    Two tiles are compressed once and written again and again. `tissue` is a multiple of 8,192 pixels: what a tile
-    covers of the level that the tissue mask is made from.
+    Two tiles are compressed once and written repeatedly. `tissue` is a multiple of 8,192 pixels, the area that a tile
+    covers on the level from which the tissue mask is made.
     """
     size, mpp = 512, 0.5
     grain = np.random.default_rng(0).integers([150, 70, 130], [210, 130, 190], (16, 16, 3))
@@ -113,7 +115,7 @@ def write_huge_slide(path: Path, edge: int, tissue: int) -> None:
 
 
 def plain_loop(slide: Slide, tiles: Tiles) -> Iterator[np.ndarray]:
-    """One `read_region` per patch, resampled where needed, as scripts do it."""
+    """Patches read by one `read_region` each and resampled where needed, as in plain scripts."""
     edge = round(tiles.patch_size_level0 / slide.image.level_downsamples[tiles.level])
     for x, y in tiles.coords.tolist():
         patch = slide.image.read_region((x, y), tiles.level, (edge, edge)).convert("RGB")
@@ -152,7 +154,7 @@ def time_stages(path: Path, encoders: list[str], mpp: float) -> dict[str, float]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         shard = Path(folder) / "s.tfrecord"
         record = SlideFeatures("S0", "", features, *place)
-        write_shard(shard, [record])  # once before: the protobuf classes are imported with the first record
+        write_shard(shard, [record])  # untimed: the first record imports the protobuf classes
         timed("write", count, lambda: write_shard(shard, [record]))
     return {stage: counts[stage] / max(seconds[stage], 1e-6) for stage in seconds}
 
@@ -167,7 +169,7 @@ def _one_thread(name: str):
 
 
 def time_pipeline(slides: Path, out: Path, encoder: str, mpp: float, workers: int) -> dict:
-    """`prepare`, by the clock from its call to its end: patches/s, shares of the stages, and the largest worker."""
+    """Wall-clock measurement of `prepare`: patches/s, shares of the stages, and the peak of the largest worker."""
     start = time.perf_counter()
     report = prepare(slides, out, PrepareSettings(encoder=encoder, mpp=mpp, patch_size=PATCH, workers=workers))
     seconds = time.perf_counter() - start
@@ -196,7 +198,7 @@ def _pin(count: int) -> None:
 
 
 def measure_speed(folder: Path, slides: int, edge: int, layers: int) -> dict:
-    """The stages alone and the pipelines, printed as they come."""
+    """Speeds of single stages and of whole pipelines, printed as they are measured."""
     source = folder / "slides"
     source.mkdir()
     make_slides(source, slides, edge)
@@ -212,7 +214,7 @@ def measure_speed(folder: Path, slides: int, edge: int, layers: int) -> dict:
             kind = encoder.partition(":")[0]
             for cores, workers in ((1, 1), (2, 1), (2, 2)):
                 if cores > most:
-                    print(f"  {cores} cores: this process has {most}")
+                    print(f"  {cores} cores: skipped, this process has {most}")
                     continue
                 out = folder / f"{case}-{kind}-{cores}-{workers}"
                 found = on_cores(cores, time_pipeline, source, out, encoder, mpp, workers)
@@ -223,24 +225,26 @@ def measure_speed(folder: Path, slides: int, edge: int, layers: int) -> dict:
 
 
 def measure_memory(folder: Path, edge: int, tissue: int) -> dict:
-    """`prepare` on one huge slide."""
+    """Memory of `prepare` on one huge slide."""
     source = folder / "huge"
     source.mkdir()
     write_huge_slide(source / "huge.tiff", edge, tissue)
     found = on_cores(1, time_pipeline, source, folder / "huge-records", "stain_texture", 0.5, 1)
-    print(f"\n{edge} x {edge} pixels, {found['patches']} patches: a worker took up to {found['peak_gb']:.2f} GB")
+    print(f"\n{edge} x {edge} pixels, {found['patches']} patches: peak memory of a worker {found['peak_gb']:.2f} GB")
     return found
 
 
 def main() -> None:
     """Measure, print, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, default=4, help="slides in a pipeline; 0 measures no speed (default 4)")
+    parser.add_argument(
+        "--slides", type=int, default=4, help="slides per pipeline; 0 skips the speed measurements (default 4)"
+    )
     parser.add_argument("--edge", type=int, default=6144, help="their edge in pixels (default 6144)")
     parser.add_argument("--layers", type=int, default=6, help="layers of the ViT; 0 leaves it out (default 6)")
     parser.add_argument("--huge", type=int, default=100_000, help="edge of the huge slide; 0 for none (default 100000)")
     parser.add_argument("--tissue", type=int, default=8192, help="edge of its square of tissue (default 8192)")
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="folder to write to; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

@@ -1,13 +1,14 @@
-"""Records compared with h5py and .pt: writing, whole slides and random regions, cold, the same features in one run.
+"""Records compared with h5py and .pt: writing, and cold reads of whole slides and random regions, on the same features.
 
-The records are one shard, as `prepare` writes them; the others have a file per slide. Three HDF5 files: `h5py` is as
-fast as it gets (contiguous, patches stored region by region as in our records, so that a region is one slice); `h5py,
-tool order` has the patches row by row over the slide as tools find them, contiguous, so that regions are gathered from
-the whole array; `h5py, CLAM` has them in that order as CLAM writes them: an array that grows by a batch, a chunk a row,
-of which a region is read by runs of neighbours. Our reads check every region's CRC32C and that every feature is finite,
-theirs check nothing. "Cold" means fsync, then dropped from the page cache until no page is left there; a virtual disk's
-host may still hold the pages, so ratios within a run say more than MB/s. Ratios are of the same slide and repeat, in an
-order redrawn each time; their median and quartiles are printed. A round before the first is not counted.
+The records are one shard, as `prepare` writes them; the other formats have one file per slide. There are three kinds of
+HDF5 files: `h5py` is the fastest layout (contiguous, patches stored region by region as in our records, so that a
+region is one slice); `h5py, tool order` stores the patches row by row over the slide, contiguous, so that regions are
+gathered from the whole array; `h5py, CLAM` has the same order in CLAM's layout, an array that grows by batches with one
+chunk per row, from which a region is read as runs of adjacent rows. Our reads check every region's CRC32C and that
+every feature is finite; the others check nothing. "Cold" means that files are fsynced and dropped from the page cache
+until none of their pages is left there; the host of a virtual disk may still hold the pages, so ratios within a run say
+more than MB/s. Ratios compare the same slide and repeat, in an order redrawn each time; the script prints their median
+and quartiles. A first round is not counted.
 
     python benchmarks/records.py --slides 6 --repeats 8 --json benchmarks/results/records.json
 """
@@ -36,19 +37,19 @@ PATCH = 256
 REFERENCE = "records"
 CONTIGUOUS, TOOL_ORDER, CLAM, PT = "h5py", "h5py, tool order", "h5py, CLAM", ".pt"
 SLIDES_PER_SHARD = 32
-WRITES = 3  # in a repeat: a disk that others write to is sometimes four times as slow
+WRITES = 3  # writes per repeat: a shared disk is sometimes four times as slow
 CLAM_BATCH = 256  # patches that CLAM appends at a time
 
 
 def place_slide(number: int, features: np.ndarray) -> SlideFeatures:
-    """A square piece of tissue of these patches [N, F], row by row."""
+    """A slide with these patches [N, F] as a square of tissue, row by row."""
     edge = int(np.ceil(np.sqrt(len(features))))
     coords = np.stack(np.divmod(np.arange(len(features)), edge)[::-1], -1).astype(np.int32) * PATCH
     return SlideFeatures(f"slide{number}", "", features, coords, PATCH, 0.5, encoder="benchmark")
 
 
 def make_slide(number: int, patches: int, width: int) -> SlideFeatures:
-    """A slide of random features as float16, so that no format converts."""
+    """A slide of random float16 features, which no format has to convert."""
     features = np.random.default_rng(number).standard_normal((patches, width), np.float32)
     return place_slide(number, features.astype(np.float16))
 
@@ -63,7 +64,7 @@ def write_records(folder: Path, slides: Iterable[SlideFeatures]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make the disk hold what was written, so that writing is timed to its end and the page cache can be dropped."""
+    """Flush a file to disk, so that timings include the whole write and the page cache can be dropped."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -72,7 +73,7 @@ def sync(path: Path) -> None:
 
 
 def drop(path: Path) -> None:
-    """Drop a file from the page cache, what is still being read ahead of it too. Raises RuntimeError where it stays."""
+    """Drop a file from the page cache, including pages still being read ahead. Raises RuntimeError if pages stay."""
     fd = os.open(path, os.O_RDWR)
     try:
         os.fsync(fd)
@@ -83,7 +84,7 @@ def drop(path: Path) -> None:
             time.sleep(0.001)
     finally:
         os.close(fd)
-    raise RuntimeError(f"{path}: stays in the page cache; put --folder on a local disk")
+    raise RuntimeError(f"{path}: its pages stay in the page cache; pass --folder on a local disk")
 
 
 def resident(fd: int) -> int:
@@ -124,20 +125,20 @@ def write_clam(path: Path, features: np.ndarray, coords: np.ndarray) -> None:
 
 
 def runs_of(order: np.ndarray) -> list[tuple[int, int]]:
-    """Rows as runs of neighbours, each given by its first row and the one after its last."""
+    """Runs of adjacent rows, each as its first row and the row after its last."""
     cuts = [0, *(np.flatnonzero(np.diff(order) != 1) + 1).tolist(), len(order)]
     return [(int(order[a]), int(order[b - 1]) + 1) for a, b in pairwise(cuts)]
 
 
 class Formats:
-    """The same slides in every format: how each writes them all, reads a slide, reads regions of a slide."""
+    """The same slides in every format: writes all slides, reads a slide, and reads regions of a slide."""
 
     def __init__(self, folder: Path, slides: list[SlideFeatures], torch) -> None:
         self.folder, self.slides, self.torch = folder, slides, torch
         self.cuts = [cut_regions(slide) for slide in slides]
-        # As stored region by region, made here: no format's writer is timed with the sorting of another.
+        # Features in the order of regions, sorted here so that no format's writing time includes the sorting.
         self.sorted = [slide.features[cut.order] for slide, cut in zip(slides, self.cuts, strict=True)]
-        # Where each region's rows lie in a file of a tool, as runs; neither is its index timed.
+        # The rows of each region in a tool's file, as runs; computing this index is not timed either.
         self.runs = [[runs_of(cut.order[a:b]) for a, b in pairwise(cut.rows)] for cut in self.cuts]
         self.names = [REFERENCE, CONTIGUOUS, TOOL_ORDER, CLAM] + ([PT] if torch else [])
         self.records: Records | None = None
@@ -148,7 +149,7 @@ class Formats:
         return self.folder / files.get(name, shard_name(0))
 
     def write(self, name: str) -> None:
-        """Write every slide and sync it."""
+        """Write every slide and flush it to disk."""
         if name == REFERENCE:
             write_shard(self.path(name, 0), self.slides)
             return
@@ -186,16 +187,16 @@ class Formats:
             with h5py.File(self.path(name, i), "r") as file:
                 features = file["features"]
                 return [features[rows[r] : rows[r + 1]] for r in regions]
-        if name == CLAM:  # twice as fast as all of its chunks
+        if name == CLAM:  # twice as fast as reading all chunks
             with h5py.File(self.path(name, i), "r") as file:
                 features = file["features"]
                 return [np.concatenate([features[a:b] for a, b in self.runs[i][r]]) for r in regions]
-        features = self.read_slide(name, i)  # faster than h5py's selection of scattered rows
+        features = self.read_slide(name, i)  # faster than selecting scattered rows with h5py
         return [features[order[rows[r] : rows[r + 1]]] for r in regions]
 
 
 def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every operation, format, repeat and slide, with the formats of one slide in a redrawn order."""
+    """Seconds of every operation, format, repeat and slide; the order of the formats is redrawn for every slide."""
     rng = np.random.default_rng(seed)
     seconds = {task: {name: [] for name in formats.names} for task in ("write", "cohort", "slide", "regions")}
 
@@ -207,13 +208,13 @@ def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str
 
     count = len(formats.slides)
     for number in range(1 + repeats):
-        if number == 1:  # the round before maps memory and blocks of the disk, which a virtual machine takes long for
+        if number == 1:  # the first round maps memory and disk blocks, which is slow on a virtual machine
             for found in (found for by_format in seconds.values() for found in by_format.values()):
                 found.clear()
         for name in chain(*(rng.permutation(formats.names) for _ in range(WRITES))):
             for i in range(count):
                 formats.path(name, i).unlink(missing_ok=True)
-            sync(formats.folder)  # the disk's cost of the deletion counts for no format
+            sync(formats.folder)  # so that no format's time includes the deletion
             timed("write", name, lambda name=name: formats.write(name))
         formats.open()
         for name in rng.permutation(formats.names):
@@ -230,7 +231,7 @@ def measure(formats: Formats, repeats: int, regions: int, seed: int) -> dict[str
                 rows = formats.cuts[i].rows
                 for part, r in zip(found, chosen, strict=True):
                     if not np.array_equal(part, formats.sorted[i][rows[r] : rows[r + 1]]):
-                        raise RuntimeError(f"{name} gave other features for region {r} of slide {i}")
+                        raise RuntimeError(f"{name} returned wrong features for region {r} of slide {i}")
     return seconds
 
 
@@ -243,14 +244,14 @@ def main() -> None:
     parser.add_argument("--regions", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="folder to write to; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     try:
         import torch
     except ImportError:
         torch = None
-        print("no torch here: .pt is left out")
+        print("torch is not installed: .pt is left out")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         described = describe("numpy", "h5py", "torch", "google-crc32c", folder=Path(folder))
         slides = [make_slide(i, options.patches, options.width) for i in range(options.slides)]
@@ -265,7 +266,7 @@ def main() -> None:
     titles["regions"] = f"{options.regions} random regions, cold"
     results = {}
     print(f"{options.slides} slides of {options.patches} patches x {options.width} float16, {options.repeats} repeats")
-    print(f"{'':<26}{'format':<20}{'ms':>8}{'MB/s':>8}  records are (quartiles)")
+    print(f"{'':<26}{'format':<20}{'ms':>8}{'MB/s':>8}  speed-up of records (quartiles)")
     for task, by_format in seconds.items():
         results[task] = {}
         for name in formats.names:

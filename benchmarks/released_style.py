@@ -1,9 +1,10 @@
 """Reference baseline: eager PyTorch in the style of the paper's released code, with the same weights as ours.
 
-Per slide and step: one Q-Former pass over all patches, then one pass per region in a Python loop; keys and values of
-the patches projected again in every pass and layer; attention as written out, its probabilities kept; every text padded
-to the maximum; the region loss slide by slide. Parameters and names are those of `convert/torch_model.py`, so that the
-two, and our own model, can be given the same weights and must give the same figures (tests/benchmarks).
+Per slide and step, it makes one Q-Former pass over all patches, then one pass per region in a Python loop. Keys and
+values of the patches are projected again in every pass and layer, attention is written out and its probabilities are
+kept, every text is padded to the maximum, and the region loss is computed slide by slide. Parameters and names are
+those of `convert/torch_model.py`, so that both, and our own model, can load the same weights and must give the same
+results (tests/benchmarks).
 """
 
 import math
@@ -18,7 +19,7 @@ CAPTION_LENGTH, SUBCAPTION_LENGTH = 384, 192  # padded length in the released co
 
 
 class ReleasedStyle(torch_model.PathFLIP):
-    """The model of `torch_model`, computed the released way; every pass leaves its attention maps in `maps`."""
+    """The model of `torch_model`, computed as in the released code; every pass stores its attention maps in `maps`."""
 
     def __init__(self, config) -> None:
         super().__init__(config)
@@ -67,7 +68,7 @@ class ReleasedStyle(torch_model.PathFLIP):
         return block.output(pooled.transpose(1, 2).flatten(2), x)
 
     def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(slide loss, region loss) of a batch; DESIGN section 4 with the released normaliser."""
+        """(slide loss, region loss) of a batch: DESIGN section 4 with the released normaliser."""
         slides, regions = self.encode_slide_batch(batch["patches"])
         captions = self.encode_padded_texts(batch["caption_ids"], batch["caption_mask"])
         B, K, T = batch["subcaption_ids"].shape

@@ -1,11 +1,12 @@
-"""Roofline of every part of a step: the larger of operations over the unit's rate and bytes over the bandwidth.
+"""Roofline of every part of a step: the larger of operations over the compute rate and bytes over the bandwidth.
 
 Operations are those of the algorithm that the library runs (absorbed key and value projections, packed texts) on valid
-patches and real tokens, bytes what has to move through memory at least (`pathflip_jax/model/flops.py`). Prints a
-Markdown table, the source of ROOFLINE.md.
+patches and real tokens; bytes are the minimum that has to move through memory (`pathflip_jax/model/flops.py`). Prints a
+Markdown table, the source of ROOFLINE.md, where `floor` is the lower bound of a part's time.
 
-With `--measure` the base train step of `step.py` runs here under JAX's profiler, and the table gives each part's time
-against its lower bound at the rate of this machine's matrix products, its peak memory and its longest operations.
+With `--measure`, the base train step of `step.py` runs on this machine under JAX's profiler. The table compares each
+part's time with its lower bound at the rate of this machine's matrix products, and the peak memory and the longest
+operations are printed.
 
     python benchmarks/roofline.py --device cpu --regions 24 --batch 2
     python benchmarks/roofline.py --measure
@@ -43,7 +44,7 @@ DEVICES = {
     "h200": ({"float32": 494e12, "bfloat16": 989e12}, 4.8e12),  # float32 as TF32
     "v5e": ({"float32": 98e12, "bfloat16": 197e12}, 0.82e12),
 }
-# The scopes that the model names its operations by, and the parts below that they are made of.
+# Scopes in the names of the model's operations, and the parts of the table that each contains.
 SCOPES = {
     "patch_projection": ("patch projection",),
     "cross_attention": ("queries: projections of cross-attention", "patches: scores and pooling"),
@@ -54,7 +55,7 @@ SCOPES = {
     "text_feed_forward": ("text: feed-forward",),
     "optimizer": ("optimizer",),
 }
-# The products that a CPU's step is made of: large ones, and those of attention, many and small.
+# Matrix products of a step on a CPU: large ones, and the many small ones of attention.
 PRODUCTS = {
     "large": ((2048, 2048), (2048, 2048)),
     "feed-forward of texts": ((1536, 768), (768, 3072)),
@@ -89,7 +90,7 @@ def parts(config: PathFLIPConfig, shapes: Shapes, width: int, training: bool) ->
 
 
 def table(found: list[Part], rate: float, bandwidth: float, slides: int) -> str:
-    """The parts as Markdown, largest floor first."""
+    """The parts as a Markdown table, largest lower bound first."""
     total = sum(part.floor(rate, bandwidth) for part in found)
     rows = ["| part | GFLOP a slide | MB a slide | bound by | floor, ms a slide | share |", "|---|---|---|---|---|---|"]
     for part in sorted(found, key=lambda part: -part.floor(rate, bandwidth)):
@@ -105,7 +106,7 @@ def table(found: list[Part], rate: float, bandwidth: float, slides: int) -> str:
 
 
 class Measured(NamedTuple):
-    """A profiled train step: seconds of computing threads by part and by operation, seconds and peak bytes of it."""
+    """A profiled train step: thread seconds by part and by operation, wall seconds, and peak bytes."""
 
     parts: dict[str, float]
     operations: dict[str, float]
@@ -114,7 +115,7 @@ class Measured(NamedTuple):
 
 
 def measure(job: Job, sizes: dict, dtype: str) -> Measured:
-    """Profile one train step of `step.py` here, as training runs it."""
+    """Profile one train step of `step.py` on this machine, compiled as in training."""
     import jax
     from flax import nnx
 
@@ -144,7 +145,7 @@ def measure(job: Job, sizes: dict, dtype: str) -> Measured:
 
 
 def shares(events: list[dict], program: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a trace's events by part and by operation; `program` is the compiled HLO, which knows their scopes."""
+    """Seconds of a trace's events by part and by operation; `program` is the compiled HLO with their scopes."""
     scope_of = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
     found, operations = dict.fromkeys((*SCOPES, "other"), 0.0), Counter()
     for event in events:
@@ -160,7 +161,7 @@ def shares(events: list[dict], program: str) -> tuple[dict[str, float], dict[str
 
 
 def measured_table(found: dict[str, float], seconds: float, floors: list[Part], rate: float, bandwidth: float) -> str:
-    """Time of each part of a step against its lower bound, as Markdown; the step's seconds are split by thread time."""
+    """Markdown table of each part's time and lower bound; the step's seconds are split by thread time."""
     total, by_name = sum(found.values()), {part.name: part.floor(rate, bandwidth) for part in floors}
     rows = ["| part | measured, ms a step | share | floor, ms | of the floor |", "|---|---|---|---|---|"]
     for scope, thread_seconds in sorted(found.items(), key=lambda item: -item[1]):
@@ -176,7 +177,7 @@ def measured_table(found: dict[str, float], seconds: float, floors: list[Part], 
 
 
 def median_seconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """The median time of a call, after one that does not count."""
+    """Median time of a call, after an untimed one."""
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -212,13 +213,13 @@ def torch_product_rate(
 
 
 def large_product(device: str, small: bool = False) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of a square product that is large enough to run at a device's full rate, or `small`."""
+    """Shapes of a square product large enough to run at the full rate of a device; tiny with `small`."""
     n = 256 if small else 2048 if device == "cpu" else 8192
     return (n, n), (n, n)
 
 
 def print_products() -> int:
-    """Print the rates of products of the shapes of a step, in JAX and in PyTorch, on the CPU."""
+    """Print the rates of a step's matrix products in JAX and in PyTorch on the CPU."""
     print("| product | JAX, GFLOP/s | PyTorch, GFLOP/s |\n|---|---|---|")
     for name, shapes in PRODUCTS.items():
         rates = (f"{rate(*shapes) / 1e9:.0f}" for rate in (our_product_rate, torch_product_rate))
@@ -227,7 +228,7 @@ def print_products() -> int:
 
 
 def print_measured(options: argparse.Namespace, bandwidth: float) -> int:
-    """Measure a train step of `step.py` and print it against its lower bound."""
+    """Measure a train step of `step.py` and print it with its lower bounds."""
     import jax
 
     job, sizes = JOBS[options.job], SMALL if options.small else BASE
@@ -238,10 +239,10 @@ def print_measured(options: argparse.Namespace, bandwidth: float) -> int:
     width = 2 if options.dtype == "bfloat16" else 4
     floors = parts(PathFLIPConfig(**sizes), shapes, width, True)
     print(f"{jax.devices()[0].device_kind}; matrix products in JAX: {rate / 1e9:.0f} GFLOP/s in {options.dtype}")
-    print(f"{job.slides} slides of {job.regions} regions a step; peak memory {found.peak_bytes / 1e9:.2f} GB\n")
+    print(f"{job.slides} slides of {job.regions} regions per step; peak memory {found.peak_bytes / 1e9:.2f} GB\n")
     print(measured_table(found.parts, found.seconds, floors, rate, bandwidth))
     total = sum(found.operations.values())
-    print("\n| the longest operations | ms a step | share |\n|---|---|---|")
+    print("\n| longest operations | ms a step | share |\n|---|---|---|")
     for name, seconds in sorted(found.operations.items(), key=lambda item: -item[1])[:12]:
         print(f"| {name} | {1e3 * found.seconds * seconds / total:.0f} | {seconds / total:.0%} |")
     return 0
@@ -252,15 +253,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=int, help="slides a step; 2, or as the job")
-    parser.add_argument("--regions", type=int, help="regions a slide, of 256 patches; 24, or as the job")
-    parser.add_argument("--rate", type=float, help="operations per second, instead of the device's")
-    parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of the device's")
-    parser.add_argument("--inference", action="store_true", help="the forward pass alone")
-    parser.add_argument("--measure", action="store_true", help="run the train step of step.py here and compare")
-    parser.add_argument("--products", action="store_true", help="the rates of a step's matrix products on this CPU")
-    parser.add_argument("--job", choices=["train_base", "train_whole_slide"], default="train_base", help="to measure")
-    parser.add_argument("--small", action="store_true", help="measure a tiny model, to see that it works")
+    parser.add_argument("--batch", type=int, help="slides per step (2; with --measure, that of the job)")
+    parser.add_argument(
+        "--regions", type=int, help="regions per slide, of 256 patches each (24; with --measure, that of the job)"
+    )
+    parser.add_argument("--rate", type=float, help="operations per second, instead of the rate of --device")
+    parser.add_argument("--bandwidth", type=float, help="bytes per second, instead of the bandwidth of --device")
+    parser.add_argument("--inference", action="store_true", help="only the forward pass")
+    parser.add_argument(
+        "--measure", action="store_true", help="run the train step of step.py on this machine and compare"
+    )
+    parser.add_argument(
+        "--products", action="store_true", help="print the rates of a step's matrix products on this CPU"
+    )
+    parser.add_argument(
+        "--job", choices=["train_base", "train_whole_slide"], default="train_base", help="job to measure"
+    )
+    parser.add_argument("--small", action="store_true", help="measure a tiny model, to check that everything works")
     options = parser.parse_args()
     rates, bandwidth = DEVICES[options.device]
     rate, batch, regions = options.rate or rates[options.dtype], options.batch or 2, options.regions or 24

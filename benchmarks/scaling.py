@@ -1,17 +1,18 @@
 """Scaling of step time and memory with regions R, slides B and subcaptions K; every point in a separate process.
 
 The step is the one that `pathflip train` compiles for the base config (clip, AdamW, dropout), on random features and
-texts of typical lengths. One of R, B, K varies, the others stay at `--at-regions`, `--at-batch`, `--at-subcaptions`.
-Time is the median of the steps. Peak memory is the highest resident size while the steps run, after the first has
-compiled (VmHWM, set back through clear_refs), or the device's own peak on an accelerator. On a CPU the process keeps
-the memory that it frees (`machine.keep_freed`): the cost of clearing pages again grows faster than the step's work.
+texts of typical lengths. One of R, B, K varies while the others stay at `--at-regions`, `--at-batch`,
+`--at-subcaptions`. Time is the median over the steps. Peak memory is the highest resident size while the steps run,
+after compilation (VmHWM, reset through clear_refs), or on an accelerator the device's own peak. On a CPU the process
+keeps the memory that it frees (`machine.keep_freed`), because the cost of clearing pages again grows faster than the
+step's work.
 
-The exponent over the patches is the slope of a line through log(y - y0) over log(N - N0), by least squares: y0 and N0
-are those of a step with one region, so that what does not depend on patches (texts, optimizer, parameters) is left
+The exponent over the patches is the slope of a least-squares line through log(y - y0) over log(N - N0), where y0 and N0
+belong to a step with one region, so that costs that do not depend on patches (texts, optimizer, parameters) are left
 out on both axes. It is given over all R and over the larger half of them, where growth faster than linear would show.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png
-    python benchmarks/scaling.py --small            # a model of laptop size: minutes
+    python benchmarks/scaling.py --small            # a small model: takes minutes
 """
 
 import argparse
@@ -29,8 +30,8 @@ from machine import describe, keep_freed, reset_peak, resident_peak
 
 AXES = {"regions": "R", "batch": "B", "subcaptions": "K"}
 CAPTION, SUBCAPTION, ROW_STEP = 222, 58, 128  # mean tokens of real captions and subcaptions
-WANTED = 1.05
-DATA_SIZES = {"feature_dim": 512, "vocab_size": 30523}  # which training takes from its records and tokenizer
+WANTED = 1.05  # largest accepted exponent
+DATA_SIZES = {"feature_dim": 512, "vocab_size": 30523}  # training takes these from its records and tokenizer
 SMALL = {
     "feature_dim": 64, "embed_dim": 64, "hidden": 128, "layers": 2, "heads": 4, "intermediate": 512,
     "region_heads": 4, "text_region_heads": 4, "vocab_size": 1000,
@@ -38,7 +39,7 @@ SMALL = {
 
 
 class Point(NamedTuple):
-    """The sizes of a step."""
+    """Sizes of a step."""
 
     regions: int
     batch: int
@@ -46,7 +47,7 @@ class Point(NamedTuple):
 
 
 def make_points(options: argparse.Namespace) -> dict[str, list[Point]]:
-    """Points of each curve, smallest first; that of the regions starts with one region, which is not part of it."""
+    """Points of each curve, smallest first; the curve of regions is preceded by one region, the fixed part."""
     centre = Point(options.at_regions, options.at_batch, options.at_subcaptions)
     curves = {axis: [centre._replace(**{axis: n}) for n in sorted(getattr(options, axis))] for axis in AXES}
     curves["regions"].insert(0, centre._replace(regions=1))
@@ -54,7 +55,7 @@ def make_points(options: argparse.Namespace) -> dict[str, list[Point]]:
 
 
 def make_batch(point: Point, slots: int, width: int, vocabulary: int):
-    """Random features and tokens of the shapes that the pipeline makes; a text group for all slides."""
+    """Random features and tokens in the shapes of the input pipeline, with one text group for all slides."""
     from pathflip_jax.data.batches.packing import TextRows, pack, row_lengths
     from pathflip_jax.data.batches.pipeline import Batch
 
@@ -69,7 +70,7 @@ def make_batch(point: Point, slots: int, width: int, vocabulary: int):
 
 
 def run_point(point: Point, options: argparse.Namespace) -> dict:
-    """Seconds and bytes of one point, in this process."""
+    """Seconds and bytes of one point, measured in this process."""
     import jax
     from flax import nnx
 
@@ -124,7 +125,7 @@ def run_point(point: Point, options: argparse.Namespace) -> dict:
 
 
 def run_apart(point: Point, arguments: list[str]) -> dict:
-    """Run `run_point` in a separate process that ends before this returns. Raises RuntimeError with its last output."""
+    """Run `run_point` in a separate process and wait for it. Raises RuntimeError with its last output if it fails."""
     command = [sys.executable, __file__, *arguments, "--point", *map(str, point)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -134,14 +135,16 @@ def run_apart(point: Point, arguments: list[str]) -> dict:
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """Slope of log y over log x by least squares. Raises ValueError where logarithm or line is undefined."""
+    """Slope of log y over log x by least squares. Raises ValueError if the logarithm or the line is undefined."""
     if len(x) < 2 or min(*x, *y) <= 0:
-        raise ValueError(f"no exponent of {y} over {x}: two points or more are needed, all above that of one region")
+        raise ValueError(
+            f"no exponent of {y} over {x}: expected two points or more, all above the point with one region"
+        )
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def fit(curve: list[dict]) -> dict[str, dict]:
-    """Exponents of time and peak memory over patches, beyond the first point, which has one region."""
+    """Exponents of time and peak memory over patches, relative to the first point, which has one region."""
     first, *rest = curve
     found = {}
     for name in ("seconds", "peak_bytes", "temporary_bytes"):
@@ -167,7 +170,7 @@ def plot(curves: dict[str, list[dict]], fits: dict[str, dict], path: Path, title
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for row, (key, unit, label) in enumerate((("seconds", 1, "s a step"), ("peak_bytes", 1e9, "peak memory, GB"))):
+    for row, (key, unit, label) in enumerate((("seconds", 1, "s per step"), ("peak_bytes", 1e9, "peak memory, GB"))):
         for column, (axis, letter) in enumerate(AXES.items()):
             panel, points = panels[row, column], curves[axis]
             x, y = [point[axis] for point in points], [point[key] / unit for point in points]
@@ -200,31 +203,40 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--at-regions", type=int, default=24, help="regions while the others vary")
     parser.add_argument("--at-batch", type=int, default=1, help="slides while the others vary")
     parser.add_argument("--at-subcaptions", type=int, default=8, help="subcaptions while the others vary")
-    parser.add_argument("--slots", type=int, default=256, help="patches of a region")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a point")
-    parser.add_argument("--small", action="store_true", help="a model of laptop size in place of the base config")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU, bfloat16 elsewhere")
+    parser.add_argument("--slots", type=int, default=256, help="patches per region (256)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per point (5)")
+    parser.add_argument("--small", action="store_true", help="a small model instead of the base config")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="compute dtype; by default float32 on a CPU, bfloat16 elsewhere",
+    )
     parser.add_argument("--plot", type=Path, help="PNG to write")
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--point", type=int, nargs=3, metavar=("R", "B", "K"), help="measure one point, print JSON")
+    parser.add_argument(
+        "--point", type=int, nargs=3, metavar=("R", "B", "K"), help="only measure one point and print JSON"
+    )
     return parser
 
 
 def main() -> int:
-    """Measure every point, print the tables, write plot and JSON; 1 where a point could not be run."""
+    """Measure every point, print the tables, write plot and JSON; the exit code is 1 if a point could not be run."""
     options = make_parser().parse_args()
     if options.point:
         keep_freed()
         print(json.dumps(run_point(Point(*options.point), options)))
         return 0
     if min(options.regions) < 2:
-        print(f"--regions {min(options.regions)}: one region is the fixed part; give 2 or more", file=sys.stderr)
+        print(
+            f"--regions {min(options.regions)}: expected 2 or more; one region is always measured as the fixed part",
+            file=sys.stderr,
+        )
         return 2
     arguments = [f"--slots={options.slots}", f"--steps={options.steps}"]
     arguments += ["--small"] * options.small + [f"--dtype={options.dtype}"] * bool(options.dtype)
     described, done, curves = describe("jax", "jaxlib", "flax", "optax", "numpy"), {}, {}
     for axis, points in make_points(options).items():
-        print(f"\n{AXES[axis]:>5}{'patches':>9}{'s a step':>10}{'peak GB':>9}", flush=True)
+        print(f"\n{AXES[axis]:>5}{'patches':>9}{'s/step':>10}{'peak GB':>9}", flush=True)
         for point in points:
             try:
                 done[point] = done.get(point) or run_apart(point, arguments)
@@ -241,7 +253,7 @@ def main() -> int:
         over = ", ".join(map(str, found["over_regions"]))
         larger = ", ".join(map(str, found["over_regions_larger"]))
         print(f"{name}: exponent {found['exponent']:.3f} over R {over}; {found['exponent_larger']:.3f} over R {larger}")
-    print(f"beyond the step with one region; wanted: at most {WANTED}")
+    print(f"relative to the step with one region; target: at most {WANTED}")
     device = f"{curves['regions'][0]['device']}, {curves['regions'][0]['dtype']}"
     if options.plot:
         plot(curves, fits, options.plot, f"PathFLIP train step{' (small model)' * options.small} on {device}")

@@ -1,8 +1,8 @@
 """One side of a comparison in a separate process: builds its model, runs one job, prints time and memory as JSON.
 
-`step.py` starts it; by hand: `python benchmarks/sides.py --side ours --job train_base --steps 3`. A side is `ours`
-(JAX), `released` (`released_style.py`) or `competent` (`competent_torch.py`). All see the same slides and texts, and,
-with `--weights FOLDER`, the same weights.
+`step.py` starts it; to run it by hand: `python benchmarks/sides.py --side ours --job train_base --steps 3`. A side is
+`ours` (JAX), `released` (`released_style.py`) or `competent` (`competent_torch.py`). All sides get the same slides and
+texts and, with `--weights FOLDER`, the same weights.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BASE = {
 }  # fmt: skip
 SMALL = BASE | {"embed_dim": 32, "hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "vocab_size": 500}
 K, S = 8, 256
-ROW_STEP = 96  # of the rows that our side packs texts into
+ROW_STEP = 96  # step of the lengths of rows that our side packs texts into
 CAPTION_LENGTH, SUBCAPTION_LENGTH = 384, 192
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.05, 1.0
 
@@ -45,12 +45,12 @@ JOBS = {
 
 
 class Inputs(NamedTuple):
-    """Slides and texts before any side has prepared them: patches [B, R, S, F] float16, texts as lists of ids."""
+    """Slides and texts, the same for all sides: patches [B, R, S, F] float16, texts as lists of token ids."""
 
     patches: np.ndarray
     captions: list[np.ndarray]
     subcaptions: list[list[np.ndarray]]
-    negatives: np.ndarray  # [B, B]: which subcaption of slide j slide i is shown; -1 on the diagonal
+    negatives: np.ndarray  # [B, B]: index of slide j's subcaption that is a negative of slide i; -1 on the diagonal
 
     @property
     def texts(self) -> list[np.ndarray]:
@@ -83,7 +83,7 @@ def pad(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def our_batch(job: Job, inputs: Inputs) -> "Batch":
-    """The inputs as the pipeline would hand them to a step."""
+    """The inputs in the form in which the pipeline passes them to a step."""
     import jax
     import jax.numpy as jnp
 
@@ -96,9 +96,9 @@ def our_batch(job: Job, inputs: Inputs) -> "Batch":
 
 
 def our_training(config, stage=None) -> tuple[Callable, Any]:
-    """The library's own step of a model, compiled as `pathflip train` does, and its optimizer.
+    """The library's own train step, compiled as in `pathflip train`, and its optimizer.
 
-    step(params, {}, opt_state, batch, number) -> (params, opt_state, metrics); `stage`: None for that of a PathFLIP.
+    step(params, {}, opt_state, batch, number) -> (params, opt_state, metrics); `stage` None is that of a PathFLIP.
     """
     import jax
 
@@ -187,14 +187,14 @@ def ours(job: Job, sizes: dict, inputs: Inputs, dtype: str, weights: Path | None
 
 
 class Batch(NamedTuple):
-    """Fields of `pathflip_jax.data.batches.pipeline.Batch` that a step reads, without the pipeline's dependencies."""
+    """The fields of `pathflip_jax.data.batches.pipeline.Batch` that a step reads, without its dependencies."""
 
     patches: np.ndarray
     patch_mask: np.ndarray
     text_rows: tuple
     text_index: np.ndarray
     related: np.ndarray
-    wording: None = None  # texts are random: none reads like another
+    wording: None = None  # random texts: no two are equal
 
 
 def in_torch(
@@ -284,7 +284,7 @@ def in_torch(
 
 
 class Peak:
-    """The largest memory since it was made: the device's, or on a CPU the process's resident set."""
+    """Peak memory since its creation: of the device, or on a CPU the resident size of the process."""
 
     def __init__(self, side: str, device: str) -> None:
         self.side, self.device = side, device
@@ -296,7 +296,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
 
     def bytes(self) -> int:
-        """JAX counts from the start of the process, compilation aside: a device holds no more then."""
+        """Peak in bytes. JAX counts from the start of the process, but a device holds no more before the steps."""
         if self.device == "cpu":
             return resident_peak()
         if self.side == "ours":
@@ -309,7 +309,7 @@ class Peak:
 
 
 class Family(NamedTuple):
-    """Measurements of one model family: its sides, jobs and sizes, and the builders of both kinds of side."""
+    """Comparison of one model family: its sides, jobs and sizes, and the builders of both kinds of side."""
 
     sides: tuple[str, ...]
     jobs: dict[str, Job]
@@ -320,7 +320,7 @@ class Family(NamedTuple):
 
 
 def set_precision(side: str, exact: bool) -> None:
-    """Set a GPU's float32 products: TF32 with ten mantissa bits, or `exact`, for comparing sides, at full precision."""
+    """Set the precision of float32 products on a GPU: TF32, or with `exact`, to compare sides, full float32."""
     if side == "ours":
         import jax
 
@@ -332,19 +332,21 @@ def set_precision(side: str, exact: bool) -> None:
 
 
 def main(family: Family, about: str) -> int:
-    """Run one job of one side; the last line printed is JSON."""
+    """Run one job of one side; the last line of output is JSON."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=family.sides, required=True)
     parser.add_argument("--job", choices=list(family.jobs), required=True)
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before")
-    parser.add_argument("--batch", type=int, help="slides, instead of the job's")
-    parser.add_argument("--regions", type=int, help="regions, instead of the job's")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them")
+    parser.add_argument("--batch", type=int, help="slides per step, instead of the job's")
+    parser.add_argument("--regions", type=int, help="regions per slide, instead of the job's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
-    parser.add_argument("--weights", type=Path, help="folder with model.safetensors of the released names")
-    parser.add_argument("--outputs", type=Path, help="no training: save the losses and embeddings of the job here")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to check that everything works")
+    parser.add_argument("--weights", type=Path, help="folder with a model.safetensors under the released names")
+    parser.add_argument(
+        "--outputs", type=Path, help="file to save the losses and embeddings of the job to, without training"
+    )
     options = parser.parse_args()
     if options.device == "cpu":
         keep_freed()
@@ -366,7 +368,7 @@ def main(family: Family, about: str) -> int:
         np.savez(options.outputs, **{f"arr{i}": x for i, x in enumerate(found)})
     peak, times = Peak(options.side, options.device), []
     if options.steps:
-        run(options.warmup)  # what the peak's reset gave back to the system is taken again
+        run(options.warmup)  # allocates again the memory that resetting the peak returned to the system
     for number in range(options.steps):
         start = time.perf_counter()
         found = run(options.warmup + 1 + number)

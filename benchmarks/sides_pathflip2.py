@@ -1,8 +1,8 @@
-"""One side of a comparison of PathFLIP2, as `sides.py` is of PathFLIP: ours in JAX, or `eager` in PyTorch.
+"""One side of a comparison of PathFLIP2, like `sides.py` for PathFLIP: ours in JAX, or `eager` in PyTorch.
 
-`step.py --family pathflip2` starts it; by hand: `python benchmarks/sides_pathflip2.py --side ours --job train_base`.
-The eager side is the module that an export carries (`convert/torch_pathflip2.py`: fused attention, texts padded to the
-longest of their batch), run line by line.
+`step.py --family pathflip2` starts it; to run it by hand: `python benchmarks/sides_pathflip2.py --side ours --job
+train_base`. The eager side is the module that exports contain (`convert/torch_pathflip2.py`: fused attention, texts
+padded to the longest of their batch), without compilation.
 """
 
 import sys
@@ -21,7 +21,7 @@ SMALL = BASE | {
     "embed_dim": 32, "hidden": 64, "layers": 2, "heads": 4, "intermediate": 128, "vocab_size": 500, "tokens": 8,
     "token_heads": 4,
 }  # fmt: skip
-# 256 patches to a region: 4,096 patches of a slide, as the published code samples; and a slide of 65,536.
+# 256 patches per region: slides of 4,096 patches, as the published code samples them, and of 65,536.
 JOBS = {
     "train_base": Job("train", 2, 16),
     "train_whole_slide": Job("train", 1, 256),

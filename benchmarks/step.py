@@ -1,21 +1,21 @@
 """Training step and inference, compared with PyTorch in the released style and competent PyTorch, in one run.
 
 Every measurement is a separate process (`sides.py`) that exits before the next starts; the sides take turns, and a
-figure is the median over rounds of the ratio within a round. Before anything is timed, the sides compute the same
-slides and texts from the same weights and must agree to 1e-4. A side that cannot run ends the benchmark: no ratio
-comes from one side alone. A ratio above 1 means that ours is better. Where the released side takes longer than the
-released code did, scaled by the rate of this machine's matrix products, by more than 15%, it counts at that time.
+figure is the median over rounds of the ratio within a round. Before anything is timed, the sides encode the same slides
+and texts with the same weights and must agree to 1e-4. If a side cannot run, the benchmark stops, so that no ratio
+comes from one side alone. A ratio above 1 means that ours is better. If the released side takes more than 15% longer
+than the released code took, scaled by the rate of this machine's matrix products, its time is capped at that limit.
 
     python benchmarks/step.py --rounds 3 --json benchmarks/results/step.json
     python benchmarks/step.py --family pathflip2 --rounds 3 --json benchmarks/results/step_pathflip2.json
     python benchmarks/step.py --jobs encode_slide_base --rounds 1
     python benchmarks/step.py --device cuda --dtype bfloat16 --batch 16
 
-On a CPU every side keeps the memory that it frees (`machine.keep_freed`): otherwise the yardstick's steps are a quarter
-slower, for the system clears the pages of each tensor.
+On a CPU, every side keeps the memory that it frees (`machine.keep_freed`): otherwise the steps of the released side are
+a quarter slower, because the system clears the pages of each tensor.
 
-Memory is the resident peak after warm-up (on a GPU the device's), less 16 bytes per parameter: weights, gradients and
-both moments, which every side must hold.
+Memory is the peak resident size after warm-up (on a GPU the device's peak) minus 16 bytes per parameter for weights,
+gradients and both moments, which every side must hold.
 """
 
 import argparse
@@ -47,9 +47,9 @@ RELEASED_RATE, SLACK = 250e9, 1.15
 
 
 class Compared(NamedTuple):
-    """Comparison of one model family: the script that runs a side, and sides, jobs and sizes.
+    """Comparison of one model family: the script that runs a side, and its sides, jobs and sizes.
 
-    The second side is the yardstick, whose ratios carry no name of a side.
+    The second side is the yardstick; the names of its ratios have no side in them.
     """
 
     script: str
@@ -100,7 +100,7 @@ def run_side(side: str, job: str, options: argparse.Namespace, *more: str) -> di
 
 
 def check_agreement(options: argparse.Namespace) -> float:
-    """The largest difference between sides in slides, regions, texts and losses of one small batch in float32."""
+    """Largest difference between sides in slides, regions, texts and losses of one small batch in float32."""
     family, sides = FAMILIES[options.family], options.sides
     plain = argparse.Namespace(**vars(options) | {"dtype": "float32", "batch": 2, "regions": 3})
     with tempfile.TemporaryDirectory() as folder:
@@ -129,12 +129,14 @@ def check_agreement(options: argparse.Namespace) -> float:
             error = float(np.abs(mine.reshape(theirs.shape) - theirs).max() / max(1.0, np.abs(theirs).max()))
             worst = max(worst, error)
             if not error <= AGREE:
-                raise SideError(f"ours and {side} differ by {error:.1e}, at most {AGREE:.0e} is allowed: no comparison")
+                raise SideError(
+                    f"ours and {side} differ by {error:.1e}, at most {AGREE:.0e} is allowed, so they are not compared"
+                )
     return worst
 
 
 def _write_weights(folder: Path, config: ModelConfig) -> None:
-    """Random weights under the released names, moved off their initial values so that nothing is zero."""
+    """Write random weights under the released names; none of them is zero or at its initial value."""
     from pathflip_jax.convert.families import conversion_of
     from pathflip_jax.convert.pytorch import torch_shapes
     from pathflip_jax.export.pytorch import write_checkpoint
@@ -151,7 +153,7 @@ def _write_weights(folder: Path, config: ModelConfig) -> None:
 
 
 def matrix_rate(device: str, dtype: str, small: bool) -> float:
-    """Operations per second of a large matrix product in PyTorch: the rate that the yardstick can count on."""
+    """Operations per second of a large matrix product in PyTorch, the rate available to the yardstick."""
     return torch_product_rate(*large_product(device, small), dtype, device)
 
 
@@ -194,7 +196,7 @@ def allowed_seconds(job: str, rate: float) -> float:
 
 
 def hold_to_yardstick(found: dict, rate: float) -> dict[str, float]:
-    """Cap a released side that is too slow at the accepted time, which shrinks its ratios; the factors by job."""
+    """Cap the time of a released side that is too slow, which lowers its ratios; returns the factors by job."""
     factors = {}
     for job in RELEASED_SECONDS:
         if job in found["times"] and "released" in found["times"][job]:
@@ -206,27 +208,29 @@ def hold_to_yardstick(found: dict, rate: float) -> dict[str, float]:
 
 
 def main() -> int:
-    """Check, measure, print the table, write the JSON; 1 where a side failed."""
+    """Check, measure, print the table, write the JSON; the exit code is 1 if a side failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=list(FAMILIES), default="pathflip", help="of models (default pathflip)")
-    parser.add_argument("--jobs", nargs="+", metavar="JOB", help="those of the family; default all")
-    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="ours and at least one other; default all")
+    parser.add_argument("--family", choices=list(FAMILIES), default="pathflip", help="model family (default pathflip)")
+    parser.add_argument("--jobs", nargs="+", metavar="JOB", help="jobs of the family (default: all)")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="ours and at least one other (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, help="slides a step, instead of each job's")
-    parser.add_argument("--regions", type=int, help="regions a slide, instead of each job's")
+    parser.add_argument("--batch", type=int, help="slides per step, instead of each job's")
+    parser.add_argument("--regions", type=int, help="regions per slide, instead of each job's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to check that everything works")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     family = FAMILIES[options.family]
     for name, known in (("jobs", family.jobs), ("sides", family.sides)):
         chosen = getattr(options, name) or list(known)
         if unknown := sorted(set(chosen) - set(known)):
-            parser.error(f"--{name} {' '.join(unknown)}: of {options.family} there are {', '.join(known)}")
+            parser.error(
+                f"--{name} {' '.join(unknown)}: unknown for {options.family}; expected some of {', '.join(known)}"
+            )
         setattr(options, name, [one for one in known if one in chosen])
     if "ours" not in options.sides or len(options.sides) < 2:
-        parser.error("--sides needs ours and at least one other")
+        parser.error("--sides: expected ours and at least one other")
     try:
         error = check_agreement(options)
         print(f"{', '.join(options.sides)} agree: largest difference {error:.1e}")
@@ -245,8 +249,8 @@ def main() -> int:
         print(f"{name:{width}}  {ratio:6.2f}")
     for job in held:
         took, allowed = statistics.median(found["times"][job]["released"]), allowed_seconds(job, rate)
-        most = f"the most that it may take at {rate / 1e9:.0f} GFLOP/s"
-        print(f"{job}: the yardstick took {took:.2f} s a step and counts as {allowed:.2f} s, {most}")
+        limit = f"the limit at {rate / 1e9:.0f} GFLOP/s"
+        print(f"{job}: the released side took {took:.2f} s per step and is capped at {allowed:.2f} s, {limit}")
     if options.json:
         described = describe("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
         described |= {"device": options.device, "matrix_gflops": round(rate / 1e9, 1)}

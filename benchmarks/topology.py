@@ -1,4 +1,4 @@
-"""Lowering of the training step for absent TPUs: a topology's devices, their memory, a batch's shapes."""
+"""Lowering of the training step for TPUs that are not attached: devices of a topology, their memory, batch shapes."""
 
 import json
 import math
@@ -23,16 +23,16 @@ def open_topology(name: str) -> list:
         import libtpu  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "libtpu is not installed, which compiles for TPUs: pip install pathflip-jax[aot]"
+            "libtpu, the compiler for TPUs, is not installed: pip install pathflip-jax[aot]"
         ) from None
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # of the runtime: its type differs between versions
+    except Exception as error:  # its type differs between versions of the runtime
         raise ValueError(f"--topology {name}: {error}; expected a name such as v5e:2x4 or v6e:16x16") from None
 
 
 def hbm_limit(device) -> float:
-    """Memory of a chip that the compiler may use, in bytes, as reported when more is requested."""
+    """Memory of a chip that the compiler may use, in bytes: the error for a program that needs too much states it."""
     import jax
     from jax.sharding import SingleDeviceSharding
 
@@ -43,33 +43,33 @@ def hbm_limit(device) -> float:
         if found := re.search(r"available HBM \(([\d.]+)G\)", str(error)):
             return float(found[1]) * 2**30
         raise
-    raise RuntimeError(f"{device.device_kind}: 256 GiB were not refused, so the limit of its memory is not known")
+    raise RuntimeError(f"{device.device_kind}: a program of 256 GiB was not refused, so the memory limit is unknown")
 
 
 def make_mesh(devices: list, fsdp: int, region: int):
-    """The mesh of `pathflip train` over a topology's devices; ValueError where the axes do not divide them."""
+    """The mesh of `pathflip train` over a topology's devices. Raises ValueError if the axes do not divide them."""
     import jax
     from jax.sharding import AxisType
 
     from pathflip_jax.runtime.sharding import AXES
 
     if len(devices) % (fsdp * region):
-        raise ValueError(f"--fsdp {fsdp} --region {region}: {len(devices)} devices cannot be shared out so")
+        raise ValueError(f"--fsdp {fsdp} --region {region}: their product does not divide the {len(devices)} devices")
     shape, types = (len(devices) // (fsdp * region), fsdp, region), (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def with_layers(config, layers: int) -> ModelConfig:
-    """Model of the config with that many layers."""
+    """Model config with that many layers."""
     from pathflip_jax.training.alignment import model_config
 
     return ModelConfig.from_dict(model_config(config, *DATA_SIZES).to_dict() | {"layers": layers})
 
 
 def make_batch(config, slides: int, mesh):
-    """Shapes of a batch with that many slides per share of the mesh, with shardings.
+    """Shapes and shardings of a batch with `slides` slides per data-parallel share of the mesh.
 
-    It has as many rows for texts as groups of real lengths take (`set_text_rows`).
+    It has as many text rows as groups of texts of real lengths need (`set_text_rows`).
     """
     import jax
 
@@ -101,7 +101,7 @@ def make_batch(config, slides: int, mesh):
 
 
 def placed(shapes, places):
-    """Tree of shapes, each with its sharding."""
+    """A tree of shapes with the shardings of `places`."""
     import jax
 
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)

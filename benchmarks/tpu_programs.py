@@ -1,14 +1,14 @@
-"""TPU programs compiled without a TPU: work on and off the matrix unit, by part of the model.
+"""TPU programs compiled without a TPU: work inside and outside the matrix unit, by part of the model.
 
-libtpu compiles without the hardware (`pip install pathflip-jax[aot]`). Compiled are the train steps of both
-families over the eight chips of a topology, a decoder's prefill and the loop that writes its tokens on one chip, and
-single operations with a gradient written by hand. Each is compiled as shipped and with the forms that XLA needs on a
-CPU (`pathflip_jax.ops.platform`); `--form` names others. Of each part of the model the JSON has the compiler's own
-estimate of cycles, bytes, FLOPs of products and tile padding (hlo_parts.py), and the costliest work
-off the matrix unit. The compiler's estimates rank forms of one program; they are not a measurement.
+libtpu compiles without the hardware (`pip install pathflip-jax[aot]`). The programs are the train steps of both
+families over the eight chips of a topology, a decoder's prefill and its token loop on one chip, and single operations
+with a hand-written gradient. Each is compiled as shipped and with the forms that XLA needs on a CPU
+(`pathflip_jax.ops.platform`); `--form` selects other forms. For each part of the model, the JSON has the compiler's
+estimate of cycles, bytes, FLOPs of matrix products and tile padding (hlo_parts.py), and the costliest work outside the
+matrix unit. The compiler's estimates rank forms of one program; they are not measurements.
 
-A step has the widths, texts and slides of its config and `--layers` of its layers, since all layers are alike; so has
-the decoder, that of Qwen3 1.7B. Results of other programs stay in `--json`.
+A step has the widths, texts and slides of its config but only `--layers` layers, since all layers are alike; the same
+holds for the decoder, that of Qwen3 1.7B. Results of other programs stay in `--json`.
 
     python benchmarks/tpu_programs.py --topology v5e:2x4 --program attention layer_norm patch_pooling
     python benchmarks/tpu_programs.py --topology v6e:2x4 --program pathflip pathflip2 prefill decode --layers 2
@@ -40,12 +40,12 @@ QWEN3 = dict(
     model_type="qwen3", vocab_size=151936, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8,
     head_dim=128, intermediate_size=6144, tie_word_embeddings=True,
 )  # fmt: skip
-BATCH, PROMPT, NEW = 8, 128, 64  # of the decoder
-ROWS = (16, 384, 768)  # of a single operation: rows of texts of sixteen slides, as wide as a BERT
+BATCH, PROMPT, NEW = 8, 128, 64  # sequences, prompt tokens and new tokens of the decoder
+ROWS = (16, 384, 768)  # shape of a single operation: rows of texts of sixteen slides, with the width of a BERT
 
 
 def forms() -> dict[str, dict[Any, Callable]]:
-    """Forms of the operations, each as functions and their replacements; none as shipped."""
+    """Forms of the operations by name, each as functions and their replacements; the shipped form replaces none."""
     from accelerator_parts.workarounds import REDRAWN, cpu_forms, plain_forms
 
     from pathflip_jax.ops import attention, norm, patch_pooling
@@ -59,7 +59,7 @@ def forms() -> dict[str, dict[Any, Callable]]:
     }
     return {
         SHIPPED: {},
-        CPU: {},  # by the switch itself
+        CPU: {},  # selected through the platform switch itself
         **cpu_forms(),
         REDRAWN: plain_forms()[REDRAWN],
         "nothing deferred": {defer_until: undeferred},
@@ -69,7 +69,7 @@ def forms() -> dict[str, dict[Any, Callable]]:
 
 @contextlib.contextmanager
 def traced_in(form: str):
-    """Trace in a form, after clearing earlier traces."""
+    """Context in which programs are traced in a form, after clearing earlier traces."""
     import jax
     from accelerator_parts.workarounds import replace
 
@@ -126,7 +126,7 @@ def lower_generation(program: str, devices: list, options: argparse.Namespace):
 
 
 def one_chip(devices: list):
-    """A mesh of the first chip, and what gives an array's shape a place on it."""
+    """A mesh of the first chip, and a function that returns an array's shape with its sharding on it."""
     import jax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -155,7 +155,7 @@ def lower_operation(program: str, devices: list, options: argparse.Namespace):
     def layer_norm(x, scale, bias):
         return norm.layer_norm(x, scale, bias, 1e-12)
 
-    # Functions of shapes, so that nothing of their size is made.
+    # Functions that make the arguments, evaluated for their shapes only, so that no large array is allocated.
     function, made, learnt = {
         "attention": (attend, lambda: (*[normal(ROWS)] * 3, jnp.empty((G, 1, T, T), bool)), (0, 1, 2)),
         "layer_norm": (layer_norm, lambda: (normal((4 * G, T, H)), whole(H), whole(H)), (0, 1, 2)),
@@ -211,7 +211,7 @@ def read(compiled, seconds: float) -> dict[str, Any]:
 
 
 def compile_program(program: str, form: str, devices: list, options: argparse.Namespace) -> dict[str, Any]:
-    """A program in a form, compiled and read; its HLO goes to the folder `--hlo`."""
+    """Figures of a program compiled in a form; its HLO is written to the folder `--hlo`."""
     from pathflip_jax.runtime.compilation import compiler_options
 
     with traced_in(form):
@@ -227,7 +227,7 @@ def compile_program(program: str, form: str, devices: list, options: argparse.Na
 
 
 def save(path: Path, name: str, form: str, found: dict[str, Any], options: argparse.Namespace) -> None:
-    """Add a result to those of other programs and forms."""
+    """Add a result to the file; results of other programs and forms stay in it."""
     content = json.loads(path.read_text()) if path.exists() else {"results": {}}
     told = {"layers": options.layers, "slides": options.slides, "settings": options.more}
     entry = {"machine": describe("jax", "jaxlib", "libtpu"), **told, **found}
@@ -237,9 +237,9 @@ def save(path: Path, name: str, form: str, found: dict[str, Any], options: argpa
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """Results as a Markdown table, each form next to the shipped one.
+    """Results as a Markdown table, with the ratio of each form's cycles to the shipped form's.
 
-    Cycles marked with > lack operations for which the compiler gave no estimate.
+    Cycles marked with > leave out operations for which the compiler gave no estimate.
     """
     lines = [
         "| program | form | Mcycles | in products | GB accessed | peak GB | against shipped |",
@@ -258,7 +258,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 
 def part_table(found: dict[str, dict]) -> str:
-    """The parts of a program as shipped, and the cycles of each in the forms of a CPU, as a table in Markdown."""
+    """Markdown table of the parts of a program as shipped, with the cycles of each in the CPU forms."""
     lines = [
         "| part | Mcycles | in products | most of the rest | GFLOP | GB | filling | forms of a CPU, Mcycles |",
         "|---|---|---|---|---|---|---|---|",
@@ -280,20 +280,26 @@ def part_table(found: dict[str, dict]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """Command-line parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5e:2x4", help="v5e:2x4 (default), v6e:2x4 or another")
-    parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="programs (all)")
-    parser.add_argument("--form", nargs="+", default=[SHIPPED, CPU], help=f"forms (default {SHIPPED!r} and {CPU!r})")
+    parser.add_argument("--topology", default="v5e:2x4", help="e.g. v5e:2x4 (default) or v6e:2x4")
+    parser.add_argument(
+        "--program", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="programs to compile (all)"
+    )
+    parser.add_argument(
+        "--form", nargs="+", default=[SHIPPED, CPU], help=f"forms to compile (default {SHIPPED!r} and {CPU!r})"
+    )
     parser.add_argument("--layers", type=int, default=2, help="layers of a model (2)")
     parser.add_argument("--slides", type=int, default=16, help="slides per chip (16)")
     parser.add_argument("--hlo", type=Path, help="folder to keep the compiled programs in")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write; other results stay in it")
-    parser.add_argument("--table", action="store_true", help="print the results of --json as tables and end")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS, help="file to write; it keeps the results of other programs and forms"
+    )
+    parser.add_argument("--table", action="store_true", help="only print the results of --json as tables")
     parser.add_argument("more", nargs="*", metavar="-- SETTING", help="settings as for pathflip train")
     return parser
 
 
 def main() -> int:
-    """Compile, read and save; the exit code is 1 for unusable input."""
+    """Compile, analyse and save; the exit code is 1 for unusable input."""
     options = make_parser().parse_args()
     if options.table:
         results = json.loads(options.json.read_text())["results"]
@@ -317,7 +323,7 @@ def main() -> int:
             name = f"{options.topology} {program}"
             save(options.json, name, form, found, options)
             print(f"{name}, {form}: {found['cycles'] / 1e6:.2f} Mcycles, {found['product_cycles'] / 1e6:.2f} of them "
-                  f"in products, {found['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
+                  f"in matrix products, {found['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
     return 0
 
 

@@ -1,11 +1,10 @@
-"""Communication of a compiled program between devices, read from its scheduled HLO, and the part it waits for.
+"""Communication between devices of a compiled program, read from its scheduled HLO, and the share not overlapped.
 
 A collective is a plain instruction, a pair of `-start` and `-done`, or, on TPUs, a chain of fusions that all name its
-channel: the first sends, each in between computes while the data are on their way, the last receives; those in between
-may lie in a loop that runs meanwhile. Bytes on the wire
-of a device, of n that take part, are those of ring algorithms (`Collective.wire_bytes`). A collective overlaps where
-compute is scheduled between its two ends; how much of it that compute hides, by the compiler's estimate of its cycles,
-is read too, and no compute hides two.
+channel: the first sends, those in between compute while the data are in transit, and the last receives; those in
+between may lie in a loop that runs in the meantime. The bytes that each of n participating devices sends are those of
+ring algorithms (`Collective.wire_bytes`). A collective overlaps if compute is scheduled between its two ends. The
+cycles of that compute, by the compiler's estimate, are read as well; the same compute never hides two collectives.
 """
 
 import math
@@ -20,11 +19,11 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16":
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
-NO_ESTIMATE = str(2**63 - 1)  # written by the TPU's compiler as the cycles of an operation that its model cannot cost
+NO_ESTIMATE = str(2**63 - 1)  # cycles that the TPU compiler writes for an operation without an estimate
 
 
 class Instruction(NamedTuple):
-    """One line of HLO: its name, the text of its type, the operation, and what follows the opening bracket."""
+    """One line of HLO: its name, the text of its type, the operation, and the text after the opening bracket."""
 
     name: str
     type: str
@@ -39,21 +38,22 @@ class Instruction(NamedTuple):
         return re.findall(r"%([\w.\-]+)", self.rest[:end])
 
     def named(self, attribute: str) -> str | None:
-        """The computation that an attribute such as `calls` names."""
+        """Name of the computation in an attribute such as `calls`, None without that attribute."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
         return found and found[1]
 
     @property
     def cycles(self) -> float:
-        """Compiler's estimate of its cycles; 0 where it gives none, or writes `NO_ESTIMATE`."""
+        """The compiler's estimate of its cycles; 0 if there is none or it is `NO_ESTIMATE`."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
         return float(found[1]) if found and found[1] != NO_ESTIMATE else 0.0
 
 
 class Collective(NamedTuple):
-    """A collective operation: bytes of its operands on each device, devices that take part, runs in a step.
+    """A collective operation: bytes of its operands on each device, participating devices, runs per step.
 
-    It `overlaps` where compute lies between its start and its end: `hidden_cycles` in all runs that hide no other.
+    It `overlaps` if compute lies between its start and its end; `hidden_cycles` is that compute over all runs, without
+    compute that already hides another collective.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that each device sends in a step.
+        """Bytes that each device sends per step.
 
         In a ring of n: an all-gather passes on n-1 shares, a reduce-scatter and an all-to-all n-1 of the n parts of
         the operand, an all-reduce is a reduce-scatter and an all-gather; a permutation sends the operand.
@@ -81,7 +81,7 @@ class Collective(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """The collectives of a program and the cycles of compute that the compiler estimates for all of it."""
+    """The collectives of a program, and the compiler's estimate of the cycles of all its compute."""
 
     collectives: list[Collective]
     cycles: float
@@ -93,11 +93,11 @@ class Traffic(NamedTuple):
 
     @property
     def synchronous_bytes(self) -> float:
-        """Those of collectives that no compute overlaps."""
+        """Bytes sent by collectives that no compute overlaps."""
         return sum(x.wire_bytes for x in self.collectives if not x.overlaps)
 
     def waited_bytes(self, compute_seconds: float, rate: float) -> float:
-        """Those that compute does not hide, where all compute takes so long and links carry `rate` bytes/s."""
+        """Bytes that compute does not hide, if all compute takes `compute_seconds` and links carry `rate` bytes/s."""
         per_cycle = compute_seconds / self.cycles * rate if self.cycles else 0.0
         return sum(max(x.wire_bytes - x.hidden_cycles * per_cycle, 0.0) for x in self.collectives)
 
@@ -105,7 +105,7 @@ class Traffic(NamedTuple):
 def read_traffic(program: str, devices: int) -> Traffic:
     """Traffic of a program's scheduled HLO text, compiled for that many devices.
 
-    Loops count as often as they run; ValueError names a loop with collectives whose runs the HLO does not give.
+    Loops count as often as they run. Raises ValueError for a loop with collectives whose number of runs is unknown.
     """
     computations, entry = read_computations(program)
     return _traffic(computations, entry, devices, 1, frozenset())
@@ -124,14 +124,16 @@ def read_computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
         elif current is not None and (instruction := _INSTRUCTION.match(line)):
             current.append(Instruction(*instruction.groups()))
     if not entry:
-        raise ValueError("the program's text has no ENTRY computation: expected scheduled HLO, as_text() of a compiled")
+        raise ValueError(
+            "the program's text has no ENTRY computation: expected scheduled HLO, the as_text() of a compiled program"
+        )
     return found, entry
 
 
 def _traffic(
     computations: dict[str, list[Instruction]], name: str, devices: int, runs: int, begun: frozenset[str]
 ) -> Traffic:
-    """Traffic of a computation that runs that many times, without collectives that were `begun` before it."""
+    """Traffic of a computation that runs `runs` times, without collectives that have `begun` before it."""
     schedule = computations[name]
     types = {x.name: x.type for x in schedule}
     sites: dict[str, list[int]] = {}  # start, continuation and end of each collective
@@ -178,12 +180,12 @@ def _loop(
     trips = loop_runs(computations, loop)
     body = _traffic(computations, loop.named("body"), devices, runs * (trips or 1), begun)
     if trips is None and body.collectives:
-        raise ValueError(f"{loop.name}: a loop with collectives, but the HLO does not say how often it runs")
+        raise ValueError(f"{loop.name}: a loop with collectives, but the HLO does not state how often it runs")
     return body
 
 
 def loop_runs(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
-    """Trip count of a loop, where the HLO states it, or compares a counter, which JAX starts at 0, with a constant."""
+    """Trip count of a loop, if the HLO states it or compares a counter (which JAX starts at 0) with a constant."""
     if told := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(told[1])
     condition = computations.get(loop.named("condition"), [])
@@ -196,7 +198,7 @@ def loop_runs(computations: dict[str, list[Instruction]], loop: Instruction) -> 
 def _inside(
     computations: dict[str, list[Instruction]], instruction: Instruction, types: dict[str, str]
 ) -> Iterator[tuple[str, str, Instruction, dict[str, str]]]:
-    """(key, kind, collective, types of its operands) of what an instruction is, or holds in what it calls."""
+    """(key, kind, instruction, types) of each collective that an instruction is or calls."""
     kind = instruction.operation.removesuffix("-start")
     if kind in KINDS:
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
@@ -206,7 +208,7 @@ def _inside(
         body = computations[called]
         for part in body:
             for key, kind, collective, its_types in _inside(computations, part, {x.name: x.type for x in body}):
-                # A TPU's name for an all-reduce of which every device keeps a part.
+                # On TPUs, the name of an all-reduce of which every device keeps only a part.
                 kept = kind == "all-reduce" and called.startswith("all-reduce-scatter")
                 yield key, "reduce-scatter" if kept else kind, collective, its_types
 

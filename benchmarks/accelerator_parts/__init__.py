@@ -1,15 +1,15 @@
-"""Parts of `accelerator.py`, the most important for a session on an accelerator first."""
+"""Parts of `accelerator.py`, in order of their importance for a session on an accelerator."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FAULT, CURE = "fault", "cure"  # key of a row: the fault, and its cure
+FAULT, CURE = "fault", "cure"  # keys of a row
 
 
 class Row(NamedTuple):
-    """Row of one of a part's tables; the key `FAULT` in it fails the part, which continues nevertheless."""
+    """Row of one of a part's tables; with the key `FAULT` it fails the part, which still continues."""
 
     table: str
     values: dict[str, Any]
@@ -57,21 +57,21 @@ PARTS = {
     "parity": _part("Parity with the released models", "parity:run"),
     "step-pathflip": _part("Train step of PathFLIP", "steps:run", family="pathflip"),
     "step-pathflip2": _part("Train step of PathFLIP2", "steps:run", family="pathflip2"),
-    "beside-pathflip": _part("PathFLIP beside PyTorch", "beside:run", family="pathflip", jobs=["train_base"]),
-    "beside-pathflip2": _part("PathFLIP2 beside PyTorch", "beside:run", family="pathflip2", jobs=["train_base"]),
+    "beside-pathflip": _part("PathFLIP compared with PyTorch", "beside:run", family="pathflip", jobs=["train_base"]),
+    "beside-pathflip2": _part("PathFLIP2 compared with PyTorch", "beside:run", family="pathflip2", jobs=["train_base"]),
     "beside-encode": _part(
-        "Encoding beside PyTorch", "beside:run", family="pathflip", jobs=["encode_slide_base", "encode_text"]
+        "Encoding compared with PyTorch", "beside:run", family="pathflip", jobs=["encode_slide_base", "encode_text"]
     ),
     "encode": _part("Encoding slides and texts", "encode:run"),
     "generation": _part("Generation", "generation:run"),
-    "beside-generation": _part("Generation beside transformers", "beside:run_generation"),
+    "beside-generation": _part("Generation compared with transformers", "beside:run_generation"),
     "time-to-train": _part("Time to train", "runs:time_to_train"),
     "deterministic": _part("Deterministic mode", "runs:deterministic"),
     "resume": _part("Save, kill and resume", "runs:resume"),
-    "memory": _part("The check that a step fits", "memory:run"),
+    "memory": _part("Memory check of a step", "memory:run"),
     "input": _part("Waiting for input", "runs:wait_for_input"),
     "embed": _part("Embedding an archive", "runs:embed"),
     "meshes": _part("Meshes of several devices", "meshes:run"),
-    "workarounds-pathflip": _part("PathFLIP without what helps XLA on CPUs", "workarounds:run", family="pathflip"),
-    "workarounds-pathflip2": _part("PathFLIP2 without what helps XLA on CPUs", "workarounds:run", family="pathflip2"),
+    "workarounds-pathflip": _part("CPU workarounds in PathFLIP's step", "workarounds:run", family="pathflip"),
+    "workarounds-pathflip2": _part("CPU workarounds in PathFLIP2's step", "workarounds:run", family="pathflip2"),
 }

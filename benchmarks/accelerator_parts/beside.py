@@ -15,27 +15,28 @@ DECODER = ["--width=2048", "--layers=28", "--batches", "1", "8", "--dtypes", "bf
 
 
 def absent(context: Context) -> dict | None:
-    """Fault, with its cure, where PyTorch is missing; None where it is available."""
+    """Note, with the cure, that PyTorch is missing or does not see the device; None if it can be compared with."""
     torch = context.device.get("torch", "not installed")
     if context.platform == "tpu":
-        return {"note": f"no PyTorch beside it: torch ({torch}) does not see a TPU", CURE: "compare on a GPU"}
+        return {"note": f"not compared with PyTorch: torch ({torch}) does not see a TPU", CURE: "compare on a GPU"}
     if context.platform == "gpu" and torch.endswith("cpu"):
-        cure = "pip install torch==2.13.0 in its build for this CUDA, or carry that wheel along (accelerator.sh)"
-        return {"note": f"no PyTorch beside it: torch ({torch}) does not see {context.device.get('kind')}", CURE: cure}
+        cure = "pip install torch==2.13.0 in its build for this CUDA, or bring that wheel along (accelerator.sh)"
+        note = f"not compared with PyTorch: torch ({torch}) does not see {context.device.get('kind')}"
+        return {"note": note, CURE: cure}
     if torch == "not installed":
-        return {"note": "no PyTorch beside it: torch is not installed", CURE: "pip install 'pathflip-jax[torch]'"}
+        return {"note": "not compared with PyTorch: torch is not installed", CURE: "pip install 'pathflip-jax[torch]'"}
     return None
 
 
 def run(context: Context, family: str, jobs: list[str]) -> Rows:
-    """Ratios of jobs of `step.py`, above 1 where ours is better, and the agreement of the sides."""
+    """Ratios of jobs of `step.py` (above 1, ours is better) and the agreement of the sides."""
     if missing := absent(context):
         yield Row("not compared", missing)
         return
     command = [f"--family={family}", "--jobs", *(jobs[:1] if context.small else jobs), f"--dtype={context.dtype}"]
     if context.small:
         command += ["--small", "--batch=2", "--regions=2", "--rounds=1"]
-        if "train_base" not in jobs:  # with the training jobs, all sides ran
+        if "train_base" not in jobs:  # the training jobs run all sides
             command += ["--sides", "ours", "released"]
     else:
         command += [f"--batch={SLIDES}", f"--rounds={ROUNDS}"]
@@ -73,7 +74,7 @@ def run_generation(context: Context) -> Rows:
 
 
 def call(script: str, arguments: list[str], context: Context) -> dict:
-    """JSON of a benchmark run on this device; RuntimeError with its last output where it fails."""
+    """JSON result of a benchmark run on this device. Raises RuntimeError with its last output if it fails."""
     out = context.work / f"{Path(script).stem}.json"
     command = [sys.executable, str(BENCHMARKS / script), *arguments, f"--device={TORCH_DEVICE[context.platform]}"]
     done = subprocess.run([*command, "--json", str(out)], stderr=subprocess.PIPE, text=True)

@@ -45,7 +45,7 @@ def run(context: Context) -> Rows:
         devices = jax.devices()
     except RuntimeError as error:
         fault = explain(1, str(error), facts, "the log of this part")
-        yield Row(TABLE, facts | {FAULT: f"JAX opens no device: {fault.what}", CURE: fault.cure})
+        yield Row(TABLE, facts | {FAULT: f"JAX cannot open a device: {fault.what}", CURE: fault.cure})
         return
     device = devices[0]
     if device.platform == "tpu":
@@ -84,19 +84,19 @@ def _unused(platform: str, card: str | None) -> dict[str, str]:
         return {}
     if card:
         return {
-            FAULT: f"a GPU is here ({card}), JAX uses the CPU",
+            FAULT: f"a GPU is present ({card}), but JAX uses the CPU",
             CURE: "pip install 'pathflip-jax[gpu]' (CUDA 12, driver 525 or newer); JAX_PLATFORMS must not be cpu",
         }
     if chips := glob.glob("/dev/accel*"):
         return {
-            FAULT: f"a TPU is here ({len(chips)} chips), JAX uses the CPU",
+            FAULT: f"a TPU is present ({len(chips)} chips), but JAX uses the CPU",
             CURE: "pip install 'pathflip-jax[tpu]'; JAX_PLATFORMS must not be cpu",
         }
     return {}
 
 
 def _torch() -> str:
-    """PyTorch's version and device, queried in another process, which holds no memory afterwards."""
+    """PyTorch's version and device, queried in another process, so that no memory stays allocated."""
     seen = "torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'"
     ask = f"import torch; print(torch.__version__, 'on', {seen})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True)

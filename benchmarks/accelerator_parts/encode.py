@@ -31,7 +31,7 @@ def run(context: Context) -> Rows:
 
 
 def median_seconds(call, repeats: int) -> float:
-    """Median time of a call, results included, after one that compiles."""
+    """Median time of a call, including its results, after a first call that compiles."""
     call()
     seconds = []
     for _ in range(repeats):

@@ -16,20 +16,22 @@ class Fault(NamedTuple):
 
 
 def explain(code: int, said: str, device: dict, log: str) -> Fault:
-    """Fault of a process that ended with an exit code, or -N by signal N, and wrote `said` (its last lines).
+    """Fault of a process that ended with an exit code (-N for signal N); `said` is the end of its output.
 
-    `device` is the first part's result, {} if it found none; `log` names the complete log file.
+    `device` is the result of the first part, {} if there is none; `log` is the path of the complete log.
     """
     for known in (_busy, _driver, _memory, _module):
         if fault := known(said, device):
             return fault
     if code == -signal.SIGKILL:
-        what = "ended by SIGKILL, as the kernel does with a process that takes too much of the host's memory"
+        what = "ended by SIGKILL, probably by the kernel because the process used too much of the host's memory"
         return Fault(what, "run this part alone (--part), on a host with more memory or with --small")
     if code < 0:
-        return Fault(f"crashed: {signal.Signals(-code).name}", f"{log} has its last words; run it again with --part")
+        return Fault(
+            f"crashed: {signal.Signals(-code).name}", f"read its last output in {log}; run it again with --part"
+        )
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith(" ")]
-    return Fault(_shorten(lines[-1] if lines else f"exit code {code}"), f"the whole of it is in {log}")
+    return Fault(_shorten(lines[-1] if lines else f"exit code {code}"), f"read the complete output in {log}")
 
 
 def _shorten(line: str, most: int = 400) -> str:
@@ -48,8 +50,8 @@ def _busy(said: str, device: dict) -> Fault | None:
         return None
     holder = f"process {found[1]} holds" if found[1] else "another process holds"
     return Fault(
-        f"{holder} the TPU, which serves one process at a time",
-        f"end {f'process {found[1]}' if found[1] else 'that process'} or wait for it, then give this command again",
+        f"{holder} the TPU, which only one process can use at a time",
+        f"end {f'process {found[1]}' if found[1] else 'that process'} or wait for it, then run this command again",
     )
 
 
@@ -63,7 +65,7 @@ def _driver(said: str, device: dict) -> Fault | None:
     )
     if not found:
         return None
-    there = f"driver {device['driver']}" if device.get("driver") else "the driver that is here"
+    there = f"driver {device['driver']}" if device.get("driver") else "the installed driver"
     return Fault(
         f"{there} does not fit JAX's CUDA ({_line_of(said, found)}); {DRIVERS}",
         "update the driver, or install the wheels of an older CUDA: pip install 'pathflip-jax[gpu]' (jax[cuda12])",
@@ -77,10 +79,10 @@ def _memory(said: str, device: dict) -> Fault | None:
     bytes_here = device.get("memory_bytes")
     there = f"the device has {bytes_here / GIB:.1f} GiB for this process" if bytes_here else "the device is too small"
     asked = re.search(r"(?:allocate|allocating)[^\n]*?([\d.]+ ?[KMGT]?i?B|\d+ bytes)", said, re.IGNORECASE)
-    needed = f", {asked[1]} more were asked for" if asked else ""
+    needed = f", {asked[1]} more were requested" if asked else ""
     return Fault(
         f"out of memory: {there}{needed} ({_line_of(said, found)})",
-        "a device with more memory, nothing else running on it, or --small",
+        "use a device with more memory, end other programs on it, or pass --small",
     )
 
 
@@ -90,5 +92,5 @@ def _module(said: str, device: dict) -> Fault | None:
         return None
     name = found[1] or found[2]
     return Fault(
-        f"the package {name} is not installed here", f"pip install {name}, or carry its wheel along (accelerator.sh)"
+        f"the package {name} is not installed here", f"pip install {name}, or bring its wheel along (accelerator.sh)"
     )

@@ -14,7 +14,7 @@ BATCHES, SMALL_BATCHES = (1, 8, 32), (1, 2)
 
 
 def run(context: Context) -> Rows:
-    """Rates by batch. A token reads every weight once: those bytes over its time are the bandwidth that it uses."""
+    """Rates by batch. A token reads every weight once, so its bandwidth is the bytes of the weights over its time."""
     import jax.numpy as jnp
 
     from pathflip_jax.llm.generate import generate

@@ -37,15 +37,15 @@ def run(context: Context) -> Rows:
 
 
 def judge(planned: int, true: int, platform: str) -> dict:
-    """Both figures, with a fault where the device took more than planned, or the plan was unusable.
+    """Planned and actual memory, with a fault if the device used more than planned or the plan is far too high.
 
-    A CPU reports the process's resident size, including Python and its libraries.
+    On a CPU the actual memory is the resident size of the process, including Python and its libraries.
     """
     found = {"planned_gb": planned / GB, "true_gb": true / GB, "true_over_planned": true / planned}
     if platform != "cpu" and not LESS <= true / planned <= MORE:
         found |= {
-            FAULT: f"{true / GB:.2f} GB were taken, {planned / GB:.2f} planned: the check lets the wrong steps run",
-            CURE: "compare memory_analysis() and memory_stats() of this device; mend pathflip_jax/runtime/memory.py",
+            FAULT: f"{true / GB:.2f} GB were used, {planned / GB:.2f} GB planned: the memory check misjudges steps",
+            CURE: "compare memory_analysis() and memory_stats() of this device; fix pathflip_jax/runtime/memory.py",
         }
     return found
 
@@ -56,7 +56,8 @@ def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
 
     free = memory.free_bytes(device)
     if free is None:
-        yield Row("refused", {"note": f"nobody says what {device.device_kind} has free: no step is refused there"})
+        note = f"{device.device_kind} does not report its free memory, so no step is refused on it"
+        yield Row("refused", {"note": note})
         return
     times = math.ceil(2 * free / memory.needed_bytes(compiled))
     slides = times * len(batch.patches)
@@ -66,12 +67,12 @@ def refuse(training: Training, compiled, batch: Batch, device) -> Rows:
     except Exception as refusal:  # a device's compiler may refuse first, with its own exception class
         yield Row("refused", {"slides": slides, "said": str(refusal).splitlines()[0]})
         return
-    fault = f"a step of {slides} slides was not refused, {free / GB:.1f} GB are free"
-    yield Row("refused", {"slides": slides, FAULT: fault, CURE: "mend pathflip_jax/runtime/memory.py"})
+    fault = f"a step of {slides} slides was not refused although only {free / GB:.1f} GB are free"
+    yield Row("refused", {"slides": slides, FAULT: fault, CURE: "fix pathflip_jax/runtime/memory.py"})
 
 
 def enlarge(batch: Batch, times: int) -> Batch:
-    """Shapes of a batch with that many times the slides, its one group of texts that many times as long."""
+    """Shapes of a batch with `times` as many slides, its one text group also `times` as long."""
     import jax
 
     def grow(x, axis: int):

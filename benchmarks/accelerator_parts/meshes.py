@@ -9,7 +9,7 @@ from accelerator_parts import CURE, FAULT, Context, Row, Rows
 
 EIGHT_DEVICES = Path(__file__).resolve().parents[2] / "tests/runtime/eight_devices.py"
 LOSSES = ("released", "pairs")
-MOST = 8  # devices that its batch of slides is made for
+MOST = 8  # devices that the test's batch of slides is made for
 HOST_DEVICES = "--xla_force_host_platform_device_count"
 
 
@@ -24,8 +24,8 @@ def run(context: Context) -> Rows:
     """One row per loss; on a CPU, with eight virtual devices."""
     devices = MOST if context.platform == "cpu" else context.device.get("count", 1)
     if devices < 2 or MOST % devices:
-        needed = f"2, 4 or {MOST} devices"
-        yield Row("meshes", {"note": f"not run: {devices} x {context.device.get('kind')} here, {needed} needed"})
+        found = f"{devices} x {context.device.get('kind')}"
+        yield Row("meshes", {"note": f"not run: found {found}, expected 2, 4 or {MOST} devices"})
         return
     environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     if context.platform == "cpu":
@@ -38,6 +38,6 @@ def run(context: Context) -> Rows:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         row = {"loss": loss, "devices": devices, "meshes": ", ".join(chosen), "same as on one": done.returncode == 0}
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no word"]
+            lines = done.stderr.strip().splitlines() or ["no output"]
             row |= {FAULT: f"{loss} on {devices} devices: {lines[-1]}", CURE: f"run {' '.join(command[1:])}"}
         yield Row("meshes", row)

@@ -1,4 +1,4 @@
-"""Report page of an accelerator session: every table, plots where useful, faults and their cures."""
+"""Report page of an accelerator session: all tables, plots of some, faults and their cures."""
 
 import base64
 import io
@@ -71,18 +71,18 @@ def embed(figure: Figure) -> str:
 
 
 def picture(title: str, rows: list[dict]) -> Figure | None:
-    """Plot of a table, where it is worth one."""
+    """Plot of a table; None for tables without one."""
     if title.startswith("growing batches"):
         return batches([row for row in rows if "slides_per_second" in row])
     if title.startswith("longest operations"):
-        return bars([row["operation"] for row in rows], [row["ms"] for row in rows], "ms a step")
+        return bars([row["operation"] for row in rows], [row["ms"] for row in rows], "ms per step")
     if title.startswith("beside"):
         return beside(rows)
     if title.startswith("encoding"):
         return encoding(rows)
     if title.startswith("planned"):
         return bars(
-            [row["step"] for row in rows], [row["true_over_planned"] for row in rows], "true over planned memory"
+            [row["step"] for row in rows], [row["true_over_planned"] for row in rows], "actual over planned memory"
         )
     return None
 
@@ -94,23 +94,23 @@ def batches(rows: list[dict]) -> Figure | None:
     figure, panels = _axes(9.6, 2.9, 3)
     x = [row["slides"] for row in rows]
     panels[0].plot(x, [row["slides_per_second"] for row in rows], "o-", color=MAIN)
-    panels[0].set_ylabel("slides a second")
+    panels[0].set_ylabel("slides per second")
     panels[1].plot(x, [100 * (row["utilisation"] or math.nan) for row in rows], "o-", color=MAIN)
     panels[1].set_ylabel("model FLOP utilisation, %")
-    panels[2].plot(x, [row["peak_gb"] for row in rows], "o-", color=MAIN, label="taken")
+    panels[2].plot(x, [row["peak_gb"] for row in rows], "o-", color=MAIN, label="used")
     panels[2].plot(x, [row["planned_gb"] for row in rows], "o--", color=SECOND, label="planned")
     panels[2].set_ylabel("memory, GB")
     panels[2].legend(frameon=False, fontsize=8)
     for panel in panels:
         panel.set_xscale("log", base=2)
         panel.set_xticks(x, list(map(str, x)))
-        panel.set_xlabel("slides a step")
+        panel.set_xlabel("slides per step")
         panel.set_ylim(bottom=0)
     return figure
 
 
 def bars(names: list[str], values: list[float], label: str) -> Figure:
-    """Bars with their names, the first on top."""
+    """Horizontal bars with their names, the first on top."""
     figure, (axes,) = _axes(9.6, 0.8 + 0.28 * len(names), 1)
     axes.barh(names[::-1], values[::-1], color=MAIN, height=0.7)
     axes.set_xlabel(label)
@@ -127,7 +127,7 @@ def beside(rows: list[dict]) -> Figure | None:
                 found[f"{row.get('job', row.get('case'))} {what} / {row['side']}".replace("  ", " ")] = value
     if not found:
         return None
-    figure = bars(list(found), list(found.values()), "ours is so many times as fast")
+    figure = bars(list(found), list(found.values()), "speed-up of ours")
     figure.axes[0].axvline(1, color=BASE, linewidth=1)
     return figure
 
@@ -139,7 +139,7 @@ def encoding(rows: list[dict]) -> Figure:
     for panel, name in zip(panels, names, strict=True):
         own = [row for row in rows if row["what"] == name]
         panel.plot([row["batch"] for row in own], [row["per_second"] for row in own], "o-", color=MAIN)
-        panel.set(xlabel="batch", ylabel=f"{name} a second", xscale="log", ylim=(0, None))
+        panel.set(xlabel="batch", ylabel=f"{name} per second", xscale="log", ylim=(0, None))
     return figure
 
 

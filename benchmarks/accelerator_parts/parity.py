@@ -25,7 +25,7 @@ def run(context: Context) -> Rows:
     for case in CASES:
         for name, dtype, precision, tolerances in precisions:
             if name == "float32 as it comes" and _exact(jax):
-                continue  # only the highest
+                continue  # a CPU has only the highest precision
             with jax.default_matmul_precision(precision):
                 rows = released.compare(TESTS / "golden" / case, dtype, tolerances)
             yield from _summarise(f"{case} in {name}", rows)
@@ -44,14 +44,17 @@ def _summarise(case: str, rows: list) -> Rows:
         worst = max(gradients, key=lambda row: row.error / row.tolerance)
         bad = sum(not row.ok for row in gradients)
         name = f"{len(gradients)} gradients; the worst: {worst.name}"
-        yield Row("outputs", {"case": case, "output": name} | _figures(worst, f" ({bad} of {len(gradients)} beyond)"))
+        yield Row(
+            "outputs",
+            {"case": case, "output": name} | _figures(worst, f" ({bad} of {len(gradients)} gradients exceed theirs)"),
+        )
 
 
 def _figures(row, more: str) -> dict:
     found = {"error": row.error, "tolerance": row.tolerance, "largest": row.largest}
     if not row.ok:
         found |= {
-            FAULT: f"{row.name} is off by {row.error:.1e}, at most {row.tolerance:.1e} is allowed{more}",
-            CURE: "report the device's kind and this file; XLA_FLAGS that change arithmetic must not be set",
+            FAULT: f"{row.name} differs by {row.error:.1e}, at most {row.tolerance:.1e} is allowed{more}",
+            CURE: "unset XLA_FLAGS that change arithmetic; otherwise report the device's kind and this file",
         }
     return found

@@ -37,7 +37,7 @@ for run in sys.argv[1:]:
 
 
 def time_to_train(context: Context) -> Rows:
-    """Epoch time predicted from a part, then measured, where disk and time allow."""
+    """Epoch time predicted from a part of it, then measured if disk and time allow."""
     if context.small:
         yield Row("an epoch", _epoch(context, 6, 2, "align_base:smoke", width=16))
         return
@@ -50,7 +50,7 @@ def time_to_train(context: Context) -> Rows:
     if needed > left or free < room:
         command = f"python benchmarks/time_to_train.py --slides {whole} --batch 32 --dtype {context.dtype}"
         why = f"about {needed:.0f} s and {room} GB are needed, {left:.0f} s and {free:.0f} GB are left"
-        yield Row("an epoch", {"slides": whole, "note": f"not run for real: {why}", CURE: f"{command}, by itself"})
+        yield Row("an epoch", {"slides": whole, "note": f"not measured: {why}", CURE: f"run separately: {command}"})
         return
     yield Row("an epoch", _epoch(context, whole, 32, "align_large"))
 
@@ -65,7 +65,7 @@ def _epoch(context: Context, slides: int, batch: int, config: str, width: int = 
     found = json.loads(out.read_text())["result"]
     rate = context.device.get("peak_bfloat16")
     rate = rate and rate * context.device.get("count", 1)
-    if context.platform != "cpu":  # `utilisation` there is of the device that --device names
+    if context.platform != "cpu":  # the script computes `utilisation` for the device of its --device
         operations = found["useful_gflop_per_slide"] * 1e9 * found["slides_per_second"]
         found["utilisation"] = operations / rate if rate else None
     return {"slides": slides, "batch": batch} | found | {"part_seconds": time.monotonic() - start}
@@ -76,7 +76,9 @@ def deterministic(context: Context) -> Rows:
     first, second = context.work / "first", context.work / "second"
     cohort = make_cohort(context)
     for workdir in (first, second):
-        fresh = {"JAX_COMPILATION_CACHE_DIR": str(workdir.with_suffix(".cache"))}  # else the second took the first's
+        fresh = {
+            "JAX_COMPILATION_CACHE_DIR": str(workdir.with_suffix(".cache"))
+        }  # otherwise the second run would reuse the programs of the first
         _train(cohort, workdir, context, "--config.train.deterministic=True", more=fresh)
     yield Row("the same bits twice", _compared(first, second, "two runs with train.deterministic=True"))
 
@@ -95,7 +97,10 @@ def resume(context: Context) -> Rows:
     process.send_signal(signal.SIGKILL) if not ended else None
     process.wait()
     if ended:
-        fault = {FAULT: f"the run ended with {process.returncode} before it could be killed", CURE: "give more steps"}
+        fault = {
+            FAULT: f"the run ended with {process.returncode} before it could be killed",
+            CURE: "raise STEPS in benchmarks/accelerator_parts/runs.py",
+        }
         yield Row("save, kill and resume", fault)
         return
     _train(cohort, killed, context, *settings)
@@ -103,7 +108,7 @@ def resume(context: Context) -> Rows:
 
 
 def _old_checkpoints() -> Rows:
-    """Checkpoints of earlier versions among the test data."""
+    """One row per checkpoint of an earlier version in the test data: whether it loads."""
     versions = Path(__file__).resolve().parents[2] / "tests" / "golden" / "runs"
     runs = sorted(path for path in versions.glob("*/pathflip*") if (path / "checkpoints").is_dir())
     done = subprocess.run([sys.executable, "-c", LOAD, *runs], capture_output=True, text=True)
@@ -138,7 +143,7 @@ def wait_for_input(context: Context) -> Rows:
         workdir = context.work / f"resident_{resident or 'disk'}"
         _train(cohort, workdir, context, f"--config.data.resident={resident}")
         rows = [{k.removeprefix(PERFORMANCE): v for k, v in row.items()} for row in read_metrics(workdir / METRICS)]
-        steps = rows[len(rows) // 2 :]  # the first fill the read-ahead
+        steps = rows[len(rows) // 2 :]  # during the first steps the read-ahead fills
         utilisation = [row["utilisation"] for row in steps if "utilisation" in row]
         seconds = statistics.median(row["step_seconds"] for row in steps)
         row = {"features": f"in the memory of the {resident}" if resident else "read from disk"}
@@ -148,7 +153,7 @@ def wait_for_input(context: Context) -> Rows:
 
 
 def embed(context: Context) -> Rows:
-    """`pathflip embed` of the cohort, by a run trained on it."""
+    """Throughput of `pathflip embed` on the cohort, with a run trained on it."""
     cohort, workdir, out = make_cohort(context), context.work / "run", context.work / "embeddings.parquet"
     _train(cohort, workdir, context)
     command = [*CLI, "embed", str(cohort / "records"), "--checkpoint", str(workdir), "--out", str(out), "--json"]
@@ -187,7 +192,7 @@ def _train(cohort: Path, workdir: Path, context: Context, *settings: str, more: 
 
 
 def _checked(command: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command; RuntimeError with its last output where it fails."""
+    """Run a command. Raises RuntimeError with its last output if it fails."""
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
@@ -200,9 +205,7 @@ def _compared(one: Path, other: Path, what: str) -> dict:
     row = {"compared": what, "arrays": len(mine), "steps": STEPS, "arrays that differ": len(differ)}
     if differ or mine.keys() != theirs.keys():
         row |= {FAULT: f"{what} differ in {len(differ)} of {len(mine)} arrays, first {differ[:1]}"}
-        row |= {
-            CURE: "name the kernels that are not deterministic: XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true"
-        }
+        row |= {CURE: "set XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true to find the non-deterministic kernels"}
     return row
 
 

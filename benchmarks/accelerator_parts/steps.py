@@ -77,7 +77,7 @@ def whole_bytes(compiled) -> int:
 
 
 def run(context: Context, family: str) -> Rows:
-    """One row per batch until one does not fit, then the longest operations of the last that did."""
+    """One row per batch size until one does not fit, then the longest operations of the largest that did."""
     import jax
 
     from pathflip_jax.model import flops
@@ -93,14 +93,16 @@ def run(context: Context, family: str) -> Rows:
     start = time.monotonic()
     for slides in SMALL_BATCHES if context.small else BATCHES:
         if time.monotonic() - start > context.limit / 2:
-            yield Row("growing batches", {"slides": slides, "note": "not tried: half of the part's time is gone"})
+            yield Row(
+                "growing batches", {"slides": slides, "note": "not tried: half of the part's time limit is used up"}
+            )
             break
         try:
             batch = training.batch(slides)
             compiled = training.compile(batch)
             needed, free = memory.needed_bytes(compiled), memory.free_bytes(jax.local_devices()[0])
             if free is not None and needed > free:
-                told = f"refused before it ran: {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free"
+                told = f"refused before it ran: {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB free"
                 yield Row("growing batches", {"slides": slides, "note": told})
                 break
             gauge = Peak("ours", context.platform)
@@ -110,7 +112,12 @@ def run(context: Context, family: str) -> Rows:
                 raise
             fault = f"{slides} slides ran out of memory ({str(error).splitlines()[0]})"
             yield Row(
-                "growing batches", {"slides": slides, FAULT: fault, CURE: "the check of a step's memory is wrong"}
+                "growing batches",
+                {
+                    "slides": slides,
+                    FAULT: fault,
+                    CURE: "the memory check missed it: fix pathflip_jax/runtime/memory.py",
+                },
             )
             break
         useful = float(jax.jit(lambda b: flops.model_flops(training.config, b.patch_mask, b.text_rows))(batch))
@@ -150,8 +157,8 @@ def profile(training: Training, compiled, batch: sides.Batch) -> Rows:
 def device_events(events: list[dict]) -> list[dict]:
     """Device events, each with the name of its operation in `args.hlo_op`.
 
-    A GPU has a line of events for each stream, a TPU one of operations; a CPU's operations stand among other calls.
-    Other lines of a device sum these up (steps, modules, scopes): with them time would count twice.
+    A GPU has one line of events per stream, a TPU one line of operations; on a CPU, operations are mixed with other
+    calls. Other lines of a device summarise these (steps, modules, scopes) and would count time twice.
     """
     lines = {
         (event["pid"], event.get("tid")): event["args"]["name"]

@@ -1,7 +1,7 @@
 """Ablation of the workarounds for XLA on CPUs, on this device: the step's time and memory.
 
-The library switches these forms by platform (`pathflip_jax.ops.platform`): here a CPU's step gets the plain forms, and
-any other's those of a CPU, by replacing functions before the step is traced; the losses must agree.
+The library switches these forms by platform (`pathflip_jax.ops.platform`). Here the step on a CPU is compiled with the
+plain forms, and on any other device with the CPU forms, by replacing functions before tracing; the losses must agree.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from typing import Any
 from accelerator_parts import CURE, FAULT, Context, Row, Rows
 from accelerator_parts.steps import GB, Training, whole_bytes
 
-AGREE = 0.01  # of the loss, whose sums are rounded otherwise in bfloat16
-REDRAWN = "dropout drawn by jax.random"  # other entries fall, and the loss is another
+AGREE = 0.01  # relative difference of the losses, whose sums round differently in bfloat16
+REDRAWN = "dropout drawn by jax.random"  # drops other entries, so that the loss differs
 
 
 def run(context: Context, family: str) -> Rows:
@@ -25,7 +25,7 @@ def run(context: Context, family: str) -> Rows:
             row, loss = measure(Training(family, context), slides, 3 if context.small else 8)
         first = loss if first is None else first
         if REDRAWN not in name and abs(loss - first) > AGREE * abs(first):
-            row[FAULT] = f"{family} {name}: the loss is {loss:.4f}, as it is {first:.4f}"
+            row[FAULT] = f"{family} {name}: the loss is {loss:.4f}, as shipped {first:.4f}"
             row[CURE] = "one of the two forms is wrong on this device"
         yield Row(f"{family}, {slides} slides", {"step": name} | row)
 
@@ -45,7 +45,7 @@ def measure(training: Training, slides: int, steps: int) -> tuple[dict[str, floa
 
 
 def switches() -> dict[tuple[str, str], list[Callable]]:
-    """Operations with one form for CPUs and one for all others, by the names of both forms."""
+    """Operations with one form for CPUs and one for all other platforms, by the names of both forms."""
     from pathflip_jax.ops import attention, matmul, patch_pooling, platform, recompute
 
     return {
@@ -66,7 +66,7 @@ def cpu_forms() -> dict[str, dict[Any, Callable]]:
 
 
 def plain_forms() -> dict[str, dict[Any, Callable]]:
-    """Forms of all other platforms, likewise, and dropout drawn by `jax.random`."""
+    """Forms of all other platforms, in the same layout, and dropout drawn by `jax.random`."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""Import path of the benchmarks, which are scripts that import each other when run."""
+"""Import path of the benchmarks, which are scripts that import each other."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark_modules():
-    """benchmark_modules(name) imports benchmarks/<name>.py; what a file of tests imports is forgotten after it."""
+    """benchmark_modules(name) imports benchmarks/<name>.py; the imports are removed after each test file."""
     names = {path.stem for path in BENCHMARKS.glob("*.py")} | {"accelerator_parts", "real_tissue_parts"}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)

@@ -1,4 +1,4 @@
-"""Parts of test_accelerator.py, run by the driver in processes of their own."""
+"""Parts for test_accelerator.py, which the benchmark runs in separate processes."""
 
 import os
 import sys

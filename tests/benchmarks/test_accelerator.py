@@ -1,5 +1,4 @@
-"""The accelerator benchmark: it survives failing parts, resumes, and every part of it works at small
-sizes."""
+"""The accelerator benchmark: it survives failing parts, resumes, and every part works at small sizes."""
 
 import base64
 import json
@@ -42,7 +41,7 @@ def run(bench, out, again=False, **more):
 
 
 def is_alive(pid):
-    """Whether a process runs; one that ended and that nobody waited for does not."""
+    """Whether a process is running; zombies are not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -65,7 +64,7 @@ def test_each_part_that_fails_is_named_with_its_cure_and_the_others_run(bench, t
     for name, needed in zip(messages, NEEDED, strict=True):
         one = found["parts"][name]
         assert needed in one["fault"] and len(one["cure"]) > 20 and "\n" not in one["fault"]
-        assert one["rows"] == [["before", {"n": 1}]]  # what was measured before stays
+        assert one["rows"] == [["before", {"n": 1}]]  # rows measured before the failure are kept
     assert "1.0 GiB" in found["parts"]["memory"]["fault"] and "123 bytes" in found["parts"]["memory"]["fault"]
     assert "525" in found["parts"]["driver"]["fault"] and "SIGABRT" in found["parts"]["crash"]["fault"]
     assert len(found["parts"]["fault"]["rows"]) == 2 and found["parts"]["fault"]["cure"] == "mend it"
@@ -141,7 +140,7 @@ def test_a_gpu_that_jax_does_not_use_is_a_fault_of_the_device(bench, tmp_path, m
     monkeypatch.setattr(device, "_torch", lambda: "not installed")
     ((table, found),) = device.run(bench.Context(False, tmp_path, 1.0))
     assert table == "device" and found["platform"] == "cpu" and found["driver"] == "510.47.03"
-    assert "a GPU is here (NVIDIA H100 PCIe" in found["fault"] and "pathflip-jax[gpu]" in found["cure"]
+    assert "a GPU is present (NVIDIA H100 PCIe" in found["fault"] and "pathflip-jax[gpu]" in found["cure"]
 
 
 def test_pytorch_that_does_not_see_the_device_is_named(bench, tmp_path):

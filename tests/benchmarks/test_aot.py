@@ -1,4 +1,4 @@
-"""Prediction of a pod: HLO parsing, the formula, the extrapolation, the largest batch, and one real compile."""
+"""Prediction of a pod: HLO parsing, formula, extrapolation, largest batch, and one real compilation."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "aot.py"
 
 # A gradient summed in one piece; another that a TPU sends in three steps while it computes; a gather in a loop of
-# five; a reduction of which each device keeps a part.
+# five iterations; a reduction of which each device keeps a part.
 PROGRAM = """HloModule step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -106,7 +106,7 @@ def test_compute_between_the_ends_hides_and_only_once(traffic):
     # Of 10 seconds of compute 6 lie between the ends: at 100 bytes/s they hide 600 of 3,584 bytes.
     assert found.waited_bytes(10, 100) == found.wire_bytes - 600
     assert found.waited_bytes(10, 1e6) == found.wire_bytes - 3584 == found.synchronous_bytes
-    # A gather that begins before and ends after the same compute finds it taken.
+    # A gather that spans the same compute is not hidden, because that compute already hides another.
     begin = "  %g-start = (f32[16]{0}, f32[128]{0}) all-gather-start(%z), channel_id=11, replica_groups={}\n"
     end = "  %g-done = f32[128]{0} all-gather-done(%g-start)\n"
     twice = PROGRAM.replace("  %between =", begin + "  %between =").replace("  %alone =", end + "  %alone =")
@@ -136,7 +136,7 @@ def test_a_loop_that_may_run_any_number_of_times_is_refused(traffic):
 
 
 def test_a_collective_that_goes_on_in_a_loop_is_one(traffic):
-    """It is sent before the loop and received after it; the loop's compute hides it, as often as its counter allows."""
+    """It is sent before the loop and received after it; the compute of all iterations of the loop hides it."""
     program = """
 %send (p: f32[64,8]) -> (f32[64,8], u32[]) {
   %p = f32[64,8]{1,0} parameter(0)
@@ -225,8 +225,8 @@ def test_other_numbers_of_chips_lie_on_the_line(bench):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology=v9:2x2"], "rates are known of v5e, v6e"),
-        (["--topology=v5e:2x4", "--fit", "2"], "two numbers"),
+        (["--topology=v9:2x2"], "expected a chip with known rates: v5e, v6e"),
+        (["--topology=v5e:2x4", "--fit", "2"], "expected two numbers of layers"),
         (["--plot=out.png"], "by --json"),
     ],
 )

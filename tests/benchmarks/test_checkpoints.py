@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints runs to its end on small models, and its counts are those of what is saved."""
+"""The checkpoint benchmark: a complete run on small models, and sizes that match what is saved."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def test_both_families_are_saved_read_and_timed(bench, tmp_path, monkeypatch, ca
         assert set(row["measured"]) == set(bench.MEASURED)
         assert 0 < row["held_share"] <= 1
         assert all(low <= m["seconds"] <= high for m in row["measured"].values() for low, high in [m["quartiles"]])
-    assert "a save holds the loop for" in capsys.readouterr().out
+    assert "a save blocks the loop for" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of large cohorts: its generated cohort opens completely, and its table, plot and JSON are written."""
+"""The benchmark of large cohorts: its generated cohort opens completely, and it writes its table, plot and JSON."""
 
 import json
 import sys
@@ -32,4 +32,4 @@ def test_the_table_has_a_row_for_each_size(benchmark_modules, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["cohort_size.py", "--slides", "10", "100000", "--repeats=1", *paths])
     assert bench.main() == 0
     assert [row["slides"] for row in json.loads((tmp_path / "a.json").read_text())["results"]] == [10, 100_000]
-    assert (tmp_path / "a.png").stat().st_size > 1000 and "wanted: 4 s, 300 MB" in capsys.readouterr().out
+    assert (tmp_path / "a.png").stat().st_size > 1000 and "target: 4 s, 300 MB" in capsys.readouterr().out

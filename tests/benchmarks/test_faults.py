@@ -1,4 +1,4 @@
-"""Every fault of the campaign, once: the restarted run ends as the undisturbed one, and nothing is silent."""
+"""Every fault of the campaign once: the restarted run ends like the undisturbed one, and every fault is reported."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def faults(benchmark_modules):
 
 @pytest.fixture(scope="module")
 def bench(faults, tmp_path_factory):
-    faults.HANG_SECONDS = 20  # nothing but the machine goes on meanwhile: a campaign on a busier one waits for longer
+    faults.HANG_SECONDS = 20  # shorter than in a campaign, which must work on busier machines
     return faults.Bench(tmp_path_factory.mktemp("faults"))
 
 
@@ -28,12 +28,12 @@ def test_all_faults_are_here(faults):
 def test_after_a_fault_a_run_ends_as_the_undisturbed_one(faults, bench, fault):
     outcome = bench.inject(fault, 0)
     assert outcome.wrong == [] and outcome.same and outcome.told
-    if fault not in ("flipped-byte", "kill-in-records"):  # the last steps' metrics may be ahead of the last checkpoint
+    if fault not in ("flipped-byte", "kill-in-records"):  # the metrics may be ahead of the last checkpoint
         assert outcome.lost <= 2 * faults.SAVE_EVERY, "nothing older than the last complete save"
 
 
 def test_a_run_that_ended_otherwise_is_not_the_same(faults, tmp_path):
-    """The comparison sees a missing checkpoint, so that a table without a fault means something."""
+    """The comparison detects a missing checkpoint, so that a table without faults is meaningful."""
     assert faults.differences(tmp_path, tmp_path) == ["ended with checkpoints []"]
 
 

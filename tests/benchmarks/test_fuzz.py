@@ -1,4 +1,4 @@
-"""Some hundreds of the campaign's inputs, and detection of each kind of fault."""
+"""A few hundred inputs of the campaign, and detection of each kind of fault."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 for name in ("torch", "h5py"):
     pytest.importorskip(name)
 
-# Of these a few inputs each: they start processes, or read whole folders.
+# Only a few inputs of these: they start processes or read whole folders.
 SLOW = {"checkpoint", "slide prepare", "slide thumbnail", "manifest"}
 
 
@@ -30,7 +30,7 @@ def bench(benchmark_modules):
 
 @pytest.fixture(scope="module")
 def sandbox(bench, tmp_path_factory):
-    """As in a process of the campaign: it sets `tempdir`; programs kept for later would count as written outside."""
+    """A sandbox as in the campaign, which sets `tempdir`; a compilation cache would count as written outside."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()
@@ -45,7 +45,7 @@ def known(benchmark_modules):
     return {reader.name: reader for reader in benchmark_modules("fuzz_readers").readers()}
 
 
-@pytest.mark.filterwarnings("ignore")  # of NumPy and h5py, about what they are made to write and read
+@pytest.mark.filterwarnings("ignore")  # warnings of NumPy and h5py about unusual values
 def test_broken_files_are_read_or_refused_by_name(bench, benchmark_modules, sandbox):
     readers = known(benchmark_modules)
     accepted = set()
@@ -73,7 +73,7 @@ def test_broken_slides_and_checkpoints(bench, benchmark_modules, sandbox, name):
 @given(st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_any_bytes_in_any_place(bench, benchmark_modules, sandbox, data):
-    """What hypothesis puts between the bytes of sound files: it shrinks what it finds."""
+    """Valid files with bytes inserted by hypothesis, which shrinks failing examples."""
     readers = known(benchmark_modules)
     reader = readers[data.draw(st.sampled_from(sorted(set(readers) - SLOW - {"pt", "state dict"})))]
     sandbox.load(reader)
@@ -81,7 +81,8 @@ def test_any_bytes_in_any_place(bench, benchmark_modules, sandbox, data):
     start, size = data.draw(st.integers(0, len(seed))), data.draw(st.integers(0, 12))
     inserted = data.draw(st.binary(max_size=12) | st.sampled_from(benchmark_modules("mutations").TOKENS))
     broken = seed[:start] + inserted + seed[start + size :]
-    sandbox.reader = broken_reader = replace(reader, mutate=lambda rng, seeds: broken)  # the same to the sandbox
+    # The sandbox takes this for the reader that it has loaded.
+    sandbox.reader = broken_reader = replace(reader, mutate=lambda rng, seeds: broken)
     attempt = sandbox.attempt(broken_reader, 0, 0)
     sandbox.reader = reader
     assert attempt.outcome in bench.PASSED, f"{reader.name}: {attempt}"
@@ -119,7 +120,7 @@ def test_a_fault_is_seen(benchmark_modules, sandbox, outcome, read):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_payloads_would_run_where_they_are_let(bench, benchmark_modules, sandbox):
-    """The canary can sing: what the campaign feeds to .pt readers makes the file that it watches."""
+    """The canary works: the payloads that the campaign feeds to .pt readers create the file that it watches."""
     reader = known(benchmark_modules)["pt"]
     sandbox.load(reader)
     payloads = [seed for seed in sandbox.sound if seed[:1] == b"\x80" and str(sandbox.canary).encode() in seed]
@@ -142,7 +143,7 @@ def test_an_input_is_a_function_of_seed_and_number(benchmark_modules, sandbox):
 
 
 def test_the_memory_of_a_worker_does_not_begin_at_that_of_the_campaign(bench):
-    """What getrusage tells of a process does: started from a large one, it would be over the limit with any file."""
+    """The peak of getrusage would: a process started from a large one would exceed the limit with any file."""
     ballast = np.ones(2**29, np.uint8)
     command = [sys.executable, "-c", "import fuzz; print(fuzz.peak_bytes())"]
     done = subprocess.run(command, cwd=Path(bench.__file__).parent, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The benchmark of one large slide runs to completion and reports the cost of each stage."""
+"""The benchmark of one giant slide: a complete run that reports the cost of each stage."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The benchmark of the input pipeline: its captions, its DataLoader side, its arithmetic, and a tiny run of it all."""
+"""The benchmark of the input pipeline: captions, the DataLoader side, arithmetic, and a complete tiny run."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def test_ratios_are_of_the_same_repeat_and_of_bytes(bench):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--slides=2", "--batch-size=4"], "an epoch needs a whole batch"),
+        (["--slides=2", "--batch-size=4"], "expected at least one whole batch per epoch"),
         (["--slides=100000000"], "lower --slides"),
     ],
 )
@@ -101,4 +101,4 @@ def test_a_missing_side_is_no_ratio(tmp_path):
     run = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[2] + '/input.py')"
     done = subprocess.run([sys.executable, "-c", run, tmp_path, BENCHMARKS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "h5py is missing, and with it one side of the comparison" in done.stderr and not done.stdout
+    assert "h5py is missing, which one side of the comparison needs" in done.stderr and not done.stdout

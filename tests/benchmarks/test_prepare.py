@@ -1,4 +1,4 @@
-"""The benchmark of preparation runs to its end, and a slide of any size is prepared in little memory."""
+"""The benchmark of preparation: a complete run, and a huge slide prepared in little memory."""
 
 import json
 import re

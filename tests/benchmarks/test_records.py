@@ -1,4 +1,4 @@
-"""The benchmark of records runs to its end, and compares with each format that it names."""
+"""The records benchmark: a complete run that compares with every format it names."""
 
 import json
 import sys

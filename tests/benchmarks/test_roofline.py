@@ -1,4 +1,4 @@
-"""Roofline bounds: operations counted by formula against those that XLA counts in the compiled forward pass."""
+"""Roofline bounds: operations by formula compared with those that XLA counts in the compiled forward pass."""
 
 import re
 import sys
@@ -79,11 +79,11 @@ def test_a_step_is_measured_beside_its_floor(roofline, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["roofline.py", "--measure", "--small", "--regions=2", "--batch=1"])
     assert roofline.main() == 0
     printed = capsys.readouterr().out
-    peak = re.search(r"^1 slides of 2 regions a step; peak memory (\d+\.\d+) GB$", printed, re.MULTILINE)
-    assert peak and float(peak[1]) > 0  # of the whole process: what ran before the test is in it
+    peak = re.search(r"^1 slides of 2 regions per step; peak memory (\d+\.\d+) GB$", printed, re.MULTILINE)
+    assert peak and float(peak[1]) > 0  # of the whole process, including what ran before the test
     for part in roofline.SCOPES:
         assert f"| {part.replace('_', ' ')} |" in printed
-    operations = kept[0].operations  # which of them are the twelve longest is chance, at this size
+    operations = kept[0].operations  # at this size, it is chance which operations are the twelve longest
     assert operations["text_attention: dot_general"] > 0 and operations["text_attention: dot_general, gradient"] > 0
     longest = sorted(operations, key=lambda name: -operations[name])[:12]
     assert [line.split(" | ")[0].removeprefix("| ") for line in printed.splitlines()[-12:]] == longest

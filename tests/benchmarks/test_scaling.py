@@ -18,7 +18,7 @@ def bench(benchmark_modules):
 
 
 def curve(bench, law, regions=(1, 8, 24, 64, 128, 256)):
-    """Points of a step whose time follows a law of the patches, and whose memory is linear."""
+    """Points of a step whose time follows a power law of the patches, and whose memory is linear."""
     return [
         {
             "regions": r,

@@ -1,4 +1,4 @@
-"""The sides of the step benchmark compute what the released model computed; its ratios and refusals."""
+"""The step benchmark: its sides agree with the released model; its ratios and refusals."""
 
 import json
 import subprocess
@@ -127,7 +127,7 @@ def test_sides_that_differ_are_not_compared(modules, monkeypatch, capsys):
 
 
 def test_the_step_benchmark_needs_none_of_the_data_packages(tmp_path):
-    """It runs where only jax, flax, optax, jaxtyping, numpy, torch and transformers are."""
+    """It runs with only jax, flax, optax, jaxtyping, numpy, torch and transformers installed."""
     program = f"""
 import sys
 for name in {PACKAGES_OF_DATA!r}:

@@ -1,4 +1,4 @@
-"""Time to train: the cohort's sizes, and a tiny epoch predicted and run for real."""
+"""Time to train: the cohort's sizes, and a tiny epoch, predicted and measured."""
 
 import json
 import sys
@@ -34,5 +34,5 @@ def test_an_epoch_is_run_or_predicted(bench, tmp_path, monkeypatch, capsys, epoc
     assert bench.main() == 0
     found = json.loads(out.read_text())["result"]
     assert found["run_for_real"] == (epoch == 6)
-    assert ("run for real" if epoch == 6 else "predicted from 5 steps") in capsys.readouterr().out
+    assert ("measured" if epoch == 6 else "predicted from 5 steps") in capsys.readouterr().out
     assert found["epoch_seconds"] > 0 and 0 < found["utilisation"] < 1

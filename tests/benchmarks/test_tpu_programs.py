@@ -11,8 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "tpu_programs.py"
 
-# A product of [2, 3, 4] and [2, 4, 5] as a TPU writes it, the batch as an axis of a window; a copy in a loop of five; a
-# gather; a sum whose rows of 70 fill up tiles of 128.
+# A product of [2, 3, 4] and [2, 4, 5] in the notation of TPUs, with the batch as an axis of a window; a copy in a loop
+# of five iterations; a gather; a sum whose rows of 70 are padded to tiles of 128.
 PROGRAM = """HloModule step, is_scheduled=true
 
 %product (p: bf16[2,3,4], q: bf16[2,4,5]) -> bf16[2,3,5] {

@@ -1,4 +1,4 @@
-"""The Markdown pages of the repository, taken apart: code blocks, commands, links and headings."""
+"""Parser of the repository's Markdown pages: code blocks, commands, links and headings."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ LAUNCHED = re.compile(r"launch/\w+\.sh")
 
 
 class Command(NamedTuple):
-    """A command of a page: `whole` where it stands in a block and leaves nothing out by `...`."""
+    """A command of a page; `whole` if it is in a code block and complete, without `...`."""
 
     program: str
     arguments: tuple[str, ...]
@@ -47,7 +47,7 @@ def code_lines(text: str) -> list[str]:
 def _command(line: str, in_block: bool) -> Command | None:
     try:
         words = shlex.split(line, comments=in_block)
-    except ValueError:  # no shell, such as the configuration of a server
+    except ValueError:  # not a shell command, e.g. the configuration of a server
         return None
     words = words[: words.index("|")] if "|" in words else words
     for place, word in enumerate(words):

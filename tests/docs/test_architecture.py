@@ -1,4 +1,4 @@
-"""docs/architecture.md: every file and function it names exists, and its floors are those that `make lint` checks."""
+"""docs/architecture.md: every file and function that it names exists, and its floors are those of `make lint`."""
 
 import ast
 import re
@@ -13,12 +13,12 @@ NAMED = sorted(set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|toml|md|sh)|(?:[\w-
 
 
 def find(place: str) -> Path | None:
-    """A file or folder below the library or the top level; of both, the library's."""
+    """A file or folder below the library or the top level; the library's if both exist."""
     return next((found for base in (ROOT / "pathflip_jax", ROOT) if (found := base / place).exists()), None)
 
 
 def names(tree: ast.Module | ast.ClassDef) -> dict[str, ast.stmt]:
-    """What a module or a class defines, by name."""
+    """Definitions of a module or class by name."""
     found = {}
     for statement in tree.body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
@@ -38,10 +38,10 @@ def test_the_page_names_enough_to_find_the_way():
 @pytest.mark.parametrize(("place", "name"), NAMED)
 def test_what_the_page_names_exists(place, name):
     path = find(place)
-    assert path is not None, f"docs/architecture.md names {place}, which is not there"
+    assert path is not None, f"docs/architecture.md names {place}, which does not exist"
     inside = ast.parse(path.read_text()) if name else None
     for part in name.split(".") if name else ():
-        assert part in names(inside), f"docs/architecture.md names {place}:{name}, which is not there"
+        assert part in names(inside), f"docs/architecture.md names {place}:{name}, which does not exist"
         inside = names(inside)[part]
 
 

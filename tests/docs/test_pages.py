@@ -1,4 +1,4 @@
-"""README and docs: every command is one that its own parser takes, every link and anchor leads somewhere."""
+"""README and docs: every command is accepted by its parser, and every link and anchor has a target."""
 
 import argparse
 import ast
@@ -18,13 +18,13 @@ ROOT = pages.ROOT
 TEXTS = {pages.name_of(page): page.read_text(encoding="utf-8") for page in pages.PAGES}
 SETTING = re.compile(r"(?:--config\.)?((?:data|model|loss|optim|train|mesh|lm)\.[a-z]\w*)(?:=.*)?")
 FILE = re.compile(r"\.(json|jsonl|bin|py|md|h5|pt)$")
-# Options in sentences that belong to programs of others, and scripts of the released code.
+# Options in sentences that belong to other programs, and scripts of the released code.
 OTHERS = {"--shm-size"}
 RELEASED = ("train_pathflip_align.py", "train_pathflip_finetune.py")
 
 
 def commands_of(text: str) -> list[pages.Command]:
-    """The commands of a page that are ours."""
+    """The commands of a page that belong to this project."""
     return [command for command in pages.commands(text) if command.arguments[0] not in RELEASED]
 
 
@@ -35,12 +35,12 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 class Parsed(Exception):
-    """The command line of a script has been read; nothing of it was run."""
+    """Raised when the command line of a script has been parsed, before the script runs."""
 
 
 @pytest.fixture(scope="module")
 def parse_script():
-    """parse_script(arguments) reads `python ARGUMENTS` by the script's own parser; options it knows come back."""
+    """parse_script(arguments) parses `python ARGUMENTS` with the script's own parser and returns its options."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         read = argparse.ArgumentParser.parse_args
@@ -77,8 +77,8 @@ def parse_script():
 
 
 def check_train(arguments: tuple[str, ...], whole: bool) -> None:
-    """Parse what follows `pathflip train`; a command that leaves options out gets those without which none parses."""
-    whole = whole and "--help" not in arguments  # which needs no more than a config
+    """Parse the arguments of `pathflip train`; required options are added to a command that leaves some out."""
+    whole = whole and "--help" not in arguments  # --help needs only a config
     arguments = [argument for argument in arguments if argument not in ("--dry-run", "--help")]
     given = " ".join(arguments)
     if not whole:
@@ -88,7 +88,7 @@ def check_train(arguments: tuple[str, ...], whole: bool) -> None:
 
 
 def check_command(arguments: tuple[str, ...], whole: bool, parsers) -> None:
-    """Parse what follows `pathflip`: a whole command for good, of another every option."""
+    """Parse the arguments of `pathflip`: a whole command completely, of an abridged one only the options."""
     name, *rest = arguments
     if name == "train":
         return check_train(tuple(rest), whole)
@@ -97,7 +97,7 @@ def check_command(arguments: tuple[str, ...], whole: bool, parsers) -> None:
         return None
     assert name in parsers, f"no command {name}"
     if whole:
-        # A bucket's client is an extra; fsspec's memory is a place behind a URL without one.
+        # Clients of buckets are extras; fsspec's memory:// is a URL that needs none.
         build_parser().parse_args([name, *(word.replace("gs://", "memory://") for word in rest)])
         return None
     for option in (word.partition("=")[0] for word in rest if word.startswith("--")):

@@ -1,4 +1,4 @@
-"""The front page: short, its Python runs after the demo, its figures are those of the benchmarks."""
+"""README: it is short, its Python runs after the demo, and its figures are those of the benchmarks."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ SMALL = (
 
 
 def python_code() -> str:
-    """The front page's Python."""
+    """The Python code of the README."""
     (code,) = (code for language, code in pages.FENCED.findall(README) if language == "python")
     return code
 
@@ -65,7 +65,7 @@ def test_its_python_runs_after_the_demo(tmp_path, capsys):
 
 
 def measured() -> dict[tuple[str, str], dict]:
-    """Ratios by processor and model family, from what `benchmarks/step.py` wrote."""
+    """Ratios by processor and model family, from the results of `benchmarks/step.py`."""
     found = {}
     for path in sorted((pages.ROOT / "benchmarks" / "results").glob("step*.json")):
         result = json.loads(path.read_text())
@@ -84,7 +84,7 @@ def tables(text: str):
 
 
 def wrong_figures(text: str) -> list[str]:
-    """Cells of tables by processor that are not what was measured there; one that nobody measured is passed over."""
+    """Cells of the tables by processor that differ from the measured ratios; unmeasured cells are skipped."""
     results, wrong, checked = measured(), [], 0
     for columns, name, cells in tables(text):
         family = "pathflip2" if "competent" not in " ".join(columns) else "pathflip"

@@ -1,4 +1,4 @@
-"""Troubleshooting: every error it quotes is one that the code raises or prints."""
+"""Troubleshooting page: the code raises or prints every error that it quotes."""
 
 import ast
 import difflib
@@ -12,7 +12,7 @@ QUOTED = [code.strip() for language, code in pages.FENCED.findall(TEXT) if langu
 
 
 def _texts(path) -> list[str]:
-    """The texts of a module that are no docstrings, f-strings with … for what is put in."""
+    """The strings of a module without docstrings; f-strings have … for inserted values."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     found = []
@@ -28,14 +28,14 @@ def _texts(path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def messages() -> dict[str, str]:
-    """Every text of the package, with the file that holds it."""
+    """Every string of the package, with its file."""
     folders = (pages.ROOT / "pathflip_jax", pages.ROOT / "data_prep")
     paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
     return {text: path.relative_to(pages.ROOT).as_posix() for path in paths for text in _texts(path)}
 
 
 def _says(message: str, quoted: str) -> bool:
-    """Whether a message holds what is quoted; … in the quotation stands for anything."""
+    """Whether a message contains the quotation, in which … stands for anything."""
     return re.search(".*".join(map(re.escape, re.split("…", quoted))), message, re.DOTALL) is not None
 
 
@@ -45,7 +45,7 @@ def test_every_error_that_is_quoted_is_one_of_the_code(quoted, messages):
         near = difflib.get_close_matches(quoted, messages, n=1, cutoff=0.0)[0]
         pytest.fail(
             f"docs/troubleshooting.md quotes an error that the code does not have:\n  {quoted}\n"
-            f"the nearest is in {messages[near]}:\n  {near}\nquote it as it is now"
+            f"the nearest is in {messages[near]}:\n  {near}\nquote the current text"
         )
 
 

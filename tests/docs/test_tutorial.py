@@ -1,4 +1,4 @@
-"""Tutorial and notebook: every command of the page is run, on fewer slides; then the notebook, on what they made."""
+"""Tutorial and notebook: all commands of the page run on fewer slides, then the notebook on their results."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from pathflip_jax import cli
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"
-# What makes the page short enough for a test; each must change a command.
+# Replacements that make the page fast enough for a test; each must change a command.
 SMALLER = {
     "--slides 240 --size 1280": "--slides 48 --size 640",
     "--shares 0.6 0.1 0.3": "--shares 0.4 0.3 0.3",  # each class in each split
@@ -39,7 +39,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory) -> Path:
-    """The folder of someone who has followed the page."""
+    """A folder in which all commands of the page have been run."""
     folder, lines = tmp_path_factory.mktemp("tutorial"), commands()
     assert len(lines) > 10
     for full, smaller in SMALLER.items():
@@ -68,7 +68,7 @@ def test_every_command_leaves_what_the_page_promises(walked):
 
 
 def write_feature_files(records: Path, folder: Path) -> None:
-    """The slides of some records as CLAM writes them, which says nothing of patch size and mpp."""
+    """Write the slides of records in CLAM's format, which states neither patch size nor mpp."""
     from pathflip_jax.data.records.records import Records
 
     opened = Records(records)

@@ -1,18 +1,18 @@
-"""Runs peers: tests that need an environment of their own, each built under .peers/ and kept (`make test-peers`).
+"""Runner of peers: tests that need an environment of their own, built once under .peers/ (`make test-peers`).
 
     python tests/peers/run.py [NAME ...] [--jobs N] [--torch torch==VERSION]
 
 A peer is a folder here with a `peer.toml`:
 
     proves = "what holds when it passes"
-    requirements = "requirements/peers/NAME.txt"   # pinned; installed without what they require
-    python = "3.13"            # where not that of the project's own environment
-    torch = true               # the CPU build of the Makefile, where there is one for that Python
-    project = true             # this project too, editable
-    suite = ["tests/data"]     # quick tests of the ordinary suite to run there; else those of the peer's folder
+    requirements = "requirements/peers/NAME.txt"   # pinned; installed without their dependencies
+    python = "3.13"            # if it differs from the project's own environment
+    torch = true               # install the CPU build of the Makefile, if there is one for that Python
+    project = true             # install this project too, editable
+    suite = ["tests/data"]     # quick tests of the ordinary suite to run; otherwise those of the peer's folder
 
-`prepare.py`, if there is one, runs first in the project's own environment and writes what the peer shall read to the
-folder that it is given; the tests find it in PEER_INPUT. Exits with 1 where a peer fails or could not be built.
+`prepare.py`, if there is one, runs first in the project's own environment and writes the input of the peer to the
+folder that it is given; the tests find that folder in PEER_INPUT. Exits with 1 if a peer fails or could not be built.
 """
 
 import argparse
@@ -36,16 +36,16 @@ def read_peers() -> dict[str, dict]:
 
 
 def find_python(version: str) -> str:
-    """An interpreter of a version such as 3.13: on the path, or one of pyenv's. Raises FileNotFoundError for none."""
+    """Interpreter of a version such as 3.13, from PATH or pyenv. Raises FileNotFoundError if there is none."""
     installed = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     for command in (shutil.which(f"python{version}"), *map(str, installed)):
         if command and subprocess.run([command, "-c", ""], capture_output=True).returncode == 0:
             return command
-    raise FileNotFoundError(f"no Python {version} on the path or in ~/.pyenv/versions: install it, or leave this peer")
+    raise FileNotFoundError(f"no Python {version} on PATH or in ~/.pyenv/versions: install it, or run only other peers")
 
 
 def build(name: str, peer: dict, torch: str) -> Path:
-    """The Python of the peer's environment, built anew where its requirements changed since."""
+    """The Python of the peer's environment, which is rebuilt if its requirements have changed."""
     environment = ENVIRONMENTS / name
     python, stamp = environment / "bin" / "python", environment / "built"
     requirements = ROOT / peer["requirements"]
@@ -67,7 +67,7 @@ def build(name: str, peer: dict, torch: str) -> Path:
 
 
 def run_tests(name: str, peer: dict, python: Path, jobs: int) -> int:
-    """The exit code of the peer's tests, in its environment."""
+    """Run the peer's tests in its environment; returns their exit code."""
     given = ENVIRONMENTS / f"{name}-input"
     shutil.rmtree(given, ignore_errors=True)
     given.mkdir()
@@ -86,15 +86,17 @@ def run_tests(name: str, peer: dict, python: Path, jobs: int) -> int:
 
 
 def main() -> int:
-    """Run the peers that are named, or all, and say how each went."""
+    """Run the named peers, or all, and print the result of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     peers = read_peers()
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(peers)}; all where none is named")
-    parser.add_argument("--jobs", type=int, default=2, help="test processes side by side")
-    parser.add_argument("--torch", default="torch==2.13.0", help="the torch of peers that need one")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"peers to run, of {', '.join(peers)}; all by default")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel test processes (2)")
+    parser.add_argument(
+        "--torch", default="torch==2.13.0", help="torch requirement of peers that need it (torch==2.13.0)"
+    )
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - peers.keys()):
-        parser.error(f"no such peer: {', '.join(unknown)}; there are {', '.join(peers)}")
+        parser.error(f"unknown peer: {', '.join(unknown)}; expected some of {', '.join(peers)}")
     results = {}
     for name in options.names or peers:
         print(f"== {name}: {peers[name]['proves']}", flush=True)

@@ -1,4 +1,4 @@
-"""The areas of a grounding made by hand, as `pathflip ground` writes them: `python prepare.py FOLDER`."""
+"""Areas of a hand-made grounding, as `pathflip ground` writes them: `python prepare.py FOLDER`."""
 
 import json
 import os

@@ -33,7 +33,7 @@ def test_gdal_reads_every_area_valid_and_as_large_as_we_say():
 
 @pytest.mark.filterwarnings("ignore:'crs' was not provided:UserWarning")  # pixels of a slide are on no globe
 def test_what_geopandas_writes_is_the_golden_file(tmp_path):
-    """A table of tissue: a square with a hole, one of two parts, each with its class in a column."""
+    """A table of tissue areas: a square with a hole, and an area of two parts, each with its class in a column."""
     hole = Polygon([(100, 100), (300, 100), (300, 300), (100, 300)], [[(150, 150), (250, 150), (250, 250), (150, 250)]])
     two = MultiPolygon([box(600, 600, 700, 700), box(800, 600, 900.5, 700)])
     table = geopandas.GeoDataFrame({"classification": ["tumor", "fat"], "grade": [2, None]}, geometry=[hole, two])

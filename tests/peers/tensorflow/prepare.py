@@ -1,4 +1,4 @@
-"""Records of three slides in each stored type, and what they hold: `python prepare.py FOLDER`."""
+"""Records of three slides in each stored dtype, and their expected content: `python prepare.py FOLDER`."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ WIDTH = 6
 
 
 def make_slides() -> list[SlideFeatures]:
-    """Slides of 40, 7 and 25 patches of 64 px; the second knows no size of its own."""
+    """Slides of 40, 7 and 25 patches of 64 px; the second has no width and height."""
     rng, slides = np.random.default_rng(0), []
     for number, patches in enumerate((40, 7, 25)):
         cells = np.stack(np.meshgrid(np.arange(9), np.arange(5)), -1).reshape(-1, 2)
@@ -28,7 +28,7 @@ def make_slides() -> list[SlideFeatures]:
 
 
 def main() -> None:
-    """Write a folder of records for each type, and expected.npz with what we read of it ourselves."""
+    """Write a folder of records for each dtype, and DTYPE.npz with the content that we read from it."""
     out = Path(sys.argv[1])
     for dtype in ("float16", "bfloat16"):
         folder = out / dtype

@@ -1,4 +1,4 @@
-"""Our records read by TensorFlow's own parser and by TFDS; what both write is what tests/golden/tensorflow keeps."""
+"""Our records read by TensorFlow's parser and by TFDS; both write the files in tests/golden/tensorflow."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:label\\(\\) is deprecated:Deprec
 
 @pytest.fixture(params=["float16", "bfloat16"])
 def records(request):
-    """The folder of records of a stored type, and what it holds."""
+    """A folder of records of one dtype, and its expected content."""
     return INPUT / request.param, dict(np.load(INPUT / f"{request.param}.npz"))
 
 
@@ -76,17 +76,19 @@ def examples(path: Path) -> list[bytes]:
 
 
 def compare(written: Path, name: str) -> None:
-    """Compare with the golden file of a name; where there is none, make it."""
+    """Compare a file with the golden file, which is created if it does not exist."""
     kept = GOLDEN / "tensorflow" / name
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(written.read_bytes())
     writers = f"TensorFlow {tf.__version__}, TFDS {tfds.__version__}"
-    assert examples(written) == examples(kept), f"{kept}: {writers} write other values; look, then delete it"
+    assert examples(written) == examples(kept), (
+        f"{kept}: {writers} write other values; if right, delete it and run again"
+    )
 
 
 def test_what_tensorflow_writes_is_the_golden_file(tmp_path):
-    """The first six slides of the golden run, as a pipeline of TensorFlow writes tf.train.Example again."""
+    """The first six slides of the golden run, rewritten as tf.train.Example by TensorFlow."""
     with tf.io.TFRecordWriter(str(tmp_path / "out")) as out:
         for data in tf.data.TFRecordDataset(str(RECORDS / SHARDS[0])):
             example = tf.train.Example.FromString(data.numpy())
@@ -96,7 +98,7 @@ def test_what_tensorflow_writes_is_the_golden_file(tmp_path):
 
 
 def test_what_tfds_writes_is_the_golden_file(tmp_path):
-    """The same slides as TFDS stores a tf.data.Dataset of them, by its own encoders."""
+    """The same slides as a tf.data.Dataset, stored by TFDS with its own encoders."""
     source = tfds.builder_from_directory(RECORDS)
     slides = source.as_dataset(split="train[:6]", shuffle_files=False)
     builder = tfds.dataset_builders.store_as_tfds_dataset(

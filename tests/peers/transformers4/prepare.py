@@ -1,4 +1,4 @@
-"""Exports of the golden cases and of a decoder with an adapter, and their numbers: `python prepare.py FOLDER`."""
+"""Exports of the golden cases and of a decoder with an adapter, and its logits: `python prepare.py FOLDER`."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (2, 17), dtype=np.int32)
 
 
 def main() -> None:
-    """Write a folder for transformers of each family, a decoder's, its adapter's for PEFT, and decoder.npz."""
+    """Write a folder for transformers of each family, a decoder, its adapter for PEFT, and decoder.npz."""
     out = Path(sys.argv[1])
     for family in ("base", "pathflip2"):
         two = {"arguments": ARGUMENTS, "keep_lora": True} if family == "pathflip2" else {}

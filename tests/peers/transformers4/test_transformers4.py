@@ -1,4 +1,4 @@
-"""Our exports in transformers 4 and its PEFT, without this project; what both write is kept in tests/golden."""
+"""Our exports in transformers 4 and its PEFT, without this project; files that both write are kept in tests/golden."""
 
 import json
 import os
@@ -22,12 +22,12 @@ def family(request):
 
 
 def load(folder: Path):
-    """The model of a folder, whose code comes with it."""
+    """The model of a folder, loaded with the folder's own code."""
     return transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 
 
 def check_features(model, family: str) -> None:
-    """The features of the released code, as the golden case has them."""
+    """Compare the model's features with those of the released code in the golden case."""
     with np.load(GOLDEN / family / "io.npz") as case:
         ids, mask = (torch.from_numpy(case[f"caption_{part}"]) for part in ("ids", "mask"))
         with torch.no_grad():
@@ -74,7 +74,7 @@ def test_decoder_and_adapter_give_our_logits():
 
 
 def test_what_transformers_4_and_peft_write_is_kept(tmp_path):
-    """A decoder and an adapter as they save them, and their logits; made where there are none, else compared."""
+    """Compare a decoder and an adapter as they save them, and their logits, with the golden files, or create these."""
     model = decoder(INPUT / "decoder")
     model.save_pretrained(tmp_path / "decoder")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -89,7 +89,7 @@ def test_what_transformers_4_and_peft_write_is_kept(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "decoder"}, indent=2))
-    (tmp_path / "adapter" / "README.md").unlink()  # a card of blanks
+    (tmp_path / "adapter" / "README.md").unlink()  # a model card without content
     with np.load(INPUT / "decoder.npz") as case:
         tokens, plain = case["tokens"], logits(decoder(tmp_path / "decoder"))
     expected = {"tokens": tokens, "plain": plain, "adapted": logits(adapted)}
