@@ -75,7 +75,7 @@ class Compiled(NamedTuple):
         """Part of the peak that does not depend on the batch: parameters, two moments, float32 gradients, and code."""
         return 4 * self.parameter_bytes + self.code_bytes
 
-    def line_to(self, more: "Compiled", layers: int) -> "Compiled":
+    def extrapolate(self, more: "Compiled", layers: int) -> "Compiled":
         """Linear extrapolation of two steps to that many layers."""
         share = (layers - self.layers) / (more.layers - self.layers)
         continued = {
@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> dict:
         print(show(traffic), flush=True)
         return found
 
-    found, result = take_bytes(options, compiled, layers)
+    found, result = step_figures(options, compiled, layers)
     batch = largest_batch(found.peak_bytes, found.fixed_bytes, slides, limit, options.step)
     while options.confirm and batch:
         try:
@@ -214,12 +214,14 @@ def run(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def take_bytes(options: argparse.Namespace, compiled: Callable[[int], Compiled], layers: int) -> tuple[Compiled, dict]:
+def step_figures(
+    options: argparse.Namespace, compiled: Callable[[int], Compiled], layers: int
+) -> tuple[Compiled, dict]:
     """Figures of a step with all layers, compiled, extrapolated or both, and the intermediate results."""
     found, result = None, {}
     if options.fit:
         few, more = (compiled(n) for n in options.fit)
-        found = few.line_to(more, layers)
+        found = few.extrapolate(more, layers)
         result |= {"compiled": [few._asdict(), more._asdict()], "line": found._asdict()}
         print(f"{layers} layers, extrapolated: {gigabytes(found)}")
     if options.whole or not options.fit:
@@ -241,7 +243,7 @@ def gigabytes(found: Compiled) -> str:
     )
 
 
-def between(devices: np.ndarray, efficiency: np.ndarray, chips: np.ndarray) -> np.ndarray:
+def interpolate(devices: np.ndarray, efficiency: np.ndarray, chips: np.ndarray) -> np.ndarray:
     """Efficiency interpolated to other numbers of chips; a single chip has no communication."""
 
     def shares(n: np.ndarray) -> np.ndarray:
@@ -267,7 +269,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         for kind, line, point in (("overlapped", "-", "o"), ("exposed", "--", "s")):
             if shown:
                 found = np.array([r["efficiency"][kind] for r in shown])
-                panel.plot(chips, 100 * between(devices, found, chips), line, color=colour, linewidth=1)
+                panel.plot(chips, 100 * interpolate(devices, found, chips), line, color=colour, linewidth=1)
                 panel.plot(devices, 100 * found, point, color=colour, markersize=4, label=f"{chip}, {kind}")
     panel.set(xscale="log", xlabel="chips, 16 slides each", ylabel="useful compute, % of the step")
     panel.set_xticks([1, 8, 64, 256], ["1", "8", "64", "256"])

@@ -41,17 +41,17 @@ class Rig:
         self.records = make_cohort(folder / "cohort")
         parts = {"records": self.records, "texts": "reports.jsonl", "slides": "slides.csv", "tokenizer": "vocabulary"}
         self.data = [f"--config.data.{name}={folder / 'cohort' / path}" for name, path in parts.items()]
-        self._straight: dict[int, Path] = {}
+        self._undisturbed: dict[int, Path] = {}
 
-    def straight(self, hosts: int) -> Path:
+    def undisturbed(self, hosts: int) -> Path:
         """Folder of the undisturbed reference run."""
-        if hosts not in self._straight:
-            workdir = self.folder / f"straight{hosts}"
+        if hosts not in self._undisturbed:
+            workdir = self.folder / f"undisturbed{hosts}"
             run = Run(self, workdir, hosts, [])
             if any(run.wait()):
-                raise RuntimeError(f"the undisturbed run failed:\n{run.said()[0][-3000:]}")
-            self._straight[hosts] = workdir
-        return self._straight[hosts]
+                raise RuntimeError(f"the undisturbed run failed:\n{run.outputs()[0][-3000:]}")
+            self._undisturbed[hosts] = workdir
+        return self._undisturbed[hosts]
 
 
 class Run:
@@ -69,11 +69,11 @@ class Run:
             log = rig.folder / f"{workdir.name}.{len(list(rig.folder.glob(f'{workdir.name}.*.log')))}.log"
             log.touch()
             argv = [*arguments, *together, *([f"--process_id={host}"] if together else [])]
-            hears, says = rig.context.Pipe(duplex=False)
-            process = rig.context.Process(target=_train, args=(argv, says, DEVICES, rig.cache))
+            reader, writer = rig.context.Pipe(duplex=False)
+            process = rig.context.Process(target=_train, args=(argv, writer, DEVICES, rig.cache))
             process.start()
-            says.close()
-            copying = threading.Thread(target=_copy, args=(hears, log), daemon=True)
+            writer.close()
+            copying = threading.Thread(target=_copy, args=(reader, log), daemon=True)
             copying.start()
             self.processes.append(process)
             self.logs.append(log)
@@ -112,7 +112,7 @@ class Run:
             copying.join()
         return [process.exitcode for process in self.processes]
 
-    def said(self) -> list[str]:
+    def outputs(self) -> list[str]:
         """Output of each process."""
         return [log.read_text(errors="replace") for log in self.logs]
 
@@ -203,17 +203,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _copy(hears: Connection, log: Path) -> None:
+def _copy(reader: Connection, log: Path) -> None:
     """Copy the output of a process to a file, until it ends."""
-    with hears, open(log, "ab", buffering=0) as file:
-        while said := os.read(hears.fileno(), 2**16):
-            file.write(said)
+    with reader, open(log, "ab", buffering=0) as file:
+        while data := os.read(reader.fileno(), 2**16):
+            file.write(data)
 
 
-def _train(argv: list[str], says: Connection, devices: int, cache: Path) -> None:
+def _train(argv: list[str], writer: Connection, devices: int, cache: Path) -> None:
     """Run `pathflip train` in this process, forked from the server with all modules loaded."""
-    os.dup2(says.fileno(), 1)
-    os.dup2(says.fileno(), 2)
+    os.dup2(writer.fileno(), 1)
+    os.dup2(writer.fileno(), 2)
     flags = os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
     flags += f" --xla_force_host_platform_device_count={devices}"
     os.environ |= {"XLA_FLAGS": flags, "PATHFLIP_DEBUG": ""}

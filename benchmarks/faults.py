@@ -55,7 +55,7 @@ from fault_runs import (
 )
 from machine import describe
 
-AGAIN, MEND, KILLED = 75, 2, -signal.SIGKILL
+RESTART, REPAIR, KILLED = 75, 2, -signal.SIGKILL
 HANG_SECONDS = 60  # on a busy machine, a step may take many seconds
 OWN_MOUNTS = "FAULTS_OWN_MOUNTS"
 RUNS = {"steps": STEPS, "save_every": SAVE_EVERY, "slides": SLIDES}  # settings shared by the outcomes of one table
@@ -76,17 +76,17 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class Struck(NamedTuple):
+class Injection(NamedTuple):
     """Injected fault: the expected exit codes, the survivors' messages, and the repair needed before the restart.
 
-    Each survivor must report why it ends, except with `one_speaks`: then process 0 reports for all.
+    Each survivor must report why it ends, except with `one_report`: then process 0 reports for all.
     """
 
     codes: list[set[int]]
     message: str
-    mend: Callable[[], None] = lambda: None
+    repair: Callable[[], None] = lambda: None
     may_go_back: bool = False
-    one_speaks: bool = False
+    one_report: bool = False
 
 
 class Bench(Rig):
@@ -97,44 +97,44 @@ class Bench(Rig):
         if fault == "kill-in-records":
             return self._records(seed)
         begin = time.monotonic()
-        strike, hosts = FAULTS[fault]
-        straight = self.straight(hosts)
+        inject_fault, hosts = FAULTS[fault]
+        undisturbed = self.undisturbed(hosts)
         for attempt in range(5):
             rng = random.Random(f"{fault} {seed} {attempt}")
             workdir = (self._disk() if fault == "full-disk" else self.folder) / f"{fault}-{seed}-{attempt}"
             more = [f"--config.train.hang_seconds={HANG_SECONDS}"] if fault == "hang" else []
             run = Run(self, workdir, hosts, more)
             try:
-                struck = strike(self, run, rng)
+                injection = inject_fault(self, run, rng)
                 codes = run.wait()
             finally:
                 run.kill(list(range(hosts)))
-            if struck is not None:
-                struck.mend()
+            if injection is not None:
+                injection.repair()
             elif any(codes):
                 raise RuntimeError(
-                    f"{fault}: the run failed with {codes} before the fault was injected:\n{run.said()[0][-3000:]}"
+                    f"{fault}: the run failed with {codes} before the fault was injected:\n{run.outputs()[0][-3000:]}"
                 )
-            if struck is None or set(codes) == {0}:  # the run finished before the injection
+            if injection is None or set(codes) == {0}:  # the run finished before the injection
                 continue
             wrong = [
                 f"process {host} exited with {code}, expected {sorted(expected)}"
-                for host, (code, expected) in enumerate(zip(codes, struck.codes, strict=True))
+                for host, (code, expected) in enumerate(zip(codes, injection.codes, strict=True))
                 if code not in expected
             ]
-            survivors = [text for text, code in zip(run.said(), codes, strict=True) if code != KILLED]
-            told = (any if struck.one_speaks else all)(re.search(struck.message, text) for text in survivors)
+            survivors = [text for text, code in zip(run.outputs(), codes, strict=True) if code != KILLED]
+            told = (any if injection.one_report else all)(re.search(injection.message, text) for text in survivors)
             reached, newest = run.step(), max(complete(workdir), default=0)
             again = Run(self, workdir, hosts, [])
             if any(again.wait()):
-                wrong.append(f"the restarted run failed: {again.said()[0][-2000:]}")
-            going_on = re.search(r"resuming from step (\d+)", again.said()[0])
-            resumed = int(going_on[1]) if going_on else 0
+                wrong.append(f"the restarted run failed: {again.outputs()[0][-2000:]}")
+            resumption = re.search(r"resuming from step (\d+)", again.outputs()[0])
+            resumed = int(resumption[1]) if resumption else 0
             if resumed < newest:
-                if not struck.may_go_back or newest - resumed > SAVE_EVERY:
+                if not injection.may_go_back or newest - resumed > SAVE_EVERY:
                     wrong.append(f"resumed from step {resumed} although {newest} was complete")
-                told &= "Damaged checkpoint, going back to step" in again.said()[0]
-            wrong += differences(workdir, straight)
+                told &= "Damaged checkpoint, going back to step" in again.outputs()[0]
+            wrong += differences(workdir, undisturbed)
             same = not wrong
             wrong += [] if told else [f"fault not reported: {[text[-300:] for text in survivors]}"]
             lost = max(reached - resumed, 0)
@@ -152,29 +152,29 @@ class Bench(Rig):
     def _records(self, seed: int) -> Outcome:
         """Kill an import while it writes; a second run must produce the same files as an undisturbed one."""
         begin, rng = time.monotonic(), random.Random(f"kill-in-records {seed}")
-        features, straight = self.folder / "features", self.folder / "imported"
-        if not straight.exists():
+        features, undisturbed = self.folder / "features", self.folder / "imported"
+        if not undisturbed.exists():
             make_features(features)
-            self._import(features, straight).wait()
+            self._import(features, undisturbed).wait()
         out = self.folder / f"imported-{seed}"
         process = self._import(features, out)
         count, seen = rng.randrange(1, 12), set()
         while process.poll() is None and len(seen) < count:  # the n-th file being written
             seen |= {path.name for path in out.rglob("*.tmp")}
         time.sleep(rng.random() * 0.01)
-        struck = process.poll() is None
+        running = process.poll() is None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         codes = [process.wait()]
         whole = {path.name for path in out.glob("*.tfrecord")}
-        wrong = [] if struck else ["the import finished before it could be killed"]
-        wrong += [f"{name} is incomplete" for name in whole if not same_file(out / name, straight / name)]
+        wrong = [] if running else ["the import finished before it could be killed"]
+        wrong += [f"{name} is incomplete" for name in whole if not same_file(out / name, undisturbed / name)]
         codes.append(self._import(features, out).wait())
         wrong += [f"the second run exited with {codes[1]}"] if codes[1] else []
-        names = sorted(path.name for path in straight.iterdir())
+        names = sorted(path.name for path in undisturbed.iterdir())
         left = [path.name for path in out.iterdir() if path.name not in names and not path.name.endswith(".tmp")]
         wrong += [f"{name} is left over" for name in left if name != ".parts"]
-        wrong += [f"{name} differs" for name in names if not same_file(out / name, straight / name)]
+        wrong += [f"{name} differs" for name in names if not same_file(out / name, undisturbed / name)]
         if not wrong:
             shutil.rmtree(out)
         seconds = round(time.monotonic() - begin, 1)
@@ -187,35 +187,35 @@ class Bench(Rig):
         return subprocess.Popen(list(map(str, command)), start_new_session=True, **quiet)
 
 
-def _sigterm(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
+def _sigterm(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
     hosts = rng.choice([[0], [1], [0, 1]])
-    if not _some_step(run, rng, STEPS // 2):
+    if not _reach_random_step(run, rng, STEPS // 2):
         return None
     run.kill(hosts, signal.SIGTERM)
-    return Struck([{AGAIN}, {AGAIN}], "stopped at step", one_speaks=True)
+    return Injection([{RESTART}, {RESTART}], "stopped at step", one_report=True)
 
 
-def _kill_one(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
+def _kill_one(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
     return _kill(run, rng, [rng.randrange(2)])
 
 
-def _kill_all(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
+def _kill_all(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
     return _kill(run, rng, [0, 1])
 
 
-def _kill(run: Run, rng: random.Random, hosts: list[int]) -> Struck | None:
-    if not _some_step(run, rng, STEPS - 5):
+def _kill(run: Run, rng: random.Random, hosts: list[int]) -> Injection | None:
+    if not _reach_random_step(run, rng, STEPS - 5):
         return None
     run.kill(hosts)
     return _killed(run, hosts)
 
 
-def _killed(run: Run, hosts: list[int]) -> Struck:
-    codes = [{KILLED} if host in hosts else {AGAIN} for host in range(len(run.processes))]
-    return Struck(codes, "another process of this run is lost")
+def _killed(run: Run, hosts: list[int]) -> Injection:
+    codes = [{KILLED} if host in hosts else {RESTART} for host in range(len(run.processes))]
+    return Injection(codes, "another process of this run is lost")
 
 
-def _kill_in_save(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
+def _kill_in_save(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
     hosts = rng.choice([[0], [1], [0, 1]])
     checkpoints, begin = run.workdir / "checkpoints", rng.randrange(SAVE_EVERY, STEPS - SAVE_EVERY)
 
@@ -229,14 +229,14 @@ def _kill_in_save(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
     return _killed(run, hosts)
 
 
-def _full_disk(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
-    if not _some_step(run, rng, STEPS - 10):
+def _full_disk(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
+    if not _reach_random_step(run, rng, STEPS - 10):
         return None
     message = r"the checkpoint was not written|No space left|File too large"
     if not os.path.ismount(bench.folder / "disk"):
         hard = resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(run.processes[0].pid, resource.RLIMIT_FSIZE, (0, hard))
-        return Struck([{MEND}], message)
+        return Injection([{REPAIR}], message)
     ballast = run.workdir.with_name("ballast")
     deadline = time.monotonic() + LIMIT_SECONDS
     with open(ballast, "wb", buffering=0) as file:
@@ -245,10 +245,10 @@ def _full_disk(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
                 file.write(bytes(2**16))
             except OSError:
                 time.sleep(0.001)  # space freed by old checkpoints is taken immediately
-    return Struck([{MEND}], message, mend=ballast.unlink)
+    return Injection([{REPAIR}], message, repair=ballast.unlink)
 
 
-def _flipped_byte(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
+def _flipped_byte(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
     if not run.reach(lambda: len(complete(run.workdir)) >= 2):
         return None
     time.sleep(rng.random() * 0.5)
@@ -260,19 +260,21 @@ def _flipped_byte(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
-    return Struck([{KILLED}], "", may_go_back=True)
+    return Injection([{KILLED}], "", may_go_back=True)
 
 
-def _vanished_shard(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
-    if not _some_step(run, rng, STEPS // 2):
+def _vanished_shard(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
+    if not _reach_random_step(run, rng, STEPS // 2):
         return None
     aside = bench.records.with_name("aside")
     bench.records.rename(aside)
-    return Struck([{MEND}, {MEND}], r"No such file or directory: '.*tfrecord'", lambda: aside.rename(bench.records))
+    return Injection(
+        [{REPAIR}, {REPAIR}], r"No such file or directory: '.*tfrecord'", lambda: aside.rename(bench.records)
+    )
 
 
-def _hang(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
-    if not _some_step(run, rng, STEPS // 2):
+def _hang(bench: Bench, run: Run, rng: random.Random) -> Injection | None:
+    if not _reach_random_step(run, rng, STEPS // 2):
         return None
     aside, shards = bench.records.with_name("aside"), list(bench.records.glob("*.tfrecord"))
     aside.mkdir()
@@ -281,16 +283,16 @@ def _hang(bench: Bench, run: Run, rng: random.Random) -> Struck | None:
         os.mkfifo(aside / "fifo")
         os.replace(aside / "fifo", shard)
 
-    def mend() -> None:
+    def repair() -> None:
         for shard in shards:
             os.replace(aside / shard.name, shard)
         aside.rmdir()
 
     reading = "(reading the next batch|validating)"
-    return Struck([{AGAIN}, {AGAIN}], rf"no progress for .*: process \d \(.*\) at step \d+, {reading}", mend)
+    return Injection([{RESTART}, {RESTART}], rf"no progress for .*: process \d \(.*\) at step \d+, {reading}", repair)
 
 
-def _some_step(run: Run, rng: random.Random, most: int) -> bool:
+def _reach_random_step(run: Run, rng: random.Random, most: int) -> bool:
     """Wait for a random moment of the run; False when the run ends first."""
     step = rng.randrange(1, most)
     if not run.reach(lambda: run.step() >= step):

@@ -85,7 +85,7 @@ def _h5(kind: str) -> Callable[[Path], list[bytes]]:
 
 
 def _h5_mutation(kind: str) -> mutations.Mutation:
-    return mutations.some_blind(0.8, lambda rng, _: write_h5(kind, rng, **rng.choice(({}, {"chunks": (4, 2)}))))
+    return mutations.mix_with_blind(0.8, lambda rng, _: write_h5(kind, rng, **rng.choice(({}, {"chunks": (4, 2)}))))
 
 
 def _torch_seeds(folder: Path) -> list[bytes]:
@@ -389,8 +389,8 @@ def _json_seeds(*values: object) -> Callable[[Path], list[bytes]]:
     return lambda _: [json.dumps(value, indent=indent).encode() for value in values for indent in (None, 1)]
 
 
-KNOWING = mutations.some_blind(0.35, mutations.json_text)
-TABLE = mutations.some_blind(0.4, mutations.table)
+JSON_TEXT = mutations.mix_with_blind(0.35, mutations.json_text)
+TABLE = mutations.mix_with_blind(0.4, mutations.table)
 METRICS = [{"step": step, "loss": 1.0 / step, "val/recall_at_1": 0.5} for step in (1, 2, 3)]
 
 
@@ -413,31 +413,31 @@ def readers() -> Iterator[Reader]:
     yield Reader("csv slides", 80, "x.csv", lambda _: [_csv(SLIDES)], TABLE, lambda p, _: read_slide_table(p))
     columns = {"slide_id": ["S1", "S2"], "case_id": 7.0, "caption": CAPTION, "subcaptions": ["Fat.", None]}
     yield Reader("parquet", 60, "x.parquet", lambda _: [_parquet(columns, columns)], mutations.blind, _read_captions)
-    yield Reader("json captions", 120, "x.json", lambda _: _rows(*TEXTS), KNOWING, _read_captions)
-    yield Reader("json questions", 80, "x.json", lambda _: _rows(*QUESTIONS), KNOWING, lambda p, _: read_questions(p))
-    yield Reader("json slides", 40, "x.json", lambda _: _rows(SLIDES), KNOWING, lambda p, _: read_slide_table(p))
+    yield Reader("json captions", 120, "x.json", lambda _: _rows(*TEXTS), JSON_TEXT, _read_captions)
+    yield Reader("json questions", 80, "x.json", lambda _: _rows(*QUESTIONS), JSON_TEXT, lambda p, _: read_questions(p))
+    yield Reader("json slides", 40, "x.json", lambda _: _rows(SLIDES), JSON_TEXT, lambda p, _: read_slide_table(p))
     concepts = {"necrosis": ["tumor necrosis"], "fat": ["fat", "adipose tissue"]}
-    yield Reader("prompts", 60, "x.json", _json_seeds(PROMPTS, concepts), KNOWING, lambda p, _: read_prompts(p))
-    yield Reader("outlines", 60, "x.geojson", _json_seeds(OUTLINES), KNOWING, _read_outlines)
+    yield Reader("prompts", 60, "x.json", _json_seeds(PROMPTS, concepts), JSON_TEXT, lambda p, _: read_prompts(p))
+    yield Reader("outlines", 60, "x.geojson", _json_seeds(OUTLINES), JSON_TEXT, _read_outlines)
     shard = shard_name(0)
-    yield Reader("tfrecord", 80, shard, _of_records(shard), mutations.some_blind(0.2, _record), _read_records)
+    yield Reader("tfrecord", 80, shard, _of_records(shard), mutations.mix_with_blind(0.2, _record), _read_records)
     index = index_path(shard).name
     beside = {"prepare": _fill_records, "beside": True}
-    yield Reader("index", 80, index, _of_records(index), mutations.some_blind(0.1, _index), _read_index, **beside)
-    yield Reader("manifest", 20, "manifest.json", _of_records("manifest.json"), KNOWING, _read_manifest, **beside)
+    yield Reader("index", 80, index, _of_records(index), mutations.mix_with_blind(0.1, _index), _read_index, **beside)
+    yield Reader("manifest", 20, "manifest.json", _of_records("manifest.json"), JSON_TEXT, _read_manifest, **beside)
     model = _json_seeds(MODEL.to_dict())
-    yield Reader("model.json", 30, "model.json", model, KNOWING, lambda p, _: files.read_model_config(p))
+    yield Reader("model.json", 30, "model.json", model, JSON_TEXT, lambda p, _: files.read_model_config(p))
     predict = lambda path, _: Predictor(SimpleNamespace(config=MODEL), json_files.read_json(path), None, str(path))  # noqa: E731
-    yield Reader("config.json", 30, "config.json", _json_seeds(CONFIG), KNOWING, predict)
+    yield Reader("config.json", 30, "config.json", _json_seeds(CONFIG), JSON_TEXT, predict)
     lines = "".join(json.dumps(row) + "\n" for row in METRICS).encode()
-    yield Reader("metrics.jsonl", 20, "metrics.jsonl", lambda _: [lines], KNOWING, _read_metrics)
+    yield Reader("metrics.jsonl", 20, "metrics.jsonl", lambda _: [lines], JSON_TEXT, _read_metrics)
     for name in ("vocab.txt", "tokenizer.json"):
         prepare = {"prepare": _fill_vocabulary if name == "tokenizer.json" else _fill_words, "beside": True}
-        yield Reader(name, 20, name, _tokenizer_seeds(name), KNOWING if name[-4:] == "json" else mutations.blind,
+        yield Reader(name, 20, name, _tokenizer_seeds(name), JSON_TEXT if name[-4:] == "json" else mutations.blind,
                      lambda path, _: TextTokenizer(path.parent).encode([CAPTION], 64), **prepare)  # fmt: skip
     bert = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
             "intermediate_size": 16, "vocab_size": 60, "max_position_embeddings": 16}  # fmt: skip
-    yield Reader("bert config", 10, "config.json", _json_seeds(bert), KNOWING, lambda p, _: bert_settings(p.parent))
+    yield Reader("bert config", 10, "config.json", _json_seeds(bert), JSON_TEXT, lambda p, _: bert_settings(p.parent))
     yield Reader("checkpoint", 6, "part", _run_files, _run_mutation, _read_run, _fill_run, True)
     pictures = lambda _: list(itertools.starmap(write_slide, (("jpeg", True), ("zlib", True), (None, False))))  # noqa: E731
     yield Reader("slide thumbnail", 12, "x.tiff", pictures, mutations.blind, _read_pixels)

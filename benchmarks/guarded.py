@@ -50,7 +50,7 @@ def write_files(folder: Path, patches: int, width: int) -> dict[str, Path]:
     return files
 
 
-def read_here(path: Path) -> np.ndarray:
+def read_directly(path: Path) -> np.ndarray:
     """The features of a file, read by this process."""
     if path.suffix == ".pt":
         import torch
@@ -60,7 +60,7 @@ def read_here(path: Path) -> np.ndarray:
         return file["features"][()]
 
 
-def read_there(path: Path) -> np.ndarray:
+def read_checked(path: Path) -> np.ndarray:
     """The features of a file, parsed by the worker and checked, as every command reads them."""
     return read_features(path).features
 
@@ -90,9 +90,9 @@ def main() -> None:
         print(f"starting the worker takes {start * 1e3:.0f} ms, a request for attributes {asked * 1e3:.2f} ms")
         print(f"{'':<24}{'here':>10}{'parse':>10}{'read':>10}  parse / here (quartiles)")
         for name, path in files.items():
-            sides = {"here": read_here, "read": read_there, "parse": _parse}
+            sides = {"here": read_directly, "read": read_checked, "parse": _parse}
             times: dict[str, list[float]] = {side: [] for side in sides}
-            expected = read_here(path)
+            expected = read_directly(path)
             for side in sides.values():  # warm up the page cache and the worker's libraries
                 if not np.array_equal(side(path), expected):
                     raise RuntimeError(f"{name}: the worker returned other features than a direct read")

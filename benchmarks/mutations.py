@@ -113,11 +113,11 @@ def _block(rng, data) -> tuple[int, int]:
 _BLIND = (_flip, _flip, _overwrite, _truncate, _repeat, _delete, _integer, _integer, _length, _length, _splice, _token)
 
 
-def some_blind(share: float, knowing: Mutation) -> Mutation:
-    """The mutation `knowing`, replaced by a blind one for a share of the inputs."""
+def mix_with_blind(share: float, format_aware: Mutation) -> Mutation:
+    """The mutation `format_aware`, replaced by a blind one for a share of the inputs."""
 
     def mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
-        return blind(rng, seeds) if rng.random() < share else knowing(rng, seeds)
+        return blind(rng, seeds) if rng.random() < share else format_aware(rng, seeds)
 
     return mutate
 

@@ -14,7 +14,7 @@ SLIDES, ROUNDS = 8, 2
 DECODER = ["--width=2048", "--layers=28", "--batches", "1", "8", "--dtypes", "bfloat16"]
 
 
-def absent(context: Context) -> dict | None:
+def why_not_compared(context: Context) -> dict | None:
     """Note, with the cure, that PyTorch is missing or does not see the device; None if it can be compared with."""
     torch = context.device.get("torch", "not installed")
     if context.platform == "tpu":
@@ -30,7 +30,7 @@ def absent(context: Context) -> dict | None:
 
 def run(context: Context, family: str, jobs: list[str]) -> Rows:
     """Ratios of jobs of `step.py` (above 1, ours is better) and the agreement of the sides."""
-    if missing := absent(context):
+    if missing := why_not_compared(context):
         yield Row("not compared", missing)
         return
     command = [f"--family={family}", "--jobs", *(jobs[:1] if context.small else jobs), f"--dtype={context.dtype}"]
@@ -56,7 +56,7 @@ def run(context: Context, family: str, jobs: list[str]) -> Rows:
 
 def run_generation(context: Context) -> Rows:
     """Decoder prefill and decoding compared with transformers."""
-    if missing := absent(context):
+    if missing := why_not_compared(context):
         yield Row("not compared", missing)
         return
     small = ["--small", "--rounds=1", "--batches", "1", "--dtypes", "float32"]

@@ -86,9 +86,9 @@ def deterministic(context: Context) -> Rows:
 def resume(context: Context) -> Rows:
     """Check that a run killed by SIGKILL and restarted ends as an undisturbed one, and that old checkpoints load."""
     yield from _old_checkpoints()
-    cohort, straight, killed = make_cohort(context), context.work / "straight", context.work / "killed"
+    cohort, undisturbed, killed = make_cohort(context), context.work / "undisturbed", context.work / "killed"
     settings = ["--config.train.deterministic=True"]
-    _train(cohort, straight, context, *settings)
+    _train(cohort, undisturbed, context, *settings)
     process = subprocess.Popen(_command(cohort, killed, context, *settings), start_new_session=False)
     saved = killed / "checkpoints" / str(SAVE_EVERY)
     while process.poll() is None and not saved.is_dir():
@@ -104,7 +104,7 @@ def resume(context: Context) -> Rows:
         yield Row("save, kill and resume", fault)
         return
     _train(cohort, killed, context, *settings)
-    yield Row("save, kill and resume", _compared(straight, killed, "a killed run and an undisturbed one"))
+    yield Row("save, kill and resume", _compared(undisturbed, killed, "a killed run and an undisturbed one"))
 
 
 def _old_checkpoints() -> Rows:

@@ -144,10 +144,10 @@ def test_a_gpu_that_jax_does_not_use_is_a_fault_of_the_device(bench, tmp_path, m
 
 
 def test_pytorch_that_does_not_see_the_device_is_named(bench, tmp_path):
-    from accelerator_parts.beside import absent
+    from accelerator_parts.beside import why_not_compared
 
     def told(**device):
-        return absent(bench.Context(False, tmp_path, 1.0, device))
+        return why_not_compared(bench.Context(False, tmp_path, 1.0, device))
 
     assert told(platform="gpu", torch="2.13.0 NVIDIA H100") is None
     assert "torch (2.13.0+cpu cpu) does not see NVIDIA H100" in told(

@@ -177,7 +177,7 @@ def test_the_formula(bench):
 
 def test_bytes_go_on_in_a_straight_line(bench):
     few = bench.Compiled(2, 16, 1000, 500, 3, 60, 30, 20, 1e6, 40.0)
-    found = few.line_to(bench.Compiled(4, 16, 1300, 600, 5, 80, 31, 20, 3e6, 50.0), 12)
+    found = few.extrapolate(bench.Compiled(4, 16, 1300, 600, 5, 80, 31, 20, 3e6, 50.0), 12)
     assert found == bench.Compiled(12, 16, 2500, 1000, 13, 160, 35, 20, 11e6, 90.0)
     assert found.fixed_bytes == 4013
 
@@ -218,8 +218,8 @@ def test_other_numbers_of_chips_lie_on_the_line(bench):
     chips = np.array([1, 8, 64, 256])
     for grows in (0, 1e-4):
         found = 1 / (1 + 0.1 * (chips - 1) / chips + grows * (chips - 1))
-        assert bench.between(chips[1:3], found[1:3], chips) == pytest.approx(found)
-    assert bench.between(chips[3:], found[3:], chips)[[0, 3]] == pytest.approx([1, found[3]])
+        assert bench.interpolate(chips[1:3], found[1:3], chips) == pytest.approx(found)
+    assert bench.interpolate(chips[3:], found[3:], chips)[[0, 3]] == pytest.approx([1, found[3]])
 
 
 @pytest.mark.parametrize(
