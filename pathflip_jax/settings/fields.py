@@ -115,10 +115,10 @@ class Setting(NamedTuple):
     """Metadata of a setting, beyond its name, type and default.
 
     `required` describes the expected value of a setting that must not be empty. `may_change`: a run may be resumed with
-    another value. `before` is the value that reproduces the behaviour of versions without the setting, or `CURRENT_VALUE`;
-    settings present in all versions have none. `exists`: the path must exist; `local`: on a local disk. `divides` and
-    `at_most` name settings that this one must divide or must not exceed. `cure` is appended to the message about a
-    value out of bounds.
+    another value. `before` is the value that reproduces the behaviour of versions without the setting, or
+    `CURRENT_VALUE`; settings present in all versions have none. `exists`: the path must exist; `local`: on a local
+    disk. `divides` and `at_most` name settings that this one must divide or must not exceed. `cure` is appended to the
+    message about a value out of bounds.
     """
 
     bounds: Bounds
