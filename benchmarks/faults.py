@@ -340,7 +340,10 @@ def main() -> int:
     options = parser.parse_args()
     if "full-disk" in options.faults:
         own_mounts()
-    done = read_outcomes(options.json) if options.json and options.json.exists() else []
+    try:
+        done = read_outcomes(options.json) if options.json and options.json.exists() else []
+    except ValueError as error:
+        parser.error(str(error))
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))

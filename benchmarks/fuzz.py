@@ -300,7 +300,10 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of a reader's first input (default 0)")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
-    counts = share_out(options.inputs, options.h5, options.first, options.only)
+    try:
+        counts = share_out(options.inputs, options.h5, options.first, options.only)
+    except ValueError as error:
+        parser.error(str(error))
     total = sum(map(len, counts.values()))
     if options.only and total == 1:
         from fuzz_readers import readers

@@ -123,7 +123,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         start = time.perf_counter()
-        write_cohort(folder, options.slides, options.width)
+        try:
+            write_cohort(folder, options.slides, options.width)
+        except OSError as error:
+            parser.error(str(error))
         wrote = time.perf_counter() - start
         seconds, between = train(folder, options, steps, options.more)
         operations = statistics.fmean(row[USEFUL] for row in read_metrics(folder / "run" / METRICS))

@@ -192,8 +192,9 @@ class _Lines:
 
 
 def _json_rows(path: Place, file: TextIO) -> list[Row]:
+    text = _whole(path, file)
     try:
-        found = parse_json(_whole(path, file))
+        found = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error}); was the file cut short?") from error
     return [_json_row(f"{path}, entry {number}", value) for number, value in enumerate(found, 1)]
@@ -203,7 +204,9 @@ def _whole(path: Place, file: TextIO) -> str:
     size = file_sizes([path])[0] or 0
     if size > LARGEST_JSON:
         most = f"{LARGEST_JSON / 1e6:.0f}"
-        raise ValueError(f"{size / 1e6:.0f} MB to be read at once, expected at most {most}; write it as JSON Lines")
+        raise ValueError(
+            f"{path}: one JSON value of {size / 1e6:.0f} MB, expected at most {most} MB; write it as JSON Lines"
+        )
     return file.read()
 
 
@@ -224,8 +227,10 @@ def _json_line_rows(path: Place, file: TextIO, lines: _Lines) -> list[Row]:
 
 def _whole_object(path: Place, file: TextIO, place: str, error: ValueError) -> Row:
     """Row of a single object that spans several lines; raises for broken JSON Lines."""
+    if (file_sizes([path])[0] or 0) > LARGEST_JSON:  # too large for a single object, so a broken line
+        raise ValueError(f"{place}: broken JSON ({error}); was the file cut short?") from error
     try:
-        return _json_row(str(path), parse_json(_whole(path, file)))
+        return _json_row(str(path), parse_json(file.read()))
     except ValueError:
         raise ValueError(f"{place}: broken JSON ({error}); was the file cut short?") from error
 

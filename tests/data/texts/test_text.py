@@ -174,7 +174,7 @@ def test_a_list_that_is_too_large_to_be_read_at_once(table, monkeypatch):
     rows = json.dumps([{"slide_id": f"S{i}", "caption": "A."} for i in range(9)])
     assert len(read_texts(table(rows))) == 9
     monkeypatch.setattr(tables, "LARGEST_JSON", 100)
-    with pytest.raises(ValueError, match="table: .*at most 0; write it as JSON Lines"):
+    with pytest.raises(ValueError, match="table: .*at most 0 MB; write it as JSON Lines"):
         read_texts(table(rows))
 
 
