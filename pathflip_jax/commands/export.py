@@ -29,6 +29,12 @@ def add(commands) -> None:
     )
     parser.add_argument("--pt", action="store_true", help="also write model.pt, for code that cannot read safetensors")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16"],
+        default="float32",
+        help="type of the weights written (default float32); float16 halves the files of an alignment run",
+    )
+    parser.add_argument(
         "--scores",
         type=local_path,
         metavar="DIR",
@@ -57,6 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(
             "--scores and --encoder-licence are for the model card of an alignment run: they need --to huggingface"
         )
+    if options.dtype != "float32" and speaks:
+        raise ValueError("--dtype is for an alignment run: a language run keeps the types of its decoder")
     if options.to == "peft" or (options.to == "huggingface" and speaks):
         from pathflip_jax.convert.decoder_folders import PROJECTOR
         from pathflip_jax.export.decoder import export_decoder, export_peft
@@ -73,11 +81,12 @@ def _run(options: argparse.Namespace) -> int:
             which=options.which,
             scores=options.scores,
             encoder_licence=options.encoder_licence,
+            dtype=options.dtype,
         )
         print(f"{options.out}: a folder for transformers' AutoModel, with a model card")
     else:
         from pathflip_jax.export.pytorch import export
 
-        export(options.run_folder, options.out, which=options.which, pt=options.pt)
+        export(options.run_folder, options.out, which=options.which, pt=options.pt, dtype=options.dtype)
         print(f"{options.out}: PyTorch weights under the released model's names; README.md shows how to load them")
     return 0

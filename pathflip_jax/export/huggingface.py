@@ -52,36 +52,37 @@ def export_huggingface(
     which: str | int = "best",
     scores: str | Path | None = None,
     encoder_licence: str | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
-    baselines. `encoder_licence` is the licence of a patch encoder that is not in `ENCODER_LICENCES`. The folder is
-    written atomically; FileExistsError for an existing folder that is not empty, ValueError for the scores of another
-    run.
+    baselines. `encoder_licence` is the licence of a patch encoder that is not in `ENCODER_LICENCES`, `dtype` that of
+    the weights. The folder is written atomically; FileExistsError for an existing folder that is not empty, ValueError
+    for the scores of another run and for weights out of the range of float16.
     """
     found = None if scores is None else read_scores(scores, run)
     with atomic_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
-        write_huggingface(part, model, settings, tokenizer)
+        write_huggingface(part, model, settings, tokenizer, dtype)
         (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")
 
 
-def write_huggingface(part: Path, model, settings: dict, tokenizer) -> None:
+def write_huggingface(part: Path, model, settings: dict, tokenizer, dtype: str = "float32") -> None:
     """Write the files that transformers loads: weights, config, tokenizer and the model's code."""
-    state, config, more = merged_state(model)
+    state, config, more = merged_state(model, dtype)
     tokenizer.save(part)
     write_checkpoint(part / "model.safetensors", state)
-    _write(part / "config.json", huggingface_config(config, settings, **more))
+    _write(part / "config.json", huggingface_config(config, settings, dtype, **more))
     _write(part / "tokenizer_config.json", _tokenizer_config(part, settings, config))
     copy_code(export_of(config).code, part)
 
 
-def huggingface_config(config: ModelConfig, settings: dict, **more: Any) -> dict[str, Any]:
+def huggingface_config(config: ModelConfig, settings: dict, dtype: str = "float32", **more: Any) -> dict[str, Any]:
     """config.json for transformers: its standard entries, the model's settings, and the description of the run."""
     code, name, _, _ = export_of(config)
     classes = {"AutoConfig": f"{code}.{name}Config", "AutoModel": f"{code}.{name}Model"}
-    facts = {"model_type": config.family, "architectures": [f"{name}Model"], "auto_map": classes, "dtype": "float32"}
+    facts = {"model_type": config.family, "architectures": [f"{name}Model"], "auto_map": classes, "dtype": dtype}
     sizes = {REGION_TOP_K if key == "top_k" else key: value for key, value in config.to_dict().items()}
     return facts | sizes | describe_export(config, settings, **more)
 

@@ -45,21 +45,23 @@ def write_checkpoint(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def export(run: str | Path, out: str | Path, *, which: str | int = "best", pt: bool = False) -> None:
+def export(
+    run: str | Path, out: str | Path, *, which: str | int = "best", pt: bool = False, dtype: str = "float32"
+) -> None:
     """Write a run for PyTorch users: weights, config, BERT folder, the model's code and a README.
 
-    Weights are model.safetensors, with `pt` (needs torch) also model.pt. The folder is written atomically;
-    FileExistsError for an existing folder that is not empty.
+    Weights are model.safetensors of `dtype`, with `pt` (needs torch) also model.pt. The folder is written atomically;
+    FileExistsError for an existing folder that is not empty, ValueError for weights out of the range of float16.
     """
     from pathflip_jax.runs.folder import load_run  # late import: writing weights alone needs no Orbax
 
     with atomic_folder(out) as part:
-        write_export(part, *load_run(run, which), pt=pt)
+        write_export(part, *load_run(run, which), pt=pt, dtype=dtype)
 
 
-def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = False) -> None:
+def write_export(part: Path, model, settings: dict, tokenizer, *, pt: bool = False, dtype: str = "float32") -> None:
     """Write the files that `export` lists, for a model with the settings and the tokenizer of its run."""
-    state, config, more = merged_state(model)
+    state, config, more = merged_state(model, dtype)
     tokenizer.save(part / "bert")
     _complete_bert_folder(part / "bert", config)
     write_checkpoint(part / "model.safetensors", state)
@@ -77,9 +79,18 @@ def copy_code(module: str, part: Path) -> None:
     shutil.copyfile(Path(__file__).parents[1] / "convert" / f"{module}.py", part / f"{module}.py")
 
 
-def merged_state(model) -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
-    """Merge the text encoder's LoRA into a model: its `state_dict`, the resulting config, and notes."""
+def merged_state(model, dtype: str = "float32") -> tuple[StateDict, ModelConfig, dict[str, list[str]]]:
+    """Merge the text encoder's LoRA into a model: its `state_dict` in a dtype, the resulting config, and notes.
+
+    Raises ValueError for weights out of the range of the dtype.
+    """
     state, config, notes = conversion_of(model.config).merge(to_torch(flatten(model), model.config), model.config)
+    if dtype != "float32":
+        largest = np.finfo(dtype).max
+        beyond = [name for name, tensor in state.items() if np.abs(tensor).max(initial=0) > largest]
+        if beyond:
+            raise ValueError(f"{beyond[0]}: has weights beyond the range of {dtype} ({largest:g}); export as float32")
+        state = {name: tensor.astype(dtype) if tensor.dtype.kind == "f" else tensor for name, tensor in state.items()}
     return state, config, {"notes": [f"{note} at export" for note in notes]} if notes else {}
 
 

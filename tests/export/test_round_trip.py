@@ -139,6 +139,22 @@ def test_parameters_model_settings_and_ids_come_back(words, tmp_path, case):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_half_precision_halves_the_weights_and_rounds_them(words, tmp_path, way):
+    model, (small, large) = make(ODD), (tmp_path / "small", tmp_path / "large")
+    for folder, dtype in ((small, "float16"), (large, "float32")):
+        folder.mkdir()
+        WAYS[way](folder, model, {"data": DATA}, words, dtype=dtype)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, large)]
+    assert sizes[0] < 0.6 * sizes[1]
+    after = flatten(load_released(small).model)
+    for name, before in flatten(model).items():
+        assert np.array_equal(after[name], np.asarray(before).astype(np.float16).astype(np.float32)), name
+    beyond = unflatten(ODD, flatten(model) | {"logit_scale": np.float32(1e5)})
+    with pytest.raises(ValueError, match="logit_scale: has weights beyond the range of float16 .65504.; export as fl"):
+        WAYS[way](small, beyond, {"data": DATA}, words, dtype="float16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pathflip-huggingface", "pathflip2-pytorch", "pathflip2-huggingface"])
 def test_a_run_comes_back_by_command_with_its_features(words, tmp_path, capsys, case):
