@@ -1,12 +1,13 @@
 """N-gram metrics of generated captions against reference reports, on the words of `pathflip_jax.scores.words`.
 
 BLEU is corpus BLEU: n-gram counts are summed over slides before the division, and a bootstrap draw sums the counts of
-its slides (Papineni et al. 2002). The others are means over slides: ROUGE-L is the F1 of the longest common subsequence
-(rouge-score; pycocoevalcap weighs recall by 1.2), METEOR is NLTK's, and CIDEr is CIDEr-D with the document frequencies
-of the given references (Vedantam et al. 2015). On the same words, BLEU and CIDEr equal those of pycocoevalcap, which is
-no dependency because it ships 100 MB of Java archives.
+its slides (Papineni et al. 2002). The other metrics are means over slides: ROUGE-L is the F1 of the longest common
+subsequence (rouge-score; pycocoevalcap weighs recall by 1.2), METEOR is NLTK's, and CIDEr is CIDEr-D with the document
+frequencies of the given references (Vedantam et al. 2015). On the same words, BLEU and CIDEr equal those of
+pycocoevalcap, which is not a dependency because it ships 100 MB of Java archives.
 
-These metrics reward the common phrases of reports. Compare them with those of captions written without the slide.
+These metrics reward phrases that most reports share. Compare them with the metrics of captions generated without the
+slide.
 """
 
 import math
@@ -20,8 +21,8 @@ from pathflip_jax.scores import statistics
 from pathflip_jax.scores.statistics import Statistic
 from pathflip_jax.scores.words import words
 
-LONGEST = 4  # words of the longest n-gram, of BLEU and CIDEr alike
-CIDER_SIGMA = 6.0  # of CIDEr-D's Gaussian penalty on the difference in length, in words
+LONGEST = 4  # longest n-gram, in words, of both BLEU and CIDEr
+CIDER_SIGMA = 6.0  # standard deviation of CIDEr-D's Gaussian penalty on the difference in length, in words
 
 
 def score_captions(
@@ -58,7 +59,7 @@ def caption_statistics(predictions: Sequence[str], references: Sequence[str | Se
     for number, texts in enumerate(targets):
         if not texts or not all(texts):
             raise ValueError(
-                f"the references of caption {number}: expected texts with words, found {references[number]!r:.60}"
+                f"references of caption {number}: expected texts with words, found {references[number]!r:.60}"
             )
     counts = np.array([bleu_counts(*pair) for pair in zip(candidates, targets, strict=True)])
     found = {f"BLEU-{order}": bleu(counts, order) for order in range(1, LONGEST + 1)}
@@ -73,7 +74,7 @@ def ngrams(tokens: Sequence[str]) -> list[Counter]:
 
 
 def bleu_counts(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> list[int]:
-    """The counts that BLEU sums over captions: matched and written n-grams for n from 1 to 4, and two lengths.
+    """The counts that BLEU sums over captions: matched and generated n-grams for n from 1 to 4, and two lengths.
 
     Matches are clipped at the highest count in any one reference. The lengths are the caption's and that of the
     reference closest to it, the shorter of two equally close.
@@ -138,8 +139,8 @@ def meteor(
 def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> Float[np.ndarray, "n"]:
     """The CIDEr-D of each caption, at most 10: its similarity to the references in n-grams weighted by rarity.
 
-    The weight of an n-gram is log(slides / slides with it in a reference); one in no reference counts as if in one.
-    These frequencies are fixed in the bootstrap.
+    The weight of an n-gram is log(slides / slides with it in a reference); an n-gram that occurs in no reference is
+    weighted as if it occurred in one. The bootstrap does not recompute these frequencies.
     """
     targets = [[ngrams(text) for text in texts] for texts in references]
     having = Counter(
@@ -157,7 +158,7 @@ def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
     values = []
     for candidate, texts in zip(candidates, targets, strict=True):
         written = [weigh(counts) for counts in ngrams(candidate)]
-        alike = []
+        similarities = []
         for text in texts:
             # Lengths in pairs of words, as pycocoevalcap measures them.
             shift = max(0, len(candidate) - 1) - text[1].total()
@@ -167,8 +168,8 @@ def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Seq
                     min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs
                 )
                 lengths = norm(ours) * norm(theirs)
-                alike.append(penalty * shared / lengths if lengths else 0.0)
-        values.append(10 * np.mean(alike))
+                similarities.append(penalty * shared / lengths if lengths else 0.0)
+        values.append(10 * np.mean(similarities))
     return np.array(values)
 
 

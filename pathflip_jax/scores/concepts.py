@@ -1,12 +1,13 @@
 """Precision and recall of the findings that captions assert, which n-gram metrics do not measure.
 
 A concept is given by its phrasings, {concept: [phrasings]} in JSON (the embedded cohort writes concepts.json). Phrases
-are matched word by word regardless of number ("glands" is "gland", "papillae" is "papilla") and article; of overlapping
-phrases the longest from the left counts. Words in no phrasing are ignored.
+are matched word by word, ignoring articles and grammatical number ("glands" matches "gland", "papillae" matches
+"papilla"). Matching runs from left to right and takes the longest phrase that starts at a word. Words that belong to no
+phrasing are ignored.
 
-A negated mention asserts nothing. Negation is detected by cue words within a clause, as in NegEx (Chapman et al. 2001):
-"no", "without", "negative for" and the like before the mention, "absent", "not seen" and the like after it, up to a
-word that starts another finding. Hedges ("possible necrosis") assert.
+A negated mention does not count as an assertion. Negation is detected by cue words within a clause, as in NegEx
+(Chapman et al. 2001): "no", "without", "negative for" and the like before the mention, "absent", "not seen" and the
+like after it, up to a word that starts another finding. Hedged mentions ("possible necrosis") count as assertions.
 """
 
 from collections import defaultdict
@@ -23,18 +24,20 @@ from pathflip_jax.scores.words import Word, find_words
 _ARTICLES = frozenset(("a", "an", "the"))
 _SENTENCE_ENDS = frozenset(".;!?\n")
 _CONTRASTS = frozenset("but however although though whereas while yet except".split())
-_BEFORE = [tuple(cue.split()) for cue in (
+_CUES_BEFORE = [tuple(cue.split()) for cue in (
     "no", "not", "n't", "none", "neither", "nor", "never", "without", "lacks", "lacking", "absence of", "lack of",
     "negative for", "free of", "devoid of", "rules out", "ruling out",
 )]  # fmt: skip
-_AFTER = frozenset(("absent", "lacking", "excluded"))
-_NOT = frozenset(("not", "n't"))
-_ANSWERS = frozenset(("no", "none", "negative", "not", "absent"))  # "Necrosis: none"
-_ONLY = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" is not a negation
+_CUES_AFTER = frozenset(("absent", "lacking", "excluded"))
+_NEGATIONS = frozenset(("not", "n't"))
+_NEGATIVE_ANSWERS = frozenset(("no", "none", "negative", "not", "absent"))  # "Necrosis: none"
+_NO_NEGATION_AFTER = frozenset(("only", "just", "limited", "otherwise"))  # "not only necrosis" is not a negation
 _AUXILIARIES = frozenset("is are was were has have been be also".split())
-_SEEN = frozenset("seen identified present noted found observed evident detected appreciated apparent visible".split())
-# "Invasion is not specified" asserts nothing, so it counts as a negation.
-_SAID = frozenset("specified provided reported mentioned described stated assessed".split())
+_OBSERVED = frozenset(
+    "seen identified present noted found observed evident detected appreciated apparent visible".split()
+)
+# "Invasion is not specified" does not assert invasion, so it counts as a negation.
+_REPORTED = frozenset("specified provided reported mentioned described stated assessed".split())
 _SHOWS = frozenset("shows contains demonstrates reveals exhibits includes".split())
 _SHOW = frozenset("show contain demonstrate reveal exhibit include".split())  # "does not show necrosis" negates it
 
@@ -170,36 +173,40 @@ def _clauses(text: str) -> list[list[Word]]:
 
 def _denied_before(text: str, clause: list[Word], first: int) -> bool:
     """Whether a cue before the mention negates it, with no word in between that ends the cue's scope."""
-    spoken = [word.text for word in clause]
+    texts = [word.text for word in clause]
     for place in range(first - 1, -1, -1):
-        if spoken[place] in _NOT and spoken[place + 1] in _ONLY:
+        if texts[place] in _NEGATIONS and texts[place + 1] in _NO_NEGATION_AFTER:
             return False
-        if any(tuple(spoken[place : place + len(cue)]) == cue and place + len(cue) <= first for cue in _BEFORE):
+        if any(tuple(texts[place : place + len(cue)]) == cue and place + len(cue) <= first for cue in _CUES_BEFORE):
             return True
-        new_part = spoken[place] == "with" and (_comma(text, clause, place) or spoken[place - 1] == "and")
-        finding = spoken[place] in _SEEN and spoken[place - 1] != "no"  # but "no detected necrosis"
-        if spoken[place] in _AUXILIARIES | _SHOWS or finding or new_part:
+        new_part = texts[place] == "with" and (_comma(text, clause, place) or texts[place - 1] == "and")
+        finding = texts[place] in _OBSERVED and texts[place - 1] != "no"  # but "no detected necrosis"
+        if texts[place] in _AUXILIARIES | _SHOWS or finding or new_part:
             return False
     return False
 
 
 def _denied_after(text: str, clause: list[Word], first: int, last: int) -> bool:
-    """Whether a cue after the mention negates it ("fat and mucin are not seen"), not only a finding in between."""
-    spoken = [word.text for word in clause]
-    if last < len(clause) and ":" in text[clause[last - 1].end : clause[last].start] and spoken[last] in _ANSWERS:
+    """Whether a cue after the mention negates it ("fat and mucin are not seen") and not only a finding in between."""
+    texts = [word.text for word in clause]
+    if (
+        last < len(clause)
+        and ":" in text[clause[last - 1].end : clause[last].start]
+        and texts[last] in _NEGATIVE_ANSWERS
+    ):
         return True
     for place in range(last, len(clause)):
-        follows = spoken[place + 1 : place + 4]
-        not_seen = spoken[place] in _NOT and (not follows or not (_SEEN | _SAID).isdisjoint(follows))
-        if not_seen or spoken[place] in _AFTER:
+        follows = texts[place + 1 : place + 4]
+        not_seen = texts[place] in _NEGATIONS and (not follows or not (_OBSERVED | _REPORTED).isdisjoint(follows))
+        if not_seen or texts[place] in _CUES_AFTER:
             between = place
-            while between > last and spoken[between - 1] in _AUXILIARIES:
+            while between > last and texts[between - 1] in _AUXILIARIES:
                 between -= 1
-            if not (_AUXILIARIES | _SEEN | _SHOWS | _SHOW).isdisjoint(spoken[last:between]):
+            if not (_AUXILIARIES | _OBSERVED | _SHOWS | _SHOW).isdisjoint(texts[last:between]):
                 return False
             # "The section shows fat, necrosis is absent": the verb before the mention asserts it.
-            another = any(spoken[i] == "and" or _comma(text, clause, i) for i in range(last, between))
-            return not (another and not (_AUXILIARIES | _SEEN | _SHOWS | _SHOW).isdisjoint(spoken[:first]))
+            another = any(texts[i] == "and" or _comma(text, clause, i) for i in range(last, between))
+            return not (another and not (_AUXILIARIES | _OBSERVED | _SHOWS | _SHOW).isdisjoint(texts[:first]))
     return False
 
 
@@ -214,13 +221,14 @@ def _table(sets: Sequence[Collection[str]], concepts: Sequence[str]) -> np.ndarr
 
 
 def _statistics(asserts: np.ndarray, is_true: np.ndarray) -> dict[str, Statistic]:
-    right = (asserts & is_true).sum(1)
-    said, there = asserts.sum(1), is_true.sum(1)
-    return {"precision": ratio(right, said), "recall": ratio(right, there), "f1": ratio(2 * right, said + there)}
+    correct = (asserts & is_true).sum(1)
+    predicted, present = asserts.sum(1), is_true.sum(1)
+    f1 = ratio(2 * correct, predicted + present)
+    return {"precision": ratio(correct, predicted), "recall": ratio(correct, present), "f1": f1}
 
 
 def ratio(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "n"]) -> Statistic:
-    """The ratio of two sums over slides; NaN if the second is 0."""
+    """The ratio of two sums over slides; NaN if the second sum is 0."""
 
     def statistic(weights):
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,8 +1,9 @@
 """Ranks and recall of slide-text retrieval, with rules for ties and for rows of the same case.
 
 Row i of the queries matches row i of the gallery. Other rows of the same case are excluded from that query's gallery,
-as from the losses (DESIGN section 4): a report may describe a patient's second slide too. So are rows with the caption
-of the query's row, word for word. Tied rows count as ordered at random: a model with constant embeddings scores chance.
+as in the losses (DESIGN section 4), because a report may also describe the patient's other slides. Rows with exactly
+the caption of the query's row are excluded too. Ties are scored as if ordered at random, so that a model with constant
+embeddings scores at chance level.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from scipy import stats
 from pathflip_jax.data.texts.captions import plain
 from pathflip_jax.data.texts.identity import fold
 
-TIE = 1e-6  # cosines that differ by less are equal, so that float32 noise decides no rank
+TIE = 1e-6  # cosines that differ by less count as equal, so that float32 noise does not affect ranks
 RECALLS = (1, 5, 10)
 
 
@@ -42,7 +43,7 @@ def relate(cases: Sequence[str], captions: Sequence[str]) -> Int[np.ndarray, "n 
 
 
 def shared_captions(related: Int[np.ndarray, "n 2"]) -> Bool[np.ndarray, "n"]:
-    """The rows whose caption is that of a row of another case too."""
+    """The rows whose caption is also that of a row of another case."""
     captions, cases = np.unique(np.unique(related, axis=0)[:, 1], return_counts=True)
     return np.isin(related[:, 1], captions[cases > 1])
 
@@ -66,15 +67,15 @@ def rank(queries: Float[np.ndarray, "n D"], gallery: Float[np.ndarray, "n D"], r
 def recall(ranks: Ranks, k: int, gallery: int | None = None) -> Float[np.ndarray, "n"]:
     """The probability, per query, that the match is among the first k.
 
-    With `gallery`, the exact mean over all galleries of that size that hold the match and a random draw of the others
-    (hypergeometric, so no seed). A split that is smaller keeps its own size.
+    With `gallery`, the exact mean over all galleries of that size that contain the match and a random draw of the
+    others (hypergeometric, so no seed). A smaller split is scored at its own size.
     """
     above, tied, others = (np.asarray(x) for x in ranks)
     if gallery is None:
         return np.clip((k - above) / (tied + 1), 0.0, 1.0)
     drawn = np.minimum(gallery - 1, others)
     found = np.empty(len(above))
-    for i in range(len(above)):  # over the positions of the match among its ties
+    for i in range(len(above)):  # mean over the possible positions of the match among its ties
         better = above[i] + np.arange(tied[i] + 1)
         found[i] = stats.hypergeom.cdf(k - 1, others[i], better, drawn[i]).mean()
     return found

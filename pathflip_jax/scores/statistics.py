@@ -29,7 +29,7 @@ class Interval(NamedTuple):
 def patient_weights(patients: Sequence[str], draws: int = DRAWS, seed: int = 0) -> Float[np.ndarray, "W n"]:
     """Slide weights of bootstrap draws: how often each slide's patient is drawn, with replacement."""
     if len(patients) == 0:
-        raise ValueError("no patients to resample: the list of slides is empty; give at least one slide")
+        raise ValueError("no patients to resample: the list of slides is empty; pass at least one slide")
     names, index = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, len(names), size=(draws, len(names)))
@@ -39,10 +39,12 @@ def patient_weights(patients: Sequence[str], draws: int = DRAWS, seed: int = 0) 
 
 
 def check_lengths(patients: Sequence[str], lists: Mapping[str, Sequence], unit: str) -> None:
-    """Raise ValueError naming the list that does not hold one element per patient; `unit` is what is scored."""
+    """Raise ValueError naming the list that does not have one element per patient; `unit` names the scored items."""
     for name, listed in lists.items():
         if len(listed) != len(patients):
-            raise ValueError(f"{name}: {len(listed)} for {len(patients)} {unit}s; give one for every {unit}, in order")
+            raise ValueError(
+                f"{name}: {len(listed)} for {len(patients)} {unit}s; pass one for each {unit}, in the same order"
+            )
 
 
 def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: float = 0.95) -> Interval:
@@ -60,7 +62,7 @@ def interval(statistic: Statistic, weights: Float[np.ndarray, "W n"], level: flo
 
 
 def _draws(statistic: Statistic, weights: Float[np.ndarray, "W n"]) -> Float[np.ndarray, "D"]:
-    """The statistic in each draw in which it is defined; no draw at all for a single patient."""
+    """The statistic in each draw in which it is defined; empty for a single patient."""
     if _one_patient(weights):
         return np.empty(0)
     draws = statistic(weights)
@@ -68,7 +70,7 @@ def _draws(statistic: Statistic, weights: Float[np.ndarray, "W n"]) -> Float[np.
 
 
 def _one_patient(weights: Float[np.ndarray, "W n"]) -> bool:
-    """Whether all slides have equal weights in every draw, and so are those of one patient."""
+    """Whether all slides have equal weights in every draw, which means that they belong to one patient."""
     return len(weights) > 1 and weights.shape[1] > 0 and bool((weights == weights[:, :1]).all())
 
 
@@ -102,7 +104,7 @@ def paired(statistic: Statistic, others: Sequence[Statistic], weights: Float[np.
 def over_runs(
     ours: Sequence[Statistic], theirs: Sequence[Statistic], weights: Float[np.ndarray, "W n"], **baselines
 ) -> dict:
-    """A metric of runs: interval of their mean, baselines, each run's value, and what `paired` returns of `theirs`."""
+    """A metric of runs: interval of their mean, baselines, each run's value, and `paired` with `theirs`."""
     statistic = mean_over_runs(ours)
     entry = interval(statistic, weights)._asdict() | baselines
     if len(ours) > 1:
@@ -140,15 +142,15 @@ def warn_if_not_above_baseline(entries: Mapping[str, dict]) -> list[str]:
 
     A metric exceeds a baseline if the interval of the paired difference lies above 0.
     """
-    behind: dict[str, list[str]] = {}
+    not_above: dict[str, list[str]] = {}
     for name, entry in entries.items():
         for baseline, found in entry["difference"].items():
             if not found["low"] > 0:
-                behind.setdefault(baseline, []).append(name)
+                not_above.setdefault(baseline, []).append(name)
     return [
         f"no better than {'without the slide' if baseline == TEXT_ONLY else f'the baseline {baseline!r}'} in "
         f"{', '.join(names)}: the 95% interval of the difference to {baseline!r} is not above 0"
-        for baseline, names in behind.items()
+        for baseline, names in not_above.items()
     ]
 
 
@@ -160,7 +162,7 @@ def mean_over_runs(statistics: Sequence[Statistic]) -> Statistic:
 def mean(values: Float[np.ndarray, "n"]) -> Statistic:
     """The mean over slides, ignoring slides with NaN (nothing to measure).
 
-    If the remaining slides are those of one patient, the mean has no interval.
+    If the remaining slides belong to one patient, the mean has no interval.
     """
     values = np.asarray(values, np.float64)
     known = np.isfinite(values)
