@@ -12,7 +12,7 @@ from pathflip_jax.grounding.outlines import Polygon
 from pathflip_jax.grounding.surface import Surface
 
 MIN_PATCHES = 2.0  # smaller areas, in patches, are dropped: one patch is little evidence
-TOUCHING = np.ones((3, 3), int)  # 8-connectivity: pixels that touch at a corner are connected
+EIGHT_CONNECTED = np.ones((3, 3), int)  # pixels that touch at a corner are connected
 
 
 class Box(NamedTuple):
@@ -37,8 +37,8 @@ class Box(NamedTuple):
 def split_threshold(values: Float[np.ndarray, "..."]) -> float:
     """Threshold that splits a map: midway between its median and its maximum; in a constant map nothing exceeds it.
 
-    It finds areas on every slide, whether or not the text's subject is present; only scores of many slides can show
-    that.
+    Every slide has areas above it, whether or not the text's subject is present; presence can be judged only by
+    comparing the scores of many slides.
     """
     known = np.asarray(values)[np.isfinite(values)]
     return float((np.median(known) + known.max()) / 2)
@@ -74,7 +74,7 @@ def find_boxes(
 def _boxes(grounding, surface: Surface, number: int, limit: float, min_patches: float) -> list[Box]:
     values, scale = surface.values[number], surface.downsample
     with np.errstate(invalid="ignore"):
-        labels, count = ndimage.label(values > limit, TOUCHING)
+        labels, count = ndimage.label(values > limit, EIGHT_CONNECTED)
     if not count:
         return []
     areas = np.bincount(labels.ravel(), minlength=count + 1) * scale**2  # level-0 pixels
@@ -117,8 +117,8 @@ def _patches_inside(grounding, surface: Surface, labels: np.ndarray, count: int)
 def trace(mask: Bool[np.ndarray, "h w"], corner: np.ndarray, scale: float) -> tuple[Polygon, ...]:
     """Outline rings of the set pixels of a mask whose top-left corner lies at `corner`, in level-0 pixels.
 
-    They run midway between the centres of pixels inside and outside: along pixel edges, corners cut. Parts that touch
-    only at a corner may be returned as two.
+    They run midway between the centres of pixels inside and outside, that is along pixel edges with cut corners. Parts
+    that touch only at a corner may be returned as two polygons.
     """
     padded = np.pad(mask.astype(np.float64), 1)
     points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)

@@ -20,7 +20,11 @@ from pathflip_jax.grounding.outlines import Polygon
 # Distinguishable on pink tissue, with colour blindness too: Okabe and Ito's palette without yellow and grey.
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (148, 33, 146))
 
-FOR_READERS = {"indent": 1, "ensure_ascii": False, "allow_nan": False}  # JSON (GeoJSON is JSON) that people also open
+FOR_READERS = {
+    "indent": 1,
+    "ensure_ascii": False,
+    "allow_nan": False,
+}  # JSON that people also read
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
@@ -106,7 +110,7 @@ def as_facts(grounding, thresholds: Sequence[float], smooth: float, boxes: Seque
 def write_attention(path: Path, grounding, number: int) -> Path:
     """Write one text's scores as CLAM's `<slide>_blockmap.h5`: `attention_scores` [N, 1], `coords` [N, 2] at level 0.
 
-    CLAM's heatmap code reads both by name and gets the patch size from its caller; attributes hold it, and the text.
+    CLAM's heatmap code reads both by name and gets the patch size from its caller; attributes record it, and the text.
     """
     stream = io.BytesIO()
     with h5py.File(stream, "w") as file:

@@ -70,7 +70,7 @@ def canvas_of(slide, image=None) -> Canvas:
 def paint(
     scores: Float[np.ndarray, "N"], coords: Int[np.ndarray, "N 2"], patch_size: float, canvas: Canvas
 ) -> Float[np.ndarray, "h w"]:
-    """Rasterise patch scores on the canvas: the mean where patches overlap, NaN where there is none."""
+    """Rasterise patch scores on the canvas: the mean where patches overlap, NaN in pixels without a patch."""
     return average_patches(scores, coords, patch_size, canvas.picture.shape[:2], canvas.origin, canvas.downsample)
 
 
@@ -110,7 +110,7 @@ def draw_panels(
     the standard deviation, in patch edges, of the Gaussian that smooths the maps.
     """
     if len(coords) == 0:
-        raise ValueError("a slide with no patches has nothing to draw")
+        raise ValueError("the slide has no patches, so there is no heatmap to draw")
     rows, columns = canvas.picture.shape[:2]
     count = len(panels) + (reference is not None)
     across = min(count, 4)
@@ -161,8 +161,8 @@ def draw_grounding(
 ) -> Figure:
     """Draw a `Grounding`: every text over the thumbnail of `image`, or over white without one.
 
-    `outlines` holds the areas of each text, drawn on its map; `notes` (a line under each map) and `smooth` are as
-    `draw_panels` takes them.
+    `outlines` holds the areas of each text, drawn on its map, and `notes` a line of text under each map; `smooth` is
+    that of `draw_panels`.
     """
     canvas = canvas_of(grounding, image)
     lines, notes = outlines or {}, notes or [""] * len(grounding.texts)

@@ -11,7 +11,7 @@ CONTEXT = 256  # windows per pass of the region transformer
 
 
 class Grounding(NamedTuple):
-    """Scores of texts on one slide: per patch in the order of its `coords`, and per region of the run's cut.
+    """Scores of texts on one slide: per patch in the order of its `coords`, and per region of the run's region cut.
 
     With `negative` texts, the highest of their scores has been subtracted (`subtract`).
     """
@@ -41,15 +41,15 @@ class Prepared(NamedTuple):
     method: str
     slots: Int[np.ndarray, "R S"]
     regions: Float[np.ndarray, "R D"]
-    kept: Float[np.ndarray, "N ..."] | None
+    state: Float[np.ndarray, "N ..."] | None
 
 
 def subtract(grounding: Grounding, negatives: int) -> Grounding:
     """Remove the last `negatives` texts from a grounding, and subtract the highest of their scores from the others'.
 
     A score is then a difference of cosines, or of logarithms of attention (a ratio), by method: above 0 a patch is more
-    similar to the text than to any of the negative ones. The highest rather than the mean, so that a negative text
-    counts only where it applies.
+    similar to the text than to any of the negative ones. The highest score is used rather than the mean, so that a
+    negative text has an effect only where it matches.
     """
     if not negatives:
         return grounding
@@ -64,13 +64,13 @@ def subtract(grounding: Grounding, negatives: int) -> Grounding:
 
 
 def window_slots(coords: Int[np.ndarray, "N 2"], patch_size: float, window: int) -> Int[np.ndarray, "N S"]:
-    """Patches of each patch's window of `window` x `window` patch edges, itself first; -1 where there is none.
+    """Patches in each patch's window of `window` x `window` patch edges, itself first; padded with -1.
 
     By distance rather than grid position, so that overlapping and off-grid patches have neighbours too.
     """
     if window == 1:
         return np.arange(len(coords), dtype=np.int32)[:, None]
-    from scipy.spatial import cKDTree  # half the start-up time of every command, and few need it
+    from scipy.spatial import cKDTree  # importing it takes half the start-up time of every command, and few need it
 
     tree = cKDTree(np.asarray(coords, np.float64))
     _, found = tree.query(coords, k=window**2, p=np.inf, distance_upper_bound=patch_size * window / 2 - 1e-6)
@@ -102,8 +102,8 @@ def window_means(regions: Float[np.ndarray, "N D"], slots: Int[np.ndarray, "N S"
     """Mean embedding of each window's patches, for a model that embeds patches: a single patch is its own window."""
     if slots.shape[1] == 1:
         return regions[slots[:, 0]]
-    there = (slots >= 0)[..., None]
-    return (regions[slots] * there).sum(1) / there.sum(1)
+    valid = (slots >= 0)[..., None]
+    return (regions[slots] * valid).sum(1) / valid.sum(1)
 
 
 def copy_to_patches(region_values: Float[np.ndarray, "C R"], slots: Int[np.ndarray, "R S"], patches: int):

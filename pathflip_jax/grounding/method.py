@@ -1,7 +1,7 @@
-"""Interface of grounding methods: what they are given, and what each of them does with it.
+"""Interface of grounding methods: the encoder and slide that a method receives, and the functions it implements.
 
-A method is a class in a file of this folder, which ends with the tuple `METHODS` of its instances, and is named in
-`methods.py:FILES`.
+A method is a class in a file of this folder that is listed in `methods.py:FILES` and ends with the tuple `METHODS` of
+the instances of its classes.
 """
 
 from abc import ABC, abstractmethod
@@ -55,11 +55,11 @@ class View(NamedTuple):
     context: int
 
     def window_slots(self) -> Int[np.ndarray, "N S"]:
-        """Patches of each patch's window. Raises ValueError where neighbours cannot be determined."""
+        """Patches in each patch's window. Raises ValueError if neighbours cannot be determined."""
         if self.slide.patch_size <= 0 and self.window > 1:
             raise ValueError(
-                f"slide {self.slide.slide_id}: the size of its patches is unknown, so neighbours cannot be told; "
-                "import it with --patch-size, or ground with a window of 1"
+                f"slide {self.slide.slide_id}: the size of its patches is unknown, so neighbouring patches cannot be "
+                "determined; import its features with --patch-size, or use a window of 1"
             )
         return maps.window_slots(self.slide.coords, self.slide.patch_size, self.window)
 
@@ -77,7 +77,7 @@ class Method(ABC):
     splits_regions: ClassVar[bool] = False
 
     def prepare(self, encoder: Encoder, view: View) -> Float[np.ndarray, "N ..."] | None:
-        """Text-independent quantities of a slide, besides its regions."""
+        """Text-independent state of a slide that the method precomputes, besides its regions."""
         return None
 
     @abstractmethod

@@ -41,11 +41,12 @@ def prepare(
     if name not in METHODS:
         raise ValueError(f"method {name!r} is not supported; expected one of {', '.join(METHODS)}")
     if window < 1 or window % 2 == 0:
-        raise ValueError(f"window {window}: a patch is the center of its window; give an odd number")
+        raise ValueError(f"window {window}: expected an odd number, because a window is centred on a patch")
     found = METHODS[name]
     if found.splits_regions and encoder.patchwise:
         raise ValueError(
-            f"method {name!r} refines regions by their patches, and this model attends to patches; ground with 'region'"
+            f"method {name!r} refines region scores by attention to the patches of a region, but this model attends to "
+            "patches already; use method 'region'"
         )
     if slide.coords is None:
         raise ValueError(
@@ -64,7 +65,7 @@ def prepare(
         method=name,
         slots=bag.slots,
         regions=encoding.regions[0, : len(bag.slots)],
-        kept=found.prepare(encoder, View(slide, bag.features, bag.slots, encoding, window, context)),
+        state=found.prepare(encoder, View(slide, bag.features, bag.slots, encoding, window, context)),
     )
 
 
@@ -79,7 +80,7 @@ def score(
     """Score texts on a slide that `prepare` has encoded: one matrix product per additional text.
 
     The highest score of the `negative` texts is subtracted (`maps.subtract`). `encoded` is the result of `encode_texts`
-    for the texts followed by the negative ones, where available.
+    for the texts followed by the negative ones, if it is already available.
     """
     texts, negative = as_tuple(texts), as_tuple(negative)
     text = encoder.encode_texts(texts + negative) if encoded is None else encoded

@@ -14,7 +14,7 @@ from skimage.draw import polygon2mask
 from pathflip_jax.data.storage.json_values import parse_json
 
 WITHOUT_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString")
-JOINT = ": "  # separator of QuPath's derived class names
+SEPARATOR = ": "  # separator of QuPath's derived class names
 
 
 class Polygon(NamedTuple):
@@ -37,7 +37,7 @@ class Annotations(NamedTuple):
         kinds = ", ".join(f"{len(numbers)} {kind}" for kind, numbers in self.left_out.items())
         numbers = sorted({number for numbers in self.left_out.values() for number in numbers})
         shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        return f"{kinds} left out, which have no area (features {shown}; the first is 0)"
+        return f"{kinds} left out because they have no area (features {shown}, counted from 0)"
 
 
 def read_outlines(path) -> dict[str, list[Polygon]]:
@@ -62,7 +62,9 @@ def read_annotations(path) -> Annotations:
         polygons = []
         try:
             if (bare := feature.get("type")) != "Feature" and "geometry" not in feature:
-                raise ValueError(f"{bare!r:.80} instead of a Feature, which has no class; export objects as features")
+                raise ValueError(
+                    f"found {bare!r:.80}, which has no class, expected a Feature; export objects as features"
+                )
             for kind, coordinates in _simple(feature["geometry"]):
                 if kind == "Polygon" and coordinates:
                     ring, *holes = map(_ring, coordinates)
@@ -78,12 +80,14 @@ def read_annotations(path) -> Annotations:
         if polygons:
             outlines.setdefault(name, []).extend(polygons)
     if features and not outlines:
-        raise ValueError(f"{path}: {len(features)} annotations, none of them a polygon; outline areas, not points")
+        raise ValueError(
+            f"{path}: none of the {len(features)} annotations is a polygon; outline areas instead of marking points"
+        )
     return Annotations(outlines, left_out)
 
 
 def of_concept(outlines: dict[str, list[Polygon]], concept: str) -> list[Polygon]:
-    """Outlines of a concept: of the class of that name, and of classes derived from it ("Tumor: Positive" is "tumor").
+    """Outlines of a concept: its class and classes derived from it ("Tumor: Positive" belongs to "tumor").
 
     Names are compared ignoring case and white space.
     """
@@ -106,12 +110,12 @@ def _features(path: Path) -> list:
     if isinstance(content, dict):
         features = content.get("features") if content.get("type") == "FeatureCollection" else [content]
     if not isinstance(features, list):
-        raise ValueError(f"{path}: no list of features in it; export annotations from QuPath as GeoJSON")
+        raise ValueError(f"{path}: found no list of features; export annotations from QuPath as GeoJSON")
     return features
 
 
 def _simple(geometry) -> Iterator[tuple[str, list | None]]:
-    """Simple geometries within one, as (type, coordinates): a collection may hold several, and nested collections."""
+    """Simple geometries within a geometry, as (type, coordinates); collections may be nested."""
     rest = deque([geometry])
     while rest:
         part = rest.popleft()
@@ -126,18 +130,20 @@ def _simple(geometry) -> Iterator[tuple[str, list | None]]:
         elif kind in ("Polygon", *WITHOUT_AREA):
             yield kind, part["coordinates"]
         else:
-            raise ValueError(f"a geometry of type {kind!r:.80}, expected Polygon, MultiPolygon or GeometryCollection")
+            raise ValueError(
+                f"found a geometry of type {kind!r:.80}, expected Polygon, MultiPolygon or GeometryCollection"
+            )
 
 
 def _class_name(properties: dict) -> str:
     """Class of a feature: one name, or QuPath's list of names joined as QuPath shows them."""
     found = properties.get("classification") or {}
-    if isinstance(found, str):  # as other tools write it
+    if isinstance(found, str):  # written so by other tools
         return found.strip()
     names = found.get("names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class names {names!r:.80}, expected a list of texts")
-    return str(JOINT.join(names) or found.get("name") or properties.get("name") or "").strip()
+        raise ValueError(f"found class names {names!r:.80}, expected a list of texts")
+    return str(SEPARATOR.join(names) or found.get("name") or properties.get("name") or "").strip()
 
 
 def _names(name: str) -> set[str]:
@@ -152,9 +158,9 @@ def _plain(name: str) -> str:
 def _ring(points) -> Float[np.ndarray, "n 2"]:
     ring = np.asarray(points, np.float64)[:, :2]
     if ring.ndim != 2 or ring.shape[1] != 2 or not (np.abs(ring) < 2**31).all():
-        raise ValueError("a ring whose points are not two level-0 pixels each")
+        raise ValueError("found a ring whose points are not pairs of level-0 coordinates")
     if len(ring) < 3:
-        raise ValueError(f"a ring of {len(ring)} points, which encloses no area")
+        raise ValueError(f"found a ring of {len(ring)} points, which encloses no area")
     return ring
 
 
@@ -196,7 +202,7 @@ def area_fraction(
 ) -> Float[np.ndarray, "N"]:
     """Fraction of each patch's area inside the outlines, estimated from `samples` x `samples` points per patch.
 
-    Strictly between 0 and 1 only on the border, which distinguishes patches cut by an outline from the others.
+    Strictly between 0 and 1 only for patches that an outline cuts.
     """
     if len(coords) == 0:
         return np.zeros(0)
@@ -213,7 +219,7 @@ def area_fraction(
 
 
 def rasterise(polygons: list[Polygon], shape: tuple[int, int], origin, downsample: float) -> Bool[np.ndarray, "h w"]:
-    """Rasterise the outlines to rows and columns; a pixel is inside when its centre is.
+    """Rasterise the outlines to rows and columns; a pixel is inside if its centre is.
 
     `origin` is the level-0 (x, y) of the raster's corner, `downsample` the level-0 pixels of one of its pixels.
     """

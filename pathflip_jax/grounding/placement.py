@@ -9,7 +9,7 @@ from pathflip_jax.data.readers import guarded
 
 
 class Measures(NamedTuple):
-    """Measures from a slide file: size at level 0, mpp (0: unknown), and the corner of the non-empty bounds."""
+    """Size of a slide file at level 0, its mpp (0: unknown), and the top-left corner of its non-empty bounds."""
 
     width: int
     height: int
@@ -27,28 +27,28 @@ def read_measures(path) -> Measures:
 
 
 def check_on_slide(slide, width: int, height: int, source: str) -> None:
-    """Raise ValueError where patches of `slide` (features or grounding) lie entirely outside `width` x `height` pixels.
+    """Raise ValueError if patches of `slide` (features or grounding) lie entirely outside `width` x `height` pixels.
 
-    A patch partly outside is valid: some tools pad the last row and column.
+    A patch that is only partly outside is valid, because some tools pad the last row and column.
     """
     coords, size = np.asarray(slide.coords, np.int64), max(slide.patch_size, 1)
     beyond = ((coords >= (width, height)) | (coords + size <= 0)).any(1)
     if beyond.any():
         x, y = coords[beyond][0]
         raise ValueError(
-            f"slide {slide.slide_id}: {beyond.sum()} of {len(coords)} patches lie beyond the slide, for example at "
-            f"({x}, {y}), while {source} is {width} x {height} pixels; coordinates count level-0 pixels of the same "
-            "slide: were the features made of another file, or at another level? Extract them again"
+            f"slide {slide.slide_id}: {beyond.sum()} of {len(coords)} patches lie outside the slide, for example at "
+            f"({x}, {y}), while {source} is {width} x {height} pixels. Coordinates must be level-0 pixels of this "
+            "slide; check whether the features come from another file or another level, and extract them again"
         )
 
 
 def check_same_slide(slide, measures: Measures, path) -> None:
-    """Raise ValueError where a slide file and the features' slide differ in size, or patches lie outside it."""
+    """Raise ValueError if a slide file and the features' slide differ in size, or patches lie outside it."""
     differ = max(abs(slide.width - measures.width), abs(slide.height - measures.height))
     if slide.width and slide.height and differ > max(slide.patch_size, 1):
         raise ValueError(
-            f"{path}: {measures.width} x {measures.height} pixels, but the features of slide {slide.slide_id} are of "
-            f"one of {slide.width} x {slide.height}: another slide, or another export of it; name the file that they "
-            "were made from"
+            f"{path}: {measures.width} x {measures.height} pixels, but the features of slide {slide.slide_id} come "
+            f"from a slide of {slide.width} x {slide.height} pixels, which is another slide or another export of this "
+            "one; pass the slide file from which the features were extracted"
         )
     check_on_slide(slide, measures.width, measures.height, str(path))

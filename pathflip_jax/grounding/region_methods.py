@@ -1,4 +1,4 @@
-"""Grounding methods that score regions, and take the scores of patches from them."""
+"""Grounding methods that score regions and derive patch scores from them."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ class Region(Method):
     """Attention of the text over regions: the logarithm of its ratio to uniform attention, 0 where it is uniform."""
 
     name = "region"
-    description = "the attention of the text to a region, on all of its patches"
+    description = "the attention of the text to a region, assigned to all of its patches"
 
     def score(self, encoder, prepared, text, region_scores):
         """Region scores copied to their patches."""
@@ -21,7 +21,7 @@ class RefinedRegion(Region):
     """`Region`, refined by the patch cross-attention of the Region Q-Former."""
 
     name = "attention"
-    description = "the same, refined inside the region by the cross-attention of its queries to patches"
+    description = "the same, refined within the region by the cross-attention of its queries to patches"
     attention = True
     splits_regions = True
 
@@ -31,7 +31,7 @@ class RefinedRegion(Region):
 
     def score(self, encoder, prepared, text, region_scores):
         """Sum of the region's score and the logarithm of the share."""
-        return super().score(encoder, prepared, text, region_scores) + np.log(np.maximum(prepared.kept, 1e-9))
+        return super().score(encoder, prepared, text, region_scores) + np.log(np.maximum(prepared.state, 1e-9))
 
 
 METHODS = (Region(), RefinedRegion())

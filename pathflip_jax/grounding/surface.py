@@ -41,11 +41,11 @@ def make_surface(
     size = float(grounding.patch_size)
     if size <= 0:
         raise ValueError(
-            f"slide {grounding.slide_id}: the size of its patches is unknown, so their scores cover no area; read its "
-            "features with patch_size (`pathflip import --patch-size`)"
+            f"slide {grounding.slide_id}: the size of its patches is unknown, so no heatmap can be drawn; import its "
+            "features with their patch_size (`pathflip import --patch-size`)"
         )
     if not 0 <= smooth < np.inf:
-        raise ValueError(f"smooth {smooth}: expected a number of patch edges, 0 for none")
+        raise ValueError(f"smooth {smooth}: expected a number of patch edges, or 0 for no smoothing")
     coords = np.asarray(grounding.coords, np.float64)
     low, high = coords.min(0), coords.max(0) + size
     extent = high - low
@@ -70,7 +70,7 @@ def average_patches(
     origin: tuple[float, float],
     downsample: float,
 ) -> Float[np.ndarray, "h w"]:
-    """Rasterise patch scores to rows and columns: the mean where patches overlap, NaN where there is none.
+    """Rasterise patch scores to rows and columns: the mean where patches overlap, NaN in pixels without a patch.
 
     `origin` is the level-0 (x, y) of the raster's corner, `downsample` the level-0 pixels of one of its pixels. Patches
     are clipped to the raster.

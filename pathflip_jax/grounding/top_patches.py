@@ -14,7 +14,12 @@ from pathflip_jax.grounding.files import short_name, write_atomically, write_pic
 
 PIXELS = 256  # pixels of an image's edge
 ACROSS = 8  # images per row of the sheet
-TILE, GAP, SCORE, TITLE = 1.2, 0.08, 0.2, 0.3  # inches: image, gaps between, below, above a text's row
+TILE, GAP, SCORE, TITLE = (
+    1.2,
+    0.08,
+    0.2,
+    0.3,
+)  # inches: image, gap, score below, title above
 INK, MUTED = "#1d2530", "#5b6673"
 
 

@@ -9,10 +9,10 @@ from pathflip_jax.grounding.method import Encoder, Method, View
 
 
 class Patch(Method):
-    """Attention of the text over windows, as `Region` over regions."""
+    """Attention of the text over windows, by the same rule as `Region` over regions."""
 
     name = "patch"
-    description = "every patch with its window is a region; the attention of the text to those"
+    description = "the attention of the text to windows: each patch with its window is a region"
 
     def prepare(self, encoder, view):
         """Region embedding of each window [N, D]."""
@@ -23,25 +23,25 @@ class Patch(Method):
 
     def score(self, encoder, prepared, text, region_scores):
         """Logarithm of attention over its uniform value."""
-        return maps.log_ratio(encoder.attend_regions(text.region, prepared.kept))
+        return maps.log_ratio(encoder.attend_regions(text.region, prepared.state))
 
 
 class Cosine(Patch):
     """Cosine of the text with the region embedding of each window, bypassing the text-region attention."""
 
     name = "cosine"
-    description = "the cosine of the text with the region embedding of each window"
+    description = "the cosine similarity of the text and the region embedding of each window"
 
     def score(self, encoder, prepared, text, region_scores):
         """Cosines with window region embeddings."""
-        return cosine(text.region, prepared.kept)
+        return cosine(text.region, prepared.state)
 
 
 class Similarity(Cosine):
     """Cosine with the text-conditioned embedding of each window alone, as in the region loss (DESIGN section 4)."""
 
     name = "similarity"
-    description = "the cosine of the text with the text-conditioned embedding of a slide that has this window only"
+    description = "the cosine similarity of the text and the text-conditioned embedding of a slide of this window only"
 
     def prepare(self, encoder, view):
         """Text-conditioned embedding of each window alone [N, D]."""
@@ -51,12 +51,12 @@ class Similarity(Cosine):
 class Slide(Method):
     """Cosine with the slide embedding of each window taken as a separate slide.
 
-    No neighbour leaks in through the region transformer, and no weights that only the region loss trains are used: the
-    fair map for a model trained without that loss.
+    Neighbouring windows have no influence through the region transformer, and no weights are used that only the region
+    loss trains. This makes it the fair method for a model trained without that loss.
     """
 
     name = "slide"
-    description = "every patch with its window is a slide; the cosine of the text with its slide embedding"
+    description = "the cosine similarity of the text and the slide embedding of each window, taken as a slide"
 
     def prepare(self, encoder, view):
         """Slide embedding of each window [N, D]."""
@@ -64,14 +64,14 @@ class Slide(Method):
 
     def score(self, encoder, prepared, text, region_scores):
         """Cosines with window slide embeddings."""
-        return cosine(text.slide, prepared.kept)
+        return cosine(text.slide, prepared.state)
 
 
 METHODS = (Patch(), Similarity(), Cosine(), Slide())
 
 
 def cosine(a: Float[np.ndarray, "C D"], b: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "C N"]:
-    """Cosine of each a with each b, in blocks: b may be the patches of a large slide."""
+    """Cosine of each a with each b, computed in blocks because b may be the patches of a large slide."""
     a = _unit(a)
     return np.concatenate([a @ _unit(part).T for _, part in row_blocks(b)], axis=1)
 

@@ -105,5 +105,5 @@ def test_what_a_method_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"size of its patches is unknown.*--patch-size"):
         methods.prepare(encoder, make_slide(patch_size=0), window=3)
     encoder.patchwise = True
-    with pytest.raises(ValueError, match="'attention' refines regions.*ground with 'region'"):
+    with pytest.raises(ValueError, match="'attention' refines region scores.*use method 'region'"):
         methods.prepare(encoder, make_slide(), method="attention")
