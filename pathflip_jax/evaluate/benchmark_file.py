@@ -38,7 +38,7 @@ def read_benchmark(path) -> dict[str, dict]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except _UNREADABLE as error:
-        raise ValueError(f"{path}: not YAML ({str(error) or 'nested too deeply'})") from error
+        raise ValueError(f"{path}: not valid YAML ({str(error) or 'nested too deeply'})") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: expected keys such as records, slides and prompts, found {type(content).__name__}")
     tasks = content.pop(TASKS, {"": {}})
@@ -48,17 +48,17 @@ def read_benchmark(path) -> dict[str, dict]:
     found = {}
     for name, own in tasks.items():
         if name and (Path(str(name)).name != str(name) or str(name).startswith(".")):
-            raise ValueError(f"{path}: the task {name!r} names a folder of results; use letters, digits, - and _")
+            raise ValueError(f"{path}: task {name!r} cannot be the name of a folder; use letters, digits, - and _")
         if not isinstance(own, dict | None):
-            raise ValueError(f"{path}: the task {name!r} must hold keys, found {own!r:.60}")
+            raise ValueError(f"{path}: task {name!r} must be a mapping of keys, found {own!r:.60}")
         found[str(name)] = shared | _settings(path, own or {})
     return found
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses repeated keys, of which PyYAML silently takes the last, and references.
+    """A YAML loader that refuses references and repeated keys, of which PyYAML silently takes the last.
 
-    A few lines of nested references can expand to more values than memory holds.
+    A few lines of nested references can expand to more values than fit in memory.
     """
 
     def compose_node(self, parent, index):
@@ -83,8 +83,8 @@ def _settings(path: Path, given: Mapping) -> dict:
         name = str(key).replace("_", "-")
         if name not in KEYS:
             near = difflib.get_close_matches(name, KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path}: unknown key {key!r}{hint} Known are {', '.join(KEYS)}, and {TASKS}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{path}: unknown key {key!r}{hint}; expected one of {', '.join(KEYS)}, or {TASKS}")
         option = SPEC_OPTIONS[_FIELDS[name]]
         try:
             found[_FIELDS[name]] = _value(path.parent, name, option, value)

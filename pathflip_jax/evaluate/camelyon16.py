@@ -35,8 +35,8 @@ from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
 
 SLIDE = re.compile(r"(normal|tumor|test)_\d{3}", re.IGNORECASE)
 TUMOR_GROUPS, CUT_OUT_GROUPS = {"tumor", "_0", "_1", "metastases"}, {"_2", "exclusion", "normal"}
-TWICE, PARTLY_ANNOTATED = "test_049", "test_114"
-MASK_PIXELS = 2**25  # most pixels of the level of a mask that outlines are traced on
+DUPLICATE, PARTLY_ANNOTATED = "test_049", "test_114"
+MASK_PIXELS = 2**25  # outlines are traced on a level of a mask with at most this many pixels
 TEXTS = {
     "tumor": [
         "metastatic carcinoma",
@@ -62,7 +62,7 @@ def find(folder: Path, out: Path) -> Found:
     Raises FileNotFoundError if there is no slide.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected the download of CAMELYON16")
+        raise FileNotFoundError(f"{folder}: no such folder; expected the CAMELYON16 download")
     slides, masks = {}, {}
     mine = out.absolute()
     for path in sorted(path for path in folder.rglob("*.tif") if mine not in path.absolute().parents):
@@ -73,7 +73,8 @@ def find(folder: Path, out: Path) -> Found:
             masks[name.removesuffix("_mask")] = path
     if not slides:
         raise FileNotFoundError(
-            f"{folder}: no slides in it or below; expected names such as normal_001.tif, tumor_001.tif, test_001.tif"
+            f"{folder}: no slides in it or its subfolders; expected names such as normal_001.tif, tumor_001.tif, "
+            "test_001.tif"
         )
     annotations = {path.stem.lower(): path for path in sorted(folder.rglob("*.xml"))}
     tables = sorted(folder.rglob("reference.csv"))
@@ -81,7 +82,7 @@ def find(folder: Path, out: Path) -> Found:
 
 
 def read_reference(path: Path) -> dict[str, str]:
-    """The labels of the test slides: rows of slide and Normal or Tumor, with any further columns or header."""
+    """The labels of test slides, from rows of slide and Normal or Tumor; other columns and headers are ignored."""
     labels = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.reader(file):
@@ -90,7 +91,9 @@ def read_reference(path: Path) -> dict[str, str]:
             if SLIDE.fullmatch(name) and label.lower() in ("normal", "tumor"):
                 labels[name] = label.capitalize()
     if not labels:
-        raise ValueError(f"{path}: no row such as `test_001,Tumor,...`; the table comes with the test slides")
+        raise ValueError(
+            f"{path}: no row like `test_001,Tumor,...`; use the reference.csv that comes with the test slides"
+        )
     return labels
 
 
@@ -110,7 +113,7 @@ def read_asap(path: Path) -> tuple[list[Polygon], list[str]]:
             elif len(points) > 2:
                 rings[group.lower() in TUMOR_GROUPS].append(np.array([*points, points[0]]))
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no annotations of ASAP ({error}); download it again") from None
+        raise ValueError(f"{path}: not an ASAP annotation file ({error}); download it again") from None
     polygons = [Polygon(ring, tuple(cut for cut in rings[False] if _reaches(ring, cut))) for ring in rings[True]]
     return polygons, sorted(foreign)
 
@@ -130,17 +133,17 @@ def read_mask(path: Path) -> list[Polygon]:
 def build(folder: Path, out: Path) -> list[str]:
     """Write everything into `out`; returns a summary, line by line.
 
-    Raises ValueError for test slides without a label, which scores of the rest would hide.
+    Raises ValueError for test slides without a label, because scores of the other slides would hide them.
     """
     found = find(folder, out)
-    slides = {name: path for name, path in found.slides.items() if name != TWICE}
+    slides = {name: path for name, path in found.slides.items() if name != DUPLICATE}
     labels = {name: name.partition("_")[0].capitalize() for name in slides if not name.startswith("test")}
     labels |= {name: label for name, label in found.labels.items() if name in slides}
-    silent = [name for name in slides if name not in labels]
-    if silent:
+    unlabelled = [name for name in slides if name not in labels]
+    if unlabelled:
         raise ValueError(
-            f"{folder}: {preview(silent)} without a label; put reference.csv of the test slides anywhere below the "
-            "folder"
+            f"{folder}: no label for {preview(unlabelled)}; put the reference.csv of the test slides anywhere below "
+            "this folder"
         )
     for part in ("slides", "outlines"):
         (out / part).mkdir(parents=True, exist_ok=True)
@@ -178,7 +181,7 @@ def _write_outlines(found: Found, labels: dict[str, str], folder: Path) -> list[
                 bare.append(name)
                 continue
         write_outlines(path, {"tumor": list(polygons)} if label == "Tumor" else {})
-    notes = [f"annotations of the groups {', '.join(sorted(groups))} are left out"] if groups else []
+    notes = [f"annotations of unknown groups are left out: {', '.join(sorted(groups))}"] if groups else []
     if bare:
         notes.append(f"tumor slides without annotations, left out of grounding: {preview(bare)}")
     return notes
@@ -196,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         description="Prepare CAMELYON16 for pathflip: slide table, outlines, texts (docs/camelyon16.md).",
         epilog="example: python -m pathflip_jax.evaluate.camelyon16 CAMELYON16 --out camelyon16",
     )
-    parser.add_argument("folder", type=Path, metavar="CAMELYON16", help="folder of the download, searched below")
+    parser.add_argument(
+        "folder", type=Path, metavar="CAMELYON16", help="folder of the download, searched with its subfolders"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     options = parser.parse_args(argv)
     try:

@@ -42,7 +42,7 @@ class Cohort(NamedTuple):
 
     @property
     def cases(self) -> list[tuple[str, str]]:
-        """The two names that texts may use for the case of each slide: of the records, and the table's patient."""
+        """The two names that texts may use for each slide's case: the records' case id and the table's patient."""
         patients = {row["slide_id"]: row["patient_id"] for row in self.table}
         slides = self.records.slides
         pairs = zip(slides.column("slide_id"), slides.column("case_id"), strict=True)
@@ -64,11 +64,11 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     """The slides of one split.
 
     Raises ValueError for a split without slides and for slides without records. Faults that make scores optimistic
-    (patients on both sides of the split) are warnings of the report, and errors with `strict`.
+    (patients in two splits) become warnings in the report, or with `strict` errors.
     """
     table = read_slide_table(slides)
     if not any(row["split"] == split for row in table):
-        raise ValueError(f"{unknown_split_message(slides, split, table)}; name another with --split")
+        raise ValueError(f"{unknown_split_message(slides, split, table)}; choose another with --split")
     check = check_split(table)
     records = Records(records)
     known = set(records.slides.column("slide_id"))
@@ -77,13 +77,13 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
     unknown = [row["slide_id"] for row in rows if row["slide_id"] not in known]
     if unknown:
         raise ValueError(
-            f"{slides}: {preview(unknown)} of split {split!r} not among the {len(known)} slides of the records; "
-            "prepare them, or take them out of the table (a score over the rest would hide them)"
+            f"{slides}: {preview(unknown)} of split {split!r} are not among the {len(known)} slides of the records; "
+            "prepare them, or remove them from the table (scores of the other slides would hide that they are missing)"
         )
     train = [row for row in table if row["split"] == "train" and split != "train"]
     if strict and check.faults:
         listed = "; ".join(fault.text for fault in check.faults)
-        raise ValueError(f"{slides}: a faulty split: {listed}. Correct it (pathflip split), or score without --strict")
+        raise ValueError(f"{slides}: faulty split: {listed}. Correct it (pathflip split), or score without --strict")
     warnings = [*notes, *(finding.text for finding in check.findings if finding.kind != NO_SIDE)]
     if split == "train":
         warnings.append("the scored slides are training slides: the scores do not estimate performance on new slides")

@@ -1,7 +1,7 @@
 """Mean-colour baselines: the scores attainable from stain colour alone.
 
-They use labels or outlines of the training slides, unlike zero-shot models. If they score well, a task can be solved
-without morphology.
+They use labels or outlines of the training slides, unlike zero-shot models. If they score well, the task can be
+solved without morphology.
 """
 
 import logging
@@ -16,8 +16,8 @@ from pathflip_jax.data.readers import guarded
 
 log = logging.getLogger(__name__)
 
-WHOLE_LEVEL = 20_000_000  # most pixels of a level that is read in full
-NEIGHBOURS = 25  # of a patch; enough for the share of a concept among them to rank patches
+WHOLE_LEVEL = 20_000_000  # a level with at most this many pixels is read in full
+NEIGHBOURS = 25  # training patches per patch: enough to rank patches by the share of a concept among them
 
 
 def slide_files(folder) -> dict[str, Path]:
@@ -33,7 +33,7 @@ def slide_files(folder) -> dict[str, Path]:
     except FileNotFoundError:  # no slide files
         return {}
     for failure in failed:
-        log.warning("not shown: %s", failure.error)
+        log.warning("slide file left out: %s", failure.error)
     return {name: path for name, path in files.items() if _format(path) is not None}
 
 
@@ -56,7 +56,7 @@ def patch_colours(path, coords: Int[np.ndarray, "N 2"], patch_size: int) -> Floa
     corners = [(int(x), int(y)) for x, y in coords]
     reader = "pathflip_jax.data.readers.slide_pixels:colours"
     facts, arrays = guarded.parse(reader, path, corners, int(patch_size), WHOLE_LEVEL, memory=guarded.SLIDE_MEMORY)
-    if "colours" in arrays:  # read patch by patch, for lack of a low level
+    if "colours" in arrays:  # read patch by patch, because no level is small enough
         return arrays["colours"]
     scale, picture = facts["scale"], _on_white(arrays["picture"])
     size = picture.shape[1::-1]

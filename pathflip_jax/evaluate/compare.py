@@ -24,7 +24,7 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
     or labels, and for evaluations without a common score. Returns the content of compare.json.
     """
     if len(folders) < 2:
-        raise ValueError("a comparison needs at least two evaluations; name two or more folders of scores")
+        raise ValueError("a comparison needs at least two evaluations; pass two or more folders of scores")
     found = [read_evaluations(folder) for folder in folders]
     parts = [name for name in found[0] if all(name in other for other in found)]
     rows, left_out = [], sorted({name for one in found for name in one} - set(parts))
@@ -40,7 +40,7 @@ def compare(folders: Sequence, out, *, seed: int = 0, command: Sequence[str] | N
             " ".join(filter(None, (part, *map(str, name)))) for name in known - set.intersection(*map(set, tables))
         ]
     if not rows:
-        raise ValueError(f"{', '.join(map(str, folders))}: have no score in common; evaluate them on the same tasks")
+        raise ValueError(f"{', '.join(map(str, folders))}: no score in common; evaluate them on the same tasks")
     result = {
         "evaluations": [str(folder) for folder in folders],
         "names": _names([Path(folder) for folder in folders]),

@@ -1,4 +1,4 @@
-"""The embeddings of a cohort's slides that tasks share."""
+"""Embeddings of a cohort's slides, shared by the tasks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

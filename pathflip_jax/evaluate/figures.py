@@ -1,4 +1,4 @@
-"""Figures that several tasks share, with the axes and colours of the project's pages."""
+"""Figures shared by several tasks, in the colours of the project's pages."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,7 @@
 """The patients and sites of a slide table, with several spellings or ids of one patient merged.
 
-Patients are resolved over the whole table: the barcode or case that links two slides may be in a row of another split.
+Patients are resolved over the whole table, because the barcode or case that links two slides may be in a row of another
+split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ class Patient(NamedTuple):
         """The name, or all spellings with their splits if there are several: "0045 (train), 45 (test)"."""
         if len(self.spellings) == 1:
             return self.name
-        sides = {spelling: "/".join(filter(None, splits)) or "no side" for spelling, splits in self.spellings.items()}
+        sides = {spelling: "/".join(filter(None, splits)) or "no split" for spelling, splits in self.spellings.items()}
         return preview((f"{spelling} ({splits})" for spelling, splits in sides.items()), 4)
 
 
@@ -71,9 +72,7 @@ def name_sites(sites: Sequence[str]) -> list[str]:
 
 def _keys(row: Mapping[str, str]) -> set:
     keys = patient_keys(row["slide_id"], row.get("case_id", ""), row["patient_id"])
-    if is_missing(
-        row["patient_id"]
-    ):  # such slides are called by their id, and may have been where the table was written
+    if is_missing(row["patient_id"]):  # the slide id stands in for the patient, possibly already in other rows
         keys.add(("patient", fold_slide(row["slide_id"])))
     return keys
 

@@ -30,7 +30,7 @@ class Prompts(NamedTuple):
 def find_prompts(name) -> Path:
     """The prompt file of that path or of that shipped name; FileNotFoundError lists the shipped names."""
     path, shipped = Path(name), {file.stem: file for file in SHIPPED.glob("*.json")}
-    if path.is_file():  # not a folder that is named like a shipped file
+    if path.is_file():  # a folder may have the name of a shipped file
         return path
     if str(name) not in shipped:
         raise FileNotFoundError(f"{name}: no such prompt file; expected a file or one of {', '.join(sorted(shipped))}")
@@ -67,7 +67,7 @@ def read_prompts(path) -> Prompts:
         for text in texts:
             if owner.setdefault(text.strip().lower(), label) != label:
                 raise ValueError(
-                    f"{path}: {text!r} describes the classes {owner[text.strip().lower()]!r} and {label!r}; keep one"
+                    f"{path}: {text!r} is a text of both {owner[text.strip().lower()]!r} and {label!r}; keep one"
                 )
         classes[label] = [template.replace("{}", text) for text in texts for template in templates]
     spellings = content.get("spellings", {}) if "classes" in content else {}
@@ -79,15 +79,19 @@ def _spellings(path: Path, classes: list[str], given) -> dict[str, str]:
     """The class of every label, in lower case."""
     found = {label.lower(): label for label in classes}
     if len(found) < len(classes):
-        raise ValueError(f"{path}: two classes differ in upper and lower case only; rename one")
+        raise ValueError(f"{path}: two classes differ only in upper and lower case; rename one")
     if not isinstance(given, dict) or not set(given) <= set(classes):
-        raise ValueError(f"{path}: spellings must be {{class: [other labels]}} of its classes {', '.join(classes)}")
+        raise ValueError(
+            f"{path}: spellings must be {{class: [other labels]}}, with classes among {', '.join(classes)}"
+        )
     for label, others in given.items():
         if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
             raise ValueError(f"{path}: the spellings of {label!r} must be a list of labels, found {others!r:.80}")
         for other in others:
             if found.setdefault(other.strip().lower(), label) != label:
-                raise ValueError(f"{path}: {other!r} is a spelling of {found[other.strip().lower()]!r} and {label!r}")
+                raise ValueError(
+                    f"{path}: {other!r} is a spelling of both {found[other.strip().lower()]!r} and {label!r}"
+                )
     return found
 
 

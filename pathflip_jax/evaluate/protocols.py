@@ -11,9 +11,9 @@ PROTOCOLS = (STRICT, PAPER)
 
 
 class Attention(NamedTuple):
-    """Training settings of attention MIL: AdamW in rounds, one of which is chosen.
+    """Training settings of attention MIL: AdamW for some rounds, of which the best is kept.
 
-    A round is an epoch, of at least `least_steps` steps. With `l2` the decay is added to the gradient, as in PyTorch's
+    A round is an epoch of at least `least_steps` steps. With `l2` the decay is added to the gradient, as in PyTorch's
     Adam.
     """
 
@@ -55,20 +55,20 @@ def read_protocol(name: str) -> Protocol:
 
 _NOTES = {
     "zero_shot": [
-        "Zero-shot: one text per class (the first), as the published script has; no ensemble.",
+        "Zero-shot: one text per class (the first), as in the published script; no ensemble.",
         "“F1 as published” is that of the second class where there are two, else weighted by class size. For two "
         "classes it rewards predicting the second class more often; it is not a weighted F1.",
     ],
     "retrieval": [
         "Retrieval: other slides of the same patient stay in the gallery and count as wrong, which is harder than "
-        "strict, not easier. Ties count as ordered at random here; the script takes them in the order of its sort. It "
-        "draws patches at random; here all patches of a slide are used.",
+        "strict, not easier. Here ties are scored as if ordered at random; the script keeps the order of its sort. It "
+        "samples patches at random; here all patches of a slide are used.",
     ],
     "few_shot": [
-        "Optimistic: attention MIL keeps the epoch that does best on the test slides. This does not estimate its "
-        "performance on new slides. The published script does not say by which score; here it is the AUC.",
+        "Optimistic: attention MIL keeps the epoch with the best score on the test slides, which does not estimate its "
+        "performance on new slides. The published script does not say which score it uses; here it is the AUC.",
         "Attention MIL is trained with the script's settings (hidden 128, Adam 1e-4 with decay 1e-4, dropout 0.25, 300 "
         "epochs, batches of 4 slides). The script draws shots from the test table if it has no training table; here "
-        "they always come from the training split. Its dropout stays on during testing; here it is off.",
+        "they always come from the training split. Its dropout stays active during testing; here it is off.",
     ],
 }

@@ -56,7 +56,7 @@ def write(out: Path, scores: dict, pictures: dict[str, Figure], tables: dict[str
 
 
 def without_nan(value):
-    """The tree with None for every NaN and infinity, which JSON has not."""
+    """The tree with None in place of NaN and infinity, which JSON cannot represent."""
     if isinstance(value, dict):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

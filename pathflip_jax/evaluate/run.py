@@ -52,35 +52,37 @@ def evaluate(spec: EvaluationSpec) -> dict:
 
 
 def _place_language_run(spec: EvaluationSpec) -> EvaluationSpec:
-    """The specification with a run of the language stage, given as the run to score, in its own field."""
+    """The specification with a language-stage run moved to `language` if it was given as the run to score."""
     runs, others = spec.runs, spec.compare_to or ()
     if not runs:
-        raise ValueError("no run to score: give a run folder, or several")
+        raise ValueError("no run to score: pass one or more run folders")
     if is_language_run(runs[0]):
         aligned = (spec.language, spec.prompts, spec.grounding, spec.region_texts, spec.few_shot)
         if len(runs) > 1 or others or any(given is not None for given in aligned):
             raise ValueError(
-                f"{runs[0]}: a run of the language stage, which can be scored by texts and questions only; to score it "
-                "together with an alignment run, give that one as the run and this one as --language"
+                f"{runs[0]}: a run of the language stage, which can be scored only on texts and questions; to score it "
+                "together with an alignment run, pass the alignment run as the run and this one as --language"
             )
         return replace(spec, run=(), language=runs[0])
     if others and len(others) != len(runs):
-        raise ValueError(f"{len(runs)} runs cannot be paired with {len(others)} to compare to: give as many of both")
+        raise ValueError(
+            f"{len(runs)} runs cannot be paired with {len(others)} runs to compare to; pass the same number of both"
+        )
     return spec
 
 
 def _wanted_tasks(spec: EvaluationSpec) -> list[Task]:
-    """Tasks requested by a specification. Raises ValueError for none, and for contradictory options."""
+    """Tasks that a specification requests. Raises ValueError for none and for contradictory options."""
     for task in TASKS:
         task.check(spec)
     wanted = [task for task in TASKS if task.wanted(spec)]
     if not wanted:
-        raise ValueError(f"nothing to score: give {', '.join(task.needs for task in TASKS[:-1])}, or {TASKS[-1].needs}")
+        raise ValueError(f"nothing to score: pass {', '.join(task.needs for task in TASKS[:-1])}, or {TASKS[-1].needs}")
     return wanted
 
 
 def _predict(predictor: Predictor, setting: Setting, tasks: Sequence[Task], data: dict[str, Any]) -> dict[str, Any]:
-    """The predictions of one run for every task that asks it, by key."""
+    """The predictions of one run for every task that has `predict`, by key."""
     name = Path(predictor.name).name
     asked = [task for task in tasks if task.predict is not None]
     slides = [slide for task in asked for slide in task.embed(setting, data[task.key])]

@@ -60,19 +60,23 @@ class EvaluationSpec:
     slides: Place = _required(PLACE, "slide table: slide_id, patient_id, label, split", "CSV")
     out: Place
     split: str = _option("test", TEXT, "split to score (default test)")
-    strict: bool = _option(False, FLAG, "stop at a faulty split (pathflip split --check)")
+    strict: bool = _option(False, FLAG, "fail on a faulty split (pathflip split --check)")
     protocol: str = _option(
         STRICT, TEXT, "strict (default), or paper: the published script's arithmetic; the report says where it is "
         "optimistic", "NAME", choices=PROTOCOLS,
     )  # fmt: skip
     images: Place | None = _option(None, FILE, "slide files, for thumbnails and the mean-colour baselines", "DIR")
     compare_to: Place | Sequence[Place] | None = _option(
-        None, PLACE, "as many other runs, for paired differences", "RUN", many="+"
+        None, PLACE, "the same number of other runs, for paired differences", "RUN", many="+"
     )
     seed: int = _option(0, NUMBER, "seed of the bootstrap (default 0)")
     texts: Place | None = _option(None, PLACE, "text table: scores retrieval and captions", group=RETRIEVAL)
     region_texts: Place | None = _option(
-        None, PLACE, "captions of slides of one region, or of the region at a point x, y", "TABLE", group=RETRIEVAL
+        None,
+        PLACE,
+        "captions of slides of one region, or of the region at point x, y of a slide",
+        "TABLE",
+        group=RETRIEVAL,
     )
     prompts: Place | None = _option(
         None,
@@ -88,7 +92,7 @@ class EvaluationSpec:
         ("label",), TEXT, "label columns for --few-shot (default label)", "COLUMN", many="+", group=CLASSES
     )
     label_table: Place | None = _option(
-        None, PLACE, "table of these columns (mutations, say), by slide_id or patient_id", "CSV", group=CLASSES
+        None, PLACE, "table of these columns (for example mutations), by slide_id or patient_id", "CSV", group=CLASSES
     )
     draws: int = _option(5, NUMBER, "draws of training slides for every K (default 5)", "N", group=CLASSES)
     grounding: Place | None = _option(None, FILE, "texts of each concept: scores grounding", "JSON", group=GROUNDING)
@@ -115,11 +119,13 @@ class EvaluationSpec:
     concepts: Place | None = _option(
         None, FILE, "phrasings of each concept: scores the concepts that captions assert", "JSON", group=LANGUAGE
     )
-    max_tokens: int = _option(384, NUMBER, "most tokens to generate (default 384)", "N", group=LANGUAGE)
-    min_tokens: int = _option(0, NUMBER, "fewest tokens to generate (default 0)", "N", group=LANGUAGE)
+    max_tokens: int = _option(384, NUMBER, "maximum number of tokens to generate (default 384)", "N", group=LANGUAGE)
+    min_tokens: int = _option(0, NUMBER, "minimum number of tokens to generate (default 0)", "N", group=LANGUAGE)
     beams: int = _option(1, NUMBER, "beam search with N beams (default 1: greedy)", "N", group=LANGUAGE)
     length_penalty: float = _option(1.0, NUMBER, "length penalty of beam search (default 1)", "X", group=LANGUAGE)
-    repetition_penalty: float = _option(1.0, NUMBER, "above 1: repeat less (default 1)", "X", group=LANGUAGE)
+    repetition_penalty: float = _option(
+        1.0, NUMBER, "penalty on repeated tokens, above 1 (default 1: none)", "X", group=LANGUAGE
+    )
     name: str = ""  # of the benchmark, which published figures are matched by
     command: Sequence[str] | None = None  # the command line that the report shows
 

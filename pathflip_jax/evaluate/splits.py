@@ -1,7 +1,8 @@
 """Patient-level splits of slide tables, and checks of splits for leakage and wrong labels.
 
-With a patient on both sides a model can recognise the patient; with a site on both sides, the scanner and stain (Howard
-et al., Nature Communications 2021). Normal tissue with a tumor label is mislabelled. Published splits have all three.
+If a patient has slides in both the training and the test split, a model can recognise the patient; if a site has, its
+scanner and stain (Howard et al., Nature Communications 2021). Normal tissue with a tumor label is mislabelled.
+Published splits have all three faults.
 """
 
 import re
@@ -21,9 +22,9 @@ from pathflip_jax.evaluate.patients import Patient, name_patients, name_sites, p
 
 SIDES = ("train", "val", "test")
 SHARES = (0.7, 0.1, 0.2)
-LABEL_WEIGHT = 50  # relative to sites: an imbalance of labels by 2% of a share outweighs a site entirely in one part
-MOST_LABELS = 20  # most distinct values of a column of labels
-_NO_LABELS = {"slide_id", "case_id", "patient_id", "case", "patient", "label", "split", "site", "mpp", "magnification"}
+LABEL_WEIGHT = 50  # relative to sites: a label imbalance of 2% of a share outweighs a site that is entirely in one part
+MOST_LABELS = 20  # maximum number of distinct values in a column of labels
+_NOT_LABELS = {"slide_id", "case_id", "patient_id", "case", "patient", "label", "split", "site", "mpp", "magnification"}
 NO_SIDE = "slides on no side"
 _BARCODE = re.compile(r"TCGA-(\w{2})-\w{4}(?:-(\d{2}))?(?!\d)", re.IGNORECASE)
 _NORMAL_LABEL = re.compile(r"normal|benign|healthy|non[-_ ]?(?:tumou?r|neoplastic)|negative", re.IGNORECASE)
@@ -32,7 +33,7 @@ NORMAL_TYPES = {"10": "blood", "11": "solid tissue", "12": "buccal cells", "13":
 
 
 class Finding(NamedTuple):
-    """A finding about a split, a fault or a note, with the patients, slides, sites or labels concerned."""
+    """A finding about a split, either a fault or a note, with the affected patients, slides, sites or labels."""
 
     kind: str
     fault: bool
@@ -41,7 +42,7 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """The result of checking a split: its sides, its known sites, and findings."""
+    """The result of checking a split: its sides (train, val, test), its known sites, and findings."""
 
     sides: dict[str, dict]
     sites: list[dict]
@@ -68,7 +69,7 @@ def read_split(tables: Sequence[str], label: str = "") -> list[dict[str, str]]:
     for table in tables:
         side, _, path = str(table).rpartition("=")
         if side and side not in SIDES:
-            raise ValueError(f"{table}: {side!r} before the file is not a side of a split; expected {', '.join(SIDES)}")
+            raise ValueError(f"{table}: {side!r} before the file is not a split; expected {', '.join(SIDES)}")
         read = read_rows(path)
         if column and (lacking := next((row for row in read if column not in row.values), None)):
             raise ValueError(f"{lacking.place}: no column {label!r}, {row_columns(lacking)}")
@@ -82,12 +83,12 @@ def unlabelled(rows: Sequence[Mapping[str, str]]) -> list[Finding]:
     if any(row["label"] for row in rows):
         return []
     found = {}
-    for name in dict.fromkeys(name for row in rows for name in row if name and name not in _NO_LABELS):
+    for name in dict.fromkeys(name for row in rows for name in row if name and name not in _NOT_LABELS):
         values = [row[name] for row in rows if not is_missing(row.get(name, ""))]
         if 2 <= len(set(values)) <= min(MOST_LABELS, len(values) // 2):
             found[name] = f"{name} ({len(set(values))} values)"
     listed = (
-        f"columns that could be one: {preview(found.values(), 8)}; choose with --label" if found else "name it: --label"
+        f"columns that could be one: {preview(found.values(), 8)}; choose with --label" if found else "pass --label"
     )
     return [Finding("no labels", False, f"no column label; {listed}", list(found))]
 
@@ -119,13 +120,13 @@ def check_split(rows: Sequence[Mapping[str, str]]) -> Check:
     if shared:
         count = sum(sum(site["slides"].values()) for site in shared)
         text = (
-            f"{len(shared)} of {len(sites)} sites are on more than one side, with {count} of {len(used)} slides: a "
-            "model that recognises a site's stain and scanner is not detected"
+            f"{len(shared)} of {len(sites)} sites are in more than one split, with {count} of {len(used)} slides, so "
+            "the scores cannot reveal a model that recognises a site's stain and scanner"
         )
         findings.append(Finding("shared sites", False, text, [site["site"] for site in shared]))
     if 0 < len(used) < len(rows):
         out = [row["slide_id"] for row in rows if not row["split"]]
-        text = f"{len(out)} of {len(rows)} slides are on no side: {preview(out)}"
+        text = f"{len(out)} of {len(rows)} slides are in no split: {preview(out)}"
         findings.append(Finding(NO_SIDE, False, text, out))
     return Check(sides, sites, findings)
 
@@ -160,7 +161,7 @@ def _shared_patients(of: Sequence[Patient]) -> list[Finding]:
     if not shared:
         return []
     names = preview(str(patient) for _, patient in shared)
-    text = f"{len(shared)} patients have slides on more than one side ({names}): scores of it are too good"
+    text = f"{len(shared)} patients have slides in more than one split ({names}), so its scores are optimistic"
     return [Finding("shared patients", True, text, [name for name, _ in shared])]
 
 
@@ -172,7 +173,7 @@ def _spellings(of: Sequence[Patient]) -> list[Finding]:
     spelt = [p for _, p in several if p not in zeros and p not in joined]
     kinds = {
         "patients in several spellings": (spelt, "are written in more than one way"),
-        "zeros in front of patients": (zeros, "differ only by zeros in front, which spreadsheets lose"),
+        "zeros in front of patients": (zeros, "differ only by leading zeros, which spreadsheets lose"),
         "patients under several ids": (joined, "have several ids, joined by a barcode, a case or a slide"),
     }
     return [
@@ -198,7 +199,8 @@ def _labels_in_two_spellings(rows) -> list[Finding]:
     if not twice:
         return []
     text = (
-        f"{len(twice)} labels have more than one spelling ({preview(twice)}) and count as two each: keep one spelling"
+        f"{len(twice)} labels have more than one spelling ({preview(twice)}), which count as separate labels: keep one "
+        "spelling"
     )
     return [Finding("labels in several spellings", True, text, twice)]
 
@@ -224,8 +226,8 @@ def _normal_tissue(rows) -> list[Finding]:
         return []
     kinds = ", ".join(sorted({f"{sample_type(slide)} {NORMAL_TYPES[sample_type(slide)]}" for slide in wrong}))
     text = (
-        f"{len(wrong)} slides of normal tissue (TCGA sample type {kinds}) have the label of a tumor "
-        f"({preview(wrong)}): take them out"
+        f"{len(wrong)} slides of normal tissue (TCGA sample type {kinds}) have a tumor label "
+        f"({preview(wrong)}): remove them"
     )
     return [Finding("normal tissue under a tumor label", True, text, wrong)]
 
@@ -235,8 +237,8 @@ def _lacking_labels(sides: Mapping[str, dict]) -> list[Finding]:
     labels = sorted({label for side in sides.values() for label in side["labels"]})
     for name, side in sides.items():
         lacking = [label for label in labels if label not in side["labels"]]
-        if lacking and side["labels"]:  # a side without any label is unlabelled, not lacking
-            text = f"split {name!r} has no slide of {preview(lacking)}, which others have"
+        if lacking and side["labels"]:  # a split without any label is unlabelled
+            text = f"split {name!r} has no slide with the label {preview(lacking)}, which other splits have"
             found.append(Finding("label lacking", True, text, lacking))
     return found
 
@@ -260,16 +262,16 @@ def make_split(
     for row, group in zip(rows, groups, strict=True):
         members.setdefault(group, []).append(row)
     order = np.random.default_rng(seed).permutation(sorted(members)).tolist()
-    part = _deal(sorted(order, key=lambda group: -len(members[group])), members, shares)
+    part = _assign(sorted(order, key=lambda group: -len(members[group])), members, shares)
     _fill_lacking(part, members, len(shares))
     return [part[group] for group in groups]
 
 
-def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> dict[int, int]:
-    """Assign each group, in descending order of size, to the part with most room for its labels and their sites.
+def _assign(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> dict[int, int]:
+    """Assign each group, in descending order of size, to the part that most lacks its labels and their sites.
 
     A part is full of a label when it holds its share of that label's slides. Labels outweigh sites unless labels are
-    balanced within a few percent; small groups come last and even out imbalances.
+    balanced within a few percent; small groups are assigned last and even out imbalances.
     """
 
     counts = {group: Counter(kind for row in rows for kind in _kinds(row)) for group, rows in members.items()}
@@ -279,7 +281,7 @@ def _deal(order: list[int], members: Mapping[int, list], shares: np.ndarray) -> 
     for group in order:
         full = np.zeros(len(shares))
         for (label, site), count in counts[group].items():
-            # Counting half of the group itself minimises the squared error and avoids overfilling a part.
+            # Counting half of the group itself minimises the squared error and keeps parts from being overfilled.
             held = given[label, site] + (count / 2 if site is None else 0)
             full += (LABEL_WEIGHT if site is None else 1) * count * held / (total[label, site] * shares)
         part[group] = int(np.argmin(full))
@@ -294,7 +296,7 @@ def _kinds(row) -> tuple:
 
 
 def _fill_lacking(part: dict[int, int], members: Mapping[int, list], parts: int) -> None:
-    """Swap groups so that every part has each label of which there are enough groups."""
+    """Swap groups so that every part has each label that enough groups have."""
     labels = {group: {row["label"] for row in rows if row["label"]} for group, rows in members.items()}
     total = Counter(label for own in labels.values() for label in own)
     held = Counter((label, part[group]) for group, own in labels.items() for label in own)
@@ -333,9 +335,9 @@ def write_splits(
     if twice := _listed_twice(rows):
         raise ValueError(f"{twice[0].text}: keep one row per slide")
     if by_site and (lost := [row["slide_id"] for row in rows if not site_of(row)]):
-        raise ValueError(f"the site of {preview(lost)} is unknown; add a column site, or split by patient only")
+        raise ValueError(f"the site of {preview(lost)} is unknown; add a column `site`, or split by patient only")
     if folds is not None and (folds < 3 or shares):
-        raise ValueError(f"{folds} folds: give at least 3 (train, val and test), and no shares with them")
+        raise ValueError(f"{folds} folds: pass at least 3 (train, val and test), and no shares with them")
     shares = [1.0] * folds if folds else list(shares or SHARES)
     if len(shares) < 2 or (not folds and len(shares) > 3) or not all(np.isfinite(shares)) or min(shares) <= 0:
         raise ValueError(f"shares {shares}: expected two (train, test) or three (train, val, test) numbers above 0")
@@ -354,7 +356,7 @@ def write_splits(
         write_csv(out, table)
         return {str(out): examined(table)}
     if out.exists():
-        raise FileExistsError(f"{out}: already exists; name a new folder for the folds")
+        raise FileExistsError(f"{out}: already exists; choose a new folder for the folds")
     partial = out.with_name(out.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,6 +1,6 @@
 """The interface between an evaluation and its tasks.
 
-A task is a file in `evaluate/tasks/` that ends with its `Task`, and is named in `evaluate/tasks/__init__.py:FILES`.
+A task is a file in `evaluate/tasks/` that ends with its `Task` and is listed in `evaluate/tasks/__init__.py:FILES`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class Part(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """One score with its interval and baselines, as cards of the report and the terminal show it; None for unknown."""
+    """One score with its interval and baselines, shown on cards of the report and in the terminal; None for unknown."""
 
     name: str
     value: float | None
@@ -80,13 +80,14 @@ class Headline(NamedTuple):
 class Task:
     """One kind of score, as functions: `check` and `read` before any model is loaded, `predict` per run, `score` once.
 
-    `key` is the task's entry in scores.json, `title` its name in text. `wanted` says whether a specification asks for
-    it, by giving `needs`. `check` raises ValueError for options that contradict each other; `read` returns the task's
-    data, raising for faulty input; `embed` names the slides whose embeddings `predict` takes from `LoadedRun.bags`. A
-    task without `predict` loads what it scores itself. `headlines` yields the main scores of scores.json; `section` is
-    the task's part of the report, a Jinja template that sees `scores` and `images`, and sections of higher `prominence`
-    come first. `published` yields the identifiers of a score, with its metrics, for `published.json`; `paired` reads
-    back the rows of an evaluation, by score, for `pathflip compare`, with `metric_names` and `heading` for its page.
+    `key` is the task's entry in scores.json, `title` its name in text. `wanted` tells whether a specification requests
+    it, which it does by giving `needs`. `check` raises ValueError for options that contradict each other; `read`
+    returns the task's data, raising for faulty input; `embed` names the slides whose embeddings `predict` takes from
+    `LoadedRun.bags`. A task without `predict` loads what it scores itself. `headlines` yields the main scores of
+    scores.json; `section` is the task's part of the report, a Jinja template that sees `scores` and `images`, and
+    sections of higher `prominence` come first. `published` yields the identifiers of a score, with its metrics, for
+    `published.json`; `paired` reads back the rows of an evaluation, by score, for `pathflip compare`, with
+    `metric_names` and `heading` for its page.
     """
 
     key: str

@@ -18,7 +18,7 @@ METRICS = {
     "macro_f1": "F1, macro",
     "published_f1": "F1 as published",
 }
-CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")  # metrics compared for classifications
+CLASSIFICATION = ("balanced_accuracy", "accuracy", "auc", "weighted_f1")  # metrics that `pathflip compare` compares
 
 
 class Evaluation(NamedTuple):

@@ -79,7 +79,7 @@ def test_a_split_that_leaks_and_slides_without_patients(look, tiny_cohort, tmp_p
         return row | {"S00": {"split": "test"}, "S12": {"patient_id": ""}}.get(slide, {})
 
     found = look(slides=_table(tiny_cohort, tmp_path, change))
-    assert any("more than one side (P00)" in text for _, text in found["fault"])
+    assert any("more than one split (P00)" in text for _, text in found["fault"])
     assert any("without a patient: 1 of the 24 slides (S12)" in text for _, text in found["note"])
 
 

@@ -50,7 +50,7 @@ def test_without_tasks_the_file_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("promts: tcga-rcc", "unknown key 'promts'; did you mean 'prompts'. Known are .*records.*slides"),
+        ("promts: tcga-rcc", r"unknown key 'promts' \(did you mean 'prompts'\?\); expected one of .*records.*slides"),
         ("tasks: {a: {out: x}}", "unknown key 'out'"),
         ("records: a\nrecords: b", "'records' is given twice"),
         ("tasks: {a: {}, a: {}}", "'a' is given twice"),
@@ -63,13 +63,13 @@ def test_without_tasks_the_file_is_one(tmp_path):
         ("labels: &a [x]\nfew-shot: *a", "references .* are not supported"),
         ("few-shot: [[1]]", "few-shot"),
         ("tasks: [a]", "tasks must name tasks"),
-        ("tasks: {../a: {}}", "names a folder of results"),
-        ("tasks: {a: 3}", "must hold keys, found 3"),
+        ("tasks: {../a: {}}", "cannot be the name of a folder"),
+        ("tasks: {a: 3}", "must be a mapping of keys, found 3"),
         ("- a", "expected keys such as"),
         ("", "expected keys such as"),
-        ("a: [", "not YAML"),
-        ("a: !!python/object:os.system {}", "not YAML"),
-        ("? {a: 1}\n: 2", "not YAML|unknown key"),
+        ("a: [", "not valid YAML"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+        ("? {a: 1}\n: 2", "not valid YAML|unknown key"),
     ],
 )
 def test_what_no_option_takes_is_named(tmp_path, text, message):

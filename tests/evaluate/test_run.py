@@ -312,7 +312,7 @@ def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
 def test_strict_stops_at_a_faulty_split(setting, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "load", lambda folder: pytest.fail("a model was loaded"))
     slides = rewrite(tmp_path / "slides.csv", setting.cohort.slides, lambda text: text.replace("S22,P22", "S22,P00"))
-    with pytest.raises(ValueError, match="a faulty split: 1 patients have slides on more than one side .P00."):
+    with pytest.raises(ValueError, match="faulty split: 1 patients have slides in more than one split .P00."):
         run.evaluate(
             EvaluationSpec(run="run", out=tmp_path / "out", strict=True, **(setting.inputs | {"slides": slides}))
         )

@@ -192,7 +192,7 @@ def test_the_check_finds_a_patient_on_two_sides_in_two_spellings(tmp_path, capsy
         (tmp_path / side).write_text(f"slide_id,patient_id\n{line}\nother-{side},other-{side}\n", encoding="utf-8")
     assert cli.main(["split", "--check", *(f"{side}={tmp_path / side}" for side in ("train", "test"))]) == 1
     said = capsys.readouterr().out
-    assert f"FAULT  1 patients have slides on more than one side ({names})" in said
+    assert f"FAULT  1 patients have slides in more than one split ({names})" in said
     assert ("spreadsheets lose" in said) == ("0045" in train)
     assert ("listed twice (S1 = s1)" in said) == ("S1.svs" in train)
 

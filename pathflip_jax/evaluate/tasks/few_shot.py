@@ -1,6 +1,6 @@
 """Few-shot classification: probes on the frozen model, trained on a few labelled slides, for any column of labels.
 
-Training slides are drawn from the training split several times; a probe may select its only setting on `val`, never on
+Training slides are drawn from the training split several times; a probe may choose its only setting on `val`, never on
 the slides that are scored. The same linear probe on the mean of the raw patch features is the baseline: the difference
 is the gain of the model over its patch encoder.
 """

@@ -22,9 +22,9 @@ from pathflip_jax.scores.statistics import Statistic
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives per slide
 WIDENED_UM, ISOLATED_UM = 75.0, 275.0
-PIXEL_UM = 8.0  # about: level 5 of a pyramid of halves at 40x, at which the challenge draws its masks
-MOST_PIXELS = 2**26  # of a mask
-MOST_DETECTIONS = 100  # per slide: the score needs at most 8 false positives
+PIXEL_UM = 8.0  # approximate: level 5 of a 40x slide with levels of half the size, on which the challenge draws masks
+MOST_PIXELS = 2**26  # maximum size of a mask
+MOST_DETECTIONS = 100  # maximum per slide; the score needs at most 8 false positives
 RADIUS = 3.0  # patch edges within which only the highest detection is kept
 
 

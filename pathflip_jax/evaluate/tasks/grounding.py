@@ -33,11 +33,11 @@ from pathflip_jax.scores import statistics
 
 KEY = "grounding"
 EXAMPLES = {"good": 0.9, "typical": 0.5, "poor": 0.1}  # quantiles of the slides' AUC that the report shows
-AXES = {"auc": "ROC AUC of patches", "pointing": "highest patch inside", "dice": "Dice, fixed threshold"}
+AXES = {"auc": "ROC AUC of patches", "pointing": "pointing game", "dice": "Dice, fixed threshold"}
 
 
 class Maps(NamedTuple):
-    """The scores of a run's maps, and of the attention of its Q-Former, which no text guides."""
+    """The scores of a run's maps, and of the attention of its Q-Former, which does not depend on the text."""
 
     maps: MapScores
     no_text: MapScores
@@ -45,10 +45,10 @@ class Maps(NamedTuple):
 
 def _check(spec: EvaluationSpec) -> None:
     if (spec.grounding is None) != (spec.outlines is None):
-        raise ValueError("grounding needs both the texts of the concepts and the folder of their outlines; give both")
+        raise ValueError("grounding needs both the texts of the concepts and the folder of their outlines; pass both")
     if spec.lesions is not None and spec.grounding is None:
         raise ValueError(
-            f"lesions of {spec.lesions!r} are scored by grounding: give the texts of concepts and the outlines too"
+            f"lesions of {spec.lesions!r} are scored by grounding: pass the texts of the concepts and the outlines too"
         )
 
 
@@ -125,7 +125,7 @@ def _weights(setting: Setting, outlined: Outlined) -> Float[np.ndarray, "W n"]:
 
 
 def _baseline_maps(predictions: Predictions, by_colour: MapScores | None) -> dict[str, list[MapScores]]:
-    """Baseline maps that no text guides, by name, each over runs."""
+    """Baseline maps that do not depend on the text, by name, each over runs."""
     colour = {} if by_colour is None else {"mean_colour": [by_colour]}
     return {"no_text": [one.no_text for one in predictions.ours]} | colour
 
@@ -306,8 +306,8 @@ def froc_curves(found: Mapping[str, MapScores | None]) -> Figure:
     axis.set_xlim(0, 16)
     axis.set_ylim(0, 1.02)
     axis.grid(color=GRID)
-    axis.set_xlabel("false positives a slide")
-    axis.set_ylabel("lesions found")
+    axis.set_xlabel("false positives per slide")
+    axis.set_ylabel("sensitivity")
     axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
     set_title(axis, "Lesion detection")
     return figure

@@ -74,19 +74,19 @@ def read_column(cohort: Cohort, column: str, table, shots: Sequence[str | int], 
     foreign = sorted({label for label in labels[cohort.split] if label} - set(known))
     if foreign:
         raise ValueError(
-            f"{where}, column {column!r}: split {cohort.split!r} has slides of {preview(foreign)}, of which the "
-            f"training split has none; its classes are {preview(known, 8) or '(none)'}. Split the table anew, or leave "
-            "them out"
+            f"{where}, column {column!r}: split {cohort.split!r} has slides with the label {preview(foreign)}, but the "
+            f"training split has none; its classes are {preview(known, 8) or '(none)'}. Make a new split of the table, "
+            "or remove these slides"
         )
     if len({fold(label) for label in known}) < len(known):
         raise ValueError(
-            f"{where}, column {column!r}: labels that differ in spelling only: {preview(known, 8)}; keep one spelling"
+            f"{where}, column {column!r}: labels that differ only in spelling: {preview(known, 8)}; keep one spelling"
         )
     if len(known) < 2:
         listed = sum(row["split"] == "train" for row in cohort.table)
         raise ValueError(
             f"{where}, column {column!r}: the training split has {len(known)} classes; a probe needs two (the records "
-            f"hold {len(rows['train'])} of its {listed} slides)"
+            f"contain {len(rows['train'])} of its {listed} slides)"
         )
     if not any(labels[cohort.split]):
         raise ValueError(f"{where}, column {column!r}: no slide of split {cohort.split!r} has a label")
@@ -106,7 +106,7 @@ def read_column(cohort: Cohort, column: str, table, shots: Sequence[str | int], 
     for k in shots:
         short = [known[c] for c in fewest if k != ALL and fewest[c] < k]
         if short:
-            text = f"few-shot, {column}: {preview(short)} have fewer than {k} training slides, all of which are used"
+            text = f"few-shot, {column}: {preview(short)} have fewer than {k} training slides; all of them are used"
             cohort.warnings.append(text)
     return LabelColumn(column, known, parts["train"], val, parts[cohort.split], unlabelled, shots, seeds)
 
@@ -138,7 +138,7 @@ def _label_table(cohort: Cohort, column: str, table) -> dict[str, str]:
     if not found:
         ids = [row["slide_id"] for row in cohort.table]
         raise ValueError(
-            f"{table}: no row labels a slide of the slide table ({preview(ids)}); give their slide_id or patient_id"
+            f"{table}: no row labels a slide of the slide table ({preview(ids)}); name slides by slide_id or patient_id"
         )
     return found
 

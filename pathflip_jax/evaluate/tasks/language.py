@@ -1,8 +1,8 @@
 """Captions and answers of the language stage about the slides of a split, and their metrics.
 
-Everything is asked with and without the slide, because reports are alike and questions give hints: the gain over the
-text-only answer is what the model sees in the slide (DESIGN section 8). A second baseline of captions is the caption of
-another patient's slide.
+Every prompt is answered with and without the slide, because reports resemble each other and questions contain hints:
+the gain over the text-only answer is what the model gets from the slide (DESIGN section 8). A second baseline of
+captions is the caption of another patient's slide.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from pathflip_jax.scores import concepts, statistics
 
 KEY = "language"
 ANOTHER = "another slide's caption"
-LIKELIHOOD, GENERATION = "by_likelihood", "by_generation"  # two ways to read the choice of an option
+LIKELIHOOD, GENERATION = "by_likelihood", "by_generation"  # two ways to determine the chosen option
 EXAMPLES = 6
 
 
@@ -98,9 +98,9 @@ def score_language(run, cohort: Cohort, inputs: Inputs, seed: int = 0) -> Part:
 def write_captions(
     assistant: SlideAssistant, cohort: Cohort, rows: SlideRows, table, sampling: Sampling
 ) -> list[Caption]:
-    """A caption for every report of the table about slides of the cohort, prompted as the table does.
+    """A caption for every report of the table about slides of the cohort, with the prompts of the table.
 
-    Raises ValueError for a table with none, and as `SlideAssistant.answer`.
+    Raises ValueError for a table without such reports, and as `SlideAssistant.answer`.
     """
     slide_ids, patient_of = cohort.records.slides.column("slide_id"), cohort.patient_of
     talks = match_conversations(read_conversations(table), slide_ids, cohort.cases)
@@ -296,9 +296,11 @@ def pieces(text: str, mentions: Sequence[dict]) -> list[dict]:
 
 def _check(spec: EvaluationSpec) -> None:
     if spec.language is None and (spec.questions is not None or spec.concepts is not None):
-        raise ValueError("questions and concepts of captions are for the language stage: name its run (--language)")
+        raise ValueError(
+            "questions and concepts of captions are scored for a run of the language stage: pass it as --language"
+        )
     if spec.language is not None and spec.texts is None and spec.questions is None:
-        raise ValueError("nothing to ask the language stage: give a table of reports, or one of questions")
+        raise ValueError("nothing to ask the language stage: pass a table of reports (texts) or a table of questions")
 
 
 def _read(setting: Setting) -> Inputs:

@@ -3,10 +3,10 @@
 - ROC AUC: the probability that a patch inside an outline scores above one outside. A random map has 0.5.
 - Pointing game: whether the highest patch lies inside. A random map has the fraction of patches inside.
 - Dice of the patches above a threshold with those inside. The threshold of a concept is the best one on training
-  slides; the slides that are scored play no part in it.
+  slides; the scored slides are not used to choose it.
 
-A slide's score is the mean over the concepts present in it, a cohort's the mean over slides. Maps without text (the
-cross-attention of the Q-Former) and without pathology (mean colour) are scored by the same rules.
+A slide's score is the mean over the concepts present in it, a cohort's the mean over slides. Maps that ignore the
+text (the cross-attention of the Q-Former) and morphology (mean colour) are scored by the same rules.
 """
 
 from collections.abc import Callable, Iterable
@@ -108,7 +108,7 @@ def score_maps(
 ) -> MapScores:
     """The scores of a function from slides to maps, with thresholds from the `training` slides.
 
-    Maps are scored as they are shown: smoothed by a Gaussian of `smooth` patch edges.
+    Maps are scored with the smoothing with which they are shown, a Gaussian of `smooth` patch edges.
     """
 
     def smoothed(slide: SlideFeatures) -> Float[np.ndarray, "C N"]:
@@ -158,7 +158,9 @@ class ColourMap:
             if len(colours) == TRAIN_SLIDES:
                 break
         if not colours:
-            raise ValueError(f"no training slide has both a slide file and outlines in {folder}: no colour baseline")
+            raise ValueError(
+                f"no training slide has both a slide file and outlines in {folder}, as the colour baseline needs"
+            )
         self.files, self.owners = files, np.array(owners)
         self.colours, self.inside = np.concatenate(colours), np.concatenate(inside)
 
@@ -166,5 +168,5 @@ class ColourMap:
         """The scores of every concept on a slide with a slide file, from the patches of other slides."""
         found = colour.patch_colours(self.files[slide.slide_id], slide.coords, slide.patch_size)
         others = self.owners != slide.slide_id
-        others |= not others.any()  # this slide is the only one
+        others |= not others.any()  # if this slide is the only one
         return colour.concept_shares(self.colours[others], self.inside[others], found).T

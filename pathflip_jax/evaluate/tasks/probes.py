@@ -24,7 +24,7 @@ from pathflip_jax.scores.retrieval import normalise
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # inverse regularisation C of the linear probe on rows of unit length
 NEIGHBOURS = (1, 3, 5, 9, 15, 25)
-VOTE_TEMPERATURE = 0.1  # of the cosine that weighs a neighbour's vote, as in the slide loss
+VOTE_TEMPERATURE = 0.1  # of the cosine that weights a neighbour's vote, as in the slide loss
 FIXED_STRENGTH, FIXED_NEIGHBOURS = 1.0, 5  # without validation slides
 POOL_BATCH = 64  # bags per batch in prediction
 
@@ -88,8 +88,8 @@ def attention_mil(
 ) -> Float[np.ndarray, "n C"]:
     """Gated attention MIL (Ilse et al., ICML 2018) over region embeddings: probabilities in the round chosen on `val`.
 
-    If `val` is None, those of the last round. `room` is the largest number of regions of a slide and the total number,
-    so that one compiled program serves all draws.
+    If `val` is None, those of the last round are returned. `room` is the largest number of regions of a slide and the
+    total number, so that one compiled program serves all draws.
     """
     on_val, on_test = attention_rounds(train, val, test, classes, seed=seed, settings=settings, room=room)
     chosen = len(on_test) - 1 if on_val is None else _best(on_val, val.y)
@@ -108,7 +108,7 @@ def attention_rounds(
     for slot, first, end in zip(slots, rows, rows[1:], strict=False):
         slot[: end - first] = np.arange(first, end)
     n, unseen = len(train.y), slots[len(train.y) :]
-    labels = np.zeros(bucket(max(n, POOL_BATCH)), np.int32)  # small numbers of shots share a program
+    labels = np.zeros(bucket(max(n, POOL_BATCH)), np.int32)  # small numbers of shots share a compiled program
     learnt = np.full((len(labels), slots.shape[1]), -1, np.int32)
     labels[:n], learnt[:n] = train.y, slots[:n]
     padded = np.full((bucket(len(unseen)), slots.shape[1]), -1, np.int32)

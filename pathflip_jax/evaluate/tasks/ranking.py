@@ -28,7 +28,7 @@ class Ranked(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Type of items retrieved by text, the directions by key, and each query's slides and patient."""
+    """The kind of retrieved items, the names of the directions by key, and each query's slides and patient."""
 
     kind: str
     directions: Mapping[str, str]
@@ -91,7 +91,7 @@ def score_ranks(
 
 
 def warn_of_duplicates(queries: Queries, ranked: Ranked) -> list[str]:
-    """Warn of the effect on R@1 of the rule about captions shared by several patients, if any."""
+    """A warning with the effect on R@1 of excluding captions that several patients share; empty if there are none."""
     ranks, with_duplicates = ranked
     if with_duplicates is None:
         return []
@@ -102,8 +102,8 @@ def warn_of_duplicates(queries: Queries, ranked: Ranked) -> list[str]:
         for key, name in queries.directions.items()
     )
     return [
-        f"{shared} of {len(queries.patients)} captions of {queries.kind} are those of another patient's too, word for "
-        f"word: such rows leave each other's gallery, for finding one of them is no miss. R@1 {changed}"
+        f"{shared} of {len(queries.patients)} captions of {queries.kind} are word for word those of another patient "
+        f"too; such rows are excluded from each other's gallery, because retrieving one is not an error. R@1: {changed}"
     ]
 
 
@@ -139,7 +139,7 @@ def recall_curves(ranks: dict[str, retrieval.Ranks]) -> Figure:
     axis.set_ylim(0, 1.02)
     axis.grid(color=GRID)
     axis.set_xlabel(f"k, in a gallery of {largest}")
-    axis.set_ylabel("right one among the first k")
+    axis.set_ylabel("recall at k")
     axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     set_title(axis, "Retrieval")
     return figure

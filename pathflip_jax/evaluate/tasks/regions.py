@@ -54,13 +54,13 @@ def read_region_texts(path, cohort: Cohort) -> list[RegionText]:
     for row, slides in zip(rows, matched, strict=True):
         if len(slides) > 1:
             raise ValueError(
-                f"{row.place}: a region is of one slide, this text names {len(slides)} ({preview(slides)})"
+                f"{row.place}: a region belongs to one slide, but this text names {len(slides)} ({preview(slides)})"
             )
         if slides and slides[0] in patient_of:
             patch = _patch(row, cohort, slides[0])
             found.append(RegionText(slides[0], patient_of[slides[0]], patch, row_caption(row)))
     if not found:
-        raise ValueError(f"{path}: none of its texts is of a slide of the split ({preview(cohort.slide_ids)})")
+        raise ValueError(f"{path}: none of its texts belongs to a slide of the split ({preview(cohort.slide_ids)})")
     return found
 
 
@@ -73,8 +73,8 @@ def _patch(row: Row, cohort: Cohort, slide_id: str) -> int:
         regions = len(info.region_rows) - 1
         if regions > 1:
             raise ValueError(
-                f"{row.place}: slide {slide_id} has {regions} regions; name a point in one of them (columns "
-                "x and y, pixels at level 0), or cut the image larger (--edge-um) so that it is one region"
+                f"{row.place}: slide {slide_id} has {regions} regions; give a point in one of them (columns x and y, "
+                "pixels at level 0), or cut larger regions (--edge-um) so that the image is one region"
             )
         return 0
     try:
@@ -83,7 +83,7 @@ def _patch(row: Row, cohort: Cohort, slide_id: str) -> int:
         raise ValueError(f"{row.place}: x {point[0]!r}, y {point[1]!r}: expected two numbers, or neither") from None
     coords = cohort.records.coords(position)
     if coords is None:
-        raise ValueError(f"{row.place}: slide {slide_id} has no coordinates, so x and y name no region")
+        raise ValueError(f"{row.place}: slide {slide_id} has no coordinates, so x and y do not identify a region")
     inside = ((coords <= (x, y)) & (coords + info.patch_size > (x, y))).all(1)
     if not inside.any():
         raise ValueError(f"{row.place}: slide {slide_id} has no patch at x {x:g}, y {y:g} (pixels at level 0)")

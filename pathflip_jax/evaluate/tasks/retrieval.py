@@ -28,12 +28,15 @@ def read_pairs(path, cohort: Cohort) -> list[SlideText]:
     pairs = [replace(text, slide_ids=slides) for text, slides in kept if slides]
     if not pairs:
         raise ValueError(
-            f"{path}: none of its texts belongs to a slide of the split; its ids are such as "
-            f"{preview(slide for text in texts for slide in text.slide_ids)}, the split's {preview(cohort.slide_ids)}"
+            f"{path}: none of its texts belongs to a slide of the split; its ids are "
+            f"{preview(slide for text in texts for slide in text.slide_ids)}, those of the split "
+            f"{preview(cohort.slide_ids)}"
         )
-    silent = sorted(chosen - {slide for text in pairs for slide in text.slide_ids})
-    if silent:
-        cohort.warnings.append(f"{len(silent)} slides have no text and are left out of retrieval ({preview(silent)})")
+    without_text = sorted(chosen - {slide for text in pairs for slide in text.slide_ids})
+    if without_text:
+        cohort.warnings.append(
+            f"{len(without_text)} slides have no text and are left out of retrieval ({preview(without_text)})"
+        )
     return pairs
 
 

@@ -23,7 +23,7 @@ from pathflip_jax.grounding.outlines import (
 )
 from pathflip_jax.grounding.placement import check_on_slide
 
-THRESHOLD_SLIDES = 30  # training slides that choose the thresholds
+THRESHOLD_SLIDES = 30  # maximum number of training slides on which the thresholds are chosen
 
 Truth = tuple[Bool[np.ndarray, "C N"], Bool[np.ndarray, "N"]]  # patches inside, and patches that count
 
@@ -52,37 +52,39 @@ def read_outlined(
 ) -> Outlined:
     """Read the texts of concepts (`read_prompts`) and the outlines of a cohort, `<slide_id>.geojson` in a folder.
 
-    `clear` is that of `true_patches`, `lesions` the concept whose outlines are lesions; `seed` draws the slides of the
-    thresholds. Slides, annotations and classes that are left out are warnings of the cohort.
+    `clear` is that of `true_patches`, `lesions` the concept whose outlines are lesions; `seed` draws the slides on
+    which thresholds are chosen. Slides, annotations and classes that are left out become warnings of the cohort.
     """
     named, folder = read_prompts(concepts).classes, Path(outlines)
     if not folder.is_dir():
         raise FileNotFoundError(f"{outlines}: no such folder of outlines (<slide_id>.geojson)")
     outlined = [slide for slide in cohort.slide_ids if (folder / f"{slide}.geojson").exists()]
     if not outlined:
-        raise ValueError(f"{outlines}: no outlines of any slide of the split; expected {cohort.slide_ids[0]}.geojson")
+        raise ValueError(
+            f"{outlines}: no outlines for any slide of the split; expected files such as {cohort.slide_ids[0]}.geojson"
+        )
     if len(outlined) < len(cohort.slide_ids):
         left = len(cohort.slide_ids) - len(outlined)
         cohort.warnings.append(f"{left} slides have no outlines and are left out of grounding")
-    truth, strange = {}, Counter()
+    truth, unknown = {}, Counter()
     for slide in map(cohort.features, outlined):
         annotations = read_annotations(folder / f"{slide.slide_id}.geojson")
         truth[slide.slide_id] = patches_of(annotations.outlines, slide, list(named), clear)
         if note := annotations.note():
             cohort.warnings.append(f"{slide.slide_id}.geojson: {note}")
-        strange.update(unknown_classes(annotations.outlines, named))
+        unknown.update(unknown_classes(annotations.outlines, named))
         if slide.width and slide.height:
             try:
-                check_on_slide(slide, slide.width, slide.height, "the slide by its record")
+                check_on_slide(slide, slide.width, slide.height, "the slide according to its record")
             except ValueError as error:
                 cohort.warnings.append(str(error))
     if not any(inside.any() for inside, _ in truth.values()):
         raise ValueError(
-            f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}{_seen(strange)}"
+            f"{concepts}: none of its concepts ({', '.join(named)}) is outlined in {outlines}{_on_slides(unknown)}"
         )
-    if strange:
+    if unknown:
         cohort.warnings.append(
-            f"outlines of classes that are not among the concepts count as background{_seen(strange)}"
+            f"outlines of classes that are not among the concepts count as background{_on_slides(unknown)}"
         )
     training: dict[str, Truth] = {}
     for slide in cohort.train_features(seed):
@@ -92,7 +94,7 @@ def read_outlined(
             training[slide.slide_id] = true_patches(folder, slide, list(named), clear)
     if not training:
         cohort.warnings.append(
-            "no training slide has outlines to choose thresholds on: grounding is scored without Dice"
+            "no training slide has outlines on which thresholds could be chosen, so grounding is scored without Dice"
         )
     task = None
     if lesions is not None:
@@ -100,7 +102,7 @@ def read_outlined(
     return Outlined(named, truth, training, task)
 
 
-def _seen(classes: Counter) -> str:
+def _on_slides(classes: Counter) -> str:
     """The number of slides with each of these classes, as the end of a sentence."""
     shown = [f"{name!r} on {count} slide{'s' * (count > 1)}" for name, count in classes.most_common(5)]
     return "".join([": ", ", ".join(shown), ", ..." if len(classes) > 5 else ""]) if shown else ""
@@ -137,7 +139,7 @@ def read_lesion_task(folder, slides: Iterable[SlideFeatures], concepts: list[str
     Raises ValueError for an unknown concept, slides of unknown size or mpp, and a cohort without a lesion that counts.
     """
     if concept not in concepts:
-        raise ValueError(f"lesions of {concept!r}: no such concept; the concepts are {', '.join(concepts)}")
+        raise ValueError(f"lesions of {concept!r}: no such concept; expected one of {', '.join(concepts)}")
     found = {}
     for slide in slides:
         if not (slide.width and slide.height and slide.mpp):

@@ -112,12 +112,12 @@ def parse_choice(generated: str, options: Mapping[str, str]) -> str | None:
         return letter
     patterns = _patterns(tuple(options))
     texts = {letter: normal_form(text) for letter, text in options.items()}
-    said = normal_form(patterns.opening.sub("", generated))
-    found = [letter for letter, text in texts.items() if text and text == said]
+    answer = normal_form(patterns.opening.sub("", generated))
+    found = [letter for letter, text in texts.items() if text and text == answer]
     for pattern in (patterns.answer, patterns.option, patterns.marked):
         found = found or _named(pattern, patterns.letter, generated)
     if not found:
-        held = {letter: text for letter, text in texts.items() if text and _within(text, said)}
+        held = {letter: text for letter, text in texts.items() if text and _within(text, answer)}
         # "Grade 1" is contained in "grade 1 of 3": the longest such option counts.
         found = [
             letter for letter, text in held.items() if not any(_within(text, o) for o in held.values() if o != text)

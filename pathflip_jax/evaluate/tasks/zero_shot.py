@@ -1,7 +1,7 @@
 """Zero-shot classification: a slide is assigned to the class whose texts are nearest to it.
 
 The normalised embeddings of a class's texts are averaged (a prompt ensemble), which reduces the dependence on one
-wording. No label is seen or used to choose a threshold.
+wording. No labels are used, not even to choose a threshold.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
     bare = [slide for slide, label in zip(cohort.slide_ids, cohort.labels, strict=True) if label is None]
     if bare:
         raise ValueError(
-            f"slide table: {preview(bare)} without a label; fill the column `label` or leave --prompts out"
+            f"slide table: no label for {preview(bare)}; fill in the column `label` or leave --prompts out"
         )
     foreign = sorted(set(cohort.labels) - set(classes))
     if foreign:
