@@ -95,7 +95,7 @@ def test_maps_come_from_patches_in_one_pass(predictor, slide):
     assert single.patch_scores[1, 0] == pytest.approx(expected, abs=1e-4)
     wider = predictor.ground(slide, TEXTS, window=3, negative="Lymphoid aggregates are dense.")
     assert np.isfinite(wider.patch_scores).all() and np.isfinite(predictor.attend(slide)).all()
-    with pytest.raises(ValueError, match="ground with 'region'"):
+    with pytest.raises(ValueError, match="use method 'region'"):
         predictor.ground(slide, TEXTS, method="attention")
 
 

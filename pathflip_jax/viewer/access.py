@@ -1,8 +1,8 @@
-"""Access control of the viewer: this machine, or holders of its token.
+"""Access control of the viewer: requests from this machine, or with the viewer's token.
 
-Slides are patient data. A viewer on the loopback address accepts requests under the names of that address and under
-configured names, and requests with its token: a foreign web page that resolves its own host name to this machine (DNS
-rebinding) has neither. On any other address a token is required.
+Slides are patient data. A viewer on the loopback address accepts requests for the host names of that address and for
+configured host names, and requests with its token. A foreign web page that resolves its own host name to this machine
+(DNS rebinding) has neither. On any other address a token is required.
 """
 
 import hashlib
@@ -18,13 +18,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pathflip_jax.viewer.proxy import DIRECT, Proxy
 
 SHORTEST_TOKEN = 16
-WANTS_TOKEN = "This viewer needs its token: open the address that `pathflip serve` printed, which ends in ?token=...\n"
-# The name is not echoed: the client controls it.
-WRONG_NAME = (
-    "This viewer does not answer to the name in this address. If it is meant to, start it with that name (pathflip "
-    "serve --public-name NAME), or with a token (--token) and open the address that it prints, with this name in it.\n"
+TOKEN_REQUIRED = (
+    "This viewer requires its token: open the address that `pathflip serve` printed, which ends in ?token=...\n"
 )
-NOBODY = ("'none'",)
+# The name is not echoed: the client controls it.
+UNKNOWN_HOST = (
+    "This viewer is not configured for the host name in this address. To use that name, start the viewer with it "
+    "(pathflip serve --public-name NAME), or with a token (--token) and open the address that it prints, with that "
+    "name in it.\n"
+)
+NO_SITES = ("'none'",)
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -37,7 +40,7 @@ def safety_headers(frames: tuple[str, ...]) -> dict[str, str]:
     # OpenSeadragon sets inline styles; scripts come only from files.
     policy = (
         "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-        f"frame-ancestors {' '.join(frames or NOBODY)}; base-uri 'none'; form-action 'none'"
+        f"frame-ancestors {' '.join(frames or NO_SITES)}; base-uri 'none'; form-action 'none'"
     )
     return {"content-security-policy": policy} | HEADERS
 
@@ -51,7 +54,7 @@ def is_local(host: str) -> bool:
 
 
 def choose_token(host: str, given: str | None) -> str:
-    """Required token: the given one, a new one for an address reachable by others, else none.
+    """Token that requests need: the given one, a new one for an address that others can reach, else none.
 
     Raises ValueError for a token short enough to guess.
     """
@@ -59,7 +62,7 @@ def choose_token(host: str, given: str | None) -> str:
         return "" if is_local(host) else secrets.token_urlsafe(24)
     if len(given) < SHORTEST_TOKEN or not given.isascii():
         raise ValueError(
-            f"--token has {len(given)} characters: expected {SHORTEST_TOKEN} or more, all ASCII, that nobody can guess"
+            f"--token has {len(given)} characters: expected {SHORTEST_TOKEN} or more ASCII characters, hard to guess"
         )
     return given
 
@@ -70,7 +73,9 @@ class Access:
     def __init__(self, app: ASGIApp, token: str, local: bool, proxy: Proxy = DIRECT) -> None:
         self.app, self.token, self.local, self.proxy = app, token, local, proxy
         self.headers = [(name.encode(), value.encode()) for name, value in safety_headers(proxy.frames).items()]
-        self.cookie = "pathflip-" + hashlib.sha256(token.encode()).hexdigest()[:12]  # one for each viewer on a machine
+        self.cookie = (
+            "pathflip-" + hashlib.sha256(token.encode()).hexdigest()[:12]
+        )  # one name for each viewer on a machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or refuse it."""
@@ -96,9 +101,9 @@ class Access:
         entered = scope["method"] == "GET" and self._is_token(asked)
         holds = entered or self._is_token(given)
         if self.local and not holds and self.proxy.refused_name(scope) is not None:
-            return PlainTextResponse(WRONG_NAME, 421)
+            return PlainTextResponse(UNKNOWN_HOST, 421)
         if self.token and not holds:
-            return PlainTextResponse(WANTS_TOKEN, 401, {"www-authenticate": "Bearer"})
+            return PlainTextResponse(TOKEN_REQUIRED, 401, {"www-authenticate": "Bearer"})
         if not entered:
             return None
         # Moves the token from the address bar and history to a cookie that scripts cannot read.
@@ -113,5 +118,5 @@ class Access:
 
 
 def _redirect(scope: Scope, end: str) -> Response:
-    """Relative redirect to the same address with another last segment, since a proxy may add a prefix."""
+    """Redirect to the same address with another last segment; relative, because a proxy may add a prefix."""
     return RedirectResponse("./" + quote(scope["path"].rpartition("/")[2]) + end, 303)

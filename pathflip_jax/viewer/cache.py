@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-RETRY_SECONDS = 10.0  # seconds for which an error is cached
+RETRY_SECONDS = 10.0  # time for which an error is cached
 
 
 @dataclass
@@ -21,10 +21,10 @@ class _Entry:
 
 
 class Cache:
-    """Values by key; beyond `capacity`, measured by `size` of each, the least recently used are evicted.
+    """Values by key; when their total `size` exceeds `capacity`, the least recently used are evicted.
 
-    Threads that request a value being computed wait for it. Errors are cached for ten seconds: a file that crashed its
-    reader is not retried for each of fifty tiles.
+    Threads that request a value being computed wait for it. Errors are cached for ten seconds, so that a file that
+    crashed its reader is not read again for each of fifty tiles.
     """
 
     def __init__(self, capacity: int, size: Callable[[Any], int]) -> None:

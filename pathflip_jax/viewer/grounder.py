@@ -1,6 +1,6 @@
-"""Interactive grounding within a second: each slide is encoded once, after which a text costs a matrix product.
+"""Interactive grounding: each slide is encoded once, after which a text costs a matrix product, less than a second.
 
-One model call at a time: two concurrent calls would share the same cores and be slower, and need twice the memory.
+The model runs one call at a time: two concurrent calls would share the cores, be slower and need twice the memory.
 """
 
 import threading
@@ -18,11 +18,11 @@ from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.layers import Layer, make_layer
 from pathflip_jax.viewer.slides import ShownSlide
 
-PREPARED_BYTES = 2**30  # of encoded slides: 10,000 patches of 256 numbers are 10 MB
+PREPARED_BYTES = 2**30  # cache of encoded slides; 10,000 patches of 256 numbers take 10 MB
 LAYERS_BYTES = 256 * 2**20
 TEXTS_BYTES = 16 * 2**20
 WARM_TEXT, WARM_WORDS = "tissue", 24
-LONGEST_TEXT, MOST_NEGATIVE = 2000, 8  # characters, texts
+LONGEST_TEXT, MOST_NEGATIVE = 2000, 8  # maximum characters of a text, maximum number of negative texts
 
 
 class Grounder:
@@ -42,25 +42,25 @@ class Grounder:
             features = slide.features()
             with self.model_lock:
                 prepared = prepare(self.predictor, features, method=self.method, window=self.window)
-            self._score(prepared, (WARM_TEXT,), ())  # compiled now, not for the first query
+            self._score(prepared, (WARM_TEXT,), ())  # compiles now rather than at the first query
             return prepared
 
         if slide.features is None:
-            raise ValueError(f"slide {slide.slide_id}: no features of it are known; {NO_FEATURES}")
+            raise ValueError(f"slide {slide.slide_id}: found no features; {NO_FEATURES}")
         return self._prepared.get(slide.slide_id, make)
 
     def layer(self, slide: ShownSlide, text: str, negative: Sequence[str] = (), mpp: float = 0.0) -> Layer:
-        """Layer of a text on a slide, the negative texts subtracted; `mpp` is for features without one.
+        """Layer of a text on a slide, the negative texts subtracted; `mpp` is used for features that do not record it.
 
         Raises ValueError for a text without words."""
         text, negative = text.strip(), tuple(x.strip() for x in negative)
         for given in (text, *negative):
             if not given or len(given) > LONGEST_TEXT:
                 raise ValueError(
-                    f"a text of {len(given)} characters: write what to look for in 1 to {LONGEST_TEXT} characters"
+                    f"the text has {len(given)} characters; enter what to look for in 1 to {LONGEST_TEXT} characters"
                 )
         if len(negative) > MOST_NEGATIVE:
-            raise ValueError(f"{len(negative)} negative texts: give at most {MOST_NEGATIVE}")
+            raise ValueError(f"{len(negative)} negative texts: expected at most {MOST_NEGATIVE}")
 
         def make() -> Layer:
             grounding = self._score(self.prepared(slide), (text,), negative)
@@ -85,13 +85,15 @@ class Grounder:
             self.embed_text(" ".join([WARM_TEXT] * words))
 
     def _score(self, prepared: Prepared, texts: tuple[str, ...], negative: tuple[str, ...]) -> Grounding:
-        each = [self._encode_text(text) for text in texts + negative]  # one text per call: few shapes to compile
+        each = [
+            self._encode_text(text) for text in texts + negative
+        ]  # one text per call, so that few shapes are compiled
         encoded = TextEncoding(*(np.concatenate(level) for level in zip(*each, strict=True)))
         with self.model_lock:
             return score(self.predictor, prepared, texts, negative=negative, encoded=encoded)
 
 
-NO_FEATURES = "prepare the slide, and name its records by --records or its feature files by --features"
+NO_FEATURES = "prepare the slide, and pass its records with --records or its feature files with --features"
 
 
 def _bytes_of(found: NamedTuple) -> int:

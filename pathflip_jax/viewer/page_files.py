@@ -1,4 +1,4 @@
-"""Files of the page, sent by the server and copied into static folders."""
+"""Files of the page, which the server sends and static pages contain."""
 
 from importlib import resources
 

@@ -1,8 +1,8 @@
-"""Tiles and thumbnails of slide files, read by worker processes that a broken file may crash.
+"""Tiles and thumbnails of slide files, read in worker processes, because a broken file may crash its reader.
 
-A file's state on disk is checked on every request, so a slide that was deleted or replaced while shown is reported
-immediately, and no stale cache entry is shown for it. Labels, macro images and scanner properties are never read: they
-can identify the patient.
+The file is checked on disk at every request, so that a slide that is deleted while shown is reported immediately, and a
+replaced one is read again rather than shown from the cache. Labels, macro images and scanner properties are never read,
+because they can identify the patient.
 """
 
 import io
@@ -18,9 +18,9 @@ from pathflip_jax.runtime.limits import processors
 from pathflip_jax.viewer.cache import Cache
 
 READERS = min(4, processors())  # worker processes
-CACHE_BYTES = 256 * 2**20  # JPEG quality of tiles
-THUMBNAIL = 256  # pixels
-QUALITY = 82
+CACHE_BYTES = 256 * 2**20  # of tiles and thumbnails
+THUMBNAIL = 256  # longer side, in pixels
+QUALITY = 82  # JPEG quality of tiles and thumbnails
 SOURCE = "pathflip_jax.data.readers.slide_pixels"
 
 
@@ -56,17 +56,19 @@ class Pictures:
         self._cache = Cache(cache_bytes, lambda value: len(value) if isinstance(value, bytes) else 1)
 
     def pyramid(self, path: Path) -> Pyramid:
-        """Pyramid of a slide. Raises ValueError or OSError, naming the file, where it cannot be read."""
+        """Pyramid of a slide. Raises ValueError or OSError, naming the file, if it cannot be read."""
         return self._cached(path, ("pyramid",), lambda: Pyramid(**self._parse("pyramid", path)[0]))
 
     def tile(self, path: Path, level: int, column: int, row: int, quality: int = QUALITY) -> bytes:
         """One tile as JPEG. Raises IndexError for a tile outside the slide, else as `pyramid`."""
         pyramid = self.pyramid(path)
         if not 0 <= level < pyramid.levels:
-            raise IndexError(f"{path.name}: no level {level} among its {pyramid.levels}")
+            raise IndexError(f"{path.name}: no level {level}; expected 0 to {pyramid.levels - 1}")
         across, down = pyramid.tiles(level)
         if not (0 <= column < across and 0 <= row < down):
-            raise IndexError(f"{path.name}: no tile {column}, {row} among the {across} x {down} of level {level}")
+            raise IndexError(
+                f"{path.name}: no tile {column}, {row} in level {level}, which has {across} x {down} tiles"
+            )
 
         def make() -> bytes:
             return self._parse("tile", path, level, column, row, quality)[1]["jpeg"].tobytes()
@@ -88,15 +90,15 @@ class Pictures:
         try:
             state = os.stat(path)
         except FileNotFoundError:
-            cure = "put it back, or start again without it"
-            raise FileNotFoundError(f"{path.name}: the slide file is gone; {cure}") from None
+            cure = "restore it, or restart without it"
+            raise FileNotFoundError(f"{path.name}: the slide file no longer exists; {cure}") from None
         return self._cache.get((path, state.st_mtime_ns, state.st_size, *what), make)
 
     def _parse(self, function: str, path: Path, *arguments: Any) -> guarded.Parsed:
         reader = self._readers.get()
         try:
             return reader.parse(f"{SOURCE}:{function}", path, *arguments, memory=guarded.SLIDE_MEMORY)
-        except (ValueError, OSError) as error:  # by its name alone: the page must not learn folders
+        except (ValueError, OSError) as error:  # names the file without its folder, which the page must not show
             raise type(error)(str(error).replace(str(path), path.name)) from None
         finally:
             self._readers.put(reader)

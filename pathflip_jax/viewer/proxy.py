@@ -1,7 +1,7 @@
 """Access to a viewer through a proxy: its public names, its path, and the sites that may embed it.
 
-A proxy terminates TLS and authenticates users; the viewer still refuses unconfigured host names, because a foreign page
-may resolve its own host name to this machine (DNS rebinding).
+A proxy terminates TLS and authenticates users. The viewer still refuses host names that are not configured, because a
+foreign page may resolve its own host name to this machine (DNS rebinding).
 """
 
 import ipaddress
@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # First segments of the viewer's paths: a path without its prefix begins with one of them.
-OWN_PATHS = frozenset({"", "index.html", "page", "slides.js", "slides", "search", "find"})
+VIEWER_PATHS = frozenset({"", "index.html", "page", "slides.js", "slides", "search", "find"})
 _ORIGIN = re.compile(r"https?://(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d{1,5})?", re.IGNORECASE)
 _PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,=:@%-]+)+")
 _PLAIN = re.compile(r"[A-Za-z0-9._~-]+")
@@ -33,9 +33,9 @@ class Proxy:
     frames: tuple[str, ...] = ()
 
     def refused_name(self, scope: Scope) -> str | None:
-        """Host name of the request that is not configured for this viewer; None where all are known.
+        """Host name of the request that is not configured for this viewer; None if all are.
 
-        The Host header is checked whatever a proxy forwards: the forwarded header could be forged by a browser.
+        The Host header is checked even if a proxy forwards another, because a browser can forge the forwarded header.
         """
         headers = Headers(scope=scope)
         names = [headers.get("host", "")]
@@ -55,13 +55,13 @@ class Proxy:
 
     def is_https(self, scope: Scope) -> bool:
         """Whether the browser uses TLS, to the viewer or to the proxy."""
-        told = Headers(scope=scope).get("x-forwarded-proto", "") if self.trusts(scope) else ""
-        return "https" in (scope.get("scheme"), told.partition(",")[0].strip().lower())
+        forwarded = Headers(scope=scope).get("x-forwarded-proto", "") if self.trusts(scope) else ""
+        return "https" in (scope.get("scheme"), forwarded.partition(",")[0].strip().lower())
 
     def prefix_of(self, scope: Scope) -> str:
         """Path prefix under which the browser sees the viewer, "" for the root."""
-        told = Headers(scope=scope).get("x-forwarded-prefix", "").rstrip("/") if self.trusts(scope) else ""
-        return self.prefix or (told if _is_path(told) else "")
+        forwarded = Headers(scope=scope).get("x-forwarded-prefix", "").rstrip("/") if self.trusts(scope) else ""
+        return self.prefix or (forwarded if _is_path(forwarded) else "")
 
     def inner_path(self, scope: Scope) -> str | None:
         """Path of a request without the prefix, which some proxies keep and others strip.
@@ -74,16 +74,16 @@ class Proxy:
             return path
         if not rest:
             return None
-        return rest if rest.startswith("/") and rest.split("/")[1] in OWN_PATHS else path
+        return rest if rest.startswith("/") and rest.split("/")[1] in VIEWER_PATHS else path
 
     def cookie(self, scope: Scope) -> dict[str, str | bool]:
-        """Scope of this viewer's cookie: no other application behind the same proxy, no unencrypted connection.
+        """Scope of this viewer's cookie, without other applications behind the same proxy and unencrypted connections.
 
         Browsers send a cookie from a page embedded in another site only with SameSite=None, and then only over TLS.
         """
         plain = []
         for part in self.prefix_of(scope).split("/")[1:]:
-            if not _PLAIN.fullmatch(part):  # browsers may spell it differently: its parent path suffices
+            if not _PLAIN.fullmatch(part):  # browsers may encode it differently: the parent path suffices
                 break
             plain.append(part)
         https = self.is_https(scope)
@@ -99,7 +99,7 @@ def read_proxy(
 ) -> Proxy:
     """Validate the proxy options of `pathflip serve`. Raises ValueError for an implausible one.
 
-    `trusted` are addresses or networks of proxies whose X-Forwarded headers are believed; empty means this machine's.
+    `trusted` are addresses or networks of proxies whose X-Forwarded headers are trusted; empty: those of this machine.
     """
     networks = ["127.0.0.0/8", "::1/128"] if trusted is not None and not trusted else trusted or ()
     return Proxy(
@@ -124,7 +124,7 @@ def _public_name(name: str) -> str:
     except UnicodeError:
         found = ""
     if not re.fullmatch(r"[a-z0-9._:-]+", found) or "/" in name or "*" in name:
-        raise ValueError(f"--public-name {name}: expected a host's name alone, such as hub.example.org")
+        raise ValueError(f"--public-name {name}: expected a host name only, such as hub.example.org")
     return found
 
 

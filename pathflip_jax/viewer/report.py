@@ -1,4 +1,4 @@
-"""Static page of a run: its slides, the texts, and their grounding."""
+"""Static page of a run with its slides, the texts and their grounding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def report(spec: PageSpec) -> Report:
     check_out(spec.out)
     texts = list(spec.texts)
     if len(set(texts)) < len(texts):
-        raise ValueError("--texts: the same text is given twice; give each once")
+        raise ValueError("--texts: the same text is given twice; pass each text once")
     slides = list_slides(spec.slides_dir, records=spec.records, features=spec.features, only=spec.slide_ids)
     slides = [slide for slide in slides if slide.features is not None]
     predictor = load(spec.run)
@@ -75,7 +75,7 @@ def _similarities(
 ) -> list[Sequence[float] | None]:
     """Cosine of each slide with each text; None for a slide that cannot be encoded, which the page will report."""
     found = []
-    for slide in tqdm(slides, unit="slide", desc="slides to embeddings"):
+    for slide in tqdm(slides, unit="slide", desc="embedding slides"):
         try:
             embedding = predictor.encode_slide(slide.features()).slide
         except (ValueError, OSError, MemoryError):

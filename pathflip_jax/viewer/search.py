@@ -42,18 +42,16 @@ class Search:
 
     def _embed(self, grounder: Grounder, numbers: Sequence[int]) -> None:
         grounder.warm()
-        for number in tqdm(
-            numbers, unit="slide", desc="slides to embeddings, for search", leave=False, disable=not numbers
-        ):
+        for number in tqdm(numbers, unit="slide", desc="embedding slides for search", leave=False, disable=not numbers):
             if self._stop.is_set():
                 return
             slide = self._slides[number]
             try:
                 features = slide.features()
-                with grounder.model_lock:  # one slide at a time, so that requests are served in between
+                with grounder.model_lock:  # released after each slide, so that requests are served in between
                     self._found[number] = grounder.predictor.encode_slide(features).slide
             except (ValueError, OSError, MemoryError) as error:
-                tqdm.write(f"slide {slide.slide_id} is not searched: {error}", file=sys.stderr)
+                tqdm.write(f"slide {slide.slide_id} is left out of the search: {error}", file=sys.stderr)
 
     def progress(self) -> dict[str, int | bool]:
         """Number of searchable slides, and whether more are being embedded."""
@@ -80,13 +78,14 @@ def read_slide_embeddings(
 ) -> dict[int, Float[np.ndarray, "D"]]:
     """Read the embeddings of the shown slides from a file of `pathflip embed`.
 
-    Raises ValueError for a file that another run wrote: its embeddings share no space with this run's texts.
+    Raises ValueError for a file of another run, whose embeddings are not in the space of this run's texts.
     """
-    table, claim = open_embeddings(path)
-    if claim.get("checkpoint_hash") != checkpoint_hash(predictor):
+    table, recorded = open_embeddings(path)
+    if recorded.get("checkpoint_hash") != checkpoint_hash(predictor):
         raise ValueError(
-            f"{path}: embeddings by another run ({claim.get('checkpoint') or 'unnamed'}), not by {predictor.name}; "
-            f"write them with `pathflip embed RECORDS --checkpoint {predictor.name}`, or leave --embeddings out"
+            f"{path}: embeddings of another run ({recorded.get('checkpoint') or 'unnamed'}), expected those of "
+            f"{predictor.name}; compute them with `pathflip embed RECORDS --checkpoint {predictor.name}`, or leave out "
+            "--embeddings"
         )
     rows = dict(zip(table["slide_id"].to_pylist(), table["embedding"].to_numpy(), strict=True))
     return {i: rows[slide.slide_id] for i, slide in enumerate(slides) if slide.slide_id in rows}

@@ -1,7 +1,8 @@
 """HTTP server of the viewer: the page, tiles, and model queries.
 
-Requests name slides by number, tiles by three numbers and files of the page by a table of their names: no path is built
-from client input. A problem with one slide is reported as JSON with status 4xx, and the viewer keeps running.
+Requests name slides by number, tiles by three numbers, and files of the page by names that are looked up in a table: no
+path is built from client input. A problem with one slide is reported as JSON with status 4xx, and the viewer keeps
+running.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ from pathflip_jax.viewer.pictures import READERS
 from pathflip_jax.viewer.proxy import DIRECT, Proxy
 from pathflip_jax.viewer.session import Session
 
-LONGEST_BODY = 2**16  # bytes of a request body
-AT_ONCE = 8  # concurrent requests that read features or query the model; further ones wait
+LONGEST_BODY = 2**16  # maximum size of a request body, in bytes
+CONCURRENT_REQUESTS = 8  # requests that read features or query the model; further ones wait
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -39,7 +40,7 @@ MEDIA_TYPES = {
 
 
 def make_app(session: Session, token: str = "", local: bool = True, proxy: Proxy = DIRECT) -> Starlette:
-    """Viewer as an ASGI application; with `local` it accepts only the host names of this machine and of `proxy`."""
+    """Viewer as an ASGI application; if `local`, it accepts only the host names of this machine and of `proxy`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -63,7 +64,7 @@ class _Endpoints:
 
     def __init__(self, session: Session) -> None:
         self.session, self.files = session, page_files()
-        self.tile_limit, self.work_limit = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(AT_ONCE)
+        self.tile_limit, self.work_limit = anyio.CapacityLimiter(READERS), anyio.CapacityLimiter(CONCURRENT_REQUESTS)
 
     def routes(self) -> list[Route]:
         session, slide = self.session, "/slides/{number:int}"
@@ -99,12 +100,12 @@ class _Endpoints:
         return Response(script, media_type=MEDIA_TYPES[".js"], headers={"cache-control": "no-store"})
 
     def picture(self, read: Callable[..., bytes]) -> Callable:
-        """Endpoint of an image that `read` takes from a slide file."""
+        """Endpoint of an image that `read` reads from a slide file."""
 
         async def answer(request: Request) -> Response:
             path = self.session.slides[request.path_params["number"]].image
             if path is None:
-                return _error(404, "there is no file of this slide")
+                return _error(404, "this slide has no slide file")
             numbers = [request.path_params[name] for name in ("level", "column", "row") if name in request.path_params]
             data = await anyio.to_thread.run_sync(read, path, *numbers, limiter=self.tile_limit)
             return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
@@ -145,7 +146,9 @@ def _guard(session: Session, answer: Callable) -> Callable:
     async def guarded(request: Request) -> Response:
         number = request.path_params.get("number", 0)
         if number >= len(session.slides):
-            return _error(404, f"no slide {number} among the {len(session.slides)} of this viewer")
+            return _error(
+                404, f"no slide number {number}; this viewer has {len(session.slides)} slides, counted from 0"
+            )
         try:
             return await answer(request)
         except FileNotFoundError as error:
@@ -155,7 +158,7 @@ def _guard(session: Session, answer: Callable) -> Callable:
         except (ValueError, TypeError, OSError) as error:
             return _error(422, str(error))
         except MemoryError as error:
-            return _error(503, f"{error}; look at a smaller slide, or give the viewer a machine with more memory")
+            return _error(503, f"{error}; open a smaller slide, or run the viewer on a machine with more memory")
 
     return guarded
 
@@ -170,14 +173,14 @@ def _file(name: str, data: bytes) -> Response:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """JSON object of a request. The content type must be JSON too, which no form of another site can send."""
+    """JSON object of a request. The content type must be JSON too, which a form on another site cannot send."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ValueError("expected a body of type application/json")
     data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > LONGEST_BODY:
-            raise ValueError(f"the request has more than {LONGEST_BODY} bytes; ask something shorter")
+            raise ValueError(f"the request has more than {LONGEST_BODY} bytes; send a shorter text")
     found = parse_json(data.decode("utf-8")) if data else {}
     if not isinstance(found, dict) or "number" in found:
         raise ValueError("expected a JSON object")
@@ -215,7 +218,7 @@ def _speaker(session: Session):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a socket listening at an address. Raises OSError with the cure where it is taken or not this machine's."""
+    """Open a socket listening on an address. Raises OSError if it is in use or does not belong to this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -225,8 +228,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         raise OSError(
-            f"{host}, port {port}: cannot listen there ({error.strerror}); choose another --port (0: any that is free) "
-            "or --host, or end what runs there"
+            f"{host}, port {port}: cannot listen on this address ({error.strerror}); choose another --port (0: any "
+            "free port) or --host, or stop the program that uses it"
         ) from None
     return found
 
@@ -243,11 +246,11 @@ def run(session: Session, listener: socket.socket, token: str, proxy: Proxy = DI
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     query = f"?token={token}" if token else ""
-    print(f"{len(session.slides)} slides at http://{name}:{port}/{query} (ctrl-C ends)", flush=True)
+    print(f"{len(session.slides)} slides at http://{name}:{port}/{query} (press Ctrl-C to stop)", flush=True)
     for public in sorted(proxy.names):
-        print(f"through a proxy: {public}{proxy.prefix}/{query}", flush=True)
+        print(f"through the proxy: {public}{proxy.prefix}/{query}", flush=True)
     if proxy.names and not token:
-        warning = "whoever the proxy lets through sees the slides; let it ask who that is, or add --token"
+        warning = "everyone whom the proxy admits can see the slides; make the proxy authenticate users, or add --token"
         print(f"pathflip: {warning}", file=sys.stderr, flush=True)
     app = make_app(session, token, is_local(host), proxy)
     with contextlib.suppress(KeyboardInterrupt):

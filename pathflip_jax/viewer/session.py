@@ -1,4 +1,4 @@
-"""Slides of a viewer as the JSON that the page reads, identical in a static folder and from a server."""
+"""Slides of a viewer as the JSON that the page reads, the same in a static folder and from a server."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from pathflip_jax.viewer.slides import ShownSlide
 from pathflip_jax.viewer.speaker import Speaker
 
 RESEARCH_ONLY = "For research use only: not a medical device, not for diagnosis."
-MPP_DIFFERENCE = 1.1  # a slide file and features whose resolutions differ by more do not match
+MPP_DIFFERENCE = 1.1  # maximum ratio of the resolutions of a slide file and its features
 
 
 class Session:
@@ -50,13 +50,19 @@ class Session:
         """Tile description of a slide; `image` is None without a readable slide file."""
         slide = self.slides[number]
         if slide.image is None:
-            return {"image": None, "warnings": ["no slide file: drawn on the coordinates of its patches alone"]}
+            return {
+                "image": None,
+                "warnings": ["no slide file: maps are drawn on a blank slide at the coordinates of its patches"],
+            }
         try:
             return {"image": image_facts(self.pictures.pyramid(slide.image)), "warnings": []}
         except (ValueError, OSError) as error:
             if slide.features is None:
                 raise
-            return {"image": None, "warnings": [f"{error}; drawn on the coordinates of its patches alone"]}
+            return {
+                "image": None,
+                "warnings": [f"{error}; maps are drawn on a blank slide at the coordinates of its patches"],
+            }
 
     def patches(self, number: int) -> dict[str, Any]:
         """Positions of a slide's patches; returns once the slide is encoded."""
@@ -80,7 +86,7 @@ class Session:
         return self.grounder.layer(self.slides[number], text, negative, mpp=pyramid.mpp if pyramid else 0.0)
 
     def _pyramid(self, number: int) -> Pyramid | None:
-        """Pyramid of the slide file, None where it is missing or unreadable, which `slide` reports."""
+        """Pyramid of the slide file, None if it is missing or unreadable, which `slide` reports."""
         image = self.slides[number].image
         try:
             return None if image is None else self.pictures.pyramid(image)
@@ -92,7 +98,7 @@ def model_facts(predictor: Predictor, method: str) -> dict[str, Any]:
     """Model description for the page, and its colour map."""
     heat = np.round(colormaps[COLORMAP](np.arange(256))[:, :3] * 255).astype(int)
     return {
-        "run": predictor.name.rstrip("/").rpartition("/")[2],  # pages are shared: no folders of this machine
+        "run": predictor.name.rstrip("/").rpartition("/")[2],  # the name without its folder, because pages are shared
         "encoder": predictor.encoder,
         "method": method,
         "notice": RESEARCH_ONLY,
@@ -127,15 +133,17 @@ def patches_facts(slide: Prepared | Grounding, pyramid: Pyramid | None) -> dict[
         if pyramid is not None:
             check_same_slide(slide, pyramid, "the slide file")
         elif width and height:
-            check_on_slide(slide, width, height, "the slide by its features' file")
-    except ValueError as error:  # here the user sees the positions
+            check_on_slide(slide, width, height, "the slide according to its feature file")
+    except ValueError as error:  # only a warning, because the user sees the positions
         warnings.append(str(error))
     if pyramid is not None and slide.mpp > 0 < pyramid.mpp:
         if not 1 / MPP_DIFFERENCE < slide.mpp / pyramid.mpp < MPP_DIFFERENCE:
-            warnings.append(f"the features say {slide.mpp:g} um per pixel, the slide file {pyramid.mpp:g}")
+            warnings.append(f"the features have {slide.mpp:g} um per pixel, but the slide file has {pyramid.mpp:g}")
     mpp = slide.mpp or (0.0 if pyramid is None else pyramid.mpp)
     if not mpp:
-        warnings.append("the size of a pixel is unknown: no scale in micrometres, no areas in square millimetres")
+        warnings.append(
+            "the pixel size (mpp) is unknown: no scale bar in micrometres and no areas in square millimetres"
+        )
     return {
         "coords": np.asarray(slide.coords).ravel().tolist(),
         "patch_size": slide.patch_size,

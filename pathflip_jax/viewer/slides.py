@@ -34,8 +34,8 @@ def list_slides(
 ) -> list[ShownSlide]:
     """List the slides of a folder of slide files and of records or feature files, in order of their ids.
 
-    A slide found in only one of them is shown by what is available. `only` chooses slides by id. Raises ValueError
-    where files and features have no slide in common, and for an id of `only` that is not found.
+    A slide found in only one of them is shown as far as possible. `only` chooses slides by id. Raises ValueError if
+    files and features have no slide in common, and for an id of `only` that is not found.
     """
     images = {} if slides_dir is None else slide_files(slides_dir)
     readers: dict[str, Callable[[], SlideFeatures]] = {}
@@ -47,13 +47,13 @@ def list_slides(
     if images and readers and not images.keys() & readers.keys():
         raise ValueError(
             f"{slides_dir}: none of its {len(images)} slides ({preview(images)}) is among the {len(readers)} slides of "
-            f"{records or features} ({preview(readers)}); slides are matched by file name without its ending"
+            f"{records or features} ({preview(readers)}); slides are matched by file name without its extension"
         )
     found = sorted(images.keys() | readers.keys())
     if only is not None:
         if absent := [name for name in only if name not in images and name not in readers]:
-            raise ValueError(f"no slide {absent[0]!r} among the {len(found)} there ({preview(found)})")
+            raise ValueError(f"no slide {absent[0]!r} among the {len(found)} slides found ({preview(found)})")
         found = list(dict.fromkeys(only))
     if not found:
-        raise ValueError(f"{slides_dir}: no file in it that OpenSlide opens; name the folder of the slide files")
+        raise ValueError(f"{slides_dir}: found no file that OpenSlide can open; pass the folder of the slide files")
     return [ShownSlide(name, images.get(name), readers.get(name)) for name in found]

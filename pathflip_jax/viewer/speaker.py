@@ -15,7 +15,7 @@ MOST_TURNS = 20
 
 
 class Speaker:
-    """Generator of texts about slides, one at a time; embeds each slide once."""
+    """Language model that answers questions about slides, one at a time; embeds each slide once."""
 
     def __init__(self, assistant: SlideAssistant, sampling: Sampling) -> None:
         self.assistant, self.sampling = assistant, sampling
@@ -31,10 +31,10 @@ class Speaker:
     def answer(self, slide: ShownSlide, question: str, before: Sequence[tuple[str, str]] = ()) -> str:
         """Answer a question about the slide; `before` holds the previous questions and answers."""
         if not question.strip() or len(question) > LONGEST_TEXT:
-            raise ValueError(f"a question of {len(question)} characters: write 1 to {LONGEST_TEXT}")
+            raise ValueError(f"the question has {len(question)} characters; expected 1 to {LONGEST_TEXT}")
         if len(before) > MOST_TURNS:
             raise ValueError(
-                f"a conversation of {len(before)} questions, at most {MOST_TURNS}: open the slide again to start over"
+                f"the conversation has {len(before)} questions, at most {MOST_TURNS}; reopen the slide to start over"
             )
         rows = self._embedded(slide)
         asked = self.assistant.prompt(question, rows, [Turn(*turn) for turn in before])
@@ -48,5 +48,5 @@ class Speaker:
                 return self.assistant.embed_slides([features])[0]
 
         if slide.features is None:
-            raise ValueError(f"slide {slide.slide_id}: no features of it are known; {NO_FEATURES}")
+            raise ValueError(f"slide {slide.slide_id}: found no features; {NO_FEATURES}")
         return self._rows.get(slide.slide_id, make)

@@ -1,7 +1,7 @@
-"""Static viewer page: a folder of precomputed tiles, scores and areas, opened by a double click on index.html.
+"""Static viewer page: a folder of precomputed tiles, scores and areas, opened by double-clicking index.html.
 
-A page opened from file:// may load only scripts and images, so the server's JSON responses are stored as scripts that
-pass them to the page: `slides.js`, and `slides/N/slide.js` for each slide.
+A page opened from file:// may load only scripts and images, so the responses that a server would send as JSON are
+stored as scripts that pass them to the page: `slides.js`, and `slides/N/slide.js` for each slide.
 """
 
 import json
@@ -23,8 +23,8 @@ from pathflip_jax.viewer.page_files import page_files
 from pathflip_jax.viewer.pictures import QUALITY, READERS, Pictures
 from pathflip_jax.viewer.session import image_facts, patches_facts
 
-MOST_PIXELS = 8192  # pixels of the finest level's longer side
-MARK = "slides.js"  # marks a folder that was written here and may be overwritten
+MOST_PIXELS = 8192  # maximum longer side of the finest level
+MARKER = "slides.js"  # present in a folder that this command wrote and may overwrite
 TILES_AT_ONCE = 64
 
 
@@ -40,7 +40,7 @@ class PageSlide(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of a page: slides `done`, those that `failed`, and the number of tiles and bytes in the folder."""
+    """Result of writing a page: slides `done`, slides that `failed`, and the tiles and bytes in the folder."""
 
     out: Path
     done: list[str]
@@ -54,7 +54,7 @@ class Report:
         size = f"{len(self.done)} slides, {self.tiles:,} tiles, {self.bytes / 1e6:.1f} MB"
         lines = [f"{self.out / 'index.html'}: {size}"]
         if self.failed:
-            lines += ["not in it:", *list_failures(self.failed)]
+            lines += ["left out:", *list_failures(self.failed)]
         return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def write_page(
     texts: dict[str, None] = {}
     try:
         partial.mkdir(parents=True)
-        for slide in tqdm(slides, unit="slide", desc="slides to pages"):
+        for slide in tqdm(slides, unit="slide", desc="writing slides"):
             folder = partial / "slides" / str(len(shown))
             try:
                 facts, count = _write_slide(folder, slide, len(shown), pictures, most_pixels, quality)
@@ -90,9 +90,9 @@ def write_page(
             tiles += count
             texts |= dict.fromkeys(facts.pop("texts"))
         if not shown:
-            raise ValueError(f"{out}: not one slide could be shown:\n" + "\n".join(list_failures(failed)))
+            raise ValueError(f"{out}: no slide could be shown:\n" + "\n".join(list_failures(failed)))
         page = {"live": False, **model, "texts": list(texts), "slides": shown}
-        _write_script(partial / MARK, f"globalThis.PATHFLIP = {json.dumps(page)};\n")
+        _write_script(partial / MARKER, f"globalThis.PATHFLIP = {json.dumps(page)};\n")
         (partial / "page").mkdir()
         for name, data in page_files().items():
             (partial / "index.html" if name == "index.html" else partial / "page" / name).write_bytes(data)
@@ -106,8 +106,10 @@ def write_page(
 
 def check_out(out: Path) -> None:
     """Raise ValueError for an existing path that is not a page."""
-    if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
-        raise ValueError(f"{out} exists and was not written by this command; choose another --out, or remove it")
+    if out.exists() and not (out.is_dir() and ((out / MARKER).is_file() or not any(out.iterdir()))):
+        raise ValueError(
+            f"{out}: already exists and was not written by this command; choose another --out, or remove it"
+        )
 
 
 def _replace(partial: Path, out: Path) -> None:
@@ -131,7 +133,7 @@ def _write_slide(
     image, count = None, 0
     folder.mkdir(parents=True)
     if pyramid is None:
-        facts["warnings"].insert(0, "no slide file: drawn on the coordinates of its patches alone")
+        facts["warnings"].insert(0, "no slide file: maps are drawn on a blank slide at the coordinates of its patches")
     else:
         last = next(i for i in range(pyramid.levels - 1, -1, -1) if i == 0 or max(pyramid.size(i)) <= most_pixels)
         image = image_facts(pyramid, last)

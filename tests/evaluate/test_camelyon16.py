@@ -103,15 +103,15 @@ def test_what_is_missing_or_broken_is_told(download, tmp_path, capsys):
         return capsys.readouterr().err
 
     (tmp_path / "empty").mkdir()
-    assert "no slides in it or below" in told(tmp_path / "empty")
+    assert "no slides in it or its subfolders" in told(tmp_path / "empty")
     assert "no such folder" in told(tmp_path / "gone")
     xml = download / "training/lesion_annotations/tumor_001.xml"
     xml.write_text("<ASAP_Annotations><Annot")
-    assert "tumor_001.xml: no annotations of ASAP" in told(download)
+    assert "tumor_001.xml: not an ASAP annotation file" in told(download)
     (download / "testing/reference.csv").write_text("test_001,Tumor\n")
-    assert "test_002, test_114 without a label" in told(download)
+    assert "no label for test_002, test_114" in told(download)
     (download / "testing/reference.csv").write_text("image,type\n")
-    assert "reference.csv: no row such as" in told(download)
+    assert "reference.csv: no row like" in told(download)
 
 
 def draw(folder, name, tumor, seed):

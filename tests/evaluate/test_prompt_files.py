@@ -37,7 +37,7 @@ def test_concepts_of_grounding_need_no_wrapping(tmp_path):
         ({"classes": {"a": ["x"], "b": ["?!"]}}, "'b' needs a list of texts"),
         ({"classes": {"a": ["x"], "b": [3]}}, "'b' needs a list of texts"),
         ('{"classes": {"a": ["x"], "a": ["y"]}}', "'a' is given twice"),
-        ({"classes": {"a": ["Same"], "b": ["same "]}}, "describes the classes 'a' and 'b'"),
+        ({"classes": {"a": ["Same"], "b": ["same "]}}, "is a text of both 'a' and 'b'"),
         ({"classes": {}}, "no classes"),
         ({"task": "t"}, "no classes"),
         ({"templates": ["an image"], "classes": {"a": ["x"]}}, "must contain {} exactly once"),
@@ -92,7 +92,7 @@ def test_a_file_goes_before_a_shipped_name(tmp_path, monkeypatch):
         ({"spellings": {"a": ["b"]}}, "'b' is a spelling of 'b' and 'a'"),
         ({"spellings": {"c": ["x"]}}, "spellings must be"),
         ({"spellings": {"a": "x"}}, "must be a list of labels"),
-        ({"classes": {"a": ["x"], "A": ["y"]}}, "upper and lower case only"),
+        ({"classes": {"a": ["x"], "A": ["y"]}}, "only in upper and lower case"),
     ],
 )
 def test_faulty_spellings_name_the_fault(tmp_path, more, message):

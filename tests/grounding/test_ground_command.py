@@ -155,14 +155,14 @@ def test_patches_beyond_the_slide_are_told(stand, slide_file, tmp_path, capsys):
     silent = write(tmp_path / "S1.h5", coords, 512, patch_size_level0=512)
     assert run(silent, TEXT, "--image", slide_file, "--out", tmp_path / "out") == cli.WRONG_INPUT
     message = capsys.readouterr().err
-    assert "slide S1: 44 of 48 patches lie beyond the slide" in message and "S1.tiff is 4096 x 3072" in message
+    assert "slide S1: 44 of 48 patches lie outside the slide" in message and "S1.tiff is 4096 x 3072" in message
     known = write(tmp_path / "S1.h5", coords, 512, patch_size_level0=512, level0_width=WIDTH, level0_height=HEIGHT)
     assert run(known, TEXT, "--out", tmp_path / "out") == cli.WRONG_INPUT
     message = capsys.readouterr().err
     assert "42 of 48 patches" in message and "divided by 4 they would fit" in message
     other = write(tmp_path / "S1.h5", grid(512), 512, patch_size_level0=512, level0_width=9000, level0_height=9000)
     assert run(other, TEXT, "--image", slide_file, "--out", tmp_path / "out") == cli.WRONG_INPUT
-    assert "are of one of 9000 x 9000: another slide" in capsys.readouterr().err
+    assert "come from a slide of 9000 x 9000 pixels, which is another slide" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -110,7 +110,7 @@ def test_collections_within_collections_have_no_end():
         ("{not json", "not a GeoJSON"),
         (json.dumps([{"type": "Feature"}]), "feature 0"),
         (json.dumps([feature([SQUARE.tolist()], name=None)]), "no class"),
-        (json.dumps([feature([1, 2], kind="Point")]), "none of them a polygon"),
+        (json.dumps([feature([1, 2], kind="Point")]), "annotations is a polygon"),
         (json.dumps([feature([["x"]])]), "feature 0"),
         (json.dumps([3]), "feature 0"),
         ("3", "no list of features"),

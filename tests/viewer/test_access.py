@@ -28,7 +28,7 @@ def test_without_the_token_nothing_is_answered(open_client, path):
     wrong = ["", "?token=", "?token=a-token-of-this-viewe", f"?token={TOKEN}x", "?token=%ff%fe", "?token=ä"]
     for query in wrong:
         response = client.get(path + query)
-        assert response.status_code == 401 and "needs its token" in response.text
+        assert response.status_code == 401 and "requires its token" in response.text
     for headers in ({"authorization": "Bearer no"}, {"authorization": f"Basic {TOKEN}"}, {"cookie": "pathflip=x; ;=;"}):
         assert client.get(path, headers=headers).status_code == 401
     assert client.post("/find", json={"text": "fat"}).status_code == 401
@@ -86,11 +86,11 @@ def test_serve_says_at_once_what_is_wrong(tmp_path, capsys):
     run = ["serve", "--checkpoint", str(tmp_path / "run"), "--slides", str(tmp_path)]
     with listen("127.0.0.1", 0) as taken:
         assert cli.main([*run, f"--port={taken.getsockname()[1]}"]) == 2
-    assert re.search(r"port \d+: cannot listen there .*choose another --port", capsys.readouterr().err)
+    assert re.search(r"port \d+: cannot listen on this address .*choose another --port", capsys.readouterr().err)
     assert cli.main([*run[:3], "--port=0"]) == 2
     assert "nothing to show" in capsys.readouterr().err
     assert cli.main([*run, "--port=0"]) == 2
-    assert "no file in it that OpenSlide opens" in capsys.readouterr().err
+    assert "no file that OpenSlide can open" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         cli.main([*run, "--port=70000"])
     assert "--port: 70000: expected a whole number of at least 0 and at most 65535" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_the_live_page(tab, address, session, tmp_path, slides_dir):
     wait_for(tab, f"stage.viewer.viewport.getZoom(true) > {zoom} * 1.1")
     tab.keyboard.press("0")
     show(tab, OTHER, negative=TEXT)
-    assert tab.locator("#layers .quiet").filter(has_text=f"less {TEXT}").count() == 1
+    assert tab.locator("#layers .quiet").filter(has_text=f"minus {TEXT}").count() == 1
     photograph(tab, "layers")
     check_accessibility(tab)
 
@@ -228,7 +228,7 @@ def test_a_slide_without_a_file_is_drawn_on_its_patches(tab, address):
     tab.goto(f"{address}#S10")
     ready(tab)
     assert tab.locator("#slide-name").inner_text() == "S10"
-    assert "coordinates of its patches alone" in tab.locator("#messages").inner_text()
+    assert "maps are drawn on a blank slide at the coordinates of its patches" in tab.locator("#messages").inner_text()
     show(tab, TEXT)
     middle = "stage.canvas.getContext('2d').getImageData({}, {}, 1, 1).data[3]"
     x, y = tab.evaluate(
@@ -245,7 +245,7 @@ def test_a_slide_that_is_deleted_while_it_is_shown(tab, address, slides_dir):
     (slides_dir / "S00.tiff").unlink()
     (slides_dir / "S01.tiff").write_bytes(b"II*\0 broken")
     tab.evaluate("open(0)")
-    wait_for(tab, "document.querySelector('#messages').innerText.includes('S00.tiff: the slide file is gone')")
+    wait_for(tab, "document.querySelector('#messages').innerText.includes('S00.tiff: the slide file no longer exists')")
     tab.evaluate("open(1)")
     wait_for(tab, "document.querySelector('#messages').innerText.includes('S01.tiff: OpenSlide cannot open it')")
     photograph(tab, "broken")
@@ -312,7 +312,7 @@ def test_a_slide_of_any_name_has_a_link(tab, odd_address):
     opened(ODD)
     tab.goto("about:blank")
     tab.goto(f"{odd_address}#100%")
-    wait_for(tab, "document.querySelector('#messages').innerText.includes('No slide here is called “100%”')")
+    wait_for(tab, "document.querySelector('#messages').innerText.includes('No slide is named “100%”')")
     tab.goto("about:blank")  # it asks for nothing more when the server ends
 
 
@@ -325,7 +325,8 @@ def test_the_command_serves_until_it_is_interrupted(run_folder, tiny_cohort, sli
     with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             address = re.fullmatch(
-                r"24 slides at (http://127\.0\.0\.1:\d+/)\?token=(.*) \(ctrl-C ends\)\n", server.stdout.readline()
+                r"24 slides at (http://127\.0\.0\.1:\d+/)\?token=(.*) \(press Ctrl-C to stop\)\n",
+                server.stdout.readline(),
             )
             assert address and address[2] == token
             assert httpx2.get(address[1]).status_code == 401

@@ -110,7 +110,7 @@ def test_a_slide_that_is_replaced_deleted_or_broken_while_it_is_shown(pictures, 
     with pytest.raises((ValueError, OSError), match=r"^S1\.tiff: .*"):
         pictures.tile(slide, 10, 3, 2)
     slide.unlink()
-    with pytest.raises(FileNotFoundError, match=r"^S1\.tiff: the slide file is gone; put it back"):
+    with pytest.raises(FileNotFoundError, match=r"^S1\.tiff: the slide file no longer exists; restore it"):
         pictures.tile(slide, 10, 0, 0)
     write_slide(slide, size=(700, 900))
     assert pictures.tile(slide, 10, 0, 0)

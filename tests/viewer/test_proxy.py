@@ -219,7 +219,7 @@ def test_frames_are_refused_but_those_of_named_pages():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--public-name", "https://hub.example.org"], "--public-name https://hub.example.org: expected a host's name"),
+        (["--public-name", "https://hub.example.org"], "--public-name https://hub.example.org: expected a host name"),
         (["--public-name", "*"], "--public-name"),
         (["--public-name", ""], "--public-name"),
         (["--root-path", "user/me"], "--root-path user/me: expected the path"),

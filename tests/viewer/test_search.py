@@ -21,7 +21,9 @@ def test_a_file_of_embeddings_is_taken_for_its_own_run_alone(run_folder, tiny_co
     for number, embedding in found.items():
         np.testing.assert_allclose(embedding, predictor.encode_slide(slides[number].features()).slide, atol=1e-5)
     monkeypatch.setattr(search, "checkpoint_hash", lambda predictor: "of another")
-    with pytest.raises(ValueError, match=r"embeddings by another run \(.*run\), not by .*pathflip embed RECORDS"):
+    with pytest.raises(
+        ValueError, match=r"embeddings of another run \(.*run\), expected those of .*pathflip embed RECORDS"
+    ):
         read_slide_embeddings(file, predictor, slides)
 
 
@@ -43,6 +45,6 @@ def test_what_has_no_embedding_is_embedded_in_the_background(tiny_cohort, predic
         time.sleep(0.02)
     searched.stop()
     assert searched.progress() == {"ready": 3, "all": 5, "busy": False}
-    assert "slide B1 is not searched: its shard is gone" in capsys.readouterr().err
+    assert "slide B1 is left out of the search: its shard is gone" in capsys.readouterr().err
     similarities = searched.similarities(given)
     assert similarities[1] == 1.0 and list(similarities)[0] == 1

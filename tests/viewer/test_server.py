@@ -168,12 +168,15 @@ def test_one_broken_and_one_deleted_slide_leave_the_rest(client, slides_dir):
     (slides_dir / "S01.tiff").unlink()
     broken, gone = (client.get(f"/slides/{number}/tiles/9/0_0.jpg") for number in range(2))
     assert broken.status_code == 422 and broken.json()["error"].startswith("S00.tiff: OpenSlide cannot")
-    assert gone.status_code == 410 and "S01.tiff: the slide file is gone; put it back" in gone.json()["error"]
+    assert gone.status_code == 410 and "S01.tiff: the slide file no longer exists; restore it" in gone.json()["error"]
     for response in (broken, gone):
         assert str(slides_dir) not in response.text
     for number in (0, 1):  # their patches are still there to be drawn
         facts = client.get(f"/slides/{number}/slide.json").json()
-        assert facts["image"] is None and "coordinates of its patches alone" in facts["warnings"][0]
+        assert (
+            facts["image"] is None
+            and "maps are drawn on a blank slide at the coordinates of its patches" in facts["warnings"][0]
+        )
         assert client.post(f"/slides/{number}/layer", json={"text": "fat"}).status_code == 200
     assert client.get("/slides/2/tiles/9/1_0.jpg").status_code == 200
     assert client.get("/slides/7/slide.json").json()["image"] is None
@@ -185,7 +188,9 @@ def test_features_of_another_slide_or_scale_are_told(slides_dir, tiny_cohort, pr
     slides = list_slides(slides_dir, records=tiny_cohort.records, only=["S03"])
     session = Session(slides, Pictures(readers=1), Grounder(predictor, "region"), Search(slides))
     (warning,) = session.patches(0)["warnings"]
-    assert warning.startswith("the slide file: 140 x 120 pixels, but the features of slide S03 are of one of 384 x 320")
+    assert warning.startswith(
+        "the slide file: 140 x 120 pixels, but the features of slide S03 come from a slide of 384 x 320 pixels"
+    )
     session.pictures.close()
 
 

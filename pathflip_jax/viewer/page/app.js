@@ -1,6 +1,6 @@
 "use strict";
 
-/* The page itself: which slide is open, which texts are shown on it, and what its controls do. */
+/* The page itself: the open slide, the texts that are shown on it, and the controls. */
 
 const page = globalThis.PATHFLIP;
 const source = page.live ? new LiveSource() : new WrittenSource(page);
@@ -8,7 +8,7 @@ const $ = (id) => document.getElementById(id);
 
 const state = {
   number: -1, // of the open slide
-  opening: 0, // counts openings, so that what comes late for another slide is dropped
+  opening: 0, // counts openings, so that late responses for another slide are dropped
   patches: null,
   layers: [],
   order: page.slides.map((_, number) => number), // of the list
@@ -31,19 +31,19 @@ function busy(text) {
   $("busy").textContent = text;
 }
 
-/** What is wrong with a tile the server can say; it is asked once for each slide. */
+/** Report a tile that failed to load, with the reason from the server, which is asked once per slide. */
 async function tileFailed(address) {
   if (state.tilesFailed === state.opening) return;
   state.tilesFailed = state.opening;
   const name = page.slides[state.number]?.id ?? "";
-  let reason = "a picture of it is missing";
+  let reason = "an image file of it is missing";
   if (page.live) {
     try {
       const response = await fetch(address);
       if (response.ok) return;
       reason = (await response.json()).error;
     } catch {
-      reason = "the viewer does not answer; is `pathflip serve` still running?";
+      reason = "the viewer does not respond; check that `pathflip serve` is still running";
     }
   }
   tell(`Part of slide ${name} cannot be shown: ${reason}`);
@@ -76,7 +76,7 @@ async function open(number) {
     if (!here()) return;
     if (facts.image) sayFacts(facts.image);
     if (!features) return busy("");
-    busy("Encoding its patches, once…");
+    busy("Encoding the slide (first time only)…");
     const patches = await source.patches(number);
     if (!here()) return;
     patches.warnings.forEach((warning) => tell(warning, "warning"));
@@ -97,7 +97,7 @@ async function open(number) {
   }
 }
 
-/** What a slide without a file is drawn on: all of it where its size is known, else its patches. */
+/** Bounds of a slide without a slide file: the whole slide if its size is known, else those of its patches. */
 function boundsWithout({ width, height }) {
   const [left, top, right, bottom] = state.patches.bounds;
   const margin = state.patches.size;
@@ -111,7 +111,7 @@ function groundOf(patches) {
 
 function sayFacts({ width, height }, patches) {
   const facts = width ? [`${width.toLocaleString("en")} × ${height.toLocaleString("en")} pixels`] : [];
-  if (stage.mpp) facts.push(`${Number(stage.mpp.toPrecision(3))} µm a pixel`);
+  if (stage.mpp) facts.push(`${Number(stage.mpp.toPrecision(3))} µm per pixel`);
   if (patches) facts.push(`${state.patches.count.toLocaleString("en")} patches of ${patches.patch_size} pixels`);
   $("slide-facts").textContent = facts.join(", ");
 }
@@ -125,7 +125,7 @@ function step(by) {
 
 function addText(text, negative) {
   if (state.layers.some((layer) => layer.text === text && layer.negative.join() === negative.join())) {
-    return tell(`“${text}” is shown already`, "warning");
+    return tell(`“${text}” is already shown`, "warning");
   }
   const used = state.layers.map((layer) => layer.colour);
   const colour = page.colours.find((one) => !used.includes(one)) ?? page.colours[state.layers.length % page.colours.length];
@@ -167,7 +167,7 @@ function shownLayers() {
   return state.layers.filter((layer) => layer.shown && layer.facts);
 }
 
-/** The colours of a map: by score where it is alone, else its own from pale to full. */
+/** The colour map of a layer: by score if it is the only one shown, else null for shades of its own colour. */
 function coloursOf(layer) {
   return shownLayers().length > 1 || !layer.shown ? null : page.heat;
 }
@@ -214,7 +214,7 @@ function drawLayers() {
   $("download").disabled = !shownLayers().some((layer) => layer.areas.length);
 }
 
-/** The control of a row that has the focus, to be given it again once the rows are drawn anew. */
+/** A function that restores the focus to the same control of a row after the rows are redrawn; null if none has it. */
 function focusedControl() {
   const rows = [...$("layers").children];
   const at = rows.findIndex((row) => row.contains(document.activeElement));
@@ -229,7 +229,7 @@ function goToNext(layer) {
   layer.next += 1;
 }
 
-/** The scores at a point of level 0, a line for each text. */
+/** The scores at a level-0 point, one for each text. */
 function scoresAt(x, y) {
   const patch = state.patches ? state.patches.at(x, y) : -1;
   return patch < 0 ? [] : shownLayers().map((layer) => [layer, layer.at(patch)]);
@@ -252,7 +252,7 @@ function hover(event) {
 }
 
 function download() {
-  const [x0, y0] = stage.bounds; // QuPath crops slides that tell their bounds, and counts from there
+  const [x0, y0] = stage.bounds; // QuPath crops slides that state their bounds, and counts pixels from there
   const moved = (part) => (Array.isArray(part[0]) ? part.map(moved) : [part[0] - x0, part[1] - y0]);
   const features = shownLayers().flatMap((layer) =>
     layer.areas.map(({ properties, geometry, ...feature }) => ({
@@ -278,7 +278,7 @@ async function speak(question, write) {
   try {
     const text = await write();
     if (opening !== state.opening) return;
-    [answer.textContent, answer.className] = [text || "(nothing)", ""];
+    [answer.textContent, answer.className] = [text || "(empty)", ""];
     if (question) state.talk.push([question, text]);
   } catch (error) {
     [answer.textContent, answer.className] = [error.message, "error"];
@@ -304,7 +304,7 @@ const KEYS = {
   g: () => toggle("grey"),
   c: () => {
     const found = scoresAt(...stage.middle()).map(([layer, score]) => `${layer.text}: ${score}`);
-    busy(found.join("; ") || "No patch at the middle of the view");
+    busy(found.join("; ") || "No patch at the centre of the view");
   },
   "+": () => stage.zoomBy(1.6),
   "=": () => stage.zoomBy(1.6),
@@ -317,7 +317,7 @@ function pressed(event) {
   const writing = event.target.matches("input:not([type=checkbox], [type=range]), textarea");
   if (event.key === "Escape" && writing) return event.target.blur();
   if (writing || event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
-  if ($("stage").contains(event.target) && "+=-0".includes(event.key)) return; // OpenSeadragon's own
+  if ($("stage").contains(event.target) && "+=-0".includes(event.key)) return; // handled by OpenSeadragon
   const does = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!does || state.number < 0) return;
   event.preventDefault();
@@ -340,7 +340,7 @@ function start() {
   const facts = [["Run", page.run], ["Patch encoder", page.encoder || "not recorded"], ["Map", page.method]];
   $("model").replaceChildren(...facts.map(([term, what]) => make("div", {}, make("dt", { textContent: term }), make("dd", { textContent: what }))));
   $("notice").textContent = page.notice;
-  $("about").textContent = `OpenSeadragon ${OpenSeadragon.version.versionStr} shows the slides (page/LICENSE.openseadragon.txt).`;
+  $("about").textContent = `Slides are shown with OpenSeadragon ${OpenSeadragon.version.versionStr} (page/LICENSE.openseadragon.txt).`;
   $("language").hidden = !page.language;
   $("add").hidden = !page.live;
   if (!page.live) {
@@ -390,10 +390,10 @@ function start() {
   });
   const [number, wanted] = [linkedSlide(), location.hash.slice(1)];
   open(Math.max(number, 0));
-  if (number < 0 && wanted) tell(`No slide here is called “${wanted}”`, "warning");
+  if (number < 0 && wanted) tell(`No slide is named “${wanted}”`, "warning");
 }
 
-/** The slide that the address names behind its #, -1 for none. A "%" that nobody encoded stands for itself. */
+/** The number of the slide that the fragment (#) of the address names, -1 for none. A "%" that is not encoded is literal. */
 function linkedSlide() {
   const written = location.hash.slice(1);
   const read = written.replace(/(%[0-9a-f]{2})+/gi, (part) => {

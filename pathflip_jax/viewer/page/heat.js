@@ -1,14 +1,14 @@
 "use strict";
 
-/* Patch scores as pictures. The raster and its smoothing are those of pathflip_jax/grounding/surface.py, so that maps
-   and areas agree: overlapping patches averaged, a Gaussian weighed by coverage, nothing where no patch lies. */
+/* Heatmaps of patch scores. Rasterisation and smoothing are those of pathflip_jax/grounding/surface.py, so that maps
+   and areas agree: overlapping patches are averaged, the Gaussian is weighted by coverage, pixels without a patch are NaN. */
 
 const PIXELS_PER_PATCH = 4;
 const LONGEST = 2048; // pixels of a raster's longer side
-const SMOOTH = 0.5; // patch edges: the standard deviation of the Gaussian
-const TRUNCATE = 3; // standard deviations at which it ends
+const SMOOTH = 0.5; // standard deviation of the Gaussian, in patch edges
+const TRUNCATE = 3; // standard deviations at which the Gaussian is truncated
 
-/** The patches of a slide: where they lie (pixels at level 0), and the raster that their scores are painted on. */
+/** The patches of a slide: their coordinates (level-0 pixels), and the raster of their scores. */
 class Patches {
   constructor({ coords, patch_size }) {
     this.coords = coords;
@@ -33,7 +33,7 @@ class Patches {
     this.#index();
   }
 
-  /** The scores on the raster, smoothed or not; NaN where no patch lies. */
+  /** The scores on the raster, smoothed or not; NaN in pixels without a patch. */
   raster(scores, smooth) {
     const values = new Float32Array(this.covered.length);
     this.#spread(values, (i) => scores[i]);
@@ -46,7 +46,7 @@ class Patches {
     return found;
   }
 
-  /** The patch at a point of level 0, of several the one whose middle is nearest; -1 where there is none. */
+  /** The patch at a level-0 point, the one with the nearest centre if patches overlap; -1 for none. */
   at(x, y) {
     let [best, nearest] = [-1, Infinity];
     for (const column of [-1, 0]) {
@@ -63,7 +63,7 @@ class Patches {
   }
 
   #index() {
-    this.cells = new Map(); // patches by the square of a patch's edge that their corner lies in
+    this.cells = new Map(); // patches by the grid cell (of one patch edge) that contains their corner
     for (let i = 0; i < this.count; i++) {
       const cell = this.#cell(this.coords[2 * i], this.coords[2 * i + 1], 0, 0);
       if (this.cells.has(cell)) this.cells.get(cell).push(i);
@@ -92,7 +92,7 @@ class Patches {
     }
   }
 
-  /** A Gaussian over rows, then columns; zero beyond the raster. */
+  /** A Gaussian over rows, then columns; zero outside the raster. */
   #blur(raster) {
     const sigma = (SMOOTH * this.size) / this.step;
     const radius = Math.floor(TRUNCATE * sigma + 0.5);
@@ -116,9 +116,10 @@ class Patches {
   }
 }
 
-/** Paint a raster of scores: what lies above `threshold` (0 to 1 of low to high), in colours by score.
+/** Paint the pixels of a raster whose score is at least `threshold` (0 to 1 between low and high).
  *
- * `colours` [256] of red, green, blue for one map alone; `colour` for one of several, the fuller the higher its score.
+ * `colours` [256] of red, green, blue colour a map that is shown alone by score; one of several maps is painted in its
+ * `colour`, more opaque for higher scores.
  */
 function paintRaster(patches, raster, { low, high, threshold, colours, colour }) {
   const canvas = document.createElement("canvas");

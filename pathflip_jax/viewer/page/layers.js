@@ -1,14 +1,14 @@
 "use strict";
 
-/* The texts that are shown on the slide: a map each, with its own threshold, areas and colour. */
+/* The texts that are shown on the slide, each with its map, threshold, areas and colour. */
 
-/** A text on the slide that is open, or on its way; `facts` are the source's, null until they are there. */
+/** A text on the open slide; `facts` are those of the source, null until they have arrived. */
 class Layer {
   constructor(text, negative, colour) {
     Object.assign(this, { text, negative, colour, shown: true, facts: null, threshold: null, areas: [], error: "" });
   }
 
-  /** Forget the slide that it was on. */
+  /** Discard the results for the previous slide. */
   reset() {
     Object.assign(this, { facts: null, threshold: null, areas: [], next: 0, error: "", canvas: null, path: null, boxes: null });
   }
@@ -30,7 +30,7 @@ class Layer {
     this.boxes = boxesOf(areas);
   }
 
-  /** The score of a patch, and the share of patches that score less. */
+  /** The score of a patch, and the percentage of patches with a lower score. */
   at(patch) {
     const { scores } = this.facts;
     const score = scores[patch];
@@ -40,14 +40,14 @@ class Layer {
 
   summary() {
     if (this.error) return this.error;
-    if (!this.facts) return "Looking…";
+    if (!this.facts) return "Computing…";
     const area = this.areas.reduce((sum, { properties }) => sum + (properties.measurements["area mm^2"] ?? 0), 0);
     const count = `${this.areas.length} ${this.areas.length === 1 ? "area" : "areas"}`;
     return area ? `${count}, ${area < 0.1 ? area.toPrecision(2) : area.toFixed(2)} mm²` : count;
   }
 }
 
-/** The row of a layer in the panel; `does` holds what its controls do. */
+/** The row of a layer in the panel; `does` holds the handlers of its controls. */
 function layerRow(layer, { steps, removable, colours, does }) {
   const row = make("li", { className: "layer" });
   const name = make("span", { className: "name", textContent: layer.text });
@@ -63,13 +63,13 @@ function layerRow(layer, { steps, removable, colours, does }) {
     remove.addEventListener("click", () => does.remove(layer));
     head.append(remove);
   }
-  if (layer.negative.length) row.append(make("p", { className: "quiet", textContent: `less ${layer.negative.join("; ")}` }));
+  if (layer.negative.length) row.append(make("p", { className: "quiet", textContent: `minus ${layer.negative.join("; ")}` }));
   if (layer.facts) {
     const bar = make("div", { className: "bar" });
     const ends = colours.map((colour, i) => `rgb(${colour.join(" ")}) ${(100 * i) / (colours.length - 1)}%`);
     bar.style.background = `linear-gradient(90deg, ${ends.join(", ")})`;
     const value = make("output", { textContent: shownThreshold(layer) });
-    const label = make("label", { className: "quiet", textContent: "From score " }, value);
+    const label = make("label", { className: "quiet", textContent: "Threshold " }, value);
     const slider = make("input", { type: "range", min: 0, max: 100, step: steps, value: layer.threshold });
     if (steps > 1) [slider.min, slider.max] = [steps, 100 - steps];
     label.append(slider);

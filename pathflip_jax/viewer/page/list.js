@@ -1,8 +1,8 @@
 "use strict";
 
-/* The list of slides: by name, or by their similarity to a text. It stands on the state of app.js. */
+/* The list of slides, ordered by name or by similarity to a text. It uses the state of app.js. */
 
-const ROWS = 100; // slides that the list shows at once
+const ROWS = 100; // slides that the list shows at first, and adds at "Show more"
 
 function drawList() {
   const wanted = $("filter").value.trim().toLowerCase();
@@ -20,9 +20,9 @@ function slideRow(number, best) {
   const picture = make("span", { className: "thumbnail" });
   if (slide.image) {
     const image = make("img", { src: `slides/${number}/thumbnail.jpg`, alt: "", loading: "lazy" });
-    image.addEventListener("error", () => picture.replaceChildren("not readable"));
+    image.addEventListener("error", () => picture.replaceChildren("unreadable"));
     picture.append(image);
-  } else picture.append("no picture");
+  } else picture.append("no slide file");
   const words = make("span", { className: "words" }, make("span", { className: "name", textContent: slide.id }));
   const similarity = state.similarity.get(number);
   if (similarity !== undefined) {
@@ -49,8 +49,8 @@ async function findSlides() {
     state.order = slides.map(([number]) => number);
     state.similarity = new Map(slides);
     const of = `${ready} of ${page.slides.length} slides`;
-    $("find-state").textContent = more ? `The best of ${of} that are embedded so far` : `The best of ${of}`;
-    if (!ready) $("find-state").textContent = "No slide is embedded yet: wait, or start with --embeddings";
+    $("find-state").textContent = more ? `Ranked ${of}; the others are still being embedded` : `Ranked ${of}`;
+    if (!ready) $("find-state").textContent = "No slide is embedded yet: wait, or start the viewer with --embeddings";
   } catch (error) {
     tell(error.message);
   }

@@ -1,12 +1,12 @@
 "use strict";
 
-/* Where the page's data come from. Both sources answer the same questions with promises, and both have pictures at
+/* Data sources of the page. Both have the same methods, which return promises, and both have images at
    slides/N/thumbnail.jpg and slides/N/tiles/LEVEL/COLUMN_ROW.jpg. */
 
-/** A server that answers (pathflip serve). */
+/** A running server (pathflip serve). */
 class LiveSource {
   constructor() {
-    this.steps = 1; // percent between two thresholds
+    this.steps = 1; // step between thresholds, in percent
   }
 
   slide(number) {
@@ -44,19 +44,19 @@ class LiveSource {
     try {
       response = await fetch(address, body === undefined ? {} : asked);
     } catch {
-      throw new Error("The viewer does not answer; is `pathflip serve` still running?");
+      throw new Error("The viewer does not respond; check that `pathflip serve` is still running");
     }
     if (response.ok) return response.json();
     const text = await response.text();
     let message = text || `${response.status} ${response.statusText}`;
     try {
       message = JSON.parse(text).error;
-    } catch {} // it was no JSON
+    } catch {} // not JSON
     throw new Error(message);
   }
 }
 
-/** Scripts written beforehand (pathflip report): a page that is opened from file:// may load nothing else. */
+/** Precomputed scripts (pathflip report), because a page that is opened from file:// cannot fetch JSON. */
 class WrittenSource {
   #slides = new Map();
   #waiting = new Map();
@@ -90,7 +90,7 @@ class WrittenSource {
 
   async layer(number, text) {
     const found = (await this.slide(number)).layers.find((layer) => layer.text === text);
-    if (!found) throw new Error(`This page was written for other texts: ${this.page.texts.join("; ")}`);
+    if (!found) throw new Error(`This page has results only for these texts: ${this.page.texts.join("; ")}`);
     return found;
   }
 
@@ -100,7 +100,7 @@ class WrittenSource {
 
   async find(text) {
     const column = this.page.texts.findIndex((known) => known.toLowerCase() === text.trim().toLowerCase());
-    if (column < 0) throw new Error(`This page knows the texts it was written for: ${this.page.texts.join("; ")}`);
+    if (column < 0) throw new Error(`This page has results only for these texts: ${this.page.texts.join("; ")}`);
     const found = this.page.slides.flatMap((slide, number) =>
       slide.similarities ? [[number, slide.similarities[column]]] : [],
     );

@@ -1,22 +1,22 @@
 "use strict";
 
-/* The slide under OpenSeadragon, and the canvas over it with maps and areas. All places are pixels of level 0. */
+/* The slide in OpenSeadragon, with a canvas over it for maps and areas. All coordinates are level-0 pixels. */
 
 const BLANK = "data:image/gif;base64,R0lGODlhAQABAIAAAPj5+gAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw==";
 const SCALE_BAR = 140; // screen pixels at most
 const UM_TIMES_MAGNIFICATION = 10; // nominal: 0.25 um per pixel is 40x
 
 class Stage {
-  /** `element` is filled; `report(message)` hears of tiles that cannot be shown, `moved()` of every new view. */
+  /** The viewer fills `element`; `report(address)` is called for a tile that cannot be shown. */
   constructor(element, report) {
     this.element = element;
     this.report = report;
-    this.layers = []; // {canvas, path, boxes, colour}, what is drawn
+    this.layers = []; // {canvas, path, boxes, colour} of each layer that is drawn
     this.opacity = 0.6;
     this.showMaps = this.showAreas = this.showBoxes = this.smooth = true;
     this.viewer = OpenSeadragon({
       element,
-      drawer: "canvas", // WebGL refuses pictures of a page from file://
+      drawer: "canvas", // WebGL refuses the images of a page opened from file://
       showNavigationControl: false,
       showNavigator: true,
       navigatorPosition: "TOP_RIGHT",
@@ -31,20 +31,20 @@ class Stage {
       timeout: 90000,
     });
     this.viewer.canvas.setAttribute("role", "application");
-    this.viewer.canvas.setAttribute("aria-label", "Slide: arrow keys move it, plus and minus zoom, 0 shows all");
+    this.viewer.canvas.setAttribute("aria-label", "Slide: arrow keys pan, plus and minus zoom, 0 shows the whole slide");
     this.canvas = document.createElement("canvas");
     this.canvas.className = "overlay";
     this.viewer.canvas.append(this.canvas);
     this.viewer.addHandler("update-viewport", () => this.draw());
     this.viewer.addHandler("tile-load-failed", (event) => this.report(event.tile?.getUrl?.() ?? ""));
     this.viewer.addHandler("canvas-key", (event) => {
-      // Letters are the page's own; OpenSeadragon would turn and mirror the slide.
+      // The page handles letters itself; OpenSeadragon would rotate and mirror the slide.
       if (/^[a-z]$/i.test(event.originalEvent.key)) event.preventDefaultAction = true;
     });
     new ResizeObserver(() => this.draw()).observe(element);
   }
 
-  /** Show a slide by its tiles, or blank where `image` is null and `bounds` [left, top, right, bottom] is all there is. */
+  /** Show a slide by its tiles, or if `image` is null a blank slide of `bounds` [left, top, right, bottom]. */
   open(number, image, bounds) {
     this.layers = [];
     this.patches = null;
@@ -94,7 +94,7 @@ class Stage {
     };
   }
 
-  /** Screen pixels of one pixel of level 0, and where the origin of level 0 stands on the screen. */
+  /** Screen pixels per level-0 pixel, and the position of the level-0 origin on the screen. */
   view() {
     const viewport = this.viewer.viewport;
     const corner = viewport.pixelFromPoint(new OpenSeadragon.Point(0, 0), true);
@@ -102,7 +102,7 @@ class Stage {
     return { scale, x: corner.x - this.left * scale, y: corner.y - this.top * scale };
   }
 
-  /** The level-0 point under a place of the stage, in pixels from its upper left corner. */
+  /** The level-0 point under a position on the stage, given in pixels from its upper left corner. */
   pointAt(x, y) {
     const { scale, x: x0, y: y0 } = this.view();
     return [(x - x0) / scale, (y - y0) / scale];
@@ -112,7 +112,7 @@ class Stage {
     return this.pointAt(this.element.clientWidth / 2, this.element.clientHeight / 2);
   }
 
-  /** Bring a rectangle of level 0 into view, with some of its surroundings. */
+  /** Bring a level-0 rectangle into view, with a margin. */
   goTo([left, top, right, bottom]) {
     const margin = 0.6 * Math.max(right - left, bottom - top);
     const place = [left - this.left - margin, top - this.top - margin, right - left + 2 * margin, bottom - top + 2 * margin];
@@ -157,7 +157,7 @@ class Stage {
     context.globalAlpha = 1;
   }
 
-  /** Lines in the colour of their layer on a white rim, so that they show on any stain; widths in screen pixels. */
+  /** Lines in the colour of their layer with a white rim, to be visible on any stain; widths in screen pixels. */
   #drawLines(context, path, { colour, width, dash }, scale) {
     if (!path) return;
     context.lineJoin = "round";

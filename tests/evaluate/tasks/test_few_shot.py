@@ -171,5 +171,5 @@ def test_labels_that_cannot_be_learnt_are_named(cohort, tmp_path, change, messag
 
 
 def test_the_paper_protocol_says_that_it_is_optimistic():
-    assert "keeps the epoch that does best on the test" in read_protocol("paper").words(["few_shot"])[0]
+    assert "keeps the epoch with the best score on the test" in read_protocol("paper").words(["few_shot"])[0]
     assert read_protocol("strict").words(["few_shot", "zero_shot", "retrieval"]) == []

@@ -177,7 +177,7 @@ def test_wrong_input_is_named(score, tiny_cohort, reports, tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps({"slide_id": "S20", "caption": "Fat."}) + "\n")
     with pytest.raises(ValueError, match="none of its texts belongs to a slide of the split"):
         score(Knowing(reports), texts=tmp_path / "other.jsonl")
-    with pytest.raises(ValueError, match="name its run"):
+    with pytest.raises(ValueError, match="pass it as --language"):
         run.evaluate(
             EvaluationSpec(run=tmp_path / "nowhere", **inputs, texts=tiny_cohort.texts, concepts=tmp_path / "c.json")
         )

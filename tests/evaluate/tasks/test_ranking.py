@@ -15,7 +15,7 @@ def test_captions_of_several_patients_are_counted_with_the_score_that_they_would
     images[1] = images[0] * 2
     related = retrieval.relate(["a", "b", "c", "d"], ["Fat.", "fat.", "Mucin.", "Gland."])
     (said,) = warn_of_duplicates(QUERIES, rank_both_ways(DIRECTIONS, images, images, related))
-    assert said.startswith("2 of 4 captions of slides are those of another patient's too, word for word")
+    assert said.startswith("2 of 4 captions of slides are word for word those of another patient too")
     for direction in DIRECTIONS.values():
         assert f"{direction} 0.750 without the rule, 1.000 with it" in said
 

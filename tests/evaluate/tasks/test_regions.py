@@ -129,8 +129,8 @@ def test_images_with_captions_are_slides_of_one_region(monkeypatch, tmp_path):
         ({"x": "left", "y": 3}, "expected two numbers"),
         ({"x": 1e6, "y": 3}, "no patch at x 1e.06, y 3"),
         ({"caption": "..."}, "the caption of S20 is empty"),
-        ({"slide_id": ["S20", "S21"]}, "a region is of one slide, this text names 2"),
-        ({"slide_id": "S00", "x": 1, "y": 1}, "none of its texts is of a slide of the split"),
+        ({"slide_id": ["S20", "S21"]}, "a region belongs to one slide, but this text names 2"),
+        ({"slide_id": "S00", "x": 1, "y": 1}, "none of its texts belongs to a slide of the split"),
     ],
 )
 def test_texts_of_no_region_are_named(cohort, tmp_path, row, message):
