@@ -3,7 +3,7 @@
 /* The page itself: the open slide, the texts that are shown on it, and the controls. */
 
 const page = globalThis.PATHFLIP;
-const source = page.live ? new LiveSource() : new WrittenSource(page);
+const source = page.live ? new LiveSource() : new StaticSource(page);
 const $ = (id) => document.getElementById(id);
 
 const state = {
@@ -20,7 +20,7 @@ const stage = new Stage($("stage"), tileFailed);
 
 /* ---- messages ---- */
 
-function tell(message, kind = "error") {
+function showMessage(message, kind = "error") {
   const close = make("button", { type: "button", className: "plain", textContent: "×", ariaLabel: "Dismiss" });
   const note = make("p", { className: kind }, make("span", { textContent: message }), close);
   close.addEventListener("click", () => note.remove());
@@ -46,7 +46,7 @@ async function tileFailed(address) {
       reason = "the viewer does not respond; check that `pathflip serve` is still running";
     }
   }
-  tell(`Part of slide ${name} cannot be shown: ${reason}`);
+  showMessage(`Part of slide ${name} cannot be shown: ${reason}`);
 }
 
 /* ---- the open slide ---- */
@@ -71,27 +71,27 @@ async function open(number) {
     busy("Opening…");
     const facts = await source.slide(number);
     if (!here()) return;
-    facts.warnings.forEach((warning) => tell(warning, "warning"));
+    facts.warnings.forEach((warning) => showMessage(warning, "warning"));
     if (facts.image) await stage.open(number, facts.image);
     if (!here()) return;
-    if (facts.image) sayFacts(facts.image);
+    if (facts.image) showFacts(facts.image);
     if (!features) return busy("");
     busy("Encoding the slide (first time only)…");
     const patches = await source.patches(number);
     if (!here()) return;
-    patches.warnings.forEach((warning) => tell(warning, "warning"));
+    patches.warnings.forEach((warning) => showMessage(warning, "warning"));
     state.patches = new Patches(patches);
     if (!facts.image) await stage.open(number, null, boundsWithout(patches));
     if (!here()) return;
-    state.patches.ground = groundOf(state.patches);
+    state.patches.ground = backgroundOf(state.patches);
     stage.patches = state.patches;
     stage.mpp = patches.mpp;
-    sayFacts(facts.image ?? patches, patches);
+    showFacts(facts.image ?? patches, patches);
     stage.draw();
     busy("");
-    await Promise.all(state.layers.map(lookFor));
+    await Promise.all(state.layers.map(scoreText));
   } catch (error) {
-    if (here()) tell(error.message);
+    if (here()) showMessage(error.message);
   } finally {
     if (here()) busy("");
   }
@@ -104,12 +104,12 @@ function boundsWithout({ width, height }) {
   return width && height ? [0, 0, width, height] : [left - margin, top - margin, right + margin, bottom + margin];
 }
 
-function groundOf(patches) {
+function backgroundOf(patches) {
   const covered = patches.covered.map((count) => (count ? 1 : NaN));
   return paintRaster(patches, covered, { low: 0, high: 1, threshold: 0, colour: [219, 224, 230], colours: null });
 }
 
-function sayFacts({ width, height }, patches) {
+function showFacts({ width, height }, patches) {
   const facts = width ? [`${width.toLocaleString("en")} × ${height.toLocaleString("en")} pixels`] : [];
   if (stage.mpp) facts.push(`${Number(stage.mpp.toPrecision(3))} µm per pixel`);
   if (patches) facts.push(`${state.patches.count.toLocaleString("en")} patches of ${patches.patch_size} pixels`);
@@ -125,21 +125,21 @@ function step(by) {
 
 function addText(text, negative) {
   if (state.layers.some((layer) => layer.text === text && layer.negative.join() === negative.join())) {
-    return tell(`“${text}” is already shown`, "warning");
+    return showMessage(`“${text}” is already shown`, "warning");
   }
   const used = state.layers.map((layer) => layer.colour);
   const colour = page.colours.find((one) => !used.includes(one)) ?? page.colours[state.layers.length % page.colours.length];
   const layer = new Layer(text, negative, colour);
   state.layers.push(layer);
   drawLayers();
-  if (state.patches) lookFor(layer);
+  if (state.patches) scoreText(layer);
   else if (state.number >= 0 && !page.slides[state.number].features) {
     layer.error = "This slide has no features";
     drawLayers();
   }
 }
 
-async function lookFor(layer) {
+async function scoreText(layer) {
   const opening = state.opening;
   try {
     const facts = await source.layer(state.number, layer.text, layer.negative);
@@ -194,7 +194,7 @@ function drawLayers() {
     cut: (layer) => {
       paintLayers();
       clearTimeout(layer.timer);
-      layer.timer = setTimeout(() => findAreas(layer).catch((error) => tell(error.message)), page.live ? 120 : 0);
+      layer.timer = setTimeout(() => findAreas(layer).catch((error) => showMessage(error.message)), page.live ? 120 : 0);
     },
     next: goToNext,
   };
@@ -390,10 +390,10 @@ function start() {
   });
   const [number, wanted] = [linkedSlide(), location.hash.slice(1)];
   open(Math.max(number, 0));
-  if (number < 0 && wanted) tell(`No slide is named “${wanted}”`, "warning");
+  if (number < 0 && wanted) showMessage(`No slide is named “${wanted}”`, "warning");
 }
 
-/** The number of the slide that the fragment (#) of the address names, -1 for none. A "%" that is not encoded is literal. */
+/** The number of the slide that the address names after #, -1 for none. A "%" that is not encoded is literal. */
 function linkedSlide() {
   const written = location.hash.slice(1);
   const read = written.replace(/(%[0-9a-f]{2})+/gi, (part) => {

@@ -1,7 +1,8 @@
 "use strict";
 
 /* Heatmaps of patch scores. Rasterisation and smoothing are those of pathflip_jax/grounding/surface.py, so that maps
-   and areas agree: overlapping patches are averaged, the Gaussian is weighted by coverage, pixels without a patch are NaN. */
+   and areas agree: overlapping patches are averaged, the Gaussian is weighted by coverage, and pixels without a patch are
+   NaN. */
 
 const PIXELS_PER_PATCH = 4;
 const LONGEST = 2048; // pixels of a raster's longer side

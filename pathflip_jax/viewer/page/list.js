@@ -52,7 +52,7 @@ async function findSlides() {
     $("find-state").textContent = more ? `Ranked ${of}; the others are still being embedded` : `Ranked ${of}`;
     if (!ready) $("find-state").textContent = "No slide is embedded yet: wait, or start the viewer with --embeddings";
   } catch (error) {
-    tell(error.message);
+    showMessage(error.message);
   }
   drawList();
 }

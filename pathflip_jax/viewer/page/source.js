@@ -57,7 +57,7 @@ class LiveSource {
 }
 
 /** Precomputed scripts (pathflip report), because a page that is opened from file:// cannot fetch JSON. */
-class WrittenSource {
+class StaticSource {
   #slides = new Map();
   #waiting = new Map();
 
