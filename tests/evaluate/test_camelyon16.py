@@ -77,7 +77,7 @@ def test_the_download_becomes_a_cohort(download, tmp_path, capsys):
         assert camelyon16.main([str(download), "--out", str(out)]) == 0
         said = capsys.readouterr().out
     assert "4 training and 3 test slides, 5 with tumor" in said
-    assert "groups None are left out" in said and "left out of grounding: tumor_003" in said
+    assert "groups are left out: None" in said and "left out of grounding: tumor_003" in said
     with open(out / "slides.csv", newline="") as file:
         rows = {row["slide_id"]: (row["label"], row["split"]) for row in csv.DictReader(file)}
     assert rows == {

@@ -88,7 +88,7 @@ def test_polygons_are_found_in_collections_and_what_has_no_area_is_named(tmp_pat
         "feature without a geometry": [2],
         "Point": [3],
     }
-    assert "1 MultiPoint" in found.note() and "features 0, 1, 2, 3;" in found.note()
+    assert "1 MultiPoint" in found.note() and "features 0, 1, 2, 3, counted from 0" in found.note()
     assert outlines.read_annotations(_written(tmp_path, feature([SQUARE.tolist()]))).note() == ""
 
 
