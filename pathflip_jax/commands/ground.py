@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     measures = None
     if slide.coords is not None:
         if slide.width and slide.height:
-            check_on_slide(slide, slide.width, slide.height, "the slide by its features' file")
+            check_on_slide(slide, slide.width, slide.height, "the slide according to its feature file")
         if options.image is not None:
             measures = read_measures(options.image)
             check_same_slide(slide, measures, options.image)
