@@ -7,8 +7,8 @@ that are told classes or outlines, and upper bounds, with intervals by the cases
 (`real_tissue_parts/intervals.py`). One cohort serves all seeds of training, and `--out` resumes.
 
     python benchmarks/real_tissue.py --data EBHI-SEG --out runs/real --seeds 0 1 2
-    python benchmarks/real_tissue.py --data EBHI-SEG --out runs/real --name try --split val \\
-        --set data.regions=8 --set data.patch_slots=4
+    python benchmarks/real_tissue.py --data EBHI-SEG --out runs/real --name try --split val --without-gain \\
+        --seeds 0 --set data.regions=8 --set data.patch_slots=4
     python benchmarks/real_tissue.py --textures FEATURES.npz --out runs/textures
 
 `--split val` scores validation cases, for choosing settings: test cases are scored once, at the end. Arguments after
@@ -96,7 +96,7 @@ def score(options: argparse.Namespace, places: steps.Places, clock: Clock) -> sc
     rows = {row["slide_id"]: row for row in read_slide_table(places.slides / "slides.csv")}
     runs: dict[str, scores.Statistics] = {}
     blind: dict[str, scores.Statistics] = {}
-    for name, kind in ((scores.WITH, steps.REGION), (scores.WITHOUT, steps.NO_REGION)):
+    for name, kind in zip((scores.WITH, scores.WITHOUT), options.kinds, strict=False):
         for seed in options.seeds:
             found, others = scores.read_run(places, seed, kind, ids)
             scores.add(runs, {name: found})
@@ -117,7 +117,7 @@ def report(options: argparse.Namespace, places: steps.Places, found: scores.Scor
     with clock.part("pictures"):
         first = places.scores(options.seeds[0], steps.REGION)
         pictures.draw_classes(places, places.run(options.seeds[0], steps.REGION), first)
-    named = ("seeds", "slides", "cohort_seed", "config", "set", "language", "split", "more")
+    named = ("seeds", "kinds", "slides", "cohort_seed", "config", "set", "language", "split", "more")
     write_json(
         options.json or places.out / "real_tissue.json",
         {
@@ -146,6 +146,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cohort-seed", type=int, default=0, help="of the cohort and its validation cases (default 0)")
     parser.add_argument("--slides", type=int, nargs=3, default=SLIDES, metavar=("TRAIN", "VAL", "TEST"))
     parser.add_argument("--split", choices=["val", "test"], default="test", help="split to score (default test)")
+    parser.add_argument(
+        "--without-gain",
+        dest="kinds",
+        action="store_const",
+        const=(steps.REGION,),
+        default=(steps.REGION, steps.NO_REGION),
+        help="train only with the region loss, to try settings in half the time",
+    )
     parser.add_argument("--config", default="demo", help="config of the alignment (default demo)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one of its settings")
     parser.add_argument("--language", action="store_true", help="train and score captions too")

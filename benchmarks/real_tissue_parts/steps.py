@@ -84,10 +84,9 @@ def train_steps(places: Places, seed: int, options: argparse.Namespace) -> list[
     train += [f"--config.{setting}" for setting in options.set]
     ours, without = places.run(seed, REGION), places.run(seed, NO_REGION)
     slide_loss = [*train, "--config.loss.region_weight=0.0", "--workdir", str(without)]
-    found = [
-        Step(f"Seed {seed}: training with slide and region loss", [*train, "--workdir", str(ours)]),
-        Step(f"Seed {seed}: training with the slide loss alone", slide_loss, with_previous=True),
-    ]
+    found = [Step(f"Seed {seed}: training with slide and region loss", [*train, "--workdir", str(ours)])]
+    if NO_REGION in options.kinds:
+        found.append(Step(f"Seed {seed}: training with the slide loss alone", slide_loss, with_previous=True))
     if options.language:
         speak = ["pathflip", "train", "--config", options.language_config, *texts]
         speak += [f"--config.lm.aligner={ours}", f"--config.lm.decoder={places.decoder}"]
@@ -98,11 +97,14 @@ def train_steps(places: Places, seed: int, options: argparse.Namespace) -> list[
 
 
 def evaluate_steps(places: Places, seed: int, options: argparse.Namespace) -> list[Step]:
-    """Evaluation of both runs side by side, but for those whose scores are of this very command."""
+    """Evaluation of the runs side by side, but for those whose scores are of this very command.
+
+    Masks, a second truth for grounding, are scored on test slides only.
+    """
     found = []
-    for outlines in (OUTLINES, MASKS):
+    for outlines in (OUTLINES, MASKS) if places.split == "test" else (OUTLINES,):
         beside = False
-        for kind in (REGION, NO_REGION) if (places.slides / outlines).is_dir() else ():
+        for kind in options.kinds if (places.slides / outlines).is_dir() else ():
             out = places.scores(seed, kind, outlines)
             command = _evaluate(places, seed, kind, outlines, options) + ["--out", str(out), *options.more]
             if not is_scored(out, command):
