@@ -41,7 +41,9 @@ class Similarity(Cosine):
     """Cosine with the text-conditioned embedding of each window alone, as in the region loss (DESIGN section 4)."""
 
     name = "similarity"
-    description = "the cosine similarity of the text and the text-conditioned embedding of a slide of this window only"
+    description = (
+        "the cosine similarity of the text and the embedding, conditioned on it, of a slide of this window only"
+    )
 
     def prepare(self, encoder, view):
         """Text-conditioned embedding of each window alone [N, D]."""

@@ -89,7 +89,7 @@ def test_a_file_goes_before_a_shipped_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"spellings": {"a": ["b"]}}, "'b' is a spelling of 'b' and 'a'"),
+        ({"spellings": {"a": ["b"]}}, "'b' is a spelling of both 'b' and 'a'"),
         ({"spellings": {"c": ["x"]}}, "spellings must be"),
         ({"spellings": {"a": "x"}}, "must be a list of labels"),
         ({"classes": {"a": ["x"], "A": ["y"]}}, "only in upper and lower case"),

@@ -175,7 +175,7 @@ def test_what_cannot_be_asked_is_told(stand, slide_file, tmp_path, capsys, tiny_
     assert "--smooth: -1: expected a finite number of at least 0" in capsys.readouterr().err
     records = (tiny_cohort.records, TEXT, "--slide-id", "S05", "--mpp", 0.5, "--out", tmp_path / "out")
     assert run(*records) == cli.WRONG_INPUT
-    assert "records say mpp themselves" in capsys.readouterr().err
+    assert "records state mpp themselves" in capsys.readouterr().err
 
 
 def test_with_a_negative_text_areas_start_at_nought(stand, tmp_path):

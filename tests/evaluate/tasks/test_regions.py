@@ -124,7 +124,7 @@ def test_images_with_captions_are_slides_of_one_region(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "slide S20 has [0-9]+ regions; name a point"),
+        ({}, "slide S20 has [0-9]+ regions; give a point"),
         ({"x": 10}, "x 10, y '': expected two numbers"),
         ({"x": "left", "y": 3}, "expected two numbers"),
         ({"x": 1e6, "y": 3}, "no patch at x 1e.06, y 3"),
