@@ -59,19 +59,28 @@ def slide_loss(
     *,
     temperature: float = 0.1,
     label_smoothing: float = 0.1,
+    soft_targets: float = 0.0,
 ) -> Float[Array, ""]:
     """InfoNCE between slides and captions, averaged over both directions.
 
-    Label smoothing is spread evenly over a slide's own caption and its negatives, as in torch's cross-entropy.
+    Label smoothing is spread evenly over a slide's own caption and its negatives, as in torch's cross-entropy;
+    `soft_targets`, a share of the target likewise, over the captions by their similarity to the slide's own, at the
+    temperature of the loss and without a gradient.
     """
     allowed = negative_pairs(related) | jnp.eye(len(slides), dtype=bool)
     logits = normalise(slides) @ normalise(captions).T / temperature  # [B, B]
+    if soft_targets:
+        texts = normalise(jax.lax.stop_gradient(captions))
+        alike = jax.nn.softmax(jnp.where(allowed, texts @ texts.T / temperature, -jnp.inf), axis=-1)
 
     def one_direction(logits):
         log_p = jax.nn.log_softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
         log_p = jnp.where(allowed, log_p, 0.0)
         smoothed = jnp.sum(log_p, axis=-1) / jnp.sum(allowed, axis=-1)
-        return -jnp.mean((1 - label_smoothing) * jnp.diagonal(log_p) + label_smoothing * smoothed)
+        own = jnp.diagonal(log_p)
+        if soft_targets:
+            own = (1 - soft_targets) * own + soft_targets * jnp.sum(alike * log_p, axis=-1)
+        return -jnp.mean((1 - label_smoothing) * own + label_smoothing * smoothed)
 
     return (one_direction(logits) + one_direction(logits.T)) / 2
 
@@ -204,6 +213,24 @@ def _cosines(attention: TextRegionAttention, texts: Array, regions: Array, mask:
     return jnp.sum(normalise(pooled) * normalise(texts), axis=-1)
 
 
+class CosinePooling(NamedTuple):
+    """Text-conditioned pooling of regions by their cosine to the text, without parameters of its own.
+
+    The softmax of the cosines at `temperature` is a smooth maximum over a slide's regions (multiple-instance pooling).
+    """
+
+    temperature: Float[Array, ""] | float
+
+    def __call__(
+        self, texts: Float[Array, "B C D"], regions: Float[Array, "B R D"], mask: Bool[Array, "B R"]
+    ) -> tuple[Float[Array, "B C D"], Float[Array, "B C R"]]:
+        """Pooled regions of every text, and the weights of the regions."""
+        regions = normalise(regions)
+        cosines = jnp.einsum("bcd,brd->bcr", normalise(texts), regions)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], cosines / self.temperature, -1e9), axis=-1)
+        return jnp.einsum("bcr,brd->bcd", weights, regions), weights
+
+
 def log_sigmoid(cosine: Array, label: float | Array, scale: Scalar, bias: Scalar | None) -> Array:
     """Log-probability of a match (label 1) or a non-match (-1) for a pair of this cosine."""
     return jax.nn.log_sigmoid(label * (scale * cosine if bias is None else scale * cosine + bias))
@@ -223,7 +250,7 @@ def alignment_loss(
     metrics = {}
     loss = jnp.zeros(())
     if config.slide_weight:
-        options = {"temperature": config.temperature, "label_smoothing": config.label_smoothing}
+        options = {name: getattr(config, name) for name in ("temperature", "label_smoothing", "soft_targets")}
         with jax.named_scope("slide_loss"):
             metrics["loss_slide"] = slide_loss(embeddings.slide, embeddings.captions, related, **options)
         loss += config.slide_weight * metrics["loss_slide"]

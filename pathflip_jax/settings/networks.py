@@ -144,6 +144,17 @@ class LossConfig(Section):
     region_weight: float = setting(1.0, WEIGHT, "weight of the loss between regions and subcaptions; 0: not computed")
     temperature: float = setting(0.1, SCALE, "temperature of the slide loss")
     label_smoothing: float = setting(0.1, share(), "label smoothing of the slide loss")
+    soft_targets: float = setting(
+        0.0, share(),
+        "fraction of the slide loss's target that goes to captions by their similarity to the slide's own: captions of "
+        "the same findings are no full negatives", before=0.0,
+    )  # fmt: skip
+    region_pooling: Literal["attention", "cosine"] = setting(
+        "attention", Words(("attention", "cosine")),
+        'how a sentence pools the regions of a slide: by learned attention, as published, or "cosine", by a softmax of '
+        "its cosine to each region (multiple-instance pooling)", before="attention",
+    )  # fmt: skip
+    pooling_temperature: float = setting(0.1, SCALE, "temperature of loss.region_pooling=cosine", before=0.1)
     normaliser: Literal["released", "per_slide", "per_positive"] = setting(
         "released", Words(("released", "per_slide", "per_positive")),
         'normalisation of the region loss: "released", the released code\'s arithmetic at its batch of 8 slides, where '

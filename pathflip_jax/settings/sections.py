@@ -86,6 +86,16 @@ class AlignmentDataSettings(DataSettings):
     subcaption_length: int = setting(
         192, whole(3, 2**20), "maximum tokens of a subcaption, [CLS] and [SEP] included", at_most="model.max_positions"
     )
+    feature_dropout: float = setting(
+        0.0, share(),
+        "fraction of the features that are set to 0 in a training step, the same ones in all patches of a slide: "
+        "augmentation for small cohorts", before=0.0,
+    )  # fmt: skip
+    feature_noise: float = setting(
+        0.0, Range(0, 10),
+        "standard deviation of normal noise added to patch features in a training step, relative to that of each "
+        "feature: augmentation for small cohorts", before=0.0,
+    )  # fmt: skip
     caption_share: float = setting(
         1.0, share(most_itself=True, zero=False),
         "fraction of a report's sentences in a training caption, drawn anew for every batch; 1: the whole report",
@@ -135,6 +145,11 @@ class OptimConfig(Section):
     b2: float = setting(0.999, share(), "Adam: decay rate of the running mean of squared gradients")
     eps: float = setting(1e-8, above_zero(1), "Adam: added to the root of the mean of squared gradients")
     clip: float = setting(1.0, Range(0, 1e6), "maximum global norm of the gradient; 0: no clipping, as released")
+    weight_average: float = setting(
+        0.0, share(),
+        "decay per step of an exponential moving average of the weights, which is validated and saved in their place; "
+        "0: no average", before=0.0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

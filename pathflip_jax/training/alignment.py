@@ -18,6 +18,7 @@ from pathflip_jax.model.parameters import AlignmentModel, Params, abstract_param
 from pathflip_jax.runs import files
 from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.settings.kinds import AlignmentSettings
+from pathflip_jax.training.augment import Augmentation
 from pathflip_jax.training.data import open_data, report_counts
 from pathflip_jax.training.objectives import alignment, sigmoid_alignment
 from pathflip_jax.training.stage import Stage, Training
@@ -77,8 +78,12 @@ class Family(NamedTuple):
     negatives_within: Callable[[AlignmentSettings], bool]
 
 
+def _augmentation(settings: AlignmentSettings) -> Augmentation:
+    return Augmentation(settings.data.feature_dropout, settings.data.feature_noise)
+
+
 def _pathflip_stage(settings: AlignmentSettings, model: PathFLIPConfig, shard_map: ShardMap) -> Stage:
-    return alignment(settings.loss, shard_map)
+    return alignment(settings.loss, shard_map, _augmentation(settings))
 
 
 def _pathflip_pairs(settings: AlignmentSettings, model: PathFLIPConfig, slides: int) -> int:
@@ -97,7 +102,7 @@ def _pathflip2_stage(settings: AlignmentSettings, model: PathFLIP2Config, shard_
     def frozen(name: str) -> bool:
         return name.startswith("text_encoder/") and (freeze or model.text_lora_rank > 0) and "/lora/" not in name
 
-    return sigmoid_alignment(settings.loss, shard_map, frozen)
+    return sigmoid_alignment(settings.loss, shard_map, frozen, _augmentation(settings))
 
 
 def _pathflip2_pairs(settings: AlignmentSettings, model: PathFLIP2Config, slides: int) -> int:

@@ -38,7 +38,7 @@ from pathflip_jax.settings.sections import TrainSettings
 from pathflip_jax.training import settings as edge
 from pathflip_jax.training.findings import Findings
 from pathflip_jax.training.monitors import Monitors, StopSignal
-from pathflip_jax.training.optim import scheduled_optimizer
+from pathflip_jax.training.optim import exchange, scheduled_optimizer
 from pathflip_jax.training.resume import lock_to_run, resume_as, saved_config
 from pathflip_jax.training.stage import Training
 from pathflip_jax.training.stages import open_training
@@ -138,7 +138,8 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                 if training.validate and (last or done % setup.eval_every == 0):
                     phase("waiting for the devices", done)
                     jax.block_until_ready(metrics)  # later time is attributed to the validation
-                    scores = training.validate(learned, frozen, functools.partial(phase, step=done))
+                    shown, _ = exchange(learned, opt_state)
+                    scores = training.validate(shown, frozen, functools.partial(phase, step=done))
                     phase("writing the metrics", done)
                     best, improved = choose_best(best, done, scores, setup)
                     log.write(scores)
@@ -149,8 +150,9 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     monitors.check_lock(done)
                     phase("saving" if shared else "saving locally", done)
                     save = checkpoints.save if shared else checkpoints.save_locally
-                    kept = training.checkpointed(learned | frozen)
-                    save(done, kept, opt_state, {"best": best})
+                    shown, beside = exchange(learned, opt_state)
+                    kept = training.checkpointed(shown | frozen)
+                    save(done, kept, beside, {"best": best})
                 if improved:
                     phase("saving the best", done)
                     checkpoints.save_best(done, kept, {"best": best})

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pathflip_jax.losses.pathflip import (
+    CosinePooling,
     Embeddings,
     LossConfig,
     ShardMap,
@@ -19,13 +20,17 @@ from pathflip_jax.losses.pathflip2 import SigmoidLossConfig, pair_loss, sigmoid_
 from pathflip_jax.model.parameters import AlignmentModel, Key
 from pathflip_jax.model.pathflip import PathFLIP, SlideEncoding
 from pathflip_jax.model.pathflip2 import PathFLIP2
+from pathflip_jax.training.augment import NO_AUGMENTATION, Augmentation
 from pathflip_jax.training.stage import Stage
 
 
-def _encode(model: AlignmentModel, batch, key: Key | None) -> tuple[SlideEncoding, jax.Array, jax.Array]:
+def _encode(
+    model: AlignmentModel, batch, key: Key | None, augment: Augmentation
+) -> tuple[SlideEncoding, jax.Array, jax.Array]:
     """Encoded slides of a batch, their captions [B, D] and their subcaptions [B, K, D]."""
     slide_key, text_key = (None, None) if key is None else jax.random.split(key)
-    slides = model.encode_slides(batch.patches, batch.patch_mask, key=slide_key)
+    patches = augment(batch.patches, batch.patch_mask, None if key is None else jax.random.fold_in(key, 2))
+    slides = model.encode_slides(patches, batch.patch_mask, key=slide_key)
     B, C = batch.text_index.shape  # C = 1 + K: the caption, then its subcaptions
     index = batch.text_index.reshape(len(batch.text_rows[0].tokens), -1)  # [G, B/G * C]
     states = model.read_texts(batch.text_rows, index, key=text_key).reshape(B, C, -1)
@@ -34,14 +39,14 @@ def _encode(model: AlignmentModel, batch, key: Key | None) -> tuple[SlideEncodin
     return slides, captions, model.project_texts(states[:, 1:], "region", key=keys[1])
 
 
-def alignment(config: LossConfig, shard_map: ShardMap = unsharded) -> Stage:
+def alignment(config: LossConfig, shard_map: ShardMap = unsharded, augment: Augmentation = NO_AUGMENTATION) -> Stage:
     """PathFLIP stage: slide-caption and region-subcaption losses (DESIGN section 4), with all parameters trained.
 
     `shard_map` distributes the slides of a batch over devices: `runtime.sharding.shard_by_slide` on a mesh.
     """
 
     def encode(model: PathFLIP, batch, key: Key | None) -> dict[str, jax.Array]:
-        slides, captions, subcaptions = _encode(model, batch, key)
+        slides, captions, subcaptions = _encode(model, batch, key, augment)
         embeddings = {"slide": slides.slide, "regions": slides.regions}
         return embeddings | {"captions": captions, "subcaptions": subcaptions}
 
@@ -49,7 +54,9 @@ def alignment(config: LossConfig, shard_map: ShardMap = unsharded) -> Stage:
         B, K, _ = embeddings["subcaptions"].shape
         return alignment_loss(
             Embeddings(region_mask=jnp.any(batch.patch_mask, axis=-1), wording=batch.wording, **embeddings),
-            model.text_region,
+            model.text_region
+            if config.region_pooling == "attention"
+            else CosinePooling(jnp.asarray(config.pooling_temperature)),
             draw_negatives(key, B, K),
             batch.related,
             model.logit_scale[...],
@@ -62,7 +69,10 @@ def alignment(config: LossConfig, shard_map: ShardMap = unsharded) -> Stage:
 
 
 def sigmoid_alignment(
-    config: SigmoidLossConfig, shard_map: ShardMap = unsharded, frozen: Callable[[str], bool] = lambda name: False
+    config: SigmoidLossConfig,
+    shard_map: ShardMap = unsharded,
+    frozen: Callable[[str], bool] = lambda name: False,
+    augment: Augmentation = NO_AUGMENTATION,
 ) -> Stage:
     """PathFLIP2 stage: slide-caption and patch-subcaption losses, with all but the `frozen` parameters trained.
 
@@ -71,7 +81,7 @@ def sigmoid_alignment(
     flair = LossConfig(normaliser="per_positive", negatives_at_once=config.slides_at_once or None)
 
     def encode(model: PathFLIP2, batch, key: Key | None) -> dict[str, jax.Array]:
-        slides, captions, subcaptions = _encode(model, batch, key)
+        slides, captions, subcaptions = _encode(model, batch, key, augment)
         embeddings = {"slide": slides.slide, "captions": captions, "subcaptions": subcaptions}
         if not config.region_weight:
             return embeddings

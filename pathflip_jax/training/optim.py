@@ -1,11 +1,13 @@
 """AdamW with warm-up and cosine decay, and the released code's variant (DESIGN section 6)."""
 
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from pathflip_jax.model.parameters import Params
 from pathflip_jax.settings.sections import OptimConfig
 
 # Biases, LayerNorm scales and the scalars of the region loss have no weight decay.
@@ -48,7 +50,45 @@ def make_optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.Gradi
         weight_decay=config.weight_decay,
         mask=lambda params: decays(config, params),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+    return with_average(optimizer, config.weight_average) if config.weight_average else optimizer
+
+
+class AveragedState(NamedTuple):
+    """Optimizer state with a second set of weights: the average while training, the trained weights in a checkpoint."""
+
+    count: jax.Array
+    weights: Params
+    inner: Any
+
+
+def with_average(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Optimizer that also keeps an exponential moving average of the weights, of `decay` per step.
+
+    In the first steps the decay is (1 + n) / (10 + n), so that the random weights of the start are soon forgotten.
+    """
+
+    def init(params: Params) -> AveragedState:
+        return AveragedState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    def update(gradients: Params, state: AveragedState, params: Params) -> tuple[Params, AveragedState]:
+        updates, inner = optimizer.update(gradients, state.inner, params)
+        now = jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
+        average = optax.incremental_update(optax.apply_updates(params, updates), state.weights, 1 - now)
+        return updates, AveragedState(state.count + 1, average, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def exchange(learned: Params, opt_state: Any) -> tuple[Params, Any]:
+    """Weights to validate and to save with the state that belongs beside them; its own inverse.
+
+    With an average of weights it takes the place of the trained weights, which move into the state; otherwise both
+    stay as they are.
+    """
+    if not isinstance(opt_state, AveragedState):
+        return learned, opt_state
+    return opt_state.weights, opt_state._replace(weights=learned)
 
 
 def scheduled_optimizer(

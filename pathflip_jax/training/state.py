@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pathflip_jax.model.parameters import Params
 from pathflip_jax.runs.checkpoints import Checkpoints
 from pathflip_jax.runtime import sharding
+from pathflip_jax.training.optim import exchange
 from pathflip_jax.training.stage import Training
 
 
@@ -61,4 +62,5 @@ def begin(
         checkpoints.save_best(step, saved, {"best": facts["best"]})
     if jax.process_index() == 0:
         print(f"{checkpoints.workdir}: resuming from step {step}", file=sys.stderr)
+    learned, opt_state = exchange(learned, opt_state)
     return State(step, learned, frozen, opt_state, facts["best"])

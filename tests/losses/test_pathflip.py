@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.losses.pathflip import (
+    CosinePooling,
     Embeddings,
     LossConfig,
     alignment_loss,
@@ -113,6 +114,47 @@ def test_slide_loss_is_the_cross_entropy_of_pytorch():
     assert float(ours) == pytest.approx(expected.item(), rel=1e-5)
     for a, b in zip(gradients, inputs, strict=True):
         np.testing.assert_allclose(a, b.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [APART, CASE])
+def test_soft_targets_share_the_target_among_like_captions(case):
+    """By a slow loop; and captions that are nearly the same pull a slide as much as its own."""
+    batch = embeddings()
+    texts, expected = np.asarray(batch.captions, np.float64), 0.0
+    for rows, columns in ((batch.slide, batch.captions), (batch.captions, batch.slide)):
+        for i in range(B):
+            counted = [j for j in range(B) if j == i or apart(case, i, j)]
+            logits = {j: cosine(np.asarray(rows)[i], np.asarray(columns)[j]) / 0.1 for j in counted}
+            norm = np.log(sum(np.exp(z) for z in logits.values()))
+            alike = {j: np.exp(cosine(texts[i], texts[j]) / 0.1) for j in counted}
+            for j in counted:
+                target = 0.75 * (i == j) + 0.25 * alike[j] / sum(alike.values())
+                expected -= (0.9 * target + 0.1 / len(counted)) * (logits[j] - norm) / B / 2
+    found = slide_loss(batch.slide, batch.captions, case, soft_targets=0.25)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+    def loss(captions):
+        return slide_loss(batch.slide, captions, case, label_smoothing=0.0, soft_targets=0.99)
+
+    moved = jax.grad(loss)(batch.captions)
+    assert np.isfinite(moved).all() and np.abs(moved).max() > 0
+
+
+def test_regions_pooled_by_cosine_are_the_best_one_where_it_is_cold():
+    batch = embeddings()
+    pooled, weights = CosinePooling(1e-3)(batch.subcaptions, batch.regions, batch.region_mask)
+    cosines = np.einsum("bcd,brd->bcr", normalise(batch.subcaptions), normalise(batch.regions))
+    best = np.where(np.asarray(batch.region_mask)[:, None], cosines, -2).argmax(-1)
+    np.testing.assert_array_equal(np.asarray(weights).argmax(-1), best)
+    assert (
+        np.asarray(weights)[~np.broadcast_to(np.asarray(batch.region_mask)[:, None], weights.shape)].max(initial=0) == 0
+    )
+    chosen = np.take_along_axis(np.asarray(normalise(batch.regions)), best[..., None], axis=1)
+    np.testing.assert_allclose(pooled, chosen, atol=1e-2)
+    even, _ = CosinePooling(1e6)(batch.subcaptions, batch.regions, batch.region_mask)
+    mask = np.asarray(batch.region_mask)[..., None]
+    mean = (np.asarray(normalise(batch.regions)) * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(even, np.broadcast_to(mean[:, None], even.shape), atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [APART, CASE, jnp.zeros(B, int)])

@@ -214,6 +214,29 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
     assert (found.starts, found.steps, found.badput["lost_work"]) == (2, 4, 0) and found.badput["down"] > 0
 
 
+def test_a_run_with_augmentation_and_an_average_of_weights_resumes_bit_for_bit(options, tmp_path, monkeypatch):
+    """The checkpoint holds the average, which inference loads, and beside it the weights that training goes on from."""
+    command = [*options, "--config.optim.weight_average=0.9", "--config.data.feature_dropout=0.2"]
+    command += [
+        "--config.data.feature_noise=0.1",
+        "--config.loss.soft_targets=0.2",
+        "--config.loss.region_pooling=cosine",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert loop.main([*command, "--workdir", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, "requested", lambda self, step: step == 2)
+        assert loop.main([*command, "--workdir", str(parts)]) == loop.TRY_AGAIN
+    assert loop.main([*command, "--workdir", str(parts)]) == 0
+    assert_same_run(parts, whole)
+    stored = stored_arrays(whole / "checkpoints" / "4")
+    loaded = flatten(load_run(whole, "latest")[0])
+    name = "slide_projection/kernel"
+    assert np.array_equal(loaded[name], stored["params"][name])
+    (trained,) = (x for key, x in stored["opt_state"].items() if key.endswith(name) and "weights" in key)
+    assert trained.shape == loaded[name].shape and not np.array_equal(trained, loaded[name])
+
+
 def test_a_closed_terminal_stops_a_run_as_sigterm_does():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:

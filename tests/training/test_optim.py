@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from pathflip_jax.training.optim import OptimConfig, decays, learning_rate, make_optimizer
+from pathflip_jax.training.optim import OptimConfig, decays, exchange, learning_rate, make_optimizer
 
 PARAMS = {"a/kernel": jnp.ones((3, 2)), "a/bias": jnp.ones(2), "norm/scale": jnp.ones(2), "logit_scale": jnp.ones(())}
 
@@ -59,3 +59,21 @@ def test_adamw_is_that_of_torch(preset):
         reference.step()
     for name, p in theirs.items():
         np.testing.assert_allclose(params[name], p.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_of_weights_follows_them_and_changes_no_step():
+    schedule = learning_rate(OptimConfig(learning_rate=0.1, warmup_steps=0), steps=100, steps_per_epoch=10)
+    plain, averaged = (make_optimizer(OptimConfig(weight_average=decay), schedule) for decay in (0.0, 0.9))
+    params, expected, states = PARAMS, PARAMS, [plain.init(PARAMS), averaged.init(PARAMS)]
+    for n in range(30):
+        gradients = jax.tree.map(lambda x, n=n: x * jnp.cos(n), PARAMS)
+        updates, states[0] = plain.update(gradients, states[0], params)
+        again, states[1] = averaged.update(gradients, states[1], params)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, updates, again))
+        params = optax.apply_updates(params, updates)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, expected, params)
+    shown, beside = exchange(params, states[1])
+    for name, value in expected.items():
+        np.testing.assert_allclose(shown[name], value, rtol=1e-5, err_msg=name)
+    assert exchange(shown, beside) == (params, states[1]) and exchange(params, states[0]) == (params, states[0])
