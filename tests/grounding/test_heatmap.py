@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tifffile
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 
 from pathflip_jax.grounding import heatmap
@@ -158,3 +159,31 @@ def test_a_real_slide():
     canvas = heatmap.read_thumbnail(slide, 512)
     assert canvas.picture.shape == (512, 383, 3)
     assert canvas.downsample == pytest.approx(2967 / 512, rel=0.01)
+
+
+def test_titles_of_any_length_are_drawn_whole_and_over_their_own_panel():
+    rng = np.random.default_rng(0)
+    coords = np.stack(np.meshgrid(np.arange(8), np.arange(6)), -1).reshape(-1, 2) * 40
+    canvas = Canvas(np.full((240, 320, 3), 240, np.uint8), (0.0, 0.0), 1.0)
+    long = "infiltrating irregular glands of an adenocarcinoma in desmoplastic stroma with angulated tumor glands"
+    panels = [Panel(title, rng.normal(size=len(coords)), (), "a note") for title in ("fat", long, "x" * 64, long, long)]
+    figure = heatmap.draw_panels(canvas, panels, coords, 40, heading="S1")
+    FigureCanvasAgg(figure).draw()
+    titles = [axis._left_title for axis in figure.axes if axis._left_title.get_text()]
+    assert [title.get_text().replace("\n", " ") for title in titles] == [
+        "S1",
+        "fat",
+        long,
+        "x" * 30 + " " + "x" * 30 + " xxxx",
+        long,
+        long,
+    ]
+    for title in titles:
+        box = title.get_window_extent()
+        assert (
+            figure.bbox.x0 <= box.x0
+            and box.x1 <= figure.bbox.x1
+            and figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        )
+        for axis in figure.axes:
+            assert axis is title.axes or not axis.get_window_extent().overlaps(box), title.get_text()
