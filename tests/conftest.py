@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays: Python's garbage collector need not look through it again and again."""
+    """Freeze the objects of the imports, so that Python's garbage collector does not scan them again and again."""
     gc.collect()
     gc.freeze()
 
@@ -147,7 +147,7 @@ def run_together():
 
 @dataclass(frozen=True)
 class Cohort:
-    """Where the parts of a cohort lie. Tests that change files work on a copy."""
+    """Paths of the parts of a cohort. Tests that change files work on a copy."""
 
     records: Path
     texts: Path

@@ -48,7 +48,7 @@ GLASS = 243
 
 
 class Grid(NamedTuple):
-    """How mosaics are laid out: images of `edge` px on a square of `cells`, with a patch of glass around them.
+    """Layout of mosaics: images of `edge` px on a square of `cells`, with a patch of glass around them.
 
     Blobs, a cell apart, are shifted by `shift` patches at most. `largest` and `others` are the images of the largest
     blob and of each other one: from, below.

@@ -176,7 +176,7 @@ def test_another_network_is_not_inferred():
 
 
 class Evil:
-    """What a malicious checkpoint does when it is unpickled."""
+    """Payload that a malicious checkpoint runs when it is unpickled."""
 
     def __init__(self, target: Path):
         self.target = target

@@ -58,7 +58,7 @@ def _digest(folder):
 
 
 def _truth(cohort, row):
-    """Which concept each pixel belongs to (1 + index), by filling the GeoJSON polygons with an independent tool."""
+    """Concept of each pixel (1 + index), from filling the GeoJSON polygons with an independent tool."""
     image = Image.new("L", (int(row["width"]), int(row["height"])), 0)
     draw = ImageDraw.Draw(image)
     for feature in json.loads((cohort / "outlines" / f"{row['slide_id']}.geojson").read_text())["features"]:

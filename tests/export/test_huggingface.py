@@ -50,7 +50,7 @@ def exported(run) -> Path:
 
 @pytest.fixture(scope="module")
 def case(family):
-    """What the released code made of the case."""
+    """Outputs of the released code for the case."""
     with np.load(GOLDEN / family / "io.npz") as archive:
         return {name: archive[name] for name in archive.files}
 
@@ -160,7 +160,7 @@ assert np.abs(found.text_embeds.numpy() - case["caption_features"]).max() < 1e-4
 
 
 def scored(run: Path, folder: Path) -> Path:
-    """What `pathflip evaluate` leaves, in so far as the card reads it."""
+    """Output of `pathflip evaluate`, as far as the card reads it."""
     content = {
         "runs": [str(run)], "split": "test", "slides": 12, "patients": 11, "interval": "95%, bootstrap by patient",
         "warnings": ["2 patients of split 'test' have slides in other splits too"],

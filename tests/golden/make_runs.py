@@ -136,7 +136,7 @@ def measure(name: str) -> dict[str, np.ndarray]:
 
 
 def measure_language() -> dict[str, np.ndarray]:
-    """How likely the language run finds two answers to a question about two slides and about none, and what it says."""
+    """Log-likelihoods of two answers to a question about two slides and about none, and the generated answers."""
     assistant, records = assistants.load_assistant("language", which="latest"), Records("records")
     slides = [*assistant.embed_slides([records.read(0), records.read(1)]), None]
     likely = assistant.choose([assistant.prompt(QUESTION, slide) for slide in slides], [ANSWERS] * len(slides))
@@ -146,7 +146,7 @@ def measure_language() -> dict[str, np.ndarray]:
 
 
 def answer() -> tuple[str, np.ndarray]:
-    """What `pathflip ask` says by the run's best checkpoint, and the tokens that it wrote for that."""
+    """Answer of `pathflip ask` by the run's best checkpoint, and the tokens that it generated."""
     written, generate = [], assistants.generate
     assistants.generate = lambda *given, **more: written.append(generate(*given, **more)) or written[-1]
     try:

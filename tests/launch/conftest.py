@@ -76,7 +76,7 @@ class StandIns:
         path.chmod(0o755)
 
     def plan(self, name: str, *lines: object) -> None:
-        """What next_line(name) gives, call by call."""
+        """Outputs of next_line(name), call by call."""
         (self.folder / name).write_text(" ".join(map(str, lines)))
 
     def calls(self, *begin: str) -> list[list[str]]:

@@ -107,7 +107,7 @@ print(*(f"  MIG 3g.20gb     Device  {i}: (UUID: MIG-3{i})" for i in range(2)), s
 
 
 def gpus_of(done) -> list[str]:
-    """What a dry run of gpus.sh would run: the variable that gives each process its GPU."""
+    """Commands of a dry run of gpus.sh: the variable that gives each process its GPU."""
     return [line.split()[1] for line in done.stdout.splitlines() if line.endswith("&")]
 
 

@@ -49,7 +49,7 @@ def qwen3(decoder_folder):
 
 
 def theirs(model, mask: np.ndarray, sampling: Sampling, *, embeds: bool = False):
-    """What transformers writes, and the scores of its beams."""
+    """Text that transformers generates, and the scores of its beams."""
     inputs = {"input_ids": torch.from_numpy(IDS).long()}
     if embeds:
         inputs = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}

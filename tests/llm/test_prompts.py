@@ -238,7 +238,7 @@ def test_chat_templates_that_cannot_be_learnt(folders, tmp_path, template, messa
 
 
 def test_a_generation_prompt_of_its_own_is_learnt_too(folders, tmp_path):
-    """Where a template begins an answer that is asked for otherwise than one that is known, the former counts."""
+    """The prompt for generation counts where a template begins a known answer differently from one to be generated."""
     DecoderTokenizer(folders["qwen3"]).save(tmp_path)
     template = (
         LOOP % "<|im_start|>{{ message.role }}\n {{ message.content }} <|im_end|><|endoftext|>\n"

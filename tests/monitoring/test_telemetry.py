@@ -110,7 +110,7 @@ def test_a_loop_is_timed_without_waiting_for_its_steps():
 
 
 def test_the_memory_of_a_process_does_not_begin_at_that_of_its_parent():
-    """What getrusage tells does: a small run started from a large notebook would seem as large."""
+    """Peak memory by getrusage is inherited: a small run started from a large notebook would seem as large."""
     ballast = np.ones(2**30, np.uint8)
     code = (
         "from pathflip_jax.monitoring.telemetry import memory_in_use; "

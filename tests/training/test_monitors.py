@@ -15,7 +15,7 @@ from pathflip_jax.training.monitors import PHASES, Monitors
 
 @pytest.fixture
 def told():
-    """What the monitors of a run are told, in order; and the monitors."""
+    """Calls that the monitors of a run receive, in order, and the monitors."""
     heard = []
     note = lambda name: lambda *given, **more: heard.append((name, *given, *more.values()))  # noqa: E731
     return heard, note

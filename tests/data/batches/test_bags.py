@@ -52,7 +52,7 @@ def row(slide: str, case: int, rng) -> dict[str, str]:
 
 
 def said_of(slide: str, case: int, rows, rng) -> str:
-    """What records or a text say of a slide: the case, which some row knows too, one that its own row says, or ""."""
+    """Case of a slide in records or a text: one that some row has too, one that its own row gives, or ""."""
     stated = [name for name in list(rows.get(slide, {}).values())[1:] if name] or [f"C{case}"]
     return str(rng.choice(stated)) if rng.random() < 0.6 else ""
 

@@ -313,7 +313,7 @@ def test_given_subcaptions_win(cohort):
 
 
 def test_a_tokenizer_that_joins_over_spaces(cohort, tmp_path):
-    """Where ids of a merge are not those of its sentences, merges are tokenised whole."""
+    """Merges are tokenised whole if their ids are not those of their sentences."""
     cohort.tokenizer.save(tmp_path)
     parts = json.loads((tmp_path / "tokenizer.json").read_text())
     parts["pre_tokenizer"] = {"type": "Punctuation", "behavior": "Isolated"}

@@ -134,7 +134,7 @@ def test_slidechat(tmp_path):
 
 
 def test_options_fill_what_a_file_lacks(tmp_path):
-    """What the file says is kept, and a note tells; only `override_mpp` wins."""
+    """Values of the file are kept, with a note; only `override_mpp` replaces them."""
     path = write_h5(tmp_path / "x.h5", TRIDENT, features=FEATURES, coords=COORDS)
     assert read_features(path).notes == ()
     slide = read_features(path, mpp=0.5, patch_size=256, encoder="uni")
