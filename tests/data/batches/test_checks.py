@@ -45,7 +45,7 @@ def test_an_option_overrules_and_what_is_unknown_is_said(tokenizer, caplog):
 
 
 def batches(related, batch_size: int, seed: int = 0):
-    """Stand-in with the parts of batches that `require_negatives` reads: ids of each slide, and the slides of a batch."""
+    """Stand-in with the parts of batches that `require_negatives` reads: ids and slides of a batch."""
     related = np.array(related)
     order = np.random.default_rng(seed).permutation(len(related))
     return SimpleNamespace(
