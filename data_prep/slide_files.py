@@ -132,7 +132,10 @@ def _walk(folder: Path, failed: list[Failure]) -> Iterator[Path]:
         try:
             entries = sorted(os.listdir(here))
         except OSError as error:
-            failed.append(Failure(here.name, str(here), f"{here}: the folder cannot be read ({error.strerror})"))
+            cure = "fix its permissions, or remove it from the input"
+            failed.append(
+                Failure(here.name, str(here), f"{here}: the folder cannot be read ({error.strerror}); {cure}")
+            )
             continue
         below = []
         for path in (here / name for name in entries):

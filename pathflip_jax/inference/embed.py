@@ -163,7 +163,7 @@ def _select(
     if len(absent) == len(wanted):
         raise ValueError(
             f"{table}: none of its {len(wanted)} slides ({preview(absent)}) is among the {len(ids)} slides of "
-            f"{archive.where} ({preview(ids)})"
+            f"{archive.where} ({preview(ids)}); pass the slide table of these records"
         )
     error = "not among the slides of the records; prepare the slide, or remove it from the slide table"
     return [name for name in ids if name in wanted], [Failure(name, archive.where, error) for name in absent], notes

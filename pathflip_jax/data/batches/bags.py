@@ -148,7 +148,10 @@ def collect_bags(
         if slides:
             grouped.setdefault(slides, []).append(text)
     if not grouped:
-        raise ValueError(f"none of the {len(wanted)} slides ({preview(sorted(wanted))}) has a text")
+        raise ValueError(
+            f"none of the {len(wanted)} slides ({preview(sorted(wanted))}) has a text; check that the text table names "
+            "these slides or their cases"
+        )
     silent = sorted(wanted.difference(*grouped))
     if silent and slide_ids is not None:  # otherwise matching has reported it
         _log.warning("%d of %d slides have no text and are left out (%s)", len(silent), len(wanted), preview(silent))
