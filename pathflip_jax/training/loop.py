@@ -135,10 +135,10 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                 log.follow(done, metrics)
                 phase("ending the step", done, metrics)
                 last, stopping, improved = done == steps, monitors.stopping(done), False
+                shown, beside = exchange(learned, opt_state)
                 if training.validate and (last or done % setup.eval_every == 0):
                     phase("waiting for the devices", done)
                     jax.block_until_ready(metrics)  # later time is attributed to the validation
-                    shown, _ = exchange(learned, opt_state)
                     scores = training.validate(shown, frozen, functools.partial(phase, step=done))
                     phase("writing the metrics", done)
                     best, improved = choose_best(best, done, scores, setup)
@@ -150,9 +150,7 @@ def fit(training: Training, settings: RunSettings, mesh: Mesh, monitors: Monitor
                     monitors.check_lock(done)
                     phase("saving" if shared else "saving locally", done)
                     save = checkpoints.save if shared else checkpoints.save_locally
-                    shown, beside = exchange(learned, opt_state)
-                    kept = training.checkpointed(shown | frozen)
-                    save(done, kept, beside, {"best": best})
+                    save(done, kept := training.checkpointed(shown | frozen), beside, {"best": best})
                 if improved:
                     phase("saving the best", done)
                     checkpoints.save_best(done, kept, {"best": best})
