@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pathflip_jax.scores.retrieval import Ranks
+from pathflip_jax.scores.retrieval import Ranks, rank
 from pathflip_jax.settings.sections import TrainSettings
 from pathflip_jax.training import validation
 from pathflip_jax.training.monitors import PHASES
@@ -77,3 +77,14 @@ def test_chance_of_retrieval_leaves_out_masked_slides():
     assert scores["recall_at_1"] == pytest.approx(1 / 3)
     assert scores["recall_at_1_chance"] == pytest.approx((1 / 10 + 1 / 10 + 1 / 5) / 3)
     assert scores["recall_at_1_stderr"] == pytest.approx(1 / 3)
+
+
+def test_chance_is_the_score_of_embeddings_without_a_relation():
+    rng, scores = np.random.default_rng(0), []
+    related = np.arange(40)[:, None] // 2  # two slides to a case
+    for _ in range(60):
+        slides, texts = rng.normal(size=(2, 40, 8)).astype(np.float32)
+        scores.append(validation.score_retrieval([rank(slides, texts, related), rank(texts, slides, related)]))
+    for name in ("recall_at_1", "recall_at_5", "mean_reciprocal_rank"):
+        found, error = (np.array([one[name + end] for one in scores]) for end in ("", "_stderr"))
+        assert found.mean() == pytest.approx(scores[0][f"{name}_chance"], abs=4 * error.mean() / np.sqrt(60)), name
