@@ -246,9 +246,10 @@ class TrainSettings(Section):
         NAME,
         "metric that selects the best checkpoint; lower is better if its name contains loss, else higher",
     )
-    select_margin: float | None = setting(
-        None, Range(0, 1e6, besides=(None,), meaning="for the standard error of the score, where it has one"),
-        "validation scores that differ by no more count as equal: few slides cannot tell them apart", before=0.0,
+    select_margin: float = setting(
+        0.0, Range(0, 1e6),
+        "validation scores that differ by no more count as equal: few slides cannot tell them apart; 0: one standard "
+        "error of the score, where it has one, or with train.select_tie=latest no margin", before=0.0,
     )  # fmt: skip
     select_tie: Literal["earliest", "latest"] = setting(
         "earliest", Words(("earliest", "latest")),

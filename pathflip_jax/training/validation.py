@@ -131,11 +131,14 @@ def choose_best(best: dict | None, step: int, scores: Mapping[str, float], setup
     """Best checkpoint after a validation, and whether it is the new one.
 
     With few validation slides the score is noisy from step to step. Scores within `train.select_margin` of each other
-    count as equal: of these `train.select_tie` takes the earliest, so that a new checkpoint has to exceed the best by
-    more than the margin, or the latest, which only has to come within the margin of the top score so far.
+    (0: a standard error) count as equal: of these `train.select_tie` takes the earliest, so that a new checkpoint has
+    to exceed the best by more than the margin, or the latest, which only has to come within the margin of the top score
+    so far.
     """
     score, sign = scores[setup.select], -1 if "loss" in setup.select else 1
-    margin = scores.get(setup.select + STDERR, 0.0) if setup.select_margin is None else setup.select_margin
+    margin = setup.select_margin
+    if setup.select_tie == "earliest" and not margin:
+        margin = scores.get(setup.select + STDERR, 0.0)
     if best is None:
         return {"step": step, "value": score, "top": score}, True
     top = max(best["top"], score, key=lambda value: sign * value)

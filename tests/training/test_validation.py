@@ -20,11 +20,11 @@ from pathflip_jax.training.validation import choose_best
         ("val/recall_at_1", 0.15, "latest", [0.2, 0.5, 0.4, 0.34, 0.36], [0, 1, 2, 4]),  # never below the top by more
         ("val/loss", 0.0, "latest", [3.0, 2.0, 2.5, 1.0], [0, 1, 3]),
         ("val/loss", 0.6, "latest", [3.0, 2.0, 2.5, 2.7], [0, 1, 2]),
-        ("val/recall_at_1", 0.0, "earliest", [0.2, 0.5, 0.5, 0.6], [0, 1, 3]),
+        ("val/recall_at_1", 0.01, "earliest", [0.2, 0.5, 0.5, 0.6], [0, 1, 3]),
         ("val/recall_at_1", 0.15, "earliest", [0.2, 0.3, 0.36, 0.5, 0.49, 0.4], [0, 2]),  # 0.5 is within 0.15 of 0.36
-        ("val/recall_at_1", None, "earliest", [0.2, 0.25, 0.31, 0.4, 0.4], [0, 2]),
+        ("val/recall_at_1", 0.0, "earliest", [0.2, 0.25, 0.31, 0.4, 0.4], [0, 2]),
         ("val/loss", 0.6, "earliest", [3.0, 2.5, 2.3, 2.0, 2.4], [0, 2]),
-        ("val/loss", None, "earliest", [3.0, 2.0, 2.0, 1.9], [0, 1, 3]),  # a loss has no standard error
+        ("val/loss", 0.0, "earliest", [3.0, 2.0, 2.0, 1.9], [0, 1, 3]),  # a loss has no standard error
     ],
 )
 def test_the_best_among_scores_within_the_margin_is_the_earliest_or_the_latest(select, margin, tie, scores, chosen):
