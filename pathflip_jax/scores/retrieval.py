@@ -101,6 +101,13 @@ def chance_median_rank(ranks: Ranks, gallery: int | None = None) -> float:
     return float(np.median((gallery_sizes(ranks, gallery) + 1) / 2))
 
 
+def chance_reciprocal_rank(ranks: Ranks) -> float:
+    """Expected mean reciprocal rank of a random order of each query's candidates."""
+    sizes = gallery_sizes(ranks)
+    harmonic = np.cumsum(1 / np.arange(1, sizes.max() + 1))  # the sum of 1 / rank over all ranks
+    return float(np.mean(harmonic[sizes - 1] / sizes))
+
+
 def gallery_sizes(ranks: Ranks, gallery: int | None = None) -> Int[np.ndarray, "n"]:
     """The size of each query's gallery, including the match."""
     sizes = np.asarray(ranks.others) + 1

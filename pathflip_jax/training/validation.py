@@ -73,19 +73,21 @@ def score_retrieval(both: Sequence["Ranks"]) -> dict[str, float]:
 
     Chance is the expected score of a random order of the candidates, masked slides, of one case or caption, left out.
     """
-    from pathflip_jax.scores.retrieval import expected_rank, recall
+    from pathflip_jax.scores import retrieval
 
-    measures = {f"recall_at_{k}": functools.partial(recall, k=k) for k in RECALLS}
-    measures["mean_reciprocal_rank"] = lambda ranks: 1 / expected_rank(ranks)
-    candidates = np.concatenate([ranks.others for ranks in both]) + 1
-    harmonic = np.cumsum(1 / np.arange(1, candidates.max() + 1))  # the sum of 1 / rank over all ranks
-    chance = {f"recall_at_{k}": np.minimum(k / candidates, 1) for k in RECALLS}
-    chance["mean_reciprocal_rank"] = harmonic[candidates - 1] / candidates
+    measures = {
+        f"recall_at_{k}": (functools.partial(retrieval.recall, k=k), functools.partial(retrieval.chance, k=k))
+        for k in RECALLS
+    }
+    measures["mean_reciprocal_rank"] = (
+        lambda ranks: 1 / retrieval.expected_rank(ranks),
+        retrieval.chance_reciprocal_rank,
+    )
     scores = {}
-    for name, measure in measures.items():
+    for name, (measure, chance) in measures.items():
         slides = np.mean([measure(ranks) for ranks in both], axis=0)
         scores[name] = float(np.mean([measure(ranks).mean() for ranks in both]))
-        scores[name + CHANCE] = float(np.mean(chance[name]))
+        scores[name + CHANCE] = float(np.mean([chance(ranks) for ranks in both]))
         scores[name + STDERR] = float(slides.std(ddof=1) / np.sqrt(len(slides))) if len(slides) > 1 else 0.0
     return scores
 
