@@ -19,7 +19,7 @@ PACKAGING := setup.cfg pyproject.toml
 CHROMIUM = { test "$$(id -u)" = 0 && timeout 60 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 \
 	apt-get -qq install --no-install-recommends --yes chromium; }
 
-.PHONY: setup setup-test setup-slow demo test test-slow test-peers lint clean
+.PHONY: setup setup-test setup-slow demo real test test-slow test-peers lint clean
 
 setup: .venv/.demo
 
@@ -53,6 +53,13 @@ setup-slow: .venv/.slow
 
 demo: setup
 	$(BIN)/pathflip demo --out demo
+
+# Train, score and export on real tissue (docs/real_tissue.md): `make real DATA=EBHI-SEG`, the dataset's folder.
+SEEDS ?= 0 1 2
+real: setup
+	@test -n "$(DATA)" || { echo "Pass the folder of EBHI-Seg: make real DATA=EBHI-SEG (docs/real_tissue.md)"; exit 1; }
+	$(BIN)/python benchmarks/real_tissue.py --data "$(DATA)" --out real --config small_cohort --seeds $(SEEDS) \
+		--language --export colon-biopsy
 
 test: setup-test
 	$(PYTEST) -m "not slow" --durations 15

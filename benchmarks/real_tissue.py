@@ -159,10 +159,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--language", action="store_true", help="train and score captions too")
     parser.add_argument("--language-config", default="lm_demo", help="config of the language stage (default lm_demo)")
     parser.add_argument("--language-set", action="append", default=[], metavar="KEY=VALUE", help="one of its settings")
+    parser.add_argument(
+        "--export", metavar="NAME", help="write the first seed's run as OUT/NAME_OF_RUNS/NAME, with a model card"
+    )
     parser.add_argument("--workers", type=int, default=processors(), help="processes (default: cores)")
     parser.add_argument("--json", type=Path, help="file to write (default OUT/real_tissue.json)")
     parser.add_argument("more", nargs="*", metavar="-- OPTION", help="options of pathflip evaluate")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.export and options.textures:
+        parser.error("--export writes a card about EBHI-Seg; leave it out with --textures")
+    return options
 
 
 def main() -> int:
@@ -179,6 +185,9 @@ def main() -> int:
                 run(steps.train_steps(places, seed, options))
             with clock.part("evaluate"):
                 run(steps.evaluate_steps(places, seed, options))
+        if options.export:
+            with clock.part("export"):
+                run(steps.export_steps(places, options.seeds[0], options))
         report(options, places, score(options, places, clock), clock)
     except StepError as error:
         return error.code

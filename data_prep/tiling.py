@@ -44,8 +44,9 @@ def tile_slide(
 
     A level within 2 % of `mpp` is not resampled: scanners' 0.499 and 0.502 give patches of 256 px, not 257 and 255.
     A patch counts when at least `min_tissue` of its area is tissue; one that reaches over the slide's edge counts its
-    outside as glass and is read as white there. `keep_ink` keeps what looks like pen (`tissue_mask`). Raises ValueError
-    for a slide without tissue, and for one scanned so coarsely that patches would only be enlarged.
+    outside as glass and is read as white there. Holes smaller than a patch count as tissue. `keep_ink` keeps what
+    looks like pen (`tissue_mask`). Raises ValueError for a slide without tissue, and for one scanned so coarsely that
+    patches would only be enlarged.
     """
     if slide.mpp > _LARGEST_ENLARGEMENT * mpp:
         raise ValueError(
@@ -58,7 +59,8 @@ def tile_slide(
     if abs(slide.image.level_downsamples[level] / scale - 1) <= _NEAR:
         scale = slide.image.level_downsamples[level]
     edge = max(1, round(patch_size * scale))
-    mask, downsample, pen, doubt = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH), keep_ink)
+    area = (edge * slide.mpp) ** 2
+    mask, downsample, pen, doubt = tissue_mask(slide, max(1.0, edge / _MASK_PER_PATCH), keep_ink, area)
     columns, rows = -(-slide.width // edge), -(-slide.height // edge)
     sums = np.pad(mask, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64)
     sums.cumsum(1, out=sums)

@@ -34,12 +34,15 @@ class Tissue(NamedTuple):
     doubt: str
 
 
-def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) -> Tissue:
+def tissue_mask(
+    slide: Slide, downsample: float = 32.0, keep_ink: bool = False, largest_hole: float = _LARGEST_HOLE_UM2
+) -> Tissue:
     """Mask of stained tissue.
 
     Otsu's threshold on saturation, bounded by the values of glass and of pale tissue, so that a slide without glass or
-    without tissue is not split in two; pen and black borders are excluded, specks dropped and small holes filled
-    (lumina, fat cells). With `keep_ink` only green and black pen is excluded, for stains that resemble pen. The
+    without tissue is not split in two; pen and black borders are excluded, specks dropped and holes of less than
+    `largest_hole` um2 filled (lumina, fat cells), 20,000 at most: pass the area of a patch, so that no patch of glass
+    counts as tissue. With `keep_ink` only green and black pen is excluded, for stains that resemble pen. The
     best-fitting level is read and averaged down, block by block, where it is still too fine. The mask of a huge slide
     is coarser than requested: it has at most 4,096 x 4,096 pixels.
     """
@@ -65,7 +68,7 @@ def tissue_mask(slide: Slide, downsample: float = 32.0, keep_ink: bool = False) 
     mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
     area = (downsample * slide.mpp) ** 2
     mask, _ = _split_by_size(mask, _SMALLEST_PIECE_UM2 / area)
-    _, small = _split_by_size(~(mask | ink), _LARGEST_HOLE_UM2 / area)  # a stroke over fat must not open fat cells
+    _, small = _split_by_size(~(mask | ink), min(largest_hole, _LARGEST_HOLE_UM2) / area)  # a stroke over fat must not open fat cells
     return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
 
 

@@ -10,6 +10,7 @@ from pathflip_jax.data.storage.json_files import read_json
 from real_tissue_parts.mosaics import MASKS, OUTLINES
 
 REGION, NO_REGION, LANGUAGE = "region", "no_region", "language"
+ABOUT = Path(__file__).with_name("about_ebhi_seg.md")  # for the card of a run
 DECODER = ["--decoder", "64", "2", "--size", "800"]
 
 
@@ -112,6 +113,16 @@ def evaluate_steps(places: Places, seed: int, options: argparse.Namespace) -> li
                 found.append(Step(title, command, with_previous=beside))
                 beside = True
     return found
+
+
+def export_steps(places: Places, seed: int, options: argparse.Namespace) -> list[Step]:
+    """The run of a seed as a folder for transformers, of half the size, with a card that holds its scores."""
+    run, out = places.run(seed, REGION), places.out / places.name / options.export
+    if out.exists():
+        return []
+    command = ["pathflip", "export", str(run), "--to", "huggingface", "--dtype", "float16", "--out", str(out)]
+    command += ["--scores", str(places.scores(seed, REGION)), "--about", str(ABOUT)]
+    return [Step(f"Seed {seed}: export with a model card", command)]
 
 
 def _evaluate(places: Places, seed: int, kind: str, outlines: str, options: argparse.Namespace) -> list[str]:

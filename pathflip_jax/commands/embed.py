@@ -2,7 +2,7 @@
 
 import argparse
 
-from pathflip_jax.commands.options import command, local_path, number, place, print_report
+from pathflip_jax.commands.options import RUN_HELP, command, local_path, number, place, print_report
 
 
 def add(commands) -> None:
@@ -15,7 +15,7 @@ def add(commands) -> None:
         "pathflip embed records --checkpoint runs/base --out embeddings.parquet",
     )
     parser.add_argument("records", type=place, metavar="RECORDS", help="folder of records")
-    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="Parquet file to write")
     parser.add_argument("--slides", type=place, metavar="CSV", help="slide table: embed only the slides in it")
     parser.add_argument("--split", help="with --slides: only the slides of this split")

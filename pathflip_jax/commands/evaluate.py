@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from pathflip_jax.commands.options import add_spec_options, command, local_path, place
+from pathflip_jax.commands.options import RUN_HELP, add_spec_options, command, local_path, place
 from pathflip_jax.evaluate.spec import SPEC_OPTIONS, EvaluationSpec, option_name
 
 
@@ -26,7 +26,7 @@ def add(commands) -> None:
         type=place,
         nargs="+",
         metavar="RUN",
-        help="run folder; several (seeds of one experiment) are scored as their mean",
+        help=f"{RUN_HELP}; several (seeds of one experiment) are scored as their mean",
     )
     parser.add_argument(
         "--tasks",

@@ -45,6 +45,12 @@ def add(commands) -> None:
         metavar="TEXT",
         help="with --to huggingface: licence of the patch encoder, if pathflip does not know it",
     )
+    parser.add_argument(
+        "--about",
+        type=local_path,
+        metavar="FILE",
+        help="with --to huggingface: Markdown for the model card about the training data: patients, scanners, licence",
+    )
     for part in ("decoder", "aligner"):
         help = f"for a language run: folder of its {part}, if it has moved since training"
         parser.add_argument(f"--{part}", type=path_text, default="", metavar="FOLDER", help=help)
@@ -59,9 +65,10 @@ def _run(options: argparse.Namespace) -> int:
     speaks = is_language_run(options.run_folder)
     if (options.decoder or options.aligner) and not speaks:
         raise ValueError(f"{options.run_folder}: not a run of the language stage; drop --decoder and --aligner")
-    if (options.scores or options.encoder_licence) and (options.to != "huggingface" or speaks):
+    if (options.scores or options.encoder_licence or options.about) and (options.to != "huggingface" or speaks):
         raise ValueError(
-            "--scores and --encoder-licence are for the model card of an alignment run: they need --to huggingface"
+            "--scores, --encoder-licence and --about are for the model card of an alignment run: they need "
+            "--to huggingface"
         )
     if options.dtype != "float32" and speaks:
         raise ValueError("--dtype is for an alignment run: a language run keeps the types of its decoder")
@@ -81,6 +88,7 @@ def _run(options: argparse.Namespace) -> int:
             which=options.which,
             scores=options.scores,
             encoder_licence=options.encoder_licence,
+            about=options.about,
             dtype=options.dtype,
         )
         print(f"{options.out}: a folder for transformers' AutoModel, with a model card")

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import add_grounding_options, add_shared_options, command, local_path, number, place
+from pathflip_jax.commands.options import RUN_HELP, add_grounding_options, add_shared_options, command, local_path, number, place
 
 
 def add(commands) -> None:
@@ -20,7 +20,7 @@ def add(commands) -> None:
     parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="one or several texts")
     parser.add_argument("--slide-id", help="id of the slide to read from a folder of records")
-    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--image",
         type=local_path,

@@ -21,9 +21,11 @@ from pathflip_jax.evaluate.spec import (
 )
 from pathflip_jax.grounding.methods import METHODS
 from pathflip_jax.inference.families import method_help
+from pathflip_jax.runs import bundled
 from pathflip_jax.runs.bounds import OPTIONS
 
 FAILED_SLIDES, WRONG_INPUT = 1, 2
+RUN_HELP = "run folder" + "".join(f", or {name}, which comes with the package" for name in bundled.names())
 
 
 def command(commands, name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:

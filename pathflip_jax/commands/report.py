@@ -2,7 +2,7 @@
 
 import argparse
 
-from pathflip_jax.commands.options import add_grounding_options, command, local_path, number, place, print_report
+from pathflip_jax.commands.options import RUN_HELP, add_grounding_options, command, local_path, number, place, print_report
 
 
 def add(commands) -> None:
@@ -16,7 +16,7 @@ def add(commands) -> None:
         'pathflip report runs/base --features features --texts "necrosis" --negative "normal tissue" --slide-ids S1 S2 '
         "--out page",
     )
-    parser.add_argument("checkpoint", type=place, metavar="RUN", help="run folder")
+    parser.add_argument("checkpoint", type=place, metavar="RUN", help=RUN_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--records", type=place, help="folder of records")
     source.add_argument(

@@ -3,6 +3,7 @@
 import argparse
 
 from pathflip_jax.commands.options import (
+    RUN_HELP,
     add_grounding_options,
     add_writing_options,
     command,
@@ -39,7 +40,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slides", type=local_path, metavar="DIR", help="folder of slide files; without it, only patches are shown"
     )
-    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--records", type=place, help="folder of records of these slides")
     source.add_argument(

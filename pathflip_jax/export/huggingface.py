@@ -52,20 +52,23 @@ def export_huggingface(
     which: str | int = "best",
     scores: str | Path | None = None,
     encoder_licence: str | None = None,
+    about: str | Path | None = None,
     dtype: str = "float32",
 ) -> None:
     """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
-    baselines. `encoder_licence` is the licence of a patch encoder that is not in `ENCODER_LICENCES`, `dtype` that of
-    the weights. The folder is written atomically; FileExistsError for an existing folder that is not empty, ValueError
-    for the scores of another run and for weights out of the range of float16.
+    baselines. `encoder_licence` is the licence of a patch encoder that is not in `ENCODER_LICENCES`, `about` a file of
+    Markdown for the card about the training data, `dtype` the type of the weights. The folder is written atomically;
+    FileExistsError for an existing folder that is not empty, ValueError for the scores of another run and for weights
+    out of the range of float16.
     """
     found = None if scores is None else read_scores(scores, run)
+    described = None if about is None else read_about(about)
     with atomic_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
         write_huggingface(part, model, settings, tokenizer, dtype)
-        (part / "README.md").write_text(card(model.config, settings, found, encoder_licence), encoding="utf-8")
+        (part / "README.md").write_text(card(model.config, settings, found, encoder_licence, described), encoding="utf-8")
 
 
 def write_huggingface(part: Path, model, settings: dict, tokenizer, dtype: str = "float32") -> None:
@@ -118,6 +121,19 @@ def read_scores(folder: str | Path, run: str | Path) -> dict:
     return scores
 
 
+def read_about(path: str | Path) -> str:
+    """Text about the training data. Raises FileNotFoundError or ValueError for a file that holds none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; give a text file about the training data") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8; save it as one") from None
+    if not text:
+        raise ValueError(f"{path}: empty; describe the training data in it, or leave out --about")
+    return text
+
+
 def figures(scores: dict) -> Iterator[dict[str, Any]]:
     """Rows of the card: the metric, its value with interval, and the baseline that ignores the slide."""
 
@@ -143,10 +159,16 @@ def figures(scores: dict) -> Iterator[dict[str, Any]]:
         yield row("Grounding, ROC AUC of patches", entry, chance=entry.get("chance"), **{"mean colour": value})
 
 
-def card(config: ModelConfig, settings: dict, scores: dict | None, encoder_licence: str | None = None) -> str:
+def card(
+    config: ModelConfig,
+    settings: dict,
+    scores: dict | None,
+    encoder_licence: str | None = None,
+    about: str | None = None,
+) -> str:
     """Model card (README.md) of the folder: the model, its data and encoder, its scores, and loading instructions.
 
-    Files of the run are named without their folders.
+    Files of the run are named without their folders; `about` describes them.
     """
     data, train = settings.get("data", {}), settings.get("train", {})
     encoder = str(data.get("encoder") or "")
@@ -161,5 +183,5 @@ def card(config: ModelConfig, settings: dict, scores: dict | None, encoder_licen
         config=config, patchwise=family_of(config).patchwise, code=export_of(config).code, encoder=encoder,
         licence=licence, files=files, hashes=data.get("hashes") or {},
         data=data, train=train, loss=settings.get("loss", {}), origin=settings.get("converted_from"),
-        scores=scores, figures=list(figures(scores)) if scores else [],
+        scores=scores, about=about, figures=list(figures(scores)) if scores else [],
     )  # fmt: skip

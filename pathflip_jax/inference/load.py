@@ -7,6 +7,7 @@ from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.inference.predictor import Predictor
+from pathflip_jax.runs import bundled
 from pathflip_jax.runs.files import MODEL
 from pathflip_jax.runs.folder import load_run
 
@@ -18,12 +19,14 @@ SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif"
 def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
     """Load a run folder (trained here, or made by `pathflip convert`), local or on gs://, for inference.
 
+    The name of a run that comes with the package, such as "colon-biopsy", loads that one (`runs/bundled.py`).
     `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, load as the original
     run. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that it was
     trained with; `arguments` are those of the published run, where the file does not hold them; `weights` names one of
     several sets of weights in it. Settings that no file states are assumed to be the released code's defaults, and
     logged.
     """
+    name, path = str(path), bundled.find(path)
     if as_path(path).suffix in WEIGHTS or _is_export(path):
         from pathflip_jax.convert.released import load_released
 
@@ -35,7 +38,7 @@ def load(path, which: str | int = "best", *, bert=None, arguments=None, weights:
         model, config, tokenizer = load_run(path, which=which)
         if bert is not None or arguments or weights:
             raise ValueError(f"{path}: a run has its own tokenizer and settings; leave out bert, arguments and weights")
-    predictor = Predictor(model, config, tokenizer, name=str(path))
+    predictor = Predictor(model, config, tokenizer, name=name)
     if predictor.assumed:
         log.warning("%s: assumed, because no file states it: %s", path, "; ".join(predictor.assumed))
     return predictor

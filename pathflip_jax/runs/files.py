@@ -10,6 +10,7 @@ from pathflip_jax.data.storage.files import as_path, is_url, make_folder
 from pathflip_jax.data.storage.json_files import read_json, write_json
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.versions import UnknownSettings
+from pathflip_jax.runs import bundled
 
 log = logging.getLogger(__name__)
 CONFIG, MODEL, TOKENIZER, CHECKPOINTS, BEST = "config.json", "model.json", "tokenizer", "checkpoints", "best"
@@ -61,11 +62,12 @@ def read_run_config(workdir: Path) -> dict:
     Raises FileNotFoundError for a folder without a run, ValueError for one of a later version with settings of the data
     or the language stage that this version does not know.
     """
+    ours = "".join(f", or {name}, which comes with the package" for name in bundled.names())
     for name in (MODEL, CONFIG):
         if not (workdir / name).exists():
             raise FileNotFoundError(
-                f"{workdir}: no {name} in it, so it is not a run folder; give the --workdir of `pathflip train` or the "
-                "--out of `pathflip convert`"
+                f"{workdir}: no {name} in it, so it is not a run folder; give the --workdir of `pathflip train`, the "
+                f"--out of `pathflip convert`{ours}"
             )
     settings = read_json(workdir / CONFIG)
     if unknown := unknown_settings(settings, READ):

@@ -73,6 +73,17 @@ def test_mask_fills_small_holes_drops_specks_and_works_from_any_level(draw, writ
     assert not (~one & ndimage.binary_erosion(truth, iterations=12)).any()
 
 
+@pytest.mark.parametrize(("patch_size", "kept"), [(64, False), (128, False), (256, True)])
+def test_glass_within_tissue_counts_as_tissue_only_where_no_patch_fits(draw, write_tiff, tmp_path, patch_size, kept):
+    image = draw(1024, 1024, (0, 1024, 0, 1024))
+    image[384:512, 256:512] = GLASS  # 64 by 128 um, between two pieces
+    with open_slide(write_tiff(tmp_path / "s.tiff", image)) as slide:
+        coords = tile_slide(slide, patch_size=patch_size, min_tissue=0.7).coords.tolist()
+    glass = {(x, y) for x in range(256, 512, patch_size) for y in range(384, 512, patch_size)}
+    assert len(coords) == (1024 // patch_size) ** 2 - (0 if kept else len(glass))
+    assert kept or not glass & set(map(tuple, coords))
+
+
 def test_fluorescence_and_grey_pictures_say_what_they_are(draw, write_tiff, tmp_path):
     dark = np.random.default_rng(0).integers(0, 12, (512, 512, 3)).astype(np.uint8)
     dark[100:300, 100:300, 2] = 220  # DAPI, shown blue

@@ -207,6 +207,21 @@ def test_the_card_names_encoder_and_licence():
     assert "MIT" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None, "MIT")
 
 
+def test_the_card_tells_about_the_training_data_or_asks_for_it(run, tmp_path):
+    data = {"data": {"records": "records", "encoder": "uni"}}
+    asked = huggingface.card(PathFLIPConfig(), data, None)
+    told = huggingface.card(PathFLIPConfig(), data, None, about="Biopsies of 12 patients, CC BY 4.0.")
+    line = "describe it here before you share the model"
+    assert line in asked and line not in told and "Biopsies of 12 patients, CC BY 4.0." in told
+    about = tmp_path / "about.md"
+    for content, match in ((None, "no such file"), (b" \n", "empty; describe"), (b"\xff\xfe", "not a text file")):
+        if content is not None:
+            about.write_bytes(content)
+        with pytest.raises((FileNotFoundError, ValueError), match=rf"about\.md: {match}"):
+            huggingface.export_huggingface(run, tmp_path / "out", about=about)
+        assert not (tmp_path / "out").exists()
+
+
 def test_scores_of_another_run_are_refused(run, tmp_path):
     folder = scored(tmp_path / "other", tmp_path / "scores")
     with pytest.raises(ValueError, match=r"scores\.json: scores of other, not of released alone"):
