@@ -19,7 +19,7 @@ from pathflip_jax.data.texts.tables import read_rows
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 TEST_SHARE, VAL_SHARE = 0.22, 0.2  # of a class's cases, and of its remaining cases
 LEAST_CASES = {"train": 2, "val": 1, "test": 1}  # of each class
-MULTIPLE = 32  # a patch is a quarter of an image's edge, and outlines are drawn on a grid of 8 px
+MULTIPLE = 32  # a patch is half of an image's edge, and outlines are drawn on a grid of 8 px
 _CASE = re.compile(r"[A-Za-z]*(\d+)")
 
 

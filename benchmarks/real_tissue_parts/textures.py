@@ -35,7 +35,7 @@ from real_tissue_parts.mosaics import (
 )
 
 EDGE, MPP = 150, 0.495
-GRID = Grid(EDGE, EDGE, 0, 22, (40, 80), (15, 40))
+GRID = Grid(EDGE, EDGE, 0, 26, (15, 40), (10, 40))
 REGION_UM = 4 * EDGE * MPP
 ENCODER = "kather2016_textures"
 NEEDED = ("features", "label", "classes", "slide", "region", "test")

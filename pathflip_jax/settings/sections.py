@@ -93,8 +93,9 @@ class AlignmentDataSettings(DataSettings):
     )  # fmt: skip
     feature_noise: float = setting(
         0.0, Range(0, 10),
-        "standard deviation of normal noise added to patch features in a training step, relative to that of each "
-        "feature: augmentation for small cohorts", before=0.0,
+        "standard deviation of the normal noise that shifts the features of a slide in a training step, all patches "
+        "alike, as another stain or scanner would; relative to that of each feature: augmentation for small cohorts",
+        before=0.0,
     )  # fmt: skip
     caption_share: float = setting(
         1.0, share(most_itself=True, zero=False),

@@ -10,7 +10,10 @@ from pathflip_jax.model.parameters import Key
 
 
 class Augmentation(NamedTuple):
-    """Share of features that are dropped in all patches of a slide, and noise in standard deviations of a feature."""
+    """Share of features that are dropped in all patches of a slide, and the shift of all patches of a slide.
+
+    The shift, in standard deviations of a feature, is drawn per slide, as another stain or scanner would shift them.
+    """
 
     dropout: float = 0.0
     noise: float = 0.0
@@ -25,7 +28,7 @@ class Augmentation(NamedTuple):
         patches = patches.astype(jnp.float32)
         if self.noise:
             spread = jnp.std(patches, axis=(0, 1, 2), where=mask[..., None])
-            patches += self.noise * spread * jax.random.normal(noise_key, patches.shape)
+            patches += self.noise * spread * jax.random.normal(noise_key, (len(patches), 1, 1, patches.shape[-1]))
         if self.dropout:
             kept = jax.random.bernoulli(drop_key, 1 - self.dropout, (len(patches), 1, 1, patches.shape[-1]))
             patches = jnp.where(kept, patches / (1 - self.dropout), 0)

@@ -54,7 +54,7 @@ def test_a_cohort_is_planned_by_case(mosaics, collection):
             taken[tile.y : tile.y + 128, tile.x : tile.x + 128] += 1
         assert taken.max() == 1 and taken.sum() == 128**2 * len(plan.images)
         assert 2 <= len(plan.blobs) <= 4
-        assert len(next(iter(plan.blobs.values()))) == max(map(len, plan.blobs.values()))
+        assert len(next(iter(plan.blobs.values()))) > len(plan.images) / 2
         for name, tiles in plan.blobs.items():
             assert {collection.images[tile.number].label for tile in tiles} == {name}
             cases = {collection.images[tile.number].case for tile in tiles}
