@@ -8,7 +8,7 @@ that are told classes or outlines, and upper bounds, with intervals by the cases
 
     python benchmarks/real_tissue.py --data EBHI-SEG --out runs/real --seeds 0 1 2
     python benchmarks/real_tissue.py --data EBHI-SEG --out runs/real --name try --split val --without-gain \\
-        --seeds 0 --set data.regions=8 --set data.patch_slots=4
+        --seeds 0 --set data.regions=16 --set data.feature_dropout=0.2
     python benchmarks/real_tissue.py --textures FEATURES.npz --out runs/textures
 
 `--split val` scores validation cases, for choosing settings: test cases are scored once, at the end. Arguments after
@@ -154,7 +154,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=(steps.REGION, steps.NO_REGION),
         help="train only with the region loss, to try settings in half the time",
     )
-    parser.add_argument("--config", default="demo", help="config of the alignment (default demo)")
+    parser.add_argument("--config", default="small_cohort", help="config of the alignment (default small_cohort)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one of its settings")
     parser.add_argument("--language", action="store_true", help="train and score captions too")
     parser.add_argument("--language-config", default="lm_demo", help="config of the language stage (default lm_demo)")

@@ -68,7 +68,9 @@ def tissue_mask(
     mask = (saturation > _stain_threshold(saturation[apart])) & ~ink
     area = (downsample * slide.mpp) ** 2
     mask, _ = _split_by_size(mask, _SMALLEST_PIECE_UM2 / area)
-    _, small = _split_by_size(~(mask | ink), min(largest_hole, _LARGEST_HOLE_UM2) / area)  # a stroke over fat must not open fat cells
+    _, small = _split_by_size(
+        ~(mask | ink), min(largest_hole, _LARGEST_HOLE_UM2) / area
+    )  # a stroke over fat must not open fat cells
     return Tissue(mask | (_enclosed(small) & ~ink), downsample, pen, _doubt(picture))
 
 

@@ -12,7 +12,7 @@ from pathflip_jax.training.data import choose_groups
 from pathflip_jax.training.language import check_language_settings
 from pathflip_jax.training.settings import freeze, load_config
 
-NAMES = ["align_base", "align_large", "demo", "pathflip2"]
+NAMES = ["align_base", "align_large", "demo", "pathflip2", "small_cohort"]
 LANGUAGE = ["lm_demo", "lm_joint", "lm_stage1", "lm_stage2"]
 
 
@@ -75,6 +75,12 @@ def test_pathflip2_is_the_published_network():
     with pytest.raises(ValueError, match="mean_padded"):
         config = config.with_changes({"model.text_pooling": "mean_padded"})
         family_of(config).stage(config, model_config(config), None)
+
+
+def test_a_small_cohort_is_sampled_anew_at_every_step():
+    ours, demo = freeze(load_config("small_cohort")), freeze(load_config("demo"))
+    assert ours.data.patch_slots < demo.data.patch_slots and ours.data.caption_share < demo.data.caption_share
+    assert ours.data.standardise and ours.train.steps > demo.train.steps and ours.model == demo.model
 
 
 def test_align_large_loss_does_not_grow_with_the_batch():

@@ -3,7 +3,15 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import RUN_HELP, add_grounding_options, add_shared_options, command, local_path, number, place
+from pathflip_jax.commands.options import (
+    RUN_HELP,
+    add_grounding_options,
+    add_shared_options,
+    command,
+    local_path,
+    number,
+    place,
+)
 
 
 def add(commands) -> None:

@@ -2,7 +2,15 @@
 
 import argparse
 
-from pathflip_jax.commands.options import RUN_HELP, add_grounding_options, command, local_path, number, place, print_report
+from pathflip_jax.commands.options import (
+    RUN_HELP,
+    add_grounding_options,
+    command,
+    local_path,
+    number,
+    place,
+    print_report,
+)
 
 
 def add(commands) -> None:

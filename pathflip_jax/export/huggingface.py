@@ -68,7 +68,9 @@ def export_huggingface(
     with atomic_folder(out) as part:
         model, settings, tokenizer = load_run(run, which)
         write_huggingface(part, model, settings, tokenizer, dtype)
-        (part / "README.md").write_text(card(model.config, settings, found, encoder_licence, described), encoding="utf-8")
+        (part / "README.md").write_text(
+            card(model.config, settings, found, encoder_licence, described), encoding="utf-8"
+        )
 
 
 def write_huggingface(part: Path, model, settings: dict, tokenizer, dtype: str = "float32") -> None:

@@ -86,6 +86,11 @@ class AlignmentDataSettings(DataSettings):
     subcaption_length: int = setting(
         192, whole(3, 2**20), "maximum tokens of a subcaption, [CLS] and [SEP] included", at_most="model.max_positions"
     )
+    standardise: bool = setting(
+        False, FLAG,
+        "start with a patch projection that standardises features, to mean 0 and standard deviation 1 over a sample of "
+        "training slides: a small cohort learns faster if an encoder's features are not centred", before=False,
+    )  # fmt: skip
     feature_dropout: float = setting(
         0.0, share(),
         "fraction of the features that are set to 0 in a training step, the same ones in all patches of a slide: "

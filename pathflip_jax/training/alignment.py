@@ -6,7 +6,9 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from pathflip_jax.data.batches.checks import require_negatives
 from pathflip_jax.losses.pathflip import ShardMap, pair_bytes
@@ -51,11 +53,15 @@ def alignment_training(settings: AlignmentSettings, mesh: jax.sharding.Mesh, beg
     def build(learned: Params, frozen: Params) -> AlignmentModel:
         return unflatten(model, learned | frozen)
 
+    def initial(shardings: dict) -> Params:
+        params = initial_params(model, settings.model.bert, settings.train.seed, shardings)
+        return standardise(params, data.train.sample_features()) if settings.data.standardise else params
+
     return Training(
         stage=stage,
         shapes=abstract_params(model),
         build=build,
-        initial=lambda shardings: initial_params(model, settings.model.bert, settings.train.seed, shardings),
+        initial=initial,
         is_checkpointed=lambda name: True,
         batches=data.train,
         validate=make_validation(stage, build, data.validation, mesh) if data.validation else None,
@@ -153,6 +159,25 @@ def initial_params(model: ModelConfig, bert: str, seed: int, shardings: dict) ->
 
         params |= {name: jax.device_put(x, shardings[name]) for name, x in bert_parameters(bert, model).items()}
     return params
+
+
+def standardise(params: Params, features: Float[np.ndarray, "N F"]) -> Params:
+    """Parameters whose patch projection standardises features before it projects them.
+
+    The mean and standard deviation of each feature over `features` are absorbed by the first layer: the network stays
+    what it is. A constant feature is only centred.
+    """
+    kernel, bias = "patch_projection/linear/kernel", "patch_projection/linear/bias"
+    mean, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    spread[spread < 1e-6 * np.maximum(np.abs(mean), 1e-6)] = 1.0
+
+    def absorbed(weights: Array, offset: Array) -> tuple[Array, Array]:
+        scaled = weights / spread[:, None].astype(np.float32)
+        return scaled, offset - mean.astype(np.float32) @ scaled
+
+    places = params[kernel].sharding, params[bias].sharding
+    scaled, moved = jax.jit(absorbed, out_shardings=places)(params[kernel], params[bias])
+    return params | {kernel: scaled, bias: moved}
 
 
 def _check_memory(step, settings: AlignmentSettings, model: ModelConfig, shards: int) -> None:

@@ -217,6 +217,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(options, straight, tmp_pa
 def test_a_run_with_augmentation_and_an_average_of_weights_resumes_bit_for_bit(options, tmp_path, monkeypatch):
     """The checkpoint holds the average, which inference loads, and beside it the weights that training goes on from."""
     command = [*options, "--config.optim.weight_average=0.9", "--config.data.feature_dropout=0.2"]
+    command += ["--config.data.standardise=True"]
     command += [
         "--config.data.feature_noise=0.1",
         "--config.loss.soft_targets=0.2",

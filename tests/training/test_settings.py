@@ -34,7 +34,7 @@ def test_a_file_and_a_bundled_name_are_one_config(tmp_path):
          r"mean data\.records\?"),
         (["--config=demo", "--config.train.learning_rate=1", "--workdir=w"], r"did you mean optim\.learning_rate\?"),
         (["--config=align_bse", "--workdir=w"], r"bundled configs are align_base, align_large, demo, lm_demo, "
-             r"lm_joint, lm_stage1, lm_stage2, pathflip2; did you mean "
+             r"lm_joint, lm_stage1, lm_stage2, pathflip2, small_cohort; did you mean "
          r"align_base\?"),
         (["--config=demo:tiny", "--workdir=w"], "argument 'smoke' or none, not 'tiny'"),
         (["--config=demo", "--config.train.steps=many", "--workdir=w"], "train.steps=many: invalid literal"),

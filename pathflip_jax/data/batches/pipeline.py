@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import grain
 import jax
 import numpy as np
-from jaxtyping import Bool, Float16, Int32
+from jaxtyping import Bool, Float, Float16, Int32
 
 from pathflip_jax.data.batches.bags import Bag, TokenisedText, collect_bags, regions_of
 from pathflip_jax.data.batches.packing import (
@@ -189,6 +189,15 @@ class Batches:
     def load(self, on_device: bool = False) -> None:
         """Read the features of all bags into memory, after one row of zeros for padding."""
         self._patches.load((regions_of(self._records, bag.places) for bag in self.bags), on_device)
+
+    def sample_features(self, bags: int = 256, regions: int = 4) -> Float[np.ndarray, "N F"]:
+        """Patch features of some regions of some bags, both evenly spaced: the same in every process."""
+        chosen = self.bags[:: -(-len(self.bags) // bags)]
+        places = {place: self._records.slides[place].num_regions for bag in chosen for place in bag.places}
+        parts = [
+            self._records.read_regions(place, range(0, count, -(-count // regions))) for place, count in places.items()
+        ]
+        return np.concatenate([part for read in parts for part in read]).astype(np.float32)
 
     def resize(self, size: BatchSize) -> None:
         """Change the batch size for the same bags, for a size that depends on their number.
