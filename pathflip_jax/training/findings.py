@@ -13,10 +13,11 @@ AT_CHANCE = (
     "Check that each report belongs to its slide (pathflip doctor), then train longer or raise optim.learning_rate"
 )
 MEMORISING = (
-    f"the validation loss rose in {IN_A_ROW} validations in a row while the training loss fell: the model memorises "
-    "its training slides. Draw a smaller random part of each slide per step (lower data.regions and "
+    f"the validation loss rose in {IN_A_ROW} validations in a row while the training loss fell: the model learns its "
+    "training slides by heart. Draw a smaller random part of each slide per step (lower data.regions and "
     "data.patch_slots), raise optim.weight_decay, lower train.steps or add slides"
 )
+STILL_LEARNING = ". As long as {name} rises, it also learns what slides share: then keep the steps"
 BEST_IS_FIRST = (
     "the best checkpoint is that of the first validation: further training did not improve the score on the validation "
     "slides. Lower optim.learning_rate, or validate earlier (lower train.eval_every)"
@@ -46,17 +47,21 @@ class Findings:
         if name := self._at_chance():
             found.append(AT_CHANCE.format(name=name))
         if self._memorises():
-            found.append(MEMORISING)
+            found.append(MEMORISING + (STILL_LEARNING.format(name=self._ranks()) if self._ranks() in row else ""))
         new = [finding for finding in found if finding not in self.reported]
         self.reported += new
         return new
 
     def _at_chance(self) -> str:
-        last = self._validations[-IN_A_ROW:]
-        name = self.select if self.select + STDERR in last[-1] else VALIDATION + "mean_reciprocal_rank"
+        last, name = self._validations[-IN_A_ROW:], self._ranks()
         if len(last) < IN_A_ROW or not all({name, name + CHANCE, name + STDERR} <= row.keys() for row in last):
             return ""
         return name if all(abs(row[name] - row[name + CHANCE]) <= row[name + STDERR] for row in last) else ""
+
+    def _ranks(self) -> str:
+        """The score of ranks to look at: the one that selects, if it has a standard error."""
+        chosen = self.select + STDERR in self._validations[-1]
+        return self.select if chosen else VALIDATION + "mean_reciprocal_rank"
 
     def _memorises(self) -> bool:
         losses = [row[LOSS] for row in self._validations[-IN_A_ROW - 1 :]]
