@@ -3,6 +3,8 @@
 - Class probes: one logistic regression per class on the mean feature of a slide, told which training slides show the
   class. Its probabilities rank classes (zero-shot), patches (grounding) and sets of classes (retrieval).
 - Outline probes: the same on single patches, told the outlines of the training slides. Upper bound of grounding.
+- Linear model: mean features and counts of words, projected into a joint space with the slide loss (`linear.py`). It is
+  told what a run is told, and no more.
 - Exact class sets: slides and captions compared by the classes that they truly show. Upper bound of retrieval.
 - Mean colour: as `pathflip evaluate` has it.
 
@@ -15,8 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import special
 
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.storage.json_files import read_json
+from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.text import read_texts
 from pathflip_jax.evaluate import colour
 from pathflip_jax.evaluate.cohort import Cohort, read_cohort
@@ -26,13 +31,14 @@ from pathflip_jax.evaluate.tasks.truth import true_patches
 from pathflip_jax.grounding import maps
 from pathflip_jax.scores import retrieval, statistics
 from pathflip_jax.scores.statistics import Statistic
+from real_tissue_parts import linear
 from real_tissue_parts.mosaics import MASKS, OUTLINES
 
 PATCHES = 40  # of a slide, for outline probes
 ZERO_SHOT, RETRIEVAL = "zero_shot", "retrieval"
 GROUNDING = {"grounding": OUTLINES, "grounding_masks": MASKS}  # by the folder of true outlines
 CLASS_PROBES, OUTLINE_PROBES, EXACT_SETS = "class probes (told the classes)", "outline probes", "exact class sets"
-MEAN_COLOUR = "mean colour"
+MEAN_COLOUR, LINEAR = "mean colour", "linear model of words and mean features"
 K = 5
 
 
@@ -95,11 +101,13 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
         },
         EXACT_SETS: {RETRIEVAL: _retrieval(test, _signs(test.shows), _signs(test.shows), captions)},
     }
+    found[LINEAR], maps_of_words = _linear(slides, captions)
     found[OUTLINE_PROBES] = {}
     for task, folder in GROUNDING.items():
         if not (slides.folder / folder).is_dir():
             continue
         outlined = outline_probes(slides, folder)
+        found[LINEAR][task] = _grounding(slides, maps_of_words, folder)
         found[CLASS_PROBES][task] = _grounding(slides, patches, folder)
         found[OUTLINE_PROBES][task] = _grounding(slides, outlined, folder)
         if folder == OUTLINES:
@@ -110,6 +118,25 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
     if labelled is not None:
         found[MEAN_COLOUR] = {ZERO_SHOT: _zero_shot(slides, labelled)}
     return found
+
+
+def _linear(
+    slides: Slides, captions: Sequence[str]
+) -> tuple[dict[str, Statistic], dict[str, Float[np.ndarray, "C N"]]]:
+    """Zero-shot and retrieval statistics of the linear model, and its map of each class on the scored slides."""
+    train, test = slides.side("train"), slides.scored
+    reports = {text.slide_ids[0]: split_sentences(text.caption) for text in read_texts(slides.folder / "reports.jsonl")}
+    model = linear.fit([slides.features[slide].features for slide in train.ids], [reports[s] for s in train.ids])
+    prompts = read_json(slides.folder / "prompts.json")["classes"]
+    texts = read_json(slides.folder / "grounding.json")
+    means, words = model.embed_features(test.means), model.embed_texts(captions)
+    classes = np.stack([model.embed_texts(prompts[name]).mean(0) for name in slides.classes])
+    found = {
+        ZERO_SHOT: _zero_shot(slides, special.softmax(means @ classes.T, axis=1)),
+        RETRIEVAL: _retrieval(test, means, words, captions),
+    }
+    asked = np.stack([model.embed_texts(texts[name]).mean(0) for name in slides.classes])
+    return found, {slide: asked @ model.embed_features(slides.windows[slide]).T for slide in test.ids}
 
 
 def class_probes(slides: Slides) -> tuple[Float[np.ndarray, "n C"], dict[str, Float[np.ndarray, "C N"]]]:

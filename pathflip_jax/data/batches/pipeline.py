@@ -242,14 +242,21 @@ class Batches:
         options = []
         for text in bag.texts:
             shortest = min(text.pieces.shortest + 2, self._data.subcaption_length)
-            options.append([len(text.caption)] + [shortest] * self._data.subcaptions)
+            options.append([self._longest_caption(text)] + [shortest] * self._data.subcaptions)
         return max(options, key=sum)
+
+    def _longest_caption(self, text: TokenisedText) -> int:
+        """Length of the longest caption that can be drawn."""
+        if not self._draws_captions(text):
+            return len(text.caption)
+        longest = sorted(map(len, text.pieces), reverse=True)[: self._caption_sentences(text)]
+        return min(sum(longest) + 2, self._data.caption_length)
 
     def _simulated_lengths(self, size: int, rng: np.random.Generator) -> list[int]:
         lengths = []
         for i in rng.permutation(len(self.bags))[:size]:
             text = self.bags[i].texts[rng.integers(len(self.bags[i].texts))]
-            lengths.append(len(text.caption))
+            lengths.append(len(self._caption(text, rng)))
             lengths += [len(self._subcaption(text, merge)) for merge in self._merges(text, rng)]
         return lengths
 
@@ -288,10 +295,16 @@ class Batches:
 
     def _caption(self, text: TokenisedText, rng: np.random.Generator) -> np.ndarray:
         """Ids of the caption, or of a fraction of its sentences; captions with given subcaptions stay complete."""
-        if self._data.caption_share == 1 or text.given or not self._tokenizer.concatenates:
+        if not self._draws_captions(text):
             return text.caption
-        kept = rng.permutation(len(text.pieces))[: round(self._data.caption_share * len(text.pieces)) or 1]
+        kept = rng.permutation(len(text.pieces))[: self._caption_sentences(text)]
         return self._tokenizer.wrap(np.concatenate([text.pieces[i] for i in kept]), self._data.caption_length)
+
+    def _draws_captions(self, text: TokenisedText) -> bool:
+        return self._data.caption_share < 1 and not text.given and self._tokenizer.concatenates
+
+    def _caption_sentences(self, text: TokenisedText) -> int:
+        return round(self._data.caption_share * len(text.pieces)) or 1
 
     def _subcaption(self, text: TokenisedText, merge: tuple[int, ...], counts: Counter | None = None) -> np.ndarray:
         """Ids of a merge with [CLS] and [SEP], without its last sentences if it is too long."""
@@ -333,8 +346,18 @@ class Batches:
                     raise
                 counts["redrawn"] += 1
         self._count(counts)
+        if self._data.word_dropout:
+            each = len(found) // len(bags)
+            hidden = [self._hide_words(ids, rngs[i // each]) for i, ids in enumerate(found)]
+            packed = pack(hidden, self.row_lengths, self.text_rows)
         wording = np.array([zlib.crc32(ids.tobytes()) for ids in found], np.uint32).view(np.int32)
         return packed, wording.reshape(len(bags), -1)[:, 1:]
+
+    def _hide_words(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Ids of a text with a random part of its word pieces replaced by [UNK], [CLS] and [SEP] excepted."""
+        hidden = rng.random(len(ids)) < self._data.word_dropout
+        hidden[[0, -1]] = False
+        return np.where(hidden, self._tokenizer.unk_id, ids).astype(ids.dtype)
 
     def _shorten(self, found: list[np.ndarray], drawn: list) -> bool:
         """Replace the longest subcaption of a group by its shortest sentence, or that by the text's shortest one."""

@@ -35,11 +35,12 @@ def test_probes_find_classes_in_features_that_tell_them(score, benchmark_modules
     assert found[baselines.OUTLINE_PROBES]["zero_shot"] > 0.8
     assert found[baselines.EXACT_SETS]["retrieval"] > 0.9
     assert found[baselines.CLASS_PROBES]["retrieval"] > 5 / 14
+    assert found[baselines.LINEAR]["grounding"] > 0.7
 
 
 def test_probes_find_nothing_in_noise(score, benchmark_modules):
     baselines = benchmark_modules("real_tissue_parts.baselines")
     found = score(features=np.random.default_rng(1).normal(size=(1280, 9)).astype(np.float32))
-    for name in (baselines.CLASS_PROBES, baselines.OUTLINE_PROBES):
+    for name in (baselines.CLASS_PROBES, baselines.OUTLINE_PROBES, baselines.LINEAR):
         assert abs(found[name]["grounding"] - 0.5) < 0.08
     assert found[baselines.EXACT_SETS]["retrieval"] > 0.9
