@@ -107,11 +107,6 @@ class AlignmentDataSettings(DataSettings):
         "fraction of a report's sentences in a training caption, drawn anew for every batch; 1: the whole report",
         before=1.0,
     )  # fmt: skip
-    word_dropout: float = setting(
-        0.0, share(),
-        "fraction of the word pieces of training texts that are replaced by [UNK], drawn anew for every batch: no word "
-        "is indispensable then, and phrases of other words are understood better; for small cohorts", before=0.0,
-    )  # fmt: skip
     max_unknown_share: float = setting(
         0.2, share(most_itself=True),
         "maximum fraction of the word pieces of the texts that may be unknown to the vocabulary; more is an error",

@@ -62,7 +62,7 @@ def open_data(settings: AlignmentSettings, shards: Shards = ONE_PROCESS, begun_g
     validation = None
     if split.validation:
         held_out = cohort._replace(slide_ids=split.validation)
-        plain = replace(data, patch_slots=training.patch_slots, text_rows=(), caption_share=1.0, word_dropout=0.0)
+        plain = replace(data, patch_slots=training.patch_slots, text_rows=(), caption_share=1.0)
         validation = _validation_batches(held_out, plain, setup.batch_size, shards)
     facts = _facts(data, records, training.patch_slots) | {"text_groups": groups}
     means = {"texts": fingerprints.slide_texts(texts), "tokenizer": fingerprints.tokenizer(tokenizer.described)}

@@ -346,18 +346,8 @@ class Batches:
                     raise
                 counts["redrawn"] += 1
         self._count(counts)
-        if self._data.word_dropout:
-            each = len(found) // len(bags)
-            hidden = [self._hide_words(ids, rngs[i // each]) for i, ids in enumerate(found)]
-            packed = pack(hidden, self.row_lengths, self.text_rows)
         wording = np.array([zlib.crc32(ids.tobytes()) for ids in found], np.uint32).view(np.int32)
         return packed, wording.reshape(len(bags), -1)[:, 1:]
-
-    def _hide_words(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Ids of a text with a random part of its word pieces replaced by [UNK], [CLS] and [SEP] excepted."""
-        hidden = rng.random(len(ids)) < self._data.word_dropout
-        hidden[[0, -1]] = False
-        return np.where(hidden, self._tokenizer.unk_id, ids).astype(ids.dtype)
 
     def _shorten(self, found: list[np.ndarray], drawn: list) -> bool:
         """Replace the longest subcaption of a group by its shortest sentence, or that by the text's shortest one."""

@@ -516,21 +516,3 @@ def test_rows_are_measured_on_the_captions_that_are_drawn(cohort):
     assert room[1] < room[0]
     texts = sum(drawn.batch(step).text_index.size for step in range(20))
     assert drawn.counts["redrawn"] <= 0.01 * texts
-
-
-def test_hidden_words_are_a_share_of_the_pieces_and_their_subcaptions_stay_the_same_wording(cohort):
-    plain, hidden = batches(cohort), batches(cohort, word_dropout=0.3)
-    unknown, share = cohort.tokenizer.unk_id, []
-    for step in range(8):
-        one, other = plain.batch(step), hidden.batch(step)
-        assert np.array_equal(one.wording, other.wording)
-        for before, after in zip(texts_in(one), texts_in(other), strict=True):
-            for given, shown in zip(map(np.array, before), map(np.array, after), strict=True):
-                assert given.shape == shown.shape and (given[[0, -1]] == shown[[0, -1]]).all()
-                assert ((shown == given) | (shown == unknown)).all()
-                share += (shown != given)[1:-1].tolist()
-    assert np.mean(share) == pytest.approx(0.3, abs=0.05)
-    again = batches(cohort, word_dropout=0.3).batch(3)
-    assert all(
-        np.array_equal(*pair) for pair in zip(jax.tree.leaves(again), jax.tree.leaves(hidden.batch(3)), strict=True)
-    )
