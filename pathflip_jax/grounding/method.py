@@ -25,6 +25,7 @@ class Encoder(Protocol):
 
     patchwise: bool
     default_method: str
+    untrained_attention: str  # why the text-region attention is untrained; "" where it is trained
 
     def bag(self, slides) -> Any:
         """Features of the slide, and the patches in the slots of its regions."""
@@ -68,13 +69,14 @@ class Method(ABC):
     """Patch scoring method: preparation of a slide, and scoring of texts on it.
 
     `attention` requests the attention maps of the slide's encoding. `splits_regions`: the method is meaningful only
-    where the model attends to regions of several patches.
+    where the model attends to regions of several patches; `attends`: only where its text-region attention is trained.
     """
 
     name: ClassVar[str]
     description: ClassVar[str]
     attention: ClassVar[bool] = False
     splits_regions: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
 
     def prepare(self, encoder: Encoder, view: View) -> Float[np.ndarray, "N ..."] | None:
         """Text-independent state of a slide that the method precomputes, besides its regions."""

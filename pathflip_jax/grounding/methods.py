@@ -4,6 +4,8 @@ The model is trained to attend from a subcaption to regions (DESIGN section 3.6)
 methods differ in how they derive one from the other; `docs/grounding_methods.md` compares them.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import CONTEXT, WINDOW, Grounding, Prepared
 from pathflip_jax.grounding.method import Encoder, Method, View
+
+log = logging.getLogger(__name__)
 
 # In the order in which the help lists their methods.
 FILES = (
@@ -48,6 +52,8 @@ def prepare(
             f"method {name!r} refines region scores by attention to the patches of a region, but this model attends to "
             "patches already; use method 'region'"
         )
+    if found.attends and encoder.untrained_attention:
+        _warn_of_untrained(name, encoder.untrained_attention)
     if slide.coords is None:
         raise ValueError(
             f"slide {slide.slide_id}: its feature file contains no coordinates, so a text cannot be localized on it; "
@@ -67,6 +73,15 @@ def prepare(
         regions=encoding.regions[0, : len(bag.slots)],
         state=found.prepare(encoder, View(slide, bag.features, bag.slots, encoding, window, context)),
     )
+
+
+@functools.cache
+def _warn_of_untrained(method: str, reason: str) -> None:
+    """Log once per method and reason that its map means nothing."""
+    log.warning(
+        "method %r: its map is not meaningful, because the attention of texts to regions was not trained (%s); use the "
+        "method 'slide'", method, reason,
+    )  # fmt: skip
 
 
 def score(

@@ -11,6 +11,7 @@ class Region(Method):
 
     name = "region"
     description = "the attention of the text to a region, assigned to all of its patches"
+    attends = True
 
     def score(self, encoder, prepared, text, region_scores):
         """Region scores copied to their patches."""

@@ -13,6 +13,7 @@ class Patch(Method):
 
     name = "patch"
     description = "the attention of the text to windows: each patch with its window is a region"
+    attends = True
 
     def prepare(self, encoder, view):
         """Region embedding of each window [N, D]."""
@@ -31,6 +32,7 @@ class Cosine(Patch):
 
     name = "cosine"
     description = "the cosine similarity of the text and the region embedding of each window"
+    attends = False
 
     def score(self, encoder, prepared, text, region_scores):
         """Cosines with window region embeddings."""
@@ -44,6 +46,7 @@ class Similarity(Cosine):
     description = (
         "the cosine similarity of the text and the embedding, conditioned on it, of a slide of this window only"
     )
+    attends = True
 
     def prepare(self, encoder, view):
         """Text-conditioned embedding of each window alone [N, D]."""

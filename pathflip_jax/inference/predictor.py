@@ -20,6 +20,7 @@ from pathflip_jax.grounding import maps, methods
 from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.inference import large_slides
 from pathflip_jax.inference.families import SERVING
+from pathflip_jax.losses.pathflip import CosinePooling
 from pathflip_jax.model.families import family_of
 from pathflip_jax.model.pathflip import SlideEncoding
 from pathflip_jax.runtime import memory
@@ -59,8 +60,8 @@ def _encode_texts(model, rows, text_index):
 
 
 @jax.jit
-def _text_region_attention(model, texts, regions, mask):
-    return model.text_region(texts, regions, mask)
+def _attend(attention, texts, regions, mask):
+    return attention(texts, regions, mask)
 
 
 def region_slots(order: Int[np.ndarray, "N"], rows: Int[np.ndarray, "R+1"]) -> Int[np.ndarray, "R S"]:
@@ -101,6 +102,8 @@ class Predictor:
             self.caption_length = int(data.get("caption_length") or 384)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f'{name}: its config.json has no valid section "data" ({error}); restore a copy') from None
+        loss = config.get("loss")
+        self._read_loss(loss if isinstance(loss, dict) else {})
         #: Settings that the run does not state and that were assumed: older runs, and third-party weights.
         self.assumed = tuple(map(str, config.get("assumed") or ())) or self._assumed_settings(data)
         #: Whether patches take the role that regions have in other families.
@@ -108,6 +111,13 @@ class Predictor:
         self._serving = SERVING[model.config.family]
         self.default_method = self._serving.default_method
         self._encoders: dict[tuple, Callable] = {}  # by input size
+
+    def _read_loss(self, loss: dict) -> None:
+        """Set how texts pool regions: as in the loss that the run was trained with."""
+        #: Pooling of regions by a text, if it has no parameters of its own; None: the model's attention.
+        self._pooling = CosinePooling(loss["pooling_temperature"]) if loss.get("region_pooling") == "cosine" else None
+        untrained = loss.get("region_weight") == 0 and self._pooling is None
+        self.untrained_attention = f"{self.name}: loss.region_weight is 0" if untrained else ""
 
     def _assumed_settings(self, data: dict) -> tuple[str, ...]:
         """Settings that a run does not state, with the values assumed for them."""
@@ -293,7 +303,8 @@ class Predictor:
         keys[0, :count] = regions
         queries = np.zeros((1, rows, regions.shape[1]), np.float32)
         queries[0, : len(texts)] = texts
-        _, weights = _text_region_attention(self.model, queries, keys, np.arange(size)[None] < count)
+        attention = self._pooling or self.model.text_region
+        _, weights = _attend(attention, queries, keys, np.arange(size)[None] < count)
         return np.asarray(weights, np.float32)[0, : len(texts), :count]
 
     def attend_single_regions(self, regions: np.ndarray) -> np.ndarray:
@@ -304,7 +315,8 @@ class Predictor:
         size = bucket(len(regions))
         keys = np.zeros((size, 1, regions.shape[1]), np.float32)
         keys[: len(regions), 0] = regions
-        pooled, _ = _text_region_attention(self.model, np.zeros_like(keys), keys, np.ones((size, 1), bool))
+        attention = self._pooling or self.model.text_region
+        pooled, _ = _attend(attention, np.zeros_like(keys), keys, np.ones((size, 1), bool))
         return np.asarray(pooled, np.float32)[: len(regions), 0]
 
 

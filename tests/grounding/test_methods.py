@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "grounding_methods.md").read_text()
 class Encoder:
     """A model whose regions and slides are means of features, and whose attention is uniform."""
 
-    patchwise, default_method = False, "slide"
+    patchwise, default_method, untrained_attention = False, "slide", ""
 
     def bag(self, slide):
         return maps_bag(slide.features, np.array([[0, 1], [2, -1]]))
@@ -57,6 +57,17 @@ def make_slide(**changes):
     values = {"slide_id": "S", "case_id": "P", "coords": np.array([[0, 0], [256, 0], [512, 0]], np.int32)}
     values |= {"features": np.eye(3, dtype=np.float32), "patch_size": 256, "mpp": 0.5, "width": 768, "height": 256}
     return SlideFeatures(**values | {"encoder": ""} | changes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_warns_once_of_attention_that_was_not_trained(name, caplog):
+    encoder = Encoder()
+    encoder.untrained_attention = f"{name}: loss.region_weight is 0"
+    for _ in range(2):
+        methods.prepare(encoder, make_slide(), method=name)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == (name in ("region", "attention", "patch", "similarity"))
+    assert all("not trained" in line and "use the method 'slide'" in line for line in warned)
 
 
 def ground(name, texts=("gland",), **how):

@@ -98,9 +98,23 @@ def test_batches_come_back_in_order(predictor):
     together = list(predictor.encode_slides(iter(slides), batch_size=3))
     assert [e.slide_id for e in together] == ["S0", "S1", "S2", "S3"]
     for slide, embedding in zip(slides, together, strict=True):
-        attend_single_regions = predictor.encode_slide(slide)
-        assert embedding.slide == pytest.approx(attend_single_regions.slide, abs=1e-5)
-        assert embedding.regions == pytest.approx(attend_single_regions.regions, abs=1e-5)
+        alone = predictor.encode_slide(slide)
+        assert embedding.slide == pytest.approx(alone.slide, abs=1e-5)
+        assert embedding.regions == pytest.approx(alone.regions, abs=1e-5)
+
+
+def test_texts_attend_to_regions_as_in_the_loss_of_the_run(predictor):
+    loss = {"region_pooling": "cosine", "pooling_temperature": 0.2, "region_weight": 1.0}
+    pooled = Predictor(predictor.model, predictor.config | {"loss": loss}, Words())
+    regions, texts = predictor.encode_slide(make_slide()).regions, predictor.encode_texts(["gland", "fat"]).region
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (texts, regions)]
+    powers = np.exp(unit[0] @ unit[1].T / 0.2)
+    assert pooled.attend_regions(texts, regions) == pytest.approx(powers / powers.sum(1, keepdims=True), abs=1e-5)
+    assert pooled.attend_single_regions(regions) == pytest.approx(unit[1], abs=1e-5)
+    assert predictor.attend_regions(texts, regions) != pytest.approx(pooled.attend_regions(texts, regions), abs=1e-3)
+    assert not predictor.untrained_attention and not pooled.untrained_attention
+    without = Predictor(predictor.model, predictor.config | {"loss": {"region_weight": 0.0}}, Words(), name="runs/one")
+    assert without.untrained_attention == "runs/one: loss.region_weight is 0"
 
 
 def test_slides_of_a_case_are_one_bag(predictor):
