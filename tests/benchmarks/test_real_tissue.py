@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from pathflip_jax.cli import build_parser
+from pathflip_jax.inference.load import load
+from pathflip_jax.runs import bundled
 from pathflip_jax.training.settings import parse
 
 COLOURS = {"Normal": (200, 120, 180), "Polyp": (150, 90, 200), "Adenocarcinoma": (120, 40, 120)}
@@ -52,7 +54,8 @@ def _main(bench, monkeypatch, *arguments):
 def test_every_command_parses(bench, benchmark_modules, tmp_path):
     steps, mosaics = (benchmark_modules(f"real_tissue_parts.{name}") for name in ("steps", "mosaics"))
     options = bench.parse(
-        ["--data", "d", "--out", str(tmp_path), "--language", "--set", "train.steps=4", "--", "--window", "3"]
+        ["--data", "d", "--out", str(tmp_path), "--language", "--set", "train.steps=4", "--export", "colon"]
+        + ["--", "--window", "3"]
     )
     places = steps.Places(options.out, options.name, options.split)
     for folder in (mosaics.OUTLINES, mosaics.MASKS):
@@ -61,7 +64,7 @@ def test_every_command_parses(bench, benchmark_modules, tmp_path):
     plan += [*steps.vocabulary_steps(places, True), *steps.train_steps(places, 0, options)]
     scored = steps.evaluate_steps(places, 0, options)
     assert [step.with_previous for step in scored] == [False, True, False, True]
-    for step in [*plan, *scored]:
+    for step in [*plan, *scored, *steps.export_steps(places, 0, options)]:
         assert step.command[0] == "pathflip"
         if step.command[1] == "train":
             parse(step.command[2:])
@@ -79,12 +82,16 @@ def test_every_command_parses(bench, benchmark_modules, tmp_path):
 def test_faulty_input_ends_with_a_message(bench, monkeypatch, capsys, tmp_path):
     assert _main(bench, monkeypatch, "--data", tmp_path / "none", "--out", tmp_path / "out") == 2
     assert "none: no such folder; give the folder of EBHI-Seg" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        _main(bench, monkeypatch, "--textures", tmp_path / "none", "--out", tmp_path / "out", "--export", "colon")
+    assert "leave it out with --textures" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_small_run_is_complete_and_resumes(bench, monkeypatch, images, tmp_path, capfd):
     settings = [word for setting in SMALL.split() for word in ("--set", setting)]
     arguments = ["--data", images, "--out", tmp_path / "out", "--slides", 12, 6, 6, "--seeds", 0, "--workers", 1]
+    arguments += ["--export", "colon"]
     assert _main(bench, monkeypatch, *arguments, *settings) == 0
     table = (tmp_path / "out" / "runs" / "test.md").read_text()
     assert "| with region loss |" in table and "| exact class sets |" in table
@@ -94,6 +101,10 @@ def test_a_small_run_is_complete_and_resumes(bench, monkeypatch, images, tmp_pat
         "grounding", "grounding_masks", "zero_shot", "retrieval", "few_shot",
     }  # fmt: skip
     assert len(list(Path(tmp_path / "out" / "runs").glob("*/median_*.png"))) >= 2
+    card = (tmp_path / "out" / "runs" / "colon" / "README.md").read_text()
+    assert "EBHI-Seg" in card and "Retrieval" in card and str(tmp_path) not in card
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path / "out" / "runs")
+    assert load("colon").encode_text("a polyp").shape == (1, 64)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("scores.json")}
     capfd.readouterr()
     assert _main(bench, monkeypatch, *arguments, *settings) == 0
