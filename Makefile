@@ -58,7 +58,7 @@ demo: setup
 SEEDS ?= 0 1 2
 real: setup
 	@test -n "$(DATA)" || { echo "Pass the folder of EBHI-Seg: make real DATA=EBHI-SEG (docs/real_tissue.md)"; exit 1; }
-	$(BIN)/python benchmarks/real_tissue.py --data "$(DATA)" --out real --config small_cohort --seeds $(SEEDS) \
+	$(BIN)/python benchmarks/real_tissue.py --data "$(DATA)" --out real --seeds $(SEEDS) \
 		--language --export colon-biopsy
 
 test: setup-test

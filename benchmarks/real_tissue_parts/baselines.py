@@ -92,7 +92,8 @@ def read_slides(folder: Path, records: Path, classes: Sequence[str], split: str,
 def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
     """Name -> task -> statistic over the scored slides in the table's order."""
     test = slides.scored
-    captions = _captions(slides)
+    reports = {text.slide_ids[0]: text.caption for text in read_texts(slides.folder / "reports.jsonl")}
+    captions = [reports[slide] for slide in test.ids]
     means, patches = class_probes(slides)
     found = {
         CLASS_PROBES: {
@@ -101,7 +102,7 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
         },
         EXACT_SETS: {RETRIEVAL: _retrieval(test, _signs(test.shows), _signs(test.shows), captions)},
     }
-    found[LINEAR], maps_of_words = _linear(slides, captions)
+    found[LINEAR], maps_of_words = _linear(slides, reports)
     found[OUTLINE_PROBES] = {}
     for task, folder in GROUNDING.items():
         if not (slides.folder / folder).is_dir():
@@ -121,12 +122,13 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
 
 
 def _linear(
-    slides: Slides, captions: Sequence[str]
+    slides: Slides, reports: Mapping[str, str]
 ) -> tuple[dict[str, Statistic], dict[str, Float[np.ndarray, "C N"]]]:
     """Zero-shot and retrieval statistics of the linear model, and its map of each class on the scored slides."""
     train, test = slides.side("train"), slides.scored
-    reports = {text.slide_ids[0]: split_sentences(text.caption) for text in read_texts(slides.folder / "reports.jsonl")}
-    model = linear.fit([slides.features[slide].features for slide in train.ids], [reports[s] for s in train.ids])
+    sentences = [split_sentences(reports[slide]) for slide in train.ids]
+    model = linear.fit([slides.features[slide].features for slide in train.ids], sentences)
+    captions = [reports[slide] for slide in test.ids]
     prompts = read_json(slides.folder / "prompts.json")["classes"]
     texts = read_json(slides.folder / "grounding.json")
     means, words = model.embed_features(test.means), model.embed_texts(captions)
@@ -208,11 +210,6 @@ def _grounding(slides: Slides, found: Mapping[str, Float[np.ndarray, "C N"]], fo
 def _zero_shot(slides: Slides, probabilities: Float[np.ndarray, "n C"]) -> Statistic:
     labels = np.array([slides.classes.index(label) for label in slides.cohort.labels])
     return statistics.classification(labels, probabilities.argmax(1), probabilities)["balanced_accuracy"]
-
-
-def _captions(slides: Slides) -> list[str]:
-    caption_of = {text.slide_ids[0]: text.caption for text in read_texts(slides.folder / "reports.jsonl")}
-    return [caption_of[slide] for slide in slides.cohort.slide_ids]
 
 
 def _retrieval(test: Side, images: np.ndarray, texts: np.ndarray, captions: Sequence[str]) -> Statistic:

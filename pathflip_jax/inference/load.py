@@ -19,7 +19,7 @@ SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif"
 def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
     """Load a run folder (trained here, or made by `pathflip convert`), local or on gs://, for inference.
 
-    The name of a run that comes with the package, such as "colon-biopsy", loads that one (`runs/bundled.py`).
+    The name of a run that comes with the package loads that one (`runs/bundled.py`).
     `which` is "best" (by validation), "latest" or a step. The folder of an export, or its weights, load as the original
     run. Any other file is a checkpoint of the released PyTorch model, and `bert` the folder of the BERT that it was
     trained with; `arguments` are those of the published run, where the file does not hold them; `weights` names one of

@@ -114,10 +114,22 @@ class Predictor:
 
     def _read_loss(self, loss: dict) -> None:
         """Set how texts pool regions: as in the loss that the run was trained with."""
-        #: Pooling of regions by a text, if it has no parameters of its own; None: the model's attention.
-        self._pooling = CosinePooling(loss["pooling_temperature"]) if loss.get("region_pooling") == "cosine" else None
+        self._pooling = None  # of regions by a text without parameters of its own; None: the model's attention
+        if loss.get("region_pooling") == "cosine":
+            try:
+                self._pooling = CosinePooling(float(loss["pooling_temperature"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f'{self.name}: its config.json has no valid "pooling_temperature" in its section "loss" '
+                    f"({error!r}); restore a copy"
+                ) from None
         untrained = loss.get("region_weight") == 0 and self._pooling is None
         self.untrained_attention = f"{self.name}: loss.region_weight is 0" if untrained else ""
+
+    @property
+    def _attention(self):
+        """Pooling of regions by a text, as trained."""
+        return self._pooling or self.model.text_region
 
     def _assumed_settings(self, data: dict) -> tuple[str, ...]:
         """Settings that a run does not state, with the values assumed for them."""
@@ -303,8 +315,7 @@ class Predictor:
         keys[0, :count] = regions
         queries = np.zeros((1, rows, regions.shape[1]), np.float32)
         queries[0, : len(texts)] = texts
-        attention = self._pooling or self.model.text_region
-        _, weights = _attend(attention, queries, keys, np.arange(size)[None] < count)
+        _, weights = _attend(self._attention, queries, keys, np.arange(size)[None] < count)
         return np.asarray(weights, np.float32)[0, : len(texts), :count]
 
     def attend_single_regions(self, regions: np.ndarray) -> np.ndarray:
@@ -315,8 +326,7 @@ class Predictor:
         size = bucket(len(regions))
         keys = np.zeros((size, 1, regions.shape[1]), np.float32)
         keys[: len(regions), 0] = regions
-        attention = self._pooling or self.model.text_region
-        pooled, _ = _attend(attention, np.zeros_like(keys), keys, np.ones((size, 1), bool))
+        pooled, _ = _attend(self._attention, np.zeros_like(keys), keys, np.ones((size, 1), bool))
         return np.asarray(pooled, np.float32)[: len(regions), 0]
 
 

@@ -62,9 +62,9 @@ def read_run_config(workdir: Path) -> dict:
     Raises FileNotFoundError for a folder without a run, ValueError for one of a later version with settings of the data
     or the language stage that this version does not know.
     """
-    ours = "".join(f", or {name}, which comes with the package" for name in bundled.names())
     for name in (MODEL, CONFIG):
         if not (workdir / name).exists():
+            ours = "".join(f", or {run}, which comes with the package" for run in bundled.names())
             raise FileNotFoundError(
                 f"{workdir}: no {name} in it, so it is not a run folder; give the --workdir of `pathflip train`, the "
                 f"--out of `pathflip convert`{ours}"

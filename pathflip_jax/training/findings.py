@@ -17,7 +17,7 @@ MEMORISING = (
     "training slides by heart. Draw a smaller random part of each slide per step (lower data.regions and "
     "data.patch_slots), raise optim.weight_decay, lower train.steps or add slides"
 )
-STILL_LEARNING = ". As long as {name} rises, it also learns what slides share: then keep the steps"
+STILL_LEARNING = ". As long as {name} rises, it also learns what slides have in common; do not lower train.steps then"
 BEST_IS_FIRST = (
     "the best checkpoint is that of the first validation: further training did not improve the score on the validation "
     "slides. Lower optim.learning_rate, or validate earlier (lower train.eval_every)"
@@ -47,7 +47,8 @@ class Findings:
         if name := self._at_chance():
             found.append(AT_CHANCE.format(name=name))
         if self._memorises():
-            found.append(MEMORISING + (STILL_LEARNING.format(name=self._ranks()) if self._ranks() in row else ""))
+            ranks = self._ranks()
+            found.append(MEMORISING + (STILL_LEARNING.format(name=ranks) if ranks in row else ""))
         new = [finding for finding in found if finding not in self.reported]
         self.reported += new
         return new

@@ -113,6 +113,9 @@ def test_texts_attend_to_regions_as_in_the_loss_of_the_run(predictor):
     assert pooled.attend_single_regions(regions) == pytest.approx(unit[1], abs=1e-5)
     assert predictor.attend_regions(texts, regions) != pytest.approx(pooled.attend_regions(texts, regions), abs=1e-3)
     assert not predictor.untrained_attention and not pooled.untrained_attention
+    for broken in ({}, {"pooling_temperature": "warm"}):
+        with pytest.raises(ValueError, match='runs/one: .* no valid "pooling_temperature"'):
+            Predictor(None, {"loss": {"region_pooling": "cosine"} | broken}, None, "runs/one")
     without = Predictor(predictor.model, predictor.config | {"loss": {"region_weight": 0.0}}, Words(), name="runs/one")
     assert without.untrained_attention == "runs/one: loss.region_weight is 0"
 

@@ -39,7 +39,7 @@ def test_a_step_that_does_not_fit_names_settings_that_do(tiny_cohort, tmp_path, 
     options = ["--config", "demo:smoke", *tiny_cohort.settings(), "--workdir", str(tmp_path / "run")]
     options += ["--config.train.steps=1", "--config.model.hidden=8", "--config.model.intermediate=16"]
     options += ["--config.model.layers=1", "--config.data.val_split=none"]
-    options += ["--config.data.caption_share=1.0"]  # texts enough that they, which are divided, need most of the memory
+    options += ["--config.data.caption_share=1.0"]  # whole texts, which are divided: most of the memory
     needs = []
     planned = memory.needed_bytes
     monkeypatch.setattr(memory, "needed_bytes", lambda compiled: needs.append(planned(compiled)) or needs[-1])
