@@ -30,12 +30,13 @@ from pathflip_jax.evaluate.tasks.grounding import slide_means
 from pathflip_jax.evaluate.tasks.truth import true_patches
 from pathflip_jax.grounding import maps
 from pathflip_jax.scores import retrieval, statistics
+from pathflip_jax.scores.retrieval import normalise
 from pathflip_jax.scores.statistics import Statistic
 from real_tissue_parts import linear
 from real_tissue_parts.mosaics import MASKS, OUTLINES
 
 PATCHES = 40  # of a slide, for outline probes
-ZERO_SHOT, RETRIEVAL = "zero_shot", "retrieval"
+ZERO_SHOT, ZERO_SHOT_WINDOWS, RETRIEVAL = "zero_shot", "zero_shot_windows", "retrieval"
 GROUNDING = {"grounding": OUTLINES, "grounding_masks": MASKS}  # by the folder of true outlines
 CLASS_PROBES, OUTLINE_PROBES, EXACT_SETS = "class probes (told the classes)", "outline probes", "exact class sets"
 MEAN_COLOUR, LINEAR = "mean colour", "linear model of words and mean features"
@@ -98,6 +99,7 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
     found = {
         CLASS_PROBES: {
             ZERO_SHOT: _zero_shot(slides, means),
+            ZERO_SHOT_WINDOWS: _by_windows(slides, patches),
             RETRIEVAL: _retrieval(test, _log_odds(means), _signs(test.shows), captions),
         },
         EXACT_SETS: {RETRIEVAL: _retrieval(test, _signs(test.shows), _signs(test.shows), captions)},
@@ -112,8 +114,7 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
         found[CLASS_PROBES][task] = _grounding(slides, patches, folder)
         found[OUTLINE_PROBES][task] = _grounding(slides, outlined, folder)
         if folder == OUTLINES:
-            whole = np.stack([outlined[slide].mean(1) for slide in test.ids])
-            found[OUTLINE_PROBES][ZERO_SHOT] = _zero_shot(slides, whole)
+            found[OUTLINE_PROBES][ZERO_SHOT_WINDOWS] = _by_windows(slides, outlined)
     files = colour.slide_files(slides.folder)
     labelled = zero_shot.colour_probabilities(slides.cohort, slides.classes, files) if files else None
     if labelled is not None:
@@ -133,12 +134,15 @@ def _linear(
     texts = read_json(slides.folder / "grounding.json")
     means, words = model.embed_features(test.means), model.embed_texts(captions)
     classes = np.stack([model.embed_texts(prompts[name]).mean(0) for name in slides.classes])
+    windows = {slide: model.embed_features(slides.windows[slide]) for slide in test.ids}
+    shares = {slide: zero_shot.class_probabilities(rows, normalise(classes)).T for slide, rows in windows.items()}
     found = {
         ZERO_SHOT: _zero_shot(slides, special.softmax(means @ classes.T, axis=1)),
+        ZERO_SHOT_WINDOWS: _by_windows(slides, shares),
         RETRIEVAL: _retrieval(test, means, words, captions),
     }
     asked = np.stack([model.embed_texts(texts[name]).mean(0) for name in slides.classes])
-    return found, {slide: asked @ model.embed_features(slides.windows[slide]).T for slide in test.ids}
+    return found, {slide: asked @ rows.T for slide, rows in windows.items()}
 
 
 def class_probes(slides: Slides) -> tuple[Float[np.ndarray, "n C"], dict[str, Float[np.ndarray, "C N"]]]:
@@ -210,6 +214,11 @@ def _grounding(slides: Slides, found: Mapping[str, Float[np.ndarray, "C N"]], fo
 def _zero_shot(slides: Slides, probabilities: Float[np.ndarray, "n C"]) -> Statistic:
     labels = np.array([slides.classes.index(label) for label in slides.cohort.labels])
     return statistics.classification(labels, probabilities.argmax(1), probabilities)["balanced_accuracy"]
+
+
+def _by_windows(slides: Slides, probabilities: Mapping[str, Float[np.ndarray, "C N"]]) -> Statistic:
+    """Zero-shot classification by the mean of a slide's patches, as of a run by windows."""
+    return _zero_shot(slides, np.stack([probabilities[slide].mean(1) for slide in slides.cohort.slide_ids]))
 
 
 def _retrieval(test: Side, images: np.ndarray, texts: np.ndarray, captions: Sequence[str]) -> Statistic:

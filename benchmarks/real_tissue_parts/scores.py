@@ -8,7 +8,8 @@ import numpy as np
 
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.evaluate.prompt_files import read_prompts
-from pathflip_jax.evaluate.tasks import few_shot, grounding, retrieval, zero_shot
+from pathflip_jax.evaluate.task import Task
+from pathflip_jax.evaluate.tasks import few_shot, grounding, retrieval, zero_shot, zero_shot_windows
 from pathflip_jax.evaluate.units import Evaluation, Units, classified_units, group_rows
 from pathflip_jax.scores import concepts, statistics
 from pathflip_jax.scores.statistics import Statistic
@@ -21,6 +22,7 @@ COLUMNS = {
     "grounding": "grounding AUC",
     "grounding_masks": "grounding AUC, masks",
     "zero_shot": "zero-shot balanced accuracy",
+    "zero_shot_windows": "by windows",
     "retrieval": "R@5",
     "few_shot": "linear probe balanced accuracy",
     "concepts": "captions' concept F1",
@@ -45,11 +47,10 @@ def read_evaluation(folder: Path, slide_ids: Sequence[str]) -> dict[str, Statist
     """The statistic of each column that an evaluation scored, over the slides in order."""
     evaluation = Evaluation(folder, read_json(folder / "scores.json"))
     found = evaluation.scores
-    (labels,) = zero_shot.TASK.paired(evaluation).values()
     directions = [_ordered(units(), slide_ids) for units in retrieval.TASK.paired(evaluation).values()]
     statistic = {
         "grounding": read_grounding(folder, slide_ids),
-        "zero_shot": _ordered(labels(), slide_ids).metrics["balanced_accuracy"][0],
+        **{task.key: _classified(task, evaluation, slide_ids) for task in (zero_shot.TASK, zero_shot_windows.TASK)},
         "retrieval": statistics.mean_over_runs([units.metrics["R@5"][0] for units in directions]),
         "few_shot": _probe(evaluation, few_shot.LINEAR, slide_ids),
     }
@@ -114,9 +115,16 @@ def read_chance(folder: Path) -> dict[str, float]:
         "grounding": 0.5,
         "grounding_masks": 0.5,
         "zero_shot": 1 / classes,
+        "zero_shot_windows": 1 / classes,
         "retrieval": float(np.mean(both)),
         "few_shot": 1 / classes,
     }
+
+
+def _classified(task: Task, evaluation: Evaluation, slide_ids: Sequence[str]) -> Statistic:
+    """The balanced accuracy of a zero-shot classification."""
+    (units,) = task.paired(evaluation).values()
+    return _ordered(units(), slide_ids).metrics["balanced_accuracy"][0]
 
 
 def _probe(evaluation: Evaluation, probe: str, slide_ids: Sequence[str]) -> Statistic:

@@ -135,7 +135,7 @@ def _evaluate(places: Places, seed: int, kind: str, outlines: str, options: argp
     if outlines != OUTLINES:  # all but grounding is the same
         return command
     command += ["--texts", f"{slides}/reports.jsonl", "--prompts", f"{slides}/prompts.json"]
-    command += ["--few-shot", "all", "--draws", "1"]
+    command += ["--zero-shot-windows", "--few-shot", "all", "--draws", "1"]
     if options.language and kind == REGION:
         command += ["--language", str(places.run(seed, LANGUAGE)), "--concepts", f"{slides}/concepts.json"]
         command += ["--max-tokens", "192", "--repetition-penalty", "1.3"]

@@ -85,6 +85,10 @@ class EvaluationSpec:
         "JSON",
         group=CLASSES,
     )
+    zero_shot_windows: bool = _option(
+        False, FLAG, "also classify slides by area: the mean over patches of the class probabilities of their windows "
+        "(--window)", group=CLASSES,
+    )  # fmt: skip
     few_shot: Sequence[str | int] | None = _option(
         None, TEXT, "probes on K training slides per class, or all (default 1 4 16)", "K", many="*", group=CLASSES
     )

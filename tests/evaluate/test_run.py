@@ -383,3 +383,35 @@ def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch,
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate("run", out=tmp_path / "out", **(setting.inputs | change))
     assert not (tmp_path / "out").exists()
+
+
+def test_slides_are_classified_by_the_mean_of_their_windows(setting, runs, tmp_path):
+    """The probabilities are the means of those that each patch has as a slide of its own."""
+    inputs = {key: setting.inputs[key] for key in ("records", "slides", "prompts")}
+    found = evaluate(runs[0], zero_shot_windows=True, out=tmp_path / "one", **inputs)
+    with open(tmp_path / "one" / "predictions_windows.csv") as file:
+        row = next(csv.DictReader(file))
+    predictor, records = load(runs[0]), Records(setting.cohort.records)
+    slide = records.read(records.position(row["slide_id"]))
+    alone = np.arange(len(slide.coords))[:, None, None]
+    patches = np.concatenate([predictor.encode_slots([slide.features], [patch]).slide for patch in alone])
+    texts = np.stack([
+        np.mean([text / np.linalg.norm(text) for text in predictor.encode_text(listed)], axis=0)
+        for listed in PROMPTS["classes"].values()
+    ])  # fmt: skip
+    cosines = patches @ texts.T / np.linalg.norm(patches, axis=1)[:, None] / np.linalg.norm(texts, axis=1)
+    shares = np.exp(cosines / 0.1) / np.exp(cosines / 0.1).sum(1, keepdims=True)
+    assert [float(row[f"p_{name}"]) for name in PROMPTS["classes"]] == pytest.approx(shares.mean(0), abs=1e-5)
+    assert found["zero_shot_windows"]["window"] == 1
+    assert found["zero_shot_windows"]["classes"] == found["zero_shot"]["classes"]
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "Zero-shot classification by windows: pattern" in page and "window of 1 × 1 patches" in page
+    wide = evaluate(runs[0], zero_shot_windows=True, window=3, out=tmp_path / "wide", **inputs)
+    assert wide["zero_shot"]["metrics"] == found["zero_shot"]["metrics"]
+    assert wide["zero_shot_windows"]["metrics"] != found["zero_shot_windows"]["metrics"]
+
+
+def test_classification_by_windows_needs_prompts(setting, runs, tmp_path):
+    inputs = {key: setting.inputs[key] for key in ("records", "slides", "texts")}
+    with pytest.raises(ValueError, match="by windows needs the texts of each class"):
+        evaluate(runs[0], zero_shot_windows=True, out=tmp_path, **inputs)

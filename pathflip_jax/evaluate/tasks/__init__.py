@@ -8,6 +8,7 @@ FILES = (
     "retrieval",
     "regions",
     "zero_shot",
+    "zero_shot_windows",
     "grounding",
     "few_shot",
     "language",

@@ -4,6 +4,7 @@ The normalised embeddings of a class's texts are averaged (a prompt ensemble), w
 wording. No labels are used, not even to choose a threshold.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,22 @@ from pathflip_jax.evaluate import colour, figures
 from pathflip_jax.evaluate.cohort import Cohort, name_labels
 from pathflip_jax.evaluate.embeddings import slide_embeddings
 from pathflip_jax.evaluate.prompt_files import Prompts, find_prompts, read_prompts
-from pathflip_jax.evaluate.task import LoadedRun, Part, Predictions, Setting, Task, baseline_values, make_headline
+from pathflip_jax.evaluate.task import (
+    Headline,
+    LoadedRun,
+    Part,
+    Predictions,
+    Setting,
+    Task,
+    baseline_values,
+    make_headline,
+)
 from pathflip_jax.evaluate.units import Evaluation, classified_columns, classified_units
 from pathflip_jax.scores import statistics
 from pathflip_jax.scores.retrieval import normalise
 
 KEY = "zero_shot"
+CONFUSION, PREDICTIONS = "confusion", "predictions"  # names of the figure and of the table
 TEMPERATURE = 0.1  # of the slide loss (DESIGN section 4): turns cosines into probabilities
 
 
@@ -67,7 +78,8 @@ def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
     return np.array([classes.index(label) for label in cohort.labels])
 
 
-def _read(setting: Setting) -> Classes:
+def read_classes(setting: Setting) -> Classes:
+    """The prompts and labels of an evaluation; raises ValueError for labels without prompts and slides without labels."""
     given = setting.spec.prompts
     prompts = read_prompts(find_prompts(given))
     if not setting.protocol.ensemble:
@@ -82,10 +94,15 @@ def _predict(setting: Setting, classes: Classes, run: LoadedRun) -> Float[np.nda
 
 
 def _score(setting: Setting, classes: Classes, predictions: Predictions) -> Part:
+    return score_part(setting, classes, predictions, CONFUSION, PREDICTIONS)
+
+
+def score_part(setting: Setting, classes: Classes, predictions: Predictions, confusion: str, table: str) -> Part:
+    """The results of a classification, with the names of its figure and table."""
     return Part(
         score_classes(setting, classes, predictions),
-        {"confusion": figures.confusion(classes.labels, predictions.ours[0].argmax(1), classes.names)},
-        {"predictions": prediction_rows(predictions.runs, predictions.ours, classes)},
+        {confusion: figures.confusion(classes.labels, predictions.ours[0].argmax(1), classes.names)},
+        {table: prediction_rows(predictions.runs, predictions.ours, classes)},
     )
 
 
@@ -157,10 +174,11 @@ def prediction_rows(names, found: list[Float[np.ndarray, "n C"]], classes: Class
     return rows
 
 
-def _headlines(found: dict):
-    task, entry = found[KEY], found[KEY]["metrics"]["balanced_accuracy"]
+def make_headlines(task: dict, title: str) -> Iterator[Headline]:
+    """The headline of a classification: balanced accuracy beside the majority class and mean colour."""
+    entry = task["metrics"]["balanced_accuracy"]
     others = baseline_values(entry, {"majority": "majority class", "mean_colour": "mean colour"})
-    yield make_headline(f"Zero-shot, {len(task['classes'])} classes: balanced accuracy", entry, others)
+    yield make_headline(f"{title}, {len(task['classes'])} classes: balanced accuracy", entry, others)
 
 
 def _published(found: dict):
@@ -168,7 +186,7 @@ def _published(found: dict):
 
 
 def _paired(evaluation: Evaluation) -> dict:
-    return {(KEY, evaluation.scores[KEY]["task"]): lambda: classified_units(evaluation, "predictions", {})}
+    return {(KEY, evaluation.scores[KEY]["task"]): lambda: classified_units(evaluation, PREDICTIONS, {})}
 
 
 TASK = Task(
@@ -176,11 +194,11 @@ TASK = Task(
     title="zero-shot",
     needs="prompts (zero-shot)",
     wanted=lambda spec: spec.prompts is not None,
-    read=_read,
+    read=read_classes,
     embed=lambda setting, classes: setting.cohort.slide_ids,
     predict=_predict,
     score=_score,
-    headlines=_headlines,
+    headlines=lambda found: make_headlines(found[KEY], "Zero-shot"),
     section=Path(__file__).with_name("zero_shot.html"),
     prominence=1,
     published=_published,

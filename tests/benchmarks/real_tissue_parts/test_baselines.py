@@ -32,7 +32,7 @@ def test_probes_find_classes_in_features_that_tell_them(score, benchmark_modules
     found = score()
     assert found[baselines.OUTLINE_PROBES]["grounding"] > 0.95
     assert found[baselines.CLASS_PROBES]["grounding"] > 0.8
-    assert found[baselines.OUTLINE_PROBES]["zero_shot"] > 0.8
+    assert found[baselines.OUTLINE_PROBES]["zero_shot_windows"] > 0.8
     assert found[baselines.EXACT_SETS]["retrieval"] > 0.9
     assert found[baselines.CLASS_PROBES]["retrieval"] > 5 / 14
     assert found[baselines.LINEAR]["grounding"] > 0.7
