@@ -79,7 +79,7 @@ def label_index(cohort: Cohort, classes: list[str], prompts) -> np.ndarray:
 
 
 def read_classes(setting: Setting) -> Classes:
-    """The prompts and labels of an evaluation; raises ValueError for labels without prompts and slides without labels."""
+    """The prompts and labels; raises ValueError for labels without prompts and for slides without labels."""
     given = setting.spec.prompts
     prompts = read_prompts(find_prompts(given))
     if not setting.protocol.ensemble:
