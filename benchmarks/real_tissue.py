@@ -117,6 +117,7 @@ def report(options: argparse.Namespace, places: steps.Places, found: scores.Scor
     with clock.part("pictures"):
         first = places.scores(options.seeds[0], steps.REGION)
         pictures.draw_classes(places, places.run(options.seeds[0], steps.REGION), first)
+        pictures.shrink(first / "figures" / "grounding_typical.png", folder / "median_slide.jpg")
     named = ("seeds", "kinds", "slides", "cohort_seed", "config", "set", "language", "split", "more")
     write_json(
         options.json or places.out / "real_tissue.json",

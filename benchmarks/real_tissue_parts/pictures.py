@@ -1,6 +1,9 @@
-"""Grounding pictures of the benchmark: for each class the slide whose ROC AUC is the class's median."""
+"""Grounding pictures of the benchmark: for each class, and for all, the slide of median ROC AUC."""
 
+import io
 from pathlib import Path
+
+from PIL import Image
 
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
@@ -12,6 +15,8 @@ from pathflip_jax.inference.load import load
 from real_tissue_parts.mosaics import OUTLINES
 from real_tissue_parts.scores import median_slides
 from real_tissue_parts.steps import Places
+
+SMALL_WIDTH, SMALL_BYTES = 1400, 300_000  # of the picture for the README
 
 
 def draw_classes(places: Places, run: Path, scores: Path) -> list[Path]:
@@ -34,3 +39,20 @@ def draw_classes(places: Places, run: Path, scores: Path) -> list[Path]:
         written.append(scores / f"median_{concept.replace(' ', '_')}.png")
         figure.savefig(written[-1], dpi=160, facecolor="white")
     return written
+
+
+def shrink(picture: Path, out: Path, width: int = SMALL_WIDTH, most: int = SMALL_BYTES) -> None:
+    """Write a picture as a JPEG of this width, of the highest quality that takes at most `most` bytes.
+
+    Raises ValueError where even the lowest quality takes more.
+    """
+    with Image.open(picture) as opened:
+        small = opened.convert("RGB")
+        small.thumbnail((width, small.height))
+        for quality in range(90, 20, -5):
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=quality, optimize=True)
+            if buffer.tell() <= most:
+                out.write_bytes(buffer.getvalue())
+                return
+    raise ValueError(f"{picture}: a picture {width} pixels wide does not fit into {most} bytes")

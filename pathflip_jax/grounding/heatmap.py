@@ -25,6 +25,7 @@ COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour b
 OPACITY = 0.62
 PANEL = 2.7  # inches
 TITLE_CHARACTERS, TITLE_LINE = 30, 0.17  # characters of a line of a panel's title, and its height in inches
+NOTE_CHARACTERS, NOTE_LINE = 42, 0.17  # the same of the note below a panel
 INK, MUTED = "#1d2530", "#5b6673"
 HALO = [patheffects.withStroke(linewidth=2.6, foreground="#10141a")]
 
@@ -116,7 +117,8 @@ def draw_panels(
     across = min(count, 4)
     down = -(-count // across)
     height = PANEL * min(max(rows / columns, 0.4), 2.2)
-    room = 0.8 + TITLE_LINE * (max((len(_title_lines(panel)) for panel in panels), default=1) - 1)
+    below = NOTE_LINE * (max((len(_note_lines(panel)) for panel in panels), default=1) - 1)
+    room = 0.8 + below + TITLE_LINE * (max((len(_title_lines(panel)) for panel in panels), default=1) - 1)
     figure = Figure(figsize=(PANEL * across, (height + room) * down), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).ravel())
     for axis in axes:
@@ -128,7 +130,8 @@ def draw_panels(
         _draw_outline(shown[0], reference, canvas)
     for axis, panel in zip(shown[count - len(panels) :], panels, strict=True):
         heat = paint(panel.scores, coords, patch_size, canvas)
-        _draw_panel(figure, axis, panel, canvas, smooth_covered(heat, smooth * patch_size / canvas.downsample))
+        smoothed = smooth_covered(heat, smooth * patch_size / canvas.downsample)
+        _draw_panel(axis, panel, canvas, smoothed, below / height)
     for axis in shown:
         _draw_scale_bar(axis, canvas, mpp)
     return figure
@@ -139,7 +142,13 @@ def _title_lines(panel: Panel) -> list[str]:
     return textwrap.wrap(panel.title, TITLE_CHARACTERS) or [""]
 
 
-def _draw_panel(figure: Figure, axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w"]) -> None:
+def _note_lines(panel: Panel) -> list[str]:
+    """All of a panel's note, likewise."""
+    return textwrap.wrap(panel.note, NOTE_CHARACTERS) or [""]
+
+
+def _draw_panel(axis, panel: Panel, canvas: Canvas, heat: Float[np.ndarray, "h w"], below: float) -> None:
+    """Draw a map with its title, note and colour bar, `below` the place of a note of one line, in panel heights."""
     low, high = np.quantile(panel.scores, [0.01, 0.99])
     norm = Normalize(low, high if high > low else low + 1e-6, clip=True)
     axis.imshow(blend(canvas.picture, heat, norm), interpolation="antialiased")
@@ -147,9 +156,9 @@ def _draw_panel(figure: Figure, axis, panel: Panel, canvas: Canvas, heat: Float[
     lines = _title_lines(panel)
     axis.set_title("\n".join(lines), fontsize=9.5, color=INK, loc="left", fontweight="bold")
     if panel.note:
-        note = axis.text(0, -0.015, panel.note, transform=axis.transAxes, va="top", fontsize=8, color=MUTED)
-        note.set_in_layout(False)  # a long note must not push the panels apart
-    _draw_colour_bar(figure, axis, norm)
+        note = axis.text(0, -0.015, "\n".join(_note_lines(panel)), transform=axis.transAxes, va="top", fontsize=8)
+        note.set(color=MUTED, in_layout=False)  # a long word must not push the panels apart
+    _draw_colour_bar(axis, norm, below)
 
 
 def draw_grounding(
@@ -209,8 +218,8 @@ def _draw_outline(axis, polygons: Sequence[Polygon], canvas: Canvas) -> None:
             axis.plot(x, y, color="white", linewidth=1.3, path_effects=HALO, scalex=False, scaley=False)
 
 
-def _draw_colour_bar(figure: Figure, axis, norm: Normalize) -> None:
-    bar = axis.inset_axes((0.0, -0.1, 1.0, 0.025))
+def _draw_colour_bar(axis, norm: Normalize, below: float) -> None:
+    bar = axis.inset_axes((0.0, -0.1 - below, 1.0, 0.025))
     bar.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=COLORMAP, extent=(norm.vmin, norm.vmax, 0, 1))
     bar.set_yticks([])
     bar.set_xticks([norm.vmin, norm.vmax], [f"{norm.vmin:.3g}", f"{norm.vmax:.3g}"], fontsize=7, color=MUTED)

@@ -187,3 +187,17 @@ def test_titles_of_any_length_are_drawn_whole_and_over_their_own_panel():
         )
         for axis in figure.axes:
             assert axis is title.axes or not axis.get_window_extent().overlaps(box), title.get_text()
+
+
+def test_notes_of_any_length_stay_below_their_own_panel_and_above_its_colour_bar():
+    rng = np.random.default_rng(0)
+    coords = np.stack(np.meshgrid(np.arange(8), np.arange(6)), -1).reshape(-1, 2) * 40
+    canvas = Canvas(np.full((240, 320, 3), 240, np.uint8), (0.0, 0.0), 1.0)
+    notes = ["normal: ROC AUC 0.97", "high-grade intraepithelial neoplasia: ROC AUC 1.00", "polyp: ROC AUC 0.50"]
+    figure = heatmap.draw_panels(canvas, [Panel("a", rng.normal(size=len(coords)), (), n) for n in notes], coords, 40)
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for axis in figure.axes for text in axis.texts if "AUC" in text.get_text()]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    bars = [bar.get_tightbbox() for axis in figure.axes for bar in axis.child_axes]
+    assert len(bars) == 3 and not any(box.overlaps(bar) for box in boxes for bar in bars)
+    assert all(bar.y0 >= figure.bbox.y0 for bar in bars)
