@@ -20,6 +20,12 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.update(regions=8, patch_slots=2, caption_share=0.25, subcaptions=4)
     # A patch encoder's features are rarely centred; the network otherwise spends its first steps on their mean.
     config.data.standardise = True
+    # A sentence pools the regions by their cosine to it, without weights of its own to memorise slides with: of all
+    # tries, the one that improved maps most.
+    config.loss.region_pooling = "cosine"
+    # Many slides of a small cohort show the same findings, so another slide's caption is no full negative.
+    config.loss.soft_targets = 0.3
+    config.optim.weight_average = 0.99  # single steps see little of a slide, so their weights are noisy
     # Many steps: with such sampling each tells little. Ranks of validation slides improve long after their loss, which
     # grows with the network's confidence, has begun to rise; so the demo's preference for late steps is kept, and the
     # margin is the whole range of the score: the last step is taken.

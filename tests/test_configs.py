@@ -83,6 +83,11 @@ def test_a_small_cohort_is_sampled_anew_at_every_step():
     assert ours.data.standardise and ours.train.steps > demo.train.steps and ours.model == demo.model
 
 
+def test_a_small_cohort_pools_regions_without_weights_and_spares_captions_alike():
+    ours = freeze(load_config("small_cohort"))
+    assert ours.loss.region_pooling == "cosine" and ours.loss.soft_targets > 0 and ours.optim.weight_average > 0.9
+
+
 def test_align_large_loss_does_not_grow_with_the_batch():
     config = freeze(load_config("align_large"))
     assert config.loss.normaliser == "per_slide"
