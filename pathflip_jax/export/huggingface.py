@@ -13,6 +13,7 @@ import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
 from pathflip_jax.data.storage.atomic_folders import atomic_folder
+from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.export.families import export_of
 from pathflip_jax.export.pytorch import copy_code, merged_state, write_checkpoint
@@ -22,6 +23,7 @@ from pathflip_jax.model.families import family_of
 from pathflip_jax.runs.folder import load_run
 
 CARD = "model_card.md"
+LOCAL = ("runs", "compared_to", "command")  # entries of scores.json that name folders of this machine
 # As stated on the encoders' model cards; a licence applies to the features, and may apply to models trained on them.
 ENCODER_LICENCES = {
     "stain_texture": "Apache-2.0 (part of pathflip_jax; a baseline, not a foundation model)",
@@ -58,10 +60,10 @@ def export_huggingface(
     """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
-    baselines. `encoder_licence` is the licence of a patch encoder that is not in `ENCODER_LICENCES`, `about` a file of
-    Markdown for the card about the training data, `dtype` the type of the weights. The folder is written atomically;
-    FileExistsError for an existing folder that is not empty, ValueError for the scores of another run and for weights
-    out of the range of float16.
+    baselines, and `scores.json` holds all of them. `encoder_licence` is the licence of a patch encoder that is not in
+    `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training data, `dtype` the type of the
+    weights. The folder is written atomically; FileExistsError for an existing folder that is not empty, ValueError for
+    the scores of another run and for weights out of the range of float16.
     """
     found = None if scores is None else read_scores(scores, run)
     described = None if about is None else read_about(about)
@@ -71,6 +73,8 @@ def export_huggingface(
         (part / "README.md").write_text(
             card(model.config, settings, found, encoder_licence, described), encoding="utf-8"
         )
+        if found is not None:
+            write_json(part / "scores.json", {key: value for key, value in found.items() if key not in LOCAL}, indent=1)
 
 
 def write_huggingface(part: Path, model, settings: dict, tokenizer, dtype: str = "float32") -> None:
@@ -148,11 +152,10 @@ def figures(scores: dict) -> Iterator[dict[str, Any]]:
             if (entry := block.get(f"R@{k}")) is not None:
                 what = f"Retrieval, {direction.replace('_', ' ')}, R@{k} of {block['gallery']}"
                 yield row(what, entry, chance=entry.get("chance"))
-    if "zero_shot" in scores:
-        task = scores["zero_shot"]
-        for metric in ("balanced_accuracy", "auc", "weighted_f1"):
+    for task, how in ((scores.get("zero_shot"), ""), (scores.get("zero_shot_windows"), " by windows")):
+        for metric in ("balanced_accuracy", "auc", "weighted_f1") if task else ():
             entry = task["metrics"][metric]
-            what = f"Zero-shot {task['task'] or 'classification'}, {len(task['classes'])} classes, {metric}"
+            what = f"Zero-shot {task['task'] or 'classification'}{how}, {len(task['classes'])} classes, {metric}"
             yield row(what, entry, chance=entry.get("chance"), majority=entry.get("majority"))
     if "grounding" in scores:
         entry = scores["grounding"]["auc"]
