@@ -138,7 +138,7 @@ def _evaluate(places: Places, seed: int, kind: str, outlines: str, options: argp
     command += ["--zero-shot-windows", "--few-shot", "all", "--draws", "1"]
     if options.language and kind == REGION:
         command += ["--language", str(places.run(seed, LANGUAGE)), "--concepts", f"{slides}/concepts.json"]
-        command += ["--max-tokens", "192", "--repetition-penalty", "1.3"]
+        command += ["--min-tokens", "128", "--max-tokens", "192", "--repetition-penalty", "1.3"]
     return command
 
 

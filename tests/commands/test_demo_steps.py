@@ -18,7 +18,7 @@ STEPS = demo_steps.steps(Path("demo"), slides=440, seed=0, workers=2)
 
 
 def test_every_step_is_a_command_that_parses():
-    assert len({step.title for step in STEPS}) == len(STEPS) == 9
+    assert len({step.title for step in STEPS}) == len(STEPS) == 8
     for program, *arguments in (step.command for step in STEPS):
         if program == "pathflip" and arguments[0] == "train":
             parse(arguments[1:])
@@ -27,7 +27,7 @@ def test_every_step_is_a_command_that_parses():
 
 
 def _plan(tmp_path, failing=0):
-    """Nine steps like those of the demo; each prints its cores, and leaves a file when done."""
+    """Steps like those of the demo; each prints its cores, and leaves a file when done."""
     code = (
         "import os, pathlib, signal, sys, time;"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75));"
@@ -53,15 +53,15 @@ def test_steps_run_in_order_and_the_two_trainings_side_by_side(monkeypatch, capf
     assert demo_steps.run_demo(tmp_path / "demo") == 0
     said = capfd.readouterr().out
     assert said.strip().splitlines()[-1] == str(tmp_path / "demo" / "report.html")
-    assert sorted(os.listdir(tmp_path)) == [str(number) for number in range(1, 10)]
-    assert len(re.findall(r"^  (?:step \d )?took \d+ s$", said, re.MULTILINE)) == 9
+    assert sorted(os.listdir(tmp_path)) == [str(number) for number in range(1, 9)]
+    assert len(re.findall(r"^  (?:step \d )?took \d+ s$", said, re.MULTILINE)) == 8
     shown = re.findall(r"^cores \[(.*)\]$", said, re.MULTILINE)
     whole = [", ".join(map(str, cores))]
     pair = [", ".join(map(str, share)) for share in (cores[::2], cores[1::2])] if len(cores) > 1 else whole * 2
-    assert shown == 3 * whole + pair + 4 * whole
+    assert shown == 3 * whole + pair + 3 * whole
     lines = said.split("\n")
-    assert lines.count("at 1%\rat 99%") == 8 and lines.count("at 99%") == 1  # delayed: final state
-    assert said.index("[5/9]") < said.index("Output of step 5:") < said.index("[6/9]")
+    assert lines.count("at 1%\rat 99%") == 7 and lines.count("at 99%") == 1  # delayed: final state
+    assert said.index("[5/8]") < said.index("Output of step 5:") < said.index("[6/8]")
     assert sorted(os.sched_getaffinity(0)) == cores
 
 
