@@ -137,6 +137,7 @@ def region_loss(
     `released` divides the sum by K + B - 1, as the released code does on a single device, and so grows with B;
     `per_positive` divides by B * K, as in the follow-up's code;
     `per_slide` is the mean over slides of (mean over positives + w * mean over negatives) / 2.
+    `config.within_slide_weight` adds that share of a slide's own hard negatives (`_within_slide`), likewise halved.
 
     Each text pools the regions of each slide separately, so memory scales with pairs of slides and texts. With n
     slides per device and C = `config.negatives_at_once` texts at a time, the largest arrays are [n, C, heads, R] and
@@ -161,6 +162,9 @@ def region_loss(
         loss = (jnp.sum(positive_terms) + jnp.sum(negative_sum)) / (B * K)
     else:
         loss = jnp.mean(jnp.mean(positive_terms, axis=1) + config.negative_weight * negative_sum / count) / 2
+    if config.within_slide_weight:
+        hard = _within_slide(text_region_attention, embeddings, wording, scale, bias)
+        loss += config.within_slide_weight * jnp.mean(hard) / 2
     return loss, {"cosine_positive": jnp.mean(positive), "cosine_negative": jnp.mean(cosine_sum / count)}
 
 
@@ -205,6 +209,19 @@ def _negatives(
         return score(jnp.arange(1, 1 + shown))
     offsets = jnp.arange(1, 1 + chunks * chunk).reshape(chunks, chunk)  # entries beyond `shown` are masked out
     return tuple(jnp.sum(x, axis=0) for x in jax.lax.map(jax.checkpoint(score), offsets))
+
+
+def _within_slide(
+    attention: TextRegionAttention, embeddings: Embeddings, wording: Array | None, scale: Scalar, bias: Scalar | None
+) -> Float[Array, "B"]:
+    """Mean loss term of each slide over pairs of a sentence and the regions pooled for another one of its sentences."""
+    texts, K = embeddings.subcaptions, embeddings.subcaptions.shape[1]
+    pooled, _ = attention(texts, embeddings.regions, embeddings.region_mask)
+    cosine = jnp.einsum("bkd,bjd->bkj", normalise(pooled), normalise(texts))
+    others = ~jnp.eye(K, dtype=bool)[None] if wording is None else wording[:, :, None] != wording[:, None]
+    others = others.astype(cosine.dtype)
+    terms = -log_sigmoid(cosine, -1.0, scale, bias) * others
+    return jnp.sum(terms, axis=(1, 2)) / jnp.maximum(jnp.sum(others, axis=(1, 2)), 1)
 
 
 def _cosines(attention: TextRegionAttention, texts: Array, regions: Array, mask: Array) -> Float[Array, "B C"]:

@@ -164,6 +164,11 @@ class LossConfig(Section):
     negative_weight: float = setting(
         1.0, WEIGHT, "weight of the negatives in the region loss; only with loss.normaliser=per_slide"
     )
+    within_slide_weight: float = setting(
+        0.0, WEIGHT,
+        "weight of hard negatives of the region loss: the regions pooled for a sentence against the slide's other "
+        "sentences; 0: none", before=0.0,
+    )  # fmt: skip
     negatives_per_slide: int | None = setting(
         None,
         whole(1, none="for all other slides"),

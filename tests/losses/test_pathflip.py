@@ -306,3 +306,26 @@ def test_an_unknown_normaliser_is_refused():
         LossConfig(negatives_per_slide=0)
     with pytest.raises(ValueError, match="negatives_at_once=-1"):
         LossConfig(negatives_at_once=-1)
+
+
+def test_sentences_of_a_slide_are_hard_negatives_of_each_others_regions():
+    """Sentence k pools the regions; they must not match sentence j, unless both are worded alike."""
+    wording = jnp.array([[0, 1], [2, 2], [3, 4], [5, 6], [7, 8]])  # slide 1 repeats its sentence
+    batch = embeddings()._replace(wording=wording)
+    drawn = draw_negatives(jax.random.key(0), B, K)
+    plain = LossConfig(normaliser="per_slide")
+    total = 0.0
+    for b in range(B):
+        pooled, _ = pool(batch.subcaptions[b : b + 1], batch.regions[b : b + 1], batch.region_mask[b : b + 1])
+        pairs = [(k, j) for k in range(K) for j in range(K) if wording[b, k] != wording[b, j]]
+        terms = [np.log1p(np.exp(7 * cosine(pooled[0, k], batch.subcaptions[b, j]) - 2)) for k, j in pairs]
+        total += np.mean(terms) / B if terms else 0.0
+    without, with_hard = (
+        region_loss(batch, pool, drawn, APART, 7.0, -2.0, LossConfig(normaliser="per_slide", within_slide_weight=w))[0]
+        for w in (0.0, 0.3)
+    )
+    assert float(without) == float(region_loss(batch, pool, drawn, APART, 7.0, -2.0, plain)[0])
+    assert float(with_hard - without) == pytest.approx(0.3 * total / 2, rel=1e-4)
+    unworded = embeddings()  # without wordings, every other sentence counts
+    config = LossConfig(normaliser="per_slide", within_slide_weight=0.3)
+    assert float(region_loss(unworded, pool, drawn, APART, 7.0, -2.0, config)[0]) > 0
