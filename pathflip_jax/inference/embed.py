@@ -35,6 +35,7 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs.checksums import checksums
 
 PARTS = "part-*.parquet"
+OTHER_FORMATS = (".h5", ".hdf5", ".npz", ".npy", ".pt", ".csv", ".json")  # names that a reader would not open as Parquet
 PART_SLIDES = 64  # slides per part: the most that an interrupted run loses
 READERS = 2  # threads; CRCs are computed without the GIL
 
@@ -103,14 +104,16 @@ def embed(
     slide of millions of patches is processed a block of regions at a time. A second run embeds only what is missing,
     failed slides included. A bad slide is reported, in `OUT.failures.json` too, and the others continue; `strict` stops
     at the first and keeps finished work for the next run. Raises ValueError for records of another encoder than the
-    run's, and for an `out` that was begun with other weights, records or slides; FileNotFoundError for a missing run or
-    records; OSError on a full disk.
+    run's, and for an `out` that was begun with other weights, records or slides or is named like another format;
+    FileNotFoundError for a missing run or records; OSError on a full disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
     out, archive, predictor = Path(out), Records(records), load(run)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file, such as {out / 'embeddings.parquet'}")
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"{out}: embeddings are written as Parquet; name the file {out.with_suffix('.parquet').name}")
     predictor.check_features(archive.where, archive.feature_dim, archive.encoder)
     ids, failed, notes = _select(archive, slides_table, split)
     claim = {

@@ -251,6 +251,8 @@ def test_wrong_input_is_refused_at_the_start(tiny_cohort, run, tmp_path, reads):
         embed.embed(run, tiny_cohort.records, out, batch_size=0)
     with pytest.raises(ValueError, match=r"is a folder"):
         embed.embed(run, tiny_cohort.records, tmp_path)
+    with pytest.raises(ValueError, match=r"e\.h5: embeddings are written as Parquet; name the file e\.parquet"):
+        embed.embed(run, tiny_cohort.records, tmp_path / "e.h5")
     table = tmp_path / "slides.csv"
     table.write_text("slide_id,split\nX1,test\n")
     with pytest.raises(ValueError, match=r"none of its 1 slides \(X1\)"):
