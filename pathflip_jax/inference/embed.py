@@ -35,7 +35,7 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs.checksums import checksums
 
 PARTS = "part-*.parquet"
-OTHER_FORMATS = (".h5", ".hdf5", ".npz", ".npy", ".pt", ".csv", ".json")  # names that a reader would not open as Parquet
+OTHER_FORMATS = (".h5", ".hdf5", ".npz", ".npy", ".pt", ".csv", ".json")
 PART_SLIDES = 64  # slides per part: the most that an interrupted run loses
 READERS = 2  # threads; CRCs are computed without the GIL
 
