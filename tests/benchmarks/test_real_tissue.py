@@ -98,9 +98,10 @@ def test_a_small_run_is_complete_and_resumes(bench, monkeypatch, images, tmp_pat
     found = json.loads((tmp_path / "out" / "real_tissue.json").read_text())
     assert found["slides"] == 6 and found["machine"]["cores"] >= 1
     assert set(found["table"]["with region loss"]) == {
-        "grounding", "grounding_masks", "zero_shot", "retrieval", "few_shot",
+        "grounding", "grounding_masks", "zero_shot", "zero_shot_windows", "retrieval", "few_shot",
     }  # fmt: skip
     assert len(list(Path(tmp_path / "out" / "runs").glob("*/median_*.png"))) >= 2
+    assert 1000 < (tmp_path / "out" / "runs" / "median_slide.jpg").stat().st_size < 300_000
     card = (tmp_path / "out" / "runs" / "colon" / "README.md").read_text()
     assert "EBHI-Seg" in card and "Retrieval" in card and str(tmp_path) not in card
     monkeypatch.setattr(bundled, "FOLDER", tmp_path / "out" / "runs")
