@@ -23,7 +23,8 @@ from pathflip_jax.model.families import family_of
 from pathflip_jax.runs.folder import load_run
 
 CARD = "model_card.md"
-LOCAL = ("runs", "compared_to", "command")  # entries of scores.json that name folders of this machine
+# Entries of scores.json that name folders of this machine, or belong to the language stage, which is exported apart.
+LEFT_OUT = ("runs", "compared_to", "command", "language")
 # As stated on the encoders' model cards; a licence applies to the features, and may apply to models trained on them.
 ENCODER_LICENCES = {
     "stain_texture": "Apache-2.0 (part of pathflip_jax; a baseline, not a foundation model)",
@@ -60,8 +61,8 @@ def export_huggingface(
     """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
-    baselines, and `scores.json` holds all of them. `encoder_licence` is the licence of a patch encoder that is not in
-    `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training data, `dtype` the type of the
+    baselines, and `scores.json` holds all of the aligner. `encoder_licence` is the licence of a patch encoder that is not
+    in `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training data, `dtype` the type of the
     weights. The folder is written atomically; FileExistsError for an existing folder that is not empty, ValueError for
     the scores of another run and for weights out of the range of float16.
     """
@@ -74,7 +75,8 @@ def export_huggingface(
             card(model.config, settings, found, encoder_licence, described), encoding="utf-8"
         )
         if found is not None:
-            write_json(part / "scores.json", {key: value for key, value in found.items() if key not in LOCAL}, indent=1)
+            kept = {key: value for key, value in found.items() if key not in LEFT_OUT}
+            write_json(part / "scores.json", kept, indent=1)
 
 
 def write_huggingface(part: Path, model, settings: dict, tokenizer, dtype: str = "float32") -> None:

@@ -162,7 +162,8 @@ assert np.abs(found.text_embeds.numpy() - case["caption_features"]).max() < 1e-4
 def scored(run: Path, folder: Path) -> Path:
     """Output of `pathflip evaluate`, as far as the card reads it."""
     content = {
-        "runs": [str(run)], "split": "test", "slides": 12, "patients": 11, "interval": "95%, bootstrap by patient",
+        "runs": [str(run)], "command": [str(run)], "language": {"run": str(run)},
+        "split": "test", "slides": 12, "patients": 11, "interval": "95%, bootstrap by patient",
         "warnings": ["2 patients of split 'test' have slides in other splits too"],
         "retrieval": {"slide_to_text": {"all": {"gallery": 12, "queries": 12, "R@1": FIGURE | {"chance": 0.083}}}},
         "zero_shot": {
@@ -184,6 +185,9 @@ def test_the_card_shows_scores_baselines_and_warnings(family, run, tmp_path):
     assert (
         "| Zero-shot subtypes, 2 classes, balanced_accuracy | 0.900 | 0.800 to 0.950 | chance 0.500, majority" in card
     )
+    assert set(json.loads((tmp_path / "out" / "scores.json").read_text())) == {
+        "split", "slides", "patients", "interval", "warnings", "retrieval", "zero_shot", "grounding",
+    }  # fmt: skip
     assert "mean colour 0.610" in card and "> 2 patients of split" in card and "12 slides of 11 patients" in card
     assert "**For research use only.**" in card and "state_dict.safetensors" in card and str(tmp_path) not in card
     two = family == "pathflip2"
