@@ -61,8 +61,8 @@ def export_huggingface(
     """Write a run as a transformers folder: weights, config, tokenizer, the model's code and a model card.
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
-    baselines, and `scores.json` holds all of the aligner. `encoder_licence` is the licence of a patch encoder that is not
-    in `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training data, `dtype` the type of the
+    baselines, and `scores.json` holds all of the aligner. `encoder_licence` is the licence of a patch encoder that is
+    not in `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training data, `dtype` the type of the
     weights. The folder is written atomically; FileExistsError for an existing folder that is not empty, ValueError for
     the scores of another run and for weights out of the range of float16.
     """

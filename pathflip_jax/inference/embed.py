@@ -85,6 +85,14 @@ def checkpoint_hash(predictor: Predictor) -> str:
     return _sha256([sums, drop_legacy_values("model", predictor.model.config.to_dict()), cut])
 
 
+def _check_name(out: Path) -> None:
+    """Raise ValueError for a folder, and for a name that a reader would not open as Parquet."""
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'embeddings.parquet'}")
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"{out}: embeddings are written as Parquet; name the file {out.with_suffix('.parquet').name}")
+
+
 def embed(
     run: Path | str,
     records: Place | str,
@@ -110,10 +118,7 @@ def embed(
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
     out, archive, predictor = Path(out), Records(records), load(run)
-    if out.is_dir():
-        raise ValueError(f"{out}: is a folder; name a file, such as {out / 'embeddings.parquet'}")
-    if out.suffix.lower() in OTHER_FORMATS:
-        raise ValueError(f"{out}: embeddings are written as Parquet; name the file {out.with_suffix('.parquet').name}")
+    _check_name(out)
     predictor.check_features(archive.where, archive.feature_dim, archive.encoder)
     ids, failed, notes = _select(archive, slides_table, split)
     claim = {
