@@ -30,7 +30,6 @@ from pathflip_jax.evaluate.tasks.grounding import slide_means
 from pathflip_jax.evaluate.tasks.truth import true_patches
 from pathflip_jax.grounding import maps
 from pathflip_jax.scores import retrieval, statistics
-from pathflip_jax.scores.retrieval import normalise
 from pathflip_jax.scores.statistics import Statistic
 from real_tissue_parts import linear
 from real_tissue_parts.mosaics import MASKS, OUTLINES
@@ -135,7 +134,8 @@ def _linear(
     means, words = model.embed_features(test.means), model.embed_texts(captions)
     classes = np.stack([model.embed_texts(prompts[name]).mean(0) for name in slides.classes])
     windows = {slide: model.embed_features(slides.windows[slide]) for slide in test.ids}
-    shares = {slide: zero_shot.class_probabilities(rows, normalise(classes)).T for slide, rows in windows.items()}
+    unit = retrieval.normalise(classes)
+    shares = {slide: zero_shot.class_probabilities(rows, unit).T for slide, rows in windows.items()}
     found = {
         ZERO_SHOT: _zero_shot(slides, special.softmax(means @ classes.T, axis=1)),
         ZERO_SHOT_WINDOWS: _by_windows(slides, shares),
