@@ -75,24 +75,31 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     short, or not those that the index names.
     """
     if (folder / SINGLE).is_file():
-        return _open(folder / SINGLE)
+        return open_file(folder / SINGLE)
     if not (folder / INDEX).is_file():
         raise _no_weights(folder)
-    where = read_object(folder / INDEX).get("weight_map")
+    return open_set(folder / INDEX, open_file)
+
+
+def open_set(index: Path, open_one: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    """Tensors of a set of files by name, from the index that names the file of each; `open_one` opens a file.
+
+    Raises FileNotFoundError for missing files, ValueError for an index that is damaged or of another model.
+    """
+    folder, where = index.parent, read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(_is_file_name(name) for name in where.values()):
-        raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files beside it; {COPY_AGAIN}")
+        raise ValueError(f"{index}: no weight_map from tensors to files beside it; {COPY_AGAIN}")
     files = sorted(set(where.values()))
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(
-            f"{folder}: missing {', '.join(absent)} of the {len(files)} files that {INDEX} names; copy them too"
+            f"{folder}: missing {', '.join(absent)} of the {len(files)} files that {index.name} names; copy them too"
         )
-    found = {name: _open(folder / name) for name in files}
+    found = {name: open_one(folder / name) for name in files}
     faults = [f"{name} is not in {file}" for name, file in where.items() if name not in found[file]]
     if faults:
         raise ValueError(
-            f"{folder / INDEX}: index and files are of different models; copy all of them again\n  "
-            + "\n  ".join(faults)
+            f"{index}: index and files are of different models; copy all of them again\n  " + "\n  ".join(faults)
         )
     return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
 
@@ -101,7 +108,8 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and Path(name).name == name
 
 
-def _open(path: Path) -> dict[str, Any]:
+def open_file(path: Path) -> dict[str, Any]:
+    """Tensors of a safetensors file by name, for `read_slice`; ValueError for one that is damaged."""
     try:
         file = safetensors.safe_open(path, framework="numpy")
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -1,0 +1,230 @@
+"""Weights of published patch encoders: from files as they are published to the parameters of a VisionTransformer.
+
+Nothing in a file is ever executed, and PyTorch is not needed. Every tensor of a file is accounted for: used, known to
+be of another part of the model, or named in an error.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from pathflip_jax.convert.decoder_folders import open_file, open_set
+from pathflip_jax.convert.torch_archive import read_archive
+from pathflip_jax.convert.vision_names import Names, Source, names_of, respelled
+from pathflip_jax.model.parameters import flatten, unflatten
+from pathflip_jax.vision.config import VisionConfig
+from pathflip_jax.vision.recipes import RECIPES, Recipe
+from pathflip_jax.vision.transformer import VisionTransformer
+
+_CONTAINERS = ("state_dict", "model", "teacher", "module")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_MOST_NAMED = 4
+_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """Network of a recipe with its weights; `config` has the size of the file's position table.
+
+    `sha256` is over the parameters that are used, in float32, so that files of two formats with the same weights agree.
+    """
+
+    recipe: Recipe
+    config: VisionConfig
+    network: VisionTransformer
+    sha256: str
+
+
+def load_vision(recipe: Recipe, weights: Path, dtype: DTypeLike = jnp.float32, sharding: Any = None) -> LoadedEncoder:
+    """Network of a recipe with the weights of a file, or of a folder of the published files.
+
+    Kernels are stored in `dtype`, everything else in float32, on the devices of `sharding` (default: the first).
+    Raises FileNotFoundError for a folder without the weights, ValueError for a file that is damaged or of another
+    encoder, naming the one that it fits.
+    """
+    path = find_weights(recipe, weights)
+    names, tensors = _matched(recipe, path, open_weights(path))
+    config = _with_grid(recipe, names, tensors, path)
+    digest, parameters = hashlib.sha256(), {}
+    for source in sorted(names.sources):
+        array = _parameter(source, tensors, config)
+        digest.update(source.path.encode() + np.ascontiguousarray(array).data)
+        stored = array.astype(dtype) if source.path.endswith("/kernel") else array
+        parameters[source.path] = jax.device_put(stored, sharding)
+    network = unflatten(jax.eval_shape(lambda: VisionTransformer(config)), parameters)
+    return LoadedEncoder(recipe, config, network, digest.hexdigest())
+
+
+def check_vision(recipe: Recipe, weights: Path) -> Path:
+    """Path of the weights of a recipe, after comparing names and shapes of all tensors; no number is read.
+
+    Raises as `load_vision`.
+    """
+    path = find_weights(recipe, weights)
+    names, tensors = _matched(recipe, path, open_weights(path))
+    _with_grid(recipe, names, tensors, path)
+    return path
+
+
+def find_weights(recipe: Recipe, place: Path) -> Path:
+    """File or index of shards with a recipe's weights: `place` itself, or in the folder `place`.
+
+    In a folder, the published names come first, then a single file of weights, whatever its name.
+    """
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place}: no such file or folder of weights of {recipe.name}; {how_to_get(recipe)}")
+    for name in recipe.files:
+        for candidate in (place / name, place / f"{name}.index.json"):
+            if candidate.is_file():
+                return candidate
+    found = sorted(path for path in place.iterdir() if path.name.endswith((*_SUFFIXES, ".index.json")))
+    indices = [path for path in found if path.name.endswith(".index.json")]
+    if len(indices or found) == 1:
+        return (indices or found)[0]
+    listed = ", ".join(path.name for path in found[:_MOST_NAMED]) or "no file of weights"
+    raise FileNotFoundError(
+        f"{place}: expected {' or '.join(recipe.files)} of {recipe.repository}, found {listed}; {how_to_get(recipe)}"
+    )
+
+
+def how_to_get(recipe: Recipe) -> str:
+    """Commands that download the weights of a recipe."""
+    login = f"accept the terms at https://huggingface.co/{recipe.repository}, run `hf auth login`, then "
+    download = f"download them: `hf download {recipe.repository} {recipe.files[0]} --local-dir {recipe.name}`"
+    return login + download if recipe.gated else download
+
+
+def open_weights(path: Path) -> Mapping[str, Any]:
+    """Tensors of a file or set of shards by name: arrays, or slices of a file, read when they are indexed.
+
+    Raises ValueError for a Git LFS pointer, a damaged file, or one without tensors.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(_POINTER):
+        raise ValueError(
+            f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, not the weights; run `git lfs pull` in its "
+            "folder, or download it with `hf download`"
+        )
+    if path.name.endswith(".index.json"):
+        return open_set(path, _open_one)
+    return _open_one(path)
+
+
+def _open_one(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        return open_file(path)
+    found = _state_dict(read_archive(path))
+    if not found:
+        raise ValueError(f"{path}: holds no tensors by name; expected a state_dict, as torch.save(model.state_dict())")
+    return found
+
+
+def _state_dict(content: Any) -> dict[str, np.ndarray]:
+    """Tensors by name: of the dictionary itself, or of the one under a usual name in it."""
+    while isinstance(content, dict):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
+        inner = next((content[name] for name in _CONTAINERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            return tensors
+        content = inner
+    return {}
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+
+
+def _matched(recipe: Recipe, path: Path, tensors: Mapping[str, Any]) -> tuple[Names, dict[str, Any]]:
+    """Names of a recipe, and the tensors under them; ValueError lists what is missing, unknown or of another shape."""
+    names = names_of(recipe.layout, recipe.network)
+    found = _renamed(names, tensors)
+    faults = _faults(recipe, names, found)
+    if faults:
+        others = [name for name, other in RECIPES.items() if other != recipe and _fits(other, tensors)]
+        fit = f" They fit {' or '.join(others)}: is that the encoder you mean?" if others else ""
+        more = f", and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
+        raise ValueError(
+            f"{path}: not the weights of {recipe.name} ({recipe.repository}): {'; '.join(faults[:_MOST_NAMED])}{more}."
+            f"{fit or ' If the download was interrupted, ' + how_to_get(recipe)}"
+        )
+    return names, found
+
+
+def _fits(recipe: Recipe, tensors: Mapping[str, Any]) -> bool:
+    names = names_of(recipe.layout, recipe.network)
+    return not _faults(recipe, names, _renamed(names, tensors))
+
+
+def _renamed(names: Names, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors under the names of the layout: without the prefix that training code adds, and in today's spelling."""
+    spelled = {respelled(name, names.spellings): tensor for name, tensor in tensors.items()}
+    anchors = [name for name in spelled if name == names.anchor or name.endswith(f".{names.anchor}")]
+    prefix = min(anchors, key=len).removesuffix(names.anchor) if anchors else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in spelled.items()}
+
+
+def _faults(recipe: Recipe, names: Names, found: Mapping[str, Any]) -> list[str]:
+    wanted, faults = set(), []
+    shapes = {path: value.shape for path, value in abstract_parameters(recipe.network).items()}
+    for source in names.sources:
+        layers = range(recipe.network.depth) if source.stacked else range(1)
+        for layer in layers:
+            every = source.of(layer)
+            wanted.update(every)
+            if missing := [name for name in every if name not in found]:
+                faults += [f"{name} is missing" for name in missing]
+                continue
+            size = sum(math.prod(_shape(found[name])) for name in every)
+            size //= 1 if source.part is None else source.part[1]
+            expected = math.prod(shapes[source.path][source.stacked :])
+            if size != expected and source.path != "positions":
+                faults.append(f"{every[0]} is {list(_shape(found[every[0]]))}, of {size} numbers, expected {expected}")
+    unused = re.compile(names.unused)
+    return faults + [f"{name} is unknown" for name in sorted(found.keys() - wanted) if not unused.match(name)]
+
+
+def _with_grid(recipe: Recipe, names: Names, tensors: Mapping[str, Any], path: Path) -> VisionConfig:
+    """Config with the side of the position table in the file, which may be of another image size."""
+    config = recipe.network
+    source = next((source for source in names.sources if source.path == "positions"), None)
+    if source is None:
+        return config
+    rows = _shape(tensors[source.torch[0]])[-2]
+    side = math.isqrt(max(0, rows - config.prefix_positions))
+    if side**2 + config.prefix_positions != rows or _shape(tensors[source.torch[0]])[-1] != config.width:
+        raise ValueError(
+            f"{path}: its position table is {list(_shape(tensors[source.torch[0]]))}, expected {config.width} columns, "
+            f"and {config.prefix_positions} rows more than a square of patches; it is not of {recipe.name}"
+        )
+    return replace(config, grid=side)
+
+
+def _parameter(source: Source, tensors: Mapping[str, Any], config: VisionConfig) -> np.ndarray:
+    def one(layer: int) -> np.ndarray:
+        return source.to_jax([np.asarray(tensors[name][...], np.float32) for name in source.of(layer)])
+
+    if not source.stacked:
+        found = one(0)
+        return found[None] if source.path == "registers" and config.registers == 1 else found
+    first = one(0)
+    every = np.empty((config.depth, *first.shape), np.float32)
+    for layer in range(config.depth):
+        every[layer] = first if layer == 0 else one(layer)
+    return every
+
+
+def abstract_parameters(config: VisionConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name, shape and dtype of every parameter of a network; nothing is computed."""
+    return jax.eval_shape(lambda: flatten(VisionTransformer(config)))
