@@ -8,6 +8,7 @@ from pathflip_jax.commands import (
     demo,
     doctor,
     embed,
+    encoders,
     evaluate,
     export,
     goodput,
@@ -23,6 +24,6 @@ from pathflip_jax.commands import (
 
 # In the order in which `pathflip --help` lists them.
 COMMANDS = (
-    demo, doctor, prepare, import_features, split, vocabulary, train, goodput, evaluate, compare, ground, report, serve,
-    caption, ask, embed, convert, export,
+    demo, doctor, encoders, prepare, import_features, split, vocabulary, train, goodput, evaluate, compare, ground,
+    report, serve, caption, ask, embed, convert, export,
 )  # fmt: skip

@@ -75,6 +75,36 @@ def check_vision(recipe: Recipe, weights: Path) -> Path:
     return path
 
 
+def fitting(weights: Path) -> dict[str, Path]:
+    """Names of the encoders whose weights a file or folder holds, and the file of each; no number is read.
+
+    Several encoders may have the same shape. Raises ValueError, naming the closest encoder, where it fits none.
+    """
+    opened: dict[Path, Mapping[str, Any]] = {}
+    found, faults, matching = {}, {}, {}
+    for recipe in RECIPES.values():
+        try:
+            path = find_weights(recipe, weights)
+        except FileNotFoundError:
+            continue
+        if path not in opened:
+            opened[path] = open_weights(path)
+        names = names_of(recipe.layout, recipe.network)
+        wrong = faults[recipe.name] = _faults(recipe, names, _renamed(names, opened[path]))
+        matching[recipe.name] = len(opened[path]) - sum("is missing" not in fault for fault in wrong)
+        if not wrong:
+            found[recipe.name] = path
+    if not faults:
+        raise FileNotFoundError(f"{weights}: no weights of a registered encoder ({', '.join(_SUFFIXES)})")
+    if not found:
+        closest = max(faults, key=lambda name: (matching[name], -len(faults[name])))
+        raise ValueError(
+            f"{weights}: fits no registered encoder; the closest is {closest}, but {len(faults[closest])} tensors "
+            f"differ: {'; '.join(faults[closest][:_MOST_NAMED])}"
+        )
+    return found
+
+
 def find_weights(recipe: Recipe, place: Path) -> Path:
     """File or index of shards with a recipe's weights: `place` itself, or in the folder `place`.
 

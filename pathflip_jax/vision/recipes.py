@@ -4,6 +4,7 @@ Facts come from the published model cards, configurations and loading code; `sou
 follows where implementations differ. Nothing here downloads anything.
 """
 
+import difflib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -239,6 +240,15 @@ def spelled(name: str) -> str:
 def find_recipe(name: str) -> Recipe | None:
     """Recipe of a name or of a Hugging Face repository, however it is spelled; None for others."""
     return _BY_SPELLING.get(spelled(name))
+
+
+def known_recipe(name: str) -> Recipe:
+    """Recipe of a name. Raises ValueError that lists the registered ones for any other."""
+    if (recipe := find_recipe(name)) is None:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"encoder {name!r} is not registered; {hint}Registered are {', '.join(RECIPES)}")
+    return recipe
 
 
 def _spellings(recipe: Recipe) -> set[str]:
