@@ -218,6 +218,7 @@ def _faults(recipe: Recipe, names: Names, found: Mapping[str, Any]) -> list[str]
                 continue
             size = sum(math.prod(_shape(found[name])) for name in every)
             size //= 1 if source.part is None else source.part[1]
+            size += size // len(every) * (len(source.torch) - len(every))  # zeros
             expected = math.prod(shapes[source.path][source.stacked :])
             if size != expected and source.path != "positions":
                 faults.append(f"{every[0]} is {list(_shape(found[every[0]]))}, of {size} numbers, expected {expected}")

@@ -10,6 +10,7 @@ from pathflip_jax.vision.config import VisionConfig
 from pathflip_jax.vision.recipes import Layout
 
 LAYER = "{}"  # stands for the number of the layer
+ZEROS = ""  # stands for a tensor that the file does not have, of zeros, as large as the first of its parameter
 
 
 class Source(NamedTuple):
@@ -30,11 +31,14 @@ class Source(NamedTuple):
         return LAYER in self.torch[0]
 
     def of(self, layer: int) -> tuple[str, ...]:
-        """Names of the tensors of a layer."""
-        return tuple(name.replace(LAYER, str(layer)) for name in self.torch)
+        """Names of the tensors of a layer in the file."""
+        return tuple(name.replace(LAYER, str(layer)) for name in self.torch if name != ZEROS)
 
     def to_jax(self, tensors: list[np.ndarray]) -> np.ndarray:
         """Parameter of one layer from its tensors."""
+        if ZEROS in self.torch:
+            tensors = [*tensors]
+            tensors.insert(self.torch.index(ZEROS), np.zeros_like(tensors[0]))
         tensor = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         if self.part is not None:
             number, parts = self.part
@@ -90,11 +94,17 @@ def _embedding(config: VisionConfig, patch: str, tokens: tuple[str, str, str]) -
         yield Source("positions", (positions,), "flat")
 
 
-def _layers(config: VisionConfig, base: str, parts: dict[str, tuple[str, ...]]) -> Iterator[Source]:
-    """Sources of all layers; `parts` are the names within a layer, under `base`."""
+def _layers(
+    config: VisionConfig, base: str, parts: dict[str, tuple[str, ...]], biases: tuple[str, ...] = ()
+) -> Iterator[Source]:
+    """Sources of all layers; `parts` are the names within a layer, under `base`.
+
+    `biases` are those of queries, keys and values where they are not in the layers of the same names.
+    """
     where = {part: tuple(f"{base}.{name}" for name in names) for part, names in parts.items()}
     yield from _norm("layers/attention_norm", *where["norm1"])
-    yield from _dense("layers/attention/qkv", *where["qkv"], bias=config.qkv_bias)
+    yield Source("layers/attention/qkv/kernel", tuple(f"{name}.weight" for name in where["qkv"]), "transpose")
+    yield Source("layers/attention/qkv/bias", biases or tuple(f"{name}.bias" for name in where["qkv"]))
     yield from _dense("layers/attention/output", *where["output"])
     yield from _norm("layers/feed_forward_norm", *where["norm2"])
     yield from _dense("layers/feed_forward/inner", *where["inner"])
@@ -161,6 +171,23 @@ def _hf_sources(config: VisionConfig, layer: dict[str, tuple[str, ...]]) -> list
     ]
 
 
+def _dinov3(config: VisionConfig) -> Names:
+    gated = config.feed_forward == "swiglu"
+    layer = {
+        "norm1": ("norm1",), "qkv": tuple(f"attention.{name}_proj" for name in "qkv"),
+        "output": ("attention.o_proj",), "norm2": ("norm2",),
+        "inner": ("mlp.gate_proj", "mlp.up_proj") if gated else ("mlp.up_proj",), "outer": ("mlp.down_proj",),
+        "scale1": ("layer_scale1.lambda1",), "scale2": ("layer_scale2.lambda1",),
+    }  # fmt: skip
+    biases = (f"layer.{LAYER}.attention.q_proj.bias", ZEROS, f"layer.{LAYER}.attention.v_proj.bias")
+    sources = [
+        *_embedding(config, "embeddings.patch_embeddings", _HF_TOKENS),
+        *_layers(config, f"layer.{LAYER}", layer, biases),
+        *_norm("norm", "norm"),
+    ]
+    return Names(sources, _HF_TOKENS[0], r".*mask_token$")
+
+
 def _clip(config: VisionConfig) -> Names:
     embeddings = "vision_model.embeddings"
     tokens = (f"{embeddings}.class_embedding", "", f"{embeddings}.position_embedding.weight")
@@ -218,6 +245,7 @@ _LAYOUTS = {
     "meta": _meta,
     "vit": _vit,
     "dinov2": _dinov2,
+    "dinov3": _dinov3,
     "clip": _clip,
     "conch": _conch,
     "conch_v15": _conch_v15,

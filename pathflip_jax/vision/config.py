@@ -26,7 +26,6 @@ class VisionConfig:
     image: int = 224
     feed_forward: FeedForward = "gelu"
     layer_scale: bool = True
-    qkv_bias: bool = True
     registers: int = 0
     grid: int = 0
     prefix_positions: int = 1
@@ -39,7 +38,6 @@ class VisionConfig:
     head: Literal["none", "linear", "mlp"] = "none"
     head_width: int = 0
     unit_length: bool = False
-    channel_split: bool = False
 
     @property
     def side(self) -> int:
@@ -57,24 +55,19 @@ class VisionConfig:
         return 1 + self.registers
 
     @property
-    def channels(self) -> int:
-        """Channels of an image as the transformer takes it."""
-        return 1 if self.channel_split else 3
-
-    @property
     def features(self) -> int:
         """Length of the feature vector."""
         if self.head_width:
             return self.head_width
-        return self.width * (2 if self.pooling == "class_and_mean" else 1) * (3 if self.channel_split else 1)
+        return self.width * (2 if self.pooling == "class_and_mean" else 1)
 
     def operations(self) -> int:
         """Floating point operations of a patch in matrix products and attention, two for a multiply-add."""
         tokens = self.prefix + self.side**2
         feed_forward = self.hidden * (3 if self.feed_forward == "swiglu" else 2)
         layer = self.width * (4 * self.width + feed_forward) + 2 * tokens * self.width
-        embedding = self.side**2 * self.patch**2 * self.channels * self.width
-        return 2 * (self.depth * tokens * layer + embedding) * (3 if self.channel_split else 1)
+        embedding = self.side**2 * self.patch**2 * 3 * self.width
+        return 2 * (self.depth * tokens * layer + embedding)
 
 
 @dataclass(frozen=True, kw_only=True)

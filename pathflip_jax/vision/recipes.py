@@ -10,7 +10,7 @@ from typing import Literal
 
 from pathflip_jax.vision.config import Transform, VisionConfig, swiglu_hidden
 
-Layout = Literal["timm", "vit", "dinov2", "meta", "clip", "conch", "conch_v15", "keep"]
+Layout = Literal["timm", "vit", "dinov2", "dinov3", "meta", "clip", "conch", "conch_v15", "keep"]
 
 _BIN, _SAFETENSORS = ("pytorch_model.bin",), ("model.safetensors",)
 _EITHER = _SAFETENSORS + _BIN
@@ -22,7 +22,8 @@ class Recipe:
 
     `files` are the weight files of the Hugging Face `repository`, in order of preference, and `layout` their names of
     tensors (`convert/vision.py`). `patch_size` pixels at `mpp` micrometres per pixel are the patches that the encoder
-    expects. `precision` is that of the published inference; `parameters` the number of weights that are used.
+    expects. `precision` is that of the published inference; `parameters` the number of weights that are used, without
+    the biases of keys, which DINOv3 lacks and which are zeros here.
     """
 
     name: str
@@ -100,6 +101,12 @@ _DINOV2 = Recipe(
     network=replace(_SMALL, patch=14, grid=37, resize="bicubic"),
     transform=_transform("bicubic", _IMAGENET, resize=256), patch_size=256, parameters=22_056_192,
     licence="Apache-2.0", source="transformers", note="trained on natural images",
+)  # fmt: skip
+_DINOV3 = Recipe(
+    name="dinov3_vits16", repository="facebook/dinov3-vits16-pretrain-lvd1689m", files=_SAFETENSORS, layout="dinov3",
+    network=replace(_SMALL, registers=4, rope=True, prefix_positions=0, eps=1e-5),
+    transform=_transform("bilinear", _IMAGENET), patch_size=224, parameters=21_596_160, licence="DINOv3 licence",
+    gated=True, source="transformers", note="trained on natural images",
 )  # fmt: skip
 
 _RECIPES = (
@@ -226,6 +233,18 @@ _RECIPES = (
     replace(
         _DINOV2, name="dinov2_vitg14", repository="facebook/dinov2-giant", parameters=1_136_479_232,
         network=replace(_GIANT, grid=37, resize="bicubic"),
+    ),
+    _DINOV3,
+    *(
+        replace(
+            _DINOV3, name=f"dinov3_{name}", repository=_DINOV3.repository.replace("vits16", name),
+            parameters=parameters, network=replace(shape, registers=4, rope=True, prefix_positions=0, eps=1e-5),
+        )
+        for name, shape, parameters in (
+            ("vitb16", _BASE, 85_659_648),
+            ("vitl16", _LARGE, 303_128_576),
+            ("vith16plus", replace(_HUGE, patch=16, heads=20, hidden=5120), 840_591_360),
+        )
     ),
 )  # fmt: skip
 

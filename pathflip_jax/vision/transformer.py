@@ -43,7 +43,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: VisionConfig, stack: Stack) -> None:
         self.config = config
-        self.qkv = Dense(config.width, 3 * config.width, bias=config.qkv_bias, stack=stack)
+        self.qkv = Dense(config.width, 3 * config.width, stack=stack)
         self.output = Dense(config.width, config.width, stack=stack)
 
     def __call__(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
@@ -139,7 +139,7 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: VisionConfig) -> None:
         self.config = config
         width, rows = config.width, config.prefix_positions + config.table_side**2
-        self.patch = Dense(config.channels * config.patch**2, width, bias=not config.pre_norm)
+        self.patch = Dense(3 * config.patch**2, width, bias=not config.pre_norm)
         self.class_token = nnx.Param(jnp.zeros(width))
         self.registers = nnx.Param(jnp.zeros((config.registers, width))) if config.registers else None
         self.positions = None if config.rope else nnx.Param(jnp.zeros((rows, width)))
@@ -151,14 +151,6 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, images: Float[Array, "B I I 3"], dtype: DTypeLike = jnp.float32) -> Float[Array, "B F"]:
         """Feature vectors in float32; `dtype` is that of the products."""
-        config = self.config
-        if config.channel_split:  # each channel is an image of its own
-            batch = len(images)
-            images = jnp.moveaxis(images, -1, 1).reshape(3 * batch, *images.shape[1:3], 1)
-            return self._features(images, dtype).reshape(batch, -1)
-        return self._features(images, dtype)
-
-    def _features(self, images: Array, dtype: DTypeLike) -> Float[Array, "B F"]:
         config, tokens = self.config, self.tokens(images, dtype)
         if self.pooler is not None:
             features = self.pooler(tokens, dtype)

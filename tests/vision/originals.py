@@ -200,6 +200,15 @@ def dinov2(width: int, heads: int, registers: int = 0, **options) -> torch.nn.Mo
     return getattr(transformers, f"Dinov2{kind}Model")(config)
 
 
+def dinov3(width: int, heads: int, hidden: int, gated: bool = False) -> torch.nn.Module:
+    """transformers' DINOv3."""
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=hidden, use_gated_mlp=gated,
+        num_hidden_layers=DEPTH, num_register_tokens=4, hidden_act="silu" if gated else "gelu",
+    )  # fmt: skip
+    return transformers.DINOv3ViTModel(config)
+
+
 def phikon() -> torch.nn.Module:
     """transformers' ViT with the settings of Phikon's config."""
     return transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=DEPTH, layer_norm_eps=1e-6))
@@ -322,6 +331,10 @@ ORIGINALS = {
         lambda: HuggingFace(dinov2(1024, 16, image_size=518, patch_size=14)), IMAGES_OF_DINOV2, hub_folder,
     ),
     "dinov2_vitg14": (lambda: HuggingFace(DINOV2_GIANT(image_size=518)), IMAGES_OF_DINOV2, hub_folder),
+    "dinov3_vits16": (lambda: HuggingFace(dinov3(384, 6, 1536)), IMAGES_OF_UNI, hub_folder),
+    "dinov3_vitb16": (lambda: HuggingFace(dinov3(768, 12, 3072)), IMAGES_OF_UNI, hub_folder),
+    "dinov3_vitl16": (lambda: HuggingFace(dinov3(1024, 16, 4096)), IMAGES_OF_UNI, hub_folder),
+    "dinov3_vith16plus": (lambda: HuggingFace(dinov3(1280, 20, 5120, gated=True)), IMAGES_OF_UNI, hub_folder),
 }  # fmt: skip
 
 
