@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pathflip_jax.evaluate import colour, figures, published, report
+from pathflip_jax.evaluate import figures, published, report
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.embeddings import embed_bags
 from pathflip_jax.evaluate.protocols import read_protocol
@@ -33,9 +33,8 @@ def evaluate(spec: EvaluationSpec) -> dict:
     """
     spec = _place_language_run(spec)
     tasks = _wanted_tasks(spec)
-    cohort = read_cohort(spec.records, spec.slides, spec.split, spec.strict)
-    slide_files = colour.slide_files(spec.images) if spec.images is not None else {}
-    setting = Setting(spec, cohort, read_protocol(spec.protocol), slide_files)
+    cohort = read_cohort(spec.records, spec.slides, spec.split, spec.strict, spec.images)
+    setting = Setting(spec, cohort, read_protocol(spec.protocol))
     data = {task.key: task.read(setting) for task in tasks}
 
     predictors = [load(run) for run in spec.runs]

@@ -22,12 +22,11 @@ SCORE, SHARE, GAIN = "score", "share", "gain"  # written as 0.87, as 87.0%, as +
 
 
 class Setting(NamedTuple):
-    """The specification, slides, protocol and slide files (by slide id) that all tasks of an evaluation share."""
+    """The specification, slides and protocol that all tasks of an evaluation share."""
 
     spec: EvaluationSpec
     cohort: Cohort
     protocol: Protocol
-    slide_files: dict[str, Path]
 
 
 class LoadedRun(NamedTuple):

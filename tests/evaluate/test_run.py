@@ -15,7 +15,7 @@ from sklearn import metrics
 
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.evaluate import run
+from pathflip_jax.evaluate import colour, run
 from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference.load import load
@@ -409,6 +409,16 @@ def test_slides_are_classified_by_the_mean_of_their_windows(setting, runs, tmp_p
     wide = evaluate(runs[0], zero_shot_windows=True, window=3, out=tmp_path / "wide", **inputs)
     assert wide["zero_shot"]["metrics"] == found["zero_shot"]["metrics"]
     assert wide["zero_shot_windows"]["metrics"] != found["zero_shot_windows"]["metrics"]
+
+
+def test_both_zero_shot_scores_have_the_mean_colours_of_one_reading(setting, runs, monkeypatch, tmp_path):
+    read, patch_colours = [], colour.patch_colours
+    monkeypatch.setattr(colour, "patch_colours", lambda path, *how: read.append(path) or patch_colours(path, *how))
+    inputs = {key: setting.inputs[key] for key in ("records", "slides", "prompts")}
+    found = evaluate(runs[0], zero_shot_windows=True, images=setting.images, out=tmp_path, **inputs)
+    one, other = (found[key]["metrics"]["balanced_accuracy"] for key in ("zero_shot", "zero_shot_windows"))
+    assert one["mean_colour"] == other["mean_colour"]
+    assert len(read) == len(set(read)) == 18, "slides of training and test"
 
 
 def test_classification_by_windows_needs_prompts(setting, runs, tmp_path):
