@@ -4,6 +4,7 @@ Every metric is reported with patient-level bootstrap intervals and chance and m
 the slide table, and its labels and outlines are never used for selection (DESIGN section 8).
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,9 +38,10 @@ def evaluate(spec: EvaluationSpec) -> dict:
     setting = Setting(spec, cohort, read_protocol(spec.protocol))
     data = {task.key: task.read(setting) for task in tasks}
 
-    predictors = [load(run) for run in spec.runs]
-    ours = [_predict(predictor, setting, tasks, data) for predictor in predictors]
-    theirs = [_predict(load(run), setting, tasks, data) for run in spec.compare_to or ()]
+    predictors, compared = ([load(run) for run in runs] for runs in (spec.runs, spec.compare_to or ()))
+    for task, predictor in itertools.product(tasks, (*predictors, *compared)):
+        task.suits(spec, predictor)
+    ours, theirs = ([_predict(one, setting, tasks, data) for one in side] for side in (predictors, compared))
     parts = {}
     for task in tasks:
         mine, others = ([one.get(task.key) for one in side] for side in (ours, theirs))

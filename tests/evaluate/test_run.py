@@ -17,6 +17,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import colour, run
 from pathflip_jax.evaluate.spec import EvaluationSpec
+from pathflip_jax.grounding.method import REGIONS
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Embedding
@@ -84,7 +85,8 @@ def evaluate(run_folder, **fields):
 class Oracle:
     """Knows everything: each slide its own direction in which its caption lies too, its class, its outlines."""
 
-    name, config, default_method = "oracle", {}, "slide"
+    name, config, default_method, patchwise = "oracle", {}, "slide", False
+    untrained, unaligned = {}, {}
 
     def __init__(self, cohort, mirrored=False):
         self.captions = [json.loads(line) for line in cohort.texts.read_text().splitlines()]
@@ -382,6 +384,19 @@ def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch,
         change["texts"] = change["texts"].rename(tmp_path / "texts.jsonl")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate("run", out=tmp_path / "out", **(setting.inputs | change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compared_run_whose_maps_were_never_trained_is_refused_before_anything_is_encoded(
+    setting, monkeypatch, tmp_path
+):
+    oracles = {"right": Oracle(setting.cohort), "slide loss alone": Oracle(setting.cohort)}
+    oracles["slide loss alone"].untrained = {REGIONS: "loss.region_weight is 0"}
+    monkeypatch.setattr(run, "load", lambda folder: oracles[folder])
+    monkeypatch.setattr(Oracle, "encode_slides", lambda self, slides: pytest.fail("a slide was encoded"))
+    how = {"compare_to": "slide loss alone", "method": "cosine", "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match="method 'cosine' maps region embeddings, .* use a trained one: slide$"):
+        evaluate("right", **how, **setting.inputs)
     assert not (tmp_path / "out").exists()
 
 

@@ -27,6 +27,7 @@ from pathflip_jax.evaluate.tasks.map_scores import MapScores
 from pathflip_jax.evaluate.tasks.truth import Outlined, read_outlined
 from pathflip_jax.evaluate.units import Evaluation, Units, group_rows
 from pathflip_jax.grounding import heatmap, maps
+from pathflip_jax.grounding.methods import check_method
 from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.scores import statistics
@@ -345,6 +346,7 @@ TASK = Task(
     needs="grounding with outlines",
     wanted=lambda spec: spec.grounding is not None,
     check=_check,
+    suits=lambda spec, predictor: check_method(predictor, spec.method),
     read=_read,
     predict=_predict,
     score=_score,
