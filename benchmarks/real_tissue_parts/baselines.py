@@ -23,7 +23,6 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.data.texts.captions import split_sentences
 from pathflip_jax.data.texts.text import read_texts
-from pathflip_jax.evaluate import colour
 from pathflip_jax.evaluate.cohort import Cohort, read_cohort
 from pathflip_jax.evaluate.tasks import map_scores, probes, zero_shot
 from pathflip_jax.evaluate.tasks.grounding import slide_means
@@ -82,7 +81,7 @@ def read_slides(folder: Path, records: Path, classes: Sequence[str], split: str,
 
     Patches are described by the mean feature of a window of `window` patches around them, as maps of a run are.
     """
-    cohort = read_cohort(records, folder / "slides.csv", split)
+    cohort = read_cohort(records, folder / "slides.csv", split, images=folder)
     ids = [row["slide_id"] for row in cohort.table]
     features = {slide: cohort.features(slide) for slide in ids}
     windows = {slide: windowed(found, window) for slide, found in features.items()}
@@ -114,8 +113,7 @@ def score_baselines(slides: Slides) -> dict[str, dict[str, Statistic]]:
         found[OUTLINE_PROBES][task] = _grounding(slides, outlined, folder)
         if folder == OUTLINES:
             found[OUTLINE_PROBES][ZERO_SHOT_WINDOWS] = _by_windows(slides, outlined)
-    files = colour.slide_files(slides.folder)
-    labelled = zero_shot.colour_probabilities(slides.cohort, slides.classes, files) if files else None
+    labelled = zero_shot.colour_probabilities(slides.cohort, slides.classes)
     if labelled is not None:
         found[MEAN_COLOUR] = {ZERO_SHOT: _zero_shot(slides, labelled)}
     return found

@@ -1,9 +1,11 @@
 """The slides of a split to score, with warnings about the split."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.large import open_slide
@@ -11,6 +13,7 @@ from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.splits import unknown_split_message
 from pathflip_jax.data.storage.failures import preview
 from pathflip_jax.data.texts.text import read_slide_table, rename_rows
+from pathflip_jax.evaluate import colour
 from pathflip_jax.evaluate.patients import name_patients
 from pathflip_jax.evaluate.splits import NO_SIDE, check_split
 
@@ -18,7 +21,8 @@ from pathflip_jax.evaluate.splits import NO_SIDE, check_split
 class Cohort(NamedTuple):
     """One split of a slide table: records, ids, patients and labels of its slides, and the rows of the whole table.
 
-    `train` are the rows of the training split, empty if that is the one to score; `table` are all rows.
+    `train` are the rows of the training split, empty if that is the one to score; `table` are all rows. `slide_files`
+    are those found, by slide id, and `colours` what `mean_colour` has read from them; copies of a cohort share it.
     """
 
     records: Records
@@ -29,11 +33,19 @@ class Cohort(NamedTuple):
     warnings: list[str]
     split: str
     table: list[dict]
+    slide_files: dict[str, Path]
+    colours: dict[str, Float[np.ndarray, "3"] | None]
 
     def rows(self, split: str) -> list[dict]:
         """The rows of a split whose slides are in the records."""
         known = set(self.records.slides.column("slide_id"))
         return [row for row in self.table if row["split"] == split and row["slide_id"] in known]
+
+    @property
+    def known_train(self) -> list[dict]:
+        """The rows of `train` whose slides are in the records."""
+        known = set(self.records.slides.column("slide_id"))
+        return [row for row in self.train if row["slide_id"] in known]
 
     @property
     def patient_of(self) -> dict[str, str]:
@@ -52,16 +64,26 @@ class Cohort(NamedTuple):
         """The features of a slide."""
         return open_slide(self.records, self.records.position(slide_id))
 
+    def mean_colour(self, slide_id: str) -> Float[np.ndarray, "3"] | None:
+        """The mean RGB of a slide's patches, its pixels read once; None without a slide file or places of patches."""
+        if slide_id not in self.slide_files:
+            return None
+        if slide_id not in self.colours:
+            slide, mean = self.features(slide_id), None
+            if slide.coords is not None and slide.patch_size > 0:
+                mean = colour.patch_colours(self.slide_files[slide_id], slide.coords, slide.patch_size).mean(0)
+            self.colours[slide_id] = mean
+        return self.colours[slide_id]
+
     def train_features(self, seed: int = 0) -> Iterator[SlideFeatures]:
         """The features of the training slides in the records, in random order."""
-        known = set(self.records.slides.column("slide_id"))
-        ids = [row["slide_id"] for row in self.train if row["slide_id"] in known]
+        ids = [row["slide_id"] for row in self.known_train]
         for i in np.random.default_rng(seed).permutation(len(ids)):
             yield self.features(ids[i])
 
 
-def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
-    """The slides of one split.
+def read_cohort(records, slides, split: str, strict: bool = False, images=None) -> Cohort:
+    """The slides of one split, with the slide files found in the folder `images`.
 
     Raises ValueError for a split without slides and for slides without records. Faults that make scores optimistic
     (patients in two splits) become warnings in the report, or with `strict` errors.
@@ -96,6 +118,8 @@ def read_cohort(records, slides, split: str, strict: bool = False) -> Cohort:
         warnings,
         split,
         table,
+        slide_files={} if images is None else colour.slide_files(images),
+        colours={},
     )
 
 

@@ -4,13 +4,14 @@ Every metric is reported with patient-level bootstrap intervals and chance and m
 the slide table, and its labels and outlines are never used for selection (DESIGN section 8).
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pathflip_jax.evaluate import colour, figures, published, report
+from pathflip_jax.evaluate import figures, published, report
 from pathflip_jax.evaluate.cohort import read_cohort
 from pathflip_jax.evaluate.embeddings import embed_bags
 from pathflip_jax.evaluate.protocols import read_protocol
@@ -33,14 +34,14 @@ def evaluate(spec: EvaluationSpec) -> dict:
     """
     spec = _place_language_run(spec)
     tasks = _wanted_tasks(spec)
-    cohort = read_cohort(spec.records, spec.slides, spec.split, spec.strict)
-    slide_files = colour.slide_files(spec.images) if spec.images is not None else {}
-    setting = Setting(spec, cohort, read_protocol(spec.protocol), slide_files)
+    cohort = read_cohort(spec.records, spec.slides, spec.split, spec.strict, spec.images)
+    setting = Setting(spec, cohort, read_protocol(spec.protocol))
     data = {task.key: task.read(setting) for task in tasks}
 
-    predictors = [load(run) for run in spec.runs]
-    ours = [_predict(predictor, setting, tasks, data) for predictor in predictors]
-    theirs = [_predict(load(run), setting, tasks, data) for run in spec.compare_to or ()]
+    predictors, compared = ([load(run) for run in runs] for runs in (spec.runs, spec.compare_to or ()))
+    for task, predictor in itertools.product(tasks, (*predictors, *compared)):
+        task.suits(spec, predictor)
+    ours, theirs = ([_predict(one, setting, tasks, data) for one in side] for side in (predictors, compared))
     parts = {}
     for task in tasks:
         mine, others = ([one.get(task.key) for one in side] for side in (ours, theirs))

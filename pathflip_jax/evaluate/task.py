@@ -22,12 +22,11 @@ SCORE, SHARE, GAIN = "score", "share", "gain"  # written as 0.87, as 87.0%, as +
 
 
 class Setting(NamedTuple):
-    """The specification, slides, protocol and slide files (by slide id) that all tasks of an evaluation share."""
+    """The specification, slides and protocol that all tasks of an evaluation share."""
 
     spec: EvaluationSpec
     cohort: Cohort
     protocol: Protocol
-    slide_files: dict[str, Path]
 
 
 class LoadedRun(NamedTuple):
@@ -82,12 +81,12 @@ class Task:
 
     `key` is the task's entry in scores.json, `title` its name in text. `wanted` tells whether a specification requests
     it, which it does by giving `needs`. `check` raises ValueError for options that contradict each other; `read`
-    returns the task's data, raising for faulty input; `embed` names the slides whose embeddings `predict` takes from
-    `LoadedRun.bags`. A task without `predict` loads what it scores itself. `headlines` yields the main scores of
-    scores.json; `section` is the task's part of the report, a Jinja template that sees `scores` and `images`, and
-    sections of higher `prominence` come first. `published` yields the identifiers of a score, with its metrics, for
-    `published.json`; `paired` reads back the rows of an evaluation, by score, for `pathflip compare`, with
-    `metric_names` and `heading` for its page.
+    returns the task's data, raising for faulty input; `suits` raises ValueError for a run that it cannot score; `embed`
+    names the slides whose embeddings `predict` takes from `LoadedRun.bags`. A task without `predict` loads what it
+    scores itself. `headlines` yields the main scores of scores.json; `section` is the task's part of the report, a
+    Jinja template that sees `scores` and `images`, and sections of higher `prominence` come first. `published` yields
+    the identifiers of a score, with its metrics, for `published.json`; `paired` reads back the rows of an evaluation,
+    by score, for `pathflip compare`, with `metric_names` and `heading` for its page.
     """
 
     key: str
@@ -98,6 +97,7 @@ class Task:
     score: Callable[[Setting, Any, Predictions], Part]
     predict: Callable[[Setting, Any, LoadedRun], Any] | None = None
     check: Callable[[EvaluationSpec], None] = lambda spec: None
+    suits: Callable[[EvaluationSpec, Predictor], Any] = lambda spec, predictor: None
     embed: Callable[[Setting, Any], Sequence[str]] = lambda setting, data: ()
     headlines: Callable[[dict], Iterable[Headline]] = lambda found: ()
     section: Path | None = None

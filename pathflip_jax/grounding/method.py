@@ -5,7 +5,7 @@ the instances of its classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -14,18 +14,25 @@ from jaxtyping import Float, Int
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Prepared
 
+# Parts of a model that a loss compares with texts; a method's map shows texts only if a loss has trained its parts.
+SLIDES, REGIONS, ATTENTION = "slide embeddings", "region embeddings", "the attention of texts to regions"
+
 
 class Encoder(Protocol):
     """Interface of a `Predictor` that methods use: encoding only, independent of maps.
 
     `encode_slots` returns a `SlideEncoding` of bags of patch indices [R, S], each with its own features;
     `attend_regions` the attention of texts over regions; `attend_single_regions` the text-conditioned embedding of
-    each region as the only one of its slide.
+    each region as the only one of its slide. `untrained` and `unaligned` name parts of the model, each with the setting
+    of the run to blame: those with weights that no loss trained, and those that were trained, but not by comparing them
+    with texts.
     """
 
     patchwise: bool
     default_method: str
-    untrained_attention: str  # why the text-region attention is untrained; "" where it is trained
+    name: str
+    untrained: Mapping[str, str]
+    unaligned: Mapping[str, str]
 
     def bag(self, slides) -> Any:
         """Features of the slide, and the patches in the slots of its regions."""
@@ -69,14 +76,14 @@ class Method(ABC):
     """Patch scoring method: preparation of a slide, and scoring of texts on it.
 
     `attention` requests the attention maps of the slide's encoding. `splits_regions`: the method is meaningful only
-    where the model attends to regions of several patches; `attends`: only where its text-region attention is trained.
+    where the model attends to regions of several patches; `rests_on`: only where these parts of the model are trained.
     """
 
     name: ClassVar[str]
     description: ClassVar[str]
     attention: ClassVar[bool] = False
     splits_regions: ClassVar[bool] = False
-    attends: ClassVar[bool] = False
+    rests_on: ClassVar[tuple[str, ...]] = (REGIONS,)
 
     def prepare(self, encoder: Encoder, view: View) -> Float[np.ndarray, "N ..."] | None:
         """Text-independent state of a slide that the method precomputes, besides its regions."""

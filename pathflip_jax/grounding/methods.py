@@ -14,7 +14,7 @@ import numpy as np
 
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import CONTEXT, WINDOW, Grounding, Prepared
-from pathflip_jax.grounding.method import Encoder, Method, View
+from pathflip_jax.grounding.method import ATTENTION, REGIONS, Encoder, Method, View
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +38,13 @@ def prepare(
 ) -> Prepared:
     """Encode a slide independently of texts, so that many can be scored on it (method None: the family's default).
 
-    Raises ValueError for a method that does not exist or that the family does not support, an even window, and a slide
-    without coordinates, on which no score can be located.
+    Raises ValueError as `check_method`, for an even window, and for a slide without coordinates, on which no score can
+    be located.
     """
-    name = method or encoder.default_method
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is not supported; expected one of {', '.join(METHODS)}")
+    name = check_method(encoder, method)
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window {window}: expected an odd number, because a window is centred on a patch")
     found = METHODS[name]
-    if found.splits_regions and encoder.patchwise:
-        raise ValueError(
-            f"method {name!r} refines region scores by attention to the patches of a region, but this model attends to "
-            "patches already; use method 'region'"
-        )
-    if found.attends and encoder.untrained_attention:
-        _warn_of_untrained(name, encoder.untrained_attention)
     if slide.coords is None:
         raise ValueError(
             f"slide {slide.slide_id}: its feature file contains no coordinates, so a text cannot be localized on it; "
@@ -75,12 +66,45 @@ def prepare(
     )
 
 
+def check_method(encoder: Encoder, method: str | None) -> str:
+    """The name of a method (None: the family's default) that can map texts with this model.
+
+    Raises ValueError for one that does not exist, that the family does not support, or whose weights the run never
+    trained. Where these were trained, but not by comparing them with texts, the map is a baseline, as a note says.
+    """
+    name = method or encoder.default_method
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not supported; expected one of {', '.join(METHODS)}")
+    found = METHODS[name]
+    if found.splits_regions and encoder.patchwise:
+        raise ValueError(
+            f"method {name!r} refines region scores by attention to the patches of a region, but this model attends to "
+            "patches already; use method 'region'"
+        )
+    trained = ", ".join(trained_methods(encoder))
+    for part in filter(encoder.untrained.__contains__, found.rests_on):
+        raise ValueError(
+            f"{encoder.name}: method {name!r} maps {part}, whose weights this run never trained "
+            f"({encoder.untrained[part]}); use a trained one: {trained}"
+        )
+    for part in filter(encoder.unaligned.__contains__, found.rests_on):
+        _note_unaligned(encoder.name, name, part, encoder.unaligned[part], trained)
+    return name
+
+
+def trained_methods(encoder: Encoder) -> list[str]:
+    """The names of the methods that the family supports and that rest only on parts that the run trained with texts."""
+    blamed = encoder.untrained.keys() | encoder.unaligned.keys()
+    supported = {name: method for name, method in METHODS.items() if not (method.splits_regions and encoder.patchwise)}
+    return [name for name, method in supported.items() if blamed.isdisjoint(method.rests_on)]
+
+
 @functools.cache
-def _warn_of_untrained(method: str, reason: str) -> None:
-    """Log once per method and reason that its map means nothing."""
+def _note_unaligned(run: str, method: str, part: str, why: str, trained: str) -> None:
+    """Log once per run and method that its map is only a baseline."""
     log.warning(
-        "method %r: its map is not meaningful, because the attention of texts to regions was not trained (%s); use the "
-        "method 'slide'", method, reason,
+        "%s: method %r maps %s, which this run never compared with texts (%s): its map is a baseline; trained methods: "
+        "%s", run, method, part, why, trained,
     )  # fmt: skip
 
 
@@ -95,11 +119,14 @@ def score(
     """Score texts on a slide that `prepare` has encoded: one matrix product per additional text.
 
     The highest score of the `negative` texts is subtracted (`maps.subtract`). `encoded` is the result of `encode_texts`
-    for the texts followed by the negative ones, if it is already available.
+    for the texts followed by the negative ones, if it is already available. The scores of regions are NaN where the run
+    never trained the attention that they are made of.
     """
     texts, negative = as_tuple(texts), as_tuple(negative)
     text = encoder.encode_texts(texts + negative) if encoded is None else encoded
     region_scores = maps.log_ratio(encoder.attend_regions(text.region, prepared.regions))
+    if not encoder.untrained.keys().isdisjoint((REGIONS, ATTENTION)):
+        region_scores = np.full_like(region_scores, np.nan)
     patch_scores = METHODS[prepared.method].score(encoder, prepared, text, region_scores)
     found = Grounding(
         slide_id=prepared.slide_id,

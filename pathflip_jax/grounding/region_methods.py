@@ -3,7 +3,7 @@
 import numpy as np
 
 from pathflip_jax.grounding import maps
-from pathflip_jax.grounding.method import Method
+from pathflip_jax.grounding.method import ATTENTION, REGIONS, Method
 
 
 class Region(Method):
@@ -11,7 +11,7 @@ class Region(Method):
 
     name = "region"
     description = "the attention of the text to a region, assigned to all of its patches"
-    attends = True
+    rests_on = (REGIONS, ATTENTION)
 
     def score(self, encoder, prepared, text, region_scores):
         """Region scores copied to their patches."""

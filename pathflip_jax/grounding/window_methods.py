@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from pathflip_jax.data.storage.blocks import row_blocks
 from pathflip_jax.grounding import maps
-from pathflip_jax.grounding.method import Encoder, Method, View
+from pathflip_jax.grounding.method import ATTENTION, REGIONS, SLIDES, Encoder, Method, View
 
 
 class Patch(Method):
@@ -13,7 +13,7 @@ class Patch(Method):
 
     name = "patch"
     description = "the attention of the text to windows: each patch with its window is a region"
-    attends = True
+    rests_on = (REGIONS, ATTENTION)
 
     def prepare(self, encoder, view):
         """Region embedding of each window [N, D]."""
@@ -32,7 +32,7 @@ class Cosine(Patch):
 
     name = "cosine"
     description = "the cosine similarity of the text and the region embedding of each window"
-    attends = False
+    rests_on = (REGIONS,)
 
     def score(self, encoder, prepared, text, region_scores):
         """Cosines with window region embeddings."""
@@ -46,7 +46,7 @@ class Similarity(Cosine):
     description = (
         "the cosine similarity of the text and the embedding, conditioned on it, of a slide of this window only"
     )
-    attends = True
+    rests_on = (REGIONS, ATTENTION)
 
     def prepare(self, encoder, view):
         """Text-conditioned embedding of each window alone [N, D]."""
@@ -62,6 +62,7 @@ class Slide(Method):
 
     name = "slide"
     description = "the cosine similarity of the text and the slide embedding of each window, taken as a slide"
+    rests_on = (SLIDES,)
 
     def prepare(self, encoder, view):
         """Slide embedding of each window [N, D]."""

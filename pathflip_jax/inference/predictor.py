@@ -18,6 +18,7 @@ from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.regions import EDGE_UM, Regions, cut_regions
 from pathflip_jax.grounding import maps, methods
 from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.method import ATTENTION, REGIONS, SLIDES
 from pathflip_jax.inference import large_slides
 from pathflip_jax.inference.families import SERVING
 from pathflip_jax.losses.pathflip import CosinePooling
@@ -102,18 +103,18 @@ class Predictor:
             self.caption_length = int(data.get("caption_length") or 384)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f'{name}: its config.json has no valid section "data" ({error}); restore a copy') from None
-        loss = config.get("loss")
-        self._read_loss(loss if isinstance(loss, dict) else {})
         #: Settings that the run does not state and that were assumed: older runs, and third-party weights.
         self.assumed = tuple(map(str, config.get("assumed") or ())) or self._assumed_settings(data)
         #: Whether patches take the role that regions have in other families.
         self.patchwise = family_of(model.config).patchwise
         self._serving = SERVING[model.config.family]
+        loss = config.get("loss")
+        self._read_loss(loss if isinstance(loss, dict) else {})
         self.default_method = self._serving.default_method
         self._encoders: dict[tuple, Callable] = {}  # by input size
 
     def _read_loss(self, loss: dict) -> None:
-        """Set how texts pool regions: as in the loss that the run was trained with."""
+        """Set how texts pool regions, as in the loss of the run, and which parts of the model it left untrained."""
         self._pooling = None  # of regions by a text without parameters of its own; None: the model's attention
         if loss.get("region_pooling") == "cosine":
             try:
@@ -123,8 +124,12 @@ class Predictor:
                     f'{self.name}: its config.json has no valid "pooling_temperature" in its section "loss" '
                     f"({error!r}); restore a copy"
                 ) from None
-        untrained = loss.get("region_weight") == 0 and self._pooling is None
-        self.untrained_attention = f"{self.name}: loss.region_weight is 0" if untrained else ""
+        weights = {SLIDES: "slide_weight", REGIONS: "region_weight"}
+        left = {part: f"loss.{weight} is 0" for part, weight in weights.items() if loss.get(weight) == 0}
+        #: Parts of the model that no loss trained, and parts that none compared with texts, as in `grounding.method`.
+        self.untrained, self.unaligned = (left, {}) if self._serving.own_projections else ({}, left)
+        if REGIONS in left and self._pooling is None:
+            self.untrained = self.untrained | {ATTENTION: left[REGIONS]}
 
     @property
     def _attention(self):
@@ -291,7 +296,8 @@ class Predictor:
 
         The highest score of the `negative` texts is subtracted (`maps.subtract`). `window` (an odd number of patches)
         and `context` matter to the methods that look at patches one by one.
-        Raises ValueError for a slide without coordinates, on which no score can be located.
+        Raises ValueError for a slide without coordinates, on which no score can be located, and for a method whose
+        weights the run never trained.
         """
         texts, negative = methods.as_tuple(texts), methods.as_tuple(negative)
         encoded = self.encode_texts(texts + negative)  # first: refuses a text without words early

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding, Prepared
-from pathflip_jax.grounding.methods import prepare, score
+from pathflip_jax.grounding.methods import check_method, prepare, score
 from pathflip_jax.inference.predictor import Predictor, TextEncoding
 from pathflip_jax.viewer.cache import Cache
 from pathflip_jax.viewer.layers import Layer, make_layer
@@ -29,7 +29,7 @@ class Grounder:
     """Scorer of texts on a viewer's slides by a trained run; caches encoded slides."""
 
     def __init__(self, predictor: Predictor, method: str | None = None, window: int = maps.WINDOW) -> None:
-        self.predictor, self.method, self.window = predictor, method or predictor.default_method, window
+        self.predictor, self.method, self.window = predictor, check_method(predictor, method), window
         self.model_lock = threading.Lock()
         self._prepared = Cache(PREPARED_BYTES, _bytes_of)
         self._texts = Cache(TEXTS_BYTES, _bytes_of)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
+from pathflip_jax.grounding.methods import check_method
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.viewer.pictures import QUALITY
@@ -56,17 +57,18 @@ def report(spec: PageSpec) -> Report:
     slides = list_slides(spec.slides_dir, records=spec.records, features=spec.features, only=spec.slide_ids)
     slides = [slide for slide in slides if slide.features is not None]
     predictor = load(spec.run)
+    method = check_method(predictor, spec.method)
     similarities = _similarities(predictor, slides, predictor.encode_text(texts))
     order = range(len(slides))
     if spec.most_slides is not None:
         order = sorted(order, key=lambda i: -max(similarities[i] or [-np.inf]))[: spec.most_slides]
 
     def ground(slide: ShownSlide) -> Grounding:
-        how = {"negative": spec.negative, "method": spec.method, "window": spec.window}
+        how = {"negative": spec.negative, "method": method, "window": spec.window}
         return predictor.ground(slide.features(), texts, **how)
 
     pages = [PageSlide(slides[i].slide_id, slides[i].image, partial(ground, slides[i]), similarities[i]) for i in order]
-    facts = model_facts(predictor, spec.method or predictor.default_method)
+    facts = model_facts(predictor, method)
     return write_page(spec.out, pages, facts, most_pixels=spec.most_pixels, quality=spec.quality)
 
 

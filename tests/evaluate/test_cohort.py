@@ -1,11 +1,14 @@
 """The cohort of an evaluation: slides, patients and texts found in every spelling of their ids."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from pathflip_jax.data.texts.tables import read_rows
-from pathflip_jax.evaluate.cohort import read_cohort
+from pathflip_jax.evaluate import colour
+from pathflip_jax.evaluate.cohort import name_labels, read_cohort
 from pathflip_jax.evaluate.tasks.retrieval import read_pairs
 
 
@@ -43,3 +46,31 @@ def test_texts_may_name_the_patients_of_the_table(tiny_cohort, respelt, tmp_path
     (pair,) = read_pairs(texts, cohort)
     own = [slide for slide, name in zip(cohort.slide_ids, cohort.patients, strict=True) if name == patient]
     assert sorted(pair.slide_ids) == sorted(own)
+
+
+def test_the_pixels_of_a_slide_are_read_once(tiny_cohort, monkeypatch):
+    cohort, read = read_cohort(tiny_cohort.records, tiny_cohort.slides, "test"), []
+
+    def patch_colours(path, coords, patch_size):
+        read.append(path)
+        return np.arange(3 * len(coords)).reshape(-1, 3)
+
+    monkeypatch.setattr(colour, "patch_colours", patch_colours)
+    first, other = cohort.slide_ids[:2]
+    assert cohort.mean_colour(first) is None and not read
+    cohort = cohort._replace(slide_files={first: "one", other: "two"})
+    again = name_labels(cohort, lambda label: label)
+    for one in (cohort, again):
+        patches = len(cohort.features(first).coords)
+        assert one.mean_colour(first) == pytest.approx(1.5 * (patches - 1) + np.arange(3))
+    assert again.mean_colour(other) is not None and cohort.mean_colour(other) is not None
+    assert read == ["one", "two"]
+
+
+def test_patches_without_a_place_have_no_mean_colour(tiny_cohort, monkeypatch):
+    cohort, asked = read_cohort(tiny_cohort.records, tiny_cohort.slides, "test"), []
+    cohort = cohort._replace(slide_files=dict.fromkeys(cohort.slide_ids, "file"))
+    slide = replace(cohort.features(cohort.slide_ids[0]), coords=None)
+    monkeypatch.setattr(type(cohort), "features", lambda self, slide_id: asked.append(slide_id) or slide)
+    assert cohort.mean_colour(cohort.slide_ids[0]) is cohort.mean_colour(cohort.slide_ids[0]) is None
+    assert asked == cohort.slide_ids[:1]

@@ -15,8 +15,9 @@ from sklearn import metrics
 
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
-from pathflip_jax.evaluate import run
+from pathflip_jax.evaluate import colour, run
 from pathflip_jax.evaluate.spec import EvaluationSpec
+from pathflip_jax.grounding.method import REGIONS
 from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Embedding
@@ -84,7 +85,8 @@ def evaluate(run_folder, **fields):
 class Oracle:
     """Knows everything: each slide its own direction in which its caption lies too, its class, its outlines."""
 
-    name, config, default_method = "oracle", {}, "slide"
+    name, config, default_method, patchwise = "oracle", {}, "slide", False
+    untrained, unaligned = {}, {}
 
     def __init__(self, cohort, mirrored=False):
         self.captions = [json.loads(line) for line in cohort.texts.read_text().splitlines()]
@@ -385,6 +387,19 @@ def test_faulty_input_is_named_before_anything_is_computed(setting, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_compared_run_whose_maps_were_never_trained_is_refused_before_anything_is_encoded(
+    setting, monkeypatch, tmp_path
+):
+    oracles = {"right": Oracle(setting.cohort), "slide loss alone": Oracle(setting.cohort)}
+    oracles["slide loss alone"].untrained = {REGIONS: "loss.region_weight is 0"}
+    monkeypatch.setattr(run, "load", lambda folder: oracles[folder])
+    monkeypatch.setattr(Oracle, "encode_slides", lambda self, slides: pytest.fail("a slide was encoded"))
+    how = {"compare_to": "slide loss alone", "method": "cosine", "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match="method 'cosine' maps region embeddings, .* use a trained one: slide$"):
+        evaluate("right", **how, **setting.inputs)
+    assert not (tmp_path / "out").exists()
+
+
 def test_slides_are_classified_by_the_mean_of_their_windows(setting, runs, tmp_path):
     """The probabilities are the means of those that each patch has as a slide of its own."""
     inputs = {key: setting.inputs[key] for key in ("records", "slides", "prompts")}
@@ -409,6 +424,16 @@ def test_slides_are_classified_by_the_mean_of_their_windows(setting, runs, tmp_p
     wide = evaluate(runs[0], zero_shot_windows=True, window=3, out=tmp_path / "wide", **inputs)
     assert wide["zero_shot"]["metrics"] == found["zero_shot"]["metrics"]
     assert wide["zero_shot_windows"]["metrics"] != found["zero_shot_windows"]["metrics"]
+
+
+def test_both_zero_shot_scores_have_the_mean_colours_of_one_reading(setting, runs, monkeypatch, tmp_path):
+    read, patch_colours = [], colour.patch_colours
+    monkeypatch.setattr(colour, "patch_colours", lambda path, *how: read.append(path) or patch_colours(path, *how))
+    inputs = {key: setting.inputs[key] for key in ("records", "slides", "prompts")}
+    found = evaluate(runs[0], zero_shot_windows=True, images=setting.images, out=tmp_path, **inputs)
+    one, other = (found[key]["metrics"]["balanced_accuracy"] for key in ("zero_shot", "zero_shot_windows"))
+    assert one["mean_colour"] == other["mean_colour"]
+    assert len(read) == len(set(read)) == 18, "slides of training and test"
 
 
 def test_classification_by_windows_needs_prompts(setting, runs, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from pathflip_jax import cli
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.grounding import maps, methods
+from pathflip_jax.grounding.method import ATTENTION, REGIONS, SLIDES
 from pathflip_jax.grounding.methods import METHODS
 from pathflip_jax.grounding.window_methods import Cosine
 
@@ -18,7 +19,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "grounding_methods.md").read_text()
 class Encoder:
     """A model whose regions and slides are means of features, and whose attention is uniform."""
 
-    patchwise, default_method, untrained_attention = False, "slide", ""
+    patchwise, default_method, name = False, "slide", "runs/one"
+
+    def __init__(self, untrained=(), unaligned=()):
+        self.untrained = dict.fromkeys(untrained, "loss.region_weight is 0")
+        self.unaligned = dict.fromkeys(unaligned, "loss.region_weight is 0")
 
     def bag(self, slide):
         return maps_bag(slide.features, np.array([[0, 1], [2, -1]]))
@@ -59,15 +64,48 @@ def make_slide(**changes):
     return SlideFeatures(**values | {"encoder": ""} | changes)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_warns_once_of_attention_that_was_not_trained(name, caplog):
-    encoder = Encoder()
-    encoder.untrained_attention = f"{name}: loss.region_weight is 0"
-    for _ in range(2):
+@pytest.mark.parametrize(
+    ("part", "resting", "trained"),
+    [
+        (ATTENTION, ["region", "attention", "patch", "similarity"], "cosine, slide"),
+        (REGIONS, ["region", "attention", "patch", "similarity", "cosine"], "slide"),
+        (SLIDES, ["slide"], "region, attention, patch, similarity, cosine"),
+    ],
+)
+def test_a_map_of_weights_that_were_never_trained_is_refused(part, resting, trained):
+    encoder, refused = Encoder(untrained=[part]), []
+    for name in METHODS:
+        try:
+            methods.prepare(encoder, make_slide(), method=name)
+        except ValueError as error:
+            refused.append(name)
+            told = f"runs/one: method {name!r} maps {part}, whose weights this run never trained "
+            assert str(error) == f"{told}(loss.region_weight is 0); use a trained one: {trained}"
+    assert refused == resting
+
+
+def test_trained_methods_are_those_of_the_family():
+    assert methods.trained_methods(Encoder()) == list(METHODS)
+    encoder = Encoder(untrained=[SLIDES])
+    encoder.patchwise = True
+    assert methods.trained_methods(encoder) == ["region", "patch", "similarity", "cosine"]
+
+
+def test_a_map_that_is_only_a_baseline_is_noted_once(caplog):
+    encoder = Encoder(unaligned=[REGIONS])
+    for name in [*METHODS, *METHODS]:
         methods.prepare(encoder, make_slide(), method=name)
-    warned = [record.getMessage() for record in caplog.records]
-    assert len(warned) == (name in ("region", "attention", "patch", "similarity"))
-    assert all("not trained" in line and "use the method 'slide'" in line for line in warned)
+    noted = [record.getMessage() for record in caplog.records]
+    assert len(noted) == 5 and all("runs/one: method" in line and line.endswith("methods: slide") for line in noted)
+    assert "method 'cosine' maps region embeddings, which this run never compared with texts" in noted[-1]
+
+
+def test_regions_are_not_scored_by_an_attention_that_was_not_trained():
+    encoder = Encoder(untrained=[ATTENTION])
+    prepared = methods.prepare(encoder, make_slide(), method="slide")
+    found = methods.score(encoder, prepared, ["gland"], negative=["fat"])
+    assert np.isnan(found.region_scores).all() and np.isfinite(found.patch_scores).all()
+    assert np.isfinite(ground("slide").region_scores).all()
 
 
 def ground(name, texts=("gland",), **how):

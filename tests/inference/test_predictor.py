@@ -18,8 +18,9 @@ from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.grounding import methods
 from pathflip_jax.inference import predictor as inference
 from pathflip_jax.inference.predictor import Predictor, region_slots
-from pathflip_jax.model.config import PathFLIPConfig
+from pathflip_jax.model.config import PathFLIP2Config, PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
+from pathflip_jax.model.pathflip2 import PathFLIP2
 from pathflip_jax.runtime.buckets import bucket
 
 CONFIG = PathFLIPConfig(
@@ -112,12 +113,50 @@ def test_texts_attend_to_regions_as_in_the_loss_of_the_run(predictor):
     assert pooled.attend_regions(texts, regions) == pytest.approx(powers / powers.sum(1, keepdims=True), abs=1e-5)
     assert pooled.attend_single_regions(regions) == pytest.approx(unit[1], abs=1e-5)
     assert predictor.attend_regions(texts, regions) != pytest.approx(pooled.attend_regions(texts, regions), abs=1e-3)
-    assert not predictor.untrained_attention and not pooled.untrained_attention
     for broken in ({}, {"pooling_temperature": "warm"}):
         with pytest.raises(ValueError, match='runs/one: .* no valid "pooling_temperature"'):
-            Predictor(None, {"loss": {"region_pooling": "cosine"} | broken}, None, "runs/one")
-    without = Predictor(predictor.model, predictor.config | {"loss": {"region_weight": 0.0}}, Words(), name="runs/one")
-    assert without.untrained_attention == "runs/one: loss.region_weight is 0"
+            Predictor(predictor.model, {"loss": {"region_pooling": "cosine"} | broken}, None, "runs/one")
+
+
+COSINE = {"region_pooling": "cosine", "pooling_temperature": 0.1}
+PATHFLIP2 = PathFLIP2Config(
+    feature_dim=16, embed_dim=8, hidden=8, layers=1, heads=2, intermediate=8, vocab_size=64, max_positions=40, tokens=2,
+    token_heads=2, text_region_heads=2, top_k=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "loss", "refused", "noted"),
+    [
+        ("pathflip", {}, "", ""),
+        ("pathflip", COSINE | {"region_weight": 1.0}, "", ""),
+        ("pathflip", {"region_weight": 0.0}, "region attention patch similarity", "cosine"),
+        ("pathflip", COSINE | {"region_weight": 0.0}, "", "region attention patch similarity cosine"),
+        ("pathflip", {"slide_weight": 0.0}, "", "slide"),
+        ("pathflip2", {"region_weight": 1.0}, "", ""),
+        ("pathflip2", {"region_weight": 0.0}, "region patch similarity cosine", ""),
+        ("pathflip2", {"slide_weight": 0}, "slide", ""),
+    ],
+)
+def test_methods_whose_parts_a_runs_loss_did_not_train(predictor, caplog, family, loss, refused, noted):
+    model = predictor.model if family == "pathflip" else PathFLIP2(PATHFLIP2, nnx.Rngs(0))
+    run, found = Predictor(model, {"loss": loss}, Words(), name=f"runs/{family}{sorted(loss.items())}"), []
+    for name in methods.METHODS if family == "pathflip" else methods.METHODS.keys() - {"attention"}:
+        try:
+            methods.check_method(run, name)
+        except ValueError as error:
+            weight = "slide_weight" if "slide_weight" in loss else "region_weight"
+            assert str(error).startswith(f"{run.name}: ") and f"(loss.{weight} is 0)" in str(error)
+            found.append(name)
+    assert set(found) == set(refused.split())
+    told = [name for name in methods.METHODS if f"method {name!r} maps" in caplog.text]
+    assert set(told) == set(noted.split())
+    assert set(methods.trained_methods(run)).isdisjoint([*found, *told])
+
+
+def test_a_converted_checkpoint_states_no_loss_and_may_use_every_method(predictor):
+    run = Predictor(predictor.model, {"data": {}}, Words())
+    assert run.untrained == run.unaligned == {} and methods.trained_methods(run) == list(methods.METHODS)
 
 
 def test_slides_of_a_case_are_one_bag(predictor):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def test_a_page_holds_scores_areas_and_tiles(command, predictor, session, tmp_pa
         assert sorted(file.name for file in (tiles / "9").iterdir()) == ["0_0.jpg", "0_1.jpg", "1_0.jpg", "1_1.jpg"]
         live = session.pictures.tile(slide.image, 9, 1, 0)
         assert (tiles / "9/1_0.jpg").read_bytes() == live
+
+
+def test_a_page_of_maps_that_were_never_trained_is_not_begun(command, run_folder, tmp_path, capsys):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"loss": {"region_weight": 0.0}}))
+    assert cli.main(["report", str(folder), *command[2:]]) == 2
+    told = capsys.readouterr().err
+    assert f"{folder}: method 'region' maps the attention of texts to regions" in told
+    assert "(loss.region_weight is 0); use a trained one: slide" in told and not (tmp_path / "page").exists()
 
 
 def test_levels_slides_and_order_can_be_chosen(command, tmp_path, capsys, predictor, session):

@@ -27,6 +27,7 @@ from pathflip_jax.evaluate.tasks.map_scores import MapScores
 from pathflip_jax.evaluate.tasks.truth import Outlined, read_outlined
 from pathflip_jax.evaluate.units import Evaluation, Units, group_rows
 from pathflip_jax.grounding import heatmap, maps
+from pathflip_jax.grounding.methods import check_method
 from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.scores import statistics
@@ -101,7 +102,7 @@ def _score(setting: Setting, outlined: Outlined, predictions: Predictions) -> Pa
 
 def colour_maps(setting: Setting, outlined: Outlined) -> MapScores | None:
     """The scores of the mean-colour map; None without slide files."""
-    cohort, files, spec = setting.cohort, setting.slide_files, setting.spec
+    cohort, files, spec = setting.cohort, setting.cohort.slide_files, setting.spec
     if not set(outlined.truth) <= set(files) or not cohort.train:
         return None
     slides = cohort.train_features(spec.seed)
@@ -221,7 +222,7 @@ def _panels(setting: Setting, outlined: Outlined, predictor, slide_id: str) -> F
     present = [c for c in np.argsort(-inside.sum(1), kind="stable") if np.isfinite(aucs[c])][:3]
     names = list(outlined.concepts)
     true = read_outlines(Path(spec.outlines) / f"{slide_id}.geojson")
-    canvas = heatmap.canvas_of(slide, setting.slide_files.get(slide_id))
+    canvas = heatmap.canvas_of(slide, setting.cohort.slide_files.get(slide_id))
     panels = [
         heatmap.Panel(
             f"“{outlined.concepts[names[c]][0]}”",
@@ -345,6 +346,7 @@ TASK = Task(
     needs="grounding with outlines",
     wanted=lambda spec: spec.grounding is not None,
     check=_check,
+    suits=lambda spec, predictor: check_method(predictor, spec.method),
     read=_read,
     predict=_predict,
     score=_score,

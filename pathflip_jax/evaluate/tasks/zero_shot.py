@@ -122,7 +122,7 @@ def score_classes(setting: Setting, classes: Classes, predictions: Predictions) 
     counted = [names.index(row["label"]) for row in cohort.train if row.get("label") in names]
     majority = int(np.bincount(counted if counted else labels, minlength=len(names)).argmax())
     blind = statistics.baselines(labels, len(names), majority)
-    probabilities = colour_probabilities(cohort, names, setting.slide_files)
+    probabilities = colour_probabilities(cohort, names)
     by_colour = None if probabilities is None else metrics_of(probabilities)
     metrics = {}
     for metric in ours[0]:
@@ -143,25 +143,18 @@ def score_classes(setting: Setting, classes: Classes, predictions: Predictions) 
     }
 
 
-def colour_probabilities(cohort: Cohort, names: list[str], files: dict[str, Path]) -> np.ndarray | None:
-    """The class probabilities by the nearest training slide in mean colour [n, C]; None without slide files."""
-    label_of = {row["slide_id"]: row.get("label") for row in cohort.train}
-
-    def mean(slide):
-        known = slide.slide_id in files and slide.coords is not None and slide.patch_size > 0
-        return colour.patch_colours(files[slide.slide_id], slide.coords, slide.patch_size).mean(0) if known else None
-
-    labelled = [(label_of[s.slide_id], mean(s)) for s in cohort.train_features()]
-    train = [(names.index(label), rgb) for label, rgb in labelled if label in names and rgb is not None]
-    test = [mean(cohort.features(slide)) for slide in cohort.slide_ids]
-    if not train or any(rgb is None for rgb in test):
+def colour_probabilities(cohort: Cohort, names: list[str]) -> Float[np.ndarray, "n C"] | None:
+    """The class probabilities by the nearest training slide in mean colour; None without slide files."""
+    test = [cohort.mean_colour(slide) for slide in cohort.slide_ids]
+    if any(rgb is None for rgb in test):
         return None
-    return colour.nearest_class(
-        np.stack([rgb for _, rgb in train]),
-        np.array([label for label, _ in train]),
-        np.stack(test),
-        len(names),
-    )
+    labelled = [row for row in cohort.known_train if row["label"] in names]
+    train = [(names.index(row["label"]), cohort.mean_colour(row["slide_id"])) for row in labelled]
+    train = [(label, rgb) for label, rgb in train if rgb is not None]
+    if not train:
+        return None
+    labels, colours = zip(*train, strict=True)
+    return colour.nearest_class(np.stack(colours), np.array(labels), np.stack(test), len(names))
 
 
 def prediction_rows(names, found: list[Float[np.ndarray, "n C"]], classes: Classes) -> list[dict]:

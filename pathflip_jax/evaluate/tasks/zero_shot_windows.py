@@ -16,7 +16,7 @@ from pathflip_jax.evaluate.task import LoadedRun, Part, Predictions, Setting, Ta
 from pathflip_jax.evaluate.tasks import zero_shot
 from pathflip_jax.evaluate.tasks.zero_shot import Classes
 from pathflip_jax.evaluate.units import Evaluation, classified_units
-from pathflip_jax.grounding.methods import prepare
+from pathflip_jax.grounding.methods import check_method, prepare
 
 KEY = "zero_shot_windows"
 CONFUSION, PREDICTIONS = "confusion_windows", "predictions_windows"
@@ -56,6 +56,7 @@ TASK = Task(
     needs="prompts and zero_shot_windows",
     wanted=lambda spec: spec.zero_shot_windows,
     check=_check,
+    suits=lambda spec, predictor: check_method(predictor, METHOD),
     read=zero_shot.read_classes,
     predict=_predict,
     score=_score,
