@@ -30,6 +30,8 @@ def from_hub(recipe: Recipe) -> Path:
         for name in recipe.files:
             try:
                 return Path(huggingface_hub.hf_hub_download(recipe.repository, name))
+            except errors.LocalEntryNotFoundError:  # no connection
+                raise
             except errors.EntryNotFoundError:
                 continue
         reason = f"{recipe.repository} has no {' or '.join(recipe.files)}"

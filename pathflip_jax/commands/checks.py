@@ -69,6 +69,7 @@ def examine(
         "room": _room,
         "file reader": _reader,
         "offline": _offline,
+        "patch encoders": _encoders,
     }
     findings = [finding for name, check in checks.items() for finding in guarded(name, check)]
     if not all(place is None for place in (records, slides, texts, tokenizer)):
@@ -219,6 +220,20 @@ def _offline() -> Iterator[Finding]:
             "config.data.tokenizer and config.model.bert to it; without one, train a small vocabulary with "
             "`pathflip vocabulary`",
         )
+
+
+def _encoders() -> Iterator[Finding]:
+    """Registered patch encoders whose weights are in the Hugging Face cache."""
+    from data_prep.hub import cached
+    from pathflip_jax.vision.recipes import RECIPES
+
+    here = [name for name, recipe in RECIPES.items() if cached(recipe) is not None]
+    cure = (
+        "before going offline, download the weights of an encoder that `pathflip encoders` lists (`hf download "
+        "REPOSITORY FILE --local-dir FOLDER`) and pass the folder to `pathflip prepare --weights`"
+    )
+    found = f"weights cached: {', '.join(here)}" if here else "the weights of none are cached"
+    yield Finding("patch encoders", found, "ok" if here else "note", "" if here else cure)
 
 
 def _launchers() -> Iterator[Finding]:
