@@ -44,7 +44,8 @@ class VisionEncoder:
         self._replicated, self._sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         self._dtype = jnp.bfloat16 if half else jnp.float32
         self.recipe, self.name, self.dim = recipe, recipe.name, recipe.width
-        self.loaded: LoadedEncoder = load_vision(recipe, weights or from_hub(recipe), self._dtype, self._replicated)
+        self.weights = weights or from_hub(recipe)
+        self.loaded: LoadedEncoder = load_vision(recipe, self.weights, self._dtype, self._replicated)
         self._graph, self._state = nnx.split(self.loaded.network)
         self._devices = devices
         self.batch_size = self._rounded(batch_size or BATCHES[devices[0].platform] * len(devices))
