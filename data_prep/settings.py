@@ -51,6 +51,8 @@ class PrepareSettings(RecordsSettings):
 
     `assume_mpp` is for slides without a stated level-0 resolution; `min_tissue` is the tissue fraction of a patch;
     `keep_ink` keeps pen as tissue, for stains that resemble it; `half` lets networks compute in half precision.
+    `batch_size` is the number of patches per batch, over all local devices, of an encoder that runs on them
+    (`data_prep.encoders.DeviceEncoder`); None to let it choose.
     """
 
     encoder: str = "stain_texture"
@@ -60,6 +62,7 @@ class PrepareSettings(RecordsSettings):
     min_tissue: float = 0.25
     keep_ink: bool = False
     half: bool = False
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or not 0 < self.mpp < 1e3 or not 0 <= self.min_tissue <= 1:
@@ -67,6 +70,8 @@ class PrepareSettings(RecordsSettings):
                 f"patch_size={self.patch_size}, mpp={self.mpp}, min_tissue={self.min_tissue}: expected a "
                 "patch_size of at least 1, an mpp above 0 and below 1000, and a min_tissue from 0 to 1"
             )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
         _check_mpp("assume-mpp", self.assume_mpp)
         super().__post_init__()
 

@@ -294,7 +294,8 @@ def records_settings(options: argparse.Namespace) -> dict:
 
 def print_records_report(report, as_json: bool) -> int:
     """Print the outcome of `prepare` or `import`, with notes on single slides; returns the exit code."""
-    return print_report(report, as_json, absent=[row._asdict() for row in report.absent], notes=report.notes)
+    more = {} if report.device is None else {"device": report.device.as_json()}
+    return print_report(report, as_json, absent=[row._asdict() for row in report.absent], notes=report.notes, **more)
 
 
 def print_report(report, as_json: bool, **more) -> int:

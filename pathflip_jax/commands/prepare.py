@@ -67,6 +67,12 @@ def add(commands) -> None:
     parser.add_argument(
         "--half", action="store_true", help="encode in half precision, if the encoder is a neural network"
     )
+    parser.add_argument(
+        "--batch-size",
+        type=number("batch-size"),
+        metavar="N",
+        help="patches per batch over all local devices, for encoders that run on them (default: the encoder's)",
+    )
     add_records_options(parser)
 
 
@@ -87,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         min_tissue=options.min_tissue,
         keep_ink=options.keep_ink,
         half=options.half,
+        batch_size=options.batch_size,
         **records_settings(options),
     )
     return print_records_report(prepare(options.slides_folder, options.out, settings), options.json)
