@@ -8,7 +8,7 @@ shard is written atomically, and its content depends on neither workers nor task
 import importlib
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from data_prep.majority import MajorityVote
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_each
 from data_prep.report import Report, grouped
-from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings
+from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings, check_together
 from data_prep.shards import Progress, amend, remove
 from data_prep.slide_files import find_slides
 from pathflip_jax.data.readers.feature_files import find_feature_files
@@ -56,7 +56,7 @@ def prepare(
     FileNotFoundError for no slides; OSError on a full disk.
     """
     if runs_on_device(settings.encoder):
-        return _prepare_on_devices(slides, as_path(out), settings)
+        return _prepare_on_devices(slides, {as_path(out): settings})[0]
     if settings.batch_size is not None:
         raise ValueError(
             f"--batch-size {settings.batch_size}: encoder {settings.encoder!r} determines its batches itself; leave it "
@@ -75,24 +75,54 @@ def prepare(
     return _run(plan, prepare_slide, settings)
 
 
-def _prepare_on_devices(slides: Path | str | Sequence[Path | str], out: Place, settings: PrepareSettings) -> Report:
-    """Prepare slides with an encoder that lives in this process."""
-    if settings.beam is not None:
+def prepare_several(
+    slides: Path | str | Sequence[Path | str], out: Place | str, settings: Sequence[PrepareSettings]
+) -> dict[str, Report]:
+    """Turn slide files into records of several encoders, each in the folder OUT/ENCODER, in one pass over the slides.
+
+    A slide is opened once; encoders with the same patches share them, and those of other patch sizes are read block by
+    block beside them. A slide that a folder already has is read for the others alone. Returns the report of each
+    encoder; one encoder alone is prepared as by `prepare`, in OUT. Everything else as there.
+
+    Raises ValueError for settings that differ in more than encoder and patches (`settings.check_together`), and for
+    encoders that do not run on the devices of this process.
+    """
+    if len(settings) == 1:
+        return {settings[0].encoder: prepare(slides, out, settings[0])}
+    check_together(settings)
+    if others := [one.encoder for one in settings if not runs_on_device(one.encoder)]:
         raise ValueError(
-            f"--beam: encoder {settings.encoder!r} needs all devices of a machine in one process; run a job array with "
+            f"--encoder {', '.join(others)}: several encoders are prepared together where all of them run on the "
+            "devices of one process; run the command once for each of the others, with an --out of its own"
+        )
+    reports = _prepare_on_devices(slides, {as_path(out) / one.encoder: one for one in settings})
+    return {one.encoder: report for one, report in zip(settings, reports, strict=True)}
+
+
+def _prepare_on_devices(
+    slides: Path | str | Sequence[Path | str], settings: Mapping[Place, PrepareSettings]
+) -> list[Report]:
+    """Prepare slides with encoders that live in this process, each in its folder."""
+    common = next(iter(settings.values()))
+    if common.beam is not None:
+        raise ValueError(
+            f"--beam: encoder {common.encoder!r} needs all devices of a machine in one process; run a job array with "
             "--shard instead, one task on each machine"
         )
-    plan = _plan(find_slides(slides), out, settings, settings.of_records())
+    found = find_slides(slides)
+    plans = [_plan(found, out, one, one.of_records()) for out, one in settings.items()]
     encoders = {}
-    if plan.jobs:
-        encoders[settings.encoder] = load_encoder(settings.encoder, settings.half, settings.batch_size)
-        check_encoder(encoders[settings.encoder], settings.patch_size)
-    if settings.strict and (plan.failed or plan.absent):
-        return _stopped(plan)
-    _begin(plan)
-    pipeline = DevicePipeline(encoders, _workers(settings))
-    (progress,) = _run_here([plan], pipeline.run, settings.strict)
-    return replace(_finish(plan, progress), device=pipeline.usage)
+    for plan, one in zip(plans, settings.values(), strict=True):
+        if plan.jobs:
+            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size)
+            check_encoder(encoders[one.encoder], one.patch_size)
+    if common.strict and any(plan.failed or plan.absent for plan in plans):
+        return [_stopped(plan) for plan in plans]
+    for plan in plans:
+        _begin(plan)
+    pipeline = DevicePipeline(encoders, _workers(common))
+    progress = _run_here(plans, pipeline.run, common.strict)
+    return [replace(_finish(*each), device=pipeline.usage) for each in zip(plans, progress, strict=True)]
 
 
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:

@@ -1,7 +1,7 @@
 """Settings of preparation and import, validated on construction, shared by the command line and Python."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from data_prep.slide_table import SANE_MPP
@@ -83,6 +83,22 @@ class PrepareSettings(RecordsSettings):
             "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "dtype": self.dtype, "cut": self.cut,
             "edge_um": self.edge_um,
         }  # fmt: skip
+
+
+def check_together(settings: Sequence[PrepareSettings]) -> None:
+    """Raise ValueError for settings that cannot share a pass over the slides, each with a folder of its own."""
+    names = [one.encoder for one in settings]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"encoders {', '.join(names) or '(none)'}: expected each once")
+    if unfit := [name for name in names if not name or set(name) & set("/\\:") or name.startswith(".")]:
+        raise ValueError(f"encoder {unfit[0]!r}: not the name of a folder, which it needs beside other encoders")
+    for field in fields(PrepareSettings):
+        values = {str(getattr(one, field.name)) for one in settings}
+        if len(values) > 1 and field.name not in _OF_ONE_ENCODER:
+            raise ValueError(f"{field.name} {', '.join(sorted(values))}: expected one value for all encoders of a run")
+
+
+_OF_ONE_ENCODER = ("encoder", "patch_size", "mpp", "half", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

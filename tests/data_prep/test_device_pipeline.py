@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ from data_prep.jobs import Job
 from data_prep.settings import PrepareSettings
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
+from pathflip_jax import cli
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
 from pathflip_jax.runtime.workers import Worker
@@ -324,6 +327,58 @@ def test_leaving_early_frees_everything(slides, tmp_path):
     assert not list(DevicePipeline({}, 2).run([]))
 
 
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from data_prep.device_pipeline import DevicePipeline
+from data_prep.jobs import Job
+from data_prep.settings import PrepareSettings
+
+class Slow:
+    name, dim, batch_size = "slow", 3, 2
+
+    def dispatch(self, patches):
+        print("going", flush=True)
+        time.sleep(0.5)
+        return np.zeros((2, 3), np.float32)
+
+if __name__ == "__main__":
+    folder, out = map(Path, sys.argv[1:])
+    settings = PrepareSettings(encoder="slow", patch_size=64).of_records()
+    names = [f"S{number}" for number in range(5)]
+    jobs = [Job(name, "", folder / f"{name}.tiff", out, out / f"{name}.tfrecord", settings) for name in names]
+    list(DevicePipeline({"slow": Slow()}, 2).run(jobs))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_a_process_that_ends(slides, tmp_path, sign):
+    """Ctrl-C reaches readers as well; SIGKILL the process alone, whose segments its resource tracker then frees."""
+    before = set(SHARED.glob("psm_*"))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PATHFLIP_TEST_MARK": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT, str(slides), str(tmp_path)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(command, env=environment, **how) as process:
+        assert process.stdout.readline() == b"going\n" and set(SHARED.glob("psm_*")) - before
+        os.killpg(process.pid, sign) if sign == signal.SIGINT else process.send_signal(sign)
+    assert process.returncode in (-sign, 128 + sign)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (set(SHARED.glob("psm_*")) - before or _processes_of(tmp_path)):
+        time.sleep(0.05)
+    assert not set(SHARED.glob("psm_*")) - before and not _processes_of(tmp_path)
+
+
+def _processes_of(mark: Path) -> list[str]:
+    """Living processes that were started with this mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            found += [str(path)] if f"PATHFLIP_TEST_MARK={mark}".encode() in path.read_bytes() else []
+    return found
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux")
 def test_rings_are_of_one_size_whatever_the_slides(slides, tmp_path, monkeypatch):
     """As many slots as readers, and no more patches ahead of the device than these and the batches hold."""
@@ -414,3 +469,82 @@ def test_settings_that_exclude_each_other(slides, tmp_path, use):
         PrepareSettings(batch_size=0)
     with pytest.raises(ValueError, match="'stain_texture' determines its batches itself"):
         build.prepare(slides, tmp_path / "records", PrepareSettings(batch_size=8))
+
+
+def prepare_several(folder, out, sizes: dict[str, int], **settings):
+    return build.prepare_several(
+        folder,
+        out,
+        [PrepareSettings(encoder=name, **SMALL | settings | {"patch_size": size}) for name, size in sizes.items()],
+    )
+
+
+def test_several_encoders_write_what_each_writes_alone(slides, tmp_path, use):
+    sizes = {"means": 64, "other": 64, "wide": 96}
+    use(Means(), Means("other", batch_size=7, scale=2.0), Means("wide", batch_size=9))
+    for name, size in sizes.items():
+        prepare(slides, tmp_path / name, name, patch_size=size)
+    reports = prepare_several(slides, tmp_path / "all", sizes)
+    for name, report in reports.items():
+        assert report.folder == tmp_path / "all" / name and report.finished and len(report.done) == 5
+        assert _bytes(report.folder) == _bytes(tmp_path / name) and verify(report.folder) == []
+    usage, (first, _, wide) = reports["means"].device, [report.timings.patches for report in reports.values()]
+    assert (usage.encoded, usage.decoded) == (2 * first + wide, first + wide)  # patches of one grid are read once
+    # A slide that one folder lacks is read for it alone.
+    (tmp_path / "all/other/pathflip-00001.tfrecord").unlink()
+    again = prepare_several(slides, tmp_path / "all", sizes)
+    assert [report.done for report in again.values()] == [[], ["S2", "S3"], []]
+    assert again["other"].device.decoded == 6 * (4 + 5)
+    assert _bytes(tmp_path / "all/other") == _bytes(tmp_path / "other")
+
+
+def test_slide_without_patches_for_one_encoder_has_those_of_the_other(slides, tmp_path, use):
+    """Its resolution suffices for patches at 0.5 um per pixel, not for those at 0.25."""
+    use(Means(), Means("fine"))
+    settings = [PrepareSettings(encoder=name, **SMALL, mpp=mpp) for name, mpp in (("means", 0.5), ("fine", 0.25))]
+    reports = build.prepare_several(slides / "S0.tiff", tmp_path, settings)
+    assert reports["means"].done == ["S0"] and not reports["means"].failed
+    assert "enlarging adds no detail" in reports["fine"].failed[0].error and not reports["fine"].done
+
+
+def test_grids_of_a_slide_are_read_block_by_block(slides, tmp_path, monkeypatch):
+    """Patches of 64 and of 48 px are read together within 256 px, of which a slide has two by two."""
+    monkeypatch.setattr("data_prep.slides.BLOCK", 256)
+    own = [_job(slides, "S4", tmp_path, name, patch_size=size) for name, size in (("a", 64), ("b", 48))]
+    with open_slide(slides / "S4.tiff") as slide:
+        chunk = reading._Reading(slide, own).fill(np.empty(3 << 20, np.uint8))
+    blocks = []
+    for run in chunk.runs:
+        corners = chunk.opened.grids[run.grid].coords[run.rows] // 256
+        assert len(np.unique(corners, axis=0)) == 1
+        blocks.append((*corners[0][::-1].tolist(), run.grid))
+    assert blocks == sorted(blocks) and len(blocks) == 8 and chunk.last
+
+
+def test_encoders_that_cannot_go_together(slides, tmp_path, use):
+    use(Means())
+    one, other = PrepareSettings(encoder="means"), PrepareSettings(encoder="stain_texture")
+    with pytest.raises(ValueError, match=r"--encoder stain_texture: several .* once for each of the others"):
+        build.prepare_several(slides, tmp_path / "out", [one, other])
+    with pytest.raises(ValueError, match="means, means: expected each once"):
+        build.prepare_several(slides, tmp_path / "out", [one, one])
+    with pytest.raises(ValueError, match="workers 2, None: expected one value"):
+        build.prepare_several(slides, tmp_path / "out", [one, PrepareSettings(encoder="b", workers=2)])
+    with pytest.raises(ValueError, match="'hf:x/y': not the name of a folder"):
+        build.prepare_several(slides, tmp_path / "out", [one, PrepareSettings(encoder="hf:x/y")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_several_encoders(slides, tmp_path, use, capsys):
+    use(Means(), Means("wide", batch_size=9))
+    command = ["prepare", str(slides), "--out", str(tmp_path / "out"), "--encoder", "means", "--encoder", "wide"]
+    command += ["--patch-size", "64", "--patch-size", "96", "--edge-um", "64", "--workers", "2"]
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["means", "wide"] and [len(report["done"]) for report in found.values()] == [5, 5]
+    assert 0 < found["wide"]["device"]["busy_share"] <= 1 and found["wide"]["device"]["patches"] > 120
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [str(tmp_path / "out" / name) for name in found]
+    assert cli.main([*command, "--patch-size", "32"]) == 2
+    assert "--patch-size given 3 times for 2 encoders" in capsys.readouterr().err
