@@ -5,22 +5,28 @@ slides are finished, the shard is assembled from them. An interrupted run thus l
 shard is written atomically, and its content depends on neither workers nor tasks nor runner.
 """
 
+import importlib
 import json
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data_prep.assembly import Assembly
+from data_prep.device_batches import check_encoder
+from data_prep.device_pipeline import DevicePipeline
+from data_prep.encoders import load_encoder, runs_on_device
 from data_prep.jobs import Job, Outcome, import_slide, layout, prepare_slide, try_encoder, worker_died
 from data_prep.majority import MajorityVote
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_each
 from data_prep.report import Report, grouped
-from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings
-from data_prep.shards import Progress, amend, assemble, remove
+from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings, check_together
+from data_prep.shards import Progress, amend, remove
 from data_prep.slide_files import find_slides
 from pathflip_jax.data.readers.feature_files import find_feature_files
 from pathflip_jax.data.readers.feature_format import slide_id_of
@@ -33,6 +39,7 @@ from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.runtime.limits import processors
 
 _PREPARE, _IMPORT = PrepareSettings(), ImportSettings()
+_Runner = Callable[[Sequence[Job]], Generator[tuple[Job, Outcome | None]]]  # of jobs, in the order in which they end
 
 
 def prepare(
@@ -48,6 +55,13 @@ def prepare(
     Raises ValueError for slide ids that occur twice and for a folder that was begun with other settings;
     FileNotFoundError for no slides; OSError on a full disk.
     """
+    if runs_on_device(settings.encoder):
+        return _prepare_on_devices(slides, {as_path(out): settings})[0]
+    if settings.batch_size is not None:
+        raise ValueError(
+            f"--batch-size {settings.batch_size}: encoder {settings.encoder!r} determines its batches itself; leave it "
+            "out"
+        )
     plan = _plan(find_slides(slides), out, settings, settings.of_records())
     if plan.jobs and settings.beam is None:  # cluster machines test the encoder: this one may lack its weights
         ((_, outcome),) = run_each(try_encoder, plan.jobs[:1], 1)
@@ -59,6 +73,56 @@ def prepare(
         if outcome.error:
             raise ValueError(outcome.error)
     return _run(plan, prepare_slide, settings)
+
+
+def prepare_several(
+    slides: Path | str | Sequence[Path | str], out: Place | str, settings: Sequence[PrepareSettings]
+) -> dict[str, Report]:
+    """Turn slide files into records of several encoders, each in the folder OUT/ENCODER, in one pass over the slides.
+
+    A slide is opened once; encoders with the same patches share them, and those of other patch sizes are read block by
+    block beside them. A slide that a folder already has is read for the others alone. Returns the report of each
+    encoder; one encoder alone is prepared as by `prepare`, in OUT. Everything else as there.
+
+    Raises ValueError for settings that differ in more than encoder and patches (`settings.check_together`), and for
+    encoders that do not run on the devices of this process.
+    """
+    if len(settings) == 1:
+        return {settings[0].encoder: prepare(slides, out, settings[0])}
+    check_together(settings)
+    if others := [one.encoder for one in settings if not runs_on_device(one.encoder)]:
+        raise ValueError(
+            f"--encoder {', '.join(others)}: several encoders are prepared together where all of them run on the "
+            "devices of one process; run the command once for each of the others, with an --out of its own"
+        )
+    reports = _prepare_on_devices(slides, {as_path(out) / one.encoder: one for one in settings})
+    return {one.encoder: report for one, report in zip(settings, reports, strict=True)}
+
+
+def _prepare_on_devices(
+    slides: Path | str | Sequence[Path | str], settings: Mapping[Place, PrepareSettings]
+) -> list[Report]:
+    """Prepare slides with encoders that live in this process, each in its folder."""
+    common = next(iter(settings.values()))
+    if common.beam is not None:
+        raise ValueError(
+            f"--beam: encoder {common.encoder!r} needs all devices of a machine in one process; run a job array with "
+            "--shard instead, one task on each machine"
+        )
+    found = find_slides(slides)
+    plans = [_plan(found, out, one, one.of_records()) for out, one in settings.items()]
+    encoders = {}
+    for plan, one in zip(plans, settings.values(), strict=True):
+        if plan.jobs:
+            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size)
+            check_encoder(encoders[one.encoder], one.patch_size)
+    if common.strict and any(plan.failed or plan.absent for plan in plans):
+        return [_stopped(plan) for plan in plans]
+    for plan in plans:
+        _begin(plan)
+    pipeline = DevicePipeline(encoders, _workers(common))
+    progress = _run_here(plans, pipeline.run, common.strict)
+    return [replace(_finish(*each), device=pipeline.usage) for each in zip(plans, progress, strict=True)]
 
 
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:
@@ -93,18 +157,30 @@ def _plan(
 
 def _run(plan: Plan, work: Callable[[Job], Outcome], settings: RecordsSettings) -> Report:
     if settings.strict and (plan.failed or plan.absent):
-        plan.notes.append("stopped before the first slide, because of the bad slides (--strict)")
-        write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]], indent=1)
-        return Report(plan.out, [], plan.skipped, [*plan.failed, *plan.absent], False, plan.notes)
-    make_folder(plan.parts)
-    _amend(plan)
+        return _stopped(plan)
+    _begin(plan)
     if settings.beam is None:
-        progress = _run_here(plan, work, settings.workers or processors(), settings.strict)
+        (progress,) = _run_here([plan], lambda jobs: run_each(work, jobs, _workers(settings)), settings.strict)
     else:
         from data_prep.beam import run_on_beam
 
         progress = run_on_beam(plan, work, settings.beam) if plan.jobs else Progress()
     return _finish(plan, progress)
+
+
+def _workers(settings: RecordsSettings) -> int:
+    return settings.workers or processors()
+
+
+def _stopped(plan: Plan) -> Report:
+    plan.notes.append("stopped before the first slide, because of the bad slides (--strict)")
+    write_json(_failures(plan), [failure._asdict() for failure in [*plan.failed, *plan.absent]], indent=1)
+    return Report(plan.out, [], plan.skipped, [*plan.failed, *plan.absent], False, plan.notes)
+
+
+def _begin(plan: Plan) -> None:
+    make_folder(plan.parts)
+    _amend(plan)
 
 
 def _amend(plan: Plan) -> None:
@@ -116,42 +192,30 @@ def _amend(plan: Plan) -> None:
             write_shard(path, [], **layout(plan.settings))
 
 
-def _run_here(plan: Plan, work: Callable[[Job], Outcome], workers: int, strict: bool) -> Progress:
-    """Run the jobs in processes on this machine, and assemble shards in order as their last slide finishes.
-
-    No shard is assembled before the majority of the slides is certain.
-    """
-    progress = Progress()
-    left = {path: {job.slide_id for job in own if not job.part.exists()} for path, own in plan.missing.items()}
-    jobs = [job for job in plan.jobs if job.slide_id in left[job.shard]]
-    majority = MajorityVote(plan)
-    majority.add(job for job in plan.jobs if job.slide_id not in left[job.shard])
-    shards = deque(left)
-    total = len(plan.skipped) + len(plan.jobs)
+def _run_here(plans: Sequence[Plan], run: _Runner, strict: bool) -> list[Progress]:
+    """Run the jobs of plans for the same slides on this machine, and assemble shards as they are complete."""
+    # While it is imported, it replaces `__import__` for all threads, and those of worker processes import something.
+    importlib.import_module("tensorflow_datasets.proto")
+    assemblies = [Assembly(plan) for plan in plans]
+    jobs = [job for assembly in assemblies for job in assembly.jobs]
+    assembly_of = {str(job.part): assembly for assembly in assemblies for job in assembly.jobs}
+    total = sum(len(plan.skipped) + len(plan.jobs) for plan in plans)
     bar = tqdm(total=total, initial=total - len(jobs), unit="slide", desc="slides to records")
-
-    def assemble_finished() -> None:
-        if not majority.is_over(outstanding=sum(map(len, left.values()))):
-            return
-        while shards and not left[shards[0]]:
-            progress.add(assemble(plan.missing[shards.popleft()], majority.cohort))
-
-    assemble_finished()
-    with bar, closing(run_each(work, jobs, workers)) as results:
+    start, patches = time.perf_counter(), 0
+    with bar, closing(run(jobs)) as results:
         for job, outcome in results:
             outcome = outcome or worker_died(job)
             if outcome.fatal:
                 raise OSError(outcome.error)
-            progress.count(job, outcome)
+            patches += outcome.timings.patches
+            bar.set_postfix_str(f"{patches / (time.perf_counter() - start):.0f} patches/s", refresh=False)
             bar.update()
-            left[job.shard].remove(job.slide_id)
-            if not (outcome.error and strict):
-                majority.add([job])
-                assemble_finished()
-            if progress.failed and strict:
-                plan.notes.append("stopped at the first bad slide (--strict)")
+            assembly = assembly_of[str(job.part)]
+            assembly.take(job, outcome, strict)
+            if assembly.progress.failed and strict:
+                assembly.plan.notes.append("stopped at the first bad slide (--strict)")
                 break
-    return progress
+    return [assembly.progress for assembly in assemblies]
 
 
 def _failures(plan: Plan) -> Place:

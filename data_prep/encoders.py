@@ -6,12 +6,15 @@ download and no network: it lets the entire pipeline run anywhere, and is a base
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from scipy import ndimage
 from skimage.color import hed_from_rgb
+
+if TYPE_CHECKING:
+    import jax
 
 _GATED = {"conch": "CONCH", "uni2": "UNI2-h"}
 
@@ -30,12 +33,30 @@ class PatchEncoder(Protocol):
         """Encode a batch of patches."""
 
 
-def load_encoder(name: str, half: bool = False) -> PatchEncoder:
+class DeviceEncoder(PatchEncoder, Protocol):
+    """The interface of a network on all local devices: batches of one size, computed while the next ones are filled.
+
+    It lives in one process, since a TPU admits one and a GPU's memory goes to one. It may have `halve() -> bool`, which
+    halves `batch_size` after the device's memory ran out; False where it cannot.
+    """
+
+    batch_size: int  # patches per batch, over all local devices
+
+    def dispatch(self, patches: UInt8[np.ndarray, "B P P 3"]) -> "jax.Array":
+        """Start encoding a batch of `batch_size` patches; returns [B, F] before the devices have computed it."""
+
+
+def runs_on_device(name: str) -> bool:
+    """Whether an encoder is a `DeviceEncoder`, which one process feeds from several readers of slides."""
+    return False
+
+
+def load_encoder(name: str, half: bool = False, batch_size: int | None = None) -> PatchEncoder:
     """Load the encoder of that name: `stain_texture`, `timm:NAME_OR_FOLDER` or `hf:FOLDER`.
 
-    `half` computes in half precision where the encoder is a network. Raises ValueError for a name that is
-    none of these and for encoders that need their own package (CONCH, UNI2-h); ImportError when the packages
-    of the `encoders` extra are missing; FileNotFoundError when a model folder is.
+    `half` computes in half precision where the encoder is a network; `batch_size` is that of a `DeviceEncoder`.
+    Raises ValueError for a name that is none of these and for encoders that need their own package (CONCH, UNI2-h);
+    ImportError when the packages of the `encoders` extra are missing; FileNotFoundError when a model folder is.
     """
     if name == StainTexture.name:
         return StainTexture()

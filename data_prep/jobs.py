@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.slides import open_slide
@@ -67,7 +68,7 @@ class StageTimings:
     def summary(self) -> str:
         """Summary: patches, and the stages' shares of the workers' time."""
         stages = [stage for stage in ("tissue", "wait", "encode", "write") if stage in self.seconds]
-        if "encode" not in stages:  # feature files: reading is a separate stage
+        if "encode" not in stages:  # feature files, and readers of slides: reading is a stage of its own
             stages = ["read", *stages]
         whole = sum(self.seconds[stage] for stage in stages) or 1.0
         shares = ", ".join(f"{stage} {self.seconds[stage] / whole:.0%}" for stage in stages)
@@ -147,16 +148,17 @@ def read_remarks(part: Place) -> Remarks:
     return found._replace(notes=tuple(found.notes))
 
 
-def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatures, Remarks]]) -> Outcome:
-    """Read and write one slide; any error becomes a line of text."""
-    seconds: dict[str, float] = {}
-    try:
-        slide, remarks = read(job, seconds)
-    except (ValueError, OSError) as error:
+def failed(job: Job, error: Exception) -> Outcome:
+    """Outcome of a slide that cannot be read or encoded."""
+    if isinstance(error, ValueError | OSError):
         limit = ulimits.explain(error)  # an error of this process, not of this file
         return Outcome(limit or str(error), fatal=bool(limit))
-    except Exception as error:  # a reader's bug triggered by one file must not end an overnight run
-        return Outcome(f"{job.file}: {type(error).__name__}: {error}")
+    # A reader's bug triggered by one file must not end an overnight run.
+    return Outcome(f"{job.file}: {type(error).__name__}: {error}")
+
+
+def save_part(job: Job, slide: SlideFeatures, remarks: Remarks, seconds: dict[str, float]) -> Outcome:
+    """Write the features of a slide as its part; `seconds` are those of its earlier stages."""
     start = time.perf_counter()
     try:
         save_remarks(job.part, remarks)
@@ -166,7 +168,17 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatur
     except ValueError as error:
         return Outcome(f"{job.file}: {error}")
     seconds["write"] = time.perf_counter() - start
-    return Outcome(timings=StageTimings(len(slide.features), seconds, _peak_bytes()))
+    return Outcome(timings=StageTimings(len(slide.features), seconds, peak_bytes()))
+
+
+def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatures, Remarks]]) -> Outcome:
+    """Read and write one slide; any error becomes a line of text."""
+    seconds: dict[str, float] = {}
+    try:
+        slide, remarks = read(job, seconds)
+    except Exception as error:
+        return failed(job, error)
+    return save_part(job, slide, remarks, seconds)
 
 
 def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:
@@ -181,7 +193,7 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures,
         encoding = 0.0
         for patches in _read_ahead(read_patches(slide, tiles), seconds):
             before = time.perf_counter()
-            features[rows : rows + len(patches)] = _stored(encode(patches), dtype, job.file)
+            features[rows : rows + len(patches)] = stored(encode(patches), dtype, job.file)
             rows += len(patches)
             blocks.release(features)
             encoding += time.perf_counter() - before
@@ -192,7 +204,7 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures,
         return found, Remarks((*slide.notes, *tiles.notes))
 
 
-def _stored(features: np.ndarray, dtype: str, file: Path) -> np.ndarray:
+def stored(features: Float[np.ndarray, "n F"], dtype: str, file: Path) -> np.ndarray:
     """Features of a batch of patches as stored in records; non-finite values are reported for the slide as a whole."""
     return narrowed(features, dtype, str(file)) if np.isfinite(features).all() else features
 
@@ -241,7 +253,8 @@ def _loaded(name: str, half: bool, patch_size: int, threads: int) -> PatchEncode
     return encoder
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

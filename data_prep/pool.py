@@ -11,7 +11,7 @@ from typing import Any
 from pathflip_jax.runtime.workers import DEATHS, Worker
 
 PRELOADED = "data_prep.jobs"  # imported once by the fork server of the workers
-_WORKER_LOSS = (*DEATHS, TimeoutError)  # the worker ended before its job
+WORKER_LOSS = (*DEATHS, TimeoutError)  # the worker ended before its job
 JOB_SECONDS = 24 * 3600.0  # seconds per job: a slide that takes a day is stuck
 
 
@@ -33,7 +33,7 @@ def run_each(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> I
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, worker = running.pop(future)
                 idle.append(worker)
-                if isinstance(future.exception(), _WORKER_LOSS):
+                if isinstance(future.exception(), WORKER_LOSS):
                     retries.append(job)
                 else:
                     yield job, future.result()
@@ -54,6 +54,6 @@ def run_one(worker: Worker, work: Callable[[Any], Any], job: Any, tries: int = 2
     for _ in range(tries):
         try:
             return worker.submit(work, job, seconds=JOB_SECONDS).result()
-        except _WORKER_LOSS:
+        except WORKER_LOSS:
             continue
     return None

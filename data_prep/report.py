@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from data_prep.device_usage import DeviceUsage
 from data_prep.jobs import StageTimings
 from pathflip_jax.data.storage.failures import Failure, list_failures, preview
 from pathflip_jax.data.storage.files import Place
@@ -12,7 +13,7 @@ from pathflip_jax.data.storage.files import Place
 class Report:
     """Outcome of a run: slides `done` now, `skipped` because they have a record, `failed`; `finished` when the
     folder is complete (of a job array, when its last task has ended); `timings`, the cost of the slides. `absent` are
-    rows of the slide table without a file."""
+    rows of the slide table without a file; `device`, the use of the devices by an encoder that runs on them."""
 
     folder: Place
     done: list[str]
@@ -22,6 +23,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     timings: StageTimings = StageTimings()
     absent: list[Failure] = field(default_factory=list)
+    device: DeviceUsage | None = None
 
     def summary(self) -> str:
         """Final summary for the user, failures by name."""
@@ -31,6 +33,8 @@ class Report:
             lines.append("other tasks of the job array still have shards to write; the last one completes the folder")
         if self.timings.patches:
             lines.append(self.timings.summary())
+        if self.device is not None and self.device.encoded:
+            lines.append(self.device.summary())
         if self.failed:
             lines.append("not in the records (failures.json in that folder lists all):")
             lines += list_failures(self.failed)

@@ -1,7 +1,7 @@
 """Settings of preparation and import, validated on construction, shared by the command line and Python."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from data_prep.slide_table import SANE_MPP
@@ -51,6 +51,8 @@ class PrepareSettings(RecordsSettings):
 
     `assume_mpp` is for slides without a stated level-0 resolution; `min_tissue` is the tissue fraction of a patch;
     `keep_ink` keeps pen as tissue, for stains that resemble it; `half` lets networks compute in half precision.
+    `batch_size` is the number of patches per batch, over all local devices, of an encoder that runs on them
+    (`data_prep.encoders.DeviceEncoder`); None to let it choose.
     """
 
     encoder: str = "stain_texture"
@@ -60,6 +62,7 @@ class PrepareSettings(RecordsSettings):
     min_tissue: float = 0.25
     keep_ink: bool = False
     half: bool = False
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or not 0 < self.mpp < 1e3 or not 0 <= self.min_tissue <= 1:
@@ -67,6 +70,8 @@ class PrepareSettings(RecordsSettings):
                 f"patch_size={self.patch_size}, mpp={self.mpp}, min_tissue={self.min_tissue}: expected a "
                 "patch_size of at least 1, an mpp above 0 and below 1000, and a min_tissue from 0 to 1"
             )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
         _check_mpp("assume-mpp", self.assume_mpp)
         super().__post_init__()
 
@@ -78,6 +83,22 @@ class PrepareSettings(RecordsSettings):
             "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "dtype": self.dtype, "cut": self.cut,
             "edge_um": self.edge_um,
         }  # fmt: skip
+
+
+def check_together(settings: Sequence[PrepareSettings]) -> None:
+    """Raise ValueError for settings that cannot share a pass over the slides, each with a folder of its own."""
+    names = [one.encoder for one in settings]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"encoders {', '.join(names) or '(none)'}: expected each once")
+    if unfit := [name for name in names if not name or set(name) & set("/\\:") or name.startswith(".")]:
+        raise ValueError(f"encoder {unfit[0]!r}: not the name of a folder, which it needs beside other encoders")
+    for field in fields(PrepareSettings):
+        values = {str(getattr(one, field.name)) for one in settings}
+        if len(values) > 1 and field.name not in _OF_ONE_ENCODER:
+            raise ValueError(f"{field.name} {', '.join(sorted(values))}: expected one value for all encoders of a run")
+
+
+_OF_ONE_ENCODER = ("encoder", "patch_size", "mpp", "half", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ All coordinates are level-0 pixels, as in QuPath and every feature file. A slide
 its tissue and once, block by block, to cut its patches. Only the list of patches grows with the slide.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from data_prep.tissue_mask import tissue_mask
 
 _LARGEST_ENLARGEMENT = 1.25
 _NEAR = 0.02  # a level this close to the target resolution is used without resampling: 0.499 counts as 0.5
-_BATCH_PIXELS = 1 << 22  # pixels per batch: 64 patches of 256 px, a network's batch
+BATCH_PIXELS = 1 << 22  # pixels per batch: 64 patches of 256 px, a network's batch
 _NOTED_PEN = 0.1  # a larger pen fraction of the stained area is noted: it may be a blue tissue stain
 _MASK_PER_PATCH = 16  # mask pixels along a patch's edge
 
@@ -97,27 +97,35 @@ def read_patches(slide: Slide, tiles: Tiles) -> Iterator[UInt8[np.ndarray, "n P 
     """Read the pixels of the patches in the order of `tiles.coords`, in batches of at most 13 MB.
 
     Each patch is read individually: the cost is in decoding the file's tiles, and OpenSlide caches those of a block.
+    Raises OSError for damaged pixels.
+    """
+    size = tiles.patch_size
+    most = int(np.clip(BATCH_PIXELS // size**2, 1, 1024))
+    for start in range(0, len(tiles.coords), most):
+        corners = tiles.coords[start : start + most]
+        batch = np.empty((len(corners), size, size, 3), np.uint8)
+        for patch, corner in zip(batch, corners.tolist(), strict=True):
+            read_patch(slide, tiles, corner, patch)
+        yield batch
+
+
+def read_patch(slide: Slide, tiles: Tiles, corner: Sequence[int], out: UInt8[np.ndarray, "P P 3"]) -> None:
+    """Read the pixels of the patch whose top-left corner is x, y at level 0.
+
     Patches are resampled only when the level is not already at the target resolution, each from its own pixels, and
     averaged down while they are read where one is larger than a block. Raises OSError for damaged pixels.
     """
     size, scale = tiles.patch_size, slide.image.level_downsamples[tiles.level]
     edge = tiles.patch_size_level0 / scale  # in pixels of the level
-    exact = abs(edge - size) < 0.5
+    if abs(edge - size) < 0.5:
+        out[:] = slide.read(*corner, tiles.level, size, size)
+        return
     step = max(1, int(edge // slides.BLOCK))
-    most = int(np.clip(_BATCH_PIXELS // size**2, 1, 1024))
-    for start in range(0, len(tiles.coords), most):
-        corners = tiles.coords[start : start + most]
-        batch = np.empty((len(corners), size, size, 3), np.uint8)
-        for patch, corner in zip(batch, corners.tolist(), strict=True):
-            if exact:
-                patch[:] = slide.read(*corner, tiles.level, size, size)
-            else:
-                begin = np.array(corner) / scale
-                first, last = np.floor(begin).astype(int), np.ceil(begin + edge).astype(int)
-                region = Image.fromarray(_region(slide, tiles.level, step, tuple(first), tuple(last)))
-                box = (*(begin - first) / step, *(begin - first + edge) / step)
-                patch[:] = region.resize((size, size), Image.Resampling.BILINEAR, box)
-        yield batch
+    begin = np.array(corner) / scale
+    first, last = np.floor(begin).astype(int), np.ceil(begin + edge).astype(int)
+    region = Image.fromarray(_region(slide, tiles.level, step, tuple(first), tuple(last)))
+    box = (*(begin - first) / step, *(begin - first + edge) / step)
+    out[:] = region.resize((size, size), Image.Resampling.BILINEAR, box)
 
 
 def _region(

@@ -3,7 +3,9 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pathflip_jax.data.storage.files import Place, as_path
 from pathflip_jax.data.storage.paths import expand
@@ -294,14 +296,33 @@ def records_settings(options: argparse.Namespace) -> dict:
 
 def print_records_report(report, as_json: bool) -> int:
     """Print the outcome of `prepare` or `import`, with notes on single slides; returns the exit code."""
-    return print_report(report, as_json, absent=[row._asdict() for row in report.absent], notes=report.notes)
+    return print_report(report, as_json, **_records_entries(report))
+
+
+def print_records_reports(reports: Mapping[str, Any], as_json: bool) -> int:
+    """Print the outcomes of `prepare` with several encoders, by their names; returns the exit code."""
+    if as_json:
+        print(json.dumps({name: _outcome(report) | _records_entries(report) for name, report in reports.items()}))
+    else:
+        *others, last = reports.values()  # all have the use of the devices, which they shared
+        print("\n".join([*(replace(report, device=None).summary() for report in others), last.summary()]))
+    return FAILED_SLIDES if any(report.failed for report in reports.values()) else 0
 
 
 def print_report(report, as_json: bool, **more) -> int:
     """Print the outcome of a job over many slides, as text or as JSON with `more` entries; returns the exit code."""
     if as_json:
-        failed = [failure._asdict() for failure in report.failed]
-        print(json.dumps({"done": report.done, "skipped": report.skipped, "failed": failed} | more))
+        print(json.dumps(_outcome(report) | more))
     else:
         print(report.summary())
     return FAILED_SLIDES if report.failed else 0
+
+
+def _outcome(report) -> dict[str, Any]:
+    failed = [failure._asdict() for failure in report.failed]
+    return {"done": report.done, "skipped": report.skipped, "failed": failed}
+
+
+def _records_entries(report) -> dict[str, Any]:
+    found = {"absent": [row._asdict() for row in report.absent], "notes": report.notes}
+    return found if report.device is None else found | {"device": report.device.as_json()}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import build
+from data_prep import assembly, build
 from data_prep.plan import _entries, _Slides
 from data_prep.plan_file import Entry
 from data_prep.settings import ImportSettings
@@ -183,7 +183,7 @@ def test_what_an_interrupted_run_was_told_does_not_hold(tmp_path, monkeypatch):
         def stop(*arguments):
             raise KeyboardInterrupt
 
-        interrupted.setattr(build, "assemble", stop)
+        interrupted.setattr(assembly, "assemble", stop)
         import_features(tmp_path / "in", tmp_path / "out", mpp=0.25)
     assert len(list((tmp_path / "out/.parts").glob("*.tfrecord"))) == 2
     report = import_features(tmp_path / "in", tmp_path / "out", mpp=0.5)
