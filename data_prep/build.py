@@ -114,7 +114,7 @@ def _prepare_on_devices(
     encoders = {}
     for plan, one in zip(plans, settings.values(), strict=True):
         if plan.jobs:
-            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size)
+            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size, one.weights)
             check_encoder(encoders[one.encoder], one.patch_size)
     if common.strict and any(plan.failed or plan.absent for plan in plans):
         return [_stopped(plan) for plan in plans]
