@@ -1,7 +1,7 @@
 """Recipe of a folder of records (encoder.json): how the features of all its slides were made."""
 
 from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
-from pathflip_jax.data.storage.files import Place, as_path, read_bytes
+from pathflip_jax.data.storage.files import Place, as_path, make_folder, read_bytes
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import json_object
 
@@ -35,4 +35,5 @@ def read_recipe(folder: Place | str) -> FeatureRecipe | None:
 
 def write_recipe(folder: Place | str, recipe: FeatureRecipe) -> None:
     """Write encoder.json of a folder atomically."""
+    make_folder(as_path(folder))
     write_json(as_path(folder) / RECIPE, {"version": VERSION, **recipe.to_dict()}, indent=1)
