@@ -25,7 +25,8 @@ class PatchEncoder(Protocol):
     """The interface of a patch encoder: uint8 RGB patches in, one float32 row per patch out.
 
     `name` goes into every record, so that features of two encoders are never mixed. A row depends on its
-    patch alone, never on its neighbours in the batch.
+    patch alone, never on its neighbours in the batch. An encoder may have `recipe_facts() -> dict`, further facts of
+    its features for encoder.json, named as in `FeatureRecipe`: weights, transform, pooling, precision.
     """
 
     name: str
@@ -150,6 +151,10 @@ class StainTexture:
 
     name = "stain_texture"
     dim = 175
+
+    def recipe_facts(self) -> dict[str, str]:
+        """Version of the statistics, which changes with any of their values, and their precision."""
+        return {"encoder_version": "1", "precision": "float32"}
 
     def __call__(self, patches: UInt8[np.ndarray, "n P P 3"]) -> Float[np.ndarray, "n F"]:
         """Encode a batch; raises ValueError for anything but uint8 RGB squares of at least 32 px."""
