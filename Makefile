@@ -43,10 +43,13 @@ setup-slow: .venv/.slow
 	$(BIN)/python requirements/torch_cpu.py $(TORCH) --index-url "$(TORCH_INDEX)"
 	@touch $@
 
-# The slow tests also need Apache Beam, the TPU compiler and a browser. The browser is Debian's Chromium, which is
+# The slow tests also need Apache Beam, the TPU compiler, timm and a browser. The browser is Debian's Chromium, which is
 # installed for root where apt has it; without one the tests of the viewer's page are skipped, and say so.
-.venv/.slow: .venv/.test $(wildcard requirements/slow-*.txt)
+.venv/.slow: .venv/.test $(wildcard requirements/slow-*.txt) requirements/originals.txt
 	$(PIP) --no-deps --requirement requirements/slow-$(LOCK)
+	rm -rf .venv/originals
+	$(PIP) --no-deps --target .venv/originals --requirement requirements/originals.txt \
+		|| echo "timm or torchvision not found: the tests of the patch encoders' originals will be skipped"
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(CHROMIUM) >/dev/null 2>&1 \
 		|| echo "Chromium not found and not installed: the tests of the viewer's page will be skipped"
 	@touch $@

@@ -24,6 +24,7 @@ from data_prep.jobs import Job, Outcome, import_slide, layout, prepare_slide, tr
 from data_prep.majority import MajorityVote
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_each
+from data_prep.recipe import release_recipe, write_imported_recipe
 from data_prep.report import Report, grouped
 from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings, check_together
 from data_prep.shards import Progress, amend, remove
@@ -63,6 +64,8 @@ def prepare(
             "out"
         )
     plan = _plan(find_slides(slides), out, settings, settings.of_records())
+    if settings.shard == (0, 1):
+        release_recipe(plan.out)
     if plan.jobs and settings.beam is None:  # cluster machines test the encoder: this one may lack its weights
         ((_, outcome),) = run_each(try_encoder, plan.jobs[:1], 1)
         if outcome is None:
@@ -114,7 +117,7 @@ def _prepare_on_devices(
     encoders = {}
     for plan, one in zip(plans, settings.values(), strict=True):
         if plan.jobs:
-            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size)
+            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size, one.weights)
             check_encoder(encoders[one.encoder], one.patch_size)
     if common.strict and any(plan.failed or plan.absent for plan in plans):
         return [_stopped(plan) for plan in plans]
@@ -244,6 +247,8 @@ def _finish(plan: Plan, progress: Progress) -> Report:
             f"slides of unknown mpp: {len(unknown)} ({preview(unknown)}); their regions are 16 patches wide, whatever "
             "that is in micrometres; where you know the mpp, give it with --mpp or in the column mpp of --slides"
         )
+    if whole and infos and plan.settings.get("command") == "import":
+        write_imported_recipe(out, infos)
     if whole and infos and _is_manifest_outdated(out):
         finish_folder(out, edge_um=plan.settings["edge_um"])
     if whole:

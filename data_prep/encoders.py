@@ -2,9 +2,11 @@
 
 An encoder is a name, a feature width and a call (`PatchEncoder`). The embedded one, `stain_texture`, needs no
 download and no network: it lets the entire pipeline run anywhere, and is a baseline that a learned encoder must beat.
-`load_encoder` loads learned ones by name, from timm or from a Hugging Face folder; they live in `torch_encoders`.
+`load_encoder` loads learned ones by name: registered ones, in JAX (`vision_encoders`), and others from timm or a
+Hugging Face folder, in PyTorch (`torch_encoders`).
 """
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,17 +15,18 @@ from jaxtyping import Float, UInt8
 from scipy import ndimage
 from skimage.color import hed_from_rgb
 
+from pathflip_jax.vision.recipes import RECIPES, find_recipe, known_recipe
+
 if TYPE_CHECKING:
     import jax
-
-_GATED = {"conch": "CONCH", "uni2": "UNI2-h"}
 
 
 class PatchEncoder(Protocol):
     """The interface of a patch encoder: uint8 RGB patches in, one float32 row per patch out.
 
     `name` goes into every record, so that features of two encoders are never mixed. A row depends on its
-    patch alone, never on its neighbours in the batch.
+    patch alone, never on its neighbours in the batch. An encoder may have `recipe_facts() -> dict`, further facts of
+    its features for encoder.json, named as in `FeatureRecipe`: weights, transform, pooling, precision.
     """
 
     name: str
@@ -48,31 +51,42 @@ class DeviceEncoder(PatchEncoder, Protocol):
 
 def runs_on_device(name: str) -> bool:
     """Whether an encoder is a `DeviceEncoder`, which one process feeds from several readers of slides."""
-    return False
+    return ":" not in name and find_recipe(name) is not None
 
 
-def load_encoder(name: str, half: bool = False, batch_size: int | None = None) -> PatchEncoder:
-    """Load the encoder of that name: `stain_texture`, `timm:NAME_OR_FOLDER` or `hf:FOLDER`.
+def load_encoder(
+    name: str, half: bool = False, batch_size: int | None = None, weights: Path | None = None
+) -> PatchEncoder:
+    """Load the encoder of that name: `stain_texture`, a registered one, `timm:NAME_OR_FOLDER` or `hf:FOLDER`.
 
-    `half` computes in half precision where the encoder is a network; `batch_size` is that of a `DeviceEncoder`.
-    Raises ValueError for a name that is none of these and for encoders that need their own package (CONCH, UNI2-h);
-    ImportError when the packages of the `encoders` extra are missing; FileNotFoundError when a model folder is.
+    `half` computes in half precision where the encoder is a network; `batch_size` and `weights` are those of a
+    registered one (`VisionEncoder`). Raises ValueError for a name that is none of these, and for a registered encoder
+    by way of timm or transformers; ImportError when the packages of the `encoders` extra are missing; FileNotFoundError
+    when weights or a model folder are.
     """
     if name == StainTexture.name:
         return StainTexture()
+    if runs_on_device(name):
+        from data_prep.vision_encoders import VisionEncoder  # the readers of slides import no JAX
+
+        return VisionEncoder(known_recipe(name), weights, half, batch_size)
     source, _, model = name.partition(":")
-    for mark, title in _GATED.items():
-        if mark in name.lower().replace("-", "").replace("_", ""):
-            raise ValueError(
-                f"encoder {name!r}: {title} is gated and loads only with its own package; extract its features with "
-                "TRIDENT, then run `pathflip import` on the folder that TRIDENT wrote"
-            )
     if source not in ("timm", "hf") or not model:
-        raise ValueError(f"unknown encoder {name!r}: expected stain_texture, timm:NAME_OR_FOLDER or hf:FOLDER")
+        close = difflib.get_close_matches(name, (StainTexture.name, *RECIPES), n=1)
+        raise ValueError(
+            f"unknown encoder {name!r}{f', did you mean {close[0]}?' if close else ''}: expected stain_texture, an "
+            "encoder that `pathflip encoders` lists, timm:NAME_OR_FOLDER or hf:FOLDER"
+        )
+    if recipe := find_recipe(model.removeprefix("hf-hub:").removeprefix("hf_hub:")) or find_recipe(Path(model).name):
+        folder = f" --weights {model}" if Path(model).exists() else ""
+        raise ValueError(
+            f"encoder {name!r}: {recipe.name} is registered, with its own transform and pooling, which {source} does "
+            f"not know; pass `--encoder {recipe.name}{folder}` instead"
+        )
     if source == "hf" and not Path(model).is_dir():
         raise FileNotFoundError(
             f"encoder {name!r}: {model} is not a folder; download the model first "
-            "(for example `hf download owkin/phikon --local-dir phikon`) and pass its folder"
+            "(`hf download OWNER/NAME --local-dir FOLDER`) and pass its folder"
         )
     try:
         from data_prep import torch_encoders
@@ -137,6 +151,10 @@ class StainTexture:
 
     name = "stain_texture"
     dim = 175
+
+    def recipe_facts(self) -> dict[str, str]:
+        """Version of the statistics, which changes with any of their values, and their precision."""
+        return {"encoder_version": "1", "precision": "float32"}
 
     def __call__(self, patches: UInt8[np.ndarray, "n P P 3"]) -> Float[np.ndarray, "n F"]:
         """Encode a batch; raises ValueError for anything but uint8 RGB squares of at least 32 px."""

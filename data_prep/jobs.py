@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data_prep.encoders import PatchEncoder, load_encoder
+from data_prep.recipe import claim_recipe
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
@@ -114,7 +115,7 @@ def import_slide(job: Job) -> Outcome:
 def try_encoder(job: Job) -> Outcome:
     """Load the encoder and run it on one patch, so that its faults are reported once, not once per slide."""
     try:
-        _encoder(job)
+        claim_recipe(job.shard.parent, _encoder(job), job.settings)
     except (ValueError, OSError, ImportError) as error:
         return Outcome(str(error), fatal=True)
     return Outcome()

@@ -35,13 +35,18 @@ def fills(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
+def has_records(out: Place) -> bool:
+    """Whether a folder holds shards or finished slides."""
+    return any(out.glob("*.tfrecord*")) or any(out.glob(f"{PARTS}/*.tfrecord"))
+
+
 def read_plan(out: Place, settings: dict[str, Any]) -> dict[str, Entry]:
     """Read the plan entries of the slides of a folder; none for a new folder.
 
     Raises ValueError for a folder that was started with other settings, or not by these commands.
     """
     path = out / "plan.json"
-    if not any(out.glob("*.tfrecord*")) and not any(out.glob(f"{PARTS}/*.tfrecord")):
+    if not has_records(out):
         return {}
     if not path.exists():
         raise ValueError(

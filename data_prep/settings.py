@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from data_prep.slide_table import SANE_MPP
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.regions import EDGE_UM
 from pathflip_jax.data.storage.files import Place
+from pathflip_jax.vision.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +53,32 @@ class PrepareSettings(RecordsSettings):
 
     `assume_mpp` is for slides without a stated level-0 resolution; `min_tissue` is the tissue fraction of a patch;
     `keep_ink` keeps pen as tissue, for stains that resemble it; `half` lets networks compute in half precision.
-    `batch_size` is the number of patches per batch, over all local devices, of an encoder that runs on them
-    (`data_prep.encoders.DeviceEncoder`); None to let it choose.
+    `weights` are those of a registered encoder (None: from the Hugging Face hub), `batch_size` its number of patches
+    per batch, over all local devices (None: its own). A registered encoder is named as in `RECIPES`, and determines
+    `patch_size` and `mpp` where they are None; those of others are 256 and 0.5.
     """
 
     encoder: str = "stain_texture"
-    patch_size: int = 256
-    mpp: float = 0.5
+    patch_size: int | None = None
+    mpp: float | None = None
     assume_mpp: float | None = None
     min_tissue: float = 0.25
     keep_ink: bool = False
     half: bool = False
     batch_size: int | None = None
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
+        recipe = find_recipe(self.encoder) if ":" not in self.encoder else None
+        given = {"patch_size": self.patch_size, "mpp": self.mpp, "encoder": recipe and recipe.name}
+        own = (recipe.patch_size, recipe.mpp) if recipe else (256, 0.5)
+        for name, value in zip(given, (*own, self.encoder), strict=True):
+            object.__setattr__(self, name, value if given[name] is None else given[name])
+        if recipe is None and self.weights is not None:
+            raise ValueError(
+                f"--weights {self.weights}: encoder {self.encoder!r} is not registered, and brings its own weights; "
+                "leave them out, or pass an --encoder that `pathflip encoders` lists"
+            )
         if self.patch_size < 1 or not 0 < self.mpp < 1e3 or not 0 <= self.min_tissue <= 1:
             raise ValueError(
                 f"patch_size={self.patch_size}, mpp={self.mpp}, min_tissue={self.min_tissue}: expected a "
@@ -98,7 +112,7 @@ def check_together(settings: Sequence[PrepareSettings]) -> None:
             raise ValueError(f"{field.name} {', '.join(sorted(values))}: expected one value for all encoders of a run")
 
 
-_OF_ONE_ENCODER = ("encoder", "patch_size", "mpp", "half", "batch_size")
+_OF_ONE_ENCODER = ("encoder", "patch_size", "mpp", "half", "batch_size", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)

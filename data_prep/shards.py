@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep.jobs import Job, Outcome, StageTimings, layout, read_remarks, remarks_path
+from data_prep.recipe import contradictions, encoder_name
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.cohort import Cohort, Traits, traits_of
 from pathflip_jax.data.records.columns import SlideInfo
@@ -50,7 +51,8 @@ def part_traits(job: Job) -> Traits | None:
     """Cohort traits of the slide of a part; None where it has no part."""
     if not job.part.exists():
         return None
-    found = traits_of(_info(job))._replace(where=str(job.file))
+    info = _info(job)
+    found = traits_of(info)._replace(where=str(job.file), encoder=encoder_name(info.encoder, job.file))
     return found._replace(patch_size=0) if read_remarks(job.part).sizeless else found
 
 
@@ -140,10 +142,16 @@ def _fitted(job: Job, cohort: Cohort | None) -> tuple[dict[str, Any], tuple[str,
         raise ValueError(remarks.sizeless)
     if cohort is None:
         return changes, tuple(notes)
+    encoder = cohort.common["encoder"].value
+    if found.encoder == encoder_name(encoder, job.file):
+        found = found._replace(encoder=encoder)  # as the shards of an earlier version spell it
     if objection := cohort.objection(found):
         raise ValueError(f"{job.file}: {objection}")
-    encoder = cohort.common["encoder"].value
-    return changes | ({"encoder": encoder} if encoder and not found.encoder else {}), tuple(notes)
+    if encoder and encoder != _info(job).encoder:
+        changes["encoder"] = encoder
+    if job.settings.get("command") == "import":
+        notes += contradictions(cohort)
+    return changes, tuple(notes)
 
 
 def _whole_gaps(gap: int, size: int) -> bool:

@@ -55,6 +55,10 @@ class HuggingFace:
         self._run = _Runner(model, half)
         self.dim = self(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
 
+    def recipe_facts(self) -> dict[str, str]:
+        """Precision of the features."""
+        return {"precision": self._run.precision}
+
     def __call__(self, patches: UInt8[np.ndarray, "n P P 3"]) -> Float[np.ndarray, "n F"]:
         """Encode a batch of patches."""
         return self._run(patches, self._pixels, self._pool)
@@ -98,6 +102,10 @@ class Timm:
         self._run = _Runner(network, half)
         self.dim = self(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
 
+    def recipe_facts(self) -> dict[str, str]:
+        """Precision of the features."""
+        return {"precision": self._run.precision}
+
     def __call__(self, patches: UInt8[np.ndarray, "n P P 3"]) -> Float[np.ndarray, "n F"]:
         """Encode a batch of patches."""
         return self._run(patches, self._pixels, lambda model, pixels: model(pixels))
@@ -120,11 +128,16 @@ class _Runner:
         self._model = model.eval().requires_grad_(False).to(self._device)
         self._half = half
 
+    @property
+    def precision(self) -> str:
+        """Type that matrix products are computed in."""
+        half = "float16" if self._device.type == "cuda" else "bfloat16"
+        return half if self._half else "float32"
+
     def __call__(self, patches: np.ndarray, pixels, pool) -> np.ndarray:
-        kind = self._device.type
-        dtype = torch.float16 if kind == "cuda" else torch.bfloat16
+        dtype = torch.float16 if self._device.type == "cuda" else torch.bfloat16
         rows = []
-        with torch.inference_mode(), torch.autocast(kind, dtype, enabled=self._half):
+        with torch.inference_mode(), torch.autocast(self._device.type, dtype, enabled=self._half):
             for start in range(0, len(patches), _BATCH):
                 batch = pixels(patches[start : start + _BATCH]).to(self._device)
                 rows.append(pool(self._model, batch).float())  # the GPU computes while the next batch is prepared

@@ -5,7 +5,6 @@ run on the devices, in one program for each patch size, so that only uint8 pixel
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from jaxtyping import Array, Float, UInt8
 
 from data_prep.hub import from_hub
 from pathflip_jax.convert.vision import LoadedEncoder, load_vision
-from pathflip_jax.runtime.memory import GIB, USABLE, free_bytes, needed_bytes
 from pathflip_jax.vision.config import Transform
 from pathflip_jax.vision.recipes import Recipe
 from pathflip_jax.vision.transform import transformed
@@ -78,29 +76,6 @@ class VisionEncoder:
             return False
         self.batch_size = self._rounded(self.batch_size // 2)
         return True
-
-    def fit(self, patch_size: int) -> None:
-        """Halve the batch until the program for patches of this size fits into the free memory, and say so.
-
-        XLA plans the memory at compilation, so that nothing fails later. Raises MemoryError where one patch per device
-        does not fit.
-        """
-        asked = self.batch_size
-        while True:
-            shape = (self.batch_size, patch_size, patch_size, 3)
-            program = self._compiled(shape)
-            needed, free = needed_bytes(program), free_bytes(self._devices[0])
-            if free is None or needed <= USABLE * free:
-                break
-            if not self.halve():
-                raise MemoryError(
-                    f"encoder {self.name}: a batch of {self.batch_size} needs {needed / GIB:.1f} GiB per device, but "
-                    f"only {free / GIB:.1f} GiB are free; use a device with more memory, or a smaller encoder"
-                )
-        self._programs[shape] = program
-        if self.batch_size != asked:
-            message = f"encoder {self.name}: a batch of {asked} does not fit into the memory; {self.batch_size} used"
-            print(f"pathflip: {message}", file=sys.stderr)
 
     def recipe_facts(self) -> dict[str, Any]:
         """Facts that determine the features besides the patches themselves."""

@@ -5,7 +5,8 @@
 # still fit: delete it first to get newer ones. The versions of a peer depend on its purpose: see peers/*.in.
 #
 # torch is in no lock file: the right build depends on the machine, and that of the main index brings
-# gigabytes of CUDA libraries (see torch_cpu.py). Only the requirements of torch are locked.
+# gigabytes of CUDA libraries (see torch_cpu.py). Only the requirements of torch are locked. originals.txt is written by
+# hand: its torchvision belongs to the torch of the Makefile, and nothing that either requires is installed with it.
 set -eu
 cd "$(dirname "$0")"
 work=$(mktemp -d)

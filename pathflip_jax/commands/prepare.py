@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from pathflip_jax.commands.options import (
     add_records_options,
@@ -24,7 +25,8 @@ def add(commands) -> None:
         _run,
         "encode slides into records of patch features",
         "pathflip prepare slides/ --out records --slides slides.csv --shard 0/8",
-        *beam_examples("prepare /mnt/slides --encoder hf:/mnt/phikon"),
+        "pathflip prepare slides/ --out records --encoder uni_v2 --weights weights/uni2-h --half",
+        *beam_examples("prepare /mnt/slides"),
     )
     parser.add_argument(
         "slides_folder", type=local_path, metavar="SLIDES", help="folder of slides that OpenSlide can read"
@@ -56,22 +58,32 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
         "--encoder",
         type=_encoder,
         action="append",
-        help="patch encoder: stain_texture (built in, default), timm:NAME or hf:FOLDER; several encoders that run on "
-        "JAX devices share one pass over the slides, each with its records in the folder RECORDS/ENCODER",
+        help="patch encoder: stain_texture (built in, default), one that `pathflip encoders` lists, timm:NAME or "
+        "hf:FOLDER; several listed ones share a pass over the slides, each with its records in RECORDS/ENCODER",
+    )
+    parser.add_argument(
+        "--weights",
+        type=local_path,
+        action="append",
+        metavar="PATH",
+        help="file or folder of the weights of a listed encoder (default: from the Hugging Face hub or its cache); "
+        "with several encoders, once for each",
     )
     parser.add_argument(
         "--patch-size",
         type=number("patch-size"),
         action="append",
         metavar="PX",
-        help="edge length of a patch in pixels at --mpp (default 256), for all encoders or once for each",
+        help="edge length of a patch in pixels at --mpp (default: that of a listed encoder, else 256), for all "
+        "encoders or once for each",
     )
     parser.add_argument(
         "--mpp",
         type=number("mpp"),
         action="append",
         metavar="UM",
-        help="micrometres per pixel of the patches (default 0.5), for all encoders or once for each",
+        help="micrometres per pixel of the patches (default: that of a listed encoder, else 0.5), for all encoders "
+        "or once for each",
     )
     parser.add_argument(
         "--half", action="store_true", help="encode in half precision, if the encoder is a neural network"
@@ -104,12 +116,14 @@ def _run(options: argparse.Namespace) -> int:
             keep_ink=options.keep_ink,
             half=options.half,
             batch_size=options.batch_size,
+            weights=weights,
             **records_settings(options),
         )
-        for encoder, patch_size, mpp in zip(
+        for encoder, patch_size, mpp, weights in zip(
             encoders,
-            _for_each(encoders, "--patch-size", options.patch_size or [256]),
-            _for_each(encoders, "--mpp", options.mpp or [0.5]),
+            _for_each(encoders, "--patch-size", options.patch_size),
+            _for_each(encoders, "--mpp", options.mpp),
+            _weights(encoders, options.weights),
             strict=True,
         )
     ]
@@ -120,11 +134,23 @@ def _run(options: argparse.Namespace) -> int:
     return print_records_report(report, options.json)
 
 
-def _for_each(encoders: Sequence[str], option: str, values: Sequence[float]) -> Sequence[float]:
+def _for_each(encoders: Sequence[str], option: str, values: Sequence[float] | None) -> Sequence[float | None]:
     """Values of an option given once, or once for each encoder."""
-    if len(values) not in (1, len(encoders)):
+    if values is None or len(values) == 1:
+        return list(values or [None]) * len(encoders)
+    if len(values) != len(encoders):
         raise ValueError(
             f"{option} given {len(values)} times for {len(encoders)} encoders: expected once, for all, or once for "
             "each --encoder, in their order"
         )
-    return values if len(values) == len(encoders) else list(values) * len(encoders)
+    return values
+
+
+def _weights(encoders: Sequence[str], places: Sequence[Path] | None) -> Sequence[Path | None]:
+    """Weights of each encoder."""
+    if places is not None and len(places) != len(encoders):
+        raise ValueError(
+            f"--weights given {len(places)} times for {len(encoders)} encoders: expected once for each --encoder, in "
+            "their order, or not at all"
+        )
+    return places or [None] * len(encoders)

@@ -281,7 +281,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "uni_v1": ("uni", "mahmood-uni"),
     "uni_v2": ("uni2", "uni2-h", "mahmood-uni2-h"),
     "conch_v1": ("conch", "mahmood-conch"),
-    "conch_v15": ("conch_v1_5", "conch1_5", "conchv15", "titan"),
+    "conch_v15": ("conch_v1_5", "conch1_5", "conchv15"),
     "gigapath": ("prov-gigapath", "provgigapath"),
     "hoptimus0": ("h-optimus-0", "h_optimus_0"),
     "hoptimus1": ("h-optimus-1", "h_optimus_1"),

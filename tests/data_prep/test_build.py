@@ -392,7 +392,7 @@ def test_features_of_other_tools_become_records(tmp_path):
         _write_features(folder / f"TCGA-AA-000{number}-01Z.h5", rows=8 + number)
     report = import_features(folder, out, slides_per_shard=2, workers=2)
     records = Records(out)
-    assert report.finished and len(records) == 3 and records.encoder == "uni" and verify(out) == []
+    assert report.finished and len(records) == 3 and records.encoder == "uni_v1" and verify(out) == []
     assert "27 patches; workers' time: read " in report.summary()
     for position, info in enumerate(records.slides):
         assert (info.case_id, info.mpp, info.patch_size, info.width) == (f"TCGA-AA-000{position}", 0.5, 256, 2000)
@@ -425,7 +425,7 @@ def test_bad_feature_files_are_listed_and_the_rest_goes_on(tmp_path):
     errors = {failure.slide: failure.error for failure in report.failed}
     said = {
         "b_cut": "not a valid HDF5", "c_foreign": "HDF5", "d_short": "12 features and coords of shape",
-        "e_nan": "NaN", "f_wide": "feature_dim 9", "g_other": "encoder 'conch'", "h_large": "patches of 256",
+        "e_nan": "NaN", "f_wide": "feature_dim 9", "g_other": "encoder 'conch_v1'", "h_large": "patches of 256",
         "i_empty": "no tissue", "j_huge": "overflow float16",
     }  # fmt: skip
     assert set(errors) == set(said)

@@ -84,7 +84,7 @@ def use(monkeypatch):
     def use(*encoders):
         known = {encoder.name: encoder for encoder in encoders}
         monkeypatch.setattr(build, "runs_on_device", known.__contains__)
-        monkeypatch.setattr(build, "load_encoder", lambda name, half, batch_size: known[name])
+        monkeypatch.setattr(build, "load_encoder", lambda name, half, batch_size, weights: known[name])
 
     return use
 
@@ -548,3 +548,40 @@ def test_the_command_takes_several_encoders(slides, tmp_path, use, capsys):
     assert [line.partition(":")[0] for line in lines] == [str(tmp_path / "out" / name) for name in found]
     assert cli.main([*command, "--patch-size", "32"]) == 2
     assert "--patch-size given 3 times for 2 encoders" in capsys.readouterr().err
+
+
+def test_a_registered_encoder_determines_its_patches(slides, tmp_path, small_encoder, capsys):
+    recipe, weights = small_encoder
+    out, options = tmp_path / "records", ["--encoder", "Small", "--weights", str(weights), "--batch-size", "8"]
+    assert cli.main(["prepare", str(slides), "--out", str(out), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["device"]["busy_share"] <= 1
+    records = Records(out)
+    info = records.slides[0]
+    assert (info.encoder, info.patch_size, info.feature_dim) == ("small", recipe.patch_size, recipe.width)
+    with open_slide(slides / f"{info.slide_id}.tiff") as slide:
+        tiles = tile_slide(slide, recipe.patch_size, recipe.mpp)
+        (pixels,) = read_patches(slide, tiles)
+    from data_prep.vision_encoders import VisionEncoder
+    from pathflip_jax.data.records.large import open_slide as open_record
+
+    features = np.asarray(open_record(records, 0).features, np.float32)
+    expected = VisionEncoder(recipe, weights)(pixels)
+    order = np.lexsort(tiles.coords.T)
+    stored = np.lexsort(np.asarray(open_record(records, 0).coords).T)
+    np.testing.assert_allclose(features[stored], expected[order], atol=4e-3, rtol=2e-3)  # float16
+
+
+def test_weights_and_names_that_do_not_fit_are_refused(slides, tmp_path, small_encoder, capsys):
+    _, weights = small_encoder
+    run = ["prepare", str(slides), "--out", str(tmp_path / "records")]
+    for options, message in (
+        (["--weights", str(weights)], "encoder 'stain_texture' is not registered"),
+        (["--encoder", "small", "--weights", str(tmp_path / "absent")], "no such file or folder of weights of small"),
+        (["--encoder", "uni_v1", "--weights", str(weights)], "They fit small: is that the encoder you mean?"),
+        (["--encoder", "small", "--encoder", "uni_v1", "--weights", str(weights)], "--weights given 1 times for 2"),
+        (["--encoder", "small", "--encoder", "SMALL"], "expected each once"),
+    ):
+        assert cli.main([*run, *options]) == cli.WRONG_INPUT
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "records").glob("*.tfrecord"))

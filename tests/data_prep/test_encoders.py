@@ -157,12 +157,13 @@ def test_descriptor_tells_the_tissues_of_the_cohort_apart(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("resnet50", ValueError, "expected stain_texture, timm:NAME_OR_FOLDER or hf:FOLDER"),
+        ("resnet50", ValueError, "expected stain_texture, an encoder that `pathflip encoders` lists, timm:NAME"),
+        ("phikom", ValueError, "did you mean phikon?"),
         ("timm:", ValueError, "unknown encoder"),
         ("hf:/no/such/model", FileNotFoundError, "download the model"),
-        ("conch", ValueError, "TRIDENT"),
-        ("timm:hf-hub:MahmoodLab/UNI2-h", ValueError, "pathflip import"),
-        ("hf:MahmoodLab/conchv1_5", ValueError, "pathflip import"),
+        ("timm:hf-hub:MahmoodLab/UNI2-h", ValueError, "pass `--encoder uni_v2` instead"),
+        ("timm:hf_hub:paige-ai/Virchow", ValueError, "virchow is registered, with its own transform and pooling"),
+        ("hf:models/midnight", ValueError, "pass `--encoder midnight12k` instead"),
     ],
 )
 def test_names_that_are_no_encoder(name, error, message):
@@ -273,3 +274,13 @@ def test_missing_extra_names_the_cure(monkeypatch, tmp_path):
     monkeypatch.delattr("data_prep.torch_encoders", raising=False)
     with pytest.raises(ImportError, match=r"pathflip-jax\[encoders\]"):
         load_encoder(f"hf:{tmp_path}")
+
+
+def test_registered_encoders_are_loaded_by_any_of_their_names(small_encoder):
+    recipe, weights = small_encoder
+    assert encoders.runs_on_device("UNI2-h") and not encoders.runs_on_device("timm:uni")
+    assert not encoders.runs_on_device("stain_texture")
+    found = load_encoder("Small", weights=weights, batch_size=2)
+    assert (found.name, found.dim, found.recipe) == ("small", 32, recipe)
+    with pytest.raises(ValueError, match="pass `--encoder small --weights"):
+        load_encoder(f"hf:{weights}")

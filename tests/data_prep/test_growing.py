@@ -250,8 +250,8 @@ def test_the_majority_says_what_the_cohort_is(tmp_path):
     assert report.done == ["B0", "B1", "B2", "B3", "C_unnamed"] and verify(out) == []
     assert "A_odd.h5: slide A_odd has patches of 256 um, 7 of 8 slides have 128 um" in errors["A_odd"]
     assert "feature_dim 9, 7 of 8 slides have 8" in errors["A_wide"]
-    assert "encoder 'conch', 6 of 7 slides have 'uni'" in errors["A_other"] and len(errors) == 3
-    assert {info.encoder for info in Records(out).slides} == {"uni"}
+    assert "encoder 'conch_v1', 6 of 7 slides have 'uni_v1'" in errors["A_other"] and len(errors) == 3
+    assert {info.encoder for info in Records(out).slides} == {"uni_v1"}
     for number in range(9):  # what stands decides now, however many others come
         write(folder / f"D{number}.h5", size=512)
     report = import_features(folder, out, slides_per_shard=3)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from skimage import data
 
-from data_prep import vision_encoders
 from data_prep.vision_encoders import VisionEncoder
 
 
@@ -50,21 +49,12 @@ def test_half_precision_is_bfloat16_with_float32_features(small_encoder, patches
     assert cosines.min() > 0.999
 
 
-def test_a_batch_too_large_for_the_memory_is_halved_and_said(encoder, monkeypatch, capsys, patches):
-    encoder.batch_size = 64 * jax.local_device_count()
-    needed = {64: 100, 32: 60, 16: 40}
-    monkeypatch.setattr(
-        vision_encoders, "needed_bytes", lambda program: needed[encoder.batch_size // jax.local_device_count()]
-    )
-    monkeypatch.setattr(vision_encoders, "free_bytes", lambda device: 50)
-    encoder.fit(48)
-    count = jax.local_device_count()
-    assert encoder.batch_size == 16 * count
-    assert f"a batch of {64 * count} does not fit into the memory; {16 * count} used" in capsys.readouterr().err
-    np.testing.assert_allclose(encoder(patches), VisionEncoder(encoder.recipe, encoder.weights)(patches), atol=1e-5)
-    monkeypatch.setattr(vision_encoders, "needed_bytes", lambda program: 60)
-    with pytest.raises(MemoryError, match="use a device with more memory, or a smaller encoder"):
-        encoder.fit(48)
+def test_halving_ends_at_one_patch_for_each_device(encoder, patches):
+    rows, count = encoder(patches), jax.local_device_count()
+    encoder.batch_size = 4 * count
+    assert encoder.halve() and encoder.batch_size == 2 * count
+    assert encoder.halve() and encoder.batch_size == count and not encoder.halve()
+    np.testing.assert_allclose(encoder(patches), rows, atol=1e-5)
 
 
 def test_facts_tell_weights_transform_and_precision(encoder, small_encoder):

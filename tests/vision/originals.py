@@ -1,8 +1,9 @@
-"""Original classes of the registered patch encoders, with random weights: `python originals.py OUT NAME...`.
+"""Original classes of the registered patch encoders, with random weights: `python originals.py OUT PATCHES`.
 
 Runs in a process of its own, since timm needs torchvision, whose build on the package index imports beside a CPU build
-of torch only after two of its operators are declared. For each name OUT/NAME gets the weights as they are published
-(true width, two layers), and features.npz: patches of three sizes and the features that the original makes of them.
+of torch only after two of its operators are declared. OUT/NAME gets the weights as they are published
+(true width, two layers), and features.npz: by size, the features that the original makes of the patches in the file
+PATCHES, and its input of the smallest.
 """
 
 import sys
@@ -15,8 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-for operator in ("nms", "qnms"):
-    torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # its build does not fit the one of torch; what fails is to register what these would do
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
 import transformers  # noqa: E402
@@ -25,8 +29,6 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 DEPTH = 2
-SIZES = (224, 256, 512)
-PATCHES = 2
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -338,27 +340,24 @@ ORIGINALS = {
 }  # fmt: skip
 
 
-def main(out: Path, names: list[str], patches: Path) -> None:
-    """Write weights and features of the originals of these names."""
+def main(out: Path, patches: Path) -> None:
+    """Write weights and features of all originals."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with np.load(patches) as file:
-        pixels = {size: file[str(size)] for size in SIZES}
-    for name in names:
+        pixels = {size: list(map(Image.fromarray, file[size])) for size in file}
+    for name, (make, images_of, save) in ORIGINALS.items():
         torch.manual_seed(0)
-        make, images_of, save = ORIGINALS[name]
         model, folder = randomised(make()), out / name
         folder.mkdir()
         save(model, folder)
-        features = {}
-        for size, every in pixels.items():
-            images = torch.stack([images_of(Image.fromarray(patch)) for patch in every])
-            with torch.inference_mode():
-                features[str(size)] = model(images).numpy()
-            if size == SIZES[0]:
-                features["images"] = images.permute(0, 2, 3, 1).numpy()
-        np.savez(folder / "features.npz", **features)
+        images = torch.stack([images_of(patch) for patches in pixels.values() for patch in patches])
+        with torch.inference_mode():
+            features = model(images).numpy()
+        count = len(images) // len(pixels)
+        features = {size: features[i * count : (i + 1) * count] for i, size in enumerate(pixels)}
+        np.savez(folder / "features.npz", images=images[:count].permute(0, 2, 3, 1).numpy(), **features)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[3:], Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

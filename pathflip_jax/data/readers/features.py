@@ -25,6 +25,7 @@ from pathflip_jax.data.readers.coordinates import (
     step_fault,
 )
 from pathflip_jax.data.readers.feature_format import FeatureFields, slide_id_of
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.formats import read_fields
 from pathflip_jax.data.storage.blocks import row_blocks
 from pathflip_jax.data.texts.identity import barcode_patient
@@ -48,7 +49,8 @@ class SlideFeatures:
 
     Set by a reader and not kept in records: `patch_size_source` is "file", "option" or "gaps" (inferred from consistent
     gaps between neighbours); `notes` are lines for the summary of a cohort, without the slide's name and identical for
-    slides with the same finding. `finite`: the reader has already checked that the features are finite.
+    slides with the same finding. `recipe` is that of its folder of records (`records/recipe.py`), None if unknown.
+    `finite`: the reader has already checked that the features are finite.
     """
 
     slide_id: str
@@ -62,6 +64,7 @@ class SlideFeatures:
     encoder: str = ""
     patch_size_source: str = ""
     notes: tuple[str, ...] = ()
+    recipe: FeatureRecipe | None = None
     finite: InitVar[bool] = False
 
     def __post_init__(self, finite: bool) -> None:

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from pathflip_jax.data.readers.feature_recipe import SIZE_TOLERANCE
 from pathflip_jax.data.records.columns import SlideInfo, column
 from pathflip_jax.data.storage.failures import preview
 
-# Tolerance for equal physical patch sizes: nominal and measured mpp differ by up to 10 percent, while patches of 224
-# and 256 pixels differ by 14.
-SIZE_TOLERANCE = 0.1
 PIECE = 4096  # slides converted to Python objects at a time
 _SEPARATE = "all slides of a cohort must share it: write the others to a separate folder"
 _SAME_SIZE = (

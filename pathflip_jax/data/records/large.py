@@ -71,8 +71,8 @@ def open_slide(records: Records, position: int) -> SlideFeatures:
     if info.num_patches * info.row_bytes <= blocks.LARGE:
         return records.read(position)
     place = (info.patch_size, info.mpp, info.width, info.height)
-    features = StoredFeatures(records, position)
+    features, coords, recipe = StoredFeatures(records, position), records.coords(position), records.recipe
     try:
-        return SlideFeatures(info.slide_id, info.case_id, features, records.coords(position), *place, info.encoder)
+        return SlideFeatures(info.slide_id, info.case_id, features, coords, *place, info.encoder, recipe=recipe)
     except ValueError as error:
         raise ValueError(f"{info.shard}: {error}") from None

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Int
 
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.features import SlideFeatures, all_finite
 from pathflip_jax.data.records.columns import SlideInfo
 from pathflip_jax.data.records.index import COORDS, check_region
@@ -17,8 +18,10 @@ COORDS_AT_ONCE = 1 << 20  # bytes
 PIECE = 1 << 19  # bytes read and checked at a time for a whole slide
 
 
-def read_slide(file: LocalFile | RemoteFile, info: SlideInfo, dtype: np.dtype) -> SlideFeatures:
-    """Whole slide with patches in region order and every region's CRC checked.
+def read_slide(
+    file: LocalFile | RemoteFile, info: SlideInfo, dtype: np.dtype, recipe: FeatureRecipe | None = None
+) -> SlideFeatures:
+    """Whole slide with patches in region order and every region's CRC checked; `recipe` is that of its folder.
 
     Raises ValueError for a flipped byte, naming shard, slide and region, and for what `SlideFeatures` refuses; OSError
     for a truncated shard.
@@ -38,14 +41,17 @@ def read_slide(file: LocalFile | RemoteFile, info: SlideInfo, dtype: np.dtype) -
         finite = finite and all_finite(own)
         if number == len(pieces) // 2 and info.coords_bytes:  # while the rest is being read
             with suppress(ValueError):  # it may depend on features not read yet
-                slide = _slide(info, features, corners, True)
-    return slide if slide is not None and finite else _slide(info, features, corners, finite)
+                slide = _slide(info, features, corners, recipe, True)
+    return slide if slide is not None and finite else _slide(info, features, corners, recipe, finite)
 
 
-def _slide(info: SlideInfo, features: np.ndarray, coords: np.ndarray | None, finite: bool) -> SlideFeatures:
+def _slide(
+    info: SlideInfo, features: np.ndarray, coords: np.ndarray | None, recipe: FeatureRecipe | None, finite: bool
+) -> SlideFeatures:
     place = (info.patch_size, info.mpp, info.width, info.height)
+    more = {"recipe": recipe, "finite": finite}
     try:
-        return SlideFeatures(info.slide_id, info.case_id, features, coords, *place, info.encoder, finite=finite)
+        return SlideFeatures(info.slide_id, info.case_id, features, coords, *place, info.encoder, **more)
     except ValueError as error:
         raise ValueError(f"{info.shard}: {error}") from None
 

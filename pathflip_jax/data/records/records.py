@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.cohort import check_cohort
 from pathflip_jax.data.records.columns import DTYPES, SlideInfo, Slides
@@ -40,6 +41,7 @@ from pathflip_jax.data.records.manifest import (
     shard_faults,
 )
 from pathflip_jax.data.records.reading import read_parts, read_slide
+from pathflip_jax.data.records.recipe import RECIPE, read_recipe
 from pathflip_jax.data.records.regions import EDGE_UM, region_edge
 from pathflip_jax.data.records.tfds import dataset_info, feature_schema
 from pathflip_jax.data.records.tfrecord import read_frames
@@ -139,12 +141,14 @@ class Records:
     """A cohort of slides in shards: opened from the indexes alone, read by region, from any number of threads.
 
     Takes a folder or a list of shards, local or at URLs. A folder is checked against its manifest.json, with a warning
-    if it has none, as it is then unfinished or written by another program; a list is not checked. Raises ValueError
-    for a folder whose shards do not match its manifest, for slides that do not form one cohort, and for duplicates.
+    if it has none, as it is then unfinished or written by another program; a list is not checked. `recipe` is how a
+    folder's features were made, None if unknown. Raises ValueError for a folder whose shards do not match its manifest,
+    for slides that do not form one cohort, and for duplicates.
     """
 
     def __init__(self, folder: Place | str | Sequence[Place | str], *, open_files: int = 64) -> None:
         self.manifest: Manifest | None = None
+        self.recipe: FeatureRecipe | None = None
         if isinstance(folder, (list, tuple)):
             self.shards = [as_path(shard) for shard in folder]
             self.where, sizes = ", ".join(map(str, self.shards[:3])), file_sizes(self.shards)
@@ -156,6 +160,7 @@ class Records:
             self.shards, sizes = [folder / name for name in listed], list(listed.values())
             contents = index_bytes(self.shards, *([folder / MANIFEST] if MANIFEST in files else []))
             self.manifest = _check_folder(folder, listed, next(contents) if MANIFEST in files else None)
+            self.recipe = read_recipe(folder) if RECIPE in files else None
         parts: list[Slides] = []
         self.sums: list[tuple[str, int, int]] = []  # name, bytes and CRC32C of each shard
         for shard, index in zip(self.shards, read_indexes(self.shards, sizes, contents), strict=True):
@@ -209,7 +214,7 @@ class Records:
     def read(self, position: int) -> SlideFeatures:
         """Whole slide with patches in region order and every region's CRC checked."""
         info = self.slides[position]
-        return read_slide(self._file(info.shard), info, self.dtype)
+        return read_slide(self._file(info.shard), info, self.dtype, self.recipe)
 
     def read_regions(
         self, position: int, regions: Sequence[int], out: Sequence[np.ndarray | None] | None = None
