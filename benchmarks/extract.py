@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from extract_sides import SIDES
+from extract_sides import SIDES, reduced
 from machine import describe
 from topology import ENVIRONMENT
 
@@ -53,6 +53,8 @@ PACKAGES = (
     "timm",
 )
 SMALL_LAYERS = 2
+# timm and torchvision as the tests have them (Makefile), where the environment itself does not.
+PACKAGES_FOLDER = next((folder for folder in [Path(sys.prefix) / "originals"] if folder.is_dir()), None)
 MOST_WORKERS = 16
 
 
@@ -174,8 +176,9 @@ def measure_stages(recipe: Recipe, weights: Path, options: argparse.Namespace, g
         for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
             rows[side].append(json.loads(call("extract_stages.py", side, recipe, weights, options, *given)))
     found = {side: {name: statistics.median(row[name] for row in own) for name in own[0]} for side, own in rows.items()}
+    operations = reduced(recipe, SMALL_LAYERS * options.small).network.operations()
     for side in SIDES:
-        found[side]["share_of_peak"] = found[side]["network"] * recipe.network.operations() / rate
+        found[side]["share_of_peak"] = found[side]["network"] * operations / rate
     pairs = {side: list(zip(rows["ours"], rows[side], strict=True)) for side in SIDES[1:]}
     found["network_ratios"] = {
         side: statistics.median(ours["network"] / theirs["network"] for ours, theirs in own)
@@ -274,7 +277,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, help=f"processes that read (default: the cores, up to {MOST_WORKERS})")
     parser.add_argument("--batch", type=int, help="patches per batch (default 16 on a CPU, 256 on a GPU)")
     parser.add_argument("--stages", action=argparse.BooleanOptionalAction, default=True, help="each stage alone too")
-    parser.add_argument("--packages", type=Path, metavar="DIR", help="folder with timm and torchvision")
+    parser.add_argument("--packages", type=Path, metavar="DIR", default=PACKAGES_FOLDER, help="of timm and torchvision")
     parser.add_argument("--work", type=Path, default=Path("extract"), help="folder of slides and weights (extract)")
     parser.add_argument("--aot", nargs="+", metavar="TOPOLOGY", help="predict for TPUs, e.g. v5e:2x4 v6e:2x4")
     parser.add_argument("--small", action="store_true", help="two layers, to check that everything works")

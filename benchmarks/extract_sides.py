@@ -71,8 +71,12 @@ def read_tiles(folder: Path, tiles: Path) -> list[Tiled]:
 
 
 def read_tile(image: openslide.OpenSlide, slide: Tiled, x: int, y: int) -> Image.Image:
-    """Patch read by one `read_region`, resampled where the level has another resolution."""
-    patch = image.read_region((x, y), slide.level, (slide.edge, slide.edge)).convert("RGB")
+    """Patch read by one `read_region`, white outside the slide, resampled where the level has another resolution."""
+    patch = image.read_region((x, y), slide.level, (slide.edge, slide.edge))
+    beyond = slide.edge * image.level_downsamples[slide.level]
+    if x + beyond > image.dimensions[0] or y + beyond > image.dimensions[1]:
+        patch = Image.alpha_composite(Image.new("RGBA", patch.size, "white"), patch)
+    patch = patch.convert("RGB")
     return patch if slide.edge == slide.size else patch.resize((slide.size,) * 2, Image.Resampling.BILINEAR)
 
 
