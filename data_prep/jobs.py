@@ -41,7 +41,7 @@ class Job:
     """Conversion of one slide to a record: read from `file`, written to `part`, for `shard`.
 
     `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
-    overrides the file's; None to use the file's.
+    overrides the file's; None to use the file's. `weights` are those of a registered encoder that this job loads.
     """
 
     slide_id: str
@@ -52,6 +52,7 @@ class Job:
     settings: dict[str, Any]
     sharing: int | None = None
     mpp: float | None = None
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -242,12 +243,12 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatur
 
 def _encoder(job: Job) -> PatchEncoder:
     settings, threads = job.settings, max(1, processors() // (job.sharing or processors()))
-    return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads)
+    return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads, job.weights)
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, half: bool, patch_size: int, threads: int) -> PatchEncoder:
-    encoder = load_encoder(name, half)
+def _loaded(name: str, half: bool, patch_size: int, threads: int, weights: Path | None) -> PatchEncoder:
+    encoder = load_encoder(name, half, weights=weights)
     if "torch" in sys.modules:  # as many threads in total as cores, not as many in each worker
         sys.modules["torch"].set_num_threads(threads)
     encoder(np.zeros((1, patch_size, patch_size, 3), np.uint8))

@@ -97,7 +97,7 @@ def prepare_by_slide(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(build, "runs_on_device", lambda name: False)
             patch.setattr(build, "run_each", lambda work, jobs, workers: ((job, work(job)) for job in jobs))
-            patch.setattr(jobs, "load_encoder", lambda name, half: encoder)
+            patch.setattr(jobs, "load_encoder", lambda name, half, weights: encoder)
             jobs._loaded.cache_clear()
             report = build.prepare(folder, out, PrepareSettings(encoder=encoder.name, **SMALL | settings))
             jobs._loaded.cache_clear()
@@ -463,11 +463,14 @@ def test_advice_names_the_stage_that_limits(monkeypatch, waits, readers, said):
 
 def test_settings_that_exclude_each_other(slides, tmp_path, use):
     use(Means())
-    with pytest.raises(ValueError, match="job array with --shard"):
-        prepare(slides, tmp_path / "records", beam=[])
+    with pytest.raises(ValueError, match="--beam prepares one encoder at a time"):
+        use(Means(), Means("others"))
+        prepare_several(slides, tmp_path / "records", {"means": 64, "others": 64}, beam=[])
+    with pytest.raises(ValueError, match="--batch-size 8: has no effect on Beam"):
+        prepare(slides, tmp_path / "records", beam=[], batch_size=8)
     with pytest.raises(ValueError, match="--batch-size 0"):
         PrepareSettings(batch_size=0)
-    with pytest.raises(ValueError, match="'stain_texture' determines its batches itself"):
+    with pytest.raises(ValueError, match="has no effect with encoder 'stain_texture'"):
         build.prepare(slides, tmp_path / "records", PrepareSettings(batch_size=8))
 
 
