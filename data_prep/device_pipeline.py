@@ -1,5 +1,4 @@
-"""Slides to features where one process owns the devices: readers decode ahead, batches mix slides, parts are written
-beside.
+"""Slides to features where one process owns the devices: readers decode ahead, and batches mix slides.
 
 Reader processes go from slide to slide. One thread of this process copies their patches to batches of exactly the
 encoder's size and starts these, a second awaits them in order, a third scatters the features to their slides and writes
@@ -328,7 +327,7 @@ class DevicePipeline:
                 self._report(task.job, failed(task.job, error))
                 continue
             task.left -= len(rows)
-            if not task.left:
+            if not task.left and str(task.job.part) not in self._reported:  # else its first part may be in a shard
                 self._report(task.job, self._save(task))
         self._unwritten.release()
 

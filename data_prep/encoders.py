@@ -3,6 +3,7 @@
 An encoder is a name, a feature width and a call (`PatchEncoder`). The embedded one, `stain_texture`, needs no
 download and no network: it lets the entire pipeline run anywhere, and is a baseline that a learned encoder must beat.
 `load_encoder` loads learned ones by name, from timm or from a Hugging Face folder; they live in `torch_encoders`.
+Those that run on all local devices from one process are `DeviceEncoder`s.
 """
 
 from pathlib import Path

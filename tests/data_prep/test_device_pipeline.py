@@ -498,6 +498,33 @@ def test_several_encoders_write_what_each_writes_alone(slides, tmp_path, use):
     assert _bytes(tmp_path / "all/other") == _bytes(tmp_path / "other")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux")
+def test_encoder_that_has_a_slide_is_left_out_of_its_second_try(slides, tmp_path, monkeypatch):
+    """The reader dies when the patches of the first encoder are encoded, and written, and those of the second not."""
+    monkeypatch.setattr(device_pipeline, "slot_bytes", lambda jobs: 3 * 96**2)
+    take, killed = DevicePipeline._take, []
+
+    def killing(self, event, found):
+        take(self, event, found)
+        if found.runs[0].grid == 1 and not killed:
+            killed.append(found)
+            deadline = time.monotonic() + 20
+            while not self._reported and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(event.reader._worker.submit(os.getpid).result(), signal.SIGKILL)
+
+    monkeypatch.setattr(DevicePipeline, "_take", killing)
+    pipeline = DevicePipeline({"means": Means(batch_size=6), "wide": Means("wide", batch_size=6)}, 1)
+    own = [_job(slides, "S4", tmp_path), _job(slides, "S4", tmp_path, "wide", patch_size=96)]
+    ended = []
+    for job, outcome in pipeline.run(own):
+        assert not outcome.error
+        ended.append(job)
+        job.part.unlink()  # as when it is assembled
+    assert ended == own and killed and not list(tmp_path.glob("*.tfrecord"))
+    assert 36 + 16 < pipeline.usage.decoded <= 36 + 16 + readers.SLOTS  # not the patches of the first one again
+
+
 def test_slide_without_patches_for_one_encoder_has_those_of_the_other(slides, tmp_path, use):
     """Its resolution suffices for patches at 0.5 um per pixel, not for those at 0.25."""
     use(Means(), Means("fine"))
