@@ -1,8 +1,9 @@
 """Conversion of slides or feature files to a folder of records: on one machine, in a job array, or on Apache Beam.
 
-Every slide is processed in a separate process and first becomes a small record in `OUT/.parts`; when all of a shard's
-slides are finished, the shard is assembled from them. An interrupted run thus loses only the slides in progress, a
-shard is written atomically, and its content depends on neither workers nor tasks nor runner.
+Every slide is processed in a separate process, or only read there if the encoder owns the devices (`device_pipeline`),
+and first becomes a small record in `OUT/.parts`; when all of a shard's slides are finished, the shard is assembled from
+them. An interrupted run thus loses only the slides in progress, a shard is written atomically, and its content depends
+on neither workers nor tasks nor runner.
 """
 
 import importlib

@@ -1,5 +1,4 @@
-"""Slides to features where one process owns the devices: readers decode ahead, batches mix slides, parts are written
-beside.
+"""Slides to features where one process owns the devices: readers decode ahead, and batches mix slides.
 
 Reader processes go from slide to slide. One thread of this process copies their patches to batches of exactly the
 encoder's size and starts these, a second awaits them in order, a third scatters the features to their slides and writes
@@ -205,14 +204,10 @@ class DevicePipeline:
             event.reader.requests -= 1
             if event.reader not in self._readers:
                 continue
-            if isinstance(event.future.exception(), WORKER_LOSS):
+            if _is_lost(event):
                 self._lose(event.reader, last_try)
                 continue
-            found = event.future.result()
-            if isinstance(found, Chunk) and found.start != event.slide.position:  # a second process began anew
-                self._lose(event.reader, last_try)
-                continue
-            if found is not None:
+            if (found := event.future.result()) is not None:
                 self._take(event, found)
             self._request(event.reader, event.slot)
 
@@ -328,7 +323,7 @@ class DevicePipeline:
                 self._report(task.job, failed(task.job, error))
                 continue
             task.left -= len(rows)
-            if not task.left:
+            if not task.left and str(task.job.part) not in self._reported:  # else its first part may be in a shard
                 self._report(task.job, self._save(task))
         self._unwritten.release()
 
@@ -347,6 +342,14 @@ class DevicePipeline:
                 return
             self._reported.add(part)
         self._outcomes.put((job, outcome))
+
+
+def _is_lost(event: _Event) -> bool:
+    """Whether the reader's process has ended: in a request, or between two, so that a new one began the slide anew."""
+    if event.future.cancelled() or isinstance(event.future.exception(), WORKER_LOSS):
+        return True
+    found = event.future.result()
+    return isinstance(found, Chunk) and found.start != event.slide.position
 
 
 def _slides(jobs: Sequence[Job]) -> list[_Slide]:
