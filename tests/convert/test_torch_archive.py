@@ -143,6 +143,10 @@ class Calls:
     def __reduce__(self):
         return self.call
 
+    def __str__(self) -> str:
+        function, arguments = self.call
+        return f"{function.__name__}{arguments}"  # without addresses: test processes must agree on the tests' names
+
 
 class Stored(tuple):
     """Reference to a storage, as torch writes it."""
