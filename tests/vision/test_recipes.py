@@ -10,8 +10,8 @@ from pathflip_jax.convert.vision_names import names_of
 from pathflip_jax.vision.config import swiglu_hidden
 from pathflip_jax.vision.recipes import OTHER_NAMES, RECIPES, find_recipe, spelled
 
-# Totals of the original classes, and the numbers among them that no feature depends on: the mask token of DINOv2 in
-# transformers and in Meta's code (None: not counted in the total).
+# Totals of the original classes, and the numbers among them that no feature depends on: the mask token of DINOv2 and
+# DINOv3 in transformers and in Meta's code (None: not counted in the total).
 PUBLISHED = {
     "uni_v1": (303_350_784, 0),
     "uni_v2": (681_394_176, 0),
@@ -38,6 +38,10 @@ PUBLISHED = {
     "openmidnight": (1_134_777_344, 1536),
     "keep": (303_350_784, -(1024 * 768 + 768 + 768 * 768 + 768)),  # the published total is of the trunk
     "plip": (87_849_216, 0),
+    "dinov3_vits16": (21_596_544, 384),
+    "dinov3_vitb16": (85_660_416, 768),
+    "dinov3_vitl16": (303_129_600, 1024),
+    "dinov3_vith16plus": (840_592_640, 1280),
 }
 MILLIONS = {"dinov2_vits14": 22.06, "dinov2_vitb14": 86.58, "dinov2_vitl14": 304.37, "dinov2_vitg14": 1136.48}
 WIDTHS = {
@@ -46,6 +50,7 @@ WIDTHS = {
     "kaiko_vits8": 384, "kaiko_vitb16": 768, "kaiko_vitb8": 768, "kaiko_vitl14": 1024, "lunit_vits8": 384,
     "phikon": 768, "phikon_v2": 1024, "hibou_b": 768, "hibou_l": 1024, "midnight12k": 3072, "openmidnight": 1536,
     "keep": 768, "plip": 512, "dinov2_vits14": 384, "dinov2_vitb14": 768, "dinov2_vitl14": 1024, "dinov2_vitg14": 1536,
+    "dinov3_vits16": 384, "dinov3_vitb16": 768, "dinov3_vitl16": 1024, "dinov3_vith16plus": 1280,
 }  # fmt: skip
 SPELLINGS = {
     "uni_v1": ("uni_v1", "uni", "UNI", "MahmoodLab/UNI", "mahmood-uni"),
@@ -77,6 +82,10 @@ SPELLINGS = {
     "dinov2_vitb14": ("dinov2_vitb14", "facebook/dinov2-base"),
     "dinov2_vitl14": ("dinov2_vitl14", "facebook/dinov2-large"),
     "dinov2_vitg14": ("dinov2_vitg14", "facebook/dinov2-giant"),
+    "dinov3_vits16": ("dinov3_vits16", "facebook/dinov3-vits16-pretrain-lvd1689m"),
+    "dinov3_vitb16": ("dinov3-vitb16", "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+    "dinov3_vitl16": ("dinov3-vitl16", "facebook/dinov3-vitl16-pretrain-lvd1689m"),
+    "dinov3_vith16plus": ("dinov3-vith16plus", "facebook/dinov3-vith16plus-pretrain-lvd1689m"),
 }
 
 
@@ -88,6 +97,8 @@ def recipe(request):
 def test_parameters_are_those_of_the_publication(recipe):
     shapes = abstract_parameters(recipe.network)
     found = sum(math.prod(shape.shape) for shape in shapes.values())
+    if recipe.layout == "dinov3":  # has no biases of keys, which are zeros here
+        found -= recipe.network.depth * recipe.network.width
     assert found == recipe.parameters
     if recipe.name in MILLIONS:  # in transformers, with a mask token
         assert round((found + recipe.network.width) / 1e6, 2) == MILLIONS[recipe.name]
