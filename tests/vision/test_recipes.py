@@ -8,7 +8,7 @@ import pytest
 from pathflip_jax.convert.vision import abstract_parameters, how_to_get
 from pathflip_jax.convert.vision_names import names_of
 from pathflip_jax.vision.config import swiglu_hidden
-from pathflip_jax.vision.recipes import OTHER_NAMES, RECIPES, find_recipe, spelled
+from pathflip_jax.vision.recipes import OTHER_NAMES, RECIPES, find_recipe, registry_name, spelled
 
 # Totals of the original classes, and the numbers among them that no feature depends on: the mask token of DINOv2 and
 # DINOv3 in transformers and in Meta's code (None: not counted in the total).
@@ -118,12 +118,12 @@ def test_features_are_as_wide_as_published(recipe):
 
 @pytest.mark.parametrize(("name", "spelling"), [(name, other) for name, many in SPELLINGS.items() for other in many])
 def test_an_encoder_is_found_by_its_names_elsewhere(name, spelling):
-    assert find_recipe(spelling) is RECIPES[name]
+    assert find_recipe(spelling) is RECIPES[name] and registry_name(spelling) == name
 
 
 @pytest.mark.parametrize("name", ["", "stain-texture", "resnet50", "uni3", "virchow3", "MahmoodLab", "ctranspath"])
 def test_others_are_not_found(name):
-    assert find_recipe(name) is None
+    assert find_recipe(name) is None and registry_name(name) == name
 
 
 def test_no_two_encoders_share_a_spelling():
