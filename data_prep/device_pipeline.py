@@ -204,14 +204,10 @@ class DevicePipeline:
             event.reader.requests -= 1
             if event.reader not in self._readers:
                 continue
-            if isinstance(event.future.exception(), WORKER_LOSS):
+            if _is_lost(event):
                 self._lose(event.reader, last_try)
                 continue
-            found = event.future.result()
-            if isinstance(found, Chunk) and found.start != event.slide.position:  # a second process began anew
-                self._lose(event.reader, last_try)
-                continue
-            if found is not None:
+            if (found := event.future.result()) is not None:
                 self._take(event, found)
             self._request(event.reader, event.slot)
 
@@ -346,6 +342,14 @@ class DevicePipeline:
                 return
             self._reported.add(part)
         self._outcomes.put((job, outcome))
+
+
+def _is_lost(event: _Event) -> bool:
+    """Whether the reader's process has ended, in a request or between two: a new one begins the slide anew."""
+    if event.future.cancelled() or isinstance(event.future.exception(), WORKER_LOSS):
+        return True
+    found = event.future.result()
+    return isinstance(found, Chunk) and found.start != event.slide.position
 
 
 def _slides(jobs: Sequence[Job]) -> list[_Slide]:
