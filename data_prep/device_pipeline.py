@@ -345,7 +345,7 @@ class DevicePipeline:
 
 
 def _is_lost(event: _Event) -> bool:
-    """Whether the reader's process has ended: in a request, or between two, so that a new one began the slide anew."""
+    """Whether the reader's process has ended, in a request or between two: a new one begins the slide anew."""
     if event.future.cancelled() or isinstance(event.future.exception(), WORKER_LOSS):
         return True
     found = event.future.result()
