@@ -1,9 +1,9 @@
 """Complete accelerator benchmark in one command, for a session that may last only minutes.
 
 Runs on the device that JAX finds. Each part is a separate process with a limit of 8 minutes, the most important first:
-parity, train steps at growing batches, comparison with PyTorch, encoding, generation, time to train, deterministic
-mode, save and kill, memory, input, meshes, CPU workarounds. A part that fails, hangs or crashes is reported in one line
-with the cure, and the other parts still run. After each part, `DIR/accelerator.json` and the page
+parity, train steps at growing batches, comparison with PyTorch, encoding, slides to features, generation, time to
+train, deterministic mode, save and kill, memory, input, meshes, CPU workarounds. A part that fails, hangs or crashes is
+reported in one line with the cure, and the other parts still run. After each part, `DIR/accelerator.json` and the page
 `DIR/accelerator.html` are rewritten atomically, so that an interrupted session keeps its measurements. When run again,
 the command measures the missing parts.
 

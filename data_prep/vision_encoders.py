@@ -14,10 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from data_prep.hub import from_hub
 from pathflip_jax.convert.vision import LoadedEncoder, load_vision
+from pathflip_jax.vision.config import Transform
 from pathflip_jax.vision.recipes import Recipe
 from pathflip_jax.vision.transform import transformed
 from pathflip_jax.vision.transformer import VisionTransformer
@@ -91,8 +93,16 @@ class VisionEncoder:
 
     def _compiled(self, shape: tuple[int, ...]):
         patches = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=self._sharded)
-        encode = functools.partial(_encode, self._graph, self.recipe.transform, self._dtype)
-        return jax.jit(encode, out_shardings=self._sharded).lower(self._state, patches).compile()
+        return lower(self._graph, self.recipe.transform, self._dtype, self._state, patches).compile()
+
+
+def lower(graph: nnx.GraphDef, transform: Transform, dtype: DTypeLike, state: nnx.State, patches: Array):
+    """Program of one batch, lowered; `state` and `patches` may be shapes, of devices that are not there.
+
+    Features have the sharding of `patches`.
+    """
+    encode = functools.partial(_encode, graph, transform, dtype)
+    return jax.jit(encode, out_shardings=patches.sharding).lower(state, patches)
 
 
 def _encode(graph, transform, dtype, state: nnx.State, patches: Array) -> Float[Array, "B F"]:

@@ -47,8 +47,8 @@ class Context:
         return "float32" if self.platform == "cpu" else "bfloat16"
 
 
-def _part(title: str, target: str, **arguments) -> Part:
-    return Part(title, f"accelerator_parts.{target}", arguments)
+def _part(title: str, target: str, limit: float | None = None, **arguments) -> Part:
+    return Part(title, f"accelerator_parts.{target}", arguments, limit)
 
 
 DEVICE = "device"
@@ -63,6 +63,8 @@ PARTS = {
         "Encoding compared with PyTorch", "beside:run", family="pathflip", jobs=["encode_slide_base", "encode_text"]
     ),
     "encode": _part("Encoding slides and texts", "encode:run"),
+    "extract-vit-l": _part("Slides to features by a ViT-L/16", "extract:run", 900.0, encoder="uni_v1"),
+    "extract-vit-g": _part("Slides to features by a ViT-g/14", "extract:run", 900.0, encoder="hoptimus0"),
     "generation": _part("Generation", "generation:run"),
     "beside-generation": _part("Generation compared with transformers", "beside:run_generation"),
     "time-to-train": _part("Time to train", "runs:time_to_train"),

@@ -4,13 +4,16 @@ Letters: B images, I pixels on a side, T tokens (class token, registers, patches
 layer are in the dtype of computation; the residual stream, softmax and normalisation stay in float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pathflip_jax.ops.platform import target_platform
+from pathflip_jax.ops.attention import pool
+from pathflip_jax.ops.platform import by_platform, target_platform
 from pathflip_jax.vision.config import VisionConfig
 from pathflip_jax.vision.layers import Dense, Norm, Stack
 from pathflip_jax.vision.positions import fitted, rotary_angles, rotated
@@ -20,8 +23,8 @@ _POOLER_HEADS = 8
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU, as in PyTorch."""
-    return jax.nn.gelu(x, approximate=False)
+    """Exact GELU as in PyTorch, by erf; `jax.nn.gelu` uses the costlier erfc."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def quick_gelu(x: Array) -> Array:
@@ -32,10 +35,19 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
-def attend(query: Array, key: Array, value: Array) -> Float[Array, "B T heads h"]:
+def attend_by_pooling(query: Array, key: Array, value: Array) -> Float[Array, "B T heads h"]:
+    """Softmax attention [B, T, heads, h], normalised after the product with the values: a pass over the scores less."""
+    query, key, value = (x.swapaxes(1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value))
+    return pool(query, key, value, None)[0].swapaxes(1, 2)
+
+
+def attend_by_jax(query: Array, key: Array, value: Array) -> Float[Array, "B T heads h"]:
     """Softmax attention [B, T, heads, h], by cuDNN on a GPU in half precision."""
     fused = target_platform() in ("gpu", "cuda") and query.dtype in (jnp.bfloat16, jnp.float16)
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else "xla")
+
+
+attend = by_platform(cpu=attend_by_pooling, default=attend_by_jax)
 
 
 class SelfAttention(nnx.Module):
