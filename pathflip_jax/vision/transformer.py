@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pathflip_jax.ops.activations import gelu, quick_gelu
 from pathflip_jax.ops.attention import pool
 from pathflip_jax.ops.platform import by_platform, target_platform
 from pathflip_jax.vision.config import VisionConfig
@@ -20,16 +21,6 @@ from pathflip_jax.vision.positions import fitted, rotary_angles, rotated
 
 _POOLER_EPS = 1e-5
 _POOLER_HEADS = 8
-
-
-def gelu(x: Array) -> Array:
-    """Exact GELU as in PyTorch, by erf; `jax.nn.gelu` uses the costlier erfc."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def quick_gelu(x: Array) -> Array:
-    """GELU's approximation by a sigmoid, as in CLIP."""
-    return x * jax.nn.sigmoid(1.702 * x)
 
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
