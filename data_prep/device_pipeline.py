@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.storage import blocks
 
 _IN_FLIGHT = 3  # batches on the devices: one computed, the others there when it ends
+_PATIENCE = 2.0  # seconds without an answer of any reader, after which all are checked
 _UNWRITTEN = 16  # batches of features whose slides wait to be written
 
 
@@ -197,8 +198,13 @@ class DevicePipeline:
     def _follow(self, last_try: bool = False) -> None:
         """Take what the readers deliver until they have nothing left to read."""
         while any(reader.requests for reader in self._readers):
-            with self._clock.waiting("reading"):
-                event = self._events.get()
+            try:
+                with self._clock.waiting("reading"):
+                    event = self._events.get(timeout=_PATIENCE)
+            except Empty:
+                for reader in [reader for reader in self._readers if reader.is_over]:
+                    self._lose(reader, last_try)
+                continue
             if self._stopping or event is None:
                 raise _Stopped
             event.reader.requests -= 1

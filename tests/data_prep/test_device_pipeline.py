@@ -265,14 +265,20 @@ def test_reader_that_dies_costs_a_second_try_then_its_slide(slides, tmp_path, mo
             np.testing.assert_array_equal(row, rows[tuple(corner)].astype(np.float16))
 
 
-@pytest.mark.parametrize("end", ["cancelled", "anew"])
+@pytest.mark.parametrize("end", ["cancelled", "anew", "silent"])
 def test_reader_that_dies_between_two_requests_is_replaced(slides, tmp_path, monkeypatch, end):
-    """Its requests are then cancelled, or a new process answers them, which begins the slide again."""
+    """Its requests are then cancelled or never answered, or a new process does, which begins the slide again."""
     monkeypatch.setattr(device_pipeline, "slot_bytes", lambda jobs: 3 * 64**2 * 4)
-    request, made = readers.Reader.request, []
+    monkeypatch.setattr(device_pipeline, "_PATIENCE", 0.2)
+    monkeypatch.setattr(readers.Reader, "is_over", property(lambda self: self in silent))
+    request, made, silent = readers.Reader.request, [], []
 
     def dying(self, *arguments):
         made.append(arguments)
+        if len(made) == 3 and end == "silent":
+            silent.append(self)
+        if self in silent:
+            return
         if len(made) == 3 and end == "anew":
             self._worker.submit(reading._close, -1).result()
         if len(made) == 3 and end == "cancelled":
@@ -426,17 +432,21 @@ def test_rings_are_of_one_size_whatever_the_slides(slides, tmp_path, monkeypatch
     features = EncoderQueue.features
 
     def slow(self, batch):
-        going.wait(30)
+        going.wait(60)
         return features(self, batch)
 
     monkeypatch.setattr(EncoderQueue, "features", slow)
     pipeline = DevicePipeline({"means": encoder}, 2)
 
     def look() -> None:
+        before = 0
+        while not pipeline._decoded or before != pipeline._decoded:  # until the readers wait
+            before = pipeline._decoded
+            time.sleep(0.5)
         sizes.append((pipeline._decoded, sum(ring.stat().st_size for ring in rings)))
         going.set()
 
-    threading.Timer(1.5, look).start()
+    threading.Thread(target=look).start()
     assert len(list(pipeline.run([_job(slides, f"S{number}", tmp_path) for number in range(5)]))) == 5
     ((decoded, ring),) = sizes
     assert ring == 2 * readers.SLOTS * 3 * 64**2 * 2
