@@ -26,7 +26,7 @@ def transformed(patches: UInt8[Array, "B P P 3"], transform: Transform) -> Float
         matrix = antialiased(size, transform.resize, transform.kind)[keep]
         pixels = _resampled("bijc,xj->bixc", pixels, matrix)
         pixels = _resampled("bijc,xi->bxjc", pixels, matrix)
-    mean, std = (jnp.asarray(values, jnp.float32) for values in (transform.mean, transform.std))
+    mean, std = (jnp.asarray([[[values]]], jnp.float32) for values in (transform.mean, transform.std))
     return (pixels / 255 - mean) / std
 
 

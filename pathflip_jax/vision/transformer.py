@@ -98,7 +98,7 @@ class Layer(nnx.Module):
 
 def _scaled(x: Array, scale: nnx.Param | None) -> Float[Array, "B T d"]:
     x = x.astype(jnp.float32)
-    return x if scale is None else x * scale[...]
+    return x if scale is None else x * jax.lax.broadcast_to_rank(scale[...], x.ndim)
 
 
 class AttentionPooler(nnx.Module):
@@ -189,7 +189,7 @@ class VisionTransformer(nnx.Module):
         if self.positions is not None:
             table = fitted(self.positions[...], config)
             given = config.prefix_positions
-            x = x + table[given:]
+            x = x + table[None, given:]
             if self.registers is not None:
                 prefix = jnp.concatenate([prefix, self.registers[...]])
             prefix = prefix.at[:given].add(table[:given])
