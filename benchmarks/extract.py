@@ -10,10 +10,13 @@ Predictions before the first run, float32 on two cores of a CPU: ours at least 0
 XLA's matrix products take more time than those of MKL, and at least as fast as `plain`, which transforms by Pillow and
 starts workers for each slide.
 
-    python benchmarks/extract.py --encoder kaiko_vits16 --edge 2560 --json benchmarks/results/extract.json
-    python benchmarks/extract.py --encoder uni_v1 --edge 1280 --json benchmarks/results/extract.json
+    python benchmarks/extract.py --encoder kaiko_vits16 --edge 1792 --json benchmarks/results/extract.json
+    python benchmarks/extract.py --encoder uni_v1 --count 5 --edge 896 --json benchmarks/results/extract.json
     python benchmarks/extract.py --encoder uni_v1 hoptimus0 --device cuda --half --edge 20480
     python benchmarks/extract.py --encoder uni_v1 hoptimus0 --aot v5e:2x4 v6e:2x4 --json benchmarks/results/extract.json
+
+Our last batch and that of `tuned` are padded, those of `plain` are not: with few patches per run, choose slides whose
+patches fill the last batch.
 
 The torch sides need timm and torchvision; `--packages` is a folder that holds them, where the environment does not.
 With `--aot`, nothing is run: the encoder's program is compiled for TPUs that are not attached, in bfloat16, with 256
@@ -29,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -248,15 +252,19 @@ def save(path: Path, kind: str, found: dict[str, dict], options: argparse.Namesp
     """Add results to the file; those of other encoders and topologies stay in it."""
     content = json.loads(path.read_text()) if path.exists() else {}
     kept = ("count", "edge", "repeats", "device", "half", "workers", "batch", "small", "slides")
-    about = {"machine": describe(*PACKAGES), "settings": {name: getattr(options, name) for name in kept}}
+    machine = describe(*PACKAGES)
+    for package in distributions(path=[str(options.packages)]) if options.packages else ():
+        if package.name in PACKAGES:
+            machine["versions"][package.name] = package.version
+    about = {"machine": machine, "settings": {name: getattr(options, name) for name in kept}}
     if options.device == "cuda" and kind == "measured":
         import torch
 
-        about["machine"]["accelerator"] = torch.cuda.get_device_name()
+        machine["accelerator"] = torch.cuda.get_device_name()
     for name, one in found.items():
         own = content.setdefault(kind, {})
         if kind == "aot":
-            own.setdefault(name, {}).update({key: row | {"machine": about["machine"]} for key, row in one.items()})
+            own.setdefault(name, {}).update({key: row | {"machine": machine} for key, row in one.items()})
         else:
             own[f"{name}{', half' * options.half}"] = one | about
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from pathflip_jax.ops.activations import gelu, quick_gelu
 from pathflip_jax.ops.attention import pool
-from pathflip_jax.ops.platform import by_platform, target_platform
+from pathflip_jax.ops.platform import target_platform
 from pathflip_jax.vision.config import VisionConfig
 from pathflip_jax.vision.layers import Dense, Norm, Stack
 from pathflip_jax.vision.positions import fitted, rotary_angles, rotated
@@ -26,19 +26,15 @@ _POOLER_HEADS = 8
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
-def attend_by_pooling(query: Array, key: Array, value: Array) -> Float[Array, "B T heads h"]:
-    """Softmax attention [B, T, heads, h], normalised after the product with the values: a pass over the scores less."""
+def attend(query: Array, key: Array, value: Array) -> Float[Array, "B T heads h"]:
+    """Softmax attention [B, T, heads, h], by cuDNN on a GPU in half precision.
+
+    Elsewhere normalised after the product with the values, which saves a pass over the scores.
+    """
+    if target_platform() in ("gpu", "cuda") and query.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     query, key, value = (x.swapaxes(1, 2) for x in (query / math.sqrt(query.shape[-1]), key, value))
     return pool(query, key, value, None)[0].swapaxes(1, 2)
-
-
-def attend_by_jax(query: Array, key: Array, value: Array) -> Float[Array, "B T heads h"]:
-    """Softmax attention [B, T, heads, h], by cuDNN on a GPU in half precision."""
-    fused = target_platform() in ("gpu", "cuda") and query.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if fused else "xla")
-
-
-attend = by_platform(cpu=attend_by_pooling, default=attend_by_jax)
 
 
 class SelfAttention(nnx.Module):
