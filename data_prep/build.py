@@ -62,7 +62,7 @@ def prepare(
     if settings.batch_size is not None:
         where = "on Beam" if runs_on_device(settings.encoder) else f"with encoder {settings.encoder!r}"
         raise ValueError(f"--batch-size {settings.batch_size}: has no effect {where}; leave it out")
-    plan = _with_weights(_plan(find_slides(slides), out, settings, settings.of_records()), settings.weights)
+    plan = _slides_plan(find_slides(slides), out, settings)
     if settings.shard == (0, 1):
         release_recipe(plan.out)
     if plan.jobs and settings.beam is None:  # cluster machines test the encoder: this one may lack its weights
@@ -109,7 +109,7 @@ def _prepare_on_devices(
     if common.beam is not None:
         raise ValueError("--beam prepares one encoder at a time; pass one --encoder, or run without Beam")
     found = find_slides(slides)
-    plans = [_plan(found, out, one, one.of_records()) for out, one in settings.items()]
+    plans = [_slides_plan(found, out, one) for out, one in settings.items()]
     encoders = {}
     for plan, one in zip(plans, settings.values(), strict=True):
         if one.shard == (0, 1):
@@ -127,9 +127,11 @@ def _prepare_on_devices(
     return [replace(_finish(*each), device=pipeline.usage) for each in zip(plans, progress, strict=True)]
 
 
-def _with_weights(plan: Plan, weights: Path | None) -> Plan:
-    """Plan whose jobs load an encoder with these weights."""
-    return replace(plan, missing={p: [replace(job, weights=weights) for job in own] for p, own in plan.missing.items()})
+def _slides_plan(slides: tuple[dict[str, Path], list[Failure]], out: Place | str, settings: PrepareSettings) -> Plan:
+    """Plan of `prepare`, whose jobs know the weights and the reader, to which a folder of records is not tied."""
+    plan, how = _plan(slides, out, settings, settings.of_records()), {"weights": settings.weights}
+    how["reader"] = settings.reader
+    return replace(plan, missing={path: [replace(job, **how) for job in own] for path, own in plan.missing.items()})
 
 
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:

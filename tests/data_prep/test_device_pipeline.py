@@ -650,6 +650,14 @@ def test_a_registered_encoder_determines_its_patches(slides, tmp_path, small_enc
     np.testing.assert_allclose(features[stored], expected[order], atol=4e-3, rtol=2e-3)  # float16
 
 
+def test_readers_decode_by_tifffile_too(slides, tmp_path, use):
+    use(Means())
+    prepare(slides, tmp_path / "openslide")
+    report = prepare(slides, tmp_path / "tifffile", reader="tifffile")
+    assert report.finished and not report.notes
+    assert _bytes(tmp_path / "tifffile") == _bytes(tmp_path / "openslide")
+
+
 def test_weights_and_names_that_do_not_fit_are_refused(slides, tmp_path, small_encoder, capsys):
     _, weights = small_encoder
     run = ["prepare", str(slides), "--out", str(tmp_path / "records")]
