@@ -1,8 +1,9 @@
 """Conversion of slides or feature files to a folder of records: on one machine, in a job array, or on Apache Beam.
 
-Every slide is processed in a separate process and first becomes a small record in `OUT/.parts`; when all of a shard's
-slides are finished, the shard is assembled from them. An interrupted run thus loses only the slides in progress, a
-shard is written atomically, and its content depends on neither workers nor tasks nor runner.
+Every slide is processed in a separate process, or only read there if the encoder owns the devices (`device_pipeline`),
+and first becomes a small record in `OUT/.parts`; when all of a shard's slides are finished, the shard is assembled from
+them. An interrupted run thus loses only the slides in progress, a shard is written atomically, and its content depends
+on neither workers nor tasks nor runner.
 """
 
 import importlib
@@ -24,7 +25,7 @@ from data_prep.jobs import Job, Outcome, import_slide, layout, prepare_slide, tr
 from data_prep.majority import MajorityVote
 from data_prep.plan import Plan, make_plan
 from data_prep.pool import run_each
-from data_prep.recipe import release_recipe, write_imported_recipe
+from data_prep.recipe import claim_recipe, release_recipe, write_imported_recipe
 from data_prep.report import Report, grouped
 from data_prep.settings import ImportSettings, PrepareSettings, RecordsSettings, check_together
 from data_prep.shards import Progress, amend, remove
@@ -56,14 +57,12 @@ def prepare(
     Raises ValueError for slide ids that occur twice and for a folder that was begun with other settings;
     FileNotFoundError for no slides; OSError on a full disk.
     """
-    if runs_on_device(settings.encoder):
+    if runs_on_device(settings.encoder) and settings.beam is None:
         return _prepare_on_devices(slides, {as_path(out): settings})[0]
     if settings.batch_size is not None:
-        raise ValueError(
-            f"--batch-size {settings.batch_size}: encoder {settings.encoder!r} determines its batches itself; leave it "
-            "out"
-        )
-    plan = _plan(find_slides(slides), out, settings, settings.of_records())
+        where = "on Beam" if runs_on_device(settings.encoder) else f"with encoder {settings.encoder!r}"
+        raise ValueError(f"--batch-size {settings.batch_size}: has no effect {where}; leave it out")
+    plan = _slides_plan(find_slides(slides), out, settings)
     if settings.shard == (0, 1):
         release_recipe(plan.out)
     if plan.jobs and settings.beam is None:  # cluster machines test the encoder: this one may lack its weights
@@ -108,17 +107,17 @@ def _prepare_on_devices(
     """Prepare slides with encoders that live in this process, each in its folder."""
     common = next(iter(settings.values()))
     if common.beam is not None:
-        raise ValueError(
-            f"--beam: encoder {common.encoder!r} needs all devices of a machine in one process; run a job array with "
-            "--shard instead, one task on each machine"
-        )
+        raise ValueError("--beam prepares one encoder at a time; pass one --encoder, or run without Beam")
     found = find_slides(slides)
-    plans = [_plan(found, out, one, one.of_records()) for out, one in settings.items()]
+    plans = [_slides_plan(found, out, one) for out, one in settings.items()]
     encoders = {}
     for plan, one in zip(plans, settings.values(), strict=True):
+        if one.shard == (0, 1):
+            release_recipe(plan.out)
         if plan.jobs:
-            encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size, one.weights)
-            check_encoder(encoders[one.encoder], one.patch_size)
+            encoder = encoders[one.encoder] = load_encoder(one.encoder, one.half, one.batch_size, one.weights)
+            claim_recipe(plan.out, encoder, plan.settings)
+            check_encoder(encoder, one.patch_size)
     if common.strict and any(plan.failed or plan.absent for plan in plans):
         return [_stopped(plan) for plan in plans]
     for plan in plans:
@@ -126,6 +125,13 @@ def _prepare_on_devices(
     pipeline = DevicePipeline(encoders, _workers(common))
     progress = _run_here(plans, pipeline.run, common.strict)
     return [replace(_finish(*each), device=pipeline.usage) for each in zip(plans, progress, strict=True)]
+
+
+def _slides_plan(slides: tuple[dict[str, Path], list[Failure]], out: Place | str, settings: PrepareSettings) -> Plan:
+    """Plan of `prepare`, whose jobs know the weights and the reader, to which a folder of records is not tied."""
+    plan, how = _plan(slides, out, settings, settings.of_records()), {"weights": settings.weights}
+    how["reader"] = settings.reader
+    return replace(plan, missing={path: [replace(job, **how) for job in own] for path, own in plan.missing.items()})
 
 
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:

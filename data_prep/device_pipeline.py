@@ -1,5 +1,4 @@
-"""Slides to features where one process owns the devices: readers decode ahead, batches mix slides, parts are written
-beside.
+"""Slides to features where one process owns the devices: readers decode ahead, and batches mix slides.
 
 Reader processes go from slide to slide. One thread of this process copies their patches to batches of exactly the
 encoder's size and starts these, a second awaits them in order, a third scatters the features to their slides and writes
@@ -13,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.storage import blocks
 
 _IN_FLIGHT = 3  # batches on the devices: one computed, the others there when it ends
+_PATIENCE = 2.0  # seconds without an answer of any reader, after which all are checked
 _UNWRITTEN = 16  # batches of features whose slides wait to be written
 
 
@@ -198,21 +198,22 @@ class DevicePipeline:
     def _follow(self, last_try: bool = False) -> None:
         """Take what the readers deliver until they have nothing left to read."""
         while any(reader.requests for reader in self._readers):
-            with self._clock.waiting("reading"):
-                event = self._events.get()
+            try:
+                with self._clock.waiting("reading"):
+                    event = self._events.get(timeout=_PATIENCE)
+            except Empty:
+                for reader in [reader for reader in self._readers if reader.is_over]:
+                    self._lose(reader, last_try)
+                continue
             if self._stopping or event is None:
                 raise _Stopped
             event.reader.requests -= 1
             if event.reader not in self._readers:
                 continue
-            if isinstance(event.future.exception(), WORKER_LOSS):
+            if _is_lost(event):
                 self._lose(event.reader, last_try)
                 continue
-            found = event.future.result()
-            if isinstance(found, Chunk) and found.start != event.slide.position:  # a second process began anew
-                self._lose(event.reader, last_try)
-                continue
-            if found is not None:
+            if (found := event.future.result()) is not None:
                 self._take(event, found)
             self._request(event.reader, event.slot)
 
@@ -328,7 +329,7 @@ class DevicePipeline:
                 self._report(task.job, failed(task.job, error))
                 continue
             task.left -= len(rows)
-            if not task.left:
+            if not task.left and str(task.job.part) not in self._reported:  # else its first part may be in a shard
                 self._report(task.job, self._save(task))
         self._unwritten.release()
 
@@ -347,6 +348,14 @@ class DevicePipeline:
                 return
             self._reported.add(part)
         self._outcomes.put((job, outcome))
+
+
+def _is_lost(event: _Event) -> bool:
+    """Whether the reader's process has ended, in a request or between two: a new one begins the slide anew."""
+    if event.future.cancelled() or isinstance(event.future.exception(), WORKER_LOSS):
+        return True
+    found = event.future.result()
+    return isinstance(found, Chunk) and found.start != event.slide.position
 
 
 def _slides(jobs: Sequence[Job]) -> list[_Slide]:

@@ -92,9 +92,11 @@ class DeviceClock:
     def waiting(self, stage: str) -> Iterator[None]:
         """Count the time of the body as waiting for a stage, once a batch has been dispatched."""
         start = time.perf_counter()
-        yield
-        if self._first is not None:
-            self._waits[stage] += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            if self._first is not None:
+                self._waits[stage] += time.perf_counter() - start
 
     def usage(self, decoded: int, readers: int) -> DeviceUsage:
         """Use of the devices so far."""

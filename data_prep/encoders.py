@@ -2,8 +2,9 @@
 
 An encoder is a name, a feature width and a call (`PatchEncoder`). The embedded one, `stain_texture`, needs no
 download and no network: it lets the entire pipeline run anywhere, and is a baseline that a learned encoder must beat.
-`load_encoder` loads learned ones by name: registered ones, in JAX (`vision_encoders`), and others from timm or a
-Hugging Face folder, in PyTorch (`torch_encoders`).
+`load_encoder` loads learned ones by name: registered ones, in JAX on all devices of one
+process (`DeviceEncoder`, `vision_encoders`), and others from timm or a Hugging Face folder, in PyTorch
+(`torch_encoders`).
 """
 
 import difflib

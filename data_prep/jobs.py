@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.recipe import claim_recipe
-from data_prep.slides import open_slide
+from data_prep.slides import READERS, open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
 from pathflip_jax.data.records.columns import DTYPES
@@ -41,7 +41,8 @@ class Job:
     """Conversion of one slide to a record: read from `file`, written to `part`, for `shard`.
 
     `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
-    overrides the file's; None to use the file's.
+    overrides the file's; None to use the file's. `weights` are those of a registered encoder that this job loads,
+    `reader` decodes the pixels (`slides.READERS`).
     """
 
     slide_id: str
@@ -52,6 +53,8 @@ class Job:
     settings: dict[str, Any]
     sharing: int | None = None
     mpp: float | None = None
+    weights: Path | None = None
+    reader: str = READERS[0]
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatur
 def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:
     settings, encode = job.settings, _encoder(job)
     dtype = settings.get("dtype", "float16")
-    with open_slide(job.file, settings["assume_mpp"], job.mpp) as slide:
+    with open_slide(job.file, settings["assume_mpp"], job.mpp, job.reader) as slide:
         start = time.perf_counter()
         keep_ink = bool(settings.get("keep_ink"))
         tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], keep_ink)
@@ -242,12 +245,12 @@ def _imported_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatur
 
 def _encoder(job: Job) -> PatchEncoder:
     settings, threads = job.settings, max(1, processors() // (job.sharing or processors()))
-    return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads)
+    return _loaded(settings["encoder"], settings["half"], settings["patch_size"], threads, job.weights)
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, half: bool, patch_size: int, threads: int) -> PatchEncoder:
-    encoder = load_encoder(name, half)
+def _loaded(name: str, half: bool, patch_size: int, threads: int, weights: Path | None) -> PatchEncoder:
+    encoder = load_encoder(name, half, weights=weights)
     if "torch" in sys.modules:  # as many threads in total as cores, not as many in each worker
         sys.modules["torch"].set_num_threads(threads)
     encoder(np.zeros((1, patch_size, patch_size, 3), np.uint8))

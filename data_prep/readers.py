@@ -43,6 +43,11 @@ class Reader:
         """Bytes of a slot, not to be kept."""
         return self._pixels[index * self._size : (index + 1) * self._size]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the process ended between two requests, whose answers may never come."""
+        return self._worker.is_over
+
     def close(self) -> None:
         """End the process and free the ring."""
         self._worker.stop()

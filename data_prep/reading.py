@@ -146,7 +146,7 @@ def fill(slot: Slot, number: int, jobs: Sequence[Job]) -> Chunk | Outcome | None
     try:
         if _reading is None:
             job = jobs[0]
-            _reading = _Reading(open_slide(job.file, job.settings["assume_mpp"], job.mpp), grids_of(jobs))
+            _reading = _Reading(open_slide(job.file, job.settings["assume_mpp"], job.mpp, job.reader), grids_of(jobs))
         chunk = _reading.fill(_slot(slot))
     except Exception as error:
         _close(number)
@@ -159,7 +159,7 @@ def fill(slot: Slot, number: int, jobs: Sequence[Job]) -> Chunk | Outcome | None
 def _close(number: int) -> None:
     global _reading, _ended
     if _reading is not None:
-        _reading.slide.image.close()
+        _reading.slide.close()
     _reading, _ended = None, number
 
 

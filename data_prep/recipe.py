@@ -15,7 +15,7 @@ from pathflip_jax.data.records.cohort import Cohort
 from pathflip_jax.data.records.columns import SlideInfo
 from pathflip_jax.data.records.recipe import RECIPE, read_recipe, write_recipe
 from pathflip_jax.data.storage.files import Place, remove
-from pathflip_jax.vision.recipes import Recipe, find_recipe
+from pathflip_jax.vision.recipes import Recipe, find_recipe, registry_name
 
 _FEATURES_OF = re.compile(r"features_(.+)")  # TRIDENT's folders
 
@@ -63,8 +63,7 @@ def encoder_name(named: str, file: Path) -> str:
     """Encoder of a feature file in the registry's spelling; that of TRIDENT's folder where the file names none."""
     if not named and (folder := _FEATURES_OF.fullmatch(file.parent.name)):
         named = folder[1] if find_recipe(folder[1]) else ""
-    recipe = find_recipe(named)
-    return recipe.name if recipe else named
+    return registry_name(named)
 
 
 def contradictions(cohort: Cohort) -> Iterator[str]:

@@ -50,6 +50,7 @@ LONG = (
     "benchmarks/test_aot.py",
     "runtime/test_sharding.py",
     "training/test_loop.py",
+    "vision/test_encoders.py",
     "viewer/test_page.py",
     "test_wheel.py",
     "llm/test_generate.py",
@@ -89,6 +90,7 @@ def _beside(name: str) -> ModuleType:
 
 
 decoder_folder = _beside("decoder_folders").decoder_folder  # a fixture
+_beside("vision_weights")  # imported by tests under this name
 if importlib.util.find_spec("beartype") is not None:  # most environments of `make test-peers` lack it
     _shapes = _beside("shapes")
     _shapes.install()
@@ -98,8 +100,8 @@ else:
 
 @pytest.fixture(autouse=True)
 def _strict(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Shapes, dtypes and ranks as the code says, in the tests of operations, model and losses."""
-    strict_rooms = {Path(__file__).with_name(room) for room in ("ops", "model", "losses")}
+    """Shapes, dtypes and ranks as the code says, in the tests of operations, networks and losses."""
+    strict_rooms = {Path(__file__).with_name(room) for room in ("ops", "model", "vision", "losses")}
     with _shapes.strict() if request.path.parent in strict_rooms else nullcontext():
         yield
 

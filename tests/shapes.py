@@ -1,4 +1,4 @@
-"""Shapes and dtypes that signatures tell, checked in every call: in the tests of operations, model and losses."""
+"""Shapes and dtypes that signatures tell, checked in every call: in the tests of operations, networks and losses."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 from beartype import beartype
+from flax import nnx
 
-ROOMS = ("pathflip_jax.ops", "pathflip_jax.model", "pathflip_jax.losses")
+ROOMS = ("pathflip_jax.ops", "pathflip_jax.model", "pathflip_jax.vision", "pathflip_jax.losses")
 
 
 def arrays_checked(function: Callable) -> Callable:
-    """A function whose arrays beartype checks; what else it takes, it may refuse in words of its own."""
+    """A function whose arrays beartype checks, but not those of NumPy; what else it takes, it may refuse by itself."""
     hints = function.__annotations__
-    function.__annotations__ = {name: hint for name, hint in hints.items() if "jaxtyping." in repr(hint)}
+    function.__annotations__ = {
+        name: hint for name, hint in hints.items() if "jaxtyping." in repr(hint) and "[ndarray" not in repr(hint)
+    }
     checked = beartype(function)
 
     def check(*arguments: Any, **named: Any) -> Any:
@@ -30,6 +33,8 @@ def _as_jax(value: Any) -> Any:
     """An array of NumPy, or a constant of a program, as an array of JAX, which takes them all."""
     if type(value) in (tuple, list):
         return type(value)(map(_as_jax, value))
+    if isinstance(value, nnx.Variable):
+        return value[...]
     if isinstance(value, jax.Array) or not (hasattr(value, "dtype") and hasattr(value, "__array__")):
         return value
     with jax.ensure_compile_time_eval():

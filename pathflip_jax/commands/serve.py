@@ -123,6 +123,7 @@ def _run(options: argparse.Namespace) -> int:
     token = choose_token(options.host, options.token)
     listener = listen(options.host, options.port)  # first: a port in use is reported before the model is loaded
 
+    from pathflip_jax.data.records.records import Records
     from pathflip_jax.inference.load import load
     from pathflip_jax.viewer.grounder import Grounder
     from pathflip_jax.viewer.pictures import Pictures
@@ -131,8 +132,11 @@ def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.viewer.slides import list_slides
 
     with listener:
-        slides = list_slides(options.slides, records=options.records, features=options.features)
+        records = None if options.records is None else Records(options.records)
+        slides = list_slides(options.slides, records=records, features=options.features)
         predictor = load(options.checkpoint)
+        if records is not None:
+            predictor.check_records(records)
         found = {} if options.embeddings is None else read_slide_embeddings(options.embeddings, predictor, slides)
         speaker = None
         if options.language is not None:

@@ -1,17 +1,20 @@
 """Tensors of a PyTorch file (.bin, .pt, .pth), read without PyTorch and without running anything in it.
 
 Since PyTorch 1.6 a file is an uncompressed ZIP archive: one pickle that describes the content, and the bytes of each
-storage as a file. The pickle is interpreted with a closed list of names, all of which build inert objects of this
-module; any other name ends the reading. Tensors are mapped from the disk, so that a file larger than memory opens.
+storage as a file. The pickle is interpreted with closed lists of instructions and of names, all of which build inert
+objects of this module; any other ends the reading. Tensors are mapped from the disk, so that a file larger than memory
+opens.
 """
 
+import io
 import math
 import pickle
 import struct
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +32,11 @@ _DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # of a file in a ZIP archive
+# What the modules of ZIP and pickle raise for damaged bytes.
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, OSError, RuntimeError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def read_archive(path: Path) -> Any:
@@ -37,76 +45,102 @@ def read_archive(path: Path) -> Any:
     Raises ValueError for a file that is damaged, of PyTorch before 1.6, or holds objects other than tensors, numbers,
     texts and containers of them.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-            name = next(name for name in members if name.endswith("/data.pkl"))
-            order = members.get(name.replace("data.pkl", "byteorder"))
-            if order is not None and archive.read(order) != b"little":
-                raise ValueError(f"{path}: stored with the most significant byte first; save it on a usual machine")
-            with archive.open(name) as pickled:
-                return _Interpreter(pickled, path, members, name.removesuffix("data.pkl")).load()
-    except (zipfile.BadZipFile, StopIteration) as error:
-        raise ValueError(
-            f"{path}: not a PyTorch file of version 1.6 or later, or cut short; download it again, or save it anew: "
-            'torch.save(torch.load("FILE", weights_only=True), "NEW")'
-        ) from error
-    except ValueError as error:
-        raise error if str(error).startswith(str(path)) else _damaged(path, error) from error
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise _damaged(path, error) from error
+    with path.open("rb") as file:
+        try:
+            return _content(path, file)
+        except (zipfile.BadZipFile, StopIteration) as error:
+            raise ValueError(
+                f"{path}: not a PyTorch file of version 1.6 or later, or cut short; download it again, or save it "
+                'anew: torch.save(torch.load("FILE", weights_only=True), "NEW")'
+            ) from error
+        except _DAMAGE as error:
+            if str(error).startswith(f"{path}: "):
+                raise
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise ValueError(f"{path}: incomplete or damaged PyTorch file ({reason}); download it again") from error
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: incomplete or damaged PyTorch file ({error!r:.200}); download it again")
+def _content(path: Path, file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        members = _Members(path, archive.infolist(), name.removesuffix("data.pkl"))
+    if "byteorder" in members and bytes(members["byteorder"]) != b"little":
+        raise ValueError(f"{path}: stored with the most significant byte first; save it on a usual machine")
+    return _Interpreter(path, members).load()
 
 
-class _Storage(NamedTuple):
-    """Bytes of one or more tensors, mapped from the file."""
+class _Members:
+    """Bytes of the files in an archive, mapped from the disk."""
 
-    array: np.ndarray
+    def __init__(self, path: Path, members: list[zipfile.ZipInfo], folder: str) -> None:
+        self._members = {member.filename.removeprefix(folder): member for member in members}
+        self._file = np.memmap(path, np.uint8, "r")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        member = self._members[name]
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed")
+        header = self._file[member.header_offset : member.header_offset + _LOCAL_HEADER.size]
+        start = member.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header)[-2:])
+        found = self._file[start : start + member.file_size]
+        if len(found) < member.file_size:
+            raise ValueError(f"{name} has {len(found)} bytes, expected {member.file_size}")
+        return found
 
 
 class _StorageType(NamedTuple):
     dtype: np.dtype
 
 
-def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
-    array = storage.array
+def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
     numbers = [offset, *shape, *strides]
     if len(shape) != len(strides) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"a tensor of shape {shape} and strides {strides}")
-    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if math.prod(shape) > array.size or (math.prod(shape) and last >= array.size):
-        raise ValueError(f"a tensor of shape {shape}, larger than its {array.size} stored numbers")
-    strides = tuple(stride * array.itemsize for stride in strides)
-    return np.lib.stride_tricks.as_strided(array[offset:], shape, strides, writeable=False)
+    count = math.prod(shape)
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else 0
+    if count > len(storage) or last >= max(1, len(storage)):
+        raise ValueError(f"a tensor of shape {shape}, larger than its {len(storage)} stored numbers")
+    if not count:
+        return np.empty(shape, storage.dtype)
+    strides = tuple(stride * storage.itemsize for stride in strides)
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
 
 
 def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
     return tensor
 
 
-class _Namespace:
-    """Stand-in for argparse.Namespace, in which training scripts keep their options."""
-
-
+# The names that torch.save writes for tensors, and that of the options which training scripts keep beside them.
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("argparse", "Namespace"): _Namespace,
+    ("argparse", "Namespace"): Namespace,
     **{("torch", name): _StorageType(dtype) for name, dtype in _DTYPES.items()},
 }
+# The instructions that torch.save writes: none of them allocates more than it is long.
+_INSTRUCTIONS = tuple(
+    getattr(pickle, name)[0]
+    for name in (
+        "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE "
+        "TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS BINPUT "
+        "LONG_BINPUT BINGET LONG_BINGET GLOBAL BINPERSID REDUCE NEWOBJ BUILD"
+    ).split()
+)
 
 
-class _Interpreter(pickle.Unpickler):
-    """Interpreter of the pickle that knows the names in `_NAMES` and no others."""
+class _Interpreter(pickle._Unpickler):
+    """Interpreter of the pickle that knows `_INSTRUCTIONS` and `_NAMES`, and no others.
 
-    def __init__(self, pickled: Any, path: Path, members: dict[str, zipfile.ZipInfo], folder: str) -> None:
-        super().__init__(pickled)
-        self._path, self._members, self._folder = path, members, folder
-        self._storages: dict[str, _Storage] = {}
+    That in Python, since the one in C allocates as many entries as a damaged number says.
+    """
+
+    def __init__(self, path: Path, members: _Members) -> None:
+        super().__init__(io.BytesIO(members["data.pkl"]))
+        self._path, self._members = path, members
 
     def find_class(self, module: str, name: str) -> Any:
         """Inert counterpart of a name."""
@@ -117,21 +151,23 @@ class _Interpreter(pickle.Unpickler):
             )
         return _NAMES[module, name]
 
-    def persistent_load(self, description: Any) -> _Storage:
+    def persistent_load(self, description: Any) -> np.ndarray:
         """Storage that a tensor refers to."""
         kind, storage_type, key, _, count = description
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise ValueError(f"a reference to {kind!r:.50}")
-        if key not in self._storages:
-            self._storages[key] = _Storage(self._mapped(f"{self._folder}data/{key}", storage_type.dtype, count))
-        return self._storages[key]
+        if kind != "storage" or type(storage_type) is not _StorageType or type(count) is not int or count < 0:
+            raise ValueError(f"a reference to {count!r:.50} numbers of {kind!r:.50}")
+        stored, dtype = self._members[f"data/{key}"], storage_type.dtype
+        if len(stored) < count * dtype.itemsize:
+            raise ValueError(f"data/{key} has {len(stored)} bytes, expected {count * dtype.itemsize}")
+        return stored[: count * dtype.itemsize].view(dtype)
 
-    def _mapped(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
-        member = self._members[name]
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size < count * dtype.itemsize:
-            raise ValueError(f"{name} has {member.file_size} bytes, expected {count * dtype.itemsize}")
-        with self._path.open("rb") as file:
-            file.seek(member.header_offset)
-            header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-        start = member.header_offset + _LOCAL_HEADER.size + header[-2] + header[-1]
-        return np.memmap(self._path, dtype, "r", start, (count,)) if count else np.empty(0, dtype)
+    def load_build(self) -> None:
+        """Set the options of a namespace; the notes that a state_dict has beside its tensors are dropped."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is Namespace:
+            vars(target).update(state)
+        elif type(target) is not OrderedDict:
+            raise ValueError(f"state of a {type(target).__name__}")
+
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in _INSTRUCTIONS}
+    dispatch[pickle.BUILD[0]] = load_build

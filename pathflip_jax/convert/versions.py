@@ -19,7 +19,7 @@ from pathflip_jax.settings.kinds import KINDS, fields, kind_of
 WRITTEN_BY = "written_by"  # section of config.json: the version that began the run
 # Entries of a run's config.json other than settings, by section; of data and lm, all that readers use.
 FACTS = {
-    "data": ("encoder", "feature_dim", "cut", "edge_um", "edge_px", "hashes", "meanings", "splits"),
+    "data": ("encoder", "feature_dim", "recipe", "cut", "edge_um", "edge_px", "hashes", "meanings", "splits"),
     "lm": ("aligner_hash", "decoder_hash", "start_hash"),
     WRITTEN_BY: ("version",),
     "assumed": None,

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from pathflip_jax.convert.decoder_folders import open_file, open_set
 from pathflip_jax.convert.torch_archive import read_archive
-from pathflip_jax.convert.vision_names import Names, Source, names_of, respelled
+from pathflip_jax.convert.vision_names import Names, Source, names_of, respelled, without_leading_ones
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.vision.config import VisionConfig
 from pathflip_jax.vision.recipes import RECIPES, Recipe
@@ -27,6 +27,7 @@ from pathflip_jax.vision.transformer import VisionTransformer
 
 _CONTAINERS = ("state_dict", "model", "teacher", "module")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 _MOST_NAMED = 4
 _POINTER = b"version https://git-lfs"
 
@@ -53,7 +54,7 @@ def load_vision(recipe: Recipe, weights: Path, dtype: DTypeLike = jnp.float32, s
     """
     path = find_weights(recipe, weights)
     names, tensors = _matched(recipe, path, open_weights(path))
-    config = _with_grid(recipe, names, tensors, path)
+    config = _with_grid(recipe, names, tensors)
     digest, parameters = hashlib.sha256(), {}
     for source in sorted(names.sources):
         array = _parameter(source, tensors, config)
@@ -70,8 +71,7 @@ def check_vision(recipe: Recipe, weights: Path) -> Path:
     Raises as `load_vision`.
     """
     path = find_weights(recipe, weights)
-    names, tensors = _matched(recipe, path, open_weights(path))
-    _with_grid(recipe, names, tensors, path)
+    _matched(recipe, path, open_weights(path))
     return path
 
 
@@ -140,19 +140,17 @@ def open_weights(path: Path) -> Mapping[str, Any]:
 
     Raises ValueError for a Git LFS pointer, a damaged file, or one without tensors.
     """
+    return open_set(path, _open_one) if path.name.endswith(".index.json") else _open_one(path)
+
+
+def _open_one(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(_POINTER):
+        is_pointer = file.read(len(_POINTER)) == _POINTER
+    if is_pointer:
         raise ValueError(
             f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, not the weights; run `git lfs pull` in its "
             "folder, or download it with `hf download`"
         )
-    if path.name.endswith(".index.json"):
-        return open_set(path, _open_one)
-    return _open_one(path)
-
-
-def _open_one(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return open_file(path)
     found = _state_dict(read_archive(path))
@@ -170,6 +168,11 @@ def _state_dict(content: Any) -> dict[str, np.ndarray]:
             return tensors
         content = inner
     return {}
+
+
+def _kind(tensor: Any) -> str:
+    """Type of a tensor's numbers, as safetensors or NumPy call it."""
+    return tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype.name
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -206,40 +209,54 @@ def _renamed(names: Names, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _faults(recipe: Recipe, names: Names, found: Mapping[str, Any]) -> list[str]:
+    config = recipe.network
+    shapes = {path: value.shape for path, value in abstract_parameters(config).items()}
     wanted, faults = set(), []
-    shapes = {path: value.shape for path, value in abstract_parameters(recipe.network).items()}
     for source in names.sources:
-        layers = range(recipe.network.depth) if source.stacked else range(1)
-        for layer in layers:
+        expected = source.joined_shape(shapes[source.path][source.stacked :], config)
+        for layer in range(config.depth if source.stacked else 1):
             every = source.of(layer)
             wanted.update(every)
-            if missing := [name for name in every if name not in found]:
-                faults += [f"{name} is missing" for name in missing]
-                continue
-            size = sum(math.prod(_shape(found[name])) for name in every)
-            size //= 1 if source.part is None else source.part[1]
-            size += size // len(every) * (len(source.torch) - len(every))  # zeros
-            expected = math.prod(shapes[source.path][source.stacked :])
-            if size != expected and source.path != "positions":
-                faults.append(f"{every[0]} is {list(_shape(found[every[0]]))}, of {size} numbers, expected {expected}")
+            missing = [f"{name} is missing" for name in every if name not in found]
+            faults += missing or _misfits(source, {name: found[name] for name in every}, expected, config)
     unused = re.compile(names.unused)
     return faults + [f"{name} is unknown" for name in sorted(found.keys() - wanted) if not unused.match(name)]
 
 
-def _with_grid(recipe: Recipe, names: Names, tensors: Mapping[str, Any], path: Path) -> VisionConfig:
+def _misfits(source: Source, tensors: Mapping[str, Any], expected: tuple[int, ...], config: VisionConfig) -> list[str]:
+    """Faults of the tensors that make up a parameter: other numbers than floats, or another shape."""
+    kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+    if others := [f"{name} holds {kind}, not floats" for name, kind in kinds.items() if kind not in _FLOATS]:
+        return others
+    (name, *more), (first, *shapes) = tensors, map(_shape, tensors.values())
+    if source.path == "positions":  # of any image size
+        rows = without_leading_ones(first)
+        if len(rows) == 2 and rows[1] == config.width and _grid(rows[0], config):
+            return []
+        before = f"{config.prefix_positions} rows and " if config.prefix_positions else ""
+        return [f"{name} is {list(first)}, expected {before}a square of patches, {config.width} wide"]
+    if more:
+        like = all(shape and shape[1:] == expected[1:] for shape in (first, *shapes))
+        if like and sum(shape[0] for shape in (first, *shapes)) == expected[0]:
+            return []
+        return [f"{name} and {len(more)} more are {list(first)}, expected {list(expected)} together"]
+    same = (without_leading_ones(first) if source.form == "flat" else first) == expected
+    return [] if same else [f"{name} is {list(first)}, expected {list(expected)}"]
+
+
+def _grid(rows: int, config: VisionConfig) -> int:
+    """Side of a position table of this many rows; 0 where they are not a square of patches."""
+    side = math.isqrt(max(0, rows - config.prefix_positions))
+    return side if side**2 + config.prefix_positions == rows else 0
+
+
+def _with_grid(recipe: Recipe, names: Names, tensors: Mapping[str, Any]) -> VisionConfig:
     """Config with the side of the position table in the file, which may be of another image size."""
     config = recipe.network
-    source = next((source for source in names.sources if source.path == "positions"), None)
-    if source is None:
+    if config.rope:
         return config
-    rows = _shape(tensors[source.torch[0]])[-2]
-    side = math.isqrt(max(0, rows - config.prefix_positions))
-    if side**2 + config.prefix_positions != rows or _shape(tensors[source.torch[0]])[-1] != config.width:
-        raise ValueError(
-            f"{path}: its position table is {list(_shape(tensors[source.torch[0]]))}, expected {config.width} columns, "
-            f"and {config.prefix_positions} rows more than a square of patches; it is not of {recipe.name}"
-        )
-    return replace(config, grid=side)
+    (table,) = next(source.torch for source in names.sources if source.path == "positions")
+    return replace(config, grid=_grid(_shape(tensors[table])[-2], config))
 
 
 def _parameter(source: Source, tensors: Mapping[str, Any], config: VisionConfig) -> np.ndarray:

@@ -34,6 +34,16 @@ class Source(NamedTuple):
         """Names of the tensors of a layer in the file."""
         return tuple(name.replace(LAYER, str(layer)) for name in self.torch if name != ZEROS)
 
+    def joined_shape(self, parameter: tuple[int, ...], config: VisionConfig) -> tuple[int, ...]:
+        """Shape of the joined tensors that become a parameter of this shape; of a "flat" one, without leading 1s."""
+        shape = parameter[::-1] if self.form == "transpose" else parameter
+        if self.form == "convolution":
+            shape = (parameter[1], 3, config.patch, config.patch)
+        if self.form == "flat":
+            return without_leading_ones(shape)
+        rows = shape[0] * (1 if self.part is None else self.part[1]) * len(self.of(0)) // len(self.torch)
+        return (rows, *shape[1:])
+
     def to_jax(self, tensors: list[np.ndarray]) -> np.ndarray:
         """Parameter of one layer from its tensors."""
         if ZEROS in self.torch:
@@ -48,10 +58,14 @@ class Source(NamedTuple):
             return tensor.T
         if self.form == "convolution":
             return tensor.transpose(2, 3, 1, 0).reshape(-1, len(tensor))
-        if self.form == "flat":
-            while tensor.ndim > 1 and len(tensor) == 1:
-                tensor = tensor[0]
-        return tensor
+        return tensor.reshape(without_leading_ones(tensor.shape)) if self.form == "flat" else tensor
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape without axes of 1 before the first larger one."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 class Names(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from pathflip_jax.convert.exported import REGION_TOP_K, describe_export
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe, patch_words
 from pathflip_jax.data.storage.atomic_folders import atomic_folder
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.storage.json_values import parse_json
@@ -21,29 +22,14 @@ from pathflip_jax.export.readmes import caption_length
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import family_of
 from pathflip_jax.runs.folder import load_run
+from pathflip_jax.vision.recipes import find_recipe
 
 CARD = "model_card.md"
 # Entries of scores.json that name folders of this machine, or belong to the language stage, which is exported apart.
 LEFT_OUT = ("runs", "compared_to", "command", "language")
-# As stated on the encoders' model cards; a licence applies to the features, and may apply to models trained on them.
+# Licences of encoders that are not in `vision/recipes.py`. A licence may apply to models that are trained on features.
 ENCODER_LICENCES = {
     "stain_texture": "Apache-2.0 (part of pathflip_jax; a baseline, not a foundation model)",
-    "conch": "CC-BY-NC-ND-4.0",
-    "conch_v1": "CC-BY-NC-ND-4.0",
-    "conch_v15": "CC-BY-NC-ND-4.0",
-    "uni": "CC-BY-NC-ND-4.0",
-    "uni_v1": "CC-BY-NC-ND-4.0",
-    "uni_v2": "CC-BY-NC-ND-4.0",
-    "uni2-h": "CC-BY-NC-ND-4.0",
-    "virchow": "Apache-2.0",
-    "virchow2": "CC-BY-NC-ND-4.0",
-    "gigapath": "Apache-2.0",
-    "prov-gigapath": "Apache-2.0",
-    "phikon": "Owkin's non-commercial licence",
-    "phikon-v2": "Owkin's non-commercial licence",
-    "h-optimus-0": "Apache-2.0",
-    "h-optimus-1": "CC-BY-NC-ND-4.0",
-    "h0-mini": "CC-BY-NC-ND-4.0",
     "ctranspath": "GPL-3.0",
 }
 
@@ -62,9 +48,9 @@ def export_huggingface(
 
     `scores` is a folder that `pathflip evaluate` wrote for this run: the card reports its metrics with intervals and
     baselines, and `scores.json` holds all of the aligner. `encoder_licence` is the licence of a patch encoder that is
-    not in `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training data, `dtype` the type of the
-    weights. The folder is written atomically; FileExistsError for an existing folder that is not empty, ValueError for
-    the scores of another run and for weights out of the range of float16.
+    neither in `vision/recipes.py` nor in `ENCODER_LICENCES`, `about` a file of Markdown for the card about the training
+    data, `dtype` the type of the weights. The folder is written atomically; FileExistsError for an existing folder that
+    is not empty, ValueError for the scores of another run and for weights out of the range of float16.
     """
     found = None if scores is None else read_scores(scores, run)
     described = None if about is None else read_about(about)
@@ -166,6 +152,21 @@ def figures(scores: dict) -> Iterator[dict[str, Any]]:
         yield row("Grounding, ROC AUC of patches", entry, chance=entry.get("chance"), **{"mean colour": value})
 
 
+def recipe_words(facts: dict[str, Any] | None) -> str:
+    """Known facts about how the features of a run's records were made, for its model card; "" if there are none."""
+    recipe = FeatureRecipe.from_dict(facts or {})
+    transform = {name: " ".join(map(str, x)) if isinstance(x, list) else x for name, x in recipe.transform.items()}
+    words = [
+        f"version {recipe.encoder_version}" if recipe.encoder_version else "",
+        f"weights with SHA-256 `{recipe.weights}`" if recipe.weights else "",
+        f"patches of {patch_words(recipe)}" if recipe.patch_size or recipe.patch_um else "",
+        ", ".join(f"{name} {value}" for name, value in transform.items()),
+        f"pooling {recipe.pooling}" if recipe.pooling else "",
+        f"computed in {recipe.precision}" if recipe.precision else "",
+    ]
+    return "; ".join(filter(None, words))
+
+
 def card(
     config: ModelConfig,
     settings: dict,
@@ -179,7 +180,8 @@ def card(
     """
     data, train = settings.get("data", {}), settings.get("train", {})
     encoder = str(data.get("encoder") or "")
-    licence = encoder_licence or ENCODER_LICENCES.get(encoder.lower().rsplit("/")[-1].rsplit(":")[-1])
+    published = find_recipe(encoder.rpartition(":")[2])
+    licence = encoder_licence or (published.licence if published else ENCODER_LICENCES.get(encoder.lower()))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -188,7 +190,8 @@ def card(
     files = {name: PurePosixPath(str(data[name])).name for name in ("records", "texts", "slides") if data.get(name)}
     return environment.get_template(CARD).render(
         config=config, patchwise=family_of(config).patchwise, code=export_of(config).code, encoder=encoder,
-        licence=licence, files=files, hashes=data.get("hashes") or {},
-        data=data, train=train, loss=settings.get("loss", {}), origin=settings.get("converted_from"),
+        repository=published.repository if published else "", recipe=recipe_words(data.get("recipe")),
+        licence=licence, files=files, hashes=data.get("hashes") or {}, data=data,
+        train=train, loss=settings.get("loss", {}), origin=settings.get("converted_from"),
         scores=scores, about=about, figures=list(figures(scores)) if scores else [],
     )  # fmt: skip

@@ -111,15 +111,15 @@ def embed(
     Slides are prefetched while others are encoded; memory holds eight batches of slides, however many there are, and a
     slide of millions of patches is processed a block of regions at a time. A second run embeds only what is missing,
     failed slides included. A bad slide is reported, in `OUT.failures.json` too, and the others continue; `strict` stops
-    at the first and keeps finished work for the next run. Raises ValueError for records of another encoder than the
-    run's, and for an `out` that was begun with other weights, records or slides or is named like another format;
-    FileNotFoundError for a missing run or records; OSError on a full disk.
+    at the first and keeps finished work for the next run. Raises ValueError for records of another encoder or recipe
+    than the run's, and for an `out` that was begun with other weights, records or slides or is named like another
+    format; FileNotFoundError for a missing run or records; OSError on a full disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
     out, archive, predictor = Path(out), Records(records), load(run)
     _check_name(out)
-    predictor.check_features(archive.where, archive.feature_dim, archive.encoder)
+    predictor.check_records(archive)
     ids, failed, notes = _select(archive, slides_table, split)
     claim = {
         "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(archive),

@@ -59,7 +59,7 @@ def read_aligner(folder: str, records: Records | None = None, where: str = "") -
             "and of its regions: pass a run of a PathFLIP (align_base)"
         )
     if records is not None:
-        predictor.check_features(where, records.feature_dim, records.encoder)
+        predictor.check_features(where, records.feature_dim, records.encoder, records.recipe)
     params = jax.device_get(flatten(predictor.model))
     return Aligner(predictor.model.config, params, checkpoint_hash(predictor))
 

@@ -4,6 +4,7 @@ import logging
 
 from pathflip_jax.data.readers.features import SlideFeatures, read_features
 from pathflip_jax.data.records.large import open_slide
+from pathflip_jax.data.records.recipe import read_recipe
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.files import as_path, exists, is_url
 from pathflip_jax.inference.predictor import Predictor
@@ -76,6 +77,8 @@ def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
             "features again if what they state is wrong"
         )
     records = Records(path if path.is_dir() else [path])
+    if not path.is_dir():
+        records.recipe = read_recipe(path.parent)
     if slide_id is None:
         if len(records.slides) != 1:
             names = ", ".join(info.slide_id for info in records.slides[:3])

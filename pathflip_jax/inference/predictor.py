@@ -8,13 +8,16 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe, objection
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.regions import EDGE_UM, Regions, cut_regions
 from pathflip_jax.grounding import maps, methods
 from pathflip_jax.grounding.maps import Grounding
@@ -26,6 +29,7 @@ from pathflip_jax.model.families import family_of
 from pathflip_jax.model.pathflip import SlideEncoding
 from pathflip_jax.runtime import memory
 from pathflip_jax.runtime.buckets import bucket
+from pathflip_jax.vision.recipes import registry_name
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +101,7 @@ class Predictor:
         data = config.get("data", {})
         try:
             self.encoder = str(data.get("encoder") or "")
+            self.recipe = FeatureRecipe.from_dict(data["recipe"]) if data.get("recipe") else None
             self.cut = str(data.get("cut") or "grid")
             self.edge_um = float(data.get("edge_um") or EDGE_UM)
             self.edge_px = None if data.get("edge_px") is None else int(data["edge_px"])
@@ -146,29 +151,43 @@ class Predictor:
             lines.append(f"captions of at most {self.caption_length} tokens")
         return tuple(lines)
 
-    def check_features(self, where: str, width: int, encoder: str) -> None:
-        """Raise ValueError for features of another width or patch encoder than the run was trained on."""
+    def check_records(self, records: Records) -> None:
+        """Raise ValueError for records of another width, patch encoder or recipe than the run was trained on."""
+        self.check_features(records.where, records.feature_dim, records.encoder, records.recipe)
+
+    def check_features(self, where: str, width: int, encoder: str, recipe: FeatureRecipe | None = None) -> None:
+        """Raise ValueError for features of another width, patch encoder or recipe than the run was trained on.
+
+        What either side does not know is no reason; the spellings of a published encoder's name are equal.
+        """
         name, trained = self.name or "the model", self.model.config.feature_dim
         if width != trained:
             raise ValueError(
                 f"{where}: features are {width} wide, {name} was trained on {trained}; extract them again with its "
                 f"patch encoder {self.encoder or '(not recorded)'}"
             )
-        if self.encoder and encoder and encoder != self.encoder:
+        if self.encoder and encoder and registry_name(encoder) != registry_name(self.encoder):
             raise ValueError(
                 f"{where}: features come from {encoder!r}, {name} was trained on {self.encoder!r}; features of two "
                 f"encoders do not share a space: extract them again with {self.encoder!r}"
+            )
+        if found := objection(_in_registry(recipe), _in_registry(self.recipe)):
+            raise ValueError(
+                f"{where}: features are not made as those that {name} was trained on: {found}; prepare the slides with "
+                f"`--encoder {self.encoder or 'ENCODER'}` and the weights, patch size and mpp of that run (data.recipe "
+                "in its config.json)"
             )
 
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> CutSlides:
         """Cut slides into regions; several slides form one bag, their regions concatenated (DESIGN section 4).
 
-        Raises ValueError for features of another width or patch encoder than the run was trained on.
+        Raises ValueError for features of another width, patch encoder or recipe than the run was trained on.
         """
         slides = [slides] if isinstance(slides, SlideFeatures) else list(slides)
         slots, grids, start = [], [], 0
         for slide in slides:
-            self.check_features(f"slide {slide.slide_id}", slide.features.shape[1], slide.encoder)
+            recipe = slide.recipe or FeatureRecipe(patch_um=slide.patch_size * slide.mpp)
+            self.check_features(f"slide {slide.slide_id}", slide.features.shape[1], slide.encoder, recipe)
             regions = self._patches(slide) if self.patchwise else self._regions(slide)
             cut = region_slots(regions.order, regions.rows)
             slots.append(np.where(cut >= 0, cut + start, -1))
@@ -334,6 +353,10 @@ class Predictor:
         keys[: len(regions), 0] = regions
         pooled, _ = _attend(self._attention, np.zeros_like(keys), keys, np.ones((size, 1), bool))
         return np.asarray(pooled, np.float32)[: len(regions), 0]
+
+
+def _in_registry(recipe: FeatureRecipe | None) -> FeatureRecipe | None:
+    return recipe and replace(recipe, encoder=registry_name(recipe.encoder))
 
 
 def _windows(bags: Iterable[CutSlides], most: int) -> Iterator[list[CutSlides]]:

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.config import ModelConfig
-from pathflip_jax.model.layers import BERT_EPS, Embedding, LayerNorm, Linear, LowRank, gelu
+from pathflip_jax.model.layers import BERT_EPS, Embedding, LayerNorm, Linear, LowRank
+from pathflip_jax.ops.activations import gelu
 from pathflip_jax.ops.attention import attend
 from pathflip_jax.ops.dropout import dropout, split_key
 from pathflip_jax.ops.recompute import recompute

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Bool, Float, Int
@@ -111,11 +110,6 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
         """[..., W] -> [..., W]."""
         return rms_norm(x, self.scale[...], self.eps)
-
-
-def gelu(x: Array) -> Array:
-    """Exact GELU as in PyTorch, by erf; `jax.nn.gelu` uses the costlier erfc."""
-    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 class MultiheadAttention(nnx.Module):

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pathflip_jax.model.bert import Rows, TextEncoder
 from pathflip_jax.model.config import PathFLIP2Config
-from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, RMSNorm, gelu
+from pathflip_jax.model.layers import LayerNorm, Linear, MultiheadAttention, RMSNorm
 from pathflip_jax.model.pathflip import TORCH_EPS, SlideEncoding
+from pathflip_jax.ops.activations import gelu
 from pathflip_jax.ops.attention import softmax_where
 from pathflip_jax.ops.dropout import dropout, split_key
 

@@ -80,6 +80,11 @@ class Worker:
             self.stop()
             return self._pool.schedule(work, args=arguments, timeout=seconds)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the process ended between two jobs: those submitted meanwhile may never end."""
+        return not self._pool.active
+
     def stop(self) -> None:
         """Terminate the process immediately; the next job starts a new one."""
         pool, self._pool = self._pool, self._new_pool()

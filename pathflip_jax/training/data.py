@@ -153,17 +153,18 @@ def _facts(data: AlignmentDataSettings, records: Records, patch_slots: int) -> d
     ]
     hashes = {name: _hash(paths) for name, paths in files.items()}
     facts = {"encoder": records.encoder, "feature_dim": records.feature_dim, "patch_slots": patch_slots}
-    return facts | cut_facts(records) | {"hashes": hashes | {"records": manifest_hash(records)}}
+    return facts | record_facts(records) | {"hashes": hashes | {"records": manifest_hash(records)}}
 
 
-def cut_facts(records: Records) -> dict:
-    """Region-cutting facts of records, for the facts of a run. FileNotFoundError for unfinished records."""
+def record_facts(records: Records) -> dict:
+    """Region cut and recipe, if known, of records, for the facts of a run. FileNotFoundError for unfinished records."""
     if records.manifest is None:
         raise FileNotFoundError(
             f"{records.where}/manifest.json: no such file, so the records are not finished; run the command that "
             "writes them again"
         )
-    return {name: records.manifest.facts[name] for name in CUT}
+    recipe = {"recipe": records.recipe.to_dict()} if records.recipe else {}
+    return {name: records.manifest.facts[name] for name in CUT} | recipe
 
 
 def choose_groups(batch_size: int, pieces: int) -> int:

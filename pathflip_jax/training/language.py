@@ -41,7 +41,7 @@ from pathflip_jax.runtime import memory, sharding
 from pathflip_jax.settings.kinds import LanguageSettings
 from pathflip_jax.settings.networks import LanguageDataSettings, LanguageModelSettings
 from pathflip_jax.training import fingerprints
-from pathflip_jax.training.data import COUNTS, SplitSlides, count_slides, cut_facts, report_counts, split_slides
+from pathflip_jax.training.data import COUNTS, SplitSlides, count_slides, record_facts, report_counts, split_slides
 from pathflip_jax.training.language_batches import (
     EmbeddedSlides,
     Example,
@@ -232,7 +232,7 @@ def _facts(data: LanguageDataSettings, records: Records, training: LanguageBatch
     hashes = {str(path): hashlib.sha256(read_bytes(path)).hexdigest() for path in paths}
     facts = {"encoder": records.encoder, "patch_slots": training.patch_slots, "length": training.length}
     hashes = {"texts": sorted(hashes.values()), "records": manifest_hash(records)}
-    return facts | cut_facts(records) | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
+    return facts | record_facts(records) | {"template": template, "hashes": hashes, fingerprints.MEANINGS: means}
 
 
 def _make_validation(stage: Stage, build: Callable, batches: LanguageBatches, mesh, examples: _Examples) -> Callable:

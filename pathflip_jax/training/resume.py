@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from pathflip_jax.convert.versions import WRITTEN_BY, refusal, unknown_settings, version_of
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe, objection
 from pathflip_jax.data.storage import json_files
 from pathflip_jax.monitoring.metrics import METRICS
 from pathflip_jax.runs import checkpoints, files
@@ -14,8 +15,10 @@ from pathflip_jax.settings.fields import CURRENT_VALUE
 from pathflip_jax.settings.kinds import LEGACY_VALUES, MAY_CHANGE, RunSettings, defaults, flat, kind_of
 from pathflip_jax.training.fingerprints import same_data
 
-# The content of paths is compared by hash. Of the facts besides the settings, only the split counts may change.
-_MAY_CHANGE = MAY_CHANGE | {"data.splits"}
+RECIPE = "recipe"  # of the features, in section data of config.json
+# The content of paths is compared by hash. Of the facts besides the settings, only the split counts may change; recipes
+# are compared by what both of them know.
+_MAY_CHANGE = MAY_CHANGE | {"data.splits", f"data.{RECIPE}"}
 
 
 def resume_as(settings: RunSettings, begun: dict, home: Path) -> RunSettings:
@@ -116,7 +119,16 @@ def _differing(before: dict, now: dict) -> list[str]:
     for found in (before, now):
         found.pop(WRITTEN_BY, None)
     known = {section: values | before.get(section, {}) for section, values in now.items()}
-    return differences(_fixed(before | known), _fixed(now))
+    return _recipe_differences(before["data"], now["data"]) + differences(_fixed(before | known), _fixed(now))
+
+
+def _recipe_differences(before: dict, now: dict) -> list[str]:
+    try:
+        recipes = [FeatureRecipe.from_dict(data.get(RECIPE) or {}) for data in (now, before)]
+    except ValueError as error:
+        raise ValueError(f"data.{RECIPE} in the run's config.json: {error}; restore a copy of the file") from None
+    found = objection(*recipes)
+    return [f"data.{RECIPE}: {found}"] if found else []
 
 
 def _fixed(resolved: dict) -> dict:

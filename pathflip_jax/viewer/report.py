@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.grounding import maps
 from pathflip_jax.grounding.maps import Grounding
@@ -48,16 +49,19 @@ def report(spec: PageSpec) -> Report:
     """Write the page of a run's slides.
 
     The page includes the similarity of each slide to each text, for sorting. Slides without features are left out.
-    Raises as `write_page` and `list_slides`.
+    Raises as `write_page` and `list_slides`, and ValueError for records that the run cannot use.
     """
     check_out(spec.out)
     texts = list(spec.texts)
     if len(set(texts)) < len(texts):
         raise ValueError("--texts: the same text is given twice; pass each text once")
-    slides = list_slides(spec.slides_dir, records=spec.records, features=spec.features, only=spec.slide_ids)
+    records = None if spec.records is None else Records(spec.records)
+    slides = list_slides(spec.slides_dir, records=records, features=spec.features, only=spec.slide_ids)
     slides = [slide for slide in slides if slide.features is not None]
     predictor = load(spec.run)
     method = check_method(predictor, spec.method)
+    if records is not None:
+        predictor.check_records(records)
     similarities = _similarities(predictor, slides, predictor.encode_text(texts))
     order = range(len(slides))
     if spec.most_slides is not None:

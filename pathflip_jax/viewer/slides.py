@@ -28,19 +28,20 @@ class ShownSlide(NamedTuple):
 def list_slides(
     slides_dir: Path | None,
     *,
-    records: Place | None = None,
+    records: Records | Place | None = None,
     features: Path | None = None,
     only: Sequence[str] | None = None,
 ) -> list[ShownSlide]:
     """List the slides of a folder of slide files and of records or feature files, in order of their ids.
 
-    A slide found in only one of them is shown as far as possible. `only` chooses slides by id. Raises ValueError if
-    files and features have no slide in common, and for an id of `only` that is not found.
+    Records may be open already. A slide found in only one of them is shown as far as possible. `only` chooses slides by
+    id. Raises ValueError if files and features have no slide in common, and for an id of `only` that is not found.
     """
     images = {} if slides_dir is None else slide_files(slides_dir)
     readers: dict[str, Callable[[], SlideFeatures]] = {}
     if records is not None:
-        archive = Records(records)
+        archive = records if isinstance(records, Records) else Records(records)
+        records = archive.where
         readers = {name: partial(archive.read, i) for i, name in enumerate(archive.slides.column("slide_id"))}
     elif features is not None:
         readers = {slide_id_of(path): partial(read_features, path) for path in find_feature_files(features).files}

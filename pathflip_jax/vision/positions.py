@@ -48,7 +48,7 @@ def rotary_angles(config: VisionConfig) -> Float[np.ndarray, "N h"]:
 
 def rotated(x: Float[Array, "B T heads d"], angles: Float[np.ndarray, "N h"], prefix: int) -> Array:
     """Queries or keys with their patches rotated by their angles; `prefix` tokens stay as they are."""
-    cos, sin = (jnp.asarray(f(np.tile(angles, 2)))[:, None].astype(x.dtype) for f in (np.cos, np.sin))
+    cos, sin = (jnp.asarray(f(np.tile(angles, 2)))[None, :, None].astype(x.dtype) for f in (np.cos, np.sin))
     patches = x[:, prefix:]
     first, second = jnp.split(patches, 2, axis=-1)
     turned = patches * cos + jnp.concatenate([-second, first], -1) * sin

@@ -270,6 +270,12 @@ def known_recipe(name: str) -> Recipe:
     return recipe
 
 
+def registry_name(name: str) -> str:
+    """Name of an encoder as the registry spells it; names of other encoders stay as they are."""
+    recipe = find_recipe(name)
+    return recipe.name if recipe else name
+
+
 def _spellings(recipe: Recipe) -> set[str]:
     repository = recipe.repository
     names = (recipe.name, repository, repository.partition("/")[2], *OTHER_NAMES.get(recipe.name, ()))

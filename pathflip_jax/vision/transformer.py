@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pathflip_jax.ops.activations import gelu, quick_gelu
 from pathflip_jax.ops.attention import pool
 from pathflip_jax.ops.platform import target_platform
 from pathflip_jax.vision.config import VisionConfig
@@ -20,16 +21,6 @@ from pathflip_jax.vision.positions import fitted, rotary_angles, rotated
 
 _POOLER_EPS = 1e-5
 _POOLER_HEADS = 8
-
-
-def gelu(x: Array) -> Array:
-    """Exact GELU as in PyTorch, by erf; `jax.nn.gelu` uses the costlier erfc."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def quick_gelu(x: Array) -> Array:
-    """GELU's approximation by a sigmoid, as in CLIP."""
-    return x * jax.nn.sigmoid(1.702 * x)
 
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
@@ -103,7 +94,7 @@ class Layer(nnx.Module):
 
 def _scaled(x: Array, scale: nnx.Param | None) -> Float[Array, "B T d"]:
     x = x.astype(jnp.float32)
-    return x if scale is None else x * scale[...]
+    return x if scale is None else x * jax.lax.broadcast_to_rank(scale[...], x.ndim)
 
 
 class AttentionPooler(nnx.Module):
@@ -194,7 +185,7 @@ class VisionTransformer(nnx.Module):
         if self.positions is not None:
             table = fitted(self.positions[...], config)
             given = config.prefix_positions
-            x = x + table[given:]
+            x = x + table[None, given:]
             if self.registers is not None:
                 prefix = jnp.concatenate([prefix, self.registers[...]])
             prefix = prefix.at[:given].add(table[:given])

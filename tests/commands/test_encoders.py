@@ -1,10 +1,12 @@
 """`pathflip encoders`: the list, and the check of weights."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from vision_weights import timm_weights
 
 from data_prep import hub
 from pathflip_jax import cli
@@ -12,17 +14,8 @@ from pathflip_jax.vision.recipes import RECIPES
 
 
 def kaiko(depth: int = 12) -> dict[str, np.ndarray]:
-    """Weights of the shape of kaiko_vits16, of zeros, under timm's names."""
-    d, h = 384, 1536
-    layer = {
-        "norm1.weight": (d,), "norm1.bias": (d,), "attn.qkv.weight": (3 * d, d), "attn.qkv.bias": (3 * d,),
-        "attn.proj.weight": (d, d), "attn.proj.bias": (d,), "norm2.weight": (d,), "norm2.bias": (d,),
-        "mlp.fc1.weight": (h, d), "mlp.fc1.bias": (h,), "mlp.fc2.weight": (d, h), "mlp.fc2.bias": (d,),
-    }  # fmt: skip
-    shapes = {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in layer.items()}
-    shapes |= {"cls_token": (1, 1, d), "pos_embed": (1, 197, d), "norm.weight": (d,), "norm.bias": (d,)}
-    shapes |= {"patch_embed.proj.weight": (d, 3, 16, 16), "patch_embed.proj.bias": (d,)}
-    return {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
+    """Weights of the shape of kaiko_vits16."""
+    return timm_weights(replace(RECIPES["kaiko_vits16"].network, depth=depth), dtype=np.float16)
 
 
 def test_all_encoders_are_listed_with_what_is_here(capsys, monkeypatch):

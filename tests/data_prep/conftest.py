@@ -9,6 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 from safetensors.numpy import save_file
+from vision_weights import timm_weights
 
 from pathflip_jax.vision import recipes
 
@@ -102,19 +103,8 @@ def small_encoder(tmp_path, monkeypatch):
         recipes.RECIPES["uni_v1"], name="small", repository="nobody/small", files=("model.safetensors",),
         network=network, transform=transform, patch_size=48,
     )  # fmt: skip
-    d, h, rng = network.width, network.hidden, np.random.default_rng(0)
-    layer = {
-        "norm1.weight": (d,), "norm1.bias": (d,), "attn.qkv.weight": (3 * d, d), "attn.qkv.bias": (3 * d,),
-        "attn.proj.weight": (d, d), "attn.proj.bias": (d,), "norm2.weight": (d,), "norm2.bias": (d,),
-        "mlp.fc1.weight": (h, d), "mlp.fc1.bias": (h,), "mlp.fc2.weight": (d, h), "mlp.fc2.bias": (d,),
-        "ls1.gamma": (d,), "ls2.gamma": (d,),
-    }  # fmt: skip
-    shapes = {f"blocks.{i}.{name}": shape for i in range(network.depth) for name, shape in layer.items()}
-    shapes |= {"cls_token": (1, 1, d), "pos_embed": (1, 17, d), "norm.weight": (d,), "norm.bias": (d,)}
-    shapes |= {"patch_embed.proj.weight": (d, 3, 8, 8), "patch_embed.proj.bias": (d,)}
-    weights = {name: 0.2 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     (tmp_path / "small").mkdir()
-    save_file(weights, tmp_path / "small" / "model.safetensors")
+    save_file(timm_weights(network), tmp_path / "small" / "model.safetensors")
     monkeypatch.setitem(recipes.RECIPES, "small", recipe)
     monkeypatch.setitem(recipes._BY_SPELLING, "small", recipe)
     return recipe, tmp_path / "small"

@@ -16,6 +16,8 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+from safetensors.numpy import save_file
+from vision_weights import timm_weights
 
 from data_prep import build
 from data_prep.jobs import prepare_slide
@@ -24,6 +26,7 @@ from data_prep.settings import ImportSettings, PrepareSettings
 from data_prep.slide_files import find_slides
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
+from pathflip_jax.vision.recipes import RECIPES
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam: pip install pathflip-jax[beam]")
 pytestmark = pytest.mark.slow  # a pipeline takes seconds to start, one of several processes more
@@ -277,3 +280,15 @@ def _processes(mark: str) -> dict[int, str]:
         except OSError:
             continue
     return found
+
+
+def test_registered_encoder_is_loaded_by_each_worker(slides, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    save_file(timm_weights(RECIPES["kaiko_vits16"].network, dtype=np.float16), weights)
+    settings = {"encoder": "kaiko_vits16", "weights": weights, "workers": 1}
+    (tmp_path / "slides").mkdir()
+    shutil.copy(slides / "S0.tiff", tmp_path / "slides")
+    here = prepare(tmp_path / "slides", tmp_path / "here", **settings)
+    beam = prepare(tmp_path / "slides", tmp_path / "beam", **settings | {"beam": []})
+    assert here.done == beam.done == ["S0"] and here.device is not None and beam.device is None
+    assert _files(tmp_path / "here") == _files(tmp_path / "beam")

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import suppress
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import jax
@@ -97,7 +99,7 @@ def prepare_by_slide(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(build, "runs_on_device", lambda name: False)
             patch.setattr(build, "run_each", lambda work, jobs, workers: ((job, work(job)) for job in jobs))
-            patch.setattr(jobs, "load_encoder", lambda name, half: encoder)
+            patch.setattr(jobs, "load_encoder", lambda name, half, weights: encoder)
             jobs._loaded.cache_clear()
             report = build.prepare(folder, out, PrepareSettings(encoder=encoder.name, **SMALL | settings))
             jobs._loaded.cache_clear()
@@ -116,13 +118,23 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left():
-    """No shared memory, no thread and no reader process outlives a run."""
-    before = set(SHARED.glob("psm_*")), set(threading.enumerate())
-    yield
-    assert not set(SHARED.glob("psm_*")) - before[0]
-    left = [thread for thread in set(threading.enumerate()) - before[1] if "ThreadPool" in thread.name]
-    assert not left
+def rings(monkeypatch):
+    """Shared memory of the readers of a test; none of it, and no thread, outlives a run."""
+    made, threads = [], set(threading.enumerate())
+
+    class Recorded(SharedMemory):
+        def __init__(self, **how) -> None:
+            super().__init__(**how)
+            made.append(SHARED / self.name)
+
+    monkeypatch.setattr(readers, "SharedMemory", Recorded)
+    yield made
+    assert not _there(made)
+    assert not [thread for thread in set(threading.enumerate()) - threads if "ThreadPool" in thread.name]
+
+
+def _there(rings: list[Path]) -> list[Path]:
+    return [ring for ring in rings if ring.exists()]
 
 
 def test_records_are_those_of_the_per_slide_path(slides, tmp_path, use, prepare_by_slide):
@@ -155,7 +167,7 @@ def test_second_run_does_only_what_is_missing(slides, tmp_path, use):
     assert not again.done and again.finished and not encoder.shapes and again.device.encoded == 0
 
 
-def test_run_that_ends_early_is_continued(slides, tmp_path, use, monkeypatch):
+def test_run_that_ends_early_is_continued(slides, tmp_path, use, monkeypatch, rings):
     encoder, out = Means(batch_size=4), tmp_path / "records"
     use(encoder)
     prepare(slides, tmp_path / "whole")
@@ -167,7 +179,7 @@ def test_run_that_ends_early_is_continued(slides, tmp_path, use, monkeypatch):
         patch.setattr(build.Assembly, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(slides, out, workers=1)
-    assert not set(SHARED.glob("psm_*"))
+    assert rings and not _there(rings)
     parts = {path.stem for path in out.glob(".parts/*.tfrecord")}
     report = prepare(slides, out)
     assert parts and report.finished and report.timings.patches < 120 and _bytes(out) == _bytes(tmp_path / "whole")
@@ -253,6 +265,36 @@ def test_reader_that_dies_costs_a_second_try_then_its_slide(slides, tmp_path, mo
             np.testing.assert_array_equal(row, rows[tuple(corner)].astype(np.float16))
 
 
+@pytest.mark.parametrize("end", ["cancelled", "anew", "silent"])
+def test_reader_that_dies_between_two_requests_is_replaced(slides, tmp_path, monkeypatch, end):
+    """Its requests are then cancelled or never answered, or a new process does, which begins the slide again."""
+    monkeypatch.setattr(device_pipeline, "slot_bytes", lambda jobs: 3 * 64**2 * 4)
+    monkeypatch.setattr(device_pipeline, "_PATIENCE", 0.2)
+    monkeypatch.setattr(readers.Reader, "is_over", property(lambda self: self in silent))
+    request, made, silent = readers.Reader.request, [], []
+
+    def dying(self, *arguments):
+        made.append(arguments)
+        if len(made) == 3 and end == "silent":
+            silent.append(self)
+        if self in silent:
+            return
+        if len(made) == 3 and end == "anew":
+            self._worker.submit(reading._close, -1).result()
+        if len(made) == 3 and end == "cancelled":
+            future = Future()
+            future.cancel()
+            arguments[-1](future)
+        else:
+            request(self, *arguments)
+
+    monkeypatch.setattr(readers.Reader, "request", dying)
+    ((job, outcome),) = DevicePipeline({"means": Means(batch_size=5)}, 1).run([_job(slides, "S0", tmp_path)])
+    assert not outcome.error and outcome.timings.patches == 12 and len(made) > 6
+    (info,) = Records([job.part]).slides
+    assert info.num_patches == 12
+
+
 def test_reader_that_hangs_is_ended(slides, tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "SECONDS", 0.5)
     monkeypatch.setattr(readers, "fill", time.sleep)
@@ -317,13 +359,14 @@ def test_other_errors_of_the_device_end_the_run(slides, tmp_path, use):
         list(pipeline.run([_job(slides, f"S{number}", tmp_path) for number in range(5)]))
 
 
-def test_leaving_early_frees_everything(slides, tmp_path):
+def test_leaving_early_frees_everything(slides, tmp_path, rings):
     results = DevicePipeline({"means": Means(batch_size=4)}, 2).run(
         [_job(slides, f"S{number}", tmp_path) for number in range(5)]
     )
     next(results)
-    assert len(set(SHARED.glob("psm_*"))) >= 1 or sys.platform != "linux"
+    assert _there(rings) or sys.platform != "linux"
     results.close()
+    assert not _there(rings)
     assert not list(DevicePipeline({}, 2).run([]))
 
 
@@ -339,7 +382,7 @@ class Slow:
     name, dim, batch_size = "slow", 3, 2
 
     def dispatch(self, patches):
-        print("going", flush=True)
+        print(*[reader._ring.name for reader in pipeline._readers], flush=True)
         time.sleep(0.5)
         return np.zeros((2, 3), np.float32)
 
@@ -348,7 +391,8 @@ if __name__ == "__main__":
     settings = PrepareSettings(encoder="slow", patch_size=64).of_records()
     names = [f"S{number}" for number in range(5)]
     jobs = [Job(name, "", folder / f"{name}.tiff", out, out / f"{name}.tfrecord", settings) for name in names]
-    list(DevicePipeline({"slow": Slow()}, 2).run(jobs))
+    pipeline = DevicePipeline({"slow": Slow()}, 2)
+    list(pipeline.run(jobs))
 """
 
 
@@ -356,18 +400,18 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_a_process_that_ends(slides, tmp_path, sign):
     """Ctrl-C reaches readers as well; SIGKILL the process alone, whose segments its resource tracker then frees."""
-    before = set(SHARED.glob("psm_*"))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PATHFLIP_TEST_MARK": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT, str(slides), str(tmp_path)]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
     with subprocess.Popen(command, env=environment, **how) as process:
-        assert process.stdout.readline() == b"going\n" and set(SHARED.glob("psm_*")) - before
+        rings = [SHARED / name for name in process.stdout.readline().decode().split()]
+        assert len(_there(rings)) == 2
         os.killpg(process.pid, sign) if sign == signal.SIGINT else process.send_signal(sign)
     assert process.returncode in (-sign, 128 + sign)
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and (set(SHARED.glob("psm_*")) - before or _processes_of(tmp_path)):
+    while time.monotonic() < deadline and (_there(rings) or _processes_of(tmp_path)):
         time.sleep(0.05)
-    assert not set(SHARED.glob("psm_*")) - before and not _processes_of(tmp_path)
+    assert not _there(rings) and not _processes_of(tmp_path)
 
 
 def _processes_of(mark: Path) -> list[str]:
@@ -380,7 +424,7 @@ def _processes_of(mark: Path) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux")
-def test_rings_are_of_one_size_whatever_the_slides(slides, tmp_path, monkeypatch):
+def test_rings_are_of_one_size_whatever_the_slides(slides, tmp_path, monkeypatch, rings):
     """As many slots as readers, and no more patches ahead of the device than these and the batches hold."""
     monkeypatch.setattr(device_pipeline, "slot_bytes", lambda jobs: 3 * 64**2 * 2)
     going, sizes = threading.Event(), []
@@ -388,16 +432,24 @@ def test_rings_are_of_one_size_whatever_the_slides(slides, tmp_path, monkeypatch
     features = EncoderQueue.features
 
     def slow(self, batch):
-        going.wait(30)
+        going.wait(60)
         return features(self, batch)
 
     monkeypatch.setattr(EncoderQueue, "features", slow)
     pipeline = DevicePipeline({"means": encoder}, 2)
-    threading.Timer(1.5, lambda: (sizes.append((pipeline._decoded, _ring_bytes())), going.set())).start()
-    before = _ring_bytes()
+
+    def look() -> None:
+        before = 0
+        while not pipeline._decoded or before != pipeline._decoded:  # until the readers wait
+            before = pipeline._decoded
+            time.sleep(0.5)
+        sizes.append((pipeline._decoded, sum(ring.stat().st_size for ring in rings)))
+        going.set()
+
+    threading.Thread(target=look).start()
     assert len(list(pipeline.run([_job(slides, f"S{number}", tmp_path) for number in range(5)]))) == 5
     ((decoded, ring),) = sizes
-    assert ring - before == 2 * readers.SLOTS * 3 * 64**2 * 2
+    assert ring == 2 * readers.SLOTS * 3 * 64**2 * 2
     assert decoded <= 2 * (device_pipeline._IN_FLIGHT + 2)
 
     def full(*arguments):
@@ -406,10 +458,6 @@ def test_rings_are_of_one_size_whatever_the_slides(slides, tmp_path, monkeypatch
     monkeypatch.setattr(readers.os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"takes 38 MB of /dev/shm; .*--shm-size.*--workers"):
         readers.Reader(3 << 22)
-
-
-def _ring_bytes() -> int:
-    return sum(path.stat().st_size for path in SHARED.glob("psm_*"))
 
 
 def test_slots_hold_a_batch_of_any_patch_size(slides, tmp_path):
@@ -463,11 +511,14 @@ def test_advice_names_the_stage_that_limits(monkeypatch, waits, readers, said):
 
 def test_settings_that_exclude_each_other(slides, tmp_path, use):
     use(Means())
-    with pytest.raises(ValueError, match="job array with --shard"):
-        prepare(slides, tmp_path / "records", beam=[])
+    with pytest.raises(ValueError, match="--beam prepares one encoder at a time"):
+        use(Means(), Means("others"))
+        prepare_several(slides, tmp_path / "records", {"means": 64, "others": 64}, beam=[])
+    with pytest.raises(ValueError, match="--batch-size 8: has no effect on Beam"):
+        prepare(slides, tmp_path / "records", beam=[], batch_size=8)
     with pytest.raises(ValueError, match="--batch-size 0"):
         PrepareSettings(batch_size=0)
-    with pytest.raises(ValueError, match="'stain_texture' determines its batches itself"):
+    with pytest.raises(ValueError, match="has no effect with encoder 'stain_texture'"):
         build.prepare(slides, tmp_path / "records", PrepareSettings(batch_size=8))
 
 
@@ -496,6 +547,33 @@ def test_several_encoders_write_what_each_writes_alone(slides, tmp_path, use):
     assert [report.done for report in again.values()] == [[], ["S2", "S3"], []]
     assert again["other"].device.decoded == 6 * (4 + 5)
     assert _bytes(tmp_path / "all/other") == _bytes(tmp_path / "other")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux")
+def test_encoder_that_has_a_slide_is_left_out_of_its_second_try(slides, tmp_path, monkeypatch):
+    """The reader dies when the patches of the first encoder are encoded, and written, and those of the second not."""
+    monkeypatch.setattr(device_pipeline, "slot_bytes", lambda jobs: 3 * 96**2)
+    take, killed = DevicePipeline._take, []
+
+    def killing(self, event, found):
+        take(self, event, found)
+        if found.runs[0].grid == 1 and not killed:
+            killed.append(found)
+            deadline = time.monotonic() + 20
+            while not self._reported and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(event.reader._worker.submit(os.getpid).result(), signal.SIGKILL)
+
+    monkeypatch.setattr(DevicePipeline, "_take", killing)
+    pipeline = DevicePipeline({"means": Means(batch_size=6), "wide": Means("wide", batch_size=6)}, 1)
+    own = [_job(slides, "S4", tmp_path), _job(slides, "S4", tmp_path, "wide", patch_size=96)]
+    ended = []
+    for job, outcome in pipeline.run(own):
+        assert not outcome.error
+        ended.append(job)
+        job.part.unlink()  # as when it is assembled
+    assert ended == own and killed and not list(tmp_path.glob("*.tfrecord"))
+    assert 36 + 16 < pipeline.usage.decoded <= 36 + 16 + readers.SLOTS  # not the patches of the first one again
 
 
 def test_slide_without_patches_for_one_encoder_has_those_of_the_other(slides, tmp_path, use):
@@ -570,6 +648,14 @@ def test_a_registered_encoder_determines_its_patches(slides, tmp_path, small_enc
     order = np.lexsort(tiles.coords.T)
     stored = np.lexsort(np.asarray(open_record(records, 0).coords).T)
     np.testing.assert_allclose(features[stored], expected[order], atol=4e-3, rtol=2e-3)  # float16
+
+
+def test_readers_decode_by_tifffile_too(slides, tmp_path, use):
+    use(Means())
+    prepare(slides, tmp_path / "openslide")
+    report = prepare(slides, tmp_path / "tifffile", reader="tifffile")
+    assert report.finished and not report.notes
+    assert _bytes(tmp_path / "tifffile") == _bytes(tmp_path / "openslide")
 
 
 def test_weights_and_names_that_do_not_fit_are_refused(slides, tmp_path, small_encoder, capsys):

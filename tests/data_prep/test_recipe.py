@@ -42,7 +42,7 @@ def in_this_process(monkeypatch):
 
 @pytest.fixture
 def network(monkeypatch):
-    monkeypatch.setattr(jobs, "load_encoder", lambda name, half: Network())
+    monkeypatch.setattr(jobs, "load_encoder", lambda name, half, weights: Network())
     return Network
 
 

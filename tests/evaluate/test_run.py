@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import tifffile
 from flax import nnx
 from sklearn import metrics
 
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
+from pathflip_jax.data.records.recipe import write_recipe
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import colour, run
@@ -63,8 +66,8 @@ def setting(tiny_cohort, tmp_path_factory):
     )
 
 
-def make_run(folder, cohort, seed):
-    data = {"encoder": "tiny", "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96}
+def make_run(folder, cohort, seed, **more):
+    data = {"encoder": "tiny", "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96} | more
     save_run(folder, PathFLIP(CONFIG, nnx.Rngs(seed)), {"data": data}, TextTokenizer(cohort.vocabulary))
     return folder
 
@@ -310,6 +313,15 @@ def test_a_patient_on_both_sides_is_told(setting, runs, tmp_path):
     found = evaluate(runs[0], out=tmp_path / "out", **inputs)
     assert len(found["warnings"]) == 1 and "P00" in found["warnings"][0]
     assert "P00" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_records_of_another_recipe_are_refused(setting, tmp_path):
+    records = shutil.copytree(setting.cohort.records, tmp_path / "records")
+    write_recipe(records, FeatureRecipe(weights="12ab" * 16))
+    run_folder = make_run(tmp_path / "run", setting.cohort, 0, recipe={"weights": "34cd" * 16})
+    with pytest.raises(ValueError, match="was trained on: they differ in weights"):
+        evaluate(run_folder, out=tmp_path / "out", **setting.inputs | {"records": records})
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_strict_stops_at_a_faulty_split(setting, monkeypatch, tmp_path):

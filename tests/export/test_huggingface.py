@@ -204,11 +204,25 @@ def test_the_card_names_encoder_and_licence():
     }
     settings = {"data": data, "train": {"steps": 100, "batch_size": 16, "seed": 3}}
     card = huggingface.card(PathFLIPConfig(), settings, None)
-    assert "conch_v15, 512 features per patch" in card and "CC-BY-NC-ND-4.0" in card
+    link = "[MahmoodLab/conchv1_5](https://huggingface.co/MahmoodLab/conchv1_5)"
+    assert f"conch_v15 ({link}), 512 features per patch" in card and "CC-BY-NC-ND-4.0" in card
+    assert "Recipe of the features" not in card  # nothing is known of it
     assert "`records`, hash `abababababababab`" in card and "secret" not in card and "100 of 16 slides, seed 3" in card
     assert "not known here" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None)
     assert "512 features per patch" in huggingface.card(PathFLIP2Config(), settings, None)
     assert "MIT" in huggingface.card(PathFLIPConfig(), {"data": {"encoder": "ours"}}, None, "MIT")
+
+
+def test_the_card_says_how_the_features_were_made():
+    transform = {"resize": 224, "crop": 224, "filter": "bicubic", "mean": [0.5, 0.5, 0.5]}
+    recipe = {"weights": "34cd" * 16, "transform": transform, "pooling": "class", "patch_size": 256, "mpp": 0.5}
+    data = {"encoder": "hf:phikon", "recipe": recipe | {"precision": "bfloat16"}}
+    card = huggingface.card(PathFLIPConfig(), {"data": data}, None)
+    assert (
+        f"- **Recipe of the features**: weights with SHA-256 `{'34cd' * 16}`; patches of 256 px at 0.5 um per px; "
+        "resize 224, crop 224, filter bicubic, mean 0.5 0.5 0.5; pooling class; computed in bfloat16.\n"
+    ) in card
+    assert "Licence of the patch encoder**: Owkin non-commercial. " in card
 
 
 def test_the_card_tells_about_the_training_data_or_asks_for_it(run, tmp_path):

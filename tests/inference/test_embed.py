@@ -1,8 +1,10 @@
 """Embedding an archive: rows are the predictor's own, a kill costs little, two jobs never mix, faults are named."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,11 +13,14 @@ from flax import nnx
 
 from pathflip_jax import cli
 from pathflip_jax.commands.options import FAILED_SLIDES
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.records.recipe import write_recipe
 from pathflip_jax.data.records.records import Records, finish_folder, manifest_hash, shard_name, write_shard
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.inference import embed, embedding_files, load
 from pathflip_jax.inference import predictor as inference
+from pathflip_jax.inference.language_run import read_aligner
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP
 from pathflip_jax.runs.folder import save_run
@@ -27,8 +32,8 @@ CONFIG = PathFLIPConfig(
 IDS = [f"S{number:02d}" for number in range(24)]
 
 
-def make_run(folder, cohort, seed=0, encoder="tiny"):
-    data = {"encoder": encoder, "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96}
+def make_run(folder, cohort, seed=0, encoder="tiny", **more):
+    data = {"encoder": encoder, "cut": "grid", "edge_um": 64.0, "edge_px": None, "caption_length": 96} | more
     save_run(folder, PathFLIP(CONFIG, nnx.Rngs(seed)), {"data": data}, TextTokenizer(cohort.vocabulary))
     return folder
 
@@ -291,3 +296,25 @@ def test_slides_of_many_sizes_compile_a_few_times(tiny_cohort, run, tmp_path):
         assert len(embed.embed(run, records, tmp_path / name, batch_size=4).done) == 34
         compiled.append(inference._encode_slides._cache_size())
     assert np.diff(compiled).tolist() == [3, 0]
+
+
+def test_records_of_another_recipe_are_refused_at_the_start(tiny_cohort, tmp_path, reads):
+    """By every command that opens records, and by training on them."""
+    recipe = FeatureRecipe(encoder="tiny", weights="34cd" * 16)
+    run = make_run(tmp_path / "run", tiny_cohort, recipe=recipe.to_dict())
+    folder = shutil.copytree(tiny_cohort.records, tmp_path / "records")
+    out = tmp_path / "e.parquet"
+    write_recipe(folder, replace(recipe, weights="12ab" * 16))
+    message = r"records: .* trained on: they differ in weights \(12ab12ab12ab…, not 34cd34cd34cd…\)"
+    with pytest.raises(ValueError, match=message):
+        embed.embed(run, folder, out)
+    with pytest.raises(ValueError, match=message):
+        read_aligner(str(run), Records(folder), str(folder))
+    assert not reads and not out.exists()
+    for place in (folder, folder / shard_name(0)):  # as `ground`, `caption` and `ask` read a slide
+        with pytest.raises(ValueError, match="slide S00: .* they differ in weights"):
+            load.load(run).encode_slide(load.read_slide(place, "S00"))
+    reads.clear()
+    for known in (recipe, replace(recipe, weights="")):
+        write_recipe(folder, known)
+        assert embed.embed(run, folder, out).finished

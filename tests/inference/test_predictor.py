@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pathflip_jax
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.features import SlideFeatures
 from pathflip_jax.data.records.regions import cut_regions
 from pathflip_jax.grounding import methods
@@ -282,7 +283,10 @@ def test_a_large_slide_is_asked_once_whether_it_fits(predictor, monkeypatch):
     assert len(asked) == 2 and inference._encode_slides._cache_size() == shared  # its size, then its program
 
 
-@pytest.mark.parametrize("data", [["grid"], {"edge_um": "far"}, {"caption_length": [3]}, {"edge_px": float("inf")}])
+@pytest.mark.parametrize(
+    "data",
+    [["grid"], {"recipe": {"mpp": "fine"}}, {"edge_um": "far"}, {"caption_length": [3]}, {"edge_px": float("inf")}],
+)
 def test_a_config_of_something_else_names_its_run(data):
     with pytest.raises(ValueError, match='runs/x: its config.json has no valid section "data"'):
         Predictor(None, {"data": data}, None, "runs/x")
@@ -294,6 +298,45 @@ def test_a_slide_of_the_wrong_encoder_is_refused(predictor):
     with pytest.raises(ValueError, match=r"S0.*5 wide.*12"):
         predictor.encode_slide(make_slide(features=np.zeros((43, 5), np.float32)))
     predictor.encode_slide(make_slide(encoder=""))  # a file that does not say is taken at its word
+
+
+MADE = {"encoder": "uni_v1", "weights": "34cd" * 16, "pooling": "class", "patch_size": 256, "mpp": 0.5}
+
+
+@pytest.fixture
+def of_uni(predictor):
+    """A run whose config.json holds the recipe of its features."""
+    data = predictor.config["data"] | {"encoder": "uni_v1", "recipe": MADE}
+    return Predictor(predictor.model, {"data": data}, Words(), name="runs/uni")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "12ab" * 16}, r"weights \(12ab12ab12ab…, not 34cd34cd34cd…\); prepare .* `--encoder uni_v1`"),
+        ({"patch_size": 224}, r"patches \(224 px at 0.5 um per px, not 256 px at 0.5 um per px\)"),
+        ({"pooling": "mean"}, r"pooling \(mean, not class\)"),
+        ({"precision": "bfloat16", "weights": ""}, ""),
+        ({"encoder": "UNI"}, ""),
+    ],
+)
+def test_a_slide_of_another_recipe_is_refused(of_uni, predictor, changes, message):
+    slide = make_slide(encoder="", recipe=FeatureRecipe(**MADE | changes))
+    if message:
+        with pytest.raises(ValueError, match=f"^slide S0: .* that runs/uni was trained on: they differ in {message}"):
+            of_uni.encode_slide(slide)
+    else:
+        of_uni.encode_slide(slide)
+    predictor.encode_slide(slide)  # a run of an earlier version, which knows of no recipe
+
+
+def test_a_feature_file_has_the_patch_size_of_its_recipe(of_uni):
+    of_uni.encode_slide(make_slide(encoder="UNI"))  # another spelling, and nothing known of its weights
+    of_uni.encode_slide(make_slide(encoder="", mpp=0.0))
+    with pytest.raises(ValueError, match=r"patches \(64 um, not 256 px at 0.5 um per px\)"):
+        of_uni.encode_slide(make_slide(encoder="", mpp=0.25))
+    with pytest.raises(ValueError, match="features come from 'uni_v2', runs/uni was trained on 'uni_v1'"):
+        of_uni.encode_slide(make_slide(encoder="uni_v2"))
 
 
 def test_what_cannot_be_grounded_is_refused(predictor):

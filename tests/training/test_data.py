@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from pathflip_jax.convert.versions import unknown_settings
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
+from pathflip_jax.data.records.recipe import write_recipe
 from pathflip_jax.runtime.sharding import Shards
 from pathflip_jax.training import fingerprints, settings
 from pathflip_jax.training.data import choose_groups, even_size, open_data, report_counts
@@ -31,6 +34,15 @@ def test_each_split_of_the_slide_table_has_its_batches(config):
     assert data.train.steps_per_epoch == 3 and data.train.batch(0).patches.shape == (4, 2, 4, 16)
     assert data.validation.steps_per_epoch == 2 and data.validation.batch(0).patches.shape == (3, 2, 4, 16)
     assert data.tokenizer.vocab_size > 5 and data.facts["encoder"] == "tiny" and data.facts["feature_dim"] == 16
+
+
+def test_a_run_remembers_the_recipe_of_its_records(config, tiny_cohort, tmp_path):
+    assert "recipe" not in open_data(config()).facts  # nothing is known of it
+    folder = shutil.copytree(tiny_cohort.records, tmp_path / "records")
+    write_recipe(folder, FeatureRecipe(encoder="tiny", weights="34cd" * 16, patch_size=64, mpp=0.5))
+    facts = open_data(config(**{"data.records": folder})).facts
+    known = {"encoder": "tiny", "weights": "34cd" * 16, "patch_size": 64, "mpp": 0.5, "patch_um": 32.0}
+    assert facts["recipe"] == known and not unknown_settings({"data": facts}, ["data"])
 
 
 def test_without_a_slide_table_all_slides_train(config):

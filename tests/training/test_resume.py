@@ -128,3 +128,34 @@ def test_what_a_kill_before_the_first_checkpoint_left_binds_nobody(run):
     json_files.write_json(folder / "elsewhere" / files.CONFIG, resolved)
     with pytest.raises(ValueError, match="has the logs of a run with checkpoints in .*elsewhere"):
         lock_to_run(folder, resolved, pytest.fail)
+
+
+RECIPE = {"encoder": "uni_v1", "weights": "34cd" * 16, "precision": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (RECIPE, RECIPE | {"weights": "12ab" * 16}, r"data.recipe: they differ in weights \(12ab12ab12ab…, not 34cd"),
+        (RECIPE, RECIPE | {"precision": "bfloat16"}, ""),
+        (RECIPE, {"encoder": "uni_v1"}, ""),
+        (RECIPE, None, ""),
+        (None, RECIPE, ""),
+        (
+            {"mpp": "fine"},
+            RECIPE,
+            r"data.recipe in the run's config.json: mpp 'fine': expected a number.*restore a copy",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_features_of_its_recipe(run, before, now, message):
+    folder, resolved = run
+    begun, current = copy.deepcopy(resolved), copy.deepcopy(resolved)
+    for config, recipe in ((begun, before), (current, now)):
+        config["data"] |= {"recipe": recipe} if recipe else {}
+    json_files.write_json(folder / files.CONFIG, begun)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            lock_to_run(folder, current, pytest.fail)
+    else:
+        lock_to_run(folder, current, pytest.fail)

@@ -1,12 +1,16 @@
 """Access to the viewer: this machine alone, or holders of its token."""
 
+import json
 import re
+import shutil
 import sys
 
 import pytest
 from starlette.testclient import TestClient
 
 from pathflip_jax import cli
+from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
+from pathflip_jax.data.records.recipe import write_recipe
 from pathflip_jax.viewer.access import choose_token, is_local
 from pathflip_jax.viewer.server import listen, make_app
 
@@ -94,6 +98,19 @@ def test_serve_says_at_once_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([*run, "--port=70000"])
     assert "--port: 70000: expected a whole number of at least 0 and at most 65535" in capsys.readouterr().err
+
+
+def test_serve_refuses_records_of_another_recipe(run_folder, tiny_cohort, tmp_path, capsys):
+    run, records = shutil.copytree(run_folder, tmp_path / "run"), shutil.copytree(tiny_cohort.records, tmp_path / "r")
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["recipe"] = {"weights": "34cd" * 16}
+    (run / "config.json").write_text(json.dumps(config))
+    write_recipe(records, FeatureRecipe(weights="12ab" * 16))
+    assert cli.main(["serve", "--checkpoint", str(run), "--records", str(records), "--port=0"]) == 2
+    assert f"{records}: features are not made as those that {run} was trained on" in capsys.readouterr().err
+    command = ["report", str(run), "--records", str(records), "--texts", "fat", "--out", str(tmp_path / "page")]
+    assert cli.main(command) == 2 and not (tmp_path / "page").exists()
+    assert "they differ in weights (12ab12ab12ab…, not 34cd34cd34cd…)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])

@@ -105,10 +105,10 @@ def test_features_of_pixels_are_those_of_the_original(encoder, patches, size):
 
 
 def test_features_do_not_depend_on_the_batch(encoder):
-    images = encoder.theirs["images"][[0, 1, 1, 0, 0]]
-    images *= np.linspace(0.8, 1.2, 5, dtype=np.float32)[:, None, None, None]
+    two = encoder.theirs["images"]
+    images = np.concatenate([two, two[:, ::-1], two[:1, :, ::-1]])
     five = encoder.features(images)
-    assert np.abs(five[0] - five[3]).max() > 0.01 * np.abs(five).max()
+    assert np.abs(five[0] - five[2:]).max() > 0.001 * np.abs(five).max()
     for size in (1, 2):
         fewer = encoder.features(images[:size])
         np.testing.assert_allclose(fewer, five[:size], rtol=0, atol=1e-5 * np.abs(five).max())
