@@ -17,7 +17,7 @@ import openslide
 from extract_sides import Setup, Tiled, make_parser, make_setup, pillow_transform, plain_encoder, read_tile
 
 TILES = 64  # patches transformed by Pillow
-SECONDS = 4.0  # of a measurement, at least
+SECONDS = 2.0  # of a measurement, at least
 
 
 def decode(setup: Setup) -> dict[str, float]:
@@ -32,7 +32,7 @@ def decode(setup: Setup) -> dict[str, float]:
     for name, read in readers.items():
         count = sum(1 for _ in read(slide))  # untimed: imports
         start, passes = time.process_time(), 0
-        while not passes or time.process_time() - start < SECONDS / 2:
+        while not passes or time.process_time() - start < SECONDS:
             passes += sum(1 for _ in read(slide)) // count  # the file is opened again: OpenSlide caches decoded tiles
         found[name] = passes * count / (time.process_time() - start)
     return found
