@@ -1,6 +1,7 @@
 """Slides to features by a published patch encoder, compared with torch loops over timm, by `extract.py`."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,9 +24,11 @@ def run(context: Context, encoder: str) -> Rows:
     command = [sys.executable, benchmark.__file__, f"--encoder={encoder}", f"--device={TORCH_DEVICE[context.platform]}"]
     command += [f"--work={context.work.parent / 'extract'}", f"--json={out}", "--repeats=1"] + ["--half"] * half
     command += ["--small", "--count=2", "--batch=8", "--workers=1"] if context.small else []
-    done = subprocess.run(
-        [*command, f"--edge={SMALL_EDGE if context.small else EDGE}"], stderr=subprocess.PIPE, text=True
-    )
+    command.append(f"--edge={SMALL_EDGE if context.small else EDGE}")
+    environment = os.environ.copy()
+    if context.small:  # a network of full width takes longer to run without optimisations than to compile
+        environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"extract.py failed:\n{done.stderr[-3000:]}")
     yield from rows(encoder, *json.loads(out.read_text())["measured"].values())
