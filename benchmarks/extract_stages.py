@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -23,9 +24,7 @@ SECONDS = 2.0  # of a measurement, at least
 def decode(setup: Setup) -> dict[str, float]:
     """Patches per processor second of one thread, by reader."""
     slide = max(setup.slides, key=lambda slide: len(slide.coords))
-    readers = {"OpenSlide": with_openslide, "ours": with_ours}
-    if slide.level == 0 and fits_tiles(slide):
-        readers["tifffile"] = with_tifffile
+    readers = {"OpenSlide": with_openslide, "ours": with_ours, "ours, tifffile": partial(with_ours, reader="tifffile")}
     if find_spec("cucim"):
         readers["cuCIM"] = with_cucim
     found = {}
@@ -45,42 +44,15 @@ def with_openslide(slide: Tiled) -> Iterator[np.ndarray]:
             yield np.asarray(read_tile(image, slide, x, y))
 
 
-def with_ours(slide: Tiled) -> Iterator[np.ndarray]:
+def with_ours(slide: Tiled, reader: str = "openslide") -> Iterator[np.ndarray]:
     """Our reader, with its checks of transparent pixels and damage."""
     from data_prep.slides import open_slide
     from data_prep.tiling import Tiles, read_patches
 
-    with open_slide(slide.path) as opened:
+    with open_slide(slide.path, reader=reader) as opened:
         level0 = round(slide.edge * opened.image.level_downsamples[slide.level])
         for patches in read_patches(opened, Tiles(slide.coords, level0, slide.size, slide.level)):
             yield from patches
-
-
-def with_tifffile(slide: Tiled) -> Iterator[np.ndarray]:
-    """Tiles of the file decoded by imagecodecs, where patches are tiles."""
-    import tifffile
-
-    with tifffile.TiffFile(slide.path) as file:
-        page = file.pages[0]
-        across = -(-page.imagewidth // page.tilewidth)
-        for x, y in slide.coords.tolist():
-            index = y // page.tilelength * across + x // page.tilewidth
-            file.filehandle.seek(page.dataoffsets[index])
-            data = file.filehandle.read(page.databytecounts[index])
-            yield page.decode(data, index, jpegtables=page.jpegtables)[0][0]
-
-
-def fits_tiles(slide: Tiled) -> bool:
-    """Whether the patches are tiles of the file."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(slide.path) as file:
-            page = file.pages[0]
-            tile = (page.tilewidth, page.tilelength) if page.is_tiled else None
-    except tifffile.TiffFileError:
-        return False
-    return tile == (slide.edge,) * 2 and not (slide.coords % slide.edge).any()
 
 
 def with_cucim(slide: Tiled) -> Iterator[np.ndarray]:

@@ -29,6 +29,7 @@ from data_prep.settings import PrepareSettings
 from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
 from pathflip_jax import cli
+from pathflip_jax.data.records.recipe import read_recipe
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.records.verify import verify
 from pathflip_jax.runtime.workers import Worker
@@ -656,6 +657,17 @@ def test_readers_decode_by_tifffile_too(slides, tmp_path, use):
     report = prepare(slides, tmp_path / "tifffile", reader="tifffile")
     assert report.finished and not report.notes
     assert _bytes(tmp_path / "tifffile") == _bytes(tmp_path / "openslide")
+
+
+def test_other_patches_than_the_encoders_are_allowed_and_noted(slides, tmp_path, small_encoder):
+    _, weights = small_encoder
+    how = {"encoder": "small", "weights": weights, "workers": 1}
+    assert not build.prepare(slides / "S0.tiff", tmp_path / "own", PrepareSettings(**how)).notes
+    report = build.prepare(slides / "S0.tiff", tmp_path / "other", PrepareSettings(**how, patch_size=64))
+    assert (
+        report.finished and "patches are 64 px at 0.5 um per px, small was trained on 48 px at 0.5" in report.notes[0]
+    )
+    assert read_recipe(tmp_path / "other").patch_size == 64 and read_recipe(tmp_path / "own").patch_size == 48
 
 
 def test_weights_and_names_that_do_not_fit_are_refused(slides, tmp_path, small_encoder, capsys):

@@ -105,13 +105,10 @@ def test_features_of_pixels_are_those_of_the_original(encoder, patches, size):
 
 
 def test_features_do_not_depend_on_the_batch(encoder):
-    two = encoder.theirs["images"]
-    images = np.concatenate([two, two[:, ::-1], two[:1, :, ::-1]])
-    five = encoder.features(images)
-    assert np.abs(five[0] - five[2:]).max() > 0.001 * np.abs(five).max()
-    for size in (1, 2):
-        fewer = encoder.features(images[:size])
-        np.testing.assert_allclose(fewer, five[:size], rtol=0, atol=1e-5 * np.abs(five).max())
+    two = encoder.theirs["images"]  # their features differ: test_features_are_those_of_the_original
+    five = encoder.features(two[[0, 1, 1, 0, 1]])
+    fewer = np.concatenate([encoder.features(two), encoder.features(two[1:]), encoder.features(two)])
+    np.testing.assert_allclose(five, fewer, rtol=0, atol=1e-5 * np.abs(five).max())
 
 
 @pytest.mark.parametrize("encoder", ["kaiko_vits16", "uni_v2"], indirect=True)
