@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
@@ -49,13 +50,16 @@ class Reader:
         return self._worker.is_over
 
     def close(self) -> None:
-        """End the process and free the ring."""
-        self._worker.stop()
-        self._free()
+        """End the process and free the ring, also where a part of it has been freed before."""
+        try:
+            self._worker.stop()
+        finally:
+            self._free()
 
     def _free(self) -> None:
         self._pixels = None
-        self._ring.unlink()
+        with suppress(FileNotFoundError):
+            self._ring.unlink()
         self._ring.close()
 
 

@@ -403,12 +403,16 @@ def test_nothing_outlives_a_process_that_ends(slides, tmp_path, sign):
     """Ctrl-C reaches readers as well; SIGKILL the process alone, whose segments its resource tracker then frees."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PATHFLIP_TEST_MARK": str(tmp_path)}
     command = [sys.executable, "-c", SCRIPT, str(slides), str(tmp_path)]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    with subprocess.Popen(command, env=environment, **how) as process:
+    with (
+        (tmp_path / "errors").open("wb") as errors,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        ) as process,
+    ):
         rings = [SHARED / name for name in process.stdout.readline().decode().split()]
         assert len(_there(rings)) == 2
         os.killpg(process.pid, sign) if sign == signal.SIGINT else process.send_signal(sign)
-    assert process.returncode in (-sign, 128 + sign)
+    assert process.returncode in (-sign, 128 + sign), (tmp_path / "errors").read_text()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and (_there(rings) or _processes_of(tmp_path)):
         time.sleep(0.05)
