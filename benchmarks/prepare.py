@@ -44,7 +44,9 @@ from machine import describe
 from PIL import Image
 
 from data_prep.build import prepare
+from data_prep.device_pipeline import DevicePipeline
 from data_prep.encoders import load_encoder
+from data_prep.jobs import Job
 from data_prep.layout import plan
 from data_prep.settings import PrepareSettings
 from data_prep.slide_image import render, write_slide
@@ -230,8 +232,32 @@ def measure_memory(folder: Path, edge: int, tissue: int) -> dict:
     source.mkdir()
     write_huge_slide(source / "huge.tiff", edge, tissue)
     found = on_cores(1, time_pipeline, source, folder / "huge-records", "stain_texture", 0.5, 1)
-    print(f"\n{edge} x {edge} pixels, {found['patches']} patches: peak memory of a worker {found['peak_gb']:.2f} GB")
+    found["reader_peak_gb"] = on_cores(1, reader_peak, source / "huge.tiff", folder) / 1e9
+    print(
+        f"\n{edge} x {edge} pixels, {found['patches']} patches: peak memory of a worker {found['peak_gb']:.2f} GB, of "
+        f"a reader for encoders that own the devices {found['reader_peak_gb']:.2f} GB"
+    )
     return found
+
+
+class Zeros:
+    """Encoder on devices that takes no time."""
+
+    name, dim, batch_size = "zeros", 8, 64
+
+    def __call__(self, patches: np.ndarray) -> np.ndarray:
+        """Features of no meaning."""
+        return np.zeros((len(patches), self.dim), np.float32)
+
+    dispatch = __call__
+
+
+def reader_peak(slide: Path, folder: Path) -> int:
+    """Largest size, in bytes, of a process that reads a slide ahead for an encoder on devices."""
+    settings = PrepareSettings(encoder=Zeros.name, mpp=0.5, patch_size=PATCH).of_records()
+    job = Job(slide.stem, "", slide, folder / "reader.tfrecord", folder / "part.tfrecord", settings)
+    ((_, outcome),) = DevicePipeline({Zeros.name: Zeros()}, 1).run([job])
+    return outcome.timings.peak_bytes
 
 
 def main() -> None:
