@@ -380,10 +380,12 @@ from data_prep.jobs import Job
 from data_prep.settings import PrepareSettings
 
 class Slow:
-    name, dim, batch_size = "slow", 3, 2
+    name, dim, batch_size, told = "slow", 3, 2, False
 
     def dispatch(self, patches):
-        print(*[reader._ring.name for reader in pipeline._readers], flush=True)
+        if not self.told:  # once: nobody reads the pipe afterwards
+            print(*[reader._ring.name for reader in pipeline._readers], flush=True)
+        self.told = True
         time.sleep(0.5)
         return np.zeros((2, 3), np.float32)
 
