@@ -155,7 +155,9 @@ def test_every_command_of_the_recipe_runs(drawn, tmp_path, tiny_cohort, monkeypa
     (tmp_path / "CAMELYON16").symlink_to(drawn)
     assert first[:3] == ["python", "-m", "pathflip_jax.evaluate.camelyon16"]
     assert camelyon16.main(first[3:]) == 0
-    prepare[prepare.index("hf:conch")] = "stain_texture"
+    at = prepare.index("--encoder")
+    assert prepare[at : at + 4] == ["--encoder", "conch_v1", "--weights", "conch"]
+    prepare[at : at + 4] = ["--encoder", "stain_texture"]
     assert cli.main([*prepare[1:], "--patch-size", "64", "--edge-um", "128", "--workers", "1"]) == 0
     records = Records(tmp_path / "camelyon16/records")
     width = records.read(0).features.shape[1]
