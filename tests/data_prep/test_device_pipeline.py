@@ -372,7 +372,7 @@ def test_leaving_early_frees_everything(slides, tmp_path, rings):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import numpy as np
 from data_prep.device_pipeline import DevicePipeline
@@ -390,6 +390,7 @@ class Slow:
         return np.zeros((2, 3), np.float32)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they start in the background
     folder, out = map(Path, sys.argv[1:])
     settings = PrepareSettings(encoder="slow", patch_size=64).of_records()
     names = [f"S{number}" for number in range(5)]
