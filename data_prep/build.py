@@ -39,7 +39,7 @@ from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.files import Place, as_path, make_folder
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.runtime.limits import processors
-from pathflip_jax.vision.recipes import find_recipe
+from pathflip_jax.vision.recipes import RECIPES
 
 _PREPARE, _IMPORT = PrepareSettings(), ImportSettings()
 _Runner = Callable[[Sequence[Job]], Generator[tuple[Job, Outcome | None]]]  # of jobs, in the order in which they end
@@ -130,9 +130,9 @@ def _prepare_on_devices(
 
 def _slides_plan(slides: tuple[dict[str, Path], list[Failure]], out: Place | str, settings: PrepareSettings) -> Plan:
     """Plan of `prepare`, whose jobs know the weights and the reader, to which a folder of records is not tied."""
-    plan, how = _plan(slides, out, settings, settings.of_records()), {"weights": settings.weights}
-    how["reader"] = settings.reader
-    recipe = find_recipe(settings.encoder) if runs_on_device(settings.encoder) else None
+    plan = _plan(slides, out, settings, settings.of_records())
+    how = {"weights": settings.weights, "reader": settings.reader}
+    recipe = RECIPES.get(settings.encoder)
     if recipe and (settings.patch_size, settings.mpp) != (recipe.patch_size, recipe.mpp):
         plan.notes.append(
             f"patches are {settings.patch_size} px at {settings.mpp:g} um per px, {recipe.name} was trained on "

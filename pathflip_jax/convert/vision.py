@@ -58,7 +58,8 @@ def load_vision(recipe: Recipe, weights: Path, dtype: DTypeLike = jnp.float32, s
     digest, parameters = hashlib.sha256(), {}
     for source in sorted(names.sources):
         array = _parameter(source, tensors, config)
-        digest.update(source.path.encode() + np.ascontiguousarray(array).data)
+        digest.update(source.path.encode())
+        digest.update(np.ascontiguousarray(array))
         stored = array.astype(dtype) if source.path.endswith("/kernel") else array
         parameters[source.path] = jax.device_put(stored, sharding)
     network = unflatten(jax.eval_shape(lambda: VisionTransformer(config)), parameters)
@@ -89,8 +90,8 @@ def fitting(weights: Path) -> dict[str, Path]:
             continue
         if path not in opened:
             opened[path] = open_weights(path)
-        names = names_of(recipe.layout, recipe.network)
-        wrong = faults[recipe.name] = _faults(recipe, names, _renamed(names, opened[path]))
+        _, _, wrong = _compared(recipe, opened[path])
+        faults[recipe.name] = wrong
         matching[recipe.name] = len(opened[path]) - sum("is missing" not in fault for fault in wrong)
         if not wrong:
             found[recipe.name] = path
@@ -181,11 +182,9 @@ def _shape(tensor: Any) -> tuple[int, ...]:
 
 def _matched(recipe: Recipe, path: Path, tensors: Mapping[str, Any]) -> tuple[Names, dict[str, Any]]:
     """Names of a recipe, and the tensors under them; ValueError lists what is missing, unknown or of another shape."""
-    names = names_of(recipe.layout, recipe.network)
-    found = _renamed(names, tensors)
-    faults = _faults(recipe, names, found)
+    names, found, faults = _compared(recipe, tensors)
     if faults:
-        others = [name for name, other in RECIPES.items() if other != recipe and _fits(other, tensors)]
+        others = [name for name, other in RECIPES.items() if other != recipe and not _compared(other, tensors)[2]]
         fit = f" They fit {' or '.join(others)}: is that the encoder you mean?" if others else ""
         more = f", and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
         raise ValueError(
@@ -195,9 +194,11 @@ def _matched(recipe: Recipe, path: Path, tensors: Mapping[str, Any]) -> tuple[Na
     return names, found
 
 
-def _fits(recipe: Recipe, tensors: Mapping[str, Any]) -> bool:
+def _compared(recipe: Recipe, tensors: Mapping[str, Any]) -> tuple[Names, dict[str, Any], list[str]]:
+    """Names of a recipe, the tensors under them, and what is missing, unknown or of another shape."""
     names = names_of(recipe.layout, recipe.network)
-    return not _faults(recipe, names, _renamed(names, tensors))
+    found = _renamed(names, tensors)
+    return names, found, _faults(recipe, names, found)
 
 
 def _renamed(names: Names, tensors: Mapping[str, Any]) -> dict[str, Any]:

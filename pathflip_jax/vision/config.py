@@ -14,7 +14,7 @@ class VisionConfig:
     `patch` and `image` are pixels on a side, `hidden` the width inside the feed-forward network. `grid` is the side of
     the position table in the file, 0 for one that fits the image; `prefix_positions` is the number of its rows before
     those of the patches: for the class token, and for registers where they have positions. `resize` is the way in which
-    the original resamples a table of another size (`positions.resized`). `pooling` and `head` make the feature vector
+    the original resamples a table of another size (`positions.fitted`). `pooling` and `head` make the feature vector
     of the tokens; `head_width` is its length where there is a head or a pooler.
     """
 

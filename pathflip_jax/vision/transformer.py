@@ -182,15 +182,12 @@ class VisionTransformer(nnx.Module):
         pixels = images.reshape(batch, side, patch, side, patch, -1).swapaxes(2, 3).reshape(batch, side * side, -1)
         x = self.patch(pixels.astype(dtype)).astype(jnp.float32)
         prefix = self.class_token[...][None]
-        if self.positions is not None:
-            table = fitted(self.positions[...], config)
-            given = config.prefix_positions
-            x = x + table[None, given:]
-            if self.registers is not None:
-                prefix = jnp.concatenate([prefix, self.registers[...]])
-            prefix = prefix.at[:given].add(table[:given])
-        elif self.registers is not None:
+        if self.registers is not None:
             prefix = jnp.concatenate([prefix, self.registers[...]])
+        if self.positions is not None:
+            table, given = fitted(self.positions[...], config), config.prefix_positions
+            x = x + table[None, given:]
+            prefix = prefix.at[:given].add(table[:given])
         return jnp.concatenate([jnp.broadcast_to(prefix, (batch, config.prefix, width)), x], axis=1)
 
 
