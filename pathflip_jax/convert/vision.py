@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from pathflip_jax.convert.decoder_folders import open_file, open_set
 from pathflip_jax.convert.torch_archive import read_archive
 from pathflip_jax.convert.vision_names import Names, Source, names_of, respelled, without_leading_ones
+from pathflip_jax.data.storage.folders import describe_placeholder
 from pathflip_jax.model.parameters import flatten, unflatten
 from pathflip_jax.vision.config import VisionConfig
 from pathflip_jax.vision.recipes import RECIPES, Recipe
@@ -29,7 +30,6 @@ _CONTAINERS = ("state_dict", "model", "teacher", "module")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 _MOST_NAMED = 4
-_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,15 @@ def how_to_get(recipe: Recipe) -> str:
 def open_weights(path: Path) -> Mapping[str, Any]:
     """Tensors of a file or set of shards by name: arrays, or slices of a file, read when they are indexed.
 
-    Raises ValueError for a Git LFS pointer, a damaged file, or one without tensors.
+    Raises ValueError for a placeholder, such as a Git LFS pointer or a web page, a damaged file, or one without
+    tensors.
     """
     return open_set(path, _open_one) if path.name.endswith(".index.json") else _open_one(path)
 
 
 def _open_one(path: Path) -> Mapping[str, Any]:
-    with path.open("rb") as file:
-        is_pointer = file.read(len(_POINTER)) == _POINTER
-    if is_pointer:
-        raise ValueError(
-            f"{path}: a Git LFS pointer of {path.stat().st_size} bytes, not the weights; run `git lfs pull` in its "
-            "folder, or download it with `hf download`"
-        )
+    if placeholder := describe_placeholder(path):
+        raise ValueError(f"{path}: {placeholder}, or download it with `hf download`")
     if path.suffix == ".safetensors":
         return open_file(path)
     found = _state_dict(read_archive(path))

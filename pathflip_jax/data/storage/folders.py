@@ -84,7 +84,8 @@ def describe_placeholder(path: Path | str) -> str:
     with Path(path).open("rb") as file:
         start = file.read(1024)
     if start.startswith(LFS_POINTER):
-        return "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+        size = Path(path).stat().st_size
+        return f"a Git LFS pointer of {size} bytes, not the file itself; run `git lfs pull` in its repository"
     if _ANNEX.match(start):
         return "a git-annex pointer, not the file itself; run `git annex get` on it"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
