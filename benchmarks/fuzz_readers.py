@@ -27,6 +27,7 @@ from data_prep.pool import run_each
 from pathflip_jax.convert.bert import bert_settings
 from pathflip_jax.convert.checkpoint_files import read_checkpoint
 from pathflip_jax.data.readers.features import SlideFeatures, read_features
+from pathflip_jax.data.readers.outlines import patches_inside, read_outlines
 from pathflip_jax.data.records.index import encode_slide, index_path
 from pathflip_jax.data.records.index_file import HEAD
 from pathflip_jax.data.records.records import Records, finish_folder, shard_name, write_shard
@@ -40,7 +41,6 @@ from pathflip_jax.data.texts.wordpiece import train_wordpiece
 from pathflip_jax.evaluate.colour import patch_colours
 from pathflip_jax.evaluate.prompt_files import read_prompts
 from pathflip_jax.grounding.heatmap import read_thumbnail
-from pathflip_jax.grounding.outlines import patches_inside, read_outlines
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.monitoring import metrics

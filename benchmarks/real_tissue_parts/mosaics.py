@@ -33,10 +33,10 @@ from data_prep.layout import STEP, place_word, rings
 from data_prep.reports import Names, concept_phrasings, grounding_texts
 from data_prep.slide_image import MPP, write_slide
 from data_prep.synthetic import claim_folder
+from pathflip_jax.data.readers.outlines import Polygon, write_outlines
 from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.data.texts.tables import write_csv
-from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from real_tissue_parts.images import Collection, TissueImage, assign_splits, cases_by_class
 from real_tissue_parts.words import class_prompts, write_caption
 

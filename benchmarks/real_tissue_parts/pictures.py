@@ -5,12 +5,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from pathflip_jax.data.readers.outlines import of_concept, read_outlines
 from pathflip_jax.data.records.large import open_slide
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.storage.json_files import read_json
 from pathflip_jax.evaluate.tasks import map_scores
 from pathflip_jax.grounding import heatmap
-from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.inference.load import load
 from real_tissue_parts.mosaics import OUTLINES
 from real_tissue_parts.scores import median_slides

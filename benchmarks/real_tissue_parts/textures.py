@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from data_prep.reports import Names
 from data_prep.synthetic import claim_folder
-from pathflip_jax.grounding.outlines import write_outlines
+from pathflip_jax.data.readers.outlines import write_outlines
 from real_tissue_parts.images import Collection, TissueImage
 from real_tissue_parts.mosaics import (
     EDITION,

@@ -28,10 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pathflip_jax.data.readers import guarded
+from pathflip_jax.data.readers.outlines import Polygon, contains, trace, write_outlines
 from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.data.storage.failures import preview
-from pathflip_jax.grounding.boxes import trace
-from pathflip_jax.grounding.outlines import Polygon, contains, write_outlines
 
 SLIDE = re.compile(r"(normal|tumor|test)_\d{3}", re.IGNORECASE)
 TUMOR_GROUPS, CUT_OUT_GROUPS = {"tumor", "_0", "_1", "metastases"}, {"_2", "exclusion", "normal"}

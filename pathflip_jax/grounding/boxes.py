@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from contourpy import FillType, contour_generator
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy import ndimage
 
-from pathflip_jax.grounding.outlines import Polygon
+from pathflip_jax.data.readers.outlines import Polygon, trace
 from pathflip_jax.grounding.surface import Surface
 
 MIN_PATCHES = 2.0  # smaller areas, in patches, are dropped: one patch is little evidence
@@ -112,19 +111,3 @@ def _patches_inside(grounding, surface: Surface, labels: np.ndarray, count: int)
     column, row = ((centres - surface.origin) / surface.downsample).astype(int).T
     rows, columns = labels.shape
     return np.bincount(labels[np.clip(row, 0, rows - 1), np.clip(column, 0, columns - 1)], minlength=count + 1)
-
-
-def trace(mask: Bool[np.ndarray, "h w"], corner: np.ndarray, scale: float) -> tuple[Polygon, ...]:
-    """Outline rings of the set pixels of a mask whose top-left corner lies at `corner`, in level-0 pixels.
-
-    They run midway between the centres of pixels inside and outside, that is along pixel edges with cut corners. Parts
-    that touch only at a corner may be returned as two polygons.
-    """
-    padded = np.pad(mask.astype(np.float64), 1)
-    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)
-    polygons = []
-    for ring_points, ends in zip(points, offsets, strict=True):
-        placed = corner + (ring_points - 0.5) * scale  # in the padded mask the centre of pixel j is at j + 1
-        rings = [placed[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        polygons.append(Polygon(rings[0], tuple(rings[1:])))
-    return tuple(polygons)

@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 from matplotlib.figure import Figure
 
+from pathflip_jax.data.readers.outlines import Polygon
 from pathflip_jax.data.storage.atomic_files import atomic_file
 from pathflip_jax.grounding.boxes import Box
-from pathflip_jax.grounding.outlines import Polygon
 
 # Distinguishable on pink tissue, with colour blindness too: Okabe and Ito's palette without yellow and grey.
 COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (148, 33, 146))

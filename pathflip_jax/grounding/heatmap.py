@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pathflip_jax.data.readers import guarded
-from pathflip_jax.grounding.outlines import Polygon
+from pathflip_jax.data.readers.outlines import Polygon
 from pathflip_jax.grounding.surface import average_patches, smooth_covered
 
 COLORMAP = "inferno"  # perceptually uniform, readable in grey and with colour blindness

@@ -16,12 +16,12 @@ from flax import nnx
 from data_prep.layout import TUMORS, plan, rings
 from data_prep.slide_image import render, write_slide
 from pathflip_jax import cli
+from pathflip_jax.data.readers.outlines import contains, rasterise, read_outlines
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import camelyon16
 from pathflip_jax.evaluate.tasks import froc
 from pathflip_jax.evaluate.tasks.map_scores import concept_scores
-from pathflip_jax.grounding.outlines import contains, rasterise, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.inference.load import load
 from pathflip_jax.model.config import PathFLIPConfig

@@ -15,13 +15,13 @@ from flax import nnx
 from sklearn import metrics
 
 from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
+from pathflip_jax.data.readers.outlines import Polygon, write_outlines
 from pathflip_jax.data.records.recipe import write_recipe
 from pathflip_jax.data.records.records import Records
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.evaluate import colour, run
 from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.grounding.method import REGIONS
-from pathflip_jax.grounding.outlines import Polygon, write_outlines
 from pathflip_jax.inference.load import load
 from pathflip_jax.inference.predictor import Embedding
 from pathflip_jax.model.config import PathFLIPConfig

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from skimage import measure
 
+from pathflip_jax.data.readers.outlines import contains
 from pathflip_jax.grounding.boxes import find_boxes, split_threshold, thresholds_of
-from pathflip_jax.grounding.outlines import contains
 from pathflip_jax.grounding.surface import make_surface
 
 

@@ -6,10 +6,10 @@ import h5py
 import numpy as np
 import pytest
 
+from pathflip_jax.data.readers.outlines import contains, read_outlines
 from pathflip_jax.data.storage.json_files import write_json
 from pathflip_jax.grounding import files
 from pathflip_jax.grounding.boxes import find_boxes
-from pathflip_jax.grounding.outlines import contains, read_outlines
 from pathflip_jax.grounding.surface import make_surface
 
 

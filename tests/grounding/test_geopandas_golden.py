@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pathflip_jax.grounding.outlines import contains, read_outlines
+from pathflip_jax.data.readers.outlines import contains, read_outlines
 
 KEPT = Path(__file__).parents[1] / "golden" / "geopandas.geojson"
 

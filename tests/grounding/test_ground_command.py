@@ -14,9 +14,9 @@ from flax import nnx
 from PIL import Image
 
 from pathflip_jax import cli
+from pathflip_jax.data.readers.outlines import contains, read_outlines
 from pathflip_jax.data.texts.tokenizer import TextTokenizer
 from pathflip_jax.grounding.maps import Grounding
-from pathflip_jax.grounding.outlines import contains, read_outlines
 from pathflip_jax.inference import load
 from pathflip_jax.model.config import PathFLIPConfig
 from pathflip_jax.model.pathflip import PathFLIP

@@ -11,10 +11,10 @@ import tifffile
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 
+from pathflip_jax.data.readers.outlines import Polygon
 from pathflip_jax.grounding import heatmap
 from pathflip_jax.grounding.files import write_picture
 from pathflip_jax.grounding.heatmap import Canvas, Panel
-from pathflip_jax.grounding.outlines import Polygon
 
 
 def slow_paint(scores, coords, patch_size, canvas):

@@ -17,7 +17,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import label, regionprops
 
-from pathflip_jax.grounding.outlines import Polygon, rasterise
+from pathflip_jax.data.readers.outlines import Polygon, rasterise
 from pathflip_jax.scores.statistics import Statistic
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives per slide

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from pathflip_jax.data.readers.outlines import of_concept, read_outlines
 from pathflip_jax.evaluate.figures import BASE, GRID, INK, MAIN, SECOND, make_axes, set_title
 from pathflip_jax.evaluate.spec import EvaluationSpec
 from pathflip_jax.evaluate.task import (
@@ -28,7 +29,6 @@ from pathflip_jax.evaluate.tasks.truth import Outlined, read_outlined
 from pathflip_jax.evaluate.units import Evaluation, Units, group_rows
 from pathflip_jax.grounding import heatmap, maps
 from pathflip_jax.grounding.methods import check_method
-from pathflip_jax.grounding.outlines import of_concept, read_outlines
 from pathflip_jax.grounding.surface import smooth_patches
 from pathflip_jax.scores import statistics
 

@@ -9,10 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.evaluate.cohort import Cohort
-from pathflip_jax.evaluate.prompt_files import read_prompts
-from pathflip_jax.evaluate.tasks import froc
-from pathflip_jax.grounding.outlines import (
+from pathflip_jax.data.readers.outlines import (
     Polygon,
     area_fraction,
     of_concept,
@@ -21,6 +18,9 @@ from pathflip_jax.grounding.outlines import (
     read_outlines,
     unknown_classes,
 )
+from pathflip_jax.evaluate.cohort import Cohort
+from pathflip_jax.evaluate.prompt_files import read_prompts
+from pathflip_jax.evaluate.tasks import froc
 from pathflip_jax.grounding.placement import check_on_slide
 
 THRESHOLD_SLIDES = 30  # maximum number of training slides on which the thresholds are chosen

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pathflip_jax.data.readers.features import read_features
-from pathflip_jax.grounding.outlines import patches_inside, read_outlines
+from pathflip_jax.data.readers.outlines import patches_inside, read_outlines
 
 SLIDES = {"train": 6, "val": 3, "test": 3}
 

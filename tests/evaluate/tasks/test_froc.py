@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pathflip_jax.data.readers.outlines import Polygon
 from pathflip_jax.evaluate.tasks import froc
-from pathflip_jax.grounding.outlines import Polygon
 
 RATES = (0.25, 0.5, 1, 2, 4, 8)
 

@@ -8,8 +8,8 @@ import pytest
 from sklearn import metrics
 
 from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.readers.outlines import Polygon, write_outlines
 from pathflip_jax.evaluate.tasks import grounding, map_scores, truth
-from pathflip_jax.grounding.outlines import Polygon, write_outlines
 
 SQUARE = Polygon(np.array([[100, 100], [260, 100], [260, 260], [100, 260], [100, 100]], float))
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pathflip_jax.grounding import outlines
-from pathflip_jax.grounding.outlines import Polygon
+from pathflip_jax.data.readers import outlines
+from pathflip_jax.data.readers.outlines import Polygon
 
 SQUARE = np.array([[100, 100], [300, 100], [300, 300], [100, 300], [100, 100]], float)
 HOLE = np.array([[150, 150], [250, 150], [250, 250], [150, 250], [150, 150]], float)
@@ -178,3 +178,25 @@ def test_raster_agrees_with_points(corners, downsample):
     centres = (np.stack([columns.ravel(), rows.ravel()], 1) + 0.5) * downsample
     points = outlines.contains([polygon], centres).reshape(shape)
     assert (mask != points).sum() <= 3
+
+def test_many_small_outlines_are_painted_as_on_the_whole_raster():
+    rng = np.random.default_rng(0)
+    polygons = []
+    for _ in range(60):
+        centre, angles = rng.uniform(-20, 220, 2), np.sort(rng.uniform(0, 2 * np.pi, 9))
+        ring = centre + rng.uniform(2, 40, (9, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
+        polygons.append(Polygon(ring, (centre + (ring - centre) * 0.4,)))
+    found = outlines.rasterise(polygons, (50, 70), np.array([3.0, 5.0]), 3.0)
+    centres = np.stack(np.meshgrid(np.arange(70), np.arange(50)), -1).reshape(-1, 2) * 3.0 + [4.5, 6.5]
+    np.testing.assert_array_equal(found.ravel(), outlines.contains(polygons, centres))
+
+
+def test_features_without_a_class_get_the_one_that_the_caller_names(tmp_path):
+    ring = [[0, 0], [40, 0], [40, 40], [0, 40], [0, 0]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    feature = {"type": "Feature", "properties": {"tissue_id": 0}, "geometry": geometry}  # as TRIDENT writes it
+    path = tmp_path / "s.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    assert list(outlines.read_annotations(path, "Tissue").outlines) == ["Tissue"]
+    with pytest.raises(ValueError, match="feature 0 has no class"):
+        outlines.read_annotations(path)

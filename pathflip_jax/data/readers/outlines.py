@@ -1,4 +1,4 @@
-"""Tissue outlines in QuPath's GeoJSON, in level-0 pixels, and tests of patches against them."""
+"""Tissue outlines in QuPath's GeoJSON, in level-0 pixels: files, masks and tests of patches against them."""
 
 import json
 from collections import deque
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from contourpy import FillType, contour_generator
 from jaxtyping import Bool, Float, Int
 from matplotlib.path import Path as Curve
-from skimage.draw import polygon2mask
+from skimage.draw import polygon as pixels_of
 
 from pathflip_jax.data.storage.json_values import parse_json
 
@@ -45,14 +46,14 @@ def read_outlines(path) -> dict[str, list[Polygon]]:
     return read_annotations(path).outlines
 
 
-def read_annotations(path) -> Annotations:
+def read_annotations(path, unclassified: str = "") -> Annotations:
     """Read the annotations of a GeoJSON file by class name.
 
     Takes a FeatureCollection, a bare list of features or one feature. Polygons are read, including those inside a
     MultiPolygon or a GeometryCollection; points, lines and features without a geometry are skipped and reported. The
     class is QuPath's `properties.classification`, by its `name` or its list of `names` (joined as QuPath shows them,
-    "Tumor: Positive"), else `properties.name`. Raises ValueError, with the number of the feature, for invalid content,
-    for an outline without a class, and for a file without outlines.
+    "Tumor: Positive"), else `properties.name`, else `unclassified`. Raises ValueError, with the number of the feature,
+    for invalid content, for an outline without a class, and for a file without outlines.
     """
     path = Path(path)
     features = _features(path)
@@ -71,7 +72,7 @@ def read_annotations(path) -> Annotations:
                     polygons.append(Polygon(ring, tuple(holes)))
                 else:
                     left_out.setdefault("empty Polygon" if kind == "Polygon" else kind, []).append(number)
-            name = _class_name(feature.get("properties") or {})
+            name = _class_name(feature.get("properties") or {}) or unclassified
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
             reason = error if type(error) is ValueError else f"{error!r:.200}"
             raise ValueError(f"{path}: feature {number} is not a GeoJSON annotation ({reason})") from error
@@ -224,13 +225,30 @@ def rasterise(polygons: list[Polygon], shape: tuple[int, int], origin, downsampl
     `origin` is the level-0 (x, y) of the raster's corner, `downsample` the level-0 pixels of one of its pixels.
     """
     mask = np.zeros(shape, bool)
-
-    def paint(ring):
-        return polygon2mask(shape, ((np.asarray(ring) - origin) / downsample - 0.5)[:, ::-1])
-
     for polygon in polygons:
-        inside = paint(polygon.ring)
-        for hole in polygon.holes:
-            inside &= ~paint(hole)
-        mask |= inside
+        corners = [((np.asarray(ring) - origin) / downsample - 0.5)[:, ::-1] for ring in (polygon.ring, *polygon.holes)]
+        # A window of the raster: slides have thousands of small outlines.
+        first = np.clip(np.floor(corners[0].min(0)).astype(int), 0, shape)
+        last = np.clip(np.ceil(corners[0].max(0)).astype(int) + 1, first, shape)
+        inside = np.zeros(last - first, bool)
+        inside[pixels_of(*(corners[0] - first).T, inside.shape)] = True
+        for hole in corners[1:]:
+            inside[pixels_of(*(hole - first).T, inside.shape)] = False
+        mask[first[0] : last[0], first[1] : last[1]] |= inside
     return mask
+
+
+def trace(mask: Bool[np.ndarray, "h w"], corner: np.ndarray, scale: float) -> tuple[Polygon, ...]:
+    """Outline rings of the set pixels of a mask whose top-left corner lies at `corner`, in level-0 pixels.
+
+    They run midway between the centres of pixels inside and outside, that is along pixel edges with cut corners. Parts
+    that touch only at a corner may be returned as two polygons.
+    """
+    padded = np.pad(mask.astype(np.float64), 1)
+    points, offsets = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)
+    polygons = []
+    for ring_points, ends in zip(points, offsets, strict=True):
+        placed = corner + (ring_points - 0.5) * scale  # in the padded mask the centre of pixel j is at j + 1
+        rings = [placed[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        polygons.append(Polygon(rings[0], tuple(rings[1:])))
+    return tuple(polygons)
