@@ -179,6 +179,7 @@ def test_raster_agrees_with_points(corners, downsample):
     points = outlines.contains([polygon], centres).reshape(shape)
     assert (mask != points).sum() <= 3
 
+
 def test_many_small_outlines_are_painted_as_on_the_whole_raster():
     rng = np.random.default_rng(0)
     polygons = []
