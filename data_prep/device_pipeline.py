@@ -20,7 +20,7 @@ import numpy as np
 from data_prep.device_batches import Batch, EncoderQueue
 from data_prep.device_usage import DeviceClock, DeviceUsage
 from data_prep.encoders import DeviceEncoder
-from data_prep.jobs import Job, Outcome, Remarks, failed, save_part, stored, worker_died
+from data_prep.jobs import Job, Outcome, Remarks, failed, save_part, stored, worker_died, write_progress
 from data_prep.pool import WORKER_LOSS
 from data_prep.readers import SLOTS, Reader
 from data_prep.reading import Chunk, Opened, grid_of, grids_of, slot_bytes
@@ -329,6 +329,7 @@ class DevicePipeline:
                 self._report(task.job, failed(task.job, error))
                 continue
             task.left -= len(rows)
+            write_progress(task.job, len(task.features) - task.left, len(task.features))
             if not task.left and str(task.job.part) not in self._reported:  # else its first part may be in a shard
                 self._report(task.job, self._save(task))
         self._unwritten.release()

@@ -42,7 +42,7 @@ class Job:
 
     `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
     overrides the file's; None to use the file's. `weights` are those of a registered encoder that this job loads,
-    `reader` decodes the pixels (`slides.READERS`).
+    `reader` decodes the pixels (`slides.READERS`), `progress` is a file that tells the patches done (`read_progress`).
     """
 
     slide_id: str
@@ -55,6 +55,7 @@ class Job:
     mpp: float | None = None
     weights: Path | None = None
     reader: str = READERS[0]
+    progress: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,21 @@ def read_remarks(part: Place) -> Remarks:
     return found._replace(notes=tuple(found.notes))
 
 
+def write_progress(job: Job, done: int, patches: int) -> None:
+    """Write the patches done of a slide and all of its patches to the job's progress file, if it has one."""
+    if job.progress is not None:
+        job.progress.write_text(f"{done} {patches}\n")
+
+
+def read_progress(path: Path) -> tuple[int, int] | None:
+    """Read a progress file: patches done, and all patches; None before the first of them."""
+    try:
+        done, patches = path.read_text().split()
+        return int(done), int(patches)
+    except (FileNotFoundError, ValueError):  # not there yet, or being written
+        return None
+
+
 def failed(job: Job, error: Exception) -> Outcome:
     """Outcome of a slide that cannot be read or encoded."""
     if isinstance(error, ValueError | OSError):
@@ -200,6 +216,7 @@ def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures,
             features[rows : rows + len(patches)] = stored(encode(patches), dtype, job.file)
             rows += len(patches)
             blocks.release(features)
+            write_progress(job, rows, len(features))
             encoding += time.perf_counter() - before
         waiting = time.perf_counter() - began - encoding
         seconds |= {"tissue": began - start, "wait": waiting, "encode": encoding}

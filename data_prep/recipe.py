@@ -26,9 +26,14 @@ def claim_recipe(out: Place, encoder: PatchEncoder, settings: Mapping[str, Any])
     Records of an earlier version, without encoder.json, keep an unknown recipe. Raises ValueError where the folder is
     bound to a recipe that contradicts.
     """
+    _claim(out, json.dumps(features_recipe(encoder, settings).to_dict()))
+
+
+def features_recipe(encoder: PatchEncoder, settings: Mapping[str, Any]) -> FeatureRecipe:
+    """Recipe of the features that an encoder makes with the settings of a folder of records."""
     facts = {"encoder": encoder.name, "feature_dim": encoder.dim, "source": "prepare"}
     facts |= {name: settings[name] for name in ("patch_size", "mpp")} | getattr(encoder, "recipe_facts", dict)()
-    _claim(out, json.dumps(FeatureRecipe(**facts).to_dict()))
+    return FeatureRecipe(**facts)
 
 
 @lru_cache(maxsize=1)  # once for each process

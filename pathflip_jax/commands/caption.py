@@ -3,7 +3,9 @@
 import argparse
 import json
 
-from pathflip_jax.commands.options import add_language_options, add_slide_options, command, slide_rows
+from pathflip_jax.commands.options import add_language_options, command
+from pathflip_jax.commands.slide_sources import add_slide_options, print_failures, read_slide_rows
+from pathflip_jax.data.storage.failures import Failure
 from pathflip_jax.llm.sampling import Sampling
 
 
@@ -14,7 +16,7 @@ def add(commands) -> None:
         "caption",
         _run,
         "write a report of a slide with a trained language model",
-        "pathflip caption features/S1.h5 --checkpoint runs/lm2",
+        "pathflip caption slides/S1.svs --checkpoint runs/lm2",
         "pathflip caption records --slide-id S1 --checkpoint runs/lm2 --beams 3 --json",
     )
     add_slide_options(parser)
@@ -22,7 +24,12 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    assistant, slide, rows = slide_rows(options)
-    (caption,) = assistant.caption([rows], Sampling.from_options(vars(options)))
-    print(json.dumps({"slide_id": slide.slide_id, "caption": caption}) if options.json else caption)
-    return 0
+    failed: list[Failure] = []
+    assistant, slides, alone = read_slide_rows(options, failed)
+    for slide in slides:
+        (caption,) = assistant.caption([slide.rows], Sampling.from_options(vars(options)))
+        if options.json:
+            print(json.dumps({"slide_id": slide.slide_id, "caption": caption}), flush=True)
+        else:
+            print(caption if alone else f"{slide.slide_id}: {caption}", flush=True)
+    return print_failures(failed)

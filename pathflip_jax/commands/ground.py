@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from pathflip_jax.commands.options import (
     RUN_HELP,
@@ -12,6 +13,8 @@ from pathflip_jax.commands.options import (
     number,
     place,
 )
+from pathflip_jax.commands.slide_sources import add_fact_options, add_source_options, print_failures, slide_reader
+from pathflip_jax.data.storage.failures import Failure
 
 
 def add(commands) -> None:
@@ -21,19 +24,31 @@ def add(commands) -> None:
         "ground",
         _run,
         "map where on a slide a text matches",
+        'pathflip ground slides/S1.svs "tumor necrosis" --checkpoint runs/base --out maps',
+        'pathflip ground slides "tumor necrosis" --checkpoint runs/base --without artefacts --out maps',
         'pathflip ground features/S1.h5 "tumor necrosis" --checkpoint runs/base --image slides/S1.svs --out maps',
         'pathflip ground records --slide-id S1 "invasive carcinoma" "lymphocytes" --negative "normal stroma" '
         "--checkpoint runs/base --threshold 0.05 --out maps",
     )
-    parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
+    add_source_options(parser)
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="one or several texts")
-    parser.add_argument("--slide-id", help="id of the slide to read from a folder of records")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--image",
         type=local_path,
         metavar="FILE",
-        help="slide file, drawn under the heatmap; pictures of the best patches are cut out of it",
+        help="slide file, drawn under the heatmap; pictures of the best patches are cut out of it (default: the slide "
+        "itself, where SLIDE is one)",
+    )
+    parser.add_argument(
+        "--within",
+        type=local_path,
+        metavar="GEOJSON",
+        help="ground only patches inside these outlines, exported from QuPath; a file, or a folder of <slide "
+        "id>.geojson",
+    )
+    parser.add_argument(
+        "--without", type=local_path, metavar="GEOJSON", help="leave out the patches inside these outlines"
     )
     parser.add_argument(
         "--negative",
@@ -68,17 +83,9 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         "--top",
         type=number("top"),
         metavar="N",
-        help="pictures of the N best patches of each text (default 8 with --image)",
+        help="pictures of the N best patches of each text (default 8 where there is a slide file)",
     )
-    parser.add_argument(
-        "--patch-size",
-        type=number("patch-size"),
-        metavar="PX",
-        help="edge length of a patch in level-0 pixels, if its file does not state it",
-    )
-    parser.add_argument(
-        "--mpp", type=number("mpp"), metavar="UM", help="level-0 micrometres per pixel, if its file does not state it"
-    )
+    add_fact_options(parser)
     parser.add_argument(
         "--page",
         action="store_true",
@@ -89,53 +96,92 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.inference.load import load
+
+    if options.top is not None and options.top < 1:
+        raise ValueError(f"--top {options.top}: expected a number above 0")
+    predictor = load(options.checkpoint)
+    reader = slide_reader(options, predictor)
+    found = reader.find(options.slide, options.slide_id)
+    alone = len(found.slides) + len(found.failed) == 1
+    if options.image is not None and not alone:
+        raise ValueError(
+            f"--image {options.image}: one slide file for {len(found.slides)} slides; choose one of them by "
+            "--slide-id, or put slide files and features in one folder"
+        )
+    if any(source.features is None for source in found.slides):  # a fault of the texts shows before slides are encoded
+        predictor.check_query([*options.texts, *options.negative], options.method)
+    failed, written, pages = list(found.failed), {}, []
+    for source, slide in reader.read_each(found.slides, failed):
+        try:
+            written[slide.slide_id] = _ground(options, predictor, slide, options.image or source.image, pages)
+        except (ValueError, OSError) as error:
+            if alone:
+                raise
+            failed.append(Failure(slide.slide_id, str(source.place or source.image), str(error)))
+    if alone and failed:
+        raise ValueError(failed[0].error)
+    if pages:
+        _write_page(options, predictor, pages, written)
+    _print(list(written.values())[0] if alone else written, options.json)
+    return print_failures(failed)
+
+
+def _ground(options: argparse.Namespace, predictor, slide, image, pages: list) -> dict[str, Any]:
+    """Ground the texts on a slide and write its files, and add it to the `pages`, if any are asked for."""
+    from pathflip_jax.grounding.patch_selection import select_patches
     from pathflip_jax.grounding.placement import check_on_slide, check_same_slide, read_measures
     from pathflip_jax.grounding.write import write_grounding
-    from pathflip_jax.inference.load import load, read_slide
 
-    if options.top is not None and (options.top < 1 or options.image is None):
-        raise ValueError(
-            f"--top {options.top}: expected a number above 0, and --image, the slide file to cut patches from"
-        )
-    known = {"patch_size": options.patch_size, "mpp": options.mpp}
-    slide = read_slide(
-        options.slide, slide_id=options.slide_id, **{name: value for name, value in known.items() if value is not None}
-    )
+    if options.top is not None and image is None:
+        raise ValueError(f"--top {options.top}: expected --image, the slide file to cut patches from")
     measures = None
     if slide.coords is not None:
         if slide.width and slide.height:
             check_on_slide(slide, slide.width, slide.height, "the slide according to its feature file")
-        if options.image is not None:
-            measures = read_measures(options.image)
-            check_same_slide(slide, measures, options.image)
-    predictor = load(options.checkpoint)
+        if image is not None:
+            measures = read_measures(image)
+            check_same_slide(slide, measures, image)
+    bounds = (0, 0) if measures is None else measures.bounds
     grounding = predictor.ground(
-        slide,
+        select_patches(slide, options.within, options.without, bounds),
         list(dict.fromkeys(options.texts)),
         negative=options.negative,
         method=options.method,
         window=options.window,
     )
-    written = write_grounding(
+    if options.page:
+        from pathflip_jax.viewer.static import PageSlide
+
+        pages.append(PageSlide(slide.slide_id, image, lambda: grounding))
+    return write_grounding(
         options.out,
         grounding,
-        image=options.image,
+        image=image,
         measures=measures,
         threshold=0.0 if options.threshold is None and options.negative else options.threshold,
         smooth=options.smooth,
         min_patches=options.min_patches,
         top=options.top or 8,
     )
-    if options.page:
-        from pathflip_jax.viewer.session import model_facts
-        from pathflip_jax.viewer.static import PageSlide, write_page
 
-        shown = PageSlide(slide.slide_id, options.image, lambda: grounding)
-        page = write_page(options.out / "page", [shown], model_facts(predictor, grounding.method))
-        written["page"] = str(page.out / "index.html")
-    if options.json:
+
+def _write_page(options: argparse.Namespace, predictor, pages: list, written: dict[str, dict]) -> None:
+    """Write the page of all slides, and list it among the files of each."""
+    from pathflip_jax.viewer.session import model_facts
+    from pathflip_jax.viewer.static import write_page
+
+    method = pages[0].ground().method
+    page = write_page(options.out / "page", pages, model_facts(predictor, method))
+    for files in written.values():
+        files["page"] = str(page.out / "index.html")
+
+
+def _print(written: dict[str, Any], as_json: bool) -> None:
+    """Print the files of one slide, or of several by slide id."""
+    if as_json:
         print(json.dumps(written))
-    else:
-        files = (path for found in written.values() for path in (found if isinstance(found, list) else [found]))
-        print("\n".join(files))
-    return 0
+        return
+    for files in written.values() if all(isinstance(found, dict) for found in written.values()) else [written]:
+        listed = (path for found in files.values() for path in (found if isinstance(found, list) else [found]))
+        print("\n".join(listed))

@@ -196,28 +196,6 @@ def add_grounding_options(parser: argparse.ArgumentParser) -> None:
     add_shared_options(parser, "window")
 
 
-def add_slide_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the slide and the run, shared by `caption` and `ask`."""
-    parser.add_argument("slide", type=place, metavar="SLIDE", help="feature file, or folder of records with --slide-id")
-    parser.add_argument("--slide-id", help="id of the slide to read from a folder of records")
-    parser.add_argument(
-        "--checkpoint", type=local_path, required=True, metavar="RUN", help="run folder of the language stage"
-    )
-    parser.add_argument(
-        "--decoder", type=path_text, default="", metavar="FOLDER", help="folder of the decoder, if it has moved"
-    )
-    parser.add_argument(
-        "--aligner", type=path_text, default="", metavar="RUN", help="run folder of the aligner, if it has moved"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="",
-        help="dtype of the decoder's weights (default: as trained)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
-
-
 def add_writing_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """Add the options of greedy decoding and beam search."""
     parser.add_argument(
@@ -251,18 +229,6 @@ def add_language_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         help="nucleus sampling: sample from the most likely tokens of total probability P (default 1: all)",
     )
     parser.add_argument("--seed", type=number("seed"), default=0, help="seed of sampling (default 0)")
-
-
-def slide_rows(options: argparse.Namespace):
-    """Load the assistant, the slide and its rows [slide; regions] from the options of `add_slide_options`."""
-    from pathflip_jax.inference.assistant import load_assistant
-    from pathflip_jax.inference.load import read_slide
-
-    slide = read_slide(options.slide, slide_id=options.slide_id)
-    assistant = load_assistant(
-        options.checkpoint, decoder=options.decoder, aligner=options.aligner, dtype=options.dtype
-    )
-    return assistant, slide, assistant.embed_slides([slide])[0]
 
 
 def beam_examples(command: str) -> list[str]:

@@ -94,8 +94,8 @@ def _check_name(out: Path) -> None:
 
 
 def embed(
-    run: Path | str,
-    records: Place | str,
+    run: Predictor | Path | str,
+    records: Records | Place | str,
     out: Path | str,
     *,
     slides_table: Place | str | None = None,
@@ -105,6 +105,8 @@ def embed(
     strict: bool = False,
 ) -> Report:
     """Embed the slides of a folder of records with a trained run, into one Parquet file in the order of the records.
+
+    Run and records may be loaded already; those of slides and feature files are made by `reading.SlideReader.records`.
 
     Columns: slide_id, case_id, embedding (float32 [D], as the model outputs it: not normalised), num_patches,
     num_regions; with `regions` also regions [R, D] and region_grid [R, 2]. `slides_table` and `split` choose slides.
@@ -117,18 +119,12 @@ def embed(
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
-    out, archive, predictor = Path(out), Records(records), load(run)
+    out, archive = Path(out), records if isinstance(records, Records) else Records(records)
+    predictor = run if isinstance(run, Predictor) else load(run)
     _check_name(out)
     predictor.check_records(archive)
     ids, failed, notes = _select(archive, slides_table, split)
-    claim = {
-        "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(archive),
-        "slides_hash": _sha256(ids), "regions": regions, "checkpoint": str(run), "records": str(records),
-        "split": split or "", "encoder": archive.encoder or predictor.encoder, "normalised": False,
-        "embed_dim": predictor.model.config.embed_dim, "cut": predictor.cut, "edge_um": predictor.edge_um,
-        "edge_px": predictor.edge_px,
-        "versions": {name: importlib.metadata.version(name) for name in ("pathflip-jax", "jax", "flax", "pyarrow")},
-    }  # fmt: skip
+    claim = _claim(predictor, archive, ids, regions, split)
     partial = partial_path(out)
     there = find_rows(_files(out), claim)
     skipped = [slide_id for slide_id in ids if slide_id in there]
@@ -150,8 +146,22 @@ def embed(
             places = find_rows(_files(out), claim)
             write_table(out, in_order(ids, places, claim | {"failed": [failure.slide for failure in failed]}))
         shutil.rmtree(partial, ignore_errors=True)
-    _write_failures(out, failed)
+    write_failures(out, failed)
     return Report(out, done, skipped, failed, finished and out.exists(), seconds, notes)
+
+
+def _claim(
+    predictor: Predictor, archive: Records, ids: Sequence[str], regions: bool, split: str | None
+) -> dict[str, object]:
+    """Facts of a file, by which a run resumes only from its own work."""
+    return {
+        "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(archive),
+        "slides_hash": _sha256(ids), "regions": regions, "checkpoint": predictor.name, "records": archive.where,
+        "split": split or "", "encoder": archive.encoder or predictor.encoder, "normalised": False,
+        "embed_dim": predictor.model.config.embed_dim, "cut": predictor.cut, "edge_um": predictor.edge_um,
+        "edge_px": predictor.edge_px,
+        "versions": {name: importlib.metadata.version(name) for name in ("pathflip-jax", "jax", "flax", "pyarrow")},
+    }  # fmt: skip
 
 
 def _select(
@@ -261,7 +271,8 @@ def _files(out: Path) -> list[Path]:
     return [*sorted(partial_path(out).glob(PARTS)), *([out] if out.exists() else [])]
 
 
-def _write_failures(out: Path, failed: Sequence[Failure]) -> None:
+def write_failures(out: Path, failed: Sequence[Failure]) -> None:
+    """Write the list of failed slides next to the output file, or remove that of an earlier run."""
     if not failed:
         failures_path(out).unlink(missing_ok=True)
         return

@@ -2,19 +2,16 @@
 
 import logging
 
-from pathflip_jax.data.readers.features import SlideFeatures, read_features
-from pathflip_jax.data.records.large import open_slide
-from pathflip_jax.data.records.recipe import read_recipe
-from pathflip_jax.data.records.records import Records
-from pathflip_jax.data.storage.files import as_path, exists, is_url
+from pathflip_jax.data.readers.features import SlideFeatures
+from pathflip_jax.data.storage.files import as_path, is_url
 from pathflip_jax.inference.predictor import Predictor
+from pathflip_jax.inference.sources import choose, choose_one, find_sources
 from pathflip_jax.runs import bundled
 from pathflip_jax.runs.files import MODEL
 from pathflip_jax.runs.folder import load_run
 
 log = logging.getLogger(__name__)
 WEIGHTS = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
-SLIDE_FILES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".bif", ".dcm", ".svslide"}
 
 
 def load(path, which: str | int = "best", *, bert=None, arguments=None, weights: str = "") -> Predictor:
@@ -54,34 +51,15 @@ def _is_export(path) -> bool:
 def read_slide(path, slide_id: str | None = None, **known) -> SlideFeatures:
     """Read one slide's features: a feature file of any format (`data/readers/formats.py`), or a slide of records.
 
-    Records may be at a URL, feature files only on a local disk. `slide_id` chooses from a folder or shard of records
-    that holds several slides. `known` gives what a feature file may not state: patch_size (level-0 pixels), mpp,
-    encoder, as `read_features` takes it.
+    Records may be at a URL, feature files only on a local disk. `slide_id` chooses from a folder that holds several
+    slides, and names the slide of a feature file. `known` gives what a feature file may not state: patch_size (level-0
+    pixels), mpp, encoder, as `read_features` takes it. A slide file is refused: `Predictor.read` encodes it.
     """
-    path = as_path(path)
-    if not exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix.lower() in SLIDE_FILES:
+    found = find_sources(path, known, slide_id or "")
+    source = choose_one(choose(found, [slide_id] if slide_id else None, path), path)
+    if source.features is None:
         raise ValueError(
-            f"{path}: a slide, not its features; run `pathflip prepare` on its folder and pass the records"
+            f"{source.image}: a slide, not its features, which depend on the run: read it by the run, as in "
+            f'`pathflip_jax.load(RUN).read("{source.image}")`, or run `pathflip prepare` on it and pass the records'
         )
-    if not path.is_dir() and path.suffix != ".tfrecord":
-        if is_url(path):
-            raise ValueError(
-                f"{path}: feature files are read from a local disk only; copy it, or import it into records"
-            )
-        return read_features(path, slide_id=slide_id or "", **known)
-    if known:
-        raise ValueError(
-            f"{path}: records state {' and '.join(sorted(known))} themselves; leave it out here, and import the "
-            "features again if what they state is wrong"
-        )
-    records = Records(path if path.is_dir() else [path])
-    if not path.is_dir():
-        records.recipe = read_recipe(path.parent)
-    if slide_id is None:
-        if len(records.slides) != 1:
-            names = ", ".join(info.slide_id for info in records.slides[:3])
-            raise ValueError(f"{path}: holds {len(records.slides)} slides ({names}, ...); choose one by slide_id")
-        return open_slide(records, 0)
-    return open_slide(records, records.position(slide_id))
+    return source.features()

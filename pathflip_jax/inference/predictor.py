@@ -24,6 +24,7 @@ from pathflip_jax.grounding.maps import Grounding
 from pathflip_jax.grounding.method import ATTENTION, REGIONS, SLIDES
 from pathflip_jax.inference import large_slides
 from pathflip_jax.inference.families import SERVING
+from pathflip_jax.inference.sources import choose_one
 from pathflip_jax.losses.pathflip import CosinePooling
 from pathflip_jax.model.families import family_of
 from pathflip_jax.model.pathflip import SlideEncoding
@@ -178,6 +179,19 @@ class Predictor:
                 "in its config.json)"
             )
 
+    def read(self, path, slide_id: str | None = None, **settings) -> SlideFeatures:
+        """Read one slide for this run: a slide file or DICOM series, a feature file, or a slide of records or a folder.
+
+        A slide file is tiled and encoded as the slides of the run's training were, with a progress bar, and kept in a
+        cache on disk. `slide_id` chooses from several slides, `settings` are those of `reading.ReadingSettings`: cache,
+        weights of the patch encoder, patch_size and mpp where neither file nor run states them.
+        Raises ValueError for a run whose encoder is unknown or not at hand, and for a slide that cannot be encoded.
+        """
+        from pathflip_jax.inference.reading import ReadingSettings, SlideReader
+
+        reader = SlideReader(self, ReadingSettings(**settings))
+        return reader.read(choose_one(reader.find(path, [slide_id] if slide_id else None), path))
+
     def bag(self, slides: SlideFeatures | Sequence[SlideFeatures]) -> CutSlides:
         """Cut slides into regions; several slides form one bag, their regions concatenated (DESIGN section 4).
 
@@ -322,6 +336,11 @@ class Predictor:
         encoded = self.encode_texts(texts + negative)  # first: refuses a text without words early
         prepared = methods.prepare(self, slide, method=method, window=window, context=context)
         return methods.score(self, prepared, texts, negative=negative, encoded=encoded)
+
+    def check_query(self, texts: Sequence[str], method: str | None = None) -> None:
+        """Raise ValueError for a text without words, and for a method whose weights the run never trained."""
+        methods.check_method(self, method)
+        self.encode_texts(texts)
 
     def attend(self, slide: SlideFeatures) -> Float[np.ndarray, "N"]:
         """Text-independent attention map: log of the Slide Q-Former's cross-attention to each patch over its mean.

@@ -9,6 +9,7 @@ OPTIONS = {
     "seed": SEED,
     "slides": whole(1, 10**6),
     "workers": whole(1, 10**4),
+    "cache-size": above_zero(),
     "slides-per-shard": whole(1),
     "edge-um": above_zero(),
     "override-mpp": above_zero(),

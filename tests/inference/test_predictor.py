@@ -365,8 +365,8 @@ def test_read_slide_takes_feature_files_and_records(tiny_cohort, tmp_path):
 
 
 def test_read_slide_says_what_it_does_not_take(tmp_path):
-    (tmp_path / "S1.svs").touch()
-    with pytest.raises(ValueError, match=r"S1\.svs: a slide, not its features; run `pathflip prepare`"):
+    (tmp_path / "S1.svs").write_bytes(b"II*\0 and so on")
+    with pytest.raises(ValueError, match=r"S1\.svs: a slide, not its features.*load\(RUN\)\.read\(.*pathflip prepare"):
         pathflip_jax.read_slide(tmp_path / "S1.svs")
     with pytest.raises(FileNotFoundError, match=r"gone\.h5"):
         pathflip_jax.read_slide(tmp_path / "gone.h5")
