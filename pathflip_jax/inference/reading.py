@@ -72,6 +72,13 @@ class SlideReader:
         """Cache of encoded slides."""
         return SlideCache(self.settings.cache, self.settings.cache_bytes, self.settings.whole_files)
 
+    def check(self) -> None:
+        """Raise ValueError, OSError or ImportError where slides cannot be encoded for the run, before any is.
+
+        A network is loaded with the first slide; here its name and its patches are checked, and the cache.
+        """
+        _ = self._encoder, self.cache
+
     def find(self, place: Place | str, slide_ids: Sequence[str] | None = None) -> Sources:
         """Slides below a path, as `find_sources`; `slide_ids` choose among them, or name that of a feature file."""
         name = slide_ids[0] if slide_ids and len(slide_ids) == 1 else ""
