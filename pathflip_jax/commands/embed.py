@@ -2,7 +2,7 @@
 
 import argparse
 
-from pathflip_jax.commands.options import RUN_HELP, command, local_path, number, place, print_report
+from pathflip_jax.commands.options import RUN_HELP, add_fold_option, command, local_path, number, place, print_report
 
 
 def add(commands) -> None:
@@ -18,6 +18,7 @@ def add(commands) -> None:
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="Parquet file to write")
     parser.add_argument("--slides", type=place, metavar="CSV", help="slide table: embed only the slides in it")
+    add_fold_option(parser)
     parser.add_argument("--split", help="with --slides: only the slides of this split")
     parser.add_argument(
         "--regions", action="store_true", help="also write the embedding and the location of each region"
@@ -30,13 +31,14 @@ def add(commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.data.texts.split_files import one_fold
     from pathflip_jax.inference.embed import embed
 
     report = embed(
         options.checkpoint,
         options.records,
         options.out,
-        slides_table=options.slides,
+        slides_table=one_fold(options.slides, options.fold),
         split=options.split,
         regions=options.regions,
         batch_size=options.batch_size,
