@@ -11,17 +11,35 @@ def add(commands) -> None:
         commands,
         "embed",
         _run,
-        "embed every slide of a folder of records into one Parquet file",
+        "embed every slide of a folder of records into one Parquet or AnnData file",
         "pathflip embed records --checkpoint runs/base --out embeddings.parquet",
+        "pathflip embed records --checkpoint runs/base --slides slides.csv --level region --out regions.h5ad",
     )
     parser.add_argument("records", type=place, metavar="RECORDS", help="folder of records")
     parser.add_argument("--checkpoint", type=place, required=True, metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--out", type=local_path, required=True, metavar="FILE", help="Parquet file to write")
-    parser.add_argument("--slides", type=place, metavar="CSV", help="slide table: embed only the slides in it")
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        metavar="FILE",
+        help="Parquet (.parquet) or AnnData (.h5ad) file to write",
+    )
+    parser.add_argument(
+        "--slides",
+        type=place,
+        metavar="CSV",
+        help="slide table: embed only the slides in it; its columns go into AnnData",
+    )
     add_fold_option(parser)
     parser.add_argument("--split", help="with --slides: only the slides of this split")
     parser.add_argument(
         "--regions", action="store_true", help="also write the embedding and the location of each region"
+    )
+    parser.add_argument(
+        "--level",
+        choices=["slide", "region", "patch"],
+        help="observations of an AnnData file (default slide); patch: embeddings of PathFLIP2, else the features of "
+        "the records",
     )
     parser.add_argument(
         "--batch-size", type=number("batch-size"), default=8, metavar="N", help="slides per batch (default 8)"
@@ -32,16 +50,24 @@ def add(commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.data.texts.split_files import one_fold
+    from pathflip_jax.inference.anndata_file import EXTENSION, embed_anndata
     from pathflip_jax.inference.embed import embed
 
-    report = embed(
-        options.checkpoint,
-        options.records,
-        options.out,
-        slides_table=one_fold(options.slides, options.fold),
-        split=options.split,
-        regions=options.regions,
-        batch_size=options.batch_size,
-        strict=options.strict,
-    )
+    paths = (options.checkpoint, options.records, options.out)
+    shared = {name: getattr(options, name) for name in ("split", "batch_size", "strict")}
+    shared["slides_table"] = one_fold(options.slides, options.fold)
+    if options.out.suffix.lower() == EXTENSION:
+        level = options.level or ("region" if options.regions else "slide")
+        if options.regions and level != "region":
+            raise ValueError(
+                f"--regions contradicts --level {level}; an AnnData file holds one level: drop one of them"
+            )
+        report = embed_anndata(*paths, level=level, **shared)
+    elif options.level:
+        raise ValueError(
+            f"--level is for AnnData files: name the file {options.out.with_suffix(EXTENSION).name}; Parquet holds "
+            "slides, and with --regions their regions"
+        )
+    else:
+        report = embed(*paths, regions=options.regions, **shared)
     return print_report(report, options.json, slides_per_second=report.slides_per_second)

@@ -36,7 +36,7 @@ from pathflip_jax.model.parameters import flatten
 from pathflip_jax.runs.checksums import checksums
 
 PARTS = "part-*.parquet"
-OTHER_FORMATS = (".h5", ".hdf5", ".npz", ".npy", ".pt", ".csv", ".json")
+OTHER_FORMATS = (".h5", ".h5ad", ".hdf5", ".npz", ".npy", ".pt", ".csv", ".json")
 PART_SLIDES = 64  # slides per part: the most that an interrupted run loses
 READERS = 2  # threads; CRCs are computed without the GIL
 
@@ -95,7 +95,7 @@ def _check_name(out: Path) -> None:
 
 
 def embed(
-    run: Path | str,
+    run: Path | str | Predictor,
     records: Place | str,
     out: Path | str,
     *,
@@ -118,13 +118,14 @@ def embed(
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
-    out, archive, predictor = Path(out), Records(records), load(run)
+    out, archive = Path(out), Records(records)
+    predictor = run if isinstance(run, Predictor) else load(run)
     _check_name(out)
     predictor.check_records(archive)
-    ids, failed, notes = _select(archive, slides_table, split)
+    ids, failed, notes = select_slides(archive, slides_table, split)
     claim = {
         "format": FORMAT, "checkpoint_hash": checkpoint_hash(predictor), "records_hash": manifest_hash(archive),
-        "slides_hash": _sha256(ids), "regions": regions, "checkpoint": str(run), "records": str(records),
+        "slides_hash": _sha256(ids), "regions": regions, "checkpoint": predictor.name, "records": str(records),
         "split": split or "", "encoder": archive.encoder or predictor.encoder, "normalised": False,
         "embed_dim": predictor.model.config.embed_dim, "cut": predictor.cut, "edge_um": predictor.edge_um,
         "edge_px": predictor.edge_px,
@@ -151,11 +152,11 @@ def embed(
             places = find_rows(_files(out), claim)
             write_table(out, in_order(ids, places, claim | {"failed": [failure.slide for failure in failed]}))
         shutil.rmtree(partial, ignore_errors=True)
-    _write_failures(out, failed)
+    write_failures(out, failed)
     return Report(out, done, skipped, failed, finished and out.exists(), seconds, notes)
 
 
-def _select(
+def select_slides(
     archive: Records, table: SlideTableFile | None, split: str | None
 ) -> tuple[list[str], list[Failure], list[str]]:
     """Slides to embed in the order of the records, slides of the table missing from the records, and notes on ids."""
@@ -262,7 +263,8 @@ def _files(out: Path) -> list[Path]:
     return [*sorted(partial_path(out).glob(PARTS)), *([out] if out.exists() else [])]
 
 
-def _write_failures(out: Path, failed: Sequence[Failure]) -> None:
+def write_failures(out: Path, failed: Sequence[Failure]) -> None:
+    """Write the list of failed slides next to the output file, or remove that of an earlier run."""
     if not failed:
         failures_path(out).unlink(missing_ok=True)
         return
