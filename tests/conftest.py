@@ -167,6 +167,20 @@ class Cohort:
         return [f"--config.data.{name}={path}" for name, path in parts.items()]
 
 
+@pytest.fixture
+def task_of_folds(tiny_cohort, tmp_path) -> Path:
+    """The tiny cohort's table as a task of Patho-Bench: fold_0 is its split, fold_1 the split with sides exchanged."""
+    exchanged = {"train": "train", "val": "test", "test": "val"}
+    rows = [line.split(",") for line in tiny_cohort.slides.read_text().splitlines()[1:]]
+    lines = ["case_id\tslide_id\tstructure\tfold_0\tfold_1"]
+    lines += [f"{p}\t{slide}\t{int(label == 'solid')}\t{s}\t{exchanged[s]}" for slide, p, label, s in rows]
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (folder / "k=all.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text("task_col: structure\nlabel_dict: {0: glandular, 1: solid}\n")
+    return folder / "k=all.tsv"
+
+
 @pytest.fixture(scope="session")
 def tiny_cohort(tmp_path_factory) -> Cohort:
     """24 slides of 16 wide random features; a third each for train, val and test; two slides to every sixth patient."""

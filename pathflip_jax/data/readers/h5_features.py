@@ -16,6 +16,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 EXTENSIONS = (".h5", ".hdf5")
 # Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
+LEVEL0_MPP = "level0_mpp"  # our own attribute beside TRIDENT's: the exact resolution, in `export/trident.py`
 STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 uses pixels of its tiles: 224 of them are 256 um
 OWN_LAYOUT = (
     "rename it to 'features' if its rows are patches whose top-left corners, in pixels at level 0, are 'coords'"
@@ -97,7 +98,8 @@ def _pixels(value: float) -> int:
 def _grid_attributes(attributes: dict) -> dict:
     """Patch size, mpp and slide size from the attributes that TRIDENT, CLAM or AtlasPatch store with `coords`.
 
-    Some versions store them as floats. CLAM's `patch_size` is in pixels of `patch_level`, TRIDENT's and its `overlap`
+    Some versions store them as floats. TRIDENT's mpp is the nominal one of its magnification, unless our own attribute
+    states it (`LEVEL0_MPP`). CLAM's `patch_size` is in pixels of `patch_level`, TRIDENT's and its `overlap`
     in pixels at the target magnification; older TRIDENT has no `patch_size_level0`.
     """
     fields = {}
@@ -109,8 +111,8 @@ def _grid_attributes(attributes: dict) -> dict:
         fields["patch_size"] = patch_size
         if "overlap" in attributes:
             fields["step"] = patch_size - _number(attributes, "overlap") * scale
-    if level0:
-        fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
+    if mpp := _number(attributes, LEVEL0_MPP) or (level0 and UM_TIMES_MAGNIFICATION / level0):
+        fields["mpp"] = mpp
     width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
     size = attributes.get("level_dim")
     if not width and isinstance(size, list) and np.shape(size) == (2,):
