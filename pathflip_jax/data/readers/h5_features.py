@@ -49,6 +49,12 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields
     return fields
 
 
+def holds_features(path: Path) -> bool:
+    """Whether a file in a `patches/` folder holds features, as AtlasPatch's do, besides the coordinates of others'."""
+    facts, _ = guarded.parse(READER, path, False, "")
+    return "features" in facts or bool(facts.get("encoders"))
+
+
 def _other_layout(names: list[str]) -> str:
     """Message for a file without patch features."""
     if "embeddings" in names:
@@ -109,7 +115,9 @@ def _grid_attributes(attributes: dict) -> dict:
         fields["patch_size"] = patch_size
         if "overlap" in attributes:
             fields["step"] = patch_size - _number(attributes, "overlap") * scale
-    if level0:
+    if mpp := _number(attributes, "mpp"):  # AtlasPatch's, measured; the magnification is nominal
+        fields["mpp"] = mpp
+    elif level0:
         fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
     width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
     size = attributes.get("level_dim")
