@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pathflip_jax.data.readers import h5_features
+from pathflip_jax.data.readers.companions import COMPANIONS
 from pathflip_jax.data.readers.feature_format import slide_id_of
 from pathflip_jax.data.readers.formats import extensions, format_by_extension
+from pathflip_jax.data.readers.numpy_features import POSITIONS
 from pathflip_jax.data.storage.failures import Failure, preview
 from pathflip_jax.data.storage.folders import walk_files
 
@@ -15,6 +17,7 @@ COORDINATES = "patches"  # folders of coordinates, which AtlasPatch completes wi
 # Folders next to feature folders that hold no features: coordinates, masks, images.
 NOT_FEATURES = {COORDINATES, "masks", "stitches", "thumbnails", "contours", "contours_geojson", "visualization"}
 SLIDE_EMBEDDINGS = "slide_features_"  # TRIDENT's folders of one vector per slide: slide_features_titan
+OTHER_EMBEDDINGS = {"slide_embeddings", "slide_latents", "patient_embeddings", "hierarchical_embeddings"}  # slide2vec's
 # File types that may be mistaken for features, and the cure.
 UNREADABLE = {
     ".npy": "save features and coordinates together as HDF5 (datasets 'features' and 'coords')",
@@ -50,7 +53,7 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
         raise FileNotFoundError(f"{folder}: no such folder; pass the folder that contains the feature files")
     walked = walk_files(folder)
     inside = [path for path in walked.files if not NOT_FEATURES.intersection(path.relative_to(folder).parts[:-1])]
-    embeddings = [path for path in inside if _is_embedding(path, folder)]
+    embeddings = [path for path in inside if _is_embedding(path, folder) and path.suffix.lower() != ".json"]
     inside = [path for path in inside if path not in set(embeddings)]
     formats = {path: known for path in inside if (known := format_by_extension(path))}
     tables = {path: known.is_features(path) for path, known in formats.items() if known.is_features}
@@ -61,7 +64,7 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
     found += beside
     broken = {path: fault for path, fault in walked.broken.items() if _may_be_features(path, folder)}
     unreachable = [Failure(slide_id_of(path), str(path), f"{path}: {fault}") for path, fault in broken.items()]
-    notes = [*_notes(folder, inside, embeddings), *_other_tables(tables, folder)]
+    notes = [*_notes(folder, inside, embeddings, found), *_other_tables(tables, folder)]
     if lacking and (beside or not found):
         names = preview(path.relative_to(folder) for path in lacking)
         notes.append(f"files of coordinates without features are not read: {len(lacking)} ({names}); extract them")
@@ -105,7 +108,8 @@ def _one_for_each_slide(found: list[Path], folder: Path) -> list[Path]:
 
 
 def _is_embedding(path: Path, folder: Path) -> bool:
-    return any(part.startswith(SLIDE_EMBEDDINGS) for part in path.relative_to(folder).parts[:-1])
+    above = path.relative_to(folder).parts[:-1]
+    return any(part.startswith(SLIDE_EMBEDDINGS) or part in OTHER_EMBEDDINGS for part in above)
 
 
 def _may_be_features(path: Path, folder: Path) -> bool:
@@ -116,10 +120,16 @@ def _may_be_features(path: Path, folder: Path) -> bool:
     return suffix in extensions() or not re.fullmatch(r"\.[a-z]\w*", suffix)
 
 
-def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]:
+def _is_companion(path: Path) -> bool:
+    """Whether a file's name is that of coordinates beside features (`companions.py`)."""
+    return path.name.lower().endswith((*COMPANIONS, POSITIONS))
+
+
+def _notes(folder: Path, files: list[Path], embeddings: list[Path], found: list[Path]) -> list[str]:
     kinds: dict[str, list[str]] = defaultdict(list)
+    known = set(found)
     for path in files:
-        if path.suffix.lower() in UNREADABLE and not format_by_extension(path):
+        if path.suffix.lower() in UNREADABLE and path not in known and not _is_companion(path):
             kinds[path.suffix.lower()].append(str(path.relative_to(folder)))
     notes = [
         f"{suffix} files are not read: {len(names)} ({preview(names)}); {UNREADABLE[suffix]}"
@@ -128,7 +138,8 @@ def _notes(folder: Path, files: list[Path], embeddings: list[Path]) -> list[str]
     if embeddings:
         names = preview(path.relative_to(folder) for path in embeddings)
         notes.append(
-            f"slide embeddings are not read: {len(embeddings)} ({names}); patch features are in features_<encoder>"
+            f"slide embeddings are not read: {len(embeddings)} ({names}); patch features are in features_<encoder>, "
+            "those of slide2vec in tile_embeddings"
         )
     return notes
 
@@ -140,7 +151,7 @@ def _other_tables(tables: dict[Path, bool], folder: Path) -> list[str]:
     """
     kinds: dict[str, list[Path]] = defaultdict(list)
     for path, has_features in tables.items():
-        if not has_features:
+        if not has_features and path.suffix.lower() not in UNREADABLE:
             kinds[path.suffix.lower()].append(path.relative_to(folder))
     with_features = {path.suffix.lower() for path, has_features in tables.items() if has_features}
     return [
