@@ -32,7 +32,7 @@ from data_prep.shards import Progress, amend, remove
 from data_prep.slide_files import find_slides
 from pathflip_jax.data.readers.feature_files import find_feature_files
 from pathflip_jax.data.readers.feature_format import slide_id_of
-from pathflip_jax.data.readers.formats import format_by_extension
+from pathflip_jax.data.readers.formats import finds_coords
 from pathflip_jax.data.records.index import read_index
 from pathflip_jax.data.records.records import finish_folder, manifest_hash, write_shard
 from pathflip_jax.data.storage.failures import Failure, preview
@@ -145,20 +145,20 @@ def _slides_plan(slides: tuple[dict[str, Path], list[Failure]], out: Place | str
 def import_features(folder: Path | str, out: Place | str, settings: ImportSettings = _IMPORT) -> Report:
     """Turn the feature files below a folder into records; their formats are `data/readers/formats.py:FORMATS`.
 
-    A folder of bare .pt files has no coordinates and is cut by `scan`. The majority of slides determines the cohort's
-    encoder, feature width and physical patch size. Everything else as in `prepare`.
+    A folder of bare .pt files, with no coordinates in or beside them, is cut by `scan`. The majority of slides
+    determines the cohort's encoder, feature width and physical patch size. Everything else as in `prepare`.
     """
     found = find_feature_files(folder)
     files = {slide_id_of(path): path for path in found.files}
-    bare = settings.cut == "grid" and not any(format_by_extension(path).has_coords for path in files.values())
+    bare = settings.cut == "grid" and not any(map(finds_coords, files.values()))
     kept = settings.of_records() | ({"cut": "scan"} if bare else {})
     plan = _plan((files, found.unreachable), out, settings, kept)
     plan.notes.extend(found.notes)
     if bare:
         kinds = ", ".join(sorted({path.suffix.lower() for path in files.values()}))
         plan.notes.append(
-            f"{kinds} files have no coordinates: their regions are runs of patches in stored order (scan), and "
-            "grounding refuses them"
+            f"{kinds} files have no coordinates, in them or beside them: their regions are runs of patches in stored "
+            "order (scan), and grounding refuses them"
         )
     return _run(plan, import_slide, settings)
 

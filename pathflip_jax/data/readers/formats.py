@@ -11,6 +11,7 @@ FILES = (
     "h5_features",
     "torch_features",
     "csv_features",
+    "numpy_features",
 )
 FORMATS: tuple[FeatureFormat, ...] = tuple(import_module(f"pathflip_jax.data.readers.{file}").FORMAT for file in FILES)
 FIRST_BYTES = 40
@@ -30,6 +31,12 @@ def tools() -> str:
 def format_by_extension(path: Path) -> FeatureFormat | None:
     """Format suggested by a file's extension, which its content may contradict; None for an unknown extension."""
     return next((known for known in FORMATS if path.suffix.lower() in known.extensions), None)
+
+
+def finds_coords(path: Path) -> bool:
+    """Whether a file that a folder's search found has coordinates, as far as its format and its surroundings say."""
+    known = format_by_extension(path)
+    return known.finds_coords(path) if known.finds_coords else known.has_coords
 
 
 def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields:
@@ -53,10 +60,7 @@ def _recognise(start: bytes, path: Path) -> FeatureFormat:
             found = start.decode(errors="replace").splitlines()[0]
             raise OSError(f"{path}: text ({found!r}), not a valid {named.name} file; download or copy it again")
         return known
-    kinds = (
-        ("a NumPy array", start[:6] == b"\x93NUMPY" or path.suffix.lower() == ".npz"),
-        ("a Parquet table", start[:4] == b"PAR1"),
-    )
+    kinds = (("a Parquet table", start[:4] == b"PAR1"),)
     for kind, found in kinds:
         if found:
             raise ValueError(f"{path}: {kind}, expected patch features of a slide with their coordinates; {cure}")

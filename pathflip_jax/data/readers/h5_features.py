@@ -45,9 +45,15 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields
     fields |= _grid_attributes(facts["/"] | facts["coords"])
     if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5 and "encoder" in facts:
         fields |= _atlas_coords(path, fields)
-    if "patch_size" not in fields:
-        fields |= _sibling_attributes(path)
+    if "patch_size" not in fields and (sibling := sibling_of(path)):
+        fields |= read_sibling(sibling, with_coords=False)
     return fields
+
+
+def holds_features(path: Path) -> bool:
+    """Whether a file in a `patches/` folder holds features, as AtlasPatch's do, besides the coordinates of others'."""
+    facts, _ = guarded.parse(READER, path, False, "")
+    return "features" in facts or bool(facts.get("encoders"))
 
 
 def _other_layout(names: list[str]) -> str:
@@ -111,8 +117,10 @@ def _grid_attributes(attributes: dict) -> dict:
         fields["patch_size"] = patch_size
         if "overlap" in attributes:
             fields["step"] = patch_size - _number(attributes, "overlap") * scale
-    if mpp := _number(attributes, LEVEL0_MPP) or (level0 and UM_TIMES_MAGNIFICATION / level0):
+    if mpp := _number(attributes, LEVEL0_MPP) or _number(attributes, "mpp"):  # the latter is AtlasPatch's
         fields["mpp"] = mpp
+    elif level0:  # nominal
+        fields["mpp"] = UM_TIMES_MAGNIFICATION / level0
     width, height = _number(attributes, "level0_width"), _number(attributes, "level0_height")
     size = attributes.get("level_dim")
     if not width and isinstance(size, list) and np.shape(size) == (2,):
@@ -137,21 +145,32 @@ def _atlas_coords(path: Path, fields: dict) -> dict:
     return found
 
 
-def _sibling_attributes(path: Path) -> dict:
-    """Attributes of a slide from the `patches/` folder next to a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
+def sibling_of(path: Path) -> Path | None:
+    """File of a slide in the `patches/` folder next to a feature folder (CLAM `X.h5`, TRIDENT `X_patches.h5`).
 
     It is searched for next to a link and next to the link's target.
     """
     slide_id = slide_id_of(path)
     for parent in dict.fromkeys([*path.absolute().parents[1:3], *path.resolve().parents[1:3]]):
         for name in (f"{slide_id}.h5", f"{slide_id}_patches.h5"):
-            sibling = parent / "patches" / name
-            if sibling.is_file():
-                facts, _ = guarded.parse(READER, sibling, False, "")
-                if "coords" not in facts:
-                    raise OSError(f"{sibling}: the file has no patch coordinates; write it again, or pass patch_size")
-                return _grid_attributes(facts["coords"])
-    return {}
+            if (sibling := parent / "patches" / name).is_file():
+                return sibling
+    return None
+
+
+def read_sibling(path: Path, with_coords: bool = True) -> FeatureFields:
+    """Fields of a slide from its file in the `patches/` folder, with its coordinates or only their attributes."""
+    facts, arrays = guarded.parse(READER, path, with_coords, "")
+    if "coords" not in facts:
+        raise OSError(f"{path}: the file has no patch coordinates; write it again, or pass patch_size")
+    fields: FeatureFields = _grid_attributes(facts["/"] | facts["coords"])
+    if not with_coords:
+        return fields
+    arrays |= {name: _array_at(path, *place) for name, place in facts["places"].items()}
+    fields["coords"] = squeezed(arrays["coords"])
+    if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5:
+        fields |= _atlas_coords(path, fields)
+    return fields
 
 
 def _stamp_fields(path: Path, facts: dict, arrays: dict[str, np.ndarray], mpp: float | None) -> dict:
