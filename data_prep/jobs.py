@@ -20,8 +20,9 @@ from jaxtyping import Float
 
 from data_prep.encoders import PatchEncoder, load_encoder
 from data_prep.recipe import claim_recipe
-from data_prep.slides import READERS, open_slide
+from data_prep.slides import open_slide
 from data_prep.tiling import read_patches, tile_slide
+from pathflip_jax.data.pixels.reader_names import READERS
 from pathflip_jax.data.readers.features import SlideFeatures, UnknownPatchSize, read_features
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.index import narrowed
@@ -42,7 +43,7 @@ class Job:
 
     `sharing` worker processes share a machine; None for as many as it has cores. `mpp` is the level-0 resolution that
     overrides the file's; None to use the file's. `weights` are those of a registered encoder that this job loads,
-    `reader` decodes the pixels (`slides.READERS`), `progress` is a file that tells the patches done (`read_progress`).
+    `reader` decodes the pixels (`READERS`), `progress` is a file that tells the patches done (`read_progress`).
     """
 
     slide_id: str
@@ -204,7 +205,7 @@ def _guarded(job: Job, read: Callable[[Job, dict[str, float]], tuple[SlideFeatur
 def _slide_features(job: Job, seconds: dict[str, float]) -> tuple[SlideFeatures, Remarks]:
     settings, encode = job.settings, _encoder(job)
     dtype = settings.get("dtype", "float16")
-    with open_slide(job.file, settings["assume_mpp"], job.mpp, job.reader) as slide:
+    with open_slide(job.file, settings["assume_mpp"], job.mpp, job.reader, bool(settings.get("icc"))) as slide:
         start = time.perf_counter()
         keep_ink = bool(settings.get("keep_ink"))
         tiles = tile_slide(slide, settings["patch_size"], settings["mpp"], settings["min_tissue"], keep_ink)

@@ -146,7 +146,9 @@ def fill(slot: Slot, number: int, jobs: Sequence[Job]) -> Chunk | Outcome | None
     try:
         if _reading is None:
             job = jobs[0]
-            _reading = _Reading(open_slide(job.file, job.settings["assume_mpp"], job.mpp, job.reader), grids_of(jobs))
+            icc = bool(job.settings.get("icc"))
+            slide = open_slide(job.file, job.settings["assume_mpp"], job.mpp, job.reader, icc)
+            _reading = _Reading(slide, grids_of(jobs))
         chunk = _reading.fill(_slot(slot))
     except Exception as error:
         _close(number)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.slide_table import SANE_MPP
-from data_prep.slides import READERS
+from pathflip_jax.data.pixels.reader_names import READERS
 from pathflip_jax.data.records.columns import DTYPES
 from pathflip_jax.data.records.regions import EDGE_UM
 from pathflip_jax.data.storage.files import Place
@@ -57,7 +57,7 @@ class PrepareSettings(RecordsSettings):
     `weights` are those of a registered encoder (None: from the Hugging Face hub), `batch_size` its number of patches
     per batch, over all local devices (None: its own). A registered encoder is named as in `RECIPES`, and determines
     `patch_size` and `mpp` where they are None; those of others are 256 and 0.5. `reader` decodes the pixels, which are
-    the same by each of `slides.READERS`.
+    the same by each of `READERS`. `icc` converts the colours of patches to sRGB by the slide's embedded profile.
     """
 
     encoder: str = "stain_texture"
@@ -70,6 +70,7 @@ class PrepareSettings(RecordsSettings):
     batch_size: int | None = None
     weights: Path | None = None
     reader: str = READERS[0]
+    icc: bool = False
 
     def __post_init__(self) -> None:
         recipe = find_recipe(self.encoder) if ":" not in self.encoder else None
@@ -88,7 +89,7 @@ class PrepareSettings(RecordsSettings):
                 "patch_size of at least 1, an mpp above 0 and below 1000, and a min_tissue from 0 to 1"
             )
         if self.reader not in READERS:
-            raise ValueError(f"--reader {self.reader}: expected {' or '.join(READERS)}")
+            raise ValueError(f"--reader {self.reader}: expected one of {', '.join(READERS)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
         _check_mpp("assume-mpp", self.assume_mpp)
@@ -99,8 +100,8 @@ class PrepareSettings(RecordsSettings):
         return {
             "command": "prepare", "encoder": self.encoder, "half": self.half, "patch_size": self.patch_size,
             "mpp": self.mpp, "assume_mpp": self.assume_mpp, "override_mpp": self.override_mpp,
-            "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "dtype": self.dtype, "cut": self.cut,
-            "edge_um": self.edge_um,
+            "min_tissue": self.min_tissue, "keep_ink": self.keep_ink or None, "icc": self.icc or None,
+            "dtype": self.dtype, "cut": self.cut, "edge_um": self.edge_um,
         }  # fmt: skip
 
 

@@ -113,8 +113,16 @@ def read_patch(slide: Slide, tiles: Tiles, corner: Sequence[int], out: UInt8[np.
     """Read the pixels of the patch whose top-left corner is x, y at level 0.
 
     Patches are resampled only when the level is not already at the target resolution, each from its own pixels, and
-    averaged down while they are read where one is larger than a block. Raises OSError for damaged pixels.
+    averaged down while they are read where one is larger than a block. Their colours are converted last, with
+    `slide.to_srgb`. Raises OSError for damaged pixels.
     """
+    _read_stored(slide, tiles, corner, out)
+    if slide.to_srgb is not None:
+        out[:] = slide.to_srgb(out)
+
+
+def _read_stored(slide: Slide, tiles: Tiles, corner: Sequence[int], out: UInt8[np.ndarray, "P P 3"]) -> None:
+    """Read the pixels of a patch in the colours of the file."""
     size, scale = tiles.patch_size, slide.image.level_downsamples[tiles.level]
     edge = tiles.patch_size_level0 / scale  # in pixels of the level
     if abs(edge - size) < 0.5:

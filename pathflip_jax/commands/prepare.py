@@ -15,6 +15,7 @@ from pathflip_jax.commands.options import (
     print_records_reports,
     records_settings,
 )
+from pathflip_jax.data.pixels.reader_names import READERS
 
 
 def add(commands) -> None:
@@ -29,7 +30,10 @@ def add(commands) -> None:
         *beam_examples("prepare /mnt/slides"),
     )
     parser.add_argument(
-        "slides_folder", type=local_path, metavar="SLIDES", help="folder of slides that OpenSlide can read"
+        "slides_folder",
+        type=local_path,
+        metavar="SLIDES",
+        help="folder of slides, a slide, or the folder of a DICOM series",
     )
     _add_encoder_options(parser)
     parser.add_argument(
@@ -49,13 +53,7 @@ def add(commands) -> None:
         action="store_true",
         help="keep pen marks as tissue, for stains that resemble them, such as blue trichrome",
     )
-    parser.add_argument(
-        "--reader",
-        choices=("openslide", "tifffile"),
-        default="openslide",
-        help="decoder of pixels: OpenSlide (default), or tifffile, several times as fast on tiled TIFF such as SVS, "
-        "with the same pixels; other files stay with OpenSlide",
-    )
+    _add_pixel_options(parser)
     add_records_options(parser)
 
 
@@ -103,6 +101,23 @@ def _add_encoder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_pixel_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for decoding pixels and for their colours."""
+    parser.add_argument(
+        "--reader",
+        choices=READERS,
+        default=READERS[0],
+        help="decoder of pixels: OpenSlide (default), tifffile, several times as fast on tiled TIFF such as SVS, or "
+        "wsidicom, with the same pixels; what OpenSlide does not read goes to the reader for it in any case",
+    )
+    parser.add_argument(
+        "--icc",
+        action="store_true",
+        help="convert the colours of patches to sRGB by each slide's embedded ICC profile (default: as stored); "
+        "features with and without it do not mix",
+    )
+
+
 def _encoder(text: str) -> str:
     kind, colon, name = text.partition(":")
     return f"{kind}{colon}{path_text(name)}"
@@ -125,6 +140,7 @@ def _run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             weights=weights,
             reader=options.reader,
+            icc=options.icc,
             **records_settings(options),
         )
         for encoder, patch_size, mpp, weights in zip(

@@ -191,7 +191,7 @@ class SlideReader:
     def _entry(self, source: SlideSource) -> Entry | Encoded:
         """Cache entry of a slide file, or the error of one that cannot be read."""
         how, recipe, cache = self._encoder.settings, self._run.recipe, self.cache
-        names = ("encoder", "half", "patch_size", "mpp", "assume_mpp", "min_tissue", "keep_ink", "dtype")
+        names = ("encoder", "half", "patch_size", "mpp", "assume_mpp", "min_tissue", "keep_ink", "icc", "dtype")
         facts = {name: value for name, value in how.of_records().items() if name in names}
         facts["weights"] = (recipe.weights if recipe else "") or str(how.weights or "")
         facts["encoder_version"] = recipe.encoder_version if recipe else ""
