@@ -143,7 +143,7 @@ def test_the_cache_keeps_to_its_size_and_to_what_is_in_use(predictor, tmp_path, 
     for number, slide in enumerate(slides[:2]):
         read(reader, slide)
         os.utime(entries(reader)[number], (number, number))
-    size = sum(path.stat().st_size for path in entries(reader)[0].iterdir())
+    size = sum(path.stat().st_size for path in entries(reader)[0].rglob("*") if path.is_file())
     read(reader, slides[0])  # used now: S1 is the older one
     small = SlideReader(predictor, ReadingSettings(cache=tmp_path / "cache", cache_bytes=2.5 * size, workers=1))
     read(small, slides[2])
