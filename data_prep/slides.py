@@ -94,8 +94,9 @@ def open_slide(
         with workers.limits(_READ_SECONDS, _READ_BYTES):
             check_brightfield(path, image.properties, image.fault)
         found = find_resolution(path, image.properties, image.dimensions, assume_mpp, override_mpp)
-        to_srgb = ToSrgb(path, image.profile) if icc and image.profile else None
-    except ValueError:
+        profile = image.profile if icc else None
+        to_srgb = ToSrgb(path, profile) if profile else None
+    except (ValueError, openslide.OpenSlideError):
         image.close()
         raise
     notes = found.notes + image.notes

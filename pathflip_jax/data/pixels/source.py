@@ -97,8 +97,8 @@ class OpenSlideSource(openslide.OpenSlide):
 
     @property
     def profile(self) -> bytes | None:
-        """ICC profile of the slide's colours."""
-        return self._profile
+        """ICC profile of the slide's colours, which OpenSlide gives with pixels. Raises openslide.OpenSlideError."""
+        return self.read_region((0, 0), self.level_count - 1, (1, 1)).info.get("icc_profile")
 
     def read(self, x: int, y: int, level: int, width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
         """Pixels of a level on white, as `PixelSource.read`."""

@@ -1,5 +1,6 @@
 """DICOM series written with pydicom: pixels against the image and OpenSlide, incomplete series, and labels."""
 
+import io
 import logging
 
 import numpy as np
@@ -18,6 +19,7 @@ from pathflip_jax.data.pixels.dicom_series import series_of  # noqa: E402
 from pathflip_jax.data.pixels.source import DamagedPixels, Unreadable  # noqa: E402
 from pathflip_jax.data.pixels.sources import open_source  # noqa: E402
 from pathflip_jax.data.readers import slide_pixels  # noqa: E402
+from pathflip_jax.viewer.pictures import Pictures  # noqa: E402
 
 READ_BY_OPENSLIDE = ("none", "jpeg", "jpeg2000")
 
@@ -72,6 +74,20 @@ def test_prepare_and_the_pictures_read_a_folder_or_a_file(tmp_path, image, codec
         assert slide_pixels.measures(str(path))[0] == {"width": 301, "height": 230, "mpp": 0.5, "bounds": [0, 0]}
         assert slide_pixels.tile(str(path), 9, 0, 0, 90)[1]["jpeg"].size
     assert slide_pixels.detect(str(path))[0]["format"] == "dicom"
+
+
+def test_the_viewer_shows_it(tmp_path, image):
+    write_series(tmp_path / "S1", image, codec="jpegls")
+    pictures = Pictures(readers=1)
+    try:
+        for path in (tmp_path / "S1", tmp_path / "S1" / "level_0.dcm"):
+            pyramid = pictures.pyramid(path)
+            assert (pyramid.width, pyramid.height, pyramid.mpp) == (301, 230, 0.5)
+            shown = np.array(Image.open(io.BytesIO(pictures.tile(path, pyramid.levels - 1, 0, 0, 95))))
+            assert np.abs(shown.astype(int) - image[: len(shown), : shown.shape[1]]).mean() < 3
+            assert pictures.thumbnail(path)
+    finally:
+        pictures.close()
 
 
 def test_real_slide_of_another_program(real_slide):
