@@ -84,12 +84,18 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write DIR/page, a deep-zoom view of the slide and its maps for the browser",
     )
+    parser.add_argument(
+        "--spatialdata",
+        action="store_true",
+        help="also write DIR/<slide>.zarr: patches with their scores, areas and best patches as SpatialData",
+    )
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--json", action="store_true", help="print the paths of the files as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
     from pathflip_jax.grounding.placement import check_on_slide, check_same_slide, read_measures
+    from pathflip_jax.grounding.spatialdata_file import require_spatialdata, write_spatialdata
     from pathflip_jax.grounding.write import write_grounding
     from pathflip_jax.inference.load import load, read_slide
 
@@ -97,6 +103,8 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--top {options.top}: expected a number above 0, and --image, the slide file to cut patches from"
         )
+    if options.spatialdata:
+        require_spatialdata()
     known = {"patch_size": options.patch_size, "mpp": options.mpp}
     slide = read_slide(
         options.slide, slide_id=options.slide_id, **{name: value for name, value in known.items() if value is not None}
@@ -116,16 +124,13 @@ def _run(options: argparse.Namespace) -> int:
         method=options.method,
         window=options.window,
     )
-    written = write_grounding(
-        options.out,
-        grounding,
-        image=options.image,
-        measures=measures,
-        threshold=0.0 if options.threshold is None and options.negative else options.threshold,
-        smooth=options.smooth,
-        min_patches=options.min_patches,
-        top=options.top or 8,
-    )
+    areas = {name: getattr(options, name) for name in ("smooth", "min_patches")}
+    areas |= {"measures": measures, "threshold": options.threshold, "top": options.top or 8}
+    if options.threshold is None and options.negative:
+        areas["threshold"] = 0.0
+    written = write_grounding(options.out, grounding, image=options.image, **areas)
+    if options.spatialdata:
+        written["spatialdata"] = write_spatialdata(options.out, grounding, **areas)
     if options.page:
         from pathflip_jax.viewer.session import model_facts
         from pathflip_jax.viewer.static import PageSlide, write_page
