@@ -91,15 +91,23 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write DIR/page, a deep-zoom view of the slide and its maps for the browser",
     )
+    parser.add_argument(
+        "--spatialdata",
+        action="store_true",
+        help="also write DIR/<slide>.zarr: patches with their scores, areas and best patches as SpatialData",
+    )
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--json", action="store_true", help="print the paths of the files as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
+    from pathflip_jax.grounding.spatialdata_file import require_spatialdata
     from pathflip_jax.inference.load import load
 
     if options.top is not None and options.top < 1:
         raise ValueError(f"--top {options.top}: expected a number above 0")
+    if options.spatialdata:
+        require_spatialdata()
     predictor = load(options.checkpoint)
     reader = slide_reader(options, predictor)
     found = reader.find(options.slide, options.slide_id)
@@ -131,6 +139,7 @@ def _ground(options: argparse.Namespace, predictor, slide, image, pages: list) -
     """Ground the texts on a slide and write its files, and add it to the `pages`, if any are asked for."""
     from pathflip_jax.grounding.patch_selection import select_patches
     from pathflip_jax.grounding.placement import check_on_slide, check_same_slide, read_measures
+    from pathflip_jax.grounding.spatialdata_file import write_spatialdata
     from pathflip_jax.grounding.write import write_grounding
 
     if options.top is not None and image is None:
@@ -154,16 +163,14 @@ def _ground(options: argparse.Namespace, predictor, slide, image, pages: list) -
         from pathflip_jax.viewer.static import PageSlide
 
         pages.append(PageSlide(slide.slide_id, image, lambda: grounding))
-    return write_grounding(
-        options.out,
-        grounding,
-        image=image,
-        measures=measures,
-        threshold=0.0 if options.threshold is None and options.negative else options.threshold,
-        smooth=options.smooth,
-        min_patches=options.min_patches,
-        top=options.top or 8,
-    )
+    areas = {name: getattr(options, name) for name in ("smooth", "min_patches")}
+    areas |= {"measures": measures, "threshold": options.threshold, "top": options.top or 8}
+    if options.threshold is None and options.negative:
+        areas["threshold"] = 0.0
+    written = write_grounding(options.out, grounding, image=image, **areas)
+    if options.spatialdata:
+        written["spatialdata"] = write_spatialdata(options.out, grounding, **areas)
+    return written
 
 
 def _write_page(options: argparse.Namespace, predictor, pages: list, written: dict[str, dict]) -> None:

@@ -150,7 +150,7 @@ def _marked(rows: Sequence[Row]) -> Iterator[Row]:
     slide = _slide_column(rows[0])
     for row in rows:
         values = {name: value for name, value in row.values.items() if name not in (*SIDES, slide)}
-        values["slide_id"] = row.values[slide]
+        values["slide_id"] = row.values.get(slide)
         sides = [side for side, value in _sides(row).items() if _truth(value)]
         for side in sides or [""]:
             place = f"{row.place}, column {side}" if len(sides) > 1 else row.place

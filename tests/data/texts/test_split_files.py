@@ -1,9 +1,12 @@
 """Split files of CLAM and Patho-Bench, as their tools write them, read as slide tables."""
 
+import json
 from itertools import zip_longest
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pathflip_jax.data.records.splits import unknown_split_message
@@ -147,6 +150,24 @@ def test_a_fold_that_is_not_there(tmp_path, fold):
         read_slide_table(Fold(patho_bench(tmp_path, ROWS), fold))
     with pytest.raises(ValueError, match="splits_0.csv: no fold '2'.*name the file of that fold"):
         read_slide_table(Fold(clam(tmp_path / "splits_0.csv", (["S1"], ["S2"], ["S3"])), "2"))
+
+
+CELLS = st.none() | st.booleans() | st.integers(-1, 3) | st.sampled_from(["", "S1", "True", "train", "nan", "0"])
+NAMES = st.sampled_from(["", "Unnamed: 0", "train", "val", "test", "slide_id", "label", "split", "fold_0", "fold_1"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(NAMES, CELLS | st.lists(CELLS, max_size=2), max_size=6), min_size=1, max_size=5))
+def test_any_table_is_read_or_refused_by_name(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for table in (path, Fold(path, "0")):
+        try:
+            found = read_slide_table(table)
+        except ValueError as error:
+            assert "any.jsonl" in str(error)
+        else:
+            assert all(row["slide_id"] and row["split"] in ("", *SIDES) for row in found)
 
 
 def test_a_split_file_without_slides(tmp_path):
