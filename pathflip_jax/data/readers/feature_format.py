@@ -40,7 +40,7 @@ class FeatureFormat:
     file, what was found, what was expected and the cure. `is_features` tells feature files from others of the same
     extensions when a folder is searched. `has_coords` is False if files of the format usually lack coordinates: the
     slide's file of another format is read instead, if there is one; `finds_coords` then tells a file that has them, in
-    it or beside it.
+    it or beside it. `is_folder`: a file of the format is a folder, of which `recognises` gets no bytes.
     """
 
     name: str
@@ -51,6 +51,7 @@ class FeatureFormat:
     is_features: Callable[[Path], bool] | None = None
     has_coords: bool = True
     finds_coords: Callable[[Path], bool] | None = None
+    is_folder: bool = False
 
 
 def is_text(start: bytes) -> bool:

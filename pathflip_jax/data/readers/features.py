@@ -28,6 +28,7 @@ from pathflip_jax.data.readers.feature_format import FeatureFields, slide_id_of
 from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.formats import read_fields
 from pathflip_jax.data.storage.blocks import row_blocks
+from pathflip_jax.data.storage.folders import is_store
 from pathflip_jax.data.texts.identity import barcode_patient
 
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
@@ -184,7 +185,7 @@ def read_features(
     with the file, what was found and the cure.
     """
     path = Path(path)
-    if not path.is_file():
+    if not (path.is_file() or is_store(path)):
         raise FileNotFoundError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; pass a slide's feature file"
         )

@@ -12,6 +12,7 @@ FILES = (
     "torch_features",
     "csv_features",
     "numpy_features",
+    "zarr_features",
 )
 FORMATS: tuple[FeatureFormat, ...] = tuple(import_module(f"pathflip_jax.data.readers.{file}").FORMAT for file in FILES)
 FIRST_BYTES = 40
@@ -41,6 +42,10 @@ def finds_coords(path: Path) -> bool:
 
 def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields:
     """Contents of a feature file, by the reader of the format recognised from its first bytes."""
+    if path.is_dir():
+        return next(known for known in FORMATS if known.is_folder and known.recognises(b"", path)).read(
+            path, mpp, encoder
+        )
     if fault := describe_placeholder(path):
         raise ValueError(f"{path}: {fault}")
     with path.open("rb") as file:
@@ -53,7 +58,7 @@ def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFi
 def _recognise(start: bytes, path: Path) -> FeatureFormat:
     """Format of a file by its content; the format of its extension is tried first, then all others in order."""
     named, cure = format_by_extension(path), "save a slide's features as HDF5, datasets 'features' and 'coords'"
-    for known in sorted(FORMATS, key=lambda known: known is not named):
+    for known in sorted((known for known in FORMATS if not known.is_folder), key=lambda known: known is not named):
         if not known.recognises(start, path):
             continue
         if named not in (known, None) and is_text(start):
