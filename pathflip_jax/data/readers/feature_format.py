@@ -14,7 +14,8 @@ class FeatureFields(TypedDict, total=False):
     """Fields of `SlideFeatures` read from a file; unknown ones are absent.
 
     `step` is the distance between patches in level-0 pixels. `centres`: `coords` are the centres of patches, not their
-    corners. `edge`: `coords` are in pixels of an unstated level, at which a patch has this edge.
+    corners. `spots`: the gaps between patches are not their size. `edge`: `coords` are in pixels of an unstated level,
+    at which a patch has this edge.
     """
 
     features: Required[np.ndarray]
@@ -26,6 +27,7 @@ class FeatureFields(TypedDict, total=False):
     encoder: str
     step: float
     centres: bool
+    spots: bool
     edge: float
     notes: tuple[str, ...]
 

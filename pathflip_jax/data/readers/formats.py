@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text
+from pathflip_jax.data.readers.file_kinds import describe_kind
 from pathflip_jax.data.storage.folders import describe_placeholder
 
 # In the order in which help and errors list them, and in which files with a wrong extension are tried.
@@ -65,9 +66,9 @@ def _recognise(start: bytes, path: Path) -> FeatureFormat:
             found = start.decode(errors="replace").splitlines()[0]
             raise OSError(f"{path}: text ({found!r}), not a valid {named.name} file; download or copy it again")
         return known
-    kinds = (("a Parquet table", start[:4] == b"PAR1"),)
-    for kind, found in kinds:
-        if found:
-            raise ValueError(f"{path}: {kind}, expected patch features of a slide with their coordinates; {cure}")
+    if found := describe_kind(start):
+        kind, own_cure = found
+        expected = "expected patch features of a slide with their coordinates"
+        raise ValueError(f"{path}: {kind}, {expected}; {own_cure or cure}")
     names = ", nor ".join(f"{known.name} ({', '.join(known.extensions)})" for known in FORMATS)
     raise ValueError(f"{path}: neither {names}; {cure}")
