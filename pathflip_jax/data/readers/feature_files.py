@@ -11,7 +11,7 @@ from pathflip_jax.data.readers.feature_format import slide_id_of
 from pathflip_jax.data.readers.formats import extensions, format_by_extension
 from pathflip_jax.data.readers.numpy_features import POSITIONS
 from pathflip_jax.data.storage.failures import Failure, preview
-from pathflip_jax.data.storage.folders import walk_files
+from pathflip_jax.data.storage.folders import is_store, walk_files
 
 COORDINATES = "patches"  # folders of coordinates, which AtlasPatch completes with features
 # Folders next to feature folders that hold no features: coordinates, masks, images.
@@ -27,7 +27,7 @@ UNREADABLE = {
     ".pkl": "a pickle can run code; save features and coordinates as HDF5 (datasets 'features' and 'coords')",
     ".pickle": "a pickle can run code; save features and coordinates as HDF5 (datasets 'features' and 'coords')",
     ".pth": "this extension is used for model weights; rename the file to .pt if it is a slide's feature tensor",
-    ".zarr": "save its arrays as HDF5 (datasets 'features' and 'coords')",
+    ".zarr": "they hold no features (LazySlide's tables, or arrays 'features' and 'coords'), but images or other data",
     ".safetensors": "save features and coordinates as HDF5 (datasets 'features' and 'coords')",
 }
 
@@ -51,6 +51,8 @@ def find_feature_files(folder: Path | str) -> FeatureFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; pass the folder that contains the feature files")
+    if is_store(folder):
+        raise ValueError(f"{folder}: the store of one slide; pass the folder that contains the slides' stores")
     walked = walk_files(folder)
     inside = [path for path in walked.files if not NOT_FEATURES.intersection(path.relative_to(folder).parts[:-1])]
     embeddings = [path for path in inside if _is_embedding(path, folder) and path.suffix.lower() != ".json"]

@@ -14,7 +14,8 @@ class FeatureFields(TypedDict, total=False):
     """Fields of `SlideFeatures` read from a file; unknown ones are absent.
 
     `step` is the distance between patches in level-0 pixels. `centres`: `coords` are the centres of patches, not their
-    corners. `edge`: `coords` are in pixels of an unstated level, at which a patch has this edge.
+    corners. `spots`: the gaps between patches are not their size. `edge`: `coords` are in pixels of an unstated level,
+    at which a patch has this edge.
     """
 
     features: Required[np.ndarray]
@@ -26,6 +27,7 @@ class FeatureFields(TypedDict, total=False):
     encoder: str
     step: float
     centres: bool
+    spots: bool
     edge: float
     notes: tuple[str, ...]
 
@@ -40,7 +42,7 @@ class FeatureFormat:
     file, what was found, what was expected and the cure. `is_features` tells feature files from others of the same
     extensions when a folder is searched. `has_coords` is False if files of the format usually lack coordinates: the
     slide's file of another format is read instead, if there is one; `finds_coords` then tells a file that has them, in
-    it or beside it.
+    it or beside it. `is_folder`: a file of the format is a folder, of which `recognises` gets no bytes.
     """
 
     name: str
@@ -51,6 +53,7 @@ class FeatureFormat:
     is_features: Callable[[Path], bool] | None = None
     has_coords: bool = True
     finds_coords: Callable[[Path], bool] | None = None
+    is_folder: bool = False
 
 
 def is_text(start: bytes) -> bool:

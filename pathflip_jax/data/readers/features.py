@@ -28,6 +28,7 @@ from pathflip_jax.data.readers.feature_format import FeatureFields, slide_id_of
 from pathflip_jax.data.readers.feature_recipe import FeatureRecipe
 from pathflip_jax.data.readers.formats import read_fields
 from pathflip_jax.data.storage.blocks import row_blocks
+from pathflip_jax.data.storage.folders import is_store
 from pathflip_jax.data.texts.identity import barcode_patient
 
 FEATURE_DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
@@ -184,7 +185,7 @@ def read_features(
     with the file, what was found and the cure.
     """
     path = Path(path)
-    if not path.is_file():
+    if not (path.is_file() or is_store(path)):
         raise FileNotFoundError(
             f"{path}: {'a folder' if path.is_dir() else 'no such file'}; pass a slide's feature file"
         )
@@ -201,7 +202,7 @@ def read_features(
             _rescale(fields, patch_size)
             fields["coords"] = integer_coords(fields["coords"], len(fields["features"]), f"slide {slide_id}")
             _settle_patch_size(fields, patch_size)
-        for name in ("step", "centres", "edge"):
+        for name in ("step", "centres", "edge", "spots"):
             fields.pop(name, None)
         if fields["features"].dtype == np.float64:
             fields["features"] = _as_float32(fields["features"])
@@ -286,13 +287,18 @@ def _settle_patch_size(fields: FeatureFields, given: int | None) -> None:
         notes.append(f"coordinates were counted in patches: multiplied by the patch size, {given} px")
         gap = gap._replace(size=given)
     if not fields.get("patch_size"):
+        if fields.get("spots"):
+            raise ValueError(
+                "patches about the spots of an assay (HEST-bench), whose gaps are not the patch size; pass mpp (--mpp) "
+                "or patch_size (--patch-size), the edge of a patch in pixels at level 0"
+            )
         fields |= _inferred_size(len(coords), gap, fields.get("centres", False))
         notes.append(f"patch size of {gap.size} px inferred from the gaps between patches, as the file does not say it")
     size, step = fields["patch_size"], fields.get("step", 0.0)
     places = (fields.get("width", 0), fields.get("height", 0))
     if (step or not given) and (fault := step_fault(coords, size, step, *places)):
         raise ValueError(fault)
-    if not step and gap.support >= FEWEST_GAPS and gap.size != size:
+    if not (step or fields.get("spots")) and gap.support >= FEWEST_GAPS and gap.size != size:
         notes.append(f"patches of {size} px are {gap.size} px apart at level 0: check the patch size")
     if fields.get("centres"):
         fields["coords"] = coords - np.int32(size // 2)

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import resource
 import socket
@@ -63,7 +64,7 @@ class Reader:
         OSError or ImportError prefixed with the file's name; so is the end of the worker by a crash, or because the
         file took more than `memory` bytes or too long.
         """
-        size = os.path.getsize(path)
+        size = size_of(path)
         request = {
             "function": function,
             "path": os.path.abspath(path),
@@ -107,6 +108,13 @@ class Reader:
 def parse(function: str, path: Path | str, *arguments: Any, memory: int = MEMORY) -> Parsed:
     """Parse a file in the worker shared by this process, as `Reader.parse`."""
     return _shared_reader.parse(function, path, *arguments, memory=memory)
+
+
+def size_of(path: Path | str) -> int:
+    """Bytes of a file, or of all files in a folder (a Zarr store)."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(os.lstat(os.path.join(place, name)).st_size for place, _, names in os.walk(path) for name in names)
 
 
 def check_size(shape: tuple[int, ...], dtype: np.dtype, file_size: int, what: str) -> None:
@@ -258,6 +266,8 @@ def _begin(connection: socket.socket) -> None:
     _connection = connection
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
+    # Semaphores that libraries create (numcodecs) are then unlinked at once, so that none outlives a stopped worker.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update({f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")})
 
 

@@ -17,6 +17,7 @@ EXTENSIONS = (".h5", ".hdf5")
 # Nominal micrometres per pixel of a scan at 1x (40x is 0.25); scanners differ from it by up to 10 percent.
 UM_TIMES_MAGNIFICATION = 10.0
 LEVEL0_MPP = "level0_mpp"  # our own attribute beside TRIDENT's: the exact resolution, in `export/trident.py`
+HEST_UM = 112.0  # edge of HEST-bench's patches: 224 px at 0.5 um per px
 STAMP1_PIXELS, STAMP1_UM = 224, 256.0  # STAMP 1 uses pixels of its tiles: 224 of them are 256 um
 OWN_LAYOUT = (
     "rename it to 'features' if its rows are patches whose top-left corners, in pixels at level 0, are 'coords'"
@@ -42,6 +43,8 @@ def read_h5(path: Path, mpp: float | None, encoder: str | None) -> FeatureFields
             fields["notes"] = (f"no 'coords' in the file; not read: {', '.join(map(repr, others[:5]))}",)
         return fields
     fields["coords"] = squeezed(arrays["coords"])
+    if "barcodes" in facts["names"]:
+        return fields | _spot_fields(path, mpp)
     fields |= _grid_attributes(facts["/"] | facts["coords"])
     if fields["coords"].ndim == 2 and fields["coords"].shape[1] == 5 and "encoder" in facts:
         fields |= _atlas_coords(path, fields)
@@ -59,12 +62,36 @@ def holds_features(path: Path) -> bool:
 def _other_layout(names: list[str]) -> str:
     """Message for a file without patch features."""
     if "embeddings" in names:
-        kind = "of the spots of HEST-bench" if "barcodes" in names else "of a kind that is not stated"
-        return f"'embeddings' {kind}, expected 'features' [patches, width] of a slide; {OWN_LAYOUT}"
+        return f"'embeddings' of a kind that is not stated, expected 'features' of a slide's patches; {OWN_LAYOUT}"
+    if "img" in names and "coords" in names:
+        return (
+            "images of patches ('img', as HEST and patch extractors write them), not their features; pass the file of "
+            "the features extracted from them, HEST-bench's with 'embeddings'"
+        )
     cure = "the layout is unknown; save a slide's patch features as 'features', their corners at level 0 as 'coords'"
     if "coords" in names:
         cure = "it holds coordinates; pass the file of the features extracted there"
     return f"datasets {names}, expected 'features' [patches, width]; {cure}"
+
+
+def _spot_fields(path: Path, mpp: float | None) -> dict:
+    """Patch size and notes of HEST-bench's patches about the spots of an assay, by the patches' images or by mpp.
+
+    The spots of an assay are not a grid of patches, so that their gaps tell no patch size.
+    """
+    sibling, fields = sibling_of(path), {"spots": True}
+    if sibling:
+        facts, _ = guarded.parse(READER, sibling, False, "")
+        attributes = facts.get("coords", {})
+        fields |= {"patch_size": _pixels(_number(attributes, "patch_size_src"))}
+        if pixel_size := _number(attributes, "pixel_size"):
+            fields["mpp"] = pixel_size
+    if not fields.get("patch_size") and mpp:
+        fields |= {
+            "patch_size": _pixels(HEST_UM / mpp),
+            "notes": (f"patches of HEST-bench: {HEST_UM:g} um, 224 px at 0.5 um per px",),
+        }
+    return fields
 
 
 def _array_at(path: Path, offset: int, shape: list[int], dtype: str) -> np.ndarray:
@@ -225,7 +252,7 @@ def _recognises(start: bytes, path: Path) -> bool:
 FORMAT = FeatureFormat(
     name="HDF5",
     extensions=EXTENSIONS,
-    tools=("CLAM", "TRIDENT", "STAMP", "AtlasPatch"),
+    tools=("CLAM", "TRIDENT", "STAMP", "AtlasPatch", "HEST-bench"),
     recognises=_recognises,
     read=read_h5,
 )

@@ -15,6 +15,7 @@ from pathflip_jax.data.storage import blocks
 
 # Names of STAMP, of all others, and of Prov-GigaPath's dictionaries; AtlasPatch has a group with an array per encoder.
 FEATURES = ("feats", "features", "tile_embeds")
+EMBEDDINGS, BARCODES = "embeddings", "barcodes"  # of HEST-bench; the former alone may be anything
 UNFINISHED = "__tmp_"  # AtlasPatch's prefix of interrupted runs
 MOST_NAMES, MOST_NUMBERS, LONGEST_TEXT = 100, 16, 1000
 
@@ -33,6 +34,8 @@ def read(path: str, with_arrays: bool, encoder: str) -> Parsed:
             facts["names"] = sorted(islice(file, MOST_NAMES))
             facts["/"] = _attributes(file)
             features = next((name for name in FEATURES if name in file), "")
+            if not features and EMBEDDINGS in file and BARCODES in file:
+                features = EMBEDDINGS
             key = features if features == "feats" else "features"
             places = {key: features, "coords": "coords"}
             if features and isinstance(group := _own_object(file, features), h5py.Group):

@@ -12,8 +12,9 @@ from pathflip_jax.data.readers.companions import companion_fields, has_companion
 from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat
 from pathflip_jax.data.readers.h5_features import squeezed
 
-# Runs in the worker of `guarded.py`: broken files crash PyTorch.
-READER = "pathflip_jax.data.readers.torch_file:read"
+# Run in the worker of `guarded.py`: broken files crash PyTorch, which reads what the other does not.
+READER, LEGACY = (f"pathflip_jax.data.readers.{module}:read" for module in ("torch_file", "torch_legacy"))
+ZIP = b"PK\x03\x04"
 # An array that is not a tensor is a text of its bytes in the pickle, of which decoding takes several copies.
 COPIES = 6
 
@@ -44,16 +45,22 @@ def finds_coords(path: Path) -> bool:
 
 def _parse(path: Path, with_arrays: bool) -> guarded.Parsed:
     memory = guarded.MEMORY + COPIES * path.stat().st_size
+    facts, arrays = guarded.parse(READER, path, with_arrays, memory=memory)
+    if "fault" not in facts:
+        return facts, arrays
     try:
-        return guarded.parse(READER, path, with_arrays, memory=memory)
+        return guarded.parse(LEGACY, path, with_arrays, facts["fault"], memory=memory)
     except ImportError:
+        with path.open("rb") as file:
+            if file.read(len(ZIP)) == ZIP:
+                raise ValueError(f"{path}: {facts['fault']}") from None
         cure = "install the extra `torch`, or use the .h5 file next to it"
         raise ImportError(f"{path}: reading this .pt file needs PyTorch; {cure}") from None
 
 
 def _recognises(start: bytes, path: Path) -> bool:
     """Whether a file is a ZIP archive or a pickle; NumPy's .npz is a ZIP archive too."""
-    return start[:1] == b"\x80" or (start[:4] == b"PK\x03\x04" and path.suffix.lower() != ".npz")
+    return start[:1] == b"\x80" or (start[:4] == ZIP and path.suffix.lower() != ".npz")
 
 
 FORMAT = FeatureFormat(

@@ -1,7 +1,6 @@
 """PyTorch feature files: a tensor or array, or a dictionary of them; runs only in the worker of `guarded.py`.
 
-They are read without PyTorch (`torch_archive.py`). PyTorch reads the few that are not: files from before version 1.6,
-and those that name anything but tensors and arrays. No other file imports PyTorch to read features.
+They are read without PyTorch (`torch_archive.py`), except for the few that `torch_legacy.py` reads.
 """
 
 import os
@@ -18,9 +17,9 @@ from pathflip_jax.data.readers.torch_archive import read_archive
 DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 INTEGERS = tuple(np.dtype(dtype) for dtype in (np.int16, np.int32, np.int64))
 FEATURES = ("features", "feats", "tile_embeds", "embeddings")  # tile_embeds: Prov-GigaPath's
+COORDS = "coords"
 MOST_NAMES = 8
-ZIP = b"PK\x03\x04"
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+SAVE_NUMBERS = "save its numbers: torch.save(torch.tensor(features), path)"
 _WEIGHTS = re.compile(r"\.(weight|bias)$")
 
 
@@ -28,58 +27,24 @@ def read(path: str, with_arrays: bool) -> Parsed:
     """Features of a .pt file, and coordinates if it is a dictionary that has them; only their names in the fact
     `names` without `with_arrays`.
 
-    bfloat16, which NumPy lacks, is returned as int16 with the fact `bfloat16`. Never unpickles code. Raises Refused for
-    anything but floating point tensors, and for one larger than its file: strides of 0 can claim terabytes.
+    bfloat16, which NumPy lacks, is returned as int16 with the fact `bfloat16`. Never unpickles code. A file that
+    `torch_archive.py` refuses gives only the fact `fault`, its reason. Raises Refused for anything but floating point
+    numbers, and for a tensor larger than its file: strides of 0 can claim terabytes.
     """
     try:
         found = read_archive(Path(path), numpy_arrays=True)
     except ValueError as error:
-        found = _from_torch(path, str(error).removeprefix(f"{path}: "))
+        return {"fault": str(error).removeprefix(f"{path}: ")}, {}
+    return parsed(found, path, with_arrays)
+
+
+def parsed(found: Any, path: str, with_arrays: bool) -> Parsed:
+    """Facts and arrays of a file's content, in which tensors are arrays."""
     arrays = _chosen(found)
     facts = {"names": list(arrays), "bfloat16": arrays["features"].dtype == ml_dtypes.bfloat16}
     if not with_arrays:
         return facts, {}
     return facts, {name: _shared(array, path) for name, array in arrays.items()}
-
-
-def _from_torch(path: str, fault: str) -> Any:
-    """Content of a file that `read_archive` refuses with the message `fault`, tensors as arrays."""
-    try:
-        import torch
-    except ImportError:
-        with open(path, "rb") as file:
-            if file.read(len(ZIP)) == ZIP:
-                raise Refused(fault) from None
-        raise
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises different types for different kinds of damage
-        raise Refused(_reason(str(error) or type(error).__name__, fault)) from None
-
-    def as_array(value: Any, name: str = "features") -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        supported = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int16, torch.int32, torch.int64)
-        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in supported:
-            raise _unsupported(name, f"{value.dtype}, {value.layout}, on {value.device}")
-        value = value.detach()
-        is_bfloat16 = value.dtype == torch.bfloat16
-        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if is_bfloat16 else value.numpy()
-
-    if isinstance(found, dict):
-        wanted = {name: value for name, value in found.items() if name in (*FEATURES, "coords")}
-        return found | {name: as_array(value, name) for name, value in wanted.items()}
-    return as_array(found)
-
-
-def _reason(message: str, fault: str) -> str:
-    message = _COLOURS.sub("", message)
-    if "array of objects" in fault:
-        return f"a pickled NumPy array of Python objects; {SAVE_NUMBERS}"
-    return f"not a tensor that can be read without running code ({message.splitlines()[0]}); save it again"
-
-
-SAVE_NUMBERS = "save its numbers: torch.save(torch.tensor(features), path)"
 
 
 def _chosen(found: Any) -> dict[str, np.ndarray]:
@@ -88,12 +53,12 @@ def _chosen(found: Any) -> dict[str, np.ndarray]:
         name = next((name for name in FEATURES if isinstance(found.get(name), np.ndarray)), "")
         if not name:
             raise Refused(_other_dictionary(found))
-        coords = found.get("coords")
+        coords = found.get(COORDS)
         arrays = {"features": found[name]}
         if coords is not None and not isinstance(coords, np.ndarray):
             raise Refused(f"holds 'coords' of type {type(coords).__name__}, expected a tensor [patches, 2]")
         if coords is not None:
-            arrays["coords"] = coords
+            arrays[COORDS] = coords
     elif isinstance(found, np.ndarray):
         arrays = {"features": found}
     else:
@@ -101,7 +66,7 @@ def _chosen(found: Any) -> dict[str, np.ndarray]:
         raise Refused(f"holds a {kind}, expected one tensor [patches, width]; save the features alone")
     for name, array in arrays.items():
         if array.dtype.newbyteorder("=") not in _allowed(name):
-            raise _unsupported(name, f"torch.{array.dtype}")
+            raise unsupported(name, f"torch.{array.dtype}")
     return arrays
 
 
@@ -116,10 +81,11 @@ def _other_dictionary(found: dict) -> str:
 
 
 def _allowed(name: str) -> tuple[np.dtype, ...]:
-    return DTYPES[2:] + INTEGERS if name == "coords" else DTYPES
+    return DTYPES[2:] + INTEGERS if name == COORDS else DTYPES
 
 
-def _unsupported(name: str, kind: str) -> Refused:
+def unsupported(name: str, kind: str) -> Refused:
+    """Objection to the dtype of a tensor."""
     expected = ", ".join(str(dtype) for dtype in _allowed(name)[:3])
     return Refused(f"its {name} are {kind}; expected {expected}; extract them again")
 

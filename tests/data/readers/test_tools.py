@@ -223,3 +223,45 @@ def test_features_as_pt_need_no_pytorch(tmp_path):
         command[-1].write_bytes(b"\x80\x02cos\nsystem\n.")
         subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": tmp_path})
     assert "old.pt: reading this .pt file needs PyTorch; install the extra `torch`" in error.value.stderr
+
+
+def test_hest_bench(tmp_path):
+    """`embed_tiles` of HEST-bench: embeddings, barcodes and corners of patches about hexagonally packed spots."""
+    spots = np.array([(400 * x + 200 * (y % 2), 346 * y) for y in range(4) for x in range(6)])
+    path = tmp_path / "run" / "uni_v1" / "S1.h5"
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        file.update({"embeddings": features(8), "coords": spots, "barcodes": np.array([b"AAAC-1"] * 24)[:, None]})
+    with pytest.raises(ValueError, match=r"S1\.h5: .*spots of an assay.*pass mpp"):
+        read_features(path)
+    slide = read_features(path, mpp=0.25)
+    assert np.array_equal(slide.coords, spots) and np.array_equal(slide.features, features(8))
+    assert slide.patch_size == 448 and "patches of HEST-bench: 112 um" in slide.notes[0]
+    records = imported(tmp_path / "run", tmp_path / "records", mpp=0.25)
+    assert [slide.slide_id for slide in records.slides] == ["S1"]
+    (tmp_path / "run" / "patches").mkdir()
+    with h5py.File(tmp_path / "run" / "patches" / "S1.h5", "w") as file:  # hestcore 1.0.6, `WSIPatcher.to_h5`
+        file.update({"img": np.zeros((24, 4, 4, 3), np.uint8), "coords": spots, "barcode": np.array([[b"A"]] * 24)})
+        file["coords"].attrs.update(patch_size_src=440, patch_size_target=224, downsample=1.96, pixel_size=0.2546)
+    slide = read_features(path)
+    assert (slide.patch_size, slide.mpp) == (440, 0.2546)
+    with pytest.raises(ValueError, match=r"S1\.h5: images of patches .*not their features"):
+        read_features(tmp_path / "run" / "patches" / "S1.h5")
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"PAR1", "a Parquet table, expected patch features.*save a slide's features as HDF5"),
+        (b"\x89PNG\r\n\x1a\n", r"a picture \(PNG\).*pass the file of the features extracted from it"),
+        (b"II*\0", "a TIFF file, a slide or a mask"),
+        (b"\x1f\x8b\x08", "a gzip archive.*unpack it"),
+        ((90).to_bytes(8, "little") + b'{"blocks', "a safetensors file, usually the weights of a model"),
+        (b"SQLite format 3\0", "an SQLite database"),
+    ],
+)
+def test_other_files_say_what_they_are(tmp_path, start, said):
+    path = tmp_path / "S1.dat"
+    path.write_bytes(start + bytes(range(256)))
+    with pytest.raises(ValueError, match=rf"S1\.dat: {said}"):
+        read_features(path)

@@ -9,6 +9,7 @@ Each slide has 24 tiles in a grid of 6 x 4; element j of the features of tile i 
 
 import importlib.abc
 import importlib.machinery
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,9 +153,54 @@ def tiatoolbox(folder: Path) -> None:
     EngineABC.save_predictions_as_zarr(engine, arrays, folder / "S1.zarr", list(arrays))
 
 
+def lazyslide(folder: Path) -> None:
+    """LazySlide 0.13.0 on a drawn slide: tissue, tiles and features of two functions, stored as Zarr 3 and as Zarr 2.
+
+    `expected.npz` has the features and the bounds of the tiles as spatialdata, anndata and geopandas read them.
+    """
+    import lazyslide
+    import spatialdata
+    import tifffile
+    from spatialdata._io.format import SpatialDataContainerFormatV01
+    from wsidata import open_wsi
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, expected = np.random.default_rng(0), {}
+    y, x = np.mgrid[:900, :1300]
+    picture = np.full((900, 1300, 3), 240, np.uint8)
+    inside = ((y - 450) / 300) ** 2 + ((x - 650) / 500) ** 2 < 1
+    picture[inside] = [190, 90, 160] + rng.integers(-30, 30, (inside.sum(), 3)) + (x[inside] // 30)[:, None]
+    slide = folder / "S1.tiff"
+    tifffile.imwrite(
+        slide, picture, tile=(256, 256), photometric="rgb", resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
+        compression="zlib", metadata=None,
+    )  # fmt: skip
+    wsi = open_wsi(str(slide), store=None)
+    lazyslide.pp.find_tissues(wsi)
+    lazyslide.pp.tile_tissues(wsi, 64, mpp=1.0)
+    for name, model in (
+        ("colour", lambda batch: batch.float().mean((1, 2)) / 255),
+        ("contrast", lambda batch: batch.float().std((1, 2)) / 255),
+    ):
+        lazyslide.tl.feature_extraction(wsi, model=model, model_name=name, num_workers=0, pbar=False, device="cpu")
+    for form, options in (("zarr3", {}), ("zarr2", {"sdata_formats": SpatialDataContainerFormatV01()})):
+        store = folder / form / "S1.zarr"
+        wsi.write(store, **options)
+        read = spatialdata.read_zarr(store)
+        for name in ("colour", "contrast"):
+            expected[name] = np.asarray(read.tables[f"{name}_tiles"].X)
+        expected["bounds"] = read.shapes["tiles"].bounds.to_numpy()
+        shutil.make_archive(str(folder / form), "zip", folder / form)
+        shutil.rmtree(folder / form)
+    slide.unlink()
+    np.savez_compressed(folder / "expected.npz", **expected)
+
+
 if __name__ == "__main__":
     tool, folder, *sources = sys.argv[1:]
     sys.path[:0] = sources
     sys.meta_path.append(Stubs({path.name for source in sources for path in Path(source).iterdir()}))
-    writers = {writer.__name__: writer for writer in (atlaspatch, slideflow, slide2vec, tiatoolbox1, tiatoolbox)}
+    writers = {
+        writer.__name__: writer for writer in (atlaspatch, slideflow, slide2vec, tiatoolbox1, tiatoolbox, lazyslide)
+    }
     writers[tool](Path(folder))
