@@ -34,7 +34,8 @@ class ReadingSettings:
 
     `cache` is its folder (None: the user's), `cache_bytes` its capacity, `whole_files` whether slides are told apart by
     all of their bytes. `weights` are those of the patch encoder, `workers` the processes that read slides. `patch_size`
-    (level-0 pixels) and `mpp` fill in what a feature file, a slide or the run lacks.
+    (level-0 pixels) and `mpp` fill in what a feature file, a slide or the run lacks; `min_tissue` and `keep_ink` are as
+    in `PrepareSettings`.
     """
 
     cache: Path | None = None
@@ -44,6 +45,8 @@ class ReadingSettings:
     workers: int | None = None
     patch_size: int | None = None
     mpp: float | None = None
+    min_tissue: float = 0.25
+    keep_ink: bool = False
 
     @property
     def known(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ class SlideReader:
             self._run, weights=own.weights, patch_size=own.patch_size, mpp=own.mpp, workers=own.workers
         )
         recipe = self._run.recipe
+        how = replace(how, min_tissue=own.min_tissue, keep_ink=own.keep_ink)
         return SlideEncoder(how, recipe and replace(recipe, encoder=registry_name(recipe.encoder)))
 
     @cached_property
@@ -180,8 +184,8 @@ class SlideReader:
                 if not found.error:
                     entry.publish()
                 for note in found.notes:
-                    log.warning("slide %s: %s", found.slide_id, note)
-                yield replace(found, folder=entry.folder)
+                    log.warning("slide %s: %s", found.slide_id, _in_own_options(note))
+                yield replace(found, folder=entry.folder, error=_in_own_options(found.error))
         for source, entry in taken:
             log.warning("slide %s: another process is encoding it; waiting for it", source.slide_id)
             with entry.locked():
@@ -229,3 +233,8 @@ class SlideReader:
             finish_folder(entry.part)
             entry.publish()
         return entry.folder
+
+
+def _in_own_options(message: str) -> str:
+    """Message of the preparation with the option that gives the resolution here."""
+    return message.replace("--assume-mpp", "--mpp")

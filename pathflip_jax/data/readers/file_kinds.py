@@ -22,6 +22,14 @@ _KINDS = (
 _SAFETENSORS = (b"{", 8)  # a header in JSON after its length
 
 
+def describe_text(start: bytes) -> str:
+    """Kind of a text file that is no table of features, by its first bytes; "" for any other file."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] == b"{" or text[:2] in (b"[{", b"[\n", b"[]"):
+        return "JSON, such as outlines (GeoJSON), texts or settings"
+    return "XML, such as annotations of ImageScope or ASAP" if text[:1] == b"<" else ""
+
+
 def describe_kind(start: bytes) -> tuple[str, str] | None:
     """Kind of a file and the cure, by its first bytes; None for an unknown one."""
     for magic, kind, cure in _KINDS:

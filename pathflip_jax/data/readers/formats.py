@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pathflip_jax.data.readers.feature_format import FeatureFields, FeatureFormat, is_text
-from pathflip_jax.data.readers.file_kinds import describe_kind
+from pathflip_jax.data.readers.file_kinds import describe_kind, describe_text
 from pathflip_jax.data.storage.folders import describe_placeholder
 
 # In the order in which help and errors list them, and in which files with a wrong extension are tried.
@@ -59,6 +59,8 @@ def read_fields(path: Path, mpp: float | None, encoder: str | None) -> FeatureFi
 def _recognise(start: bytes, path: Path) -> FeatureFormat:
     """Format of a file by its content; the format of its extension is tried first, then all others in order."""
     named, cure = format_by_extension(path), "save a slide's features as HDF5, datasets 'features' and 'coords'"
+    if named is None and (found := describe_text(start)):
+        raise ValueError(f"{path}: {found}, expected patch features of a slide; pass the slide, or its feature file")
     for known in sorted((known for known in FORMATS if not known.is_folder), key=lambda known: known is not named):
         if not known.recognises(start, path):
             continue
