@@ -1,5 +1,6 @@
 """Pixel format of a TIFF: 8-bit RGB, RGB that only tifffile reads, or no brightfield image at all."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pathflip_jax.data.pixels.source import WHITE, LevelSource, Unreadable
 from pathflip_jax.data.pixels.tiff_levels import Level, TiffLevels
 from pathflip_jax.data.storage.failures import preview
 
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # faults are raised here, with the file and the cure
 _TIFF = ("generic-tiff", "aperio")  # vendors whose files may hold other formats; the others write only 8-bit RGB
 _COLOUR = ("RGB", "YCBCR")
 _LOSSY_YCBCR = (6, 7, 33007, 34892)  # JPEG, whose codec converts YCbCr to RGB
