@@ -90,7 +90,7 @@ def _beside(name: str) -> ModuleType:
 
 
 decoder_folder = _beside("decoder_folders").decoder_folder  # a fixture
-_beside("vision_weights")  # imported by tests under this name
+small_encoder = _beside("vision_weights").small_encoder  # a fixture; the module is imported by tests under this name
 if importlib.util.find_spec("beartype") is not None:  # most environments of `make test-peers` lack it
     _shapes = _beside("shapes")
     _shapes.install()

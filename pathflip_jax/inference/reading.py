@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,12 @@ from pathflip_jax.data.records.records import Records, finish_folder, shard_name
 from pathflip_jax.data.storage.failures import Failure
 from pathflip_jax.data.storage.files import Place
 from pathflip_jax.inference.run_encoder import EncodedRun, settings_of_run
-from pathflip_jax.inference.slide_cache import CAPACITY, Entry, SlideCache
+from pathflip_jax.inference.slide_cache import CAPACITY, Entry, SlideCache, fingerprint
 from pathflip_jax.inference.sources import SlideSource, Sources, choose, find_sources
 from pathflip_jax.vision.recipes import registry_name
 
 log = logging.getLogger(__name__)
+_ATTEMPTS = 3  # to open an entry of the cache before it is removed again
 OnProgress = Callable[[str, int, int], Any]
 
 
@@ -92,10 +93,13 @@ class SlideReader:
         """Features of a slide, encoded first where it has none. Raises ValueError or OSError where that fails."""
         if source.features is not None:
             return source.features()
-        (found,) = self.encode([source], on_progress)
-        if found.error:
-            raise ValueError(found.error)
-        return open_slide(Records(found.folder), 0)
+        for _ in range(_ATTEMPTS):
+            (found,) = self.encode([source], on_progress)
+            if found.error:
+                raise ValueError(found.error)
+            with suppress(FileNotFoundError):  # another process has just removed it from a full cache
+                return open_slide(Records(found.folder), 0)
+        raise OSError(f"{found.folder}: removed by other processes as soon as it is there; raise --cache-size")
 
     def encode(self, sources: Sequence[SlideSource], on_progress: OnProgress | None = None) -> Iterator[Encoded]:
         """Encode the slides that are not in the cache yet, together; yields each, cached ones first.
@@ -123,10 +127,8 @@ class SlideReader:
         folders = self._encoded(sources, failed)
         for source in sources:
             try:
-                if source.features is not None:
-                    yield source, source.features()
-                elif source.slide_id in folders:
-                    yield source, open_slide(Records(folders[source.slide_id]), 0)
+                if source.features is not None or source.slide_id in folders:
+                    yield source, self.read(source)
             except (ValueError, OSError) as error:
                 failed.append(Failure(source.slide_id, str(source.place or source.image), str(error)))
 
@@ -197,9 +199,9 @@ class SlideReader:
         how, recipe, cache = self._encoder.settings, self._run.recipe, self.cache
         names = ("encoder", "half", "patch_size", "mpp", "assume_mpp", "min_tissue", "keep_ink", "icc", "dtype")
         facts = {name: value for name, value in how.of_records().items() if name in names}
-        facts["weights"] = (recipe.weights if recipe else "") or str(how.weights or "")
         facts["encoder_version"] = recipe.encoder_version if recipe else ""
         try:
+            facts["weights"] = recipe.weights if recipe and recipe.weights else how.weights and fingerprint(how.weights)
             return cache.entry(source.slide_id, source.image, facts)
         except OSError as error:
             return Encoded(source.slide_id, source.image, f"{source.image}: cannot be read ({error.strerror})")
@@ -224,13 +226,15 @@ class SlideReader:
         entry = self.cache.entry(source.slide_id, source.place, {"known": self.settings.known})
         if self._is_sound(entry):
             return entry.folder
-        with entry.locked():
+        with entry.locked(), ExitStack() as undo:
+            undo.callback(entry.abandon)  # where it is not published
             slide = source.features()
             shard = entry.begin() / shard_name(0)
             dtype = "bfloat16" if slide.features.dtype == DTYPES["bfloat16"] else "float16"
             infos = write_shard(shard, [slide], cut="grid" if slide.coords is not None else "scan", dtype=dtype)
             write_imported_recipe(entry.part, infos)
             finish_folder(entry.part)
+            self._run.check_records(Records(entry.part))
             entry.publish()
         return entry.folder
 
