@@ -27,7 +27,9 @@ from pathflip_jax.runs import bundled
 from pathflip_jax.runs.bounds import OPTIONS
 
 FAILED_SLIDES, WRONG_INPUT = 1, 2
-RUN_HELP = "run folder" + "".join(f", or {name}, which comes with the package" for name in bundled.names())
+RUN_HELP = "run folder, hf://OWNER/NAME[@REVISION] on the Hugging Face hub" + "".join(
+    f", or {name}, which comes with the package" for name in bundled.names()
+)
 
 
 def command(commands, name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:

@@ -19,9 +19,9 @@ from pathflip_jax.data.storage.json_values import parse_json
 from pathflip_jax.export.families import export_of
 from pathflip_jax.export.pytorch import copy_code, merged_state, write_checkpoint
 from pathflip_jax.export.readmes import caption_length
+from pathflip_jax.inference.load import load
 from pathflip_jax.model.config import ModelConfig
 from pathflip_jax.model.families import family_of
-from pathflip_jax.runs.folder import load_run
 from pathflip_jax.vision.recipes import find_recipe
 
 CARD = "model_card.md"
@@ -55,10 +55,10 @@ def export_huggingface(
     found = None if scores is None else read_scores(scores, run)
     described = None if about is None else read_about(about)
     with atomic_folder(out) as part:
-        model, settings, tokenizer = load_run(run, which)
-        write_huggingface(part, model, settings, tokenizer, dtype)
+        loaded = load(run, which)
+        write_huggingface(part, loaded.model, loaded.config, loaded.tokenizer, dtype)
         (part / "README.md").write_text(
-            card(model.config, settings, found, encoder_licence, described), encoding="utf-8"
+            card(loaded.model.config, loaded.config, found, encoder_licence, described), encoding="utf-8"
         )
         if found is not None:
             kept = {key: value for key, value in found.items() if key not in LEFT_OUT}

@@ -1,0 +1,26 @@
+"""Folder of a run by any of its names: a path, the name of a bundled run, or a repository of the Hugging Face hub."""
+
+from pathflip_jax.convert.decoder_folders import LANGUAGE
+from pathflip_jax.convert.exported import CONFIG, read_exported
+from pathflip_jax.data.storage import hub
+from pathflip_jax.data.storage.files import Place
+from pathflip_jax.runs import bundled
+from pathflip_jax.runs.files import MODEL
+
+
+def find_run(place: Place | str) -> Place | str:
+    """Folder of the run that `place` names; one on the hub is downloaded to its cache.
+
+    Raises OSError for a repository that cannot be had, ValueError for one without a model of this package, before its
+    weights are downloaded.
+    """
+    if not hub.is_on_hub(place):
+        return bundled.find(place)
+    repository = hub.read_name(place)
+    about = hub.download(repository, [CONFIG, MODEL, LANGUAGE])
+    if not ((about / MODEL).exists() or (about / LANGUAGE).exists() or read_exported(about) is not None):
+        found = "a config.json of another model" if (about / CONFIG).exists() else "no config.json"
+        raise ValueError(
+            f"{repository}: {found} in it, expected a run that `pathflip push` wrote, or an export of `pathflip export`"
+        )
+    return hub.download(hub.Repository(repository.name, about.name))
