@@ -11,7 +11,6 @@ def add(commands) -> None:
         commands,
         "export",
         _run,
-        "export a trained model for PyTorch, transformers or PEFT",
         "pathflip export runs/base --to pytorch --out exported",
         "pathflip export runs/base --to huggingface --scores scores --out for_transformers",
         "pathflip export runs/lm2 --to peft --out adapter",

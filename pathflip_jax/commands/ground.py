@@ -23,7 +23,6 @@ def add(commands) -> None:
         commands,
         "ground",
         _run,
-        "map where on a slide a text matches",
         'pathflip ground slides/S1.svs "tumor necrosis" --checkpoint runs/base --out maps',
         'pathflip ground slides "tumor necrosis" --checkpoint runs/base --without artefacts --out maps',
         'pathflip ground features/S1.h5 "tumor necrosis" --checkpoint runs/base --image slides/S1.svs --out maps',

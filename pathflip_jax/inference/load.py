@@ -3,7 +3,8 @@
 import logging
 
 from pathflip_jax.data.readers.features import SlideFeatures
-from pathflip_jax.data.storage.files import as_path, is_url
+from pathflip_jax.data.storage.files import as_path
+from pathflip_jax.data.storage.urls import is_url
 from pathflip_jax.inference.predictor import Predictor
 from pathflip_jax.inference.sources import choose, choose_one, find_sources
 from pathflip_jax.runs import bundled
