@@ -5,7 +5,8 @@ Checkpoints, conversion, sharding rules and masks all use the same names, such a
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 
 import jax
 from flax import nnx
@@ -25,18 +26,28 @@ def flatten(model: nnx.Module) -> dict[str, Array]:
 
     Optimizer moments, which have the same tree structure, flatten in the same way.
     """
-    return {"/".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def _name(path: Iterable) -> str:
+    return "/".join(map(str, path))
 
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name, shape and dtype of every parameter; nothing is computed."""
-    return jax.eval_shape(lambda: flatten(make_model(config, nnx.Rngs(0))))
+    """Name, shape and dtype of every parameter, in order of name; nothing is computed."""
+    _, state = _split_abstract(config)
+    return dict(sorted((_name(path), variable.get_value()) for path, variable in nnx.to_flat_state(state)))
 
 
 @functools.cache
 def _split_abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph definition and abstract state of a config's model; cached because every traced program needs them."""
-    return nnx.split(jax.eval_shape(lambda: make_model(config, nnx.Rngs(0))))
+    """Graph definition and abstract state of a config's model; cached, as constructing a model takes a second."""
+
+    def make():
+        key = jax.random.key(0)  # the same for all parameters: drawing a key of its own for each takes most of the time
+        return make_model(config, SimpleNamespace(params=lambda: key))
+
+    return nnx.split(jax.eval_shape(make))
 
 
 def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
@@ -46,7 +57,7 @@ def unflatten(template: nnx.Module | ModelConfig, flat: Mapping[str, Array]):
     """
     graph, state = _split_abstract(template) if isinstance(template, ModelConfig) else nnx.split(template)
     wanted = nnx.to_flat_state(state)
-    names = {"/".join(map(str, path)): (path, variable) for path, variable in wanted}
+    names = {_name(path): (path, variable) for path, variable in wanted}
     faults = [f"missing {name}" for name in names if name not in flat]
     faults += [f"unknown {name}" for name in flat if name not in names]
     faults += [
